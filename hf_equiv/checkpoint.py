@@ -1,0 +1,167 @@
+"""A checkpoint by name: resolved once, its files on disk at one revision.
+
+Everything is read from one folder: the local folder, the built-in one, or the snapshot of one Hub commit. So the commit
+is resolved exactly once, every file is of that commit, and transformers never talks to the Hub itself (no weights
+converted by a bot on another branch, no second revision).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
+from transformers.utils import logging as transformers_logging
+
+from hf_equiv.hub_files import HubFiles
+
+BUILTIN = "builtin"
+BUILTIN_FOLDER = Path(__file__).parent / "assets" / "builtin"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The files of one checkpoint at one revision.
+
+    Attributes:
+        model_id: what the user asked for: a Hub id, a folder or "builtin".
+        folder: where config and weights lie on this machine.
+        revision: commit sha on the Hub, or "sha256:…" of the weights of a local folder.
+        trust_remote_code: whether Python files of the checkpoint may be executed.
+        hub: how to fetch further files of the same commit; None for a folder.
+    """
+
+    model_id: str
+    folder: Path
+    revision: str
+    trust_remote_code: bool = False
+    hub: HubFiles | None = None
+
+    def fetch_tokenizer(self) -> None:
+        """Make the tokenizer's files of a Hub checkpoint present in `folder`."""
+        if self.hub is not None:
+            self.hub.fetch_matching((".json", ".txt", ".model"), exclude=(".index.json",))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the load report and progress bar of transformers; both come back on exit."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_bars_off = are_progress_bars_disabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # which also switches those of the Hub client on
+        if hub_bars_off:
+            disable_progress_bars()
+
+
+def find_checkpoint(
+    model_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Resolve `model_id` to files on disk at one revision; the weights are fetched by `load_model`.
+
+    The Hub's failures keep their own names: RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError; without
+    network and cache it is a ConnectionError.
+
+    Returns:
+        The checkpoint; its folder holds config.json.
+
+    Raises:
+        ValueError: `model_id` is empty or malformed, or a folder is asked for with a revision.
+        FileNotFoundError: the folder does not exist or holds no checkpoint.
+    """
+    name = os.fspath(model_id)
+    if not name:
+        raise ValueError("`model_id` must be a Hub id, a folder or 'builtin'; got an empty string.")
+    if name == BUILTIN or os.path.isdir(name) or _looks_like_a_path(name):
+        if revision is not None:
+            raise ValueError(
+                f"`revision` must be None for a local folder; got {revision!r}. Only Hub ids have revisions."
+            )
+        folder = (BUILTIN_FOLDER if name == BUILTIN else Path(name).expanduser()) / subfolder
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"`model_id` must be an existing folder, a Hub id or 'builtin'; got '{name}', but there is no folder "
+                f"'{folder}'. Check the path."
+            )
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"`model_id` must hold a checkpoint; got '{name}', which has no config.json. Save one there with "
+                "`model.save_pretrained(...)`, or name the folder that has it."
+            )
+        return Checkpoint(name, folder, _digest(weight_files(folder, name)), trust_remote_code)
+    hub = HubFiles.resolve(
+        name,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    folder = hub.fetch("config.json").parent
+    return Checkpoint(name, folder, hub.commit, trust_remote_code, hub)
+
+
+def weight_files(folder: Path, model_id: str) -> list[Path]:
+    """Return the safetensors files of a checkpoint folder, or say clearly that there are none."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        files = [folder / shard for shard in shard_names(index)]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"`model_id` must be complete; '{model_id}' lacks '{file.name}', which its index names. Fetch it."
+                )
+        return files
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".h5", ".msgpack", ".ckpt", ".pt", ".pth"))
+    raise no_safetensors(model_id, others)
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the file names that a safetensors index lists, each once, in order."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise OSError(
+            f"'{index.name}' must be a safetensors index; it cannot be read ({error}). Fetch it again."
+        ) from error
+
+
+def no_safetensors(model_id: str, others: list[str]) -> FileNotFoundError:
+    """Return the error for a checkpoint without safetensors weights."""
+    got = f"only {', '.join(others)}" if others else "no weights at all"
+    return FileNotFoundError(
+        f"`model_id` must hold its weights as safetensors; '{model_id}' has {got}. Pickled weights can run code and "
+        "are never loaded: convert them with `model.save_pretrained(...)`, or choose another checkpoint."
+    )
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1 or "\\" in name
+
+
+def _digest(files: list[Path]) -> str:
+    digests = []
+    for file in files:
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return "sha256:" + (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())

@@ -1,0 +1,92 @@
+"""Input rules, one function each, applied once at the door. Private to the package.
+
+Messages follow one template: `` `name` must <requirement>; got <actual>. <What to do.> ``
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NORMS = ("linf", "l2")
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    """Require a float tensor (B, C, H, W) of finite pixels in [0, 1]."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor; got {type(images).__name__}. Use `encoder.preprocess(...)`.")
+    if images.ndim != 4:
+        raise ValueError(
+            f"`{name}` must have shape (B, C, H, W); got {tuple(images.shape)}. Add a batch axis with `images[None]`."
+        )
+    if not images.is_floating_point():
+        raise TypeError(f"`{name}` must be a float tensor in [0, 1]; got dtype {images.dtype}. Divide uint8 by 255.")
+    if images.shape[0] == 0:
+        raise ValueError(f"`{name}` must hold at least one image; got an empty batch {tuple(images.shape)}.")
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check how the images were read.")
+    low, high = float(images.min()), float(images.max())
+    if low < 0.0 or high > 1.0:
+        raise ValueError(
+            f"`{name}` must lie in [0, 1]; got values in [{low:.4g}, {high:.4g}]. "
+            "Pass raw pixels: the encoder normalises them itself."
+        )
+
+
+def check_target(target: Tensor, batch: int) -> None:
+    """Require pixels (B or 1, C, H, W) or finite non-zero embeddings (B or 1, D)."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"`target` must be a torch.Tensor; got {type(target).__name__}.")
+    if target.ndim not in (2, 4):
+        raise ValueError(
+            f"`target` must be pixels (B, C, H, W) or embeddings (B, D); got shape {tuple(target.shape)}."
+        )
+    if target.shape[0] not in (1, batch):
+        raise ValueError(f"`target` must have batch size 1 or {batch}; got {target.shape[0]}. Pass one per source.")
+    if target.ndim == 4:
+        check_images(target, "target")
+        return
+    if not target.is_floating_point():
+        raise TypeError(f"`target` must be a float tensor; got dtype {target.dtype}.")
+    check_embeddings(target)
+
+
+def check_embeddings(z: Tensor) -> None:
+    """Require finite embeddings of non-zero norm: the error is relative to ‖z‖."""
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError("`target` embeddings must be finite; got NaN or infinity.")
+    if bool((z.norm(dim=1) == 0).any()):
+        raise ValueError("`target` embeddings must have non-zero norm: the embedding error is relative to it.")
+
+
+def check_radius(radius: float | None, norm: str, num_pixels: int) -> None:
+    """Require `radius` None, or in (0, 1] for linf and (0, √N] for l2."""
+    if norm not in NORMS:
+        raise ValueError(f"`norm` must be one of {', '.join(NORMS)}; got {norm!r}.")
+    if radius is None:
+        return
+    if isinstance(radius, bool) or not isinstance(radius, int | float):
+        raise TypeError(f"`radius` must be a number or None; got {type(radius).__name__}.")
+    limit = 1.0 if norm == "linf" else math.sqrt(num_pixels)
+    if not math.isfinite(radius) or not 0.0 < radius <= limit:
+        raise ValueError(
+            f"`radius` must lie in (0, {limit:.6g}] for norm {norm!r} (pixels in [0, 1]); got {radius}. "
+            "Use None for no ball, or a value such as 8/255."
+        )
+
+
+def check_positive(value: float, name: str) -> None:
+    """Require a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"`{name}` must be finite and above 0; got {value}.")
+
+
+def check_output(z: Tensor, batch: int) -> None:
+    """Require that f returned a float tensor (B, D)."""
+    if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[0] != batch or not z.is_floating_point():
+        got = f"shape {tuple(z.shape)}, dtype {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
+        raise ValueError(f"`f` must map (B, C, H, W) to a float tensor (B, D); got {got}. Flatten its output to (B, D).")

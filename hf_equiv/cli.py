@@ -1,0 +1,225 @@
+"""The command line. Heavy modules are imported inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+IMAGES = "W is an image file, a folder, a parquet file, a Hub dataset id[:config][:split], or 'builtin'."
+
+
+class Radius(click.ParamType[float | None]):
+    """A number or a fraction such as 8/255; `none` for no ball."""
+
+    name = "R"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        """Parse the option."""
+        if not isinstance(value, str):
+            return None if value is None else float(value)
+        if value.strip().lower() == "none":
+            return None
+        over, _, under = value.partition("/")
+        try:
+            return float(over) / float(under) if under else float(over)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"`radius` must be a number or a fraction such as 8/255; got {value!r}.") from None
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+_model_options = _options(
+    click.option("--revision", metavar="REV", help="Commit, branch or tag of the model on the Hub."),
+    click.option(
+        "--readout", default="auto", show_default=True, metavar="NAME",
+        help="Which output is the embedding: auto, cls, mean, pooler, tokens, logits, hidden:K, projection.",
+    ),
+    click.option("--normalize", is_flag=True, help="Divide embeddings by their L2 norm."),
+    click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K. Default: cuda if there is one."),
+    click.option("--dtype", default="float32", show_default=True, metavar="TYPE", help="float32 or float64."),
+    click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept."),
+    click.option("--local-files-only", is_flag=True, help="Never ask the Hub; use what is in the cache."),
+)  # fmt: skip
+
+_run_options = _options(
+    click.option(
+        "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. Default: runs/VERB/MODEL/HASH8."
+    ),
+    click.option(
+        "--overwrite", type=click.Choice(["missing", "always", "never"]), default="missing", show_default=True,
+        help="Make what is not there; replace an earlier run; or refuse to touch one.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random draw."),
+    click.option("--batch-size", type=int, metavar="B", help="Images worked on at once. Default: 8, on a GPU 32."),
+    click.option("--image-column", metavar="NAME", help="Image column of a dataset."),
+    click.option("--label-column", metavar="NAME", help="Class column of a dataset."),
+    click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes; write nothing."),
+)  # fmt: skip
+
+_output_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress, no table."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="hf-equiv", prog_name="hf-equiv")
+def cli() -> None:
+    r"""Find images that share an embedding, for any vision checkpoint, and check what was found.
+
+    \b
+    hf-equiv match builtin                          cat -> coffee with the model that ships here
+    hf-equiv match facebook/deit-tiny-patch16-224 --source dog.jpg --target car.jpg
+    hf-equiv verify runs/match/builtin/1a2b3c4d     recompute every row from its PNG files
+    hf-equiv env facebook/dinov2-small              what the checkpoint offers
+
+    Exit codes: 0 done; 1 some row did not converge, or a check did not hold; 2 bad input.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--source", metavar="W", help=f"Images to start from. {IMAGES}")
+@click.option("--target", metavar="W", help="The image whose embedding is wanted; or as many as there are sources.")
+@click.option("--data", metavar="W", help="Images to draw pairs from, of different classes where there are classes.")
+@click.option("--pairs", type=int, metavar="N", help="How many pairs to draw from --data. Default: 10.")
+@click.option("--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs", show_default=True)
+@click.option("--radius", type=Radius(), help="Stay in a ball about the source: 8/255, 0.03. Default: no ball.")
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Norm of the ball.")
+@click.option("--rtol", type=float, default=1e-5, show_default=True, help="Embedding error at which a match is done.")
+@click.option("--max-evals", type=int, default=1000, show_default=True, help="Forward+backward passes per image.")
+@click.option("--no-refine", is_flag=True, help="Round the match to 8 bit instead of refining it there.")
+@click.option("--labels", metavar="A,B,C", help="Class names for zero-shot labels (CLIP, SigLIP).")
+@_model_options
+@_run_options
+@_output_options
+def match(model: str, **given: Any) -> int:
+    r"""Turn source images into images with the embedding of target images.
+
+    MODEL is a Hub id, a folder or 'builtin'. Without --source, --target or --data, the built-in photos are used:
+    cat -> coffee.
+
+    \b
+    hf-equiv match builtin
+    hf-equiv match builtin --source cat.jpg --target coffee.jpg --radius 8/255
+    hf-equiv match facebook/deit-tiny-patch16-224 --data photos/ --pairs 20
+    hf-equiv match openai/clip-vit-base-patch32 --data cifar10:test --pairs 50 --labels cat,dog,ship
+
+    The run directory is a dataset: matches/*.parquet (PNG images and all numbers), float/, figures/pairs.png. Stopped
+    runs go on with the same command.
+    """  # noqa: DOC201 (this is the help text)
+    from hf_equiv import matchcommand
+
+    return matchcommand.run(model, **given)
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--model", metavar="PATH", help="Where the checkpoint is, if the run used a local folder.")
+@click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K.")
+@click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept.")
+@click.option("--local-files-only", is_flag=True, help="Never ask the Hub.")
+@_output_options
+def verify(
+    directory: Path, model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool,
+    as_json: bool, quiet: bool,
+) -> int:  # fmt: skip
+    """Recompute every row of a run directory from its PNG files.
+
+    Checks the SHA-256 of each file, that no row is missing or doubled, and every number within max(3 x the float noise
+    floor, 1e-6). Each problem is named; the exit code is 1 if there is one.
+    """  # noqa: DOC201 (this is the help text)
+    from hf_equiv import display, environment
+
+    with display.result_stream() as out:
+        from hf_equiv.verify import verify_run
+
+        environment.calm(quiet=as_json or quiet)
+        with display.counter("verifying", quiet=as_json or quiet) as count:
+            report = verify_run(
+                directory, model=model, device=device, cache_dir=cache_dir, local_files_only=local_files_only,
+                observer=count,
+            )  # fmt: skip
+        if as_json:
+            display.print_json(report.to_json(), out)
+        elif not quiet or not report.holds:
+            display.print_report(report, str(directory), out)
+    return 0 if report.holds else 1
+
+
+@cli.command()
+@click.argument("model", required=False)
+@_model_options
+@_output_options
+def env(model: str | None, **given: Any) -> int:
+    """Show versions and, for a MODEL, its embedding size, readouts, processor and head."""
+    as_json, quiet = given.pop("as_json"), given.pop("quiet")
+    from hf_equiv import display, environment
+
+    with display.result_stream() as out:
+        environment.calm(quiet=as_json or quiet)
+        facts: dict[str, Any] = {"versions": environment.versions(), "device": environment.device()}
+        if model is not None:
+            facts["model"] = environment.describe(environment.load_encoder(model, **given))
+        if as_json:
+            display.print_json(facts, out)
+        else:
+            display.print_facts(facts, out)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 not all held, 2 bad input, 130 interrupted."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    debug = os.environ.get("HF_EQUIV_DEBUG", "") not in ("", "0")
+    try:
+        return int(cli.main(arguments, prog_name="hf-equiv", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted.", 130)
+    except click.Abort as error:
+        return _fail(str(error.__cause__ or error.__context__ or "") or "interrupted.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if debug:
+            raise
+        return _fail(_message(error))
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(f"{type(error).__name__}: {_message(error)} (HF_EQUIV_DEBUG=1 shows where)")
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return str(error) or type(error).__name__
+
+
+def _fail(message: str, code: int = 2) -> int:
+    click.echo("error: " + " ".join(message.split()), err=True)
+    return code

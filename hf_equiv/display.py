@@ -1,0 +1,227 @@
+"""What a person sees in the terminal: progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hf_equiv.matchrows import Observer, RunProgress
+    from hf_equiv.run import RunOutcome
+    from hf_equiv.verify import VerifyReport
+
+LINE_EVERY = 15.0
+"""Seconds between plain progress lines when stderr is no terminal."""
+
+
+@contextlib.contextmanager
+def run_progress(*, quiet: bool) -> Iterator[Observer]:
+    """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere, notes always."""
+    if quiet:
+        yield lambda p: _note(p)
+    elif sys.stderr.isatty():
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+            refresh_per_second=4,
+        ) as bars:  # fmt: skip
+            yield _Bars(bars)
+    else:
+        yield _Lines()
+
+
+class _Bars:
+    """One bar for the run, one line for each image of the batch."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.whole = bars.add_task("matches", total=None, state="")
+        self.images: dict[str, Any] = {}
+        self.stage = ""
+
+    def __call__(self, p: RunProgress) -> None:
+        if p.stage == "note":
+            self.bars.console.print(f"error: {escape(p.message)}", highlight=False)
+            return
+        self.bars.update(self.whole, total=p.total, completed=p.done, state=f"{p.done} of {p.total}")
+        if p.stage == "saved":
+            self._clear()
+            return
+        if p.stage != self.stage or set(p.pair_ids) != set(self.images):
+            self._clear()
+            self.stage = p.stage
+            self.images = {
+                name: self.bars.add_task(f"  {p.stage} {escape(_cut(name, 36))}", total=None, state="")
+                for name in p.pair_ids
+            }
+        if p.errors is None or p.num_evals is None or p.active is None:
+            return
+        for name, error, evals, active in zip(
+            p.pair_ids, p.errors.tolist(), p.num_evals.tolist(), p.active.tolist(), strict=True
+        ):
+            state = f"error {error:.1e}  {evals:.0f} evaluations{'' if active else '  done'}"
+            self.bars.update(self.images[name], state=state, total=None if active else 1, completed=int(not active))
+
+    def _clear(self) -> None:
+        for task in self.images.values():
+            self.bars.remove_task(task)
+        self.images = {}
+        self.stage = ""
+
+
+class _Lines:
+    """A line at the start, after each shard, and every few seconds."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, p: RunProgress) -> None:
+        now = time.monotonic()
+        if p.stage == "note":
+            _note(p)
+        elif p.stage == "saved":
+            _to_stderr(f"{p.done} of {p.total} rows on disk")
+        elif now - self.last >= LINE_EVERY and p.errors is not None and p.num_evals is not None:
+            _to_stderr(
+                f"{p.done} of {p.total}: {p.stage} {len(p.pair_ids)} images, worst error {float(p.errors.max()):.1e}, "
+                f"{float(p.num_evals.max()):.0f} evaluations"
+            )
+        else:
+            return
+        self.last = now
+
+
+@contextlib.contextmanager
+def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a simple count on a terminal; nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    with Progress(
+        TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    ) as bars:  # fmt: skip
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def print_matches(outcome: RunOutcome, settings: Mapping[str, Any], out: Any) -> None:
+    """Print the result of a run: a table of rows (the first 20), the summary in words, and where the files are."""
+    from hf_equiv.metrics import short
+
+    console = _console(out)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    labelled = any(row["match_label"] is not None for row in outcome.rows)
+    for name, side in (("source -> target", "left"), ("status", "left"), ("error", "right"), ("as PNG", "right"),
+                       ("PSNR dB", "right"), ("evaluations", "right"), ("seconds", "right")):  # fmt: skip
+        table.add_column(name, justify=side, no_wrap=True, min_width=min(len(name), 11))  # type: ignore[arg-type]
+    if labelled:
+        table.add_column("seen as (source / match / target)", overflow="ellipsis", no_wrap=True)
+    for row in outcome.rows[:20]:
+        cells = [
+            escape(_cut(row["pair_id"].replace("->", " -> "), 44)),
+            row["status"],
+            short(row["embedding_error"]),
+            short(row["embedding_error_8bit"]),
+            _form(row["psnr_db"], ".1f"),
+            _form(row["num_evals"], ".0f"),
+            _form(row["seconds"], ".1f"),
+        ]
+        if labelled:
+            seen = (row[key] for key in ("source_label", "match_label", "target_label"))
+            cells.append(escape(" / ".join((name or "–").split(",")[0] for name in seen)))
+        table.add_row(*cells)
+    console.print(table)
+    if len(outcome.rows) > 20:
+        console.print(f"… and {len(outcome.rows) - 20} more rows")
+    console.print()
+    console.print(outcome.summary["verdict"], highlight=False, markup=False)
+    for status in sorted({row["status"] for row in outcome.rows} - {"converged"}):
+        from hf_equiv.results import Status
+
+        console.print(f"{status}: {Status(status).advice}", highlight=False, markup=False)
+    console.print()
+    figure = outcome.out / "figures" / "pairs.png"
+    for name, value in (("picture", figure if figure.is_file() else None), ("rows", outcome.out / "matches"),
+                        ("check it", f"hf-equiv verify {outcome.out}")):  # fmt: skip
+        if value is not None:
+            console.print(f"{name + ':':<10}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_report(report: VerifyReport, directory: str, out: Any) -> None:
+    """Print what `verify` found, each problem on a line."""
+    from hf_equiv.metrics import short
+
+    console = _console(out)
+    for problem in report.problems:
+        console.print(problem.message, highlight=False, markup=False, soft_wrap=True)
+    worst = f"worst embedding error {short(report.worst_embedding_error)}"
+    worst += f", as PNG {short(report.worst_embedding_error_8bit)}"
+    if report.holds:
+        console.print(
+            f"All {report.rows} rows of {directory} hold; {worst}.", highlight=False, markup=False, soft_wrap=True
+        )
+    else:
+        counts = f"{report.verified} rows hold, {report.failed} do not"
+        console.print(
+            f"{len(report.problems)} problem(s) in {directory}: {counts}; {worst}.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def print_facts(facts: Mapping[str, Any], out: Any) -> None:
+    """Print nested facts as an indented list."""
+    console = _console(out)
+    for head, values in facts.items():
+        console.print(f"{head}", style="bold", highlight=False, markup=False)
+        for key, value in values.items():
+            if value is None:
+                value = "–"
+            elif isinstance(value, list):
+                value = ", ".join(map(str, value)) or "–"
+            elif isinstance(value, dict):
+                value = ", ".join(f"{k} {v}" for k, v in value.items())
+            console.print(f"  {key.replace('_', ' '):<24}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(value: Any, out: Any) -> None:
+    """Write one JSON object; NaN is refused rather than written."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=out, flush=True)
+
+
+@contextlib.contextmanager
+def result_stream() -> Iterator[Any]:
+    """Send whatever libraries print to stderr; the result goes to the stream that is handed out."""
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield out
+
+
+def _console(out: Any) -> Console:
+    return Console(file=out, width=None if out.isatty() else 160)
+
+
+def _note(p: RunProgress) -> None:
+    if p.stage == "note":
+        _to_stderr(f"error: {p.message}")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 (progress of the CLI)
+
+
+def _form(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _cut(text: str, size: int) -> str:
+    return text if len(text) <= size else text[: size - 1] + "…"

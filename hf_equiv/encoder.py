@@ -1,0 +1,382 @@
+"""A Hub checkpoint as a function f from pixels in [0, 1] to an embedding."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from hf_equiv.checkpoint import Checkpoint, find_checkpoint
+from hf_equiv.hub_files import version
+from hf_equiv.loading import LoadedModel, find_device, load_model
+from hf_equiv.precision import exact_derivatives, float64_softmax, no_tf32
+from hf_equiv.preprocess import Preprocessor, load_preprocessor, normalise
+from hf_equiv.readouts import Layout, check_pixels, check_size, embed, find_layout, native_size, probe, resolve_readout
+from hf_equiv.zero_shot import LabelEmbeddings, embed_labels
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
+
+
+class Encoder:
+    """f: [0, 1]^(3·H·W) → R^D, z = readout(model((x − mean) / std)): one checkpoint, frozen, in eval mode.
+
+    A plain callable: `z = encoder(pixels)` takes (B, 3, H, W) pixels in [0, 1] and gives (B, D). It normalises inside,
+    is differentiable in the pixels, and gives an image the same embedding whatever else is in the batch (to the bit on
+    a CPU). Build one with `Encoder.from_pretrained`.
+
+    Attributes:
+        model_id: the Hub id, folder or "builtin" it was loaded from.
+        revision: commit sha on the Hub, or "sha256:…" of the weights of a local folder.
+        readout: the readout in use, never "auto".
+        readouts: every readout this checkpoint has.
+        embedding_dim: D.
+        input_shape: (3, H, W) of preprocessed images; other sizes work where the model interpolates positions.
+        normalize: whether embeddings are scaled to unit L2 norm.
+        has_head: whether trained classification weights are in the checkpoint.
+        label_names: class names of that head in logit order; None without a head.
+        dtype: floating-point type of weights and embeddings.
+        device: where the weights are.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv import Encoder
+        >>> encoder = Encoder.from_pretrained("builtin")
+        >>> encoder(torch.full((1, *encoder.input_shape), 0.5)).shape == (1, encoder.embedding_dim)
+        True
+
+    References:
+        Salman, Shams, Liu, "Intriguing Equivalence Structures of the Embedding Space of Vision Transformers",
+        arXiv:2401.15568.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        loaded: LoadedModel,
+        preprocessor: Preprocessor,
+        *,
+        readout: str,
+        normalize: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._checkpoint, self._loaded, self._preprocessor = checkpoint, loaded, preprocessor
+        self.model_id, self.revision = checkpoint.model_id, checkpoint.revision
+        self.normalize, self.dtype, self.device = normalize, dtype, device
+        self._mean, self._std = (
+            torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
+            for values in (preprocessor.mean, preprocessor.std)
+        )
+        self._native = native_size(loaded)
+        height, width = preprocessor.size or self._native or (224, 224)
+        self.input_shape = (3, height, width)
+        self._sizes = {(height, width)}
+        self._twin: Encoder | None = None
+        self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
+        self._jvp_works: bool | None = None
+        grey = torch.full((1, *self.input_shape), 0.5, dtype=dtype, device=device)
+        outputs = probe(loaded, normalise(grey, self._mean, self._std), interpolate=self._interpolates(grey))
+        self._layout: Layout = find_layout(loaded, outputs, (height, width))
+        self.readout = resolve_readout(readout, self._layout, self.model_id)
+        self.readouts = self._layout.available
+        with torch.no_grad():
+            self.embedding_dim = int(self(grey).shape[1])
+        names = getattr(loaded.model.config, "id2label", None) or {}
+        self.has_head = loaded.has_head
+        self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | os.PathLike[str],
+        *,
+        readout: str = "auto",
+        normalize: bool = False,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> Encoder:
+        """Load the image encoder of a checkpoint: one model, with its classification head where the checkpoint has one.
+
+        Any vision model of transformers that maps pixels to hidden states; the vision tower of CLIP and SigLIP. Weights
+        are read from safetensors only. The commit is resolved once and every file is of that commit.
+
+        Args:
+            model_id: Hub id, local folder, or "builtin" (a small ViT that ships with the package).
+            readout: which vector is the embedding: "cls", "mean", "pooler", "tokens", "logits", "hidden:K",
+                "projection", or "auto": the image embedding for CLIP and SigLIP; else the pooler if its weights are in
+                the checkpoint or it needs none; else the class token; else the mean.
+            normalize: whether to scale embeddings to unit L2 norm.
+            revision: branch, tag or commit on the Hub; None for the default branch.
+            subfolder: folder inside the repository or `model_id` that holds the model.
+            token: Hub access token; None for the stored one.
+            cache_dir: where Hub files are cached; None for the usual place.
+            local_files_only: whether to use cached files only.
+            trust_remote_code: whether to run Python code that the checkpoint brings.
+            dtype: type of weights and embeddings. State numbers in float32 or float64; half precision moves an
+                embedding by far more than an 8-bit step of the image does.
+            device: where to run; None for CUDA if present, else the CPU.
+
+        Returns:
+            The encoder, frozen and in eval mode.
+
+        Raises:
+            TypeError: `dtype` is no floating-point type.
+
+        Every other failure is a ValueError (no image encoder, no such readout or device, weights missing from the
+        checkpoint), a FileNotFoundError (folder, safetensors or image processor file absent) or another OSError: a
+        damaged file, or the Hub's RepositoryNotFoundError (unknown or private), GatedRepoError,
+        RevisionNotFoundError, ConnectionError (no network, or HF_HUB_OFFLINE=1).
+
+        Example:
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin", readout="cls")
+            >>> encoder.input_shape
+            (3, 64, 64)
+        """
+        if dtype not in _DTYPES:
+            raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
+        place = find_device(device)
+        checkpoint = find_checkpoint(
+            model_id,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+        )
+        loaded = load_model(checkpoint, dtype)
+        preprocessor = load_preprocessor(checkpoint)
+        loaded.to(place)
+        return cls(checkpoint, loaded, preprocessor, readout=readout, normalize=normalize, dtype=dtype, device=place)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the embedding z = f(x) of each image, (B, D), differentiable in the pixels.
+
+        Float32 is float32 (TF32 off during the call), and float64 and forward mode (`torch.func.jvp`) use the attention
+        kernel that has them. Wrap a double backward in `hf_equiv.precision.exact_derivatives` yourself, and a backward
+        pass on CUDA in `hf_equiv.precision.no_tf32`. Values outside [0, 1] are not refused: finite differences step
+        over the edge.
+
+        Args:
+            pixels: (B, 3, H, W), in [0, 1], on the encoder's device; cast to its dtype.
+
+        Returns:
+            (B, D) in the encoder's dtype; of unit L2 norm with `normalize=True`.
+
+        A TypeError or ValueError names a tensor type, shape, size or device that does not fit.
+
+        Example:
+            >>> import torch
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin")
+            >>> x = torch.rand(1, *encoder.input_shape, requires_grad=True)
+            >>> encoder(x).square().sum().backward()
+            >>> x.grad.shape == x.shape
+            True
+        """
+        self._check(pixels)
+        z = self._forward(pixels, self.readout)
+        return z / z.norm(dim=1, keepdim=True) if self.normalize else z
+
+    def preprocess(self, images: Sequence[Image] | Image) -> Tensor:
+        """Return what the checkpoint's own image processor makes of photos, before it normalises: (B, 3, H, W).
+
+        Bit for bit the processor that transformers selects in this environment; recorded in `provenance`. Images are
+        converted to RGB first.
+
+        Args:
+            images: one PIL image or a sequence of them.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1], every value k/255.
+
+        Anything but PIL images is a TypeError. A ValueError says that this environment cannot run the processor
+        (DINOv3's needs torchvision, and leaves the k/255 grid) or that it cannot be split exactly.
+
+        Example:
+            >>> from PIL import Image
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin")
+            >>> encoder.preprocess(Image.new("RGB", (100, 80))).shape == (1, *encoder.input_shape)
+            True
+        """
+        return self._preprocessor(images)
+
+    def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
+        """Return class scores s(x) before the softmax, (B, num_classes).
+
+        Without `labels`, the scores of the checkpoint's own head, named by `label_names`. With `labels`, zero-shot:
+        s = scale · cos(image embedding, text embedding of "a photo of a {label}.") + bias, for CLIP and SigLIP; the
+        text encoder is loaded for it once per list of labels. Costs one forward pass.
+
+        Args:
+            pixels: (B, 3, H, W), in [0, 1].
+            labels: class names for zero-shot classification; None for the head.
+
+        Returns:
+            (B, num_classes) in the encoder's dtype, differentiable in the pixels. SigLIP's scores belong to a sigmoid
+            per label, all others to a softmax over the labels.
+
+        Raises:
+            ValueError: the checkpoint has no head (without `labels`) or no text encoder (with `labels`).
+
+        Example:
+            >>> import torch
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin")
+            >>> scores = encoder.classify(torch.zeros(1, *encoder.input_shape))
+            >>> encoder.label_names[int(scores.argmax())] in encoder.label_names
+            True
+
+        References:
+            Radford et al. 2021, arXiv:2103.00020, §3.1; Zhai et al. 2023, arXiv:2303.15343.
+        """
+        self._check(pixels)
+        if labels is not None:
+            if not self._loaded.two_tower:
+                raise ValueError(
+                    f"`labels` must be None for '{self.model_id}': it has no text encoder. "
+                    + (
+                        "Leave it out: the checkpoint has a head."
+                        if self.has_head
+                        else "Use a CLIP or SigLIP checkpoint."
+                    )
+                )
+            key = tuple(labels)
+            if isinstance(labels, str) or key not in self._labels:
+                self._labels[key] = embed_labels(self._checkpoint, labels, self.dtype, self.device)
+            return self._labels[key].logits(self._forward(pixels, "projection"))
+        if not self.has_head:
+            raise ValueError(
+                f"`classify` must have a classification head; '{self.model_id}' has none. "
+                + ("Pass `labels`." if self._loaded.two_tower else "Use a checkpoint fine-tuned for classification.")
+            )
+        return self._forward(pixels, "logits")
+
+    def double(self) -> Encoder:
+        """Return the same function in float64, made once. Weights are kept exactly, every operation has 53 bits."""
+        if self.dtype == torch.float64:
+            return self
+        if self._twin is None:
+            self._twin = Encoder(
+                self._checkpoint,
+                self._loaded.in_float64(),
+                self._preprocessor,
+                readout=self.readout,
+                normalize=self.normalize,
+                dtype=torch.float64,
+                device=self.device,
+            )
+        return self._twin
+
+    def noise_floor(self, pixels: Tensor) -> Tensor:
+        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image, (B,), float64: what rounding does to the embedding.
+
+        f₆₄ is the float64 twin at the same pixels. No embedding error below this means anything. One image at a time;
+        costs one forward pass in the encoder's dtype and one in float64 each. 0 for a float64 encoder.
+
+        Args:
+            pixels: (B, 3, H, W), in [0, 1].
+
+        Returns:
+            (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
+
+        Example:
+            >>> import torch
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin")
+            >>> bool(encoder.noise_floor(torch.rand(1, *encoder.input_shape)) < 1e-4)
+            True
+        """
+        self._check(pixels)
+        twin, floors = self.double(), []
+        with torch.no_grad():
+            for image in pixels.to(self.dtype).split(1):
+                exact = twin(image.double())
+                floors.append((self(image).double() - exact).norm() / exact.norm())
+        return torch.stack(floors)
+
+    def jvp_probe(self) -> bool:
+        """Return True if a Jacobian-vector product works; tried once on a grey image.
+
+        Raises:
+            RuntimeError: an operation of this model has no forward-mode derivative, or its value is not finite.
+        """
+        if not self._jvp_works:
+            grey = torch.full((1, *self.input_shape), 0.5, dtype=self.dtype, device=self.device)
+            tangent = torch.linspace(-1, 1, grey.numel(), dtype=self.dtype, device=self.device).view_as(grey)
+            try:
+                moved = torch.func.jvp(self, (grey,), (tangent,))[1]
+            except (RuntimeError, NotImplementedError) as error:
+                raise RuntimeError(
+                    f"`encoder` must have forward-mode derivatives for this; '{self.model_id}' with "
+                    f"{self._loaded.attention} attention does not ({' '.join(str(error).split())[:160]}). Use a method "
+                    "that needs gradients only, such as match_embedding, or another checkpoint."
+                ) from error
+            if not bool(torch.isfinite(moved).all()):
+                raise RuntimeError(
+                    f"the JVP of '{self.model_id}' must be finite; got NaN or infinity. Use float32 or float64."
+                )
+            self._jvp_works = True
+        return True
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What every row records of the encoder; `processor` and `versions` are JSON objects in a string."""
+        return {
+            "model_id": self.model_id,
+            "model_revision": self.revision,
+            "readout": self.readout,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self._loaded.attention,
+            "processor": self._preprocessor.record,
+            "versions": json.dumps({name: version(name) for name in _PACKAGES}),
+        }
+
+    def __repr__(self) -> str:
+        """Name the checkpoint, the map it is and where it runs."""
+        shape = "×".join(map(str, self.input_shape))
+        unit = ", normalize=True" if self.normalize else ""
+        return (
+            f"Encoder({self.model_id!r} @ {self.revision[:14]}: {shape} -> {self.embedding_dim}, "
+            f"readout={self.readout!r}{unit}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    def _forward(self, pixels: Tensor, readout: str) -> Tensor:
+        exact = self.dtype == torch.float64
+        # Float64 products on the CPU round by their number of rows: one image at a time, so that an embedding does not
+        # depend on the batch.
+        if pixels.shape[0] > 1 and pixels.device.type == "cpu" and (exact or self._layout.alone):
+            return torch.cat([self._forward(one, readout) for one in pixels.split(1)])
+        with ExitStack() as rules:
+            rules.enter_context(no_tf32())
+            if exact or forward_ad.unpack_dual(pixels).tangent is not None:
+                rules.enter_context(exact_derivatives())
+            if exact and self._loaded.attention == "eager":
+                rules.enter_context(float64_softmax())
+            x = normalise(pixels.to(self.dtype), self._mean, self._std)
+            return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
+
+    def _interpolates(self, pixels: Tensor) -> bool:
+        return self._native is not None and tuple(pixels.shape[2:]) != self._native
+
+    def _check(self, pixels: Tensor) -> None:
+        check_pixels(pixels, self._mean.device)
+        size = (int(pixels.shape[2]), int(pixels.shape[3]))
+        if size not in self._sizes:
+            check_size(self._loaded, self._layout, size, self._native or self.input_shape[1:], self._mean)
+            self._sizes.add(size)

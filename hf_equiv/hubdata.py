@@ -1,0 +1,197 @@
+"""Image columns of parquet files and Hub datasets, read through `datasets` (private helper of `hf_equiv.data`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from PIL import Image
+
+from hf_equiv.imagefile import open_image
+
+Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
+
+
+def load_parquet(name: str, paths: list[str], cache_dir: str | None) -> datasets.Dataset:
+    """Open parquet files as one dataset.
+
+    Returns:
+        The dataset, images not decoded yet.
+
+    Raises:
+        ValueError: a file is damaged or the files do not fit together.
+    """
+    try:
+        return datasets.load_dataset("parquet", data_files={"train": paths}, split="train", cache_dir=cache_dir)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"parquet data {name!r} cannot be read: {_first_line(cause)}. Check the file.") from error
+
+
+def load_hub_dataset(
+    what: str,
+    image_column: str | None,
+    label_column: str | None,
+    cache_dir: str | None,
+    *,
+    local_files_only: bool,
+) -> tuple[str, str, tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]:
+    """Open `id[:config][:split]` at its current commit.
+
+    Returns:
+        The fields of an `ImageSet`, in order.
+
+    Raises:
+        ValueError: unknown, private or gated dataset, configuration or split; no network.
+    """
+    repo_id, _, rest = what.partition(":")
+    parts = rest.split(":") if rest else []
+    if len(parts) > 2:
+        raise ValueError(f"a dataset must be named id[:config][:split]; got {what!r}.")
+    offline = local_files_only or constants.is_offline_mode()
+    revision = _cached_revision(repo_id, cache_dir) if offline else _current_revision(repo_id)
+    config, split = _choose(repo_id, revision, parts)
+    mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
+    try:
+        dataset = datasets.load_dataset(
+            repo_id, config, split=split, revision=revision, cache_dir=cache_dir, download_config=mode
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
+    name = ":".join([repo_id, config, split])
+    ids, labels, read = columns_as_images(dataset, name, image_column, label_column)
+    return name, revision, ids, labels, read
+
+
+def columns_as_images(
+    dataset: datasets.Dataset, name: str, image_column: str | None, label_column: str | None
+) -> Columns:
+    """Find the image and label columns; images are decoded by `open_image`, not by `datasets`.
+
+    Returns:
+        Ids, labels, and a function that decodes image `i`.
+
+    Raises:
+        ValueError: there is no such column, or none that holds images.
+    """
+    features = dataset.features
+    column = image_column or next((k for k, v in features.items() if isinstance(v, datasets.Image)), None)
+    if column is None:
+        column = next((k for k in ("image", "img", "jpg", "png") if k in features), None)
+    if column is None or column not in features:
+        raise ValueError(
+            f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}; it has "
+            f"{', '.join(features)}. Name one with --image-column."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {name!r} must hold images; it is empty.")
+    try:
+        encoded = dataset.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"column {column!r} of {name!r} must hold images; got {features[column]}.") from error
+    labels = _labels(dataset, name, label_column)
+
+    def read(index: int) -> Image.Image:
+        cell = encoded[index][column] or {}
+        where = f"{name} row {index}"
+        if cell.get("bytes") is not None:
+            return open_image(cell["bytes"], where)
+        if cell.get("path"):
+            return open_image(cell["path"], where)
+        raise ValueError(f"image {where!r} is missing from the dataset.")
+
+    return tuple(str(i) for i in range(len(dataset))), labels, read
+
+
+def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> tuple[str | None, ...]:
+    features = dataset.features
+    if label_column is not None and label_column not in features:
+        raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {', '.join(features)}.")
+    column = label_column or next((k for k, v in features.items() if isinstance(v, datasets.ClassLabel)), None)
+    if column is None:
+        column = next((k for k in LABEL_COLUMNS if k in features), None)
+    if column is None:
+        return (None,) * len(dataset)
+    feature, values = features[column], list(dataset.select_columns([column])[column])
+    names: list[str] | None = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return tuple(_label(value, names) for value in values)
+
+
+def _label(value: Any, names: list[str] | None) -> str | None:
+    if value is None or isinstance(value, list | dict):
+        return None
+    if names is None:
+        return str(value)
+    return names[value] if 0 <= value < len(names) else None
+
+
+def _current_revision(repo_id: str) -> str:
+    try:
+        sha = HfApi(library_name="hf_equiv").dataset_info(repo_id).sha
+    except GatedRepoError:
+        raise ValueError(
+            f"dataset {repo_id!r} is gated. Ask for access at {constants.ENDPOINT}/datasets/{repo_id} and log in "
+            "with `hf auth login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the name; "
+            "if it is private, log in with `hf auth login`."
+        ) from None
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is neither a file or folder here nor a dataset name ({error}).") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"dataset {repo_id!r} cannot be looked up: {_first_line(error)}. Check the network, or use local images."
+        ) from error
+    except Exception as error:  # the HTTP client's own connection errors, whose classes differ between its versions
+        if "http" not in type(error).__module__:
+            raise
+        raise ValueError(
+            f"dataset {repo_id!r} cannot be looked up: no connection to {constants.ENDPOINT} ({_first_line(error)}). "
+            "Check the network, or use local images."
+        ) from error
+    if not sha:
+        raise ValueError(f"the Hub names no commit of dataset {repo_id!r}.")
+    return sha
+
+
+def _cached_revision(repo_id: str, cache_dir: str | None) -> str:
+    from pathlib import Path
+
+    folder = "datasets--" + repo_id.replace("/", "--")
+    ref = Path(cache_dir or constants.HF_HUB_CACHE) / folder / "refs" / "main"
+    if not ref.is_file():
+        raise ValueError(
+            f"{repo_id!r} is neither a file nor a folder here, and as a Hub dataset it is not in the cache while the "
+            "Hub is switched off (--local-files-only or HF_HUB_OFFLINE=1). Check the name or allow the network."
+        )
+    return ref.read_text().strip()
+
+
+def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str]:
+    """Settle configuration and split; a single part may be either."""
+    try:
+        configs = datasets.get_dataset_config_names(repo_id, revision=revision)
+        config = next((p for p in parts[:1] if p in configs), "default" if "default" in configs else configs[0])
+        splits = datasets.get_dataset_split_names(repo_id, config, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"dataset {repo_id!r} cannot be opened: {_first_line(error)}") from error
+    wanted = [p for p in parts if p != config]
+    if len(wanted) > 1 or (wanted and wanted[0] not in splits):
+        raise ValueError(
+            f"dataset {repo_id!r} has no {':'.join(parts)!r}; configurations: {', '.join(configs)}; "
+            f"splits of {config!r}: {', '.join(splits)}."
+        )
+    if wanted:
+        return config, wanted[0]
+    return config, next((s for s in ("validation", "test", "train") if s in splits), splits[0])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

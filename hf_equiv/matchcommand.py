@@ -1,0 +1,114 @@
+"""The `match` command: plan, dry run or run, and the result as table or JSON."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hf_equiv import display, environment
+
+
+def run(model: str, **given: Any) -> int:
+    """Carry out `hf-equiv match`; returns the exit code."""
+    with display.result_stream() as out:
+        return _run(model, given, out)
+
+
+def _run(model: str, given: dict[str, Any], out: Any) -> int:
+    from hf_equiv.plan import RunConfig, make_plan
+
+    as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
+    labels = given["labels"]
+    given["labels"] = None if labels is None else tuple(name.strip() for name in labels.split(",") if name.strip())
+    given["refine"] = not given["no_refine"]
+    config = RunConfig(model=model, **{f.name: given[f.name] for f in fields(RunConfig) if f.name != "model"})
+    config.check()
+    if given["batch_size"] is not None and given["batch_size"] < 1:
+        raise ValueError(f"`batch-size` must be at least 1; got {given['batch_size']}.")
+    environment.calm(quiet=quiet)
+    where = {key: given[key] for key in ("cache_dir", "local_files_only")}
+    options = {key: given[key] for key in ("revision", "readout", "normalize", "device", "dtype")}
+    encoder = environment.load_encoder(model, **options, **where)
+    plan = make_plan(config, encoder, **where)
+    folder: Path = given["out"] or plan.default_out
+    if given["dry_run"]:
+        facts = _estimate(plan, folder, given["overwrite"], given["batch_size"])
+        if as_json:
+            display.print_json(_result(plan, folder, (), None) | {"dry_run": facts}, out)
+        else:
+            display.print_facts({"would do": facts}, out)
+        return 0
+
+    from hf_equiv import rundir
+    from hf_equiv.run import run_match
+
+    try:
+        with display.run_progress(quiet=quiet) as observer:
+            outcome = run_match(
+                plan, folder, overwrite=given["overwrite"], batch_size=given["batch_size"], observer=observer
+            )
+    except KeyboardInterrupt:
+        kept = len(rundir.finished_ids(folder)) if folder.is_dir() else 0
+        again = "hf-equiv " + shlex.join(sys.argv[1:]) if len(sys.argv) > 1 else "the same command"
+        raise KeyboardInterrupt(
+            f"interrupted; {kept} of {len(plan.pairs)} rows are kept in {folder}. To finish the rest, run: {again}"
+        ) from None
+    if not outcome.main:
+        return 0
+    if as_json:
+        display.print_json(_result(plan, folder, outcome.rows, outcome.summary), out)
+    elif not given["quiet"]:
+        display.print_matches(outcome, plan.settings, out)
+    return 0 if outcome.converged else 1
+
+
+def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
+    return {
+        "analysis": "match",
+        "model": plan.settings["model_id"],
+        "revision": plan.settings["model_revision"],
+        "out": str(folder),
+        "rows": [_without_nan(row) for row in rows],
+        "summary": summary,
+    }
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -> dict[str, Any]:
+    """Time two evaluations of one image; a typical match takes about 200 and its refinement about 150."""
+    import time
+
+    import torch
+
+    from hf_equiv import rundir
+
+    there = rundir.refuse_early(folder, plan.settings, overwrite)
+    encoder = plan.encoder
+    left = len(plan.pairs) - there
+    x = torch.full((1, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype, requires_grad=True)
+    seconds = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.autograd.grad(encoder(x).double().square().sum(), x)
+        seconds = min(seconds, time.perf_counter() - start)
+    usual = min(plan.config.max_evals, 200) + (150 if plan.config.refine else 0)
+    return {
+        "model": plan.settings["model_id"],
+        "revision": plan.settings["model_revision"],
+        "embedding": f"{plan.settings['readout']}, D = {encoder.embedding_dim}, N = {math.prod(encoder.input_shape)}",
+        "images": plan.settings["data_id"],
+        "pairs": len(plan.pairs),
+        "rows_there": there,
+        "rows_to_make": left,
+        "out": str(folder),
+        "batch_size": batch_size or (8 if encoder.device.type == "cpu" else 32),
+        "seconds_per_evaluation": round(seconds, 4),
+        "estimated_seconds": round(left * usual * seconds, 1),
+    }

@@ -1,0 +1,171 @@
+"""One batch of a match run: match, refine, save as PNG, read back, measure; one row per pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv import metrics, shards
+from hf_equiv.imagefile import decode_png, encode_png
+from hf_equiv.matching import match_embedding
+from hf_equiv.plan import SOLVERS, MatchPlan, Pair
+from hf_equiv.precision import no_tf32
+from hf_equiv.quantize import refine_8bit
+from hf_equiv.results import Progress, Status
+from hf_equiv.shards import Row
+
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """What the observer of a run receives.
+
+    Attributes:
+        stage: `match`, `refine`, `saved` (a shard is on disk), or `note` (see `message`).
+        done: rows on disk.
+        total: rows of the whole run.
+        pair_ids: the batch being worked on.
+        errors: embedding errors of that batch, (B,).
+        num_evals: evaluations of that stage spent so far, (B,).
+        active: images still being worked on, (B,).
+        message: text of a note.
+    """
+
+    stage: str
+    done: int
+    total: int
+    pair_ids: tuple[str, ...] = ()
+    errors: Tensor | None = None
+    num_evals: Tensor | None = None
+    active: Tensor | None = None
+    message: str = ""
+
+
+Observer = Callable[[RunProgress], None]
+
+
+def make_rows(
+    plan: MatchPlan, batch: Sequence[Pair], errors: dict[str, str], tell: Observer, done: int
+) -> tuple[list[Row], dict[str, Tensor], Row]:
+    """Rows of a batch; a pair that cannot be read or computed gets a row of status `error` and the others go on."""
+    total = len(plan.pairs)
+    rows: dict[str, Row] = {}
+    floats: dict[str, Tensor] = {}
+    costs: Row = {}
+    loaded: list[tuple[Pair, Tensor, Tensor]] = []
+
+    def fail(pair: Pair, error: Exception, images: tuple[Tensor, Tensor] | None = None) -> None:
+        errors[pair.pair_id] = _one_line(error)
+        rows[pair.pair_id] = _error_row(plan, pair, images)
+        note = f"{pair.pair_id}: {errors[pair.pair_id]}"
+        tell(RunProgress("note", done, total, (pair.pair_id,), message=note))
+
+    def compute(part: Sequence[tuple[Pair, Tensor, Tensor]]) -> None:
+        try:
+            made = list(_match_batch(plan, part, tell, done))
+        except (RuntimeError, ValueError) as error:  # out of memory, NaN embedding, a model that fails on one image
+            if len(part) == 1:
+                fail(part[0][0], error, part[0][1:])
+                return
+            for single in part:
+                compute([single])
+            return
+        for row, image, cost in made:
+            rows[row["pair_id"]], floats[row["pair_id"]], costs[row["pair_id"]] = row, image, cost
+
+    for pair in batch:
+        try:
+            loaded.append((pair, *plan.pixels(pair)))
+        except (ValueError, OSError) as error:
+            fail(pair, error)
+    if loaded:
+        compute(loaded)
+    return [rows[pair.pair_id] for pair in batch], floats, costs
+
+
+def _match_batch(
+    plan: MatchPlan, part: Sequence[tuple[Pair, Tensor, Tensor]], tell: Observer, done: int
+) -> Iterator[tuple[Row, Tensor, Row]]:
+    config, encoder = plan.config, plan.encoder
+    ids = tuple(pair.pair_id for pair, _, _ in part)
+    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
+    # The images go through PNG before anything is computed, so that what is analysed is what is stored.
+    files = [(encode_png(source), encode_png(target)) for _, source, target in part]
+    source = torch.stack([decode_png(s, dtype) for s, _ in files]).to(encoder.device)
+    target = torch.stack([decode_png(t, dtype) for _, t in files]).to(encoder.device)
+
+    def hook(stage: str) -> Callable[[Progress], None]:
+        return lambda p: tell(RunProgress(stage, done, len(plan.pairs), ids, p.errors, p.num_evals, p.active))
+
+    with torch.no_grad(), no_tf32():
+        z = encoder(target)
+    ball: dict[str, Any] = {"radius": config.radius, "norm": config.norm, "rtol": config.rtol}
+    found = match_embedding(
+        encoder, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, raise_on_failure=False,
+        progress=hook("match"), **ball,
+    )  # fmt: skip
+    if config.refine:
+        exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **ball)
+        grid, refine_evals, refine_seconds = exact.images, exact.num_evals.tolist(), exact.seconds.tolist()
+    else:
+        grid = torch.stack(
+            [round_into_ball(x, s, config.radius, config.norm) for x, s in zip(found.images, source, strict=True)]
+        )
+        refine_evals = refine_seconds = [0.0] * len(part)
+    for i, (pair, _, _) in enumerate(part):
+        if found.status[i] is Status.ERROR:
+            raise RuntimeError(f"{found.status[i].advice}")
+        png = encode_png(grid[i])
+        measured = metrics.measure_match(
+            encoder, decode_png(files[i][0], dtype), decode_png(png, dtype), decode_png(files[i][1], dtype),
+            seed=config.seed, pair_id=pair.pair_id, labels=config.labels,
+        )  # fmt: skip
+        evals = {"match": float(found.num_evals[i]), "refine": refine_evals[i]}
+        row = {"source": files[i][0], "match": png, "target": files[i][1]} | pair.record() | measured
+        row |= {
+            "status": str(found.status[i]),
+            "embedding_error": metrics.finite(found.errors[i]),
+            "num_evals": evals["match"] + evals["refine"],
+            "seconds": float(found.seconds[i]) + refine_seconds[i],
+        }
+        yield row | plan.provenance, found.images[i], evals
+
+
+def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:
+    """Round pixels (3, H, W) to k/255 without leaving the ball about a source that lies on the grid.
+
+    Each value goes to the nearest level inside the linf ball; for l2, the values that rounding moved outwards at the
+    least gain go one level back, until the distance fits.
+
+    Returns:
+        Pixels k/255, (3, H, W).
+    """
+    levels, centre = image.double() * 255, (source.double() * 255).round()
+    step = levels.round() - centre
+    if radius is not None and norm == "linf":
+        most = int(radius * 255 + 1e-9)
+        step = step.clamp(-most, most)
+    elif radius is not None:
+        outwards = (step.abs() - (levels - centre).abs()).flatten().argsort(descending=True)
+        flat = step.flatten()
+        while (excess := float(flat.square().sum()) - (radius * 255) ** 2) > 0:
+            order = outwards[flat[outwards] != 0]
+            saved = (2 * flat[order].abs() - 1).cumsum(0)  # k² − (k−1)² for each value taken one level back
+            back = order[: int((saved < excess).sum()) + 1]
+            flat[back] -= flat[back].sign()
+        step = flat.view_as(step)
+    return ((centre + step).clamp(0, 255) / 255).to(image.dtype)
+
+
+def _error_row(plan: MatchPlan, pair: Pair, images: tuple[Tensor, Tensor] | None) -> Row:
+    row: Row = dict.fromkeys((*shards.IMAGE_COLUMNS, *shards.ROW_FEATURES))
+    if images is not None:
+        row["source"], row["target"] = encode_png(images[0]), encode_png(images[1])
+    return row | pair.record() | {"status": str(Status.ERROR)} | plan.provenance
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

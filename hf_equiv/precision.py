@@ -1,0 +1,101 @@
+"""Which kernels may compute a stated number: attention for derivatives, TF32 for float32.
+
+Two scoped rules, each restored on exit. The fused attention kernels of PyTorch have no forward mode and no second
+order, and float64 is only float64 when the softmax runs in float64 too; the plain MATH kernel has all three. TF32 keeps
+10 bits of mantissa, so a "float32" convolution or matmul on CUDA is off by about 1e-3 while it is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def exact_derivatives() -> Iterator[None]:
+    """Compute attention with the MATH kernel: forward mode, second order and float64 then hold.
+
+    Wrap every JVP, every double backward and every float64 evaluation. Plain forward + backward is better left to the
+    fused kernels, which are faster and need less memory.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.precision import exact_derivatives
+        >>> q = torch.randn(1, 1, 4, 8)
+        >>> def f(x):
+        ...     return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        >>> with exact_derivatives():
+        ...     _, tangent = torch.func.jvp(f, (q,), (q,))
+        >>> tuple(tangent.shape)
+        (1, 1, 4, 8)
+
+    References:
+        PyTorch, `torch.nn.attention.sdpa_kernel`.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """Switch TF32 off for float32 matmuls and convolutions on CUDA; the caller's settings come back on exit.
+
+    Costs nothing on a CPU. On A100, H100 and H200 the default is TF32 for convolutions, and the patch embedding of a
+    vision transformer is one.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.precision import no_tf32
+        >>> before = torch.backends.cudnn.conv.fp32_precision
+        >>> with no_tf32():
+        ...     torch.backends.cudnn.conv.fp32_precision
+        'ieee'
+        >>> torch.backends.cudnn.conv.fp32_precision == before
+        True
+
+    References:
+        PyTorch, "CUDA semantics: TensorFloat-32 (TF32) on Ampere devices".
+    """
+    switches = _tf32_switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, off in switches:
+            setattr(owner, name, off)
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+@contextmanager
+def float64_softmax() -> Iterator[None]:
+    """Keep a float64 softmax in float64: "eager" attention in transformers asks for float32 whatever the dtype.
+
+    Needed only for models whose attention cannot be the fused or MATH kernel. Everything else is untouched.
+    """
+    with _Float64Softmax():
+        yield
+
+
+class _Float64Softmax(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.softmax and kwargs.get("dtype") is torch.float32:
+            if args[0].dtype is torch.float64:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def _tf32_switches() -> list[tuple[Any, str, Any]]:
+    """Return (owner, attribute, value that means off) for matmul and convolution, in this PyTorch's own terms."""
+    matmul: Any = torch.backends.cuda.matmul
+    conv: Any = getattr(torch.backends.cudnn, "conv", None)
+    if conv is not None and hasattr(conv, "fp32_precision"):
+        # Reading the older `allow_tf32` flags raises while the newer ones differ between operators: never mix the two.
+        return [(matmul, "fp32_precision", "ieee"), (conv, "fp32_precision", "ieee")]
+    return [(matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False)]

@@ -1,0 +1,188 @@
+"""Check one stored row against what its images give (private helper of `hf_equiv.verify`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv import metrics, shards
+from hf_equiv.imagefile import decode_png
+from hf_equiv.precision import no_tf32
+from hf_equiv.results import SCHEMA_VERSION, Status
+from hf_equiv.shards import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.encoder import Encoder
+
+_RELATIVE = ("embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor")
+_COSINES = ("cosine_to_target", "cosine_to_source", "cosine_source_target")
+_PROBS = ("match_prob", "target_label_prob")
+_LABELS = ("source_label", "target_label", "match_label", "same_top1")
+_PIXELS = {"psnr_db": 1e-4, "ssim": 1e-5, "linf": 1e-7, "l2": 1e-5}
+"""Tolerances of what follows from pixels alone: dB, none, pixels in [0, 1], pixels in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that does not hold.
+
+    Attributes:
+        file: file inside the run directory.
+        pair_id: row, or None when it is about a file.
+        column: column, setting or check.
+        stated: what the file says.
+        recomputed: what was found.
+        message: the same in words.
+    """
+
+    file: str
+    pair_id: str | None
+    column: str
+    stated: Any
+    recomputed: Any
+    message: str
+
+
+@dataclass
+class Findings:
+    """Collects problems, the rows they are about, and the worst errors, while the directory is gone through."""
+
+    problems: list[Problem] = field(default_factory=list)
+    bad_rows: set[str] = field(default_factory=set)
+    worst: dict[str, float] = field(default_factory=dict)
+
+    def add(self, file: str, pair_id: str | None, column: str, stated: Any, recomputed: Any, why: str = "") -> None:
+        """Note one problem."""
+        what = f"{file}: " + (f"row {pair_id!r}, " if pair_id else "") + column
+        message = f"{what} states {_show(stated)}, recomputed {_show(recomputed)}" + (f" ({why})" if why else "")
+        self.problems.append(Problem(file, pair_id, column, stated, recomputed, message))
+        if pair_id is not None:
+            self.bad_rows.add(pair_id)
+
+    def note_worst(self, row: Row) -> None:
+        """Keep the largest recomputed errors."""
+        for key in ("embedding_error", "embedding_error_8bit"):
+            if row[key] is not None:
+                self.worst[key] = max(row[key], self.worst.get(key, 0.0))
+
+
+def check_stated(file: str, row: Row, settings: Row, pair: Row | None, found: Findings) -> None:
+    """Check the columns that must equal what `run.json` states, and the version of the row."""
+    name = row["pair_id"]
+    if pair is None:
+        found.add(file, name, "pair_id", name, None, "run.json does not list this pair")
+    version = row["schema_version"]
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        found.add(file, name, "schema_version", version, SCHEMA_VERSION, "a newer hf_equiv wrote this row")
+    for key, expected in {**settings, **(pair or {})}.items():
+        if key in row and row[key] != expected and key != "schema_version":
+            found.add(file, name, key, row[key], expected, "run.json states another")
+    for key in ("num_evals", "seconds"):
+        if row["status"] != Status.ERROR and not (row[key] is not None and row[key] >= 0):
+            found.add(file, name, key, row[key], None, "must be 0 or more")
+
+
+def check_row(file: str, row: Row, image: Tensor | None, encoder: Encoder, settings: Row, found: Findings) -> None:
+    """Recompute one row from its images and its float match, and note what does not agree."""
+    name = row["pair_id"]
+    if row["status"] == Status.ERROR:
+        for key in ("embedding_error", *metrics.MEASURES):
+            if row[key] is not None:
+                found.add(file, name, key, row[key], None, "a row of status error holds no numbers")
+        return
+    if row["status"] not in list(Status):
+        found.add(file, name, "status", row["status"], None, f"must be one of {', '.join(Status)}")
+    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
+    images: dict[str, Tensor] = {}
+    for column in shards.IMAGE_COLUMNS:
+        try:
+            images[column] = decode_png(row[column] or b"", dtype)
+        except ValueError as error:
+            found.add(file, name, column, "a PNG image", None, str(error))
+            return
+        if tuple(images[column].shape) != tuple(encoder.input_shape):
+            found.add(file, name, column, list(images[column].shape), list(encoder.input_shape), "wrong size")
+            return
+    made = metrics.measure_match(
+        encoder, images["source"], images["match"], images["target"],
+        seed=settings["seed"], pair_id=name, labels=settings["labels"],
+    )  # fmt: skip
+    tolerance = max(3 * (made["noise_floor"] or 0.0), 1e-6)
+    made["embedding_error"] = _float_error(file, name, image, images, encoder, settings, found)
+    found.note_worst(made)
+    compared = (*_RELATIVE, *_COSINES) if image is not None else (*_RELATIVE[1:], *_COSINES)
+    for key in compared:
+        _compare(file, row, key, made[key], tolerance, found)
+    for key, limit in _PIXELS.items():
+        _compare(file, row, key, made[key], limit, found)
+    near = max(100 * tolerance, 1e-4)
+    for key in _PROBS:
+        _compare(file, row, key, made[key], near, found)
+    for key in _LABELS:
+        if row[key] != made[key]:
+            found.add(file, name, key, row[key], made[key])
+    _check_ball(file, name, "match", images["match"], images["source"], settings, found)
+    reached, rtol = made["embedding_error"], settings["rtol"]
+    if (
+        reached is not None
+        and abs(reached - rtol) > tolerance
+        and (row["status"] == Status.CONVERGED) != (reached < rtol)
+    ):
+        found.add(file, name, "status", row["status"], reached, f"an embedding error; rtol is {rtol:g}")
+
+
+def _float_error(
+    file: str, name: str, image: Tensor | None, images: Mapping[str, Tensor], encoder: Encoder, settings: Row,
+    found: Findings,
+) -> float | None:  # fmt: skip
+    float_file = f"float/{Path(file).stem}.safetensors"
+    if image is None:
+        found.add(float_file, name, "match", "a float match", None, "it is missing")
+        return None
+    inside = bool(torch.isfinite(image).all()) and 0 <= float(image.min()) and float(image.max()) <= 1
+    if not inside or image.shape != images["source"].shape:
+        found.add(float_file, name, "match", "pixels in [0, 1]", None, f"shape {tuple(image.shape)} or range is wrong")
+        return None
+    _check_ball(float_file, name, "match", image, images["source"], settings, found)
+    two = torch.stack([image.to(images["target"].dtype), images["target"]]).to(encoder.device)
+    with torch.no_grad(), no_tf32():
+        z, z_target = encoder(two)
+    return metrics.relative_error(z, z_target)
+
+
+def _check_ball(
+    file: str, name: str, column: str, image: Tensor, source: Tensor, settings: Row, found: Findings
+) -> None:
+    radius, norm = settings["radius"], settings["norm"]
+    if radius is None:
+        return
+    gap = image.double() - source.double()
+    distance = float(gap.abs().max() if norm == "linf" else gap.norm())
+    if distance > radius * (1 + 1e-6) + 1e-7:
+        found.add(file, name, column, f"{norm} distance at most {radius:g}", distance, "outside the ball")
+
+
+def _compare(file: str, row: Row, key: str, made: float | None, tolerance: float, found: Findings) -> None:
+    stated = row[key]
+    if stated is None or made is None:
+        if stated is not made:
+            found.add(file, row["pair_id"], key, stated, made)
+    elif not abs(stated - made) <= tolerance:  # written so that NaN is a problem
+        found.add(file, row["pair_id"], key, _plain(stated), made, f"tolerance {tolerance:.1e}")
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

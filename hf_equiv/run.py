@@ -1,0 +1,200 @@
+"""Make the rows of a match run, batch by batch, each batch one shard; go on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from hf_equiv import card, metrics, plots, rundir, shards
+from hf_equiv.imagefile import decode_png
+from hf_equiv.matchrows import Observer, RunProgress, make_rows
+from hf_equiv.plan import MatchPlan
+from hf_equiv.precision import no_tf32
+from hf_equiv.results import Status
+from hf_equiv.shards import Row
+
+BASELINE_PAIRS = 64
+"""Pairs whose images make the baseline of unrelated images."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """A finished run.
+
+    Attributes:
+        out: its directory.
+        rows: its rows, in the order of the pairs, without images.
+        summary: as from `metrics.summarize`.
+        main: whether this is the process that speaks for the run; of several, only one does.
+    """
+
+    out: Path
+    rows: tuple[Row, ...]
+    summary: Row
+    main: bool = True
+
+    @property
+    def converged(self) -> bool:
+        """Whether every row has status `converged`."""
+        return all(row["status"] == Status.CONVERGED for row in self.rows)
+
+
+def run_match(
+    plan: MatchPlan,
+    out: Path | None = None,
+    *,
+    overwrite: str = "missing",
+    batch_size: int | None = None,
+    observer: Observer | None = None,
+) -> RunOutcome:
+    """Carry out a plan: match, refine, save as PNG, read back, measure, write.
+
+    Rows are on disk after each batch; on a full disk an OSError says so and they are kept. A run that was stopped, at
+    whatever moment, is finished by the same call: rows that are there are kept, the others are made.
+
+    Args:
+        plan: from `make_plan`.
+        out: run directory; by default `plan.default_out`.
+        overwrite: `missing` makes what is not there; `always` replaces an earlier run; `never` refuses to touch one.
+        batch_size: pairs matched at once, and the size of a shard; on a CPU it changes no number. Default 8, CUDA 32.
+        observer: called with a `RunProgress` after every batched evaluation; what it raises ends the run.
+
+    Returns:
+        The rows as read back from disk, and the summary.
+
+    Raises:
+        ValueError: the directory holds another run, or is being written.
+    """
+    if overwrite not in rundir.OVERWRITE:
+        raise ValueError(f"`overwrite` must be one of {', '.join(rundir.OVERWRITE)}; got {overwrite!r}.")
+    size = batch_size or (8 if plan.encoder.device.type == "cpu" else 32)
+    if size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {size}.")
+    folder = out or plan.default_out
+    tell = observer or (lambda _: None)
+    state = _processes(plan.encoder.device)
+    records = [pair.record() for pair in plan.pairs]
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        _work(plan, folder, size, tell, state)
+        state.wait_for_everyone()  # until the main process has written the summary
+        return _outcome(plan, folder, rundir.read_record(folder)["summary"], main=False)
+    with rundir.locked(folder):
+        rundir.prepare(folder, plan.settings, records, overwrite)
+        state.wait_for_everyone()
+        errors = _work(plan, folder, size, tell, state)
+        record = rundir.read_record(folder)
+        if errors or not record["complete"] or not _files_there(folder, record):
+            summary = _finish(plan, folder, record.get("errors", {}) | errors)
+        else:
+            summary = record["summary"]
+        state.wait_for_everyone()
+        return _outcome(plan, folder, summary)
+
+
+def _processes(device: torch.device) -> PartialState:
+    state = PartialState(cpu=device.type == "cpu")
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted != state.num_processes:
+        raise ValueError(
+            f"{wanted} processes were started but they do not see each other (each thinks it is one of "
+            f"{state.num_processes}). Launch with `accelerate launch --multi_gpu --num_processes {wanted} -m hf_equiv`."
+        )
+    return state
+
+
+def _work(plan: MatchPlan, folder: Path, size: int, tell: Observer, state: PartialState) -> dict[str, str]:
+    """Make this process's share of the missing rows; returns messages of rows that ended in an error."""
+    finished = rundir.finished_ids(folder)
+    state.wait_for_everyone()  # every process has read the same list before the first one writes
+    left = [pair for pair in plan.pairs if pair.pair_id not in finished]
+    errors: dict[str, str] = {}
+    done, total = len(finished), len(plan.pairs)
+    tell(RunProgress("saved", done, total))
+    with state.split_between_processes(left) as mine:
+        for start in range(0, len(mine), size):
+            batch = mine[start : start + size]
+            rows, floats, costs = make_rows(plan, batch, errors, tell, done)
+            shards.write_shard(folder, batch[0].index, rows, floats, costs)
+            done += len(batch)
+            tell(RunProgress("saved", done, total, tuple(pair.pair_id for pair in batch)))
+    state.wait_for_everyone()
+    return errors
+
+
+def _finish(plan: MatchPlan, folder: Path, errors: dict[str, str]) -> Row:
+    """Write summary, figure, card and `run.json`, in this order: the record names the hashes of the others."""
+    order = {pair.pair_id: pair.index for pair in plan.pairs}
+    rows = sorted(shards.read_rows(folder), key=lambda row: order[row["pair_id"]])
+    summary = summarize_run(plan.encoder, folder, rows, plan.config.rtol, [pair.pair_id for pair in plan.pairs])
+    pictures = plots.pairs_figure(_first_pictures(folder, order, plots.MAX_PAIRS), summary["verdict"], plan.settings)
+    if pictures is not None:
+        shards.write_atomic(folder / "figures" / "pairs.png", pictures)
+    shards.write_atomic(folder / "README.md", card.run_card(plan.settings, summary).encode())
+    rundir.write_record(
+        folder,
+        plan.settings,
+        [pair.record() for pair in plan.pairs],
+        complete=True,
+        summary=summary,
+        errors={k: v for k, v in errors.items() if k in order},
+    )
+    return summary
+
+
+def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, pair_ids: Sequence[str]) -> Row:
+    """Summary of a run directory's rows, with the baseline from the stored images of its first pairs.
+
+    Args:
+        encoder: f.
+        folder: run directory.
+        rows: its rows.
+        rtol: tolerance of the run.
+        pair_ids: ids of all pairs, in order.
+
+    Returns:
+        As `metrics.summarize`, with the median evaluations of matching and refining apart.
+    """
+    wanted = set(pair_ids[:BASELINE_PAIRS])
+    z: dict[str, tuple[Tensor, Tensor]] = {}
+    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
+    for row in shards.read_rows(folder, images=True) if wanted else ():
+        if row["pair_id"] in wanted and row["status"] != Status.ERROR:
+            two = torch.stack([decode_png(row["source"], dtype), decode_png(row["target"], dtype)])
+            with torch.no_grad(), no_tf32():
+                a, b = encoder(two.to(encoder.device)).cpu()
+            z[row["pair_id"]] = (a, b)
+    kept = [z[name] for name in pair_ids if name in z]
+    baseline = None
+    if kept:
+        baseline = metrics.random_pair_baseline(torch.stack([a for a, _ in kept]), torch.stack([b for _, b in kept]))
+    summary = metrics.summarize(rows, baseline, rtol)
+    costs = shards.read_costs(folder)
+    for stage in ("match", "refine"):
+        spent = [cost[stage] for cost in costs.values()]
+        summary["median"][f"num_evals_{stage}"] = median(spent) if spent else None
+    return summary
+
+
+def _first_pictures(folder: Path, order: dict[str, int], limit: int) -> list[Row]:
+    first = {name for name, index in order.items() if index < limit}
+    rows = [r for r in shards.read_rows(folder, images=True) if r["pair_id"] in first and r["match"] is not None]
+    return sorted(rows, key=lambda row: order[row["pair_id"]])
+
+
+def _files_there(folder: Path, record: Row) -> bool:
+    return bool(record["files"]) and all((folder / name).is_file() for name in record["files"])
+
+
+def _outcome(plan: MatchPlan, folder: Path, summary: Row, *, main: bool = True) -> RunOutcome:
+    order = {pair.pair_id: pair.index for pair in plan.pairs}
+    rows = sorted(shards.read_rows(folder), key=lambda row: order[row["pair_id"]])
+    return RunOutcome(folder, tuple(rows), summary, main)

@@ -1,0 +1,198 @@
+"""A run directory: settings, lock, what is finished, what is left, the closing `run.json` and dataset card."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_equiv import shards
+from hf_equiv.results import SCHEMA_VERSION
+from hf_equiv.shards import Row
+
+RECORD = "run.json"
+OVERWRITE = ("missing", "always", "never")
+_OWN_FOLDERS = ("matches", "float", "figures")
+_LOCK = ".lock"
+
+
+def read_record(folder: Path) -> Row:
+    """Read `run.json`.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it was written by a newer version.
+    """
+    path = folder / RECORD
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} must be a run directory; it does not exist. Check the path.")
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} must be a run directory; it has no {RECORD}.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, _ = int(record["schema_version"]), record["settings"]["model_id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({type(error).__name__}: {error}).") from error
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{str(folder)!r} was written with schema_version {version}; this version of hf_equiv knows up to "
+            f"{SCHEMA_VERSION}. Upgrade hf_equiv."
+        )
+    return dict(record)
+
+
+def prepare(folder: Path, settings: Row, pairs: Sequence[Row], overwrite: str) -> None:
+    """Make `folder` ready for a run of these settings, by the rule of `overwrite`; run under `locked`.
+
+    `missing` goes on with a run of the same settings; `always` deletes an earlier run (and nothing else); `never`
+    refuses to touch one.
+
+    Raises:
+        ValueError: the folder holds another run, or files that are not a run's.
+    """
+    record = folder / RECORD
+    if record.exists():
+        if overwrite == "never":
+            raise ValueError(f"{str(folder)!r} holds a run already and --overwrite is never. Give another --out.")
+        if overwrite == "always":
+            _delete_run(folder)
+        else:
+            _refuse_other_settings(folder, read_record(folder)["settings"], settings)
+    else:
+        _refuse_foreign(folder)
+    _sweep(folder)
+    if not record.exists() or overwrite == "always":
+        write_record(folder, settings, pairs, complete=False)
+
+
+def refuse_early(folder: Path, settings: Row, overwrite: str) -> int:
+    """Apply the rules of `prepare` without writing, for a dry run.
+
+    Returns:
+        The number of rows that are there already and would be kept.
+
+    Raises:
+        ValueError: as `prepare`.
+    """
+    if not (folder / RECORD).exists():
+        _refuse_foreign(folder)
+        return 0
+    if overwrite == "never":
+        raise ValueError(f"{str(folder)!r} holds a run already and --overwrite is never. Give another --out.")
+    if overwrite == "always":
+        return 0
+    _refuse_other_settings(folder, read_record(folder)["settings"], settings)
+    return sum(1 for _ in shards.read_rows(folder))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the directory's lock, so that two runs never write into it at once.
+
+    Raises:
+        ValueError: another process holds it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"run directory {str(folder)!r} cannot be written: {error.strerror}.") from error
+    try:
+        _flock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def finished_ids(folder: Path) -> set[str]:
+    """Ids of the pairs whose rows are on disk."""
+    return {row["pair_id"] for row in shards.read_rows(folder)}
+
+
+def write_record(
+    folder: Path,
+    settings: Row,
+    pairs: Sequence[Row],
+    *,
+    complete: bool,
+    summary: Row | None = None,
+    errors: Mapping[str, str] | None = None,
+) -> None:
+    """Write `run.json`: settings, the list of pairs, and once complete the summary and SHA-256 of every file."""
+    files: dict[str, str] = {}
+    if complete:
+        inside = (p for name in _OWN_FOLDERS for p in (folder / name).glob("*") if p.is_file())
+        files = {
+            p.relative_to(folder).as_posix(): shards.sha256_file(p)
+            for p in [*sorted(inside), folder / "README.md"]
+            if p.is_file() and not p.name.startswith(".")
+        }
+    record = {
+        "analysis": "match",
+        "schema_version": SCHEMA_VERSION,
+        "complete": complete,
+        "settings": settings,
+        "pairs": list(pairs),
+        "summary": summary,
+        "errors": dict(errors or {}),
+        "files": files,
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    shards.write_atomic(folder / RECORD, text.encode())
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty and not a run directory (no {RECORD}). Give another --out.")
+
+
+def _refuse_other_settings(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
+    if other:
+        told = ", ".join(f"{key} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)" for key in other)
+        raise ValueError(
+            f"{str(folder)!r} holds a run of other settings: {told}. Give another --out, or --overwrite always to "
+            "replace it."
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete rows and figures; the old record is replaced afterwards, so a kill in between leaves a run directory."""
+    for name in _OWN_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed run may have left: temporary files, and float files whose rows were not written."""
+    for place in (folder, *(folder / name for name in _OWN_FOLDERS)):
+        for leftover in place.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+    stems = {p.stem for p in shards.shard_files(folder)}
+    for orphan in (folder / "float").glob("*.safetensors"):
+        if orphan.stem not in stems:
+            orphan.unlink(missing_ok=True)
+
+
+def _flock(descriptor: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: there the check is left out
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{str(folder)!r} is being written by another run. Wait for it, stop it, or give another --out."
+        ) from None

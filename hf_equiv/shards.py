@@ -1,0 +1,211 @@
+"""Rows and float images on disk: whole shards, written beside and renamed, read back and merged into one list.
+
+A shard is `matches/part-NNNNN.parquet` with `float/part-NNNNN.safetensors`, NNNNN being the place of its first pair
+in the run's list. The parquet file is renamed last: a shard exists when its parquet file does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+Row = dict[str, Any]
+
+IMAGE_COLUMNS = ("source", "match", "target")
+_TEXT, _NUMBER = datasets.Value("string"), datasets.Value("float64")
+
+ROW_FEATURES: dict[str, datasets.Value] = {
+    "pair_id": _TEXT,
+    "source_id": _TEXT,
+    "target_id": _TEXT,
+    "source_class": _TEXT,
+    "target_class": _TEXT,
+    "status": _TEXT,
+    "embedding_error": _NUMBER,
+    "embedding_error_8bit": _NUMBER,
+    "target_quantization_error": _NUMBER,
+    "noise_floor": _NUMBER,
+    "cosine_to_target": _NUMBER,
+    "cosine_to_source": _NUMBER,
+    "cosine_source_target": _NUMBER,
+    "psnr_db": _NUMBER,
+    "ssim": _NUMBER,
+    "linf": _NUMBER,
+    "l2": _NUMBER,
+    "num_evals": _NUMBER,
+    "seconds": _NUMBER,
+    "source_label": _TEXT,
+    "target_label": _TEXT,
+    "match_label": _TEXT,
+    "match_prob": _NUMBER,
+    "target_label_prob": _NUMBER,
+    "same_top1": datasets.Value("bool"),
+}
+"""The columns of a match row, in order."""
+
+PROVENANCE_FEATURES: dict[str, datasets.Value] = {
+    "model_id": _TEXT,
+    "model_revision": _TEXT,
+    "data_id": _TEXT,
+    "data_revision": _TEXT,
+    "readout": _TEXT,
+    "dtype": _TEXT,
+    "attention": _TEXT,
+    "norm": _TEXT,
+    "radius": _NUMBER,
+    "rtol": _NUMBER,
+    "solver": _TEXT,
+    "seed": datasets.Value("int64"),
+    "schema_version": datasets.Value("int64"),
+    "versions": _TEXT,
+    "processor": _TEXT,
+}
+"""What is needed to make a row again; in every row."""
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is either whole or not there: beside, synced, renamed.
+
+    Raises:
+        OSError: the disk is full or cannot be written; no part of the file is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"no space left to write {path.parent.name}/{path.name} ({len(data):,} bytes). Everything written "
+                "before is kept: free some space and run the same command again",
+            ) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_shard(folder: Path, index: int, rows: Sequence[Row], floats: Mapping[str, Tensor], costs: Row) -> None:
+    """Write finished rows and their float matches as one shard.
+
+    Args:
+        folder: run directory.
+        index: place of the first row's pair in the run's list.
+        rows: all columns; the images as PNG bytes.
+        floats: float match (3, H, W) by pair id.
+        costs: evaluations by pair id, {"match": …, "refine": …}, kept in the metadata of the float file.
+    """
+    features = datasets.Features(
+        {name: datasets.Image() for name in IMAGE_COLUMNS} | ROW_FEATURES | PROVENANCE_FEATURES
+    )
+    cells = [
+        row | {c: None if row[c] is None else {"bytes": row[c], "path": None} for c in IMAGE_COLUMNS} for row in rows
+    ]
+    table = datasets.Dataset.from_list([{k: row[k] for k in features} for row in cells], features=features).data.table
+    buffer = io.BytesIO()
+    pq.write_table(table.combine_chunks(), buffer)
+    tensors = {name: image.detach().cpu().contiguous() for name, image in floats.items()}
+    float_file, shard = shard_paths(folder, index)
+    write_atomic(float_file, save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)}))
+    write_atomic(shard, buffer.getvalue())
+
+
+def shard_paths(folder: Path, index: int) -> tuple[Path, Path]:
+    """Return (float file, parquet file) of the shard that starts with pair `index`."""
+    return folder / "float" / f"part-{index:05d}.safetensors", folder / "matches" / f"part-{index:05d}.parquet"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The parquet files of a run directory, sorted."""
+    return sorted((folder / "matches").glob("*.parquet"))
+
+
+def read_shard(path: Path, *, images: bool = False) -> list[Row]:
+    """Read the rows of one shard; with `images` the three PNG files as bytes too.
+
+    Returns:
+        One dict per row.
+
+    Raises:
+        ValueError: the file is no shard of a match run.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            known = set(file.schema_arrow.names)
+            columns = [*(IMAGE_COLUMNS if images else ()), *ROW_FEATURES, *PROVENANCE_FEATURES]
+            missing = [c for c in columns if c not in known]
+            if missing:
+                raise ValueError(f"columns {', '.join(missing)} are missing")
+            rows: list[Row] = file.read(columns=columns).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+        raise ValueError(f"{path.parent.name}/{path.name} is not a whole shard of a match run: {error}") from error
+    for row in rows if images else ():
+        row.update({c: row[c]["bytes"] if isinstance(row[c], dict) else None for c in IMAGE_COLUMNS})
+    return rows
+
+
+def read_rows(folder: Path, *, images: bool = False) -> Iterator[Row]:
+    """Read all rows, shard by shard, in no particular order."""
+    for path in shard_files(folder):
+        yield from read_shard(path, images=images)
+
+
+def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:
+    """Read a float file: the matches by pair id, and the evaluations of matching and refining by pair id.
+
+    Returns:
+        Images (3, H, W), and {"match": …, "refine": …}, both by pair id.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            costs = json.loads((file.metadata() or {}).get("num_evals", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, costs
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
+
+
+def read_costs(folder: Path) -> Row:
+    """Evaluations of matching and refining of all pairs, by pair id."""
+    costs: Row = {}
+    for shard in shard_files(folder):
+        float_file = folder / "float" / f"{shard.stem}.safetensors"
+        with safe_open(float_file, framework="pt") as file:
+            costs |= json.loads((file.metadata() or {}).get("num_evals", "{}"))
+    return costs
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system can sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

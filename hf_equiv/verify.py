@@ -1,0 +1,209 @@
+"""Recompute every row of a run directory from its stored images, and name what does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv import rundir, shards
+from hf_equiv.rowcheck import Findings, Problem, check_row, check_stated
+from hf_equiv.run import summarize_run
+from hf_equiv.shards import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.encoder import Encoder
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify_run` found.
+
+    Attributes:
+        rows: rows in the directory.
+        verified: rows without a problem.
+        failed: rows with one, and pairs without a row.
+        worst_embedding_error: largest recomputed error of a float match.
+        worst_embedding_error_8bit: largest recomputed error of a stored match.
+        problems: everything that does not hold, of rows and of files.
+    """
+
+    rows: int
+    verified: int
+    failed: int
+    worst_embedding_error: float | None
+    worst_embedding_error_8bit: float | None
+    problems: tuple[Problem, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
+
+
+def verify_run(
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    observer: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Check a run directory: every file's SHA-256, every row's presence, every number from the stored images.
+
+    Relative errors and cosines must agree within max(3 × the recomputed noise floor, 1e-6), so that rows made on a GPU
+    verify on a CPU; what follows from pixels alone must agree to rounding. `num_evals`, `seconds` and `seed` are not
+    recomputed. No network is used unless the model comes from the Hub. A folder that is no run directory, a newer
+    schema and a model that is not to be found raise a ValueError.
+
+    Args:
+        folder: run directory.
+        model: where the checkpoint is, if the recorded name does not find it (a local folder's path is not recorded).
+        device: where to compute; by default CUDA if there is one.
+        cache_dir: the Hub's cache.
+        local_files_only: never ask the Hub.
+        observer: called with (rows checked, rows in total).
+
+    Returns:
+        The report; a directory that holds gives no problems.
+
+    Example:
+        >>> report = verify_run("runs/match/builtin/1a2b3c4d")  # doctest: +SKIP
+        >>> report.holds, report.worst_embedding_error_8bit  # doctest: +SKIP
+        (True, 2.1e-05)
+    """
+    folder = Path(folder)
+    record = rundir.read_record(folder)
+    settings = record["settings"]
+    encoder = _load(settings, model, device, cache_dir, local_files_only)
+    found = Findings()
+    _check_model(encoder, settings, found)
+    _check_files(folder, record, found)
+    rows: list[Row] = []
+    places: dict[str, str] = {}
+    listed = {pair["pair_id"]: pair for pair in record["pairs"]}
+    for file, shard in _shards(folder, found):
+        floats = _floats(folder, file, found)
+        for row in shard:
+            name = row["pair_id"]
+            if name in places:
+                found.add(file, name, "pair_id", "one row", "two rows", f"the other is in {places[name]}")
+                continue
+            places[name] = file
+            rows.append({k: v for k, v in row.items() if k not in shards.IMAGE_COLUMNS})
+            check_stated(file, row, settings, listed.get(name), found)
+            check_row(file, row, floats.get(name), encoder, settings, found)
+            if observer is not None:
+                observer(len(rows), len(record["pairs"]))
+    for pair in record["pairs"]:
+        if pair["pair_id"] not in places:
+            why = "" if record["complete"] else "the run is not finished: run the same match command again"
+            found.add("run.json", pair["pair_id"], "pair_id", "a row", "no row", why)
+    if record["complete"] and not found.bad_rows:
+        _check_summary(encoder, folder, rows, record, found)
+    failed = len(found.bad_rows)
+    return VerifyReport(
+        rows=len(rows),
+        verified=len(set(places) - found.bad_rows),
+        failed=failed,
+        worst_embedding_error=found.worst.get("embedding_error"),
+        worst_embedding_error_8bit=found.worst.get("embedding_error_8bit"),
+        problems=tuple(found.problems),
+    )
+
+
+def _load(
+    settings: Row, model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
+) -> Encoder:
+    from hf_equiv.encoder import Encoder
+
+    name, revision = settings["model_id"], settings["model_revision"]
+    local = str(revision).startswith("sha256:") and name != "builtin"
+    if model is None and local:
+        if not Path(name).is_dir():
+            raise ValueError(
+                f"this run used the local checkpoint {name!r} ({revision[:19]}…), which is not in the current folder. "
+                "Name it with --model PATH."
+            )
+        model = f"./{name}"
+    return Encoder.from_pretrained(
+        model or name,
+        revision=None if local or name == "builtin" or model is not None else revision,
+        readout=settings["readout"],
+        normalize=settings["normalize"],
+        dtype=getattr(torch, settings["dtype"].removeprefix("torch.")),
+        device=device,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+
+
+def _check_model(encoder: Encoder, settings: Row, found: Findings) -> None:
+    loaded = encoder.provenance["model_revision"]
+    if loaded != settings["model_revision"]:
+        found.add("run.json", None, "model_revision", settings["model_revision"], loaded, "other weights were loaded")
+
+
+def _check_files(folder: Path, record: Row, found: Findings) -> None:
+    stated: Mapping[str, str] = record["files"]
+    for name, digest in stated.items():
+        path = folder / name
+        now = shards.sha256_file(path) if path.is_file() else None
+        if now != digest:
+            found.add(name, None, "sha256", digest, now, "the file is missing" if now is None else "the file changed")
+    if not record["complete"]:
+        return
+    for path in sorted([*(folder / "matches").glob("*"), *(folder / "float").glob("*")]):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in stated and not path.name.startswith("."):
+            found.add(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
+
+
+def _shards(folder: Path, found: Findings) -> Iterator[tuple[str, list[Row]]]:
+    for path in shards.shard_files(folder):
+        file = path.relative_to(folder).as_posix()
+        try:
+            yield file, shards.read_shard(path, images=True)
+        except ValueError as error:
+            found.add(file, None, "file", "a shard of rows", None, str(error))
+
+
+def _floats(folder: Path, file: str, found: Findings) -> dict[str, Tensor]:
+    path = folder / "float" / f"{Path(file).stem}.safetensors"
+    try:
+        return shards.read_floats(path)[0]
+    except ValueError as error:
+        found.add(path.relative_to(folder).as_posix(), None, "file", "float matches", None, str(error))
+        return {}
+
+
+def _check_summary(encoder: Encoder, folder: Path, rows: Sequence[Row], record: Row, found: Findings) -> None:
+    """The stated summary must follow from the rows, which have been verified; the baseline within float noise."""
+    ids = [pair["pair_id"] for pair in record["pairs"]]
+    order = {name: index for index, name in enumerate(ids)}
+    made = summarize_run(
+        encoder, folder, sorted(rows, key=lambda row: order[row["pair_id"]]), record["settings"]["rtol"], ids
+    )
+    stated = record["summary"] or {}
+    for key in sorted({*made, *stated} - {"verdict"}):
+        for path, a, b in _leaves(key, stated.get(key), made.get(key)):
+            numbers = isinstance(a, int | float) and isinstance(b, int | float)
+            if a != b and not (numbers and abs(a - b) <= max(1e-5 * abs(b), 1e-6 if "baseline" in path else 0.0)):
+                found.add("run.json", None, f"summary.{path}", a, b)
+
+
+def _leaves(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            yield from _leaves(f"{path}.{key}", a.get(key), b.get(key))
+    else:
+        yield path, a, b

@@ -1,0 +1,63 @@
+"""The README tells the truth: its Python runs, its commands, flags, targets and links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hf_equiv.cli import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for language, text in BLOCKS
+    if language in ("bash", "sh", "console")
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.lstrip().startswith("#")
+]
+
+
+def test_there_is_something_to_check():
+    assert PYTHON
+    assert COMMANDS
+
+
+@pytest.mark.parametrize("text", PYTHON, ids=range(len(PYTHON)))
+def test_python_runs(text, tmp_path):
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "hf-equiv"], ids=" ".join)
+def test_commands_parse(words):
+    cli.commands[words[1]].make_context(words[1], words[2:])  # unknown flags and bad values raise
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "make"], ids=" ".join)
+def test_make_targets_exist(words):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:])
+
+
+def test_scripts_and_extras_exist():
+    for words in COMMANDS:
+        for word in words:
+            if word.endswith(".py"):
+                assert (ROOT / word).is_file(), word
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {extra for found in re.findall(r"(?:hf[-_]equiv|\.)\[([\w,]+)\]", README) for extra in found.split(",")}
+    assert named <= set(extras)
+
+
+def test_links_into_the_repository_exist():
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert [link for link in links if link and not (ROOT / link).exists()] == []

@@ -1,0 +1,276 @@
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fakes import TinyEncoder, save_photos
+from PIL import Image
+from safetensors.torch import save_file
+
+from hf_equiv import shards, verify
+from hf_equiv.plan import RunConfig, make_plan
+from hf_equiv.run import run_match
+
+MEASURED = [
+    "embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor", "cosine_to_target",
+    "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2", "match_prob", "target_label_prob",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run of four rows in two shards."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = RunConfig(data=str(save_photos(folder / "photos")), pairs=4, max_evals=60, radius=60 / 255)
+    run_match(make_plan(config, TinyEncoder()), folder / "out", batch_size=2)
+    return folder / "out"
+
+
+@pytest.fixture
+def out(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of that run to tamper with, and a loader that gives its encoder back."""
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def reseal(out: Path) -> None:
+    """Bring the hashes of run.json up to date, as a careful forger would."""
+    record = json.loads((out / "run.json").read_text())
+    record["files"] = {name: shards.sha256_file(out / name) for name in record["files"] if (out / name).is_file()}
+    (out / "run.json").write_text(json.dumps(record))
+
+
+def forge(out: Path, column: str, change, row: int = 0, shard: int = 0) -> str:
+    """Change one cell of one shard; returns the id of the row."""
+    path = out / "matches" / f"part-0000{shard}.parquet"
+    table = pq.read_table(path)
+    cells = table.column(column).to_pylist()
+    cells[row] = change(cells[row])
+    place = table.schema.get_field_index(column)
+    pq.write_table(
+        table.set_column(place, table.schema.field(place), pa.array(cells, table.schema.field(place).type)), path
+    )
+    reseal(out)
+    return table.column("pair_id")[row].as_py()
+
+
+def only(report: verify.VerifyReport, **wanted) -> verify.Problem:
+    found = [p for p in report.problems if all(getattr(p, k) == v for k, v in wanted.items())]
+    assert found, [p.message for p in report.problems]
+    return found[0]
+
+
+def test_an_honest_run_holds(out):
+    report = verify.verify_run(out)
+    assert report.problems == ()
+    assert (report.rows, report.verified, report.failed) == (4, 4, 0)
+    rows = list(shards.read_rows(out))
+    for key in ("embedding_error", "embedding_error_8bit"):
+        assert getattr(report, f"worst_{key}") == pytest.approx(max(row[key] for row in rows), abs=1e-6)
+    assert list(report.to_json()) == [
+        "rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("column", MEASURED)
+def test_forged_number(out, column):
+    name = forge(out, column, lambda v: v + 1e-3)
+    report = verify.verify_run(out)
+    problem = only(report, pair_id=name, column=column, file="matches/part-00000.parquet")
+    assert problem.stated == pytest.approx(problem.recomputed + 1e-3, abs=1e-5)
+    assert f"{column} states" in problem.message
+    assert (report.verified, report.failed) == (3, 1)
+
+
+@pytest.mark.parametrize("column", ["embedding_error", "embedding_error_8bit", "psnr_db", "ssim"])
+def test_missing_number(out, column):
+    name = forge(out, column, lambda _: None)
+    only(verify.verify_run(out), pair_id=name, column=column, stated=None)
+
+
+def test_nan_number(out):
+    name = forge(out, "embedding_error_8bit", lambda _: float("nan"))
+    report = verify.verify_run(out)
+    only(report, pair_id=name, column="embedding_error_8bit", stated="nan")
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("column", ["source_label", "target_label", "match_label"])
+def test_forged_label(out, column):
+    name = forge(out, column, lambda v: "boat" if v != "boat" else "apple")
+    only(verify.verify_run(out), pair_id=name, column=column)
+
+
+def test_forged_flag_class_status_and_seed(out):
+    first = forge(out, "same_top1", lambda v: not v)
+    forge(out, "source_class", lambda _: "zebra", row=1)
+    forge(out, "status", lambda v: "stalled" if v == "converged" else "converged", shard=2)
+    forge(out, "seed", lambda _: 7, row=1, shard=2)
+    report = verify.verify_run(out)
+    only(report, pair_id=first, column="same_top1")
+    only(report, column="source_class", stated="zebra")
+    only(report, column="seed", stated=7, recomputed=0)
+    assert report.failed >= 3
+
+
+def test_forged_success(out):
+    rows = {row["pair_id"]: row for row in shards.read_rows(out)}
+    name = forge(out, "status", lambda v: "stalled" if v == "converged" else "converged")
+    error = rows[name]["embedding_error"]
+    if abs(error - 1e-5) > 2e-6:
+        only(verify.verify_run(out), pair_id=name, column="status")
+    forge(out, "status", lambda _: "splendid")
+    only(verify.verify_run(out), pair_id=name, column="status", stated="splendid")
+
+
+@pytest.mark.parametrize("column", ["source", "match", "target"])
+def test_changed_pixel(out, column):
+    def edit(cell):
+        pixels = np.array(Image.open(io.BytesIO(cell["bytes"])))
+        pixels[3, 4, 1] ^= 16
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    name = forge(out, column, edit)
+    report = verify.verify_run(out)
+    assert {p.pair_id for p in report.problems} == {name}
+    only(report, pair_id=name, column="embedding_error" if column == "target" else "psnr_db")
+
+
+def test_image_that_is_none(out):
+    name = forge(out, "match", lambda _: {"bytes": b"junk", "path": None})
+    only(verify.verify_run(out), pair_id=name, column="match", stated="a PNG image")
+    name = forge(out, "match", lambda _: None)
+    only(verify.verify_run(out), pair_id=name, column="match", stated="a PNG image")
+
+
+def test_image_outside_the_ball(out):
+    def far(cell):
+        pixels = 255 - np.array(Image.open(io.BytesIO(cell["bytes"])))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    name = forge(out, "match", far)
+    problem = only(verify.verify_run(out), pair_id=name, column="match")
+    assert "outside the ball" in problem.message
+
+
+def test_files_are_hashed(out):
+    path = out / "matches" / "part-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-8] + b"12345678")
+    (out / "figures" / "pairs.png").unlink()
+    (out / "matches" / "more.parquet").write_bytes(b"")
+    report = verify.verify_run(out)
+    assert "the file changed" in only(report, file="matches/part-00000.parquet", column="sha256").message
+    assert "the file is missing" in only(report, file="figures/pairs.png", column="sha256").message
+    assert "does not list" in only(report, file="matches/more.parquet", column="sha256").message
+    only(report, file="matches/part-00000.parquet", column="file")
+
+
+def test_missing_shard(out):
+    (out / "matches" / "part-00002.parquet").unlink()
+    reseal(out)
+    report = verify.verify_run(out)
+    assert sum(p.column == "pair_id" and p.recomputed == "no row" for p in report.problems) == 2
+    assert (report.rows, report.verified, report.failed) == (2, 2, 2)
+
+
+def test_doubled_rows(out):
+    data = (out / "matches" / "part-00000.parquet").read_bytes()
+    (out / "matches" / "part-00009.parquet").write_bytes(data)
+    report = verify.verify_run(out)
+    assert sum(p.recomputed == "two rows" for p in report.problems) == 2
+    assert report.failed == 2
+
+
+def test_unknown_row_and_newer_row(out):
+    forge(out, "pair_id", lambda _: "nobody->nothing")
+    name = forge(out, "schema_version", lambda _: 99, row=1)
+    report = verify.verify_run(out)
+    assert "does not list this pair" in only(report, pair_id="nobody->nothing", column="pair_id").message
+    assert "newer hf_equiv" in only(report, pair_id=name, column="schema_version", stated=99).message
+
+
+def test_float_matches(out):
+    path = out / "float" / "part-00000.safetensors"
+    tensors, _ = shards.read_floats(path)
+    name = sorted(tensors)[0]
+    changed = tensors | {name: (tensors[name] + 0.01).clamp(0, 1)}
+    save_file(changed, path)
+    reseal(out)
+    only(verify.verify_run(out), pair_id=name, column="embedding_error")
+    save_file(tensors | {name: tensors[name] + 2}, path)
+    reseal(out)
+    only(verify.verify_run(out), file="float/part-00000.safetensors", pair_id=name, stated="pixels in [0, 1]")
+    save_file({k: v for k, v in tensors.items() if k != name}, path)
+    reseal(out)
+    only(verify.verify_run(out), pair_id=name, stated="a float match")
+    path.unlink()
+    only(verify.verify_run(out), file="float/part-00000.safetensors", column="file")
+
+
+def test_forged_summary(out):
+    record = json.loads((out / "run.json").read_text())
+    record["summary"]["median"]["psnr_db"] += 1
+    record["summary"]["baseline"]["distance"]["median"] *= 2
+    (out / "run.json").write_text(json.dumps(record))
+    report = verify.verify_run(out)
+    assert {p.column for p in report.problems} == {"summary.median.psnr_db", "summary.baseline.distance.median"}
+
+
+def test_other_weights(out, monkeypatch):
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder(seed=1))
+    report = verify.verify_run(out)
+    only(report, file="run.json", column="model_revision", recomputed=f"sha256:{1:064d}")
+    assert report.failed == 4
+
+
+def test_unfinished_run(photos, tiny, tmp_path, monkeypatch):
+    def stop(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    plan = make_plan(RunConfig(data=str(photos), pairs=4, max_evals=20), tiny)
+    with pytest.raises(KeyboardInterrupt):
+        run_match(plan, tmp_path / "out", batch_size=2, observer=stop)
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    report = verify.verify_run(tmp_path / "out")
+    assert (report.rows, report.verified, report.failed) == (2, 2, 2)
+    assert "the run is not finished" in report.problems[0].message
+
+
+def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
+    (photos / "class1" / "photo1.png").write_bytes(b"broken")
+    run_match(make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny), tmp_path / "out")
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    assert verify.verify_run(tmp_path / "out").holds
+
+
+def test_float64_run_holds(photos, tmp_path, monkeypatch):
+    encoder = TinyEncoder(dtype=torch.float64)
+    run_match(make_plan(RunConfig(data=str(photos), pairs=2, max_evals=40, dtype="float64"), encoder), tmp_path / "out")
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder(dtype=torch.float64))
+    assert verify.verify_run(tmp_path / "out").holds
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(ValueError, match="must be a run directory; it does not exist"):
+        verify.verify_run(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"must be a run directory; it has no run\.json"):
+        verify.verify_run(tmp_path)
+
+
+def test_local_checkpoint_must_be_named(photos, tmp_path, monkeypatch):
+    encoder = TinyEncoder()
+    encoder.provenance["model_id"] = str(tmp_path / "my-model")
+    run_match(make_plan(RunConfig(data=str(photos), pairs=1, max_evals=5), encoder), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"local checkpoint 'my-model' .* Name it with --model PATH"):
+        verify.verify_run("out")
