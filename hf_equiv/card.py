@@ -25,7 +25,9 @@ def run_card(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         ("median embedding error, 8-bit PNG read back", _number(middle["embedding_error_8bit"], ".2e")),
         ("median PSNR to the source [dB]", _number(middle["psnr_db"], ".2f")),
         ("share classified as the target", _number(summary["same_top1"], ".3f")),
-        ("median distance of unrelated images", _number(_unrelated(summary), ".3g")),
+        ("evaluations (forward + backward), median", _number(middle["num_evals"], ".0f")),
+        ("evaluations of the 8-bit refinement, median", _number(middle["num_evals_refine"], ".0f")),
+        (_unrelated_name(summary), _number(_unrelated(summary), ".3g")),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in lines)
     return f"""---
@@ -46,7 +48,9 @@ configs:
 # Embedding matches of `{settings["model_id"]}`
 
 Each row holds a source image, a target image, and a match: an image made from the source whose embedding is the
-target's. {summary["verdict"]}
+target's.
+
+{summary["verdict"]}
 
 ![pairs](figures/pairs.png)
 
@@ -57,7 +61,8 @@ target's. {summary["verdict"]}
 Model `{settings["model_id"]}` at `{settings["model_revision"]}`, readout `{settings["readout"]}`, {settings["dtype"]};
 images from `{settings["data_id"]}`; solver `{settings["solver"]}`, tolerance {settings["rtol"]:g}, within {ball}.
 Embedding error is ‖f(x)−z‖/‖z‖. `embedding_error` is the float image's (`float/*.safetensors`); every other measure is
-of the stored PNG, read back. `run.json` holds the settings and the SHA-256 of every file.
+of the stored PNG, read back. `num_evals` counts the float match; `seconds` is the whole row, refinement included.
+`run.json` holds the settings and the SHA-256 of every file.
 
 ```python
 from datasets import load_dataset
@@ -67,6 +72,10 @@ rows = load_dataset("PATH_OR_NAME_OF_THIS_DATASET", "matches", split="train")
 
 Recompute every row from its images with `hf-equiv verify DIR`.
 """
+
+
+def _unrelated_name(summary: Mapping[str, Any]) -> str:
+    return "distance of source and target" if summary["pairs"] == 1 else "median distance of unrelated images"
 
 
 def _unrelated(summary: Mapping[str, Any]) -> float | None:

@@ -29,7 +29,7 @@ class Checkpoint:
     """The files of one checkpoint at one revision.
 
     Attributes:
-        model_id: what the user asked for: a Hub id, a folder or "builtin".
+        model_id: what the user asked for: a Hub id, a folder or "builtin"; only loading uses it, see `name`.
         folder: where config and weights lie on this machine.
         revision: commit sha on the Hub, or "sha256:…" of the weights of a local folder.
         trust_remote_code: whether Python files of the checkpoint may be executed.
@@ -41,6 +41,13 @@ class Checkpoint:
     revision: str
     trust_remote_code: bool = False
     hub: HubFiles | None = None
+
+    @property
+    def name(self) -> str:
+        """The name to record: the Hub id, "builtin", or a local folder's own name; never a path of this machine."""
+        if self.hub is not None or self.model_id == BUILTIN:
+            return self.model_id
+        return Path(self.model_id).expanduser().resolve().name or "root"
 
     def fetch_tokenizer(self) -> None:
         """Make the tokenizer's files of a Hub checkpoint present in `folder`."""
@@ -77,15 +84,14 @@ def find_checkpoint(
 ) -> Checkpoint:
     """Resolve `model_id` to files on disk at one revision; the weights are fetched by `load_model`.
 
-    The Hub's failures keep their own names: RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError; without
-    network and cache it is a ConnectionError.
-
     Returns:
         The checkpoint; its folder holds config.json.
 
     Raises:
         ValueError: `model_id` is empty or malformed, or a folder is asked for with a revision.
         FileNotFoundError: the folder does not exist or holds no checkpoint.
+        OSError: the Hub's failures by their own names: RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError;
+            without network and cache a ConnectionError.
     """
     name = os.fspath(model_id)
     if not name:

@@ -40,9 +40,7 @@ def check_target(target: Tensor, batch: int) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"`target` must be a torch.Tensor; got {type(target).__name__}.")
     if target.ndim not in (2, 4):
-        raise ValueError(
-            f"`target` must be pixels (B, C, H, W) or embeddings (B, D); got shape {tuple(target.shape)}."
-        )
+        raise ValueError(f"`target` must be pixels (B, C, H, W) or embeddings (B, D); got shape {tuple(target.shape)}.")
     if target.shape[0] not in (1, batch):
         raise ValueError(f"`target` must have batch size 1 or {batch}; got {target.shape[0]}. Pass one per source.")
     if target.ndim == 4:
@@ -89,4 +87,14 @@ def check_output(z: Tensor, batch: int) -> None:
     """Require that f returned a float tensor (B, D)."""
     if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[0] != batch or not z.is_floating_point():
         got = f"shape {tuple(z.shape)}, dtype {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
-        raise ValueError(f"`f` must map (B, C, H, W) to a float tensor (B, D); got {got}. Flatten its output to (B, D).")
+        raise ValueError(
+            f"`f` must map (B, C, H, W) to a float tensor (B, D); got {got}. Flatten its output to (B, D)."
+        )
+
+
+def check_count(value: int, name: str) -> None:
+    """Require a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a whole number; got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {value}.")

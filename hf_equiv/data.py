@@ -139,6 +139,11 @@ def draw_pairs(images: ImageSet, n: int, seed: int) -> list[tuple[int, int]]:
     Source and target are different images, of different classes where both have one. The first m of n pairs are the
     m pairs that a smaller draw gives.
 
+    Args:
+        images: the set to draw from, at least two images.
+        n: how many pairs.
+        seed: seed of the draw.
+
     Returns:
         The pairs, in the order of the draw.
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LINE_EVERY = 15.0
 """Seconds between plain progress lines when stderr is no terminal."""
 
+_LABEL_WIDTH = 110
+"""Columns from which the table has room for labels; the summary in words names them in any case."""
+
 
 @contextlib.contextmanager
 def run_progress(*, quiet: bool) -> Iterator[Observer]:
@@ -120,12 +123,13 @@ def print_matches(outcome: RunOutcome, settings: Mapping[str, Any], out: Any) ->
 
     console = _console(out)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    labelled = any(row["match_label"] is not None for row in outcome.rows)
-    for name, side in (("source -> target", "left"), ("status", "left"), ("error", "right"), ("as PNG", "right"),
-                       ("PSNR dB", "right"), ("evaluations", "right"), ("seconds", "right")):  # fmt: skip
-        table.add_column(name, justify=side, no_wrap=True, min_width=min(len(name), 11))  # type: ignore[arg-type]
+    labelled = console.width >= _LABEL_WIDTH and any(row["match_label"] is not None for row in outcome.rows)
+    table.add_column("source -> target", no_wrap=True)  # the one that gives way on a narrow terminal
+    table.add_column("status", no_wrap=True, min_width=max(len(row["status"]) for row in outcome.rows))
+    for name in ("error", "as PNG", "PSNR dB", "evals", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), 6))
     if labelled:
-        table.add_column("seen as (source / match / target)", overflow="ellipsis", no_wrap=True)
+        table.add_column("seen as (source / match / target)", no_wrap=True)
     for row in outcome.rows[:20]:
         cells = [
             escape(_cut(row["pair_id"].replace("->", " -> "), 44)),
@@ -144,7 +148,7 @@ def print_matches(outcome: RunOutcome, settings: Mapping[str, Any], out: Any) ->
     if len(outcome.rows) > 20:
         console.print(f"… and {len(outcome.rows) - 20} more rows")
     console.print()
-    console.print(outcome.summary["verdict"], highlight=False, markup=False)
+    console.print(outcome.summary["verdict"], highlight=False, markup=False, soft_wrap=not console.is_terminal)
     for status in sorted({row["status"] for row in outcome.rows} - {"converged"}):
         from hf_equiv.results import Status
 
@@ -167,13 +171,16 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
     worst = f"worst embedding error {short(report.worst_embedding_error)}"
     worst += f", as PNG {short(report.worst_embedding_error_8bit)}"
     if report.holds:
+        rows = "The row" if report.rows == 1 else f"All {report.rows} rows"
         console.print(
-            f"All {report.rows} rows of {directory} hold; {worst}.", highlight=False, markup=False, soft_wrap=True
-        )
+            f"{rows} of {directory} {'holds' if report.rows == 1 else 'hold'}; {worst}.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     else:
-        counts = f"{report.verified} rows hold, {report.failed} do not"
+        problems = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+        counts = f"{report.verified} of {report.verified + report.failed} rows hold"
         console.print(
-            f"{len(report.problems)} problem(s) in {directory}: {counts}; {worst}.",
+            f"{problems} in {directory}: {counts}; {worst}.",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -184,13 +191,8 @@ def print_facts(facts: Mapping[str, Any], out: Any) -> None:
     for head, values in facts.items():
         console.print(f"{head}", style="bold", highlight=False, markup=False)
         for key, value in values.items():
-            if value is None:
-                value = "–"
-            elif isinstance(value, list):
-                value = ", ".join(map(str, value)) or "–"
-            elif isinstance(value, dict):
-                value = ", ".join(f"{k} {v}" for k, v in value.items())
-            console.print(f"  {key.replace('_', ' '):<24}{value}", highlight=False, markup=False, soft_wrap=True)
+            name = key if head == "versions" else key.replace("_", " ")
+            console.print(f"  {name:<24}{_plain(value)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any, out: Any) -> None:
@@ -204,6 +206,16 @@ def result_stream() -> Iterator[Any]:
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         yield out
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == []:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return "; ".join(f"{k}: {_plain(v)}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _console(out: Any) -> Console:

@@ -134,11 +134,10 @@ class Encoder:
 
         Raises:
             TypeError: `dtype` is no floating-point type.
-
-        Every other failure is a ValueError (no image encoder, no such readout or device, weights missing from the
-        checkpoint), a FileNotFoundError (folder, safetensors or image processor file absent) or another OSError: a
-        damaged file, or the Hub's RepositoryNotFoundError (unknown or private), GatedRepoError,
-        RevisionNotFoundError, ConnectionError (no network, or HF_HUB_OFFLINE=1).
+            ValueError: no image encoder, no such readout or device, or weights missing from the checkpoint.
+            FileNotFoundError: the folder, its safetensors or its image processor file is absent.
+            OSError: a file is damaged; or the Hub's own RepositoryNotFoundError (unknown or private), GatedRepoError,
+                RevisionNotFoundError, ConnectionError (no network, or HF_HUB_OFFLINE=1).
 
         Example:
             >>> from hf_equiv import Encoder
@@ -177,7 +176,9 @@ class Encoder:
         Returns:
             (B, D) in the encoder's dtype; of unit L2 norm with `normalize=True`.
 
-        A TypeError or ValueError names a tensor type, shape, size or device that does not fit.
+        Raises:
+            TypeError: `pixels` is no float tensor.
+            ValueError: a shape, size or device that does not fit.
 
         Example:
             >>> import torch
@@ -204,8 +205,10 @@ class Encoder:
         Returns:
             (B, 3, H, W) float32 in [0, 1], every value k/255.
 
-        Anything but PIL images is a TypeError. A ValueError says that this environment cannot run the processor
-        (DINOv3's needs torchvision, and leaves the k/255 grid) or that it cannot be split exactly.
+        Raises:
+            TypeError: anything but PIL images.
+            ValueError: this environment cannot run the processor (DINOv3's needs torchvision, and leaves the k/255
+                grid), or it cannot be split exactly.
 
         Example:
             >>> from PIL import Image
@@ -311,7 +314,10 @@ class Encoder:
         return torch.stack(floors)
 
     def jvp_probe(self) -> bool:
-        """Return True if a Jacobian-vector product works; tried once on a grey image.
+        """Try one Jacobian-vector product on a grey image; the answer is kept.
+
+        Returns:
+            True: `torch.func.jvp` works on this encoder and is finite.
 
         Raises:
             RuntimeError: an operation of this model has no forward-mode derivative, or its value is not finite.
@@ -336,9 +342,12 @@ class Encoder:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What every row records of the encoder; `processor` and `versions` are JSON objects in a string."""
+        """What every row records of the encoder; `processor` and `versions` are JSON objects in a string.
+
+        Of a local folder the name is recorded, not the path: with the digest of the weights it says which model it was.
+        """
         return {
-            "model_id": self.model_id,
+            "model_id": self._checkpoint.name,
             "model_revision": self.revision,
             "readout": self.readout,
             "dtype": str(self.dtype).removeprefix("torch."),

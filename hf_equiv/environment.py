@@ -46,7 +46,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         works, why = False, " ".join(str(error).split())
     names = encoder.label_names if encoder.has_head else None
     return {
-        "model_id": encoder.model_id,
+        "model_id": encoder.provenance["model_id"],
         "revision": encoder.revision,
         "readout": encoder.readout,
         "readouts": list(encoder.readouts),

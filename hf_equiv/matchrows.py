@@ -123,12 +123,12 @@ def _match_batch(
             encoder, decode_png(files[i][0], dtype), decode_png(png, dtype), decode_png(files[i][1], dtype),
             seed=config.seed, pair_id=pair.pair_id, labels=config.labels,
         )  # fmt: skip
-        evals = {"match": float(found.num_evals[i]), "refine": refine_evals[i]}
+        evals = {"match": float(found.num_evals[i]), "refine": refine_evals[i]}  # one row column, both in the summary
         row = {"source": files[i][0], "match": png, "target": files[i][1]} | pair.record() | measured
         row |= {
             "status": str(found.status[i]),
             "embedding_error": metrics.finite(found.errors[i]),
-            "num_evals": evals["match"] + evals["refine"],
+            "num_evals": evals["match"],  # what --max-evals bounds
             "seconds": float(found.seconds[i]) + refine_seconds[i],
         }
         yield row | plan.provenance, found.images[i], evals

@@ -222,7 +222,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], baseline: Row | None, rtol: flo
         "label_flipped_to_target": sum(bool(r["same_top1"]) for r in changed) if flips else None,
         "baseline": baseline,
     }
-    summary["verdict"] = _verdict(summary, rtol)
+    summary["verdict"] = _verdict(summary, rows, rtol)
     return summary
 
 
@@ -232,28 +232,29 @@ def finite(value: Tensor | float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _verdict(summary: Row, rtol: float) -> str:
+def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> str:
     n, middle = summary["pairs"], summary["median"]
     if not n or middle["embedding_error_8bit"] is None:
         return "No match was made."
-    png, hit = short(middle["embedding_error_8bit"]), summary["counts"].get("converged", 0)
-    one = n == 1
-    if one:
-        text = f"The match has embedding error {short(middle['embedding_error'])}; as 8-bit PNG, read back, {png}."
+    error, png = short(middle["embedding_error"]), short(middle["embedding_error_8bit"])
+    hit = summary["counts"].get("converged", 0)
+    apart = None if summary["baseline"] is None else short(summary["baseline"]["distance"]["median"])
+    if n == 1:
+        start = "The match embeds as the target" if hit else f"The match did not reach embedding error {short(rtol)}"
+        before = "" if apart is None else f" (the source: {apart})"
+        text = f"{start}: error {error}{before}, and {png} as 8-bit PNG, read back."
     else:
-        text = (
-            f"{hit} of {n} matches reached embedding error {short(rtol)}; as 8-bit PNG, read back, the median is {png}."
-        )
-    if summary["baseline"] is not None:
-        apart = summary["baseline"]["distance"]["median"]
-        text += f" {'Source and target' if one else 'Unrelated images'} are {apart:.2f} apart."
+        text = f"{hit} of {n} matches reached embedding error {short(rtol)}; as 8-bit PNG, read back, the median is "
+        text += f"{png}." + ("" if apart is None else f" Unrelated images are {apart} apart.")
     if middle["psnr_db"] is not None:
-        text += f" {'It keeps' if one else 'They keep'} {middle['psnr_db']:.1f} dB PSNR to the source."
+        text += f" {'PSNR' if n == 1 else 'Median PSNR'} to the source: {middle['psnr_db']:.1f} dB."
     others, flipped = summary["source_labelled_otherwise"], summary["label_flipped_to_target"]
-    if others and one:
-        text += f" The head calls it {'what it calls the target' if flipped else 'something other than the target'}."
+    if others and n == 1:
+        source, match, target = (rows[0][key].split(",")[0] for key in ("source_label", "match_label", "target_label"))
+        like = "like" if flipped else f"not the {target} of"
+        text += f" The head sees {source} in the source and {match} in the match, {like} the target."
     elif others:
-        text += f" Of {others} with another label than their target, {flipped} got the target's label."
+        text += f" Of {others} sources with another label than their target, {flipped} became matches with its label."
     return text
 
 

@@ -185,8 +185,7 @@ def make_plan(
     """Open the images, settle the pairs, and check everything that can be checked without matching.
 
     Images that were named as source or target are read once here, so that a bad one is refused before any work; of
-    images drawn from a set a bad one costs its own row only. Bad options or images, source equal to target, and counts
-    that do not fit raise a ValueError, a path that does not exist a FileNotFoundError.
+    images drawn from a set a bad one costs its own row only.
 
     Args:
         config: the run as the user states it.
@@ -196,6 +195,10 @@ def make_plan(
 
     Returns:
         The plan, ready for `run_match`.
+
+    Raises:
+        ValueError: bad options or images, source equal to target, or counts that do not fit.
+        FileNotFoundError: a path does not exist.
     """
     config.check()
     channels, height, width = encoder.input_shape
@@ -227,8 +230,6 @@ def make_plan(
     revision = sources.data_revision if same else f"{sources.data_revision} + {targets.data_revision}"
     solver = SOLVERS[config.solver]()
     known = {k: _text(v) for k, v in encoder.provenance.items()}
-    if known["model_revision"].startswith("sha256:"):  # a local folder: its name is kept, its path is not
-        known["model_id"] = Path(known["model_id"]).resolve().name
     settings: dict[str, Any] = {
         **{k: known[k] for k in ("model_id", "model_revision", "readout", "dtype", "attention", "processor")},
         "normalize": config.normalize,

@@ -161,7 +161,7 @@ def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, 
         pair_ids: ids of all pairs, in order.
 
     Returns:
-        As `metrics.summarize`, with the median evaluations of matching and refining apart.
+        As `metrics.summarize`, with the median evaluations of refining, which rows do not have.
     """
     wanted = set(pair_ids[:BASELINE_PAIRS])
     z: dict[str, tuple[Tensor, Tensor]] = {}
@@ -177,10 +177,8 @@ def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, 
     if kept:
         baseline = metrics.random_pair_baseline(torch.stack([a for a, _ in kept]), torch.stack([b for _, b in kept]))
     summary = metrics.summarize(rows, baseline, rtol)
-    costs = shards.read_costs(folder)
-    for stage in ("match", "refine"):
-        spent = [cost[stage] for cost in costs.values()]
-        summary["median"][f"num_evals_{stage}"] = median(spent) if spent else None
+    refining = [cost["refine"] for cost in shards.read_costs(folder).values()]
+    summary["median"]["num_evals_refine"] = median(refining) if refining else None
     return summary
 
 

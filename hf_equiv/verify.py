@@ -62,8 +62,7 @@ def verify_run(
 
     Relative errors and cosines must agree within max(3 × the recomputed noise floor, 1e-6), so that rows made on a GPU
     verify on a CPU; what follows from pixels alone must agree to rounding. `num_evals`, `seconds` and `seed` are not
-    recomputed. No network is used unless the model comes from the Hub. A folder that is no run directory, a newer
-    schema and a model that is not to be found raise a ValueError.
+    recomputed. No network is used unless the model comes from the Hub.
 
     Args:
         folder: run directory.
@@ -75,6 +74,9 @@ def verify_run(
 
     Returns:
         The report; a directory that holds gives no problems.
+
+    Raises:
+        ValueError: the folder is no run directory, was written by a newer version, or its model is not to be found.
 
     Example:
         >>> report = verify_run("runs/match/builtin/1a2b3c4d")  # doctest: +SKIP

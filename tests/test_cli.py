@@ -74,7 +74,7 @@ def test_match_for_people(place, capsys):
     assert (code, out, err) == (1, "", "")
     code, out, _ = call(capsys, "verify", folder)
     assert code == 0
-    assert out.startswith(f"All 1 rows of {folder} hold")
+    assert out.startswith(f"The row of {folder} holds")
 
 
 def test_radius_may_be_a_fraction(place, capsys):
@@ -159,6 +159,28 @@ def test_bad_input_is_one_line_and_exit_code_2(place, capsys, arguments, message
     assert message in err
     assert err.count("\n") == 1
     assert not (place / "runs").exists()
+
+
+def test_a_local_checkpoint_is_recorded_by_name_and_found_again(tmp_path, monkeypatch, capsys):
+    from tiny_models import save
+
+    model = save("vit_head", tmp_path / "a-private-place" / "my-model")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, "match", model, "--max-evals", "3", "--out", "run", "--json")
+    assert code == 1
+    assert json.loads(out)["model"] == json.loads(out)["rows"][0]["model_id"] == "my-model"
+    assert "a-private-place" not in out
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) >= 5
+    assert not any(b"a-private-place" in data for data in written)
+    code, _, err = call(capsys, "verify", "run")
+    assert code == 2
+    assert "this run used the local checkpoint 'my-model'" in err
+    assert call(capsys, "verify", "run", "--model", model)[0] == 0
+    other = save("vit_msn", tmp_path / "other" / "my-model")
+    code, out, _ = call(capsys, "verify", "run", "--model", other)
+    assert code == 1
+    assert "other weights were loaded" in out
 
 
 def test_other_settings_exit_2(place, capsys):

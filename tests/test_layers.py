@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_equiv"
 
 # A module may import from the modules listed before it, and from no other.
-NUMERICS = ["results", "checks", "precision", "solvers", "matching", "quantize"]
-ENCODER = ["hub_files", "loading", "readouts", "preprocess", "zero_shot", "encoder"]
+NUMERICS = ["results", "checks", "precision", "jacobian", "feasible", "solvers", "matching", "lattice", "quantize"]
+ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "zero_shot", "encoder"]
 DATA = ["imagefile", "hubdata", "data"]
 RUN = ["shards", "card", "rundir", "plan", "plots", "matchrows", "run"]
 VERIFY = ["rowcheck", "verify"]

@@ -123,7 +123,11 @@ def test_summary(tiny, three):
     assert "1 of 3 matches reached embedding error 1e-5" in summary["verdict"]
     assert "Unrelated images are 1.41 apart" in summary["verdict"]
     assert metrics.summarize([failed], None, 1e-5)["verdict"] == "No match was made."
-    assert metrics.summarize([good], baseline, 1e-5)["verdict"].startswith("The match has embedding error 5e-6")
+    assert metrics.summarize([good], baseline, 1e-5)["verdict"].startswith("The match embeds as the target: error 5e-6")
+    assert "apple in the source and boat in the match, like the target" in metrics.summarize([good], None, 1)["verdict"]
+    one = metrics.summarize([poor | {"match_label": "dune"}], baseline, 1e-5)["verdict"]
+    assert one.startswith("The match did not reach embedding error 1e-5: error 2e-3 (the source: 1.41)")
+    assert "dune in the match, not the boat of the target" in one
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,19 @@ from importlib import metadata
 import pytest
 
 import hf_equiv
+from hf_equiv.solvers import Solver
 
 PUBLIC = [getattr(hf_equiv, name) for name in hf_equiv.__all__]
 FUNCTIONS = [value for value in PUBLIC if inspect.isfunction(value)]
 CLASSES = [value for value in PUBLIC if inspect.isclass(value)]
-METHODS = [
+# What every solver does is said once, in the protocol that they implement.
+SOLVER = {name: member for name, member in vars(Solver).items() if inspect.isfunction(member) and name[0] != "_"}
+METHODS = list(SOLVER.values()) + [
     getattr(owner, name)
     for owner in CLASSES
     for name, member in vars(owner).items()
     if not name.startswith("_") and isinstance(member, classmethod | staticmethod | type(lambda: None))
+    if not (name in SOLVER and inspect.signature(member) == inspect.signature(SOLVER[name]))
 ]
 by_name = {"ids": lambda value: value.__qualname__}
 

@@ -269,7 +269,7 @@ def test_not_a_run(tmp_path):
 
 def test_local_checkpoint_must_be_named(photos, tmp_path, monkeypatch):
     encoder = TinyEncoder()
-    encoder.provenance["model_id"] = str(tmp_path / "my-model")
+    encoder.provenance["model_id"] = "my-model"
     run_match(make_plan(RunConfig(data=str(photos), pairs=1, max_evals=5), encoder), tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"local checkpoint 'my-model' .* Name it with --model PATH"):

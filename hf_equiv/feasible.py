@@ -1,0 +1,74 @@
+"""The set a match may lie in: the box [0, 1]^N and a ball about the source, with exact projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FeasibleSet:
+    """The box [lower, upper], intersected with the ball ‖x − center‖₂ ≤ l2_radius if there is one.
+
+    An L∞ ball is part of the box. `center` lies in the set, so the set is not empty.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    center: Tensor
+    l2_radius: float | None = None
+
+    @classmethod
+    def around(cls, center: Tensor, radius: float | None, norm: str) -> FeasibleSet:
+        """[0, 1] ∩ ball of `radius` in `norm` about `center` (C, H, W), rounded inwards to `center.dtype`."""
+        zero, one = torch.zeros_like(center), torch.ones_like(center)
+        if radius is None or norm == "l2":
+            return cls(zero, one, center, radius)
+        step = _round_down(radius, center.dtype)
+        lower, upper = center - step, center + step
+        # center ± step is rounded to nearest: step one unit inwards where that left the ball.
+        wide = center.double()
+        lower = torch.where(wide - lower.double() > step, torch.nextafter(lower, one * 2), lower)
+        upper = torch.where(upper.double() - wide > step, torch.nextafter(upper, -one), upper)
+        return cls(torch.maximum(lower, zero), torch.minimum(upper, one), center, None)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the set: clip(c + t(x − c)) with the largest t in [0, 1] that stays in the ball."""
+        inside = torch.minimum(torch.maximum(x, self.lower), self.upper)
+        if self.l2_radius is None or _distance(inside, self.center) <= self.l2_radius:
+            return inside
+        low, high, best = 0.0, 1.0, self.center
+        for _ in range(50):
+            t = 0.5 * (low + high)
+            trial = torch.minimum(torch.maximum(self.center + t * (x - self.center), self.lower), self.upper)
+            distance = _distance(trial, self.center)
+            if distance <= self.l2_radius:
+                low, best = t, trial
+                if distance >= self.l2_radius * (1 - 1e-6):
+                    break
+            else:
+                high = t
+        return best
+
+    def free(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Where a small step along −gradient stays in the box, (C, H, W) bool."""
+        return ~(((x <= self.lower) & (gradient > 0)) | ((x >= self.upper) & (gradient < 0)))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """The inner product of two tensors of one shape, accumulated in float64."""
+    return float(torch.dot(a.flatten().double(), b.flatten().double()))
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vector_norm((a.double() - b.double()).flatten()))
+
+
+def _round_down(value: float, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` that does not exceed `value`."""
+    rounded = torch.tensor(value, dtype=dtype)
+    if float(rounded) > value:
+        rounded = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return float(rounded)

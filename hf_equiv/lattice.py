@@ -1,0 +1,149 @@
+"""The 8-bit images near a source, and integer moves among them: a sparse integer least-squares problem."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SLACK = 1e-4  # of an 8-bit step: k/255 and radius are rounded floats, so "inside the ball" needs this much
+_CANDIDATES = 2048  # pixels considered at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """The integers k (N,) with k/255 in the box and the L∞ ball; an L2 ball is a bound on the sum of squares."""
+
+    lower: Tensor
+    upper: Tensor
+    center: Tensor
+    l2_budget: float
+
+    @classmethod
+    def around(cls, image: Tensor, center: Tensor | None, radius: float | None, norm: str) -> Lattice:
+        """The levels of `image`'s pixels allowed by the ball about `center`, in units of 1/255."""
+        middle = (image if center is None else center).detach().flatten().double() * 255
+        reach = radius * 255 if radius is not None and norm == "linf" else 255.0
+        lower = (middle - reach - _SLACK).ceil().clamp(0, 255)
+        upper = (middle + reach + _SLACK).floor().clamp(0, 255)
+        budget = (radius * 255) ** 2 * (1 + 1e-9) if radius is not None and norm == "l2" else math.inf
+        return cls(lower, upper, middle, budget)
+
+    def round(self, image: Tensor) -> Tensor | None:
+        """The nearest lattice point (N,), drawn towards the centre until an L2 ball holds it; None if there is none."""
+        if bool((self.lower > self.upper).any()):
+            return None
+        levels = image.detach().flatten().double() * 255
+        nearest = torch.minimum(torch.maximum(levels.round(), self.lower), self.upper)
+        if self.used(nearest) <= self.l2_budget:
+            return nearest
+        # Take back the roundings that cost most, one step towards the centre each, until the rest fits.
+        inward = (self.center - nearest).sign()
+        saved = (nearest - self.center) ** 2 - (nearest + inward - self.center) ** 2
+        order = saved.argsort(descending=True)
+        total = self.used(nearest) - saved[order].cumsum(0)
+        fits = (total <= self.l2_budget).nonzero()
+        if not len(fits):
+            level = self.center.round()
+            return level if self.used(level) <= self.l2_budget else None
+        count = int(fits[0]) + 1
+        nearest[order[:count]] += inward[order[:count]]
+        return nearest
+
+    def used(self, levels: Tensor) -> float:
+        """Squared distance to the centre, in (1/255)²; 0 where there is no L2 ball."""
+        return 0.0 if self.l2_budget == math.inf else float(((levels - self.center) ** 2).sum())
+
+
+def left_geometry(jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    """Two (D, D) matrices from J = U S Vᵀ (D, N): what J can reach, and the damped whitening of its columns.
+
+    After a LayerNorm all embeddings lie on an ellipsoid, so r has a part across it, of second order in ‖r‖: no step
+    removes it, and it goes as the rest goes. In the whitened metric all directions of the embedding cost alike; in the
+    plain one the few that pixels hardly move (such as the score of the target's own class) stay behind.
+
+    Returns:
+        The projector U_k U_kᵀ for σ above 1e-4 σ₁, the float32 noise; and √μ·U (S² + μ)^(−1/2) Uᵀ with μ a hundredth of
+        the median σ².
+    """
+    values, vectors = torch.linalg.eigh((jacobian @ jacobian.T).double())
+    kept = vectors[:, values > 1e-8 * values[-1]]
+    damping = 1e-2 * float(values.median())
+    whiten = (vectors * (damping / (values.clamp_min(0) + damping)).sqrt()) @ vectors.T
+    return kept @ kept.T, whiten
+
+
+def plan_moves(
+    jacobian: Tensor, whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float, most: int
+) -> Tensor:
+    """Moves (N,) that make ‖r + J·Δ‖ small: plain, and where that stops short, first in the whitened metric."""
+    moves = _integer_least_squares(jacobian, r, levels, lattice, goal, most)
+    left = r + (jacobian @ moves.to(jacobian.dtype)).double()
+    if float(left.norm()) <= max(goal, 0.2 * float(r.norm())):
+        return moves
+    first = _integer_least_squares(whiten.to(jacobian.dtype) @ jacobian, whiten @ r, levels, lattice, 0.3 * goal, most)
+    between = r + (jacobian @ first.to(jacobian.dtype)).double()
+    second = _integer_least_squares(jacobian, between, levels + first, lattice, goal, most)
+    final = between + (jacobian @ second.to(jacobian.dtype)).double()
+    return first + second if final.norm() < left.norm() else moves
+
+
+def _integer_least_squares(
+    jacobian: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float, most: int
+) -> Tensor:
+    """Integer moves Δ (N,) with ‖r + J·Δ‖ small, found greedily, by at most `most` steps; J is per 8-bit step.
+
+    The step s = ±1 of pixel n lowers ‖r‖² by −2s·(Jᵀr)ₙ − ‖Jₙ‖². The best few thousand pixels are taken aside, and
+    among them the best step is made again and again; when these are used up, all pixels are looked at afresh.
+
+    Returns:
+        Δ, float64 holding whole numbers, inside the lattice.
+    """
+    moves = torch.zeros_like(levels)
+    norms2 = jacobian.square().sum(dim=0)
+    used = lattice.used(levels)
+    r = r.clone()
+    for _ in range(50):
+        before = float(r @ r)
+        if before <= goal**2 or most <= 0:
+            break
+        slope = jacobian.T @ r.to(jacobian.dtype)
+        gain = 2 * slope.abs() - norms2
+        sign = -slope.sign()
+        here = levels + moves + sign.double()
+        gain[(here < lattice.lower) | (here > lattice.upper)] = -math.inf
+        value, index = gain.topk(min(_CANDIDATES, gain.numel()))
+        index = index[value > 0]
+        if not len(index):
+            break
+        columns = jacobian[:, index].double()
+        gram = columns.T @ columns
+        c, diagonal = columns.T @ r, gram.diagonal()
+        k, center = (levels + moves)[index], lattice.center[index]
+        low, high = lattice.lower[index], lattice.upper[index]
+        objective = before
+        taken = torch.zeros_like(c)
+        for _ in range(most):
+            s = -c.sign()
+            gains = 2 * c.abs() - diagonal
+            gains[(k + s < low) | (k + s > high)] = -math.inf
+            if lattice.l2_budget != math.inf:
+                gains[used + 2 * s * (k - center) + 1 > lattice.l2_budget] = -math.inf
+            best = int(gains.argmax())
+            won = float(gains[best])
+            if not won > 1e-12 * before or objective <= goal**2:
+                break
+            step = float(s[best])
+            used += 2 * step * float(k[best] - center[best]) + 1
+            k[best] += step
+            taken[best] += step
+            most -= 1
+            c += step * gram[best]
+            objective -= won
+        if not bool(taken.any()):
+            break
+        moves[index] += taken
+        r = r + columns @ taken
+    return moves

@@ -1,0 +1,246 @@
+"""`match_embedding`: images near a source whose embedding is the target's.
+
+The driver of every solver: it batches the points that the unfinished images ask for, keeps each image's best iterate,
+counts, and decides when an image is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_equiv import checks
+from hf_equiv.feasible import FeasibleSet
+from hf_equiv.precision import no_tf32
+from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
+from hf_equiv.solvers import LBFGS, Evaluation, Iterates, Solver
+
+Encoding = Callable[[Tensor], Tensor]
+"""Pixels in [0, 1] (B, C, H, W) to embeddings (B, D), differentiable, each image for itself."""
+
+_NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
+"""Typical ‖f(x) in this dtype − f(x)‖ / ‖f(x)‖ per evaluation, for the line search."""
+
+ProgressHook = Callable[[Progress], None]
+
+
+def match_embedding(
+    f: Encoding,
+    source: Tensor,
+    target: Tensor,
+    solver: Solver | None = None,
+    *,
+    radius: float | None = None,
+    norm: str = "linf",
+    rtol: float = 1e-5,
+    max_evals: int = 1000,
+    raise_on_failure: bool = True,
+    progress: ProgressHook | None = None,
+) -> MatchResult:
+    """Find an image near `source` with the embedding of `target` (a *match*, or metamer).
+
+    Minimises ½‖f(x) − z‖² from x = source over [0, 1]^N ∩ {‖x − source‖ ≤ radius}, for each image b of the batch:
+
+        xᵇ (C, H, W), z = f(target) or target (D,), error ‖f(xᵇ) − zᵇ‖ / ‖zᵇ‖ ≤ rtol.
+
+    Every iterate lies in the feasible set. The residual and the objective are held in float64; f runs in the dtype of
+    `source`, with TF32 off. Finished images leave the batch. Where f itself does not depend on the batch, neither does
+    the result of an image.
+
+    Cost: one evaluation is one forward and one backward pass of one image; the solvers add vector operations only. The
+    default solver keeps 2·`history` images of memory per image of the batch. Encoding the target once is not counted.
+
+    Args:
+        f: the encoder, or any callable (B, C, H, W) -> (B, D).
+        source: where to start and to stay near, (B, C, H, W), pixels in [0, 1]: photos, constants or noise.
+        target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
+        solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) are there to compare.
+        radius: of the ball about the source, in pixel units; None for the box alone.
+        norm: of the ball: "linf" or "l2".
+        rtol: embedding error at which an image is done. Below about 3e-6 float32 noise ends most runs.
+        max_evals: evaluations per image.
+        raise_on_failure: raise if an image misses `rtol`; False returns it with its status.
+        progress: called with a `Progress` after every batched evaluation; an exception raised in it ends the run.
+
+    Returns:
+        The best iterate of each image with its error, cost and status.
+
+    Raises:
+        TypeError: `source` or `target` is no float tensor.
+        ValueError: pixels outside [0, 1], shapes that do not fit, a bad `radius`, `norm`, `rtol` or `max_evals`, or a
+            target that equals its source.
+        ConvergenceError: some image missed `rtol`; `.result` holds all of them.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv import match_embedding
+        >>> weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+        >>> def encode(x):
+        ...     return x.flatten(1) @ weight.T
+        >>> source, target = torch.full((1, 3, 4, 4), 0.4), torch.full((1, 3, 4, 4), 0.6)
+        >>> match = match_embedding(encode, source, target, radius=0.2)
+        >>> bool(match.errors.max() <= 1e-5), bool((match.images - source).abs().max() <= 0.2)
+        (True, True)
+
+    References:
+        Salman, Shams, Liu (2024), arXiv:2401.15568, §3. Mahendran, Vedaldi (2015), arXiv:1412.0035, eq. 1.
+        Sabour et al. (2016), arXiv:1511.05122, eq. 1–2 (matching inside an L∞ ball).
+    """
+    checks.check_images(source, "source")
+    checks.check_target(target, source.shape[0])
+    checks.check_radius(radius, norm, source[0].numel())
+    checks.check_positive(rtol, "rtol")
+    checks.check_count(max_evals, "max_evals")
+    solver = LBFGS() if solver is None else solver
+    with no_tf32():
+        z = target_embeddings(f, source, target)
+        runs = []
+        for image, embedding in zip(source.detach(), z, strict=True):
+            feasible = FeasibleSet.around(image, radius, norm)
+            runs.append(_Run(solver.iterate(image, feasible), embedding, image))
+        _drive(f, runs, rtol, max_evals, progress)
+    result = collect(runs)
+    if raise_on_failure and not result.converged:
+        raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
+    return result
+
+
+def target_embeddings(f: Encoding, source: Tensor, target: Tensor) -> Tensor:
+    """The embeddings (B, D) to reach, float64: those of target pixels, or the target itself."""
+    batch = source.shape[0]
+    if target.ndim == 4:
+        if target.shape[1:] != source.shape[1:]:
+            raise ValueError(
+                f"`target` must have the image shape of `source` {tuple(source.shape[1:])}; "
+                f"got {tuple(target.shape[1:])}. Preprocess both with the same encoder."
+            )
+        same = (source == target).flatten(1).all(dim=1).nonzero().flatten().tolist()
+        if same:
+            raise ValueError(
+                f"`target` must differ from `source`; got the same pixels for {_listing('image', same)}. "
+                "Any image is a match of itself: pass another target."
+            )
+        with torch.no_grad():
+            target = f(target.to(source))
+        checks.check_output(target, target.shape[0])
+        checks.check_embeddings(target)
+    return target.detach().to(source.device, torch.float64).expand(batch, -1)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One image on its way: its solver, the point it waits for, and the best so far."""
+
+    iterates: Iterates
+    target: Tensor
+    best: Tensor
+    error: float = float("inf")
+    num_evals: float = 0.0
+    seconds: float = 0.0
+    status: Status | None = None
+    trace: list[tuple[float, float]] = field(default_factory=list)
+    point: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scale = float(self.target.norm())
+        self.point = next(self.iterates)
+
+    def finish(self, status: Status) -> None:
+        self.status = status
+        self.iterates.close()
+
+
+def _drive(f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress: ProgressHook | None) -> None:
+    """Evaluate the points of all unfinished images in one batch until none is left."""
+    while active := [run for run in runs if run.status is None]:
+        start = time.perf_counter()
+        residuals, gradients = _evaluate(f, active)
+        for run, residual, gradient in zip(active, residuals, gradients, strict=True):
+            _advance(run, residual, gradient, rtol, max_evals)
+        share = (time.perf_counter() - start) / len(active)
+        for run in active:
+            run.seconds += share
+        if progress is not None:
+            progress(snapshot(runs))
+
+
+def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor]:
+    """Residuals r = f(x) − z (B, D) in float64 and gradients Jᵀr (B, C, H, W) at the points of `runs`."""
+    points = torch.stack([run.point for run in runs]).requires_grad_(True)
+    with torch.enable_grad():
+        z = f(points)
+        checks.check_output(z, len(runs))
+        if z.shape[1] != runs[0].target.shape[0]:
+            raise ValueError(
+                f"`target` embeddings must have the encoder's dimension {z.shape[1]}; got {runs[0].target.shape[0]}. "
+                "Pass embeddings of the same encoder and readout, or the target's pixels."
+            )
+        if not z.requires_grad:
+            raise ValueError("`f` must be differentiable; got an output without a gradient. Drop no_grad or detach.")
+        residuals = z.detach().double() - torch.stack([run.target for run in runs])
+        (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype))
+    return residuals, gradients
+
+
+def _advance(run: _Run, residual: Tensor, gradient: Tensor, rtol: float, max_evals: int) -> None:
+    """Book one evaluation of one image and ask its solver for the next point."""
+    run.num_evals += 1.0
+    error = float(residual.norm()) / run.scale
+    if error < run.error:
+        run.error, run.best = error, run.point
+        run.trace.append((run.num_evals, error))
+    if error <= rtol:
+        run.finish(Status.CONVERGED)
+    elif error != error or not bool(torch.isfinite(gradient).all()):
+        run.finish(Status.ERROR)
+    elif run.num_evals >= max_evals:
+        run.finish(Status.MAX_EVALS)
+    else:
+        try:
+            noise = _NOISE[gradient.dtype] * run.scale * float(residual.norm())
+            run.point = run.iterates.send(Evaluation(0.5 * float(residual @ residual), gradient, noise, error))
+        except StopIteration:
+            run.finish(Status.STALLED)
+
+
+def snapshot(runs: list[_Run]) -> Progress:
+    """The state of all images for a progress hook."""
+    return Progress(
+        torch.stack([run.best for run in runs]),
+        torch.tensor([run.error for run in runs], dtype=torch.float64),
+        torch.tensor([run.num_evals for run in runs], dtype=torch.float64),
+        torch.tensor([run.status is None for run in runs]),
+    )
+
+
+def collect(runs: list[_Run]) -> MatchResult:
+    """One frozen record of finished runs."""
+    return MatchResult(
+        torch.stack([run.best for run in runs]),
+        torch.tensor([run.error for run in runs], dtype=torch.float64),
+        torch.tensor([run.num_evals for run in runs], dtype=torch.float64),
+        torch.tensor([run.seconds for run in runs], dtype=torch.float64),
+        tuple(run.status or Status.ERROR for run in runs),
+        tuple(tuple(run.trace) for run in runs),
+    )
+
+
+def _describe_failure(result: MatchResult, rtol: float, max_evals: int) -> str:
+    missed = [i for i, status in enumerate(result.status) if status is not Status.CONVERGED]
+    best = min(float(result.errors[i]) for i in missed)
+    statuses = sorted({result.status[i] for i in missed})
+    advice = " ".join(status.advice for status in statuses)
+    return (
+        f"{len(missed)} of {len(result.status)} images did not reach rtol={rtol:g} in {max_evals} evaluations "
+        f"({_listing('image', missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "
+        "Or pass `raise_on_failure=False`."
+    )
+
+
+def _listing(noun: str, indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+    return f"{noun}{'s' if len(indices) > 1 else ''} {shown}"
