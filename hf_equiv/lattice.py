@@ -10,6 +10,7 @@ from torch import Tensor
 
 _SLACK = 1e-4  # of an 8-bit step: k/255 and radius are rounded floats, so "inside the ball" needs this much
 _CANDIDATES = 2048  # pixels considered at a time
+_PAIRED = 512  # of these, when two steps are made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ def _integer_least_squares(
     """Integer moves Δ (N,) with ‖r + J·Δ‖ small, found greedily, by at most `most` steps; J is per 8-bit step.
 
     The step s = ±1 of pixel n lowers ‖r‖² by −2s·(Jᵀr)ₙ − ‖Jₙ‖². The best few thousand pixels are taken aside, and
-    among them the best step is made again and again; when these are used up, all pixels are looked at afresh.
+    among them the best step is made again and again; when these are used up, all pixels are looked at afresh. When no
+    single step is left that lowers the norm, two are made at once: the difference of two columns is much shorter.
 
     Returns:
         Δ, float64 holding whole numbers, inside the lattice.
@@ -104,43 +106,44 @@ def _integer_least_squares(
     moves = torch.zeros_like(levels)
     norms2 = jacobian.square().sum(dim=0)
     used = lattice.used(levels)
-    r = r.clone()
     for _ in range(50):
-        before = float(r @ r)
-        if before <= goal**2 or most <= 0:
+        objective = float(r @ r)
+        if objective <= goal**2 or most <= 0:
             break
         slope = jacobian.T @ r.to(jacobian.dtype)
+        here = levels + moves - slope.sign().double()
         gain = 2 * slope.abs() - norms2
-        sign = -slope.sign()
-        here = levels + moves + sign.double()
         gain[(here < lattice.lower) | (here > lattice.upper)] = -math.inf
         value, index = gain.topk(min(_CANDIDATES, gain.numel()))
-        index = index[value > 0]
-        if not len(index):
-            break
+        paired = not bool(value[0] > 0)
+        index = index[:_PAIRED][torch.isfinite(value[:_PAIRED])] if paired else index[value > 0]
         columns = jacobian[:, index].double()
         gram = columns.T @ columns
-        c, diagonal = columns.T @ r, gram.diagonal()
-        k, center = (levels + moves)[index], lattice.center[index]
-        low, high = lattice.lower[index], lattice.upper[index]
-        objective = before
+        c, k, center = columns.T @ r, (levels + moves)[index], lattice.center[index]
         taken = torch.zeros_like(c)
-        for _ in range(most):
+        threshold = 1e-12 * objective
+        while most > 0 and objective > goal**2 and len(index):
             s = -c.sign()
-            gains = 2 * c.abs() - diagonal
-            gains[(k + s < low) | (k + s > high)] = -math.inf
+            longer = 2 * s * (k - center) + 1
+            gains = 2 * c.abs() - gram.diagonal()
+            gains[(k + s < lattice.lower[index]) | (k + s > lattice.upper[index])] = -math.inf
+            if paired:
+                gains = gains[:, None] + gains - 2 * s[:, None] * s * gram
+                gains.fill_diagonal_(-math.inf)
+                longer = longer[:, None] + longer
             if lattice.l2_budget != math.inf:
-                gains[used + 2 * s * (k - center) + 1 > lattice.l2_budget] = -math.inf
+                gains[used + longer > lattice.l2_budget] = -math.inf
             best = int(gains.argmax())
-            won = float(gains[best])
-            if not won > 1e-12 * before or objective <= goal**2:
+            won = float(gains.flatten()[best])
+            if not won > threshold:
                 break
-            step = float(s[best])
-            used += 2 * step * float(k[best] - center[best]) + 1
-            k[best] += step
-            taken[best] += step
-            most -= 1
-            c += step * gram[best]
+            used += float(longer.flatten()[best])
+            chosen = divmod(best, len(index)) if paired else (best,)
+            c = c + sum(s[i] * gram[i] for i in chosen)
+            for i in chosen:
+                k[i] += s[i]
+                taken[i] += s[i]
+                most -= 1
             objective -= won
         if not bool(taken.any()):
             break

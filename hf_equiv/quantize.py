@@ -24,6 +24,7 @@ from hf_equiv.results import MatchResult, Progress, Status
 
 _FORWARD = 1 / 3  # evaluations of a forward pass
 _MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to how well J predicted the last
+_WORTH = 5  # times rtol: a smaller error is not worth another Jacobian
 _STALE = 3  # rounds in a row with hardly a decrease before a new Jacobian
 
 
@@ -192,7 +193,7 @@ def _refine(
             cost = jacobian_cost(z.shape[0])
             if spent + cost + _FORWARD > max_evals:
                 return state(Status.MAX_EVALS)
-            if jacobian is not None and error > 0.5 * since:
+            if jacobian is not None and (error > 0.5 * since or error <= _WORTH * rtol):
                 return state(Status.STALLED)
             jacobian = None  # free it first
             _, jacobian = jacobian_matrix(f, to_image(levels))

@@ -1,0 +1,77 @@
+"""The Jacobian against closed forms and autograd's own, whatever the number of cotangents per pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, DIM, images, linear, smooth_mlp
+
+from hf_equiv import jacobian
+from hf_equiv.jacobian import jacobian_cost, jacobian_matrix
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@every_case
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-13), (torch.float32, 5e-6)])
+def test_closed_form(case, dtype, atol):
+    x = images(1, seed=2, dtype=dtype)[0]
+    z, J = jacobian_matrix(case.f, x)
+    assert (z.dtype, J.dtype, tuple(J.shape)) == (dtype, dtype, (DIM, x.numel()))
+    torch.testing.assert_close(J.double(), case.f.jacobian(x), rtol=0, atol=atol)
+    assert torch.equal(z, case.f(x[None])[0])
+    assert not z.requires_grad
+    assert not J.requires_grad
+
+
+@every_case
+def test_equals_autograd_functional(case):
+    x = images(1, seed=3, dtype=torch.float64)
+    dense = torch.autograd.functional.jacobian(case.f, x).reshape(DIM, x.numel())
+    torch.testing.assert_close(jacobian_matrix(case.f, x[0])[1], dense, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, DIM - 1, DIM, DIM + 1, 1000])
+def test_every_chunk_size_gives_the_same_rows(chunk, monkeypatch):
+    x = images(1, seed=4, dtype=torch.float64)[0]
+    passes = []
+    real = torch.autograd.grad
+
+    def counting(outputs, inputs, cotangents, **options):
+        assert options["is_grads_batched"]
+        passes.append(cotangents.shape[0])
+        return real(outputs, inputs, cotangents, **options)
+
+    monkeypatch.setattr(jacobian.torch.autograd, "grad", counting)
+    _, J = jacobian_matrix(smooth_mlp(), x, chunk=chunk)
+    assert sum(passes) == DIM
+    assert max(passes) <= chunk
+    torch.testing.assert_close(J, smooth_mlp().jacobian(x), rtol=0, atol=1e-13)
+
+
+def test_input_that_requires_grad_and_is_not_contiguous():
+    x = images(2, seed=5, dtype=torch.float64)
+    strided = x.to(memory_format=torch.channels_last).requires_grad_(True)[1]
+    assert not strided.is_contiguous()
+    _, J = jacobian_matrix(smooth_mlp(), strided)
+    torch.testing.assert_close(J, smooth_mlp().jacobian(x[1]), rtol=0, atol=1e-13)
+    assert not J.requires_grad
+
+
+def test_works_inside_no_grad():
+    with torch.no_grad():
+        _, J = jacobian_matrix(linear(), images(1, dtype=torch.float64)[0])
+    torch.testing.assert_close(J, linear().A, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("rows", "wide"), [(1, 192), (300, 192)])
+def test_one_row_and_more_rows_than_pixels(rows, wide):
+    weight = torch.randn(rows, wide, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z, J = jacobian_matrix(lambda v: v.flatten(1) @ weight.T, images(1, dtype=torch.float64)[0])
+    assert z.shape == (rows,)
+    torch.testing.assert_close(J, weight, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("rows", "cost"), [(1, 1.0), (4, 3.0), (192, 385 / 3)])
+def test_cost(rows, cost):
+    assert jacobian_cost(rows) == pytest.approx(cost, rel=1e-15)
