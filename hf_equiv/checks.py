@@ -19,7 +19,7 @@ def check_images(images: Tensor, name: str = "images") -> None:
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(images).__name__}. Use `encoder.preprocess(...)`.")
     if images.ndim != 4:
         raise ValueError(
-            f"`{name}` must have shape (B, C, H, W); got {tuple(images.shape)}. Add a batch axis with `images[None]`."
+            f"`{name}` must have shape (B, C, H, W); got {tuple(images.shape)}. Add a batch axis with `{name}[None]`."
         )
     if not images.is_floating_point():
         raise TypeError(f"`{name}` must be a float tensor in [0, 1]; got dtype {images.dtype}. Divide uint8 by 255.")
@@ -29,10 +29,8 @@ def check_images(images: Tensor, name: str = "images") -> None:
         raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check how the images were read.")
     low, high = float(images.min()), float(images.max())
     if low < 0.0 or high > 1.0:
-        raise ValueError(
-            f"`{name}` must lie in [0, 1]; got values in [{low:.4g}, {high:.4g}]. "
-            "Pass raw pixels: the encoder normalises them itself."
-        )
+        cure = "Pass raw pixels: the encoder normalises them itself." if low < 0.0 else "Divide 8-bit values by 255."
+        raise ValueError(f"`{name}` must lie in [0, 1]; got values in [{low:.4g}, {high:.4g}]. {cure}")
 
 
 def check_target(target: Tensor, batch: int) -> None:
@@ -42,7 +40,8 @@ def check_target(target: Tensor, batch: int) -> None:
     if target.ndim not in (2, 4):
         raise ValueError(f"`target` must be pixels (B, C, H, W) or embeddings (B, D); got shape {tuple(target.shape)}.")
     if target.shape[0] not in (1, batch):
-        raise ValueError(f"`target` must have batch size 1 or {batch}; got {target.shape[0]}. Pass one per source.")
+        sizes = "1" if batch == 1 else f"1 or {batch}"
+        raise ValueError(f"`target` must have batch size {sizes}; got {target.shape[0]}. Pass one per source.")
     if target.ndim == 4:
         check_images(target, "target")
         return
@@ -71,7 +70,7 @@ def check_radius(radius: float | None, norm: str, num_pixels: int) -> None:
     if not math.isfinite(radius) or not 0.0 < radius <= limit:
         raise ValueError(
             f"`radius` must lie in (0, {limit:.6g}] for norm {norm!r} (pixels in [0, 1]); got {radius}. "
-            "Use None for no ball, or a value such as 8/255."
+            f"Leave it out for no ball, or use a value such as {'8/255' if norm == 'linf' else '2.5'}."
         )
 
 
@@ -98,3 +97,10 @@ def check_count(value: int, name: str) -> None:
         raise TypeError(f"`{name}` must be a whole number; got {type(value).__name__}.")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1; got {value}.")
+
+
+def check_solver(solver: object) -> None:
+    """Require an object with an `iterate` method, such as `LBFGS()`."""
+    if isinstance(solver, type) or not callable(getattr(solver, "iterate", None)):
+        got = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
+        raise TypeError(f"`solver` must be a solver such as LBFGS(), Adam() or GradientDescent(); got {got}.")

@@ -79,7 +79,7 @@ _output_options = _options(
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="hf-equiv", prog_name="hf-equiv")
 def cli() -> None:
-    r"""Find images that share an embedding, for any vision checkpoint, and check what was found.
+    """Find images that share an embedding, for any vision checkpoint, and check what was found.
 
     \b
     hf-equiv match builtin                          cat -> coffee with the model that ships here
@@ -88,7 +88,7 @@ def cli() -> None:
     hf-equiv env facebook/dinov2-small              what the checkpoint offers
 
     Exit codes: 0 done; 1 some row did not converge, or a check did not hold; 2 bad input.
-    """
+    """  # noqa: D301 (click looks for the backspace itself)
 
 
 @cli.command()
@@ -96,19 +96,27 @@ def cli() -> None:
 @click.option("--source", metavar="W", help=f"Images to start from. {IMAGES}")
 @click.option("--target", metavar="W", help="The image whose embedding is wanted; or as many as there are sources.")
 @click.option("--data", metavar="W", help="Images to draw pairs from, of different classes where there are classes.")
-@click.option("--pairs", type=int, metavar="N", help="How many pairs to draw from --data. Default: 10.")
+@click.option(
+    "--pairs", type=int, metavar="N", help="How many pairs to draw from --data. Default: 10, or all there are."
+)
 @click.option("--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs", show_default=True)
 @click.option("--radius", type=Radius(), help="Stay in a ball about the source: 8/255, 0.03. Default: no ball.")
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Norm of the ball.")
 @click.option("--rtol", type=float, default=1e-5, show_default=True, help="Embedding error at which a match is done.")
-@click.option("--max-evals", type=int, default=1000, show_default=True, help="Forward+backward passes per image.")
+@click.option(
+    "--max-evals",
+    type=int,
+    default=1000,
+    show_default=True,
+    help="Forward+backward passes per match; the 8-bit refinement comes on top.",
+)
 @click.option("--no-refine", is_flag=True, help="Round the match to 8 bit instead of refining it there.")
 @click.option("--labels", metavar="A,B,C", help="Class names for zero-shot labels (CLIP, SigLIP).")
 @_model_options
 @_run_options
 @_output_options
 def match(model: str, **given: Any) -> int:
-    r"""Turn source images into images with the embedding of target images.
+    """Turn source images into images with the embedding of target images.
 
     MODEL is a Hub id, a folder or 'builtin'. Without --source, --target or --data, the built-in photos are used:
     cat -> coffee.
@@ -121,7 +129,7 @@ def match(model: str, **given: Any) -> int:
 
     The run directory is a dataset: matches/*.parquet (PNG images and all numbers), float/, figures/pairs.png. Stopped
     runs go on with the same command.
-    """  # noqa: DOC201 (this is the help text)
+    """  # noqa: D301, DOC201 (this is the help text, and click looks for the backspace itself)
     from hf_equiv import matchcommand
 
     return matchcommand.run(model, **given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,12 @@ def draw_pairs(images: ImageSet, n: int, seed: int) -> list[tuple[int, int]]:
     if n < 1:
         raise ValueError(f"`pairs` must be at least 1; got {n}.")
 
+    if size < 2:
+        raise ValueError(
+            f"`data` must hold at least 2 images to draw pairs; {images.data_id!r} holds {size}. "
+            "Name more images, or a source and a target."
+        )
+
     def usable(i: int, j: int) -> bool:
         return i != j and (labels[i] is None or labels[j] is None or labels[i] != labels[j])
 
@@ -181,6 +188,12 @@ def draw_pairs(images: ImageSet, n: int, seed: int) -> list[tuple[int, int]]:
             f"different classes); got {n}. Ask for fewer pairs or give more images."
         )
     return list(drawn)
+
+
+def count_pairs(images: ImageSet) -> int:
+    """How many ordered pairs `draw_pairs` can choose from: all but those within one class."""
+    classes = Counter(label for label in images.labels if label is not None)
+    return len(images) * (len(images) - 1) - sum(n * (n - 1) for n in classes.values())
 
 
 def _looks_like_path(what: str) -> bool:

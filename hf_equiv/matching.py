@@ -70,7 +70,7 @@ def match_embedding(
         The best iterate of each image with its error, cost and status.
 
     Raises:
-        TypeError: `source` or `target` is no float tensor.
+        TypeError: `source` or `target` is no float tensor, or `solver` no solver.
         ValueError: pixels outside [0, 1], shapes that do not fit, a bad `radius`, `norm`, `rtol` or `max_evals`, or a
             target that equals its source.
         ConvergenceError: some image missed `rtol`; `.result` holds all of them.
@@ -96,6 +96,7 @@ def match_embedding(
     checks.check_positive(rtol, "rtol")
     checks.check_count(max_evals, "max_evals")
     solver = LBFGS() if solver is None else solver
+    checks.check_solver(solver)
     with no_tf32():
         z = target_embeddings(f, source, target)
         runs = []

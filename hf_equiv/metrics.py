@@ -238,7 +238,8 @@ def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> st
         return "No match was made."
     error, png = short(middle["embedding_error"]), short(middle["embedding_error_8bit"])
     hit = summary["counts"].get("converged", 0)
-    apart = None if summary["baseline"] is None else short(summary["baseline"]["distance"]["median"])
+    baseline = summary["baseline"]
+    apart = short(baseline["distance"]["median"]) if baseline and baseline["distance"]["median"] else None
     if n == 1:
         start = "The match embeds as the target" if hit else f"The match did not reach embedding error {short(rtol)}"
         before = "" if apart is None else f" (the source: {apart})"

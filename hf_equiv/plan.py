@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import NORMS, check_positive, check_radius
-from hf_equiv.data import ImageSet, draw_pairs, load_images
+from hf_equiv.data import ImageSet, count_pairs, draw_pairs, load_images
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.solvers import LBFGS, Adam, GradientDescent
 
@@ -217,7 +217,7 @@ def make_plan(
 
     if config.data is not None:
         sources = targets = load(config.data)
-        indices = draw_pairs(sources, config.pairs or 10, config.seed)
+        indices = draw_pairs(sources, config.pairs or min(10, max(1, count_pairs(sources))), config.seed)
     elif config.source is not None and config.target is not None:
         sources, targets = load(config.source), load(config.target)
         indices = _given_pairs(sources, targets)

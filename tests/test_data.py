@@ -277,7 +277,7 @@ def test_all_pairs_and_one_too_many(photos, tmp_path):
     with pytest.raises(ValueError, match=r"`pairs` must be at least 1"):
         draw_pairs(images, 0, 0)
     alone = load_images(str(save_photos(tmp_path / "one", 1)))
-    with pytest.raises(ValueError, match=r"`pairs` must be at most 0"):
+    with pytest.raises(ValueError, match=r"`data` must hold at least 2 images"):
         draw_pairs(alone, 1, 0)
 
 
