@@ -27,7 +27,7 @@ def check_images(images: Tensor, name: str = "images") -> None:
         raise ValueError(f"`{name}` must hold at least one image; got an empty batch {tuple(images.shape)}.")
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check how the images were read.")
-    low, high = float(images.min()), float(images.max())
+    low, high = float(images.detach().min()), float(images.detach().max())
     if low < 0.0 or high > 1.0:
         cure = "Pass raw pixels: the encoder normalises them itself." if low < 0.0 else "Divide 8-bit values by 255."
         raise ValueError(f"`{name}` must lie in [0, 1]; got values in [{low:.4g}, {high:.4g}]. {cure}")
@@ -54,7 +54,7 @@ def check_embeddings(z: Tensor) -> None:
     """Require finite embeddings of non-zero norm: the error is relative to ‖z‖."""
     if not bool(torch.isfinite(z).all()):
         raise ValueError("`target` embeddings must be finite; got NaN or infinity.")
-    if bool((z.norm(dim=1) == 0).any()):
+    if bool((z.double().norm(dim=1) == 0).any()):
         raise ValueError("`target` embeddings must have non-zero norm: the embedding error is relative to it.")
 
 
@@ -91,12 +91,30 @@ def check_output(z: Tensor, batch: int) -> None:
         )
 
 
-def check_count(value: int, name: str) -> None:
-    """Require a whole number of at least 1."""
+def check_dimension(target: Tensor, dimension: int) -> None:
+    """Require a target embedding (D,) of the encoder's dimension."""
+    if target.shape[0] != dimension:
+        raise ValueError(
+            f"`target` embeddings must have the encoder's dimension {dimension}; got {target.shape[0]}. "
+            "Pass embeddings of the same encoder and readout, or the target's pixels."
+        )
+
+
+def check_count(value: int, name: str, least: int = 1) -> None:
+    """Require a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be a whole number; got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+
+
+def check_range(value: float, name: str, low: float, high: float) -> None:
+    """Require a number in [low, high)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
+    if not low <= value < high:
+        wanted = f"lie in [{low:g}, {high:g})" if high < math.inf else f"be at least {low:g} and finite"
+        raise ValueError(f"`{name}` must {wanted}; got {value}.")
 
 
 def check_solver(solver: object) -> None:

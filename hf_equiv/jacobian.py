@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_equiv.checks import check_output
+
 
 def jacobian_matrix(f: Callable[[Tensor], Tensor], image: Tensor, *, chunk: int = 32) -> tuple[Tensor, Tensor]:
     """Form J at one image from D cotangents, `chunk` at a time.
@@ -22,6 +24,9 @@ def jacobian_matrix(f: Callable[[Tensor], Tensor], image: Tensor, *, chunk: int 
     Returns:
         z (D,) and J (D, N), both in the dtype of `image`.
 
+    Raises:
+        ValueError: f returns no (1, D), or no gradient.
+
     Example:
         >>> import torch
         >>> from hf_equiv.jacobian import jacobian_matrix
@@ -32,7 +37,11 @@ def jacobian_matrix(f: Callable[[Tensor], Tensor], image: Tensor, *, chunk: int 
     """
     x = image.detach()[None].requires_grad_(True)
     with torch.enable_grad():
-        z = f(x)[0]
+        output = f(x)
+        check_output(output, 1)
+        if not output.requires_grad:
+            raise ValueError("`f` must be differentiable; got an output without a gradient. Drop no_grad or detach.")
+        z = output[0]
     identity = torch.eye(z.shape[0], dtype=z.dtype, device=z.device)
     matrix = image.new_empty((z.shape[0], image.numel()))
     for start in range(0, z.shape[0], chunk):

@@ -97,6 +97,8 @@ def match_embedding(
     checks.check_count(max_evals, "max_evals")
     solver = LBFGS() if solver is None else solver
     checks.check_solver(solver)
+    source = source.detach()
+    target = target.detach()
     with no_tf32():
         z = target_embeddings(f, source, target)
         runs = []
@@ -119,15 +121,16 @@ def target_embeddings(f: Encoding, source: Tensor, target: Tensor) -> Tensor:
                 f"`target` must have the image shape of `source` {tuple(source.shape[1:])}; "
                 f"got {tuple(target.shape[1:])}. Preprocess both with the same encoder."
             )
-        same = (source == target).flatten(1).all(dim=1).nonzero().flatten().tolist()
+        same = (source == target.to(source)).flatten(1).all(dim=1).nonzero().flatten().tolist()
         if same:
             raise ValueError(
                 f"`target` must differ from `source`; got the same pixels for {_listing('image', same)}. "
                 "Any image is a match of itself: pass another target."
             )
+        count = target.shape[0]
         with torch.no_grad():
-            target = f(target.to(source))
-        checks.check_output(target, target.shape[0])
+            target = f(target.to(source, copy=True))
+        checks.check_output(target, count)
         checks.check_embeddings(target)
     return target.detach().to(source.device, torch.float64).expand(batch, -1)
 
@@ -175,15 +178,13 @@ def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         z = f(points)
         checks.check_output(z, len(runs))
-        if z.shape[1] != runs[0].target.shape[0]:
-            raise ValueError(
-                f"`target` embeddings must have the encoder's dimension {z.shape[1]}; got {runs[0].target.shape[0]}. "
-                "Pass embeddings of the same encoder and readout, or the target's pixels."
-            )
-        if not z.requires_grad:
-            raise ValueError("`f` must be differentiable; got an output without a gradient. Drop no_grad or detach.")
+        checks.check_dimension(runs[0].target, z.shape[1])
         residuals = z.detach().double() - torch.stack([run.target for run in runs])
-        (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype))
+        gradients = None
+        if z.requires_grad:
+            (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype), allow_unused=True)
+        if gradients is None:
+            raise ValueError("`f` must be differentiable; got an output without a gradient. Drop no_grad or detach.")
     return residuals, gradients
 
 

@@ -101,6 +101,8 @@ def refine_8bit(
             raise ValueError(
                 f"`source` must have the shape of `images` {tuple(images.shape)}; got {tuple(source.shape)}."
             )
+    images, target = images.detach(), target.detach()
+    source = None if source is None else source.detach()
     with no_tf32():
         z = target_embeddings(f, images, target) if target.ndim == 2 else _encode(f, images, target)
         done = [_Refined(images[b], float("inf"), 0.0, 0.0, None, ()) for b in range(images.shape[0])]
@@ -145,8 +147,13 @@ def _progress(done: list[_Refined]) -> Progress:
 
 def _encode(f: Encoding, images: Tensor, target: Tensor) -> Tensor:
     """Embeddings (B, D) of target pixels, float64."""
+    if target.shape[1:] != images.shape[1:]:
+        raise ValueError(
+            f"`target` must have the image shape of `images` {tuple(images.shape[1:])}; got {tuple(target.shape[1:])}. "
+            "Preprocess both with the same encoder."
+        )
     with torch.no_grad():
-        z = f(target.to(images))
+        z = f(target.to(images, copy=True))
     checks.check_output(z, target.shape[0])
     checks.check_embeddings(z)
     return z.double().expand(images.shape[0], -1)
@@ -175,7 +182,10 @@ def _refine(
 
     def residual(levels: Tensor) -> Tensor:
         with torch.no_grad():
-            return f(to_image(levels)[None])[0].double() - z
+            output = f(to_image(levels)[None])
+        checks.check_output(output, 1)
+        checks.check_dimension(z, output.shape[1])
+        return output[0].double() - z
 
     def state(status: Status | None) -> _Refined:
         return _Refined(to_image(levels), error, spent, time.perf_counter() - start, status, tuple(trace))
@@ -186,7 +196,7 @@ def _refine(
     trace.append((spent, error))
     jacobian, failed, since, trust = None, 0, math.inf, _MOVES
     reach = whiten = torch.empty(0)
-    while error > rtol:
+    while not error <= rtol:
         if not math.isfinite(error):
             return state(Status.ERROR)
         if jacobian is None or failed >= _STALE:
@@ -197,6 +207,8 @@ def _refine(
                 return state(Status.STALLED)
             jacobian = None  # free it first
             _, jacobian = jacobian_matrix(f, to_image(levels))
+            if not bool(torch.isfinite(jacobian).all()):
+                return state(Status.ERROR)
             jacobian /= 255
             reach, whiten = left_geometry(jacobian)
             spent, failed, since, trust = spent + cost, 0, error, max(trust, _MOVES // 4)

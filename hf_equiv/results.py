@@ -37,8 +37,8 @@ _ADVICE = {
     "holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
     Status.MAX_EVALS: "The evaluations ran out while the error was still falling. Raise `max_evals`.",
     Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
-    Status.ERROR: "The image could not be worked on: it was unreadable or equal to its target, or the encoder returned NaN or "
-    "raised. The cause was printed, and a run keeps it in run.json under `errors`.",
+    Status.ERROR: "The image could not be worked on: it was unreadable or equal to its target, or the encoder "
+    "returned NaN or raised. The cause was printed, and a run keeps it in run.json under `errors`.",
 }
 
 

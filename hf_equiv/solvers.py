@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import check_positive
+from hf_equiv.checks import check_count, check_positive, check_range
 from hf_equiv.feasible import FeasibleSet, dot
 
 
@@ -101,6 +101,9 @@ class Adam:
     def __post_init__(self) -> None:
         """Check the hyper-parameters."""
         check_positive(self.lr, "lr")
+        for beta in self.betas:
+            check_range(beta, "betas", 0.0, 1.0)
+        check_range(self.eps, "eps", 0.0, math.inf)
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""
@@ -149,15 +152,11 @@ class LBFGS:
 
     def __post_init__(self) -> None:
         """Check the hyper-parameters."""
-        if self.history < 1 or self.warmup < 0:
-            raise ValueError(
-                f"`history` must be at least 1 and `warmup` at least 0; got {self.history} and {self.warmup}."
-            )
-        if not 0.0 <= self.momentum < 1.0 or not self.proximity >= 0.0:
-            raise ValueError(
-                "`momentum` must lie in [0, 1) and `proximity` be at least 0; "
-                f"got {self.momentum} and {self.proximity}."
-            )
+        check_count(self.history, "history")
+        check_count(self.warmup, "warmup", 0)
+        check_range(self.momentum, "momentum", 0.0, 1.0)
+        check_range(self.proximity, "proximity", 0.0, math.inf)
+        check_range(self.release, "release", 0.0, math.inf)
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""
@@ -185,15 +184,21 @@ class LBFGS:
                     return
                 direction = torch.where(free, at.gradient, 0.0) * (-0.25 * at.objective / norm2)
             found = yield from _backtrack(x, at, direction, feasible, weight)
+            if found is None and weight > 0.0:
+                weight = 0.0  # the pull to the source, not the encoder, holds it here
+                continue
             if found is None:
                 failures = failures + 1 if memory.order else 3
                 memory.clear()
                 continue
             failures = 0
-            moved, raw = found
+            moved, here = found
+            stuck, raw = here.error > 0.99 * raw.error, here
             there = raw.gradient + weight * (moved - feasible.center)
             memory.add(moved - x, there - at.gradient)
             x = moved
+            if stuck:
+                weight *= 0.5
 
     def _polyak(
         self, source: Tensor, feasible: FeasibleSet, memory: _Secants

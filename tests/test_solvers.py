@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
 import pytest
 import torch
-from cases import images, linear, quadratic, smooth_mlp
+from cases import images, linear, orthogonal, quadratic, smooth_mlp
 from torch import Tensor
 
 from hf_equiv.feasible import FeasibleSet
@@ -86,21 +87,25 @@ def test_linf_projection_is_the_clip():
 @pytest.mark.parametrize("radius", [0.05, 0.5, 2.0, 5.0])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 100.0])
 def test_l2_projection_is_the_nearest_point(radius, spread):
-    """Against Dykstra's alternating projections, which know box and ball only one at a time."""
+    """Against the piecewise quadratic solved between its breakpoints, and by the variational inequality."""
     center, x = images(1, seed=3, margin=0.05, dtype=torch.float64)[0], spread * random((3, 8, 8), 4)
     found = FeasibleSet.around(center, radius, "l2").project(x)
-    y, p, q = x, torch.zeros_like(x), torch.zeros_like(x)
-    for _ in range(1000):
-        boxed = (y + p).clamp(0, 1)
-        p = y + p - boxed
-        offset = boxed + q - center
-        y = center + offset * min(1.0, radius / float(offset.norm()))
-        q = center + offset - y
     assert in_ball(found, center, radius, "l2")
     assert bool(((found >= 0) & (found <= 1)).all())
-    # Dykstra converges slowly where both constraints bite; the variational inequality below is the sharp test
-    assert float((found - y).norm()) <= 2e-3 * radius
-    for seed in range(20):
+
+    # y = clip(c + t·d): pixel i runs into its wall at t = room/|d|; in between ‖y − c‖² = a + b·t²
+    d = (x - center).flatten()
+    room = torch.where(d > 0, 1 - center.flatten(), center.flatten())
+    walls, order = (room / d.abs()).sort()
+    a = torch.cat([torch.zeros(1, dtype=torch.float64), room[order].square().cumsum(0)])
+    b = torch.cat([d[order].square().flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    t = ((radius**2 - a).clamp_min(0) / b).sqrt()
+    ends = torch.cat([walls, torch.full((1,), math.inf, dtype=torch.float64)])
+    first = int((t <= ends).nonzero()[0])
+    by_hand = (center + min(1.0, float(t[first])) * d.view_as(center)).clamp(0, 1)
+    assert float((found - by_hand).norm()) <= 2e-6 * radius
+
+    for seed in range(20):  # ⟨x − Px, y − Px⟩ ≤ 0 for every y of the set
         other = (center + random((3, 8, 8), 100 + seed)).clamp(0, 1) - center
         other = center + other * min(1.0, radius / float(other.norm()))
         assert float(((x - found) * (other - found)).sum()) <= 2e-6 * radius * float((x - found).norm())
@@ -255,9 +260,9 @@ def test_memory_follows_use():
     assert memory.pairs.shape == (20, 2, 20)
 
 
-@pytest.mark.parametrize("proximity", [0.3, 1.0, 10.0])
-@pytest.mark.parametrize("warmup", [0, 1, 2, 5, 40])
-@pytest.mark.parametrize("f", [linear(), quadratic(), smooth_mlp()], ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("proximity", [0.3, 1.0])
+@pytest.mark.parametrize("warmup", [0, 1, 2, 40])
+@pytest.mark.parametrize("f", [linear(), smooth_mlp()], ids=lambda f: type(f).__name__)
 def test_the_pull_to_the_source_ends_no_run(f, warmup, proximity):
     """Whatever its weight, the penalty is there to be lowered: these targets lie within easy reach."""
     source = images(2, seed=60)
@@ -285,8 +290,6 @@ def test_gradient_descent_is_the_papers_iteration(dtype):
 
 
 def test_gradient_descent_arrives_at_once_where_all_singular_values_are_one():
-    from cases import orthogonal
-
     x, y = images(1, seed=72, dtype=torch.float64), images(1, seed=73, dtype=torch.float64)
     result = match_embedding(orthogonal(), x, y, GradientDescent(lr=1.0), rtol=1e-14)
     assert float(result.num_evals) == 2
@@ -328,7 +331,9 @@ def test_step_size_that_is_no_number(lr):
         Adam(lr=lr)
 
 
-@pytest.mark.parametrize("betas", [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.9), (0.9, -0.1), (0.9, math.nan), (math.inf, 0.9)])
+@pytest.mark.parametrize(
+    "betas", [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.9), (0.9, -0.1), (0.9, math.nan), (math.inf, 0.9)]
+)
 def test_bad_betas(betas):
     with pytest.raises(ValueError, match="`betas` must"):
         Adam(betas=betas)
@@ -371,6 +376,6 @@ def test_lbfgs_counts_are_whole_numbers(options):
 @pytest.mark.parametrize("solver", [LBFGS(), Adam(), GradientDescent()], ids=repr)
 def test_solvers_are_values(solver):
     assert solver == type(solver)()
-    with pytest.raises(AttributeError):
-        solver.lr = solver.history = 1
     assert hash(solver) == hash(type(solver)())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(solver, dataclasses.fields(solver)[0].name, 1)
