@@ -6,6 +6,7 @@ counts, and decides when an image is done.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,7 +198,7 @@ def _advance(run: _Run, residual: Tensor, gradient: Tensor, rtol: float, max_eva
         run.trace.append((run.num_evals, error))
     if error <= rtol:
         run.finish(Status.CONVERGED)
-    elif error != error or not bool(torch.isfinite(gradient).all()):
+    elif not math.isfinite(error) or not bool(torch.isfinite(gradient).all()):
         run.finish(Status.ERROR)
     elif run.num_evals >= max_evals:
         run.finish(Status.MAX_EVALS)

@@ -207,11 +207,12 @@ def _refine(
                 return state(Status.STALLED)
             jacobian = None  # free it first
             _, jacobian = jacobian_matrix(f, to_image(levels))
+            spent += cost
             if not bool(torch.isfinite(jacobian).all()):
                 return state(Status.ERROR)
             jacobian /= 255
             reach, whiten = left_geometry(jacobian)
-            spent, failed, since, trust = spent + cost, 0, error, max(trust, _MOVES // 4)
+            failed, since, trust = 0, error, max(trust, _MOVES // 4)
         if spent + _FORWARD > max_evals:
             return state(Status.MAX_EVALS)
         moves = plan_moves(jacobian, whiten, reach @ r, levels, lattice, 0.3 * rtol * scale, trust)

@@ -313,6 +313,7 @@ def test_nan_in_the_jacobian_is_an_error_of_that_image():
 
     exact = refine_8bit(f, images(1), linear()(images(1, seed=1)))
     assert exact.status == (Status.ERROR,)
+    assert float(exact.num_evals) == pytest.approx(1 / 3 + (1 + 2 * 12) / 3)
     levels(exact.images)
 
 
