@@ -171,24 +171,34 @@ def measure_match(
     }
 
 
-def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row:
+_SAME = 1e-4
+"""Relative distance up to which two embeddings are of one photo: float32 noise, not two images."""
+
+
+def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
     """How far apart unrelated images are: source i against the target of every other pair j ≠ i.
+
+    A photo may be the source of one pair and the target of another; it is never compared with itself.
 
     Args:
         sources: embeddings f(x_i), (B, D).
         targets: embeddings f(t_j), (B, D). With a single pair, its own source and target are compared.
 
     Returns:
-        `num_pairs`, and `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`, each with median, min and max.
+        `num_pairs`, and `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`, each with median, min and
+        max. None if all images are the same.
     """
     a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
     apart = ~torch.eye(len(a), dtype=torch.bool) if len(a) > 1 else torch.ones(1, 1, dtype=torch.bool)
-    distance = (torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / b.norm(dim=1))[apart]
-    similarity = ((a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1)))[apart]
+    distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / b.norm(dim=1)
+    apart &= distance > _SAME
+    if not bool(apart.any()):
+        return None
+    similarity = (a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1))
     return {
         "num_pairs": int(apart.sum()),
-        "distance": _spread(distance.tolist()),
-        "cosine": _spread(similarity.tolist()),
+        "distance": _spread(distance[apart].tolist()),
+        "cosine": _spread(similarity[apart].tolist()),
     }
 
 

@@ -132,11 +132,11 @@ class LBFGS:
 
     Args:
         history: pairs kept; each costs two images of memory. The Jacobian's singular values span three decades, so a
-            long history pays: towards 1e-5, 100 pairs need about two thirds of the evaluations that 20 need.
+            long history pays: one DeiT-Tiny match went from 1e-2 to 1e-5 in 104 evaluations with 120, in 153 with 20.
         warmup: evaluations of the start; 0 for plain L-BFGS.
         momentum: of the start, in [0, 1).
-        proximity: weight of staying near the source against the remaining error; 0 for none. 1 instead of 0.3 ends
-            about 3 dB nearer and takes half as many evaluations again.
+        proximity: weight of staying near the source against the remaining error; 0 for none. More ends nearer to
+            the source and takes more evaluations.
         release: embedding error below which the penalty is dropped.
 
     References:

@@ -104,6 +104,16 @@ def test_baseline_leaves_own_pairs_out():
     assert alone["distance"]["median"] == 0.5
 
 
+def test_baseline_never_compares_a_photo_with_itself():
+    a, b, c = torch.eye(3)
+    got = metrics.random_pair_baseline(
+        torch.stack([a, b]), torch.stack([b, c])
+    )  # b: target of one, source of the other
+    assert got["num_pairs"] == 1
+    assert got["distance"]["min"] == pytest.approx(2**0.5)
+    assert metrics.random_pair_baseline(torch.stack([a, a]), torch.stack([a, a])) is None
+
+
 def test_summary(tiny, three):
     measured = metrics.measure_match(tiny, *three, seed=0, pair_id="p")
     good = measured | {
