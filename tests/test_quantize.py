@@ -416,4 +416,4 @@ def test_builtin_cat_as_coffee():
     assert float((double(file) - z).norm() / z.norm()) <= 1e-4
     assert float(exact.errors) <= 1e-4
     assert float((double(source.double()) - z).norm() / z.norm()) > 0.5
-    assert float((file - source.double()).square().mean()) < 3e-3  # PSNR above 25 dB
+    assert float((file - source.double()).square().mean()) < 2e-3  # PSNR above 27 dB
