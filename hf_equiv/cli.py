@@ -33,6 +33,14 @@ class Radius(click.ParamType[float | None]):
             raise ValueError(f"`radius` must be a number or a fraction such as 8/255; got {value!r}.") from None
 
 
+def _once(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:
+    if len(values) > 1:
+        raise click.UsageError(
+            f"{option.opts[0]} may be given once; got {', '.join(values)}. Put the images into a folder and name that."
+        )
+    return values[0] if values else None
+
+
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     def apply(command: F) -> F:
         for option in reversed(options):
@@ -65,14 +73,14 @@ _run_options = _options(
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random draw."),
     click.option("--batch-size", type=int, metavar="B", help="Images worked on at once. Default: 8, on a GPU 32."),
-    click.option("--image-column", metavar="NAME", help="Image column of a dataset."),
-    click.option("--label-column", metavar="NAME", help="Class column of a dataset."),
+    click.option("--image-column", metavar="NAME", help="Image column of a parquet file or dataset."),
+    click.option("--label-column", metavar="NAME", help="Class column of a parquet file or dataset."),
     click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes; write nothing."),
 )  # fmt: skip
 
 _output_options = _options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress, no table."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress, no table; one line on stderr if something failed."),
 )
 
 
@@ -93,15 +101,21 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--source", metavar="W", help=f"Images to start from. {IMAGES}")
-@click.option("--target", metavar="W", help="The image whose embedding is wanted; or as many as there are sources.")
-@click.option("--data", metavar="W", help="Images to draw pairs from, of different classes where there are classes.")
+@click.option("--source", metavar="W", multiple=True, callback=_once, help=f"Images to start from. {IMAGES}")
+@click.option(
+    "--target", metavar="W", multiple=True, callback=_once,
+    help="The image whose embedding is wanted; or as many as there are sources: first to first, sorted by path.",
+)  # fmt: skip
+@click.option(
+    "--data", metavar="W", multiple=True, callback=_once,
+    help="Images to draw pairs from, of different classes where there are classes.",
+)  # fmt: skip
 @click.option(
     "--pairs", type=int, metavar="N", help="How many pairs to draw from --data. Default: 10, or all there are."
 )
 @click.option("--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs", show_default=True)
 @click.option("--radius", type=Radius(), help="Stay in a ball about the source: 8/255, 0.03. Default: no ball.")
-@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True, help="Norm of the ball.")
+@click.option("--norm", type=click.Choice(["linf", "l2"]), help="Norm of the ball of --radius. Default: linf.")
 @click.option("--rtol", type=float, default=1e-5, show_default=True, help="Embedding error at which a match is done.")
 @click.option(
     "--max-evals",
@@ -203,7 +217,10 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        return _fail(error.format_message())
+        message = error.format_message()
+        if "extra argument" in message:  # most often a pattern that the shell has expanded
+            message += ". A flag takes one name: of several images, name the folder."
+        return _fail(message)
     except KeyboardInterrupt as error:
         return _fail(str(error) or "interrupted.", 130)
     except click.Abort as error:
@@ -229,5 +246,9 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    click.echo("error: " + " ".join(message.split()), err=True)
+    """Print an error on one line, and the items of a list on one line each."""
+    from hf_equiv.wording import in_flags
+
+    lines = (" ".join(item.split()) for item in in_flags(message).split("\n- "))
+    click.echo("error: " + "\n- ".join(lines), err=True)
     return code

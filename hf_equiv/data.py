@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +16,7 @@ from hf_equiv.imagefile import IMAGE_SUFFIXES, open_image
 
 BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
 LABEL_FILE = "labels.csv"
+DEFAULT_PAIRS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class ImageSet:
         ids: one id per image.
         labels: the class name of each image, None where there is none.
         read: decodes image `i` (used by indexing).
+        tabular: whether the images come from a column of a table (parquet, Hub dataset).
     """
 
     data_id: str
@@ -44,6 +46,7 @@ class ImageSet:
     ids: tuple[str, ...]
     labels: tuple[str | None, ...]
     read: Callable[[int], Image.Image]
+    tabular: bool = False
 
     def __len__(self) -> int:
         """Number of images."""
@@ -67,6 +70,7 @@ class ImageSet:
             tuple(self.ids[i] for i in chosen),
             tuple(self.labels[i] for i in chosen),
             lambda i: self.read(chosen[i]),
+            self.tabular,
         )
 
 
@@ -87,8 +91,8 @@ def load_images(
             them; a Hub dataset `id[:config][:split]`; or `builtin`, the four photos of the package.
         limit: keep this many images, drawn with `seed`, in their order.
         seed: seed of that draw.
-        image_column: column of a dataset that holds the images; by default the first of type Image.
-        label_column: column that holds the class; by default the first ClassLabel, else `label`.
+        image_column: column of a table that holds the images; by default the first of type Image.
+        label_column: column of a table that holds the class; by default the first ClassLabel, else `label`.
         cache_dir: where downloads and converted parquet files are kept; by default the Hub's cache.
         local_files_only: never ask the Hub.
 
@@ -98,7 +102,7 @@ def load_images(
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: no images in it, an unknown dataset, a column that is not there.
+        ValueError: no image, none in it, an unknown dataset, a column that is not there.
 
     Example:
         >>> photos = load_images("builtin")
@@ -118,7 +122,11 @@ def load_images(
         if path.suffix.lower() == ".parquet":
             images = _parquet(path.name, [path], image_column, label_column, cache_dir)
         else:
-            images = ImageSet(path.name, "sha256:" + _sha256(path), (path.name,), (None,), lambda _: open_image(path))
+            images = _single(path)
+    elif any(sign in what for sign in "*?["):
+        raise FileNotFoundError(
+            f"{what!r} does not exist, and patterns are not expanded. Name a folder: it stands for all images in it."
+        )
     elif _looks_like_path(what):
         raise FileNotFoundError(
             f"{what!r} does not exist. Check the path (Hub datasets are named id[:config][:split])."
@@ -127,14 +135,17 @@ def load_images(
         from hf_equiv import hubdata
 
         images = ImageSet(
-            *hubdata.load_hub_dataset(what, image_column, label_column, cache_dir, local_files_only=local_files_only)
+            *hubdata.load_hub_dataset(what, image_column, label_column, cache_dir, local_files_only=local_files_only),
+            tabular=True,
         )
     if limit is not None and limit < len(images):
         images = images.select(sorted(random.Random(seed).sample(range(len(images)), limit)))
     return images
 
 
-def draw_pairs(images: ImageSet, n: int, seed: int) -> list[tuple[int, int]]:
+def draw_pairs(
+    images: ImageSet, n: int | None, seed: int, differ: Callable[[int, int], bool] = lambda i, j: True
+) -> list[tuple[int, int]]:
     """Draw `n` different (source, target) pairs of indices, the same for the same set, `n` and `seed`.
 
     Source and target are different images, of different classes where both have one. The first m of n pairs are the
@@ -142,8 +153,9 @@ def draw_pairs(images: ImageSet, n: int, seed: int) -> list[tuple[int, int]]:
 
     Args:
         images: the set to draw from, at least two images.
-        n: how many pairs.
+        n: how many pairs; None for 10, or all there are if they are fewer.
         seed: seed of the draw.
+        differ: asked of a pair about to be drawn; it is left out if the answer is no (the same photo under two names).
 
     Returns:
         The pairs, in the order of the draw.
@@ -157,9 +169,9 @@ def draw_pairs(images: ImageSet, n: int, seed: int) -> list[tuple[int, int]]:
         [('cat', 'rocket'), ('rocket', 'astronaut')]
     """
     size, labels = len(images), images.labels
-    if n < 1:
+    wanted = DEFAULT_PAIRS if n is None else n
+    if wanted < 1:
         raise ValueError(f"`pairs` must be at least 1; got {n}.")
-
     if size < 2:
         raise ValueError(
             f"`data` must hold at least 2 images to draw pairs; {images.data_id!r} holds {size}. "
@@ -167,33 +179,29 @@ def draw_pairs(images: ImageSet, n: int, seed: int) -> list[tuple[int, int]]:
         )
 
     def usable(i: int, j: int) -> bool:
-        return i != j and (labels[i] is None or labels[j] is None or labels[i] != labels[j])
+        apart = i != j and (labels[i] is None or labels[j] is None or labels[i] != labels[j])
+        return apart and (i, j) not in drawn
 
     rng = random.Random(seed)
     drawn: dict[tuple[int, int], None] = {}
     misses = 0
-    while len(drawn) < n and size > 1 and misses < 20 * n + 1000:
+    while len(drawn) < wanted and misses < 20 * wanted + 1000:
         pair = (rng.randrange(size), rng.randrange(size))
-        if usable(*pair) and pair not in drawn:
+        if usable(*pair) and differ(*pair):
             drawn[pair] = None
         else:
             misses += 1
-    if len(drawn) < n:  # nearly all pairs, or nearly all of one class: list what is left
-        left = [(i, j) for i in range(size) for j in range(size) if usable(i, j) and (i, j) not in drawn]
+    if len(drawn) < wanted:  # nearly all pairs, or nearly all of one class: list what is left
+        left = [(i, j) for i in range(size) for j in range(size) if usable(i, j)]
         rng.shuffle(left)
-        drawn.update(dict.fromkeys(left[: n - len(drawn)]))
-    if len(drawn) < n:
+        chosen = (pair for pair in left if differ(*pair))
+        drawn.update(dict.fromkeys(islice(chosen, wanted - len(drawn))))
+    if not drawn or (n is not None and len(drawn) < n):
         raise ValueError(
             f"`pairs` must be at most {len(drawn)} for {images.data_id!r} ({size} images; source and target of "
-            f"different classes); got {n}. Ask for fewer pairs or give more images."
+            f"different classes and pixels); got {wanted}. Ask for fewer pairs or give more images."
         )
     return list(drawn)
-
-
-def count_pairs(images: ImageSet) -> int:
-    """How many ordered pairs `draw_pairs` can choose from: all but those within one class."""
-    classes = Counter(label for label in images.labels if label is not None)
-    return len(images) * (len(images) - 1) - sum(n * (n - 1) for n in classes.values())
 
 
 def _looks_like_path(what: str) -> bool:
@@ -212,6 +220,15 @@ def _builtin() -> ImageSet:
         BUILTIN_PHOTOS,
         lambda i: open_image(paths[i]),
     )
+
+
+def _single(path: Path) -> ImageSet:
+    if path.suffix.lower() not in IMAGE_SUFFIXES:  # a table, a text, an archive: say so before it counts as one image
+        try:
+            open_image(path)
+        except ValueError as error:
+            raise ValueError(f"{error} A table of images must be a .parquet file.") from None
+    return ImageSet(path.name, "sha256:" + _sha256(path), (path.name,), (None,), lambda _: open_image(path))
 
 
 def _folder(path: Path, image_column: str | None, label_column: str | None, cache_dir: str | None) -> ImageSet:
@@ -256,7 +273,7 @@ def _parquet(
     revision = _content_hash([(p.name, p, None) for p in paths])
     dataset = hubdata.load_parquet(name, [str(p) for p in paths], cache_dir)
     ids, labels, read = hubdata.columns_as_images(dataset, name, image_column, label_column)
-    return ImageSet(name, revision, ids, labels, read)
+    return ImageSet(name, revision, ids, labels, read, tabular=True)
 
 
 def _sha256(path: Path) -> str:

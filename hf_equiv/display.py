@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hf_equiv.wording import in_flags
+
 if TYPE_CHECKING:
     from hf_equiv.matchrows import Observer, RunProgress
     from hf_equiv.run import RunOutcome
@@ -22,15 +24,24 @@ if TYPE_CHECKING:
 LINE_EVERY = 15.0
 """Seconds between plain progress lines when stderr is no terminal."""
 
+_FACTS = {
+    "D": "embedding size D",
+    "N": "pixel values N",
+    "head": "classification head",
+    "jvp": "forward-mode (JVP)",
+    "jvp_error": "no JVP because",
+}
+"""Names of facts that do not explain themselves."""
+
 _LABEL_WIDTH = 110
 """Columns from which the table has room for labels; the summary in words names them in any case."""
 
 
 @contextlib.contextmanager
 def run_progress(*, quiet: bool) -> Iterator[Observer]:
-    """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere, notes always."""
+    """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere."""
     if quiet:
-        yield lambda p: _note(p)
+        yield lambda _: None
     elif sys.stderr.isatty():
         with Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"),
@@ -53,7 +64,7 @@ class _Bars:
 
     def __call__(self, p: RunProgress) -> None:
         if p.stage == "note":
-            self.bars.console.print(f"error: {escape(p.message)}", highlight=False)
+            self.bars.console.print(f"error: {escape(in_flags(p.message))}", highlight=False)
             return
         self.bars.update(self.whole, total=p.total, completed=p.done, state=f"{p.done} of {p.total}")
         if p.stage == "saved":
@@ -90,7 +101,7 @@ class _Lines:
     def __call__(self, p: RunProgress) -> None:
         now = time.monotonic()
         if p.stage == "note":
-            _note(p)
+            _to_stderr(f"error: {in_flags(p.message)}")
         elif p.stage == "saved":
             _to_stderr(f"{p.done} of {p.total} rows on disk")
         elif now - self.last >= LINE_EVERY and p.errors is not None and p.num_evals is not None:
@@ -117,7 +128,7 @@ def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | 
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def print_matches(outcome: RunOutcome, settings: Mapping[str, Any], out: Any) -> None:
+def print_matches(outcome: RunOutcome, out: Any) -> None:
     """Print the result of a run: a table of rows (the first 20), the summary in words, and where the files are."""
     from hf_equiv.metrics import short
 
@@ -126,7 +137,7 @@ def print_matches(outcome: RunOutcome, settings: Mapping[str, Any], out: Any) ->
     labelled = console.width >= _LABEL_WIDTH and any(row["match_label"] is not None for row in outcome.rows)
     table.add_column("source -> target", no_wrap=True)  # the one that gives way on a narrow terminal
     table.add_column("status", no_wrap=True, min_width=max(len(row["status"]) for row in outcome.rows))
-    for name in ("error", "as PNG", "PSNR dB", "evals", "seconds"):
+    for name in ("error", "as PNG", "PSNR dB", "evals", "refine", "seconds"):
         table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), 6))
     if labelled:
         table.add_column("seen as (source / match / target)", no_wrap=True)
@@ -138,6 +149,7 @@ def print_matches(outcome: RunOutcome, settings: Mapping[str, Any], out: Any) ->
             short(row["embedding_error_8bit"]),
             _form(row["psnr_db"], ".1f"),
             _form(row["num_evals"], ".0f"),
+            _form(outcome.refine_evals.get(row["pair_id"]), ".0f"),
             _form(row["seconds"], ".1f"),
         ]
         if labelled:
@@ -149,16 +161,36 @@ def print_matches(outcome: RunOutcome, settings: Mapping[str, Any], out: Any) ->
         console.print(f"… and {len(outcome.rows) - 20} more rows")
     console.print()
     console.print(outcome.summary["verdict"], highlight=False, markup=False, soft_wrap=not console.is_terminal)
-    for status in sorted({row["status"] for row in outcome.rows} - {"converged"}):
-        from hf_equiv.results import Status
-
-        console.print(f"{status}: {Status(status).advice}", highlight=False, markup=False)
+    for reason in _failures(outcome):
+        console.print(reason, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     console.print()
     figure = outcome.out / "figures" / "pairs.png"
     for name, value in (("picture", figure if figure.is_file() else None), ("rows", outcome.out / "matches"),
                         ("check it", f"hf-equiv verify {outcome.out}")):  # fmt: skip
         if value is not None:
             console.print(f"{name + ':':<10}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_failures(outcome: RunOutcome) -> None:
+    """Say on stderr, in one line, how many rows failed and why."""
+    failed = sum(row["status"] != "converged" for row in outcome.rows)
+    reasons = " ".join(_failures(outcome))
+    _to_stderr(f"{failed} of {len(outcome.rows)} rows in {outcome.out} did not converge. {reasons}")
+
+
+def _failures(outcome: RunOutcome) -> list[str]:
+    """One sentence for each status that is no success, and for each distinct cause of an error."""
+    from hf_equiv.results import Status
+
+    reasons: dict[str, list[str]] = {}
+    for row in outcome.rows:
+        if row["status"] != Status.CONVERGED:
+            why = outcome.errors.get(row["pair_id"]) if row["status"] == Status.ERROR else None
+            reasons.setdefault(f"{row['status']}: {why or Status(row['status']).advice}", []).append(row["pair_id"])
+    return [
+        in_flags(why) + (f" ({len(ids)} rows)" if len(outcome.rows) > 1 and len(ids) > 1 else "")
+        for why, ids in sorted(reasons.items())
+    ]
 
 
 def print_report(report: VerifyReport, directory: str, out: Any) -> None:
@@ -170,29 +202,35 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
         console.print(problem.message, highlight=False, markup=False, soft_wrap=True)
     worst = f"worst embedding error {short(report.worst_embedding_error)}"
     worst += f", as PNG {short(report.worst_embedding_error_8bit)}"
-    if report.holds:
-        rows = "The row" if report.rows == 1 else f"All {report.rows} rows"
-        console.print(
-            f"{rows} of {directory} {'holds' if report.rows == 1 else 'hold'}; {worst}.",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+    empty = f"; {report.error_rows} of {report.rows} rows are of status error and hold no match"
+    if report.holds and report.rows == 1 and not report.error_rows:
+        told = f"The row of {directory} holds"
+    elif report.holds:
+        told = f"All {report.verified} {'matches' if report.error_rows else 'rows'} of {directory} hold"
     else:
         problems = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
-        counts = f"{report.verified} of {report.verified + report.failed} rows hold"
-        console.print(
-            f"{problems} in {directory}: {counts}; {worst}.",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+        told = f"{problems} in {directory}: {report.verified} of {report.verified + report.failed} rows hold"
+    told += (empty if report.error_rows else "") + f"; {worst}."
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_facts(facts: Mapping[str, Any], out: Any) -> None:
-    """Print nested facts as an indented list."""
+    """Print nested facts as an indented list; settings in JSON one to a line."""
     console = _console(out)
+
+    def line(indent: int, name: str, value: str) -> None:
+        text = f"{'':<{indent}}{name:<{26 - indent}}{value}".rstrip()
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     for head, values in facts.items():
         console.print(f"{head}", style="bold", highlight=False, markup=False)
         for key, value in values.items():
-            name = key if head == "versions" else key.replace("_", " ")
-            console.print(f"  {name:<24}{_plain(value)}", highlight=False, markup=False, soft_wrap=True)
+            if key == "processor":
+                line(2, key, "")
+                for name, setting in json.loads(value).items():
+                    line(4, name, _plain(setting))
+            elif key != "jvp_error" or value is not None:
+                line(2, key if head == "versions" else _FACTS.get(key, key.replace("_", " ")), _plain(value))
 
 
 def print_json(value: Any, out: Any) -> None:
@@ -220,11 +258,6 @@ def _plain(value: Any) -> str:
 
 def _console(out: Any) -> Console:
     return Console(file=out, width=None if out.isatty() else 160)
-
-
-def _note(p: RunProgress) -> None:
-    if p.stage == "note":
-        _to_stderr(f"error: {p.message}")
 
 
 def _to_stderr(text: str) -> None:

@@ -162,4 +162,7 @@ def _not_cached(repo_id: str, name: str, local_files_only: bool) -> str:
         why, cure = "`local_files_only=True`", "Run once without it to fetch the checkpoint"
     else:
         why, cure = f"{constants.ENDPOINT} cannot be reached", "Check the network"
-    return f"'{name}' of '{repo_id}' is not in the cache and {why}. {cure}, or pass a local folder or 'builtin'."
+    return (
+        f"'{repo_id}' is no folder here; of the Hub's '{repo_id}', '{name}' is not in the cache and {why}. {cure}, or "
+        "pass a local folder or 'builtin'."
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -26,7 +27,8 @@ def load_parquet(name: str, paths: list[str], cache_dir: str | None) -> datasets
         ValueError: a file is damaged or the files do not fit together.
     """
     try:
-        return datasets.load_dataset("parquet", data_files={"train": paths}, split="train", cache_dir=cache_dir)
+        with _quiet():
+            return datasets.load_dataset("parquet", data_files={"train": paths}, split="train", cache_dir=cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"parquet data {name!r} cannot be read: {_first_line(cause)}. Check the file.") from error
@@ -57,9 +59,10 @@ def load_hub_dataset(
     config, split = _choose(repo_id, revision, parts)
     mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
     try:
-        dataset = datasets.load_dataset(
-            repo_id, config, split=split, revision=revision, cache_dir=cache_dir, download_config=mode
-        )
+        with _quiet():
+            dataset = datasets.load_dataset(
+                repo_id, config, split=split, revision=revision, cache_dir=cache_dir, download_config=mode
+            )
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
     name = ":".join([repo_id, config, split])
@@ -80,6 +83,8 @@ def columns_as_images(
     """
     features = dataset.features
     column = image_column or next((k for k, v in features.items() if isinstance(v, datasets.Image)), None)
+    if column is None:  # what an image column is without the metadata of `datasets`
+        column = next((k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}), None)
     if column is None:
         column = next((k for k in ("image", "img", "jpg", "png") if k in features), None)
     if column is None or column not in features:
@@ -102,7 +107,7 @@ def columns_as_images(
             return open_image(cell["bytes"], where)
         if cell.get("path"):
             return open_image(cell["path"], where)
-        raise ValueError(f"image {where!r} is missing from the dataset.")
+        raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or remove the row.")
 
     return tuple(str(i) for i in range(len(dataset))), labels, read
 
@@ -190,6 +195,17 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str]:
     if wanted:
         return config, wanted[0]
     return config, next((s for s in ("validation", "test", "train") if s in splits), splits[0])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what `datasets` logs about a file before it raises: the error says it."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def _first_line(error: BaseException) -> str:

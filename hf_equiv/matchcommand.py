@@ -28,7 +28,7 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     config = RunConfig(model=model, **{f.name: given[f.name] for f in fields(RunConfig) if f.name != "model"})
     config.check()
     if given["batch_size"] is not None and given["batch_size"] < 1:
-        raise ValueError(f"`batch-size` must be at least 1; got {given['batch_size']}.")
+        raise ValueError(f"`batch_size` must be at least 1; got {given['batch_size']}.")
     environment.calm(quiet=quiet)
     where = {key: given[key] for key in ("cache_dir", "local_files_only")}
     options = {key: given[key] for key in ("revision", "readout", "normalize", "device", "dtype")}
@@ -62,7 +62,9 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     if as_json:
         display.print_json(_result(plan, folder, outcome.rows, outcome.summary), out)
     elif not given["quiet"]:
-        display.print_matches(outcome, plan.settings, out)
+        display.print_matches(outcome, out)
+    if quiet and not outcome.converged:
+        display.print_failures(outcome)
     return 0 if outcome.converged else 1
 
 

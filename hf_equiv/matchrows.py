@@ -12,7 +12,8 @@ from torch import Tensor
 from hf_equiv import metrics, shards
 from hf_equiv.imagefile import decode_png, encode_png
 from hf_equiv.matching import match_embedding
-from hf_equiv.plan import SOLVERS, MatchPlan, Pair
+from hf_equiv.pairs import Pair
+from hf_equiv.plan import SOLVERS, MatchPlan
 from hf_equiv.precision import no_tf32
 from hf_equiv.quantize import refine_8bit
 from hf_equiv.results import Progress, Status
@@ -102,7 +103,7 @@ def _match_batch(
 
     with torch.no_grad(), no_tf32():
         z = encoder(target)
-    ball: dict[str, Any] = {"radius": config.radius, "norm": config.norm, "rtol": config.rtol}
+    ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
     found = match_embedding(
         encoder, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, raise_on_failure=False,
         progress=hook("match"), **ball,
@@ -112,7 +113,7 @@ def _match_batch(
         grid, refine_evals, refine_seconds = exact.images, exact.num_evals.tolist(), exact.seconds.tolist()
     else:
         grid = torch.stack(
-            [round_into_ball(x, s, config.radius, config.norm) for x, s in zip(found.images, source, strict=True)]
+            [round_into_ball(x, s, config.radius, config.ball_norm) for x, s in zip(found.images, source, strict=True)]
         )
         refine_evals = refine_seconds = [0.0] * len(part)
     for i, (pair, _, _) in enumerate(part):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import NORMS, check_positive, check_radius
-from hf_equiv.data import ImageSet, count_pairs, draw_pairs, load_images
+from hf_equiv.data import ImageSet, load_images
+from hf_equiv.pairs import Pair, read_pair, settle_pairs
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.solvers import LBFGS, Adam, GradientDescent
 
@@ -43,11 +44,11 @@ class RunConfig:
         target: images whose embedding is wanted: one for all sources, or as many as there are sources.
         data: images to draw pairs from, instead of `source` and `target`.
         pairs: how many pairs to draw from `data`.
-        image_column: image column of a dataset.
-        label_column: class column of a dataset.
+        image_column: image column of a parquet file or dataset.
+        label_column: class column of a parquet file or dataset.
         solver: `lbfgs`, `adam` or `gd`.
         radius: half-width (linf) or radius (l2) of the ball about the source, pixels in [0, 1]; None for no ball.
-        norm: `linf` or `l2`.
+        norm: of the ball, `linf` or `l2`; None without a ball, and for `linf`.
         rtol: embedding error ‖f(x)−z‖/‖z‖ at which a match is finished.
         max_evals: evaluations allowed per image.
         refine: refine the match on the 8-bit lattice; otherwise it is rounded.
@@ -68,12 +69,17 @@ class RunConfig:
     label_column: str | None = None
     solver: str = "lbfgs"
     radius: float | None = None
-    norm: str = "linf"
+    norm: str | None = None
     rtol: float = 1e-5
     max_evals: int = 1000
     refine: bool = True
     labels: tuple[str, ...] | None = None
     seed: int = 0
+
+    @property
+    def ball_norm(self) -> str:
+        """`norm`, or `linf` where none was stated."""
+        return self.norm or "linf"
 
     def check(self) -> None:
         """Refuse what no run could do, before a checkpoint is loaded.
@@ -83,7 +89,7 @@ class RunConfig:
         """
         for name, value, allowed in (
             ("solver", self.solver, tuple(SOLVERS)),
-            ("norm", self.norm, NORMS),
+            ("norm", self.ball_norm, NORMS),
             ("dtype", self.dtype, tuple(DTYPES)),
         ):
             if value not in allowed:
@@ -93,8 +99,10 @@ class RunConfig:
             raise ValueError(f"`max_evals` must be at least 1; got {self.max_evals}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must be 0 or more; got {self.seed}.")
-        if self.norm == "linf" or (self.radius is not None and not self.radius > 0):
-            check_radius(self.radius, self.norm, 1)
+        if self.norm is not None and self.radius is None:
+            raise ValueError(f"`norm` must come with `radius`; got {self.norm!r} alone. Add a radius or leave it out.")
+        if self.ball_norm == "linf" or (self.radius is not None and not self.radius > 0):
+            check_radius(self.radius, self.ball_norm, 1)
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
         if (self.source is None) != (self.target is None):
@@ -110,25 +118,6 @@ class RunConfig:
             raise ValueError(f"`pairs` must be at least 1; got {self.pairs}.")
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One row to make: place in the list, ids and classes, and where the two images are in their sets."""
-
-    index: int
-    pair_id: str
-    source: int
-    target: int
-    source_id: str
-    target_id: str
-    source_class: str | None
-    target_class: str | None
-
-    def record(self) -> dict[str, Any]:
-        """The part of the pair that is written into rows and into `run.json`."""
-        keys = ("pair_id", "source_id", "target_id", "source_class", "target_class")
-        return {key: getattr(self, key) for key in keys}
-
-
 @dataclass(frozen=True)
 class MatchPlan:
     """A settled run: the encoder, the images, the list of pairs, and settings without any local path.
@@ -136,7 +125,6 @@ class MatchPlan:
     Attributes:
         settings: everything that changes a number, with ids and revisions in place of paths; kept in `run.json`.
         provenance: the provenance columns, equal in every row.
-        drawn: whether pairs were drawn from a set; then an unreadable image becomes a row of status `error`.
     """
 
     config: RunConfig
@@ -146,7 +134,6 @@ class MatchPlan:
     pairs: tuple[Pair, ...]
     settings: dict[str, Any]
     provenance: dict[str, Any]
-    drawn: bool
 
     @property
     def hash8(self) -> str:
@@ -169,14 +156,7 @@ class MatchPlan:
         Raises:
             ValueError: an image cannot be read, or the two are the same.
         """
-        source = _pixels(self.encoder, self.sources, pair.source)
-        target = _pixels(self.encoder, self.targets, pair.target)
-        if torch.equal(source, target):
-            raise ValueError(
-                f"source and target must be different images; {pair.source_id!r} and {pair.target_id!r} are the same "
-                "pixels for the model. Choose another target."
-            )
-        return source, target
+        return read_pair(self.encoder, self.sources, self.targets, pair)
 
 
 def make_plan(
@@ -184,8 +164,8 @@ def make_plan(
 ) -> MatchPlan:
     """Open the images, settle the pairs, and check everything that can be checked without matching.
 
-    Images that were named as source or target are read once here, so that a bad one is refused before any work; of
-    images drawn from a set a bad one costs its own row only.
+    Every image of the pairs is read once here, so that bad ones are refused before any work, all in one message. Pairs
+    drawn from a set never have two photos of equal pixels; what goes bad after this costs its own rows only.
 
     Args:
         config: the run as the user states it.
@@ -197,12 +177,12 @@ def make_plan(
         The plan, ready for `run_match`.
 
     Raises:
-        ValueError: bad options or images, source equal to target, or counts that do not fit.
+        ValueError: bad options or images, a named source equal to its target, or counts that do not fit.
         FileNotFoundError: a path does not exist.
     """
     config.check()
     channels, height, width = encoder.input_shape
-    check_radius(config.radius, config.norm, channels * height * width)
+    check_radius(config.radius, config.ball_norm, channels * height * width)
     if config.labels is not None:
         _check_labels(encoder, config.labels)
 
@@ -217,14 +197,17 @@ def make_plan(
 
     if config.data is not None:
         sources = targets = load(config.data)
-        indices = draw_pairs(sources, config.pairs or min(10, max(1, count_pairs(sources))), config.seed)
     elif config.source is not None and config.target is not None:
         sources, targets = load(config.source), load(config.target)
-        indices = _given_pairs(sources, targets)
     else:
-        sources = targets = load("builtin")
-        indices = [(targets.ids.index("cat"), targets.ids.index("coffee"))]
-    pairs = _name_pairs(sources, targets, indices)
+        sources, targets = (load("builtin").select([k]) for k in (0, 1))  # cat -> coffee
+    columns = [name for name in ("image_column", "label_column") if getattr(config, name) is not None]
+    if columns and not (sources.tabular or targets.tabular):
+        raise ValueError(
+            f"`{columns[0]}` must come with a parquet file or a dataset; {sources.data_id!r} has no columns. "
+            "Leave it out."
+        )
+    pairs = settle_pairs(encoder, sources, targets, drawn=config.data is not None, n=config.pairs, seed=config.seed)
     same = sources is targets or (sources.data_id, sources.data_revision) == (targets.data_id, targets.data_revision)
     data_id = sources.data_id if same else f"{sources.data_id} + {targets.data_id}"
     revision = sources.data_revision if same else f"{sources.data_revision} + {targets.data_revision}"
@@ -242,7 +225,7 @@ def make_plan(
         "solver": config.solver,
         "solver_parameters": _text(asdict(solver)),
         "radius": config.radius,
-        "norm": config.norm,
+        "norm": config.ball_norm,
         "rtol": config.rtol,
         "max_evals": config.max_evals,
         "refine": config.refine,
@@ -252,41 +235,7 @@ def make_plan(
     }
     shared = ("data_id", "data_revision", "norm", "radius", "rtol", "solver", "seed", "schema_version")
     provenance = known | {key: settings[key] for key in shared}
-    plan = MatchPlan(config, encoder, sources, targets, pairs, settings, provenance, config.data is not None)
-    if not plan.drawn:
-        for pair in pairs:
-            plan.pixels(pair)
-    return plan
-
-
-def _given_pairs(sources: ImageSet, targets: ImageSet) -> list[tuple[int, int]]:
-    if len(targets) == 1:
-        return [(i, 0) for i in range(len(sources))]
-    if len(sources) == len(targets):
-        return [(i, i) for i in range(len(sources))]
-    raise ValueError(
-        f"`target` must be one image, or as many as sources; got {len(sources)} source(s) and {len(targets)} targets. "
-        "Use --data W --pairs N to draw pairs."
-    )
-
-
-def _name_pairs(sources: ImageSet, targets: ImageSet, indices: Sequence[tuple[int, int]]) -> tuple[Pair, ...]:
-    pairs, used = [], set()
-    for index, (i, j) in enumerate(indices):
-        name = f"{sources.ids[i]}->{targets.ids[j]}"
-        if name in used:
-            name += f"#{index}"
-        used.add(name)
-        pairs.append(Pair(index, name, i, j, sources.ids[i], targets.ids[j], sources.labels[i], targets.labels[j]))
-    return tuple(pairs)
-
-
-def _pixels(encoder: Encoder, images: ImageSet, index: int) -> Tensor:
-    image = images[index].image
-    try:
-        return encoder.preprocess([image])[0].detach().cpu()
-    except (ValueError, MemoryError) as error:
-        raise ValueError(f"image {images.ids[index]!r} cannot be preprocessed: {error}") from error
+    return MatchPlan(config, encoder, sources, targets, pairs, settings, provenance)
 
 
 def _check_labels(encoder: Encoder, labels: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ Every public verb returns one frozen record, batch first, with one `Status` per 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -23,6 +24,11 @@ class Status(StrEnum):
     STALLED = "stalled"
     MAX_EVALS = "max_evals"
     INFEASIBLE = "infeasible"
+    COMPLETED = "completed"
+    RESOLVED = "resolved"
+    UNDETERMINED = "undetermined"
+    DRIFT_EXCEEDED = "drift_exceeded"
+    BOX_BLOCKED = "box_blocked"
     ERROR = "error"
 
     @property
@@ -37,6 +43,14 @@ _ADVICE = {
     "holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
     Status.MAX_EVALS: "The evaluations ran out while the error was still falling. Raise `max_evals`.",
     Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
+    Status.COMPLETED: "The analysis was carried out in full.",
+    Status.RESOLVED: "The value was read from a plateau of the secants, above the float noise.",
+    Status.UNDETERMINED: "Float noise or curvature hides the value at every radius. Use float64, or radii between the "
+    "noise and the bend.",
+    Status.DRIFT_EXCEEDED: "The corrector could not bring the embedding back within `rtol`. Make `step` smaller, "
+    "loosen `rtol`, or use float64.",
+    Status.BOX_BLOCKED: "Every way on leaves the pixel range [0, 1]. Choose another heading, or start from an image "
+    "with fewer pixels at 0 and 1.",
     Status.ERROR: "The image could not be worked on: it was unreadable or equal to its target, or the encoder "
     "returned NaN or raised. The cause was printed, and a run keeps it in run.json under `errors`.",
 }
@@ -66,6 +80,14 @@ class MatchResult:
     def converged(self) -> bool:
         """Whether every image of the batch reached its tolerance."""
         return all(s is Status.CONVERGED for s in self.status)
+
+    def __repr__(self) -> str:
+        """Say in one line how many images there are, how they ended, at which errors and cost."""
+        size = "×".join(map(str, self.images.shape[1:]))
+        ends = ", ".join(f"{n} {status}" for status, n in Counter(map(str, self.status)).items())
+        errors = " to ".join(dict.fromkeys(f"{e:.1e}" for e in (self.errors.min(), self.errors.max())))
+        cost = f"{self.num_evals.sum():.0f} evaluations"
+        return f"MatchResult({len(self.status)} of {size}: {ends}; errors {errors}; {cost})"
 
 
 @dataclass(frozen=True, slots=True)

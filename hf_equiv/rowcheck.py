@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _RELATIVE = ("embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor")
 _COSINES = ("cosine_to_target", "cosine_to_source", "cosine_source_target")
 _PROBS = ("match_prob", "target_label_prob")
+_STATUSES = (Status.CONVERGED, Status.STALLED, Status.MAX_EVALS, Status.INFEASIBLE, Status.ERROR)
 _LABELS = ("source_label", "target_label", "match_label", "same_top1")
 _PIXELS = {"psnr_db": 1e-4, "ssim": 1e-5, "linf": 1e-7, "l2": 1e-5}
 """Tolerances of what follows from pixels alone: dB, none, pixels in [0, 1], pixels in [0, 1]."""
@@ -59,9 +60,14 @@ class Findings:
     worst: dict[str, float] = field(default_factory=dict)
 
     def add(self, file: str, pair_id: str | None, column: str, stated: Any, recomputed: Any, why: str = "") -> None:
-        """Note one problem."""
-        what = f"{file}: " + (f"row {pair_id!r}, " if pair_id else "") + column
+        """Note one problem of a value; `why` is added to what is stated and what was recomputed."""
+        what = (f"row {pair_id!r}, " if pair_id else "") + column
         message = f"{what} states {_show(stated)}, recomputed {_show(recomputed)}" + (f" ({why})" if why else "")
+        self.say(file, pair_id, column, stated, recomputed, message)
+
+    def say(self, file: str, pair_id: str | None, column: str, stated: Any, recomputed: Any, message: str) -> None:
+        """Note one problem in words of its own."""
+        message = f"{file}: {message}"
         self.problems.append(Problem(file, pair_id, column, stated, recomputed, message))
         if pair_id is not None:
             self.bad_rows.add(pair_id)
@@ -77,7 +83,7 @@ def check_stated(file: str, row: Row, settings: Row, pair: Row | None, found: Fi
     """Check the columns that must equal what `run.json` states, and the version of the row."""
     name = row["pair_id"]
     if pair is None:
-        found.add(file, name, "pair_id", name, None, "run.json does not list this pair")
+        found.say(file, name, "pair_id", name, None, f"row {name!r}: run.json does not list this pair")
     version = row["schema_version"]
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         found.add(file, name, "schema_version", version, SCHEMA_VERSION, "a newer hf_equiv wrote this row")
@@ -97,15 +103,15 @@ def check_row(file: str, row: Row, image: Tensor | None, encoder: Encoder, setti
             if row[key] is not None:
                 found.add(file, name, key, row[key], None, "a row of status error holds no numbers")
         return
-    if row["status"] not in list(Status):
-        found.add(file, name, "status", row["status"], None, f"must be one of {', '.join(Status)}")
+    if row["status"] not in _STATUSES:
+        found.add(file, name, "status", row["status"], None, f"must be one of {', '.join(_STATUSES)}")
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     images: dict[str, Tensor] = {}
     for column in shards.IMAGE_COLUMNS:
         try:
             images[column] = decode_png(row[column] or b"", dtype)
         except ValueError as error:
-            found.add(file, name, column, "a PNG image", None, str(error))
+            found.say(file, name, column, "a PNG image", None, f"row {name!r}, {column}: {error}")
             return
         if tuple(images[column].shape) != tuple(encoder.input_shape):
             found.add(file, name, column, list(images[column].shape), list(encoder.input_shape), "wrong size")
@@ -144,7 +150,7 @@ def _float_error(
 ) -> float | None:  # fmt: skip
     float_file = f"float/{Path(file).stem}.safetensors"
     if image is None:
-        found.add(float_file, name, "match", "a float match", None, "it is missing")
+        found.say(float_file, name, "match", "a float match", None, f"the float match of row {name!r} is missing")
         return None
     inside = bool(torch.isfinite(image).all()) and 0 <= float(image.min()) and float(image.max()) <= 1
     if not inside or image.shape != images["source"].shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,12 +33,16 @@ class RunOutcome:
         out: its directory.
         rows: its rows, in the order of the pairs, without images.
         summary: as from `metrics.summarize`.
+        errors: why rows are of status `error`, by pair id.
+        refine_evals: evaluations of the 8-bit refinement, by pair id.
         main: whether this is the process that speaks for the run; of several, only one does.
     """
 
     out: Path
     rows: tuple[Row, ...]
     summary: Row
+    errors: Mapping[str, str]
+    refine_evals: Mapping[str, float]
     main: bool = True
 
     @property
@@ -86,18 +90,16 @@ def run_match(
         state.wait_for_everyone()
         _work(plan, folder, size, tell, state)
         state.wait_for_everyone()  # until the main process has written the summary
-        return _outcome(plan, folder, rundir.read_record(folder)["summary"], main=False)
+        return _outcome(plan, folder, main=False)
     with rundir.locked(folder):
         rundir.prepare(folder, plan.settings, records, overwrite)
         state.wait_for_everyone()
         errors = _work(plan, folder, size, tell, state)
         record = rundir.read_record(folder)
         if errors or not record["complete"] or not _files_there(folder, record):
-            summary = _finish(plan, folder, record.get("errors", {}) | errors)
-        else:
-            summary = record["summary"]
+            _finish(plan, folder, record.get("errors", {}) | errors)
         state.wait_for_everyone()
-        return _outcome(plan, folder, summary)
+        return _outcome(plan, folder, main=True)
 
 
 def _processes(device: torch.device) -> PartialState:
@@ -130,7 +132,7 @@ def _work(plan: MatchPlan, folder: Path, size: int, tell: Observer, state: Parti
     return errors
 
 
-def _finish(plan: MatchPlan, folder: Path, errors: dict[str, str]) -> Row:
+def _finish(plan: MatchPlan, folder: Path, errors: dict[str, str]) -> None:
     """Write summary, figure, card and `run.json`, in this order: the record names the hashes of the others."""
     order = {pair.pair_id: pair.index for pair in plan.pairs}
     rows = sorted(shards.read_rows(folder), key=lambda row: order[row["pair_id"]])
@@ -147,7 +149,6 @@ def _finish(plan: MatchPlan, folder: Path, errors: dict[str, str]) -> Row:
         summary=summary,
         errors={k: v for k, v in errors.items() if k in order},
     )
-    return summary
 
 
 def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, pair_ids: Sequence[str]) -> Row:
@@ -192,7 +193,9 @@ def _files_there(folder: Path, record: Row) -> bool:
     return bool(record["files"]) and all((folder / name).is_file() for name in record["files"])
 
 
-def _outcome(plan: MatchPlan, folder: Path, summary: Row, *, main: bool = True) -> RunOutcome:
+def _outcome(plan: MatchPlan, folder: Path, *, main: bool) -> RunOutcome:
+    record = rundir.read_record(folder)
     order = {pair.pair_id: pair.index for pair in plan.pairs}
     rows = sorted(shards.read_rows(folder), key=lambda row: order[row["pair_id"]])
-    return RunOutcome(folder, tuple(rows), summary, main)
+    refine_evals = {name: cost["refine"] for name, cost in shards.read_costs(folder).items()}
+    return RunOutcome(folder, tuple(rows), record["summary"], record.get("errors", {}), refine_evals, main)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ RECORD = "run.json"
 OVERWRITE = ("missing", "always", "never")
 _OWN_FOLDERS = ("matches", "float", "figures")
 _LOCK = ".lock"
+_CHANGED = {"data_revision": "the photos changed", "model_revision": "the weights changed"}
 
 
 def read_record(folder: Path) -> Row:
@@ -72,14 +74,20 @@ def prepare(folder: Path, settings: Row, pairs: Sequence[Row], overwrite: str) -
 
 
 def refuse_early(folder: Path, settings: Row, overwrite: str) -> int:
-    """Apply the rules of `prepare` without writing, for a dry run.
+    """Apply the rules of `prepare` without leaving anything, for a dry run; the folder must be one that can be made.
 
     Returns:
         The number of rows that are there already and would be kept.
 
     Raises:
-        ValueError: as `prepare`.
+        ValueError: as `prepare` and `locked`.
     """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".hf-equiv-", dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(_unwritable(folder, error)) from error
     if not (folder / RECORD).exists():
         _refuse_foreign(folder)
         return 0
@@ -93,7 +101,7 @@ def refuse_early(folder: Path, settings: Row, overwrite: str) -> int:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the directory's lock, so that two runs never write into it at once.
+    """Hold the directory's lock, so that two runs never write into it at once; its file goes when the run ends.
 
     Raises:
         ValueError: another process holds it, or the folder cannot be made.
@@ -102,10 +110,14 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ValueError(f"run directory {str(folder)!r} cannot be written: {error.strerror}.") from error
+        raise ValueError(_unwritable(folder, error)) from error
     try:
         _flock(descriptor, folder)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                (folder / _LOCK).unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
@@ -155,7 +167,10 @@ def _refuse_foreign(folder: Path) -> None:
 def _refuse_other_settings(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
     if other:
-        told = ", ".join(f"{key} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)" for key in other)
+        told = ", ".join(
+            f"{_CHANGED.get(key, key)} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)"
+            for key in other
+        )
         raise ValueError(
             f"{str(folder)!r} holds a run of other settings: {told}. Give another --out, or --overwrite always to "
             "replace it."
@@ -185,14 +200,21 @@ def _sweep(folder: Path) -> None:
             orphan.unlink(missing_ok=True)
 
 
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"run directory {str(folder)!r} cannot be written: {error.strerror}. Give another --out."
+
+
 def _flock(descriptor: int, folder: Path) -> None:
+    """Lock the open file, unless another run has it or has just removed it."""
     try:
         import fcntl
     except ImportError:  # Windows has no flock: there the check is left out
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / _LOCK)):
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError):
         raise ValueError(
             f"{str(folder)!r} is being written by another run. Wait for it, stop it, or give another --out."
         ) from None

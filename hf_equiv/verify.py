@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_equiv import rundir, shards
+from hf_equiv import metrics, rundir, shards
+from hf_equiv.results import Status
 from hf_equiv.rowcheck import Findings, Problem, check_row, check_stated
 from hf_equiv.run import summarize_run
 from hf_equiv.shards import Row
@@ -25,7 +26,8 @@ class VerifyReport:
 
     Attributes:
         rows: rows in the directory.
-        verified: rows without a problem.
+        verified: rows whose match was recomputed without a problem.
+        error_rows: rows of status `error`, which hold no match; not counted in `verified`, nor in the JSON form.
         failed: rows with one, and pairs without a row.
         worst_embedding_error: largest recomputed error of a float match.
         worst_embedding_error_8bit: largest recomputed error of a stored match.
@@ -38,6 +40,7 @@ class VerifyReport:
     worst_embedding_error: float | None
     worst_embedding_error_8bit: float | None
     problems: tuple[Problem, ...]
+    error_rows: int = 0
 
     @property
     def holds(self) -> bool:
@@ -45,8 +48,9 @@ class VerifyReport:
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
+        """The report as plain data; rows of status `error` are those that are neither verified nor failed."""
+        data = asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
+        return {key: value for key, value in data.items() if key != "error_rows"}
 
 
 def verify_run(
@@ -98,7 +102,8 @@ def verify_run(
         for row in shard:
             name = row["pair_id"]
             if name in places:
-                found.add(file, name, "pair_id", "one row", "two rows", f"the other is in {places[name]}")
+                twice = f"row {name!r} is there twice; the other is in {places[name]}"
+                found.say(file, name, "pair_id", "one row", "two rows", twice)
                 continue
             places[name] = file
             rows.append({k: v for k, v in row.items() if k not in shards.IMAGE_COLUMNS})
@@ -108,18 +113,20 @@ def verify_run(
                 observer(len(rows), len(record["pairs"]))
     for pair in record["pairs"]:
         if pair["pair_id"] not in places:
-            why = "" if record["complete"] else "the run is not finished: run the same match command again"
-            found.add("run.json", pair["pair_id"], "pair_id", "a row", "no row", why)
+            why = "" if record["complete"] else "; the run is not finished: run the same match command again"
+            missing = f"row {pair['pair_id']!r} is listed and missing from matches/{why}"
+            found.say("run.json", pair["pair_id"], "pair_id", "a row", "no row", missing)
     if record["complete"] and not found.bad_rows:
         _check_summary(encoder, folder, rows, record, found)
-    failed = len(found.bad_rows)
+    failed, empty = len(found.bad_rows), {row["pair_id"] for row in rows if row["status"] == Status.ERROR}
     return VerifyReport(
         rows=len(rows),
-        verified=len(set(places) - found.bad_rows),
+        verified=len(set(places) - found.bad_rows - empty),
         failed=failed,
         worst_embedding_error=found.worst.get("embedding_error"),
         worst_embedding_error_8bit=found.worst.get("embedding_error_8bit"),
         problems=tuple(found.problems),
+        error_rows=len(empty),
     )
 
 
@@ -152,7 +159,8 @@ def _load(
 def _check_model(encoder: Encoder, settings: Row, found: Findings) -> None:
     loaded = encoder.provenance["model_revision"]
     if loaded != settings["model_revision"]:
-        found.add("run.json", None, "model_revision", settings["model_revision"], loaded, "other weights were loaded")
+        other = f"other weights were loaded: {loaded}; the run states {settings['model_revision']}"
+        found.say("run.json", None, "model_revision", settings["model_revision"], loaded, other)
 
 
 def _check_files(folder: Path, record: Row, found: Findings) -> None:
@@ -161,13 +169,14 @@ def _check_files(folder: Path, record: Row, found: Findings) -> None:
         path = folder / name
         now = shards.sha256_file(path) if path.is_file() else None
         if now != digest:
-            found.add(name, None, "sha256", digest, now, "the file is missing" if now is None else "the file changed")
+            how = "is missing" if now is None else "changed: its SHA-256 is not what run.json states"
+            found.say(name, None, "sha256", digest, now, f"the file {how}")
     if not record["complete"]:
         return
     for path in sorted([*(folder / "matches").glob("*"), *(folder / "float").glob("*")]):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in stated and not path.name.startswith("."):
-            found.add(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
+            found.say(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
 
 
 def _shards(folder: Path, found: Findings) -> Iterator[tuple[str, list[Row]]]:
@@ -176,7 +185,7 @@ def _shards(folder: Path, found: Findings) -> Iterator[tuple[str, list[Row]]]:
         try:
             yield file, shards.read_shard(path, images=True)
         except ValueError as error:
-            found.add(file, None, "file", "a shard of rows", None, str(error))
+            found.say(file, None, "file", "a shard of rows", None, str(error))
 
 
 def _floats(folder: Path, file: str, found: Findings) -> dict[str, Tensor]:
@@ -184,23 +193,30 @@ def _floats(folder: Path, file: str, found: Findings) -> dict[str, Tensor]:
     try:
         return shards.read_floats(path)[0]
     except ValueError as error:
-        found.add(path.relative_to(folder).as_posix(), None, "file", "float matches", None, str(error))
+        found.say(path.relative_to(folder).as_posix(), None, "file", "float matches", None, str(error))
         return {}
 
 
 def _check_summary(encoder: Encoder, folder: Path, rows: Sequence[Row], record: Row, found: Findings) -> None:
-    """The stated summary must follow from the rows, which have been verified; the baseline within float noise."""
+    """The stated summary must follow from the rows, which have been verified; the baseline within float noise.
+
+    The verdict must follow from the rows and the stated baseline, so that noise cannot turn a digit of its text.
+    """
     ids = [pair["pair_id"] for pair in record["pairs"]]
     order = {name: index for index, name in enumerate(ids)}
-    made = summarize_run(
-        encoder, folder, sorted(rows, key=lambda row: order[row["pair_id"]]), record["settings"]["rtol"], ids
-    )
-    stated = record["summary"] or {}
+    rows, rtol = sorted(rows, key=lambda row: order[row["pair_id"]]), record["settings"]["rtol"]
+    made = summarize_run(encoder, folder, rows, rtol, ids)
+    stated = record["summary"] if isinstance(record["summary"], dict) else {}
+    before = len(found.problems)
     for key in sorted({*made, *stated} - {"verdict"}):
         for path, a, b in _leaves(key, stated.get(key), made.get(key)):
             numbers = isinstance(a, int | float) and isinstance(b, int | float)
             if a != b and not (numbers and abs(a - b) <= max(1e-5 * abs(b), 1e-6 if "baseline" in path else 0.0)):
                 found.add("run.json", None, f"summary.{path}", a, b)
+    baseline = stated.get("baseline") if len(found.problems) == before else made["baseline"]
+    verdict = metrics.summarize(rows, baseline, rtol)["verdict"]
+    if stated.get("verdict") != verdict:
+        found.add("run.json", None, "summary.verdict", stated.get("verdict"), verdict)
 
 
 def _leaves(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:

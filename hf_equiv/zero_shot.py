@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def embed_labels(
     Raises:
         TypeError: `labels` is one string, or holds something else than strings.
         ValueError: `labels` is empty, or holds an empty label.
-        OSError: the checkpoint has no tokenizer that can be loaded here.
+        OSError: the checkpoint has no tokenizer that can be loaded here, or one that knows none of the words.
     """
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise TypeError("`labels` must be a sequence of strings; got something else. Pass ['cat', 'dog'].")
@@ -64,6 +65,7 @@ def embed_labels(
                 f"`labels` must be tokenised, and '{checkpoint.model_id}' has no tokenizer that can be loaded here "
                 f"({text}). Copy the tokenizer's files beside its config.json."
             ) from error
+        _check_known(tokenizer, labels, checkpoint.model_id)
         model = AutoModel.from_pretrained(
             checkpoint.folder,
             dtype=dtype,
@@ -83,3 +85,15 @@ def embed_labels(
         features = features / features.norm(dim=-1, keepdim=True)
     bias = getattr(model, "logit_bias", None)
     return LabelEmbeddings(features, float(model.logit_scale.exp()), 0.0 if bias is None else float(bias))
+
+
+def _check_known(tokenizer: Any, labels: Sequence[str], model_id: str) -> None:
+    """Refuse labels without one known token: of a folder without its files, transformers makes an empty tokenizer."""
+    unknown = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
+    for label, tokens in zip(labels, tokenizer(list(labels), add_special_tokens=False)["input_ids"], strict=True):
+        if unknown.issuperset(tokens):
+            raise OSError(
+                f"`labels` must be words that the tokenizer knows; that of '{model_id}' has {len(tokenizer):,} entries "
+                f"and none for {label!r}. Copy the tokenizer's files (tokenizer.json, or vocab.json and merges.txt) "
+                "beside its config.json, or choose another label."
+            )

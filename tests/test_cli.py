@@ -1,13 +1,14 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 
 import pytest
-from fakes import TinyEncoder, draw_photo
+from fakes import TinyEncoder, draw_photo, save_photos
 
-from hf_equiv import cli, environment, verify
+from hf_equiv import cli, environment, shards, verify, wording
 
 
 @pytest.fixture
@@ -18,6 +19,7 @@ def place(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
     for k in (1, 2):
         draw_photo(k).save(tmp_path / f"{k}.png")
+    (tmp_path / "notes.txt").write_text("no image")
     return tmp_path
 
 
@@ -67,11 +69,15 @@ def test_match_for_people(place, capsys):
     assert code == 1
     folder = next((place / "runs" / "match" / "builtin").iterdir()).relative_to(place)
     assert "1.png -> 2.png" in out
+    refined = next(iter(shards.read_costs(place / folder).values()))["refine"]
+    assert re.search(rf"evals +refine +seconds.*\n.* 30 +{refined:.0f} ", out)
     assert f"picture:  {folder}/figures/pairs.png" in out
     assert f"check it: hf-equiv verify {folder}" in out
     assert "1 of 1 rows on disk" in err
     code, out, err = call(capsys, *PAIR, "--rtol", "1e-13", "-q")
-    assert (code, out, err) == (1, "", "")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"1 of 1 rows in {folder} did not converge. ")
+    assert err.count("\n") == 1
     code, out, _ = call(capsys, "verify", folder)
     assert code == 0
     assert out.startswith(f"The row of {folder} holds")
@@ -92,7 +98,10 @@ def test_dry_run_writes_nothing(place, capsys):
     told = json.loads(out)
     assert told["dry_run"]["rows_to_make"] == 1
     assert told["dry_run"]["estimated_seconds"] >= 0
-    assert sorted(p.name for p in place.iterdir()) == ["1.png", "2.png"]
+    assert sorted(p.name for p in place.iterdir()) == ["1.png", "2.png", "notes.txt"]
+    code, out, _ = call(capsys, *PAIR, "--dry-run", "--out", "deep/run")
+    assert code == 0
+    assert not (place / "deep").exists()
 
 
 def test_env(place, capsys):
@@ -111,6 +120,12 @@ def test_env_of_the_built_in_model(capsys):
     assert model["jvp"] is True
     assert model["head"]["classes"] == 20
     assert "cls" in model["readouts"]
+    assert isinstance(model["processor"], str)
+    code, out, _ = call(capsys, "env", "builtin")
+    assert max(map(len, out.splitlines())) <= 120
+    assert "\n    do_resize             yes\n" in out
+    assert "forward-mode (JVP)      yes\n" in out
+    assert "error" not in out
 
 
 def test_interrupt_says_how_to_go_on(place, capsys, monkeypatch):
@@ -131,21 +146,30 @@ def test_interrupt_says_how_to_go_on(place, capsys, monkeypatch):
 BAD = [
     (["match"], "Missing argument 'MODEL'"),
     (["frobnicate"], "No such command 'frobnicate'"),
+    ([*PAIR, "2.png", "3.png"], "Got unexpected extra arguments (2.png 3.png). A flag takes one name: of several"),
     (["match", "builtin", "--rtol", "tiny"], "'tiny' is not a valid float"),
     (["match", "builtin", "--solver", "magic"], "'magic' is not one of"),
-    ([*PAIR, "--radius", "0"], "`radius` must lie in (0, 1]"),
-    ([*PAIR, "--radius", "-8/255"], "`radius` must lie in (0, 1]"),
-    ([*PAIR, "--radius", "nan"], "`radius` must lie in (0, 1]"),
-    ([*PAIR, "--radius", "8/0"], "`radius` must be a number or a fraction such as 8/255; got '8/0'"),
-    ([*PAIR, "--radius", "1.5"], "`radius` must lie in (0, 1]"),
-    ([*PAIR, "--radius", "30", "--norm", "l2"], "`radius` must lie in (0, 27.7"),
-    ([*PAIR, "--rtol", "0"], "`rtol` must be finite and above 0"),
-    ([*PAIR, "--batch-size", "0"], "`batch-size` must be at least 1"),
-    ([*PAIR, "--labels", "cat"], "`labels` must be at least two different names"),
-    (["match", "builtin", "--source", "1.png"], "`source` must come with `target`"),
+    ([*PAIR, "--radius", "0"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "-8/255"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "nan"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "8/0"], "--radius must be a number or a fraction such as 8/255; got '8/0'"),
+    ([*PAIR, "--radius", "1.5"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "30", "--norm", "l2"], "--radius must lie in (0, 27.7"),
+    ([*PAIR, "--rtol", "0"], "--rtol must be finite and above 0"),
+    ([*PAIR, "--batch-size", "0"], "--batch-size must be at least 1"),
+    ([*PAIR, "--labels", "cat"], "--labels must be at least two different names"),
+    (["match", "builtin", "--source", "1.png"], "--source must come with --target"),
     (["match", "builtin", "--source", "1.png", "--target", "1.png"], "source and target must be different images"),
     (["match", "builtin", "--source", "1.png", "--target", "9.png"], "'9.png' does not exist"),
-    (["match", "builtin", "--data", "builtin", "--pairs", "99"], "`pairs` must be at most 12"),
+    (["match", "builtin", "--data", "builtin", "--pairs", "99"], "--pairs must be at most 12"),
+    ([*PAIR, "--norm", "linf"], "--norm must come with --radius; got 'linf' alone"),
+    ([*PAIR, "--source", "2.png"], "--source may be given once; got 1.png, 2.png."),
+    ([*PAIR, "--image-column", "photo"], "--image-column must come with a parquet file or a dataset; '1.png' has no"),
+    (["match", "builtin", "--label-column", "kind"], "--label-column must come with a parquet file or a dataset"),
+    (["match", "builtin", "--source", "*.png", "--target", "1.png"], "'*.png' does not exist, and patterns are not"),
+    (["match", "builtin", "--data", "notes.txt"], "'notes.txt' must be an image that Pillow reads"),
+    ([*PAIR, "--dry-run", "--out", "1.png"], "run directory '1.png' cannot be written: Not a directory."),
+    ([*PAIR, "--dry-run", "--out", "1.png/run"], "run directory '1.png/run' cannot be written: Not a directory."),
     (["verify", "nowhere"], "'nowhere' must be a run directory; it does not exist"),
 ]
 
@@ -181,6 +205,73 @@ def test_a_local_checkpoint_is_recorded_by_name_and_found_again(tmp_path, monkey
     code, out, _ = call(capsys, "verify", "run", "--model", other)
     assert code == 1
     assert "other weights were loaded" in out
+
+
+def test_bad_photos_of_a_set_are_listed_before_any_work(place, capsys):
+    photos = save_photos(place / "photos")
+    for k in (1, 2):
+        (photos / f"class{k}" / f"photo{k}.png").write_bytes(b"broken" * (k - 1))
+    for flag in ("--dry-run", "--json"):
+        code, out, err = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "20", flag)
+        assert (code, out) == (2, "")
+        head, *lines = err.splitlines()
+        assert head == "error: 2 images cannot be used. Remove them from the set, or draw others with another --seed."
+        assert sorted(line[:46] for line in lines) == [
+            "- image 'class1/photo1.png' must hold an image",
+            "- image 'class2/photo2.png' must be an image t",
+        ]
+    assert not (place / "runs").exists()
+
+
+def test_photos_that_changed_are_told_in_words(place, capsys):
+    call(capsys, *PAIR, "--out", "run", "-q")
+    draw_photo(9).save(place / "1.png")
+    code, _, err = call(capsys, *PAIR, "--out", "run")
+    assert code == 2
+    assert "holds a run of other settings: the photos changed (" in err
+
+
+def test_each_cause_of_an_error_is_told_once(place, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("this image is too much")
+
+    save_photos(place / "photos")
+    monkeypatch.setattr("hf_equiv.matchrows.match_embedding", broken)
+    code, out, _ = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "4", "--out", "run")
+    assert code == 1
+    assert out.count("this image is too much") == 1
+    assert "error: this image is too much (4 rows)\n" in out
+    code, out, err = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "4", "--out", "run", "-q")
+    assert (code, out) == (1, "")
+    assert err == "4 of 4 rows in run did not converge. error: this image is too much (4 rows)\n"
+    code, out, _ = call(capsys, "verify", "run")
+    assert code == 0
+    assert out.startswith("All 0 matches of run hold; 4 of 4 rows are of status error and hold no match;")
+
+
+# --- messages name flags ---
+
+
+def test_every_keyword_is_a_flag():
+    flags = {flag for command in cli.cli.commands.values() for option in command.params for flag in option.opts}
+    assert {"--" + name.replace("_", "-") for name in wording.NAMES} <= flags
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("`max_evals` must be at least 1; got 0.", "--max-evals must be at least 1; got 0."),
+        ("`labels` must be None for 'm'.", "--labels must be left out for 'm'."),
+        ("not cached and `local_files_only=True`. Run", "not cached and --local-files-only. Run"),
+        ("Use device='cpu', or wait.", "Use --device cpu, or wait."),
+        ("Use readout='hidden:3'.", "Use --readout hidden:3."),
+        ("did not reach rtol=1e-5 in time", "did not reach --rtol 1e-5 in time"),
+        ("log in with `hf auth login` or pass `token`.", "log in with `hf auth login` or set HF_TOKEN."),
+        ("source and target must differ: https://h.co/a?revision=x", None),
+    ],
+)
+def test_python_words_become_flags(message, told):
+    assert wording.in_flags(message) == (told or message)
 
 
 def test_other_settings_exit_2(place, capsys):

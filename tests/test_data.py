@@ -1,11 +1,14 @@
 import csv
 import io
+import logging
 import struct
 import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fakes import draw_photo, save_photos
@@ -157,6 +160,11 @@ def test_missing_and_folder(tmp_path):
         load_images(str(tmp_path / "void"))
     with pytest.raises(ValueError, match=r"images must be named"):
         load_images(" ")
+    with pytest.raises(FileNotFoundError, match=r"patterns are not expanded\. Name a folder"):
+        load_images("photos/*")
+    (tmp_path / "notes.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match=r"'notes.csv' must be an image .* A table of images must be a \.parquet file"):
+        load_images(str(tmp_path / "notes.csv"))
 
 
 def test_bad_tables(tmp_path):
@@ -165,8 +173,14 @@ def test_bad_tables(tmp_path):
     with pytest.raises(ValueError, match=r"'labels.csv' must have columns file,label"):
         load_images(str(tmp_path))
     (tmp_path / "x.parquet").write_bytes(b"PAR1 this is not parquet PAR1")
+    told: list[logging.LogRecord] = []
+    watch = logging.Handler()
+    watch.emit = told.append
+    logging.getLogger("datasets").addHandler(watch)
     with pytest.raises(ValueError, match=r"parquet data 'x.parquet' cannot be read"):
         load_images(str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "cache"))
+    logging.getLogger("datasets").removeHandler(watch)
+    assert not told
 
 
 def test_unknown_dataset_without_network():
@@ -257,6 +271,18 @@ def test_parquet(tmp_path):
         load_images(str(tmp_path / "some.parquet"), cache_dir=cache, label_column="sort")
 
 
+def test_parquet_without_the_metadata_of_datasets(tmp_path):
+    cells = [{"bytes": as_file(draw_photo(k), "PNG"), "path": None} for k in range(2)] + [{"bytes": None, "path": None}]
+    pq.write_table(pa.table({"number": [1, 2, 3], "shot": cells}), tmp_path / "some.parquet")
+    images = load_images(str(tmp_path / "some.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert (values(images[1].image) == np.asarray(draw_photo(1))).all()
+    assert images.tabular
+    assert images.select([0]).tabular
+    assert not load_images("builtin").tabular
+    with pytest.raises(ValueError, match=r"some.parquet row 2 must hold an image; column 'shot' is empty there"):
+        images[2]
+
+
 # --- pairs ---
 
 
@@ -279,6 +305,18 @@ def test_all_pairs_and_one_too_many(photos, tmp_path):
     alone = load_images(str(save_photos(tmp_path / "one", 1)))
     with pytest.raises(ValueError, match=r"`data` must hold at least 2 images"):
         draw_pairs(alone, 1, 0)
+
+
+def test_pairs_that_do_not_differ_are_left_out(photos):
+    images = load_images(str(photos))
+    plain = draw_pairs(images, 8, 0)
+    drawn = draw_pairs(images, 8, 0, lambda i, j: (i, j) != plain[2])
+    assert drawn[:-1] == [pair for pair in plain if pair != plain[2]]
+    assert plain[2] not in draw_pairs(images, 23, 0, lambda i, j: (i, j) != plain[2])
+    assert len(draw_pairs(images, None, 0)) == 10
+    assert len(draw_pairs(images.select([0, 1, 2]), None, 0)) == 4
+    with pytest.raises(ValueError, match=r"`pairs` must be at most 0"):
+        draw_pairs(images, None, 0, lambda i, j: False)
 
 
 def test_reading_leaves_paths_out_of_messages(tmp_path: Path):

@@ -144,6 +144,15 @@ def test_cuda_asked_for_and_absent(vit: Path) -> None:
         Encoder.from_pretrained(vit, device="gpu")
 
 
+def test_labels_need_a_tokenizer_that_knows_them(tmp_path: Path) -> None:
+    with quiet():
+        encoder = Encoder.from_pretrained(save("clip", tmp_path / "clip"))  # no tokenizer files: transformers makes one
+    with pytest.raises(
+        OSError, match=r"that of '.*clip' has 2 entries and none for 'cat'\. Copy the tokenizer's files"
+    ):
+        encoder.classify(torch.rand(1, *encoder.input_shape), labels=["cat", "dog"])
+
+
 class LoopbackHub(http.server.BaseHTTPRequestHandler):
     """Repository information and files at one commit, with the error headers of the Hub."""
 
@@ -282,8 +291,8 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path])
     assert offline[0] == ["", SHA, total, "acme/vit"]
     assert offline[1] == [
         "ConnectionError",
-        "'config.json' of 'acme/other' is not in the cache and HF_HUB_OFFLINE=1 is set. Unset it once to fetch the "
-        "checkpoint, or pass a local folder or 'builtin'.",
+        "'acme/other' is no folder here; of the Hub's 'acme/other', 'config.json' is not in the cache and "
+        "HF_HUB_OFFLINE=1 is set. Unset it once to fetch the checkpoint, or pass a local folder or 'builtin'.",
     ]
     unreachable = client(closed, home, [{"id": "acme/other"}])
     assert unreachable[0][0] == "ConnectionError"

@@ -65,7 +65,7 @@ def test_rows_files_and_record(plan, tmp_path):
     assert sorted(p.name for p in (out / "float").iterdir()) == [f"part-0000{i}.safetensors" for i in (0, 2, 4)]
     record = json.loads((out / "run.json").read_text())
     assert record["complete"]
-    assert set(record["files"]) == {p for p in snapshot(out) if p not in ("run.json", ".lock")}
+    assert set(record["files"]) == {p for p in snapshot(out) if p != "run.json"}
     assert all(shards.sha256_file(out / name) == digest for name, digest in record["files"].items())
     assert record["settings"] == plan.settings
     assert [pair["pair_id"] for pair in record["pairs"]] == [row["pair_id"] for row in outcome.rows]
@@ -208,6 +208,20 @@ def test_two_runs_at_once(plan, tmp_path):
     with rundir.locked(tmp_path / "out"), pytest.raises(ValueError, match=r"is being written by another run"):
         run.run_match(plan, tmp_path / "out")
     assert run.run_match(plan, tmp_path / "out").rows
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_lock_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    real = os.open
+
+    def slow(path, *arguments):
+        descriptor = real(path, *arguments)
+        os.unlink(path)  # the run that had it has ended in between
+        return descriptor
+
+    monkeypatch.setattr(rundir.os, "open", slow)
+    with pytest.raises(ValueError, match="is being written by another run"), rundir.locked(tmp_path / "out"):
+        pass
 
 
 def test_full_disk(plan, tmp_path, monkeypatch):
@@ -328,9 +342,38 @@ def test_named_bad_image_stops_at_the_door(photos, tiny, tmp_path):
         make_plan(RunConfig(source=str(photos), target=str(tmp_path / "t.png")), tiny)
 
 
-def test_bad_image_in_a_set_costs_its_rows_only(photos, tiny, tmp_path):
+def test_bad_images_of_a_set_stop_at_the_door_together(photos, tiny):
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
+    (photos / "class0" / "photo3.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 images cannot be used") as caught:
+        make_plan(config_of(photos, pairs=20), tiny)
+    for name in ("class0/photo3.png", "class1/photo1.png"):
+        assert str(caught.value).count(name) == 1
+
+
+def test_one_reason_for_all_images_is_told_once(photos, tiny):
+    def refuse(_):
+        raise ValueError("the processor cannot be built here.")
+
+    tiny.preprocess = refuse
+    with pytest.raises(ValueError, match=r"^the processor cannot be built here\. \(images 'class.*' …\)$"):
+        make_plan(config_of(photos), tiny)
+
+
+def test_equal_photos_are_never_a_pair(photos, tiny):
+    same = (photos / "class0" / "photo0.png").read_bytes()
+    (photos / "class1" / "copy.png").write_bytes(same)
+    pairs = make_plan(config_of(photos, pairs=None), tiny).pairs
+    assert len(pairs) == 10
+    every = make_plan(config_of(photos, pairs=30), tiny).pairs  # 7·6 less 2 + 6 + 2 within a class, less the copy's 2
+    assert all({pair.source_id, pair.target_id} != {"class0/photo0.png", "class1/copy.png"} for pair in every)
+    with pytest.raises(ValueError, match=r"`pairs` must be at most 30"):
+        make_plan(config_of(photos, pairs=31), tiny)
+
+
+def test_image_that_goes_bad_after_planning_costs_its_rows_only(photos, tiny, tmp_path):
     plan = make_plan(config_of(photos, pairs=8), tiny)
+    (photos / "class1" / "photo1.png").write_bytes(b"broken")
     notes = []
     outcome = run.run_match(plan, tmp_path / "out", observer=lambda p: notes.append(p.message) if p.message else None)
     failed = [row for row in outcome.rows if row["status"] == "error"]
@@ -340,7 +383,9 @@ def test_bad_image_in_a_set_costs_its_rows_only(photos, tiny, tmp_path):
     assert not outcome.converged
     assert failed[0]["embedding_error"] is None
     assert failed[0]["model_id"] == "builtin"
-    assert set(json.loads((tmp_path / "out" / "run.json").read_text())["errors"]) == {r["pair_id"] for r in failed}
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert set(record["errors"]) == set(outcome.errors) == {r["pair_id"] for r in failed}
+    assert set(outcome.refine_evals) == {r["pair_id"] for r in outcome.rows} - set(outcome.errors)
 
 
 def test_encoder_that_fails_on_one_image(photos, tmp_path):
@@ -380,6 +425,8 @@ BAD_OPTIONS = [
     ({"source": "a.png"}, r"`source` must come with `target`"),
     ({"target": "a.png"}, r"`target` must come with `source`"),
     ({"data": "builtin", "source": "a", "target": "b"}, r"`data` must not be combined"),
+    ({"norm": "l2"}, r"`norm` must come with `radius`"),
+    ({"image_column": "photo"}, r"`image_column` must come with a parquet file or a dataset; 'builtin' has no columns"),
     ({"pairs": 3}, r"`pairs` must come with `data`"),
     ({"data": "builtin", "pairs": 0}, r"`pairs` must be at least 1"),
     ({"data": "builtin", "pairs": 13}, r"`pairs` must be at most 12"),

@@ -124,8 +124,9 @@ def test_forged_success(out):
     error = rows[name]["embedding_error"]
     if abs(error - 1e-5) > 2e-6:
         only(verify.verify_run(out), pair_id=name, column="status")
-    forge(out, "status", lambda _: "splendid")
-    only(verify.verify_run(out), pair_id=name, column="status", stated="splendid")
+    for other in ("splendid", "completed"):  # "completed" is the status of other analyses
+        forge(out, "status", lambda _, other=other: other)
+        only(verify.verify_run(out), pair_id=name, column="status", stated=other)
 
 
 @pytest.mark.parametrize("column", ["source", "match", "target"])
@@ -180,6 +181,9 @@ def test_missing_shard(out):
     report = verify.verify_run(out)
     assert sum(p.column == "pair_id" and p.recomputed == "no row" for p in report.problems) == 2
     assert (report.rows, report.verified, report.failed) == (2, 2, 2)
+    assert all(
+        "' is listed and missing from matches/" in p.message for p in report.problems if p.recomputed == "no row"
+    )
 
 
 def test_doubled_rows(out):
@@ -225,6 +229,25 @@ def test_forged_summary(out):
     assert {p.column for p in report.problems} == {"summary.median.psnr_db", "summary.baseline.distance.median"}
 
 
+@pytest.mark.parametrize("verdict", ["All matches are perfect.", None])
+def test_forged_verdict(out, verdict):
+    record = json.loads((out / "run.json").read_text())
+    record["summary"]["verdict"] = verdict
+    (out / "run.json").write_text(json.dumps(record))
+    report = verify.verify_run(out)
+    assert [p.column for p in report.problems] == ["summary.verdict"]
+    assert " of 4 matches reached embedding error 1e-5" in report.problems[0].message
+
+
+def test_summary_that_is_none_or_has_more(out):
+    record = json.loads((out / "run.json").read_text())
+    record["summary"]["stars"] = 5
+    (out / "run.json").write_text(json.dumps(record))
+    assert [p.column for p in verify.verify_run(out).problems] == ["summary.stars"]
+    (out / "run.json").write_text(json.dumps(record | {"summary": "splendid"}))
+    only(verify.verify_run(out), column="summary.verdict", stated=None)
+
+
 def test_other_weights(out, monkeypatch):
     monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder(seed=1))
     report = verify.verify_run(out)
@@ -247,10 +270,14 @@ def test_unfinished_run(photos, tiny, tmp_path, monkeypatch):
 
 
 def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
+    plan = make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny)
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
-    run_match(make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny), tmp_path / "out")
+    outcome = run_match(plan, tmp_path / "out")
     monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
-    assert verify.verify_run(tmp_path / "out").holds
+    report = verify.verify_run(tmp_path / "out")
+    assert report.holds
+    assert report.error_rows == len(outcome.errors) > 0
+    assert (report.rows, report.verified, report.failed) == (8, 8 - report.error_rows, 0)
 
 
 def test_float64_run_holds(photos, tmp_path, monkeypatch):

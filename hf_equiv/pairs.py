@@ -1,0 +1,142 @@
+"""The pairs of a match run: drawn or listed, each image read once, and all that cannot be used refused together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv.data import ImageSet, draw_pairs
+
+if TYPE_CHECKING:
+    from hf_equiv.encoder import Encoder
+
+_SAME = "source and target must be different images; {!r} and {!r} are the same pixels for the model. Choose another."
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One row to make: place in the list, ids and classes, and where the two images are in their sets."""
+
+    index: int
+    pair_id: str
+    source: int
+    target: int
+    source_id: str
+    target_id: str
+    source_class: str | None
+    target_class: str | None
+
+    def record(self) -> dict[str, Any]:
+        """The part of the pair that is written into rows and into `run.json`."""
+        keys = ("pair_id", "source_id", "target_id", "source_class", "target_class")
+        return {key: getattr(self, key) for key in keys}
+
+
+def settle_pairs(
+    encoder: Encoder, sources: ImageSet, targets: ImageSet, *, drawn: bool, n: int | None, seed: int
+) -> tuple[Pair, ...]:
+    """Draw pairs from a set, or put named sources and targets together; each image of them is read once.
+
+    Two photos of equal pixels are never drawn as a pair.
+
+    Args:
+        encoder: whose pixels count.
+        sources: images to start from.
+        targets: images whose embedding is wanted; the same set if the pairs are drawn.
+        drawn: whether pairs are drawn; otherwise there is one target, or the i-th source goes to the i-th target.
+        n: how many pairs to draw; None for 10, or all there are.
+        seed: seed of the draw.
+
+    Returns:
+        The pairs, named.
+
+    Raises:
+        ValueError: images that cannot be used (all of them, each reason once), a named source equal to its target, or
+            counts that do not fit.
+    """
+    digests: dict[tuple[bool, int], bytes | None] = {}
+    bad: dict[str, list[str]] = {}
+
+    def digest(images: ImageSet, index: int) -> bytes | None:
+        key = (images is sources, index)
+        if key not in digests:
+            digests[key] = None
+            try:
+                digests[key] = hashlib.sha256(_pixels(encoder, images, index).numpy().tobytes()).digest()
+            except (ValueError, OSError) as error:
+                bad.setdefault(str(error), []).append(images.ids[index])
+        return digests[key]
+
+    def differ(i: int, j: int) -> bool:
+        source, target = digest(sources, i), digest(targets, j)
+        return source is None or source != target
+
+    indices = draw_pairs(sources, n, seed, differ) if drawn else _given_pairs(sources, targets)
+    same = [(i, j) for i, j in indices if not differ(i, j)]
+    if bad:
+        raise ValueError(_unusable(bad, drawn=drawn))
+    if same:
+        raise ValueError(_SAME.format(sources.ids[same[0][0]], targets.ids[same[0][1]]))
+    return _name_pairs(sources, targets, indices)
+
+
+def read_pair(encoder: Encoder, sources: ImageSet, targets: ImageSet, pair: Pair) -> tuple[Tensor, Tensor]:
+    """Source and target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU.
+
+    Returns:
+        The two images.
+
+    Raises:
+        ValueError: an image cannot be read, or the two are the same.
+    """
+    source, target = _pixels(encoder, sources, pair.source), _pixels(encoder, targets, pair.target)
+    if torch.equal(source, target):
+        raise ValueError(_SAME.format(pair.source_id, pair.target_id))
+    return source, target
+
+
+def _given_pairs(sources: ImageSet, targets: ImageSet) -> list[tuple[int, int]]:
+    if len(targets) == 1:
+        return [(i, 0) for i in range(len(sources))]
+    if len(sources) == len(targets):
+        return [(i, i) for i in range(len(sources))]
+    raise ValueError(
+        f"`target` must be one image, or as many as sources; got {len(sources)} source(s) and {len(targets)} targets. "
+        "Use --data W --pairs N to draw pairs."
+    )
+
+
+def _name_pairs(sources: ImageSet, targets: ImageSet, indices: Sequence[tuple[int, int]]) -> tuple[Pair, ...]:
+    pairs, used = [], set()
+    for index, (i, j) in enumerate(indices):
+        name = f"{sources.ids[i]}->{targets.ids[j]}"
+        if name in used:
+            name += f"#{index}"
+        used.add(name)
+        pairs.append(Pair(index, name, i, j, sources.ids[i], targets.ids[j], sources.labels[i], targets.labels[j]))
+    return tuple(pairs)
+
+
+def _unusable(bad: Mapping[str, Sequence[str]], *, drawn: bool) -> str:
+    """One line for each reason, with the images it is about where the reason does not name them."""
+    lines = [
+        why if repr(ids[0]) in why else f"{why} (images {', '.join(map(repr, ids[:3]))}{' …' if ids[3:] else ''})"
+        for why, ids in bad.items()
+    ]
+    cure = "Remove them from the set, or draw others with another `seed`." if drawn else "Name others."
+    if len(lines) == 1:
+        return lines[0]
+    return "\n- ".join([f"{sum(map(len, bad.values()))} images cannot be used. {cure}", *lines])
+
+
+def _pixels(encoder: Encoder, images: ImageSet, index: int) -> Tensor:
+    image = images[index].image
+    try:
+        return encoder.preprocess([image])[0].detach().cpu()
+    except MemoryError:
+        raise ValueError(f"image {images.ids[index]!r} does not fit into memory. Shrink it.") from None
