@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hf_equiv.checkpoint import Checkpoint, find_checkpoint
 from hf_equiv.hub_files import version
-from hf_equiv.loading import LoadedModel, find_device, load_model
-from hf_equiv.precision import exact_derivatives, float64_softmax, no_tf32
-from hf_equiv.preprocess import Preprocessor, load_preprocessor, normalise
-from hf_equiv.readouts import Layout, check_pixels, check_size, embed, find_layout, native_size, probe, resolve_readout
+from hf_equiv.jacobian import require_forward_mode
+from hf_equiv.loading import find_device, load_model
+from hf_equiv.network import Network
+from hf_equiv.preprocess import load_preprocessor
+from hf_equiv.readouts import resolve_readout
+from hf_equiv.structure import find_last_norm, left_relations, patch_weight
 from hf_equiv.zero_shot import LabelEmbeddings, embed_labels
+from hf_equiv.zeros import LeftRelation
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
@@ -56,41 +57,22 @@ class Encoder:
         arXiv:2401.15568.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        loaded: LoadedModel,
-        preprocessor: Preprocessor,
-        *,
-        readout: str,
-        normalize: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._checkpoint, self._loaded, self._preprocessor = checkpoint, loaded, preprocessor
-        self.model_id, self.revision = checkpoint.model_id, checkpoint.revision
-        self.normalize, self.dtype, self.device = normalize, dtype, device
-        self._mean, self._std = (
-            torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
-            for values in (preprocessor.mean, preprocessor.std)
-        )
-        self._native = native_size(loaded)
-        height, width = preprocessor.size or self._native or (224, 224)
-        self.input_shape = (3, height, width)
-        self._sizes = {(height, width)}
+    def __init__(self, checkpoint: Checkpoint, network: Network, *, readout: str, normalize: bool) -> None:
+        self._checkpoint, self._network = checkpoint, network
+        self.model_id, self.revision, self.normalize = checkpoint.model_id, checkpoint.revision, normalize
+        self.dtype, self.device = network.dtype, network.grey.device
+        self.input_shape = (3, int(network.grey.shape[2]), int(network.grey.shape[3]))
+        self.readouts = network.layout.available
+        self.readout = resolve_readout(readout, network.layout, self.model_id)
+        with torch.no_grad():
+            self.embedding_dim = int(self(network.grey).shape[1])
+        names = getattr(network.loaded.model.config, "id2label", None) or {}
+        self.has_head = network.loaded.has_head
+        self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
         self._twin: Encoder | None = None
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
-        self._jvp_works: bool | None = None
-        grey = torch.full((1, *self.input_shape), 0.5, dtype=dtype, device=device)
-        outputs = probe(loaded, normalise(grey, self._mean, self._std), interpolate=self._interpolates(grey))
-        self._layout: Layout = find_layout(loaded, outputs, (height, width))
-        self.readout = resolve_readout(readout, self._layout, self.model_id)
-        self.readouts = self._layout.available
-        with torch.no_grad():
-            self.embedding_dim = int(self(grey).shape[1])
-        names = getattr(loaded.model.config, "id2label", None) or {}
-        self.has_head = loaded.has_head
-        self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
+        self._jvp_works = False
+        self._last_norm: list[torch.nn.Module | None] = []
 
     @classmethod
     def from_pretrained(
@@ -157,18 +139,16 @@ class Encoder:
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
         )
-        loaded = load_model(checkpoint, dtype)
-        preprocessor = load_preprocessor(checkpoint)
-        loaded.to(place)
-        return cls(checkpoint, loaded, preprocessor, readout=readout, normalize=normalize, dtype=dtype, device=place)
+        network = Network(load_model(checkpoint, dtype), load_preprocessor(checkpoint), dtype, place)
+        return cls(checkpoint, network, readout=readout, normalize=normalize)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the embedding z = f(x) of each image, (B, D), differentiable in the pixels.
 
-        Float32 is float32 (TF32 off during the call), and float64 and forward mode (`torch.func.jvp`) use the attention
-        kernel that has them. Wrap a double backward in `hf_equiv.precision.exact_derivatives` yourself, and a backward
-        pass on CUDA in `hf_equiv.precision.no_tf32`. Values outside [0, 1] are not refused: finite differences step
-        over the edge.
+        Float32 is float32 (TF32 and `torch.autocast` off during the call), and float64 and forward mode
+        (`torch.func.jvp`) use the attention kernel that has them. Of `hf_equiv.precision`, wrap a double backward in
+        `exact_derivatives` yourself, and a backward pass in `no_tf32` (on CUDA) and `no_autocast`. Values outside
+        [0, 1] are not refused: finite differences step over the edge.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1], on the encoder's device; cast to its dtype.
@@ -189,8 +169,8 @@ class Encoder:
             >>> x.grad.shape == x.shape
             True
         """
-        self._check(pixels)
-        z = self._forward(pixels, self.readout)
+        self._network.check(pixels)
+        z = self._network(pixels, self.readout)
         return z / z.norm(dim=1, keepdim=True) if self.normalize else z
 
     def preprocess(self, images: Sequence[Image] | Image) -> Tensor:
@@ -217,7 +197,7 @@ class Encoder:
             >>> encoder.preprocess(Image.new("RGB", (100, 80))).shape == (1, *encoder.input_shape)
             True
         """
-        return self._preprocessor(images)
+        return self._network.preprocessor(images)
 
     def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
         """Return class scores s(x) before the softmax, (B, num_classes).
@@ -248,42 +228,28 @@ class Encoder:
         References:
             Radford et al. 2021, arXiv:2103.00020, §3.1; Zhai et al. 2023, arXiv:2303.15343.
         """
-        self._check(pixels)
+        self._network.check(pixels)
+        two_tower = self._network.loaded.two_tower
         if labels is not None:
-            if not self._loaded.two_tower:
-                raise ValueError(
-                    f"`labels` must be None for '{self.model_id}': it has no text encoder. "
-                    + (
-                        "Leave it out: the checkpoint has a head."
-                        if self.has_head
-                        else "Use a CLIP or SigLIP checkpoint."
-                    )
-                )
+            if not two_tower:
+                advice = "Leave it out: the checkpoint has a head." if self.has_head else "Use CLIP or SigLIP."
+                raise ValueError(f"`labels` must be None for '{self.model_id}': it has no text encoder. {advice}")
             key = tuple(labels)
             if isinstance(labels, str) or key not in self._labels:
                 self._labels[key] = embed_labels(self._checkpoint, labels, self.dtype, self.device)
-            return self._labels[key].logits(self._forward(pixels, "projection"))
+            return self._labels[key].logits(self._network(pixels, "projection"))
         if not self.has_head:
-            raise ValueError(
-                f"`classify` must have a classification head; '{self.model_id}' has none. "
-                + ("Pass `labels`." if self._loaded.two_tower else "Use a checkpoint fine-tuned for classification.")
-            )
-        return self._forward(pixels, "logits")
+            advice = "Pass `labels`." if two_tower else "Use a checkpoint fine-tuned for classification."
+            raise ValueError(f"`classify` must have a classification head; '{self.model_id}' has none. {advice}")
+        return self._network(pixels, "logits")
 
     def double(self) -> Encoder:
         """Return the same function in float64, made once. Weights are kept exactly, every operation has 53 bits."""
         if self.dtype == torch.float64:
             return self
         if self._twin is None:
-            self._twin = Encoder(
-                self._checkpoint,
-                self._loaded.in_float64(),
-                self._preprocessor,
-                readout=self.readout,
-                normalize=self.normalize,
-                dtype=torch.float64,
-                device=self.device,
-            )
+            exact = self._network.in_float64()
+            self._twin = Encoder(self._checkpoint, exact, readout=self.readout, normalize=self.normalize)
         return self._twin
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
@@ -305,13 +271,33 @@ class Encoder:
             >>> bool(encoder.noise_floor(torch.rand(1, *encoder.input_shape)) < 1e-4)
             True
         """
-        self._check(pixels)
+        self._network.check(pixels)
         twin, floors = self.double(), []
         with torch.no_grad():
             for image in pixels.to(self.dtype).split(1):
                 exact = twin(image.double())
                 floors.append((self(image).double() - exact).norm() / exact.norm())
         return torch.stack(floors)
+
+    def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
+        """Return which left vectors u of J = ∂f/∂x have uᵀJ in closed form, by the last LayerNorm and what follows it.
+
+        Args:
+            image: (3, H, W), in [0, 1].
+
+        Returns:
+            The relations, exact zeros first; none for a readout that no LayerNorm ends.
+        """
+        model = self._network.loaded.model
+        if not self._last_norm:
+            self._last_norm.append(find_last_norm(self, model, image))
+        norm = self._last_norm[0]
+        return () if norm is None else left_relations(self, norm, image)
+
+    @property
+    def patch_weight(self) -> Tensor | None:
+        """Weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without."""
+        return patch_weight(self._network.loaded.model, self._network.std)
 
     def jvp_probe(self) -> bool:
         """Try one Jacobian-vector product on a grey image; the answer is kept.
@@ -323,20 +309,8 @@ class Encoder:
             RuntimeError: an operation of this model has no forward-mode derivative, or its value is not finite.
         """
         if not self._jvp_works:
-            grey = torch.full((1, *self.input_shape), 0.5, dtype=self.dtype, device=self.device)
-            tangent = torch.linspace(-1, 1, grey.numel(), dtype=self.dtype, device=self.device).view_as(grey)
-            try:
-                moved = torch.func.jvp(self, (grey,), (tangent,))[1]
-            except (RuntimeError, NotImplementedError) as error:
-                raise RuntimeError(
-                    f"`encoder` must have forward-mode derivatives for this; '{self.model_id}' with "
-                    f"{self._loaded.attention} attention does not ({' '.join(str(error).split())[:160]}). Use a method "
-                    "that needs gradients only, such as match_embedding, or another checkpoint."
-                ) from error
-            if not bool(torch.isfinite(moved).all()):
-                raise RuntimeError(
-                    f"the JVP of '{self.model_id}' must be finite; got NaN or infinity. Use float32 or float64."
-                )
+            name = f"'{self.model_id}' with {self._network.loaded.attention} attention"
+            require_forward_mode(self, self._network.grey, name)
             self._jvp_works = True
         return True
 
@@ -351,8 +325,8 @@ class Encoder:
             "model_revision": self.revision,
             "readout": self.readout,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "attention": self._loaded.attention,
-            "processor": self._preprocessor.record,
+            "attention": self._network.loaded.attention,
+            "processor": self._network.preprocessor.record,
             "versions": json.dumps({name: version(name) for name in _PACKAGES}),
         }
 
@@ -364,28 +338,3 @@ class Encoder:
             f"Encoder({self.model_id!r} @ {self.revision[:14]}: {shape} -> {self.embedding_dim}, "
             f"readout={self.readout!r}{unit}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
         )
-
-    def _forward(self, pixels: Tensor, readout: str) -> Tensor:
-        exact = self.dtype == torch.float64
-        # Float64 products on the CPU round by their number of rows: one image at a time, so that an embedding does not
-        # depend on the batch.
-        if pixels.shape[0] > 1 and pixels.device.type == "cpu" and (exact or self._layout.alone):
-            return torch.cat([self._forward(one, readout) for one in pixels.split(1)])
-        with ExitStack() as rules:
-            rules.enter_context(no_tf32())
-            if exact or forward_ad.unpack_dual(pixels).tangent is not None:
-                rules.enter_context(exact_derivatives())
-            if exact and self._loaded.attention == "eager":
-                rules.enter_context(float64_softmax())
-            x = normalise(pixels.to(self.dtype), self._mean, self._std)
-            return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
-
-    def _interpolates(self, pixels: Tensor) -> bool:
-        return self._native is not None and tuple(pixels.shape[2:]) != self._native
-
-    def _check(self, pixels: Tensor) -> None:
-        check_pixels(pixels, self._mean.device)
-        size = (int(pixels.shape[2]), int(pixels.shape[3]))
-        if size not in self._sizes:
-            check_size(self._loaded, self._layout, size, self._native or self.input_shape[1:], self._mean)
-            self._sizes.add(size)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-_SLACK = 1e-4  # of an 8-bit step: k/255 and radius are rounded floats, so "inside the ball" needs this much
+from hf_equiv.precision import no_autocast
+
+_ROUNDED = 1e-6  # relative: a float32 radius of k/255 is k whole steps
 _CANDIDATES = 2048  # pixels considered at a time
 _PAIRED = 512  # of these, when two steps are made at once
 
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
-    """The integers k (N,) with k/255 in the box and the L∞ ball; an L2 ball is a bound on the sum of squares."""
+    """The integers k (N,) with k/255 in the box and the L∞ ball; an L2 ball is a bound on the sum of squares.
+
+    Where the centre is itself k/255 in its dtype, distances are counted in whole steps; elsewhere they are those of the
+    floats k/255, and none exceeds the radius.
+    """
 
     lower: Tensor
     upper: Tensor
@@ -25,12 +31,32 @@ class Lattice:
     @classmethod
     def around(cls, image: Tensor, center: Tensor | None, radius: float | None, norm: str) -> Lattice:
         """The levels of `image`'s pixels allowed by the ball about `center`, in units of 1/255."""
-        middle = (image if center is None else center).detach().flatten().double() * 255
-        reach = radius * 255 if radius is not None and norm == "linf" else 255.0
-        lower = (middle - reach - _SLACK).ceil().clamp(0, 255)
-        upper = (middle + reach + _SLACK).floor().clamp(0, 255)
-        budget = (radius * 255) ** 2 * (1 + 1e-9) if radius is not None and norm == "l2" else math.inf
+        c = (image if center is None else center).detach().flatten()
+        level = (c.double() * 255).round()
+        on_grid = (level / 255).to(c.dtype) == c
+        middle = torch.where(on_grid, level, c.double() * 255)
+        lower, upper, budget = torch.zeros_like(middle), torch.full_like(middle, 255), math.inf
+        if radius is not None and norm == "l2":
+            # Squares of whole steps are whole numbers: a hair more than the radius admits no further one.
+            budget = (radius * 255) ** 2 * (1 + 1e-9 if bool(on_grid.all()) else 1 - 1e-12)
+        elif radius is not None:
+            reach = radius * 255
+
+            def outside(k: Tensor) -> Tensor:
+                gap = torch.maximum((k / 255 - c.double()).abs(), ((k / 255).to(c.dtype).double() - c.double()).abs())
+                return torch.where(on_grid, (k - level).abs() > reach * (1 + _ROUNDED), gap > radius)
+
+            lower, upper = (middle - reach).floor(), (middle + reach).ceil()
+            for _ in range(2):  # each is too far out by one at least, two where rounding is against it
+                lower, upper = lower + outside(lower), upper - outside(upper).double()
+            lower, upper = lower.clamp(0, 255), upper.clamp(0, 255)
         return cls(lower, upper, middle, budget)
+
+    def near(self, levels: Tensor, most: int) -> Lattice:
+        """The part of the lattice within `most` steps of `levels` in every pixel."""
+        return replace(
+            self, lower=torch.maximum(self.lower, levels - most), upper=torch.minimum(self.upper, levels + most)
+        )
 
     def round(self, image: Tensor) -> Tensor | None:
         """The nearest lattice point (N,), drawn towards the centre until an L2 ball holds it; None if there is none."""
@@ -58,24 +84,29 @@ class Lattice:
         return 0.0 if self.l2_budget == math.inf else float(((levels - self.center) ** 2).sum())
 
 
+@no_autocast()
 def left_geometry(jacobian: Tensor) -> tuple[Tensor, Tensor]:
     """Two (D, D) matrices from J = U S Vᵀ (D, N): what J can reach, and the damped whitening of its columns.
 
     After a LayerNorm all embeddings lie on an ellipsoid, so r has a part across it, of second order in ‖r‖: no step
     removes it, and it goes as the rest goes. In the whitened metric all directions of the embedding cost alike; in the
-    plain one the few that pixels hardly move (such as the score of the target's own class) stay behind.
+    plain one the few that pixels hardly move (such as the score of the target's own class) stay behind. The unit of J
+    is free: it is brought near 1 by a power of two before it is squared.
 
     Returns:
         The projector U_k U_kᵀ for σ above 1e-4 σ₁, the float32 noise; and √μ·U (S² + μ)^(−1/2) Uᵀ with μ a hundredth of
         the median σ².
     """
-    values, vectors = torch.linalg.eigh((jacobian @ jacobian.T).double())
+    unit = math.ldexp(1.0, -math.frexp(float(jacobian.abs().max()))[1])
+    scaled = jacobian * unit
+    values, vectors = torch.linalg.eigh((scaled @ scaled.T).double())
     kept = vectors[:, values > 1e-8 * values[-1]]
     damping = 1e-2 * float(values.median())
     whiten = (vectors * (damping / (values.clamp_min(0) + damping)).sqrt()) @ vectors.T
     return kept @ kept.T, whiten
 
 
+@no_autocast()
 def plan_moves(
     jacobian: Tensor, whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float, most: int
 ) -> Tensor:

@@ -1,14 +1,15 @@
-"""Which kernels may compute a stated number: attention for derivatives, TF32 for float32.
+"""Which kernels may compute a stated number: attention for derivatives, no TF32 and no autocast for float32.
 
-Two scoped rules, each restored on exit. The fused attention kernels of PyTorch have no forward mode and no second
-order, and float64 is only float64 when the softmax runs in float64 too; the plain MATH kernel has all three. TF32 keeps
-10 bits of mantissa, so a "float32" convolution or matmul on CUDA is off by about 1e-3 while it is on.
+Scoped rules, each restored on exit. The fused attention kernels of PyTorch have no forward mode and no second order,
+and float64 is only float64 when the softmax runs in float64 too; the plain MATH kernel has all three. TF32 keeps 10
+bits of mantissa, so a "float32" convolution or matmul on CUDA is off by about 1e-3 while it is on; autocast to bfloat16
+keeps 7.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,34 @@ def no_tf32() -> Iterator[None]:
     finally:
         for (owner, name, _), value in zip(switches, before, strict=True):
             setattr(owner, name, value)
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Leave `torch.autocast` for the products inside: float32 stays float32 whatever the caller's block asks for.
+
+    Wrap the library's own float32 products, and the backward pass of f: PyTorch casts that by the block it runs in, not
+    by the one f ran in. The call of f itself stays in the caller's block. Costs a microsecond where autocast is off.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.precision import no_autocast
+        >>> a = torch.ones(2, 2)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     product = a @ a
+        ...     with no_autocast():
+        ...         exact = a @ a
+        >>> product.dtype, exact.dtype
+        (torch.bfloat16, torch.float32)
+
+    References:
+        PyTorch, "Automatic Mixed Precision package - torch.amp".
+    """
+    with ExitStack() as rules:
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                rules.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager

@@ -19,12 +19,15 @@ from hf_equiv import checks
 from hf_equiv.jacobian import jacobian_cost, jacobian_matrix
 from hf_equiv.lattice import Lattice, left_geometry, plan_moves
 from hf_equiv.matching import Encoding, ProgressHook, target_embeddings
-from hf_equiv.precision import no_tf32
+from hf_equiv.precision import no_autocast, no_tf32
 from hf_equiv.results import MatchResult, Progress, Status
 
 _FORWARD = 1 / 3  # evaluations of a forward pass
+_CAP = 3  # steps that one pixel may move in all: without it a few sensitive pixels take 20, and show as specks
+_CROWDED = 0.1  # of the pixels at the cap: there are too few of them for what is left to do, so it is doubled
 _MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to how well J predicted the last
 _WORTH = 5  # times rtol: a smaller error is not worth another Jacobian
+_EXCURSION = 3  # times the best error: how far a round may go above it where the whitened error falls
 _STALE = 3  # rounds in a row with hardly a decrease before a new Jacobian
 
 
@@ -42,14 +45,16 @@ def refine_8bit(
 ) -> MatchResult:
     """Round matches to 8 bit and repair the embedding by single steps of ±1/255.
 
-    Finds k (C, H, W) integer in 0…255, inside the ball, near 255·images, with ‖f(k/255) − z‖ / ‖z‖ ≤ rtol. In rounds:
+    Finds k (C, H, W) integer in 0…255, inside the ball, with ‖f(k/255) − z‖ / ‖z‖ ≤ rtol, in every pixel within 3 of
+    the rounded 255·images (further only where `images` is so far from a match that a tenth of its pixels get there).
+    In rounds:
 
         minimise ‖r + J·Δ/255‖ over integer Δ, greedily;   k ← k + Δ;   r ← f(k/255) − z;   J ← Broyden's update.
 
     Greedy means: always the single step that lowers the norm most. Early steps use the most sensitive pixels, so a
     round changes some hundred pixels by one level, and the linear model is good to a few per cent; each round costs one
-    forward pass. A round that does not lower the error is undone, though J learns from it; after three such rounds J is
-    computed afresh.
+    forward pass. A round that does not lower the error teaches J all the same. It is undone, unless the whitened error
+    fell: what grew then is easily mended by the next. After three such rounds J is computed afresh.
 
     Cost: (1 + 2D)/3 evaluations for J, a third of one for every round. Where `max_evals` does not allow a Jacobian the
     result is the rounded image. Memory: D·N numbers. Images are worked on one after the other.
@@ -59,7 +64,8 @@ def refine_8bit(
         images: matches to round, (B, C, H, W), pixels in [0, 1].
         target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
         source: centre of the ball, (B, C, H, W); needed with `radius`.
-        radius: of the ball about `source`, in pixel units; None for the box alone. Held to 1e-4 of an 8-bit step.
+        radius: of the ball about `source`, in pixel units; None for the box alone. Held exactly; of a source on the
+            grid k/255, in whole steps.
         norm: of the ball: "linf" or "l2".
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image.
@@ -86,7 +92,8 @@ def refine_8bit(
 
     References:
         Broyden (1965), *Math. Comp.* 19:577 (the update of J). Mallat, Zhang (1993), *IEEE Trans. Signal Process.*
-        41:3397 (greedy pursuit). Lattice moves guided by a Jacobian: this library.
+        41:3397 (greedy pursuit). Deuflhard (2004), *Newton Methods for Nonlinear Problems*, §3.3 (the natural
+        monotonicity test). Lattice moves guided by a Jacobian: this library.
     """
     checks.check_images(images, "images")
     checks.check_target(target, images.shape[0])
@@ -174,8 +181,9 @@ def _refine(
     rounded = lattice.round(image)
     if rounded is None:
         return _Refined(image, math.inf, 0.0, 0.0, Status.INFEASIBLE, ())
-    levels = rounded
-    scale = float(z.norm())
+    cap = _CAP
+    unit = math.ldexp(1.0, math.frexp(float(z.norm()))[1])  # a power of two: embeddings of any scale are near 1 here
+    scale = float(z.norm()) / unit
 
     def to_image(levels: Tensor) -> Tensor:
         return (levels / 255).to(image.dtype).view(image.shape)
@@ -185,17 +193,18 @@ def _refine(
             output = f(to_image(levels)[None])
         checks.check_output(output, 1)
         checks.check_dimension(z, output.shape[1])
-        return output[0].double() - z
+        return (output[0].double() - z) / unit
 
     def state(status: Status | None) -> _Refined:
         return _Refined(to_image(levels), error, spent, time.perf_counter() - start, status, tuple(trace))
 
-    r = residual(levels)
+    levels, r = rounded, residual(rounded)  # the best so far
+    here, r_here = levels, r  # where the next round starts
     spent += _FORWARD
     error = float(r.norm()) / scale
     trace.append((spent, error))
     jacobian, failed, since, trust = None, 0, math.inf, _MOVES
-    reach = whiten = torch.empty(0)
+    reach = whiten = natural = torch.empty(0)
     while not error <= rtol:
         if not math.isfinite(error):
             return state(Status.ERROR)
@@ -210,36 +219,53 @@ def _refine(
             spent += cost
             if not bool(torch.isfinite(jacobian).all()):
                 return state(Status.ERROR)
-            jacobian /= 255
+            jacobian /= 255 * unit
             reach, whiten = left_geometry(jacobian)
+            natural = whiten @ reach
             failed, since, trust = 0, error, max(trust, _MOVES // 4)
+            here, r_here = levels, r
         if spent + _FORWARD > max_evals:
             return state(Status.MAX_EVALS)
-        moves = plan_moves(jacobian, whiten, reach @ r, levels, lattice, 0.3 * rtol * scale, trust)
-        step = moves.to(jacobian.dtype)
-        length2 = float(step @ step)
-        if length2 == 0.0:
+        if float(((here - rounded).abs() >= cap).double().mean()) > _CROWDED:
+            cap *= 2
+        near = lattice.near(rounded, cap)
+        moves = plan_moves(jacobian, whiten, reach @ r_here, here, near, 0.3 * rtol * scale, trust)
+        if not bool(moves.any()):
             failed = _STALE
             if since == error:
                 return state(Status.STALLED)
             continue
-        r_new = residual(levels + moves)
+        r_new = residual(here + moves)
         spent += _FORWARD
-        predicted = jacobian @ step
-        surprise = (reach @ (r_new - r)).to(jacobian.dtype) - predicted
-        jacobian.addr_(surprise, step, alpha=1 / length2)
-        error_new = float(r_new.norm()) / scale
-        promised = error - float((r + predicted.double()).norm()) / scale
-        agreement = (error - error_new) / max(promised, 1e-12)
+        predicted = _learn(jacobian, moves, reach @ (r_new - r_here))
+        error_new, error_here = float(r_new.norm()) / scale, float(r_here.norm()) / scale
+        promised = error_here - float((r_here + predicted).norm()) / scale
+        agreement = (error_here - error_new) / max(promised, 1e-12)
         if agreement < 0.25:
             trust = max(8, min(trust, int(moves.abs().sum())) // 3)
         elif agreement > 0.6:
             trust *= 2
         if error_new < error:
             failed = failed + 1 if error_new > 0.9 * error else 0
-            levels, r, error = levels + moves, r_new, error_new
+            levels, r, error = here + moves, r_new, error_new
+            here, r_here = levels, r
             trace.append((spent, error))
         else:
             failed += 1
+            onward = error_new < _EXCURSION * error and (natural @ r_new).norm() < (natural @ r_here).norm()
+            here, r_here = (here + moves, r_new) if onward else (levels, r)
         report(state(None))
     return state(Status.CONVERGED)
+
+
+@no_autocast()
+def _learn(jacobian: Tensor, moves: Tensor, change: Tensor) -> Tensor:
+    """Broyden's update of J (D, N), in place, so that J·Δ is the change seen (D,).
+
+    Returns:
+        The J·Δ of before, (D,) float64.
+    """
+    step = moves.to(jacobian.dtype)
+    predicted = jacobian @ step
+    jacobian.addr_(change.to(jacobian.dtype) - predicted, step, alpha=1 / float(step @ step))
+    return predicted.double()

@@ -134,6 +134,58 @@ class SmoothMLP:
 
 
 @dataclass(frozen=True)
+class Kinked:
+    """z = A y + b + c·max(0, w·y − t): linear on either side of one hyperplane, at a known distance along any line.
+
+    Attributes:
+        inner: the map below the kink.
+        w: unit normal of the hyperplane, (N,), float64.
+        t: its offset.
+        c: what is added above it, (D,), float64.
+    """
+
+    inner: Linear
+    w: Tensor
+    t: float
+    c: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        w, c = self.w.to(images), self.c.to(images)
+        above = torch.stack([torch.relu(w @ (image.flatten() - 0.5) - self.t) for image in images])
+        return self.inner(images) + above[:, None] * c
+
+    def jacobian(self, image: Tensor) -> Tensor:
+        """J (D, N) at one image (C, H, W), float64."""
+        above = float(self.w @ (image.double().flatten() - 0.5)) > self.t
+        return self.inner.A + above * torch.outer(self.c, self.w)
+
+    def kink_distance(self, image: Tensor, direction: Tensor) -> float:
+        """The h at which image + h·direction crosses the hyperplane."""
+        position = self.w @ (image.double().flatten() - 0.5)
+        return float((self.t - position) / (self.w @ direction.double().flatten()))
+
+
+@dataclass(frozen=True)
+class Sphere:
+    """z = u/‖u‖ with u = A y + b: one exact left null vector, z itself.
+
+    Attributes:
+        inner: the map before it is normalised.
+    """
+
+    inner: Linear
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.stack([u / u.norm() for u in self.inner(images)])
+
+    def jacobian(self, image: Tensor) -> Tensor:
+        """J (D, N) at one image (C, H, W), float64."""
+        u = self.inner(image.double()[None])[0]
+        z = u / u.norm()
+        return (self.inner.A - torch.outer(z, z @ self.inner.A)) / u.norm()
+
+
+@dataclass(frozen=True)
 class Case:
     """An encoder with what is known about it.
 
@@ -214,6 +266,19 @@ def smooth_mlp(hidden: int = 32) -> SmoothMLP:
     )
 
 
+def kinked() -> Kinked:
+    """Piecewise linear, with a kink a little away from a typical image."""
+    generator = _generator(21)
+    w = torch.randn(192, generator=generator, dtype=torch.float64)
+    c = torch.randn(DIM, generator=generator, dtype=torch.float64)
+    return Kinked(linear(), w / w.norm(), 0.8, 2 * c / c.norm())
+
+
+def sphere() -> Sphere:
+    """The full-rank linear map, normalised to unit length."""
+    return Sphere(linear())
+
+
 CASES = (
     Case("linear", linear(), DIM, SIGMA),
     Case("orthogonal", orthogonal(), DIM, torch.ones(DIM, dtype=torch.float64)),
@@ -223,3 +288,6 @@ CASES = (
     Case("smooth_mlp", smooth_mlp(), DIM),
 )
 """For `@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)`."""
+
+EIGHT = (*CASES, Case("kinked", kinked(), DIM), Case("sphere", sphere(), DIM - 1))
+"""With a piecewise linear one and one whose embeddings lie on a sphere."""

@@ -72,8 +72,8 @@ def reference(name: str, folder: Path, x: Tensor) -> dict[str, Tensor]:
     with quiet(), torch.no_grad():
         kind = transformers.ViTMAEModel if name == "vit_mae" else type(FAMILIES[name].make())
         model = kind.from_pretrained(folder, config=settings, attn_implementation=_attention(kind)).eval()
-        mean, std = Encoder.from_pretrained(folder)._mean, Encoder.from_pretrained(folder)._std
-        v = (x - mean) / std
+        network = Encoder.from_pretrained(folder)._network
+        v = (x - network.mean) / network.std
         extra = {"noise": torch.arange(16.0)[None]} if name == "vit_mae" else {}
         wanted: dict[str, Tensor] = {}
         if "ForImageClassification" in kind.__name__:
@@ -299,10 +299,9 @@ def test_zero_shot_is_the_two_tower_model(name: str, tmp_path: Path) -> None:
     )
     x = pixels(2)
     mask = {} if name == "siglip" else {"attention_mask": tokens.attention_mask}
+    v = (x - encoder._network.mean) / encoder._network.std
     with torch.no_grad():
-        own = model(
-            input_ids=tokens.input_ids, pixel_values=(x - encoder._mean) / encoder._std, **mask
-        ).logits_per_image
+        own = model(input_ids=tokens.input_ids, pixel_values=v, **mask).logits_per_image
         scores = encoder.classify(x, labels=["cat", "dog"])
     torch.testing.assert_close(scores, own, rtol=1e-5, atol=1e-5)
     assert scores.shape == (2, 2)
@@ -376,10 +375,18 @@ def test_math_attention_has_second_order_and_tf32_comes_back(tiny: Any) -> None:
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 
+@pytest.mark.parametrize("name", ["vit", "convnext"])
+def test_autocast_leaves_float32_alone(name: str, tiny: Any) -> None:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = tiny(name)(pixels())
+    with torch.no_grad():
+        assert torch.equal(inside, tiny(name)(pixels()))
+
+
 def test_jvp_probe_names_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with quiet():
         encoder = Encoder.from_pretrained(save("vit", tmp_path))
-    monkeypatch.setattr("hf_equiv.encoder.exact_derivatives", no_tf32)  # leave the fused kernel in place
+    monkeypatch.setattr("hf_equiv.network.exact_derivatives", no_tf32)  # leave the fused kernel in place
     with pytest.raises(RuntimeError, match=r"`encoder` must have forward-mode derivatives for this; .* with sdpa"):
         encoder.jvp_probe()
 

@@ -7,7 +7,7 @@ import torch
 from cases import CASES, DIM, images, linear, smooth_mlp
 
 from hf_equiv import jacobian
-from hf_equiv.jacobian import jacobian_cost, jacobian_matrix
+from hf_equiv.jacobian import jacobian_cost, jacobian_matrix, require_forward_mode
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -75,3 +75,45 @@ def test_one_row_and_more_rows_than_pixels(rows, wide):
 @pytest.mark.parametrize(("rows", "cost"), [(1, 1.0), (4, 3.0), (192, 385 / 3)])
 def test_cost(rows, cost):
     assert jacobian_cost(rows) == pytest.approx(cost, rel=1e-15)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_the_unit_of_the_embedding_is_free(scale):
+    x = images(1, seed=6)[0]
+    _, J = jacobian_matrix(lambda v: linear()(v) * scale, x)
+    torch.testing.assert_close(J.double() / scale, linear().A, rtol=1e-6, atol=1e-9)
+
+
+def test_autocast_does_not_reach_the_backward_pass():
+    weight = linear().A.float()
+
+    def f(v):
+        with torch.autocast("cpu", enabled=False):
+            return torch.nn.functional.linear(v.flatten(1), weight)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, J = jacobian_matrix(f, images(1)[0])
+    torch.testing.assert_close(J, weight, rtol=0, atol=1e-6)
+
+
+def test_forward_mode_is_required_and_finite():
+    x = images(1, dtype=torch.float64)
+    require_forward_mode(linear(), x, "'linear'")
+
+    class NoForward(torch.autograd.Function):
+        @staticmethod
+        def forward(v):
+            return v.flatten(1)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    with pytest.raises(RuntimeError, match=r"must have forward-mode derivatives for this; 'it' does not \("):
+        require_forward_mode(NoForward.apply, x, "'it'")
+    with pytest.raises(RuntimeError, match=r"the JVP of 'it' must be finite; got NaN"):
+        require_forward_mode(lambda v: (v - v).sqrt().flatten(1), x, "'it'")

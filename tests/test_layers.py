@@ -19,11 +19,11 @@ PACKAGE = ROOT / "hf_equiv"
 
 # A module may import from the modules listed before it, and from no other.
 NUMERICS = ["results", "checks", "precision", "jacobian", "feasible", "solvers", "matching", "lattice", "quantize"]
-ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "zero_shot", "encoder"]
+ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network", "zero_shot", "encoder"]
 DATA = ["imagefile", "hubdata", "data"]
-RUN = ["shards", "card", "rundir", "plan", "plots", "matchrows", "run"]
+RUN = ["shards", "card", "rundir", "pairs", "plan", "plots", "matchrows", "run"]
 VERIFY = ["rowcheck", "verify"]
-COMMANDS = ["environment", "display", "matchcommand", "cli", "__main__"]
+COMMANDS = ["wording", "environment", "display", "matchcommand", "cli", "__main__"]
 ORDER = [*NUMERICS, *ENCODER, "metrics", *DATA, *RUN, *VERIFY, *COMMANDS]
 
 # Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from hf_equiv.data import load_images
 from hf_equiv.encoder import Encoder
 from hf_equiv.jacobian import jacobian_cost
-from hf_equiv.lattice import Lattice
+from hf_equiv.lattice import Lattice, left_geometry
 from hf_equiv.matching import match_embedding
 from hf_equiv.quantize import refine_8bit
 from hf_equiv.results import MatchResult, Progress, Status
@@ -84,7 +85,7 @@ def test_converges_and_states_the_error_of_the_file(dtype):
     check_statement(f, exact, z, 2e-6 if dtype == torch.float32 else 1e-14)
     rounded = (match.images.double() * 255).round() / 255
     assert bool((error64(f, rounded, z) > 10 * exact.errors).all()), "rounding alone would have done"
-    assert float((exact.images - match.images).abs().max()) <= 6 / 255
+    assert float((exact.images - match.images).abs().max()) <= 3.5001 / 255, "three steps, and half a one for rounding"
     assert exact.images.dtype == dtype
     assert not exact.images.requires_grad
 
@@ -117,8 +118,8 @@ def test_linf_ball_about_a_source_off_the_grid(radius):
     z = Wide()(wide_images(1, 5))
     match = match_embedding(Wide(), source, z, radius=radius, max_evals=100, raise_on_failure=False)
     exact = refine_8bit(Wide(), match.images, z, source=source, radius=radius, max_evals=20)
-    gap = (levels(exact.images) / 255 - source.double()).abs()
-    assert float(gap.max()) <= radius + 1e-4 / 255  # as documented
+    for pixels in (levels(exact.images) / 255, exact.images.double()):  # of the file, and as returned
+        assert float((pixels - source.double()).abs().max()) <= radius
     check_statement(Wide(), exact, z)
 
 
@@ -136,7 +137,7 @@ def test_l2_ball(radius, on_grid):
     assert exact.status[0] is not Status.INFEASIBLE
     centre = source.double() if not on_grid else levels(source) / 255
     distance = float((levels(exact.images) / 255 - centre).norm())
-    assert distance <= radius * (1 + 1e-7)
+    assert distance <= radius * (1 + 1e-14 if on_grid else 1)  # whole steps: the radius may be used up
     assert distance >= 0.5 * radius
     check_statement(Wide(), exact, z)
 
@@ -178,6 +179,72 @@ def test_images_outside_the_ball_are_brought_in():
         exact = refine_8bit(linear(), far, z, source=source, radius=radius, norm=norm)
         gap = (levels(exact.images) - levels(source)) / 255
         assert float(gap.abs().max() if norm == "linf" else gap.norm()) <= radius * (1 + 1e-9)
+
+
+# Specks
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """`Wide` with a hundred pixels that it sees thirty times as well as the others."""
+
+    inner: Wide
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = torch.ones(x[0].numel(), dtype=x.dtype)
+        weight[::30] = 30
+        return self.inner(0.5 + (x - 0.5) * weight.view(x.shape[1:]) / 10)
+
+
+def test_sensitive_pixels_are_not_heaped_up():
+    f, x = Uneven(Wide()), wide_images(1, 40)
+    z = f((x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(41))).clamp(0, 1))
+    exact = refine_8bit(f, x, z, rtol=1e-4)
+    assert exact.converged
+    assert float((levels(exact.images) - (x.double() * 255).round()).abs().max()) == 3
+
+
+def test_a_start_far_from_a_match_may_go_further():
+    x, z = images(1, seed=42), linear()(images(1, seed=43))
+    exact = refine_8bit(linear(), x, z, max_evals=20)
+    assert float((levels(exact.images) - (x.double() * 255).round()).abs().max()) > 3
+    assert float(exact.errors) < 2e-2
+
+
+# Units and autocast
+
+
+@pytest.mark.parametrize("power", [-66, 66])
+def test_the_unit_of_the_embedding_is_free(power):
+    x, z = wide_images(1, 44), Wide()(wide_images(1, 45))
+    match = match_embedding(Wide(), x, z, rtol=1e-4)
+    plain = refine_8bit(Wide(), match.images, z, rtol=1e-4)
+    scaled = refine_8bit(lambda v: Wide()(v) * 2.0**power, match.images, z * 2.0**power, rtol=1e-4)
+    assert plain.converged
+    assert torch.equal(plain.images, scaled.images)
+    assert torch.equal(plain.errors, scaled.errors)
+    assert plain.traces == scaled.traces
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_left_geometry_at_any_scale(scale):
+    jacobian = smooth_mlp().jacobian(images(1)[0]).float()
+    for plain, scaled in zip(left_geometry(jacobian), left_geometry(jacobian * scale), strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-6)
+    assert round(float(left_geometry(jacobian * scale)[0].trace()), 6) == DIM
+
+
+def test_autocast_around_the_call_changes_nothing_but_f():
+    def f(v: Tensor) -> Tensor:
+        return Wide()(v.double()).to(v)  # autocast leaves float64 alone
+
+    x, z = wide_images(1, 46), f(wide_images(1, 47))
+    match = match_embedding(f, x, z, rtol=1e-4)
+    plain = refine_8bit(f, match.images, z, rtol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = refine_8bit(f, match.images, z, rtol=1e-4)
+    assert plain.converged
+    assert same_result(plain, cast)
 
 
 # Rank
@@ -389,6 +456,24 @@ def test_every_level_survives_every_float_dtype():
             assert torch.equal(ball.upper, (torch.arange(256.0) + k).clamp_max(255).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radius", [8 / 255, 4.5 / 255, 1 / 255, 0.3 / 255, 0.02, 0.5])
+def test_linf_lattice_about_a_centre_off_the_grid_is_the_exact_ball(radius, dtype):
+    center = torch.rand(20_000, generator=torch.Generator().manual_seed(48), dtype=torch.float64)
+    grid = torch.arange(256.0).double() / 255
+    center[: 2 * 256] = torch.cat([grid + radius, grid - radius]).clamp(0, 1)  # a level on the edge of the ball
+    center = center.to(dtype)
+    lattice = Lattice.around(center, center, radius, "linf")
+    off = (center.double() * 255).round().div(255).to(dtype) != center
+    held = lattice.lower <= lattice.upper
+    assert bool(off.sum() > 10_000)
+    for end, out in ((lattice.lower, -1), (lattice.upper, 1)):
+        for pixels in (end / 255, (end / 255).to(dtype).double()):
+            assert bool(((pixels - center.double()).abs() <= radius)[off & held].all())
+        beyond = (end + out) / 255
+        assert bool((((beyond - center.double()).abs() > radius - 1e-7) | (beyond < 0) | (beyond > 1)).all())
+
+
 def test_l2_rounding_stays_in_the_ball_near_the_image():
     center = torch.rand((3, 16, 16), generator=torch.Generator().manual_seed(34), dtype=torch.float64)
     for seed in range(5):
@@ -416,4 +501,6 @@ def test_builtin_cat_as_coffee():
     assert float((double(file) - z).norm() / z.norm()) <= 1e-4
     assert float(exact.errors) <= 1e-4
     assert float((double(source.double()) - z).norm() / z.norm()) > 0.5
+    # What the match itself changed is the solver's; rounding and refining add two least significant bits squared.
+    assert float((file - match.images.double()).square().mean()) < 2 / 255**2
     assert float((file - source.double()).square().mean()) < 2e-3  # PSNR above 27 dB
