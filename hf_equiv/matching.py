@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_equiv import checks
 from hf_equiv.feasible import FeasibleSet
-from hf_equiv.precision import no_tf32
+from hf_equiv.precision import no_autocast, no_tf32
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 from hf_equiv.solvers import LBFGS, Evaluation, Iterates, Solver
 
@@ -98,16 +98,15 @@ def match_embedding(
     checks.check_count(max_evals, "max_evals")
     solver = LBFGS() if solver is None else solver
     checks.check_solver(solver)
-    source = source.detach()
-    target = target.detach()
-    with no_tf32():
-        z = target_embeddings(f, source, target)
+    with torch.inference_mode(False), no_tf32():
+        source = source.detach().clone(memory_format=torch.contiguous_format)
+        z = target_embeddings(f, source, target.detach())
         runs = []
-        for image, embedding in zip(source.detach(), z, strict=True):
+        for image, embedding in zip(source, z, strict=True):
             feasible = FeasibleSet.around(image, radius, norm)
             runs.append(_Run(solver.iterate(image, feasible), embedding, image))
         _drive(f, runs, rtol, max_evals, progress)
-    result = collect(runs)
+        result = collect(runs)
     if raise_on_failure and not result.converged:
         raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
     return result
@@ -152,6 +151,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.scale = float(self.target.norm())
+        # The power of two next to ‖z‖: residuals and gradients in it neither overflow nor lose a bit.
+        self.unit = 2.0 ** math.frexp(self.scale)[1] if self.scale > 0.0 else 1.0
         self.point = next(self.iterates)
 
     def finish(self, status: Status) -> None:
@@ -163,9 +164,10 @@ def _drive(f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress:
     """Evaluate the points of all unfinished images in one batch until none is left."""
     while active := [run for run in runs if run.status is None]:
         start = time.perf_counter()
-        residuals, gradients = _evaluate(f, active)
-        for run, residual, gradient in zip(active, residuals, gradients, strict=True):
-            _advance(run, residual, gradient, rtol, max_evals)
+        residuals, gradients, noise = _evaluate(f, active)
+        with no_autocast():
+            for run, residual, gradient in zip(active, residuals, gradients, strict=True):
+                _advance(run, residual, gradient, noise, rtol, max_evals)
         share = (time.perf_counter() - start) / len(active)
         for run in active:
             run.seconds += share
@@ -173,39 +175,43 @@ def _drive(f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress:
             progress(snapshot(runs))
 
 
-def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor]:
-    """Residuals r = f(x) − z (B, D) in float64 and gradients Jᵀr (B, C, H, W) at the points of `runs`."""
+def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:
+    """Residuals r = (f(x) − z)/unit (B, D) in float64, gradients Jᵀr/unit (B, C, H, W), and the relative noise of f."""
     points = torch.stack([run.point for run in runs]).requires_grad_(True)
+    units = points.new_tensor([run.unit for run in runs], dtype=torch.float64)[:, None]
     with torch.enable_grad():
-        z = f(points)
+        z = f(points.clone())  # a copy, so that an f which normalises in place may
         checks.check_output(z, len(runs))
         checks.check_dimension(runs[0].target, z.shape[1])
-        residuals = z.detach().double() - torch.stack([run.target for run in runs])
+        residuals = (z.detach().double() - torch.stack([run.target for run in runs])) / units
         gradients = None
         if z.requires_grad:
-            (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype), allow_unused=True)
+            with no_autocast():
+                (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype), allow_unused=True)
         if gradients is None:
             raise ValueError("`f` must be differentiable; got an output without a gradient. Drop no_grad or detach.")
-    return residuals, gradients
+    gradients = (gradients / units[:, :, None, None].to(gradients)).contiguous()
+    return residuals, gradients, max(_NOISE[z.dtype], _NOISE[points.dtype])
 
 
-def _advance(run: _Run, residual: Tensor, gradient: Tensor, rtol: float, max_evals: int) -> None:
+def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: float, max_evals: int) -> None:
     """Book one evaluation of one image and ask its solver for the next point."""
     run.num_evals += 1.0
-    error = float(residual.norm()) / run.scale
+    norm = float(residual.norm())
+    error = norm * run.unit / run.scale
     if error < run.error:
         run.error, run.best = error, run.point
         run.trace.append((run.num_evals, error))
     if error <= rtol:
         run.finish(Status.CONVERGED)
-    elif not math.isfinite(error) or not bool(torch.isfinite(gradient).all()):
+    elif not math.isfinite(error) or not bool(torch.isfinite(gradient.sum())):
         run.finish(Status.ERROR)
     elif run.num_evals >= max_evals:
         run.finish(Status.MAX_EVALS)
     else:
         try:
-            noise = _NOISE[gradient.dtype] * run.scale * float(residual.norm())
-            run.point = run.iterates.send(Evaluation(0.5 * float(residual @ residual), gradient, noise, error))
+            slack = noise * norm * run.scale / run.unit
+            run.point = run.iterates.send(Evaluation(0.5 * norm**2, gradient, slack, error, run.unit))
         except StopIteration:
             run.finish(Status.STALLED)
 
@@ -214,9 +220,9 @@ def snapshot(runs: list[_Run]) -> Progress:
     """The state of all images for a progress hook."""
     return Progress(
         torch.stack([run.best for run in runs]),
-        torch.tensor([run.error for run in runs], dtype=torch.float64),
-        torch.tensor([run.num_evals for run in runs], dtype=torch.float64),
-        torch.tensor([run.status is None for run in runs]),
+        torch.tensor([run.error for run in runs], dtype=torch.float64, device="cpu"),
+        torch.tensor([run.num_evals for run in runs], dtype=torch.float64, device="cpu"),
+        torch.tensor([run.status is None for run in runs], device="cpu"),
     )
 
 
@@ -224,9 +230,9 @@ def collect(runs: list[_Run]) -> MatchResult:
     """One frozen record of finished runs."""
     return MatchResult(
         torch.stack([run.best for run in runs]),
-        torch.tensor([run.error for run in runs], dtype=torch.float64),
-        torch.tensor([run.num_evals for run in runs], dtype=torch.float64),
-        torch.tensor([run.seconds for run in runs], dtype=torch.float64),
+        torch.tensor([run.error for run in runs], dtype=torch.float64, device="cpu"),
+        torch.tensor([run.num_evals for run in runs], dtype=torch.float64, device="cpu"),
+        torch.tensor([run.seconds for run in runs], dtype=torch.float64, device="cpu"),
         tuple(run.status or Status.ERROR for run in runs),
         tuple(tuple(run.trace) for run in runs),
     )

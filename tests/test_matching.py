@@ -302,8 +302,45 @@ def test_no_gradient_no_progress(solver):
     result = match_embedding(f, images(1), torch.full((1, 4), 2.0), solver, max_evals=30, raise_on_failure=False)
     assert float(result.errors) == 0.5
     assert torch.equal(result.images, images(1))
-    if isinstance(solver, LBFGS):
-        assert result.status == (Status.STALLED,)
+    assert result.status == (Status.STALLED,)
+
+
+def test_a_flat_spot_throws_no_image_across_the_box():
+    """A Polyak step on a vanishing gradient would be as long as the gradient is small."""
+
+    def f(v: Tensor) -> Tensor:
+        return linear()(v) * 1e-12 + linear()(images(1, seed=68))
+
+    x = images(1, seed=66)
+    found = match_embedding(f, x, torch.ones((1, 12)), max_evals=2, raise_on_failure=False).images
+    assert float((found - x).norm()) <= math.sqrt(x.numel())
+
+
+def test_inference_mode_around_the_call():
+    x, y = images(1, seed=67), images(1, seed=68)
+    plain = match_embedding(linear(), x, y)
+    with torch.inference_mode():
+        assert same_result(match_embedding(linear(), x.clone(), y.clone()), plain)
+
+
+def test_f_may_normalise_in_place():
+    def f(v: Tensor) -> Tensor:
+        return linear()(v.sub_(0.5).mul_(2.0))
+
+    x, y = images(1, seed=67), images(1, seed=68)
+    kept = x.clone()
+    assert match_embedding(f, x, y.clone()).converged
+    assert torch.equal(x, kept)
+
+
+def test_default_device_is_not_asked():
+    x, y = images(1, seed=67), images(1, seed=68)
+    plain, f = match_embedding(linear(), x, y), linear()
+    torch.set_default_device("meta")
+    try:
+        assert same_result(match_embedding(f, x, y), plain)
+    finally:
+        torch.set_default_device(None)
 
 
 @every_solver
@@ -336,7 +373,7 @@ def test_nan_in_the_gradient_is_an_error():
     assert torch.equal(result.images, images(1))
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e6, 1e9])
+@pytest.mark.parametrize("scale", [1e-20, 1e-9, 1e9, 1e20])
 def test_the_unit_of_the_embedding_does_not_matter(scale):
     """The error is relative, and so is every decision: eighteen decades give the same match."""
     x, y = images(1, seed=66), images(1, seed=67)
