@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_equiv.data import draw_pairs, load_images
+    from hf_equiv.directions import Directions, make_directions
     from hf_equiv.encoder import Encoder
+    from hf_equiv.jacobian import Jacobian
+    from hf_equiv.levelset import WalkResult, trace_level_set
+    from hf_equiv.linearity import LinearityResult, linearity_radius
+    from hf_equiv.lipschitz import LipschitzResult, directional_lipschitz
     from hf_equiv.matching import match_embedding
     from hf_equiv.quantize import refine_8bit
+    from hf_equiv.regional import RegionalResult, regional_lipschitz
     from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
     from hf_equiv.solvers import LBFGS, Adam, GradientDescent
+    from hf_equiv.spectrum import SpectrumResult, jacobian_spectrum
+    from hf_equiv.subspaces import RowSpace, patch_null_space, principal_angles, row_space
     from hf_equiv.verify import verify_run
 
 try:
@@ -26,15 +34,32 @@ __all__ = [
     "LBFGS",
     "Adam",
     "ConvergenceError",
+    "Directions",
     "Encoder",
     "GradientDescent",
+    "Jacobian",
+    "LinearityResult",
+    "LipschitzResult",
     "MatchResult",
     "Progress",
+    "RegionalResult",
+    "RowSpace",
+    "SpectrumResult",
     "Status",
+    "WalkResult",
+    "directional_lipschitz",
     "draw_pairs",
+    "jacobian_spectrum",
+    "linearity_radius",
     "load_images",
+    "make_directions",
     "match_embedding",
+    "patch_null_space",
+    "principal_angles",
     "refine_8bit",
+    "regional_lipschitz",
+    "row_space",
+    "trace_level_set",
     "verify_run",
 ]
 
@@ -51,6 +76,23 @@ _HOMES = {
     "Status": "results",
     "draw_pairs": "data",
     "load_images": "data",
+    "Jacobian": "jacobian",
+    "RowSpace": "subspaces",
+    "directional_lipschitz": "lipschitz",
+    "jacobian_spectrum": "spectrum",
+    "linearity_radius": "linearity",
+    "make_directions": "directions",
+    "patch_null_space": "subspaces",
+    "principal_angles": "subspaces",
+    "regional_lipschitz": "regional",
+    "row_space": "subspaces",
+    "trace_level_set": "levelset",
+    "LipschitzResult": "lipschitz",
+    "LinearityResult": "linearity",
+    "RegionalResult": "regional",
+    "SpectrumResult": "spectrum",
+    "WalkResult": "levelset",
+    "Directions": "directions",
     "verify_run": "verify",
 }
 

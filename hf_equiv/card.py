@@ -2,8 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from hf_equiv.shards import Layout
+
+_ANALYSES = {
+    "spectrum": (
+        "Jacobian spectra",
+        "Each row holds an image and the singular values of J = ∂f/∂x at it, in embedding length per pixel length with "
+        "pixels in [0, 1]; an error bound for each value; the rank with its threshold; and the zeros that the "
+        "architecture causes, by name.",
+    ),
+    "lipschitz": (
+        "Directional Lipschitz constants",
+        "Each row holds an image and one direction in pixel space: the local constant `value` read from a ladder of "
+        "central secants (null unless it stands above the float noise), the exact `jvp` beside it, and the ladder with "
+        "its noise floor. `regional_*`, `num_evals` and `seconds` are of the image.",
+    ),
+    "walk": (
+        "Level-set walks",
+        "Each row holds one point of a walk through images that share an embedding: `frame` as 8-bit PNG, the drift "
+        "‖f(x)−z‖/‖z‖ of the float frame (`float/*.safetensors`), that of the PNG (`drift_8bit`), and distances, label "
+        "and probability of the float frame.",
+    ),
+}
+
+
+def analysis_card(
+    layout: Layout, settings: Mapping[str, Any], summary: Mapping[str, Any], figures: Sequence[str]
+) -> str:
+    """Write the card of a spectrum, lipschitz or walk run.
+
+    Args:
+        layout: of its rows.
+        settings: of the run, as in `run.json`.
+        summary: as from `summarize_analysis`.
+        figures: file names inside `figures/`.
+
+    Returns:
+        Markdown with the YAML header that declares the configuration.
+    """
+    title, told = _ANALYSES[layout.analysis]
+    own = ("k", "directions", "radii", "regional", "linearity", "heading", "step", "num_steps", "rtol")
+    options = ", ".join(
+        f"{key.replace('_', ' ')} {_option(settings[key])}" for key in own if settings.get(key) not in (None, False)
+    )
+    pictures = "\n\n".join(f"![{name.split('.')[0]}](figures/{name})" for name in figures)
+    counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items())
+    return f"""---
+pretty_name: {title} of {settings["model_id"]}
+task_categories:
+- image-classification
+tags:
+- hf_equiv
+- {layout.analysis}
+configs:
+- config_name: {layout.folder}
+  default: true
+  data_files:
+  - split: train
+    path: {layout.folder}/*.parquet
+---
+
+# {title} of `{settings["model_id"]}`
+
+{told}
+
+{summary["verdict"]}
+
+{pictures}
+
+{summary["rows"]} rows of {summary["images"]} images ({counts}). Model `{settings["model_id"]}` at
+`{settings["model_revision"]}`, readout `{settings["readout"]}`, {settings["dtype"]}; images from
+`{settings["data_id"]}`{"; " + options if options else ""}. `run.json` holds the settings and the SHA-256 of every file.
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset("PATH_OR_NAME_OF_THIS_DATASET", "{layout.folder}", split="train")
+```
+
+Recompute every row with `hf-equiv verify DIR`.
+"""
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{k}:{n}" for k, n in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def run_card(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:

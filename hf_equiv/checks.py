@@ -122,3 +122,33 @@ def check_solver(solver: object) -> None:
     if isinstance(solver, type) or not callable(getattr(solver, "iterate", None)):
         got = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
         raise TypeError(f"`solver` must be a solver such as LBFGS(), Adam() or GradientDescent(); got {got}.")
+
+
+def check_radii(radii: Tensor) -> None:
+    """Require at least four positive finite radii, ascending, at least four a decade."""
+    if radii.ndim != 1 or len(radii) < 4:
+        raise ValueError(f"`radii` must be at least 4 numbers; got shape {tuple(radii.shape)}.")
+    if not bool(torch.isfinite(radii).all()) or float(radii.min()) <= 0:
+        raise ValueError("`radii` must be finite and above 0. They are L2 lengths in pixel units.")
+    ratios = (radii[1:] / radii[:-1]).double()
+    if float(ratios.min()) <= 1 or float(ratios.max()) > 10**0.25 * (1 + 1e-6):
+        raise ValueError(
+            "`radii` must ascend with at least four a decade (ratios in (1, 1.7783]); "
+            f"got ratios from {float(ratios.min()):.4g} to {float(ratios.max()):.4g}. "
+            "Use torch.logspace(-4, 0, 17)."
+        )
+
+
+def check_directions(directions: Tensor, images: Tensor) -> None:
+    """Require float, finite, non-zero directions (B, K, C, H, W) for images (B, C, H, W)."""
+    if not isinstance(directions, Tensor) or not directions.is_floating_point():
+        raise TypeError("`directions` must be a float tensor, or what `make_directions` returns.")
+    wanted = (images.shape[0], "K", *images.shape[1:])
+    fits = directions.ndim == 5 and directions.shape[0] == images.shape[0] and directions.shape[2:] == images.shape[1:]
+    if not fits or directions.shape[1] == 0:
+        raise ValueError(
+            f"`directions` must have shape ({', '.join(map(str, wanted))}) with K ≥ 1; got {tuple(directions.shape)}."
+        )
+    norms = directions.flatten(2).norm(dim=2)
+    if not bool(torch.isfinite(norms).all()) or bool((norms == 0).any()):
+        raise ValueError("`directions` must be finite and not zero: a direction has no constant without a length.")

@@ -4,84 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-IMAGES = "W is an image file, a folder, a parquet file, a Hub dataset id[:config][:split], or 'builtin'."
-
-
-class Radius(click.ParamType[float | None]):
-    """A number or a fraction such as 8/255; `none` for no ball."""
-
-    name = "R"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        """Parse the option."""
-        if not isinstance(value, str):
-            return None if value is None else float(value)
-        if value.strip().lower() == "none":
-            return None
-        over, _, under = value.partition("/")
-        try:
-            return float(over) / float(under) if under else float(over)
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f"`radius` must be a number or a fraction such as 8/255; got {value!r}.") from None
-
-
-def _once(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:
-    if len(values) > 1:
-        raise click.UsageError(
-            f"{option.opts[0]} may be given once; got {', '.join(values)}. Put the images into a folder and name that."
-        )
-    return values[0] if values else None
-
-
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def apply(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return apply
-
-
-_model_options = _options(
-    click.option("--revision", metavar="REV", help="Commit, branch or tag of the model on the Hub."),
-    click.option(
-        "--readout", default="auto", show_default=True, metavar="NAME",
-        help="Which output is the embedding: auto, cls, mean, pooler, tokens, logits, hidden:K, projection.",
-    ),
-    click.option("--normalize", is_flag=True, help="Divide embeddings by their L2 norm."),
-    click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K. Default: cuda if there is one."),
-    click.option("--dtype", default="float32", show_default=True, metavar="TYPE", help="float32 or float64."),
-    click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept."),
-    click.option("--local-files-only", is_flag=True, help="Never ask the Hub; use what is in the cache."),
+from hf_equiv.options import (
+    IMAGES,
+    Radii,
+    Radius,
+    model_options,
+    once,
+    output_options,
+    run_options,
+    source_options,
 )  # fmt: skip
-
-_run_options = _options(
-    click.option(
-        "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. Default: runs/VERB/MODEL/HASH8."
-    ),
-    click.option(
-        "--overwrite", type=click.Choice(["missing", "always", "never"]), default="missing", show_default=True,
-        help="Make what is not there; replace an earlier run; or refuse to touch one.",
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random draw."),
-    click.option("--batch-size", type=int, metavar="B", help="Images worked on at once. Default: 8, on a GPU 32."),
-    click.option("--image-column", metavar="NAME", help="Image column of a parquet file or dataset."),
-    click.option("--label-column", metavar="NAME", help="Class column of a parquet file or dataset."),
-    click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes; write nothing."),
-)  # fmt: skip
-
-_output_options = _options(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress, no table; one line on stderr if something failed."),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -92,22 +29,25 @@ def cli() -> None:
     \b
     hf-equiv match builtin                          cat -> coffee with the model that ships here
     hf-equiv match facebook/deit-tiny-patch16-224 --source dog.jpg --target car.jpg
+    hf-equiv spectrum builtin                       rank, null space and named zeros of the Jacobian
+    hf-equiv lipschitz builtin                      how fast the embedding moves, by kind of direction
+    hf-equiv walk builtin                           through images that share an embedding
     hf-equiv verify runs/match/builtin/1a2b3c4d     recompute every row from its PNG files
     hf-equiv env facebook/dinov2-small              what the checkpoint offers
 
-    Exit codes: 0 done; 1 some row did not converge, or a check did not hold; 2 bad input.
+    Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input.
     """  # noqa: D301 (click looks for the backspace itself)
 
 
 @cli.command()
 @click.argument("model")
-@click.option("--source", metavar="W", multiple=True, callback=_once, help=f"Images to start from. {IMAGES}")
+@click.option("--source", metavar="W", multiple=True, callback=once, help=f"Images to start from. {IMAGES}")
 @click.option(
-    "--target", metavar="W", multiple=True, callback=_once,
+    "--target", metavar="W", multiple=True, callback=once,
     help="The image whose embedding is wanted; or as many as there are sources: first to first, sorted by path.",
 )  # fmt: skip
 @click.option(
-    "--data", metavar="W", multiple=True, callback=_once,
+    "--data", metavar="W", multiple=True, callback=once,
     help="Images to draw pairs from, of different classes where there are classes.",
 )  # fmt: skip
 @click.option(
@@ -126,9 +66,9 @@ def cli() -> None:
 )
 @click.option("--no-refine", is_flag=True, help="Round the match to 8 bit instead of refining it there.")
 @click.option("--labels", metavar="A,B,C", help="Class names for zero-shot labels (CLIP, SigLIP).")
-@_model_options
-@_run_options
-@_output_options
+@model_options
+@run_options
+@output_options
 def match(model: str, **given: Any) -> int:
     """Turn source images into images with the embedding of target images.
 
@@ -150,17 +90,116 @@ def match(model: str, **given: Any) -> int:
 
 
 @cli.command()
+@click.argument("model")
+@source_options
+@click.option(
+    "--k", type=int, metavar="K", help="Only the K largest singular values. Default: all, with rank and zeros."
+)
+@click.option("--vectors", is_flag=True, help="Keep the singular vectors of the first K (or 8), with a figure.")
+@model_options
+@run_options
+@output_options
+def spectrum(model: str, **given: Any) -> int:
+    """Measure how fast an embedding moves, and along how many pixel directions.
+
+    The singular values of the Jacobian at each image, each with an error bound; rank, nullity, and the zeros that the
+    architecture causes, by name. MODEL is a Hub id, a folder or 'builtin'. Without --source or --data, the built-in
+    photos are used.
+
+    \b
+    hf-equiv spectrum builtin
+    hf-equiv spectrum facebook/deit-tiny-patch16-224 --data photos/ --limit 20 --k 8 --vectors
+
+    The run directory is a dataset: spectra/*.parquet, figures/spectra.png. Stopped runs go on with the same command.
+    """  # noqa: D301, DOC201
+    from hf_equiv import geometrycommand
+
+    return geometrycommand.run("spectrum", model, **given)
+
+
+@cli.command()
+@click.argument("model")
+@source_options
+@click.option(
+    "--target", metavar="W", multiple=True, callback=once,
+    help="Image of the direction `toward`. Default: the next image of the set; for a single image a built-in photo.",
+)  # fmt: skip
+@click.option(
+    "--directions", metavar="LIST",
+    help="Kinds and counts. Default: random:64,top:8,row:8,null:64,gradient,toward.",
+)  # fmt: skip
+@click.option("--radii", type=Radii(), help="Radii of the secants, L2 in pixels in [0, 1]. Default: 1e-4:1.")
+@click.option(
+    "--regional", type=float, metavar="R", help="Also search the L2 ball of radius R for the largest constant."
+)
+@click.option("--linearity", is_flag=True, help="Also measure how far the first-order model holds (to 10 %).")
+@model_options
+@run_options
+@output_options
+def lipschitz(model: str, **given: Any) -> int:
+    """Measure local directional Lipschitz constants, and say which are above the float noise.
+
+    For each direction the exact |Jv|, secants over a ladder of radii, the measured noise floor, and a value only where
+    a plateau stands above it. MODEL is a Hub id, a folder or 'builtin'. Without --source or --data, the built-in photos
+    are used.
+
+    \b
+    hf-equiv lipschitz builtin --directions random:16,top:4,null:16,gradient
+    hf-equiv lipschitz facebook/deit-tiny-patch16-224 --source dog.jpg --target car.jpg --regional 0.5 --linearity
+
+    The run directory is a dataset: lipschitz/*.parquet, figures/secants.png and constants.png. Stopped runs go on with
+    the same command.
+    """  # noqa: D301, DOC201
+    from hf_equiv import geometrycommand
+
+    return geometrycommand.run("lipschitz", model, **given)
+
+
+@cli.command()
+@click.argument("model")
+@source_options
+@click.option("--target", metavar="W", multiple=True, callback=once, help="Image of headings toward, nearest, connect.")
+@click.option(
+    "--heading", type=click.Choice(["random", "away", "toward", "nearest", "connect"]), default="random",
+    show_default=True, help="random direction; away from the start; toward the target; from a match of the target back "
+    "to the source (nearest) or on to the target itself (connect).",
+)  # fmt: skip
+@click.option("--step", type=float, default=1.0, show_default=True, help="Longest step, L2 in pixels in [0, 1].")
+@click.option("--num-steps", type=int, default=100, show_default=True, help="Points after the start.")
+@click.option("--rtol", type=float, default=1e-5, show_default=True, help="Largest drift of the embedding, relative.")
+@model_options
+@run_options
+@output_options
+def walk(model: str, **given: Any) -> int:
+    """Walk through images that share an embedding, each point corrected back.
+
+    Drift, distances, label and frame of every point. MODEL is a Hub id, a folder or 'builtin'. Without --source or
+    --data, the built-in photos are used.
+
+    \b
+    hf-equiv walk builtin --num-steps 40
+    hf-equiv walk builtin --source cat.jpg --target coffee.jpg --heading connect
+
+    The run directory is a dataset: paths/*.parquet with the frames, float/ (the frames as they were found),
+    figures/walk.gif, frames.png and drift.png. Stopped runs go on with the same command.
+    """  # noqa: D301, DOC201
+    from hf_equiv import geometrycommand
+
+    return geometrycommand.run("walk", model, **given)
+
+
+@cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--model", metavar="PATH", help="Where the checkpoint is, if the run used a local folder.")
 @click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K.")
 @click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept.")
 @click.option("--local-files-only", is_flag=True, help="Never ask the Hub.")
-@_output_options
+@output_options
 def verify(
     directory: Path, model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool,
     as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
-    """Recompute every row of a run directory from its PNG files.
+    """Recompute every row of a run directory from its images.
 
     Checks the SHA-256 of each file, that no row is missing or doubled, and every number within max(3 x the float noise
     floor, 1e-6). Each problem is named; the exit code is 1 if there is one.
@@ -185,8 +224,8 @@ def verify(
 
 @cli.command()
 @click.argument("model", required=False)
-@_model_options
-@_output_options
+@model_options
+@output_options
 def env(model: str | None, **given: Any) -> int:
     """Show versions and, for a MODEL, its embedding size, readouts, processor and head."""
     as_json, quiet = given.pop("as_json"), given.pop("quiet")

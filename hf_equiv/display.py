@@ -38,7 +38,7 @@ _LABEL_WIDTH = 110
 
 
 @contextlib.contextmanager
-def run_progress(*, quiet: bool) -> Iterator[Observer]:
+def run_progress(*, quiet: bool, what: str = "matches") -> Iterator[Observer]:
     """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere."""
     if quiet:
         yield lambda _: None
@@ -48,17 +48,17 @@ def run_progress(*, quiet: bool) -> Iterator[Observer]:
             TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
             refresh_per_second=4,
         ) as bars:  # fmt: skip
-            yield _Bars(bars)
+            yield _Bars(bars, what)
     else:
-        yield _Lines()
+        yield _Lines(what)
 
 
 class _Bars:
     """One bar for the run, one line for each image of the batch."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: Progress, what: str) -> None:
         self.bars = bars
-        self.whole = bars.add_task("matches", total=None, state="")
+        self.whole = bars.add_task(what, total=None, state="")
         self.images: dict[str, Any] = {}
         self.stage = ""
 
@@ -74,9 +74,12 @@ class _Bars:
             self._clear()
             self.stage = p.stage
             self.images = {
-                name: self.bars.add_task(f"  {p.stage} {escape(_cut(name, 36))}", total=None, state="")
+                name: self.bars.add_task(f"  {p.stage} {escape(cut(name, 36))}", total=None, state="")
                 for name in p.pair_ids
             }
+        if p.steps:
+            for task in self.images.values():
+                self.bars.update(task, total=p.steps, completed=p.step, state=f"{p.step} of {p.steps}")
         if p.errors is None or p.num_evals is None or p.active is None:
             return
         for name, error, evals, active in zip(
@@ -95,20 +98,23 @@ class _Bars:
 class _Lines:
     """A line at the start, after each shard, and every few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self.what = what
         self.last = time.monotonic()
 
     def __call__(self, p: RunProgress) -> None:
         now = time.monotonic()
         if p.stage == "note":
-            _to_stderr(f"error: {in_flags(p.message)}")
+            to_stderr(f"error: {in_flags(p.message)}")
         elif p.stage == "saved":
-            _to_stderr(f"{p.done} of {p.total} rows on disk")
+            to_stderr(f"{p.done} of {p.total} {'rows' if self.what == 'matches' else self.what} on disk")
         elif now - self.last >= LINE_EVERY and p.errors is not None and p.num_evals is not None:
-            _to_stderr(
+            to_stderr(
                 f"{p.done} of {p.total}: {p.stage} {len(p.pair_ids)} images, worst error {float(p.errors.max()):.1e}, "
                 f"{float(p.num_evals.max()):.0f} evaluations"
             )
+        elif now - self.last >= LINE_EVERY and p.steps:
+            to_stderr(f"{p.done} of {p.total}: {p.pair_ids[0]}, {p.stage} {p.step} of {p.steps}")
         else:
             return
         self.last = now
@@ -132,7 +138,7 @@ def print_matches(outcome: RunOutcome, out: Any) -> None:
     """Print the result of a run: a table of rows (the first 20), the summary in words, and where the files are."""
     from hf_equiv.metrics import short
 
-    console = _console(out)
+    console = console_of(out)
     table = Table(box=None, pad_edge=False, header_style="bold")
     labelled = console.width >= _LABEL_WIDTH and any(row["match_label"] is not None for row in outcome.rows)
     table.add_column("source -> target", no_wrap=True)  # the one that gives way on a narrow terminal
@@ -143,14 +149,14 @@ def print_matches(outcome: RunOutcome, out: Any) -> None:
         table.add_column("seen as (source / match / target)", no_wrap=True)
     for row in outcome.rows[:20]:
         cells = [
-            escape(_cut(row["pair_id"].replace("->", " -> "), 44)),
+            escape(cut(row["pair_id"].replace("->", " -> "), 44)),
             row["status"],
             short(row["embedding_error"]),
             short(row["embedding_error_8bit"]),
-            _form(row["psnr_db"], ".1f"),
-            _form(row["num_evals"], ".0f"),
-            _form(outcome.refine_evals.get(row["pair_id"]), ".0f"),
-            _form(row["seconds"], ".1f"),
+            form(row["psnr_db"], ".1f"),
+            form(row["num_evals"], ".0f"),
+            form(outcome.refine_evals.get(row["pair_id"]), ".0f"),
+            form(row["seconds"], ".1f"),
         ]
         if labelled:
             seen = (row[key] for key in ("source_label", "match_label", "target_label"))
@@ -175,7 +181,7 @@ def print_failures(outcome: RunOutcome) -> None:
     """Say on stderr, in one line, how many rows failed and why."""
     failed = sum(row["status"] != "converged" for row in outcome.rows)
     reasons = " ".join(_failures(outcome))
-    _to_stderr(f"{failed} of {len(outcome.rows)} rows in {outcome.out} did not converge. {reasons}")
+    to_stderr(f"{failed} of {len(outcome.rows)} rows in {outcome.out} did not converge. {reasons}")
 
 
 def _failures(outcome: RunOutcome) -> list[str]:
@@ -197,26 +203,32 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
     """Print what `verify` found, each problem on a line."""
     from hf_equiv.metrics import short
 
-    console = _console(out)
+    console = console_of(out)
     for problem in report.problems:
         console.print(problem.message, highlight=False, markup=False, soft_wrap=True)
-    worst = f"worst embedding error {short(report.worst_embedding_error)}"
+    worst = f"; worst embedding error {short(report.worst_embedding_error)}"
     worst += f", as PNG {short(report.worst_embedding_error_8bit)}"
-    empty = f"; {report.error_rows} of {report.rows} rows are of status error and hold no match"
+    if report.analysis in ("spectrum", "lipschitz"):
+        worst = ""
+    elif report.analysis == "walk":
+        worst = worst.replace("embedding error", "drift")
+    what = "match" if report.analysis == "match" else "number"
+    empty = f"; {report.error_rows} of {report.rows} rows are of status error and hold no {what}"
     if report.holds and report.rows == 1 and not report.error_rows:
         told = f"The row of {directory} holds"
     elif report.holds:
-        told = f"All {report.verified} {'matches' if report.error_rows else 'rows'} of {directory} hold"
+        rows = "matches" if report.error_rows and what == "match" else "rows"
+        told = f"All {report.verified} {rows} of {directory} hold"
     else:
         problems = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         told = f"{problems} in {directory}: {report.verified} of {report.verified + report.failed} rows hold"
-    told += (empty if report.error_rows else "") + f"; {worst}."
+    told += (empty if report.error_rows else "") + f"{worst}."
     console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_facts(facts: Mapping[str, Any], out: Any) -> None:
     """Print nested facts as an indented list; settings in JSON one to a line."""
-    console = _console(out)
+    console = console_of(out)
 
     def line(indent: int, name: str, value: str) -> None:
         text = f"{'':<{indent}}{name:<{26 - indent}}{value}".rstrip()
@@ -256,17 +268,21 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _console(out: Any) -> Console:
+def console_of(out: Any) -> Console:
+    """A console on a stream, wide where it is no terminal."""
     return Console(file=out, width=None if out.isatty() else 160)
 
 
-def _to_stderr(text: str) -> None:
+def to_stderr(text: str) -> None:
+    """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201 (progress of the CLI)
 
 
-def _form(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def form(value: float | None, spec: str) -> str:
+    """Format a number that may not exist."""
+    return "–" if value is None else format(value, spec)
 
 
-def _cut(text: str, size: int) -> str:
+def cut(text: str, size: int) -> str:
+    """At most `size` characters."""
     return text if len(text) <= size else text[: size - 1] + "…"

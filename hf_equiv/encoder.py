@@ -17,7 +17,7 @@ from hf_equiv.loading import find_device, load_model
 from hf_equiv.network import Network
 from hf_equiv.preprocess import load_preprocessor
 from hf_equiv.readouts import resolve_readout
-from hf_equiv.structure import find_last_norm, left_relations, patch_weight
+from hf_equiv.structure import left_relations, patch_weight
 from hf_equiv.zero_shot import LabelEmbeddings, embed_labels
 from hf_equiv.zeros import LeftRelation
 
@@ -53,8 +53,7 @@ class Encoder:
         True
 
     References:
-        Salman, Shams, Liu, "Intriguing Equivalence Structures of the Embedding Space of Vision Transformers",
-        arXiv:2401.15568.
+        Salman, Shams, Liu (2024), arXiv:2401.15568.
     """
 
     def __init__(self, checkpoint: Checkpoint, network: Network, *, readout: str, normalize: bool) -> None:
@@ -72,7 +71,6 @@ class Encoder:
         self._twin: Encoder | None = None
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
         self._jvp_works = False
-        self._last_norm: list[torch.nn.Module | None] = []
 
     @classmethod
     def from_pretrained(
@@ -131,14 +129,9 @@ class Encoder:
             raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
         place = find_device(device)
         checkpoint = find_checkpoint(
-            model_id,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-        )
+            model_id, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         network = Network(load_model(checkpoint, dtype), load_preprocessor(checkpoint), dtype, place)
         return cls(checkpoint, network, readout=readout, normalize=normalize)
 
@@ -245,12 +238,10 @@ class Encoder:
 
     def double(self) -> Encoder:
         """Return the same function in float64, made once. Weights are kept exactly, every operation has 53 bits."""
-        if self.dtype == torch.float64:
-            return self
-        if self._twin is None:
+        if self.dtype != torch.float64 and self._twin is None:
             exact = self._network.in_float64()
             self._twin = Encoder(self._checkpoint, exact, readout=self.readout, normalize=self.normalize)
-        return self._twin
+        return self._twin or self
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
         """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image, (B,), float64: what rounding does to the embedding.
@@ -286,13 +277,14 @@ class Encoder:
             image: (3, H, W), in [0, 1].
 
         Returns:
-            The relations, exact zeros first; none for a readout that no LayerNorm ends.
+            The relations, exact zeros first.
         """
-        model = self._network.loaded.model
-        if not self._last_norm:
-            self._last_norm.append(find_last_norm(self, model, image))
-        norm = self._last_norm[0]
-        return () if norm is None else left_relations(self, norm, image)
+        return left_relations(self, self._network.loaded.model, image)
+
+    @property
+    def pixel_std(self) -> Tensor:
+        """Standard deviation (3,) that the checkpoint divides each channel by: one normalised-pixel unit in [0, 1]."""
+        return self._network.std.flatten()
 
     @property
     def patch_weight(self) -> Tensor | None:
@@ -309,8 +301,8 @@ class Encoder:
             RuntimeError: an operation of this model has no forward-mode derivative, or its value is not finite.
         """
         if not self._jvp_works:
-            name = f"'{self.model_id}' with {self._network.loaded.attention} attention"
-            require_forward_mode(self, self._network.grey, name)
+            attention = self._network.loaded.attention
+            require_forward_mode(self, self._network.grey, f"'{self.model_id}' with {attention} attention")
             self._jvp_works = True
         return True
 
@@ -332,9 +324,7 @@ class Encoder:
 
     def __repr__(self) -> str:
         """Name the checkpoint, the map it is and where it runs."""
-        shape = "×".join(map(str, self.input_shape))
-        unit = ", normalize=True" if self.normalize else ""
-        return (
-            f"Encoder({self.model_id!r} @ {self.revision[:14]}: {shape} -> {self.embedding_dim}, "
-            f"readout={self.readout!r}{unit}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
-        )
+        size, dtype = "×".join(map(str, self.input_shape)), str(self.dtype).removeprefix("torch.")
+        readout = repr(self.readout) + (", normalize=True" if self.normalize else "")
+        what = f"{self.model_id!r} @ {self.revision[:14]}: {size} -> {self.embedding_dim}"
+        return f"Encoder({what}, readout={readout}, {dtype} on {self.device})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -79,7 +80,13 @@ class Jacobian:
         return self._spent / 3
 
     def mv(self, tangents: Tensor) -> Tensor:
-        """Return J v of each tangent: (K, C, H, W) -> (K, D).
+        """Return J v of each tangent v.
+
+        Args:
+            tangents: (K, C, H, W), of any length.
+
+        Returns:
+            (K, D), in embedding per unit of the tangents.
 
         Raises:
             ValueError: the shape of `tangents` does not fit.
@@ -98,7 +105,13 @@ class Jacobian:
         return products
 
     def rmv(self, cotangents: Tensor) -> Tensor:
-        """Return Jᵀu of each cotangent: (K, D) -> (K, C, H, W), by reverse mode.
+        """Return Jᵀu of each cotangent u, by reverse mode.
+
+        Args:
+            cotangents: (K, D).
+
+        Returns:
+            (K, C, H, W).
 
         Raises:
             ValueError: the shape of `cotangents` does not fit.
@@ -120,6 +133,40 @@ class Jacobian:
             rows.diagonal(start).fill_(1)
             self._pull(rows, matrix[start : start + len(rows)].view(-1, *self.image.shape))
         return matrix
+
+    def check_deterministic(self) -> None:
+        """Require that f gives the same embedding again, up to its rounding.
+
+        Raises:
+            ValueError: it does not.
+        """
+        with torch.no_grad():
+            again = self._f(self.image[None])[0].to(self.z)
+        off = float((again - self.z).double().norm())
+        if off > 1e3 * self.eps * float(self.z.double().norm()):
+            raise ValueError(
+                f"`f` must be deterministic; two calls on one image differ by {off:.3g}. Switch dropout and sampling "
+                "off, for example with `model.eval()`."
+            )
+
+    def check_memory(self) -> None:
+        """Require that the whole matrix and D×D work fit into the memory of the machine or GPU.
+
+        Raises:
+            ValueError: they do not.
+        """
+        dim, size = self.shape
+        need = dim * size * self.image.element_size() + 4 * 8 * dim * dim
+        if self.image.is_cuda:
+            free = int(torch.cuda.mem_get_info(self.image.device)[0])
+        else:
+            names = os.sysconf_names
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else need
+        if need > 0.8 * free:
+            raise ValueError(
+                f"`images` must have a Jacobian that fits into memory; {dim}×{size} takes {need / 2**30:.0f} GiB of "
+                f"{free / 2**30:.0f}. Pass `k=` for the largest singular values, or use another readout."
+            )
 
     def _pull(self, cotangents: Tensor, out: Tensor) -> None:
         with torch.inference_mode(False), no_tf32(), no_autocast():

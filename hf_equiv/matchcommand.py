@@ -53,10 +53,7 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
             )
     except KeyboardInterrupt:
         kept = len(rundir.finished_ids(folder)) if folder.is_dir() else 0
-        again = "hf-equiv " + shlex.join(sys.argv[1:]) if len(sys.argv) > 1 else "the same command"
-        raise KeyboardInterrupt(
-            f"interrupted; {kept} of {len(plan.pairs)} rows are kept in {folder}. To finish the rest, run: {again}"
-        ) from None
+        raise KeyboardInterrupt(how_to_go_on(kept, len(plan.pairs), "rows", folder)) from None
     if not outcome.main:
         return 0
     if as_json:
@@ -74,32 +71,45 @@ def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
         "model": plan.settings["model_id"],
         "revision": plan.settings["model_revision"],
         "out": str(folder),
-        "rows": [_without_nan(row) for row in rows],
+        "rows": [without_nan(row) for row in rows],
         "summary": summary,
     }
 
 
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+def without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null in place of NaN and infinity."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -> dict[str, Any]:
-    """Time two evaluations of one image; a typical match takes about 200 and its refinement about 150."""
+def how_to_go_on(kept: int, total: int, what: str, folder: Path) -> str:
+    """What to tell whoever has interrupted a run."""
+    again = "hf-equiv " + shlex.join(sys.argv[1:]) if len(sys.argv) > 1 else "the same command"
+    return f"interrupted; {kept} of {total} {what} are kept in {folder}. To finish the rest, run: {again}"
+
+
+def seconds_per_evaluation(encoder: Any) -> float:
+    """Time of one forward and one backward of a grey image, the best of three."""
     import time
 
     import torch
 
-    from hf_equiv import rundir
-
-    there = rundir.refuse_early(folder, plan.settings, overwrite)
-    encoder = plan.encoder
-    left = len(plan.pairs) - there
     x = torch.full((1, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype, requires_grad=True)
     seconds = math.inf
     for _ in range(3):
         start = time.perf_counter()
         torch.autograd.grad(encoder(x).double().square().sum(), x)
         seconds = min(seconds, time.perf_counter() - start)
+    return seconds
+
+
+def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -> dict[str, Any]:
+    """Time an evaluation of one image; a typical match takes about 200 and its refinement about 150."""
+    from hf_equiv import rundir
+
+    there = rundir.refuse_early(folder, plan.settings, overwrite)
+    encoder = plan.encoder
+    left = len(plan.pairs) - there
+    seconds = seconds_per_evaluation(encoder)
     usual = min(plan.config.max_evals, 200) + (150 if plan.config.refine else 0)
     return {
         "model": plan.settings["model_id"],

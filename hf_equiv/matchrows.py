@@ -25,7 +25,8 @@ class RunProgress:
     """What the observer of a run receives.
 
     Attributes:
-        stage: `match`, `refine`, `saved` (a shard is on disk), or `note` (see `message`).
+        stage: `match`, `refine`, `saved` (a shard is on disk), or `note` (see `message`); in other analyses what is
+            being worked on.
         done: rows on disk.
         total: rows of the whole run.
         pair_ids: the batch being worked on.
@@ -33,6 +34,8 @@ class RunProgress:
         num_evals: evaluations of that stage spent so far, (B,).
         active: images still being worked on, (B,).
         message: text of a note.
+        step: how much of the stage is done, in an analysis of one image.
+        steps: of how much.
     """
 
     stage: str
@@ -43,6 +46,8 @@ class RunProgress:
     num_evals: Tensor | None = None
     active: Tensor | None = None
     message: str = ""
+    step: int = 0
+    steps: int = 0
 
 
 Observer = Callable[[RunProgress], None]

@@ -1,4 +1,4 @@
-"""The pairs of a match run: drawn or listed, each image read once, and all that cannot be used refused together."""
+"""The pairs and images of a run: drawn or listed, each read once, and all that cannot be used refused together."""
 
 from __future__ import annotations
 
@@ -35,6 +35,74 @@ class Pair:
         """The part of the pair that is written into rows and into `run.json`."""
         keys = ("pair_id", "source_id", "target_id", "source_class", "target_class")
         return {key: getattr(self, key) for key in keys}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One image to analyse: place in the list, id and class, and the image it is set against, where there is one."""
+
+    index: int
+    image_id: str
+    image_class: str | None
+    target: int | None = None
+    target_id: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The part that is written into `run.json`."""
+        return {"image_id": self.image_id, "image_class": self.image_class, "target_id": self.target_id}
+
+
+def settle_subjects(encoder: Encoder, images: ImageSet, targets: ImageSet | None) -> tuple[Subject, ...]:
+    """List the images of a set, each with its target; all of them are read once.
+
+    Args:
+        encoder: whose pixels count.
+        images: the set.
+        targets: one for all, as many as images, or the same set: then each image has the next one, the last the first.
+
+    Returns:
+        The images in order.
+
+    Raises:
+        ValueError: images that cannot be used, an image equal to its target, or counts that do not fit.
+    """
+    bad: dict[str, list[str]] = {}
+
+    def digest(source: ImageSet, index: int) -> bytes | None:
+        try:
+            return hashlib.sha256(_pixels(encoder, source, index).numpy().tobytes()).digest()
+        except (ValueError, OSError) as error:
+            bad.setdefault(str(error), []).append(source.ids[index])
+            return None
+
+    own = [digest(images, i) for i in range(len(images))]
+    if targets is None:
+        places: list[int | None] = [None] * len(images)
+    elif targets is images:
+        places = [(i + 1) % len(images) for i in range(len(images))]
+    else:
+        places = [j for _, j in _given_pairs(images, targets)]
+    others = own if targets is images or targets is None else [digest(targets, j) for j in range(len(targets))]
+    if bad:
+        raise ValueError(_unusable(bad, drawn=False))
+    subjects = []
+    for i, j in enumerate(places):
+        named = None if targets is None or j is None else targets.ids[j]
+        if j is not None and own[i] == others[j]:
+            raise ValueError(_SAME.format(images.ids[i], named))
+        subjects.append(Subject(i, images.ids[i], images.labels[i], j, named))
+    return tuple(subjects)
+
+
+def read_subject(encoder: Encoder, images: ImageSet, index: int) -> Tensor:
+    """An image as the encoder sees it, (3, H, W) on the k/255 grid, on the CPU; one that cannot be read raises."""
+    return _pixels(encoder, images, index)
+
+
+def image_generator(seed: int, image_id: str) -> torch.Generator:
+    """Random numbers that depend on the seed of the run and on the image alone."""
+    digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def settle_pairs(

@@ -138,14 +138,12 @@ class MatchPlan:
     @property
     def hash8(self) -> str:
         """First eight hex digits of the SHA-256 of the settings."""
-        text = json.dumps(self.settings, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return settings_hash(self.settings)
 
     @property
     def default_out(self) -> Path:
         """`runs/match/MODEL-slug/HASH8`."""
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "--", self.settings["model_id"]).strip(".-") or "model"
-        return Path("runs") / "match" / slug / self.hash8
+        return default_folder("match", self.settings)
 
     def pixels(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Source and target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU.
@@ -201,12 +199,7 @@ def make_plan(
         sources, targets = load(config.source), load(config.target)
     else:
         sources, targets = (load("builtin").select([k]) for k in (0, 1))  # cat -> coffee
-    columns = [name for name in ("image_column", "label_column") if getattr(config, name) is not None]
-    if columns and not (sources.tabular or targets.tabular):
-        raise ValueError(
-            f"`{columns[0]}` must come with a parquet file or a dataset; {sources.data_id!r} has no columns. "
-            "Leave it out."
-        )
+    refuse_columns(config.image_column, config.label_column, sources, targets)
     pairs = settle_pairs(encoder, sources, targets, drawn=config.data is not None, n=config.pairs, seed=config.seed)
     same = sources is targets or (sources.data_id, sources.data_revision) == (targets.data_id, targets.data_revision)
     data_id = sources.data_id if same else f"{sources.data_id} + {targets.data_id}"
@@ -214,8 +207,7 @@ def make_plan(
     solver = SOLVERS[config.solver]()
     known = {k: _text(v) for k, v in encoder.provenance.items()}
     settings: dict[str, Any] = {
-        **{k: known[k] for k in ("model_id", "model_revision", "readout", "dtype", "attention", "processor")},
-        "normalize": config.normalize,
+        **encoder_settings(encoder, normalize=config.normalize),
         "data_id": data_id,
         "data_revision": revision,
         "drawn": config.data is not None,
@@ -236,6 +228,36 @@ def make_plan(
     shared = ("data_id", "data_revision", "norm", "radius", "rtol", "solver", "seed", "schema_version")
     provenance = known | {key: settings[key] for key in shared}
     return MatchPlan(config, encoder, sources, targets, pairs, settings, provenance)
+
+
+def encoder_settings(encoder: Encoder, *, normalize: bool = False) -> dict[str, Any]:
+    """What of the encoder changes a number."""
+    known = {k: _text(v) for k, v in encoder.provenance.items()}
+    keys = ("model_id", "model_revision", "readout", "dtype", "attention", "processor")
+    return {**{k: known[k] for k in keys}, "normalize": normalize}
+
+
+def refuse_columns(image_column: str | None, label_column: str | None, *sets: ImageSet) -> None:
+    """Refuse columns where no set is a table."""
+    given = {"image_column": image_column, "label_column": label_column}
+    columns = [name for name, value in given.items() if value is not None]
+    if columns and not any(images.tabular for images in sets):
+        raise ValueError(
+            f"`{columns[0]}` must come with a parquet file or a dataset; {sets[0].data_id!r} has no columns. "
+            "Leave it out."
+        )
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """First eight hex digits of the SHA-256 of settings."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def default_folder(analysis: str, settings: dict[str, Any]) -> Path:
+    """`runs/VERB/MODEL-slug/HASH8`."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", settings["model_id"]).strip(".-") or "model"
+    return Path("runs") / analysis / slug / settings_hash(settings)
 
 
 def _check_labels(encoder: Encoder, labels: Sequence[str]) -> None:

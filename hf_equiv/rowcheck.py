@@ -79,11 +79,14 @@ class Findings:
                 self.worst[key] = max(row[key], self.worst.get(key, 0.0))
 
 
-def check_stated(file: str, row: Row, settings: Row, pair: Row | None, found: Findings) -> None:
-    """Check the columns that must equal what `run.json` states, and the version of the row."""
-    name = row["pair_id"]
+def check_stated(
+    file: str, row: Row, settings: Row, pair: Row | None, found: Findings, name: str | None = None
+) -> None:
+    """Check the columns that must equal what `run.json` states of the run and of a pair or image."""
+    what = "pair" if name is None else "image"
+    name = name or row["pair_id"]
     if pair is None:
-        found.say(file, name, "pair_id", name, None, f"row {name!r}: run.json does not list this pair")
+        found.say(file, name, f"{what}_id", name, None, f"row {name!r}: run.json does not list this {what}")
     version = row["schema_version"]
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         found.add(file, name, "schema_version", version, SCHEMA_VERSION, "a newer hf_equiv wrote this row")

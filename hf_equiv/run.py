@@ -1,9 +1,9 @@
-"""Make the rows of a match run, batch by batch, each batch one shard; go on where an earlier run stopped."""
+"""Make the rows of a run, batch by batch, each batch one shard; go on where an earlier run stopped."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,10 +19,37 @@ from hf_equiv.matchrows import Observer, RunProgress, make_rows
 from hf_equiv.plan import MatchPlan
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
-from hf_equiv.shards import Row
+from hf_equiv.shards import MATCH, Layout, Row
 
 BASELINE_PAIRS = 64
 """Pairs whose images make the baseline of unrelated images."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `carry_out` needs to know of a run: its layout, its work, and how it is closed.
+
+    Attributes:
+        layout: folder and columns of the rows.
+        device: where the work is done.
+        settings: everything that changes a number.
+        items: the pairs or images in order, each with its place in the list as `index`, and a `record()`.
+        size: items of a shard.
+        make: writes the shard of some items, given the number of items done, and collects messages of errors by id.
+        finish: writes figures and card once all rows are there; returns the summary.
+    """
+
+    layout: Layout
+    device: torch.device
+    settings: Row
+    items: Sequence[Any]
+    size: int
+    make: Callable[[Path, Sequence[Any], dict[str, str], int], None]
+    finish: Callable[[Path], Row]
+
+    def name(self, item: Any) -> str:
+        """Id of an item."""
+        return str(item.record()[self.layout.item])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +104,69 @@ def run_match(
     Raises:
         ValueError: the directory holds another run, or is being written.
     """
-    if overwrite not in rundir.OVERWRITE:
-        raise ValueError(f"`overwrite` must be one of {', '.join(rundir.OVERWRITE)}; got {overwrite!r}.")
-    size = batch_size or (8 if plan.encoder.device.type == "cpu" else 32)
+    folder, tell = out or plan.default_out, observer or (lambda _: None)
+
+    def make(folder: Path, batch: Sequence[Any], errors: dict[str, str], done: int) -> None:
+        rows, floats, costs = make_rows(plan, batch, errors, tell, done)
+        shards.write_shard(folder, batch[0].index, rows, floats, costs)
+
+    size = shard_size(plan.encoder.device, batch_size)
+    job = Job(
+        MATCH, plan.encoder.device, plan.settings, plan.pairs, size, make, lambda folder: _finish_match(plan, folder)
+    )
+    return _outcome(plan, folder, main=carry_out(job, folder, overwrite, tell))
+
+
+def shard_size(device: torch.device, batch_size: int | None) -> int:
+    """Images worked on at once: as asked for, or 8 on a CPU and 32 elsewhere.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    size = batch_size or (8 if device.type == "cpu" else 32)
     if size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {size}.")
-    folder = out or plan.default_out
-    tell = observer or (lambda _: None)
-    state = _processes(plan.encoder.device)
-    records = [pair.record() for pair in plan.pairs]
+    return size
+
+
+def carry_out(job: Job, folder: Path, overwrite: str, tell: Observer) -> bool:
+    """Make the rows that are missing, and close the run: figures, card and `run.json`.
+
+    Of several processes, each makes its share.
+
+    Returns:
+        Whether this is the process that speaks for the run.
+
+    Raises:
+        ValueError: the directory holds another run, or is being written; or an unknown `overwrite`.
+    """
+    if overwrite not in rundir.OVERWRITE:
+        raise ValueError(f"`overwrite` must be one of {', '.join(rundir.OVERWRITE)}; got {overwrite!r}.")
+    state = _processes(job.device)
     if not state.is_main_process:
         state.wait_for_everyone()
-        _work(plan, folder, size, tell, state)
+        _work(job, folder, tell, state)
         state.wait_for_everyone()  # until the main process has written the summary
-        return _outcome(plan, folder, main=False)
+        return False
     with rundir.locked(folder):
-        rundir.prepare(folder, plan.settings, records, overwrite)
+        records = [item.record() for item in job.items]
+        rundir.prepare(folder, job.settings, records, overwrite, job.layout)
         state.wait_for_everyone()
-        errors = _work(plan, folder, size, tell, state)
+        errors = _work(job, folder, tell, state)
         record = rundir.read_record(folder)
         if errors or not record["complete"] or not _files_there(folder, record):
-            _finish(plan, folder, record.get("errors", {}) | errors)
+            errors = record.get("errors", {}) | errors
+            known = {job.name(item) for item in job.items}
+            summary = job.finish(folder)
+            rundir.write_record(  # last: it names the hashes of the other files
+                folder, job.settings, records, complete=True, summary=summary, layout=job.layout,
+                errors={name: why for name, why in errors.items() if name in known},
+            )  # fmt: skip
         state.wait_for_everyone()
-        return _outcome(plan, folder, main=True)
+    return True
 
 
 def _processes(device: torch.device) -> PartialState:
@@ -113,27 +180,26 @@ def _processes(device: torch.device) -> PartialState:
     return state
 
 
-def _work(plan: MatchPlan, folder: Path, size: int, tell: Observer, state: PartialState) -> dict[str, str]:
+def _work(job: Job, folder: Path, tell: Observer, state: PartialState) -> dict[str, str]:
     """Make this process's share of the missing rows; returns messages of rows that ended in an error."""
-    finished = rundir.finished_ids(folder)
+    finished = rundir.finished_ids(folder, job.layout)
     state.wait_for_everyone()  # every process has read the same list before the first one writes
-    left = [pair for pair in plan.pairs if pair.pair_id not in finished]
+    left = [item for item in job.items if job.name(item) not in finished]
     errors: dict[str, str] = {}
-    done, total = len(finished), len(plan.pairs)
+    done, total = len(finished), len(job.items)
     tell(RunProgress("saved", done, total))
     with state.split_between_processes(left) as mine:
-        for start in range(0, len(mine), size):
-            batch = mine[start : start + size]
-            rows, floats, costs = make_rows(plan, batch, errors, tell, done)
-            shards.write_shard(folder, batch[0].index, rows, floats, costs)
+        for start in range(0, len(mine), job.size):
+            batch = mine[start : start + job.size]
+            job.make(folder, batch, errors, done)
             done += len(batch)
-            tell(RunProgress("saved", done, total, tuple(pair.pair_id for pair in batch)))
+            tell(RunProgress("saved", done, total, tuple(job.name(item) for item in batch)))
     state.wait_for_everyone()
     return errors
 
 
-def _finish(plan: MatchPlan, folder: Path, errors: dict[str, str]) -> None:
-    """Write summary, figure, card and `run.json`, in this order: the record names the hashes of the others."""
+def _finish_match(plan: MatchPlan, folder: Path) -> Row:
+    """Write figure and card; returns the summary."""
     order = {pair.pair_id: pair.index for pair in plan.pairs}
     rows = sorted(shards.read_rows(folder), key=lambda row: order[row["pair_id"]])
     summary = summarize_run(plan.encoder, folder, rows, plan.config.rtol, [pair.pair_id for pair in plan.pairs])
@@ -141,14 +207,7 @@ def _finish(plan: MatchPlan, folder: Path, errors: dict[str, str]) -> None:
     if pictures is not None:
         shards.write_atomic(folder / "figures" / "pairs.png", pictures)
     shards.write_atomic(folder / "README.md", card.run_card(plan.settings, summary).encode())
-    rundir.write_record(
-        folder,
-        plan.settings,
-        [pair.record() for pair in plan.pairs],
-        complete=True,
-        summary=summary,
-        errors={k: v for k, v in errors.items() if k in order},
-    )
+    return summary
 
 
 def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, pair_ids: Sequence[str]) -> Row:

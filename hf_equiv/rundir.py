@@ -13,11 +13,11 @@ from typing import Any
 
 from hf_equiv import shards
 from hf_equiv.results import SCHEMA_VERSION
-from hf_equiv.shards import Row
+from hf_equiv.shards import MATCH, Layout, Row
 
 RECORD = "run.json"
 OVERWRITE = ("missing", "always", "never")
-_OWN_FOLDERS = ("matches", "float", "figures")
+_OWN_FOLDERS = ("matches", "spectra", "lipschitz", "paths", "float", "figures")
 _LOCK = ".lock"
 _CHANGED = {"data_revision": "the photos changed", "model_revision": "the weights changed"}
 
@@ -49,7 +49,7 @@ def read_record(folder: Path) -> Row:
     return dict(record)
 
 
-def prepare(folder: Path, settings: Row, pairs: Sequence[Row], overwrite: str) -> None:
+def prepare(folder: Path, settings: Row, items: Sequence[Row], overwrite: str, layout: Layout = MATCH) -> None:
     """Make `folder` ready for a run of these settings, by the rule of `overwrite`; run under `locked`.
 
     `missing` goes on with a run of the same settings; `always` deletes an earlier run (and nothing else); `never`
@@ -65,19 +65,19 @@ def prepare(folder: Path, settings: Row, pairs: Sequence[Row], overwrite: str) -
         if overwrite == "always":
             _delete_run(folder)
         else:
-            _refuse_other_settings(folder, read_record(folder)["settings"], settings)
+            _refuse_other_settings(folder, settings, layout)
     else:
         _refuse_foreign(folder)
-    _sweep(folder)
+    _sweep(folder, layout)
     if not record.exists() or overwrite == "always":
-        write_record(folder, settings, pairs, complete=False)
+        write_record(folder, settings, items, complete=False, layout=layout)
 
 
-def refuse_early(folder: Path, settings: Row, overwrite: str) -> int:
+def refuse_early(folder: Path, settings: Row, overwrite: str, layout: Layout = MATCH) -> int:
     """Apply the rules of `prepare` without leaving anything, for a dry run; the folder must be one that can be made.
 
     Returns:
-        The number of rows that are there already and would be kept.
+        The number of pairs or images whose rows are there already and would be kept.
 
     Raises:
         ValueError: as `prepare` and `locked`.
@@ -95,8 +95,8 @@ def refuse_early(folder: Path, settings: Row, overwrite: str) -> int:
         raise ValueError(f"{str(folder)!r} holds a run already and --overwrite is never. Give another --out.")
     if overwrite == "always":
         return 0
-    _refuse_other_settings(folder, read_record(folder)["settings"], settings)
-    return sum(1 for _ in shards.read_rows(folder))
+    _refuse_other_settings(folder, settings, layout)
+    return len(finished_ids(folder, layout))
 
 
 @contextlib.contextmanager
@@ -122,21 +122,22 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def finished_ids(folder: Path) -> set[str]:
-    """Ids of the pairs whose rows are on disk."""
-    return {row["pair_id"] for row in shards.read_rows(folder)}
+def finished_ids(folder: Path, layout: Layout = MATCH) -> set[str]:
+    """Ids of the pairs or images whose rows are on disk."""
+    return {row[layout.item] for row in shards.read_rows(folder, layout=layout)}
 
 
 def write_record(
     folder: Path,
     settings: Row,
-    pairs: Sequence[Row],
+    items: Sequence[Row],
     *,
     complete: bool,
     summary: Row | None = None,
     errors: Mapping[str, str] | None = None,
+    layout: Layout = MATCH,
 ) -> None:
-    """Write `run.json`: settings, the list of pairs, and once complete the summary and SHA-256 of every file."""
+    """Write `run.json`: settings, the pairs or images, and once complete the summary and SHA-256 of every file."""
     files: dict[str, str] = {}
     if complete:
         inside = (p for name in _OWN_FOLDERS for p in (folder / name).glob("*") if p.is_file())
@@ -146,11 +147,11 @@ def write_record(
             if p.is_file() and not p.name.startswith(".")
         }
     record = {
-        "analysis": "match",
+        "analysis": layout.analysis,
         "schema_version": SCHEMA_VERSION,
         "complete": complete,
         "settings": settings,
-        "pairs": list(pairs),
+        layout.listed: list(items),
         "summary": summary,
         "errors": dict(errors or {}),
         "files": files,
@@ -164,7 +165,11 @@ def _refuse_foreign(folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} is not empty and not a run directory (no {RECORD}). Give another --out.")
 
 
-def _refuse_other_settings(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _refuse_other_settings(folder: Path, settings: Row, layout: Layout) -> None:
+    record = read_record(folder)
+    there, asked = record["settings"], settings
+    if record.get("analysis", MATCH.analysis) != layout.analysis:
+        there, asked = {"analysis": record.get("analysis", MATCH.analysis)}, {"analysis": layout.analysis}
     other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
     if other:
         told = ", ".join(
@@ -189,12 +194,12 @@ def _delete_run(folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path, layout: Layout) -> None:
     """Remove what a killed run may have left: temporary files, and float files whose rows were not written."""
     for place in (folder, *(folder / name for name in _OWN_FOLDERS)):
         for leftover in place.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-    stems = {p.stem for p in shards.shard_files(folder)}
+    stems = {p.stem for p in shards.shard_files(folder, layout)}
     for orphan in (folder / "float").glob("*.safetensors"):
         if orphan.stem not in stems:
             orphan.unlink(missing_ok=True)

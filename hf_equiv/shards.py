@@ -1,7 +1,8 @@
 """Rows and float images on disk: whole shards, written beside and renamed, read back and merged into one list.
 
-A shard is `matches/part-NNNNN.parquet` with `float/part-NNNNN.safetensors`, NNNNN being the place of its first pair
-in the run's list. The parquet file is renamed last: a shard exists when its parquet file does.
+A shard of a match run is `matches/part-NNNNN.parquet` with `float/part-NNNNN.safetensors`, NNNNN being the place of its
+first pair in the run's list; other analyses have other folders and columns (`Layout`). The parquet file is renamed
+last: a shard exists when its parquet file does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,30 @@ PROVENANCE_FEATURES: dict[str, datasets.Value] = {
 """What is needed to make a row again; in every row."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of one kind of analysis are, and which columns they have.
+
+    Attributes:
+        analysis: the verb: match, spectrum, lipschitz or walk.
+        folder: of the parquet files; also the name of the dataset configuration, but for `match`.
+        item: column that names what rows are made of: a pair or an image.
+        listed: where `run.json` lists those.
+        images: image columns, first in every row.
+        features: the other columns of its own.
+    """
+
+    analysis: str
+    folder: str
+    item: str
+    listed: str
+    images: tuple[str, ...]
+    features: Mapping[str, Any]
+
+
+MATCH = Layout("match", "matches", "pair_id", "pairs", IMAGE_COLUMNS, ROW_FEATURES)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that it is either whole or not there: beside, synced, renamed.
 
@@ -104,69 +130,74 @@ def write_atomic(path: Path, data: bytes) -> None:
             beside.unlink(missing_ok=True)
 
 
-def write_shard(folder: Path, index: int, rows: Sequence[Row], floats: Mapping[str, Tensor], costs: Row) -> None:
-    """Write finished rows and their float matches as one shard.
+def write_shard(
+    folder: Path, index: int, rows: Sequence[Row], floats: Mapping[str, Tensor], costs: Row, layout: Layout = MATCH
+) -> None:
+    """Write finished rows and their float images as one shard.
 
     Args:
         folder: run directory.
-        index: place of the first row's pair in the run's list.
+        index: place of the first row's pair or image in the run's list.
         rows: all columns; the images as PNG bytes.
-        floats: float match (3, H, W) by pair id.
+        floats: float match (3, H, W) by pair id; other analyses, which may have none, name theirs as they like.
         costs: evaluations by pair id, {"match": …, "refine": …}, kept in the metadata of the float file.
+        layout: folder and columns.
     """
     features = datasets.Features(
-        {name: datasets.Image() for name in IMAGE_COLUMNS} | ROW_FEATURES | PROVENANCE_FEATURES
+        {name: datasets.Image() for name in layout.images} | dict(layout.features) | PROVENANCE_FEATURES
     )
     cells = [
-        row | {c: None if row[c] is None else {"bytes": row[c], "path": None} for c in IMAGE_COLUMNS} for row in rows
+        row | {c: None if row[c] is None else {"bytes": row[c], "path": None} for c in layout.images} for row in rows
     ]
     table = datasets.Dataset.from_list([{k: row[k] for k in features} for row in cells], features=features).data.table
     buffer = io.BytesIO()
     pq.write_table(table.combine_chunks(), buffer)
     tensors = {name: image.detach().cpu().contiguous() for name, image in floats.items()}
-    float_file, shard = shard_paths(folder, index)
-    write_atomic(float_file, save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)}))
+    float_file, shard = shard_paths(folder, index, layout)
+    if tensors or layout is MATCH:
+        write_atomic(float_file, save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)}))
     write_atomic(shard, buffer.getvalue())
 
 
-def shard_paths(folder: Path, index: int) -> tuple[Path, Path]:
-    """Return (float file, parquet file) of the shard that starts with pair `index`."""
-    return folder / "float" / f"part-{index:05d}.safetensors", folder / "matches" / f"part-{index:05d}.parquet"
+def shard_paths(folder: Path, index: int, layout: Layout = MATCH) -> tuple[Path, Path]:
+    """Return (float file, parquet file) of the shard that starts with pair or image `index`."""
+    return folder / "float" / f"part-{index:05d}.safetensors", folder / layout.folder / f"part-{index:05d}.parquet"
 
 
-def shard_files(folder: Path) -> list[Path]:
+def shard_files(folder: Path, layout: Layout = MATCH) -> list[Path]:
     """The parquet files of a run directory, sorted."""
-    return sorted((folder / "matches").glob("*.parquet"))
+    return sorted((folder / layout.folder).glob("*.parquet"))
 
 
-def read_shard(path: Path, *, images: bool = False) -> list[Row]:
-    """Read the rows of one shard; with `images` the three PNG files as bytes too.
+def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> list[Row]:
+    """Read the rows of one shard; with `images` the PNG files as bytes too.
 
     Returns:
         One dict per row.
 
     Raises:
-        ValueError: the file is no shard of a match run.
+        ValueError: the file is no shard of a run of this layout.
     """
     try:
         with pq.ParquetFile(path) as file:
             known = set(file.schema_arrow.names)
-            columns = [*(IMAGE_COLUMNS if images else ()), *ROW_FEATURES, *PROVENANCE_FEATURES]
+            columns = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
             missing = [c for c in columns if c not in known]
             if missing:
                 raise ValueError(f"columns {', '.join(missing)} are missing")
             rows: list[Row] = file.read(columns=columns).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
-        raise ValueError(f"{path.parent.name}/{path.name} is not a whole shard of a match run: {error}") from error
+        name = f"{path.parent.name}/{path.name}"
+        raise ValueError(f"{name} is not a whole shard of a {layout.analysis} run: {error}") from error
     for row in rows if images else ():
-        row.update({c: row[c]["bytes"] if isinstance(row[c], dict) else None for c in IMAGE_COLUMNS})
+        row.update({c: row[c]["bytes"] if isinstance(row[c], dict) else None for c in layout.images})
     return rows
 
 
-def read_rows(folder: Path, *, images: bool = False) -> Iterator[Row]:
+def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH) -> Iterator[Row]:
     """Read all rows, shard by shard, in no particular order."""
-    for path in shard_files(folder):
-        yield from read_shard(path, images=images)
+    for path in shard_files(folder, layout):
+        yield from read_shard(path, images=images, layout=layout)
 
 
 def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from hf_equiv import metrics, rundir, shards
+from hf_equiv.geometrycheck import ImageCheck
+from hf_equiv.geometrysummary import summarize_analysis
+from hf_equiv.layouts import LAYOUTS, ROW_KEYS, row_name
 from hf_equiv.results import Status
 from hf_equiv.rowcheck import Findings, Problem, check_row, check_stated
 from hf_equiv.run import summarize_run
-from hf_equiv.shards import Row
+from hf_equiv.shards import MATCH, PROVENANCE_FEATURES, Layout, Row
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
@@ -29,9 +32,10 @@ class VerifyReport:
         verified: rows whose match was recomputed without a problem.
         error_rows: rows of status `error`, which hold no match; not counted in `verified`, nor in the JSON form.
         failed: rows with one, and pairs without a row.
-        worst_embedding_error: largest recomputed error of a float match.
-        worst_embedding_error_8bit: largest recomputed error of a stored match.
+        worst_embedding_error: largest recomputed error of a float match, or drift of a frame; None elsewhere.
+        worst_embedding_error_8bit: the same of the stored PNG.
         problems: everything that does not hold, of rows and of files.
+        analysis: what was run: match, spectrum, lipschitz or walk; not in the JSON form.
     """
 
     rows: int
@@ -41,6 +45,7 @@ class VerifyReport:
     worst_embedding_error_8bit: float | None
     problems: tuple[Problem, ...]
     error_rows: int = 0
+    analysis: str = MATCH.analysis
 
     @property
     def holds(self) -> bool:
@@ -50,7 +55,7 @@ class VerifyReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain data; rows of status `error` are those that are neither verified nor failed."""
         data = asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
-        return {key: value for key, value in data.items() if key != "error_rows"}
+        return {key: value for key, value in data.items() if key not in ("error_rows", "analysis")}
 
 
 def verify_run(
@@ -63,6 +68,9 @@ def verify_run(
     observer: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Check a run directory: every file's SHA-256, every row's presence, every number from the stored images.
+
+    Of a spectrum each singular value must hold within its own error bound; of a lipschitz run ‖Jv‖, the secants and
+    what is read from them; of a walk drift, distances and labels of the stored frames.
 
     Relative errors and cosines must agree within max(3 × the recomputed noise floor, 1e-6), so that rows made on a GPU
     verify on a CPU; what follows from pixels alone must agree to rounding. `num_evals`, `seconds` and `seed` are not
@@ -93,11 +101,14 @@ def verify_run(
     encoder = _load(settings, model, device, cache_dir, local_files_only)
     found = Findings()
     _check_model(encoder, settings, found)
-    _check_files(folder, record, found)
+    layout = _layout(folder, record)
+    _check_files(folder, record, layout, found)
+    if layout is not MATCH:
+        return _verify_analysis(folder, record, layout, encoder, observer, found)
     rows: list[Row] = []
     places: dict[str, str] = {}
     listed = {pair["pair_id"]: pair for pair in record["pairs"]}
-    for file, shard in _shards(folder, found):
+    for file, shard in _shards(folder, found, layout):
         floats = _floats(folder, file, found)
         for row in shard:
             name = row["pair_id"]
@@ -127,6 +138,68 @@ def verify_run(
         worst_embedding_error_8bit=found.worst.get("embedding_error_8bit"),
         problems=tuple(found.problems),
         error_rows=len(empty),
+    )
+
+
+def _layout(folder: Path, record: Row) -> Layout:
+    name = record.get("analysis", MATCH.analysis)
+    if name not in LAYOUTS:
+        raise ValueError(f"{str(folder)!r} holds a run of {name!r}, which this version of hf_equiv does not know.")
+    return LAYOUTS[name]
+
+
+def _verify_analysis(
+    folder: Path, record: Row, layout: Layout, encoder: Encoder, observer: Callable[[int, int], None] | None,
+    found: Findings,
+) -> VerifyReport:  # fmt: skip
+    """Check a spectrum, lipschitz or walk run, image by image; each has its rows in one shard."""
+    settings, analysis = record["settings"], layout.analysis
+    listed = {item["image_id"]: item for item in record["images"]}
+    rows: list[Row] = []
+    names, places = set[str](), dict[str, str]()
+    for file, shard in _shards(folder, found, layout):
+        float_file = folder / "float" / f"{Path(file).stem}.safetensors"
+        floats = _floats(folder, file, found) if float_file.is_file() else {}
+        for image_id in dict.fromkeys(row["image_id"] for row in shard):
+            own = [row for row in shard if row["image_id"] == image_id]
+            if image_id in places:
+                twice = f"the rows of {image_id!r} are there twice; the others are in {places[image_id]}"
+                found.say(file, image_id, "image_id", "once", "twice", twice)
+                continue
+            places[image_id] = file
+            keys = [tuple(row[key] for key in ROW_KEYS[analysis]) for row in own]
+            for row, key in zip(own, keys, strict=True):
+                if keys.count(key) > 1:
+                    doubled = f"row {row_name(analysis, row)!r} is there twice"
+                    found.say(file, row_name(analysis, row), "image_id", "one row", "two rows", doubled)
+                stated = {k: v for k, v in settings.items() if k in PROVENANCE_FEATURES}
+                check_stated(file, row, stated, listed.get(image_id), found, row_name(analysis, row))
+            ImageCheck(analysis, file, encoder, settings, floats, found).run(own)
+            rows += [{k: v for k, v in row.items() if k not in layout.images} for row in own]
+            names |= {row_name(analysis, row) for row in own}
+            if observer is not None:
+                observer(len(places), len(listed))
+    for image_id in listed:
+        if image_id not in places:
+            why = "" if record["complete"] else f"; the run is not finished: run the same {analysis} command again"
+            missing = f"image {image_id!r} is listed and its rows are missing from {layout.folder}/{why}"
+            found.say("run.json", image_id, "image_id", "rows", "no row", missing)
+    if record["complete"] and not found.bad_rows:
+        order = {image_id: i for i, image_id in enumerate(listed)}
+        made = summarize_analysis(analysis, sorted(rows, key=lambda row: order[row["image_id"]]))
+        for path, a, b in _leaves("summary", record["summary"], made):
+            if a != b:
+                found.add("run.json", None, path, a, b)
+    empty = {row_name(analysis, row) for row in rows if row["status"] == Status.ERROR}
+    return VerifyReport(
+        rows=len(rows),
+        verified=len(names - found.bad_rows - empty),
+        failed=len(found.bad_rows),
+        worst_embedding_error=found.worst.get("embedding_error"),
+        worst_embedding_error_8bit=found.worst.get("embedding_error_8bit"),
+        problems=tuple(found.problems),
+        error_rows=len(empty),
+        analysis=analysis,
     )
 
 
@@ -163,7 +236,7 @@ def _check_model(encoder: Encoder, settings: Row, found: Findings) -> None:
         found.say("run.json", None, "model_revision", settings["model_revision"], loaded, other)
 
 
-def _check_files(folder: Path, record: Row, found: Findings) -> None:
+def _check_files(folder: Path, record: Row, layout: Layout, found: Findings) -> None:
     stated: Mapping[str, str] = record["files"]
     for name, digest in stated.items():
         path = folder / name
@@ -173,17 +246,17 @@ def _check_files(folder: Path, record: Row, found: Findings) -> None:
             found.say(name, None, "sha256", digest, now, f"the file {how}")
     if not record["complete"]:
         return
-    for path in sorted([*(folder / "matches").glob("*"), *(folder / "float").glob("*")]):
+    for path in sorted([*(folder / layout.folder).glob("*"), *(folder / "float").glob("*")]):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in stated and not path.name.startswith("."):
             found.say(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
 
 
-def _shards(folder: Path, found: Findings) -> Iterator[tuple[str, list[Row]]]:
-    for path in shards.shard_files(folder):
+def _shards(folder: Path, found: Findings, layout: Layout) -> Iterator[tuple[str, list[Row]]]:
+    for path in shards.shard_files(folder, layout):
         file = path.relative_to(folder).as_posix()
         try:
-            yield file, shards.read_shard(path, images=True)
+            yield file, shards.read_shard(path, images=True, layout=layout)
         except ValueError as error:
             found.say(file, None, "file", "a shard of rows", None, str(error))
 

@@ -7,7 +7,7 @@ import torch
 from cases import CASES, DIM, images, linear, smooth_mlp
 
 from hf_equiv import jacobian
-from hf_equiv.jacobian import jacobian_cost, jacobian_matrix, require_forward_mode
+from hf_equiv.jacobian import Jacobian, jacobian_cost, jacobian_matrix, require_forward_mode
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -117,3 +117,62 @@ def test_forward_mode_is_required_and_finite():
         require_forward_mode(NoForward.apply, x, "'it'")
     with pytest.raises(RuntimeError, match=r"the JVP of 'it' must be finite; got NaN"):
         require_forward_mode(lambda v: (v - v).sqrt().flatten(1), x, "'it'")
+
+
+@every_case
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_products_with_j_and_its_transpose(case, batch, dtype, atol):
+    x = images(1, seed=6, dtype=dtype)[0]
+    J, dense = Jacobian(case.f, x, batch=batch), case.f.jacobian(x)
+    generator = torch.Generator().manual_seed(0)
+    v, u = (
+        torch.randn(4, *x.shape, generator=generator, dtype=dtype),
+        torch.randn(4, DIM, generator=generator, dtype=dtype),
+    )
+    torch.testing.assert_close(J.mv(v).double(), v.flatten(1).double() @ dense.T, rtol=0, atol=atol)
+    torch.testing.assert_close(J.rmv(u).flatten(1).double(), u.double() @ dense, rtol=0, atol=atol)
+    torch.testing.assert_close(J.as_matrix().double(), dense, rtol=0, atol=atol)
+    assert J.num_evals == pytest.approx((1 + 3 + 2 * 4 + 2 * 4 + 2 * DIM) / 3)
+    assert (J.shape, J.z.dtype, J.eps) == ((DIM, x.numel()), dtype, torch.finfo(dtype).eps)
+
+
+class Once(torch.autograd.Function):
+    """A square whose backward has no graph: second order fails, and forward mode is there."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * ctx.saved_tensors[0] * tangent
+
+
+def test_forward_mode_where_there_is_no_second_order():
+    x = images(1, dtype=torch.float64)[0]
+    J = Jacobian(lambda v: Once.apply(v.flatten(1)[:, :3]), x)
+    v = torch.ones(1, *x.shape, dtype=torch.float64)
+    torch.testing.assert_close(J.mv(v)[0], 2 * x.flatten()[:3])
+
+
+def test_products_of_the_wrong_shape():
+    J = Jacobian(linear(), images(1)[0])
+    with pytest.raises(ValueError, match=r"`tangents` must be \(K, 3, 8, 8\); got \(3, 8, 8\)"):
+        J.mv(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match=r"`cotangents` must be \(K, 12\); got \(12,\)"):
+        J.rmv(torch.zeros(12))
+    with pytest.raises(ValueError, match=r"`image` must be a float tensor \(C, H, W\)"):
+        Jacobian(linear(), images(1))

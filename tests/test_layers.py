@@ -18,28 +18,47 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_equiv"
 
 # A module may import from the modules listed before it, and from no other.
-NUMERICS = ["results", "checks", "precision", "jacobian", "feasible", "solvers", "matching", "lattice", "quantize"]
-ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network", "zero_shot", "encoder"]
+NUMERICS = [
+    "results",
+    "checks",
+    "precision",
+    "jacobian",
+    "feasible",
+    "history",
+    "solvers",
+    "matching",
+    "lattice",
+    "quantize",
+]
+GEOMETRY = ["singular", "zeros", "derivative_noise", "spectrum", "subspaces"]
+LIPSCHITZ = ["noise", "secants", "directions", "lipschitz", "extreme", "regional", "linearity"]
+WALKS = ["linearmodel", "corrector", "headings", "walk", "levelset"]
+ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
+ENCODER += ["structure", "zero_shot", "encoder"]
 DATA = ["imagefile", "hubdata", "data"]
 RUN = ["shards", "card", "rundir", "pairs", "plan", "plots", "matchrows", "run"]
-VERIFY = ["rowcheck", "verify"]
-COMMANDS = ["wording", "environment", "display", "matchcommand", "cli", "__main__"]
-ORDER = [*NUMERICS, *ENCODER, "metrics", *DATA, *RUN, *VERIFY, *COMMANDS]
+ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
+ANALYSES += ["walkplots", "geometryrun"]
+PLOTS = ["plots", "geometryplots", "walkplots"]
+VERIFY = ["rowcheck", "geometrycheck", "verify"]
+COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "options", "cli"]
+COMMANDS += ["__main__"]
+ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *VERIFY, *COMMANDS]
 
 # Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)
 HOMES = {
     "transformers": ENCODER,
     "huggingface_hub": [*ENCODER, *DATA],
     "accelerate": ["run"],
-    "datasets": [*DATA, "shards"],
+    "datasets": [*DATA, "shards", "layouts"],
     "pyarrow": ["shards"],
     "safetensors": [*ENCODER, "shards"],
-    "PIL": [*ENCODER, *DATA, "plots"],
-    "numpy": [*ENCODER, *DATA, "plots"],
+    "PIL": [*ENCODER, *DATA, "plots", "walkplots"],
+    "numpy": [*ENCODER, *DATA, *PLOTS],
     "torchmetrics": ["metrics"],
-    "matplotlib": ["plots"],
-    "click": ["cli"],
-    "rich": ["display"],
+    "matplotlib": PLOTS,
+    "click": ["options", "cli"],
+    "rich": ["display", "geometrytables"],
 }
 DISTRIBUTIONS = {"PIL": "pillow"}
 
@@ -83,7 +102,7 @@ def test_libraries_are_at_home(module):
 
 
 def test_the_numerics_need_torch_alone():
-    assert not set(NUMERICS) & {module for homes in HOMES.values() for module in homes}
+    assert not {*NUMERICS, *GEOMETRY, *LIPSCHITZ} & {module for homes in HOMES.values() for module in homes}
 
 
 def test_every_library_is_a_dependency():

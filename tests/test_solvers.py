@@ -12,8 +12,9 @@ from cases import images, linear, orthogonal, quadratic, smooth_mlp
 from torch import Tensor
 
 from hf_equiv.feasible import FeasibleSet
+from hf_equiv.history import SecantHistory
 from hf_equiv.matching import match_embedding
-from hf_equiv.solvers import LBFGS, Adam, GradientDescent, _Secants
+from hf_equiv.solvers import LBFGS, Adam, GradientDescent
 
 RADII = [8 / 255, 4 / 255, 1 / 255, 1 / 3, 1e-3, 1e-4]
 SOURCES = ["photo", "black", "white", "grey", "noise"]
@@ -199,7 +200,7 @@ def curvature_pairs(count: int, size: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize(("capacity", "added"), [(1, 1), (1, 4), (5, 3), (5, 5), (5, 6), (5, 13), (23, 45), (100, 30)])
 def test_direction_is_that_of_bfgs(capacity, added):
     size = 60
-    memory, every = _Secants(capacity, torch.empty(1, 6, 10, dtype=torch.float64)), curvature_pairs(added, size)
+    memory, every = SecantHistory(capacity, torch.empty(1, 6, 10, dtype=torch.float64)), curvature_pairs(added, size)
     everywhere = torch.ones((1, 6, 10), dtype=torch.bool)
     for count, (s, y) in enumerate(every, start=1):
         memory.add(s.view(1, 6, 10), y.view(1, 6, 10))
@@ -215,7 +216,7 @@ def test_direction_is_that_of_bfgs(capacity, added):
 
 
 def test_direction_after_the_history_was_cleared():
-    pairs, memory = curvature_pairs(9, 20), _Secants(4, torch.empty(1, 4, 5, dtype=torch.float64))
+    pairs, memory = curvature_pairs(9, 20), SecantHistory(4, torch.empty(1, 4, 5, dtype=torch.float64))
     everywhere, g = torch.ones((1, 4, 5), dtype=torch.bool), random((20,), 50)
     for s, y in pairs[:6]:
         memory.add(s.view(1, 4, 5), y.view(1, 4, 5))
@@ -228,7 +229,7 @@ def test_direction_after_the_history_was_cleared():
 
 
 def test_pairs_without_positive_curvature_are_refused():
-    pairs, memory = curvature_pairs(3, 20), _Secants(4, torch.empty(1, 4, 5, dtype=torch.float64))
+    pairs, memory = curvature_pairs(3, 20), SecantHistory(4, torch.empty(1, 4, 5, dtype=torch.float64))
     g = random((20,), 51)
     for s, y in pairs:
         memory.add(s.view(1, 4, 5), y.view(1, 4, 5))
@@ -240,7 +241,7 @@ def test_pairs_without_positive_curvature_are_refused():
 
 
 def test_held_pixels_do_not_move_and_the_step_descends():
-    pairs, memory = curvature_pairs(6, 20), _Secants(10, torch.empty(1, 4, 5, dtype=torch.float64))
+    pairs, memory = curvature_pairs(6, 20), SecantHistory(10, torch.empty(1, 4, 5, dtype=torch.float64))
     for s, y in pairs:
         memory.add(s.view(1, 4, 5), y.view(1, 4, 5))
     g, free = random((1, 4, 5), 52), random((1, 4, 5), 53) > 0
@@ -253,7 +254,7 @@ def test_held_pixels_do_not_move_and_the_step_descends():
 
 
 def test_memory_follows_use():
-    memory = _Secants(100, torch.empty(1, 4, 5))
+    memory = SecantHistory(100, torch.empty(1, 4, 5))
     assert memory.pairs.numel() == 0
     s = torch.ones(1, 4, 5)
     memory.add(s, s)

@@ -1,0 +1,105 @@
+"""The `spectrum`, `lipschitz` and `walk` commands: plan, dry run or run, and the result as table or JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hf_equiv import display, environment, geometrytables
+from hf_equiv.matchcommand import how_to_go_on, seconds_per_evaluation, without_nan
+
+
+def run(analysis: str, model: str, **given: Any) -> int:
+    """Carry out `hf-equiv ANALYSIS`; returns the exit code."""
+    with display.result_stream() as out:
+        return _run(analysis, model, given, out)
+
+
+def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
+    from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
+
+    as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
+    stated = {f.name: given[f.name] for f in fields(AnalysisConfig) if f.name in given}
+    config = AnalysisConfig(analysis=analysis, model=model, **stated)
+    config.check()
+    if given["batch_size"] is not None and given["batch_size"] < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {given['batch_size']}.")
+    environment.calm(quiet=quiet)
+    where = {key: given[key] for key in ("cache_dir", "local_files_only")}
+    options = {key: given[key] for key in ("revision", "readout", "normalize", "device", "dtype")}
+    encoder = environment.load_encoder(model, **options, **where)
+    plan = make_analysis_plan(config, encoder, **where)
+    folder: Path = given["out"] or plan.default_out
+    if given["dry_run"]:
+        facts = _estimate(plan, folder, given["overwrite"])
+        if as_json:
+            display.print_json(_result(plan, folder, (), None) | {"dry_run": facts}, out)
+        else:
+            display.print_facts({"would do": facts}, out)
+        return 0
+
+    from hf_equiv import rundir
+    from hf_equiv.geometryrun import run_analysis
+
+    try:
+        with display.run_progress(quiet=quiet, what="images") as observer:
+            outcome = run_analysis(
+                plan, folder, overwrite=given["overwrite"], batch_size=given["batch_size"], observer=observer
+            )
+    except KeyboardInterrupt:
+        kept = len(rundir.finished_ids(folder, plan.layout)) if folder.is_dir() else 0
+        raise KeyboardInterrupt(how_to_go_on(kept, len(plan.subjects), "images", folder)) from None
+    if not outcome.main:
+        return 0
+    if as_json:
+        display.print_json(_result(plan, folder, outcome.rows, outcome.summary), out)
+    elif not given["quiet"]:
+        geometrytables.print_analysis(outcome, plan.layout.folder, out)
+    if quiet and not outcome.completed:
+        geometrytables.print_analysis_failures(outcome)
+    return 0 if outcome.completed else 1
+
+
+def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
+    return {
+        "analysis": plan.config.analysis,
+        "model": plan.settings["model_id"],
+        "revision": plan.settings["model_revision"],
+        "out": str(folder),
+        "rows": [without_nan(row) for row in rows],
+        "summary": summary,
+    }
+
+
+def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
+    """Time an evaluation of one image, and count what the analysis of an image takes, roughly."""
+    from hf_equiv import rundir
+
+    there = rundir.refuse_early(folder, plan.settings, overwrite, plan.layout)
+    encoder, settings = plan.encoder, plan.settings
+    seconds = seconds_per_evaluation(encoder)
+    jacobian = (1 + 2 * encoder.embedding_dim) / 3
+    if plan.config.analysis == "spectrum":
+        k = settings["k"]
+        evals = jacobian + 8 if k is None else min(jacobian, 4 / 3 * (2 * k + 6)) + 8
+    elif plan.config.analysis == "lipschitz":
+        directions = sum(settings["directions"].values())
+        forwards = 2 * len(settings["radii"] or range(17)) + (30 if settings["linearity"] else 0)
+        evals = jacobian + directions * (forwards + 4) / 3 + (250 if settings["regional"] else 0)
+    else:
+        evals = jacobian + settings["num_steps"] * 10 * settings["step"] + (300 if settings["solver"] else 0)
+    left = len(plan.subjects) - there
+    return {
+        "model": settings["model_id"],
+        "revision": settings["model_revision"],
+        "embedding": f"{settings['readout']}, D = {encoder.embedding_dim}, N = {math.prod(encoder.input_shape)}",
+        "images": f"{len(plan.subjects)} of {settings['data_id']}",
+        "images_there": there,
+        "images_to_do": left,
+        "out": str(folder),
+        "seconds_per_evaluation": round(seconds, 4),
+        "evaluations_per_image": round(evals),
+        "estimated_seconds": round(left * evals * seconds, 1),
+    }

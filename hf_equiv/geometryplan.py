@@ -1,0 +1,300 @@
+"""What a spectrum, lipschitz or walk run will do, settled before anything is computed: images, options, folder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv import checks
+from hf_equiv.data import BUILTIN_PHOTOS, ImageSet, load_images
+from hf_equiv.layouts import LAYOUTS
+from hf_equiv.levelset import HEADINGS
+from hf_equiv.pairs import Subject, read_subject, settle_subjects
+from hf_equiv.plan import DTYPES, default_folder, encoder_settings, refuse_columns, settings_hash
+from hf_equiv.results import SCHEMA_VERSION
+from hf_equiv.shards import Layout
+
+if TYPE_CHECKING:
+    from hf_equiv.encoder import Encoder
+
+ANALYSES = ("spectrum", "lipschitz", "walk")
+DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
+_COUNTED = ("random", "top", "row", "null")
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisConfig:
+    """Everything that changes a number of a run, as the user states it.
+
+    Attributes:
+        analysis: `spectrum`, `lipschitz` or `walk`.
+        model: Hub id, folder or `builtin`.
+        revision: commit, branch or tag of the Hub repository.
+        readout: which output of the checkpoint is the embedding.
+        normalize: divide the embedding by its L2 norm.
+        dtype: `float32` or `float64`.
+        source: images to analyse, see `load_images`; by default the built-in photos.
+        data: a set of images to draw `limit` from, instead of `source`.
+        limit: how many images of `data`; None for all.
+        target: what walks head for: one image for all, or as many as there are; for lipschitz the `toward` image.
+        image_column: image column of a parquet file or dataset.
+        label_column: class column of a parquet file or dataset.
+        seed: of every random draw.
+        k: spectrum: how many singular values; None for all.
+        vectors: spectrum: keep the singular vectors of the first `k`, or 8.
+        directions: lipschitz: kinds with counts, `random:64,top:8,gradient`; `None` for all, fewer where D is small.
+        radii: lipschitz: the ladder, ascending, L2 in pixel units.
+        regional: lipschitz: radius of the L2 ball to search for the largest constant; None for no search.
+        linearity: lipschitz: measure how far the first-order model holds along every direction.
+        heading: walk: `random`, `away`, `toward`, `nearest` or `connect`.
+        step: walk: longest step, L2 in pixel units.
+        num_steps: walk: points after the start.
+        rtol: walk: largest drift ‖f(x)−z‖/‖z‖.
+    """
+
+    analysis: str
+    model: str = "builtin"
+    revision: str | None = None
+    readout: str = "auto"
+    normalize: bool = False
+    dtype: str = "float32"
+    source: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    target: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    seed: int = 0
+    k: int | None = None
+    vectors: bool = False
+    directions: str | None = None
+    radii: tuple[float, ...] | None = None
+    regional: float | None = None
+    linearity: bool = False
+    heading: str = "random"
+    step: float = 1.0
+    num_steps: int = 100
+    rtol: float = 1e-5
+
+    def check(self) -> None:
+        """Refuse what no run could do, before a checkpoint is loaded.
+
+        Raises:
+            ValueError: with the option and what it must be.
+        """
+        for name, value, allowed in (
+            ("analysis", self.analysis, ANALYSES),
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("heading", self.heading, HEADINGS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must be 0 or more; got {self.seed}.")
+        if self.data is not None and self.source is not None:
+            raise ValueError("`data` must not be combined with `source`. Give one or the other.")
+        if self.limit is not None and self.data is None:
+            raise ValueError("`limit` must come with `data`: it draws from a set. Add --data W.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1; got {self.limit}.")
+        if self.k is not None:
+            checks.check_count(self.k, "k")
+        checks.check_count(self.num_steps, "num_steps")
+        for number, name in ((self.step, "step"), (self.rtol, "rtol"), (self.regional, "regional")):
+            if number is not None:
+                checks.check_positive(number, name)
+        if self.radii is not None:
+            checks.check_radii(torch.tensor(self.radii, dtype=torch.float64))
+        if self.directions is not None:
+            parse_directions(self.directions)
+        self._check_target()
+
+    def _check_target(self) -> None:
+        if self.analysis == "walk" and self.target is None and self.needs_target and (self.source or self.data):
+            raise ValueError(f"`target` must come with heading {self.heading!r}. Add --target W, the image to go to.")
+        if self.target is not None and not self.needs_target:
+            where = "heading 'toward', 'nearest' or 'connect'" if self.analysis == "walk" else "direction 'toward'"
+            raise ValueError(f"`target` must come with {where}; got {self.target!r} without. Leave it out.")
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether each image is set against another one."""
+        if self.analysis == "walk":
+            return self.heading not in ("random", "away")
+        return self.analysis == "lipschitz" and "toward" in parse_directions(self.directions or DIRECTIONS)
+
+
+@dataclass(frozen=True)
+class AnalysisPlan:
+    """A settled run: the encoder, the images, and settings without any local path.
+
+    Attributes:
+        settings: everything that changes a number, with ids and revisions in place of paths; kept in `run.json`.
+        provenance: the provenance columns, equal in every row.
+    """
+
+    config: AnalysisConfig
+    encoder: Encoder
+    images: ImageSet
+    targets: ImageSet | None
+    subjects: tuple[Subject, ...]
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def layout(self) -> Layout:
+        """Folder and columns of the rows."""
+        return LAYOUTS[self.config.analysis]
+
+    @property
+    def hash8(self) -> str:
+        """First eight hex digits of the SHA-256 of the settings."""
+        return settings_hash(self.settings)
+
+    @property
+    def default_out(self) -> Path:
+        """`runs/VERB/MODEL-slug/HASH8`."""
+        return default_folder(self.config.analysis, self.settings)
+
+    def pixels(self, subject: Subject) -> tuple[Tensor, Tensor | None]:
+        """The image and its target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU."""
+        target = None
+        if self.targets is not None and subject.target is not None:
+            target = read_subject(self.encoder, self.targets, subject.target)
+        return read_subject(self.encoder, self.images, subject.index), target
+
+
+def make_analysis_plan(
+    config: AnalysisConfig, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False
+) -> AnalysisPlan:
+    """Open the images, read each once, and check everything that can be checked without computing.
+
+    Args:
+        config: the run as the user states it.
+        encoder: the loaded checkpoint.
+        cache_dir: where downloads are kept.
+        local_files_only: never ask the Hub.
+
+    Returns:
+        The plan, ready for `run_analysis`.
+
+    Raises:
+        ValueError: bad options or images.
+        FileNotFoundError: a path does not exist.
+    """
+    config.check()
+    if config.k is not None and config.k > encoder.embedding_dim:
+        raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {config.k}.")
+
+    def load(what: str, limit: int | None = None) -> ImageSet:
+        return load_images(
+            what, limit=limit, seed=config.seed, image_column=config.image_column, label_column=config.label_column,
+            cache_dir=cache_dir, local_files_only=local_files_only,
+        )  # fmt: skip
+
+    images = load(config.data or config.source or "builtin", config.limit)
+    targets: ImageSet | None = None
+    if config.target is not None:
+        targets = load(config.target)
+        if config.source is None and config.data is None and len(targets) == 1:
+            images = images.select([0])  # the cat
+    elif config.needs_target and config.analysis == "walk":
+        targets, images = images.select([1]), images.select([0])  # cat -> coffee
+    elif config.needs_target and len(images) == 1:
+        other = BUILTIN_PHOTOS.index("cat" if images.ids[0] == "coffee" else "coffee")
+        targets = load_images("builtin").select([other])
+    elif config.needs_target:
+        targets = images
+    refuse_columns(config.image_column, config.label_column, *(s for s in (images, targets) if s is not None))
+    subjects = settle_subjects(encoder, images, targets)
+    same = targets is None or (targets.data_id, targets.data_revision) == (images.data_id, images.data_revision)
+    two = (images,) if same or targets is None else (images, targets)
+    own = _own_settings(config, encoder)
+    settings: dict[str, Any] = {
+        **encoder_settings(encoder, normalize=config.normalize),
+        "data_id": " + ".join(s.data_id for s in two),
+        "data_revision": " + ".join(s.data_revision for s in two),
+        "num_images": len(subjects),
+        "image_ids": hashlib.sha256("\n".join(s.image_id for s in subjects).encode()).hexdigest()[:16],
+        "target_ids": hashlib.sha256("\n".join(str(s.target_id) for s in subjects).encode()).hexdigest()[:16],
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+        **own,
+        "seed": config.seed,
+        "schema_version": SCHEMA_VERSION,
+    }
+    known = encoder_settings(encoder) | {"versions": encoder.provenance["versions"]}
+    provenance: dict[str, Any] = {k: v for k, v in known.items() if k != "normalize"}
+    provenance |= {key: settings[key] for key in ("data_id", "data_revision", "seed", "schema_version")}
+    provenance |= {
+        "norm": "l2" if own.get("regional") is not None else None,
+        "radius": own.get("regional"),
+        "rtol": own.get("rtol"),
+        "solver": own.get("solver"),
+    }
+    return AnalysisPlan(config, encoder, images, targets, subjects, settings, provenance)
+
+
+def parse_directions(text: str) -> dict[str, int]:
+    """Read `random:64,top:8,gradient`.
+
+    Args:
+        text: kinds with a count; `gradient` and `toward` without.
+
+    Returns:
+        Kind to count, in the order given.
+
+    Raises:
+        ValueError: an unknown kind, a missing or bad count, a kind given twice.
+
+    Example:
+        >>> parse_directions("random:4,gradient")
+        {'random': 4, 'gradient': 1}
+    """
+    kinds: dict[str, int] = {}
+    for item in text.split(","):
+        name, colon, count = item.strip().partition(":")
+        single = name in ("gradient", "toward")
+        if name not in _COUNTED and not single:
+            raise ValueError(
+                "`directions` must be a list of random:N, top:N, row:N, null:N, gradient, toward; "
+                f"got {item.strip()!r}."
+            )
+        if name in kinds or (single and colon) or (not single and not (count.isdecimal() and int(count) > 0)):
+            raise ValueError(
+                f"`directions` must name each kind once, with a count as in random:64 (none for gradient and toward); "
+                f"got {text!r}."
+            )
+        kinds[name] = int(count) if count else 1
+    return kinds
+
+
+def _own_settings(config: AnalysisConfig, encoder: Encoder) -> dict[str, Any]:
+    """The options of this analysis, with defaults filled in."""
+    if config.analysis == "spectrum":
+        return {"k": config.k, "vectors": config.vectors}
+    if config.analysis == "lipschitz":
+        return {
+            "directions": parse_directions(config.directions) if config.directions else _default(encoder),
+            "radii": None if config.radii is None else list(config.radii),
+            "regional": config.regional,
+            "linearity": config.linearity,
+        }
+    return {
+        "heading": config.heading,
+        "step": config.step,
+        "num_steps": config.num_steps,
+        "rtol": config.rtol,
+        "solver": "lbfgs" if config.heading in ("nearest", "connect") else None,  # they start from a match
+    }
+
+
+def _default(encoder: Encoder) -> dict[str, int]:
+    """The usual directions, with no more rows than a small embedding has (two may be structural zeros)."""
+    rows = max(1, encoder.embedding_dim - 2)
+    return {k: min(n, rows) if k in ("top", "row") else n for k, n in parse_directions(DIRECTIONS).items()}

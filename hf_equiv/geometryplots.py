@@ -1,0 +1,300 @@
+"""Figures of spectra and Lipschitz constants. Nothing here touches matplotlib's global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+MAX_IMAGES = 6
+"""Images drawn one by one."""
+
+MAX_VECTORS = 6
+INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
+LINES = ("#1f5fa8", "#c2410c", "#2f7d4f", "#7c3aad", "#a16207", "#0e7490")
+KINDS = {
+    "top": "#b42318", "row": "#c2670c", "gradient": "#7c3aad", "toward": "#2f7d4f", "random": "#1f5fa8",
+    "null": "#667079",
+}  # fmt: skip
+"""Colour of each kind of direction, in the order of the figures."""
+
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": QUIET, "axes.labelcolor": INK,
+    "xtick.color": QUIET, "ytick.color": QUIET, "axes.linewidth": 0.8, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True,
+}  # fmt: skip
+
+
+def analysis_figures(
+    analysis: str, rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Draw all figures of a spectrum or lipschitz run.
+
+    Args:
+        analysis: `spectrum` or `lipschitz`.
+        rows: its rows.
+        pictures: pixels (3, H, W) and right singular vectors (K, 3, H, W) or None of the first images, by id.
+        settings: of the run.
+
+    Returns:
+        PNG bytes by file name; empty when no row has anything to draw.
+    """
+    rows = [row for row in rows if row["status"] != "error"]
+    if not rows:
+        return {}
+    if analysis == "spectrum":
+        vectors = {name: pair for name, pair in pictures.items() if pair[1] is not None}
+        found = {"spectra.png": spectra_figure(rows, settings)}
+        return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if vectors else {})
+    return {"secants.png": secants_figure(rows, settings), "constants.png": constants_figure(rows, settings)}
+
+
+def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
+    """Draw σ_i over i on a logarithmic axis: rank threshold, error bound, and the zeros by name."""
+    shown, first = rows[:MAX_IMAGES], rows[0]
+    with rc_context(STYLE):
+        figure, axes = panel(
+            f"Singular values of ∂f/∂x, {cut(str(settings['model_id']), 60)}",
+            f"readout {settings['readout']}, {settings['dtype']} · embedding length per pixel length, pixels in [0, 1]",
+        )
+        for row, color in zip(shown, LINES, strict=False):
+            sigma = _positive(row["singular_values"])
+            axes.plot(
+                np.arange(1, len(sigma) + 1), sigma, color=color, lw=1.4, label=cut(row["image_id"], 28), zorder=3
+            )
+        count = len(first["singular_values"])
+        places = np.arange(1, count + 1)
+        bound = _positive(first["error_bound"])
+        low = float(np.nanmin([np.nanmin(_positive(r["singular_values"])) for r in shown]))
+        floor = min(low, float(np.nanmin(bound))) / 4
+        axes.fill_between(places, floor, bound, color="#eceff2", lw=0, zorder=0)
+        axes.plot(places, bound, color=QUIET, lw=0.9, ls=":", label="error bound (float noise below)", zorder=1)
+        axes.axhline(
+            first["rank_threshold"], color=INK, lw=0.9, ls="--", zorder=2,
+            label=f"rank threshold{'' if first['rank'] is None else f', rank {_range(shown)}'}",
+        )  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_ylim(floor, 2.5 * max(max(_positive(r["singular_values"])) for r in shown))
+        axes.set_xlim(1 - 0.02 * count, count * 1.02 + 0.2)
+        axes.set_xlabel("index i")
+        axes.set_ylabel("singular value σᵢ")
+        axes.grid(axis="y", color=RULE, lw=0.6)
+        if first["singular_values"][-1] <= first["rank_threshold"]:  # with fewer values than D they are off the figure
+            _name_zeros(axes, first, count)
+        axes.legend(loc="lower left", frameon=False, fontsize=8)
+        return png_of(figure)
+
+
+def _range(rows: Rows) -> str:
+    ranks = sorted({row["rank"] for row in rows if row["rank"] is not None})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def _name_zeros(axes: Axes, row: Mapping[str, Any], count: int) -> None:
+    """Mark the named zeros of one image at the right end of its spectrum; the text stands to their left."""
+    exact = sum(zero["count"] for zero in row["structural_zeros"])
+    marks: list[tuple[float, float, str]] = []
+    place = count
+    for zero in row["structural_zeros"]:
+        many = f" × {zero['count']}" if zero["count"] > 1 else ""
+        size = "no closed form" if zero["predicted"] is None else "exactly 0"
+        told = f"{zero['cause']}{many}: {size}, measured {zero['measured']:.1e}"
+        marks.append((place, zero["measured"], told))
+        place -= zero["count"]
+    for k, zero in enumerate(row["near_structural"]):
+        told = f"{zero['cause']}: predicted {zero['predicted']:.1e}, measured {zero['measured']:.1e}"
+        marks.append((count - exact - k, zero["measured"], told))
+    low, high = (np.log(v) for v in axes.get_ylim())
+    for n, (x, y, text) in enumerate(marks):
+        y = max(y, axes.get_ylim()[0])
+        axes.plot([x], [y], "o", ms=6, mfc="none", mec="#b42318", mew=1.3, zorder=5)
+        above = float((np.log(max(m[1] for m in marks)) - low) / (high - low)) + 0.065 * (len(marks) - n)
+        axes.annotate(
+            text, (x, y), xytext=(0.92, above), textcoords="axes fraction", ha="right", va="center",
+            color="#b42318", fontsize=8, zorder=6,
+            arrowprops={"arrowstyle": "-", "color": "#b42318", "lw": 0.6, "shrinkB": 4, "relpos": (1, 0.5)},
+        )  # fmt: skip
+
+
+def vectors_figure(rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings: Mapping[str, Any]) -> bytes:
+    """Draw the first right singular vectors of each image as images: the pixel patterns that move f the most."""
+    names = list(pictures)[:MAX_IMAGES]
+    columns = 1 + min(MAX_VECTORS, *(len(pictures[name][1]) for name in names))
+    side, gap, words, left, top = 1.55, 0.1, 0.36, 0.2, 0.86
+    width, height = 2 * left + columns * (side + gap), top + len(names) * (side + words)
+    values = {row["image_id"]: row["singular_values"] for row in rows}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(width, 6.5), height), dpi=110, facecolor="white")
+        width = max(width, 6.5)
+        write(figure, left, 0.12, f"Right singular vectors, {cut(str(settings['model_id']), 44)}", 12, weight="bold")
+        told = "pixel patterns that move the embedding the most; grey is 0, scaled to the 99.5 % quantile of each"
+        write(figure, left, 0.44, told, 8, QUIET)
+        for r, name in enumerate(names):
+            image, vectors = pictures[name]
+            panels = [(np.asarray(image), cut(name, 18))]
+            for i in range(columns - 1):
+                v = np.asarray(vectors[i], dtype=np.float64)
+                reach = float(np.quantile(np.abs(v), 0.995)) or 1.0
+                panels.append((0.5 + v / (2 * reach), f"v{i + 1}   σ = {values[name][i]:.3g}"))
+            for c, (pixels, caption) in enumerate(panels):
+                x, y = left + c * (side + gap), top + r * (side + words)
+                picture(figure, x, y, side, pixels)
+                write(figure, x, y + side + 0.05, caption, 8, INK if c else QUIET)
+        return png_of(figure)
+
+
+def secants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
+    """Draw the secants of one image over the radius: noise on the left, curvature on the right, the plateau between."""
+    name = rows[0]["image_id"]
+    rows = [row for row in rows if row["image_id"] == name]
+    radii = np.array(rows[0]["radii"])
+    with rc_context(STYLE):
+        figure, axes = panel(
+            f"Secants along directions at {cut(name, 40)}, {cut(str(settings['model_id']), 44)}",
+            "‖f(x + hv) − f(x − hv)‖ / 2h: median and range of each kind; thick on the plateau that gives the value",
+            right=0.86,
+        )
+        floor = np.nanmedian([_positive(row["noise_floor"]) for row in rows], axis=0)
+        ladders = {kind: _ladders(rows, kind) for kind in _present(rows)}
+        low = min(float(np.nanmin(all_)) for all_ in ladders.values())
+        high = max(float(np.nanmax(all_)) for all_ in ladders.values())
+        bottom = min(low, float(np.nanmin(floor))) / 3
+        axes.fill_between(radii, bottom, floor, color="#eceff2", lw=0, zorder=0)
+        axes.plot(radii, floor, color=QUIET, lw=1, ls=":", zorder=1)
+        axes.text(radii[0] * 1.2, bottom * 1.3, "below: float noise", color=QUIET, fontsize=8, va="bottom")
+        ends = []
+        for kind, ladder in ladders.items():
+            color, middle = KINDS.get(kind, INK), np.nanmedian(ladder, axis=0)
+            axes.fill_between(
+                radii, np.nanmin(ladder, axis=0), np.nanmax(ladder, axis=0), color=color, alpha=0.13, lw=0
+            )
+            axes.plot(radii, middle, color=color, lw=1.1, marker="o", ms=2.4, zorder=3)
+            plateaus = [row["plateau"] for row in rows if row["direction"] == kind and row["plateau"]]
+            if plateaus:
+                on = (radii >= median(p[0] for p in plateaus)) & (radii <= median(p[1] for p in plateaus))
+                axes.plot(radii[on], middle[on], color=color, lw=4.5, alpha=0.5, solid_capstyle="round", zorder=2)
+            ends.append((float(middle[-1]), kind, f"{kind}{'' if plateaus else ': no plateau'}", color))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(radii[0], radii[-1])
+        axes.set_ylim(bottom, high * 2)
+        axes.set_xlabel("radius h (L2, pixels in [0, 1])")
+        axes.set_ylabel("secant (embedding per pixel length)")
+        axes.grid(color=RULE, lw=0.5)
+        _label_ends(axes, ends)
+        return png_of(figure)
+
+
+def _ladders(rows: Rows, kind: str) -> np.ndarray:
+    return np.array([_positive(row["secants"]) for row in rows if row["direction"] == kind])
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str, str]]) -> None:
+    """Name each line at its right end, apart from its neighbours by at least a line of text."""
+    low, high = (np.log(v) for v in axes.get_ylim())
+    last = -1.0
+    for value, _, text, color in sorted(ends):
+        place = max(float((np.log(value) - low) / (high - low)), last + 0.045)
+        axes.text(1.015, place, text, transform=axes.transAxes, color=color, fontsize=8.5, va="center")
+        last = place
+
+
+def constants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
+    """Draw the constants of each kind of direction as points with a box; hollow points are ‖Jv‖ without a value."""
+    kinds = _present(rows)[::-1]
+    images = len({row["image_id"] for row in rows})
+    with rc_context(STYLE):
+        figure, axes = panel(
+            f"Local directional Lipschitz constants, {cut(str(settings['model_id']), 50)}",
+            f"{images} image{'s' if images > 1 else ''}; filled: read from secants; hollow: no value (undetermined), "
+            "the ‖Jv‖ of autograd is shown",
+            right=0.86,
+        )
+        generator = np.random.default_rng(0)
+        for y, kind in enumerate(kinds):
+            own = [row for row in rows if row["direction"] == kind]
+            color = KINDS.get(kind, INK)
+            values = np.array([row["value"] for row in own if row["value"] is not None])
+            others = _positive([row["jvp"] for row in own if row["value"] is None])
+            for some, face in ((values, color), (others, "none")):
+                spread = y + 0.28 * (generator.random(len(some)) - 0.5) * min(1.0, len(some) / 8)
+                axes.scatter(some, spread, s=13, facecolor=face, edgecolor=color, linewidth=0.7, alpha=0.55, zorder=3)
+            if len(values) >= 4:
+                quarter, middle, upper = np.quantile(values, (0.25, 0.5, 0.75))
+                axes.fill_between((quarter, upper), y - 0.3, y + 0.3, color=color, alpha=0.14, lw=0, zorder=1)
+                axes.plot((middle, middle), (y - 0.3, y + 0.3), color=color, lw=2, zorder=4)
+            share = f"{len(values)} of {len(own)}\nresolved"
+            axes.text(1.015, y, share, transform=axes.get_yaxis_transform(), fontsize=8, color=color, va="center")
+        tops = [row["jvp"] for row in rows if row["direction"] == "top" and row["index"] == 0]
+        if tops:
+            axes.axvline(max(tops), color=INK, lw=0.9, ls="--", zorder=0)
+            axes.annotate(
+                f"largest σ₁ = {max(tops):.3g}", (max(tops), len(kinds) - 0.45), xytext=(-4, 0),
+                textcoords="offset points", ha="right", va="center", fontsize=8, color=INK,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_ylim(-0.6, len(kinds) - 0.3)
+        axes.set_yticks(range(len(kinds)), kinds)
+        for tick, kind in zip(axes.get_yticklabels(), kinds, strict=True):
+            tick.set_color(KINDS.get(kind, INK))
+        axes.set_xlabel("constant (embedding length per pixel length, pixels in [0, 1])")
+        axes.grid(axis="x", color=RULE, lw=0.5)
+        return png_of(figure)
+
+
+def _present(rows: Rows) -> list[str]:
+    there = {row["direction"] for row in rows}
+    return [*(kind for kind in KINDS if kind in there), *sorted(there - set(KINDS))]
+
+
+def panel(title: str, told: str, *, right: float = 0.97) -> tuple[Figure, Axes]:
+    """A figure with a title, a line of explanation and one set of axes."""
+    figure = Figure(figsize=(8.6, 4.9), dpi=120, facecolor="white")
+    write(figure, 0.2, 0.14, title, 12, weight="bold")
+    write(figure, 0.2, 0.43, told, 8, QUIET)
+    return figure, figure.add_axes((0.095, 0.115, right - 0.095, 0.725))
+
+
+def write(figure: Figure, x: float, y: float, text: str, size: float, color: str = INK, weight: str = "normal") -> None:
+    """Write text at x, y inches from the upper left corner."""
+    width, height = figure.get_size_inches()
+    figure.text(x / width, 1 - y / height, text, size=size, color=color, weight=weight, va="top")
+
+
+def picture(figure: Figure, x: float, y: float, side: float, pixels: np.ndarray, edge: str = RULE) -> None:
+    """Show pixels (3, H, W) in a square of `side` inches, its upper left corner at x, y inches."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
+    smooth = "nearest" if pixels.shape[1] < 128 else "antialiased"
+    axes.imshow(np.clip(pixels, 0, 1).transpose(1, 2, 0), interpolation=smooth)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=edge, linewidth=0.8)
+
+
+def png_of(figure: Figure) -> bytes:
+    """The figure as PNG bytes."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def cut(text: str, size: int) -> str:
+    """At most `size` characters."""
+    return text if len(text) <= size else text[: size - 1] + "…"
+
+
+def _positive(values: Sequence[float | None]) -> np.ndarray:
+    """Numbers for a logarithmic axis: what is absent or not above 0 becomes NaN."""
+    numbers = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+    return np.where(numbers > 0, numbers, np.nan)

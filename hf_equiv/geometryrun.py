@@ -1,0 +1,191 @@
+"""`run_analysis`: make the rows of a spectrum, lipschitz or walk run, each image one shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv import card, geometryplots, rundir, shards, walkplots
+from hf_equiv.geometryplan import AnalysisPlan
+from hf_equiv.geometrysummary import summarize_analysis
+from hf_equiv.imagefile import decode_png, encode_png
+from hf_equiv.lipschitzrows import lipschitz_rows
+from hf_equiv.matchrows import Observer, RunProgress
+from hf_equiv.pairs import Subject
+from hf_equiv.results import Status
+from hf_equiv.run import Job, carry_out
+from hf_equiv.shards import Layout, Row
+from hf_equiv.spectrumrows import spectrum_rows
+from hf_equiv.walkrows import walk_rows
+
+PASS_SIZE = 32
+"""Images, tangents or cotangents in one pass through the model."""
+
+FAILED = {
+    "spectrum": (Status.ERROR,),
+    "lipschitz": (Status.ERROR,),
+    "walk": (Status.ERROR, Status.DRIFT_EXCEEDED, Status.BOX_BLOCKED),
+}
+"""Statuses that are no success; `undetermined` is one: it is what null directions should give."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisOutcome:
+    """A finished run.
+
+    Attributes:
+        analysis: `spectrum`, `lipschitz` or `walk`.
+        out: its directory.
+        rows: its rows, without images, in the order of the images.
+        summary: as from `summarize_analysis`.
+        errors: why rows are of status `error`, by image id.
+        main: whether this is the process that speaks for the run; of several, only one does.
+    """
+
+    analysis: str
+    out: Path
+    rows: tuple[Row, ...]
+    summary: Row
+    errors: Mapping[str, str]
+    main: bool = True
+
+    @property
+    def completed(self) -> bool:
+        """Whether no row has a status that is a failure."""
+        return not any(row["status"] in FAILED[self.analysis] for row in self.rows)
+
+
+def run_analysis(
+    plan: AnalysisPlan,
+    out: Path | None = None,
+    *,
+    overwrite: str = "missing",
+    batch_size: int | None = None,
+    observer: Observer | None = None,
+) -> AnalysisOutcome:
+    """Carry out a plan: analyse each image, write its rows, then summary, figures and card.
+
+    Rows are on disk after each image. A run that was stopped, at whatever moment, is finished by the same call. An
+    image that cannot be analysed gets one row of status `error`, and the others go on.
+
+    Args:
+        plan: from `make_analysis_plan`.
+        out: run directory; by default `plan.default_out`.
+        overwrite: `missing` makes what is not there; `always` replaces an earlier run; `never` refuses to touch one.
+        batch_size: images, tangents or cotangents in one pass through the model; by default 32.
+        observer: called with a `RunProgress`; what it raises ends the run.
+
+    Returns:
+        The rows as read back from disk, and the summary.
+
+    Raises:
+        ValueError: the directory holds another run, or is being written.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
+    batch, tell = batch_size or PASS_SIZE, observer or (lambda _: None)
+    folder, layout, total = out or plan.default_out, plan.layout, len(plan.subjects)
+
+    def make(folder: Path, items: Sequence[Any], errors: dict[str, str], done: int) -> None:
+        (subject,) = items
+
+        def stage(name: str, step: int, steps: int) -> None:
+            tell(RunProgress(name, done, total, (subject.image_id,), step=step, steps=steps))
+
+        rows, floats, why = image_rows(plan, subject, batch, stage)
+        if why is not None:
+            errors[subject.image_id] = why
+            tell(RunProgress("note", done, total, (subject.image_id,), message=f"{subject.image_id}: {why}"))
+        shards.write_shard(folder, subject.index, rows, floats, {}, layout)
+
+    job = Job(layout, plan.encoder.device, plan.settings, plan.subjects, 1, make, lambda folder: _finish(plan, folder))
+    main = carry_out(job, folder, overwrite, tell)
+    record = rundir.read_record(folder)
+    rows = ordered_rows(folder, layout, plan.subjects)
+    return AnalysisOutcome(layout.analysis, folder, tuple(rows), record["summary"], record.get("errors", {}), main)
+
+
+def image_rows(
+    plan: AnalysisPlan, subject: Subject, batch: int, stage: Callable[[str, int, int], None]
+) -> tuple[list[Row], dict[str, Tensor], str | None]:
+    """All columns of the rows of one image, its float images, and the message where it could not be analysed."""
+    config, encoder, layout = plan.config, plan.encoder, plan.layout
+    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
+    png: bytes | None = None
+    why: str | None = None
+    floats: dict[str, Tensor] = {}
+    try:
+        source, other = plan.pixels(subject)
+        png = encode_png(source)  # what is analysed is what is stored
+        image = decode_png(png, dtype).to(encoder.device)
+        target = None if other is None else decode_png(encode_png(other), dtype).to(encoder.device)
+        if layout.analysis == "spectrum":
+            stage("jacobian", 0, 1)
+            rows, floats = spectrum_rows(config, encoder, subject.image_id, image, batch)
+        elif layout.analysis == "lipschitz":
+            rows, floats = lipschitz_rows(encoder, image, target, plan.settings, subject.image_id, batch, stage)
+        else:
+            rows, floats = walk_rows(encoder, image, target, plan.settings, subject.image_id, stage)
+        failed = Status.ERROR in {row["status"] for row in rows} and not floats
+        why = Status.ERROR.advice if failed and layout.analysis == "spectrum" else None
+    except (ValueError, OSError, RuntimeError) as error:  # out of memory, NaN, no JVP, a heading that leads nowhere
+        why = " ".join(str(error).split()) or type(error).__name__
+        rows, floats = [{"status": str(Status.ERROR)}], {}
+    common = dict.fromkeys(layout.features) | {layout.images[0]: png, "image_id": subject.image_id}
+    common |= {"image_class": subject.image_class} | plan.provenance
+    common |= {"heading": plan.settings["heading"]} if "heading" in layout.features else {}
+    common |= {key: subject.target_id for key in ("target_id", "toward_id") if key in layout.features}
+    return [common | row for row in rows], floats, why
+
+
+def ordered_rows(folder: Path, layout: Layout, subjects: Sequence[Subject], *, images: bool = False) -> list[Row]:
+    """All rows of a run, in the order of the images; those of one image as they were made."""
+    order = {subject.image_id: subject.index for subject in subjects}
+    return sorted(shards.read_rows(folder, images=images, layout=layout), key=lambda row: order[row["image_id"]])
+
+
+def _finish(plan: AnalysisPlan, folder: Path) -> Row:
+    """Write figures and card; returns the summary."""
+    layout = plan.layout
+    rows = ordered_rows(folder, layout, plan.subjects)
+    summary = summarize_analysis(layout.analysis, rows)
+    figures: dict[str, bytes] = {}
+    if layout.analysis == "walk":
+        figures = walkplots.walk_figures(rows, _frames(folder, plan), plan.settings)
+    else:
+        first = _first_images(folder, plan)
+        figures = geometryplots.analysis_figures(layout.analysis, rows, first, plan.settings)
+    for name, data in figures.items():
+        shards.write_atomic(folder / "figures" / name, data)
+    text = card.analysis_card(layout, plan.settings, summary, sorted(figures))
+    shards.write_atomic(folder / "README.md", text.encode())
+    return summary
+
+
+def _first_images(folder: Path, plan: AnalysisPlan) -> Row:
+    """Pixels and, where they are kept, right singular vectors of the first images, by id."""
+    pictures: Row = {}
+    for subject in plan.subjects[: geometryplots.MAX_IMAGES]:
+        float_file, shard = shards.shard_paths(folder, subject.index, plan.layout)
+        row = shards.read_shard(shard, images=True, layout=plan.layout)[0]
+        vectors = shards.read_floats(float_file)[0].get(f"{subject.image_id}/right") if float_file.is_file() else None
+        if row["image"] is not None:
+            pictures[subject.image_id] = (decode_png(row["image"]), vectors)
+    return pictures
+
+
+def _frames(folder: Path, plan: AnalysisPlan) -> dict[str, list[bytes]]:
+    """PNG frames of the first walks, by image id."""
+    frames = {}
+    for subject in plan.subjects[: walkplots.MAX_WALKS]:
+        shard = shards.shard_paths(folder, subject.index, plan.layout)[1]
+        rows = shards.read_shard(shard, images=True, layout=plan.layout)
+        pictures = [row["frame"] for row in sorted(rows, key=lambda r: r["step"] or 0) if row["step"] is not None]
+        if pictures:
+            frames[subject.image_id] = pictures
+    return frames

@@ -1,0 +1,160 @@
+"""Where a walk goes next: tangent directions of the level set, ahead or towards an image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_equiv.corrector import Corrector, Place
+from hf_equiv.feasible import dot
+
+_MEMORY = 20  # secant pairs of the descent towards an image
+_SMALLEST = 1e-3  # share of a wish that must be left after projection
+_ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
+_CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The next move from a point.
+
+    Attributes:
+        direction: a tangent t (C, H, W) of unit length: A t = 0 on the free pixels. None where there is no way on.
+        length: the step that the heading would take if nothing else limited it.
+        stationarity: ‖P_null d‖ / ‖d‖, for d = destination − x an upper bound, for d = x − origin by the model; None
+            for a fixed heading.
+    """
+
+    direction: Tensor | None
+    length: float
+    stationarity: float | None = None
+
+
+class Ahead:
+    """Along a fixed direction, or away from an image as fast as the distance grows: the projection of v.
+
+    Args:
+        direction: v, (C, H, W), for a fixed heading; the first v of the other.
+        origin: v = x − origin once that is not zero; None for a fixed heading.
+    """
+
+    def __init__(self, direction: Tensor, origin: Tensor | None = None) -> None:
+        self.direction, self.origin = direction, origin
+
+    def plan(self, corrector: Corrector, at: Place) -> Plan:
+        """Project the heading. A learns the row along the last drift, which is how the level set bends under it."""
+        wish = self.direction
+        if self.origin is not None and bool((at.image != self.origin).any()):
+            wish = at.image - self.origin
+        corrector.learn(at, corrector.bend)
+        tangent = _tangent(corrector, at, wish)
+        length = _norm(tangent)
+        share = length / _norm(wish)
+        direction = tangent / length if share > _SMALLEST else None
+        return Plan(direction, math.inf, None if self.origin is None else share)
+
+    def accepts(self, at: Place, there: Place) -> bool:
+        """Whether a corrected point is a step of this heading: any is, or any that is farther away."""
+        if self.origin is None:
+            return True
+        moved = there.image - at.image
+        return dot(moved, (at.image + there.image) / 2 - self.origin) > 0.0
+
+
+class Toward:
+    """Down ½‖x − destination‖² inside the level set, by L-BFGS on its projected gradient.
+
+    The gradient on the level set is −P_null d with d = destination − x. Once A has learnt the row along λ = (A_Fᵀ)⁺ d,
+    e = d_F − J_Fᵀλ is exact, and ‖P_null d‖ ≤ ‖e‖ whatever λ is: so ‖e‖/‖d‖ certifies a stationary point without the
+    full Jacobian there. Pixels at 0 or 1 are free where the way on leads inwards.
+
+    Args:
+        destination: (C, H, W), pixels in [0, 1].
+        stop: ‖e‖/‖d‖ at which no nearer image is looked for.
+    """
+
+    def __init__(self, destination: Tensor, stop: float) -> None:
+        self.destination, self.stop = destination, stop
+        self.pairs: list[tuple[Tensor, Tensor, float]] = []
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.slope = 0.0
+
+    def plan(self, corrector: Corrector, at: Place) -> Plan:
+        """Find the descent direction, or that there is none."""
+        wish = self.destination - at.image
+        distance, model = _norm(wish), corrector.model
+        if distance == 0.0:
+            return Plan(None, 0.0, 0.0)
+        bound = math.inf
+        corrector.learn(at, corrector.bend)
+        tangent = _tangent(corrector, at, wish)
+        for _ in range(_ROUNDS):
+            multipliers = model.multipliers(wish)
+            corrector.learn(at, multipliers)
+            bound = min(bound, _norm(model.restrict(wish) - model.pull(multipliers)) / distance)
+            tangent = _tangent(corrector, at, wish)
+            if bound <= max(self.stop, _CLOSE * _norm(tangent) / distance):
+                break
+        if bound <= self.stop or _norm(tangent) == 0.0:
+            return Plan(None, 0.0, bound)
+        if self.last is not None:
+            self._remember(at.image - self.last[0], self.last[1] - tangent)
+        self.last = at.image, tangent
+        direction = model.project_null(self._descent(tangent))
+        self.slope = dot(direction, tangent)
+        if not self.slope > 0.1 * _norm(direction) * _norm(tangent):
+            self.pairs.clear()
+            direction, self.slope = tangent, dot(tangent, tangent)
+        length = _norm(direction)
+        self.slope /= length
+        return Plan(direction / length, length, bound)
+
+    def accepts(self, at: Place, there: Place) -> bool:
+        """Whether a corrected point is nearer by a share of what the slope promised (Armijo)."""
+        moved = there.image - at.image
+        # ½‖x − P‖² − ½‖y − P‖² = ⟨y − x, P − (x + y)/2⟩, without the difference of two large numbers
+        gain = dot(moved, self.destination - (at.image + there.image) / 2)
+        if gain >= 1e-4 * self.slope * _norm(moved):
+            return True
+        self.pairs.clear()
+        return False
+
+    def _remember(self, s: Tensor, y: Tensor) -> None:
+        curvature = dot(s, y)
+        if curvature > 1e-8 * _norm(s) * _norm(y):
+            self.pairs = [*self.pairs[1 - _MEMORY :], (s, y, curvature)]
+
+    def _descent(self, tangent: Tensor) -> Tensor:
+        """H·tangent by the two loops of L-BFGS."""
+        q, weights = tangent.clone(), []
+        for s, y, curvature in reversed(self.pairs):
+            weights.append(dot(s, q) / curvature)
+            q.add_(y, alpha=-weights[-1])
+        if self.pairs:
+            q *= self.pairs[-1][2] / dot(self.pairs[-1][1], self.pairs[-1][1])
+        for (s, y, curvature), weight in zip(self.pairs, reversed(weights), strict=True):
+            q.add_(s, alpha=weight - dot(y, q) / curvature)
+        return q
+
+
+Heading = Ahead | Toward
+
+
+def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> Tensor:
+    """P_null of a wish; a pixel at 0 or 1 is free where both the wish and its projection lead inwards."""
+    x, model = at.image, corrector.model
+    free = ((x > 0) | (wish > 0)) & ((x < 1) | (wish < 0))
+    for _ in range(4):
+        model.hold(free)
+        tangent = model.project_null(wish)
+        blocked = free & (((x <= 0) & (tangent < 0)) | ((x >= 1) & (tangent > 0)))
+        if not bool(blocked.any()):
+            break
+        free = free & ~blocked
+    return tangent
+
+
+def _norm(v: Tensor) -> float:
+    return math.sqrt(dot(v, v))

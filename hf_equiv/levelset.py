@@ -1,0 +1,216 @@
+"""`trace_level_set`: walks along the images that share an embedding, each point corrected back to f(x) = z."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_equiv import checks
+from hf_equiv.corrector import Corrector
+from hf_equiv.headings import Ahead, Heading, Toward
+from hf_equiv.precision import no_autocast, no_tf32
+from hf_equiv.results import Status
+from hf_equiv.walk import Walk, WalkPoint
+
+HEADINGS = ("random", "away", "toward", "nearest", "connect")
+"""Where a walk may go."""
+
+
+@dataclass(frozen=True, slots=True)
+class WalkResult:
+    """Walks along level sets, one per image of the batch.
+
+    Attributes:
+        images: the last point of each walk, (B, C, H, W); the start where no point was reached.
+        paths: the points of each walk in order; every one has drift ≤ rtol.
+        num_evals: cost of each walk, (B,), float64: (forwards + 2·cotangents) / 3, full Jacobians included.
+        num_jacobians: full Jacobians among them, (B,), int64.
+        seconds: wall time of each walk, (B,), float64.
+        status: per image: completed (all steps made, or none further is wanted), drift_exceeded, box_blocked, error.
+    """
+
+    images: Tensor
+    paths: tuple[tuple[WalkPoint, ...], ...]
+    num_evals: Tensor
+    num_jacobians: Tensor
+    seconds: Tensor
+    status: tuple[Status, ...]
+
+    @property
+    def completed(self) -> bool:
+        """Whether every walk was completed."""
+        return all(s is Status.COMPLETED for s in self.status)
+
+    def __repr__(self) -> str:
+        """Say in one line how many walks there are, how they ended, how far and at which drift."""
+        ends = ", ".join(f"{n} {status}" for status, n in Counter(map(str, self.status)).items())
+        reach = max((path[-1].l2 for path in self.paths if path), default=0.0)
+        drift = max((point.drift for path in self.paths for point in path), default=math.nan)
+        return f"WalkResult({ends}; L2 up to {reach:.3g}; drift up to {drift:.1e}; {self.num_evals.sum():.0f} evals)"
+
+
+def trace_level_set(
+    f: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    heading: str | Tensor,
+    step: float = 1.0,
+    num_steps: int = 100,
+    rtol: float = 1e-5,
+    target: Tensor | None = None,
+    origin: Tensor | None = None,
+    stop: float = 0.01,
+    generator: torch.Generator | None = None,
+    keep_points: bool = False,
+    progress: Callable[[WalkPoint], None] | None = None,
+) -> WalkResult:
+    """Walk from each image through the images with the same embedding.
+
+    The level set is {x in [0, 1]^N : f(x) = z}. Each step has a predictor, x + h·t with t = P_null v the part of the
+    heading v that J sends to zero, and a corrector back to ‖f(x) − z‖/‖z‖ ≤ rtol (see `Corrector`). Pixels at 0 or 1
+    that would leave the box are taken out of J. A point that cannot be brought back, or is no nearer to a destination,
+    is dropped and h halved; h grows again up to `step`.
+
+        heading   v                 from          z                       ends early
+        random    Gaussian, fixed   any image     f(images)               -
+        (tensor)  as given          any image     f(images)               -
+        away      x − origin        any image     f(images)               no farther image near
+        toward    target − x        any image     f(images)               no nearer image near
+        nearest   origin − x        a match       f(images), or target's  no nearer image near
+        connect   target − x        a match       target's                no nearer image near, or there
+
+    Cost: one full Jacobian, (1 + 2D)/3 evaluations; then, on a trained DeiT-Tiny, about 12 evaluations per unit of L2
+    length. Memory: D·N numbers, and 40 images for a destination. One image after another.
+
+    Args:
+        f: the encoder, or any callable (B, C, H, W) -> (B, D), differentiable in reverse mode.
+        images: where to start, (B, C, H, W), float32 or float64, pixels in [0, 1].
+        heading: "random", "away", "toward", "nearest" or "connect"; or directions (B or 1, C, H, W).
+        step: longest predictor step, L2 in pixel units.
+        num_steps: points after the start, at most.
+        rtol: largest drift of any point. Below about 5e-6 float32 noise ends most walks.
+        target: an image to go to (toward, connect), (B or 1, C, H, W); elsewhere the pixels or embedding (B or 1, D)
+            whose level set is meant, by default that of the start.
+        origin: the image that l2, linf and psnr_db are against, (B or 1, C, H, W); what `nearest` goes to and `away`
+            leaves. By default the start.
+        stop: ‖P_null d‖/‖d‖ at which a walk to an image is over: no nearer image of the level set is near.
+        generator: of the random heading.
+        keep_points: whether the points keep their pixels.
+        progress: called with every `WalkPoint` (its pixels included); an exception raised in it ends the walks.
+
+    Returns:
+        The points of every walk with its cost and status.
+
+    Raises:
+        TypeError: `images` is no float32 or float64 tensor.
+        ValueError: an unknown heading, a target or origin that is missing or does not fit, a heading without a part in
+            the null space, a Jacobian too large to hold, or an f without gradient.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.levelset import trace_level_set
+        >>> def encode(x):
+        ...     return (x.flatten(1) - 0.5).square().sum(1, keepdim=True)
+        >>> x = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
+        >>> x[..., 0] = 0.9
+        >>> walk = trace_level_set(encode, x, heading="away", step=0.1, num_steps=5, rtol=1e-12)
+        >>> walk.completed, bool(((walk.images - 0.5).norm() - 0.4).abs() < 1e-12)
+        (True, True)
+
+    References:
+        Allgower, Georg (1990), Numerical Continuation Methods, ch. 2-3 (predictor, corrector, step length).
+        Salman, Shams, Liu (2024), arXiv:2401.15568, §4.
+    """
+    checks.check_images(images)
+    if images.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"`images` must be float32 or float64; got {images.dtype}. Walks need their accuracy.")
+    for value, name in ((step, "step"), (rtol, "rtol"), (stop, "stop")):
+        checks.check_positive(value, name)
+    checks.check_count(num_steps, "num_steps")
+    images = images.detach().clone(memory_format=torch.contiguous_format)
+    home = images if origin is None else _pixels(origin, images, "origin")
+    aims = _aims(heading, images, home, origin is None, target, generator)
+    with torch.inference_mode(False), no_tf32():
+        z = _embeddings(f, images, target if heading != "toward" else None)
+        walks = []
+        for b, start in enumerate(images):
+            corrector = Corrector(f, z[b], rtol)
+            way: Heading
+            if heading in ("toward", "nearest", "connect"):
+                way = Toward(aims[b], stop)
+            else:
+                way = Ahead(aims[b], home[b] if heading == "away" else None)
+            walks.append(Walk(b, corrector, way, home[b], step, keep_points, progress))
+            with no_autocast():
+                walks[-1].run(start, num_steps)
+            if walks[-1].useless:
+                raise ValueError(
+                    f"`heading` must have a part in the null space of J; got less than 0.1 % of it for image {b}. "
+                    "Directions in the row space change the embedding; with D ≥ N there may be no others."
+                )
+    return WalkResult(
+        torch.stack([walk.at for walk in walks]),
+        tuple(tuple(walk.path) for walk in walks),
+        torch.tensor([walk.corrector.num_evals for walk in walks], dtype=torch.float64, device="cpu"),
+        torch.tensor([walk.corrector.num_jacobians for walk in walks], device="cpu"),
+        torch.tensor([walk.seconds for walk in walks], dtype=torch.float64, device="cpu"),
+        tuple(walk.status for walk in walks),
+    )
+
+
+def _aims(
+    heading: str | Tensor,
+    images: Tensor,
+    home: Tensor,
+    homeless: bool,
+    target: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Per image the direction or the destination of its walk, (B, C, H, W)."""
+    if isinstance(heading, Tensor):
+        shape = heading.shape
+        if heading.ndim != 4 or shape[0] not in (1, len(images)) or shape[1:] != images.shape[1:]:
+            raise ValueError(f"`heading` must have the shape of `images` {tuple(images.shape)}; got {tuple(shape)}.")
+        norms = heading.detach().flatten(1).norm(dim=1)
+        if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+            raise ValueError("`heading` must be finite and not zero: a direction has no way without a length.")
+        return heading.detach().to(images).expand_as(images)
+    if heading not in HEADINGS:
+        raise ValueError(f"`heading` must be one of {', '.join(HEADINGS)}, or a tensor; got {heading!r}.")
+    if heading == "random":
+        draw = torch.randn(images.shape, generator=generator, dtype=torch.float64, device="cpu")
+        return draw.to(images)
+    if heading == "away":
+        return torch.where(home <= 0.5, 1.0, -1.0).to(images)
+    if heading == "nearest":
+        if homeless:
+            raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
+        return home
+    if target is None or target.ndim != 4:
+        raise ValueError(f"`target` must be pixels (B, C, H, W) for heading {heading!r}. Pass the image to walk to.")
+    return _pixels(target, images, "target")
+
+
+def _pixels(value: Tensor, images: Tensor, name: str) -> Tensor:
+    checks.check_images(value, name)
+    if value.shape[0] not in (1, len(images)) or value.shape[1:] != images.shape[1:]:
+        raise ValueError(f"`{name}` must have the shape of `images` {tuple(images.shape)}; got {tuple(value.shape)}.")
+    return value.detach().to(images).expand_as(images)
+
+
+def _embeddings(f: Callable[[Tensor], Tensor], images: Tensor, target: Tensor | None) -> Tensor:
+    """The embeddings (B, D) to keep, float64, one image at a time."""
+    if target is not None:
+        checks.check_target(target, len(images))
+    if target is None or target.ndim == 4:
+        pixels = images if target is None else _pixels(target, images, "target")
+        with torch.no_grad():
+            target = torch.cat([f(x[None].clone()) for x in pixels])
+        checks.check_output(target, len(images))
+    checks.check_embeddings(target)
+    return target.detach().to(images.device, torch.float64).expand(len(images), -1)

@@ -1,0 +1,129 @@
+"""A linear model of f along a path: one Jacobian, kept true by single rows, restricted to the pixels that may move."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_equiv.jacobian import Jacobian
+
+_CUT = 1e-5  # of σ₁: below it float32 rows hold noise, and no correction is asked of them
+_LARGEST = 16 * 2**30  # bytes of A
+_COLUMNS = 8192  # columns of A held in float64 at a time
+
+
+class LinearModel:
+    """A (D, N) ≈ J near the current point, with its Gram matrix G = A_F A_Fᵀ (D, D) over the free pixels F.
+
+    A starts as the Jacobian of one point. After a move, `learn` makes the row combination uᵀA the true uᵀJ of the new
+    point, by one VJP, and changes nothing else: with ‖u‖ = 1
+
+        A ← A + u (Jᵀu − Aᵀu)ᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ,  w = (Jᵀu − Aᵀu) on F.
+
+    With u the residual this is the adjoint Broyden method: it replaces the rows that a correction needs, so one
+    Jacobian serves a whole walk. The products are summed and G is solved in float64, whatever the dtype of A.
+
+    Memory: D·N numbers in the dtype of the image. Each product with A costs about one forward pass of a small encoder.
+
+    Args:
+        at: the point whose Jacobian A starts from; costs a full Jacobian.
+
+    Raises:
+        ValueError: A would take more than 16 GiB.
+
+    References:
+        Schlenkrich, Griewank, Walther (2010), Math. Program. 121, 221–247, eq. 4 (adjoint Broyden updates).
+    """
+
+    def __init__(self, at: Jacobian) -> None:
+        size = at.shape[0] * at.shape[1] * at.image.element_size()
+        if size > _LARGEST:
+            raise ValueError(
+                f"the Jacobian must fit in {_LARGEST / 2**30:.0f} GiB; got {at.shape[0]} × {at.shape[1]} numbers, "
+                f"{size / 2**30:.0f} GiB. Use a readout with fewer dimensions, such as 'cls' or 'mean'."
+            )
+        self.shape = at.image.shape
+        self.A = at.as_matrix()
+        self.free = torch.ones(at.image.numel(), dtype=torch.bool, device=at.image.device)
+        self._gram = self.A.new_zeros((len(self.A), len(self.A)), dtype=torch.float64)
+        for start in range(0, self.A.shape[1], _COLUMNS):
+            columns = self.A[:, start : start + _COLUMNS].double()
+            self._gram += columns @ columns.T
+        self._factor: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether no entry of A is NaN or infinite."""
+        return bool(torch.isfinite(self._gram.diagonal()).all())
+
+    def hold(self, free: Tensor) -> None:
+        """Let only the pixels where `free` (C, H, W) is true move; the columns of the others leave G."""
+        free = free.flatten()
+        changed = (free != self.free).nonzero().flatten()
+        for index in changed.split(_COLUMNS):
+            columns = self.A[:, index].double()
+            self._gram += (columns * torch.where(free[index], 1.0, -1.0).double()) @ columns.T
+            self._factor = None
+        self.free = free
+
+    def learn(self, at: Jacobian, u: Tensor) -> bool:
+        """Make the row combination uᵀA that of the Jacobian at another point, by one VJP; False if u is zero."""
+        length = torch.linalg.vector_norm(u)
+        if not bool(length > 0):
+            return False
+        u = (u / length).to(self.A).double()  # as it will be written
+        row = at.rmv(u[None])[0].flatten()
+        change = row - self._rows(u)
+        moving = change * self.free
+        product = self._apply(moving)
+        self._gram += torch.outer(u, product) + torch.outer(product, u)
+        self._gram += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
+        self.A.addr_(u.to(self.A), change)
+        self._factor = None
+        return True
+
+    def apply(self, step: Tensor) -> Tensor:
+        """A s of a step s (C, H, W): the predicted change of the embedding, (D,), float64."""
+        return self._apply(step.flatten())
+
+    def correction(self, residual: Tensor) -> Tensor:
+        """The shortest step s (C, H, W) of the free pixels with A s = −residual: s = −A_Fᵀ G⁺ residual."""
+        return -self.pull(self._solve(residual))
+
+    def multipliers(self, v: Tensor) -> Tensor:
+        """λ (D,) with A_Fᵀ λ the part of v (C, H, W) in the row space: the least-squares solution G⁺ A v_F."""
+        return self._solve(self.apply(self.restrict(v)))
+
+    def restrict(self, v: Tensor) -> Tensor:
+        """v_F: v (C, H, W) with zeros on the held pixels."""
+        return v * self.free.view(self.shape)
+
+    def pull(self, u: Tensor) -> Tensor:
+        """A_Fᵀ u, (C, H, W)."""
+        return (self._rows(u) * self.free).view(self.shape)
+
+    def project_null(self, v: Tensor) -> Tensor:
+        """The part of v (C, H, W) on the free pixels that A sends to zero: twice v ← v − A_Fᵀ G⁺ A v."""
+        v = self.restrict(v)
+        for _ in range(2):
+            v = v - self.pull(self.multipliers(v))
+        return v
+
+    def _rows(self, u: Tensor) -> Tensor:
+        return self.A.T @ u.to(self.A)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        product = v.new_zeros(len(self.A), dtype=torch.float64)
+        for start in range(0, len(v), _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            product += self.A[:, part].double() @ v[part].double()
+        return product
+
+    def _solve(self, r: Tensor) -> Tensor:
+        """G⁺ r, the eigenvalues of G below the cut taken as zero."""
+        if self._factor is None:
+            values, vectors = torch.linalg.eigh(self._gram)
+            kept = values > _CUT**2 * values[-1]
+            self._factor = values[kept], vectors[:, kept]
+        values, vectors = self._factor
+        return vectors @ ((vectors.T @ r) / values)

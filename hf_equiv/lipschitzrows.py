@@ -1,0 +1,129 @@
+"""Lipschitz rows: one direction at one image, its constant, and the ladder of secants that it was read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv.directions import make_directions
+from hf_equiv.linearity import LinearityResult, linearity_radius
+from hf_equiv.lipschitz import LipschitzResult, directional_lipschitz
+from hf_equiv.metrics import finite
+from hf_equiv.pairs import image_generator
+from hf_equiv.regional import regional_lipschitz
+from hf_equiv.shards import Row
+
+Stage = Callable[[str, int, int], None]
+"""Told of a stage, how much of it is done, and of how much."""
+
+
+def measure_directions(
+    encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int,
+    tell: Stage,
+) -> tuple[LipschitzResult, LinearityResult | None]:  # fmt: skip
+    """Constants and, if asked for, linearity radii of the directions of one image.
+
+    The directions follow from the settings, the seed and the image's id, so that `verify` makes the same.
+
+    Args:
+        encoder: f.
+        image: (3, H, W).
+        target: image of the `toward` direction, (3, H, W); None if there is none.
+        settings: of the run.
+        image_id: its id.
+        batch: images and tangents per pass.
+        tell: told of progress.
+
+    Returns:
+        The two results.
+    """
+    kinds: Mapping[str, int] = settings["directions"]
+    tell("directions", 0, 1)
+    directions = make_directions(
+        encoder,
+        image[None],
+        random=kinds.get("random", 0),
+        top=kinds.get("top", 0),
+        row=kinds.get("row", 0),
+        null=kinds.get("null", 0),
+        gradient="gradient" in kinds,
+        toward=target[None] if target is not None else None,
+        generator=image_generator(settings["seed"], image_id),
+        batch=batch,
+    )
+    radii: Sequence[float] | None = settings["radii"]
+    found = directional_lipschitz(
+        encoder, image[None], directions, radii=radii, batch=batch,
+        progress=lambda done, total: tell("secants", done, total),
+    )  # fmt: skip
+    reach = None
+    if settings["linearity"]:
+        reach = linearity_radius(
+            encoder, image[None], directions, batch=batch, progress=lambda done, total: tell("linearity", done, total)
+        )
+    return found, reach
+
+
+def lipschitz_rows(
+    encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int,
+    tell: Stage,
+) -> tuple[list[Row], dict[str, Tensor]]:  # fmt: skip
+    """The rows of one image, without image and provenance columns; arguments as `measure_directions`.
+
+    Returns:
+        A row for each direction; and, each (3, H, W), the target as `ID/toward`, and where the regional constant was
+        found, `ID/place` and `ID/direction`.
+    """
+    found, reach = measure_directions(encoder, image, target, settings, image_id, batch, tell)
+    rows = rows_of(found, reach)
+    cost, seconds = float(found.num_evals[0]), float(found.seconds[0])
+    if reach is not None:
+        cost, seconds = cost + float(reach.num_evals[0]), seconds + float(reach.seconds[0])
+    region: Row = dict.fromkeys(("regional_lower_bound", "regional_at_center", "regional_clever"))
+    floats: dict[str, Tensor] = {} if target is None else {f"{image_id}/toward": target}
+    if settings["regional"] is not None:
+        tell("region", 0, 1)
+        ball = regional_lipschitz(
+            encoder, image[None], settings["regional"], generator=image_generator(settings["seed"], image_id)
+        )
+        cost, seconds = cost + float(ball.num_evals[0]), seconds + float(ball.seconds[0])
+        region = {
+            "regional_lower_bound": finite(ball.lower_bound[0]),
+            "regional_at_center": finite(ball.at_center[0]),
+            "regional_clever": finite(ball.clever[0]),
+        }
+        floats |= {f"{image_id}/place": ball.images[0], f"{image_id}/direction": ball.directions[0]}
+    return [row | region | {"num_evals": cost, "seconds": seconds} for row in rows], floats
+
+
+def rows_of(found: LipschitzResult, reach: LinearityResult | None) -> list[Row]:
+    """The columns that the results of one image give, a row for each direction."""
+    rows = []
+    for k, (kind, index) in enumerate(zip(found.kinds, found.indices, strict=True)):
+        plateau = found.plateau[0, k]
+        rows.append(
+            {
+                "direction": kind,
+                "index": index,
+                "value": finite(found.values[0, k]),
+                "jvp": finite(found.jvp[0, k]),
+                "radii": found.radii.tolist(),
+                "secants": _numbers(found.secants[0, k]),
+                "noise_floor": _numbers(found.noise_floor[0, k]),
+                "noise_method": found.noise_method,
+                "plateau": plateau.tolist() if bool(torch.isfinite(plateau).all()) else None,
+                "status": str(found.status[0][k]),
+                "value_error": finite(found.errors[0, k]),
+                "unit_factor": finite(found.unit_factor[0, k]),
+                "linearity_radius": None if reach is None else finite(reach.radii[0, k]),
+                "linearity_at_limit": None if reach is None else bool(reach.at_limit[0, k]),
+            }
+        )
+    return rows
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [finite(v) for v in values.tolist()]

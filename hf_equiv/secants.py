@@ -1,0 +1,164 @@
+"""The secant ladder: central difference quotients over many radii, extrapolated to h = 0, and what they resolve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hf_equiv.precision import no_tf32
+
+RTOL = 0.01
+"""Estimated relative error up to which a value counts as resolved."""
+PLATEAU_RTOL = 0.02
+"""How far a secant, and its noise floor, may be from the value on the plateau, relative to the value."""
+PLATEAU_RADII = 3
+"""Radii in a row that make a plateau."""
+JVP_RTOL = 0.05
+"""How far the value of the secants may be from ‖Jv‖, relative to the value: in float32 both have noise of their own."""
+
+_ORDERS = 5  # terms of the expansion in h² that are tried
+_SIGMAS = 2  # standard deviations of noise in an error bound
+
+
+def central_secants(
+    f: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor, radii: Tensor, *, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Evaluate s(h) = (f(x + hv) − f(x − hv)) / 2h for every direction and radius.
+
+    x ± hv may leave [0, 1]: f is defined there, and a one-sided quotient would be curved to first order.
+
+    Args:
+        f: the encoder, or any callable (B, C, H, W) -> (B, D).
+        image: x, (C, H, W), pixels in [0, 1].
+        directions: unit v, (K, C, H, W), float32 or float64.
+        radii: h, (R,), float64.
+        batch: images per forward pass.
+
+    Returns:
+        s (K, R, D) float64, and the share of each step that the dtype of f can represent, ⟨x₊ − x₋, v⟩ / 2h (K, R)
+        float64: 1, unless the step is lost between two neighbouring numbers.
+    """
+    start = image.to(directions.dtype)
+    seen = getattr(f, "dtype", None)
+    seen = image.dtype if not isinstance(seen, torch.dtype) or _finer(seen, image.dtype) else seen
+    secants, shares = [], []
+    with torch.no_grad(), no_tf32():
+        for some in directions.split(batch):
+            for h in radii.tolist():
+                ends, points = [], []
+                for step in (h, -h):
+                    points.append(torch.add(start, some, alpha=step).to(seen))
+                    ends.append(f(points[-1].to(image.dtype)).double())
+                secants.append((ends[0] - ends[1]) / (2 * h))
+                moved = (points[0].to(some) - points[1].to(some)).flatten(1)
+                shares.append(torch.linalg.vecdot(moved, some.flatten(1)).double() / (2 * h))
+    return _by_direction(secants, len(radii)), _by_direction(shares, len(radii))
+
+
+def _finer(a: torch.dtype, b: torch.dtype) -> bool:
+    return torch.finfo(a).eps < torch.finfo(b).eps
+
+
+def _by_direction(parts: list[Tensor], num_radii: int) -> Tensor:
+    """Chunk-major, radius-minor list of (k, …) to one tensor (K, R, …)."""
+    chunks = [torch.stack(parts[i : i + num_radii], dim=1) for i in range(0, len(parts), num_radii)]
+    return torch.cat(chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a ladder of secants says of ‖Jv‖ for each direction.
+
+    Attributes:
+        value: ‖s(0)‖, extrapolated, (K,), float64; a best guess also where nothing is resolved.
+        error: estimated absolute error of it, noise and curvature, (K,), float64.
+        plateau: lowest and highest radius of the plateau, (K, 2), float64; NaN where there is none.
+        resolved: whether the value is resolved by the secants alone, (K,), bool.
+    """
+
+    value: Tensor
+    error: Tensor
+    plateau: Tensor
+    resolved: Tensor
+
+
+def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading:
+    """Extrapolate central secants to h = 0 and say what is resolved.
+
+    Since s(h) = Jv + c₁h² + c₂h⁴ + …, polynomials in h² of degree m = 0 … 4 are fitted to the vectors s(h) at the radii
+    up to each h_j, weighted by 1/noise². The (j, m) with the smallest noise + ‖s₀(j, m) − s₀(j, m + 1)‖ is taken:
+
+        value = ‖s₀(j, m)‖,   error = 2·noise of s₀(j, m) + |‖s₀(j, m)‖ − ‖s₀(j, m + 1)‖|.
+
+    It is Ridders' rule with two changes: vectors are compared and not their norms, so that an accidental agreement
+    needs D coincidences; and the noise is known beforehand. The plateau is the longest run of radii whose ‖s(h)‖ is
+    within 2 % of the value with a noise floor below 2 % of it. Resolved: error ≤ 1 % and a plateau of at least three
+    radii.
+
+    Args:
+        secants: s(h), (K, R, D), float64.
+        radii: h, (R,), float64, ascending.
+        noise_floor: rounding part of ‖s(h)‖, (K, R), float64, above 0.
+
+    Returns:
+        Value, error, plateau and whether it is resolved.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.secants import read_secants
+        >>> h = torch.logspace(-3, 0, 13, dtype=torch.float64)
+        >>> reading = read_secants((3 + h**2).view(1, -1, 1), h, 1e-9 / h[None])
+        >>> round(float(reading.value), 9), bool(reading.resolved)
+        (3.0, True)
+
+    References:
+        Ridders (1982), "Accurate computation of F′(x) and F′(x)F″(x)", *Adv. Eng. Softw.* 4:75.
+        Richardson (1911), *Phil. Trans. R. Soc. A* 210:307.
+    """
+    count, num_radii = secants.shape[:2]
+    least, error = secants.new_full((2, count), torch.inf)
+    value = secants.new_zeros(count)
+    for top in range(PLATEAU_RADII, num_radii + 1):
+        noise = noise_floor[:, :top]
+        tried: list[tuple[Tensor, Tensor]] = []
+        for m in range(min(_ORDERS, top)):
+            weights = _weights(radii[:top], noise, m)
+            tried.append((torch.einsum("kr,krd->kd", weights, secants[:, :top]), (weights * noise).norm(dim=1)))
+        for (guess, spread), (finer, _) in pairwise(tried):
+            trial = spread + (guess - finer).norm(dim=1)
+            better = trial < least
+            norm = guess.norm(dim=1)
+            bound = _SIGMAS * spread + (norm - finer.norm(dim=1)).abs()
+            least, value = torch.where(better, trial, least), torch.where(better, norm, value)
+            error = torch.where(better, bound, error)
+    level = value[:, None]
+    on = ((secants.norm(dim=2) - level).abs() <= PLATEAU_RTOL * level) & (noise_floor <= PLATEAU_RTOL * level)
+    plateau = torch.full((count, 2), torch.nan, dtype=radii.dtype, device=radii.device)
+    for k, row in enumerate(on.tolist()):
+        low, high = _longest_run(row)
+        if high - low >= PLATEAU_RADII:
+            plateau[k] = torch.stack([radii[low], radii[high - 1]])
+    resolved = (error <= RTOL * value) & (value > 0) & plateau.isfinite().all(dim=1)
+    return Reading(value, error, plateau, resolved)
+
+
+def _weights(radii: Tensor, noise: Tensor, order: int) -> Tensor:
+    """Weights w (K, r), s₀ = Σ w_r s(h_r): the intercept of the weighted least-squares fit of degree `order` in h²."""
+    powers = (radii / radii[-1])[:, None] ** (2 * torch.arange(order + 1, device=radii.device))
+    precision = noise.amin(dim=1, keepdim=True) / noise
+    return torch.linalg.pinv(precision[:, :, None] * powers)[:, 0] * precision
+
+
+def _longest_run(row: list[bool]) -> tuple[int, int]:
+    """[low, high) of the longest run of True; the first one of several."""
+    best, start = (0, 0), 0
+    for i, on in enumerate([*row, False]):
+        if not on:
+            if i - start > best[1] - best[0]:
+                best = (start, i)
+            start = i + 1
+    return best

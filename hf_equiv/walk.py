@@ -1,0 +1,179 @@
+"""The walk of one image along a level set: step-length control, and the record of its points."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hf_equiv.corrector import Corrector, Place
+from hf_equiv.headings import Heading, Plan, Toward
+from hf_equiv.results import Status
+
+_MAX_FAILURES = 10  # halvings of one step
+_REFRESH_AFTER = 5  # of them, before a full Jacobian is formed anew
+_EASY, _HARD = 8, 25  # trials of the corrector: below, the step grows; above, it shrinks
+
+
+@dataclass(frozen=True, slots=True)
+class WalkPoint:
+    """One point of a walk: an image whose embedding is z up to `drift`.
+
+    Attributes:
+        image: index in the batch.
+        step: 0 for the start.
+        drift: ‖f(x) − z‖ / ‖z‖.
+        arc_length: sum of the L2 distances between the points so far, pixels in [0, 1].
+        l2: ‖x − origin‖₂.
+        linf: ‖x − origin‖_∞.
+        psnr_db: of x against the origin, −10 log₁₀ mean (x − origin)²; infinite at the origin.
+        remaining: L2 distance to the destination; None where there is none.
+        stationarity: ‖P_null d‖ / ‖d‖ with J on the free pixels: an upper bound for d = destination − x, the model's
+            value for d = x − origin; 0 where no better point is near. None for a fixed heading.
+        num_evals: evaluations spent on the walk so far.
+        pixels: x, (C, H, W); None unless `keep_points`.
+    """
+
+    image: int
+    step: int
+    drift: float
+    arc_length: float
+    l2: float
+    linf: float
+    psnr_db: float
+    remaining: float | None
+    stationarity: float | None
+    num_evals: float
+    pixels: Tensor | None
+
+
+class Walk:
+    """From one image, along one heading, by steps that the corrector can bring back.
+
+    Args:
+        index: of the image in its batch.
+        corrector: for the embedding to keep.
+        heading: where to go.
+        origin: the image that distances are against, (C, H, W).
+        step: longest step, L2 in pixel units.
+        keep_points: whether the points keep their pixels.
+        progress: called with every point.
+
+    Attributes:
+        path: the points so far.
+        at: the pixels of the last, (C, H, W).
+        status: how it ended.
+        seconds: wall time.
+        useless: whether the heading had no part in the null space, and not because of the box.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        corrector: Corrector,
+        heading: Heading,
+        origin: Tensor,
+        step: float,
+        keep_points: bool,
+        progress: Callable[[WalkPoint], None] | None,
+    ) -> None:
+        self.index, self.corrector, self.heading, self.origin, self.step = index, corrector, heading, origin, step
+        self.keep_points, self.progress = keep_points, progress
+        self.path: list[WalkPoint] = []
+        self.at = origin
+        self.seconds = 0.0
+        self.status = Status.ERROR
+        self.useless = False
+        self.end: Place | None = None  # the destination, where it lies on the level set
+
+    def run(self, start: Tensor, num_steps: int) -> None:
+        """Walk, and set `status`."""
+        began = time.perf_counter()
+        self.at = start
+        self.status = self._walk(start, num_steps)
+        self.seconds = time.perf_counter() - began
+        del self.corrector.model  # D·N numbers
+
+    def _walk(self, start: Tensor, num_steps: int) -> Status:
+        corrector, heading = self.corrector, self.heading
+        at: Place | None = corrector.look(start)
+        assert at is not None
+        corrector.refresh(at)
+        if not (math.isfinite(at.drift) and corrector.model.finite):
+            return Status.ERROR
+        if at.drift > corrector.rtol:
+            at = corrector.correct(start, math.inf)
+            if at is None:
+                return Status.DRIFT_EXCEEDED
+        if isinstance(heading, Toward):
+            end = corrector.look(heading.destination)
+            self.end = end if end.drift <= corrector.rtol else None
+        plan = heading.plan(corrector, at)
+        self._record(at, plan)
+        if plan.direction is None and plan.stationarity is None:
+            self.useless = bool(((start > 0) & (start < 1)).all())
+        h, failures, learnt = self.step, 0, False
+        while len(self.path) <= num_steps:
+            if plan.direction is None:
+                return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
+            length = min(h, plan.length)
+            there, failure = self._try(at, plan, length)
+            if there is not None:
+                # a corrector that worked hard is at the edge of what the model knows
+                h *= 1.5 if corrector.trials <= _EASY else 0.7 if corrector.trials > _HARD else 1.0
+                h, failures, at = min(self.step, h), 0, there
+                plan, learnt = heading.plan(corrector, at), True
+                self._record(at, plan)
+                continue
+            h, failures = length / 2, failures + 1
+            if failures == _REFRESH_AFTER and learnt:
+                corrector.refresh(at)
+                learnt = False
+                plan = heading.plan(corrector, at)
+            if failures == _MAX_FAILURES:
+                return failure
+        return Status.COMPLETED
+
+    def _try(self, at: Place, plan: Plan, length: float) -> tuple[Place | None, Status]:
+        """One step of the given length; the place, or None and what stood in the way."""
+        assert plan.direction is not None
+        if self.end is not None and float(torch.linalg.vector_norm(self.end.image - at.image)) <= length:
+            return self.end, Status.COMPLETED
+        guess = (at.image + length * plan.direction).clamp(0, 1)
+        if float(torch.linalg.vector_norm(guess - at.image)) < 0.1 * length:
+            return None, Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
+        there = self.corrector.correct(guess, length)
+        if there is None:
+            return None, Status.DRIFT_EXCEEDED
+        # A heading that accepts no corrected point is at the end of its way, to the accuracy of f.
+        return (there if self.heading.accepts(at, there) else None), Status.COMPLETED
+
+    def _record(self, at: Place, plan: Plan) -> None:
+        x = at.image
+        offset = (x - self.origin).double()
+        l2 = float(torch.linalg.vector_norm(offset))
+        moved = float(torch.linalg.vector_norm((x - self.at).double())) if self.path else 0.0
+        remaining = None
+        if isinstance(self.heading, Toward):
+            remaining = float(torch.linalg.vector_norm((self.heading.destination - x).double()))
+        point = WalkPoint(
+            image=self.index,
+            step=len(self.path),
+            drift=at.drift,
+            arc_length=self.path[-1].arc_length + moved if self.path else 0.0,
+            l2=l2,
+            linf=float(offset.abs().max()),
+            psnr_db=10 * math.log10(x.numel() / l2**2) if l2 > 0 else math.inf,
+            remaining=remaining,
+            stationarity=plan.stationarity,
+            num_evals=self.corrector.num_evals,
+            pixels=x,
+        )
+        self.at = x
+        self.path.append(point if self.keep_points else replace(point, pixels=None))
+        if self.progress is not None:
+            self.progress(point)

@@ -1,0 +1,144 @@
+"""Walk rows: one point of a walk along a level set, with its frame, drift, distances and label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv.imagefile import decode_png, encode_png
+from hf_equiv.levelset import trace_level_set
+from hf_equiv.matching import match_embedding
+from hf_equiv.metrics import finite, relative_error
+from hf_equiv.pairs import image_generator
+from hf_equiv.precision import no_tf32
+from hf_equiv.results import Progress, Status
+from hf_equiv.shards import Row
+from hf_equiv.walk import WalkPoint
+
+CHUNK = 16
+"""Frames encoded at once."""
+
+_MATCH_EVALS = 2000
+
+
+def walk_rows(
+    encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str,
+    tell: Callable[[str, int, int], None],
+) -> tuple[list[Row], dict[str, Tensor]]:  # fmt: skip
+    """Walk from one image; for `nearest` and `connect` from a match that starts at it.
+
+    Args:
+        encoder: f.
+        image: (3, H, W).
+        target: image to head for or to match, (3, H, W); None if there is none.
+        settings: of the run.
+        image_id: its id.
+        tell: told of progress.
+
+    Returns:
+        A row for each point, with `frame` as PNG but without provenance columns; and the float images `ID/frames`
+        (S + 1, 3, H, W), `ID/origin` that distances are against, and `ID/target`.
+
+    Raises:
+        RuntimeError: no match to start from, or an encoder that gives NaN.
+    """
+    heading, rtol, steps = settings["heading"], settings["rtol"], settings["num_steps"]
+    start, cost, seconds = image, 0.0, 0.0
+    if settings["solver"] is not None and target is not None:
+        start, cost, seconds = _match(encoder, image, target, rtol, tell)
+    walk = trace_level_set(
+        encoder,
+        start[None],
+        heading=heading,
+        step=settings["step"],
+        num_steps=steps,
+        rtol=rtol,
+        target=None if target is None else target[None],
+        origin=image[None] if settings["solver"] is not None else None,
+        generator=image_generator(settings["seed"], image_id),
+        keep_points=True,
+        progress=lambda point: tell("walk", point.step, steps),
+    )
+    path, status = walk.paths[0], walk.status[0]
+    if not path or status is Status.ERROR:
+        raise RuntimeError(status.advice)
+    frames = torch.stack([point.pixels for point in path if point.pixels is not None])
+    z = level(encoder, frames[0], target if settings["solver"] is not None else None)
+    labels = labels_of(encoder, frames)
+    rows = []
+    for point, frame, label in zip(path, frames, labels, strict=True):
+        png = encode_png(frame)
+        rows.append(
+            {
+                "frame": png,
+                **_measures(point),
+                **label,
+                "drift": drift(encoder, frame, z),  # of the frame alone, as whoever checks it computes it
+                "drift_8bit": drift(encoder, decode_png(png, frame.dtype).to(frame.device), z),
+                "status": str(status),
+                "heading": heading,
+                "num_evals": cost + float(walk.num_evals[0]),
+                "seconds": seconds + float(walk.seconds[0]),
+            }
+        )
+    origin = image if settings["solver"] is not None else frames[0].clone()  # no memory of the frames
+    floats = {f"{image_id}/frames": frames, f"{image_id}/origin": origin}
+    return rows, floats | ({} if target is None else {f"{image_id}/target": target})
+
+
+def level(encoder: Any, start: Tensor, target: Tensor | None) -> Tensor:
+    """The embedding z (D,) of the level set: the target's for walks from a match, else that of the start."""
+    with torch.no_grad(), no_tf32():
+        z: Tensor = encoder((start if target is None else target)[None])[0]
+    return z
+
+
+def drift(encoder: Any, frame: Tensor, z: Tensor) -> float | None:
+    """‖f(x) − z‖ / ‖z‖ of one frame (3, H, W)."""
+    with torch.no_grad(), no_tf32():
+        return relative_error(encoder(frame[None])[0], z)
+
+
+def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
+    """`label` and `prob` of each frame, both None without a head."""
+    if not encoder.has_head:
+        return [{"label": None, "prob": None} for _ in frames]
+    with torch.no_grad(), no_tf32():
+        probs = torch.cat([encoder.classify(some).double().softmax(dim=1) for some in frames.split(CHUNK)])
+    names = encoder.label_names
+    return [{"label": names[int(p.argmax())], "prob": finite(p.max())} for p in probs]
+
+
+def _measures(point: WalkPoint) -> Row:
+    return {
+        "step": point.step,
+        "arc_length": finite(point.arc_length),
+        "l2": finite(point.l2),
+        "linf": finite(point.linf),
+        "psnr_db": finite(point.psnr_db),
+        "remaining": finite(point.remaining),
+        "stationarity": finite(point.stationarity),
+    }
+
+
+def _match(
+    encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
+) -> tuple[Tensor, float, float]:
+    with torch.no_grad(), no_tf32():
+        z = encoder(target[None])
+
+    def hook(progress: Progress) -> None:
+        tell("match", min(int(progress.num_evals.max()), _MATCH_EVALS - 1), _MATCH_EVALS)
+
+    found = match_embedding(
+        encoder, source[None], z, rtol=rtol, max_evals=_MATCH_EVALS, raise_on_failure=False, progress=hook
+    )
+    if not found.converged:
+        raise RuntimeError(
+            f"no match to start from: embedding error {float(found.errors[0]):.2g} after {_MATCH_EVALS} evaluations, "
+            f"`rtol` is {rtol:g}. Loosen `rtol`, or start from another image."
+        )
+    return found.images[0], float(found.num_evals[0]), float(found.seconds[0])

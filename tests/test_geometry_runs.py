@@ -1,0 +1,436 @@
+"""Runs of spectrum, lipschitz and walk: rows, files, resume, refusals, figures, command line, and what verify says."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fakes import SIZE, TinyEncoder
+from PIL import Image
+
+from hf_equiv import cli, environment, geometryrun, rundir, shards, verify
+from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan, parse_directions
+from hf_equiv.geometryrun import run_analysis
+from hf_equiv.layouts import LAYOUTS
+from hf_equiv.shards import PROVENANCE_FEATURES, sha256_file
+
+CONTRACT = {
+    "spectrum": "image_id singular_values rank nullity structural_zeros near_structural effective_rank sigma_max "
+    "rank_threshold method error_bound",
+    "lipschitz": "image_id direction index value jvp radii secants noise_floor noise_method plateau status",
+    "walk": "image_id step drift arc_length l2 linf psnr_db label prob",
+}
+FOLDERS = {"spectrum": "spectra", "lipschitz": "lipschitz", "walk": "paths"}
+FIGURES = {
+    "spectrum": {"spectra.png"},
+    "lipschitz": {"secants.png", "constants.png"},
+    "walk": {"walk.gif", "frames.png", "drift.png"},
+}
+OPTIONS = {
+    "spectrum": {},
+    "lipschitz": {"directions": "random:3,top:2,row:2,null:3,gradient,toward", "linearity": True, "regional": 0.5},
+    "walk": {"num_steps": 4, "step": 0.3},
+}
+every_analysis = pytest.mark.parametrize("analysis", OPTIONS)
+
+
+def config_of(analysis: str, photos: Path, **changes) -> AnalysisConfig:
+    return replace(AnalysisConfig(analysis, data=str(photos), limit=2, **OPTIONS[analysis]), **changes)
+
+
+def finish(analysis: str, photos: Path, out: Path, **changes):
+    return run_analysis(make_analysis_plan(config_of(analysis, photos, **changes), TinyEncoder()), out)
+
+
+@pytest.fixture(scope="module")
+def photo_folder(tmp_path_factory) -> Path:
+    from fakes import save_photos
+
+    return save_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def finished(photo_folder, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of each kind."""
+    place = tmp_path_factory.mktemp("runs")
+    for analysis in OPTIONS:
+        assert finish(analysis, photo_folder, place / analysis).completed
+    return {analysis: place / analysis for analysis in OPTIONS}
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+
+    def copy(analysis: str) -> Path:
+        return Path(shutil.copytree(finished[analysis], tmp_path / "copy"))
+
+    return copy
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- what a run leaves ---
+
+
+@every_analysis
+def test_rows_and_files(analysis, finished):
+    out, layout = finished[analysis], LAYOUTS[analysis]
+    record = json.loads((out / "run.json").read_text())
+    assert record["analysis"] == analysis
+    assert record["complete"]
+    assert set(record["files"]) == {name for name in snapshot(out) if name != "run.json"}
+    assert all(sha256_file(out / name) == digest for name, digest in record["files"].items())
+    assert {p.name for p in (out / "figures").iterdir()} == FIGURES[analysis]
+    assert [p.name for p in (out / FOLDERS[analysis]).iterdir()].count("part-00000.parquet") == 1
+    rows = list(shards.read_rows(out, layout=layout))
+    assert list(rows[0])[: len(CONTRACT[analysis].split())] == CONTRACT[analysis].split()
+    assert set(PROVENANCE_FEATURES) <= set(rows[0])
+    assert {row["model_id"] for row in rows} == {"builtin"}
+    columns = pq.read_schema(next((out / FOLDERS[analysis]).iterdir())).names
+    assert columns[0] == ("frame" if analysis == "walk" else "image")
+
+
+@every_analysis
+def test_datasets_loads_it(analysis, finished, tmp_path):
+    cache = str(tmp_path / "cache")
+    rows = datasets.load_dataset(str(finished[analysis]), FOLDERS[analysis], split="train", cache_dir=cache)
+    assert rows[0]["frame" if analysis == "walk" else "image"].size == (SIZE, SIZE)
+
+
+def test_spectrum_is_that_of_a_dense_jacobian(finished):
+    encoder = TinyEncoder(dtype=torch.float64)
+    for row in shards.read_rows(finished["spectrum"], images=True, layout=LAYOUTS["spectrum"]):
+        x = (
+            torch.tensor(np.asarray(Image.open(io.BytesIO(row["image"]))), dtype=torch.float64).permute(2, 0, 1)[None]
+            / 255
+        )
+        J = torch.autograd.functional.jacobian(encoder, x).flatten(1).view(12, -1)
+        assert row["singular_values"] == pytest.approx(torch.linalg.svdvals(J).tolist(), rel=1e-5)
+        assert (row["rank"], row["nullity"], row["method"]) == (12, 3 * SIZE * SIZE - 12, "full")
+
+
+def test_lipschitz_names_every_kind_and_gives_null_no_number(finished):
+    rows = list(shards.read_rows(finished["lipschitz"], layout=LAYOUTS["lipschitz"]))
+    kinds = [row["direction"] for row in rows]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "random": 6, "top": 4, "row": 4, "null": 6, "gradient": 2, "toward": 2,
+    }  # fmt: skip
+    for row in rows:
+        assert (row["value"] is None) == (row["status"] != "resolved")
+        assert len(row["secants"]) == len(row["noise_floor"]) == len(row["radii"]) == 17
+        assert row["linearity_radius"] > 0
+        assert row["regional_lower_bound"] >= row["regional_at_center"] > 0
+        assert (row["radius"], row["norm"]) == (0.5, "l2")
+        if row["direction"] == "null":
+            assert row["status"] == "undetermined"
+        else:
+            assert row["value"] == pytest.approx(row["jvp"], rel=1e-3)
+
+
+def test_walk_stays_on_the_level_set(finished):
+    encoder = TinyEncoder()
+    rows = list(shards.read_rows(finished["walk"], images=True, layout=LAYOUTS["walk"]))
+    for part in sorted((finished["walk"] / "float").iterdir()):
+        floats, _ = shards.read_floats(part)
+        (name,) = {key.removesuffix("/frames") for key in floats if key.endswith("/frames")}
+        own = [row for row in rows if row["image_id"] == name]
+        assert [row["step"] for row in own] == [0, 1, 2, 3, 4]
+        z = encoder(floats[f"{name}/frames"]).double()
+        assert float(((z - z[0]).norm(dim=1) / z[0].norm()).max()) <= 1.1e-5
+        assert own[4]["l2"] == pytest.approx(
+            float((floats[f"{name}/frames"][4] - floats[f"{name}/origin"]).norm()), 1e-4
+        )
+        assert own[4]["l2"] > 0.9
+        assert len({row["label"] for row in own}) == 1
+        assert own[0]["psnr_db"] is None
+
+
+def test_vectors_are_kept(photos, tmp_path):
+    out = tmp_path / "out"
+    outcome = finish("spectrum", photos, out, k=3, vectors=True)
+    assert {p.name for p in (out / "figures").iterdir()} == {"spectra.png", "vectors.png"}
+    floats, _ = shards.read_floats(out / "float" / "part-00000.safetensors")
+    right = floats[f"{outcome.rows[0]['image_id']}/right"].flatten(1)
+    assert torch.allclose(right @ right.T, torch.eye(3), atol=1e-5)
+    assert outcome.rows[0]["rank"] is None or len(outcome.rows[0]["singular_values"]) == 3
+
+
+@pytest.mark.parametrize("heading", ["away", "toward", "nearest", "connect"])
+def test_headings(heading, photos, tmp_path, monkeypatch):
+    target = photos / "class1" / "photo1.png"
+    source = photos / "class0" / "photo0.png"
+    changes = {"heading": heading, "data": None, "limit": None, "source": str(source)}
+    if heading != "away":
+        changes["target"] = str(target)
+    outcome = finish("walk", photos, tmp_path / "out", **changes)
+    assert outcome.completed
+    rows = outcome.rows
+    if heading in ("toward", "connect"):
+        assert rows[-1]["remaining"] < rows[0]["remaining"]
+    if heading == "nearest":
+        assert rows[-1]["l2"] < rows[0]["l2"]
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    report = verify.verify_run(tmp_path / "out")
+    assert report.problems == ()
+
+
+# --- going on, and refusing to ---
+
+
+@every_analysis
+def test_a_killed_run_goes_on(analysis, finished, photo_folder, tmp_path):
+    out = tmp_path / "out"
+    script = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from fakes import TinyEncoder
+        from hf_equiv.geometryplan import make_analysis_plan
+        from hf_equiv.geometryrun import run_analysis
+        from test_geometry_runs import config_of
+
+        def kill(progress):
+            if progress.done == 1 and progress.stage != "saved":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        plan = make_analysis_plan(config_of({analysis!r}, Path({str(photo_folder)!r})), TinyEncoder())
+        run_analysis(plan, Path({str(out)!r}), observer=kill)
+    """)
+    here = [str(Path(__file__).parent), str(Path(geometryrun.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.pathsep.join(here)}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    kept = snapshot(out / FOLDERS[analysis])
+    assert len(kept) == 1
+    outcome = finish(analysis, photo_folder, out)
+    assert snapshot(out / FOLDERS[analysis]) | kept == snapshot(out / FOLDERS[analysis])
+    whole = list(shards.read_rows(finished[analysis], layout=LAYOUTS[analysis]))
+    timed = ("seconds",)
+    assert [{k: v for k, v in row.items() if k not in timed} for row in outcome.rows] == [
+        {k: v for k, v in row.items() if k not in timed} for row in whole
+    ]
+
+
+def test_other_settings_are_refused_by_key(finished, photo_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"holds a run of other settings: k \(null there, 2 asked\)"):
+        finish("spectrum", photo_folder, finished["spectrum"], k=2)
+    with pytest.raises(ValueError, match=r"other settings: analysis \(\"spectrum\" there, \"walk\" asked\)"):
+        finish("walk", photo_folder, finished["spectrum"])
+    plan = make_analysis_plan(config_of("walk", photo_folder), TinyEncoder())
+    assert plan.default_out == Path("runs") / "walk" / "builtin" / plan.hash8
+    assert rundir.refuse_early(finished["walk"], plan.settings, "missing", plan.layout) == 2
+
+
+def test_overwrite_replaces_a_run_of_another_kind(photos, tmp_path):
+    finish("walk", photos, tmp_path / "out")
+    plan = make_analysis_plan(config_of("spectrum", photos), TinyEncoder())
+    run_analysis(plan, tmp_path / "out", overwrite="always")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"spectra", "figures", "README.md", "run.json"}
+
+
+def test_an_image_that_fails_costs_its_own_rows(photos, tmp_path, monkeypatch):
+    broken = geometryrun.spectrum_rows
+
+    def fail(config, encoder, image_id, image, batch):
+        if image_id.endswith("photo0.png"):
+            raise RuntimeError("out of memory")
+        return broken(config, encoder, image_id, image, batch)
+
+    monkeypatch.setattr(geometryrun, "spectrum_rows", fail)
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    outcome = finish("spectrum", photos, tmp_path / "out", limit=6)
+    assert sorted(row["status"] for row in outcome.rows) == ["completed"] * 5 + ["error"]
+    assert list(outcome.errors.values()) == ["out of memory"]
+    assert not outcome.completed
+    report = verify.verify_run(tmp_path / "out")
+    assert (report.problems, report.verified, report.error_rows) == ((), 5, 1)
+
+
+BAD = [
+    ({"limit": 0}, "`limit` must be at least 1"),
+    ({"source": "x.png"}, "`data` must not be combined with `source`"),
+    ({"k": 0}, "`k` must be"),
+    ({"k": 13}, "`k` must be at most the embedding size 12; got 13"),
+    ({"target": "x.png"}, "`target` must come with"),
+    ({"analysis": "walk", "heading": "connect"}, "`target` must come with heading 'connect'"),
+    ({"analysis": "walk", "heading": "sideways"}, "`heading` must be one of random"),
+    ({"analysis": "walk", "step": -1.0}, "`step` must be"),
+    ({"analysis": "lipschitz", "directions": "random"}, "`directions` must name each kind once, with a count"),
+    ({"analysis": "lipschitz", "directions": "sideways:3"}, "`directions` must be a list of random:N"),
+    ({"analysis": "lipschitz", "radii": (1e-3, 1.0)}, "`radii` must"),
+    ({"image_column": "picture"}, "`image_column` must come with a parquet file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input(changes, message, photos):
+    config = replace(AnalysisConfig("spectrum", data=str(photos)), **changes)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        make_analysis_plan(config, TinyEncoder())
+
+
+def test_directions_are_read():
+    assert parse_directions("top:2, gradient") == {"top": 2, "gradient": 1}
+
+
+# --- verify ---
+
+
+@every_analysis
+def test_a_finished_run_holds(analysis, copied):
+    report = verify.verify_run(copied(analysis))
+    assert report.problems == ()
+    assert report.verified == report.rows > 0
+
+
+TAMPERED = [
+    ("spectrum", 0, "singular_values", lambda v: [v[0] * 1.001, *v[1:]]),
+    ("spectrum", 0, "rank", lambda v: v - 1),
+    ("spectrum", 0, "nullity", lambda v: v + 1),
+    ("spectrum", 0, "effective_rank", lambda v: v + 0.1),
+    ("spectrum", 0, "error_bound", lambda v: [10 * b for b in v]),
+    ("spectrum", 0, "seed", lambda v: v + 1),
+    ("lipschitz", 0, "value", lambda v: v * 1.01),
+    ("lipschitz", 3, "jvp", lambda v: v * 1.01),
+    ("lipschitz", 4, "secants", lambda v: [*v[:-1], v[-1] * 1.05]),
+    ("lipschitz", 0, "noise_floor", lambda v: [20 * f for f in v]),
+    ("lipschitz", 7, "status", lambda v: "resolved"),
+    ("lipschitz", 2, "linearity_radius", lambda v: v * 2),
+    ("lipschitz", 0, "regional_lower_bound", lambda v: v * 1.1),
+    ("lipschitz", 0, "index", lambda v: 5),
+    ("walk", 2, "drift", lambda v: v + 1e-4),
+    ("walk", 2, "drift_8bit", lambda v: v / 2),
+    ("walk", 3, "l2", lambda v: v * 1.01),
+    ("walk", 3, "arc_length", lambda v: v * 1.01),
+    ("walk", 3, "psnr_db", lambda v: v + 1),
+    ("walk", 1, "label", lambda v: "pear"),
+    ("walk", 1, "prob", lambda v: v / 2),
+]
+
+
+@pytest.mark.parametrize(("analysis", "index", "column", "change"), TAMPERED, ids=[f"{t[0]}-{t[2]}" for t in TAMPERED])
+def test_a_tampered_row_is_named(analysis, index, column, change, copied):
+    out, layout = copied(analysis), LAYOUTS[analysis]
+    path = shards.shard_files(out, layout)[0]
+    rows = shards.read_shard(path, images=True, layout=layout)
+    rows[index][column] = change(rows[index][column])
+    floats, _ = shards.read_floats(out / "float" / f"{path.stem}.safetensors") if analysis != "spectrum" else ({}, {})
+    shards.write_shard(out, 0, rows, floats, {}, layout)
+    record = json.loads((out / "run.json").read_text())
+    record["files"] |= {name: sha256_file(out / name) for name in record["files"]}
+    (out / "run.json").write_text(json.dumps(record))
+    report = verify.verify_run(out)
+    named = [p for p in report.problems if p.pair_id is not None and p.pair_id.startswith(rows[index]["image_id"])]
+    assert named, report.problems
+    if column not in ("rank", "index", "regional_lower_bound"):
+        assert any(p.column == column for p in named), [p.message for p in named]
+    assert report.verified < report.rows
+
+
+def test_missing_frames_and_rows_are_named(copied, photo_folder, tmp_path, monkeypatch):
+    out = copied("walk")
+    (out / "float" / "part-00001.safetensors").unlink()
+    (out / "paths" / "part-00000.parquet").unlink()
+    messages = " ".join(problem.message for problem in verify.verify_run(out).problems)
+    assert "is missing" in messages
+    assert "the float frames of" in messages
+    assert "is listed and its rows are missing from paths/" in messages
+
+
+# --- the command line ---
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, photos):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "load_encoder", lambda model, **_: TinyEncoder())
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    return tmp_path
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli._run([str(a) for a in arguments])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+FLAGS = {
+    "spectrum": ["--k", "3", "--vectors"],
+    "lipschitz": ["--directions", "random:2,null:2", "--radii", "1e-3:1", "--linearity"],
+    "walk": ["--heading", "random", "--num-steps", "3", "--step", "0.2", "--rtol", "1e-4"],
+}
+
+
+@every_analysis
+def test_commands(analysis, place, capsys):
+    base = [analysis, "builtin", "--data", "photos", "--limit", "2", *FLAGS[analysis], "--out", "run"]
+    code, out, _ = call(capsys, *base, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["dry_run"]["images_to_do"] == 2
+    assert not (place / "run").exists()
+    code, out, err = call(capsys, *base, "--json")
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert list(result) == ["analysis", "model", "revision", "out", "rows", "summary"]
+    assert result["analysis"] == analysis
+    assert list(result["rows"][0])[: len(CONTRACT[analysis].split())] == CONTRACT[analysis].split()
+    code, out, err = call(capsys, *base)
+    assert code == 0
+    assert "check it: hf-equiv verify run" in out
+    assert "2 of 2 images on disk" in err
+    code, out, _ = call(capsys, "verify", "run", "--json")
+    assert (code, json.loads(out)["problems"]) == (0, [])
+    code, out, _ = call(capsys, "verify", "run")
+    assert "hold" in out
+    code, _, err = call(capsys, *base, "--seed", "3")
+    assert code == 2
+    assert "holds a run of other settings: " in err
+    assert "seed (0 there, 3 asked)" in err
+
+
+@every_analysis
+def test_help_is_quick_and_lists_the_flags(analysis):
+    start = time.perf_counter()
+    script = f"import sys; from hf_equiv import cli; cli._run([{analysis!r}, '--help']); print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - start < 5
+    assert told.endswith("False\n")
+    shared = """--source --data --limit --out --overwrite --seed --revision --readout --normalize --device --dtype
+        --batch-size --image-column --label-column --cache-dir --local-files-only --dry-run --json -q""".split()
+    assert all(flag in told for flag in [*shared, *(f for f in FLAGS[analysis] if f.startswith("--"))])
+
+
+WRONG = [
+    (["spectrum", "builtin", "--k", "99"], "--k must be at most the embedding size 12; got 99"),
+    (["walk", "builtin", "--source", "photos", "--heading", "connect"], "--target must come with heading 'connect'"),
+    (["walk", "builtin", "--step", "0"], "--step must be"),
+    (["lipschitz", "builtin", "--radii", "a,b"], "--radii must be numbers a,b,c or a range a:b; got 'a,b'"),
+    (["lipschitz", "builtin", "--directions", "up:3"], "--directions must be a list of random:N"),
+    (["spectrum", "builtin", "--limit", "3"], "--limit must come with --data"),
+    (["spectrum", "builtin", "--source", "nowhere.png"], "'nowhere.png' does not exist"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_wrong_commands(arguments, message, place, capsys):
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1

@@ -1,0 +1,77 @@
+"""The linear model of f against dense float64 algebra: learnt rows, held pixels, corrections, projections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, DIM, SHAPE, images, smooth_mlp
+
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.linearmodel import LinearModel
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def some_free(seed: int = 1) -> torch.Tensor:
+    return gaussian(*SHAPE, seed=seed) > -0.3
+
+
+@every_case
+def test_projection_and_correction_are_those_of_the_dense_matrix(case):
+    x = images(1, seed=2, dtype=torch.float64)[0]
+    model, v, r = LinearModel(Jacobian(case.f, x)), gaussian(*SHAPE), gaussian(DIM, seed=3)
+    free = some_free()
+    model.hold(some_free(seed=9))  # columns leave and come back
+    model.hold(free)
+    A = case.f.jacobian(x) * free.flatten()
+    inverse = torch.linalg.pinv(A, rtol=1e-7)
+    expected = (v * free).flatten() - inverse @ (A @ v.flatten())
+    torch.testing.assert_close(model.project_null(v).flatten(), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.correction(r).flatten(), -inverse @ r, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.multipliers(v), inverse.T @ (v * free).flatten(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.apply(v), case.f.jacobian(x) @ v.flatten(), rtol=0, atol=1e-12)
+    assert float((A @ model.project_null(v).flatten()).norm()) <= 1e-13 * float(A.norm() * v.norm())
+
+
+def test_a_learnt_row_is_true_and_the_others_stay():
+    f, (x, y) = smooth_mlp(), images(2, seed=4, dtype=torch.float64)
+    model, u = LinearModel(Jacobian(f, x)), gaussian(DIM)
+    before = model.A.clone()
+    model.hold(some_free())
+    model.learn(Jacobian(f, y), u)
+    torch.testing.assert_close(u @ model.A, u @ f.jacobian(y), rtol=0, atol=1e-13)
+    other = gaussian(DIM, seed=5)
+    other = other - (other @ u) / (u @ u) * u
+    torch.testing.assert_close(other @ model.A, other @ before, rtol=0, atol=1e-13)
+
+
+def test_after_a_row_for_every_dimension_the_model_is_the_jacobian():
+    f, (x, y) = smooth_mlp(), images(2, seed=4, dtype=torch.float64)
+    model = LinearModel(Jacobian(f, x))
+    model.hold(some_free())
+    for u in torch.linalg.qr(gaussian(DIM, DIM)).Q:
+        model.learn(Jacobian(f, y), u)
+    torch.testing.assert_close(model.A, f.jacobian(y), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 2e-7)])
+def test_the_gram_matrix_follows_every_change(dtype, rtol):
+    f, points = smooth_mlp(), images(40, seed=6, dtype=dtype)
+    model = LinearModel(Jacobian(f, points[0]))
+    for i, x in enumerate(points):
+        model.hold(some_free(seed=i))
+        model.learn(Jacobian(f, x), gaussian(DIM, seed=100 + i))
+    A = (model.A * model.free).double()
+    assert float((model._gram - A @ A.T).norm()) <= rtol * float(model._gram.norm())
+
+
+def test_a_zero_direction_teaches_nothing():
+    x = images(1, dtype=torch.float64)[0]
+    model = LinearModel(Jacobian(smooth_mlp(), x))
+    before = model.A.clone()
+    assert not model.learn(Jacobian(smooth_mlp(), x), torch.zeros(DIM, dtype=torch.float64))
+    assert torch.equal(model.A, before)

@@ -1,0 +1,213 @@
+"""Singular values against closed forms, LAPACK and each other; their bounds, rank and what must raise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import CASES, DIM, SIGMA, images, linear, rank_deficient, smooth_mlp
+
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.results import Status
+from hf_equiv.singular import golub_kahan, left_singular
+from hf_equiv.spectrum import jacobian_spectrum
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def graded(sigma: torch.Tensor, columns: int = 5000, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    left = torch.linalg.qr(torch.randn(len(sigma), len(sigma), generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(columns, len(sigma), generator=generator, dtype=torch.float64)).Q
+    return ((left * sigma) @ right.T).to(dtype)
+
+
+@every_case
+@pytest.mark.parametrize("batch", [1, 5, 100])
+def test_closed_form(case, batch):
+    x = images(2, seed=2, dtype=torch.float64)
+    result = jacobian_spectrum(case.f, x, batch=batch, vectors=True)
+    assert result.status == (Status.COMPLETED,) * 2
+    assert result.rank.tolist() == [case.rank] * 2
+    assert result.nullity.tolist() == [case.nullity] * 2
+    for image, sigma, bound, left, right in zip(
+        x, result.singular_values, result.error_bound, result.left, result.right, strict=True
+    ):
+        dense = case.f.jacobian(image)
+        exact = torch.linalg.svdvals(dense)
+        assert float((sigma - exact).abs().max()) <= 1e-13 * float(exact[0])
+        assert bool(((sigma - exact).abs() <= bound).all())
+        assert float(bound.max()) <= 1e-11
+        rows = right.flatten(1)
+        torch.testing.assert_close((left * sigma) @ rows, dense, rtol=0, atol=1e-12)
+        inner = rows[: case.rank] @ rows[: case.rank].T
+        torch.testing.assert_close(inner, torch.eye(case.rank, dtype=torch.float64), rtol=0, atol=1e-12)
+        if case.singular_values is not None:
+            torch.testing.assert_close(sigma, case.singular_values, rtol=0, atol=1e-10)
+
+
+def test_measures_of_the_spectrum():
+    result = jacobian_spectrum(linear(), images(1, dtype=torch.float64))
+    p = SIGMA / SIGMA.sum()
+    assert float(result.effective_rank) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-12)
+    assert float(result.participation) == pytest.approx(
+        float(SIGMA.square().sum() ** 2 / SIGMA.pow(4).sum()), rel=1e-12
+    )
+    share = float(SIGMA[:3].square().sum() / SIGMA.square().sum())
+    assert float(result.energy_share(3)) == pytest.approx(share, rel=1e-12)
+    assert float(result.energy_share(DIM)) == pytest.approx(1.0, rel=1e-15)
+    assert float(result.num_evals) > (1 + 2 * DIM) / 3
+    assert "12 values" in repr(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("decades", [3, 8, 12])
+def test_small_values_are_not_squared_away(dtype, decades):
+    matrix = graded(torch.logspace(1, 1 - decades, 60, dtype=torch.float64), dtype=dtype)
+    left, sigma = left_singular(matrix)
+    exact = torch.linalg.svdvals(matrix.double())
+    assert float((sigma - exact).abs().max()) <= (3e-14 if dtype == torch.float64 else 1e-10) * float(exact[0])
+    torch.testing.assert_close(left.T @ left, torch.eye(60, dtype=torch.float64), rtol=0, atol=1e-12)
+    gram = torch.linalg.eigvalsh(matrix.double() @ matrix.double().T).clamp_min(0).sqrt()
+    if decades == 12 and dtype == torch.float64:  # what it is for
+        assert float((gram.flip(0) - exact).abs().max()) > 1e-9 * float(exact[0])
+
+
+def test_float32_values_lie_within_their_bound_of_float64():
+    case = smooth_mlp()
+    x = images(3, seed=4)
+    single = jacobian_spectrum(case, x)
+    double = jacobian_spectrum(case, x.double())
+    error = (single.singular_values - double.singular_values).abs()
+    assert single.noise_method == ("float64 twin",) * 3
+    assert double.noise_method == ("perturbed input",) * 3
+    assert bool((error <= single.error_bound).all())
+    assert float((single.error_bound / single.sigma_max[:, None]).max()) < 1e-5
+
+
+def test_a_callable_without_twin_is_measured_against_itself():
+    model = smooth_mlp()
+    weights = (model.W1.float(), model.b.float(), model.W2.float())
+
+    def f(x):
+        return torch.tanh((x.flatten(1) - 0.5) @ weights[0].T + weights[1]) @ weights[2].T
+
+    single = jacobian_spectrum(f, images(1, seed=5))
+    exact = torch.linalg.svdvals(model.jacobian(images(1, seed=5)[0]))
+    assert single.noise_method == ("perturbed input",)
+    assert bool(((single.singular_values[0] - exact).abs() <= single.error_bound[0]).all())
+
+
+def test_a_module_is_not_converted_in_place():
+    module = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5), torch.nn.Tanh()).eval().requires_grad_(False)
+    )
+    result = jacobian_spectrum(module, images(1))
+    assert result.noise_method == ("float64 twin",)
+    assert module[1].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_golub_kahan_bounds_hold(seed):
+    sigma = torch.cat([torch.tensor([10.0, 8, 7.9, 5, 4.5, 4.4, 3.9, 3]), torch.linspace(2.5, 0.1, 52)]).double()
+    matrix = graded(sigma, 192)
+    J = Jacobian(lambda x: x.flatten(1) @ matrix.T, images(1, dtype=torch.float64)[0])
+    top = golub_kahan(J, 8, 1e-6, seed=seed)
+    assert bool(((top.values - sigma[:8]).abs() <= top.bound).all())
+    assert float(top.bound.max()) <= 1e-6 * 10
+    assert top.passes < 60
+    torch.testing.assert_close(matrix @ top.right.T, top.left * top.values, rtol=0, atol=1e-2)
+
+
+@every_case
+def test_top_k_agrees_with_the_full_spectrum(case):
+    x = images(2, seed=6, dtype=torch.float64)
+    full = jacobian_spectrum(case.f, x, method="full", k=3, vectors=True)
+    top = jacobian_spectrum(case.f, x, method="golub_kahan", k=3, vectors=True, rtol=1e-9)
+    assert (full.method, top.method) == (("full",) * 2, ("golub_kahan",) * 2)
+    gap = (full.singular_values - top.singular_values).abs()
+    assert bool((gap <= full.error_bound + top.error_bound).all())
+    assert top.rank is None
+    assert full.rank.tolist() == [case.rank] * 2
+    assert top.right.shape == (2, 3, *x.shape[1:])
+
+
+@pytest.mark.parametrize("k", [1, 9, 12])
+def test_golub_kahan_of_a_deficient_matrix(k):
+    """More values than the rank: the bidiagonalisation breaks down and goes on."""
+    result = jacobian_spectrum(rank_deficient(), images(1, dtype=torch.float64), k=k, method="golub_kahan", rtol=1e-10)
+    exact = torch.cat([SIGMA[:-3], torch.zeros(3, dtype=torch.float64)])[:k]
+    torch.testing.assert_close(result.singular_values[0], exact, rtol=0, atol=1e-9)
+
+
+def test_auto_takes_the_quicker():
+    wide = torch.randn(192, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = images(1, dtype=torch.float64)
+    assert jacobian_spectrum(lambda v: v.flatten(1) @ wide, x, k=2).method == ("golub_kahan",)
+    assert jacobian_spectrum(lambda v: v.flatten(1) @ wide, x, k=100).method == ("full",)
+    assert jacobian_spectrum(lambda v: v.flatten(1) @ wide, x).method == ("full",)
+
+
+def test_more_outputs_than_pixels():
+    tall = torch.randn(300, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = jacobian_spectrum(lambda v: v.flatten(1) @ tall.T, images(1, dtype=torch.float64))
+    torch.testing.assert_close(result.singular_values[0], torch.linalg.svdvals(tall), rtol=0, atol=1e-11)
+    assert (result.rank.tolist(), result.nullity.tolist()) == ([192], [0])
+
+
+def test_a_locally_constant_encoder_has_rank_zero():
+    result = jacobian_spectrum(lambda v: torch.relu(v.flatten(1)[:, :4] - 5), images(1, dtype=torch.float64))
+    assert result.rank.tolist() == [0]
+    assert result.sigma_max.tolist() == [0.0]
+    assert result.effective_rank.tolist() == [0.0]
+    assert result.status == (Status.COMPLETED,)
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_nan_is_a_status(k):
+    x = torch.full((2, 3, 4, 4), 0.5, dtype=torch.float64)
+    x[1] = 0.0
+
+    def f(v):
+        return (
+            v.flatten(1).norm(dim=1, keepdim=True).sqrt() * torch.arange(1.0, 4.0, dtype=v.dtype) + v.flatten(1)[:, :3]
+        )
+
+    result = jacobian_spectrum(f, x, k=k)
+    assert result.status == (Status.COMPLETED, Status.ERROR)
+    assert bool(result.singular_values[1].isnan().all())
+    if k is None:
+        assert result.rank.tolist() == [3, -1]
+
+
+def test_rank_rtol_is_used_and_stated():
+    result = jacobian_spectrum(linear(), images(1, dtype=torch.float64), rank_rtol=0.5)
+    assert float(result.rank_threshold) == pytest.approx(0.5 * float(SIGMA[0]))
+    assert result.rank.tolist() == [int((SIGMA > 0.5 * SIGMA[0]).sum())]
+
+
+def test_bad_input():
+    x, f = images(1), linear()
+    with pytest.raises(ValueError, match=r"`k` must be at most min\(D, N\) = 12; got 13"):
+        jacobian_spectrum(f, x, k=13)
+    with pytest.raises(ValueError, match="`method` must be one of auto, full, golub_kahan; got 'qr'"):
+        jacobian_spectrum(f, x, method="qr")
+    with pytest.raises(ValueError, match="`f` must be differentiable"):
+        jacobian_spectrum(lambda v: f(v).detach(), x)
+    with pytest.raises(ValueError, match="`f` must be deterministic"):
+        jacobian_spectrum(lambda v: torch.nn.functional.dropout(v.flatten(1)), x)
+    with pytest.raises(ValueError, match="must lie in"):
+        jacobian_spectrum(f, 2 * x)
+    with pytest.raises(ValueError, match="`rank_rtol` must"):
+        jacobian_spectrum(f, x, rank_rtol=math.nan)
+    with pytest.raises(ValueError, match=r"must have a Jacobian that fits into memory; .*Pass `k=`"):
+        jacobian_spectrum(lambda v: v.flatten(1).expand(-1, 192).repeat(1, 4000), x)
+    with pytest.raises(ValueError, match="Leave out `k=`"):
+        jacobian_spectrum(f, x, k=2, method="golub_kahan").energy_share(1)
+
+
+def test_progress():
+    seen = []
+    jacobian_spectrum(linear(), images(3), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
