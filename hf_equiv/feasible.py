@@ -12,13 +12,14 @@ from torch import Tensor
 class FeasibleSet:
     """The box [lower, upper], intersected with the ball ‖x − center‖₂ ≤ l2_radius if there is one.
 
-    An L∞ ball is part of the box. `center` lies in the set, so the set is not empty.
+    An L∞ ball is part of the box; `linf` says that there is one. `center` lies in the set, so the set is not empty.
     """
 
     lower: Tensor
     upper: Tensor
     center: Tensor
     l2_radius: float | None = None
+    linf: bool = False
 
     @classmethod
     def around(cls, center: Tensor, radius: float | None, norm: str) -> FeasibleSet:
@@ -32,7 +33,7 @@ class FeasibleSet:
         wide = center.double()
         lower = torch.where(wide - lower.double() > step, torch.nextafter(lower, one * 2), lower)
         upper = torch.where(upper.double() - wide > step, torch.nextafter(upper, -one), upper)
-        return cls(torch.maximum(lower, zero), torch.minimum(upper, one), center, None)
+        return cls(torch.maximum(lower, zero), torch.minimum(upper, one), center, None, True)
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest point of the set: clip(c + t(x − c)) with the largest t in [0, 1] that stays in the ball."""
@@ -55,6 +56,37 @@ class FeasibleSet:
     def free(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Where a small step along −gradient stays in the box, (C, H, W) bool."""
         return torch.clamp(x - gradient.sign(), self.lower, self.upper).ne(x).logical_or_(gradient == 0)
+
+
+class TanhChart:
+    """The inside of a box as all of R^N: x = m + h·tanh(w), m the middle and h the half-width of each pixel's range.
+
+    In a small L∞ ball most pixels end near a bound. A projected step holds each of them as soon as it arrives, and the
+    rest creeps; in w every pixel can slow down before its bound and come back.
+
+    Attributes:
+        start: w of the ball's centre; a pixel on the edge of the box starts a tenth of its half-width inside.
+        space: all of R^N about `start`, as a feasible set.
+
+    References:
+        Carlini, Wagner (2017), arXiv:1608.04644, §V.B.
+    """
+
+    def __init__(self, box: FeasibleSet) -> None:
+        self._box = box
+        self._middle = (box.lower + box.upper) / 2
+        self._half = (box.upper - box.lower) / 2
+        around = torch.clamp((box.center - self._middle) / self._half.clamp_min(1e-30), -0.9, 0.9)
+        self.start = torch.atanh(around)
+        self.space = FeasibleSet(torch.full_like(around, -torch.inf), torch.full_like(around, torch.inf), self.start)
+
+    def place(self, w: Tensor) -> Tensor:
+        """The image x of w."""
+        return torch.clamp(torch.addcmul(self._middle, self._half, torch.tanh(w)), self._box.lower, self._box.upper)
+
+    def pull_back(self, gradient: Tensor, w: Tensor) -> Tensor:
+        """The gradient in w of what has this gradient in x."""
+        return gradient * self._half * (1 - torch.tanh(w).square())
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,13 +88,9 @@ class AnalysisConfig:
         Raises:
             ValueError: with the option and what it must be.
         """
-        for name, value, allowed in (
-            ("analysis", self.analysis, ANALYSES),
-            ("dtype", self.dtype, tuple(DTYPES)),
-            ("heading", self.heading, HEADINGS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
+        for name, allowed in (("analysis", ANALYSES), ("dtype", DTYPES), ("heading", HEADINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must be 0 or more; got {self.seed}.")
         if self.data is not None and self.source is not None:
@@ -220,16 +217,15 @@ def make_analysis_plan(
         "data_id": " + ".join(s.data_id for s in two),
         "data_revision": " + ".join(s.data_revision for s in two),
         "num_images": len(subjects),
-        "image_ids": hashlib.sha256("\n".join(s.image_id for s in subjects).encode()).hexdigest()[:16],
-        "target_ids": hashlib.sha256("\n".join(str(s.target_id) for s in subjects).encode()).hexdigest()[:16],
+        "image_ids": _digest(s.image_id for s in subjects),
+        "target_ids": None if targets is None else _digest(s.target_id for s in subjects),
         "image_column": config.image_column,
         "label_column": config.label_column,
         **own,
         "seed": config.seed,
         "schema_version": SCHEMA_VERSION,
     }
-    known = encoder_settings(encoder) | {"versions": encoder.provenance["versions"]}
-    provenance: dict[str, Any] = {k: v for k, v in known.items() if k != "normalize"}
+    provenance: dict[str, Any] = encoder_settings(encoder) | {"versions": encoder.provenance["versions"]}
     provenance |= {key: settings[key] for key in ("data_id", "data_revision", "seed", "schema_version")}
     provenance |= {
         "norm": "l2" if own.get("regional") is not None else None,
@@ -237,6 +233,7 @@ def make_analysis_plan(
         "rtol": own.get("rtol"),
         "solver": own.get("solver"),
     }
+    del provenance["normalize"]
     return AnalysisPlan(config, encoder, images, targets, subjects, settings, provenance)
 
 
@@ -272,6 +269,10 @@ def parse_directions(text: str) -> dict[str, int]:
             )
         kinds[name] = int(count) if count else 1
     return kinds
+
+
+def _digest(names: Iterable[str | None]) -> str:
+    return hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()[:16]
 
 
 def _own_settings(config: AnalysisConfig, encoder: Encoder) -> dict[str, Any]:

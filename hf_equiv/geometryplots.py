@@ -12,12 +12,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Rows = Sequence[Mapping[str, Any]]
-
 MAX_IMAGES = 6
 """Images drawn one by one."""
-
 MAX_VECTORS = 6
 INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
 LINES = ("#1f5fa8", "#c2410c", "#2f7d4f", "#7c3aad", "#a16207", "#0e7490")
@@ -90,7 +89,8 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         axes.grid(axis="y", color=RULE, lw=0.6)
         if first["singular_values"][-1] <= first["rank_threshold"]:  # with fewer values than D they are off the figure
             _name_zeros(axes, first, count)
-        axes.legend(loc="lower left", frameon=False, fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        axes.legend(loc="best", frameon=False, fontsize=8)
         return png_of(figure)
 
 
