@@ -94,7 +94,10 @@ run_options = group(
         help="Make what is not there; replace an earlier run; or refuse to touch one.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random draw."),
-    click.option("--batch-size", type=int, metavar="B", help="Images worked on at once. Default: 8, on a GPU 32."),
+    click.option(
+        "--batch-size", type=int, metavar="B",
+        help="Images (match) or derivatives (spectrum, lipschitz) per pass. Default: 8, on a GPU 32.",
+    ),
     click.option("--image-column", metavar="NAME", help="Image column of a parquet file or dataset."),
     click.option("--label-column", metavar="NAME", help="Class column of a parquet file or dataset."),
     click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes; write nothing."),
