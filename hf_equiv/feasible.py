@@ -58,35 +58,38 @@ class FeasibleSet:
         return torch.clamp(x - gradient.sign(), self.lower, self.upper).ne(x).logical_or_(gradient == 0)
 
 
-class TanhChart:
-    """The inside of a box as all of R^N: x = m + h·tanh(w), m the middle and h the half-width of each pixel's range.
+class SineChart:
+    """The inside of a box as all of R^N: x = m + h·sin(w), m the middle and h the half-width of each pixel's range.
 
     In a small L∞ ball most pixels end near a bound. A projected step holds each of them as soon as it arrives, and the
-    rest creeps; in w every pixel can slow down before its bound and come back.
+    rest creeps; in w every pixel slows down before its bound and comes back. Of the charts whose slope falls to zero at
+    the bounds this one falls slowest (dx/dw = √(h² − (x − m)²)): with tanh, pixels that arrive early lose their
+    gradient for good, and every pixel of a hard pair ends there.
 
     Attributes:
-        start: w of the ball's centre; a pixel on the edge of the box starts a tenth of its half-width inside.
-        space: all of R^N about `start`, as a feasible set.
-
-    References:
-        Carlini, Wagner (2017), arXiv:1608.04644, §V.B.
+        center: w of the ball's centre.
+        space: all of R^N about `center`, as a feasible set.
     """
 
     def __init__(self, box: FeasibleSet) -> None:
         self._box = box
         self._middle = (box.lower + box.upper) / 2
         self._half = (box.upper - box.lower) / 2
-        around = torch.clamp((box.center - self._middle) / self._half.clamp_min(1e-30), -0.9, 0.9)
-        self.start = torch.atanh(around)
-        self.space = FeasibleSet(torch.full_like(around, -torch.inf), torch.full_like(around, torch.inf), self.start)
+        self.center = self.invert(box.center)
+        bound = torch.full_like(self.center, torch.inf)
+        self.space = FeasibleSet(-bound, bound, self.center)
+
+    def invert(self, x: Tensor) -> Tensor:
+        """The w of an image, at most 0.98 of the half-width from the middle: at the bound itself the slope is 0."""
+        return torch.asin(torch.clamp((x - self._middle) / self._half.clamp_min(1e-30), -0.98, 0.98))
 
     def place(self, w: Tensor) -> Tensor:
         """The image x of w."""
-        return torch.clamp(torch.addcmul(self._middle, self._half, torch.tanh(w)), self._box.lower, self._box.upper)
+        return torch.clamp(torch.addcmul(self._middle, self._half, torch.sin(w)), self._box.lower, self._box.upper)
 
     def pull_back(self, gradient: Tensor, w: Tensor) -> Tensor:
         """The gradient in w of what has this gradient in x."""
-        return gradient * self._half * (1 - torch.tanh(w).square())
+        return gradient * self._half * torch.cos(w)
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_count, check_positive, check_range
-from hf_equiv.feasible import FeasibleSet, TanhChart, dot
+from hf_equiv.feasible import FeasibleSet, SineChart, dot
 from hf_equiv.history import SecantHistory
 
 
@@ -139,7 +139,7 @@ class LBFGS:
        below `release`, the penalty ½λ‖x − source‖² with λ = proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
     3. *End.* The line search accepts what rounding in f can hide, so that it does not stop at the float noise.
 
-    In an L∞ ball the same runs in w, x = m + h·tanh(w) (`TanhChart`): projected steps would hold pixel after pixel at
+    In an L∞ ball the same runs in w, x = m + h·tanh(w) (`SineChart`): projected steps would hold pixel after pixel at
     its bound and creep (one DeiT-Tiny pair: 6.4e-2 after 1000 evaluations within 8/255; so, 1e-4 after 389).
 
     Args:
@@ -174,11 +174,11 @@ class LBFGS:
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""
         if not feasible.linf:
-            yield from self._descend(source, feasible)
+            yield from self._descend(source, feasible, self.warmup)
             return
-        yield feasible.project(source)  # the source itself, which the chart may miss by a fraction of the radius
-        chart = TanhChart(feasible)
-        inside = self._descend(chart.start, chart.space)
+        x = yield from self._signed(source, feasible)
+        chart = SineChart(feasible)
+        inside = self._descend(chart.invert(x), chart.space, 0)
         w = next(inside)
         while True:
             at = yield chart.place(w)
@@ -187,11 +187,29 @@ class LBFGS:
             except StopIteration:
                 return
 
-    def _descend(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
+    def _signed(self, source: Tensor, feasible: FeasibleSet) -> Generator[Tensor, Evaluation, Tensor]:
+        """Signed steps with momentum, of Polyak's length for ‖r‖ in the L∞ norm; returns the best point."""
+        x = feasible.project(source)
+        radius = 0.5 * float((feasible.upper - feasible.lower).max())
+        run, best, least = torch.zeros_like(x), x, math.inf
+        for _ in range(400 if self.warmup else 0):
+            at = yield x
+            if at.objective < least:
+                best, least = x, at.objective
+            slope = float((at.gradient * feasible.free(x, at.gradient)).abs().sum(dtype=torch.float64))
+            step = min(2 * at.objective / slope, 0.25 * radius, 1 / 255) if slope > 0.0 else 0.0
+            if step < 0.01 * radius:
+                break
+            run = 0.9 * run + at.gradient / at.gradient.abs().mean()
+            x = feasible.project(x - step * run.sign())
+        return best
+
+    def _descend(self, source: Tensor, feasible: FeasibleSet, warmup: int) -> Iterates:
         """Start and descent in one feasible set."""
         memory = SecantHistory(min(self.history, 40), source)
-        x, raw = yield from self._polyak(source, feasible, memory)
+        x, raw = yield from self._polyak(source, feasible, memory, warmup)
         weight, slack, failures, steps, milestone = math.inf, 1.0, 0, 0, raw.error
+        at, charged = raw, weight  # the objective at x, and the weight of the penalty in it
         while failures < 3:
             if raw.error < 0.5 * milestone:
                 steps, milestone = 0, raw.error
@@ -202,13 +220,10 @@ class LBFGS:
             pull = self._pull(x, raw, feasible)
             if pull < 0.5 * weight:  # rarely: a new weight is a new objective, to which the history does not belong
                 weight = pull
-            at = _penalised(x, raw, feasible, weight)
+            if weight != charged:
+                at, charged = _penalised(x, raw, feasible, weight), weight
             free = feasible.free(x, at.gradient)
             direction = memory.direction(at.gradient, free)
-            if direction is not None:
-                inward = feasible.free(x, -direction)
-                if not bool(inward.all()):
-                    direction = memory.direction(at.gradient, free & inward)
             if direction is None:
                 norm2 = dot(at.gradient, at.gradient)
                 if norm2 == 0.0:
@@ -225,10 +240,10 @@ class LBFGS:
             else:
                 failures = 0
                 moved, here, there = found
-                memory.add(moved - x, there.gradient - at.gradient)
+                memory.add(moved - x, at.gradient, there.gradient)
                 if here.error > 0.99 * raw.error:
                     weight *= 0.5
-                x, raw = moved, here
+                x, raw, at = moved, here, there
 
     def _pull(self, x: Tensor, at: Evaluation, feasible: FeasibleSet) -> float:
         """The wanted weight λ = proximity·‖r‖²/‖x − source‖² of the penalty: ∞ at the source, 0 near the target."""
@@ -239,13 +254,13 @@ class LBFGS:
         return self.proximity * 2 * at.objective / distance2 if distance2 > 0.0 else math.inf
 
     def _polyak(
-        self, source: Tensor, feasible: FeasibleSet, memory: SecantHistory
+        self, source: Tensor, feasible: FeasibleSet, memory: SecantHistory, warmup: int
     ) -> Generator[Tensor, Evaluation, tuple[Tensor, Evaluation]]:
         """Polyak steps with momentum; returns the best point and leaves the secants in `memory`."""
         x = feasible.project(source)
         at = yield x
         best, last, previous = (x, at), (x, at), x
-        for _ in range(self.warmup):
+        for _ in range(warmup):
             norm2 = dot(at.gradient, at.gradient)
             if norm2 == 0.0:
                 break
@@ -255,7 +270,7 @@ class LBFGS:
             x = feasible.project(moved + self.momentum * (moved - previous))
             previous = moved
             at = yield x
-            memory.add(x - last[0], at.gradient - last[1].gradient)
+            memory.add(x - last[0], last[1].gradient, at.gradient)
             last = (x, at)
             if at.objective < best[1].objective:
                 best = (x, at)

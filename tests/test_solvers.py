@@ -197,13 +197,17 @@ def curvature_pairs(count: int, size: int) -> list[tuple[Tensor, Tensor]]:
     return [(s, hessian @ s) for s in steps]
 
 
+def add(memory: SecantHistory, s: Tensor, y: Tensor) -> None:
+    memory.add(s, torch.zeros_like(y), y)
+
+
 @pytest.mark.parametrize(("capacity", "added"), [(1, 1), (1, 4), (5, 3), (5, 5), (5, 6), (5, 13), (23, 45), (100, 30)])
 def test_direction_is_that_of_bfgs(capacity, added):
     size = 60
     memory, every = SecantHistory(capacity, torch.empty(1, 6, 10, dtype=torch.float64)), curvature_pairs(added, size)
     everywhere = torch.ones((1, 6, 10), dtype=torch.bool)
     for count, (s, y) in enumerate(every, start=1):
-        memory.add(s.view(1, 6, 10), y.view(1, 6, 10))
+        add(memory, s.view(1, 6, 10), y.view(1, 6, 10))
         if count % 3 and count < added:  # asking in between must not matter, nor must not asking
             continue
         kept, g = every[max(0, count - capacity) : count], random((size,), 1000 + count)
@@ -219,11 +223,11 @@ def test_direction_after_the_history_was_cleared():
     pairs, memory = curvature_pairs(9, 20), SecantHistory(4, torch.empty(1, 4, 5, dtype=torch.float64))
     everywhere, g = torch.ones((1, 4, 5), dtype=torch.bool), random((20,), 50)
     for s, y in pairs[:6]:
-        memory.add(s.view(1, 4, 5), y.view(1, 4, 5))
+        add(memory, s.view(1, 4, 5), y.view(1, 4, 5))
     memory.clear()
     assert memory.direction(g.view(1, 4, 5), everywhere) is None
     for s, y in pairs[6:]:
-        memory.add(s.view(1, 4, 5), y.view(1, 4, 5))
+        add(memory, s.view(1, 4, 5), y.view(1, 4, 5))
     found = memory.direction(g.view(1, 4, 5), everywhere)
     torch.testing.assert_close(found.flatten(), two_loops(pairs[6:], g), rtol=0, atol=1e-10 * float(found.norm()))
 
@@ -232,10 +236,10 @@ def test_pairs_without_positive_curvature_are_refused():
     pairs, memory = curvature_pairs(3, 20), SecantHistory(4, torch.empty(1, 4, 5, dtype=torch.float64))
     g = random((20,), 51)
     for s, y in pairs:
-        memory.add(s.view(1, 4, 5), y.view(1, 4, 5))
-        memory.add(s.view(1, 4, 5), -y.view(1, 4, 5))
-        memory.add(torch.zeros(1, 4, 5, dtype=torch.float64), y.view(1, 4, 5))
-        memory.add(s.view(1, 4, 5), torch.full((1, 4, 5), math.nan, dtype=torch.float64))
+        add(memory, s.view(1, 4, 5), y.view(1, 4, 5))
+        add(memory, s.view(1, 4, 5), -y.view(1, 4, 5))
+        add(memory, torch.zeros(1, 4, 5, dtype=torch.float64), y.view(1, 4, 5))
+        add(memory, s.view(1, 4, 5), torch.full((1, 4, 5), math.nan, dtype=torch.float64))
     found = memory.direction(g.view(1, 4, 5), torch.ones((1, 4, 5), dtype=torch.bool))
     torch.testing.assert_close(found.flatten(), two_loops(pairs, g), rtol=0, atol=1e-10 * float(found.norm()))
 
@@ -243,7 +247,7 @@ def test_pairs_without_positive_curvature_are_refused():
 def test_held_pixels_do_not_move_and_the_step_descends():
     pairs, memory = curvature_pairs(6, 20), SecantHistory(10, torch.empty(1, 4, 5, dtype=torch.float64))
     for s, y in pairs:
-        memory.add(s.view(1, 4, 5), y.view(1, 4, 5))
+        add(memory, s.view(1, 4, 5), y.view(1, 4, 5))
     g, free = random((1, 4, 5), 52), random((1, 4, 5), 53) > 0
     found = memory.direction(g, free)
     masked = torch.where(free, g, 0.0).flatten()
@@ -257,7 +261,7 @@ def test_memory_follows_use():
     memory = SecantHistory(100, torch.empty(1, 4, 5))
     assert memory.pairs.numel() == 0
     s = torch.ones(1, 4, 5)
-    memory.add(s, s)
+    add(memory, s, s)
     assert memory.pairs.shape == (20, 2, 20)
 
 
