@@ -139,14 +139,17 @@ class LBFGS:
        below `release`, the penalty ½λ‖x − source‖² with λ = proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
     3. *End.* The line search accepts what rounding in f can hide, so that it does not stop at the float noise.
 
-    In an L∞ ball the same runs in w, x = m + h·tanh(w) (`SineChart`): projected steps would hold pixel after pixel at
-    its bound and creep (one DeiT-Tiny pair: 6.4e-2 after 1000 evaluations within 8/255; so, 1e-4 after 389).
+    In an L∞ ball matches lie near the corners, and the start goes there at once, by signed steps x ← P(x − α·sign(m)):
+    m is a running sum of the gradients, α = ‖r‖ / ‖∇‖r‖‖₁ Polyak's step for ‖r‖ in this norm. When it is less than
+    1 % of the radius, L-BFGS goes on, in w, x = m + h·sin(w) (`SineChart`): projected steps would hold pixel after
+    pixel at its bound and creep.
 
     Args:
         history: most pairs kept; each costs two images of memory. The first 40 serve most images. The number doubles
             whenever the error has not halved in as many steps: the Jacobian's singular values span three decades, and
             where the slowest of them matter only a long history finishes.
-        warmup: evaluations of the start; 0 for plain L-BFGS.
+        warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball the start takes what it needs, at most
+            ten times as many.
         momentum: of the start, in [0, 1).
         proximity: weight of staying near the source against the remaining error; 0 for none. More ends nearer to
             the source and takes more evaluations.
@@ -192,7 +195,7 @@ class LBFGS:
         x = feasible.project(source)
         radius = 0.5 * float((feasible.upper - feasible.lower).max())
         run, best, least = torch.zeros_like(x), x, math.inf
-        for _ in range(400 if self.warmup else 0):
+        for _ in range(10 * self.warmup):
             at = yield x
             if at.objective < least:
                 best, least = x, at.objective

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from cases import DIM, SHAPE, images, linear, orthogonal, quadratic, rank_deficient, smooth_mlp, unreachable
+from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from hf_equiv.matching import match_embedding
@@ -252,6 +253,21 @@ def test_match_stays_in_the_ball_and_uses_it(solver, norm, radius):
     assert bool((size <= radius * (1 + 1e-14)).all())
     assert bool((size >= 0.9 * radius).all())
     assert bool((result.errors < error64(linear(), x, linear()(y))).all())
+
+
+@pytest.mark.parametrize("radius", [0.02, 0.05])
+def test_the_best_image_of_a_small_linf_ball(radius):
+    """Against bounded least squares: the target is out of reach, and most pixels of the best image are at a bound."""
+    f, x = linear(), images(1, seed=52, dtype=torch.float64)
+    z = f(images(1, seed=53, dtype=torch.float64))
+    lower, upper = (x - radius).clamp_min(0).flatten(), (x + radius).clamp_max(1).flatten()
+    best = lsq_linear(f.A.numpy(), (z[0] - f(0 * x)[0]).numpy(), (lower.numpy(), upper.numpy()), tol=1e-14)
+    at_bound = (best.active_mask != 0).mean()
+    assert at_bound > 0.5
+    result = match_embedding(f, x, z, radius=radius, max_evals=600, raise_on_failure=False)
+    least = math.sqrt(2 * best.cost) / float(z.norm())
+    assert least > 0.01
+    assert least * (1 - 1e-9) <= float(result.errors[0]) <= least * (1 + 1e-3)
 
 
 def test_the_best_image_of_a_small_l2_ball():

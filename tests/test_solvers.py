@@ -11,7 +11,7 @@ import torch
 from cases import images, linear, orthogonal, quadratic, smooth_mlp
 from torch import Tensor
 
-from hf_equiv.feasible import FeasibleSet
+from hf_equiv.feasible import FeasibleSet, SineChart
 from hf_equiv.history import SecantHistory
 from hf_equiv.matching import match_embedding
 from hf_equiv.solvers import LBFGS, Adam, GradientDescent
@@ -134,6 +134,22 @@ def test_free_pixels():
     assert bool(box.free(x, torch.zeros_like(x)).all())
 
 
+@pytest.mark.parametrize("kind", SOURCES)
+def test_sine_chart(kind):
+    """It covers the ball, never leaves it, and pulls a gradient back as autograd does."""
+    source = make_source(kind, torch.float64)[0]
+    chart = SineChart(ball := FeasibleSet.around(source, 8 / 255, "linf"))
+    middle, half = (ball.lower + ball.upper) / 2, (ball.upper - ball.lower) / 2
+    for t in [-0.97, -0.2, 0.0, 0.9]:
+        x = middle + t * half
+        torch.testing.assert_close(chart.place(chart.invert(x)), x, rtol=0, atol=1e-15)
+    w = (4 * random(source.shape, 22)).requires_grad_()
+    x, g = chart.place(w), random(source.shape, 23)
+    assert bool(((x >= ball.lower) & (x <= ball.upper)).all())
+    (by_autograd,) = torch.autograd.grad(x, w, g)
+    torch.testing.assert_close(chart.pull_back(g, w.detach()), by_autograd, rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -217,6 +233,38 @@ def test_direction_is_that_of_bfgs(capacity, added):
         scale = float(found.norm())
         torch.testing.assert_close(found.flatten(), two_loops(kept, g), rtol=0, atol=1e-9 * scale)
         torch.testing.assert_close(found.flatten(), -dense_inverse(kept) @ g, rtol=0, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("capacity", [1, 4, 30])
+def test_direction_along_a_descent_is_that_of_bfgs(capacity):
+    """Each y is the difference of the gradients of two directions: the pass that this saves changes nothing."""
+    size, shape = 60, (1, 6, 10)
+    factor, everywhere = random((size, size), 44), torch.ones(shape, dtype=torch.bool)
+    hessian = factor @ factor.T / size + 0.1 * torch.eye(size, dtype=torch.float64)
+    memory, kept = SecantHistory(capacity, torch.empty(shape, dtype=torch.float64)), []
+    x = random((size,), 45)
+    g = (hessian @ x).view(shape)
+    for count in range(12):
+        found = memory.direction(g, everywhere)
+        if kept:
+            by_hand = two_loops(kept[-capacity:], g.flatten())
+            torch.testing.assert_close(found.flatten(), by_hand, rtol=0, atol=1e-9 * float(by_hand.norm()))
+        s = 0.3 * random((size,), 46 + count) if found is None or count % 4 == 3 else 0.7 * found.flatten()
+        x, before = x + s, g
+        g = (hessian @ x).view(shape)
+        memory.add(s.view(shape), before, g)
+        kept.append((s, (g - before).flatten()))
+
+
+def test_few_held_pixels_cost_no_pass_and_change_nothing():
+    pairs, memory = curvature_pairs(6, 60), SecantHistory(10, torch.empty(1, 6, 10, dtype=torch.float64))
+    for s, y in pairs:
+        add(memory, s.view(1, 6, 10), y.view(1, 6, 10))
+    g, free = random((1, 6, 10), 54), torch.ones((1, 6, 10), dtype=torch.bool)
+    free[0, 2, 3] = free[0, 5, 9] = False
+    found = memory.direction(g, free)
+    by_hand = torch.where(free.flatten(), two_loops(pairs, torch.where(free, g, 0.0).flatten()), 0.0)
+    torch.testing.assert_close(found.flatten(), by_hand, rtol=0, atol=1e-10 * float(by_hand.norm()))
 
 
 def test_direction_after_the_history_was_cleared():

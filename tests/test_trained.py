@@ -93,8 +93,8 @@ def test_two_pairs_through_the_command_line(tmp_path, reference):
         assert relative(z_source, z_target) > 0.5  # what the match had to overcome
 
         gap = (match - source).numpy()
-        assert row["psnr_db"] == pytest.approx(-10 * np.log10(np.mean(gap**2)), abs=1e-4)  # float32 pixels
-        assert row["linf"] == pytest.approx(np.abs(gap).max(), abs=1e-7)
+        assert row["psnr_db"] == pytest.approx(-10 * np.log10(np.mean(gap**2)), abs=1e-9)
+        assert row["linf"] == pytest.approx(np.abs(gap).max(), abs=1e-12)
         assert row["psnr_db"] > 30
         assert int(logits.argmax()) == int(wanted.argmax())
         assert row["same_top1"] is True
