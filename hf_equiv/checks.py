@@ -58,18 +58,18 @@ def check_embeddings(z: Tensor) -> None:
         raise ValueError("`target` embeddings must have non-zero norm: the embedding error is relative to it.")
 
 
-def check_radius(radius: float | None, norm: str, num_pixels: int) -> None:
-    """Require `radius` None, or in (0, 1] for linf and (0, √N] for l2."""
+def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "radius") -> None:
+    """Require a radius None, or in (0, 1] for linf and (0, √N] for l2."""
     if norm not in NORMS:
         raise ValueError(f"`norm` must be one of {', '.join(NORMS)}; got {norm!r}.")
     if radius is None:
         return
     if isinstance(radius, bool) or not isinstance(radius, int | float):
-        raise TypeError(f"`radius` must be a number or None; got {type(radius).__name__}.")
+        raise TypeError(f"`{name}` must be a number or None; got {type(radius).__name__}.")
     limit = 1.0 if norm == "linf" else math.sqrt(num_pixels)
     if not math.isfinite(radius) or not 0.0 < radius <= limit:
         raise ValueError(
-            f"`radius` must lie in (0, {limit:.6g}] for norm {norm!r} (pixels in [0, 1]); got {radius}. "
+            f"`{name}` must lie in (0, {limit:.6g}] for norm {norm!r} (pixels in [0, 1]); got {radius}. "
             f"Leave it out for no ball, or use a value such as {'8/255' if norm == 'linf' else '2.5'}."
         )
 
@@ -127,7 +127,9 @@ def check_solver(solver: object) -> None:
 def check_radii(radii: Tensor) -> None:
     """Require at least four positive finite radii, ascending, at least four a decade."""
     if radii.ndim != 1 or len(radii) < 4:
-        raise ValueError(f"`radii` must be at least 4 numbers; got shape {tuple(radii.shape)}.")
+        raise ValueError(
+            f"`radii` must be at least 4 numbers; got {radii.numel()}. Use 1e-4:1, or torch.logspace(-4, 0, 17)."
+        )
     if not bool(torch.isfinite(radii).all()) or float(radii.min()) <= 0:
         raise ValueError("`radii` must be finite and above 0. They are L2 lengths in pixel units.")
     ratios = (radii[1:] / radii[:-1]).double()
@@ -135,7 +137,7 @@ def check_radii(radii: Tensor) -> None:
         raise ValueError(
             "`radii` must ascend with at least four a decade (ratios in (1, 1.7783]); "
             f"got ratios from {float(ratios.min()):.4g} to {float(ratios.max()):.4g}. "
-            "Use torch.logspace(-4, 0, 17)."
+            "Use 1e-4:1, or torch.logspace(-4, 0, 17)."
         )
 
 

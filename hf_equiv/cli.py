@@ -130,8 +130,9 @@ def spectrum(model: str, **given: Any) -> int:
 )  # fmt: skip
 @click.option("--radii", type=Radii(), help="Radii of the secants, L2 in pixels in [0, 1]. Default: 1e-4:1.")
 @click.option(
-    "--regional", type=float, metavar="R", help="Also search the L2 ball of radius R for the largest constant."
+    "--regional", type=Radius(), metavar="R", help="Also search the ball of radius R for the largest constant."
 )
+@click.option("--norm", type=click.Choice(["linf", "l2"]), help="Norm of the ball of --regional. Default: l2.")
 @click.option("--linearity", is_flag=True, help="Also measure how far the first-order model holds (to 10 %).")
 @model_options
 @run_options

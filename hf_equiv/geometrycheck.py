@@ -238,10 +238,11 @@ class ImageCheck:
             self.say(rows[0], keys[0], "a stored place", "the place of the largest constant is missing from float/")
             return
         place, v = place.to(image), v.to(image)
-        distance = float((place.double() - image.double()).norm())
+        norm, gap = self.settings["norm"], place.double() - image.double()
+        distance = float(gap.abs().max() if norm == "linf" else gap.norm())
         inside = 0 <= float(place.min()) and float(place.max()) <= 1
         if distance > radius * (1 + 1e-6) or not inside:
-            self.say(rows[0], keys[0], f"a place within {radius:g} and the box", f"it was found at L2 {distance:g}")
+            self.say(rows[0], keys[0], f"a place within {radius:g} and the box", f"it was found at {norm} {distance:g}")
         made = float(Jacobian(self.encoder, place).mv((v / v.double().norm()).to(image)[None])[0].double().norm())
         self.near(rows[0], keys[0], made, 1e-4 * made)
 

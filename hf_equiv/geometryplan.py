@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ class AnalysisConfig:
         vectors: spectrum: keep the singular vectors of the first `k`, or 8.
         directions: lipschitz: kinds with counts, `random:64,top:8,gradient`; `None` for all, fewer where D is small.
         radii: lipschitz: the ladder, ascending, L2 in pixel units.
-        regional: lipschitz: radius of the L2 ball to search for the largest constant; None for no search.
+        regional: lipschitz: radius of the ball to search for the largest constant; None for no search.
+        norm: lipschitz: of that ball, `l2` or `linf`; None for `l2`, and without a ball.
         linearity: lipschitz: measure how far the first-order model holds along every direction.
         heading: walk: `random`, `away`, `toward`, `nearest` or `connect`.
         step: walk: longest step, L2 in pixel units.
@@ -76,6 +78,7 @@ class AnalysisConfig:
     directions: str | None = None
     radii: tuple[float, ...] | None = None
     regional: float | None = None
+    norm: str | None = None
     linearity: bool = False
     heading: str = "random"
     step: float = 1.0
@@ -105,11 +108,20 @@ class AnalysisConfig:
         for number, name in ((self.step, "step"), (self.rtol, "rtol"), (self.regional, "regional")):
             if number is not None:
                 checks.check_positive(number, name)
+        if self.norm is not None and self.regional is None:
+            raise ValueError(
+                f"`norm` must come with `regional`; got {self.norm!r} alone. Add a radius or leave it out."
+            )
         if self.radii is not None:
             checks.check_radii(torch.tensor(self.radii, dtype=torch.float64))
         if self.directions is not None:
             parse_directions(self.directions)
         self._check_target()
+
+    @property
+    def ball_norm(self) -> str:
+        """`norm`, or `l2` where none was stated."""
+        return self.norm or "l2"
 
     def _check_target(self) -> None:
         if self.analysis == "walk" and self.target is None and self.needs_target and (self.source or self.data):
@@ -187,6 +199,7 @@ def make_analysis_plan(
     config.check()
     if config.k is not None and config.k > encoder.embedding_dim:
         raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {config.k}.")
+    checks.check_radius(config.regional, config.ball_norm, math.prod(encoder.input_shape), "regional")
 
     def load(what: str, limit: int | None = None) -> ImageSet:
         return load_images(
@@ -228,7 +241,7 @@ def make_analysis_plan(
     provenance: dict[str, Any] = encoder_settings(encoder) | {"versions": encoder.provenance["versions"]}
     provenance |= {key: settings[key] for key in ("data_id", "data_revision", "seed", "schema_version")}
     provenance |= {
-        "norm": "l2" if own.get("regional") is not None else None,
+        "norm": own.get("norm"),
         "radius": own.get("regional"),
         "rtol": own.get("rtol"),
         "solver": own.get("solver"),
@@ -284,6 +297,7 @@ def _own_settings(config: AnalysisConfig, encoder: Encoder) -> dict[str, Any]:
             "directions": parse_directions(config.directions) if config.directions else _default(encoder),
             "radii": None if config.radii is None else list(config.radii),
             "regional": config.regional,
+            "norm": None if config.regional is None else config.ball_norm,
             "linearity": config.linearity,
         }
     return {

@@ -87,7 +87,11 @@ def lipschitz_rows(
     if settings["regional"] is not None:
         tell("region", 0, 1)
         ball = regional_lipschitz(
-            encoder, image[None], settings["regional"], generator=image_generator(settings["seed"], image_id)
+            encoder,
+            image[None],
+            settings["regional"],
+            settings["norm"],
+            generator=image_generator(settings["seed"], image_id),
         )
         cost, seconds = cost + float(ball.num_evals[0]), seconds + float(ball.seconds[0])
         region = {

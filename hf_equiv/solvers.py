@@ -158,6 +158,7 @@ class LBFGS:
     References:
         Polyak (1987), *Introduction to Optimization*, §5.3. Byrd, Nocedal, Schnabel (1994), *Math. Program.* 63:129,
         eq. 3.13 (compact representation). Bertsekas (1982), *SIAM J. Control Optim.* 20:221 (projected steps).
+        Dong et al. (2018), arXiv:1710.06081, eq. 6–7 (signed steps with momentum).
     """
 
     history: int = 160

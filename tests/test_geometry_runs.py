@@ -262,6 +262,15 @@ def test_an_image_that_fails_costs_its_own_rows(photos, tmp_path, monkeypatch):
     assert (report.problems, report.verified, report.error_rows) == ((), 5, 1)
 
 
+def test_the_largest_constant_in_an_linf_ball(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    outcome = finish("lipschitz", photos, tmp_path / "out", limit=1, regional=8 / 255, norm="linf", linearity=False)
+    row = outcome.rows[0]
+    assert row["regional_lower_bound"] >= row["regional_at_center"] > 0
+    assert (row["norm"], row["radius"]) == ("linf", 8 / 255)
+    assert verify.verify_run(tmp_path / "out").problems == ()
+
+
 BAD = [
     ({"limit": 0}, "`limit` must be at least 1"),
     ({"source": "x.png"}, "`data` must not be combined with `source`"),
@@ -273,7 +282,9 @@ BAD = [
     ({"analysis": "walk", "step": -1.0}, "`step` must be"),
     ({"analysis": "lipschitz", "directions": "random"}, "`directions` must name each kind once, with a count"),
     ({"analysis": "lipschitz", "directions": "sideways:3"}, "`directions` must be a list of random:N"),
-    ({"analysis": "lipschitz", "radii": (1e-3, 1.0)}, "`radii` must"),
+    ({"analysis": "lipschitz", "radii": (1e-3, 1.0)}, "`radii` must be at least 4 numbers; got 2"),
+    ({"analysis": "lipschitz", "norm": "linf"}, "`norm` must come with `regional`"),
+    ({"analysis": "lipschitz", "regional": 2.0, "norm": "linf"}, "`regional` must lie in (0, 1]"),
     ({"image_column": "picture"}, "`image_column` must come with a parquet file"),
 ]
 
