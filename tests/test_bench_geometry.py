@@ -21,8 +21,10 @@ BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 def bench():
     """The modules of the script, by name."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")
         patch.syspath_prepend(str(BENCH))
-        yield {name: importlib.import_module(f"geometry_{name}") for name in ("peers", "rows", "walk", "tables")}
+        found = {name: importlib.import_module(f"geometry_{name}") for name in ("peers", "rows", "walk", "tables")}
+        yield {**found, "script": importlib.import_module("geometry")}
     for name in [name for name in sys.modules if name.startswith("geometry") or name in ("match", "meter", "methods")]:
         del sys.modules[name]
 
@@ -84,7 +86,8 @@ def test_peers_find_the_singular_values(bench, name):
         pytest.skip(f"{method.needs} is not installed")
     counter = bench["peers"].Watched(linear())
     values = method.run(counter, images(1), 3, 0).values
-    torch.testing.assert_close(values, SIGMA[:3], rtol=1e-3 if name != "plenoptic-power" else 3e-2, atol=0)
+    converges = name in ("scipy", "scipy-1e-4", "curvlinops")  # the others stop after a fixed number of passes
+    torch.testing.assert_close(values, SIGMA[:3], rtol=1e-4 if converges else 5e-2, atol=0)
     assert min(counter.tangents, counter.cotangents) >= 3
 
 
@@ -126,13 +129,6 @@ def test_the_euler_walk_ends_at_the_drift_that_was_asked_for(bench):
     assert euler["l2"] <= euler["arc_length"] * (1 + 1e-9)
 
 
-def test_the_walk_on_a_level_set_that_is_flat_needs_no_search(bench):
-    search = bench["walk"].EulerSearch(linear(), images(1)[0], images(1, seed=3)[0] - 0.5, 2)
-    walk, count = search.run()
-    assert count <= 6
-    assert walk.drift < 1e-2
-
-
 def test_regional_rows_compare_one_margin(bench):
     encoder = Encoder.from_pretrained("builtin")
     image = encoder.preprocess([load_images("builtin")[0].image])
@@ -152,9 +148,34 @@ def test_regional_rows_compare_one_margin(bench):
     assert bench["tables"].regional_table(rows).count("\n| ") == 1 + len(rows)
 
 
-def test_script_reports_every_section_and_skips_absent_peers(tmp_path):
-    command = [sys.executable, BENCH / "geometry.py", "--limit", "1", "--k", "2", "--num-steps", "1"]
-    command += ["--sections", "walk", "--json", "bench.json", "--markdown", "bench.md"]
+def test_tables_have_a_line_for_every_method(bench):
+    f, image, runner = smooth_mlp(), images(1), bench["rows"].Bench()
+    exact = bench["rows"].Exact.at(f, image)
+    report = {
+        "model": "mlp",
+        "readout": "cls",
+        "data": "noise",
+        "settings": {"k": 3, "num_steps": 2, "seed": 0},
+        "machine": "this one",
+        "versions": {"torch": torch.__version__},
+        "skipped": {"magic": "magic is not installed"},
+        "top": bench["rows"].top_rows(runner, f, image, exact, 3, 0),
+        "local": bench["rows"].local_rows(runner, f, image, exact, 0),
+        "regional": [],
+        "walk": bench["walk"].walk_rows(f, image, 2, 0),
+    }
+    for section in ("top", "local", "walk"):
+        report[section] = [{"image_id": "0", **row} for row in report[section]]
+    json.dumps(report, allow_nan=False)
+    text = bench["tables"].tables(report)
+    assert text.count("\n| ") == sum(len(report[section]) + 2 for section in ("top", "local", "walk"))
+    assert "mlp (cls), 1 image of noise, seed 0" in text
+    assert "Skipped: magic (magic is not installed)." in text
+
+
+def test_script_runs_reports_and_writes(tmp_path):
+    command = [sys.executable, BENCH / "geometry.py", "--limit", "1", "--num-steps", "1", "--sections", "walk"]
+    command += ["--json", "bench.json", "--markdown", "bench.md"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
@@ -173,8 +194,7 @@ def test_script_reports_every_section_and_skips_absent_peers(tmp_path):
         (["--limit", "0"], "--limit must be at least 1; got 0"),
     ],
 )
-def test_script_refuses_what_it_does_not_know(tmp_path, flags, message):
-    command = [sys.executable, BENCH / "geometry.py", *flags]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_script_refuses_what_it_does_not_know(bench, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        bench["script"].parse(flags)
+    assert message in capsys.readouterr().err

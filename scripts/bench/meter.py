@@ -1,4 +1,4 @@
-"""A meter around an encoder: what a matching method costs, and how far it gets."""
+"""Meters around an encoder: what a method costs, and how far a matching method gets."""
 
 from __future__ import annotations
 
@@ -19,42 +19,33 @@ class Done(Exception):  # noqa: N818  (a signal, not an error)
     """The meter's word to a peer that it has arrived, or has spent its evaluations."""
 
 
-class Meter:
-    """An encoder that counts, times and remembers what is asked of it about one pair.
+class Counter:
+    """A function of images that counts and times what is asked of it.
 
-    Outside `with meter.measure():` it is the bare encoder.
+    Outside `with counter.measure():` it is the bare function. An image that goes forward counts as one of `forwards`; a
+    product with Jᵀ as one of `cotangents`; a product with J as one of `tangents`, whether by forward mode or as the
+    VJP of u -> Jᵀu.
 
     Args:
         encoder: (B, 3, H, W) in [0, 1] to (B, D).
-        target: the target image (1, 3, H, W); its embedding is `z`.
-        rtol: the error at which a method is done.
-        max_evals: evaluations a method may spend.
     """
 
-    def __init__(self, encoder: Callable[[Tensor], Tensor], target: Tensor, rtol: float, max_evals: int) -> None:
-        self.encoder, self.target, self.rtol, self.max_evals = encoder, target, rtol, max_evals
-        with torch.no_grad():
-            self.z = encoder(target)
+    def __init__(self, encoder: Callable[[Tensor], Tensor]) -> None:
+        self.encoder = encoder
         self.forwards = self.cotangents = self.tangents = 0
-        self.best_error, self.best_image = math.inf, target
-        self.reached: dict[float, tuple[float, float]] = {}
-        self._running = self._stops = False
+        self._running = False
         self._elapsed = self._started = 0.0
 
     @contextlib.contextmanager
-    def measure(self, stops: bool = False) -> Iterator[None]:
-        """Count and time what happens inside; with `stops`, raise `Done` at the tolerance or the budget.
-
-        Args:
-            stops: for peers, which have no such stop of their own. `Done` ends the block quietly.
+    def measure(self) -> Iterator[None]:
+        """Count and time what happens inside.
 
         Yields:
             nothing
         """
-        self._running, self._stops, self._started = True, stops, time.perf_counter()
+        self._running, self._started = True, time.perf_counter()
         try:
-            with contextlib.suppress(Done):
-                yield
+            yield
         finally:
             self._elapsed = self.seconds
             self._running = False
@@ -66,8 +57,64 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Time so far, without the time spent on looking."""
+        """Time so far."""
         return self._elapsed + (time.perf_counter() - self._started if self._running else 0.0)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode; count while measuring."""
+        embeddings = self.encoder(images)
+        if self._running:
+            self.forwards += len(images)
+            with contextlib.suppress(RuntimeError):  # no forward mode in progress
+                tangent = fwad.unpack_dual(images).tangent
+                self.tangents += 0 if tangent is None else copies(tangent) * len(images)
+            if embeddings.requires_grad:
+                embeddings.register_hook(self._count_cotangents)
+        return embeddings
+
+    def _count_cotangents(self, cotangents: Tensor) -> None:
+        self.cotangents += copies(cotangents) * len(cotangents)
+        if cotangents.requires_grad:  # a VJP of this VJP, in its cotangent, is a product with J
+            cotangents.register_hook(self._count_tangents)
+
+    def _count_tangents(self, products: Tensor) -> None:
+        self.tangents += copies(products) * len(products)
+
+
+class Meter(Counter):
+    """A counter that also remembers how far a matching method has come on one pair, and stops it.
+
+    Args:
+        encoder: (B, 3, H, W) in [0, 1] to (B, D).
+        target: the target image (1, 3, H, W); its embedding is `z`.
+        rtol: the error at which a method is done.
+        max_evals: evaluations a method may spend.
+    """
+
+    def __init__(self, encoder: Callable[[Tensor], Tensor], target: Tensor, rtol: float, max_evals: int) -> None:
+        super().__init__(encoder)
+        self.target, self.rtol, self.max_evals = target, rtol, max_evals
+        with torch.no_grad():
+            self.z = encoder(target)
+        self.best_error, self.best_image = math.inf, target
+        self.reached: dict[float, tuple[float, float]] = {}
+        self._stops = False
+
+    @contextlib.contextmanager
+    def measure(self, stops: bool = False) -> Iterator[None]:
+        """Count and time what happens inside; with `stops`, raise `Done` at the tolerance or the budget.
+
+        The time spent on looking is not counted.
+
+        Args:
+            stops: for peers, which have no such stop of their own. `Done` ends the block quietly.
+
+        Yields:
+            nothing
+        """
+        self._stops = stops
+        with contextlib.suppress(Done), super().measure():
+            yield
 
     def error(self, image: Tensor) -> float:
         """‖f(x) − z‖ / ‖z‖ of one image (1, 3, H, W), neither counted nor timed."""
@@ -80,26 +127,15 @@ class Meter:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Encode; count, look and stop while measuring."""
-        if not self._running:
-            return self.encoder(images)
-        if self._stops:
+        if self._running and self._stops:
             if not images.requires_grad and torch.equal(images, self.target):
                 return self.z  # ART encodes the unchanged target in every step
             if self.num_evals >= self.max_evals:
                 raise Done
-        embeddings = self.encoder(images)
-        self.forwards += len(images)
-        with contextlib.suppress(RuntimeError):  # no forward mode in progress
-            tangent = fwad.unpack_dual(images).tangent
-            self.tangents += 0 if tangent is None else copies(tangent) * len(images)
-        if embeddings.requires_grad:
-            embeddings.register_hook(self._count_cotangents)
-        if not torch._C._functorch.is_functorch_wrapped_tensor(images):
+        embeddings = super().__call__(images)
+        if self._running and not torch._C._functorch.is_functorch_wrapped_tensor(images):
             self._look(images.detach(), embeddings.detach())
         return embeddings
-
-    def _count_cotangents(self, cotangents: Tensor) -> None:
-        self.cotangents += copies(cotangents) * len(cotangents)
 
     def _look(self, images: Tensor, embeddings: Tensor) -> None:
         """Keep the best image and when each level was first reached; the clock stands still meanwhile."""
