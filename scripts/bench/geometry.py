@@ -35,8 +35,9 @@ What is compared, and how it is kept fair:
   and only the final walk is charged. Where many pixels are at 0 or 1 it drifts by the clip too, which its projection
   does not know of. Drifts are recomputed in float64.
 * Medians over images. The peers come with `pip install -c constraints.txt ".[bench]"`; what is absent, fails or does
-  not fit into memory is skipped with a note. curvlinops asks for torchvision by way of backpack, and neither uses it;
-  beside the CPU build of torch it breaks transformers, so uninstall it.
+  not fit into memory is skipped with a note. curvlinops is not among them: it asks for torchvision by way of backpack,
+  and neither uses it; beside the CPU build of torch it breaks transformers. Install it by hand, then uninstall
+  torchvision.
 """
 
 from __future__ import annotations
