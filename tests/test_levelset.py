@@ -432,7 +432,7 @@ def test_random_walk_of_a_tiny_vit(vit, double, rtol):
 def test_a_match_of_a_tiny_vit_slides(vit, heading):
     start, target = 0.25 + 0.5 * torch.rand(2, 1, *vit.input_shape, generator=generator(3))
     match = match_embedding(vit, start, target, rtol=1e-6, raise_on_failure=False).images
-    walk = trace_level_set(vit, match, heading=heading, step=0.3, num_steps=100, origin=start, target=target)
+    walk = trace_level_set(vit, match, heading=heading, step=0.3, num_steps=300, origin=start, target=target)
     distances = [point.remaining for point in walk.paths[0]]
     assert all(b < a for a, b in pairwise(distances))
     assert walk.completed
