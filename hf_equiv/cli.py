@@ -65,7 +65,11 @@ def cli() -> None:
     help="Forward+backward passes per match; the 8-bit refinement comes on top.",
 )
 @click.option("--no-refine", is_flag=True, help="Round the match to 8 bit instead of refining it there.")
-@click.option("--labels", metavar="A,B,C", help="Class names for zero-shot labels (CLIP, SigLIP).")
+@click.option(
+    "--labels",
+    metavar="A,B,C",
+    help="Class names for zero-shot labels (CLIP, SigLIP), each read as 'a photo of a NAME.'.",
+)
 @model_options
 @run_options
 @output_options

@@ -143,8 +143,8 @@ def measure_match(
     three = torch.stack([source, match, target])
     z_source, z_match, z_target = encoder(three)
     # float32 holds k/255 to 3e-8 only: what is said of the pixels is said of the files' levels
-    near, far = ((x.double() * 255).round() / 255 for x in (match, source))
-    gap = near - far
+    near, far = ((x.double() * 255).round() for x in (match, source))
+    gap = (near - far) / 255
     row: Row = {
         "embedding_error_8bit": relative_error(z_match, z_target),
         "target_quantization_error": target_quantization_error(encoder, target, z_target, seed, pair_id),
@@ -152,8 +152,8 @@ def measure_match(
         "cosine_to_target": cosine(z_match, z_target),
         "cosine_to_source": cosine(z_match, z_source),
         "cosine_source_target": cosine(z_source, z_target),
-        "psnr_db": psnr_db(near, far),
-        "ssim": ssim(near, far),
+        "psnr_db": psnr_db(near / 255, far / 255),
+        "ssim": ssim(near / 255, far / 255),
         "linf": finite(gap.abs().max()),
         "l2": finite(gap.norm()),
     }

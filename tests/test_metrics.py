@@ -72,7 +72,8 @@ def test_row_is_recomputed_independently(tiny, three):
     assert row["cosine_to_target"] == pytest.approx(zb @ zt / np.linalg.norm(zb) / np.linalg.norm(zt), rel=1e-9)
     assert row["cosine_to_source"] == pytest.approx(zb @ za / np.linalg.norm(zb) / np.linalg.norm(za), rel=1e-9)
     assert row["cosine_source_target"] == pytest.approx(za @ zt / np.linalg.norm(za) / np.linalg.norm(zt), rel=1e-9)
-    assert row["linf"] == pytest.approx(np.abs(a - b).max(), rel=1e-12)
+    steps = np.abs(np.rint(a * 255) - np.rint(b * 255)).max()
+    assert row["linf"] == steps / 255  # so that it can be held against a radius of k/255
     assert row["l2"] == pytest.approx(np.linalg.norm(a - b), rel=1e-12)
     assert row["psnr_db"] == pytest.approx(-10 * np.log10(((a - b) ** 2).mean()), abs=1e-9)
     assert row["noise_floor"] < 1e-6
