@@ -430,16 +430,18 @@ def test_random_walk_of_a_tiny_vit(vit, double, rtol):
 
 @pytest.mark.parametrize("heading", ["nearest", "connect"])
 def test_a_match_of_a_tiny_vit_slides(vit, heading):
-    start, target = 0.25 + 0.5 * torch.rand(2, 1, *vit.input_shape, generator=generator(3))
-    match = match_embedding(vit, start, target, rtol=1e-6, raise_on_failure=False).images
-    walk = trace_level_set(vit, match, heading=heading, step=0.3, num_steps=300, origin=start, target=target)
+    # in float64: at the float32 noise the slide to the nearest member may come to rest at a bound of 0.025
+    encoder = vit.double()
+    start, target = 0.25 + 0.5 * torch.rand(2, 1, *vit.input_shape, generator=generator(3), dtype=torch.float64)
+    match = match_embedding(encoder, start, target, rtol=1e-6, raise_on_failure=False).images
+    walk = trace_level_set(encoder, match, heading=heading, step=0.3, num_steps=100, origin=start, target=target)
     distances = [point.remaining for point in walk.paths[0]]
     assert all(b < a for a, b in pairwise(distances))
     assert walk.completed
     if heading == "nearest":
         assert walk.paths[0][-1].stationarity <= 0.01
         d = (start - walk.images)[0].double()
-        J = jacobian_matrix(vit.double(), walk.images[0].double())[1]
+        J = jacobian_matrix(encoder, walk.images[0])[1]
         free = ((walk.images > 0) & (walk.images < 1)).flatten()
         J, d = J[:, free], d.flatten()[free]
         left = d - torch.linalg.pinv(J, rtol=1e-5) @ (J @ d)
