@@ -98,9 +98,8 @@ def find_checkpoint(
         raise ValueError("`model_id` must be a Hub id, a folder or 'builtin'; got an empty string.")
     if name == BUILTIN or os.path.isdir(name) or _looks_like_a_path(name):
         if revision is not None:
-            raise ValueError(
-                f"`revision` must be None for a local folder; got {revision!r}. Only Hub ids have revisions."
-            )
+            what = "the built-in checkpoint" if name == BUILTIN else "a local folder"
+            raise ValueError(f"`revision` must be None for {what}; got {revision!r}. Only Hub ids have revisions.")
         folder = (BUILTIN_FOLDER if name == BUILTIN else Path(name).expanduser()) / subfolder
         if not folder.is_dir():
             raise FileNotFoundError(

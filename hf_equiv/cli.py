@@ -53,8 +53,16 @@ def cli() -> None:
 @click.option(
     "--pairs", type=int, metavar="N", help="How many pairs to draw from --data. Default: 10, or all there are."
 )
-@click.option("--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs", show_default=True)
-@click.option("--radius", type=Radius(), help="Stay in a ball about the source: 8/255, 0.03. Default: no ball.")
+@click.option(
+    "--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs", show_default=True,
+    help="Of the float match; the PNG is refined after any of them, unless --no-refine is given.",
+)  # fmt: skip
+@click.option(
+    "--radius",
+    type=Radius(),
+    help="Stay in a ball about the source: 8/255, 0.03. Default: no ball. "
+    "A PNG moves in whole levels: below 1/255 (linf) it is the source.",
+)
 @click.option("--norm", type=click.Choice(["linf", "l2"]), help="Norm of the ball of --radius. Default: linf.")
 @click.option("--rtol", type=float, default=1e-5, show_default=True, help="Embedding error at which a match is done.")
 @click.option(

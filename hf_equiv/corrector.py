@@ -14,6 +14,8 @@ from hf_equiv.linearmodel import LinearModel
 
 _MAX_TRIALS = 40
 _MAX_REJECTED = 6
+_PATIENCE = 10
+_FAR = 10.0
 _DECREASE = 0.9  # a correction must bring the drift below this share of what it was
 
 
@@ -107,3 +109,27 @@ class Corrector:
             rejected += 1
             share *= 1.0 if rejected == 1 else 0.5
         return at if at.drift <= self.rtol else None
+
+    def newton(self, start: Place, most: int) -> Place:
+        """At most so many Newton steps from a place at which the Jacobian was just formed.
+
+        x ← clip(x + s), s the shortest step that the model says leaves half of rtol; before each, the model learns the
+        row along the residual. Every step is taken, also one that raises the error: what it was wrong about is learnt
+        next. Ends at rtol, far off (ten times the error of the start), or when ten steps brought nothing.
+
+        Returns:
+            The nearest place.
+        """
+        at = best = start
+        since, self.trials = 0, 0
+        while best.drift > self.rtol and since < _PATIENCE and self.trials < most:
+            self.trials += 1
+            self.model.hold((at.image > 0) & (at.image < 1))
+            self.learn(at, at.residual)
+            step = self.model.correction(at.residual, 0.5 * self.rtol * self.scale)
+            at = self.look((at.image + step).clamp(0, 1))
+            since = 0 if at.drift < 0.95 * best.drift else since + 1
+            best = at if at.drift < best.drift else best
+            if not at.drift < _FAR * start.drift:
+                break
+        return best

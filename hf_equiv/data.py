@@ -196,6 +196,11 @@ def draw_pairs(
         rng.shuffle(left)
         chosen = (pair for pair in left if differ(*pair))
         drawn.update(dict.fromkeys(islice(chosen, wanted - len(drawn))))
+    if not drawn and len(set(labels)) == 1 and labels[0] is not None:
+        raise ValueError(
+            f"`data` must hold images of at least two classes, since pairs are of different classes; all of "
+            f"{images.data_id!r} are {labels[0]!r}. Add others, or name a source and a target."
+        )
     if not drawn or (n is not None and len(drawn) < n):
         raise ValueError(
             f"`pairs` must be at most {len(drawn)} for {images.data_id!r} ({size} images; source and target of "

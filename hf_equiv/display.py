@@ -134,8 +134,14 @@ def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | 
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def print_matches(outcome: RunOutcome, out: Any) -> None:
-    """Print the result of a run: a table of rows (the first 20), the summary in words, and where the files are."""
+def print_matches(outcome: RunOutcome, check: str, out: Any) -> None:
+    """Print the result of a run: a table of rows (the first 20), the summary in words, and where the files are.
+
+    Args:
+        outcome: of the run.
+        check: the command that verifies it.
+        out: stream.
+    """
     from hf_equiv.metrics import short
 
     console = console_of(out)
@@ -172,7 +178,7 @@ def print_matches(outcome: RunOutcome, out: Any) -> None:
     console.print()
     figure = outcome.out / "figures" / "pairs.png"
     for name, value in (("picture", figure if figure.is_file() else None), ("rows", outcome.out / "matches"),
-                        ("check it", f"hf-equiv verify {outcome.out}")):  # fmt: skip
+                        ("check it", check)):  # fmt: skip
         if value is not None:
             console.print(f"{name + ':':<10}{value}", highlight=False, markup=False, soft_wrap=True)
 
@@ -214,7 +220,10 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
         worst = worst.replace("embedding error", "drift")
     what = "match" if report.analysis == "match" else "number"
     empty = f"; {report.error_rows} of {report.rows} rows are of status error and hold no {what}"
-    if report.holds and report.rows == 1 and not report.error_rows:
+    if not report.problems and not report.holds:
+        told = f"Nothing in {directory} can be checked"
+        worst = ""
+    elif report.holds and report.rows == 1 and not report.error_rows:
         told = f"The row of {directory} holds"
     elif report.holds:
         rows = "matches" if report.error_rows and what == "match" else "rows"
@@ -284,5 +293,6 @@ def form(value: float | None, spec: str) -> str:
 
 
 def cut(text: str, size: int) -> str:
-    """At most `size` characters."""
+    """At most `size` characters, on one line."""
+    text = "".join(sign if sign.isprintable() else "?" for sign in text)
     return text if len(text) <= size else text[: size - 1] + "…"

@@ -64,7 +64,13 @@ class Encoder:
         self.readouts = network.layout.available
         self.readout = resolve_readout(readout, network.layout, self.model_id)
         with torch.no_grad():
-            self.embedding_dim = int(self(network.grey).shape[1])
+            z = self(network.grey)
+        if not bool(torch.isfinite(z).all()):
+            raise ValueError(
+                f"'{self.model_id}' must give finite embeddings; that of a grey image holds NaN or infinity in "
+                f"{str(network.dtype).removeprefix('torch.')}. Check its weights, or use another dtype."
+            )
+        self.embedding_dim = int(z.shape[1])
         names = getattr(network.loaded.model.config, "id2label", None) or {}
         self.has_head = network.loaded.has_head
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_equiv import display, environment, geometrytables
 from hf_equiv.matchcommand import how_to_go_on, seconds_per_evaluation, without_nan
+from hf_equiv.wording import verify_command
 
 
 def run(analysis: str, model: str, **given: Any) -> int:
@@ -56,7 +57,8 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
     if as_json:
         display.print_json(_result(plan, folder, outcome.rows, outcome.summary), out)
     elif not given["quiet"]:
-        geometrytables.print_analysis(outcome, plan.layout.folder, out)
+        check = verify_command(folder, model, encoder.revision)
+        geometrytables.print_analysis(outcome, plan.layout.folder, check, out)
     if quiet and not outcome.completed:
         geometrytables.print_analysis_failures(outcome)
     return 0 if outcome.completed else 1

@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from hf_equiv.geometryrun import AnalysisOutcome
 
 
-def print_analysis(outcome: AnalysisOutcome, folder: str, out: Any) -> None:
-    """Print the result of a spectrum, lipschitz or walk run: a table, the summary in words, and where the files are."""
+def print_analysis(outcome: AnalysisOutcome, folder: str, check: str, out: Any) -> None:
+    """Print the result of a spectrum, lipschitz or walk run: a table, the summary in words, and where the files are.
+
+    Args:
+        outcome: of the run.
+        folder: of its rows.
+        check: the command that verifies it.
+        out: stream.
+    """
     console = console_of(out)
     table = Table(box=None, pad_edge=False, header_style="bold")
     head, lines = _TABLES[outcome.analysis](outcome)
@@ -34,7 +41,7 @@ def print_analysis(outcome: AnalysisOutcome, folder: str, out: Any) -> None:
     console.print()
     figures = outcome.out / "figures"
     for name, value in (("pictures", figures if figures.is_dir() else None), ("rows", outcome.out / folder),
-                        ("check it", f"hf-equiv verify {outcome.out}")):  # fmt: skip
+                        ("check it", check)):  # fmt: skip
         if value is not None:
             console.print(f"{name + ':':<10}{value}", highlight=False, markup=False, soft_wrap=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ class LinearModel:
         ValueError: A would take more than 16 GiB.
 
     References:
-        Schlenkrich, Griewank, Walther (2010), Math. Program. 121, 221–247, eq. 4 (adjoint Broyden updates).
+        Schlenkrich, Griewank, Walther (2010), Math. Program. 121, 221–247, eq. 4 (adjoint Broyden updates). Hanke
+        (1997), Inverse Problems 13, 79–95, eq. 2.4 (Newton steps by the discrepancy principle).
     """
 
     def __init__(self, at: Jacobian) -> None:
@@ -86,9 +89,16 @@ class LinearModel:
         """A s of a step s (C, H, W): the predicted change of the embedding, (D,), float64."""
         return self._apply(step.flatten())
 
-    def correction(self, residual: Tensor) -> Tensor:
-        """The shortest step s (C, H, W) of the free pixels with A s = −residual: s = −A_Fᵀ G⁺ residual."""
-        return -self.pull(self._solve(residual))
+    def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
+        """The shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if that is longer.
+
+        s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves so much (the discrepancy principle): what is left may
+        be noise, and to follow noise along the smallest singular values would be a long way.
+
+        Returns:
+            The step.
+        """
+        return -self.pull(self._solve(residual) if left == 0.0 else self._damped(residual, left))
 
     def multipliers(self, v: Tensor) -> Tensor:
         """λ (D,) with A_Fᵀ λ the part of v (C, H, W) in the row space: the least-squares solution G⁺ A v_F."""
@@ -121,9 +131,26 @@ class LinearModel:
 
     def _solve(self, r: Tensor) -> Tensor:
         """G⁺ r, the eigenvalues of G below the cut taken as zero."""
+        values, vectors = self._eigen()
+        return vectors @ ((vectors.T @ r) / values)
+
+    def _damped(self, r: Tensor, left: float) -> Tensor:
+        """(G + μ)⁻¹ r with μ such that ‖μ (G + μ)⁻¹ r‖ = left on the eigenvectors above the cut, by bisection."""
+        values, vectors = self._eigen()
+        part = vectors.T @ r
+        if float(torch.linalg.vector_norm(part)) <= left:
+            return torch.zeros_like(r)
+        low, high = math.log(float(values[0])) - 70.0, math.log(float(values[-1])) + 70.0
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            kept = part / (1 + values * math.exp(-middle))
+            low, high = (low, middle) if float(torch.linalg.vector_norm(kept)) > left else (middle, high)
+        return vectors @ (part / (values + math.exp(low)))
+
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of G above the cut, ascending, and their eigenvectors."""
         if self._factor is None:
             values, vectors = torch.linalg.eigh(self._gram)
             kept = values > _CUT**2 * values[-1]
             self._factor = values[kept], vectors[:, kept]
-        values, vectors = self._factor
-        return vectors @ ((vectors.T @ r) / values)
+        return self._factor

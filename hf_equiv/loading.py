@@ -203,7 +203,9 @@ def _load_error(error: Exception, checkpoint: Checkpoint) -> Exception:
             f"The weights of '{checkpoint.model_id}' must be a readable safetensors file; it is damaged or cut short "
             f"({text[:120]}). Fetch it again."
         )
-    if "model_type" in text or "model type" in text or "not a valid JSON" in text:
+    if "not a valid JSON" in text:
+        return ValueError(f"the config.json of '{checkpoint.model_id}' must be JSON; it is damaged. Fetch it again.")
+    if "model_type" in text or "model type" in text:
         return ValueError(
             f"`model_id` must hold a config.json that transformers {transformers.__version__} knows; "
             f"'{checkpoint.model_id}' does not ({text[:160]}). Update transformers, or choose another checkpoint."

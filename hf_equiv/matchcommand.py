@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_equiv import display, environment
+from hf_equiv.wording import verify_command
 
 
 def run(model: str, **given: Any) -> int:
@@ -59,7 +60,7 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     if as_json:
         display.print_json(_result(plan, folder, outcome.rows, outcome.summary), out)
     elif not given["quiet"]:
-        display.print_matches(outcome, out)
+        display.print_matches(outcome, verify_command(folder, model, encoder.revision), out)
     if quiet and not outcome.converged:
         display.print_failures(outcome)
     return 0 if outcome.converged else 1
@@ -103,14 +104,15 @@ def seconds_per_evaluation(encoder: Any) -> float:
 
 
 def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -> dict[str, Any]:
-    """Time an evaluation of one image; a typical match takes about 200 and its refinement about 150."""
+    """Time an evaluation of one image; a typical match takes 200 to 400, its refinement a Jacobian and a little."""
     from hf_equiv import rundir
 
     there = rundir.refuse_early(folder, plan.settings, overwrite)
     encoder = plan.encoder
     left = len(plan.pairs) - there
     seconds = seconds_per_evaluation(encoder)
-    usual = min(plan.config.max_evals, 200) + (150 if plan.config.refine else 0)
+    refining = (1 + 2 * encoder.embedding_dim) / 3 + 10 if plan.config.refine else 0
+    usual = min(plan.config.max_evals, 400) + refining
     return {
         "model": plan.settings["model_id"],
         "revision": plan.settings["model_revision"],

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.corrector import Corrector
 from hf_equiv.feasible import FeasibleSet
+from hf_equiv.jacobian import jacobian_cost
 from hf_equiv.precision import no_autocast, no_tf32
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 from hf_equiv.solvers import LBFGS, Evaluation, Iterates, Solver
@@ -27,6 +29,12 @@ _NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch
 """Typical ‖f(x) in this dtype − f(x)‖ / ‖f(x)‖ per evaluation, for the line search."""
 
 ProgressHook = Callable[[Progress], None]
+
+_NEAR = 3e-3  # embedding error below which one Jacobian leads to the target
+_PACE = 30  # evaluations over which the pace of a run is taken
+_WORTH = 1.5  # how many Jacobians the rest of the way must seem to cost
+_STEPS = (10, 40)  # Newton steps: fewest worth a Jacobian, and most
+_LARGEST = 2**30  # bytes of a Jacobian that is formed unasked
 
 
 def match_embedding(
@@ -51,6 +59,9 @@ def match_embedding(
     Every iterate lies in the feasible set. The residual and the objective are held in float64; f runs in the dtype of
     `source`, with TF32 off. Finished images leave the batch. Where f itself does not depend on the batch, neither does
     the result of an image.
+
+    The default solver is helped at the end: below an error of 3e-3, without a ball, an image that would take longer
+    than a full Jacobian at its pace gets one (up to 1 GiB), and Newton steps from there (`Corrector.newton`).
 
     Cost: one evaluation is one forward and one backward pass of one image; the solvers add vector operations only. The
     default solver keeps 2·`history` images of memory per image of the batch. Encoding the target once is not counted.
@@ -105,7 +116,8 @@ def match_embedding(
         for image, embedding in zip(source, z, strict=True):
             feasible = FeasibleSet.around(image, radius, norm)
             runs.append(_Run(solver.iterate(image, feasible), embedding, image))
-        _drive(f, runs, rtol, max_evals, progress)
+        newton = isinstance(solver, LBFGS) and solver.newton and radius is None
+        _drive(f, runs, rtol, max_evals, progress, newton=newton)
         result = collect(runs)
     if raise_on_failure and not result.converged:
         raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
@@ -147,6 +159,7 @@ class _Run:
     seconds: float = 0.0
     status: Status | None = None
     trace: list[tuple[float, float]] = field(default_factory=list)
+    tried: float = math.inf  # the error at the last attempt by Newton steps
     point: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,12 +168,20 @@ class _Run:
         self.unit = 2.0 ** math.frexp(self.scale)[1] if self.scale > 0.0 else 1.0
         self.point = next(self.iterates)
 
+    def offer(self, image: Tensor, error: float) -> None:
+        """Keep an image if it is the best so far."""
+        if error < self.error:
+            self.error, self.best = error, image
+            self.trace.append((self.num_evals, error))
+
     def finish(self, status: Status) -> None:
         self.status = status
         self.iterates.close()
 
 
-def _drive(f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress: ProgressHook | None) -> None:
+def _drive(
+    f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress: ProgressHook | None, *, newton: bool
+) -> None:
     """Evaluate the points of all unfinished images in one batch until none is left."""
     while active := [run for run in runs if run.status is None]:
         start = time.perf_counter()
@@ -168,6 +189,8 @@ def _drive(f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress:
         with no_autocast():
             for run, residual, gradient in zip(active, residuals, gradients, strict=True):
                 _advance(run, residual, gradient, noise, rtol, max_evals)
+                if newton and _is_slow(run, rtol, max_evals):
+                    _newton(f, run, rtol, max_evals)
         share = (time.perf_counter() - start) / len(active)
         for run in active:
             run.seconds += share
@@ -189,7 +212,7 @@ def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:
             with no_autocast():
                 (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype), allow_unused=True)
         if gradients is None:
-            raise ValueError("`f` must be differentiable; got an output without a gradient. Drop no_grad or detach.")
+            raise ValueError("`f` must be differentiable and use its input; got no gradient. Drop no_grad or detach.")
     gradients = (gradients / units[:, :, None, None].to(gradients)).contiguous()
     return residuals, gradients, max(_NOISE[z.dtype], _NOISE[points.dtype])
 
@@ -199,14 +222,12 @@ def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: 
     run.num_evals += 1.0
     norm = float(residual.norm())
     error = norm * run.unit / run.scale
-    if error < run.error:
-        run.error, run.best = error, run.point
-        run.trace.append((run.num_evals, error))
+    run.offer(run.point, error)
     if error <= rtol:
         run.finish(Status.CONVERGED)
     elif not math.isfinite(error) or not bool(torch.isfinite(gradient.sum())):
         run.finish(Status.ERROR)
-    elif run.num_evals >= max_evals:
+    elif run.num_evals + 1 > max_evals:
         run.finish(Status.MAX_EVALS)
     else:
         try:
@@ -214,6 +235,36 @@ def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: 
             run.point = run.iterates.send(Evaluation(0.5 * norm**2, gradient, slack, error, run.unit))
         except StopIteration:
             run.finish(Status.STALLED)
+
+
+def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
+    """Whether a Jacobian is the shorter way: log error over the last evaluations is extrapolated to rtol."""
+    if run.status is not None or run.error > min(_NEAR, 0.1 * run.tried):
+        return False
+    jacobian = jacobian_cost(len(run.target))
+    size = len(run.target) * run.best.numel() * run.best.element_size()
+    if run.num_evals + jacobian + _STEPS[0] > max_evals or size > _LARGEST:
+        return False
+    earlier = next((error for count, error in reversed(run.trace) if count <= run.num_evals - _PACE), None)
+    if earlier is None:
+        return False
+    left = math.log(run.error / rtol) * _PACE / max(math.log(earlier / run.error), 1e-9)
+    return left > _WORTH * jacobian
+
+
+def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
+    """Bring the best image of a run nearer to the target by a full Jacobian and Newton steps; the solver goes on."""
+    run.tried = run.error
+    corrector = Corrector(lambda x: f(x.clone()), run.target, rtol)  # as for `_evaluate`
+    start = corrector.look(run.best)
+    corrector.refresh(start)
+    place = corrector.newton(start, min(_STEPS[1], int(max_evals - run.num_evals - corrector.num_evals)))
+    run.num_evals += corrector.num_evals
+    run.offer(place.image, place.drift)
+    if run.error <= rtol:
+        run.finish(Status.CONVERGED)
+    elif run.num_evals + 1 > max_evals:
+        run.finish(Status.MAX_EVALS)
 
 
 def snapshot(runs: list[_Run]) -> Progress:

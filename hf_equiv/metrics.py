@@ -267,7 +267,9 @@ def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> st
         like = "like" if flipped else f"not the {target} of"
         text += f" The head sees {source} in the source and {match} in the match, {like} the target."
     elif others:
-        text += f" Of {others} sources with another label than their target, {flipped} became matches with its label."
+        one = others == 1
+        text += f" Of {others} source{'' if one else 's'} with another label than {'its' if one else 'their'} target, "
+        text += f"{flipped} became {'a match' if one else 'matches'} with its label."
     return text
 
 

@@ -66,13 +66,13 @@ def settle_subjects(encoder: Encoder, images: ImageSet, targets: ImageSet | None
     Raises:
         ValueError: images that cannot be used, an image equal to its target, or counts that do not fit.
     """
-    bad: dict[str, list[str]] = {}
+    bad: dict[str, dict[str, None]] = {}
 
     def digest(source: ImageSet, index: int) -> bytes | None:
         try:
             return hashlib.sha256(_pixels(encoder, source, index).numpy().tobytes()).digest()
         except (ValueError, OSError) as error:
-            bad.setdefault(str(error), []).append(source.ids[index])
+            bad.setdefault(str(error), {})[source.ids[index]] = None
             return None
 
     own = [digest(images, i) for i in range(len(images))]
@@ -128,7 +128,7 @@ def settle_pairs(
             counts that do not fit.
     """
     digests: dict[tuple[bool, int], bytes | None] = {}
-    bad: dict[str, list[str]] = {}
+    bad: dict[str, dict[str, None]] = {}
 
     def digest(images: ImageSet, index: int) -> bytes | None:
         key = (images is sources, index)
@@ -137,7 +137,7 @@ def settle_pairs(
             try:
                 digests[key] = hashlib.sha256(_pixels(encoder, images, index).numpy().tobytes()).digest()
             except (ValueError, OSError) as error:
-                bad.setdefault(str(error), []).append(images.ids[index])
+                bad.setdefault(str(error), {})[images.ids[index]] = None
         return digests[key]
 
     def differ(i: int, j: int) -> bool:
@@ -190,12 +190,13 @@ def _name_pairs(sources: ImageSet, targets: ImageSet, indices: Sequence[tuple[in
     return tuple(pairs)
 
 
-def _unusable(bad: Mapping[str, Sequence[str]], *, drawn: bool) -> str:
+def _unusable(bad: Mapping[str, Mapping[str, None]], *, drawn: bool) -> str:
     """One line for each reason, with the images it is about where the reason does not name them."""
-    lines = [
-        why if repr(ids[0]) in why else f"{why} (images {', '.join(map(repr, ids[:3]))}{' …' if ids[3:] else ''})"
-        for why, ids in bad.items()
-    ]
+    lines = []
+    for why, names in bad.items():
+        ids = list(names)
+        told = f"{', '.join(map(repr, ids[:3]))}{' …' if ids[3:] else ''}"
+        lines.append(why if repr(ids[0]) in why else f"{why} (image{'s' if ids[1:] else ''} {told})")
     cure = "Remove them from the set, or draw others with another `seed`." if drawn else "Name others."
     if len(lines) == 1:
         return lines[0]

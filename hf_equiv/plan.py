@@ -95,14 +95,18 @@ class RunConfig:
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
         check_positive(self.rtol, "rtol")
+        if self.rtol >= 1:
+            raise ValueError(f"`rtol` must be below 1, the error of an embedding of zeros; got {self.rtol}. Use 1e-5.")
         if self.max_evals < 1:
             raise ValueError(f"`max_evals` must be at least 1; got {self.max_evals}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must be 0 or more; got {self.seed}.")
         if self.norm is not None and self.radius is None:
             raise ValueError(f"`norm` must come with `radius`; got {self.norm!r} alone. Add a radius or leave it out.")
-        if self.ball_norm == "linf" or (self.radius is not None and not self.radius > 0):
+        if self.ball_norm == "linf":
             check_radius(self.radius, self.ball_norm, 1)
+        elif self.radius is not None:  # how long it may be depends on the image size of the checkpoint
+            check_positive(self.radius, "radius")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
         if (self.source is None) != (self.target is None):
@@ -178,6 +182,8 @@ def make_plan(
         ValueError: bad options or images, a named source equal to its target, or counts that do not fit.
         FileNotFoundError: a path does not exist.
     """
+    from hf_equiv.zero_shot import PROMPT  # brings transformers along
+
     config.check()
     channels, height, width = encoder.input_shape
     check_radius(config.radius, config.ball_norm, channels * height * width)
@@ -222,6 +228,7 @@ def make_plan(
         "max_evals": config.max_evals,
         "refine": config.refine,
         "labels": list(config.labels) if config.labels else None,
+        **({"prompt": PROMPT} if config.labels else {}),
         "seed": config.seed,
         "schema_version": SCHEMA_VERSION,
     }
@@ -231,10 +238,24 @@ def make_plan(
 
 
 def encoder_settings(encoder: Encoder, *, normalize: bool = False) -> dict[str, Any]:
-    """What of the encoder changes a number."""
+    """What of the encoder changes a number; a readout that no pixel changes is refused."""
     known = {k: _text(v) for k, v in encoder.provenance.items()}
+    _refuse_constant(encoder)
     keys = ("model_id", "model_revision", "readout", "dtype", "attention", "processor")
     return {**{k: known[k] for k in keys}, "normalize": normalize}
+
+
+def _refuse_constant(encoder: Encoder) -> None:
+    """Refuse a readout that no pixel changes."""
+    grey = torch.full((2, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype)
+    grey[1] += torch.linspace(-0.5, 0.5, grey[1].numel()).view_as(grey[1]).to(grey)
+    with torch.no_grad():
+        z = encoder(grey)
+    if torch.equal(z[0], z[1]):
+        raise ValueError(
+            f"`readout` must depend on the image; {encoder.readout!r} of '{encoder.model_id}' is the same for all (a "
+            "class token that no layer has changed yet). Use readout='auto'."
+        )
 
 
 def refuse_columns(image_column: str | None, label_column: str | None, *sets: ImageSet) -> None:

@@ -51,7 +51,9 @@ class Preprocessor:
         """Return (B, 3, H, W) float32 pixels k/255 of the images."""
         if isinstance(images, Image.Image):
             images = [images]
-        if not isinstance(images, Sequence) or isinstance(images, str | bytes) or not images:
+        if isinstance(images, Sequence) and not images:
+            raise ValueError("`images` must hold at least one image; got none. Pass [PIL.Image.open(path)].")
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
             raise TypeError(f"`images` must be PIL images; got {type(images).__name__}. Pass [PIL.Image.open(path)].")
         for image in images:
             if not isinstance(image, Image.Image):

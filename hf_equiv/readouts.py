@@ -137,7 +137,7 @@ def embed(loaded: LoadedModel, layout: Layout, readout: str, pixel_values: Tenso
     deep = readout.startswith("hidden:")
     outputs = run(loaded.backbone, pixel_values, interpolate, output_hidden_states=deep)
     if readout == "pooler":
-        return outputs.pooler_output
+        return outputs.pooler_output.flatten(1)  # of some convolutional networks (B, D, 1, 1)
     if readout == "projection":
         pooled = outputs.pooler_output
         return pooled if loaded.projection is None else loaded.projection(pooled)

@@ -41,7 +41,7 @@ _ADVICE = {
     Status.CONVERGED: "The embedding error reached `rtol`.",
     Status.STALLED: "No further decrease was possible: the error is at the float noise of the encoder, or the ball "
     "holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
-    Status.MAX_EVALS: "The evaluations ran out while the error was still falling. Raise `max_evals`.",
+    Status.MAX_EVALS: "The evaluations ran out. Raise `max_evals`, or loosen `rtol`.",
     Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
     Status.COMPLETED: "The analysis was carried out in full.",
     Status.RESOLVED: "The value was read from a plateau of the secants, above the float noise.",

@@ -138,6 +138,9 @@ def check_row(file: str, row: Row, image: Tensor | None, encoder: Encoder, setti
         if row[key] != made[key]:
             found.add(file, name, key, row[key], made[key])
     _check_ball(file, name, "match", images["match"], images["source"], settings, found)
+    spent, most = row["num_evals"], settings["max_evals"]
+    if spent is not None and (spent > most or (row["status"] == Status.MAX_EVALS and spent <= most - 1)):
+        found.add(file, name, "num_evals", spent, most, f"max_evals, with status {row['status']}")
     reached, rtol = made["embedding_error"], settings["rtol"]
     if (
         reached is not None

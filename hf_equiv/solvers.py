@@ -137,7 +137,8 @@ class LBFGS:
     2. *Descent.* L-BFGS in the compact representation with backtracking along the projected path. The bounces of the
        start already fill the history. Pixels at a bound that the step pushes outwards are held. Until the error falls
        below `release`, the penalty ½λ‖x − source‖² with λ = proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
-    3. *End.* The line search accepts what rounding in f can hide, so that it does not stop at the float noise.
+    3. *End.* The line search accepts what rounding in f can hide, so that it does not stop at the float noise. Where
+       the rest would take long, `match_embedding` forms one Jacobian instead: see `newton`.
 
     In an L∞ ball matches lie near the corners, and the start goes there at once, by signed steps x ← P(x − α·sign(m)):
     m is a running sum of the gradients, α = ‖r‖ / ‖∇‖r‖‖₁ Polyak's step for ‖r‖ in this norm. When it is less than
@@ -154,6 +155,7 @@ class LBFGS:
         proximity: weight of staying near the source against the remaining error; 0 for none. More ends nearer to
             the source and takes more evaluations.
         release: embedding error below which the penalty is dropped.
+        newton: whether `match_embedding` may end a slow run, without a ball, by one full Jacobian and Newton steps.
 
     References:
         Polyak (1987), *Introduction to Optimization*, §5.3. Byrd, Nocedal, Schnabel (1994), *Math. Program.* 63:129,
@@ -163,9 +165,10 @@ class LBFGS:
 
     history: int = 160
     warmup: int = 40
-    momentum: float = 0.6
-    proximity: float = 0.6
+    momentum: float = 0.5
+    proximity: float = 1.5
     release: float = 0.02
+    newton: bool = True
 
     def __post_init__(self) -> None:
         """Check the hyper-parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,8 +50,8 @@ class VerifyReport:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing was found wrong."""
-        return not self.problems
+        """Whether there is a row to check, and nothing was found wrong."""
+        return not self.problems and self.error_rows < max(self.rows, 1)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data; rows of status `error` are those that are neither verified nor failed."""
@@ -234,6 +235,10 @@ def _check_model(encoder: Encoder, settings: Row, found: Findings) -> None:
     if loaded != settings["model_revision"]:
         other = f"other weights were loaded: {loaded}; the run states {settings['model_revision']}"
         found.say("run.json", None, "model_revision", settings["model_revision"], loaded, other)
+    stated, here = (json.loads(text) for text in (settings["processor"], encoder.provenance["processor"]))
+    for key in ("image_mean", "image_std"):
+        if stated.get(key) != here.get(key):
+            found.add("run.json", None, f"processor.{key}", stated.get(key), here.get(key), "pixels are scaled")
 
 
 def _check_files(folder: Path, record: Row, layout: Layout, found: Findings) -> None:

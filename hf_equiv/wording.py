@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 NAMES = (
     "source", "target", "data", "pairs", "solver", "radius", "norm", "rtol", "max_evals", "labels", "out", "overwrite",
@@ -52,3 +53,18 @@ def in_flags(message: str) -> str:
     for python, here in _PHRASES:
         message = message.replace(python, here)
     return _KEYWORD.sub(flag, message)
+
+
+def verify_command(folder: object, model: str, revision: str) -> str:
+    """Return the command that checks a run directory; it names a local checkpoint, whose path no run records.
+
+    Args:
+        folder: run directory.
+        model: the checkpoint as the user named it.
+        revision: of the checkpoint; "sha256:…" for a local folder.
+
+    Returns:
+        The command line.
+    """
+    local = revision.startswith("sha256:") and model != "builtin"
+    return shlex.join(["hf-equiv", "verify", str(folder), *(["--model", model] if local else [])])

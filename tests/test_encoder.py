@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny_models import FAMILIES, SIZE, roughen, save
+from tiny_models import FAMILIES, PROCESSORS, SIZE, roughen, save
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -403,6 +403,21 @@ def test_an_unlisted_vision_model_works_too(tmp_path: Path) -> None:
     encoder = Encoder.from_pretrained(tmp_path)
     assert encoder.readouts[:3] == ("mean", "pooler", "tokens")
     assert encoder.jvp_probe()
+    x = pixels(2)
+    with torch.no_grad():
+        own = model.eval()((x - 0.5) / 0.5).pooler_output  # (2, 16, 1, 1)
+        assert torch.allclose(encoder(x), own.flatten(1), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_give_nan_are_refused(tmp_path: Path) -> None:
+    with quiet():
+        model = FAMILIES["vit"].make()
+        with torch.no_grad():
+            model.layernorm.weight[3] = torch.nan
+        model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSORS["vit"]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must give finite embeddings; .* holds NaN or infinity in float32\. Check"):
+        Encoder.from_pretrained(tmp_path)
 
 
 @pytest.mark.assets

@@ -23,6 +23,8 @@ NUMERICS = [
     "checks",
     "precision",
     "jacobian",
+    "linearmodel",
+    "corrector",
     "feasible",
     "history",
     "solvers",
@@ -32,7 +34,7 @@ NUMERICS = [
 ]
 GEOMETRY = ["singular", "zeros", "derivative_noise", "spectrum", "subspaces"]
 LIPSCHITZ = ["noise", "secants", "directions", "lipschitz", "extreme", "regional", "linearity"]
-WALKS = ["linearmodel", "corrector", "headings", "walk", "levelset"]
+WALKS = ["headings", "walk", "levelset"]
 ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
 ENCODER += ["structure", "zero_shot", "encoder"]
 DATA = ["imagefile", "hubdata", "data"]

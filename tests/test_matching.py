@@ -427,7 +427,7 @@ def test_progress_sees_every_evaluation():
     x, z = images(2, seed=70), linear()(images(2, seed=71))
     z[0] = linear()(x)[0]
     seen: list[Progress] = []
-    result = match_embedding(linear(), x, z, progress=seen.append)
+    result = match_embedding(linear(), x, z, LBFGS(newton=False), progress=seen.append)
     assert len(seen) == int(result.num_evals.max())
     assert [float(p.num_evals[1]) for p in seen] == [float(k) for k in range(1, len(seen) + 1)]
     assert all(float(p.num_evals[0]) == 1 for p in seen)
@@ -525,7 +525,7 @@ BAD_F = {
     "1-D": (lambda v: v.sum((1, 2, 3)), "`f` must map (B, C, H, W) to a float tensor (B, D); got shape (2,)"),
     "batch": (lambda v: linear()(v)[:1], "`f` must map (B, C, H, W) to a float tensor (B, D); got shape (1, 12)"),
     "integers": (lambda v: linear()(v).long(), "got shape (2, 12), dtype torch.int64"),
-    "detached": (lambda v: linear()(v.detach()), "`f` must be differentiable; got an output without a gradient."),
+    "detached": (lambda v: linear()(v.detach()), "`f` must be differentiable and use its input; got no gradient."),
     "NaN": (lambda v: linear()(v) * math.nan, "`target` embeddings must be finite"),
 }
 

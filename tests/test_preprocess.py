@@ -121,11 +121,13 @@ def test_missing_or_useless_file_is_named(tmp_path: Path) -> None:
         load_preprocessor(point)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((4, 4, 3), np.uint8), [], "cat.png", [np.zeros((4, 4, 3), np.uint8)]])
+@pytest.mark.parametrize("bad", [np.zeros((4, 4, 3), np.uint8), "cat.png", [np.zeros((4, 4, 3), np.uint8)]])
 def test_only_pil_images(bad: Any, tmp_path: Path) -> None:
     preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS["vit"]))
     with pytest.raises(TypeError, match=r"`images` must be PIL images; got"):
         preprocess(bad)
+    with pytest.raises(ValueError, match="`images` must hold at least one image; got none"):
+        preprocess([])
 
 
 def test_save_writes_what_from_pretrained_reads(tmp_path: Path) -> None:

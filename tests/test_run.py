@@ -323,6 +323,26 @@ def test_one_target_for_many_and_zipped(photos, tiny, tmp_path):
         make_plan(RunConfig(source=str(photos), target=str(others)), tiny)
 
 
+def test_a_readout_that_no_pixel_changes_is_refused(photos):
+    class Constant(TinyEncoder):
+        def _embed(self, x):
+            return torch.ones(12, dtype=x.dtype)
+
+    with pytest.raises(ValueError, match=r"`readout` must depend on the image; 'cls' of 'builtin' is the same for all"):
+        make_plan(config_of(photos), Constant())
+
+
+def test_the_prompt_of_zero_shot_labels_is_recorded(photos):
+    class TwoTowers(TinyEncoder):
+        def classify(self, pixels, labels=None):
+            return self(pixels)[:, : len(labels)]
+
+    assert (
+        make_plan(config_of(photos, labels=("ant", "bee")), TwoTowers()).settings["prompt"] == "a photo of a {label}."
+    )
+    assert "prompt" not in make_plan(config_of(photos), TwoTowers()).settings
+
+
 def test_default_is_cat_to_coffee(tiny):
     assert [pair.pair_id for pair in make_plan(RunConfig(), tiny).pairs] == ["cat->coffee"]
 
@@ -411,7 +431,8 @@ BAD_OPTIONS = [
     ({"radius": float("nan")}, r"`radius` must lie in"),
     ({"radius": 1.01}, r"`radius` must lie in \(0, 1\]"),
     ({"radius": 28.0, "norm": "l2"}, r"`radius` must lie in \(0, 27.7"),
-    ({"radius": float("nan"), "norm": "l2"}, r"`radius` must lie in"),
+    ({"radius": float("nan"), "norm": "l2"}, r"`radius` must be finite and above 0; got nan"),
+    ({"rtol": 1.0}, r"`rtol` must be below 1, the error of an embedding of zeros; got 1\.0"),
     ({"rtol": 0.0}, r"`rtol` must be finite and above 0"),
     ({"rtol": -1e-3}, r"`rtol` must be finite and above 0"),
     ({"rtol": float("nan")}, r"`rtol` must be finite and above 0"),

@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fakes import TinyEncoder, save_photos
+from fakes import SIZE, TinyEncoder, save_photos
 from PIL import Image
 from safetensors.torch import save_file
 
 from hf_equiv import shards, verify
+from hf_equiv.display import print_report
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.run import run_match
 
@@ -127,6 +129,15 @@ def test_forged_success(out):
     for other in ("splendid", "completed"):  # "completed" is the status of other analyses
         forge(out, "status", lambda _, other=other: other)
         only(verify.verify_run(out), pair_id=name, column="status", stated=other)
+
+
+def test_a_status_that_its_evaluations_contradict(out):
+    rows = {row["pair_id"]: row for row in shards.read_rows(out)}
+    name = forge(out, "status", lambda _: "max_evals")
+    if rows[name]["num_evals"] <= 59:
+        only(verify.verify_run(out), pair_id=name, column="num_evals")
+    other = forge(out, "num_evals", lambda _: 61.0, row=1)  # more than the run allowed
+    only(verify.verify_run(out), pair_id=other, column="num_evals", stated=61.0, recomputed=60)
 
 
 @pytest.mark.parametrize("column", ["source", "match", "target"])
@@ -278,6 +289,28 @@ def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
     assert report.holds
     assert report.error_rows == len(outcome.errors) > 0
     assert (report.rows, report.verified, report.failed) == (8, 8 - report.error_rows, 0)
+
+
+def test_a_run_without_one_match_does_not_hold(photos, tiny, tmp_path, monkeypatch, capsys):
+    plan = make_plan(RunConfig(data=str(photos), pairs=2, max_evals=20), tiny)
+    for photo in photos.rglob("*.png"):
+        photo.write_bytes(b"broken")
+    run_match(plan, tmp_path / "out")
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    report = verify.verify_run(tmp_path / "out")
+    assert not report.holds
+    assert not report.problems
+    print_report(report, "out", sys.stdout)
+    assert capsys.readouterr().out == (
+        "Nothing in out can be checked; 2 of 2 rows are of status error and hold no match.\n"
+    )
+
+
+def test_other_normalisation_is_named(out, monkeypatch):
+    other = TinyEncoder()
+    other.provenance["processor"] = json.dumps({"resize": SIZE, "image_mean": [0.5, 0.5, 0.5]})
+    monkeypatch.setattr(verify, "_load", lambda *_: other)
+    only(verify.verify_run(out), column="processor.image_mean", recomputed=[0.5, 0.5, 0.5])
 
 
 def test_float64_run_holds(photos, tmp_path, monkeypatch):
