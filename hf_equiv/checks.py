@@ -58,6 +58,16 @@ def check_embeddings(z: Tensor) -> None:
         raise ValueError("`target` embeddings must have non-zero norm: the embedding error is relative to it.")
 
 
+def finite_embedding(z: Tensor, model_id: object) -> Tensor:
+    """Return the embedding z of a checkpoint's probe image; NaN or infinity in it is refused."""
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError(
+            f"'{model_id}' must give finite embeddings; that of a grey image holds NaN or infinity in "
+            f"{str(z.dtype).removeprefix('torch.')}. Check its weights, or use another dtype."
+        )
+    return z
+
+
 def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "radius") -> None:
     """Require a radius None, or in (0, 1] for linf and (0, √N] for l2."""
     if norm not in NORMS:

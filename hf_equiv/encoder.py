@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from hf_equiv.checkpoint import Checkpoint, find_checkpoint
+from hf_equiv.checks import finite_embedding
 from hf_equiv.hub_files import version
 from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.loading import find_device, load_model
@@ -64,13 +65,7 @@ class Encoder:
         self.readouts = network.layout.available
         self.readout = resolve_readout(readout, network.layout, self.model_id)
         with torch.no_grad():
-            z = self(network.grey)
-        if not bool(torch.isfinite(z).all()):
-            raise ValueError(
-                f"'{self.model_id}' must give finite embeddings; that of a grey image holds NaN or infinity in "
-                f"{str(network.dtype).removeprefix('torch.')}. Check its weights, or use another dtype."
-            )
-        self.embedding_dim = int(z.shape[1])
+            self.embedding_dim = int(finite_embedding(self(network.grey), self.model_id).shape[1])
         names = getattr(network.loaded.model.config, "id2label", None) or {}
         self.has_head = network.loaded.has_head
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
