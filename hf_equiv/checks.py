@@ -51,11 +51,17 @@ def check_target(target: Tensor, batch: int) -> None:
 
 
 def check_embeddings(z: Tensor) -> None:
-    """Require finite embeddings of non-zero norm: the error is relative to ‖z‖."""
+    """Require finite embeddings that are not zero and can be squared: the error is relative to ‖z‖."""
     if not bool(torch.isfinite(z).all()):
         raise ValueError("`target` embeddings must be finite; got NaN or infinity.")
-    if bool((z.double().norm(dim=1) == 0).any()):
+    largest = z.double().abs().amax(dim=1)
+    if bool((largest == 0).any()):
         raise ValueError("`target` embeddings must have non-zero norm: the embedding error is relative to it.")
+    if bool(((largest < 1e-150) | (largest > 1e150)).any()):
+        raise ValueError(
+            f"`target` embeddings must be between 1e-150 and 1e150; got {float(largest.min()):.1e} to "
+            f"{float(largest.max()):.1e}. Scale the encoder."
+        )
 
 
 def finite_embedding(z: Tensor, model_id: object) -> Tensor:

@@ -74,7 +74,7 @@ class Corrector:
         jacobian = Jacobian(self.f, x)
         self.num_evals += 1 / 3
         check_dimension(self.z, jacobian.shape[0])
-        residual = jacobian.z.double() - self.z
+        residual = jacobian.output.double() - self.z
         return Place(jacobian, residual, float(torch.linalg.vector_norm(residual)) / self.scale)
 
     def refresh(self, at: Place) -> None:

@@ -33,6 +33,7 @@ class Jacobian:
     Attributes:
         image: x, (C, H, W).
         z: f(x), (D,), in the dtype of `image`.
+        output: f(x), (D,), as f returned it.
         shape: (D, N).
         eps: relative spacing of the coarser of the dtypes of `image` and of what f returns.
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.
@@ -56,10 +57,11 @@ class Jacobian:
         if image.ndim != 3 or not image.is_floating_point():
             raise ValueError(f"`image` must be a float tensor (C, H, W); got {image.dtype} {tuple(image.shape)}.")
         check_count(batch, "batch")
-        self._f, self._batch = f, batch if image.is_cuda else min(batch, 8)
+        self._f = lambda x: f(x.clone())  # a copy, so that an f which normalises in place may
+        self._batch = batch if image.is_cuda else min(batch, 8)
         with torch.inference_mode(False), torch.enable_grad(), no_tf32():
             self._x = image.detach().clone(memory_format=torch.contiguous_format)[None].requires_grad_(True)
-            output = f(self._x)
+            output = self._f(self._x)
             check_output(output, 1)
             if not output.requires_grad:
                 raise ValueError(
@@ -67,7 +69,8 @@ class Jacobian:
                 )
             self._z = output[0]
         self.image = self._x.detach()[0]
-        self.z = self._z.detach().to(image.dtype)
+        self.output = self._z.detach()
+        self.z = self.output.to(image.dtype)
         self.shape = (self.z.numel(), image.numel())
         self.eps = max(torch.finfo(image.dtype).eps, torch.finfo(output.dtype).eps)
         self._spent = 1
@@ -238,7 +241,7 @@ def jacobian_matrix(f: Callable[[Tensor], Tensor], image: Tensor, *, chunk: int 
     """
     x = image.detach()[None].requires_grad_(True)
     with torch.enable_grad():
-        output = f(x)
+        output = f(x.clone())  # a copy, so that an f which normalises in place may
         check_output(output, 1)
         if not output.requires_grad:
             raise ValueError("`f` must be differentiable; got an output without a gradient. Drop no_grad or detach.")

@@ -21,11 +21,18 @@ class Lattice:
 
     Where the centre is itself k/255 in its dtype, distances are counted in whole steps; elsewhere they are those of the
     floats k/255, and none exceeds the radius.
+
+    Attributes:
+        lower, upper: range of each k, (N,) float64.
+        center: 255·c, (N,) float64.
+        places: where each of the 256 levels lies: k itself, or 255 times the float k/255.
+        l2_budget: most (1/255)² of an L2 ball; infinite without.
     """
 
     lower: Tensor
     upper: Tensor
     center: Tensor
+    places: Tensor
     l2_budget: float
 
     @classmethod
@@ -36,9 +43,13 @@ class Lattice:
         on_grid = (level / 255).to(c.dtype) == c
         middle = torch.where(on_grid, level, c.double() * 255)
         lower, upper, budget = torch.zeros_like(middle), torch.full_like(middle, 255), math.inf
+        places = torch.arange(256, dtype=torch.float64, device=c.device)
         if radius is not None and norm == "l2":
             # Squares of whole steps are whole numbers: a hair more than the radius admits no further one.
-            budget = (radius * 255) ** 2 * (1 + 1e-9 if bool(on_grid.all()) else 1 - 1e-12)
+            budget = (radius * 255) ** 2 * (1 + 1e-9)
+            if not bool(on_grid.all()):
+                budget = (radius * 255) ** 2 * (1 - 1e-12)
+                middle, places = c.double() * 255, (places / 255).to(c.dtype).double() * 255
         elif radius is not None:
             reach = radius * 255
 
@@ -50,7 +61,7 @@ class Lattice:
             for _ in range(2):  # each is too far out by one at least, two where rounding is against it
                 lower, upper = lower + outside(lower), upper - outside(upper).double()
             lower, upper = lower.clamp(0, 255), upper.clamp(0, 255)
-        return cls(lower, upper, middle, budget)
+        return cls(lower, upper, middle, places, budget)
 
     def near(self, levels: Tensor, most: int) -> Lattice:
         """The part of the lattice within `most` steps of `levels` in every pixel."""
@@ -67,8 +78,8 @@ class Lattice:
         if self.used(nearest) <= self.l2_budget:
             return nearest
         # Take back the roundings that cost most, one step towards the centre each, until the rest fits.
-        inward = (self.center - nearest).sign()
-        saved = (nearest - self.center) ** 2 - (nearest + inward - self.center) ** 2
+        inward = (self.center - self._place(nearest)).sign()
+        saved = -self.longer(nearest, inward, self.center)
         order = saved.argsort(descending=True)
         total = self.used(nearest) - saved[order].cumsum(0)
         fits = (total <= self.l2_budget).nonzero()
@@ -81,7 +92,15 @@ class Lattice:
 
     def used(self, levels: Tensor) -> float:
         """Squared distance to the centre, in (1/255)²; 0 where there is no L2 ball."""
-        return 0.0 if self.l2_budget == math.inf else float(((levels - self.center) ** 2).sum())
+        return 0.0 if self.l2_budget == math.inf else float((self._place(levels) - self.center).square().sum())
+
+    def longer(self, levels: Tensor, steps: Tensor, center: Tensor) -> Tensor:
+        """What steps of some pixels add to their squared distances to `center`, each for itself."""
+        here, there = self._place(levels) - center, self._place((levels + steps).clamp(0, 255)) - center
+        return there.square() - here.square()
+
+    def _place(self, levels: Tensor) -> Tensor:
+        return self.places[levels.long()]
 
 
 @no_autocast()
@@ -155,7 +174,7 @@ def _integer_least_squares(
         threshold = 1e-12 * objective
         while most > 0 and objective > goal**2 and len(index):
             s = -c.sign()
-            longer = 2 * s * (k - center) + 1
+            longer = lattice.longer(k, s, center)
             gains = 2 * c.abs() - gram.diagonal()
             gains[(k + s < lattice.lower[index]) | (k + s > lattice.upper[index])] = -math.inf
             if paired:

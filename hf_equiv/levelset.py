@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_equiv import checks
 from hf_equiv.corrector import Corrector
 from hf_equiv.headings import Ahead, Heading, Toward
-from hf_equiv.precision import no_autocast, no_tf32
+from hf_equiv.precision import no_autocast, no_tf32, with_autocast
 from hf_equiv.results import Status
 from hf_equiv.walk import Walk, WalkPoint
 
@@ -136,6 +136,7 @@ def trace_level_set(
     home = images if origin is None else _pixels(origin, images, "origin")
     aims = _aims(heading, images, home, origin is None, target, generator)
     with torch.inference_mode(False), no_tf32():
+        f = with_autocast(f)
         z = _embeddings(f, images, target if heading != "toward" else None)
         walks = []
         for b, start in enumerate(images):

@@ -18,7 +18,7 @@ from hf_equiv import checks
 from hf_equiv.corrector import Corrector
 from hf_equiv.feasible import FeasibleSet
 from hf_equiv.jacobian import jacobian_cost
-from hf_equiv.precision import no_autocast, no_tf32
+from hf_equiv.precision import no_autocast, no_tf32, with_autocast
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 from hf_equiv.solvers import LBFGS, Evaluation, Iterates, Solver
 
@@ -115,9 +115,9 @@ def match_embedding(
         runs = []
         for image, embedding in zip(source, z, strict=True):
             feasible = FeasibleSet.around(image, radius, norm)
-            runs.append(_Run(solver.iterate(image, feasible), embedding, image))
+            runs.append(_Run(solver.iterate(image, feasible), embedding, image, feasible))
         newton = isinstance(solver, LBFGS) and solver.newton and radius is None
-        _drive(f, runs, rtol, max_evals, progress, newton=newton)
+        _drive(with_autocast(f), runs, rtol, max_evals, progress, newton=newton)
         result = collect(runs)
     if raise_on_failure and not result.converged:
         raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
@@ -154,6 +154,7 @@ class _Run:
     iterates: Iterates
     target: Tensor
     best: Tensor
+    feasible: FeasibleSet
     error: float = float("inf")
     num_evals: float = 0.0
     seconds: float = 0.0
@@ -169,9 +170,11 @@ class _Run:
         self.point = next(self.iterates)
 
     def offer(self, image: Tensor, error: float) -> None:
-        """Keep an image if it is the best so far."""
+        """Keep a copy of an image if it is the best so far: a solver may go on in the same memory."""
         if error < self.error:
-            self.error, self.best = error, image
+            if not torch.equal(self.feasible.project(image), image):
+                raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
+            self.error, self.best = error, image.clone()
             self.trace.append((self.num_evals, error))
 
     def finish(self, status: Status) -> None:
@@ -223,18 +226,22 @@ def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: 
     norm = float(residual.norm())
     error = norm * run.unit / run.scale
     run.offer(run.point, error)
+    finite = math.isfinite(error) and all(math.isfinite(float(end)) for end in torch.aminmax(gradient))
     if error <= rtol:
         run.finish(Status.CONVERGED)
-    elif not math.isfinite(error) or not bool(torch.isfinite(gradient.sum())):
+    elif not finite and run.error == math.inf:
         run.finish(Status.ERROR)
     elif run.num_evals + 1 > max_evals:
         run.finish(Status.MAX_EVALS)
     else:
+        slack = noise * norm * run.scale / run.unit
+        at = Evaluation(0.5 * norm**2, gradient, slack, error, run.unit)
+        if not finite:
+            at = Evaluation(math.inf, torch.zeros_like(gradient), math.inf, math.inf, run.unit)
         try:
-            slack = noise * norm * run.scale / run.unit
-            run.point = run.iterates.send(Evaluation(0.5 * norm**2, gradient, slack, error, run.unit))
+            run.point = run.iterates.send(at)
         except StopIteration:
-            run.finish(Status.STALLED)
+            run.finish(Status.STALLED if finite else Status.ERROR)
 
 
 def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
@@ -255,7 +262,7 @@ def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
 def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
     """Bring the best image of a run nearer to the target by a full Jacobian and Newton steps; the solver goes on."""
     run.tried = run.error
-    corrector = Corrector(lambda x: f(x.clone()), run.target, rtol)  # as for `_evaluate`
+    corrector = Corrector(f, run.target, rtol)
     start = corrector.look(run.best)
     corrector.refresh(start)
     place = corrector.newton(start, min(_STEPS[1], int(max_evals - run.num_evals - corrector.num_evals)))

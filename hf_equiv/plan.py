@@ -109,13 +109,13 @@ class RunConfig:
             check_positive(self.radius, "radius")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
+        if self.data is not None and (self.source is not None or self.target is not None):
+            raise ValueError("`data` must not be combined with `source` and `target`. Give one or the other.")
         if (self.source is None) != (self.target is None):
             given, other = ("source", "target") if self.target is None else ("target", "source")
             raise ValueError(
                 f"`{given}` must come with `{other}`; got `{given}` alone. Give both, or --data W --pairs N."
             )
-        if self.data is not None and self.source is not None:
-            raise ValueError("`data` must not be combined with `source` and `target`. Give one or the other.")
         if self.pairs is not None and self.data is None:
             raise ValueError("`pairs` must come with `data`: pairs are drawn from a set. Add --data W.")
         if self.pairs is not None and self.pairs < 1:

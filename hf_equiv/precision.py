@@ -8,13 +8,16 @@ keeps 7.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 @contextmanager
@@ -95,10 +98,40 @@ def no_autocast() -> Iterator[None]:
         PyTorch, "Automatic Mixed Precision package - torch.amp".
     """
     with ExitStack() as rules:
-        for device in ("cpu", "cuda", "xpu", "mps"):
+        for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 rules.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def with_autocast(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make f what it is here wherever it is called: under the `torch.autocast` that holds now, also in `no_autocast`.
+
+    Returns:
+        f itself where no autocast holds.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.precision import no_autocast, with_autocast
+        >>> def f(x):
+        ...     return x @ x
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     same = with_autocast(f)
+        ...     with no_autocast():
+        ...         f(torch.ones(2, 2)).dtype, same(torch.ones(2, 2)).dtype
+        (torch.float32, torch.bfloat16)
+    """
+    held = [(device, torch.get_autocast_dtype(device)) for device in _DEVICES if torch.is_autocast_enabled(device)]
+    if not held:
+        return f
+
+    def call(x: Tensor) -> Tensor:
+        with ExitStack() as rules:
+            for device, dtype in held:
+                rules.enter_context(torch.autocast(device, dtype=dtype))
+            return f(x)
+
+    return call
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def refine_8bit(
         progress: called with a `Progress` after every round; an exception raised in it ends the run.
 
     Returns:
-        The refined images, each value k/255, with error, cost and status. `infeasible`: the ball holds no 8-bit image.
+        The refined images, each value k/255, with error, cost and status. `infeasible`: the ball holds no 8-bit image;
+        the image is returned as it was given.
 
     Raises:
         TypeError: `images`, `target` or `source` is no float tensor.
@@ -108,9 +109,9 @@ def refine_8bit(
             raise ValueError(
                 f"`source` must have the shape of `images` {tuple(images.shape)}; got {tuple(source.shape)}."
             )
-    images, target = images.detach(), target.detach()
-    source = None if source is None else source.detach()
-    with no_tf32():
+    with torch.inference_mode(False), no_tf32():
+        images, target = images.detach().clone(), target.detach().clone()
+        source = None if source is None else source.detach().clone()
         z = target_embeddings(f, images, target) if target.ndim == 2 else _encode(f, images, target)
         done = [_Refined(images[b], float("inf"), 0.0, 0.0, None, ()) for b in range(images.shape[0])]
         for b in range(images.shape[0]):
@@ -219,7 +220,8 @@ def _refine(
             spent += cost
             if not bool(torch.isfinite(jacobian).all()):
                 return state(Status.ERROR)
-            jacobian /= 255 * unit
+            jacobian /= 255
+            jacobian /= unit
             reach, whiten = left_geometry(jacobian)
             natural = whiten @ reach
             failed, since, trust = 0, error, max(trust, _MOVES // 4)

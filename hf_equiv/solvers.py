@@ -24,6 +24,8 @@ from hf_equiv.history import SecantHistory
 class Evaluation:
     """f at one point, for the residual r = (f(x) − z) / unit (D,).
 
+    Where f or its gradient is not finite: objective, noise and error are infinite, the gradient is zero.
+
     Attributes:
         objective: ½‖r‖², float64.
         gradient: Jᵀr / unit, (C, H, W).
@@ -81,6 +83,8 @@ class GradientDescent:
         x = feasible.project(source)
         while True:
             at = yield x
+            if at.objective == math.inf:
+                return
             moved = feasible.project(x - self.lr * at.unit**2 * at.gradient)
             if torch.equal(moved, x):
                 return
@@ -117,6 +121,8 @@ class Adam:
         mean, square, step = torch.zeros_like(x), torch.zeros_like(x), 0
         while True:
             at = yield x
+            if at.objective == math.inf:
+                return
             step += 1
             mean = self.betas[0] * mean + (1 - self.betas[0]) * at.gradient
             square = self.betas[1] * square + (1 - self.betas[1]) * at.gradient**2
@@ -203,6 +209,8 @@ class LBFGS:
             at = yield x
             if at.objective < least:
                 best, least = x, at.objective
+            if at.objective == math.inf:
+                break
             slope = float((at.gradient * feasible.free(x, at.gradient)).abs().sum(dtype=torch.float64))
             step = min(2 * at.objective / slope, 0.25 * radius, 1 / 255) if slope > 0.0 else 0.0
             if step < 0.01 * radius:
@@ -277,6 +285,8 @@ class LBFGS:
             x = feasible.project(moved + self.momentum * (moved - previous))
             previous = moved
             at = yield x
+            if at.objective == math.inf:
+                break
             memory.add(x - last[0], last[1].gradient, at.gradient)
             last = (x, at)
             if at.objective < best[1].objective:
@@ -307,7 +317,10 @@ def _backtrack(
         there = _penalised(trial, here, feasible, weight)
         if there.objective <= at.objective + 1e-4 * slope + slack * at.noise:
             return trial, here, there
+        if there.objective == math.inf:
+            step *= 0.1
+            continue
         # Minimum of the parabola through both values and the slope, kept within [0.1, 0.5] of the step.
         excess = there.objective - at.objective - slope
-        step *= min(0.5, max(0.1, -0.5 * slope / excess)) if math.isfinite(excess) else 0.1
+        step *= min(0.5, max(0.1, -0.5 * slope / excess))
     return None

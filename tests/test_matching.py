@@ -557,3 +557,107 @@ def test_tiny_embeddings_are_not_zero():
 def test_solver_must_be_one():
     with pytest.raises(TypeError, match="`solver` must"):
         match_embedding(linear(), GOOD, OTHER, "adam")
+
+
+# The function that is stated
+
+
+def scaled_rows(dtype: torch.dtype) -> torch.nn.Linear:
+    """Rows orthonormal but for lengths from 1 to 0.1, so that the default solver ends by Newton steps."""
+    draw = torch.randn(192, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layer = torch.nn.Linear(192, 8, bias=False).requires_grad_(requires_grad=False)
+    layer.weight.data = (torch.linalg.qr(draw)[0].T * torch.logspace(0, -1, 8, dtype=torch.float64)[:, None]).to(dtype)
+    return layer
+
+
+def test_under_autocast_the_error_is_that_of_f_under_autocast():
+    f = scaled_rows(torch.float32)
+    x, y = (0.2 + 0.6 * images(1, seed=seed).reshape(-1)[:192].view(1, 3, 8, 8) for seed in (70, 71))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = f(y.flatten(1))
+        found = match_embedding(lambda v: f(v.flatten(1)), x, z, raise_on_failure=False)
+        again = (f(found.images.flatten(1)).double() - z.double()).norm() / z.double().norm()
+    assert z.dtype is torch.bfloat16
+    assert float(found.errors) == pytest.approx(float(again), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_embedding_finer_than_the_pixels_is_not_rounded(dtype):
+    def f(v: Tensor) -> Tensor:
+        return linear()(v.float())
+
+    for seed in range(72, 80):
+        x, z = images(1, seed=seed).to(dtype), f(images(1, seed=seed + 100).to(dtype)).to(dtype)
+        found = match_embedding(f, x, z, raise_on_failure=False)
+        again = (f(found.images).double() - z.double()).norm() / z.double().norm()
+        assert float(found.errors) == pytest.approx(float(again), rel=1e-9)
+
+
+def test_a_gradient_whose_sum_overflows_is_finite():
+    x = torch.full((1, 3, 64, 64), 0.4, dtype=torch.float16)
+
+    def f(v: Tensor) -> Tensor:
+        return v.float().mean(dim=(1, 2, 3))[:, None] * 1e6 - 0.499e6
+
+    found = match_embedding(f, x, torch.full_like(x, 0.5), max_evals=20, raise_on_failure=False)
+    assert found.status != (Status.ERROR,)
+    assert float(found.num_evals) > 1
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e155])
+def test_embeddings_that_cannot_be_squared_are_refused(scale):
+    x = images(1).double()
+    with pytest.raises(ValueError, match="between 1e-150 and 1e150"):
+        match_embedding(lambda v: linear()(v) * scale, x, images(1, seed=9).double())
+
+
+# Solvers of others
+
+
+class Walker:
+    """Gradient steps in place; with `free`, out of the set."""
+
+    def __init__(self, *, free: bool) -> None:
+        self.free = free
+
+    def iterate(self, source, feasible):
+        x, k = feasible.project(source).clone(), 0
+        while True:
+            at = yield x
+            k += 1
+            x.sub_((1e-2 if k % 5 else 0.3) * at.gradient * at.unit**2)
+            if not self.free:
+                x.copy_(feasible.project(x))
+
+
+def test_a_solver_may_step_in_place():
+    f, x, z = linear(), images(1, seed=73), linear()(images(1, seed=74))
+    found = match_embedding(f, x, z, Walker(free=False), max_evals=6, raise_on_failure=False)
+    torch.testing.assert_close(found.errors, error64(f, found.images, z), rtol=1e-4, atol=0)
+
+
+def test_a_solver_must_stay_in_the_set():
+    f, x, z = linear(), images(1, seed=73), linear()(images(1, seed=74))
+    with pytest.raises(ValueError, match="points of the feasible set"):
+        match_embedding(f, x, z, Walker(free=True), radius=1e-3, max_evals=6, raise_on_failure=False)
+
+
+def test_the_line_search_steps_back_from_where_f_is_not_finite():
+    f, seen, barred = linear(), [], []
+    x, y = 0.1 + 0.8 * images(1, seed=75), 0.1 + 0.8 * images(1, seed=76)
+
+    def watched(v: Tensor) -> Tensor:
+        seen.append(float((v.detach() - x).norm()))
+        return f(v)
+
+    end = match_embedding(watched, x, f(y))
+    limit = 0.5 * (max(seen) + float((end.images - x).norm()))  # the start oversteps
+
+    def partial(v: Tensor) -> Tensor:
+        out = float((v.detach() - x).norm()) > limit
+        barred.append(out)
+        return f(v) + (math.nan if out else 0.0)
+
+    found = match_embedding(partial, x, f(y))
+    assert any(barred)
+    torch.testing.assert_close(error64(f, found.images, f(y)), found.errors, rtol=1e-2, atol=1e-7)

@@ -142,6 +142,22 @@ def test_l2_ball(radius, on_grid):
     check_statement(Wide(), exact, z)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_l2_ball_of_a_source_off_the_grid_holds_the_floats(dtype):
+    def f(v: Tensor) -> Tensor:
+        return linear()(v.float())
+
+    for seed in range(20):
+        source, target = images(1, seed=200 + seed).to(dtype), f(images(1, seed=300 + seed))
+        start = (source.double() + 0.05 * torch.randn(source.shape, generator=seeded(seed))).clamp(0, 1).to(dtype)
+        exact = refine_8bit(f, start, target, source=source, radius=0.3, norm="l2", rtol=1e-3, max_evals=20)
+        assert float((exact.images.double() - source.double()).norm()) <= 0.3
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_ball_smaller_than_a_level_holds_a_source_on_the_grid_alone(norm):
     source = ((images(1, seed=8).double() * 255).round() / 255).float()
@@ -245,6 +261,21 @@ def test_autocast_around_the_call_changes_nothing_but_f():
         cast = refine_8bit(f, match.images, z, rtol=1e-4)
     assert plain.converged
     assert same_result(plain, cast)
+
+
+def test_inference_mode_around_the_call():
+    x, z = wide_images(1, 48), Wide()(wide_images(1, 49))
+    plain = refine_8bit(Wide(), x, z, max_evals=20)
+    with torch.inference_mode():
+        assert same_result(plain, refine_8bit(Wide(), x.clone(), z.clone(), max_evals=20))
+
+
+def test_f_may_normalise_in_place():
+    x, z = wide_images(1, 48), Wide()(2 * wide_images(1, 49) - 1)
+    kept = x.clone()
+    found = refine_8bit(lambda v: Wide()(v.mul_(2).sub_(1)), x, z, max_evals=20)
+    assert same_result(found, refine_8bit(lambda v: Wide()(2 * v - 1), x, z, max_evals=20))
+    assert torch.equal(x, kept)
 
 
 # Rank
