@@ -26,8 +26,15 @@ _COSINES = ("cosine_to_target", "cosine_to_source", "cosine_source_target")
 _PROBS = ("match_prob", "target_label_prob")
 _STATUSES = (Status.CONVERGED, Status.STALLED, Status.MAX_EVALS, Status.INFEASIBLE, Status.ERROR)
 _LABELS = ("source_label", "target_label", "match_label", "same_top1")
-_PIXELS = {"psnr_db": 1e-4, "ssim": 1e-5, "linf": 1e-7, "l2": 1e-5}
+_PIXELS = {"psnr_db": 1e-8, "ssim": 1e-5, "linf": 1e-9, "l2": 1e-9}
 """Tolerances of what follows from pixels alone: dB, none, pixels in [0, 1], pixels in [0, 1]."""
+_RANGES = {
+    **dict.fromkeys(_RELATIVE, (0.0, math.inf)),
+    **dict.fromkeys(_COSINES, (-1.0, 1.0)),
+    **dict.fromkeys(_PROBS, (0.0, 1.0)),
+    "num_evals": (1.0, math.inf),
+}
+_REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG, at most; seldom above 1/255
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +95,26 @@ def check_stated(
     if pair is None:
         found.say(file, name, f"{what}_id", name, None, f"row {name!r}: run.json does not list this {what}")
     version = row["schema_version"]
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         found.add(file, name, "schema_version", version, SCHEMA_VERSION, "a newer hf_equiv wrote this row")
     for key, expected in {**settings, **(pair or {})}.items():
         if key in row and row[key] != expected and key != "schema_version":
             found.add(file, name, key, row[key], expected, "run.json states another")
     for key in ("num_evals", "seconds"):
-        if row["status"] != Status.ERROR and not (row[key] is not None and row[key] >= 0):
-            found.add(file, name, key, row[key], None, "must be 0 or more")
+        if row["status"] != Status.ERROR and not (row[key] is not None and 0 <= row[key] < math.inf):
+            found.add(file, name, key, row[key] and _plain(row[key]), None, "must be 0 or more")
 
 
-def check_row(file: str, row: Row, image: Tensor | None, encoder: Encoder, settings: Row, found: Findings) -> None:
-    """Recompute one row from its images and its float match, and note what does not agree."""
+def check_row(
+    file: str, row: Row, image: Tensor | None, cost: Row | None, encoder: Encoder, settings: Row, found: Findings
+) -> None:
+    """Recompute one row from its images, its float match and what that cost, and note what does not agree."""
     name = row["pair_id"]
     if row["status"] == Status.ERROR:
-        for key in ("embedding_error", *metrics.MEASURES):
+        for key in ("match", "embedding_error", *metrics.MEASURES, "num_evals", "seconds"):
             if row[key] is not None:
-                found.add(file, name, key, row[key], None, "a row of status error holds no numbers")
+                stated = "an image" if key == "match" else row[key]
+                found.add(file, name, key, stated, None, "a row of status error holds no match and no numbers")
         return
     if row["status"] not in _STATUSES:
         found.add(file, name, "status", row["status"], None, f"must be one of {', '.join(_STATUSES)}")
@@ -126,6 +136,9 @@ def check_row(file: str, row: Row, image: Tensor | None, encoder: Encoder, setti
     tolerance = max(3 * (made["noise_floor"] or 0.0), 1e-6)
     made["embedding_error"] = _float_error(file, name, image, images, encoder, settings, found)
     found.note_worst(made)
+    floor, own = row["noise_floor"], made["noise_floor"]
+    if floor is not None and own is not None and not 0.1 * own <= floor <= 10 * own:
+        found.add(file, name, "noise_floor", floor, own, "within a factor of ten")
     compared = (*_RELATIVE, *_COSINES) if image is not None else (*_RELATIVE[1:], *_COSINES)
     for key in compared:
         _compare(file, row, key, made[key], tolerance, found)
@@ -137,16 +150,17 @@ def check_row(file: str, row: Row, image: Tensor | None, encoder: Encoder, setti
     for key in _LABELS:
         if row[key] != made[key]:
             found.add(file, name, key, row[key], made[key])
+    for key, (least, most) in _RANGES.items():
+        if row[key] is not None and not least - 1e-12 <= row[key] <= most + 1e-12:
+            found.add(file, name, key, _plain(row[key]), None, f"must be from {least:g} to {most:g}")
     _check_ball(file, name, "match", images["match"], images["source"], settings, found)
     spent, most = row["num_evals"], settings["max_evals"]
+    if image is not None and (cost is None or cost.get("match") != spent):
+        found.add(file, name, "num_evals", spent, (cost or {}).get("match"), "the float file states another")
     if spent is not None and (spent > most or (row["status"] == Status.MAX_EVALS and spent <= most - 1)):
         found.add(file, name, "num_evals", spent, most, f"max_evals, with status {row['status']}")
-    reached, rtol = made["embedding_error"], settings["rtol"]
-    if (
-        reached is not None
-        and abs(reached - rtol) > tolerance
-        and (row["status"] == Status.CONVERGED) != (reached < rtol)
-    ):
+    reached, rtol = row["embedding_error"], settings["rtol"]
+    if reached is not None and (row["status"] == Status.CONVERGED) != (reached <= rtol):
         found.add(file, name, "status", row["status"], reached, f"an embedding error; rtol is {rtol:g}")
 
 
@@ -163,6 +177,12 @@ def _float_error(
         found.add(float_file, name, "match", "pixels in [0, 1]", None, f"shape {tuple(image.shape)} or range is wrong")
         return None
     _check_ball(float_file, name, "match", image, images["source"], settings, found)
+    gap = images["match"].double() - image.double()
+    if settings["refine"] and not float(gap.square().mean().sqrt()) <= _REFINED:
+        far = float(gap.square().mean().sqrt())
+        found.add(float_file, name, "match", f"an image within {_REFINED:.3f} of its PNG", far, "root mean square")
+    if not settings["refine"] and settings["radius"] is None and not float(gap.abs().max()) <= 0.5 / 255 + 1e-6:
+        found.add(float_file, name, "match", "the image whose rounding is the PNG", float(gap.abs().max()), "farthest")
     two = torch.stack([image.to(images["target"].dtype), images["target"]]).to(encoder.device)
     with torch.no_grad(), no_tf32():
         z, z_target = encoder(two)

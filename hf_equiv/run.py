@@ -158,7 +158,7 @@ def carry_out(job: Job, folder: Path, overwrite: str, tell: Observer) -> bool:
         errors = _work(job, folder, tell, state)
         record = rundir.read_record(folder)
         if errors or not record["complete"] or not _files_there(folder, record):
-            errors = record.get("errors", {}) | errors
+            errors = _reasons(folder, job.layout) | record.get("errors", {}) | errors
             known = {job.name(item) for item in job.items}
             summary = job.finish(folder)
             rundir.write_record(  # last: it names the hashes of the other files
@@ -196,6 +196,12 @@ def _work(job: Job, folder: Path, tell: Observer, state: PartialState) -> dict[s
             tell(RunProgress("saved", done, total, tuple(job.name(item) for item in batch)))
     state.wait_for_everyone()
     return errors
+
+
+def _reasons(folder: Path, layout: Layout) -> dict[str, str]:
+    """A reason for every row of status `error`, for those whose own was lost with the process that met it."""
+    rows = shards.read_rows(folder, layout=layout)
+    return {row[layout.item]: "the process that met it was stopped" for row in rows if row["status"] == Status.ERROR}
 
 
 def _finish_match(plan: MatchPlan, folder: Path) -> Row:

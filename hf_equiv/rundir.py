@@ -127,6 +127,12 @@ def finished_ids(folder: Path, layout: Layout = MATCH) -> set[str]:
     return {row[layout.item] for row in shards.read_rows(folder, layout=layout)}
 
 
+def own_files(folder: Path) -> list[Path]:
+    """The files of a run directory but `run.json`: those of its folders, sorted, and the card."""
+    inside = sorted(path for name in _OWN_FOLDERS for path in (folder / name).rglob("*"))
+    return [p for p in [*inside, folder / "README.md"] if p.is_file() and not p.name.startswith(".")]
+
+
 def write_record(
     folder: Path,
     settings: Row,
@@ -140,12 +146,7 @@ def write_record(
     """Write `run.json`: settings, the pairs or images, and once complete the summary and SHA-256 of every file."""
     files: dict[str, str] = {}
     if complete:
-        inside = (p for name in _OWN_FOLDERS for p in (folder / name).glob("*") if p.is_file())
-        files = {
-            p.relative_to(folder).as_posix(): shards.sha256_file(p)
-            for p in [*sorted(inside), folder / "README.md"]
-            if p.is_file() and not p.name.startswith(".")
-        }
+        files = {p.relative_to(folder).as_posix(): shards.sha256_file(p) for p in own_files(folder)}
     record = {
         "analysis": layout.analysis,
         "schema_version": SCHEMA_VERSION,

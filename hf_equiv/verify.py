@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from hf_equiv import metrics, rundir, shards
 from hf_equiv.geometrycheck import ImageCheck
 from hf_equiv.geometrysummary import summarize_analysis
 from hf_equiv.layouts import LAYOUTS, ROW_KEYS, row_name
+from hf_equiv.recordcheck import check_card, check_files, check_listed, check_model
 from hf_equiv.results import Status
 from hf_equiv.rowcheck import Findings, Problem, check_row, check_stated
 from hf_equiv.run import summarize_run
@@ -74,8 +74,12 @@ def verify_run(
     what is read from them; of a walk drift, distances and labels of the stored frames.
 
     Relative errors and cosines must agree within max(3 × the recomputed noise floor, 1e-6), so that rows made on a GPU
-    verify on a CPU; what follows from pixels alone must agree to rounding. `num_evals`, `seconds` and `seed` are not
-    recomputed. No network is used unless the model comes from the Hub.
+    verify on a CPU; what follows from pixels alone must agree to rounding, and the noise floor itself to a factor of
+    ten. Of `run.json` the files, the list, the errors and the summary are checked, and that rows agree with it.
+
+    What nothing in the folder can show: how the match was made (solver and its parameters, attention kernel, versions,
+    seconds, and evaluations beyond what the float file states), and that the images are those of the data set named.
+    No network is used unless the model comes from the Hub.
 
     Args:
         folder: run directory.
@@ -101,16 +105,19 @@ def verify_run(
     settings = record["settings"]
     encoder = _load(settings, model, device, cache_dir, local_files_only)
     found = Findings()
-    _check_model(encoder, settings, found)
+    check_model(encoder, settings, found)
     layout = _layout(folder, record)
-    _check_files(folder, record, layout, found)
+    check_files(folder, record, found)
     if layout is not MATCH:
         return _verify_analysis(folder, record, layout, encoder, observer, found)
     rows: list[Row] = []
     places: dict[str, str] = {}
     listed = {pair["pair_id"]: pair for pair in record["pairs"]}
     for file, shard in _shards(folder, found, layout):
-        floats = _floats(folder, file, found)
+        floats, costs = _floats(folder, file, found)
+        for name in sorted({*floats, *costs} - {row["pair_id"] for row in shard}):
+            float_file = f"float/{Path(file).stem}.safetensors"
+            found.say(float_file, name, "match", None, "a float match", f"{name!r} belongs to no row of {file}")
         for row in shard:
             name = row["pair_id"]
             if name in places:
@@ -120,15 +127,10 @@ def verify_run(
             places[name] = file
             rows.append({k: v for k, v in row.items() if k not in shards.IMAGE_COLUMNS})
             check_stated(file, row, settings, listed.get(name), found)
-            check_row(file, row, floats.get(name), encoder, settings, found)
+            check_row(file, row, floats.get(name), costs.get(name), encoder, settings, found)
             if observer is not None:
                 observer(len(rows), len(record["pairs"]))
-    for pair in record["pairs"]:
-        if pair["pair_id"] not in places:
-            why = "" if record["complete"] else "; the run is not finished: run the same match command again"
-            missing = f"row {pair['pair_id']!r} is listed and missing from matches/{why}"
-            found.say("run.json", pair["pair_id"], "pair_id", "a row", "no row", missing)
-    if record["complete"] and not found.bad_rows:
+    if check_listed(record, layout, rows, found) and record["complete"] and not found.bad_rows:
         _check_summary(encoder, folder, rows, record, found)
     failed, empty = len(found.bad_rows), {row["pair_id"] for row in rows if row["status"] == Status.ERROR}
     return VerifyReport(
@@ -160,7 +162,7 @@ def _verify_analysis(
     names, places = set[str](), dict[str, str]()
     for file, shard in _shards(folder, found, layout):
         float_file = folder / "float" / f"{Path(file).stem}.safetensors"
-        floats = _floats(folder, file, found) if float_file.is_file() else {}
+        floats = _floats(folder, file, found)[0] if float_file.is_file() else {}
         for image_id in dict.fromkeys(row["image_id"] for row in shard):
             own = [row for row in shard if row["image_id"] == image_id]
             if image_id in places:
@@ -180,12 +182,7 @@ def _verify_analysis(
             names |= {row_name(analysis, row) for row in own}
             if observer is not None:
                 observer(len(places), len(listed))
-    for image_id in listed:
-        if image_id not in places:
-            why = "" if record["complete"] else f"; the run is not finished: run the same {analysis} command again"
-            missing = f"image {image_id!r} is listed and its rows are missing from {layout.folder}/{why}"
-            found.say("run.json", image_id, "image_id", "rows", "no row", missing)
-    if record["complete"] and not found.bad_rows:
+    if check_listed(record, layout, rows, found) and record["complete"] and not found.bad_rows:
         order = {image_id: i for i, image_id in enumerate(listed)}
         made = summarize_analysis(analysis, sorted(rows, key=lambda row: order[row["image_id"]]))
         for path, a, b in _leaves("summary", record["summary"], made):
@@ -230,33 +227,6 @@ def _load(
     )
 
 
-def _check_model(encoder: Encoder, settings: Row, found: Findings) -> None:
-    loaded = encoder.provenance["model_revision"]
-    if loaded != settings["model_revision"]:
-        other = f"other weights were loaded: {loaded}; the run states {settings['model_revision']}"
-        found.say("run.json", None, "model_revision", settings["model_revision"], loaded, other)
-    stated, here = (json.loads(text) for text in (settings["processor"], encoder.provenance["processor"]))
-    for key in ("image_mean", "image_std"):
-        if stated.get(key) != here.get(key):
-            found.add("run.json", None, f"processor.{key}", stated.get(key), here.get(key), "pixels are scaled")
-
-
-def _check_files(folder: Path, record: Row, layout: Layout, found: Findings) -> None:
-    stated: Mapping[str, str] = record["files"]
-    for name, digest in stated.items():
-        path = folder / name
-        now = shards.sha256_file(path) if path.is_file() else None
-        if now != digest:
-            how = "is missing" if now is None else "changed: its SHA-256 is not what run.json states"
-            found.say(name, None, "sha256", digest, now, f"the file {how}")
-    if not record["complete"]:
-        return
-    for path in sorted([*(folder / layout.folder).glob("*"), *(folder / "float").glob("*")]):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in stated and not path.name.startswith("."):
-            found.say(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
-
-
 def _shards(folder: Path, found: Findings, layout: Layout) -> Iterator[tuple[str, list[Row]]]:
     for path in shards.shard_files(folder, layout):
         file = path.relative_to(folder).as_posix()
@@ -266,13 +236,13 @@ def _shards(folder: Path, found: Findings, layout: Layout) -> Iterator[tuple[str
             found.say(file, None, "file", "a shard of rows", None, str(error))
 
 
-def _floats(folder: Path, file: str, found: Findings) -> dict[str, Tensor]:
+def _floats(folder: Path, file: str, found: Findings) -> tuple[dict[str, Tensor], Row]:
     path = folder / "float" / f"{Path(file).stem}.safetensors"
     try:
-        return shards.read_floats(path)[0]
+        return shards.read_floats(path)
     except ValueError as error:
         found.say(path.relative_to(folder).as_posix(), None, "file", "float matches", None, str(error))
-        return {}
+        return {}, {}
 
 
 def _check_summary(encoder: Encoder, folder: Path, rows: Sequence[Row], record: Row, found: Findings) -> None:
@@ -295,6 +265,8 @@ def _check_summary(encoder: Encoder, folder: Path, rows: Sequence[Row], record: 
     verdict = metrics.summarize(rows, baseline, rtol)["verdict"]
     if stated.get("verdict") != verdict:
         found.add("run.json", None, "summary.verdict", stated.get("verdict"), verdict)
+    if len(found.problems) == before:
+        check_card(folder, record, stated, found)
 
 
 def _leaves(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:

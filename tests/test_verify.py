@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -170,7 +171,8 @@ def test_image_outside_the_ball(out):
         return {"bytes": buffer.getvalue(), "path": None}
 
     name = forge(out, "match", far)
-    problem = only(verify.verify_run(out), pair_id=name, column="match")
+    report = verify.verify_run(out)
+    problem = only(report, pair_id=name, column="match", file="matches/part-00000.parquet")
     assert "outside the ball" in problem.message
 
 
@@ -334,3 +336,155 @@ def test_local_checkpoint_must_be_named(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"local checkpoint 'my-model' .* Name it with --model PATH"):
         verify.verify_run("out")
+
+
+# Forgeries that agree with themselves
+
+
+def edit_record(out: Path, change) -> None:
+    """Change run.json and bring the hashes up to date."""
+    record = json.loads((out / "run.json").read_text())
+    change(record)
+    (out / "run.json").write_text(json.dumps(record))
+
+
+def test_a_float_match_that_is_no_match(photos, tmp_path, monkeypatch):
+    run_match(make_plan(RunConfig(data=str(photos), pairs=2, max_evals=40), TinyEncoder()), tmp_path / "out")
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    path = tmp_path / "out" / "float" / "part-00000.safetensors"
+    tensors, costs = shards.read_floats(path)
+    name = sorted(tensors)[0]
+    (row,) = (r for r in shards.read_rows(tmp_path / "out", images=True) if r["pair_id"] == name)
+    target = torch.from_numpy(np.array(Image.open(io.BytesIO(row["target"])))).permute(2, 0, 1) / 255
+    save_file(tensors | {name: target.contiguous()}, path, metadata={"num_evals": json.dumps(costs)})
+    forge(tmp_path / "out", "embedding_error", lambda _: 0.0, row=sorted(tensors).index(name))
+    report = verify.verify_run(tmp_path / "out")
+    assert "an image within" in only(report, column="match", pair_id=name).message
+
+
+def test_a_png_that_is_not_the_rounded_match(photos, tmp_path, monkeypatch):
+    config = RunConfig(data=str(photos), pairs=1, max_evals=40, refine=False)
+    run_match(make_plan(config, TinyEncoder()), tmp_path / "out")
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    assert verify.verify_run(tmp_path / "out").holds
+    path = tmp_path / "out" / "float" / "part-00000.safetensors"
+    tensors, costs = shards.read_floats(path)
+    (name,) = tensors
+    save_file({name: (tensors[name] + 0.01).clamp(0, 1)}, path, metadata={"num_evals": json.dumps(costs)})
+    reseal(tmp_path / "out")
+    assert "whose rounding" in only(verify.verify_run(tmp_path / "out"), column="match").message
+
+
+def test_a_status_that_its_own_error_contradicts(out):
+    (name,) = (r["pair_id"] for r in list(shards.read_rows(out))[:1])
+    error = next(r["embedding_error"] for r in shards.read_rows(out) if r["pair_id"] == name)
+    edit_record(out, lambda r: r["settings"].update(rtol=error * 1.01))  # so near that recomputing could not tell
+    for shard in (0, 2):
+        for row in (0, 1):
+            forge(out, "rtol", lambda _: error * 1.01, row=row, shard=shard)
+    forge(out, "status", lambda _: "stalled")
+    assert "an embedding error; rtol is" in only(verify.verify_run(out), pair_id=name, column="status").message
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("noise_floor", 0.0, "within a factor of ten"),
+        ("noise_floor", -5e-7, "within a factor of ten"),
+        ("cosine_to_target", 1.0000005, "must be from -1 to 1"),
+        ("num_evals", 0.25, "must be from 1 to inf"),
+        ("num_evals", 7.0, "the float file states another"),
+        ("seconds", math.inf, "must be 0 or more"),
+        ("schema_version", 0, "newer hf_equiv"),
+    ],
+)
+def test_forged_by_a_little(out, column, value, told):
+    name = forge(out, column, lambda _: value)
+    report = verify.verify_run(out)
+    assert any(told in p.message for p in report.problems if (p.pair_id, p.column) == (name, column))
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_one_level_of_one_pixel(out):
+    def edit(cell):
+        pixels = np.array(Image.open(io.BytesIO(cell["bytes"])))
+        pixels[3, 4, 1] += 1 if pixels[3, 4, 1] < 255 else -1
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    name = forge(out, "source", edit)
+    only(verify.verify_run(out), pair_id=name, column="l2")
+
+
+def test_a_row_turned_into_an_error(out):
+    name = forge(out, "status", lambda _: "error")
+    report = verify.verify_run(out)
+    only(report, pair_id=name, column="match", stated="an image")
+    only(report, pair_id=name, column="num_evals")
+    assert "states no error" in only(report, pair_id=name, column="errors").message
+
+
+def test_an_error_of_a_good_row(out):
+    (name,) = (r["pair_id"] for r in list(shards.read_rows(out))[:1])
+    edit_record(out, lambda r: r["errors"].update({name: "no reason"}))
+    assert "of a row that has none" in only(verify.verify_run(out), pair_id=name, column="errors").message
+
+
+def test_rows_left_out_of_the_list(out):
+    def shorten(record):
+        record["settings"]["num_pairs"] += 1
+
+    edit_record(out, shorten)
+    assert "ask for 5 pairs; 4 are listed" in only(verify.verify_run(out), column="settings.num_pairs").message
+
+
+def test_a_run_that_is_said_to_be_unfinished(out):
+    edit_record(out, lambda r: r.update(complete=False, files={}, summary={"verdict": "all perfect"}))
+    report = verify.verify_run(out)
+    assert not report.holds
+    assert "the run is not closed" in only(report, column="complete").message
+
+
+@pytest.mark.parametrize("what", ["number", "unlisted"])
+def test_card(out, what):
+    path = out / "README.md"
+    if what == "number":
+        line = next(line for line in path.read_text().splitlines() if line.startswith("| converged |"))
+        path.write_text(path.read_text().replace(line, "| converged | 500 |"))
+        reseal(out)
+        assert "does not say what the rows say" in only(verify.verify_run(out), file="README.md").message
+    else:
+        path.write_text("nothing")
+        edit_record(out, lambda r: r["files"].pop("README.md"))
+        assert "does not list this file" in only(verify.verify_run(out), file="README.md").message
+
+
+def test_more_in_the_folder_than_the_rows(out):
+    path = out / "float" / "part-00000.safetensors"
+    tensors, costs = shards.read_floats(path)
+    more = tensors | {"nobody": next(iter(tensors.values())).clone()}
+    save_file(more, path, metadata={"num_evals": json.dumps(costs)})
+    reseal(out)
+    (out / "matches" / "x").mkdir()
+    (out / "matches" / "x" / "part-00000.parquet").write_bytes(b"")
+    edit_record(out, lambda r: r["files"].update({"../outside": "0"}))
+    report = verify.verify_run(out)
+    assert "belongs to no row" in only(report, pair_id="nobody").message
+    only(report, file="matches/x/part-00000.parquet", column="sha256")
+    assert "outside the run directory" in only(report, file="../outside").message
+
+
+def test_a_reason_lost_with_its_process(photos, tiny, tmp_path, monkeypatch):
+    def stop(progress):
+        if progress.stage == "saved" and progress.done == 8:
+            raise KeyboardInterrupt
+
+    plan = make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny)
+    (photos / "class1" / "photo1.png").write_bytes(b"broken")
+    with pytest.raises(KeyboardInterrupt):
+        run_match(plan, tmp_path / "out", observer=stop)
+    outcome = run_match(plan, tmp_path / "out")
+    assert set(outcome.errors.values()) == {"the process that met it was stopped"}
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    assert verify.verify_run(tmp_path / "out").holds
