@@ -38,7 +38,10 @@ def check_target(target: Tensor, batch: int) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"`target` must be a torch.Tensor; got {type(target).__name__}.")
     if target.ndim not in (2, 4):
-        raise ValueError(f"`target` must be pixels (B, C, H, W) or embeddings (B, D); got shape {tuple(target.shape)}.")
+        hint = " Pass `target[None]` for a single one." if target.ndim in (1, 3) else ""
+        raise ValueError(
+            f"`target` must be pixels (B, C, H, W) or embeddings (B, D); got shape {tuple(target.shape)}.{hint}"
+        )
     if target.shape[0] not in (1, batch):
         sizes = "1" if batch == 1 else f"1 or {batch}"
         raise ValueError(f"`target` must have batch size {sizes}; got {target.shape[0]}. Pass one per source.")
@@ -53,7 +56,7 @@ def check_target(target: Tensor, batch: int) -> None:
 def check_embeddings(z: Tensor) -> None:
     """Require finite embeddings that are not zero and can be squared: the error is relative to ‖z‖."""
     if not bool(torch.isfinite(z).all()):
-        raise ValueError("`target` embeddings must be finite; got NaN or infinity.")
+        raise ValueError("`target` embeddings must be finite; got NaN or infinity. Check f, if it gave them.")
     largest = z.double().abs().amax(dim=1)
     if bool((largest == 0).any()):
         raise ValueError("`target` embeddings must have non-zero norm: the embedding error is relative to it.")
@@ -122,6 +125,13 @@ def check_count(value: int, name: str, least: int = 1) -> None:
         raise TypeError(f"`{name}` must be a whole number; got {type(value).__name__}.")
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+
+
+def check_rtol(rtol: float) -> None:
+    """Require an embedding error in (0, 1): an embedding of zeros has 1."""
+    check_positive(rtol, "rtol")
+    if rtol >= 1:
+        raise ValueError(f"`rtol` must be below 1, the error of an embedding of zeros; got {rtol}. Use 1e-5.")
 
 
 def check_range(value: float, name: str, low: float, high: float) -> None:

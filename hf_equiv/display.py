@@ -17,6 +17,8 @@ from rich.table import Table
 from hf_equiv.wording import in_flags
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hf_equiv.matchrows import Observer, RunProgress
     from hf_equiv.run import RunOutcome
     from hf_equiv.verify import VerifyReport
@@ -110,7 +112,7 @@ class _Lines:
             to_stderr(f"{p.done} of {p.total} {'rows' if self.what == 'matches' else self.what} on disk")
         elif now - self.last >= LINE_EVERY and p.errors is not None and p.num_evals is not None:
             to_stderr(
-                f"{p.done} of {p.total}: {p.stage} {len(p.pair_ids)} images, worst error {float(p.errors.max()):.1e}, "
+                f"{p.done} of {p.total}: {p.stage} {len(p.pair_ids)} images, worst error {_level(p.errors)}, "
                 f"{float(p.num_evals.max()):.0f} evaluations"
             )
         elif now - self.last >= LINE_EVERY and p.steps:
@@ -118,6 +120,11 @@ class _Lines:
         else:
             return
         self.last = now
+
+
+def _level(errors: Tensor) -> str:
+    known = errors[errors.isfinite()]
+    return f"{float(known.max()):.1e}" if len(known) else "–"
 
 
 @contextlib.contextmanager

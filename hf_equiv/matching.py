@@ -105,7 +105,7 @@ def match_embedding(
     checks.check_images(source, "source")
     checks.check_target(target, source.shape[0])
     checks.check_radius(radius, norm, source[0].numel())
-    checks.check_positive(rtol, "rtol")
+    checks.check_rtol(rtol)
     checks.check_count(max_evals, "max_evals")
     solver = LBFGS() if solver is None else solver
     checks.check_solver(solver)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import NORMS, check_positive, check_radius
+from hf_equiv.checks import NORMS, check_positive, check_radius, check_rtol
 from hf_equiv.data import ImageSet, load_images
 from hf_equiv.pairs import Pair, read_pair, settle_pairs
 from hf_equiv.results import SCHEMA_VERSION
@@ -94,9 +94,7 @@ class RunConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
-        check_positive(self.rtol, "rtol")
-        if self.rtol >= 1:
-            raise ValueError(f"`rtol` must be below 1, the error of an embedding of zeros; got {self.rtol}. Use 1e-5.")
+        check_rtol(self.rtol)
         if self.max_evals < 1:
             raise ValueError(f"`max_evals` must be at least 1; got {self.max_evals}.")
         if self.seed < 0:

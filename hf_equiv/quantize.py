@@ -99,7 +99,7 @@ def refine_8bit(
     checks.check_images(images, "images")
     checks.check_target(target, images.shape[0])
     checks.check_radius(radius, norm, images[0].numel())
-    checks.check_positive(rtol, "rtol")
+    checks.check_rtol(rtol)
     checks.check_count(max_evals, "max_evals")
     if radius is not None and source is None:
         raise ValueError("`source` must be given with `radius`; got None. Pass the centre of the ball.")

@@ -122,7 +122,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise OSError(
                 error.errno,
                 f"no space left to write {path.parent.name}/{path.name} ({len(data):,} bytes). Everything written "
-                "before is kept: free some space and run the same command again",
+                "before is kept: free some space and run the same command again, without --overwrite always",
             ) from error
         raise
     finally:

@@ -128,13 +128,14 @@ def test_env_of_the_built_in_model(capsys):
     assert "error" not in out
 
 
-def test_interrupt_says_how_to_go_on(place, capsys, monkeypatch):
+@pytest.mark.parametrize("again", [[], ["--overwrite", "always"], ["--overwrite=always"]])  # which would begin anew
+def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_equiv.matchrows.match_embedding", stop)
-    monkeypatch.setattr(sys, "argv", ["hf-equiv", *PAIR])
-    code, out, err = call(capsys, *PAIR, "--out", "run", "-q")
+    monkeypatch.setattr(sys, "argv", ["hf-equiv", *PAIR, *again])
+    code, out, err = call(capsys, *PAIR, "--out", "run", "-q", *again)
     assert code == 130
     assert out == ""
     assert err.lstrip() == (  # click ends the line of the ^C first

@@ -497,6 +497,7 @@ BAD = {
     "radius in levels": (GOOD, OTHER, {"radius": 8}, ValueError, "such as 8/255"),
     "radius above √N": (GOOD, OTHER, {"radius": 13.9, "norm": "l2"}, ValueError, "`radius` must lie in (0, 13.8564] for norm 'l2'"),
     "rtol 0": (GOOD, OTHER, {"rtol": 0}, ValueError, "`rtol` must be finite and above 0; got 0."),
+    "rtol 1": (GOOD, OTHER, {"rtol": 1.0}, ValueError, "`rtol` must be below 1, the error of an embedding of zeros"),
     "rtol negative": (GOOD, OTHER, {"rtol": -1e-5}, ValueError, "`rtol` must be finite and above 0; got -1e-05."),
     "rtol NaN": (GOOD, OTHER, {"rtol": math.nan}, ValueError, "`rtol` must be finite and above 0; got nan."),
     "rtol text": (GOOD, OTHER, {"rtol": "1e-5"}, TypeError, "`rtol` must be a number; got str."),

@@ -135,6 +135,8 @@ def test_summary(tiny, three):
     assert "Unrelated images are 1.41 apart" in summary["verdict"]
     assert metrics.summarize([failed], None, 1e-5)["verdict"] == "No match was made."
     assert metrics.summarize([good], baseline, 1e-5)["verdict"].startswith("The match embeds as the target: error 5e-6")
+    lost = metrics.summarize([good | {"embedding_error_8bit": 0.5}], baseline, 1e-5)["verdict"]
+    assert lost.startswith("The float match embeds as the target, its 8-bit PNG does not: error 5e-6")
     assert "apple in the source and boat in the match, like the target" in metrics.summarize([good], None, 1)["verdict"]
     one = metrics.summarize([poor | {"match_label": "dune"}], baseline, 1e-5)["verdict"]
     assert one.startswith("The match did not reach embedding error 1e-5: error 2e-3 (the source: 1.41)")
