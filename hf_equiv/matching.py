@@ -20,7 +20,7 @@ from hf_equiv.feasible import FeasibleSet
 from hf_equiv.jacobian import jacobian_cost
 from hf_equiv.precision import no_autocast, no_tf32, with_autocast
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
-from hf_equiv.solvers import LBFGS, Evaluation, Iterates, Solver
+from hf_equiv.solvers import LBFGS, Adam, Evaluation, GradientDescent, Iterates, Solver
 
 Encoding = Callable[[Tensor], Tensor]
 """Pixels in [0, 1] (B, C, H, W) to embeddings (B, D), differentiable, each image for itself."""
@@ -115,7 +115,8 @@ def match_embedding(
         runs = []
         for image, embedding in zip(source, z, strict=True):
             feasible = FeasibleSet.around(image, radius, norm)
-            runs.append(_Run(solver.iterate(image, feasible), embedding, image, feasible))
+            known = isinstance(solver, LBFGS | Adam | GradientDescent)
+            runs.append(_Run(solver.iterate(image, feasible), embedding, image, None if known else feasible))
         newton = isinstance(solver, LBFGS) and solver.newton and radius is None
         _drive(with_autocast(f), runs, rtol, max_evals, progress, newton=newton)
         result = collect(runs)
@@ -154,7 +155,7 @@ class _Run:
     iterates: Iterates
     target: Tensor
     best: Tensor
-    feasible: FeasibleSet
+    bounds: FeasibleSet | None  # of a solver that is not known to keep to them
     error: float = float("inf")
     num_evals: float = 0.0
     seconds: float = 0.0
@@ -170,11 +171,13 @@ class _Run:
         self.point = next(self.iterates)
 
     def offer(self, image: Tensor, error: float) -> None:
-        """Keep a copy of an image if it is the best so far: a solver may go on in the same memory."""
+        """Keep an image if it is the best so far; of an unknown solver a copy: it may go on in the same memory."""
         if error < self.error:
-            if not torch.equal(self.feasible.project(image), image):
-                raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
-            self.error, self.best = error, image.clone()
+            if self.bounds is not None:
+                if not torch.equal(self.bounds.project(image), image):
+                    raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
+                image = image.clone()
+            self.error, self.best = error, image
             self.trace.append((self.num_evals, error))
 
     def finish(self, status: Status) -> None:
