@@ -13,7 +13,7 @@ from hf_equiv.linearity import LinearityResult, linearity_radius
 from hf_equiv.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.metrics import finite
 from hf_equiv.pairs import image_generator
-from hf_equiv.regional import regional_lipschitz
+from hf_equiv.regional import RegionalResult, regional_lipschitz
 from hf_equiv.shards import Row
 
 Stage = Callable[[str, int, int], None]
@@ -67,6 +67,12 @@ def measure_directions(
     return found, reach
 
 
+def measure_region(encoder: Any, image: Tensor, settings: Mapping[str, Any], image_id: str) -> RegionalResult:
+    """The largest constant found about one image (3, H, W), and the extreme-value estimate of the rest."""
+    generator = image_generator(settings["seed"], image_id)
+    return regional_lipschitz(encoder, image[None], settings["regional"], settings["norm"], generator=generator)
+
+
 def lipschitz_rows(
     encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int,
     tell: Stage,
@@ -86,13 +92,7 @@ def lipschitz_rows(
     floats: dict[str, Tensor] = {} if target is None else {f"{image_id}/toward": target}
     if settings["regional"] is not None:
         tell("region", 0, 1)
-        ball = regional_lipschitz(
-            encoder,
-            image[None],
-            settings["regional"],
-            settings["norm"],
-            generator=image_generator(settings["seed"], image_id),
-        )
+        ball = measure_region(encoder, image, settings, image_id)
         cost, seconds = cost + float(ball.num_evals[0]), seconds + float(ball.seconds[0])
         region = {
             "regional_lower_bound": finite(ball.lower_bound[0]),

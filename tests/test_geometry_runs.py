@@ -324,6 +324,8 @@ TAMPERED = [
     ("lipschitz", 7, "status", lambda v: "resolved"),
     ("lipschitz", 2, "linearity_radius", lambda v: v * 2),
     ("lipschitz", 0, "regional_lower_bound", lambda v: v * 1.1),
+    ("lipschitz", 0, "regional_at_center", lambda v: v * 1.1),
+    ("lipschitz", 0, "regional_clever", lambda v: 2 * (v or 1.0)),
     ("lipschitz", 0, "index", lambda v: 5),
     ("walk", 2, "drift", lambda v: v + 1e-4),
     ("walk", 2, "drift_8bit", lambda v: v / 2),
@@ -332,6 +334,8 @@ TAMPERED = [
     ("walk", 3, "psnr_db", lambda v: v + 1),
     ("walk", 1, "label", lambda v: "pear"),
     ("walk", 1, "prob", lambda v: v / 2),
+    ("walk", 4, "status", lambda v: "drift_exceeded"),
+    ("walk", 4, "stationarity", lambda v: 0.0),
 ]
 
 
@@ -349,9 +353,24 @@ def test_a_tampered_row_is_named(analysis, index, column, change, copied):
     report = verify.verify_run(out)
     named = [p for p in report.problems if p.pair_id is not None and p.pair_id.startswith(rows[index]["image_id"])]
     assert named, report.problems
-    if column not in ("rank", "index", "regional_lower_bound"):
+    if column not in ("rank", "index") and not column.startswith("regional_"):
         assert any(p.column == column for p in named), [p.message for p in named]
     assert report.verified < report.rows
+
+
+def test_a_walk_that_is_said_to_have_come_to_rest(photo_folder, tmp_path, monkeypatch):
+    out, layout = tmp_path / "out", LAYOUTS["walk"]
+    finish("walk", photo_folder, out, heading="toward", target=str(photo_folder / "class0" / "photo0.png"), limit=2)
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    assert verify.verify_run(out).holds
+    path = shards.shard_files(out, layout)[-1]
+    rows = shards.read_shard(path, images=True, layout=layout)
+    assert rows[-1]["stationarity"] > 0.02
+    rows[-1]["stationarity"] = 0.01
+    floats, _ = shards.read_floats(out / "float" / f"{path.stem}.safetensors")
+    shards.write_shard(out, int(path.stem[-5:]), rows, floats, {}, layout)
+    (problem,) = (p for p in verify.verify_run(out).problems if p.pair_id is not None)
+    assert problem.column == "stationarity"
 
 
 def test_missing_frames_and_rows_are_named(copied, photo_folder, tmp_path, monkeypatch):
