@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DIM, images, linear, smooth_mlp
+from cases import EIGHT, DIM, images, linear, smooth_mlp
 
 from hf_equiv import jacobian
 from hf_equiv.jacobian import Jacobian, jacobian_cost, jacobian_matrix, require_forward_mode
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
 
 
 @every_case

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from cases import CASES, DIM, SIGMA, images, linear, rank_deficient, smooth_mlp
+from cases import EIGHT, DIM, SIGMA, images, linear, rank_deficient, smooth_mlp
 
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
 from hf_equiv.singular import golub_kahan, left_singular
 from hf_equiv.spectrum import jacobian_spectrum
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
 
 
 def graded(sigma: torch.Tensor, columns: int = 5000, dtype: torch.dtype = torch.float64) -> torch.Tensor:

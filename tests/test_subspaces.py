@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, images, linear
+from cases import EIGHT, images, linear
 
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.subspaces import RowSpace, patch_null_space, principal_angles, row_space
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
 
 
 @every_case
