@@ -1,11 +1,34 @@
 import logging
 import os
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from loopback_hub import Hub
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# The clients read these when they are imported: no test reaches another Hub than the one in this process.
+assert "huggingface_hub" not in sys.modules
+HUB = Hub().start()
+_HOME = tempfile.TemporaryDirectory(prefix="hf-equiv-home-")
+os.environ |= {
+    "HF_ENDPOINT": HUB.endpoint,
+    "HF_TOKEN": "hf_alice",
+    "HF_HOME": _HOME.name,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+}
+
+
+@pytest.fixture
+def hub():
+    """The loopback Hub, empty."""
+    HUB.reset()
+    yield HUB
+    HUB.reset()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import EIGHT, DIM, images, linear, smooth_mlp
+from cases import DIM, EIGHT, images, linear, smooth_mlp
 
 from hf_equiv import jacobian
 from hf_equiv.jacobian import Jacobian, jacobian_cost, jacobian_matrix, require_forward_mode

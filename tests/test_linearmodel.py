@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import EIGHT, DIM, SHAPE, images, smooth_mlp
+from cases import DIM, EIGHT, SHAPE, images, smooth_mlp
 
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.linearmodel import LinearModel

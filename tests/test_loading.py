@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from loopback_hub import Hub
 from safetensors.torch import load_file, save_file
 from tiny_models import save
 
 from hf_equiv.checkpoint import find_checkpoint, quiet
 from hf_equiv.encoder import Encoder
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -153,59 +149,6 @@ def test_labels_need_a_tokenizer_that_knows_them(tmp_path: Path) -> None:
         encoder.classify(torch.rand(1, *encoder.input_shape), labels=["cat", "dog"])
 
 
-class LoopbackHub(http.server.BaseHTTPRequestHandler):
-    """Repository information and files at one commit, with the error headers of the Hub."""
-
-    repos: Path
-    seen: list[str]
-    agents: list[str]
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet."""
-
-    def _answer(self, body: bool) -> None:
-        path = self.path.split("?")[0].strip("/")
-        self.seen.append(path)
-        self.agents.append(self.headers.get("User-Agent", ""))
-        api = path.startswith("api/models/")
-        parts = path.removeprefix("api/models/").split("/")
-        repo, rest = "/".join(parts[:2]), parts[2:]
-        if repo == "acme/private":
-            return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-        if repo == "acme/gated" and not api:
-            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
-        folder = self.repos / repo.split("/")[-1]
-        if repo != "acme/gated" and not folder.is_dir():
-            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-        if api:
-            if rest[:1] == ["revision"] and rest[1] not in ("main", SHA):
-                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
-            files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-            info = {"_id": "1", "id": repo, "sha": SHA, "siblings": [{"rfilename": f} for f in files], "tags": []}
-            listing = [{"type": "file", "path": f, "size": 1, "oid": "0" * 40} for f in files]
-            return self._send(200, json.dumps(listing if rest[:1] == ["tree"] else info).encode(), {}, body)
-        file = folder.joinpath(*rest[2:])  # resolve/REVISION/PATH
-        if not file.is_file():
-            return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA}, body)
-        content = file.read_bytes()
-        tag = hashlib.sha1(content).hexdigest()
-        self._send(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": SHA}, body)
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-
 # Runs in a process of its own: the clients read HF_ENDPOINT when they are imported.
 _CLIENT = """
 import json, sys
@@ -251,18 +194,16 @@ def client(endpoint: str, home: Path, cases: list[dict[str, Any]], **environment
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path, str]:
     repos = tmp_path_factory.mktemp("repos")
     with quiet():
         save("vit_head", repos / "vit")
         save("vit_head", repos / "pickled")
     (repos / "pickled" / "model.safetensors").rename(repos / "pickled" / "pytorch_model.bin")
-    handler = type("Hub", (LoopbackHub,), {"repos": repos, "seen": [], "agents": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    yield endpoint, tmp_path_factory.mktemp("home"), repos
-    server.shutdown()
+    server = Hub().start()
+    for name, facts in {"vit": {}, "pickled": {}, "private": {"private": True}, "gated": {"gated": True}}.items():
+        server.add("models", f"acme/{name}", repos / (name if name == "pickled" else "vit"), **facts)
+    return server.endpoint, tmp_path_factory.mktemp("home"), repos, server.repos["models", "acme/vit"].at("main").sha
 
 
 @functools.cache
@@ -280,15 +221,15 @@ def _online(endpoint: str, home: Path) -> dict[str, list[Any]]:
     return dict(zip(cases, client(endpoint, home, list(cases.values())), strict=True))
 
 
-def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path]) -> None:
-    endpoint, home, repos = hub
+def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, str]) -> None:
+    endpoint, home, repos, sha = hub
     error, revision, total, name = _online(endpoint, home)["good"]
-    assert (error, revision, name) == ("", SHA, "acme/vit")
+    assert (error, revision, name) == ("", sha, "acme/vit")
     local = Encoder.from_pretrained(repos / "vit", device="cpu")
     assert total == pytest.approx(float(local(torch.full((1, 3, 32, 32), 0.25)).double().sum()), rel=1e-5)
     closed = "http://127.0.0.1:9"  # nothing listens there
     offline = client(closed, home, [{"id": "acme/vit"}, {"id": "acme/other"}], HF_HUB_OFFLINE="1")
-    assert offline[0] == ["", SHA, total, "acme/vit"]
+    assert offline[0] == ["", sha, total, "acme/vit"]
     assert offline[1] == [
         "ConnectionError",
         "'acme/other' is no folder here; of the Hub's 'acme/other', 'config.json' is not in the cache and "
@@ -315,7 +256,7 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path])
         ("local", "ConnectionError", "is not in the cache and `local_files_only=True`. Run once without it"),
     ],
 )
-def test_what_the_hub_refuses(case: str, kind: str, message: str, hub: tuple[str, Path, Path]) -> None:
+def test_what_the_hub_refuses(case: str, kind: str, message: str, hub: tuple[str, Path, Path, str]) -> None:
     got = _online(*hub[:2])[case]
     assert got[0] == kind
     assert message in got[1]

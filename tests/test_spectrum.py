@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import EIGHT, DIM, SIGMA, images, linear, rank_deficient, smooth_mlp
+from cases import DIM, EIGHT, SIGMA, images, linear, rank_deficient, smooth_mlp
 
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
