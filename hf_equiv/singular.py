@@ -101,9 +101,15 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
     """Find the k largest singular values by Golub–Kahan bidiagonalisation with full re-orthogonalisation.
 
     From a random u₁: JᵀU = V B with V orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up),
-    measured from the products themselves. Some singular value lies within ‖r‖ of θ; where the next one lies below α,
-    σ² ≤ θ² + θ²‖r‖²/(θ² − α²) (Kato–Temple), which is far smaller. The bound is the smaller of the two. As with every
-    Krylov method, a value whose singular vector is orthogonal to the random start would be missed.
+    measured from the products themselves. Some singular value lies within ‖r‖ of θ. The residuals are the coupling of
+    JJᵀ between the Up and the rest of the space; where all but σ₁ … σ_m lie below α < θᵢ, i ≤ m, its Schur complement
+    gives
+
+        σᵢ² ≤ θᵢ² + Σ_{j=i…m} θⱼ²‖rⱼ‖² / (θᵢ² − α²),
+
+    which is far smaller: Kato–Temple for m = i, and for larger m true to clusters. The bound is the smallest of all, α
+    being the largest θ + ‖r‖ below. As with every Krylov method, a value whose singular vector is orthogonal to the
+    random start would be missed.
 
     Cost: one JVP and one VJP a pass; it stops when every bound is at most rtol·σ₁.
 
@@ -111,7 +117,8 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
         The triplets with their bounds.
 
     References:
-        Golub, Kahan (1965), SIAM J. Numer. Anal. 2:205. Kato (1949), J. Phys. Soc. Jpn. 4:334.
+        Golub, Kahan (1965), SIAM J. Numer. Anal. 2:205. Kato (1949), J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li
+        (2005), Linear Algebra Appl. 395:183 (eigenvalues under a coupling that is small).
     """
     dim, size = J.shape
     device = J.image.device
@@ -164,8 +171,12 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float
 
 
 def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
-    above = theta[1:] + residual[1:]  # what lies below, at most
-    below = torch.nn.functional.pad(above.flip(0).cummax(0).values.flip(0), (0, 1)) if len(theta) > 1 else 0 * theta
-    gap = theta.square() - below.square()
-    temple = torch.where(gap > 0, theta * residual.square() / (2 * gap), torch.inf)
-    return torch.minimum(residual, temple)
+    """Bounds of the distance of each θ to a singular value, (K,), from θ (K,), descending, and ‖r‖ (K,)."""
+    count = len(theta)
+    below = (theta + residual)[1:].flip(0).cummax(0).values.flip(0)  # [m] bounds what lies below θ₁ … θ_m
+    gap = theta[:, None].square() - below.square()  # (K, K − 1)
+    coupling = (theta * residual).square()
+    blocks = coupling[None].expand(count, count).triu().cumsum(1)[:, : count - 1]
+    allowed = torch.ones_like(gap).triu().bool() & (gap > 0)
+    quadratic = torch.where(allowed, blocks / (2 * theta[:, None] * gap), torch.inf)
+    return torch.cat([residual[:, None], quadratic], dim=1).amin(dim=1)
