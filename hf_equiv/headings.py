@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hf_equiv.corrector import Corrector, Place
@@ -13,6 +14,8 @@ from hf_equiv.feasible import dot
 _MEMORY = 20  # secant pairs of the descent towards an image
 _SMALLEST = 1e-3  # share of a wish that must be left after projection
 _ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
+_ACTIVE = 60  # changes of the free pixels
+_CHANCES = 3  # of them that need not lower the number of pixels that are wrong
 _CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
 
 
@@ -49,7 +52,7 @@ class Ahead:
         if self.origin is not None and bool((at.image != self.origin).any()):
             wish = at.image - self.origin
         corrector.learn(at, corrector.bend)
-        tangent = _tangent(corrector, at, wish)
+        tangent, _ = _tangent(corrector, at, wish)
         length = _norm(tangent)
         share = length / _norm(wish)
         direction = tangent / length if share > _SMALLEST else None
@@ -66,9 +69,10 @@ class Ahead:
 class Toward:
     """Down ½‖x − destination‖² inside the level set, by L-BFGS on its projected gradient.
 
-    The gradient on the level set is −P_null d with d = destination − x. Once A has learnt the row along λ = (A_Fᵀ)⁺ d,
-    e = d_F − J_Fᵀλ is exact, and ‖P_null d‖ ≤ ‖e‖ whatever λ is: so ‖e‖/‖d‖ certifies a stationary point without the
-    full Jacobian there. Pixels at 0 or 1 are free where the way on leads inwards.
+    The gradient on the level set in the box is −P d with d = destination − x and P the projection on its tangent cone,
+    {t : J t = 0, t inwards or zero at pixels at 0 and 1}. Once A has learnt the row along λ, e = d − Jᵀλ is exact, and
+    ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ whatever λ is (Moreau): so that over ‖d‖ certifies a stationary
+    point without the full Jacobian there.
 
     Args:
         destination: (C, H, W), pixels in [0, 1].
@@ -89,12 +93,12 @@ class Toward:
             return Plan(None, 0.0, 0.0)
         bound = math.inf
         corrector.learn(at, corrector.bend)
-        tangent = _tangent(corrector, at, wish)
+        tangent, multipliers = _tangent(corrector, at, wish)
         for _ in range(_ROUNDS):
-            multipliers = model.multipliers(wish)
             corrector.learn(at, multipliers)
-            bound = min(bound, _norm(model.restrict(wish) - model.pull(multipliers)) / distance)
-            tangent = _tangent(corrector, at, wish)
+            rest = wish - model.transpose(multipliers)
+            bound = min(bound, _norm(rest * _inwards(at.image, rest)) / distance)
+            tangent, multipliers = _tangent(corrector, at, wish)
             if bound <= max(self.stop, _CLOSE * _norm(tangent) / distance):
                 break
         if bound <= self.stop or _norm(tangent) == 0.0:
@@ -142,18 +146,44 @@ class Toward:
 Heading = Ahead | Toward
 
 
-def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> Tensor:
-    """P_null of a wish; a pixel at 0 or 1 is free where both the wish and its projection lead inwards."""
+def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
+    """The projection of a wish on the tangent cone of the level set in the box, and its multipliers λ.
+
+    t = wish − Aᵀλ on the free pixels. A pixel at 0 or 1 is free where wish − Aᵀλ leads inwards: found by letting the
+    free pixels follow λ, and λ them, until neither changes (block principal pivoting: Júdice, Pires 1994).
+
+    Returns:
+        t (C, H, W), and λ (D,).
+    """
     x, model = at.image, corrector.model
-    free = ((x > 0) | (wish > 0)) & ((x < 1) | (wish < 0))
-    for _ in range(4):
+    free = _inwards(x, wish)
+    fewest, chances = free.numel() + 1, _CHANCES
+    for _ in range(_ACTIVE):
         model.hold(free)
-        tangent = model.project_null(wish)
-        blocked = free & (((x <= 0) & (tangent < 0)) | ((x >= 1) & (tangent > 0)))
-        if not bool(blocked.any()):
+        multipliers = model.multipliers(wish)
+        wrong = free ^ _inwards(x, wish - model.transpose(multipliers))
+        count = int(wrong.sum())
+        if count == 0:
             break
-        free = free & ~blocked
-    return tangent
+        fewest, chances = (count, _CHANCES) if count < fewest else (fewest, chances - 1)
+        if chances < 0:  # going round in circles: the last of them alone, which cannot
+            last = wrong.flatten().nonzero()[-1]
+            wrong = torch.zeros_like(wrong)
+            wrong.view(-1)[last] = True
+        free = free ^ wrong
+    model.hold(free)
+    tangent = model.project_null(wish)
+    blocked = free & ~_inwards(x, tangent)  # where the sets went round in circles
+    if bool(blocked.any()):
+        model.hold(free & ~blocked)
+        tangent = model.project_null(wish)
+        tangent = tangent * _inwards(x, tangent)
+    return tangent, model.multipliers(wish)
+
+
+def _inwards(x: Tensor, step: Tensor) -> Tensor:
+    """Pixels that are off the bounds, or that a step leads off them."""
+    return ((x > 0) | (step > 0)) & ((x < 1) | (step < 0))
 
 
 def _norm(v: Tensor) -> float:

@@ -141,6 +141,7 @@ def trace_level_set(
         walks = []
         for b, start in enumerate(images):
             corrector = Corrector(f, z[b], rtol)
+            corrector.num_evals += 1 / 3 if target is None or target.ndim == 4 else 0.0  # of z
             way: Heading
             if heading in ("toward", "nearest", "connect"):
                 way = Toward(aims[b], stop)

@@ -160,6 +160,7 @@ class _Line:
         self.f, self.J, self.tau, self.limit = f, J, tau, limit
         one = torch.ones(1, dtype=torch.float64, device=J.image.device)
         floor, _, self.forwards = secant_noise(f, J.image, one)
+        self.forwards += 1  # z below
         self.noise = 2 * float(floor)  # of a difference f(x + hv) − f(x): floor(h)·2h
         with torch.no_grad(), no_tf32():
             self.z = f(J.image[None])[0].double()  # the same pass as below: J.z may come from another kernel

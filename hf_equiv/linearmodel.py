@@ -112,6 +112,10 @@ class LinearModel:
         """A_Fᵀ u, (C, H, W)."""
         return (self._rows(u) * self.free).view(self.shape)
 
+    def transpose(self, u: Tensor) -> Tensor:
+        """Aᵀ u, (C, H, W), of all pixels."""
+        return self._rows(u).view(self.shape)
+
     def project_null(self, v: Tensor) -> Tensor:
         """The part of v (C, H, W) on the free pixels that A sends to zero: twice v ← v − A_Fᵀ G⁺ A v."""
         v = self.restrict(v)

@@ -182,7 +182,7 @@ class _Search:
                 v, constant = self._power(point, top, _SAMPLE_POWER)
                 largest = max(largest, constant)
                 best = max(best, (constant, point, v), key=lambda item: item[0])
-            self.maxima.append(largest)
+            self.maxima.append(largest if math.isfinite(largest) else math.nan)
         if num_batches:
             self._ascend(best[1], best[2], num_steps)
             if all(map(math.isfinite, self.maxima)):
@@ -194,7 +194,7 @@ class _Search:
         """The direction after some power iterations at x, and ‖Jv‖ there."""
         J = Jacobian(self.f, x)
         for _ in range(steps):
-            v = _unit(J.rmv(J.mv(v[None]))[0], v)
+            v = _unit(J.rmv(_unit(J.mv(v[None])[0])[None])[0], v)  # of unit length: squares might overflow
         constant = float(J.mv(v[None]).double().norm())
         self.num_evals += J.num_evals
         self._offer(constant, x, v)
@@ -218,7 +218,7 @@ class _Search:
             trial = (self._inside(x + step * heading), _unit(power, v))
 
     def _slopes(self, x: Tensor, v: Tensor) -> tuple[float, Tensor, Tensor]:
-        """φ = ‖J(x)v‖, and the gradients of φ²/2 in x and in v."""
+        """φ = ‖J(x)v‖, and its gradients in x and in v."""
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -228,7 +228,8 @@ class _Search:
         ):
             place, along = (t.clone()[None].requires_grad_(True) for t in (x, v))
             moved = torch.func.jvp(self.f, (place,), (along,))[1]
-            slopes = torch.autograd.grad(0.5 * moved.square().sum(), (place, along), allow_unused=True)
+            unit = _unit(moved.detach())  # of ½‖Jv‖² but for the length ‖Jv‖, which might overflow
+            slopes = torch.autograd.grad(moved, (place, along), unit, allow_unused=True)
         self.num_evals += 5 / 3
         slope, power = (torch.zeros_like(x) if g is None else g[0] for g in slopes)
         return float(moved.detach().double().norm()), slope, power

@@ -18,7 +18,7 @@ PLATEAU_RTOL = 0.02
 PLATEAU_RADII = 3
 """Radii in a row that make a plateau."""
 JVP_RTOL = 0.05
-"""How far the value of the secants may be from ‖Jv‖, relative to the value: in float32 both have noise of their own."""
+"""How far the value of the secants may be from ‖Jv‖ in bfloat16 and float16, relative to the value: both are noisy."""
 
 _ORDERS = 5  # terms of the expansion in h² that are tried
 _SIGMAS = 2  # standard deviations of noise in an error bound

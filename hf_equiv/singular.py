@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ _BLOCK = 4096  # columns held in float64 at a time
 # σ/σ₁ down to which a Gram matrix in float64 is trusted: its error in σ is eps₆₄·σ₁²/σ. A float32 J deserves less.
 _SAFE = {torch.float64: 1e-2}
 _SAFE_SINGLE = 1e-3
+_NOTHING = 1e3  # eps over σ₁ below which a recursion has ended: what is left is the rounding of the products
+_AGAIN = 3  # passes after such an end before a result is believed
 ACCURACY = 100 * torch.finfo(torch.float64).eps
 """Error of `left_singular` over σ₁."""
 
@@ -32,11 +35,14 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
         Golub, Van Loan, "Matrix Computations", §8.6 (the Gram matrix squares the condition number).
     """
     dim = len(matrix)
+    # squares neither overflow nor vanish in units of a power of two near the largest number
+    least, most = torch.aminmax(matrix)
+    unit = math.ldexp(1.0, math.frexp(max(-float(least), float(most)))[1])
     left = torch.eye(dim, dtype=torch.float64, device=matrix.device)
     sigma = torch.zeros(dim, dtype=torch.float64, device=matrix.device)
     start = 0
     while start < dim:
-        squares, vectors = torch.linalg.eigh(_gram(matrix, left[:, start:] if start else None))
+        squares, vectors = torch.linalg.eigh(_gram(matrix, left[:, start:] if start else None, unit))
         values = squares.flip(0).clamp_min(0).sqrt()
         left[:, start:] = left[:, start:] @ vectors.flip(1)
         sigma[start:] = values
@@ -45,7 +51,7 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
         again = start > 0 and matrix.dtype != torch.float64
         start = dim if again else start + int((values > _SAFE.get(matrix.dtype, _SAFE_SINGLE) * values[0]).sum())
     order = sigma.argsort(descending=True)
-    return left[:, order], sigma[order]
+    return left[:, order], sigma[order] * unit
 
 
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -64,13 +70,13 @@ def combine(matrix: Tensor, left: Tensor, dtype: torch.dtype = torch.float64) ->
     return out
 
 
-def _gram(matrix: Tensor, left: Tensor | None) -> Tensor:
-    """The matrix (leftᵀJ)(leftᵀJ)ᵀ in float64: the lower half is computed, and mirrored."""
+def _gram(matrix: Tensor, left: Tensor | None, unit: float) -> Tensor:
+    """The matrix (leftᵀJ)(leftᵀJ)ᵀ / unit² in float64: the lower half is computed, and mirrored."""
     size = len(matrix) if left is None else left.shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64, device=matrix.device)
     strip = max(48, -(-size // 8))
     for start in range(0, matrix.shape[1], _BLOCK):
-        block = matrix[:, start : start + _BLOCK].double()
+        block = matrix[:, start : start + _BLOCK].double() / unit
         rows = block if left is None else left.T @ block
         for first in range(0, size, strip):
             gram[first : first + strip, : first + strip].addmm_(rows[first : first + strip], rows[: first + strip].T)
@@ -108,8 +114,12 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
         σᵢ² ≤ θᵢ² + Σ_{j=i…m} θⱼ²‖rⱼ‖² / (θᵢ² − α²),
 
     which is far smaller: Kato–Temple for m = i, and for larger m true to clusters. The bound is the smallest of all, α
-    being the largest θ + ‖r‖ below. As with every Krylov method, a value whose singular vector is orthogonal to the
-    random start would be missed.
+    being the largest θ + ‖r‖ below.
+
+    As with every Krylov method from one vector, values that lie closer together than the residuals may be counted once,
+    and then all below them move up: the bounds hold for some singular values of J, and for the i-th where no two are so
+    close. Equal values end the recursion early; it is then begun anew, off what was found, at least three passes long
+    or until nothing is left. The whole matrix has no such condition.
 
     Cost: one JVP and one VJP a pass; it stops when every bound is at most rtol·σ₁.
 
@@ -132,12 +142,14 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
     V = torch.empty(0, size, dtype=torch.float64, device=device)
     W = torch.empty(0, dim, dtype=torch.float64, device=device)  # rows J v
     B = torch.zeros(0, 0, dtype=torch.float64, device=device)
-    u, scale = fresh(U), 0.0
+    u, scale, since, restarts, empty = fresh(U), 0.0, 0, 0, False
     for passes in range(1, min(dim, size) + 1):
         U = torch.cat([U, u[None]])
         g = J.rmv(u[None])[0].flatten().double()
         v, coefficients, length = _orthogonalise(g, V)
         scale = max(scale, float(g.norm()))
+        since += 1
+        empty = since == 1 and not float(g.norm()) > _NOTHING * J.eps * scale  # a random u finds no more
         if not length > J.eps * scale:  # the row space is exhausted: any v will do, its coefficient is zero
             v, length = (
                 _orthogonalise(torch.randn(size, generator=generator, dtype=torch.float64).to(device), V)[0],
@@ -152,22 +164,31 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
         residual = (W.T @ Q - (U.T @ Pt.T) * theta).norm(dim=0)
         bound = _bounds(theta, residual) + ACCURACY * theta[0]
         done = passes >= min(k + 1, dim, size) and float(bound[:k].max()) <= rtol * float(theta[0])
-        if done or passes == min(dim, size):
-            break
         u, _, length = _orthogonalise(w, U)
-        if not length > J.eps * float(w.norm()):
-            u = fresh(U)
+        ended = not length > _NOTHING * J.eps * scale
+        if passes == min(dim, size) or (done and (empty or not ended) and (restarts == 0 or since >= _AGAIN or empty)):
+            break
+        if ended:
+            u, since, restarts = fresh(U), 0, restarts + 1
     return TopSingular(theta[:k], bound[:k], (U.T @ Pt[:k].T), Q[:, :k].T @ V, passes)
 
 
 def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The unit vector off the rows of `basis`, its coefficients in them, and its length; two Gram–Schmidt sweeps."""
-    first = basis @ vector
-    rest = vector - first @ basis
-    second = basis @ rest
-    rest = rest - second @ basis
-    length = float(rest.norm())
-    return rest / (length or 1.0), first + second, length
+    """The unit vector off the rows of `basis`, its coefficients in them, and its length, by Gram–Schmidt sweeps.
+
+    Two sweeps are enough unless nearly all of the vector lies in the basis: then until a sweep takes nothing away.
+
+    Returns:
+        Vector, coefficients and length.
+    """
+    coefficients, rest, length = torch.zeros(len(basis)).to(basis), vector, float(vector.norm())
+    for sweep in range(5):
+        before, part = length, basis @ rest
+        coefficients, rest = coefficients + part, rest - part @ basis
+        length = float(rest.norm())
+        if sweep > 0 and length > 0.9 * before:
+            break
+    return rest / (length or 1.0), coefficients, length
 
 
 def _bounds(theta: Tensor, residual: Tensor) -> Tensor:

@@ -210,11 +210,13 @@ class _Settings:
         threshold = scale * (rank_rtol_of(J.eps) if self.rank_rtol is None else self.rank_rtol)
         bound, noise, spent = derivative_noise(f, J, lambda u: combine(matrix, u), left, sigma, threshold)
         if self.rank_rtol is None and scale > 0:
-            threshold = max(threshold, 2 * float(bound[-1]) if float(sigma[-1]) <= threshold else 0.0)
+            lost = float(sigma[-1]) <= max(threshold, float(bound[-1]))
+            threshold = max(threshold, 2 * float(bound[-1]) if lost else 0.0)
         predict = getattr(f, "left_relations", None)
         relations: tuple[LeftRelation, ...] = predict(J.image) if predict is not None else ()
-        exact, near = explain_zeros(matrix, left, sigma, threshold, relations) if J.shape[0] <= J.shape[1] else ((), ())
         sigma, bound = sigma[:count], bound[:count]
+        wide = J.shape[0] > J.shape[1]  # of the left null vectors D − N are there for any f
+        exact, near = explain_zeros(matrix, left[:, :count], sigma, threshold, () if wide else relations)
         share = sigma / sigma.sum()
         one = {
             "rank": int((sigma > threshold).sum()),

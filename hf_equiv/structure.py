@@ -51,7 +51,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
 
     * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
     * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
-    * "head wider than its input": Wᵀu = 0; "unit norm" if u is along z.
+    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns; "unit norm": Wᵀu = 0 along z.
 
     Where T averages several tokens alike only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
 
@@ -89,8 +89,8 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
         unit = (z.detach()[0].double() / z.detach().double().norm())[:, None]
         if float((W.T @ unit).norm()) < 1e2 * torch.finfo(z.dtype).eps * float(sigma[0]):
             found.append(LeftRelation("unit norm", unit))
-        if rank + len(found) < W.shape[0] and U.shape[1] == W.shape[0]:
-            found.append(LeftRelation("head wider than its input", U[:, rank:]))
+        if W.shape[0] > W.shape[1] and U.shape[1] == W.shape[0]:
+            found.append(LeftRelation("head wider than its input", U[:, W.shape[1] :]))
 
     def solve(target: Tensor) -> Tensor | None:
         u = U[:, :rank] @ ((Vh[:rank] @ target) / sigma[:rank])

@@ -16,6 +16,7 @@ from hf_equiv.results import Status
 
 _MAX_FAILURES = 10  # halvings of one step
 _REFRESH_AFTER = 5  # of them, before a full Jacobian is formed anew
+_AT_REST = 10  # times `stop`: a walk that finds no nearer point is complete below it
 _EASY, _HARD = 8, 25  # trials of the corrector: below, the step grows; above, it shrinks
 
 
@@ -116,7 +117,7 @@ class Walk:
         self._record(at, plan)
         if plan.direction is None and plan.stationarity is None:
             self.useless = bool(((start > 0) & (start < 1)).all())
-        h, failures, learnt = self.step, 0, False
+        h, failures, learnt = min(self.step, math.sqrt(start.numel())), 0, False  # no step is longer than the box
         while len(self.path) <= num_steps:
             if plan.direction is None:
                 return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
@@ -125,7 +126,7 @@ class Walk:
             if there is not None:
                 # a corrector that worked hard is at the edge of what the model knows
                 h *= 1.5 if corrector.trials <= _EASY else 0.7 if corrector.trials > _HARD else 1.0
-                h, failures, at = min(self.step, h), 0, there
+                h, failures, at = min(self.step, math.sqrt(start.numel()), h), 0, there
                 plan, learnt = heading.plan(corrector, at), True
                 self._record(at, plan)
                 continue
@@ -135,6 +136,9 @@ class Walk:
                 learnt = False
                 plan = heading.plan(corrector, at)
             if failures == _MAX_FAILURES:
+                limit = _AT_REST * heading.stop if isinstance(heading, Toward) else math.inf
+                if failure is Status.COMPLETED and (plan.stationarity or 0.0) > limit:
+                    return Status.DRIFT_EXCEEDED  # there are nearer points, beyond what the noise of f lets through
                 return failure
         return Status.COMPLETED
 
