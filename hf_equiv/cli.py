@@ -107,7 +107,7 @@ def match(model: str, **given: Any) -> int:
 @click.option(
     "--k", type=int, metavar="K", help="Only the K largest singular values. Default: all, with rank and zeros."
 )
-@click.option("--vectors", is_flag=True, help="Keep the singular vectors of the first K (or 8), with a figure.")
+@click.option("--vectors", is_flag=True, help="Keep the singular vectors of the first K (or 8); six are drawn.")
 @model_options
 @run_options
 @output_options
@@ -140,7 +140,11 @@ def spectrum(model: str, **given: Any) -> int:
     "--directions", metavar="LIST",
     help="Kinds and counts. Default: random:64,top:8,row:8,null:64,gradient,toward.",
 )  # fmt: skip
-@click.option("--radii", type=Radii(), help="Radii of the secants, L2 in pixels in [0, 1]. Default: 1e-4:1.")
+@click.option(
+    "--radii",
+    type=Radii(),
+    help="Radii of the secants (L2, pixels in [0, 1]): a:b, or a,b,c,… ascending, four a decade. Default: 1e-4:1.",
+)
 @click.option(
     "--regional", type=Radius(), metavar="R", help="Also search the ball of radius R for the largest constant."
 )

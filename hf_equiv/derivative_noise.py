@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,8 @@ def derivative_noise(
         Bound (K,) in units of J, the method, and the evaluations spent.
     """
     reference, method = _reference(f, J)
+    unit = math.ldexp(1.0, math.frexp(float(sigma[0]))[1])  # squares neither overflow nor vanish in it
+    sigma, threshold = sigma / unit, threshold / unit
     generator = torch.Generator().manual_seed(0)
     signs = (torch.randint(0, 2, (len(sigma), _PROBES + 1), generator=generator) * 2 - 1).to(sigma)
     above = sigma > threshold
@@ -51,7 +54,7 @@ def derivative_noise(
     noise = torch.zeros_like(lengths)
     asked = lengths > 0
     exact = reference.rmv(cotangents[:, asked].T.to(reference.image)).flatten(1).to(left)
-    noise[asked] = (rows(cotangents[:, asked]) - exact).norm(dim=1) * lengths[asked]
+    noise[asked] = ((rows(cotangents[:, asked]) - exact) / unit).norm(dim=1) * lengths[asked]
     if method == "perturbed input":
         noise = noise * _UNSEEN
     typical = float(noise[leading : leading + _PROBES].square().mean().sqrt()) / max(int(above.sum()), 1) ** 0.5
@@ -59,7 +62,7 @@ def derivative_noise(
     bound = torch.where(above, a * sizes, 0.0) + 3 * noise[-1]
     bound[:leading] = 1.5 * noise[:leading]
     floor = 8 * J.eps if method == "perturbed input" else 100 * torch.finfo(torch.float64).eps
-    return bound + floor * sigma[0], method, reference.num_evals
+    return (bound + floor * sigma[0]) * unit, method, reference.num_evals
 
 
 def _reference(f: Callable[[Tensor], Tensor], J: Jacobian) -> tuple[Jacobian, str]:

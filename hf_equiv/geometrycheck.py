@@ -70,6 +70,9 @@ class ImageCheck(Columns):
         noise = [2 * b + 1e-7 * top for b in bounds]
         self.ladder(row, "singular_values", made["singular_values"], noise)
         self.ladder(row, "error_bound", made["error_bound"], [2 * b + 1e-12 * top for b in bounds])
+        stated = [b or 0.0 for b in row["error_bound"] or []]
+        if len(stated) == len(bounds) and any(b < 0.2 * own for b, own in zip(stated, bounds, strict=True)):
+            self.say(row, "error_bound", "bounds as large as the noise", "it is less than a fifth of what was found")
         self.same(row, "method", made["method"])
         self.same(row, "status", made["status"])
         self.near(row, "rank_threshold", made["rank_threshold"], 0.5 * (made["rank_threshold"] or 0.0))

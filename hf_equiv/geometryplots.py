@@ -54,7 +54,9 @@ def analysis_figures(
         vectors = {name: pair for name, pair in pictures.items() if pair[1] is not None}
         found = {"spectra.png": spectra_figure(rows, settings)}
         return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if vectors else {})
-    return {"secants.png": secants_figure(rows, settings), "constants.png": constants_figure(rows, settings)}
+    figures = {"secants.png": secants_figure, "constants.png": constants_figure}
+    seen = [row for row in rows if any(s is not None and s > 0 for s in row["secants"])]
+    return {name: draw(seen, settings) for name, draw in figures.items()} if seen else {}
 
 
 def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
@@ -76,10 +78,12 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         low = float(np.nanmin([np.nanmin(_positive(r["singular_values"])) for r in shown]))
         floor = min(low, float(np.nanmin(bound))) / 4
         axes.fill_between(places, floor, bound, color="#eceff2", lw=0, zorder=0)
-        axes.plot(places, bound, color=QUIET, lw=0.9, ls=":", label="error bound (float noise below)", zorder=1)
+        of = "" if len(shown) == 1 else f", of {cut(first['image_id'], 28)}"
+        kind = "" if first["rank"] is None else " (float noise below)"
+        axes.plot(places, bound, color=QUIET, lw=0.9, ls=":", label=f"error bound{kind}{of}", zorder=1)
         axes.axhline(
             first["rank_threshold"], color=INK, lw=0.9, ls="--", zorder=2,
-            label=f"rank threshold{'' if first['rank'] is None else f', rank {_range(shown)}'}",
+            label=f"rank threshold{of}" + ("" if first["rank"] is None else f"; rank {_range(shown)}"),
         )  # fmt: skip
         axes.set_yscale("log")
         axes.set_ylim(floor, 2.5 * max(max(_positive(r["singular_values"])) for r in shown))

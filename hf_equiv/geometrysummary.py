@@ -107,6 +107,8 @@ def _lipschitz_verdict(kinds: Row, region: Row) -> str:
     if found is not None:
         text += f" The largest constant found in the ball is {found:.4g} ({region['regional_at_center']:.4g} at the "
         text += "image itself): a lower bound."
+        if region["regional_clever"] is not None:
+            text += f" The extreme-value estimate (CLEVER) is {region['regional_clever']:.4g}."
     return text.strip() or "No direction has a constant above the float noise."
 
 
@@ -143,6 +145,8 @@ def _walk_verdict(walks: Sequence[Row], heading: str) -> str:
             "every point."
         )
     walk = walks[0]
+    if walk["steps"] == 0:
+        return f"No step was made from {walk['image_id']} ({heading})."
     text = (
         f"{walk['steps']} steps from {walk['image_id']} ({heading}): L2 {walk['l2']:.3g} from the origin along a path "
         f"of {walk['arc_length']:.3g}, with drift at most {short(drift)} at every point."
@@ -150,6 +154,9 @@ def _walk_verdict(walks: Sequence[Row], heading: str) -> str:
     if walk["remaining"] is not None and heading in ("toward", "connect"):
         reached = walk["remaining"] < 1e-3
         text += " The target itself was reached." if reached else f" The target is still {walk['remaining']:.3g} away."
+    left = walk["stationarity"]
+    if left is not None and left > 0.1 and (walk["remaining"] or 0.0) >= 1e-3:
+        text += f" It has not come to rest: {left:.0%} of the way on still leads along the level set. Take more steps."
     if walk["labels"]:
         seen = " then ".join(name.split(",")[0] for name in walk["labels"])
         text += f" The head sees {seen} all the way." if len(walk["labels"]) == 1 else f" The head sees {seen}."

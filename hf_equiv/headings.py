@@ -91,7 +91,7 @@ class Toward:
         distance, model = _norm(wish), corrector.model
         if distance == 0.0:
             return Plan(None, 0.0, 0.0)
-        bound = math.inf
+        bound = 1.0
         corrector.learn(at, corrector.bend)
         tangent, multipliers = _tangent(corrector, at, wish)
         for _ in range(_ROUNDS):

@@ -145,6 +145,7 @@ class Jacobian:
         """
         with torch.no_grad():
             again = self._f(self.image[None])[0].to(self.z)
+        self._spent += 1
         off = float((again - self.z).double().norm())
         if off > 1e3 * self.eps * float(self.z.double().norm()):
             raise ValueError(

@@ -141,6 +141,8 @@ def trace_level_set(
         walks = []
         for b, start in enumerate(images):
             corrector = Corrector(f, z[b], rtol)
+            corrector.look(start).jacobian.check_deterministic()
+            corrector.num_evals += 1 / 3
             corrector.num_evals += 1 / 3 if target is None or target.ndim == 4 else 0.0  # of z
             way: Heading
             if heading in ("toward", "nearest", "connect"):

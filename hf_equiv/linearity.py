@@ -128,6 +128,7 @@ def linearity_radius(
     for image, own in zip(images.detach(), given.vectors.detach().to(images.device), strict=True):
         start = time.perf_counter()
         line = _Line(f, Jacobian(f, image, batch=batch), tau, limit)
+        line.J.check_deterministic()
         chunks = []
         for some, ends in zip(own.split(batch), torch.arange(len(given)).split(batch), strict=True):
             flat = torch.tensor([against[k] == "embedding" for k in ends.tolist()], device=image.device)

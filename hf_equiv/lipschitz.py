@@ -189,6 +189,7 @@ def directional_lipschitz(
     for image, own in zip(images.detach(), given.vectors.detach(), strict=True):
         start = time.perf_counter()
         J = Jacobian(f, image, batch=batch)
+        J.check_deterministic()
         floor, method, passes = secant_noise(f, image, ladder, method=noise)
         chunks = []
         for some in own.to(images.device).split(batch):

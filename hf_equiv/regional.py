@@ -172,6 +172,9 @@ class _Search:
 
     def run(self, num_steps: int, num_batches: int, batch_size: int) -> _Search:
         start = time.perf_counter()
+        J = Jacobian(self.f, self.center)
+        J.check_deterministic()
+        self.num_evals += J.num_evals
         top, self.at_center = self._power(self.center, self.direction, _WARMUP)
         self._ascend(self.center, top, num_steps)
         best: tuple[float, Tensor, Tensor] = (-math.inf, self.center, top)
@@ -227,7 +230,7 @@ class _Search:
             no_autocast(),
         ):
             place, along = (t.clone()[None].requires_grad_(True) for t in (x, v))
-            moved = torch.func.jvp(self.f, (place,), (along,))[1]
+            moved = _pushed(self.f, place, along)
             unit = _unit(moved.detach())  # of ½‖Jv‖² but for the length ‖Jv‖, which might overflow
             slopes = torch.autograd.grad(moved, (place, along), unit, allow_unused=True)
         self.num_evals += 5 / 3
@@ -259,6 +262,24 @@ class _Search:
 
     def _gaussian(self) -> Tensor:
         return torch.randn(self.center.shape, generator=self.generator, dtype=torch.float64).to(self.center)
+
+
+def _pushed(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    """J v (1, D) at x, differentiable in both."""
+    try:
+        moved: Tensor = torch.func.jvp(f, (x,), (v,))[1]
+    except (RuntimeError, NotImplementedError) as error:
+        told = " ".join(str(error).split())[:160]
+        raise RuntimeError(
+            f"`f` must have a forward-mode derivative for a regional constant; it has none ({told}). Use "
+            "directional_lipschitz along given directions with secants, or another checkpoint."
+        ) from error
+    if not moved.requires_grad:
+        raise RuntimeError(
+            "`f` must be twice differentiable for a regional constant; its derivative has no gradient (is it rounded, "
+            "detached or piecewise constant?). Use an f that is smooth."
+        )
+    return moved
 
 
 def _unit(v: Tensor, otherwise: Tensor | None = None) -> Tensor:

@@ -93,7 +93,7 @@ class TopSingular:
         bound: on the distance of each to a singular value of J, (k,), float64.
         left: (D, k), float64.
         right: (k, N), float64.
-        passes: products with Jᵀ, and as many with J.
+        passes: products with Jᵀ; those with J are one more.
     """
 
     values: Tensor
@@ -106,7 +106,7 @@ class TopSingular:
 def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingular:
     """Find the k largest singular values by Golub–Kahan bidiagonalisation with full re-orthogonalisation.
 
-    From a random u₁: JᵀU = V B with V orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up),
+    From u₁ = J·noise: JᵀU = V B with V orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up),
     measured from the products themselves. Some singular value lies within ‖r‖ of θ. The residuals are the coupling of
     JJᵀ between the Up and the rest of the space; where all but σ₁ … σ_m lie below α < θᵢ, i ≤ m, its Schur complement
     gives
@@ -121,7 +121,11 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
     close. Equal values end the recursion early; it is then begun anew, off what was found, at least three passes long
     or until nothing is left. The whole matrix has no such condition.
 
-    Cost: one JVP and one VJP a pass; it stops when every bound is at most rtol·σ₁.
+    A value whose vector has hardly a part in u₁ appears late, and until then the next lower one stands in its place. So
+    k + 1 values must have converged, not k: of 5 % of the spectra of a trained DeiT-Tiny (k = 8) one value was skipped
+    without that rule, and of 3,700 runs (26 images, two models, k = 1 … 12) none with it.
+
+    Cost: one JVP and one VJP a pass, and a JVP to begin with; it stops when all those bounds are at most rtol·σ₁.
 
     Returns:
         The triplets with their bounds.
@@ -142,7 +146,10 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
     V = torch.empty(0, size, dtype=torch.float64, device=device)
     W = torch.empty(0, dim, dtype=torch.float64, device=device)  # rows J v
     B = torch.zeros(0, 0, dtype=torch.float64, device=device)
-    u, scale, since, restarts, empty = fresh(U), 0.0, 0, 0, False
+    sown = torch.randn(1, size, generator=generator, dtype=torch.float64).view(1, *J.image.shape)
+    u, _, length = _orthogonalise(J.mv(sown.to(J.image))[0].double(), U)
+    u = u if length > 0 else fresh(U)
+    scale, since, restarts, empty = 0.0, 0, 0, False
     for passes in range(1, min(dim, size) + 1):
         U = torch.cat([U, u[None]])
         g = J.rmv(u[None])[0].flatten().double()
@@ -163,7 +170,8 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
         Q, theta, Pt = torch.linalg.svd(B)
         residual = (W.T @ Q - (U.T @ Pt.T) * theta).norm(dim=0)
         bound = _bounds(theta, residual) + ACCURACY * theta[0]
-        done = passes >= min(k + 1, dim, size) and float(bound[:k].max()) <= rtol * float(theta[0])
+        next_too = min(k + 1, dim, size)
+        done = passes > next_too and float(bound[:next_too].max()) <= rtol * float(theta[0])
         u, _, length = _orthogonalise(w, U)
         ended = not length > _NOTHING * J.eps * scale
         if passes == min(dim, size) or (done and (empty or not ended) and (restarts == 0 or since >= _AGAIN or empty)):

@@ -171,8 +171,7 @@ def jacobian_spectrum(
     for index, image in enumerate(images.detach()):
         start = time.perf_counter()
         J = Jacobian(f, image, batch=batch)
-        if index == 0:
-            J.check_deterministic()
+        J.check_deterministic()
         one = _Settings(min(J.shape) if k is None else k, method, vectors, rank_rtol, rtol).run(f, J)
         one["seconds"] = time.perf_counter() - start
         found.append(one)

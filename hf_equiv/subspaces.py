@@ -110,6 +110,7 @@ def row_space(
         raise ValueError("`image` must be (C, H, W); got None. Leave it out only with a `Jacobian`.")
     else:
         J = Jacobian(f, image, batch=batch)
+        J.check_deterministic()
     if rank_rtol is not None:
         checks.check_range(rank_rtol, "rank_rtol", 0.0, 1.0)
     if matrix is None:

@@ -7,10 +7,12 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import EIGHT, SHAPE, images, invariant, linear, quadratic, rank_deficient, smooth_mlp, unreachable
 from PIL import Image
+from scipy.optimize import minimize
 from tiny_models import save
 from torch import Tensor
 from torch.func import jacrev
@@ -403,6 +405,67 @@ def test_a_jacobian_too_large_to_hold_is_refused(monkeypatch):
     monkeypatch.setattr(linearmodel, "_LARGEST", 1000)
     with pytest.raises(ValueError, match="the Jacobian must fit"):
         trace_level_set(linear(), images(1), heading="random")
+
+
+# The box
+
+
+def projected(weight: Tensor, z: Tensor, origin: Tensor) -> Tensor:
+    """The point of {W x = z, 0 ≤ x ≤ 1} nearest to origin, by its dual: x = clip(origin + Wᵀλ)."""
+    W, goal, o = weight.numpy(), z.numpy(), origin.numpy()
+
+    def dual(multipliers):
+        x = np.clip(o + W.T @ multipliers, 0, 1)
+        return multipliers @ (W @ x - goal) - 0.5 * ((x - o) ** 2).sum(), W @ x - goal
+
+    # the dual is concave: minimise its negative, ½‖x − o‖² − λ(Wx − z) at its minimiser
+    found = minimize(
+        lambda m: (-(0.5 * ((np.clip(o + W.T @ m, 0, 1) - o) ** 2).sum() - m @ (W @ np.clip(o + W.T @ m, 0, 1) - goal)),
+                   dual(m)[1]),
+        np.zeros(len(goal)), jac=True, method="BFGS", options={"gtol": 1e-10, "maxiter": 2000},
+    )  # fmt: skip
+    return torch.from_numpy(np.clip(o + W.T @ found.x, 0, 1))
+
+
+def test_nearest_is_the_projection_wherever_pixels_are_at_a_bound():
+    """Start and origin with many pixels at 0 and 1: which of them move is part of the answer."""
+    checked = 0
+    for seed in range(60):
+        draw = generator(seed)
+        size, dim = int(torch.randint(4, 30, (1,), generator=draw)), int(torch.randint(1, 4, (1,), generator=draw))
+        weight = torch.randn(dim, size, generator=draw, dtype=F64)
+        x, origin = torch.rand(2, size, generator=draw, dtype=F64)
+        mask = torch.rand(2, size, generator=draw)
+        x[mask[0] < 0.4], x[mask[0] > 0.7], origin[mask[1] < 0.3], origin[mask[1] > 0.7] = 0.0, 1.0, 0.0, 1.0
+        z = weight @ x
+        if float(z.norm()) < 1e-6:
+            continue
+        walk = trace_level_set(
+            lambda v, weight=weight: v.flatten(1) @ weight.T, x.view(1, 1, 1, -1), heading="nearest",
+            origin=origin.view(1, 1, 1, -1), num_steps=400, step=0.3, rtol=1e-8, stop=1e-5,
+        )  # fmt: skip
+        exact = projected(weight, z, origin)
+        if float((weight @ exact - z).abs().max()) > 1e-7:
+            continue  # the reference did not converge
+        checked += 1
+        assert walk.paths[0][-1].l2 <= float((exact - origin).norm()) * (1 + 1e-3) + 1e-6, seed
+    assert checked > 40
+
+
+def test_a_corner_is_left_along_its_edge():
+    start = torch.tensor([0.0, 1.0], dtype=F64).view(1, 1, 1, 2)
+    walk = trace_level_set(
+        lambda v: v.flatten(1).sum(1, keepdim=True), start, heading="nearest", origin=torch.zeros_like(start), step=0.1
+    )
+    assert walk.completed
+    torch.testing.assert_close(walk.images, torch.full_like(start, 0.5), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("step", [1.0, 1e6])
+def test_a_step_longer_than_the_box(step):
+    start = images(1, seed=11, dtype=F64)
+    walk = trace_level_set(linear(), start, heading="away", step=step, num_steps=30)
+    assert walk.paths[0][-1].l2 > 2
 
 
 # Networks

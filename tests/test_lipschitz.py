@@ -80,7 +80,7 @@ def test_the_record():
     assert result.radii.tolist() == pytest.approx([10 ** (-4 + i / 4) for i in range(R)])
     assert (result.kinds, result.indices) == (d.kinds, d.indices)
     # one forward pass of the Jacobian (and a graph of its products), 46 of the noise, K tangents, 2·K·R of the ladder
-    assert result.num_evals.tolist() == pytest.approx([(1 + 46 + 2 * K + 2 * K * R) / 3] * B, abs=1.1)
+    assert result.num_evals.tolist() == pytest.approx([(2 + 46 + 2 * K + 2 * K * R) / 3] * B, abs=1.1)
     low, high = result.plateau.unbind(dim=2)
     good = result.values.isfinite()
     assert torch.equal(good, low.isfinite())
@@ -152,7 +152,7 @@ def test_a_wrong_derivative_is_caught():
     assert result.values.isnan().all()
 
 
-def test_a_random_encoder_is_undetermined():
+def test_a_random_encoder_is_refused():
     generator = torch.Generator().manual_seed(0)
 
     def f(x):
@@ -160,7 +160,40 @@ def test_a_random_encoder_is_undetermined():
 
     x = images(1, dtype=torch.float64)
     v = torch.randn(1, 4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert set(directional_lipschitz(f, x, v).status[0]) == {"undetermined"}
+    with pytest.raises(ValueError, match="`f` must be deterministic; two calls on one image differ by"):
+        directional_lipschitz(f, x, v)
+
+
+@pytest.mark.parametrize("kink", [5e-5, 1e-6])
+def test_a_kink_below_the_ladder_is_seen_by_the_derivative(kink):
+    def f(v):
+        y = v.flatten(1)[:, :1] - 0.5
+        return y + 0.05 * (torch.relu(y - kink) - torch.relu(-y - kink))  # slope 1 at x, 1.05 where secants look
+
+    x = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
+    v = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 1, 2)
+    result = directional_lipschitz(f, x, v)
+    assert result.status == (("undetermined",),)
+    assert float(result.errors) >= 0.045
+
+
+@pytest.mark.parametrize("quantum", [1e-3, 1e-2])
+def test_outputs_that_are_rounded_on_purpose(quantum):
+    """The gradient passes straight through, and the secants see the steps."""
+    weight = torch.randn(10, 48, generator=torch.Generator().manual_seed(0))
+
+    def f(v):
+        y = v.flatten(1) @ weight.T
+        return y + ((y / quantum).round() * quantum - y).detach()
+
+    x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    v = torch.randn(1, 60, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    result = directional_lipschitz(f, x, v)
+    u = v[0].flatten(1).double()
+    exact = (u / u.norm(dim=1, keepdim=True) @ weight.double().T).norm(dim=1)
+    good = result.values[0].isfinite()
+    assert bool(((result.values[0] - exact).abs() <= result.errors[0])[good].all())
+    assert float(result.noise_floor[0, 0, 0] * result.radii[0]) > 0.1 * quantum
 
 
 def test_a_constant_encoder_is_undetermined():

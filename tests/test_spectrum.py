@@ -211,3 +211,71 @@ def test_progress():
     seen = []
     jacobian_spectrum(linear(), images(3), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+# Krylov methods and what they may skip
+
+
+def slow(*, count: int = 96) -> torch.Tensor:
+    """Singular values as a network has them: a few far apart, then ever closer."""
+    return 100.0 / (1 + torch.arange(count, dtype=torch.float64)) ** 0.7
+
+
+@pytest.mark.parametrize("k", [3, 8])
+def test_no_value_is_skipped(k):
+    """A value whose vector has hardly a part in the start converges after the next lower one."""
+    sigma = slow()
+    J = Jacobian(lambda x: x.flatten(1) * sigma, torch.full((1, 1, len(sigma)), 0.5, dtype=torch.float64))
+    for seed in range(60):
+        top = golub_kahan(J, k, 1e-4, seed=seed)
+        error = (top.values - sigma[:k]).abs()
+        assert bool((error <= top.bound + 1e-12).all()), seed
+        assert float(top.bound.max()) <= 1e-4 * float(sigma[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("values", "k"), [([3, 3, 2, 2, 2] + [1] * 95, 2), ([1] * 7 + [0] * 93, 5), ([3] * 40, 39)], ids=str
+)
+def test_equal_values_are_all_found(values, k, dtype):
+    draw = torch.randn(2, 100, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, right = torch.linalg.qr(draw)[0]
+    if len(values) == 100:
+        matrix = left * torch.tensor(values, dtype=torch.float64) @ right
+    else:
+        matrix = values[0] * right[: len(values)]
+    J = Jacobian(lambda x: x.flatten(1) @ matrix.T.to(x), torch.full((1, 1, 100), 0.5, dtype=dtype))
+    top = golub_kahan(J, k, 1e-4)
+    torch.testing.assert_close(top.values, torch.tensor(values[:k], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e-155, 1e155, 1e160])
+def test_any_scale(scale):
+    matrix = torch.randn(20, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.full((1, 1, 1, 60), 0.5, dtype=torch.float64)
+    result = jacobian_spectrum(lambda v: v.flatten(1) @ (scale * matrix).T, x)
+    exact = torch.linalg.svdvals(matrix)
+    torch.testing.assert_close(result.singular_values[0] / scale, exact, rtol=1e-12, atol=0)
+    assert bool((result.error_bound[0] / scale < 1e-12).all())
+    assert result.rank.tolist() == [20]
+
+
+def test_zeros_of_more_outputs_than_pixels():
+    matrix = torch.zeros(30, 12, dtype=torch.float64)
+    matrix[0, 0], matrix[1, 1] = 1.0, 0.5
+    result = jacobian_spectrum(lambda v: v.flatten(1) @ matrix.T, torch.full((1, 3, 2, 2), 0.5, dtype=torch.float64))
+    assert (result.rank.tolist(), result.nullity.tolist()) == ([2], [10])
+    assert [(zero.cause, zero.count) for zero in result.structural_zeros[0]] == [("unexplained", 10)]
+
+
+def test_a_value_below_its_own_noise_is_not_counted():
+    weight = torch.randn(16, 192, generator=torch.Generator().manual_seed(5))
+
+    def f(v):  # in float32 the offset leaves four digits of what the norm sees
+        return torch.nn.functional.layer_norm(1e4 + 0.01 * v.flatten(1) @ weight.T.to(v), (16,))
+
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    result = jacobian_spectrum(f, x)
+    assert int(result.rank) <= 15
+    assert float(result.rank_threshold) >= float(result.error_bound[0, -1])
+    assert jacobian_spectrum(f, x.double()).rank.tolist() == [15]
