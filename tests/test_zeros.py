@@ -37,6 +37,8 @@ class Normed(torch.nn.Module):
         if self.kind == "tokens":
             return y.flatten(1)
         z = y[:, 0]
+        if self.kind == "relu":
+            return torch.relu(z)
         if self.kind == "head":
             return torch.tanh(0.1 * self.head(z))
         return z / z.norm(dim=1, keepdim=True) if self.kind == "unit" else z
@@ -92,6 +94,18 @@ def test_unit_norm_and_no_relation():
     assert "unit norm" in {zero.cause for zero in unit.structural_zeros[0]}
     assert "unexplained" not in {zero.cause for zero in unit.structural_zeros[0]}
     assert Normed("tokens").left_relations(x[0]) == ()
+
+
+def test_a_tail_that_loses_rank_is_no_wider_head():
+    """What a ReLU switches off is lost at this image, and no fact of the architecture."""
+    x = images(1, dtype=torch.float64)
+    with torch.no_grad():
+        off = int((Normed("relu")(x) == 0).sum())
+    result = jacobian_spectrum(Normed("relu"), x)
+    assert off > 0
+    assert int(result.rank) <= 16 - off
+    assert "head wider than its input" not in {zero.cause for zero in result.structural_zeros[0]}
+    assert sum(zero.count for zero in result.structural_zeros[0]) == 16 - int(result.rank)
 
 
 def test_without_an_encoder_zeros_stay_unexplained():
