@@ -24,7 +24,7 @@ _ANALYSES = {
         "Level-set walks",
         "Each row holds one point of a walk through images that share an embedding: `frame` as 8-bit PNG, the drift "
         "‖f(x)−z‖/‖z‖ of the float frame (`float/*.safetensors`), that of the PNG (`drift_8bit`), and distances, label "
-        "and probability of the float frame.",
+        "and probability of the float frame. `num_evals` and `seconds` are of the whole walk.",
     ),
 }
 

@@ -16,6 +16,7 @@ from hf_equiv.results import Status
 
 _MAX_FAILURES = 10  # halvings of one step
 _REFRESH_AFTER = 5  # of them, before a full Jacobian is formed anew
+_SNAP = 0.1  # of the step that would be allowed: so near, the descent has nothing to add
 _AT_REST = 10  # times `stop`: a walk that finds no nearer point is complete below it
 _EASY, _HARD = 8, 25  # trials of the corrector: below, the step grows; above, it shrinks
 
@@ -122,7 +123,7 @@ class Walk:
             if plan.direction is None:
                 return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
             length = min(h, plan.length)
-            there, failure = self._try(at, plan, length)
+            there, failure = self._try(at, plan, length, max(length, _SNAP * h))
             if there is not None:
                 # a corrector that worked hard is at the edge of what the model knows
                 h *= 1.5 if corrector.trials <= _EASY else 0.7 if corrector.trials > _HARD else 1.0
@@ -142,10 +143,14 @@ class Walk:
                 return failure
         return Status.COMPLETED
 
-    def _try(self, at: Place, plan: Plan, length: float) -> tuple[Place | None, Status]:
-        """One step of the given length; the place, or None and what stood in the way."""
+    def _try(self, at: Place, plan: Plan, length: float, snap: float) -> tuple[Place | None, Status]:
+        """One step of the given length, or all the way to a destination on the level set that is nearer than `snap`.
+
+        Returns:
+            The place, or None and what stood in the way.
+        """
         assert plan.direction is not None
-        if self.end is not None and float(torch.linalg.vector_norm(self.end.image - at.image)) <= length:
+        if self.end is not None and float(torch.linalg.vector_norm(self.end.image - at.image)) <= snap:
             return self.end, Status.COMPLETED
         guess = (at.image + length * plan.direction).clamp(0, 1)
         if float(torch.linalg.vector_norm(guess - at.image)) < 0.1 * length:
