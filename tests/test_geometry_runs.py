@@ -300,6 +300,15 @@ def test_directions_are_read():
     assert parse_directions("top:2, gradient") == {"top": 2, "gradient": 1}
 
 
+def test_radii_below_every_step_leave_a_run_without_figures(photo_folder, tmp_path, monkeypatch):
+    radii = (1e-12, 1.5e-12, 2e-12, 3e-12)
+    found = finish("lipschitz", photo_folder, tmp_path / "out", radii=radii, linearity=False, regional=None, limit=1)
+    assert {row["status"] for row in found.rows} == {"undetermined"}
+    assert not (tmp_path / "out" / "figures").exists()
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    assert verify.verify_run(tmp_path / "out").holds
+
+
 # --- verify ---
 
 
