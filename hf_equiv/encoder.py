@@ -16,6 +16,7 @@ from hf_equiv.hub_files import version
 from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.loading import find_device, load_model
 from hf_equiv.network import Network
+from hf_equiv.noise import embedding_noise
 from hf_equiv.preprocess import load_preprocessor
 from hf_equiv.readouts import resolve_readout
 from hf_equiv.structure import left_relations, patch_weight
@@ -264,12 +265,7 @@ class Encoder:
             True
         """
         self._network.check(pixels)
-        twin, floors = self.double(), []
-        with torch.no_grad():
-            for image in pixels.to(self.dtype).split(1):
-                exact = twin(image.double())
-                floors.append((self(image).double() - exact).norm() / exact.norm())
-        return torch.stack(floors)
+        return embedding_noise(self, self.double(), pixels.to(self.dtype))
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
         """Return which left vectors u of J = ∂f/∂x have uᵀJ in closed form, by the last LayerNorm and what follows it.

@@ -85,6 +85,16 @@ def secant_noise(
         return (noise / math.sqrt(2)).clamp_min(least) / radii, "ecnoise", passes + 1
 
 
+def embedding_noise(f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image against the float64 twin of f, (B,), float64; one image at a time."""
+    floors = []
+    with torch.no_grad():
+        for image in images.split(1):
+            exact = twin(image.double())
+            floors.append((f(image).double() - exact).norm() / exact.norm())
+    return torch.stack(floors)
+
+
 def float64_twin(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
     """Return the same function in float64 if f makes one, as an Encoder below float64 does.
 
