@@ -88,12 +88,18 @@ class Corrector:
         if self.model.learn(at.jacobian, u):
             self.num_evals += 2 / 3
 
-    def correct(self, guess: Tensor, longest: float) -> Place | None:
-        """Bring a guess (C, H, W) back by steps no longer than `longest`; None where that fails."""
-        at = self.look(guess.clamp(0, 1))
+    def pull_back(self, x: Tensor, u: Tensor) -> Tensor:
+        """Jᵀu at an image (C, H, W); one evaluation."""
+        jacobian = Jacobian(self.f, x)
+        self.num_evals += 1.0
+        return jacobian.rmv(u[None])[0]
+
+    def correct(self, guess: Tensor, longest: float, drift: float | None = None) -> Place | None:
+        """Bring a guess (C, H, W) back to a drift (`rtol`) by steps no longer than `longest`; None where that fails."""
+        at, allowed = self.look(guess.clamp(0, 1)), drift or self.rtol
         self.bend, self.trials = at.residual, 0
         unknown, rejected, share = at.residual, 0, 1.0
-        while at.drift > 0.5 * self.rtol and rejected < _MAX_REJECTED and self.trials < _MAX_TRIALS:
+        while at.drift > 0.5 * allowed and rejected < _MAX_REJECTED and self.trials < _MAX_TRIALS:
             self.trials += 1
             self.model.hold((at.image > 0) & (at.image < 1))
             self.learn(at, unknown)
@@ -108,7 +114,7 @@ class Corrector:
                 unknown = at.residual
             rejected += 1
             share *= 1.0 if rejected == 1 else 0.5
-        return at if at.drift <= self.rtol else None
+        return at if at.drift <= allowed else None
 
     def newton(self, start: Place, most: int) -> Place:
         """At most so many Newton steps from a place at which the Jacobian was just formed.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_equiv.corrector import Corrector, Place
 from hf_equiv.feasible import dot
+from hf_equiv.trustregion import Step, newton_step
 
 _MEMORY = 20  # secant pairs of the descent towards an image
 _SMALLEST = 1e-3  # share of a wish that must be left after projection
@@ -17,6 +18,10 @@ _ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
 _ACTIVE = 60  # changes of the free pixels
 _CHANCES = 3  # of them that need not lower the number of pixels that are wrong
 _CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
+_NEAR = 0.12  # stationarity from which Newton steps are worth their products with the Hessian
+_PROBE = 0.01  # L2 length of the differences that stand for products with the Hessian
+_ACCURACY = 0.2  # of a Newton step
+_POOR, _FINE = 0.4, 0.75  # share of the promised gain below which the radius shrinks, above which it grows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +33,13 @@ class Plan:
         length: the step that the heading would take if nothing else limited it.
         stationarity: ‖P_null d‖ / ‖d‖, for d = destination − x an upper bound, for d = x − origin by the model; None
             for a fixed heading.
+        exact: whether the next step should start from a point with drift ≤ rtol, which this one has not.
     """
 
     direction: Tensor | None
     length: float
     stationarity: float | None = None
+    exact: bool = False
 
 
 class Ahead:
@@ -41,12 +48,18 @@ class Ahead:
     Args:
         direction: v, (C, H, W), for a fixed heading; the first v of the other.
         origin: v = x − origin once that is not zero; None for a fixed heading.
+
+    Attributes:
+        slack: drift that is allowed between points; 0 for rtol.
+        spacing: share of the longest step that points are apart, at least; between them the walk takes shorter steps.
     """
 
     def __init__(self, direction: Tensor, origin: Tensor | None = None) -> None:
         self.direction, self.origin = direction, origin
 
-    def plan(self, corrector: Corrector, at: Place) -> Plan:
+    slack, spacing = 0.0, 0.0
+
+    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
         """Project the heading. A learns the row along the last drift, which is how the level set bends under it."""
         wish = self.direction
         if self.origin is not None and bool((at.image != self.origin).any()):
@@ -65,27 +78,40 @@ class Ahead:
         moved = there.image - at.image
         return dot(moved, (at.image + there.image) / 2 - self.origin) > 0.0
 
+    def settle(self) -> None:
+        """Be told that the walk goes on from elsewhere."""
+
 
 class Toward:
-    """Down ½‖x − destination‖² inside the level set, by L-BFGS on its projected gradient.
+    """Down ½‖x − destination‖² inside the level set: by L-BFGS from afar, by Newton steps near a stationary point.
 
     The gradient on the level set in the box is −P d with d = destination − x and P the projection on its tangent cone,
     {t : J t = 0, t inwards or zero at pixels at 0 and 1}. Once A has learnt the row along λ, e = d − Jᵀλ is exact, and
     ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ whatever λ is (Moreau): so that over ‖d‖ certifies a stationary
     point without the full Jacobian there.
 
+    How the level set bends decides how far is near: H = P (I + ∇²(λᵀf)) P is the Hessian of the Lagrangian. L-BFGS
+    learns it from the way so far; a Newton step asks for its products, as differences of Jᵀλ, an evaluation each.
+
     Args:
         destination: (C, H, W), pixels in [0, 1].
         stop: ‖e‖/‖d‖ at which no nearer image is looked for.
+
+    References:
+        Nocedal, Wright (2006), Numerical Optimization, alg. 7.4 (L-BFGS), 7.2 (Newton steps), §18.1 (the Lagrangian).
     """
+
+    slack, spacing = 1e-3, 0.25
 
     def __init__(self, destination: Tensor, stop: float) -> None:
         self.destination, self.stop = destination, stop
         self.pairs: list[tuple[Tensor, Tensor, float]] = []
         self.last: tuple[Tensor, Tensor] | None = None
         self.slope = 0.0
+        self.newton: Step | None = None
+        self.radius = math.inf
 
-    def plan(self, corrector: Corrector, at: Place) -> Plan:
+    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
         """Find the descent direction, or that there is none."""
         wish = self.destination - at.image
         distance, model = _norm(wish), corrector.model
@@ -99,10 +125,14 @@ class Toward:
             rest = wish - model.transpose(multipliers)
             bound = min(bound, _norm(rest * _inwards(at.image, rest)) / distance)
             tangent, multipliers = _tangent(corrector, at, wish)
-            if bound <= max(self.stop, _CLOSE * _norm(tangent) / distance):
-                break
+            if at.drift > corrector.rtol or bound <= max(self.stop, _CLOSE * _norm(tangent) / distance):
+                break  # between points the bound need not be tight
+        exact = self.stop < bound <= (_NEAR if self.newton is None else 2 * _NEAR)
+        if exact and at.drift <= corrector.rtol:
+            return self._newton(corrector, at, tangent, multipliers, reach, bound)
+        self.newton = None
         if bound <= self.stop or _norm(tangent) == 0.0:
-            return Plan(None, 0.0, bound)
+            return Plan(None, 0.0, bound, exact)
         if self.last is not None:
             self._remember(at.image - self.last[0], self.last[1] - tangent)
         self.last = at.image, tangent
@@ -113,17 +143,47 @@ class Toward:
             direction, self.slope = tangent, dot(tangent, tangent)
         length = _norm(direction)
         self.slope /= length
-        return Plan(direction / length, length, bound)
+        return Plan(direction / length, length, bound, exact)
 
     def accepts(self, at: Place, there: Place) -> bool:
-        """Whether a corrected point is nearer by a share of what the slope promised (Armijo)."""
+        """Whether a corrected point is nearer by a share of what was promised."""
         moved = there.image - at.image
         # ½‖x − P‖² − ½‖y − P‖² = ⟨y − x, P − (x + y)/2⟩, without the difference of two large numbers
         gain = dot(moved, self.destination - (at.image + there.image) / 2)
-        if gain >= 1e-4 * self.slope * _norm(moved):
-            return True
+        if self.newton is None:
+            if gain >= 1e-4 * self.slope * _norm(moved):
+                return True
+            self.pairs.clear()
+            return False
+        length, whole = _norm(moved), _norm(self.newton.step)
+        ratio = gain / self.newton.gain(min(1.0, length / whole))
+        if ratio < _POOR:
+            self.radius = 0.5 * length
+        elif ratio > _FINE and self.newton.bound and length > 0.9 * whole:
+            self.radius = 2 * length
+        return ratio > 0.1
+
+    def settle(self) -> None:
+        """Be told that the walk goes on from elsewhere: the way there says nothing of how the level set bends."""
+        self.last = None
+
+    def _newton(
+        self, corrector: Corrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float
+    ) -> Plan:
+        """Plan the step to where the quadratic model of the Lagrangian is stationary."""
+        here = at.jacobian.rmv(multipliers[None].to(at.image))[0]
+        corrector.num_evals += 2 / 3
+
+        def hessian(v: Tensor) -> Tensor:
+            probe = _PROBE / _norm(v)
+            there = corrector.pull_back(at.image + probe * v, multipliers.to(v))
+            return corrector.model.project_null(v + (there - here) / probe)
+
         self.pairs.clear()
-        return False
+        self.last = None
+        self.newton = newton_step(hessian, tangent, min(reach, self.radius), _ACCURACY)
+        length = _norm(self.newton.step)
+        return Plan(self.newton.step / length, length, bound)
 
     def _remember(self, s: Tensor, y: Tensor) -> None:
         curvature = dot(s, y)

@@ -81,7 +81,7 @@ def _end(columns: Columns, row: Row, frame: Tensor, target: Tensor, z: Tensor) -
     with no_tf32():
         at = corrector.look(frame)
         corrector.refresh(at)
-        made = Toward(target.to(frame), stop=math.inf).plan(corrector, at).stationarity
+        made = Toward(target.to(frame), stop=math.inf).plan(corrector, at, 1.0).stationarity
     if made is None or not 0.95 * made - 1e-3 <= row["stationarity"] <= 1 + 1e-6:
         columns.found.add(columns.file, columns.name(row), "stationarity", row["stationarity"], made, "at least")
 

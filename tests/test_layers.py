@@ -34,7 +34,7 @@ NUMERICS = [
 ]
 GEOMETRY = ["singular", "zeros", "derivative_noise", "spectrum", "subspaces"]
 LIPSCHITZ = ["noise", "secants", "directions", "lipschitz", "extreme", "regional", "linearity"]
-WALKS = ["headings", "walk", "levelset"]
+WALKS = ["trustregion", "headings", "walk", "levelset"]
 ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
 ENCODER += ["structure", "zero_shot", "encoder"]
 DATA = ["imagefile", "hubdata", "data"]
