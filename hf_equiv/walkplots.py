@@ -63,7 +63,8 @@ def contact_sheet(
                 x, y = left + c * (side + gap), top + r * (side + words)
                 picture(figure, x, y, side, decode_png(frames[name][k]).numpy())
                 row = path[k]
-                head = cut(name, 18) if c == 0 else f"step {row['step']}   L2 {row['l2']:.2g}"
+                start = name if settings["solver"] is None else f"match from {name}"
+                head = cut(start, 22) if c == 0 else f"step {row['step']}   L2 {row['l2']:.2g}"
                 write(figure, x, y + side + 0.05, head, 7.5, INK, "bold" if c == 0 else "normal")
                 if row["label"] is not None:
                     seen = f"{cut(row['label'].split(',')[0], 14)} {row['prob']:.0%}"
