@@ -207,36 +207,34 @@ def walk(model: str, **given: Any) -> int:
 
 
 @cli.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("where", metavar="DIR|USER/NAME[@REV]")
+@click.option("--revision", metavar="REV", help="Branch, tag, commit or refs/pr/N of the dataset on the Hub.")
 @click.option("--model", metavar="PATH", help="Where the checkpoint is, if the run used a local folder.")
 @click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K.")
 @click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept.")
 @click.option("--local-files-only", is_flag=True, help="Never ask the Hub.")
+@click.option("--allow-withheld", is_flag=True, help="Rows whose photos are withheld are no problem.")
 @output_options
-def verify(
-    directory: Path, model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool,
-    as_json: bool, quiet: bool,
-) -> int:  # fmt: skip
-    """Recompute every row of a run directory from its images.
+def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
+    """Recompute every row of a run directory, or of a dataset on the Hub, from its images.
 
     Checks the SHA-256 of each file, that no row is missing or doubled, and every number within max(3 x the float noise
-    floor, 1e-6). Each problem is named; the exit code is 1 if there is one.
+    floor, 1e-6), with the model at its recorded revision; of a dataset every run, and the card. Each problem is named;
+    the exit code is 1 if there is one. Rows whose photos are withheld cannot be recomputed, which counts as a problem
+    unless --allow-withheld is given.
     """  # noqa: DOC201 (this is the help text)
     from hf_equiv import display, environment
 
     with display.result_stream() as out:
-        from hf_equiv.verify import verify_run
+        from hf_equiv.datasetcheck import verify_results
 
         environment.calm(quiet=as_json or quiet)
         with display.counter("verifying", quiet=as_json or quiet) as count:
-            report = verify_run(
-                directory, model=model, device=device, cache_dir=cache_dir, local_files_only=local_files_only,
-                observer=count,
-            )  # fmt: skip
+            report = verify_results(where, observer=count, **given)
         if as_json:
             display.print_json(report.to_json(), out)
         elif not quiet or not report.holds:
-            display.print_report(report, str(directory), out)
+            display.print_dataset_report(report, where, out)
     return 0 if report.holds else 1
 
 

@@ -332,7 +332,7 @@ def _collect(api: HfApi, repo_id: str, collection: str, job: _Job) -> str:
                     "making the collection",
                 ).slug
             job.call(
-                lambda: api.add_collection_item(slug, repo_id, KIND, exists_ok=True), "adding to the collection"
+                lambda: api.add_collection_item(slug, repo_id, "dataset", exists_ok=True), "adding to the collection"
             )
             return str(slug)
     except (OSError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]
     """
     found = _WRITTEN.fullmatch(name)
     if found is None:
-        raise ValueError(f"{name!r} must be a folder or a dataset, USER/NAME or USER/NAME@REVISION. Check the path.")
+        raise ValueError(
+            f"{name!r} must be a run directory; it does not exist. Check the path. (Datasets of the Hub are named "
+            "USER/NAME or USER/NAME@REVISION.)"
+        )
     if found["revision"] and revision is not None and found["revision"] != revision:
         raise ValueError(f"`revision` must be given once; got {found['revision']!r} and {revision!r}.")
     return found["repo"], found["revision"] or revision
@@ -96,18 +99,18 @@ def download_results(
 def _snapshot(
     name: str, wanted: list[str], revision: str | None, token: Any, cache_dir: str | None, local_files_only: bool
 ) -> tuple[Path, str]:
-    place: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": wanted, "cache_dir": cache_dir, "token": token}
-    client = {"library_name": "hf_equiv", "library_version": version("hf_equiv")}
+    download = partial(
+        snapshot_download, name, repo_type="dataset", revision=revision, allow_patterns=wanted, cache_dir=cache_dir,
+        token=token, library_name="hf_equiv", library_version=version("hf_equiv"),
+    )  # fmt: skip
     with explained(name, revision=revision, token=token):
         if local_files_only:
-            folder = Path(snapshot_download(name, revision=revision, local_files_only=True, **place, **client))
+            folder = Path(download(local_files_only=True))
             return folder, folder.name
         api = api_of(token)  # asked first: without network, the download below takes what is in the cache and is silent
         patiently(lambda: api.dataset_info(name, revision=revision), lambda _: None, "asking for the dataset")
-        found = patiently(
-            lambda: snapshot_download(name, revision=revision, **place, **client), lambda _: None, "downloading"
-        )
-        return Path(found), Path(found).name
+        folder = Path(patiently(download, lambda _: None, "downloading"))
+        return folder, folder.name
 
 
 def run_folders(folder: Path) -> dict[str, Path]:

@@ -178,7 +178,7 @@ def _line(place: str, record: Mapping[str, Any]) -> str:
     link = f"[{name}]({place}/README.md)" if place else name
     cells = (link, analysis_of(record), f"`{settings['model_id']}`", settings["data_id"], str(_rows(record)),
              "withheld" if is_withheld(record) else "published")  # fmt: skip
-    return "| " + " | ".join(cell.replace("|", "∣") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
 def _section(place: str, record: Mapping[str, Any]) -> str:
@@ -234,7 +234,9 @@ def _load(repo_id: str, runs: Runs, config: str) -> str:
 def _rights(record: Mapping[str, Any]) -> str:
     name, why = run_name(record), record.get("rights") or "not stated"
     if is_withheld(record):
-        return f"`{name}`: the photos are withheld, so that image columns are empty ({why}). Numbers, ids and labels stay."
+        return (
+            f"`{name}`: the photos are withheld, so that image columns are empty ({why}). Numbers, ids and labels stay."
+        )
     return f"`{name}`: with photos; {why}. A match or frame is a changed photo, under the licence of the photo."
 
 

@@ -76,7 +76,7 @@ def _print(done: Published, out: Any) -> None:
     console = display.console_of(out)
 
     def line(name: str, text: str) -> None:
-        console.print(f"{name + ':':<10}{text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name + ':':<11}{text}", highlight=False, markup=False, soft_wrap=True)
 
     seen = {True: "private", False: "public", None: "visibility is its owner's"}[done.private]
     place = f" in {done.place}/" if done.place else ""
@@ -85,7 +85,9 @@ def _print(done: Published, out: Any) -> None:
     elif not done.changed:
         line("unchanged", f"{done.run}{place} is there as it is here; nothing was committed")
     else:
-        one = f"{len(done.uploaded)} of {done.files} files" if len(done.uploaded) < done.files else f"{done.files} files"
+        one = (
+            f"{len(done.uploaded)} of {done.files} files" if len(done.uploaded) < done.files else f"{done.files} files"
+        )
         told = f"{done.run}{place}: {one}, {size(sum(n for _, n in done.uploaded))}"
         told += f", {len(done.deleted)} removed" if done.deleted else ""
         line("proposed" if done.pr_url else "published", f"{told}, in one commit {str(done.commit)[:8]}")

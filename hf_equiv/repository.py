@@ -137,8 +137,8 @@ def plan_change(there: Repository, run: LocalRun, rights: PhotoRights) -> Change
         if previous is not None and text_file(CARD, previous).sha256 == root["files"].get(CARD):
             previous = None  # nobody wrote into it
         if place:
-            files = {name: digest for name, digest in root["files"].items() if name != CARD}
-            runs[""] = {**root, "card": "dataset", "files": files}
+            hashes = {name: digest for name, digest in root["files"].items() if name != CARD}
+            runs[""] = {**root, "card": "dataset", "files": hashes}
             staged.append(text_file(rundir.RECORD, record_text(runs[""])))
     files = [*staged, text_file(CARD, publishcard.dataset_card(there.repo_id, runs, previous, there.runs))]
     added = [f for f in files if f.path not in there.files or there.files[f.path] not in (f.sha256, f.git_oid())]

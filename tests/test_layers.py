@@ -43,10 +43,24 @@ ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrow
 ANALYSES += ["walkplots", "geometryrun"]
 HUB = ["hubcalls", "licences", "publishing", "publishcard", "repository", "hub", "hubload"]
 PLOTS = ["plots", "geometryplots", "walkplots"]
-VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "verify"]
+VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "withheldcheck"]
+VERIFY += ["verify", "datasetcheck"]
 COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "publishcommand"]
 COMMANDS += ["options", "cli", "__main__"]
-ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *HUB, *VERIFY, *COMMANDS]
+ORDER = [
+    *NUMERICS,
+    *GEOMETRY,
+    *LIPSCHITZ,
+    *WALKS,
+    *ENCODER,
+    "metrics",
+    *DATA,
+    *RUN,
+    *ANALYSES,
+    *HUB,
+    *VERIFY,
+    *COMMANDS,
+]
 
 # Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)
 HOMES = {
