@@ -13,7 +13,7 @@ NAMES = (
 )  # fmt: skip
 """Keywords that are flags with the same name."""
 
-_FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES} | {"model_id": "MODEL"}
+_FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES} | {"model_id": "MODEL", "repo_id": "USER/NAME"}
 _PHRASES = (
     (" must be None", " must be left out"),
     (", or pass `token=False`", ""),
