@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +237,8 @@ class _Job:
         change: Change | None = None
         tried = False
         for wait in (*WAITS, None):
+            there = self.call(self.look, "reading the dataset")  # again after each failure: it may be ours by now
             try:
-                there = self.look()
                 now = plan_change(there, self.run, self.rights)
                 if not now.added and not now.deleted:  # nothing to do, or done by a try whose answer was lost
                     return (change if tried and change else now), str(there.head), None, tried

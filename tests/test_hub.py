@@ -1,4 +1,4 @@
-"""Publishing to the loopback Hub, and getting back what was published: through the real clients, and no mock of them."""
+"""Publishing to the loopback Hub, and getting back what was published: through the real clients, nothing mocked."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from fakes import TinyEncoder
-from huggingface_hub import HfFileSystem, errors
 from hubcases import NAME, at_root, contents, make_runs, record_of, reseal, titles
+from huggingface_hub import HfFileSystem, errors
 from loopback_hub import Hub
 from tiny_models import save
 
