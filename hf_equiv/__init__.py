@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from hf_equiv.data import draw_pairs, load_images
     from hf_equiv.directions import Directions, make_directions
     from hf_equiv.encoder import Encoder
-    from hf_equiv.hub import Published, publish_results
+    from hf_equiv.hub import publish_results
     from hf_equiv.hubload import download_results, load_results
     from hf_equiv.jacobian import Jacobian
     from hf_equiv.levelset import WalkResult, trace_level_set
     from hf_equiv.linearity import LinearityResult, linearity_radius
     from hf_equiv.lipschitz import LipschitzResult, directional_lipschitz
     from hf_equiv.matching import match_embedding
+    from hf_equiv.publication import Published
     from hf_equiv.quantize import refine_8bit
     from hf_equiv.regional import RegionalResult, regional_lipschitz
     from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
@@ -100,7 +101,7 @@ _HOMES = {
     "WalkResult": "levelset",
     "Directions": "directions",
     "verify_run": "verify",
-    "Published": "hub",
+    "Published": "publication",
     "publish_results": "hub",
     "download_results": "hubload",
     "load_results": "hubload",

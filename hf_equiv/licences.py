@@ -23,6 +23,7 @@ FREE = frozenset(
 """Licences, by their names on the Hub, under which images may be shared and changed."""
 
 _CLOSED_SETS = re.compile(r"imagenet|ilsvrc|celeba|vggface|ms-?celeb", re.IGNORECASE)
+_BUILTIN = "CC0 or public domain"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -65,7 +66,7 @@ def photo_rights(
     closed = {name: why for name, (found, why) in known.items() if why is not None}
     unknown = sorted(name for name, (found, why) in known.items() if found is None and why is None)
     free = {name: found for name, (found, why) in known.items() if found is not None and why is None}
-    told = "; ".join(f"{name}: {found}" for name, found in sorted(free.items()))
+    told = "; ".join(f"{name}: {_BUILTIN if name == 'builtin' else found}" for name, found in sorted(free.items()))
     if not closed and (not unknown or stated in FREE):
         named = told + ("; " if told and unknown else "") + (f"{', '.join(unknown)}: {license}" if unknown else "")
         licences = {*free.values(), *([str(stated)] if unknown else [])}

@@ -16,7 +16,7 @@ from hf_equiv import display, environment
 from hf_equiv.wording import in_flags
 
 if TYPE_CHECKING:
-    from hf_equiv.hub import Published
+    from hf_equiv.publication import Published
 
 _SHOWN = 40
 """Files listed by a dry run; the rest is counted."""

@@ -112,11 +112,14 @@ def read_run(folder: Path) -> LocalRun:
     analysis = analysis_of(record)
     if analysis not in LAYOUTS:
         raise ValueError(f"{where} holds a run of {analysis!r}, which this version of hf_equiv does not know.")
-    if not record.get("complete"):
+    rundir.check_record(folder, record, LAYOUTS[analysis])
+    if not record["complete"]:
         raise ValueError(
             f"{where} must be a finished run; rows are missing. Run the same {analysis} command again: it makes what "
             "is left."
         )
+    if "verdict" not in (record["summary"] or ()):
+        raise ValueError(f"{str(folder / rundir.RECORD)!r} is damaged: it lacks summary.verdict.")
     _check_files(folder, record)
     layout = LAYOUTS[analysis]
     versions: str | None = None

@@ -113,6 +113,7 @@ def verify_run(
     record = rundir.read_record(folder)
     settings = record["settings"]
     found, layout = Findings(), _layout(folder, record)
+    rundir.check_record(folder, record, layout)
     if record.get("photos") == WITHHELD:
         check_files(folder, record, found)
         return _without_encoder(folder, record, layout, found, allow_withheld=allow_withheld)

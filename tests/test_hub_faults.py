@@ -18,8 +18,7 @@ from huggingface_hub import HfFileSystem, constants, errors
 from safetensors.torch import save_file
 from test_hub import call
 
-from hf_equiv import hub as hub_module
-from hf_equiv import shards, verify
+from hf_equiv import publication, shards, verify
 from hf_equiv.datasetcheck import verify_results
 from hf_equiv.hub import publish_results
 from hf_equiv.hubload import download_results, load_results
@@ -131,17 +130,17 @@ def test_the_answer_to_a_pull_request_is_lost(hub, runs):
 
 def test_somebody_else_commits_in_between(hub, runs, monkeypatch):
     publish_results(runs["seed"], NAME)
-    send, others = hub_module.send, ["walk", "spectrum"]
+    send, others = publication.send, ["walk", "spectrum"]
 
     def late(*arguments, **options):
         if others:  # each time this one is ready, another has just been faster
             other = others.pop()
-            monkeypatch.setattr(hub_module, "send", send)
+            monkeypatch.setattr(publication, "send", send)
             publish_results(runs[other], NAME)
-            monkeypatch.setattr(hub_module, "send", late)
+            monkeypatch.setattr(publication, "send", late)
         return send(*arguments, **options)
 
-    monkeypatch.setattr(hub_module, "send", late)
+    monkeypatch.setattr(publication, "send", late)
     publish_results(runs["match"], NAME)
     report = verify_results(NAME)
     assert report.problems == ()
@@ -151,13 +150,13 @@ def test_somebody_else_commits_in_between(hub, runs, monkeypatch):
 
 def test_a_run_that_changes_while_it_is_published(hub, runs, tmp_path, monkeypatch):
     out = Path(shutil.copytree(runs["match"], tmp_path / "out"))
-    send = hub_module.send
+    send = publication.send
 
     def late(*arguments, **options):
         (out / "figures" / "pairs.png").write_bytes(b"another")
         return send(*arguments, **options)
 
-    monkeypatch.setattr(hub_module, "send", late)
+    monkeypatch.setattr(publication, "send", late)
     with pytest.raises(ValueError, match=r"figures/pairs.png changed while it was published"):
         publish_results(out, NAME)
     assert titles(hub) == ["initial commit"]
