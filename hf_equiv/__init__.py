@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from hf_equiv.data import draw_pairs, load_images
     from hf_equiv.directions import Directions, make_directions
     from hf_equiv.encoder import Encoder
+    from hf_equiv.hub import publish_results
+    from hf_equiv.hubload import download_results, load_results
     from hf_equiv.jacobian import Jacobian
     from hf_equiv.levelset import WalkResult, trace_level_set
     from hf_equiv.linearity import LinearityResult, linearity_radius
     from hf_equiv.lipschitz import LipschitzResult, directional_lipschitz
     from hf_equiv.matching import match_embedding
+    from hf_equiv.publication import Published
     from hf_equiv.quantize import refine_8bit
     from hf_equiv.regional import RegionalResult, regional_lipschitz
     from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
@@ -42,20 +45,24 @@ __all__ = [
     "LipschitzResult",
     "MatchResult",
     "Progress",
+    "Published",
     "RegionalResult",
     "RowSpace",
     "SpectrumResult",
     "Status",
     "WalkResult",
     "directional_lipschitz",
+    "download_results",
     "draw_pairs",
     "jacobian_spectrum",
     "linearity_radius",
     "load_images",
+    "load_results",
     "make_directions",
     "match_embedding",
     "patch_null_space",
     "principal_angles",
+    "publish_results",
     "refine_8bit",
     "regional_lipschitz",
     "row_space",
@@ -94,6 +101,10 @@ _HOMES = {
     "WalkResult": "levelset",
     "Directions": "directions",
     "verify_run": "verify",
+    "Published": "publication",
+    "publish_results": "hub",
+    "download_results": "hubload",
+    "load_results": "hubload",
 }
 
 

@@ -19,6 +19,7 @@ from hf_equiv.wording import in_flags
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hf_equiv.datasetcheck import DatasetReport
     from hf_equiv.matchrows import Observer, RunProgress
     from hf_equiv.run import RunOutcome
     from hf_equiv.verify import VerifyReport
@@ -212,6 +213,21 @@ def _failures(outcome: RunOutcome) -> list[str]:
     ]
 
 
+def print_dataset_report(report: DatasetReport, where: str, out: Any) -> None:
+    """Print what `verify` found of a dataset: each run, what is wrong with the card, and which commit this was."""
+    console = console_of(out)
+    for run in report.runs:
+        print_report(run.report, f"{where} ({run.name})" if len(report.runs) > 1 else where, out)
+    for problem in report.card_problems:
+        console.print(problem.message, highlight=False, markup=False, soft_wrap=True)
+    if len(report.runs) > 1 or report.card_problems:
+        held = sum(run.report.holds for run in report.runs)
+        card = "; its card does not" if report.card_problems else ""
+        console.print(f"{held} of {len(report.runs)} runs of {where} hold{card}.", highlight=False, markup=False)
+    if report.commit is not None:
+        console.print(f"Verified at commit {report.commit}.", highlight=False, markup=False, soft_wrap=True)
+
+
 def print_report(report: VerifyReport, directory: str, out: Any) -> None:
     """Print what `verify` found, each problem on a line."""
     from hf_equiv.metrics import short
@@ -230,6 +246,11 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
     if not report.problems and not report.holds:
         told = f"Nothing in {directory} can be checked"
         worst = ""
+    elif report.withheld and report.holds:
+        told = (
+            f"Files, list and summary of {directory} hold; {report.withheld} of {report.rows} rows cannot be recomputed"
+        )
+        told, worst = told + ": photos are withheld", ""
     elif report.holds and report.rows == 1 and not report.error_rows:
         told = f"The row of {directory} holds"
     elif report.holds:

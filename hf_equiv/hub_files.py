@@ -109,6 +109,11 @@ class HubFiles:
         return [name for name in names if "/" not in name]
 
 
+def is_missing_revision(error: BaseException) -> bool:
+    """Whether the Hub said that a repository has no such revision."""
+    return isinstance(error, hub_errors.RevisionNotFoundError)
+
+
 def _api(token: str | bool | None) -> HfApi:
     return HfApi(library_name="hf_equiv", library_version=version("hf_equiv"), token=token)
 

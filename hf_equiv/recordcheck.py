@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hf_equiv import card, rundir, shards
+from hf_equiv import card, metrics, rundir, shards
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.rowcheck import Findings
+from hf_equiv.run import summarize_run
 from hf_equiv.shards import MATCH, Layout, Row
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def check_files(folder: Path, record: Row, found: Findings) -> None:
         return
     for path in sorted(rundir.own_files(folder)):
         name = path.relative_to(folder).as_posix()
+        if name == "README.md" and record.get("card") == "dataset":
+            continue  # the card of a dataset is its owner's to edit; its numbers are checked
         if name not in stated:
             found.say(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
 
@@ -83,6 +86,15 @@ def check_listed(record: Row, layout: Layout, rows: Sequence[Row], found: Findin
     return True
 
 
+def leaves(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The values of two nested mappings, side by side, with their path."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            yield from leaves(f"{path}.{key}", a.get(key), b.get(key))
+    else:
+        yield path, a, b
+
+
 def check_card(folder: Path, record: Row, made: Row, found: Findings) -> None:
     """The numbers of README.md must be those of the rows; a card of another schema may be put in other words."""
     path = folder / "README.md"
@@ -94,3 +106,27 @@ def check_card(folder: Path, record: Row, made: Row, found: Findings) -> None:
         if line.startswith("| ") and line not in there and not line.startswith("| |"):
             told = f"the card does not say what the rows say: {line}"
             found.say("README.md", None, line.split(" | ")[0].removeprefix("| "), None, line, told)
+
+
+def check_summary(encoder: Encoder, folder: Path, rows: Sequence[Row], record: Row, found: Findings) -> None:
+    """The stated summary must follow from the rows, which have been verified; the baseline within float noise.
+
+    The verdict must follow from the rows and the stated baseline, so that noise cannot turn a digit of its text.
+    """
+    ids = [pair["pair_id"] for pair in record["pairs"]]
+    order = {name: index for index, name in enumerate(ids)}
+    rows, rtol = sorted(rows, key=lambda row: order[row["pair_id"]]), record["settings"]["rtol"]
+    made = summarize_run(encoder, folder, rows, rtol, ids)
+    stated = record["summary"] if isinstance(record["summary"], dict) else {}
+    before = len(found.problems)
+    for key in sorted({*made, *stated} - {"verdict"}):
+        for path, a, b in leaves(key, stated.get(key), made.get(key)):
+            numbers = isinstance(a, int | float) and isinstance(b, int | float)
+            if a != b and not (numbers and abs(a - b) <= max(1e-5 * abs(b), 1e-6 if "baseline" in path else 0.0)):
+                found.add("run.json", None, f"summary.{path}", a, b)
+    baseline = stated.get("baseline") if len(found.problems) == before else made["baseline"]
+    verdict = metrics.summarize(rows, baseline, rtol)["verdict"]
+    if stated.get("verdict") != verdict:
+        found.add("run.json", None, "summary.verdict", stated.get("verdict"), verdict)
+    if len(found.problems) == before:
+        check_card(folder, record, stated, found)

@@ -111,13 +111,8 @@ def check_row(
     """Recompute one row from its images, its float match and what that cost, and note what does not agree."""
     name = row["pair_id"]
     if row["status"] == Status.ERROR:
-        for key in ("match", "embedding_error", *metrics.MEASURES, "num_evals", "seconds"):
-            if row[key] is not None:
-                stated = "an image" if key == "match" else row[key]
-                found.add(file, name, key, stated, None, "a row of status error holds no match and no numbers")
+        check_empty(file, row, found)
         return
-    if row["status"] not in _STATUSES:
-        found.add(file, name, "status", row["status"], None, f"must be one of {', '.join(_STATUSES)}")
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     images: dict[str, Tensor] = {}
     for column in shards.IMAGE_COLUMNS:
@@ -150,13 +145,29 @@ def check_row(
     for key in _LABELS:
         if row[key] != made[key]:
             found.add(file, name, key, row[key], made[key])
+    _check_ball(file, name, "match", images["match"], images["source"], settings, found)
+    if image is not None and (cost is None or cost.get("match") != row["num_evals"]):
+        found.add(file, name, "num_evals", row["num_evals"], (cost or {}).get("match"), "the float file states another")
+    check_limits(file, row, settings, found)
+
+
+def check_empty(file: str, row: Row, found: Findings) -> None:
+    """A row of status `error` must hold nothing."""
+    for key in ("match", "embedding_error", *metrics.MEASURES, "num_evals", "seconds"):
+        if row[key] is not None:
+            stated = "an image" if key == "match" else row[key]
+            found.add(file, row["pair_id"], key, stated, None, "a row of status error holds no match and no numbers")
+
+
+def check_limits(file: str, row: Row, settings: Row, found: Findings) -> None:
+    """Check what a row must be whatever its images: numbers in their ranges, and a status that fits them."""
+    name = row["pair_id"]
+    if row["status"] not in _STATUSES:
+        found.add(file, name, "status", row["status"], None, f"must be one of {', '.join(_STATUSES)}")
     for key, (least, most) in _RANGES.items():
         if row[key] is not None and not least - 1e-12 <= row[key] <= most + 1e-12:
             found.add(file, name, key, _plain(row[key]), None, f"must be from {least:g} to {most:g}")
-    _check_ball(file, name, "match", images["match"], images["source"], settings, found)
     spent, most = row["num_evals"], settings["max_evals"]
-    if image is not None and (cost is None or cost.get("match") != spent):
-        found.add(file, name, "num_evals", spent, (cost or {}).get("match"), "the float file states another")
     if spent is not None and (spent > most or (row["status"] == Status.MAX_EVALS and spent <= most - 1)):
         found.add(file, name, "num_evals", spent, most, f"max_evals, with status {row['status']}")
     reached, rtol = row["embedding_error"], settings["rtol"]

@@ -49,6 +49,27 @@ def read_record(folder: Path) -> Row:
     return dict(record)
 
 
+def check_record(folder: Path, record: Row, layout: Layout) -> None:
+    """Refuse a `run.json` without what every run states; `read_record` asks for less, since any run may be replaced.
+
+    Raises:
+        ValueError: something is missing.
+    """
+    wanted = ["model_id", "model_revision", "readout", "dtype", "normalize", "data_id", "data_revision", "seed"]
+    wanted += ["rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"] if layout is MATCH else []
+    settings, summary = record["settings"], record.get("summary")
+    missing = [f"settings.{key}" for key in wanted if key not in settings]
+    missing += [key for key, kind in ((layout.listed, list), ("files", dict)) if not isinstance(record.get(key), kind)]
+    missing += [f"{layout.listed}.{layout.item}"] if not missing and not all(
+        isinstance(item, dict) and layout.item in item for item in record[layout.listed]
+    ) else []  # fmt: skip
+    missing += ["complete"] if "complete" not in record else []
+    if record.get("complete") and "summary" not in record and summary is None:
+        missing.append("summary")
+    if missing:
+        raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks {', '.join(missing)}.")
+
+
 def prepare(folder: Path, settings: Row, items: Sequence[Row], overwrite: str, layout: Layout = MATCH) -> None:
     """Make `folder` ready for a run of these settings, by the rule of `overwrite`; run under `locked`.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
@@ -192,6 +193,18 @@ def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> l
     for row in rows if images else ():
         row.update({c: row[c]["bytes"] if isinstance(row[c], dict) else None for c in layout.images})
     return rows
+
+
+def without_images(path: Path, layout: Layout = MATCH) -> bytes:
+    """The same shard with nothing in its image columns, as the bytes of a parquet file."""
+    table = pq.read_table(path)
+    for name in layout.images:
+        place = table.schema.get_field_index(name)
+        field = table.schema.field(place)
+        table = table.set_column(place, field, pa.nulls(len(table), field.type))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
 
 
 def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_equiv import metrics, rundir, shards
+from hf_equiv import rundir, shards
 from hf_equiv.geometrycheck import ImageCheck
 from hf_equiv.geometrysummary import summarize_analysis
+from hf_equiv.hub_files import is_missing_revision
 from hf_equiv.layouts import LAYOUTS, ROW_KEYS, row_name
-from hf_equiv.recordcheck import check_card, check_files, check_listed, check_model
+from hf_equiv.publishing import WITHHELD
+from hf_equiv.recordcheck import check_files, check_listed, check_model, check_summary, leaves
 from hf_equiv.results import Status
 from hf_equiv.rowcheck import Findings, Problem, check_row, check_stated
-from hf_equiv.run import summarize_run
 from hf_equiv.shards import MATCH, PROVENANCE_FEATURES, Layout, Row
+from hf_equiv.withheldcheck import check_stated_summary, check_without_images
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
@@ -32,6 +34,7 @@ class VerifyReport:
         rows: rows in the directory.
         verified: rows whose match was recomputed without a problem.
         error_rows: rows of status `error`, which hold no match; not counted in `verified`, nor in the JSON form.
+        withheld: rows that cannot be recomputed, since their photos are withheld; in the JSON form if there are any.
         failed: rows with one, and pairs without a row.
         worst_embedding_error: largest recomputed error of a float match, or drift of a frame; None elsewhere.
         worst_embedding_error_8bit: the same of the stored PNG.
@@ -46,6 +49,7 @@ class VerifyReport:
     worst_embedding_error_8bit: float | None
     problems: tuple[Problem, ...]
     error_rows: int = 0
+    withheld: int = 0
     analysis: str = MATCH.analysis
 
     @property
@@ -56,7 +60,8 @@ class VerifyReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain data; rows of status `error` are those that are neither verified nor failed."""
         data = asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
-        return {key: value for key, value in data.items() if key not in ("error_rows", "analysis")}
+        left_out = {"error_rows", "analysis"} | ({"withheld"} if not self.withheld else set())
+        return {key: value for key, value in data.items() if key not in left_out}
 
 
 def verify_run(
@@ -66,6 +71,7 @@ def verify_run(
     device: str | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
+    allow_withheld: bool = False,
     observer: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Check a run directory: every file's SHA-256, every row's presence, every number from the stored images.
@@ -79,7 +85,8 @@ def verify_run(
 
     What nothing in the folder can show: how the match was made (solver and its parameters, attention kernel, versions,
     seconds, and evaluations beyond what the float file states), and that the images are those of the data set named.
-    No network is used unless the model comes from the Hub.
+    No network is used unless the model comes from the Hub. Of a run whose photos are withheld, the files, the list, the
+    statuses and the summary are checked; that its rows cannot be recomputed is a problem unless `allow_withheld`.
 
     Args:
         folder: run directory.
@@ -87,6 +94,7 @@ def verify_run(
         device: where to compute; by default CUDA if there is one.
         cache_dir: the Hub's cache.
         local_files_only: never ask the Hub.
+        allow_withheld: a run without photos holds if all else does.
         observer: called with (rows checked, rows in total).
 
     Returns:
@@ -94,6 +102,7 @@ def verify_run(
 
     Raises:
         ValueError: the folder is no run directory, was written by a newer version, or its model is not to be found.
+        OSError: the model's files cannot be fetched or read.
 
     Example:
         >>> report = verify_run("runs/match/builtin/1a2b3c4d")  # doctest: +SKIP
@@ -103,10 +112,21 @@ def verify_run(
     folder = Path(folder)
     record = rundir.read_record(folder)
     settings = record["settings"]
-    encoder = _load(settings, model, device, cache_dir, local_files_only)
-    found = Findings()
+    found, layout = Findings(), _layout(folder, record)
+    rundir.check_record(folder, record, layout)
+    if record.get("photos") == WITHHELD:
+        check_files(folder, record, found)
+        return _without_encoder(folder, record, layout, found, allow_withheld=allow_withheld)
+    try:
+        encoder = _load(settings, model, device, cache_dir, local_files_only)
+    except OSError as error:
+        if not is_missing_revision(error):
+            raise
+        check_files(folder, record, found)
+        gone = f"model {settings['model_id']!r} has no revision {settings['model_revision']!r}: nothing was recomputed"
+        found.say("run.json", None, "model_revision", settings["model_revision"], None, gone)
+        return _without_encoder(folder, record, layout, found)
     check_model(encoder, settings, found)
-    layout = _layout(folder, record)
     check_files(folder, record, found)
     if layout is not MATCH:
         return _verify_analysis(folder, record, layout, encoder, observer, found)
@@ -131,7 +151,7 @@ def verify_run(
             if observer is not None:
                 observer(len(rows), len(record["pairs"]))
     if check_listed(record, layout, rows, found) and record["complete"] and not found.bad_rows:
-        _check_summary(encoder, folder, rows, record, found)
+        check_summary(encoder, folder, rows, record, found)
     failed, empty = len(found.bad_rows), {row["pair_id"] for row in rows if row["status"] == Status.ERROR}
     return VerifyReport(
         rows=len(rows),
@@ -142,6 +162,38 @@ def verify_run(
         problems=tuple(found.problems),
         error_rows=len(empty),
     )
+
+
+def _without_encoder(
+    folder: Path, record: Row, layout: Layout, found: Findings, *, allow_withheld: bool | None = None
+) -> VerifyReport:
+    """Check what can be checked of rows that cannot be recomputed; `allow_withheld` is None where photos are there."""
+    rows: list[Row] = []
+    places: dict[Any, str] = {}
+    listed = {item[layout.item]: item for item in record[layout.listed]}
+    for file, shard in _shards(folder, found, layout):
+        for row in shard:
+            name = row_name(layout.analysis, row)
+            if (key := tuple(row[k] for k in ROW_KEYS[layout.analysis])) in places:
+                twice = f"row {name!r} is there twice; the other is in {places[key]}"
+                found.say(file, name, layout.item, "one row", "two rows", twice)
+                continue
+            places[key] = file
+            item = listed.get(row[layout.item])
+            check_without_images(file, row, record, item, layout, found, withheld=allow_withheld is not None)
+            rows.append({k: v for k, v in row.items() if k not in layout.images})
+    if check_listed(record, layout, rows, found) and record["complete"] and not found.bad_rows:
+        check_stated_summary(record, layout, rows, found)
+    empty = sum(row["status"] == Status.ERROR for row in rows)
+    withheld = 0 if allow_withheld is None else len(rows) - empty
+    if withheld and not allow_withheld:
+        told = f"{withheld} of {len(rows)} rows cannot be recomputed: photos are withheld"
+        found.say("run.json", None, "photos", WITHHELD, None, told)
+    failed = len(rows) if allow_withheld is None else len(found.bad_rows)
+    return VerifyReport(
+        rows=len(rows), verified=0, failed=failed, worst_embedding_error=None, worst_embedding_error_8bit=None,
+        problems=tuple(found.problems), error_rows=empty, withheld=withheld, analysis=layout.analysis,
+    )  # fmt: skip
 
 
 def _layout(folder: Path, record: Row) -> Layout:
@@ -185,7 +237,7 @@ def _verify_analysis(
     if check_listed(record, layout, rows, found) and record["complete"] and not found.bad_rows:
         order = {image_id: i for i, image_id in enumerate(listed)}
         made = summarize_analysis(analysis, sorted(rows, key=lambda row: order[row["image_id"]]))
-        for path, a, b in _leaves("summary", record["summary"], made):
+        for path, a, b in leaves("summary", record["summary"], made):
             if a != b:
                 found.add("run.json", None, path, a, b)
     empty = {row_name(analysis, row) for row in rows if row["status"] == Status.ERROR}
@@ -243,35 +295,3 @@ def _floats(folder: Path, file: str, found: Findings) -> tuple[dict[str, Tensor]
     except ValueError as error:
         found.say(path.relative_to(folder).as_posix(), None, "file", "float matches", None, str(error))
         return {}, {}
-
-
-def _check_summary(encoder: Encoder, folder: Path, rows: Sequence[Row], record: Row, found: Findings) -> None:
-    """The stated summary must follow from the rows, which have been verified; the baseline within float noise.
-
-    The verdict must follow from the rows and the stated baseline, so that noise cannot turn a digit of its text.
-    """
-    ids = [pair["pair_id"] for pair in record["pairs"]]
-    order = {name: index for index, name in enumerate(ids)}
-    rows, rtol = sorted(rows, key=lambda row: order[row["pair_id"]]), record["settings"]["rtol"]
-    made = summarize_run(encoder, folder, rows, rtol, ids)
-    stated = record["summary"] if isinstance(record["summary"], dict) else {}
-    before = len(found.problems)
-    for key in sorted({*made, *stated} - {"verdict"}):
-        for path, a, b in _leaves(key, stated.get(key), made.get(key)):
-            numbers = isinstance(a, int | float) and isinstance(b, int | float)
-            if a != b and not (numbers and abs(a - b) <= max(1e-5 * abs(b), 1e-6 if "baseline" in path else 0.0)):
-                found.add("run.json", None, f"summary.{path}", a, b)
-    baseline = stated.get("baseline") if len(found.problems) == before else made["baseline"]
-    verdict = metrics.summarize(rows, baseline, rtol)["verdict"]
-    if stated.get("verdict") != verdict:
-        found.add("run.json", None, "summary.verdict", stated.get("verdict"), verdict)
-    if len(found.problems) == before:
-        check_card(folder, record, stated, found)
-
-
-def _leaves(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            yield from _leaves(f"{path}.{key}", a.get(key), b.get(key))
-    else:
-        yield path, a, b

@@ -9,11 +9,11 @@ NAMES = (
     "source", "target", "data", "pairs", "solver", "radius", "norm", "rtol", "max_evals", "labels", "out", "overwrite",
     "seed", "revision", "readout", "normalize", "device", "dtype", "batch_size", "image_column", "label_column",
     "cache_dir", "local_files_only", "limit", "k", "vectors", "directions", "radii", "regional", "linearity", "heading",
-    "step", "num_steps",
+    "step", "num_steps", "create_pr", "license", "i_have_the_right", "withhold_photos", "collection",
 )  # fmt: skip
 """Keywords that are flags with the same name."""
 
-_FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES} | {"model_id": "MODEL"}
+_FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES} | {"model_id": "MODEL", "repo_id": "USER/NAME"}
 _PHRASES = (
     (" must be None", " must be left out"),
     (", or pass `token=False`", ""),

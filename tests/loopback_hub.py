@@ -52,10 +52,11 @@ class Blob:
 
     data: bytes
     lfs: str | None = None
+    in_xet: int | None = None  # bytes of a file that only the Xet store holds
 
     @property
     def size(self) -> int:
-        return len(self.data)
+        return len(self.data) if self.in_xet is None else self.in_xet
 
     @property
     def oid(self) -> str:
@@ -205,27 +206,25 @@ class Hub:
 
     def files(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
         """Path to content at a revision."""
-        return {path: blob.data for path, blob in self.repos[kind, name].at(revision).files.items()}
+        blobs = self.repos[kind, name].at(revision).files
+        return {
+            path: blob.data if blob.in_xet is None else self._from_xet(str(self.xet_hash(str(blob.lfs))), blob.in_xet)
+            for path, blob in blobs.items()
+        }
 
     def url(self, repo: Repo) -> str:
         """Web address of a repository."""
         return f"{self.endpoint}/{'' if repo.kind == 'models' else repo.kind + '/'}{repo.name}"
-
-    def stored(self, oid: str) -> bytes | None:
-        """Content of an LFS object, wherever it is."""
-        if oid not in self.objects and self.xet is not None and (name := self.xet_hash(oid)) is not None:
-            self.objects[oid] = self._from_xet(name)
-        return self.objects.get(oid)
 
     def xet_hash(self, oid: str) -> str | None:
         """The Xet file hash of a SHA-256, from the shards of the local store."""
         shards = [] if self.xet is None else (self.xet / "xet" / "xorbs" / "shards").glob("*.mdb")
         return next((names[oid] for names in map(_read_shard, shards) if oid in names), None)
 
-    def _from_xet(self, name: str) -> bytes:
+    def _from_xet(self, name: str, size: int) -> bytes:
+        """Rebuild a file; the store is one process's at a time, so the client that filled it must have ended."""
         import hf_xet
 
-        size = 0
         target = Path(str(self.xet)) / "rebuilt"
         info = hf_xet.PyXetDownloadInfo(str(target), name, size)
         hf_xet.download_files([info], f"local://{self.xet}", ("xet", int(time.time()) + 3600), None, None)
@@ -487,7 +486,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         commit = repo.at(revision)
         readme = commit.files.get("README.md", Blob(b"")).data.decode(errors="replace")
         found = re.match(r"\A---\n(.*?)\n---", readme, re.DOTALL)
-        card = json.loads(json.dumps(yaml.safe_load(found.group(1)) if found else {}, default=str)) or {}
+        try:
+            card = json.loads(json.dumps(yaml.safe_load(found.group(1)) if found else {}, default=str)) or {}
+        except yaml.YAMLError:
+            card = {}  # a broken card is no reason to hide the repository
         siblings = [
             {"rfilename": path, "size": blob.size, "blobId": blob.oid}
             | ({"lfs": {"sha256": blob.lfs, "size": blob.size, "pointerSize": 129}} if blob.lfs else {})
@@ -635,10 +637,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
-                data = self.hub.stored(value["oid"])
-                if data is None:
+                data = self.hub.objects.get(value["oid"])
+                if data is not None:
+                    files[value["path"]] = Blob(data, value["oid"])
+                elif self.hub.xet_hash(value["oid"]) is not None:
+                    files[value["path"]] = Blob(b"", value["oid"], value["size"])
+                else:
                     raise HubError(400, "LFS pointer pointed to a file that does not exist")
-                files[value["path"]] = Blob(data, value["oid"])
             elif line["key"] == "deletedFile":
                 if files.pop(value["path"], None) is None:
                     raise HubError(404, f"{value['path']} does not exist", "EntryNotFound")

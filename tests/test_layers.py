@@ -41,26 +41,42 @@ DATA = ["imagefile", "hubdata", "data"]
 RUN = ["shards", "card", "rundir", "pairs", "plan", "plots", "matchrows", "run"]
 ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
 ANALYSES += ["walkplots", "geometryrun"]
+HUB = ["hubcalls", "licences", "publishing", "publishcard", "repository", "publication", "hub"]
+HUB += ["hubload"]
 PLOTS = ["plots", "geometryplots", "walkplots"]
-VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "verify"]
-COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "options", "cli"]
-COMMANDS += ["__main__"]
-ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *VERIFY, *COMMANDS]
+VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "withheldcheck"]
+VERIFY += ["verify", "datasetcheck"]
+COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "publishcommand"]
+COMMANDS += ["options", "cli", "__main__"]
+ORDER = [
+    *NUMERICS,
+    *GEOMETRY,
+    *LIPSCHITZ,
+    *WALKS,
+    *ENCODER,
+    "metrics",
+    *DATA,
+    *RUN,
+    *ANALYSES,
+    *HUB,
+    *VERIFY,
+    *COMMANDS,
+]
 
 # Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)
 HOMES = {
     "transformers": ENCODER,
-    "huggingface_hub": [*ENCODER, *DATA],
+    "huggingface_hub": [*ENCODER, *DATA, *HUB],
     "accelerate": ["run"],
-    "datasets": [*DATA, "shards", "layouts"],
+    "datasets": [*DATA, "shards", "layouts", "hubload"],
     "pyarrow": ["shards"],
-    "safetensors": [*ENCODER, "shards"],
+    "safetensors": [*ENCODER, "shards", "hubload"],
     "PIL": [*ENCODER, *DATA, "plots", "walkplots"],
     "numpy": [*ENCODER, *DATA, *PLOTS],
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,
     "click": ["options", "cli"],
-    "rich": ["display", "geometrytables"],
+    "rich": ["display", "geometrytables", "publishcommand"],
 }
 DISTRIBUTIONS = {"PIL": "pillow"}
 

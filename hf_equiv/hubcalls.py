@@ -1,0 +1,241 @@
+"""Calls to the Hub: patient with what passes, and every failure named together with its cure."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
+
+from hf_equiv.hub_files import version
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+WAITS = (1.0, 2.0, 4.0, 8.0, 8.0, 16.0)
+"""Seconds between tries."""
+LONGEST_WAIT = 310.0
+"""The most that a rate limit is waited for: its window is five minutes."""
+_PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+_CUT = (httpx.TransportError, ConnectionError, TimeoutError)
+
+
+def api_of(token: str | bool | None) -> HfApi:
+    """A client that says who it is."""
+    return HfApi(library_name="hf_equiv", library_version=version("hf_equiv"), token=token)
+
+
+def check_dataset_id(repo_id: str) -> str:
+    """Refuse what cannot be the name of a dataset.
+
+    Returns:
+        `USER/NAME`, without a leading `datasets/`.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    name = repo_id.removeprefix("datasets/") if repo_id.count("/") == 2 else repo_id
+    wanted = f"`repo_id` must be the name of a dataset, USER/NAME; got {repo_id!r}."
+    if name.startswith(("spaces/", "models/")):
+        raise ValueError(f"{wanted} That is a {name.split('/')[0][:-1]}: results are published as datasets.")
+    try:
+        validate_repo_id(name)
+    except hub_errors.HFValidationError:
+        raise ValueError(f"{wanted} Use letters, digits, '-', '_' and '.', 96 at most.") from None
+    if name.count("/") != 1:
+        raise ValueError(f"{wanted} Put your user name or organisation before it.")
+    return name
+
+
+def require_token(token: str | bool | None) -> None:
+    """Refuse to write without a token.
+
+    Raises:
+        LocalTokenNotFoundError: there is none.
+    """
+    if token is False or (not isinstance(token, str) and get_token() is None):
+        raise hub_errors.LocalTokenNotFoundError(
+            "publishing needs a token of the Hub and there is none. Log in with `hf auth login`, or set HF_TOKEN."
+        )
+
+
+def patiently(call: Callable[[], T], say: Say, what: str) -> T:
+    """Make a call that may be repeated, again after what passes: 409, 412, 429, 5xx, cut connections.
+
+    Args:
+        call: what to do.
+        say: told before each wait.
+        what: the call in words.
+
+    Returns:
+        What the call returns; its last error is raised when no try was left.
+    """
+    for wait in WAITS:
+        try:
+            return call()
+        except Exception as error:
+            if not passes(error):
+                raise
+            pause(error, wait, say, what)
+    return call()
+
+
+def pause(error: BaseException, wait: float, say: Say, what: str) -> None:
+    """Wait as long as the Hub asks, else `wait` seconds."""
+    seconds = min(max(wait, _asked_wait(error)), LONGEST_WAIT)
+    say(f"{what}: {brief(error)}; again in {seconds:.0f} s")
+    time.sleep(seconds)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the failure may be gone at the next try."""
+    for cause in _causes(error):
+        if isinstance(cause, hub_errors.HfHubHTTPError | httpx.HTTPStatusError):
+            return cause.response.status_code in _PASSING
+        if isinstance(cause, hub_errors.OfflineModeIsEnabled | hub_errors.LocalTokenNotFoundError):
+            return False
+        if isinstance(cause, _CUT):
+            return True
+    return False
+
+
+def brief(error: BaseException) -> str:
+    """A failure in a few words, without addresses or tokens."""
+    status = status_of(error)
+    if status is not None:
+        return f"the Hub answered {status}"
+    return "the connection was cut" if passes(error) else type(error).__name__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if there is one."""
+    for cause in _causes(error):
+        if isinstance(cause, hub_errors.HfHubHTTPError | httpx.HTTPStatusError):
+            return int(cause.response.status_code)
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _asked_wait(error: BaseException) -> float:
+    """Seconds that a rate limit asks for: `RateLimit: "api";r=0;t=37`, or `Retry-After: 37`."""
+    for cause in _causes(error):
+        if isinstance(cause, hub_errors.HfHubHTTPError | httpx.HTTPStatusError):
+            headers = cause.response.headers
+            found = re.search(r"\bt=(\d+)", headers.get("RateLimit", "")) or re.fullmatch(
+                r"\s*(\d+)\s*", headers.get("Retry-After", "")
+            )
+            return float(found[1]) + 1 if found else 0.0
+    return 0.0
+
+
+@contextmanager
+def explained(
+    repo_id: str, *, revision: str | None = None, write: bool = False, token: str | bool | None = None
+) -> Iterator[None]:
+    """Re-raise what the Hub client raises about a dataset under the same name, with a message that says what to do."""
+    try:
+        yield
+    except hub_errors.LocalTokenNotFoundError:
+        raise
+    except hub_errors.GatedRepoError as error:
+        told = (
+            f"'{repo_id}' is gated. Ask for access at {constants.ENDPOINT}/datasets/{repo_id}, then log in with "
+            "`hf auth login`."
+        )
+        raise _same(error, told) from None
+    except hub_errors.RepositoryNotFoundError as error:
+        raise _same(error, _not_found(repo_id, write=write)) from None
+    except hub_errors.RevisionNotFoundError as error:
+        told = f"`revision` must exist in the dataset '{repo_id}'; got {revision!r}. Use a branch, a tag or a commit."
+        raise _same(error, told) from None
+    except hub_errors.HfHubHTTPError as error:
+        raise _same(error, _refused(repo_id, error, token, write=write)) from None
+    except hub_errors.LocalEntryNotFoundError as error:
+        raise hub_errors.LocalEntryNotFoundError(_unreachable(repo_id, write=write)) from error
+    except (hub_errors.OfflineModeIsEnabled, *_CUT) as error:
+        raise ConnectionError(_unreachable(repo_id, write=write)) from error
+    except RuntimeError as error:  # what the client raises about an upload, around the cause
+        if not passes(error):
+            raise
+        raise ConnectionError(_unreachable(repo_id, write=write, cause=brief(error))) from error
+
+
+def _same(error: hub_errors.HfHubHTTPError, message: str) -> hub_errors.HfHubHTTPError:
+    return type(error)(message, response=error.response)
+
+
+def _not_found(repo_id: str, *, write: bool) -> str:
+    if write:
+        return (
+            f"`repo_id` must be a dataset that you can see; the Hub shows you none at '{repo_id}'. Check the name; for "
+            "a private one log in with `hf auth login`."
+        )
+    other = _other_kind(repo_id)
+    if other is not None:
+        return f"'{repo_id}' is a {other} of the Hub, not a dataset. Name the dataset that the results are in."
+    return (
+        f"'{repo_id}' is no folder here, and on the Hub there is no such dataset or it is private. Check the spelling; "
+        "for a private one log in with `hf auth login`, or set HF_TOKEN."
+    )
+
+
+def _other_kind(repo_id: str) -> str | None:
+    api = api_of(None)
+    for kind, word in (("model", "model"), ("space", "Space")):
+        try:
+            if api.repo_exists(repo_id, repo_type=kind):
+                return word
+        except (OSError, httpx.HTTPError):
+            return None
+    return None
+
+
+def _refused(repo_id: str, error: hub_errors.HfHubHTTPError, token: str | bool | None, *, write: bool) -> str:
+    status = error.response.status_code
+    said = " ".join((error.server_message or "").split()).rstrip(".")
+    if status == 401:
+        return "the Hub does not accept the token. Log in again with `hf auth login`, or set HF_TOKEN to a valid one."
+    if status == 403 and write:
+        return f"you may not write to '{repo_id}': {_why_forbidden(repo_id, said, token)}"
+    if passes(error):
+        return f"the Hub did not answer for '{repo_id}' in {len(WAITS) + 1} tries (HTTP {status}). Try again later."
+    return f"the Hub refused the request for '{repo_id}' (HTTP {status}{': ' + said if said else ''})."
+
+
+def _why_forbidden(repo_id: str, said: str, token: str | bool | None) -> str:
+    """Token, role or owner: the Hub tells whose token it is and what that may do."""
+    owner, tokens = repo_id.split("/")[0], f"{constants.ENDPOINT}/settings/tokens"
+    propose = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`."
+    try:
+        me = api_of(token).whoami()
+    except (OSError, httpx.HTTPError):
+        return f"the Hub says: {said or 'forbidden'}. {propose}"
+    user, roles = me["name"], {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
+    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        return f"the token can only read. Make a write token at {tokens} and log in with it: `hf auth login`."
+    if owner == user:
+        return f"the token lacks that right ({said or 'forbidden'}). Make a write token at {tokens}."
+    if owner in roles:
+        return f"your role in '{owner}' is '{roles[owner]}'. Ask its owners for the role 'write'. {propose}"
+    return f"'{owner}' is neither you nor an organisation of yours. Publish as '{user}/NAME'. {propose}"
+
+
+def _unreachable(repo_id: str, *, write: bool, cause: str = "") -> str:
+    if constants.HF_HUB_OFFLINE:
+        why, cure = "HF_HUB_OFFLINE=1 is set", "Unset it"
+    else:
+        why, cure = cause or f"{constants.ENDPOINT} cannot be reached", "Check the network and try again"
+    if write:
+        return f"'{repo_id}' was not published: {why}. {cure}; what was uploaded already is not sent twice."
+    return f"'{repo_id}' is no folder here, its files are not all in the cache, and {why}. {cure}."

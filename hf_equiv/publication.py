@@ -1,0 +1,233 @@
+"""One publication: make the dataset if it is missing, commit until it is done, say what was done."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub import errors as hub_errors
+
+from hf_equiv.hubcalls import WAITS, passes, patiently, pause
+from hf_equiv.licences import PhotoRights, how_to_change
+from hf_equiv.publishing import CARD, LocalRun, StagedFile, is_withheld
+from hf_equiv.repository import KIND, Change, Progress, Repository, plan_change, read_repository, send
+
+T = TypeVar("T")
+MAIN = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What `publish_results` did, or with `dry_run` would do.
+
+    Attributes:
+        repo_id: the dataset.
+        url: its address.
+        run: name of the run in it, ANALYSIS-MODELSLUG-HASH8.
+        place: "" when it is at the root of the dataset, else `runs/NAME`.
+        changed: whether there was anything to commit.
+        commit: the commit that holds the run; None in a dry run.
+        revision: branch, or ref of the pull request, that it is on.
+        pr_url: address of the pull request, if one was opened.
+        private: visibility of the dataset afterwards; None where it is somebody else's to know.
+        photos: whether the photos are in.
+        license: identifier of their licence, if it is known.
+        why: why the photos are in or out.
+        how_to_change: what to pass for the opposite.
+        files: number of files of the run, with the card.
+        bytes: their size.
+        uploaded: (path, bytes) of those that were not there yet.
+        deleted: paths of an earlier version that the commit removes.
+        card: text of the dataset's README.md.
+        collection: slug of the collection that the dataset was added to.
+        dry_run: whether nothing was written.
+    """
+
+    repo_id: str
+    url: str
+    run: str
+    place: str
+    changed: bool
+    commit: str | None
+    revision: str
+    pr_url: str | None
+    private: bool | None
+    photos: bool
+    license: str | None
+    why: str
+    how_to_change: str
+    files: int
+    bytes: int
+    uploaded: tuple[tuple[str, int], ...]
+    deleted: tuple[str, ...]
+    card: str
+    collection: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One run on its way into one dataset.
+
+    Attributes:
+        api: client.
+        repo_id: `USER/NAME`.
+        run: what is published.
+        rights: whether its photos go along.
+        revision: branch, or `refs/pr/N`.
+        create_pr: open a pull request on that branch instead.
+        message: title of the commit; None for one that names the run.
+        progress: called with (bytes sent, bytes in total, what is being done).
+    """
+
+    api: HfApi
+    repo_id: str
+    run: LocalRun
+    rights: PhotoRights
+    revision: str
+    create_pr: bool
+    message: str | None
+    progress: Progress
+
+    def say(self, text: str) -> None:
+        """Report what is being done."""
+        self.progress(0, 0, text)
+
+    def call(self, what: Callable[[], T], name: str) -> T:
+        """Make a call that may be repeated."""
+        return patiently(what, self.say, name)
+
+    # --- before ---
+
+    def ensure(self, private: bool | None) -> tuple[bool, bool]:
+        """Make the dataset and the branch if they are missing; returns (made here, whether it is private)."""
+        try:
+            info = self.call(lambda: self.api.dataset_info(self.repo_id), "asking for the dataset")
+        except hub_errors.GatedRepoError:
+            raise
+        except hub_errors.RepositoryNotFoundError:
+            if self.create_pr and self.repo_id.split("/")[0] not in self._own_names():
+                raise
+            hidden = private is not False
+            self.call(
+                lambda: self.api.create_repo(self.repo_id, repo_type=KIND, private=hidden, exist_ok=True), "creating"
+            )
+            made, is_private = True, hidden
+        else:
+            made, is_private = False, bool(info.private)
+            if private and not is_private and not self.create_pr:
+                self.call(
+                    lambda: self.api.update_repo_settings(self.repo_id, private=True, repo_type=KIND), "making private"
+                )
+                is_private = True
+        if self.revision != MAIN and not self.revision.startswith("refs/pr/"):
+            self._ensure_branch()
+        return made, is_private
+
+    def _own_names(self) -> set[str]:
+        me = self.call(self.api.whoami, "asking who you are")
+        return {me["name"], *(org["name"] for org in me.get("orgs", []))}
+
+    def _ensure_branch(self) -> None:
+        refs = self.call(lambda: self.api.list_repo_refs(self.repo_id, repo_type=KIND), "listing branches")
+        if self.revision in {ref.name for ref in refs.branches}:
+            return
+        if self.revision in {ref.name for ref in refs.tags}:
+            raise ValueError(f"`revision` must be a branch; '{self.revision}' is a tag of '{self.repo_id}'.")
+        self.call(
+            lambda: self.api.create_branch(self.repo_id, branch=self.revision, repo_type=KIND, exist_ok=True),
+            "making the branch",
+        )
+
+    # --- the commit ---
+
+    def look(self) -> Repository:
+        """The repository as it is now."""
+        info = self.api.dataset_info(self.repo_id, revision=self.revision)
+        return read_repository(self.api, self.repo_id, str(info.sha))
+
+    def commit(self) -> tuple[Change, str, str | None, bool]:
+        """Commit until it is done; returns (change, commit, pull request, whether anything was to do)."""
+        change: Change | None = None
+        tried = False
+        for wait in (*WAITS, None):
+            there = self.call(self.look, "reading the dataset")  # again after each failure: it may be ours by now
+            try:
+                now = plan_change(there, self.run, self.rights)
+                if not now.added and not now.deleted:  # nothing to do, or done by a try whose answer was lost
+                    return (change if tried and change else now), str(there.head), None, tried
+                change = now
+                if self.create_pr and (proposed := self._proposed()) is not None:
+                    return change, *proposed, tried
+                tried = True
+                made = send(
+                    self.api, there, change, message=self.message or self._title(change), description=self._mark(),
+                    revision=self.revision, create_pr=self.create_pr, progress=self.progress,
+                )  # fmt: skip
+                return change, made.oid, made.pr_url, True
+            except Exception as error:
+                if wait is None or not passes(error):
+                    raise
+                pause(error, wait, self.say, "publishing")
+        raise AssertionError("unreachable")  # the last try returns or raises
+
+    def _title(self, change: Change) -> str:
+        return f"{'Update' if change.update else 'Add'} {self.run.name}"
+
+    def _mark(self) -> str:
+        """A line that tells this content from any other, so that a pull request of it is found again."""
+        whole = hashlib.sha256(repr((self.run.name, self.rights)).encode())
+        for path, digest in sorted(self.run.record["files"].items()):
+            whole.update(f"{path}\0{digest}\n".encode())
+        return f"hf_equiv run {whole.hexdigest()}"
+
+    def _proposed(self) -> tuple[str, str] | None:
+        """(commit, address) of an open pull request with this content."""
+        for found in self.api.get_repo_discussions(self.repo_id, repo_type=KIND):
+            if not found.is_pull_request or found.status not in ("open", "draft"):
+                continue
+            commits = self.api.list_repo_commits(self.repo_id, repo_type=KIND, revision=f"refs/pr/{found.num}")
+            if commits and self._mark() in commits[0].message:
+                return commits[0].commit_id, f"{self._url()}/discussions/{found.num}"
+        return None
+
+    # --- after ---
+
+    def _url(self) -> str:
+        return f"{constants.ENDPOINT}/datasets/{self.repo_id}"
+
+    def dry(self, private: bool | None, *, stated: bool) -> Published:
+        """What would be done."""
+        there, is_private = Repository(self.repo_id, None, {}, {}, None), private is not False
+        try:
+            info = self.call(lambda: self.api.dataset_info(self.repo_id), "asking for the dataset")
+            is_private = bool(info.private) if private is None else private
+            there = self.call(self.look, "reading the dataset")
+        except hub_errors.GatedRepoError:
+            raise
+        except hub_errors.RepositoryNotFoundError:
+            pass
+        except hub_errors.RevisionNotFoundError:  # the branch would be made from main
+            there = self.call(replace(self, revision=MAIN).look, "reading the dataset")
+        change = plan_change(there, self.run, self.rights)
+        changed = bool(change.added or change.deleted)
+        return self.result(change, is_private, stated=stated, changed=changed, revision=self.revision, dry_run=True)
+
+    def result(self, change: Change, private: bool | None, *, stated: bool, **more: Any) -> Published:
+        """The record of what was done."""
+        card = next(f for f in change.files if f.path == CARD)
+        more = {"commit": None, "pr_url": None} | more
+        return Published(
+            repo_id=self.repo_id, url=self._url(), run=self.run.name, place=change.place, private=private,
+            photos=not is_withheld(change.record), license=self.rights.license, why=self.rights.why,
+            how_to_change=how_to_change(self.rights, stated=stated), files=len(change.files),
+            bytes=sum(f.size for f in change.files), uploaded=tuple((f.path, f.size) for f in change.added),
+            deleted=change.deleted, card=_decoded(card), **more,
+        )  # fmt: skip
+
+
+def _decoded(file: StagedFile) -> str:
+    return file.content.decode() if isinstance(file.content, bytes) else file.content.read_text(encoding="utf-8")

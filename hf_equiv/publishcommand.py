@@ -1,0 +1,132 @@
+"""The `publish` command: what would be done or what was done, as text or JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from hf_equiv import display, environment
+from hf_equiv.wording import in_flags
+
+if TYPE_CHECKING:
+    from hf_equiv.publication import Published
+
+_SHOWN = 40
+"""Files listed by a dry run; the rest is counted."""
+
+
+def run(directory: Path, repo_id: str, *, as_json: bool, quiet: bool, **given: Any) -> int:
+    """Carry out `hf-equiv publish`; returns the exit code."""
+    with display.result_stream() as out:
+        from hf_equiv.hub import publish_results
+
+        environment.calm(quiet=True)  # one bar, ours
+        with _progress(quiet=as_json or quiet) as report:
+            done = publish_results(directory, repo_id, progress=report, **given)
+        if as_json:
+            display.print_json(asdict(done), out)
+        elif not quiet:
+            _print(done, out)
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """Show the bytes sent on a terminal, and lines elsewhere."""
+    if quiet:
+        yield lambda done, total, what: None
+    elif sys.stderr.isatty():
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
+            console=Console(stderr=True), transient=True,
+        ) as bars:  # fmt: skip
+            task = bars.add_task("publishing", total=None)
+
+            def show(done: int, total: int, what: str) -> None:
+                if total:
+                    bars.update(task, description=what, completed=done, total=total)
+                else:
+                    bars.update(task, description=what)
+
+            yield show
+    else:
+        yield lambda done, total, what: display.to_stderr(
+            f"{what}: {size(done)} of {size(total)}" if total and done < total else what
+        )
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def _print(done: Published, out: Any) -> None:
+    console = display.console_of(out)
+
+    def line(name: str, text: str) -> None:
+        console.print(f"{name + ':':<11}{text}", highlight=False, markup=False, soft_wrap=True)
+
+    seen = {True: "private", False: "public", None: "visibility is its owner's"}[done.private]
+    place = f" in {done.place}/" if done.place else ""
+    if done.dry_run:
+        _print_plan(done, seen, place, console, line)
+    elif not done.changed:
+        line("unchanged", f"{done.run}{place} is there as it is here; nothing was committed")
+    else:
+        one = (
+            f"{len(done.uploaded)} of {done.files} files" if len(done.uploaded) < done.files else f"{done.files} files"
+        )
+        told = f"{done.run}{place}: {one}, {size(sum(n for _, n in done.uploaded))}"
+        told += f", {len(done.deleted)} removed" if done.deleted else ""
+        line("proposed" if done.pr_url else "published", f"{told}, in one commit {str(done.commit)[:8]}")
+    line("dataset", f"{done.url} ({seen})")
+    if done.pr_url:
+        line("request", done.pr_url)
+    if done.collection:
+        line("list", f"{done.url.split('/datasets/')[0]}/collections/{done.collection}")
+    verb = "would be in" if done.dry_run else "are in"
+    photos = f"{verb} ({done.why})" if done.photos else f"WITHHELD: image columns are empty ({done.why})"
+    line("photos", f"{photos}. {in_flags(done.how_to_change)}")
+    if not done.dry_run:
+        at = "" if done.revision == "main" else f"@{done.revision}"
+        rest = f', revision="{done.revision}"' if at else ""
+        config = _config(done)
+        line("load", f'datasets.load_dataset("{done.repo_id}", "{config}", split="train"{rest})')
+        line("check it", f"hf-equiv verify {done.repo_id}{at}" + ("" if done.photos else " --allow-withheld"))
+
+
+def _config(done: Published) -> str:
+    from hf_equiv.layouts import LAYOUTS
+
+    return LAYOUTS[done.run.split("-")[0]].folder
+
+
+def _print_plan(done: Published, seen: str, place: str, console: Any, line: Callable[[str, str], None]) -> None:
+    """What a dry run found."""
+    if not done.changed:
+        line("would do", f"nothing: {done.run}{place} is there as it is here")
+        return
+    line("would do", f"commit {done.run}{place} to {done.revision}; nothing was written")
+    for path, count in done.uploaded[:_SHOWN]:
+        console.print(f"  + {size(count):>8}  {path}", highlight=False, markup=False, soft_wrap=True)
+    if len(done.uploaded) > _SHOWN:
+        console.print(f"  … and {len(done.uploaded) - _SHOWN} more files", highlight=False, markup=False)
+    for path in done.deleted:
+        console.print(f"  -           {path}", highlight=False, markup=False, soft_wrap=True)
+    line("in all", f"{len(done.uploaded)} files, {size(sum(n for _, n in done.uploaded))}; {seen}")
+    console.print("\ncard (README.md of the dataset):", highlight=False, markup=False)
+    for text in done.card.splitlines():
+        console.print(f"  | {text}".rstrip(), highlight=False, markup=False, soft_wrap=True)
+    console.print()

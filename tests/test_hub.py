@@ -1,0 +1,600 @@
+"""Publishing to the loopback Hub, and getting back what was published: through the real clients, nothing mocked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from fakes import TinyEncoder
+from hubcases import NAME, at_root, contents, make_runs, record_of, reseal, titles
+from huggingface_hub import HfFileSystem, errors
+from loopback_hub import Hub
+from tiny_models import save
+
+from hf_equiv import cli, hubload, licences, verify
+from hf_equiv.checkpoint import quiet
+from hf_equiv.datasetcheck import verify_results
+from hf_equiv.hub import publish_results
+from hf_equiv.hubload import download_results, load_results
+from hf_equiv.publishcard import END, START, command_of, dataset_card, header
+from hf_equiv.shards import read_rows
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Finished runs, not to be changed."""
+    return make_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(autouse=True)
+def _encoder(monkeypatch):
+    """Runs are of an encoder that no Hub has; waiting takes no time."""
+    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    HfFileSystem.clear_instance_cache()
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli._run([str(a) for a in arguments])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+# --- what is published ---
+
+
+def test_one_private_commit_holds_the_run(hub, runs):
+    before = {p: p.read_bytes() for p in runs["match"].rglob("*") if p.is_file()}
+    done = publish_results(runs["match"], NAME)
+    assert titles(hub) == [f"Add {done.run}", "initial commit"]
+    assert hub.repos["datasets", NAME].private
+    assert at_root(hub) == contents(runs["match"])
+    assert (done.changed, done.photos, done.private, done.place, done.pr_url) == (True, True, True, "", None)
+    assert done.commit == hub.repos["datasets", NAME].at("main").sha
+    assert done.url == f"{hub.endpoint}/datasets/{NAME}"
+    assert before == {p: p.read_bytes() for p in runs["match"].rglob("*") if p.is_file()}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        done.commit = "another"
+    assert "hf_alice" not in repr(done)
+    assert not [path for path, data in hub.files("datasets", NAME).items() if b"hf_alice" in data]
+    clients = {agent for _, path, _, agent in hub.log if "/commit/" in path}
+    assert all("hf_equiv/" in agent for agent in clients)
+
+
+def test_nothing_new_makes_no_commit(hub, runs):
+    first = publish_results(runs["match"], NAME)
+    again = publish_results(runs["match"], NAME)
+    assert (again.changed, again.commit, again.uploaded) == (False, first.commit, ())
+    assert len(titles(hub)) == 2
+
+
+def test_an_update_deletes_what_is_no_longer_there(hub, runs, tmp_path):
+    other = shutil.copytree(runs["match"], tmp_path / "other")
+    (other / "figures" / "more.png").write_bytes(b"picture")
+    reseal(other, ("figures/more.png",))
+    publish_results(other, NAME)
+    assert "figures/more.png" in hub.files("datasets", NAME)
+    done = publish_results(runs["match"], NAME)
+    assert done.deleted == ("figures/more.png",)
+    assert titles(hub)[0] == f"Update {done.run}"
+    assert at_root(hub) == contents(runs["match"])
+    assert {path for path, _ in done.uploaded} == {"run.json", "README.md"}
+
+
+def test_runs_are_added_and_updated_in_place(hub, runs, tmp_path):
+    for name in ("match", "seed", "walk", "spectrum", "lipschitz"):
+        publish_results(runs[name], NAME)
+    places = [publish_results(runs[name], NAME).place for name in ("match", "seed", "walk")]
+    assert places[0] == ""
+    assert all(place.startswith("runs/") for place in places[1:])
+    assert len(titles(hub)) == 6  # the last three had nothing to do
+    assert at_root(hub) == contents(runs["match"])
+    files = hub.files("datasets", NAME)
+    assert {p for p in files if p.startswith(places[2])} == {
+        f"{places[2]}/{name}" for name in [*contents(runs["walk"]), "run.json", "README.md"]
+    }
+    config = {c["config_name"]: c["data_files"][0]["path"] for c in header(files["README.md"].decode())["configs"]}
+    assert config == {
+        "matches": ["matches/*.parquet", "runs/*/matches/*.parquet"],
+        "spectra": ["runs/*/spectra/*.parquet"],
+        "lipschitz": ["runs/*/lipschitz/*.parquet"],
+        "paths": ["runs/*/paths/*.parquet"],
+    }
+    counts = {"matches": 4, "spectra": 2, "lipschitz": 4, "paths": 6}
+    for name, count in counts.items():
+        rows = datasets.load_dataset(NAME, name, split="train")
+        mine = load_results(NAME, name)
+        assert len(rows) == len(mine) == count
+        column = rows.column_names[0]
+        assert np.array_equal(np.array(rows[0][column]), np.array(mine[0][column]))
+        assert rows[0][column].size == (16, 16)
+    report = verify_results(NAME)
+    assert report.problems == ()
+    assert (report.total.rows, report.total.verified) == (16, 16)
+    assert report.commit == hub.repos["datasets", NAME].at("main").sha
+    data = report.to_json()
+    assert [run["analysis"] for run in data["runs"]] == ["match", "lipschitz", "match", "spectrum", "walk"]
+    assert data["commit"] == report.commit
+    folder, commit = download_results(NAME, cache_dir=str(tmp_path / "cache"))
+    assert commit == report.commit
+    assert list(verify_results(folder).to_json())[:2] == ["rows", "verified"]
+    offline = download_results(NAME, cache_dir=str(tmp_path / "cache"), local_files_only=True)
+    assert offline == (folder, commit)
+
+
+def test_visibility_changes_only_when_asked(hub, runs):
+    repo = lambda: hub.repos["datasets", NAME]  # noqa: E731
+    assert publish_results(runs["match"], NAME, private=False).private is False
+    assert not repo().private
+    assert publish_results(runs["seed"], NAME).private is False
+    assert not repo().private
+    assert publish_results(runs["seed"], NAME, private=True).private is True
+    assert repo().private
+    publish_results(runs["match"], NAME)
+    assert repo().private
+    publish_results(runs["walk"], NAME, private=False)
+    assert not repo().private
+
+
+def test_a_branch(hub, runs):
+    publish_results(runs["match"], NAME)
+    done = publish_results(runs["seed"], NAME, revision="later")
+    assert (done.revision, done.place) == ("later", f"runs/{done.run}")
+    assert len(titles(hub)) == 2
+    assert len(titles(hub, revision="later")) == 3
+    assert len(load_results(NAME)) == 2
+    assert len(load_results(NAME, revision="later")) == len(load_results(f"{NAME}@later")) == 4
+    assert len(datasets.load_dataset(NAME, "matches", split="train", revision="later")) == 4
+    assert verify_results(f"{NAME}@later").total.rows == 4
+    hub.repos["datasets", NAME].refs["refs/tags/v1"] = str(done.commit)
+    with pytest.raises(ValueError, match=r"`revision` must be a branch; 'v1' is a tag"):
+        publish_results(runs["walk"], NAME, revision="v1")
+    with pytest.raises(ValueError, match=r"`revision` must be a branch; got the commit"):
+        publish_results(runs["walk"], NAME, revision=done.commit)
+    with pytest.raises(errors.RevisionNotFoundError, match=r"`revision` must exist in the dataset .* got 'v9'"):
+        load_results(NAME, revision="v9")
+
+
+def test_a_pull_request_to_somebody_else(hub, runs):
+    publish_results(runs["match"], "bob/results", private=False, token="hf_bob")
+    with pytest.raises(errors.HfHubHTTPError, match=r"'bob' is neither you nor .* pass `create_pr=True`"):
+        publish_results(runs["seed"], "bob/results")
+    done = publish_results(runs["seed"], "bob/results", create_pr=True)
+    assert done.pr_url == f"{hub.endpoint}/datasets/bob/results/discussions/1"
+    assert done.revision == "refs/pr/1"
+    assert len(titles(hub, "bob/results")) == 2
+    assert len(titles(hub, "bob/results", "refs/pr/1")) == 3
+    assert len(load_results("bob/results", revision="refs/pr/1")) == 4
+    assert len(datasets.load_dataset("bob/results", "matches", split="train", revision="refs/pr/1")) == 4
+    assert verify_results("bob/results", revision="refs/pr/1").holds
+    again = publish_results(runs["seed"], "bob/results", create_pr=True)
+    assert (again.pr_url, again.changed) == (done.pr_url, False)
+    assert len(hub.repos["datasets", "bob/results"].discussions) == 1
+    hub.repos["datasets", "bob/results"].discussions[0]["status"] = "closed"
+    assert publish_results(runs["seed"], "bob/results", create_pr=True).pr_url.endswith("/discussions/2")
+    with pytest.raises(ValueError, match="`revision` must be None with `create_pr`"):
+        publish_results(runs["seed"], "bob/results", create_pr=True, revision="dev")
+
+
+def test_a_pull_request_to_a_dataset_of_ones_own_that_is_new(hub, runs):
+    done = publish_results(runs["match"], NAME, create_pr=True)
+    assert titles(hub) == ["initial commit"]
+    assert len(load_results(NAME, revision=done.revision)) == 2
+
+
+def test_a_dry_run_writes_nothing(hub, runs, capsys):
+    code, out, _ = call(capsys, "publish", runs["match"], NAME, "--dry-run")
+    assert code == 0
+    for told in ("matches/part-00000.parquet", "in all:", "private", "| pairs | 2 |", "photos:", "--withhold-photos"):
+        assert told in out
+    assert not hub.repos
+    assert {method for method, *_ in hub.log} <= {"GET", "HEAD"}
+    publish_results(runs["match"], NAME)
+    assert "nothing:" in call(capsys, "publish", runs["match"], NAME, "--dry-run")[1]
+    plan = publish_results(runs["seed"], NAME, revision="dev", dry_run=True)
+    assert plan.place == f"runs/{plan.run}"
+    assert len(titles(hub)) == 2
+
+
+def test_command_line(hub, runs, capsys):
+    code, out, err = call(capsys, "publish", runs["match"], NAME)
+    assert code == 0
+    for told in (
+        f"{hub.endpoint}/datasets/{NAME} (private)", f"hf-equiv verify {NAME}", 'load_dataset("alice/results"',
+        "photos:    are in (free: builtin",
+    ):  # fmt: skip
+        assert told in out
+    assert "uploading" in err
+    code, out, err = call(capsys, "publish", runs["match"], NAME, "--json")
+    assert json.loads(out)["changed"] is False
+    assert err == ""
+    assert call(capsys, "publish", runs["match"], NAME, "-q")[1:] == ("", "")
+    code, out, _ = call(capsys, "verify", NAME)
+    assert code == 0
+    assert f"Verified at commit {hub.repos['datasets', NAME].at('main').sha}" in out
+    code, out, _ = call(capsys, "verify", NAME, "--json")
+    assert {"rows", "verified", "failed", "problems", "dataset", "commit"} <= set(json.loads(out))
+
+
+def test_collections(hub, runs):
+    slug = publish_results(runs["match"], NAME, collection="My results").collection
+    assert hub.collections[slug]["private"]
+    again = publish_results(runs["match"], NAME, collection="My results")
+    assert (again.changed, again.collection) == (False, slug)
+    assert publish_results(runs["seed"], "acme/others", collection=slug).collection == slug
+    assert [item["id"] for item in hub.collections[slug]["items"]] == [NAME, "acme/others"]
+    with pytest.raises(ValueError, match=r"is published, but it could not be added to the collection"):
+        publish_results(runs["match"], NAME, collection="alice/none-" + "0" * 24)
+
+
+# --- the card ---
+
+
+def test_the_card_says_what_is_there(hub, runs):
+    publish_results(runs["match"], NAME)
+    text = hub.files("datasets", NAME)["README.md"].decode()
+    facts = header(text)
+    assert facts["license"] == "cc0-1.0"
+    assert facts["tags"] == ["hf_equiv", "embedding-matching"]
+    assert facts["size_categories"] == ["n<1K"]
+    assert facts["configs"][0] == {
+        "config_name": "matches", "default": True, "data_files": [{"split": "train", "path": ["matches/*.parquet"]}],
+    }  # fmt: skip
+    for told in (
+        "https://arxiv.org/abs/2401.15568", "| converged |", "![pairs](figures/pairs.png)", "hf-equiv verify",
+        'load_dataset("alice/results", "matches", split="train")', "seed 0", "torch ", "hf-equiv match builtin",
+    ):  # fmt: skip
+        assert told in text
+
+
+def test_what_the_owner_wrote_survives(hub, runs):
+    mine = "---\nlicense: mit\ntags:\n- mine\nlanguage: en\nannotations:\n  a: 1\n---\n# My title\n\nMy text.\n"
+    hub.add("datasets", NAME, {"README.md": mine.encode()})
+    publish_results(runs["match"], NAME)
+    first = hub.files("datasets", NAME)["README.md"].decode()
+    facts = header(first)
+    assert (facts["license"], facts["language"], facts["annotations"]) == ("mit", "en", {"a": 1})
+    assert facts["tags"] == ["mine", "hf_equiv", "embedding-matching"]
+    assert "# My title\n\nMy text.\n" in first
+    edited = first.replace("My text.", "Better text.").replace("n<1K", "1K<n<10K") + "\n## After\n"
+    hub.add("datasets", NAME, hub.files("datasets", NAME) | {"README.md": edited.encode()})
+    assert verify_results(NAME).holds  # the owner may write
+    publish_results(runs["walk"], NAME)
+    second = hub.files("datasets", NAME)["README.md"].decode()
+    assert "Better text." in second
+    assert second.rstrip().endswith("## After")
+    assert header(second)["size_categories"] == ["1K<n<10K"]
+    assert header(second)["tags"] == ["mine", "hf_equiv", "embedding-matching", "level-set"]
+    assert second.count(START) == second.count(END) == 1
+    assert verify_results(NAME).holds
+
+
+def test_a_card_that_cannot_be_read(hub, runs):
+    hub.add("datasets", NAME, {"README.md": b"---\ntags: [\n---\n"})
+    with pytest.raises(ValueError, match=r"YAML header of README.md in the dataset cannot be read"):
+        publish_results(runs["match"], NAME)
+
+
+def test_a_run_directory_that_was_uploaded_by_hand(hub, runs):
+    hub.add("datasets", NAME, runs["match"])
+    assert verify_results(NAME).holds
+    done = publish_results(runs["walk"], NAME)
+    assert done.place.startswith("runs/")
+    assert verify_results(NAME).problems == ()
+    text = hub.files("datasets", NAME)["README.md"].decode()
+    assert text.count("# Embedding matches") == 0  # its own card has become a part of the dataset's
+
+
+def test_the_command_that_makes_a_run_again(runs):
+    record = json.loads((runs["seed"] / "run.json").read_text())
+    assert command_of(record) == "hf-equiv match builtin --data builtin --pairs 2 --readout cls --max-evals 40 --seed 1"
+    assert "--directions random:1,top:1" in command_of(json.loads((runs["lipschitz"] / "run.json").read_text()))
+    assert dataset_card("a/b", {"": record}) == dataset_card("a/b", {"": record})
+
+
+# --- the photos ---
+
+
+def test_photos_of_unknown_licence_are_withheld(hub, runs, capsys):
+    code, out, _ = call(capsys, "publish", runs["folder"], NAME)
+    assert code == 0
+    assert "WITHHELD" in out
+    assert "--license cc-by-4.0" in out
+    assert "--i-have-the-right" in out
+    files = hub.files("datasets", NAME)
+    assert set(files) == {".gitattributes", "README.md", "run.json", "matches/part-00000.parquet",
+                          "matches/part-00001.parquet"}  # fmt: skip
+    assert record_of(hub)["photos"] == "withheld"
+    rows = datasets.load_dataset(NAME, "matches", split="train")
+    local = {row["pair_id"]: row for row in read_rows(runs["folder"])}
+    for row in rows:
+        assert (row["source"], row["match"], row["target"]) == (None, None, None)
+        assert {k: row[k] for k in local[row["pair_id"]]} == local[row["pair_id"]]
+    assert load_results(NAME, with_float=True)[0]["match_float"] is None
+    assert "figures/" not in files["README.md"].decode()
+    code, out, _ = call(capsys, "verify", NAME)
+    assert code == 1
+    assert "2 of 2 rows cannot be recomputed: photos are withheld" in out
+    code, out, _ = call(capsys, "verify", NAME, "--allow-withheld")
+    assert code == 0
+    assert "2 of 2 rows cannot be recomputed" in out
+    assert verify_results(NAME, allow_withheld=True).to_json()["withheld"] == 2
+
+
+@pytest.mark.parametrize("analysis", ["walk", "spectrum", "lipschitz"])
+def test_no_analysis_lets_a_photo_out(analysis, hub, runs):
+    publish_results(runs[analysis], NAME, withhold_photos=True)
+    publish_results(runs["match"], NAME, withhold_photos=True)
+    files = hub.files("datasets", NAME)
+    assert not [path for path in files if path.startswith("float/") or path.endswith("gif")]
+    pictures = {path.split("/")[-1] for path in files if "figures/" in path}
+    assert pictures <= {"spectra.png", "secants.png", "constants.png", "drift.png"}
+    assert not [path for path, data in files.items() if b"\x89PNG" in data and "figures/" not in path]
+    assert verify_results(NAME, allow_withheld=True).problems == ()
+    assert publish_results(runs[analysis], NAME).changed  # and on a second thought they are published
+    assert at_root(hub) == contents(runs[analysis])
+
+
+def test_withheld_rows_are_checked_as_far_as_they_go(hub, runs):
+    publish_results(runs["folder"], NAME)
+    folder, _ = download_results(NAME)
+    copy = Path(shutil.copytree(folder, folder.parent / "copy", symlinks=False))
+    try:
+        record = json.loads((copy / "run.json").read_text())
+        record["summary"]["median"]["psnr_db"] += 1
+        (copy / "run.json").write_text(json.dumps(record))
+        found = verify_results(copy, allow_withheld=True).problems
+        assert "summary.median.psnr_db" in {p.column for p in found}
+        publish_results(copy, "alice/more", i_have_the_right=True)  # there are none to publish
+        assert record_of(hub, name="alice/more")["photos"] == "withheld"
+    finally:
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    ("options", "photos", "license", "why"),
+    [
+        ({}, False, None, "the licence of 'photos' is not known"),
+        ({"license": "cc-by-4.0"}, True, "cc-by-4.0", "free: photos: cc-by-4.0"),
+        ({"license": "my-own"}, False, None, "'my-own' is not among the licences"),
+        ({"i_have_the_right": True}, True, "other", "the publisher states to have the right"),
+        ({"license": "cc-by-4.0", "withhold_photos": True}, False, None, "as asked for"),
+    ],
+)
+def test_who_decides_on_photos_of_a_folder(options, photos, license, why, hub, runs):
+    done = publish_results(runs["folder"], NAME, dry_run=True, **options)
+    assert (done.photos, done.license) == (photos, license)
+    assert why in done.why
+
+
+@pytest.mark.parametrize(
+    ("card", "facts", "options", "published"),
+    [
+        ("license: cc-by-4.0", {}, {}, True),
+        ("license: [mit, cc0-1.0]", {}, {}, True),
+        ("license: other", {}, {}, False),
+        ("license: other", {}, {"license": "mit"}, False),
+        ("license: cc-by-nc-4.0", {}, {}, False),
+        ("license: cc-by-nc-4.0", {}, {"i_have_the_right": True}, True),
+        ("license: cc-by-4.0", {"gated": True}, {}, False),
+        ("license: cc-by-4.0", {"gated": True}, {"license": "mit"}, False),
+        ("license: cc-by-4.0", {"gated": True}, {"i_have_the_right": True}, True),
+        ("tags: [a]", {}, {}, False),
+        ("tags: [a]", {}, {"license": "mit"}, True),
+        ("license: cc-by-4.0", {"private": True}, {}, False),
+    ],
+)
+def test_licence_of_a_dataset_of_the_hub(card, facts, options, published, hub):
+    repo = hub.add("datasets", "bob/photos", {"README.md": f"---\n{card}\n---\n".encode()}, **facts)
+    settings = {"data_id": "bob/photos:default:train", "data_revision": repo.at("main").sha}
+    assert licences.photo_rights(settings, **options).published is published
+    named = licences.photo_rights(settings | {"data_id": "me/ImageNet-1k:default:test"}, license="cc-by-4.0")
+    assert not named.published
+
+
+def test_licences_of_two_sources(hub, runs):
+    settings = json.loads((runs["match"] / "run.json").read_text())["settings"]
+    folder = {"data_id": "builtin + my + photos", "data_revision": f"{settings['data_revision']} + sha256:1"}
+    assert "is not known" in licences.photo_rights(folder).why
+    two = {"data_id": "builtin + mine", "data_revision": f"{settings['data_revision']} + sha256:1"}
+    assert licences.photo_rights(two).why == "the licence of 'mine' is not known"
+    assert licences.photo_rights(two, license="cc0-1.0").license == "cc0-1.0"
+    assert licences.photo_rights(two, license="mit").license == "other"
+    other = {"data_id": "builtin", "data_revision": "sha256:1"}  # a folder that is called so
+    assert not licences.photo_rights(other).published
+
+
+# --- back again ---
+
+
+def test_load_with_floats_from_the_hub_and_from_a_folder(hub, runs):
+    publish_results(runs["match"], NAME)
+    publish_results(runs["seed"], NAME)
+    rows = load_results(NAME, with_float=True)
+    assert len(rows) == 4
+    for row in rows:
+        assert row["match_float"].dtype == torch.float32
+        exact = torch.from_numpy(np.array(row["match"])).permute(2, 0, 1) / 255
+        assert float((exact - row["match_float"]).abs().max()) < 0.2  # refined on the lattice, near the float match
+        assert TinyEncoder()(row["match_float"][None]).shape == (1, 12)
+    by_float = {(row["float_file"], row["pair_id"]) for row in rows}
+    assert len(by_float) == 4  # two runs may have pairs of the same name
+    local = load_results(runs["match"], with_float=True)
+    assert torch.equal(local[0]["match_float"], rows[0]["match_float"])
+    assert "match_float" not in load_results(runs["match"])[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((NAME, "nothing"), ValueError, r"`config` must be one of matches, spectra, lipschitz, paths; got 'nothing'"),
+        ((NAME, "paths"), ValueError, r"must hold rows of 'paths'; it has matches"),
+        (("./nowhere",), FileNotFoundError, r"must be a folder or a dataset USER/NAME; got './nowhere'"),
+        (("alice/nothing",), errors.RepositoryNotFoundError, r"there is no such dataset or it is private"),
+        (("alice/vit",), errors.RepositoryNotFoundError, r"'alice/vit' is a model of the Hub, not a dataset"),
+        (("alice/app",), errors.RepositoryNotFoundError, r"'alice/app' is a Space of the Hub, not a dataset"),
+        ((f"{NAME}@a", "matches", "b"), ValueError, r"`revision` must be given once; got 'a' and 'b'"),
+        (("bob/gated",), errors.GatedRepoError, r"'bob/gated' is gated. Ask for access at"),
+    ],
+)
+def test_what_cannot_be_loaded(arguments, kind, message, hub, runs):
+    publish_results(runs["match"], NAME)
+    hub.add("models", "alice/vit", {"config.json": b"{}"})
+    hub.add("spaces", "alice/app", {"app.py": b""}, sdk="gradio")
+    hub.add("datasets", "bob/gated", runs["match"], gated=True)
+    with pytest.raises(kind, match=message):
+        load_results(*arguments)
+
+
+def test_private_results_need_their_token(hub, runs, monkeypatch):
+    publish_results(runs["match"], NAME)
+    with pytest.raises(errors.RepositoryNotFoundError, match=r"log in with `hf auth login`"):
+        load_results(NAME, token="hf_bob")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(errors.RepositoryNotFoundError, match=r"log in with `hf auth login`"):
+        download_results(NAME)
+    assert len(load_results(NAME, token="hf_alice")) == 2
+
+
+def test_a_dataset_without_a_run(hub):
+    hub.add("datasets", "bob/photos", {"README.md": b"photos"})
+    with pytest.raises(ValueError, match=r"holds no run of hf_equiv \(no run.json\)"):
+        download_results("bob/photos")
+    with pytest.raises(ValueError, match=r"must be the name of a dataset, USER/NAME; got 'photos'"):
+        download_results("photos")
+
+
+def test_what_is_not_all_in_the_cache(hub, runs, tmp_path):
+    publish_results(runs["match"], NAME)
+    hubload.load_results(NAME, cache_dir=str(tmp_path))  # fetches the rows alone
+    with pytest.raises(errors.LocalEntryNotFoundError, match=r"not in the cache|not all in the cache"):
+        download_results(NAME, cache_dir=str(tmp_path), local_files_only=True)
+
+
+# --- the model by name, and real Xet transfers: in processes of their own ---
+
+
+def _process(script: str, home: Path, endpoint: str, **environment: str) -> Any:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    settings = {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[1]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=kept | settings | environment, capture_output=True, text=True,
+        check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "hf_alice" not in done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+BY_NAME = """
+import json
+from hf_equiv import Encoder, publish_results
+from hf_equiv.datasetcheck import verify_results
+from hf_equiv.plan import RunConfig, make_plan
+from hf_equiv.run import run_match
+
+encoder = Encoder.from_pretrained("acme/vit", device="cpu")
+run_match(make_plan(RunConfig(model="acme/vit", max_evals=20), encoder), __import__("pathlib").Path({out!r}))
+done = publish_results({out!r}, "alice/named")
+report = verify_results("alice/named")
+print(json.dumps([done.run, report.holds, report.runs[0].model, report.runs[0].revision]))
+"""
+
+
+def test_the_recorded_model_is_loaded_by_name_at_its_revision(tmp_path, monkeypatch, hub):
+    with quiet():
+        save("vit_head", tmp_path / "vit")
+    first = hub.add("models", "acme/vit", tmp_path / "vit").at("main").sha
+    script = BY_NAME.format(out=str(tmp_path / "out"))
+    run, holds, model, revision = _process(script, tmp_path / "home", hub.endpoint, HF_HUB_DISABLE_XET="1")
+    assert (holds, model, revision) == (True, "acme/vit", first)
+    assert run.startswith("match-acme--vit-")
+    weights = (tmp_path / "vit" / "model.safetensors").read_bytes()
+    hub.add("models", "acme/vit", hub.files("models", "acme/vit") | {"model.safetensors": weights[:-4] + b"\0" * 4})
+    monkeypatch.undo()  # the real loader
+    report = verify_results("alice/named")  # main has moved; the recorded commit has not
+    assert report.holds
+    repo = hub.repos["models", "acme/vit"]
+    moved = repo.at("main").sha
+    del repo.commits[first]
+    (problem,) = verify_results("alice/named", cache_dir=str(tmp_path / "fresh")).problems
+    assert problem.column == "model_revision"
+    assert f"model 'acme/vit' has no revision '{first}': nothing was recomputed" in problem.message
+    record = record_of(hub, name="alice/named")
+    record["settings"]["model_revision"] = moved  # as if the rows were of the new weights
+    files = hub.files("datasets", "alice/named") | {"run.json": json.dumps(record).encode()}
+    hub.add("datasets", "alice/named", files)
+    columns = {p.column for p in verify_results("alice/named").problems}
+    assert "model_revision" in columns
+
+
+XET = """
+import json
+from huggingface_hub import constants
+from hf_equiv import download_results, load_results, publish_results
+
+assert not constants.HF_HUB_DISABLE_XET
+first = publish_results({run!r}, "alice/xet")
+again = publish_results({run!r}, "alice/xet")
+folder, commit = download_results("alice/xet")
+rows = load_results("alice/xet", with_float=True)
+print(json.dumps([first.commit, again.changed, commit, rows[0]["match"].size, list(rows[0]["match_float"].shape)]))
+"""
+
+
+def test_xet_transfers_are_one_commit_as_well(tmp_path, runs):
+    import hf_xet  # noqa: F401 (without it the client would silently go by LFS)
+
+    server = Hub().start()
+    server.xet = tmp_path / "store"
+    server.xet.mkdir()
+    commit, changed, seen, size, shape = _process(
+        XET.format(run=str(runs["match"])), tmp_path / "home", server.endpoint
+    )  # fmt: skip
+    assert not changed
+    assert commit == seen == server.repos["datasets", "alice/xet"].at("main").sha
+    assert (size, shape) == ([16, 16], [3, 16, 16])
+    assert len(titles(server, "alice/xet")) == 2
+    assert at_root(server, "alice/xet") == contents(runs["match"])
+    assert any("xet-write-token" in path for _, path, *_ in server.log)
+    assert not any(path.startswith("/_lfs/") for method, path, *_ in server.log if method == "PUT")
+
+
+# --- two at once ---
+
+
+def test_two_publishers_both_end_up_in_the_dataset(hub, runs):
+    names, failed = ["match", "seed", "walk"], []
+
+    def publish(name: str) -> None:
+        try:
+            publish_results(runs[name], NAME)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=publish, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert len(titles(hub)) == 4
+    report = verify_results(NAME)
+    assert report.problems == ()
+    assert len(report.runs) == 3
+    assert hub.files("datasets", NAME)["README.md"].decode().count("### ") == 3
