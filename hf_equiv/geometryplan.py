@@ -170,6 +170,17 @@ class AnalysisPlan:
         """`runs/VERB/MODEL-slug/HASH8`."""
         return default_folder(self.config.analysis, self.settings)
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of the images and float images of one subject, at most."""
+        config, size = self.config, math.prod(self.encoder.input_shape)
+        whole = size * self.encoder.dtype.itemsize
+        if config.analysis == "spectrum":
+            return size + whole * (config.k or 8) * config.vectors
+        if config.analysis == "lipschitz":
+            return (size + whole) * sum(self.settings["directions"].values())  # the image is in every row
+        return (size + whole) * (config.num_steps + 1) + 2 * whole
+
     def pixels(self, subject: Subject) -> tuple[Tensor, Tensor | None]:
         """The image and its target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU."""
         target = None
@@ -221,7 +232,7 @@ def make_analysis_plan(
     elif config.needs_target:
         targets = images
     refuse_columns(config.image_column, config.label_column, *(s for s in (images, targets) if s is not None))
-    subjects = settle_subjects(encoder, images, targets)
+    subjects = settle_subjects(encoder, images, targets, drawn=config.data is not None)
     same = targets is None or (targets.data_id, targets.data_revision) == (images.data_id, images.data_revision)
     two = (images,) if same or targets is None else (images, targets)
     own = _own_settings(config, encoder)

@@ -96,7 +96,8 @@ run_options = group(
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random draw."),
     click.option(
         "--batch-size", type=int, metavar="B",
-        help="Images (match) or derivatives (spectrum, lipschitz) per pass. Default: 8, on a GPU 32.",
+        help="Pairs matched at once; on a GPU also derivatives per pass. Default: 8, on a GPU 32; halved when memory "
+        "runs out.",
     ),
     click.option("--image-column", metavar="NAME", help="Image column of a parquet file or dataset."),
     click.option("--label-column", metavar="NAME", help="Class column of a parquet file or dataset."),

@@ -164,8 +164,9 @@ def make_plan(
 ) -> MatchPlan:
     """Open the images, settle the pairs, and check everything that can be checked without matching.
 
-    Every image of the pairs is read once here, so that bad ones are refused before any work, all in one message. Pairs
-    drawn from a set never have two photos of equal pixels; what goes bad after this costs its own rows only.
+    Every image of the pairs is read once here. Named ones that are bad are refused before any work, all in one message;
+    one that was drawn from `data` costs its own rows only, which get status `error`. Drawn pairs never have two photos
+    of equal pixels.
 
     Args:
         config: the run as the user states it.

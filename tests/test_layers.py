@@ -38,7 +38,8 @@ WALKS = ["headings", "walk", "levelset"]
 ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
 ENCODER += ["structure", "zero_shot", "encoder"]
 DATA = ["imagefile", "hubdata", "data"]
-RUN = ["shards", "card", "rundir", "pairs", "plan", "plots", "matchrows", "run"]
+RUN = ["shards", "card", "merge", "rundir", "pairs", "plan", "plots", "memory", "matchrows", "processes"]
+RUN += ["work", "run"]
 ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
 ANALYSES += ["walkplots", "geometryrun"]
 PLOTS = ["plots", "geometryplots", "walkplots"]
@@ -51,7 +52,7 @@ ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *
 HOMES = {
     "transformers": ENCODER,
     "huggingface_hub": [*ENCODER, *DATA],
-    "accelerate": ["run"],
+    "accelerate": ["memory", "processes"],
     "datasets": [*DATA, "shards", "layouts"],
     "pyarrow": ["shards"],
     "safetensors": [*ENCODER, "shards"],
