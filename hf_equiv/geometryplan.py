@@ -20,6 +20,7 @@ from hf_equiv.pairs import Subject, read_subject, settle_subjects
 from hf_equiv.plan import DTYPES, default_folder, encoder_settings, refuse_columns, settings_hash
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.shards import Layout
+from hf_equiv.stages import HALF
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
@@ -91,6 +92,11 @@ class AnalysisConfig:
         Raises:
             ValueError: with the option and what it must be.
         """
+        if self.dtype in ("bf16", *HALF):
+            raise ValueError(
+                f"`dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}. Half precision is for the early "
+                "iterations of `match` alone: derivatives would drown in its rounding."
+            )
         for name, allowed in (("analysis", ANALYSES), ("dtype", DTYPES), ("heading", HEADINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hf_equiv import metrics, shards
 from hf_equiv.imagefile import decode_png, encode_png
-from hf_equiv.matching import match_embedding
 from hf_equiv.memory import PassSize, ran_out
 from hf_equiv.pairs import Pair
 from hf_equiv.plan import SOLVERS, MatchPlan
@@ -19,6 +18,7 @@ from hf_equiv.precision import no_tf32
 from hf_equiv.quantize import refine_8bit
 from hf_equiv.results import Progress, Status
 from hf_equiv.shards import Row
+from hf_equiv.stages import match_in_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,9 @@ def _match_batch(plan: MatchPlan, part: Sequence[_Loaded], tell: Observer) -> It
     with torch.no_grad(), no_tf32():
         z = encoder(target)
     ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
-    found = match_embedding(
-        encoder, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, raise_on_failure=False,
-        progress=hook("match"), **ball,
+    found = match_in_stages(
+        encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
+        **ball,
     )  # fmt: skip
     if config.refine:
         exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **ball)

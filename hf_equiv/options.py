@@ -80,7 +80,8 @@ model_options = group(
     ),
     click.option("--normalize", is_flag=True, help="Divide embeddings by their L2 norm."),
     click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K. Default: cuda if there is one."),
-    click.option("--dtype", default="float32", show_default=True, metavar="TYPE", help="float32 or float64."),
+    click.option("--dtype", default="float32", show_default=True, metavar="TYPE",
+                 help="float32 or float64; match also takes bf16 and float16, for its early iterations only."),
     click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept."),
     click.option("--local-files-only", is_flag=True, help="Never ask the Hub; use what is in the cache."),
 )  # fmt: skip

@@ -18,6 +18,7 @@ from hf_equiv.data import ImageSet, load_images
 from hf_equiv.pairs import Pair, read_pair, settle_pairs
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.solvers import LBFGS, Adam, GradientDescent
+from hf_equiv.stages import HALF, Draft, drafts_of
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
@@ -39,7 +40,9 @@ class RunConfig:
         revision: commit, branch or tag of the Hub repository.
         readout: which output of the checkpoint is the embedding; `auto` takes what users compare.
         normalize: divide the embedding by its L2 norm.
-        dtype: `float32` or `float64`.
+        dtype: `float32` or `float64`; `bfloat16` (or `bf16`) and `float16` are for the early iterations of a match
+            only: its end, and every number, is float32.
+        compile: match with the encoder compiled by `torch.compile`; every number is still that of the plain encoder.
         source: images to start from (with `target`); see `load_images`.
         target: images whose embedding is wanted: one for all sources, or as many as there are sources.
         data: images to draw pairs from, instead of `source` and `target`.
@@ -61,6 +64,7 @@ class RunConfig:
     readout: str = "auto"
     normalize: bool = False
     dtype: str = "float32"
+    compile: bool = False
     source: str | None = None
     target: str | None = None
     data: str | None = None
@@ -77,6 +81,12 @@ class RunConfig:
     seed: int = 0
 
     @property
+    def half(self) -> str | None:
+        """Type of the early iterations, where it is another than that of the numbers."""
+        name = {"bf16": "bfloat16"}.get(self.dtype, self.dtype)
+        return name if name in HALF else None
+
+    @property
     def ball_norm(self) -> str:
         """`norm`, or `linf` where none was stated."""
         return self.norm or "linf"
@@ -90,7 +100,7 @@ class RunConfig:
         for name, value, allowed in (
             ("solver", self.solver, tuple(SOLVERS)),
             ("norm", self.ball_norm, NORMS),
-            ("dtype", self.dtype, tuple(DTYPES)),
+            ("dtype", self.half or self.dtype, (*DTYPES, *HALF)),
         ):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
@@ -127,6 +137,7 @@ class MatchPlan:
     Attributes:
         settings: everything that changes a number, with ids and revisions in place of paths; kept in `run.json`.
         provenance: the provenance columns, equal in every row.
+        drafts: cheaper forms of the encoder that matches start with.
     """
 
     config: RunConfig
@@ -136,6 +147,7 @@ class MatchPlan:
     pairs: tuple[Pair, ...]
     settings: dict[str, Any]
     provenance: dict[str, Any]
+    drafts: tuple[Draft, ...] = ()
 
     @property
     def hash8(self) -> str:
@@ -219,7 +231,13 @@ def make_plan(
         "num_pairs": len(pairs),
         "image_column": config.image_column,
         "label_column": config.label_column,
-        "solver": config.solver,
+        "solver": ", ".join(
+            [
+                config.solver,
+                *([f"{config.half} start"] if config.half else []),
+                *(["compiled"] if config.compile else []),
+            ]
+        ),
         "solver_parameters": _text(asdict(solver)),
         "radius": config.radius,
         "norm": config.ball_norm,
@@ -233,7 +251,8 @@ def make_plan(
     }
     shared = ("data_id", "data_revision", "norm", "radius", "rtol", "solver", "seed", "schema_version")
     provenance = known | {key: settings[key] for key in shared}
-    return MatchPlan(config, encoder, sources, targets, pairs, settings, provenance)
+    drafts = drafts_of(encoder, config.half, compiled=config.compile)
+    return MatchPlan(config, encoder, sources, targets, pairs, settings, provenance, drafts)
 
 
 def encoder_settings(encoder: Encoder, *, normalize: bool = False) -> dict[str, Any]:
