@@ -44,6 +44,8 @@ class AnalysisConfig:
         source: images to analyse, see `load_images`; by default the built-in photos.
         data: a set of images to draw `limit` from, instead of `source`.
         limit: how many images of `data`; None for all.
+        streaming: of a Hub dataset in `data`, fetch only the first `limit` images. Done unasked where its files are
+            larger than 5 GB.
         target: what walks head for: one image for all, or as many as there are; for lipschitz the `toward` image.
         image_column: image column of a parquet file or dataset.
         label_column: class column of a parquet file or dataset.
@@ -70,6 +72,7 @@ class AnalysisConfig:
     source: str | None = None
     data: str | None = None
     limit: int | None = None
+    streaming: bool = False
     target: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -106,6 +109,10 @@ class AnalysisConfig:
             raise ValueError("`data` must not be combined with `source`. Give one or the other.")
         if self.limit is not None and self.data is None:
             raise ValueError("`limit` must come with `data`: it draws from a set. Add --data W.")
+        if self.streaming and (self.data is None or self.limit is None):
+            raise ValueError(
+                "`streaming` must come with `data` and `limit`: how many images of a Hub dataset to fetch."
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1; got {self.limit}.")
         if self.k is not None:
@@ -218,13 +225,13 @@ def make_analysis_plan(
         raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {config.k}.")
     checks.check_radius(config.regional, config.ball_norm, math.prod(encoder.input_shape), "regional")
 
-    def load(what: str, limit: int | None = None) -> ImageSet:
+    def load(what: str, limit: int | None = None, *, streaming: bool = False) -> ImageSet:
         return load_images(
             what, limit=limit, seed=config.seed, image_column=config.image_column, label_column=config.label_column,
-            cache_dir=cache_dir, local_files_only=local_files_only,
+            cache_dir=cache_dir, local_files_only=local_files_only, streaming=streaming,
         )  # fmt: skip
 
-    images = load(config.data or config.source or "builtin", config.limit)
+    images = load(config.data or config.source or "builtin", config.limit, streaming=config.streaming)
     targets: ImageSet | None = None
     if config.target is not None:
         targets = load(config.target)

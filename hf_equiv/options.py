@@ -100,6 +100,11 @@ run_options = group(
         help="Pairs matched at once; on a GPU also derivatives per pass. Default: 8, on a GPU 32; halved when memory "
         "runs out.",
     ),
+    click.option(
+        "--streaming", is_flag=True,
+        help="Fetch only the first images of the Hub dataset in --data: --limit, or 4 a pair, at least 100. Done "
+        "unasked above 5 GB.",
+    ),
     click.option("--image-column", metavar="NAME", help="Image column of a parquet file or dataset."),
     click.option("--label-column", metavar="NAME", help="Class column of a parquet file or dataset."),
     click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes; write nothing."),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import NORMS, check_positive, check_radius, check_rtol
-from hf_equiv.data import ImageSet, load_images
+from hf_equiv.data import DEFAULT_PAIRS, ImageSet, load_images
 from hf_equiv.pairs import Pair, read_pair, settle_pairs
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.solvers import LBFGS, Adam, GradientDescent
@@ -47,6 +47,8 @@ class RunConfig:
         target: images whose embedding is wanted: one for all sources, or as many as there are sources.
         data: images to draw pairs from, instead of `source` and `target`.
         pairs: how many pairs to draw from `data`.
+        streaming: of a Hub dataset in `data`, fetch only the first images: 4 for each pair, at least 100. Done unasked
+            where its files are larger than 5 GB.
         image_column: image column of a parquet file or dataset.
         label_column: class column of a parquet file or dataset.
         solver: `lbfgs`, `adam` or `gd`.
@@ -69,6 +71,7 @@ class RunConfig:
     target: str | None = None
     data: str | None = None
     pairs: int | None = None
+    streaming: bool = False
     image_column: str | None = None
     label_column: str | None = None
     solver: str = "lbfgs"
@@ -126,6 +129,8 @@ class RunConfig:
             )
         if self.pairs is not None and self.data is None:
             raise ValueError("`pairs` must come with `data`: pairs are drawn from a set. Add --data W.")
+        if self.streaming and self.data is None:
+            raise ValueError("`streaming` must come with `data`: a Hub dataset of which to fetch the first images.")
         if self.pairs is not None and self.pairs < 1:
             raise ValueError(f"`pairs` must be at least 1; got {self.pairs}.")
 
@@ -204,6 +209,8 @@ def make_plan(
     def load(what: str) -> ImageSet:
         return load_images(
             what,
+            most=max(100, 4 * (config.pairs or DEFAULT_PAIRS)) if config.data is not None else None,
+            streaming=config.streaming,
             image_column=config.image_column,
             label_column=config.label_column,
             cache_dir=cache_dir,

@@ -23,7 +23,7 @@ from hf_equiv.solvers import LBFGS, Solver
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
 
-HALF = {"bfloat16": (torch.bfloat16, 3e-2), "float16": (torch.float16, 3e-3)}
+HALF = {"bfloat16": (torch.bfloat16, 1e-1), "float16": (torch.float16, 1e-2)}
 """Types of a draft, and the embedding error at which its rounding begins to mislead the solver."""
 
 
@@ -59,7 +59,7 @@ def drafts_of(encoder: Encoder, half: str | None, *, compiled: bool) -> tuple[Dr
     drafts = []
     if half is not None:
         dtype, rtol = HALF[half]
-        drafts.append(Draft(encoder.in_dtype(dtype), rtol, 0.5))
+        drafts.append(Draft(encoder.in_dtype(dtype), rtol, 0.2))
     if compiled:
         name = os.environ.get("CXX") or "g++"
         if shutil.which(name) is None:
