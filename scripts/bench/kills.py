@@ -44,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="how many processes or groups of processes to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--pairs", type=int, default=12, help="pairs of the run")
+    parser.add_argument("--pairs", type=int, default=24, help="pairs of the run")
     parser.add_argument("--analysis", choices=["match", "walk"], default="match")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -67,9 +67,12 @@ def kill_runs(place: Path, kills: int, seed: int, pairs: int, analysis: str) -> 
         for attempt in range(rng.randint(2, 6)):
             if killed == kills:
                 break
-            killed += 1
             count = rng.randint(1, 3) if attempt else 2
-            ends = disturb(plan, out, count, rng.uniform(0.0, 1.1 * usual / min(count, 2)), rng)
+            left = 1.0 - (len(rows_of(out, layout)) / len(whole) if out.exists() else 0.0)
+            if left == 0.0:
+                break
+            ends = list(disturb(plan, out, count, rng.uniform(0.0, 0.2 + left * usual / min(count, 2)), rng))
+            killed += "killed" in ends  # at least one did not end before
             seen.update(ends)
             faults += [f"run {runs}: {fault}" for fault in damage(out, layout, whole)]
             seen[stage_of(out, layout)] += 1
