@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--max-evals", type=int, default=100)
     parser.add_argument("--skip", default="", help="speed, overhead or memory, comma-separated")
     given = parser.parse_args()
+    datasets.disable_progress_bars()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
