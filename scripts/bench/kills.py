@@ -35,7 +35,7 @@ from hf_equiv.layouts import LAYOUTS
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.run import run_match
 
-PATIENCE = 120.0
+PATIENCE = 600.0
 """Seconds after which a process that should have ended counts as hanging."""
 
 
