@@ -73,6 +73,9 @@ def cli() -> None:
     show_default=True,
     help="Forward+backward passes per match; the 8-bit refinement comes on top.",
 )
+@click.option(
+    "--compile", is_flag=True, help="Match with the model compiled by torch.compile; needs a C++ compiler, and minutes."
+)
 @click.option("--no-refine", is_flag=True, help="Round the match to 8 bit instead of refining it there.")
 @click.option(
     "--labels",

@@ -83,6 +83,8 @@ def load_images(
     label_column: str | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
+    most: int | None = None,
+    streaming: bool = False,
 ) -> ImageSet:
     """Open a set of images by name.
 
@@ -95,6 +97,9 @@ def load_images(
         label_column: column of a table that holds the class; by default the first ClassLabel, else `label`.
         cache_dir: where downloads and converted parquet files are kept; by default the Hub's cache.
         local_files_only: never ask the Hub.
+        most: how many images are needed of a Hub dataset that is streamed; by default `limit`.
+        streaming: fetch only the first `most` images of a Hub dataset, in its own order. Done unasked above 5 GB of
+            files, where the number is known.
 
     Returns:
         The set. Labels are class sub-folder names, or come from a `labels.csv` (columns file, label[, name]) beside
@@ -113,7 +118,9 @@ def load_images(
         raise ValueError(f"images must be named by a file, a folder, a dataset or 'builtin'; got {what!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; got {limit}.")
-    path = Path(what).expanduser()
+    path, most = Path(what).expanduser(), most or limit
+    if streaming and (what == "builtin" or path.exists()):
+        raise ValueError(f"`streaming` must come with a Hub dataset; {what!r} is here already. Leave it out.")
     if what == "builtin":
         images = _builtin()
     elif path.is_dir():
@@ -135,7 +142,15 @@ def load_images(
         from hf_equiv import hubdata
 
         images = ImageSet(
-            *hubdata.load_hub_dataset(what, image_column, label_column, cache_dir, local_files_only=local_files_only),
+            *hubdata.load_hub_dataset(
+                what,
+                image_column,
+                label_column,
+                cache_dir,
+                local_files_only=local_files_only,
+                most=most,
+                streaming=streaming,
+            ),
             tabular=True,
         )
     if limit is not None and limit < len(images):

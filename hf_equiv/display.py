@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,8 @@ def run_progress(*, quiet: bool, what: str = "matches") -> Iterator[Observer]:
     """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere."""
     if quiet:
         yield lambda _: None
+    elif sys.stderr.isatty() and os.environ.get("RANK", "0") != "0":
+        yield _notes  # one bar is enough: it counts the rows of all processes
     elif sys.stderr.isatty():
         with Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"),
@@ -56,6 +59,35 @@ def run_progress(*, quiet: bool, what: str = "matches") -> Iterator[Observer]:
         yield _Lines(what)
 
 
+def _notes(p: RunProgress) -> None:
+    if p.stage == "note":
+        to_stderr(f"rank {p.rank}: error: {in_flags(p.message)}")
+
+
+class _Pace:
+    """Rows a minute and time left, from what was done since the run began here."""
+
+    def __init__(self) -> None:
+        self.start: tuple[float, int] | None = None
+
+    def tell(self, done: int, total: int) -> str:
+        """In words, or nothing before the first row and after the last."""
+        now = time.monotonic()
+        self.start = self.start or (now, done)
+        made, seconds = done - self.start[1], now - self.start[0]
+        if made <= 0 or seconds <= 0:
+            return ""
+        left = seconds * (total - done) / made
+        return f"{60 * made / seconds:.3g} a minute" + (f", {_duration(left)} left" if done < total else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), seconds / 3600
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{hours:.1f} h"
+
+
 class _Bars:
     """One bar for the run, one line for each image of the batch."""
 
@@ -64,12 +96,16 @@ class _Bars:
         self.whole = bars.add_task(what, total=None, state="")
         self.images: dict[str, Any] = {}
         self.stage = ""
+        self.pace = _Pace()
 
     def __call__(self, p: RunProgress) -> None:
-        if p.stage == "note":
-            self.bars.console.print(f"error: {escape(in_flags(p.message))}", highlight=False)
+        if p.stage in ("note", "info"):
+            told = f"{'error: ' * (p.stage == 'note')}{in_flags(p.message)}"
+            self.bars.console.print(escape(told), highlight=False)
             return
-        self.bars.update(self.whole, total=p.total, completed=p.done, state=f"{p.done} of {p.total}")
+        pace = self.pace.tell(p.done, p.total)
+        state = f"{p.done} of {p.total}" + (f", {pace.split(',')[0]}" if pace else "")
+        self.bars.update(self.whole, total=p.total, completed=p.done, state=state)
         if p.stage == "saved":
             self._clear()
             return
@@ -104,20 +140,25 @@ class _Lines:
     def __init__(self, what: str) -> None:
         self.what = what
         self.last = time.monotonic()
+        self.pace = _Pace()
 
     def __call__(self, p: RunProgress) -> None:
-        now = time.monotonic()
+        now, who = time.monotonic(), f"rank {p.rank}: " if p.processes > 1 else ""
         if p.stage == "note":
-            to_stderr(f"error: {in_flags(p.message)}")
+            to_stderr(f"{who}error: {in_flags(p.message)}")
+        elif p.stage == "info":
+            to_stderr(f"{who}{in_flags(p.message)}")
         elif p.stage == "saved":
-            to_stderr(f"{p.done} of {p.total} {'rows' if self.what == 'matches' else self.what} on disk")
+            pace = self.pace.tell(p.done, p.total)
+            done = f"{p.done} of {p.total} {'rows' if self.what == 'matches' else self.what} on disk"
+            to_stderr(f"{who}{done}{f' ({pace})' if pace else ''}")
         elif now - self.last >= LINE_EVERY and p.errors is not None and p.num_evals is not None:
             to_stderr(
-                f"{p.done} of {p.total}: {p.stage} {len(p.pair_ids)} images, worst error {_level(p.errors)}, "
+                f"{who}{p.done} of {p.total}: {p.stage} {len(p.pair_ids)} images, worst error {_level(p.errors)}, "
                 f"{float(p.num_evals.max()):.0f} evaluations"
             )
         elif now - self.last >= LINE_EVERY and p.steps:
-            to_stderr(f"{p.done} of {p.total}: {p.pair_ids[0]}, {p.stage} {p.step} of {p.steps}")
+            to_stderr(f"{who}{p.done} of {p.total}: {p.pair_ids[0]}, {p.stage} {p.step} of {p.steps}")
         else:
             return
         self.last = now
@@ -312,7 +353,8 @@ def console_of(out: Any) -> Console:
 
 def to_stderr(text: str) -> None:
     """Print a line on stderr."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 (progress of the CLI)
+    sys.stderr.write(f"{text}\n")  # in one piece: other processes write there too
+    sys.stderr.flush()
 
 
 def form(value: float | None, spec: str) -> str:

@@ -241,9 +241,20 @@ class Encoder:
     def double(self) -> Encoder:
         """Return the same function in float64, made once. Weights are kept exactly, every operation has 53 bits."""
         if self.dtype != torch.float64 and self._twin is None:
-            exact = self._network.in_float64()
-            self._twin = Encoder(self._checkpoint, exact, readout=self.readout, normalize=self.normalize)
+            self._twin = self.in_dtype(torch.float64)
         return self._twin or self
+
+    def in_dtype(self, dtype: torch.dtype) -> Encoder:
+        """Return the same function in another floating-point type, a copy with weights of its own.
+
+        Args:
+            dtype: of weights and embeddings.
+
+        Returns:
+            The copy, on the same device.
+        """
+        network = self._network.in_dtype(dtype)
+        return Encoder(self._checkpoint, network, readout=self.readout, normalize=self.normalize)
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
         """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image, (B,), float64: what rounding does to the embedding.

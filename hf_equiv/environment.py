@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -80,10 +81,20 @@ def load_encoder(
         readout=readout,
         normalize=normalize,
         dtype=dtypes[dtype],
-        device=device,
+        device=own_device(device),
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+
+
+def own_device(device: str | None) -> str | None:
+    """The GPU of this process, where a launcher has started several; otherwise what was asked for."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK", "")
+    if device not in (None, "cuda") or not rank.isdecimal() or not torch.cuda.is_available():
+        return device
+    return f"cuda:{rank}"
 
 
 def calm(*, quiet: bool) -> None:

@@ -20,6 +20,7 @@ from hf_equiv.pairs import Subject, read_subject, settle_subjects
 from hf_equiv.plan import DTYPES, default_folder, encoder_settings, refuse_columns, settings_hash
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.shards import Layout
+from hf_equiv.stages import HALF
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
@@ -43,6 +44,8 @@ class AnalysisConfig:
         source: images to analyse, see `load_images`; by default the built-in photos.
         data: a set of images to draw `limit` from, instead of `source`.
         limit: how many images of `data`; None for all.
+        streaming: of a Hub dataset in `data`, fetch only the first `limit` images. Done unasked where its files are
+            larger than 5 GB.
         target: what walks head for: one image for all, or as many as there are; for lipschitz the `toward` image.
         image_column: image column of a parquet file or dataset.
         label_column: class column of a parquet file or dataset.
@@ -69,6 +72,7 @@ class AnalysisConfig:
     source: str | None = None
     data: str | None = None
     limit: int | None = None
+    streaming: bool = False
     target: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -91,6 +95,11 @@ class AnalysisConfig:
         Raises:
             ValueError: with the option and what it must be.
         """
+        if self.dtype in ("bf16", *HALF):
+            raise ValueError(
+                f"`dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}. Half precision is for the early "
+                "iterations of `match` alone: derivatives would drown in its rounding."
+            )
         for name, allowed in (("analysis", ANALYSES), ("dtype", DTYPES), ("heading", HEADINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -100,6 +109,10 @@ class AnalysisConfig:
             raise ValueError("`data` must not be combined with `source`. Give one or the other.")
         if self.limit is not None and self.data is None:
             raise ValueError("`limit` must come with `data`: it draws from a set. Add --data W.")
+        if self.streaming and (self.data is None or self.limit is None):
+            raise ValueError(
+                "`streaming` must come with `data` and `limit`: how many images of a Hub dataset to fetch."
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1; got {self.limit}.")
         if self.k is not None:
@@ -170,6 +183,17 @@ class AnalysisPlan:
         """`runs/VERB/MODEL-slug/HASH8`."""
         return default_folder(self.config.analysis, self.settings)
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of the images and float images of one subject, at most."""
+        config, size = self.config, math.prod(self.encoder.input_shape)
+        whole = size * self.encoder.dtype.itemsize
+        if config.analysis == "spectrum":
+            return size + whole * (config.k or 8) * config.vectors
+        if config.analysis == "lipschitz":
+            return (size + whole) * sum(self.settings["directions"].values())  # the image is in every row
+        return (size + whole) * (config.num_steps + 1) + 2 * whole
+
     def pixels(self, subject: Subject) -> tuple[Tensor, Tensor | None]:
         """The image and its target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU."""
         target = None
@@ -201,13 +225,13 @@ def make_analysis_plan(
         raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {config.k}.")
     checks.check_radius(config.regional, config.ball_norm, math.prod(encoder.input_shape), "regional")
 
-    def load(what: str, limit: int | None = None) -> ImageSet:
+    def load(what: str, limit: int | None = None, *, streaming: bool = False) -> ImageSet:
         return load_images(
             what, limit=limit, seed=config.seed, image_column=config.image_column, label_column=config.label_column,
-            cache_dir=cache_dir, local_files_only=local_files_only,
+            cache_dir=cache_dir, local_files_only=local_files_only, streaming=streaming,
         )  # fmt: skip
 
-    images = load(config.data or config.source or "builtin", config.limit)
+    images = load(config.data or config.source or "builtin", config.limit, streaming=config.streaming)
     targets: ImageSet | None = None
     if config.target is not None:
         targets = load(config.target)
@@ -221,7 +245,7 @@ def make_analysis_plan(
     elif config.needs_target:
         targets = images
     refuse_columns(config.image_column, config.label_column, *(s for s in (images, targets) if s is not None))
-    subjects = settle_subjects(encoder, images, targets)
+    subjects = settle_subjects(encoder, images, targets, drawn=config.data is not None)
     same = targets is None or (targets.data_id, targets.data_revision) == (images.data_id, images.data_revision)
     two = (images,) if same or targets is None else (images, targets)
     own = _own_settings(config, encoder)

@@ -15,13 +15,14 @@ from hf_equiv.geometryplan import AnalysisPlan
 from hf_equiv.geometrysummary import summarize_analysis
 from hf_equiv.imagefile import decode_png, encode_png
 from hf_equiv.lipschitzrows import lipschitz_rows
-from hf_equiv.matchrows import Observer, RunProgress
+from hf_equiv.matchrows import Observer, RunProgress, one_line
+from hf_equiv.memory import PassSize, ran_out
 from hf_equiv.pairs import Subject
 from hf_equiv.results import Status
-from hf_equiv.run import Job, carry_out
 from hf_equiv.shards import Layout, Row
 from hf_equiv.spectrumrows import spectrum_rows
 from hf_equiv.walkrows import walk_rows
+from hf_equiv.work import Job, carry_out
 
 PASS_SIZE = 32
 """Images, tangents or cotangents in one pass through the model."""
@@ -77,7 +78,8 @@ def run_analysis(
         plan: from `make_analysis_plan`.
         out: run directory; by default `plan.default_out`.
         overwrite: `missing` makes what is not there; `always` replaces an earlier run; `never` refuses to touch one.
-        batch_size: images, tangents or cotangents in one pass through the model; by default 32.
+        batch_size: on a GPU, images, tangents or cotangents in one pass through the model; by default 32. On a CPU
+            it is not heeded, so that it changes no number; there 8 derivatives go into a pass.
         observer: called with a `RunProgress`; what it raises ends the run.
 
     Returns:
@@ -88,59 +90,84 @@ def run_analysis(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
-    batch, tell = batch_size or PASS_SIZE, observer or (lambda _: None)
-    folder, layout, total = out or plan.default_out, plan.layout, len(plan.subjects)
+    # on a CPU the last bits of a derivative depend on how many there are in a pass, and rows must not
+    sizes = PassSize(PASS_SIZE if plan.encoder.device.type == "cpu" else batch_size or PASS_SIZE)
+    folder, layout = out or plan.default_out, plan.layout
 
-    def make(folder: Path, items: Sequence[Any], errors: dict[str, str], done: int) -> None:
-        (subject,) = items
+    def make(folder: Path, block: Sequence[Any], errors: dict[str, str], tell: Observer) -> None:
+        (subject,) = block
 
         def stage(name: str, step: int, steps: int) -> None:
-            tell(RunProgress(name, done, total, (subject.image_id,), step=step, steps=steps))
+            tell(RunProgress(name, pair_ids=(subject.image_id,), step=step, steps=steps))
 
-        rows, floats, why = image_rows(plan, subject, batch, stage)
+        rows, floats, why = image_rows(
+            plan, subject, sizes, stage, lambda text: tell(RunProgress("info", message=text))
+        )
         if why is not None:
             errors[subject.image_id] = why
-            tell(RunProgress("note", done, total, (subject.image_id,), message=f"{subject.image_id}: {why}"))
-        shards.write_shard(folder, subject.index, rows, floats, {}, layout)
+            tell(RunProgress("note", pair_ids=(subject.image_id,), message=f"{subject.image_id}: {why}"))
+        shards.write_shard(folder, subject.index, rows, floats, {}, layout, errors)
 
-    job = Job(layout, plan.encoder.device, plan.settings, plan.subjects, 1, make, lambda folder: _finish(plan, folder))
-    main = carry_out(job, folder, overwrite, tell)
+    job = Job(
+        layout, plan.encoder.device, plan.settings, plan.subjects, 1, plan.item_bytes, make,
+        lambda folder: _finish(plan, folder),
+    )  # fmt: skip
+    main = carry_out(job, folder, overwrite, observer or (lambda _: None))
     record = rundir.read_record(folder)
     rows = ordered_rows(folder, layout, plan.subjects)
     return AnalysisOutcome(layout.analysis, folder, tuple(rows), record["summary"], record.get("errors", {}), main)
 
 
 def image_rows(
-    plan: AnalysisPlan, subject: Subject, batch: int, stage: Callable[[str, int, int], None]
-) -> tuple[list[Row], dict[str, Tensor], str | None]:
+    plan: AnalysisPlan, subject: Subject, sizes: PassSize, stage: Callable[[str, int, int], None],
+    inform: Callable[[str], None],
+) -> tuple[list[Row], dict[str, Tensor], str | None]:  # fmt: skip
     """All columns of the rows of one image, its float images, and the message where it could not be analysed."""
-    config, encoder, layout = plan.config, plan.encoder, plan.layout
+    encoder, layout = plan.encoder, plan.layout
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     png: bytes | None = None
-    why: str | None = None
+    image = target = None
+    rows: list[Row] = [{"status": str(Status.ERROR)}]
     floats: dict[str, Tensor] = {}
+    why: str | None = None
     try:
         source, other = plan.pixels(subject)
         png = encode_png(source)  # what is analysed is what is stored
         image = decode_png(png, dtype).to(encoder.device)
         target = None if other is None else decode_png(encode_png(other), dtype).to(encoder.device)
-        if layout.analysis == "spectrum":
-            stage("jacobian", 0, 1)
-            rows, floats = spectrum_rows(config, encoder, subject.image_id, image, batch)
-        elif layout.analysis == "lipschitz":
-            rows, floats = lipschitz_rows(encoder, image, target, plan.settings, subject.image_id, batch, stage)
+    except (ValueError, OSError) as error:
+        why = one_line(error)
+    while image is not None:
+        tried = sizes.images
+        try:
+            rows, floats = _analyse(plan, subject, image, target, tried, stage)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # NaN, no JVP, a heading that leads nowhere
+            why, full = one_line(error), ran_out(error)
         else:
-            rows, floats = walk_rows(encoder, image, target, plan.settings, subject.image_id, stage)
-        failed = Status.ERROR in {row["status"] for row in rows} and not floats
-        why = Status.ERROR.advice if failed and layout.analysis == "spectrum" else None
-    except (ValueError, OSError, RuntimeError) as error:  # out of memory, NaN, no JVP, a heading that leads nowhere
-        why = " ".join(str(error).split()) or type(error).__name__
-        rows, floats = [{"status": str(Status.ERROR)}], {}
+            failed = Status.ERROR in {row["status"] for row in rows} and not floats
+            why = Status.ERROR.advice if failed and layout.analysis == "spectrum" else None
+            break
+        if not full or tried == 1 or layout.analysis == "walk":  # whose passes hold one image anyway
+            break
+        inform(sizes.halve(tried))
     common = dict.fromkeys(layout.features) | {layout.images[0]: png, "image_id": subject.image_id}
     common |= {"image_class": subject.image_class} | plan.provenance
     common |= {"heading": plan.settings["heading"]} if "heading" in layout.features else {}
     common |= {key: subject.target_id for key in ("target_id", "toward_id") if key in layout.features}
     return [common | row for row in rows], floats, why
+
+
+def _analyse(
+    plan: AnalysisPlan, subject: Subject, image: Tensor, target: Tensor | None, batch: int,
+    stage: Callable[[str, int, int], None],
+) -> tuple[list[Row], dict[str, Tensor]]:  # fmt: skip
+    name = subject.image_id
+    if plan.config.analysis == "spectrum":
+        stage("jacobian", 0, 1)
+        return spectrum_rows(plan.config, plan.encoder, name, image, batch)
+    if plan.config.analysis == "lipschitz":
+        return lipschitz_rows(plan.encoder, image, target, plan.settings, name, batch, stage)
+    return walk_rows(plan.encoder, image, target, plan.settings, name, stage)
 
 
 def ordered_rows(folder: Path, layout: Layout, subjects: Sequence[Subject], *, images: bool = False) -> list[Row]:
@@ -169,23 +196,24 @@ def _finish(plan: AnalysisPlan, folder: Path) -> Row:
 
 def _first_images(folder: Path, plan: AnalysisPlan) -> Row:
     """Pixels and, where they are kept, right singular vectors of the first images, by id."""
+    first = {subject.image_id for subject in plan.subjects[: geometryplots.MAX_IMAGES]}
     pictures: Row = {}
-    for subject in plan.subjects[: geometryplots.MAX_IMAGES]:
-        float_file, shard = shards.shard_paths(folder, subject.index, plan.layout)
-        row = shards.read_shard(shard, images=True, layout=plan.layout)[0]
-        vectors = shards.read_floats(float_file)[0].get(f"{subject.image_id}/right") if float_file.is_file() else None
-        if row["image"] is not None:
-            pictures[subject.image_id] = (decode_png(row["image"]), vectors)
+    for row in shards.read_rows(folder, images=True, layout=plan.layout, first=len(first)):
+        if row["image_id"] in first and row["image_id"] not in pictures and row["image"] is not None:
+            pictures[row["image_id"]] = (decode_png(row["image"]), None)
+    for path in shards.shard_files(folder, plan.layout) if plan.config.vectors else ():
+        if shards.shard_index(path) < len(first):
+            floats = shards.read_floats(folder / "float" / f"{path.stem}.safetensors")[0]
+            known = {name: floats.get(f"{name}/right") for name in pictures}
+            pictures |= {name: (pictures[name][0], right) for name, right in known.items() if right is not None}
     return pictures
 
 
 def _frames(folder: Path, plan: AnalysisPlan) -> dict[str, list[bytes]]:
     """PNG frames of the first walks, by image id."""
-    frames = {}
-    for subject in plan.subjects[: walkplots.MAX_WALKS]:
-        shard = shards.shard_paths(folder, subject.index, plan.layout)[1]
-        rows = shards.read_shard(shard, images=True, layout=plan.layout)
-        pictures = [row["frame"] for row in sorted(rows, key=lambda r: r["step"] or 0) if row["step"] is not None]
-        if pictures:
-            frames[subject.image_id] = pictures
-    return frames
+    first = {subject.image_id: subject for subject in plan.subjects[: walkplots.MAX_WALKS]}
+    steps: dict[str, list[tuple[int, bytes]]] = {name: [] for name in first}
+    for row in shards.read_rows(folder, images=True, layout=plan.layout, first=len(first)):
+        if row["image_id"] in first and row["step"] is not None:
+            steps[row["image_id"]].append((row["step"], row["frame"]))
+    return {name: [frame for _, frame in sorted(found)] for name, found in steps.items() if found}

@@ -12,6 +12,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from PIL import Image
 
 from hf_equiv.imagefile import open_image
+from hf_equiv.streaming import first_rows, is_large
 
 Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
@@ -41,8 +42,12 @@ def load_hub_dataset(
     cache_dir: str | None,
     *,
     local_files_only: bool,
+    most: int | None = None,
+    streaming: bool = False,
 ) -> tuple[str, str, tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]:
     """Open `id[:config][:split]` at its current commit.
+
+    With `streaming`, or if the files are large, only the first `most` images are fetched; the name says so.
 
     Returns:
         The fields of an `ImageSet`, in order.
@@ -57,6 +62,17 @@ def load_hub_dataset(
     offline = local_files_only or constants.is_offline_mode()
     revision = _cached_revision(repo_id, cache_dir) if offline else _current_revision(repo_id)
     config, split = _choose(repo_id, revision, parts)
+    name = ":".join([repo_id, config, split])
+    try:
+        if streaming or (most is not None and not offline and is_large(repo_id, config, revision)):
+            if offline or most is None:
+                raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
+            with _quiet():
+                rows = first_rows(repo_id, config, revision, split, most, cache_dir)
+            ids, labels, read = columns_as_images(rows, name, image_column, label_column)
+            return f"{name}[:{most}]", revision, ids, labels, read
+    except (OSError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"dataset {what!r} cannot be streamed: {_first_line(error.__cause__ or error)}") from error
     mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
     try:
         with _quiet():
@@ -65,7 +81,6 @@ def load_hub_dataset(
             )
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
-    name = ":".join([repo_id, config, split])
     ids, labels, read = columns_as_images(dataset, name, image_column, label_column)
     return name, revision, ids, labels, read
 

@@ -47,10 +47,10 @@ class LoadedModel:
         if self.projection is not None:
             self.projection.to(device)
 
-    def in_float64(self) -> LoadedModel:
-        """Return a copy whose parameters are float64; every float32 value is kept exactly."""
+    def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
+        """Return a copy whose parameters are of `dtype`; float64 keeps every float32 value exactly."""
         twin = copy.deepcopy((self.model, self.backbone, self.projection))  # together: shared parts stay shared
-        model, backbone, projection = (part if part is None else part.double() for part in twin)
+        model, backbone, projection = (part if part is None else part.to(dtype) for part in twin)
         return replace(self, model=model, backbone=backbone, projection=projection)
 
 

@@ -33,6 +33,7 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     environment.calm(quiet=quiet)
     where = {key: given[key] for key in ("cache_dir", "local_files_only")}
     options = {key: given[key] for key in ("revision", "readout", "normalize", "device", "dtype")}
+    options["dtype"] = "float32" if config.half else config.dtype
     encoder = environment.load_encoder(model, **options, **where)
     plan = make_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out

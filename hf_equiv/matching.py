@@ -48,6 +48,7 @@ def match_embedding(
     rtol: float = 1e-5,
     max_evals: int = 1000,
     raise_on_failure: bool = True,
+    start: MatchResult | None = None,
     progress: ProgressHook | None = None,
 ) -> MatchResult:
     """Find an image near `source` with the embedding of `target` (a *match*, or metamer).
@@ -76,6 +77,8 @@ def match_embedding(
         rtol: embedding error at which an image is done. Below about 3e-6 float32 noise ends most runs.
         max_evals: evaluations per image.
         raise_on_failure: raise if an image misses `rtol`; False returns it with its status.
+        start: an earlier result for the same images to go on from, of this f or of a cheaper form of it. Its
+            evaluations and seconds count; `source` stays the centre of the ball.
         progress: called with a `Progress` after every batched evaluation; an exception raised in it ends the run.
 
     Returns:
@@ -109,14 +112,22 @@ def match_embedding(
     checks.check_count(max_evals, "max_evals")
     solver = LBFGS() if solver is None else solver
     checks.check_solver(solver)
+    if start is not None and start.images.shape != source.shape:
+        raise ValueError(
+            f"`start` must hold images of the shape of `source` {tuple(source.shape)}; got {tuple(start.images.shape)}."
+        )
     with torch.inference_mode(False), no_tf32():
         source = source.detach().clone(memory_format=torch.contiguous_format)
         z = target_embeddings(f, source, target.detach())
         runs = []
-        for image, embedding in zip(source, z, strict=True):
+        for i, (image, embedding) in enumerate(zip(source, z, strict=True)):
             feasible = FeasibleSet.around(image, radius, norm)
             known = isinstance(solver, LBFGS | Adam | GradientDescent)
-            runs.append(_Run(solver.iterate(image, feasible), embedding, image, None if known else feasible))
+            begin = image if start is None else start.images[i].to(image, copy=True)
+            run = _Run(solver.iterate(begin, feasible), embedding, begin, None if known else feasible)
+            if start is not None:
+                run.num_evals, run.seconds = float(start.num_evals[i]), float(start.seconds[i])
+            runs.append(run)
         newton = isinstance(solver, LBFGS) and solver.newton and radius is None
         _drive(with_autocast(f), runs, rtol, max_evals, progress, newton=newton)
         result = collect(runs)

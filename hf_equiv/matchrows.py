@@ -11,13 +11,14 @@ from torch import Tensor
 
 from hf_equiv import metrics, shards
 from hf_equiv.imagefile import decode_png, encode_png
-from hf_equiv.matching import match_embedding
+from hf_equiv.memory import PassSize, ran_out
 from hf_equiv.pairs import Pair
 from hf_equiv.plan import SOLVERS, MatchPlan
 from hf_equiv.precision import no_tf32
 from hf_equiv.quantize import refine_8bit
 from hf_equiv.results import Progress, Status
 from hf_equiv.shards import Row
+from hf_equiv.stages import match_in_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +26,24 @@ class RunProgress:
     """What the observer of a run receives.
 
     Attributes:
-        stage: `match`, `refine`, `saved` (a shard is on disk), or `note` (see `message`); in other analyses what is
-            being worked on.
-        done: rows on disk.
+        stage: `match`, `refine`, `saved` (a shard is on disk), `note` (a row of status `error`, see `message`) or
+            `info` (see `message`); in other analyses what is being worked on.
+        done: rows on disk, of all processes.
         total: rows of the whole run.
         pair_ids: the batch being worked on.
         errors: embedding errors of that batch, (B,).
         num_evals: evaluations of that stage spent so far, (B,).
         active: images still being worked on, (B,).
-        message: text of a note.
+        message: text of a note or of an info.
         step: how much of the stage is done, in an analysis of one image.
         steps: of how much.
+        rank: number of the process that says so.
+        processes: how many there are.
     """
 
     stage: str
-    done: int
-    total: int
+    done: int = 0
+    total: int = 0
     pair_ids: tuple[str, ...] = ()
     errors: Tensor | None = None
     num_evals: Tensor | None = None
@@ -48,53 +51,67 @@ class RunProgress:
     message: str = ""
     step: int = 0
     steps: int = 0
+    rank: int = 0
+    processes: int = 1
 
 
 Observer = Callable[[RunProgress], None]
+_Loaded = tuple[Pair, Tensor, Tensor]
 
 
 def make_rows(
-    plan: MatchPlan, batch: Sequence[Pair], errors: dict[str, str], tell: Observer, done: int
+    plan: MatchPlan, block: Sequence[Pair], errors: dict[str, str], tell: Observer, sizes: PassSize
 ) -> tuple[list[Row], dict[str, Tensor], Row]:
-    """Rows of a batch; a pair that cannot be read or computed gets a row of status `error` and the others go on."""
-    total = len(plan.pairs)
+    """Rows of a block; a pair that cannot be read or computed gets a row of status `error` and the others go on.
+
+    When memory runs out, fewer pairs are matched at once, from then on.
+
+    Returns:
+        The rows in order; float matches, and what they cost, by pair id.
+    """
     rows: dict[str, Row] = {}
     floats: dict[str, Tensor] = {}
     costs: Row = {}
-    loaded: list[tuple[Pair, Tensor, Tensor]] = []
+    loaded: list[_Loaded] = []
 
-    def fail(pair: Pair, error: Exception, images: tuple[Tensor, Tensor] | None = None) -> None:
-        errors[pair.pair_id] = _one_line(error)
+    def fail(pair: Pair, why: str, images: tuple[Tensor, Tensor] | None = None) -> None:
+        errors[pair.pair_id] = why
         rows[pair.pair_id] = _error_row(plan, pair, images)
-        note = f"{pair.pair_id}: {errors[pair.pair_id]}"
-        tell(RunProgress("note", done, total, (pair.pair_id,), message=note))
+        tell(RunProgress("note", pair_ids=(pair.pair_id,), message=f"{pair.pair_id}: {why}"))
 
-    def compute(part: Sequence[tuple[Pair, Tensor, Tensor]]) -> None:
+    def compute(part: Sequence[_Loaded]) -> None:
         try:
-            made = list(_match_batch(plan, part, tell, done))
-        except (RuntimeError, ValueError) as error:  # out of memory, NaN embedding, a model that fails on one image
-            if len(part) == 1:
-                fail(part[0][0], error, part[0][1:])
-                return
-            for single in part:
-                compute([single])
+            made = list(_match_batch(plan, part, tell))
+        except (RuntimeError, ValueError, MemoryError) as error:  # or NaN, or a model that fails on one image
+            why, full = one_line(error), ran_out(error)
+        else:
+            for row, image, cost in made:
+                rows[row["pair_id"]], floats[row["pair_id"]], costs[row["pair_id"]] = row, image, cost
             return
-        for row, image, cost in made:
-            rows[row["pair_id"]], floats[row["pair_id"]], costs[row["pair_id"]] = row, image, cost
+        if len(part) == 1:  # here the failed attempt is gone, with the memory that its error kept alive
+            fail(part[0][0], f"out of memory with a single pair: {why}" if full else why, part[0][1:])
+            return
+        if full:
+            tell(RunProgress("info", message=sizes.halve(len(part))))
+        compute_all(part, sizes.images if full else 1)
 
-    for pair in batch:
+    def compute_all(part: Sequence[_Loaded], size: int) -> None:
+        at = 0
+        while at < len(part):
+            few = part[at : at + min(size, sizes.images)]
+            compute(few)
+            at += len(few)
+
+    for pair in block:
         try:
             loaded.append((pair, *plan.pixels(pair)))
         except (ValueError, OSError) as error:
-            fail(pair, error)
-    if loaded:
-        compute(loaded)
-    return [rows[pair.pair_id] for pair in batch], floats, costs
+            fail(pair, one_line(error))
+    compute_all(loaded, sizes.images)
+    return [rows[pair.pair_id] for pair in block], floats, costs
 
 
-def _match_batch(
-    plan: MatchPlan, part: Sequence[tuple[Pair, Tensor, Tensor]], tell: Observer, done: int
-) -> Iterator[tuple[Row, Tensor, Row]]:
+def _match_batch(plan: MatchPlan, part: Sequence[_Loaded], tell: Observer) -> Iterator[tuple[Row, Tensor, Row]]:
     config, encoder = plan.config, plan.encoder
     ids = tuple(pair.pair_id for pair, _, _ in part)
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
@@ -104,14 +121,14 @@ def _match_batch(
     target = torch.stack([decode_png(t, dtype) for _, t in files]).to(encoder.device)
 
     def hook(stage: str) -> Callable[[Progress], None]:
-        return lambda p: tell(RunProgress(stage, done, len(plan.pairs), ids, p.errors, p.num_evals, p.active))
+        return lambda p: tell(RunProgress(stage, 0, 0, ids, p.errors, p.num_evals, p.active))
 
     with torch.no_grad(), no_tf32():
         z = encoder(target)
     ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
-    found = match_embedding(
-        encoder, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, raise_on_failure=False,
-        progress=hook("match"), **ball,
+    found = match_in_stages(
+        encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
+        **ball,
     )  # fmt: skip
     if config.refine:
         exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **ball)
@@ -173,5 +190,6 @@ def _error_row(plan: MatchPlan, pair: Pair, images: tuple[Tensor, Tensor] | None
     return row | pair.record() | {"status": str(Status.ERROR)} | plan.provenance
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -49,9 +49,10 @@ class Network:
     def __call__(self, pixels: Tensor, readout: str) -> Tensor:
         """Return the embeddings (B, D) of checked pixels (B, 3, H, W), differentiable in them."""
         exact = self.dtype == torch.float64
-        # Float64 products on the CPU round by their number of rows: one image at a time, so that an embedding does not
-        # depend on the batch.
-        if pixels.shape[0] > 1 and pixels.device.type == "cpu" and (exact or self.layout.alone):
+        # All products but those of float32 round by their number of rows on the CPU: one image at a time, so that an
+        # embedding does not depend on the batch.
+        alone = self.dtype != torch.float32 or self.layout.alone
+        if pixels.shape[0] > 1 and pixels.device.type == "cpu" and alone:
             return torch.cat([self(one, readout) for one in pixels.split(1)])
         with ExitStack() as rules:
             rules.enter_context(no_tf32())
@@ -71,9 +72,9 @@ class Network:
             check_size(self.loaded, self.layout, size, self._native or tuple(self.grey.shape[2:]), self.mean)
             self._sizes.add(size)
 
-    def in_float64(self) -> Network:
-        """Return the same map in float64. Weights are kept exactly, every operation has 53 bits."""
-        return Network(self.loaded.in_float64(), self.preprocessor, torch.float64, self.grey.device)
+    def in_dtype(self, dtype: torch.dtype) -> Network:
+        """Return the same map in another type. In float64 weights are kept exactly, every operation has 53 bits."""
+        return Network(self.loaded.in_dtype(dtype), self.preprocessor, dtype, self.grey.device)
 
     def _interpolates(self, pixels: Tensor) -> bool:
         return self._native is not None and tuple(pixels.shape[2:]) != self._native

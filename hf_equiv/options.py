@@ -80,7 +80,8 @@ model_options = group(
     ),
     click.option("--normalize", is_flag=True, help="Divide embeddings by their L2 norm."),
     click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K. Default: cuda if there is one."),
-    click.option("--dtype", default="float32", show_default=True, metavar="TYPE", help="float32 or float64."),
+    click.option("--dtype", default="float32", show_default=True, metavar="TYPE",
+                 help="float32 or float64; match also takes bf16 and float16, for its early iterations only."),
     click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept."),
     click.option("--local-files-only", is_flag=True, help="Never ask the Hub; use what is in the cache."),
 )  # fmt: skip
@@ -96,7 +97,13 @@ run_options = group(
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random draw."),
     click.option(
         "--batch-size", type=int, metavar="B",
-        help="Images (match) or derivatives (spectrum, lipschitz) per pass. Default: 8, on a GPU 32.",
+        help="Pairs matched at once; on a GPU also derivatives per pass. Default: 8, on a GPU 32; halved when memory "
+        "runs out.",
+    ),
+    click.option(
+        "--streaming", is_flag=True,
+        help="Fetch only the first images of the Hub dataset in --data: --limit, or 4 a pair, at least 100. Done "
+        "unasked above 5 GB.",
     ),
     click.option("--image-column", metavar="NAME", help="Image column of a parquet file or dataset."),
     click.option("--label-column", metavar="NAME", help="Class column of a parquet file or dataset."),

@@ -1,4 +1,4 @@
-"""The pairs and images of a run: drawn or listed, each read once, and all that cannot be used refused together."""
+"""The pairs and images of a run: drawn or listed, each read once; named ones that are unusable are refused together."""
 
 from __future__ import annotations
 
@@ -52,19 +52,23 @@ class Subject:
         return {"image_id": self.image_id, "image_class": self.image_class, "target_id": self.target_id}
 
 
-def settle_subjects(encoder: Encoder, images: ImageSet, targets: ImageSet | None) -> tuple[Subject, ...]:
+def settle_subjects(
+    encoder: Encoder, images: ImageSet, targets: ImageSet | None, *, drawn: bool = False
+) -> tuple[Subject, ...]:
     """List the images of a set, each with its target; all of them are read once.
 
     Args:
         encoder: whose pixels count.
         images: the set.
         targets: one for all, as many as images, or the same set: then each image has the next one, the last the first.
+        drawn: whether the images are of a data set, of which some may be unusable: they cost their own rows only.
 
     Returns:
         The images in order.
 
     Raises:
-        ValueError: images that cannot be used, an image equal to its target, or counts that do not fit.
+        ValueError: named images that cannot be used, or all of a data set; an image equal to its target, or counts that
+            do not fit.
     """
     bad: dict[str, dict[str, None]] = {}
 
@@ -83,12 +87,12 @@ def settle_subjects(encoder: Encoder, images: ImageSet, targets: ImageSet | None
     else:
         places = [j for _, j in _given_pairs(images, targets)]
     others = own if targets is images or targets is None else [digest(targets, j) for j in range(len(targets))]
-    if bad:
-        raise ValueError(_unusable(bad, drawn=False))
+    if bad and (not drawn or not any(own) or (others is not own and not all(others))):
+        raise ValueError(_unusable(bad, drawn=drawn))
     subjects = []
     for i, j in enumerate(places):
         named = None if targets is None or j is None else targets.ids[j]
-        if j is not None and own[i] == others[j]:
+        if j is not None and own[i] is not None and own[i] == others[j]:
             raise ValueError(_SAME.format(images.ids[i], named))
         subjects.append(Subject(i, images.ids[i], images.labels[i], j, named))
     return tuple(subjects)
@@ -110,7 +114,8 @@ def settle_pairs(
 ) -> tuple[Pair, ...]:
     """Draw pairs from a set, or put named sources and targets together; each image of them is read once.
 
-    Two photos of equal pixels are never drawn as a pair.
+    Two photos of equal pixels are never drawn as a pair. A drawn photo that cannot be used costs its own rows only:
+    they get status `error`.
 
     Args:
         encoder: whose pixels count.
@@ -124,8 +129,8 @@ def settle_pairs(
         The pairs, named.
 
     Raises:
-        ValueError: images that cannot be used (all of them, each reason once), a named source equal to its target, or
-            counts that do not fit.
+        ValueError: named images that cannot be used, or drawn ones if none can (all of them, each reason once), a named
+            source equal to its target, or counts that do not fit.
     """
     digests: dict[tuple[bool, int], bytes | None] = {}
     bad: dict[str, dict[str, None]] = {}
@@ -146,7 +151,7 @@ def settle_pairs(
 
     indices = draw_pairs(sources, n, seed, differ) if drawn else _given_pairs(sources, targets)
     same = [(i, j) for i, j in indices if not differ(i, j)]
-    if bad:
+    if bad and (not drawn or not any(digests.values())):
         raise ValueError(_unusable(bad, drawn=drawn))
     if same:
         raise ValueError(_SAME.format(sources.ids[same[0][0]], targets.ids[same[0][1]]))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import NORMS, check_positive, check_radius, check_rtol
-from hf_equiv.data import ImageSet, load_images
+from hf_equiv.data import DEFAULT_PAIRS, ImageSet, load_images
 from hf_equiv.pairs import Pair, read_pair, settle_pairs
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.solvers import LBFGS, Adam, GradientDescent
+from hf_equiv.stages import HALF, Draft, drafts_of
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
@@ -39,11 +40,15 @@ class RunConfig:
         revision: commit, branch or tag of the Hub repository.
         readout: which output of the checkpoint is the embedding; `auto` takes what users compare.
         normalize: divide the embedding by its L2 norm.
-        dtype: `float32` or `float64`.
+        dtype: `float32` or `float64`; `bfloat16` (or `bf16`) and `float16` are for the early iterations of a match
+            only: its end, and every number, is float32.
+        compile: match with the encoder compiled by `torch.compile`; every number is still that of the plain encoder.
         source: images to start from (with `target`); see `load_images`.
         target: images whose embedding is wanted: one for all sources, or as many as there are sources.
         data: images to draw pairs from, instead of `source` and `target`.
         pairs: how many pairs to draw from `data`.
+        streaming: of a Hub dataset in `data`, fetch only the first images: 4 for each pair, at least 100. Done unasked
+            where its files are larger than 5 GB.
         image_column: image column of a parquet file or dataset.
         label_column: class column of a parquet file or dataset.
         solver: `lbfgs`, `adam` or `gd`.
@@ -61,10 +66,12 @@ class RunConfig:
     readout: str = "auto"
     normalize: bool = False
     dtype: str = "float32"
+    compile: bool = False
     source: str | None = None
     target: str | None = None
     data: str | None = None
     pairs: int | None = None
+    streaming: bool = False
     image_column: str | None = None
     label_column: str | None = None
     solver: str = "lbfgs"
@@ -75,6 +82,12 @@ class RunConfig:
     refine: bool = True
     labels: tuple[str, ...] | None = None
     seed: int = 0
+
+    @property
+    def half(self) -> str | None:
+        """Type of the early iterations, where it is another than that of the numbers."""
+        name = {"bf16": "bfloat16"}.get(self.dtype, self.dtype)
+        return name if name in HALF else None
 
     @property
     def ball_norm(self) -> str:
@@ -90,7 +103,7 @@ class RunConfig:
         for name, value, allowed in (
             ("solver", self.solver, tuple(SOLVERS)),
             ("norm", self.ball_norm, NORMS),
-            ("dtype", self.dtype, tuple(DTYPES)),
+            ("dtype", self.half or self.dtype, (*DTYPES, *HALF)),
         ):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
@@ -116,6 +129,8 @@ class RunConfig:
             )
         if self.pairs is not None and self.data is None:
             raise ValueError("`pairs` must come with `data`: pairs are drawn from a set. Add --data W.")
+        if self.streaming and self.data is None:
+            raise ValueError("`streaming` must come with `data`: a Hub dataset of which to fetch the first images.")
         if self.pairs is not None and self.pairs < 1:
             raise ValueError(f"`pairs` must be at least 1; got {self.pairs}.")
 
@@ -127,6 +142,7 @@ class MatchPlan:
     Attributes:
         settings: everything that changes a number, with ids and revisions in place of paths; kept in `run.json`.
         provenance: the provenance columns, equal in every row.
+        drafts: cheaper forms of the encoder that matches start with.
     """
 
     config: RunConfig
@@ -136,6 +152,7 @@ class MatchPlan:
     pairs: tuple[Pair, ...]
     settings: dict[str, Any]
     provenance: dict[str, Any]
+    drafts: tuple[Draft, ...] = ()
 
     @property
     def hash8(self) -> str:
@@ -164,8 +181,9 @@ def make_plan(
 ) -> MatchPlan:
     """Open the images, settle the pairs, and check everything that can be checked without matching.
 
-    Every image of the pairs is read once here, so that bad ones are refused before any work, all in one message. Pairs
-    drawn from a set never have two photos of equal pixels; what goes bad after this costs its own rows only.
+    Every image of the pairs is read once here. Named ones that are bad are refused before any work, all in one message;
+    one that was drawn from `data` costs its own rows only, which get status `error`. Drawn pairs never have two photos
+    of equal pixels.
 
     Args:
         config: the run as the user states it.
@@ -191,6 +209,8 @@ def make_plan(
     def load(what: str) -> ImageSet:
         return load_images(
             what,
+            most=max(100, 4 * (config.pairs or DEFAULT_PAIRS)) if config.data is not None else None,
+            streaming=config.streaming,
             image_column=config.image_column,
             label_column=config.label_column,
             cache_dir=cache_dir,
@@ -218,7 +238,13 @@ def make_plan(
         "num_pairs": len(pairs),
         "image_column": config.image_column,
         "label_column": config.label_column,
-        "solver": config.solver,
+        "solver": ", ".join(
+            [
+                config.solver,
+                *([f"{config.half} start"] if config.half else []),
+                *(["compiled"] if config.compile else []),
+            ]
+        ),
         "solver_parameters": _text(asdict(solver)),
         "radius": config.radius,
         "norm": config.ball_norm,
@@ -232,7 +258,8 @@ def make_plan(
     }
     shared = ("data_id", "data_revision", "norm", "radius", "rtol", "solver", "seed", "schema_version")
     provenance = known | {key: settings[key] for key in shared}
-    return MatchPlan(config, encoder, sources, targets, pairs, settings, provenance)
+    drafts = drafts_of(encoder, config.half, compiled=config.compile)
+    return MatchPlan(config, encoder, sources, targets, pairs, settings, provenance, drafts)
 
 
 def encoder_settings(encoder: Encoder, *, normalize: bool = False) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_equiv import shards
+from hf_equiv import merge, shards
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.shards import MATCH, Layout, Row
 
@@ -217,10 +217,11 @@ def _delete_run(folder: Path) -> None:
 
 
 def _sweep(folder: Path, layout: Layout) -> None:
-    """Remove what a killed run may have left: temporary files, and float files whose rows were not written."""
+    """Clear up after a killed run: temporary files, a merge half done, float files whose rows were not written."""
     for place in (folder, *(folder / name for name in _OWN_FOLDERS)):
         for leftover in place.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
+    merge.settle(folder, layout)
     stems = {p.stem for p in shards.shard_files(folder, layout)}
     for orphan in (folder / "float").glob("*.safetensors"):
         if orphan.stem not in stems:

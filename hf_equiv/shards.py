@@ -27,6 +27,8 @@ from torch import Tensor
 
 Row = dict[str, Any]
 
+_ERRORS = b"hf_equiv.errors"
+
 IMAGE_COLUMNS = ("source", "match", "target")
 _TEXT, _NUMBER = datasets.Value("string"), datasets.Value("float64")
 
@@ -132,7 +134,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_shard(
-    folder: Path, index: int, rows: Sequence[Row], floats: Mapping[str, Tensor], costs: Row, layout: Layout = MATCH
+    folder: Path,
+    index: int,
+    rows: Sequence[Row],
+    floats: Mapping[str, Tensor],
+    costs: Row,
+    layout: Layout = MATCH,
+    errors: Mapping[str, str] | None = None,
 ) -> None:
     """Write finished rows and their float images as one shard.
 
@@ -143,7 +151,16 @@ def write_shard(
         floats: float match (3, H, W) by pair id; other analyses, which may have none, name theirs as they like.
         costs: evaluations by pair id, {"match": …, "refine": …}, kept in the metadata of the float file.
         layout: folder and columns.
+        errors: why rows are of status `error`, by id, kept in the metadata of the parquet file.
     """
+    float_file, shard = shard_paths(folder, index, layout)
+    if floats or layout is MATCH:
+        write_atomic(float_file, float_bytes(floats, costs))
+    write_atomic(shard, shard_bytes(rows, layout, errors or {}))
+
+
+def shard_bytes(rows: Sequence[Row], layout: Layout, errors: Mapping[str, str]) -> bytes:
+    """The parquet file of rows; the same rows give the same bytes."""
     features = datasets.Features(
         {name: datasets.Image() for name in layout.images} | dict(layout.features) | PROVENANCE_FEATURES
     )
@@ -151,13 +168,19 @@ def write_shard(
         row | {c: None if row[c] is None else {"bytes": row[c], "path": None} for c in layout.images} for row in rows
     ]
     table = datasets.Dataset.from_list([{k: row[k] for k in features} for row in cells], features=features).data.table
+    table = table.combine_chunks()
+    if errors:
+        reasons = json.dumps(dict(errors), sort_keys=True, ensure_ascii=False)
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _ERRORS: reasons.encode()})
     buffer = io.BytesIO()
-    pq.write_table(table.combine_chunks(), buffer)
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def float_bytes(floats: Mapping[str, Tensor], costs: Row) -> bytes:
+    """The safetensors file of float images, with what they cost."""
     tensors = {name: image.detach().cpu().contiguous() for name, image in floats.items()}
-    float_file, shard = shard_paths(folder, index, layout)
-    if tensors or layout is MATCH:
-        write_atomic(float_file, save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)}))
-    write_atomic(shard, buffer.getvalue())
+    return save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)})
 
 
 def shard_paths(folder: Path, index: int, layout: Layout = MATCH) -> tuple[Path, Path]:
@@ -165,9 +188,14 @@ def shard_paths(folder: Path, index: int, layout: Layout = MATCH) -> tuple[Path,
     return folder / "float" / f"part-{index:05d}.safetensors", folder / layout.folder / f"part-{index:05d}.parquet"
 
 
+def shard_index(path: Path) -> int:
+    """Place of a shard's first pair or image in the run's list, from the name of one of its files."""
+    return int(path.name.lstrip(".").removeprefix("part-").partition(".")[0])
+
+
 def shard_files(folder: Path, layout: Layout = MATCH) -> list[Path]:
     """The parquet files of a run directory, sorted."""
-    return sorted((folder / layout.folder).glob("*.parquet"))
+    return sorted(p for p in (folder / layout.folder).glob("*.parquet") if not p.name.startswith("."))
 
 
 def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> list[Row]:
@@ -207,10 +235,18 @@ def without_images(path: Path, layout: Layout = MATCH) -> bytes:
     return buffer.getvalue()
 
 
-def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH) -> Iterator[Row]:
-    """Read all rows, shard by shard, in no particular order."""
+def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH, first: int | None = None) -> Iterator[Row]:
+    """Read all rows, shard by shard, in no particular order; with `first`, those of that many pairs or images."""
     for path in shard_files(folder, layout):
-        yield from read_shard(path, images=images, layout=layout)
+        if first is None or shard_index(path) < first:  # a few more than asked for
+            yield from read_shard(path, images=images, layout=layout)
+
+
+def read_errors(path: Path) -> dict[str, str]:
+    """Why rows of a shard are of status `error`, by id; only what was noted."""
+    with pq.ParquetFile(path) as file:
+        noted = (file.schema_arrow.metadata or {}).get(_ERRORS, b"{}")
+    return dict(json.loads(noted))
 
 
 def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:

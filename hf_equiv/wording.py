@@ -10,6 +10,7 @@ NAMES = (
     "seed", "revision", "readout", "normalize", "device", "dtype", "batch_size", "image_column", "label_column",
     "cache_dir", "local_files_only", "limit", "k", "vectors", "directions", "radii", "regional", "linearity", "heading",
     "step", "num_steps", "create_pr", "license", "i_have_the_right", "withhold_photos", "collection",
+    "compile", "streaming",
 )  # fmt: skip
 """Keywords that are flags with the same name."""
 

@@ -133,7 +133,7 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_equiv.matchrows.match_embedding", stop)
+    monkeypatch.setattr("hf_equiv.stages.match_embedding", stop)
     monkeypatch.setattr(sys, "argv", ["hf-equiv", *PAIR, *again])
     code, out, err = call(capsys, *PAIR, "--out", "run", "-q", *again)
     assert code == 130
@@ -210,15 +210,16 @@ def test_a_local_checkpoint_is_recorded_by_name_and_found_again(tmp_path, monkey
     assert "other weights were loaded" in out
 
 
-def test_bad_photos_of_a_set_are_listed_before_any_work(place, capsys):
+def test_bad_named_photos_are_listed_before_any_work(place, capsys):
     photos = save_photos(place / "photos")
+    draw_photo(9).save(place / "t.png")
     for k in (1, 2):
         (photos / f"class{k}" / f"photo{k}.png").write_bytes(b"broken" * (k - 1))
     for flag in ("--dry-run", "--json"):
-        code, out, err = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "20", flag)
+        code, out, err = call(capsys, "match", "builtin", "--source", "photos", "--target", "t.png", flag)
         assert (code, out) == (2, "")
         head, *lines = err.splitlines()
-        assert head == "error: 2 images cannot be used. Remove them from the set, or draw others with another --seed."
+        assert head == "error: 2 images cannot be used. Name others."
         assert sorted(line[:46] for line in lines) == [
             "- image 'class1/photo1.png' must hold an image",
             "- image 'class2/photo2.png' must be an image t",
@@ -239,7 +240,7 @@ def test_each_cause_of_an_error_is_told_once(place, capsys, monkeypatch):
         raise RuntimeError("this image is too much")
 
     save_photos(place / "photos")
-    monkeypatch.setattr("hf_equiv.matchrows.match_embedding", broken)
+    monkeypatch.setattr("hf_equiv.stages.match_embedding", broken)
     code, out, _ = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "4", "--out", "run")
     assert code == 1
     assert out.count("this image is too much") == 1

@@ -19,7 +19,7 @@ import torch
 from fakes import SIZE, TinyEncoder
 from PIL import Image
 
-from hf_equiv import cli, environment, geometryrun, rundir, shards, verify
+from hf_equiv import cli, environment, geometryrun, merge, rundir, shards, verify
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan, parse_directions
 from hf_equiv.geometryrun import run_analysis
 from hf_equiv.layouts import LAYOUTS
@@ -62,10 +62,12 @@ def photo_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(photo_folder, tmp_path_factory) -> dict[str, Path]:
-    """A finished run of each kind."""
+    """A finished run of each kind, each image in a file of its own."""
     place = tmp_path_factory.mktemp("runs")
-    for analysis in OPTIONS:
-        assert finish(analysis, photo_folder, place / analysis).completed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "FILE_ITEMS", 1)
+        for analysis in OPTIONS:
+            assert finish(analysis, photo_folder, place / analysis).completed
     return {analysis: place / analysis for analysis in OPTIONS}
 
 
@@ -216,10 +218,11 @@ def test_a_killed_run_goes_on(analysis, finished, photo_folder, tmp_path):
         [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.pathsep.join(here)}, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    kept = snapshot(out / FOLDERS[analysis])
-    assert len(kept) == 1
+    kept = list(shards.read_rows(out, images=True, layout=LAYOUTS[analysis]))
+    assert len({row["image_id"] for row in kept}) == 1
     outcome = finish(analysis, photo_folder, out)
-    assert snapshot(out / FOLDERS[analysis]) | kept == snapshot(out / FOLDERS[analysis])
+    after = list(shards.read_rows(out, images=True, layout=LAYOUTS[analysis]))
+    assert after[: len(kept)] == kept  # not made again: `seconds` are the same
     whole = list(shards.read_rows(finished[analysis], layout=LAYOUTS[analysis]))
     timed = ("seconds",)
     assert [{k: v for k, v in row.items() if k not in timed} for row in outcome.rows] == [
@@ -260,6 +263,34 @@ def test_an_image_that_fails_costs_its_own_rows(photos, tmp_path, monkeypatch):
     assert not outcome.completed
     report = verify.verify_run(tmp_path / "out")
     assert (report.problems, report.verified, report.error_rows) == ((), 5, 1)
+
+
+@every_analysis
+def test_a_torn_photo_of_a_data_set_costs_its_own_rows(analysis, photos, tmp_path):
+    (photos / "class0" / "photo3.png").write_bytes(b"torn")
+    chosen = {"limit": None, "k": 2} if analysis == "spectrum" else {"limit": None}
+    options = {"lipschitz": {"directions": "random:1,toward", "linearity": False, "regional": None}}.get(analysis, {})
+    outcome = finish(analysis, photos, tmp_path / "out", **chosen, **options)
+    failed = {row["image_id"] for row in outcome.rows if row["status"] == "error"}
+    before = {"class0/photo0.png"} if analysis == "lipschitz" else set()  # which is measured toward it
+    assert failed == {"class0/photo3.png", *before} == set(outcome.errors)
+    assert all("'class0/photo3.png' must be an image" in why for why in outcome.errors.values())
+    with pytest.raises(ValueError, match=r"'class0/photo3\.png' must be an image"):
+        finish(analysis, photos, tmp_path / "named", data=None, limit=None, source=str(photos))
+
+
+def test_smaller_passes_are_tried_when_memory_runs_out(photos, tmp_path, monkeypatch):
+    tried, real = [], geometryrun.spectrum_rows
+
+    def full(config, encoder, image_id, image, batch):
+        tried.append(batch)
+        if batch > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(config, encoder, image_id, image, batch)
+
+    monkeypatch.setattr(geometryrun, "spectrum_rows", full)
+    assert finish("spectrum", photos, tmp_path / "out").completed
+    assert tried == [32, 16, 8, 8]
 
 
 def test_the_largest_constant_in_an_linf_ball(photos, tmp_path, monkeypatch):

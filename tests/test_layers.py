@@ -37,8 +37,9 @@ LIPSCHITZ = ["noise", "secants", "directions", "lipschitz", "extreme", "regional
 WALKS = ["trustregion", "headings", "walk", "levelset"]
 ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
 ENCODER += ["structure", "zero_shot", "encoder"]
-DATA = ["imagefile", "hubdata", "data"]
-RUN = ["shards", "card", "rundir", "pairs", "plan", "plots", "matchrows", "run"]
+DATA = ["imagefile", "streaming", "hubdata", "data"]
+RUN = ["stages", "shards", "card", "merge", "rundir", "pairs", "plan", "plots", "memory", "matchrows", "processes"]
+RUN += ["work", "run"]
 ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
 ANALYSES += ["walkplots", "geometryrun"]
 HUB = ["hubcalls", "licences", "publishing", "publishcard", "repository", "publication", "hub"]
@@ -67,7 +68,7 @@ ORDER = [
 HOMES = {
     "transformers": ENCODER,
     "huggingface_hub": [*ENCODER, *DATA, *HUB],
-    "accelerate": ["run"],
+    "accelerate": ["memory", "processes"],
     "datasets": [*DATA, "shards", "layouts", "hubload"],
     "pyarrow": ["shards"],
     "safetensors": [*ENCODER, "shards", "hubload"],

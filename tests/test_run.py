@@ -1,9 +1,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import torch
 from fakes import SIZE, TinyEncoder, draw_photo
 from PIL import Image
 
-from hf_equiv import run, rundir, shards
+from hf_equiv import memory, merge, run, rundir, shards
 from hf_equiv.matchrows import round_into_ball
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.shards import PROVENANCE_FEATURES, ROW_FEATURES
@@ -61,8 +58,9 @@ def test_rows_files_and_record(plan, tmp_path):
     outcome = run.run_match(plan, out, batch_size=2)
     assert [list(row) for row in outcome.rows] == [KEYS] * 5 == [[*ROW_FEATURES, *PROVENANCE_FEATURES]] * 5
     assert [row["pair_id"] for row in outcome.rows] == [pair.pair_id for pair in plan.pairs]
-    assert sorted(p.name for p in (out / "matches").iterdir()) == [f"part-0000{i}.parquet" for i in (0, 2, 4)]
-    assert sorted(p.name for p in (out / "float").iterdir()) == [f"part-0000{i}.safetensors" for i in (0, 2, 4)]
+    assert sorted(p.name for p in (out / "matches").iterdir()) == ["part-00000.parquet"]
+    assert sorted(p.name for p in (out / "float").iterdir()) == ["part-00000.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "figures", "float", "matches", "run.json"]
     record = json.loads((out / "run.json").read_text())
     assert record["complete"]
     assert set(record["files"]) == {p for p in snapshot(out) if p != "run.json"}
@@ -147,17 +145,19 @@ def test_interrupted_run_goes_on(plan, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run.run_match(plan, tmp_path / "a", batch_size=2, observer=stop)
-    kept = snapshot(tmp_path / "a")
-    assert not json.loads(kept["run.json"])["complete"]
+    kept = list(shards.read_rows(tmp_path / "a", images=True))
+    assert not json.loads((tmp_path / "a" / "run.json").read_text())["complete"]
     outcome = run.run_match(plan, tmp_path / "a", batch_size=3)
     after = snapshot(tmp_path / "a")
-    assert all(after[name] == data for name, data in kept.items() if name.startswith(("matches", "float")))
+    assert len(kept) == 2
+    assert list(shards.read_rows(tmp_path / "a", images=True))[:2] == kept  # not made again: `seconds` are the same
     assert same_rows(outcome.rows, run.run_match(plan, tmp_path / "b").rows)
     assert run.run_match(plan, tmp_path / "a").summary == outcome.summary
     assert snapshot(tmp_path / "a") == after  # nothing left to do, nothing touched
 
 
-def test_leftovers_of_a_kill_are_swept(plan, tmp_path):
+def test_leftovers_of_a_kill_are_swept(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "FILE_ITEMS", 2)
     out = tmp_path / "out"
     outcome = run.run_match(plan, out, batch_size=2)
     (out / "matches" / "part-00002.parquet").unlink()  # its float file was renamed, its rows were not
@@ -253,55 +253,6 @@ def test_unwritable_directory(plan, tmp_path):
         run.run_match(plan, tmp_path / "out", batch_size=-1)
 
 
-KILLED = """
-    import os, random, signal, sys, time
-    from pathlib import Path
-    import torch
-    from fakes import TinyEncoder
-    from hf_equiv.plan import RunConfig, make_plan
-    from hf_equiv.run import run_match
-
-    torch.set_num_threads(1)
-    out, rng, kills = Path(sys.argv[2]), random.Random(0), 0
-    for attempt in range(60):
-        child = os.fork()  # a fresh process each time, without paying for the imports
-        if child == 0:
-            plan = make_plan(RunConfig(data=sys.argv[1], pairs=16, max_evals=12), TinyEncoder(delay=0.001))
-            run_match(plan, out, batch_size=2)
-            os._exit(0)
-        if kills < 12:
-            time.sleep(rng.uniform(0.02, 0.6))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        there = {path.name: path.read_bytes() for path in (out / "matches").glob("*.parquet")}
-        assert attempt == 0 or kept.items() <= there.items(), "a finished shard was lost or changed"
-        kept = there
-        if os.WIFSIGNALED(status):
-            kills += 1
-        elif status == 0:
-            break
-        else:
-            raise SystemExit(f"child ended with {status}")
-    print(kills)
-"""
-
-
-def test_kill_9_at_random_moments(photos, tmp_path):
-    out, script = tmp_path / "out", tmp_path / "script.py"
-    script.write_text(textwrap.dedent(KILLED))
-    here = [str(Path(__file__).parent), str(Path(run.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(here), "OMP_NUM_THREADS": "1"}
-    told = subprocess.run(
-        [sys.executable, str(script), str(photos), str(out)], env=environment, capture_output=True, text=True
-    )
-    assert told.returncode == 0, told.stderr
-    assert int(told.stdout) >= 3
-    plan = make_plan(RunConfig(data=str(photos), pairs=16, max_evals=12), TinyEncoder())
-    rows = [row["pair_id"] for row in shards.read_rows(out)]
-    assert sorted(rows) == sorted(pair.pair_id for pair in plan.pairs)
-    assert same_rows(run.run_match(plan, out).rows, run.run_match(plan, tmp_path / "whole").rows)
-
-
 # --- pairs and bad input ---
 
 
@@ -362,13 +313,29 @@ def test_named_bad_image_stops_at_the_door(photos, tiny, tmp_path):
         make_plan(RunConfig(source=str(photos), target=str(tmp_path / "t.png")), tiny)
 
 
-def test_bad_images_of_a_set_stop_at_the_door_together(photos, tiny):
+def test_bad_images_of_a_set_stop_at_the_door_together(photos, tiny, tmp_path):
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
     (photos / "class0" / "photo3.png").write_bytes(b"")
+    draw_photo(9).save(tmp_path / "t.png")
     with pytest.raises(ValueError, match=r"2 images cannot be used") as caught:
-        make_plan(config_of(photos, pairs=20), tiny)
+        make_plan(RunConfig(source=str(photos), target=str(tmp_path / "t.png")), tiny)
     for name in ("class0/photo3.png", "class1/photo1.png"):
         assert str(caught.value).count(name) == 1
+
+
+def test_bad_images_of_a_data_set_cost_their_own_rows(photos, tiny, tmp_path):
+    good = make_plan(config_of(photos, pairs=12), tiny)
+    (photos / "class1" / "photo1.png").write_bytes(b"broken")
+    plan = make_plan(config_of(photos, pairs=12), tiny)
+    assert [pair.pair_id for pair in plan.pairs] == [pair.pair_id for pair in good.pairs]
+    outcome = run.run_match(plan, tmp_path / "out")
+    bad = {row["pair_id"] for row in outcome.rows if row["status"] == "error"}
+    assert bad == {pair.pair_id for pair in plan.pairs if "photo1" in pair.pair_id} == set(outcome.errors) != set()
+    assert all("'class1/photo1.png' must be an image" in why for why in outcome.errors.values())
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"6 images cannot be used\. Remove them from the set"):
+        make_plan(config_of(photos, pairs=12), tiny)
 
 
 def test_one_reason_for_all_images_is_told_once(photos, tiny):
@@ -492,3 +459,54 @@ def test_run_without_refinement(photos, tiny, tmp_path):
         plan = make_plan(config_of(photos, pairs=2, refine=False, norm=norm, radius=radius), tiny)
         rows = run.run_match(plan, tmp_path / norm).rows
         assert all(row[norm] <= radius + 1e-6 for row in rows)
+
+
+# --- memory runs out ---
+
+
+class Small(TinyEncoder):
+    """Holds `room` images at most."""
+
+    room = 3
+
+    def __call__(self, pixels):
+        if len(pixels) > self.room and pixels.requires_grad:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().__call__(pixels)
+
+
+def test_batches_are_halved_when_memory_runs_out(photos, tiny, tmp_path):
+    told = []
+    plan = make_plan(config_of(photos, pairs=20), Small())
+    outcome = run.run_match(plan, tmp_path / "a", batch_size=8, observer=lambda p: told.append(p.message))
+    said = [text for text in told if text]
+    assert [text.partition(";")[0] for text in said] == [
+        "out of memory with 8 at once",
+        "out of memory with 4 at once",
+    ]
+    assert "going on with 2 (--batch-size 2)" in said[-1]
+    assert same_rows(outcome.rows, run.run_match(make_plan(config_of(photos, pairs=20), tiny), tmp_path / "b").rows)
+
+
+def test_a_pair_that_never_fits_is_an_error_row(photos, tmp_path, monkeypatch):
+    plan = make_plan(config_of(photos, pairs=3), Small())
+    monkeypatch.setattr(Small, "room", 0)
+    outcome = run.run_match(plan, tmp_path / "out", batch_size=2)
+    assert {row["status"] for row in outcome.rows} == {"error"}
+    assert all(
+        why.startswith("out of memory with a single pair: CUDA out of memory") for why in outcome.errors.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("no"), False),
+    ],
+)
+def test_errors_of_memory_are_known(error, full):
+    assert memory.ran_out(error) is full

@@ -14,7 +14,7 @@ from fakes import SIZE, TinyEncoder, save_photos
 from PIL import Image
 from safetensors.torch import save_file
 
-from hf_equiv import shards, verify
+from hf_equiv import merge, shards, verify
 from hf_equiv.display import print_report
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.run import run_match
@@ -30,7 +30,9 @@ def finished(tmp_path_factory) -> Path:
     """A finished run of four rows in two shards."""
     folder = tmp_path_factory.mktemp("finished")
     config = RunConfig(data=str(save_photos(folder / "photos")), pairs=4, max_evals=60, radius=60 / 255)
-    run_match(make_plan(config, TinyEncoder()), folder / "out", batch_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "FILE_ITEMS", 2)
+        run_match(make_plan(config, TinyEncoder()), folder / "out", batch_size=2)
     return folder / "out"
 
 
@@ -475,7 +477,7 @@ def test_more_in_the_folder_than_the_rows(out):
     assert "outside the run directory" in only(report, file="../outside").message
 
 
-def test_a_reason_lost_with_its_process(photos, tiny, tmp_path, monkeypatch):
+def test_a_reason_outlives_its_process(photos, tiny, tmp_path, monkeypatch):
     def stop(progress):
         if progress.stage == "saved" and progress.done == 8:
             raise KeyboardInterrupt
@@ -485,6 +487,6 @@ def test_a_reason_lost_with_its_process(photos, tiny, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_match(plan, tmp_path / "out", observer=stop)
     outcome = run_match(plan, tmp_path / "out")
-    assert set(outcome.errors.values()) == {"the process that met it was stopped"}
+    assert {why.partition("'")[2][:17] for why in outcome.errors.values()} == {"class1/photo1.png"}
     monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
     assert verify.verify_run(tmp_path / "out").holds
