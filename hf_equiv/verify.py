@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from hf_equiv import metrics, rundir, shards
@@ -15,6 +14,7 @@ from hf_equiv.geometrycheck import ImageCheck
 from hf_equiv.geometrysummary import summarize_analysis
 from hf_equiv.layouts import LAYOUTS, ROW_KEYS, row_name
 from hf_equiv.recordcheck import check_card, check_files, check_listed, check_model
+from hf_equiv.recordedmodel import load_recorded as _load
 from hf_equiv.results import Status
 from hf_equiv.rowcheck import Findings, Problem, check_row, check_stated
 from hf_equiv.run import summarize_run
@@ -198,32 +198,6 @@ def _verify_analysis(
         problems=tuple(found.problems),
         error_rows=len(empty),
         analysis=analysis,
-    )
-
-
-def _load(
-    settings: Row, model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
-) -> Encoder:
-    from hf_equiv.encoder import Encoder
-
-    name, revision = settings["model_id"], settings["model_revision"]
-    local = str(revision).startswith("sha256:") and name != "builtin"
-    if model is None and local:
-        if not Path(name).is_dir():
-            raise ValueError(
-                f"this run used the local checkpoint {name!r} ({revision[:19]}…), which is not in the current folder. "
-                "Name it with --model PATH."
-            )
-        model = f"./{name}"
-    return Encoder.from_pretrained(
-        model or name,
-        revision=None if local or name == "builtin" or model is not None else revision,
-        readout=settings["readout"],
-        normalize=settings["normalize"],
-        dtype=getattr(torch, settings["dtype"].removeprefix("torch.")),
-        device=device,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
     )
 
 

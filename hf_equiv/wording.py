@@ -9,7 +9,7 @@ NAMES = (
     "source", "target", "data", "pairs", "solver", "radius", "norm", "rtol", "max_evals", "labels", "out", "overwrite",
     "seed", "revision", "readout", "normalize", "device", "dtype", "batch_size", "image_column", "label_column",
     "cache_dir", "local_files_only", "limit", "k", "vectors", "directions", "radii", "regional", "linearity", "heading",
-    "step", "num_steps",
+    "step", "num_steps", "transfer", "label_data",
 )  # fmt: skip
 """Keywords that are flags with the same name."""
 
