@@ -269,7 +269,7 @@ def report(paths: tuple[str, ...], **given: Any) -> int:
     hf-equiv report runs/match/builtin/1a2b3c4d --transfer facebook/deit-tiny-patch16-224
     hf-equiv report alice/deit-matches bob/dinov2-matches --out side-by-side.html
 
-    Exit code 1: some part that needs the model could not be measured, or a file is not as recorded; the page says which.
+    Exit code 1: a part that needs the model could not be measured, or a file is not as recorded; the page says which.
     """  # noqa: D301, DOC201 (this is the help text, and click looks for the backspace itself)
     from hf_equiv import reportcommand
 

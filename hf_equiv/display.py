@@ -173,7 +173,7 @@ def staged_counter(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] |
 
 def print_summary(numbers: Mapping[str, Any], made: Mapping[str, str], out: Any) -> None:
     """Print what a report says of each checkpoint in a few sentences, and where its files are."""
-    from hf_equiv.reportwords import summary
+    from hf_equiv.reportfindings import summary
 
     console = console_of(out)
     for model in numbers["models"]:

@@ -1,22 +1,25 @@
-"""`make_report`: one page that answers the paper's claims for one or several checkpoints, from their run directories."""
+"""`make_report`: one page that answers the paper's claims for one or several checkpoints, from their runs."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_equiv import rundir, shards
+from hf_equiv import shards
 from hf_equiv.data import ImageSet, load_images
-from hf_equiv.recordedmodel import load_recorded
+from hf_equiv.reportclaims import RULES
+from hf_equiv.reportdownstream import probe_section, retrieval_section, survival_section, transfer_section
+from hf_equiv.reportgeometry import linearity_section, lipschitz_section, spectrum_section, walks_section
+from hf_equiv.reportmade import comparison, made_section
+from hf_equiv.reportmatches import gallery_section, heads_section, matching_section, near_section, summary_section
+from hf_equiv.reportmaterial import Material
 from hf_equiv.reportnumbers import checkpoint_numbers
 from hf_equiv.reportpage import Block, Bullets, Heading, Page, Text, code, plain, to_html, to_markdown
-from hf_equiv.reportruns import Checkpoint, Run, find_runs, group_runs
-from hf_equiv.reportsections import Material, checkpoint_sections, comparison
+from hf_equiv.reportruns import Checkpoint, find_runs, group_runs
+from hf_equiv.reportsources import Place, load_other, load_own, locate
 from hf_equiv.reportstats import RESAMPLES
-from hf_equiv.reportwords import RULES
 from hf_equiv.reportwork import LABELLED_PHOTOS, measure_run, measure_transfer
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Tell = Callable[[str, int, int], None]
+SECTIONS: tuple[Callable[[Material], list[Block]], ...] = (
+    summary_section, matching_section, gallery_section, near_section, heads_section, survival_section,
+    transfer_section, retrieval_section, probe_section, spectrum_section, lipschitz_section, linearity_section,
+    walks_section, made_section,
+)  # fmt: skip
+"""Of one checkpoint, in their order."""
+
+WITHHELD = "the photos are withheld from this data set"
 PAPER = "Salman, Shams and Liu (2024), Intriguing equivalence structures of the embedding space of vision transformers"
 
 
@@ -102,53 +113,32 @@ def make_report(
         Salman, Shams, Liu (2024), arXiv:2401.15568.
     """
     tell = observer or (lambda what, done, total: None)
-    where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    place = Place(device, cache_dir, local_files_only)
     if not paths:
         raise ValueError("`paths` must name a run directory. Make one with hf-equiv match MODEL.")
-    runs = find_runs([_locate(str(path), **where) for path in paths])
+    runs = find_runs([locate(str(path), place) for path in paths])
     checkpoints = group_runs(runs)
     labelled = None
     if label_data is not None:
-        labelled = load_images(label_data, limit=LABELLED_PHOTOS, **where)
+        labelled = load_images(
+            label_data, limit=LABELLED_PHOTOS, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         if not any(label is not None for label in labelled.labels):
             raise ValueError(f"`label_data` must hold photos with classes; {labelled.data_id!r} has none.")
     folder = pictures_folder(out)
     keep = None if out is None else out.parent / folder
     models = (model,) if isinstance(model, str) else tuple(model)
-    others: dict[str, Encoder | str] = {}
-    materials: list[Material] = []
+    others: dict[str, Encoder | str] = {name: load_other(name, place) for name in dict.fromkeys(transfer)}
     problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256)" for run in runs if run.changed]
+    problems += [other for other in others.values() if isinstance(other, str)]
+    materials: list[Material] = []
     for k, checkpoint in enumerate(checkpoints, 1):
-        measured: Row | None = None
-        moved: list[Row] = []
-        reason = ""
-        if checkpoint.matches:
-            run = checkpoint.matches[0]
-
-            def say(what: str) -> Callable[[int, int], None]:
-                return lambda done, total: tell(what, done, total)
-
-            encoder, reason = _recorded(checkpoint, models, device, **where)
-            if encoder is not None:
-                measured = measure_run(
-                    run, encoder, survival=survival, labelled=labelled, cache=keep, tell=say(checkpoint.title)
-                )
-                if not measured["pairs"]:
-                    reason = "the photos are withheld from this data set"
-            for name in transfer if measured else ():
-                if name not in others:
-                    others[name] = _other(name, device, **where)
-                other = others[name]
-                if isinstance(other, str):
-                    problems.append(other)
-                else:
-                    tell_it = say(f"{checkpoint.title} in {name}")
-                    moved.append(measure_transfer(run, other, cache=keep, tell=tell_it))
-            if encoder is None:
-                problems.append(f"{checkpoint.title}: {reason}")
-        numbers = checkpoint_numbers(checkpoint, measured, moved)
+        measured, moved, reason = _measure(checkpoint, models, others, place, survival, labelled, keep, tell)
+        if reason not in ("", WITHHELD):
+            problems.append(f"{checkpoint.title}: {reason}")
         prefix = "model" if len(checkpoints) == 1 else f"model{k}"
         asked = None if labelled is None else labelled.data_id
+        numbers = checkpoint_numbers(checkpoint, measured, moved)
         materials.append(Material(checkpoint, numbers, measured, reason, survival, bool(transfer), asked, prefix))
     page = _page(materials, labelled)
     markdown, pictures = to_markdown(page, folder)
@@ -161,58 +151,30 @@ def pictures_folder(out: Path | None) -> str:
     return f"{out.stem if out is not None else 'report'}_files"
 
 
-def default_out(paths: Sequence[str | Path]) -> Path:
-    """`reports/MODEL.html` in the current folder, after the models of the runs; `reports/report.html` if unknown."""
-    slugs: dict[str, None] = {}
-    for path in map(Path, paths):
-        for record in [path / rundir.RECORD, *sorted(path.rglob(rundir.RECORD))] if path.is_dir() else ():
-            if record.is_file():
-                name = rundir.read_record(record.parent)["settings"]["model_id"]
-                slugs[re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".-") or "model"] = None
-        if not path.exists() and str(path).count("/") == 1:
-            slugs[str(path).replace("/", "--")] = None
-    return Path("reports") / f"{'-and-'.join(list(slugs)[:4]) or 'report'}.html"
+def _measure(
+    checkpoint: Checkpoint, models: Sequence[str], others: Mapping[str, Encoder | str], place: Place, survival: bool,
+    labelled: ImageSet | None, keep: Path | None, tell: Tell,
+) -> tuple[Row | None, list[Row], str]:  # fmt: skip
+    """Measure the first match run of a checkpoint: with its own encoder, with others, and why not where it fails."""
+    if not checkpoint.matches:
+        return None, [], ""
+    run = checkpoint.matches[0]
+    encoder, reason = load_own(checkpoint, models, place)
+    if encoder is None:
+        return None, [], reason
 
+    def count(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: tell(what, done, total)
 
-def _locate(name: str, *, cache_dir: str | None, local_files_only: bool) -> tuple[str, Path]:
-    """A folder, or the dataset USER/NAME downloaded; what it is called in the report is never an absolute path."""
-    path = Path(name).expanduser()
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        from hf_equiv.hub import download_results
-
-        folder, _ = download_results(name, cache_dir=cache_dir, local_files_only=local_files_only)
-        return name, Path(folder)
-    return (path.name if path.is_absolute() or ".." in path.parts else name), path
-
-
-def _recorded(
-    checkpoint: Checkpoint, models: Sequence[str], device: str | None, *, cache_dir: str | None, local_files_only: bool
-) -> tuple[Encoder | None, str]:
-    """The encoder of a checkpoint's runs; or None and why not."""
-    reasons = []
-    local = checkpoint.revision.startswith("sha256:") and checkpoint.model_id != "builtin"
-    for model in [*models, None] if local else [None]:
-        try:
-            encoder = load_recorded(checkpoint.settings, model, device, cache_dir, local_files_only)
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
-            reasons.append(" ".join(str(error).split()) or type(error).__name__)
-            continue
-        if encoder.revision == checkpoint.revision:
-            return encoder, ""
-        reasons.append(
-            f"the weights of {encoder.model_id!r} have the revision {encoder.revision[:19]}; the run used "
-            f"{checkpoint.revision[:19]}"
-        )
-    return None, f"its model could not be loaded: {reasons[-1].rstrip('.')}"
-
-
-def _other(name: str, device: str | None, *, cache_dir: str | None, local_files_only: bool) -> Encoder | str:
-    from hf_equiv.encoder import Encoder
-
-    try:
-        return Encoder.from_pretrained(name, device=device, cache_dir=cache_dir, local_files_only=local_files_only)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        return f"transfer to {name}: {' '.join(str(error).split())}"
+    measured = measure_run(run, encoder, survival=survival, labelled=labelled, cache=keep, tell=count(checkpoint.title))
+    if not measured["pairs"]:
+        return measured, [], WITHHELD
+    moved = [
+        measure_transfer(run, other, cache=keep, tell=count(f"{checkpoint.title} in {name}"))
+        for name, other in others.items()
+        if not isinstance(other, str)
+    ]
+    return measured, moved, ""
 
 
 def _page(materials: Sequence[Material], labelled: ImageSet | None) -> Page:
@@ -227,46 +189,58 @@ def _page(materials: Sequence[Material], labelled: ImageSet | None) -> Page:
         ),
         Text(
             f"It checks the claims of {PAPER} (arXiv:2401.15568) on "
-            f"{'these checkpoints' if several else 'one checkpoint'}. A match is a photo, changed by a solver until its "
+            f"{'these checkpoints' if several else 'one checkpoint'}. A match is a photo, changed by a solver until "
+            "its "
             "embedding is that of another photo, the target. Distances between embeddings are relative: 0 is the same "
             "embedding, 1 the length of the target's, and two unrelated photos are often further apart than 1."
         ),
     ]
     if several:
         blocks += comparison(materials)
-        blocks.append(Text(
-            "The paper calls its claims generic: true of any model and any photos. "
-            f"This page has {len(materials)} checkpoints; the claims tables below give a verdict for each.", "quiet",
-        ))  # fmt: skip
+        blocks.append(
+            Text(
+                "The paper calls its claims generic: true of any model and any photos. "
+                f"This page has {len(materials)} checkpoints; the claims tables below give a verdict for each.",
+                "quiet",
+            )
+        )
     for m in materials:
-        blocks += checkpoint_sections(m)
+        blocks.append(Heading(plain(m.checkpoint.title), 2, m.prefix))
+        for section in SECTIONS:
+            blocks += section(m)
     blocks += [
         Heading("How to read the numbers", 2, "method"),
-        Bullets((
-            f"Medians have 95 % percentile bootstrap intervals: {RESAMPLES:,} resamples of the pairs (photos, walks, "
-            "directions), seed 0. Shares have Wilson's 95 % score interval. A single value has no interval.",
-            "Unrelated photos: the source of one pair against the target of every other.",
-            "Random step: the source moved by the L2 length of its match in a random direction, rounded to 8 bit; "
-            "median of 4.",
-            "Half-level noise: uniform within half an 8-bit level on every pixel value of the target; median of 8.",
-            "Resizing is bicubic with antialiasing, JPEG is Pillow's with its usual chroma subsampling, the blur has a "
-            "standard deviation of one pixel.",
-            *RULES,
-        )),
+        Bullets(
+            (
+                f"Medians have 95 % percentile bootstrap intervals: {RESAMPLES:,} resamples of the pairs (photos, "
+                "walks, "
+                "directions), seed 0. Shares have Wilson's 95 % score interval. A single value has no interval.",
+                "Unrelated photos: the source of one pair against the target of every other.",
+                "Random step: the source moved by the L2 length of its match in a random direction, rounded to 8 bit; "
+                "median of 4.",
+                "Half-level noise: uniform within half an 8-bit level on every pixel value of the target; median of 8.",
+                "Resizing is bicubic with antialiasing, JPEG is Pillow's with its usual chroma subsampling, the blur "
+                "has a "
+                "standard deviation of one pixel.",
+                *RULES,
+            )
+        ),
         Text(
             "The verdicts are about these photos and this checkpoint. They do not show that a claim holds in general. "
             "The page contains photos of the data sets it names: see to their licence before you pass it on.",
         ),
         Heading("How to cite", 2, "cite"),
-        Text(f"The paper: {PAPER}, arXiv:2401.15568. The measurements: hf_equiv, with the model revision, the data "
-             "revision and the seed given above. All numbers of this page: " + code("hf-equiv report … --json") + "."),
-    ]  # fmt: skip
+        Text(
+            f"The paper: {PAPER}, arXiv:2401.15568. The measurements: hf_equiv, with the model revision, the data "
+            "revision and the seed given above. All numbers of this page: " + code("hf-equiv report … --json") + "."
+        ),
+    ]
     if labelled is not None:
-        blocks.append(Text(f"Labelled photos: {plain(labelled.data_id)} at {plain(labelled.data_revision)[:19]}, "
-                           f"{len(labelled)} photos.", "quiet"))  # fmt: skip
+        blocks.append(
+            Text(
+                f"Labelled photos: {plain(labelled.data_id)} at {plain(labelled.data_revision)[:19]}, "
+                f"{len(labelled)} photos.",
+                "quiet",
+            )
+        )
     return Page(f"Images that share an embedding: {', '.join(titles)}", tuple(blocks))
-
-
-def usable(runs: Sequence[Run]) -> bool:
-    """Whether any run holds a number."""
-    return any(run.good for run in runs)

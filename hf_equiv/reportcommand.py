@@ -11,7 +11,8 @@ from hf_equiv import display, environment
 def run(paths: tuple[str, ...], **given: Any) -> int:
     """Carry out `hf-equiv report`; returns the exit code."""
     with display.result_stream() as out:
-        from hf_equiv.report import default_out, make_report
+        from hf_equiv.report import make_report
+        from hf_equiv.reportsources import default_out
 
         as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
         path: Path = given["out"] or default_out(paths)

@@ -12,10 +12,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_equiv.geometryplots import INK, KINDS, QUIET, RULE, STYLE, png_of
-from hf_equiv.metrics import short
 from hf_equiv.reportstats import ecdf
 
 Row = Mapping[str, Any]
@@ -74,7 +73,7 @@ def budget_figure(budgets: Sequence[Row], norm: str, unrelated: float | None) ->
     rows = sorted(rows, key=lambda b: (b["radius"] is None, b["radius"] or 0.0))
     places = {r: float(k) for k, r in enumerate(dict.fromkeys(b["radius"] for b in rows))}
     with rc_context(_STYLE):
-        figure, axes = _panel(_SIZE, bottom=0.19)
+        figure, axes = _panel(_SIZE, bottom=0.16)
         for key, color, mark, told, shift in (
             ("embedding_error", BLUE, "o", "float image", -0.05),
             ("embedding_error_8bit", ORANGE, "s", "8-bit PNG, read back", 0.05),
@@ -143,10 +142,10 @@ def survival_figure(rows: Sequence[tuple[str, Row, Row | None]], unrelated: floa
     if not rows:
         return None
     with rc_context(_STYLE):
-        height = 1.5 + 0.42 * len(rows)
-        figure, axes = _panel((6.2, height), left=0.33, bottom=0.8 / height, top=1 - 0.45 / height)
+        height = 1.2 + 0.4 * len(rows)
+        figure, axes = _panel((6.2, height), left=0.33, bottom=0.62 / height, top=1 - 0.45 / height)
         y = np.arange(len(rows))[::-1]
-        _bars(axes, y + 0.12, [row[1] for row in rows], ORANGE, "s", "the match, changed", flat=True)
+        _bars(axes, [k + 0.12 for k in y], [row[1] for row in rows], ORANGE, "s", "the match, changed", flat=True)
         control = [(k, row[2]) for k, row in zip(y, rows, strict=True) if row[2]]
         if control:
             places = [k - 0.12 for k, _ in control]
@@ -262,17 +261,18 @@ def proportion_figure(bands: Sequence[tuple[str, str, Sequence[float]]]) -> byte
         return png_of(figure)
 
 
-def walks_figure(paths: Mapping[str, Sequence[Row]]) -> bytes | None:
+def walks_figure(paths: Mapping[str, Sequence[Row]], rtol: float) -> bytes | None:
     """Draw distance reached and drift of walks over the length of the path.
 
     Args:
         paths: rows of each walk, by name.
+        rtol: largest drift that was asked for.
 
     Returns:
         PNG bytes; None without a step.
     """
     paths = {name: rows for name, rows in paths.items() if len(rows) > 1}
-    if not paths:
+    if not any(row["drift"] for rows in paths.values() for row in rows):
         return None
     lines = (BLUE, ORANGE, GREEN, PURPLE, INK, QUIET)
     with rc_context(_STYLE):
@@ -289,10 +289,12 @@ def walks_figure(paths: Mapping[str, Sequence[Row]]) -> bytes | None:
         below.set_yscale("log")
         below.set_ylabel("drift")
         below.set_xlabel("length of the path (L2, pixels in [0, 1])")
-        below.yaxis.set_minor_formatter(NullFormatter())
+        below.axhline(rtol, color=INK, lw=0.9, ls="--", label=f"rtol {rtol:g}")
+        seen = [d for rows in paths.values() for row in rows if (d := row["drift"])]
+        below.set_ylim(10 ** np.floor(np.log10(min(seen) / 1.5)), 10 ** np.ceil(np.log10(max([*seen, rtol]) * 1.5)))
         for one in (axes, below):
             one.grid(color=RULE, lw=0.6)
-        below.legend(loc="lower right")
+        below.legend(loc="lower right", ncols=2, fontsize=8)
         return png_of(figure)
 
 
@@ -322,8 +324,3 @@ def _bars(
 
 def _above(axes: Axes) -> Any:
     return axes.get_xaxis_transform()
-
-
-def describe(estimate: Row | None) -> str:
-    """A median in a few characters, for alternative texts."""
-    return "no value" if estimate is None else short(estimate["value"])

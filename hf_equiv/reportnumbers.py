@@ -10,7 +10,7 @@ from hf_equiv.geometrysummary import summarize_analysis
 from hf_equiv.layouts import row_name
 from hf_equiv.reportmeasures import collect
 from hf_equiv.reportruns import Checkpoint, Run
-from hf_equiv.reportstats import Estimate, bootstrap_median, spread, wilson
+from hf_equiv.reportstats import Estimate, bootstrap, spread, wilson
 from hf_equiv.results import Status
 
 Row = dict[str, Any]
@@ -66,12 +66,12 @@ def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: S
     return found
 
 
-def estimate(values: Sequence[float | None]) -> Row | None:
-    """Median with its bootstrap interval, as plain data."""
-    return _plain(bootstrap_median(values))
+def estimate(values: Sequence[float | None], statistic: str = "median") -> Row | None:
+    """Median or mean with its bootstrap interval, as plain data."""
+    return _plain(bootstrap(values, statistic))
 
 
-def share(flags: Sequence[bool | None]) -> Row | None:
+def share(flags: Sequence[Any]) -> Row | None:
     """Share of what is true with Wilson's interval, and the count as `hits`; None counts as absent."""
     known = [bool(flag) for flag in flags if flag is not None]
     found = wilson(sum(known), len(known))
@@ -132,11 +132,15 @@ def _unrelated(run: Run, measured: Row | None) -> Row | None:
 
 def _budget(run: Run) -> Row:
     s, good = run.settings, run.good
-    keys = ("embedding_error", "embedding_error_8bit", "target_quantization_error", "psnr_db", "ssim", "l2")
+    keys = (
+        "embedding_error", "embedding_error_8bit", "target_quantization_error", "psnr_db", "ssim", "l2",
+        "cosine_to_target", "cosine_to_source",
+    )  # fmt: skip
     found: Row = {"run": run.name, "pairs": len(good), "rows": len(run.rows), "listed": run.listed}
     found |= {key: s[key] for key in ("radius", "norm", "solver", "max_evals", "rtol", "seed", "data_id")}
     found |= {key: estimate(collect(good, key)) for key in keys}
     found["converged"] = share([row["status"] == Status.CONVERGED for row in run.rows])
+    found["nearer"] = share([_less(row["cosine_to_source"], row["cosine_to_target"]) for row in good])
     return found | {"flipped": _heads(run)["flipped"]}
 
 
@@ -189,7 +193,8 @@ def _retrieval(measured: Row | None) -> Row | None:
     found: Row = {key: stored[key] for key in ("photos", "k", "chance")}
     found["first"] = share([pair["rank"] == 1 for pair in pairs])
     found["source_first"] = share([pair["source_rank"] == 1 for pair in pairs])
-    return found | {key: estimate(collect(pairs, key)) for key in ("rank", "source_rank", "overlap", "source_overlap")}
+    found |= {key: estimate(collect(pairs, key)) for key in ("rank", "source_rank")}
+    return found | {key: estimate(collect(pairs, key), "mean") for key in ("overlap", "source_overlap")}
 
 
 def _probe(measured: Row | None) -> Row | None:

@@ -226,9 +226,18 @@ def _escape(text: str) -> str:
 
 
 def _inline(text: str) -> str:
+    """Escape text; what belongs together, an interval or a number with an exponent, stays on one line."""
     return "".join(
-        f"<code>{_escape(part)}</code>" if marked else _escape(part) for part, marked in _parts(text) if part
+        f"<code{' class=whole' if len(part) <= _SHORT else ''}>{_escape(part)}</code>"
+        if marked
+        else _WHOLE.sub(r'<span class="whole">\g<0></span>', _escape(part))
+        for part, marked in _parts(text)
+        if part
     )
+
+
+_SHORT = 32  # characters of code that are not broken
+_WHOLE = re.compile(r"95 % CI [\d.e-]+(?: %)? to [\d.e-]+(?: %)?|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
 
 
 def _mark(text: str) -> str:
@@ -275,11 +284,13 @@ p{margin:.5rem 0;max-width:46rem;overflow-wrap:break-word}
 p.lead{font-size:1.08rem}
 p.quiet,figcaption,caption{color:var(--quiet);font-size:.87rem}
 p.note{border-left:4px solid var(--link);background:var(--panel);padding:.6rem .9rem}
+ul,ol{padding-left:1.4rem}
 li{margin:.3rem 0;max-width:45rem}
 a{color:var(--link)}
 code,pre{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,monospace;font-size:.88em}
 code{background:var(--panel);padding:.05em .3em;border-radius:3px;overflow-wrap:anywhere}
 pre{background:var(--panel);padding:.7rem .9rem;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
+.whole{white-space:nowrap}
 .wide{overflow-x:auto;margin:.8rem 0}
 table{border-collapse:collapse;font-size:.9rem;min-width:60%}
 caption{text-align:left;padding:.2rem 0 .4rem}

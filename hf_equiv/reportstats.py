@@ -1,4 +1,4 @@
-"""Estimates with intervals: bootstrap of a median, Wilson's interval of a share, empirical distributions."""
+"""Estimates with intervals: bootstrap of a median or mean, Wilson's interval of a share, empirical distributions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 _Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 _CHUNK = 4_000_000  # values drawn at once
+_STATISTICS: dict[str, Any] = {"median": np.median, "mean": np.mean}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,38 +37,47 @@ class Estimate:
         return asdict(self)
 
 
-def bootstrap_median(values: Iterable[float | None], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate | None:
-    """Estimate a median with the 95 % percentile bootstrap interval (Efron 1979).
+def bootstrap(
+    values: Iterable[float | None], statistic: str = "median", *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate | None:
+    """Estimate a median or mean with the 95 % percentile bootstrap interval (Efron 1979).
 
-    Resamples of size n with replacement, the median of each, and the 2.5 % and 97.5 % quantiles of those. The interval
-    is too narrow for small n and says nothing of pairs that share an image.
+    Resamples of size n with replacement, the statistic of each, and the 2.5 % and 97.5 % quantiles of those. The
+    interval is too narrow for small n and says nothing of pairs that share an image.
 
     Args:
         values: of the pairs or images; None counts as absent.
+        statistic: `median` or `mean`.
         seed: of the resampling.
         resamples: how many.
 
     Returns:
         The estimate; without an interval for a single value; None where there is no value.
 
+    Raises:
+        ValueError: another statistic.
+
     Example:
-        >>> bootstrap_median([1.0, 2.0, 3.0, 4.0, 5.0]).value
+        >>> bootstrap([1.0, 2.0, 3.0, 4.0, 5.0]).value
         3.0
     """
-    known = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=np.float64)
+    if statistic not in _STATISTICS:
+        raise ValueError(f"`statistic` must be one of {', '.join(_STATISTICS)}; got {statistic!r}.")
+    measure = _STATISTICS[statistic]
+    known = _finite(values)
     n = len(known)
     if n == 0:
         return None
-    middle = float(np.median(known))
+    middle = float(measure(known, axis=0))
     if n == 1:
         return Estimate(middle, None, None, 1)
     generator = np.random.default_rng(seed)
-    medians = np.empty(resamples)
+    found = np.empty(resamples)
     step = max(1, _CHUNK // n)
     for start in range(0, resamples, step):
         stop = min(start + step, resamples)
-        medians[start:stop] = np.median(known[generator.integers(0, n, (stop - start, n))], axis=1)
-    low, high = np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        found[start:stop] = measure(known[generator.integers(0, n, (stop - start, n))], axis=1)
+    low, high = np.quantile(found, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Estimate(middle, float(low), float(high), n)
 
 
@@ -111,13 +121,13 @@ def ecdf(values: Iterable[float | None]) -> tuple[np.ndarray, np.ndarray]:
         >>> x.tolist(), y.tolist()
         ([1.0, 3.0], [0.5, 1.0])
     """
-    known = np.sort(np.array([v for v in values if v is not None and math.isfinite(v)], dtype=np.float64))
+    known = np.sort(_finite(values))
     return known, np.arange(1, len(known) + 1) / max(len(known), 1)
 
 
 def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
     """Median, 5 % and 95 % quantiles, extremes and count of values that depend on each other; None without any."""
-    known = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=np.float64)
+    known = _finite(values)
     if not len(known):
         return None
     low, middle, high = (float(q) for q in np.quantile(known, (0.05, 0.5, 0.95)))
@@ -125,3 +135,7 @@ def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
         "median": middle, "q05": low, "q95": high, "min": float(known.min()), "max": float(known.max()),
         "n": len(known),
     }  # fmt: skip
+
+
+def _finite(values: Iterable[float | None]) -> np.ndarray:
+    return np.array([v for v in values if v is not None and math.isfinite(v)], dtype=np.float64)

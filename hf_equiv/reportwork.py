@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_equiv import reportmeasures, shards
 from hf_equiv.data import ImageSet
 from hf_equiv.imagefile import decode_png, open_image
+from hf_equiv.precision import no_tf32
 from hf_equiv.reportruns import Run, read_pictures
 from hf_equiv.reportstats import spread
 
@@ -86,7 +87,7 @@ def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | No
     tell(done, total)
 
     def embed(x: Tensor) -> Tensor:
-        with torch.no_grad(), reportmeasures.no_tf32():
+        with torch.no_grad(), no_tf32():
             z: Tensor = encoder(x.to(encoder.device))
         return z
 
@@ -158,7 +159,8 @@ def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
     pairs = [made[name] for name in ids if name in made]
     distances: list[float] = []
     if pairs:
-        distances = reportmeasures.pair_distances(*(torch.stack([pair[k] for pair in pairs]) for k in (1, 2)))
+        sources, targets = torch.stack([a for _, a, _ in pairs]), torch.stack([b for _, _, b in pairs])
+        distances = reportmeasures.pair_distances(sources, targets)
     return {
         "model": other.provenance["model_id"],
         "revision": other.revision,

@@ -41,11 +41,14 @@ DATA = ["imagefile", "hubdata", "data"]
 RUN = ["shards", "card", "rundir", "pairs", "plan", "plots", "matchrows", "run"]
 ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
 ANALYSES += ["walkplots", "geometryrun"]
-PLOTS = ["plots", "geometryplots", "walkplots"]
-VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "verify"]
-COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "options", "cli"]
-COMMANDS += ["__main__"]
-ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *VERIFY, *COMMANDS]
+PLOTS = ["plots", "geometryplots", "walkplots", "reportfigures"]
+VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "recordedmodel", "verify"]
+REPORT = ["reportstats", "reportruns", "survival", "reportmeasures", "reportwork", "reportnumbers", "reportwords"]
+REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportmaterial", "reportmatches"]
+REPORT += ["reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
+COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "options"]
+COMMANDS += ["reportcommand", "cli", "__main__"]
+ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *VERIFY, *REPORT, *COMMANDS]
 
 # Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)
 HOMES = {
@@ -55,8 +58,8 @@ HOMES = {
     "datasets": [*DATA, "shards", "layouts"],
     "pyarrow": ["shards"],
     "safetensors": [*ENCODER, "shards"],
-    "PIL": [*ENCODER, *DATA, "plots", "walkplots"],
-    "numpy": [*ENCODER, *DATA, *PLOTS],
+    "PIL": [*ENCODER, *DATA, "plots", "walkplots", "survival"],
+    "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportmatches", "reportgeometry"],
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,
     "click": ["options", "cli"],
