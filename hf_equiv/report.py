@@ -172,9 +172,14 @@ def _measure(
     moved = [
         measure_transfer(run, other, cache=keep, tell=count(f"{checkpoint.title} in {name}"))
         for name, other in others.items()
-        if not isinstance(other, str)
+        if not isinstance(other, str) and _differ(other, encoder)
     ]
     return measured, moved, ""
+
+
+def _differ(other: Encoder, encoder: Encoder) -> bool:
+    """Whether another encoder is not the very one that the matches were made for."""
+    return (other.revision, other.readout, other.normalize) != (encoder.revision, encoder.readout, encoder.normalize)
 
 
 def _page(materials: Sequence[Material], labelled: ImageSet | None) -> Page:

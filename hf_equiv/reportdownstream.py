@@ -9,7 +9,7 @@ from hf_equiv import reportfigures
 from hf_equiv.metrics import short
 from hf_equiv.reportmaterial import Material, unmeasured, value
 from hf_equiv.reportpage import Block, Picture, Table, Text, code, plain
-from hf_equiv.reportwords import count, number, thousandth, three
+from hf_equiv.reportwords import brief, brief_count, count, number, thousandth, three
 
 Row = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def survival_section(m: Material) -> list[Block]:
     rows = [row for row in rows if row[1]]
     near = {name: f["to_source"] for name, f in found.items()}
     table = tuple(
-        (name, number(error), number(control), number(near.get(name)), count(label), count(other))
+        (name, brief(error), brief(control), brief(near.get(name)), brief_count(label), brief_count(other))
         for name, error, control, label, other in rows
     )
     head = (
@@ -52,7 +52,8 @@ def survival_section(m: Material) -> list[Block]:
         Table(
             head,
             table,
-            "Embedding distances are medians. The control of rounding is half a level of noise on the target.",
+            f"Medians and counts over {match['measured_pairs']} pairs, with 95 % intervals in brackets. The control of "
+            "rounding is half a level of noise on the target.",
             stacked=True,
         )
     )
@@ -138,7 +139,8 @@ def retrieval_section(m: Material) -> list[Block]:
         Table(
             ("", "searched with the match", "control: with the source (itself left out)"),
             lines,
-            f"Neighbours drawn at random would agree to {found['chance']:.2f}.",
+            f"Neighbours drawn at random would agree to {found['chance']:.2f}."
+            + (" With so few photos a rank says little." if found["photos"] < 20 else ""),
             stacked=True,
         )
     )

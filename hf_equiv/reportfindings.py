@@ -50,8 +50,8 @@ def _say_near(numbers: Row) -> str:
         )
     if alike is not None:
         text += (
-            f"; of the matches that are hard to tell from their source "
-            f"({ball(alike['radius'], alike['norm'])}, {tenth(alike['psnr_db']['value'])} dB), "
+            f"; of the matches that look like their source "
+            f"({ball(alike['radius'], alike['norm'])}, PSNR {tenth(alike['psnr_db']['value'])} dB), "
             f"{count(alike['nearer'])} embed nearer to the target than to that source"
         )
     return text + "."
@@ -222,7 +222,8 @@ def _not_elsewhere(numbers: Row) -> str:
         error, before = one["error"], one["distance"]
         if error and before and error["value"] > 0.5 * before["value"]:
             texts.append(
-                f"Sharing an embedding is a property of one checkpoint: in {one['model']} the matches are "
+                f"Sharing an embedding in one checkpoint does not mean sharing it in another: in {one['model']} the "
+                "matches are "
                 f"{number(error)} from their targets, and their sources {number(before)}."
             )
     return " ".join(texts)

@@ -89,7 +89,7 @@ def _commands(run: Run) -> str:
     flags = ("solver", "radius", "rtol", "max_evals", "k", "regional", "heading", "step", "num_steps")
     for name in flags:
         if s.get(name) is not None and not (run.analysis != "match" and name == "solver"):
-            words += [f"--{name.replace('_', '-')}", f"{s[name]:g}" if isinstance(s[name], float) else plain(s[name])]
+            words += [f"--{name.replace('_', '-')}", _value(name, s)]
     if isinstance(s.get("directions"), dict):
         kinds = s["directions"].items()
         words += ["--directions", ",".join(k if k in ("gradient", "toward") else f"{k}:{n}" for k, n in kinds)]
@@ -98,6 +98,13 @@ def _commands(run: Run) -> str:
     words += ["--no-refine"] if s.get("refine") is False else []
     words += ["--labels", plain(",".join(s["labels"]))] if s.get("labels") else []
     return " ".join([*words, "--seed", str(s["seed"])])
+
+
+def _value(name: str, settings: Row) -> str:
+    value = settings[name]
+    if name == "radius" and abs(value * 255 - round(value * 255)) < 1e-9:
+        return f"{round(value * 255)}/255"
+    return f"{value:g}" if isinstance(value, float) else plain(value)
 
 
 def comparison(materials: Sequence[Material]) -> list[Block]:

@@ -10,13 +10,13 @@ import numpy as np
 from hf_equiv import plots, reportfigures
 from hf_equiv.imagefile import decode_png, encode_png
 from hf_equiv.metrics import short
-from hf_equiv.reportclaims import claims
+from hf_equiv.reportclaims import FEW, claims
 from hf_equiv.reportfindings import disagreements, summary
 from hf_equiv.reportmaterial import MODEL, Material, missing, unmeasured, value
 from hf_equiv.reportmeasures import collect
 from hf_equiv.reportpage import Block, Bullets, Picture, Strip, Table, Text, code, plain
 from hf_equiv.reportruns import Run, read_pictures
-from hf_equiv.reportwords import ball, count, near_budget, number, tenth, thousandth
+from hf_equiv.reportwords import ball, brief, brief_count, count, near_budget, number, tenth, thousandth
 from hf_equiv.shards import IMAGE_COLUMNS
 
 Row = Mapping[str, Any]
@@ -43,6 +43,13 @@ def summary_section(m: Material) -> list[Block]:
     rows = tuple((c.claim, plain(c.measured), c.interval, c.verdict) for c in claims(n))
     blocks.append(m.heading("The paper's claims", "claims"))
     blocks.append(Table(("claim", "measured here", "interval of the deciding number", "verdict"), rows, stacked=True))
+    blocks.append(
+        Text(
+            "How a verdict is reached is said at the end of the page. A caveat is set where there are fewer than "
+            f"{FEW} pairs or photos, or where the interval does not exclude one half.",
+            "quiet",
+        )
+    )
     against = disagreements(n)
     blocks.append(m.heading("Where this disagrees with the paper", "against"))
     if against:
@@ -246,25 +253,26 @@ def near_section(m: Material) -> list[Block]:
         (
             ball(b["radius"], b["norm"]),
             f"{b['pairs']} of {b['listed']}",
-            count(b["converged"]),
-            number(b["embedding_error"]),
-            number(b["embedding_error_8bit"]),
-            number(b["psnr_db"], tenth),
-            number(b["ssim"], thousandth),
-            count(b["flipped"]),
+            brief_count(b["converged"]),
+            brief(b["embedding_error"]),
+            brief(b["embedding_error_8bit"]),
+            brief(b["psnr_db"], tenth),
+            brief(b["ssim"], thousandth),
+            brief_count(b["nearer"]),
+            brief_count(b["flipped"]),
         )
         for b in budgets
     )
-    head = ("budget", "pairs", "converged", "error, float", "error, PNG", "PSNR [dB]", "SSIM", "target's label")
-    blocks.append(
-        Table(
-            head,
-            rows,
-            "Medians. A budget ε limits the change of every pixel value; PSNR and SSIM compare "
-            "the PNG with its source (from about 35 dB on a change is hard to see).",
-            stacked=True,
-        )
+    head = ("budget", "pairs", "converged", "error, float", "error, PNG", "PSNR [dB]", "SSIM", "nearer to target",
+            "target's label")  # fmt: skip
+    told = (
+        "Medians and counts, with 95 % intervals in brackets; n is the number of pairs. A budget ε limits the change "
+        "of "
+        "every pixel value. PSNR and SSIM compare the PNG with its source: the higher, the more alike. Nearer to "
+        "target: "
+        "by cosine, than to its own source."
     )
+    blocks.append(Table(head, rows, told, stacked=True))
     apart = found["unrelated"]["median"] if found["unrelated"] else None
     drawn = False
     for norm in dict.fromkeys(b["norm"] for b in budgets):

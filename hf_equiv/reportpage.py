@@ -237,7 +237,8 @@ def _inline(text: str) -> str:
 
 
 _SHORT = 32  # characters of code that are not broken
-_WHOLE = re.compile(r"95 % CI [\d.e-]+(?: %)? to [\d.e-]+(?: %)?|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
+_SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
+_WHOLE = re.compile(rf"\({_SPAN}\)|95 % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
 
 
 def _mark(text: str) -> str:

@@ -13,7 +13,7 @@ ON_THE_WAY = 0.1
 
 
 ALIKE_DB = 30.0
-"""PSNR from which two photos are called hard to tell apart."""
+"""PSNR from which a match is said to look like its source: what has changed is seen on a close look only."""
 
 
 def number(estimate: Row | None, form: Callable[[float], str] = short, unit: str = "") -> str:
@@ -30,6 +30,18 @@ def interval(estimate: Row | None, form: Callable[[float], str] = short) -> str:
     if estimate["low"] is None:
         return f"n = {estimate['n']}, no interval"
     return f"95 % CI {form(estimate['low'])} to {form(estimate['high'])}, n = {estimate['n']}"
+
+
+def brief(estimate: Row | None, form: Callable[[float], str] = short) -> str:
+    """A median with the interval in brackets, for wide tables whose caption says what it is."""
+    if estimate is None or estimate["low"] is None:
+        return "–" if estimate is None else form(estimate["value"])
+    return f"{form(estimate['value'])} ({form(estimate['low'])} to {form(estimate['high'])})"
+
+
+def brief_count(share: Row | None) -> str:
+    """A count with the interval in brackets, likewise."""
+    return count(share).replace("95 % CI ", "")
 
 
 def count(share: Row | None) -> str:
@@ -56,7 +68,9 @@ def tenth(value: float) -> str:
 
 def three(value: float) -> str:
     """Three significant digits, in plain notation where that is short."""
-    return short(value) if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.3g}"
+    if 1e3 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    return short(value) if abs(value) < 1e-3 or abs(value) >= 1e7 else f"{value:.3g}"
 
 
 def thousandth(value: float) -> str:

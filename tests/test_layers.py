@@ -48,7 +48,8 @@ REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "rep
 REPORT += ["reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
 COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "options"]
 COMMANDS += ["reportcommand", "cli", "__main__"]
-ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *VERIFY, *REPORT, *COMMANDS]
+ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *VERIFY, *REPORT]
+ORDER += COMMANDS
 
 # Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)
 HOMES = {

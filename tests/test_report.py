@@ -179,7 +179,7 @@ def test_controls_mean_what_they_say(runs):
 
 
 def test_data_ids_cannot_run(runs):
-    nasty = "<script>alert(1)</script>|`x` & \"y\""
+    nasty = '<script>alert(1)</script>|`x` & "y"'
     edit(runs / "free", lambda row: row | {"source_id": nasty, "source_label": nasty, "source_class": nasty})
     page = make_report([runs])
     assert "alert(1)" in words_of(page)
@@ -296,7 +296,7 @@ def test_model_that_is_not_found_leaves_the_rest(runs, monkeypatch):
 
 
 def test_changed_files_are_named(runs):
-    update(runs / "free", lambda record: record | {"files": {k: "0" * 64 for k in record["files"]}})
+    update(runs / "free", lambda record: record | {"files": dict.fromkeys(record["files"], "0" * 64)})
     report = make_report([runs / "free"])
     assert "not as recorded" in report.problems[0]
     assert "are not as run.json states" in words_of(report)
