@@ -122,7 +122,7 @@ def matching_section(m: Material) -> list[Block]:
         (f"{float(t):g}", count(found["within"]["float"][t]), count(found["within"]["8bit"][t]))
         for t in found["within"]["float"]
     ]
-    blocks.append(Table(("error at most", "float image", "8-bit PNG"), tuple(shares)))
+    blocks.append(Table(("error at most", "float image", "8-bit PNG"), tuple(shares), stacked=True))
     blocks.append(Text(_outcome(m, run), "quiet"))
     pairs = m.measured["pairs"] if m.measured else []
     curves: dict[str, Sequence[float | None]] = {

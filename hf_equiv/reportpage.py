@@ -201,7 +201,8 @@ def _html_table(table: Table) -> str:
         "<tr>" + "".join(cell("td", k, text) for k, text in enumerate(row)) + "</tr>\n" for row in table.rows
     )
     caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
-    kind = ' class="stacked"' if table.stacked else ""
+    names = " ".join(name for name, on in (("stacked", table.stacked), ("dense", len(table.head) >= _DENSE)) if on)
+    kind = f' class="{names}"' if names else ""
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>"
     return f'<div class="wide"><table{kind}>{caption}{body}</table></div>'
 
@@ -236,6 +237,7 @@ def _inline(text: str) -> str:
     )
 
 
+_DENSE = 8  # columns from which a table is set smaller
 _SHORT = 32  # characters of code that are not broken
 _SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
 _WHOLE = re.compile(rf"\({_SPAN}\)|95 % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
@@ -297,6 +299,7 @@ table{border-collapse:collapse;font-size:.9rem;min-width:60%}
 caption{text-align:left;padding:.2rem 0 .4rem}
 th,td{text-align:left;vertical-align:top;padding:.4rem .7rem .4rem 0;border-bottom:1px solid var(--rule)}
 th{font-weight:600}
+table.dense{font-size:.8rem}table.dense td,table.dense th{padding-right:.45rem}
 .n{text-align:right;font-variant-numeric:tabular-nums}
 .badge{display:inline-block;padding:.05rem .5rem;border-radius:.7rem;font-size:.82rem;font-weight:600}
 .yes{color:var(--yes);background:var(--yesb)}.partly{color:var(--partly);background:var(--partlyb)}

@@ -35,21 +35,22 @@ class Place:
 
 
 def locate(name: str, place: Place) -> tuple[str, Path]:
-    """Find a folder, or download the dataset USER/NAME where there is no such folder.
+    """Find a folder, or download the dataset USER/NAME or USER/NAME@REVISION where there is no such folder.
 
     Args:
         name: a path or a dataset.
         place: where to look.
 
     Returns:
-        What the report calls it, never an absolute path; and the folder.
+        What the report calls it, never an absolute path, a dataset with its commit; and the folder.
     """
     path = Path(name).expanduser()
-    if not path.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        folder, _ = import_module("hf_equiv.hub").download_results(
-            name, cache_dir=place.cache_dir, local_files_only=place.local_files_only
+    dataset = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?", name)
+    if dataset and not path.exists():
+        folder, commit = import_module("hf_equiv.hub").download_results(
+            dataset[1], revision=dataset[2], cache_dir=place.cache_dir, local_files_only=place.local_files_only
         )
-        return name, Path(folder)
+        return f"{dataset[1]}@{commit[:8]}", Path(folder)
     return (path.resolve().name if path.is_absolute() or ".." in path.parts or name == "." else path.as_posix()), path
 
 
@@ -110,8 +111,8 @@ def default_out(paths: Sequence[str | Path]) -> Path:
         for record in sorted(path.rglob(rundir.RECORD)) if path.is_dir() else ():
             name = str(rundir.read_record(record.parent)["settings"]["model_id"])
             slugs[re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".-") or "model"] = None
-        if not path.exists() and str(path).count("/") == 1:
-            slugs[re.sub(r"[^A-Za-z0-9._-]+", "--", str(path))] = None
+        if not path.exists():
+            slugs[re.sub(r"[^A-Za-z0-9._-]+", "--", str(path).split("@")[0]).strip(".-")] = None
     return Path("reports") / f"{'-and-'.join(list(slugs)[:4])[:120] or 'report'}.html"
 
 

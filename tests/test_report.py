@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +23,7 @@ from hf_equiv.report import Report, make_report
 from hf_equiv.reportclaims import NO, OPEN, PARTLY, YES, claims
 from hf_equiv.reportfindings import disagreements, summary
 from hf_equiv.reportruns import find_runs, group_runs
+from hf_equiv.reportsources import default_out
 from hf_equiv.run import run_match
 
 OPTIONS = {
@@ -322,14 +325,16 @@ def test_side_by_side(runs, tmp_path, monkeypatch):
 
 
 def test_transfer(runs, monkeypatch):
-    monkeypatch.setattr(reports, "load_other", lambda name, _: TinyEncoder(0 if name == "same" else 3))
-    report = make_report([runs / "free"], transfer=["same", "stranger"], survival=False)
+    others = {"itself": TinyEncoder(), "same": TinyEncoder(), "stranger": TinyEncoder(3)}
+    others["same"].revision = "the same function, under another revision"
+    monkeypatch.setattr(reports, "load_other", lambda name, _: others[name])
+    report = make_report([runs / "free"], transfer=list(others), survival=False)
     same, stranger = report.numbers["models"][0]["transfer"]
     match = report.numbers["models"][0]["match"]
     assert same["error"]["value"] == pytest.approx(match["embedding_error_8bit"]["value"], rel=1e-4)
     assert same["distance"]["value"] == pytest.approx(match["distance"]["value"], rel=1e-6)
     assert stranger["error"]["value"] > 100 * same["error"]["value"]
-    assert "Sharing an embedding is a property of one checkpoint" in words_of(report)
+    assert "Sharing an embedding in one checkpoint does not mean sharing it in another" in words_of(report)
 
 
 def test_transfer_model_that_is_not_there(runs):
@@ -348,6 +353,21 @@ def test_grouping_and_names(made, tmp_path):
     shutil.copytree(made / "free", published)
     shutil.copytree(made / "walk", published / "runs" / "walk")
     assert [r.name for r in find_runs([("me/set", published)])] == ["me/set", "me/set/runs/walk"]
+
+
+def test_a_dataset_by_name(runs, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo_id, **where):
+        asked.append((repo_id, where["revision"], where["local_files_only"]))
+        return runs / "free", "0123456789abcdef"
+
+    # the part that fetches has its own tests, with the real clients
+    monkeypatch.setitem(sys.modules, "hf_equiv.hub", SimpleNamespace(download_results=download))
+    report = make_report(["me/matches", "me/matches@v1"], survival=False, local_files_only=True)
+    assert asked == [("me/matches", None, True), ("me/matches", "v1", True)]
+    assert report.numbers["models"][0]["match"]["run"] == "me/matches@01234567"
+    assert default_out(["me/matches@v1"]) == Path("reports/me--matches.html")
 
 
 # --- verdicts ---
@@ -372,12 +392,12 @@ def test_verdicts_follow_their_rules(runs):
     assert verdict("Matching", match=None) == OPEN
     near = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 20}
     kinds = model["lipschitz"]["kinds"]
-    bent = {"kinds": kinds | {"null": kinds["null"] | {"linearity": near}}}
+    bent = model["lipschitz"] | {"kinds": kinds | {"null": kinds["null"] | {"linearity": near}}}
     far = {"value": 5.0, "low": 4.0, "high": 6.0, "n": 20}
     assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far}) == NO
     assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": near}) == YES
     assert verdict("Locally", lipschitz=None) == OPEN
-    told = disagreements(model | {"lipschitz": model["lipschitz"] | bent, "match": model["match"] | {"l2": far}})
+    told = disagreements(model | {"lipschitz": bent, "match": model["match"] | {"l2": far}})
     assert any("no exactly linear region" in text and "beyond it" in text for text in told)
 
 
