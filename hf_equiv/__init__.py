@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_equiv.matching import match_embedding
     from hf_equiv.quantize import refine_8bit
     from hf_equiv.regional import RegionalResult, regional_lipschitz
+    from hf_equiv.report import Report, make_report
     from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
     from hf_equiv.solvers import LBFGS, Adam, GradientDescent
     from hf_equiv.spectrum import SpectrumResult, jacobian_spectrum
@@ -43,6 +44,7 @@ __all__ = [
     "MatchResult",
     "Progress",
     "RegionalResult",
+    "Report",
     "RowSpace",
     "SpectrumResult",
     "Status",
@@ -53,6 +55,7 @@ __all__ = [
     "linearity_radius",
     "load_images",
     "make_directions",
+    "make_report",
     "match_embedding",
     "patch_null_space",
     "principal_angles",
@@ -94,6 +97,8 @@ _HOMES = {
     "WalkResult": "levelset",
     "Directions": "directions",
     "verify_run": "verify",
+    "Report": "report",
+    "make_report": "report",
 }
 
 

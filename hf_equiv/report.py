@@ -59,7 +59,16 @@ class Report:
     problems: tuple[str, ...]
 
     def write(self, path: Path) -> None:
-        """Write the page to `path`, the Markdown beside it, and the pictures into their folder."""
+        """Write the page, the Markdown beside it, and the pictures into their folder; each file whole or not at all.
+
+        Pictures of an earlier page at the same place are removed where this one has none of the name.
+
+        Args:
+            path: of the page; `out` of `make_report`, so that the Markdown finds its pictures.
+        """
+        for old in (path.parent / self.folder).glob("model*-*.png"):
+            if old.name not in self.pictures:
+                old.unlink()
         for name, png in self.pictures.items():
             shards.write_atomic(path.parent / self.folder / name, png)
         shards.write_atomic(path.with_suffix(".md"), self.markdown.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def run(paths: tuple[str, ...], **given: Any) -> int:
         path: Path = given["out"] or default_out(paths)
         if path.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"`out` must be a file name ending in .html; got {str(path)!r}.")
+        _refuse_unwritable(path)
         environment.calm(quiet=quiet)
         with display.staged_counter(quiet=quiet) as tell:
             report = make_report(
@@ -34,3 +36,13 @@ def run(paths: tuple[str, ...], **given: Any) -> int:
         for problem in report.problems if quiet else ():
             display.to_stderr(f"not complete: {problem}")
         return 1 if report.problems else 0
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Say so before anything is measured; nothing is left."""
+    there = next(place for place in path.absolute().parents if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".hf-equiv-", dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"`out` {str(path)!r} cannot be written: {error.strerror}. Name another place.") from error

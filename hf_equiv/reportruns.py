@@ -14,6 +14,15 @@ from hf_equiv.layouts import LAYOUTS, row_name
 from hf_equiv.results import Status
 from hf_equiv.shards import MATCH, Layout, Row
 
+_SETTINGS = ("model_id", "model_revision", "readout", "normalize", "dtype", "data_id", "data_revision", "seed")
+_OWN_SETTINGS = {
+    "match": ("solver", "radius", "norm", "rtol", "max_evals", "refine"),
+    "spectrum": (),
+    "lipschitz": ("regional",),
+    "walk": ("heading", "rtol"),
+}
+"""What a report reads of the settings."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -125,7 +134,10 @@ def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
     found: dict[Path, Run] = {}
     for name, folder in paths:
         if not folder.is_dir():
-            raise ValueError(f"{name!r} must be a folder of run directories; it does not exist. Check the path.")
+            raise ValueError(
+                f"{name!r} must be a run directory, a folder of them, or a dataset USER/NAME; it does not exist. Check "
+                "the name."
+            )
         if (folder / rundir.RECORD).is_file():
             inside = [folder, *sorted(p.parent for p in folder.glob(f"runs/*/{rundir.RECORD}"))]
         else:
@@ -163,7 +175,7 @@ def read_run(folder: Path, name: str) -> Run:
     try:
         order = {item[layout.item]: k for k, item in enumerate(record[layout.listed])}
         complete, digests = bool(record["complete"]), dict(record.get("files") or {})
-        for key in ("model_revision", "readout", "normalize", "dtype", "data_id", "seed"):
+        for key in (*_SETTINGS, *_OWN_SETTINGS[analysis]):
             record["settings"][key]
     except (KeyError, TypeError, ValueError) as error:
         told = f"{type(error).__name__}: {error}"

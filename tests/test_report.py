@@ -83,7 +83,7 @@ def words_of(report: Report) -> str:
 # --- the whole page ---
 
 
-def test_everything_is_there(runs):
+def test_everything_is_there(runs, tmp_path):
     report = make_report([runs])
     text, page = words_of(report), checked(report.html)
     assert page.tags.count("img") == len(report.pictures) == 16 + 8
@@ -98,6 +98,10 @@ def test_everything_is_there(runs):
     (model,) = report.numbers["models"]
     assert model["match"]["pairs"] == 5
     assert [b["radius"] for b in model["budgets"]] == [None, 16 / 255]
+    report.write(tmp_path / "report.html")
+    assert sorted(p.name for p in (tmp_path / "report_files").iterdir()) == sorted(report.pictures)
+    make_report([runs / "free"], survival=False).write(tmp_path / "report.html")
+    assert len(list((tmp_path / "report_files").iterdir())) < len(report.pictures)
     assert json.loads(json.dumps(report.numbers, allow_nan=False)) == report.numbers
     assert len(summary(model)) == 5
     assert len(claims(model)) == 7
@@ -444,16 +448,22 @@ def _linked(markdown: str) -> list[str]:
         (["empty"], "has no run.json"),
         (["damaged"], "is damaged"),
         (["newer"], "Upgrade hf_equiv"),
+        (["without"], "KeyError: 'radius'"),
+        (["runs", "--out", "runs/free/run.json/page.html"], "cannot be written"),
         (["runs", "--out", "page.pdf"], "must be a file name ending in .html"),
         (["runs", "--label-data", "nowhere.parquet"], "does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capfd, words, told):
     (tmp_path / "empty").mkdir()
-    for name in ("damaged", "newer"):
+    for name in ("damaged", "newer", "without"):
         shutil.copytree(runs / "free", tmp_path / name)
     shards.shard_files(tmp_path / "damaged")[0].write_bytes(b"PAR1")
     update(tmp_path / "newer", lambda record: record | {"schema_version": 99})
+    without = {
+        k: v for k, v in json.loads((runs / "free" / "run.json").read_text())["settings"].items() if k != "radius"
+    }
+    update(tmp_path / "without", lambda record: record | {"settings": without})
     with pytest.raises(SystemExit) as stopped:
         command(["report", *words, "-q"])
     assert stopped.value.code == 2
