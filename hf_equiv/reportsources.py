@@ -47,7 +47,7 @@ def locate(name: str, place: Place) -> tuple[str, Path]:
     path = Path(name).expanduser()
     dataset = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?", name)
     if dataset and not path.exists():
-        folder, commit = import_module("hf_equiv.hub").download_results(
+        folder, commit = import_module("hf_equiv.hubload").download_results(
             dataset[1], revision=dataset[2], cache_dir=place.cache_dir, local_files_only=place.local_files_only
         )
         return f"{dataset[1]}@{commit[:8]}", Path(folder)

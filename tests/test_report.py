@@ -367,7 +367,7 @@ def test_a_dataset_by_name(runs, tmp_path, monkeypatch):
         return runs / "free", "0123456789abcdef"
 
     # the part that fetches has its own tests, with the real clients
-    monkeypatch.setitem(sys.modules, "hf_equiv.hub", SimpleNamespace(download_results=download))
+    monkeypatch.setitem(sys.modules, "hf_equiv.hubload", SimpleNamespace(download_results=download))
     report = make_report(["me/matches", "me/matches@v1"], survival=False, local_files_only=True)
     assert asked == [("me/matches", None, True), ("me/matches", "v1", True)]
     assert report.numbers["models"][0]["match"]["run"] == "me/matches@01234567"
