@@ -41,7 +41,7 @@ def made_section(m: Material) -> list[Block]:
     head = ("run directory", "verb", "there", "errors", "data", "data revision", "seed")
     blocks.append(Table(head, lines, "Every run directory holds run.json with all settings.", stacked=True))
     blocks.append(Code("\n".join(_commands(run) for run in m.checkpoint.runs)))
-    blocks.append(Code("\n".join(f"hf-equiv verify {plain(run.name)}" for run in m.checkpoint.runs)))
+    blocks.append(Code("\n".join(dict.fromkeys(_check(run) for run in m.checkpoint.runs))))
     versions = sorted({str(row["versions"]) for run in m.checkpoint.runs for row in run.rows if row["versions"]})
     if versions:
         blocks.append(Text("Versions: " + plain("; ".join(versions)).replace('"', "").strip("{}"), "quiet"))
@@ -98,6 +98,12 @@ def _commands(run: Run) -> str:
     words += ["--no-refine"] if s.get("refine") is False else []
     words += ["--labels", plain(",".join(s["labels"]))] if s.get("labels") else []
     return " ".join([*words, "--seed", str(s["seed"])])
+
+
+def _check(run: Run) -> str:
+    """The command that recomputes the rows; of a dataset on the Hub those of all its runs."""
+    local = run.settings["model_revision"].startswith("sha256:") and run.settings["model_id"] != "builtin"
+    return f"hf-equiv verify {plain(run.name).split('@')[0]}" + (" --model PATH" if local else "")
 
 
 def _value(name: str, settings: Row) -> str:
