@@ -35,7 +35,7 @@ SECTIONS: tuple[Callable[[Material], list[Block]], ...] = (
 """Of one checkpoint, in their order."""
 
 WITHHELD = "the photos are withheld from this data set"
-PAPER = "Salman, Shams and Liu (2024), Intriguing equivalence structures of the embedding space of vision transformers"
+PAPER = "Salman, Shams and Liu (2024), Intriguing Equivalence Structures of the Embedding Space of Vision Transformers"
 
 
 @dataclass(frozen=True)

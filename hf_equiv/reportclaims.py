@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_equiv.metrics import short
 from hf_equiv.reportnumbers import MATCHED
-from hf_equiv.reportwords import ALIKE_DB, ball, interval, linear_reach, look_alike, span, tenth, three
+from hf_equiv.reportwords import ALIKE_DB, ball, falls_short, interval, linear_reach, look_alike, span, tenth, three
 
 Row = Mapping[str, Any]
 FEW = 10
@@ -21,8 +21,8 @@ RULES = (
     "images (lower end of the interval).",
     f"Look-alikes are supported if, at the smallest budget where that is so, more than half of the PNG matches are "
     f"nearer to their target than to their own source (by cosine), at a median PSNR of {ALIKE_DB:.0f} dB or more.",
-    "Locally linear sets are not supported if the first-order model fails, along null directions, before the distance "
-    "of a match (upper end of the interval).",
+    "Locally linear sets are not supported if the first-order model fails (10 %), along null directions, before the "
+    "distance of a match, and the two intervals do not overlap.",
     "The normal space is supported if the median constant along the top directions is ten times the median along "
     "random ones, and none along null directions stands above the float noise.",
     "Downstream is supported if more than half of the matches get the target's class (lower end of the interval).",
@@ -104,8 +104,10 @@ def _claim_linear(numbers: Row) -> Claim:
         f"along {kind} directions the first-order model holds to 10 % up to L2 {three(reach['value'])} (median); the "
         f"matches lie at L2 {three(far['value'])}"
     )
-    top = reach["value"] if reach["high"] is None else reach["high"]
-    verdict = NO if top < far["value"] else YES if reach["value"] >= far["value"] and far["n"] >= FEW else PARTLY
+    if falls_short(reach, far):
+        verdict = NO
+    else:
+        verdict = YES if reach["value"] >= far["value"] and far["n"] >= FEW else PARTLY
     return Claim(told, measured, interval(reach, three), verdict)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_equiv.metrics import short
 from hf_equiv.reportnumbers import MATCHED
-from hf_equiv.reportwords import ball, count, linear_reach, look_alike, near_budget, number, tenth, three
+from hf_equiv.reportwords import ball, count, falls_short, linear_reach, look_alike, near_budget, number, tenth, three
 
 Row = Mapping[str, Any]
 
@@ -103,8 +103,8 @@ def _say_geometry(numbers: Row) -> str:
     if found is not None:
         reach, far, kind = found
         told = f"the first-order model holds only up to L2 {number(reach, three)} along {kind} directions, while "
-        told += f"matches lie at L2 {three(far['value'])}, {three(far['value'] / reach['value'])} times as far: sets "
-        told += "of equal embedding are curved on that scale, not flat"
+        told += f"matches lie at L2 {number(far, three)}"
+        told += ": sets of equal embedding are curved on that scale, not flat" if falls_short(reach, far) else ""
         text = f"{text}, but {told}" if text else told[0].upper() + told[1:]
     return text + "." if text else "The geometry of the sets of equal embedding was not measured."
 
@@ -137,7 +137,7 @@ def _not_linear(numbers: Row) -> str:
     reach, far, kind = found
     where = f"Here that distance (10 % error, along {kind} directions) is L2 {number(reach, three)}"
     if reach["value"] < far["value"]:
-        text = f"{general} {where}; a match lies at L2 {number(far, three)}, beyond it."
+        text = f"{general} {where}; the median match lies at L2 {number(far, three)}, beyond it."
         if kind == "null":
             strict = reach["value"] * (numbers["match"]["rtol"] / 0.1) ** 0.5
             text += (

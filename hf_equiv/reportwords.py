@@ -123,3 +123,10 @@ def linear_reach(numbers: Row) -> tuple[Row, Row, str] | None:
         if own and own["linearity"]:
             return own["linearity"], match["l2"], kind
     return None
+
+
+def falls_short(reach: Row, far: Row) -> bool:
+    """Whether the linear model ends before the matches, beyond what the intervals leave open."""
+    top = reach["value"] if reach["high"] is None else reach["high"]
+    low = far["value"] if far["low"] is None else far["low"]
+    return bool(top < low)

@@ -399,6 +399,7 @@ def test_verdicts_follow_their_rules(runs):
     bent = model["lipschitz"] | {"kinds": kinds | {"null": kinds["null"] | {"linearity": near}}}
     far = {"value": 5.0, "low": 4.0, "high": 6.0, "n": 20}
     assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far}) == NO
+    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far | {"low": 0.55}}) == PARTLY
     assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": near}) == YES
     assert verdict("Locally", lipschitz=None) == OPEN
     told = disagreements(model | {"lipschitz": bent, "match": model["match"] | {"l2": far}})
