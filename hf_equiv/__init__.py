@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_equiv.publication import Published
     from hf_equiv.quantize import refine_8bit
     from hf_equiv.regional import RegionalResult, regional_lipschitz
+    from hf_equiv.report import Report, make_report
     from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
     from hf_equiv.solvers import LBFGS, Adam, GradientDescent
     from hf_equiv.spectrum import SpectrumResult, jacobian_spectrum
@@ -47,6 +48,7 @@ __all__ = [
     "Progress",
     "Published",
     "RegionalResult",
+    "Report",
     "RowSpace",
     "SpectrumResult",
     "Status",
@@ -59,6 +61,7 @@ __all__ = [
     "load_images",
     "load_results",
     "make_directions",
+    "make_report",
     "match_embedding",
     "patch_null_space",
     "principal_angles",
@@ -105,6 +108,8 @@ _HOMES = {
     "publish_results": "hub",
     "download_results": "hubload",
     "load_results": "hubload",
+    "Report": "report",
+    "make_report": "report",
 }
 
 

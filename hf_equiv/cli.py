@@ -34,6 +34,7 @@ def cli() -> None:
     hf-equiv walk builtin                           through images that share an embedding
     hf-equiv verify runs/match/builtin/1a2b3c4d     recompute every row from its PNG files
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches    to the Hub, as a private dataset
+    hf-equiv report runs                            one page: the paper's claims, with intervals and controls
     hf-equiv env facebook/dinov2-small              what the checkpoint offers
 
     Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input.
@@ -273,6 +274,42 @@ def publish(directory: Path, repo_id: str, **given: Any) -> int:
     from hf_equiv import publishcommand
 
     return publishcommand.run(directory, repo_id, **given)
+
+
+@cli.command()
+@click.argument("paths", metavar="DIR|USER/NAME...", nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.html",
+    help="The page; FILE.md and FILE_files/ come beside it. Default: reports/MODEL.html.",
+)  # fmt: skip
+@click.option(
+    "--transfer", metavar="MODEL2", multiple=True, help="Also ask this model whether the matches match there; repeat."
+)
+@click.option("--label-data", metavar="W", help="Photos with classes for a nearest-neighbour probe of the embedding.")
+@click.option("--no-survival", is_flag=True, help="Do not try JPEG, resizing and blur (half of the time).")
+@click.option(
+    "--model", metavar="PATH", multiple=True, help="Where the checkpoint is, if a run used a local folder; repeat."
+)
+@click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K.")
+@click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept.")
+@click.option("--local-files-only", is_flag=True, help="Never ask the Hub.")
+@output_options
+def report(paths: tuple[str, ...], **given: Any) -> int:
+    """Report what runs say of the paper's claims: one HTML page with figures, intervals and controls.
+
+    Each DIR is a run directory or a folder of them, or USER/NAME a dataset on the Hub. Runs are grouped by checkpoint;
+    several are set side by side. Match runs with different --radius make a curve of error against budget.
+
+    \b
+    hf-equiv report runs
+    hf-equiv report runs/match/builtin/1a2b3c4d --transfer facebook/deit-tiny-patch16-224
+    hf-equiv report alice/deit-matches bob/dinov2-matches --out side-by-side.html
+
+    Exit code 1: a part that needs the model could not be measured, or a file is not as recorded; the page says which.
+    """  # noqa: D301, DOC201 (this is the help text, and click looks for the backspace itself)
+    from hf_equiv import reportcommand
+
+    return reportcommand.run(paths, **given)
 
 
 @cli.command()

@@ -183,6 +183,52 @@ def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | 
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def staged_counter(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a count for each part of the work, one after the other; on no terminal a line now and then."""
+    last = time.monotonic()
+
+    def line(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_EVERY:
+            last = time.monotonic()
+            to_stderr(f"{what}: {done} of {total}")
+
+    if quiet:
+        yield None
+    elif not sys.stderr.isatty():
+        yield line
+    else:
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True), transient=True,
+        ) as bars:  # fmt: skip
+            tasks: dict[str, Any] = {}
+
+            def bar(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(escape(cut(what, 40)), total=total)
+                bars.update(tasks[what], completed=done, total=total)
+
+            yield bar
+
+
+def print_summary(numbers: Mapping[str, Any], made: Mapping[str, str], out: Any) -> None:
+    """Print what a report says of each checkpoint in a few sentences, and where its files are."""
+    from hf_equiv.reportfindings import summary
+
+    console = console_of(out)
+    for model in numbers["models"]:
+        console.print(cut(model["title"], 100), style="bold", highlight=False, markup=False)
+        for sentence in summary(model):
+            console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=not console.is_terminal)
+        console.print()
+    for problem in numbers["problems"]:
+        console.print(f"not complete: {in_flags(problem)}", highlight=False, markup=False, soft_wrap=True)
+    for name, value in made.items():
+        console.print(f"{name + ':':<10}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
 def print_matches(outcome: RunOutcome, check: str, out: Any) -> None:
     """Print the result of a run: a table of rows (the first 20), the summary in words, and where the files are.
 

@@ -54,7 +54,7 @@ def pairs_figure(rows: Sequence[Mapping[str, Any]], title: str, settings: Mappin
         for k, row in enumerate(rows):
             y = top + k * (side + words)
             images = [decode_png(row[name]).permute(1, 2, 0).numpy() for name in ("source", "match", "target")]
-            gap_image, gain = _difference(images[0], images[1])
+            gap_image, gain = difference(images[0], images[1])
             panels = (images[0], images[1], gap_image, images[2])
             heads = ("source", "match", f"(match − source) × {gain}", "target")
             for c, (panel, head, lines) in enumerate(zip(panels, heads, _captions(row), strict=True)):
@@ -73,7 +73,8 @@ def pairs_figure(rows: Sequence[Mapping[str, Any]], title: str, settings: Mappin
     return buffer.getvalue()
 
 
-def _difference(source: np.ndarray, match: np.ndarray) -> tuple[np.ndarray, int]:
+def difference(source: np.ndarray, match: np.ndarray) -> tuple[np.ndarray, int]:
+    """The difference match − source on middle grey, and the factor by which it is enlarged."""
     gap = match - source
     reach = float(np.quantile(np.abs(gap), 0.99)) or 1 / 255
     gain = max((g for g in GAINS if g * reach <= 0.4), default=1)

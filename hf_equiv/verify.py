@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from hf_equiv import rundir, shards
@@ -17,6 +16,7 @@ from hf_equiv.hub_files import is_missing_revision
 from hf_equiv.layouts import LAYOUTS, ROW_KEYS, row_name
 from hf_equiv.publishing import WITHHELD
 from hf_equiv.recordcheck import check_files, check_listed, check_model, check_summary, leaves
+from hf_equiv.recordedmodel import load_recorded
 from hf_equiv.results import Status
 from hf_equiv.rowcheck import Findings, Problem, check_row, check_stated
 from hf_equiv.shards import MATCH, PROVENANCE_FEATURES, Layout, Row
@@ -118,7 +118,7 @@ def verify_run(
         check_files(folder, record, found)
         return _without_encoder(folder, record, layout, found, allow_withheld=allow_withheld)
     try:
-        encoder = _load(settings, model, device, cache_dir, local_files_only)
+        encoder = load_recorded(settings, model, device, cache_dir, local_files_only)
     except OSError as error:
         if not is_missing_revision(error):
             raise
@@ -250,32 +250,6 @@ def _verify_analysis(
         problems=tuple(found.problems),
         error_rows=len(empty),
         analysis=analysis,
-    )
-
-
-def _load(
-    settings: Row, model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
-) -> Encoder:
-    from hf_equiv.encoder import Encoder
-
-    name, revision = settings["model_id"], settings["model_revision"]
-    local = str(revision).startswith("sha256:") and name != "builtin"
-    if model is None and local:
-        if not Path(name).is_dir():
-            raise ValueError(
-                f"this run used the local checkpoint {name!r} ({revision[:19]}…), which is not in the current folder. "
-                "Name it with --model PATH."
-            )
-        model = f"./{name}"
-    return Encoder.from_pretrained(
-        model or name,
-        revision=None if local or name == "builtin" or model is not None else revision,
-        readout=settings["readout"],
-        normalize=settings["normalize"],
-        dtype=getattr(torch, settings["dtype"].removeprefix("torch.")),
-        device=device,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
     )
 
 

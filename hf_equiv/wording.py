@@ -11,6 +11,7 @@ NAMES = (
     "cache_dir", "local_files_only", "limit", "k", "vectors", "directions", "radii", "regional", "linearity", "heading",
     "step", "num_steps", "create_pr", "license", "i_have_the_right", "withhold_photos", "collection",
     "compile", "streaming",
+    "transfer", "label_data",
 )  # fmt: skip
 """Keywords that are flags with the same name."""
 

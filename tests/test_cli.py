@@ -16,7 +16,7 @@ def place(tmp_path, monkeypatch, tiny):
     """An empty working directory, and the encoder that costs nothing in place of every model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "load_encoder", lambda model, **_: tiny)
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     for k in (1, 2):
         draw_photo(k).save(tmp_path / f"{k}.png")
     (tmp_path / "notes.txt").write_text("no image")

@@ -75,7 +75,7 @@ def finished(photo_folder, tmp_path_factory) -> dict[str, Path]:
 def copied(finished, tmp_path, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
 
     def copy(analysis: str) -> Path:
         return Path(shutil.copytree(finished[analysis], tmp_path / "copy"))
@@ -187,7 +187,7 @@ def test_headings(heading, photos, tmp_path, monkeypatch):
         assert rows[-1]["remaining"] < rows[0]["remaining"]
     if heading == "nearest":
         assert rows[-1]["l2"] < rows[0]["l2"]
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     report = verify.verify_run(tmp_path / "out")
     assert report.problems == ()
 
@@ -256,7 +256,7 @@ def test_an_image_that_fails_costs_its_own_rows(photos, tmp_path, monkeypatch):
         return broken(config, encoder, image_id, image, batch)
 
     monkeypatch.setattr(geometryrun, "spectrum_rows", fail)
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     outcome = finish("spectrum", photos, tmp_path / "out", limit=6)
     assert sorted(row["status"] for row in outcome.rows) == ["completed"] * 5 + ["error"]
     assert list(outcome.errors.values()) == ["out of memory"]
@@ -294,7 +294,7 @@ def test_smaller_passes_are_tried_when_memory_runs_out(photos, tmp_path, monkeyp
 
 
 def test_the_largest_constant_in_an_linf_ball(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     outcome = finish("lipschitz", photos, tmp_path / "out", limit=1, regional=8 / 255, norm="linf", linearity=False)
     row = outcome.rows[0]
     assert row["regional_lower_bound"] >= row["regional_at_center"] > 0
@@ -336,7 +336,7 @@ def test_radii_below_every_step_leave_a_run_without_figures(photo_folder, tmp_pa
     found = finish("lipschitz", photo_folder, tmp_path / "out", radii=radii, linearity=False, regional=None, limit=1)
     assert {row["status"] for row in found.rows} == {"undetermined"}
     assert not (tmp_path / "out" / "figures").exists()
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     assert verify.verify_run(tmp_path / "out").holds
 
 
@@ -401,7 +401,7 @@ def test_a_tampered_row_is_named(analysis, index, column, change, copied):
 def test_a_walk_that_is_said_to_have_come_to_rest(photo_folder, tmp_path, monkeypatch):
     out, layout = tmp_path / "out", LAYOUTS["walk"]
     finish("walk", photo_folder, out, heading="toward", target=str(photo_folder / "class0" / "photo0.png"), limit=2)
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     assert verify.verify_run(out).holds
     path = shards.shard_files(out, layout)[-1]
     rows = shards.read_shard(path, images=True, layout=layout)
@@ -430,7 +430,7 @@ def test_missing_frames_and_rows_are_named(copied, photo_folder, tmp_path, monke
 def place(tmp_path, monkeypatch, photos):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "load_encoder", lambda model, **_: TinyEncoder())
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     return tmp_path
 
 

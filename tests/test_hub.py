@@ -41,7 +41,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def _encoder(monkeypatch):
     """Runs are of an encoder that no Hub has; waiting takes no time."""
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     monkeypatch.setattr(time, "sleep", lambda _: None)
     HfFileSystem.clear_instance_cache()
 

@@ -40,7 +40,7 @@ def waits(monkeypatch, tmp_path) -> list[float]:
     """Waiting takes no time, and is written down; nothing is in the cache."""
     asked: list[float] = []
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     monkeypatch.setattr(time, "sleep", asked.append)
     HfFileSystem.clear_instance_cache()
     return asked

@@ -44,25 +44,16 @@ ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrow
 ANALYSES += ["walkplots", "geometryrun"]
 HUB = ["hubcalls", "licences", "publishing", "publishcard", "repository", "publication", "hub"]
 HUB += ["hubload"]
-PLOTS = ["plots", "geometryplots", "walkplots"]
-VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "withheldcheck"]
+PLOTS = ["plots", "geometryplots", "walkplots", "reportfigures"]
+VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "withheldcheck", "recordedmodel"]
 VERIFY += ["verify", "datasetcheck"]
+REPORT = ["reportstats", "reportruns", "survival", "reportmeasures", "reportwork", "reportnumbers", "reportwords"]
+REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportmaterial", "reportmatches"]
+REPORT += ["reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
 COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "publishcommand"]
-COMMANDS += ["options", "cli", "__main__"]
-ORDER = [
-    *NUMERICS,
-    *GEOMETRY,
-    *LIPSCHITZ,
-    *WALKS,
-    *ENCODER,
-    "metrics",
-    *DATA,
-    *RUN,
-    *ANALYSES,
-    *HUB,
-    *VERIFY,
-    *COMMANDS,
-]
+COMMANDS += ["reportcommand", "options", "cli", "__main__"]
+ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *HUB, *VERIFY, *REPORT]
+ORDER += COMMANDS
 
 # Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)
 HOMES = {
@@ -72,8 +63,8 @@ HOMES = {
     "datasets": [*DATA, "shards", "layouts", "hubload"],
     "pyarrow": ["shards"],
     "safetensors": [*ENCODER, "shards", "hubload"],
-    "PIL": [*ENCODER, *DATA, "plots", "walkplots"],
-    "numpy": [*ENCODER, *DATA, *PLOTS],
+    "PIL": [*ENCODER, *DATA, "plots", "walkplots", "survival"],
+    "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportmatches", "reportgeometry"],
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,
     "click": ["options", "cli"],

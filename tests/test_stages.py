@@ -38,7 +38,7 @@ def test_half_precision_leads_and_float32_ends(photos, tmp_path, monkeypatch, na
     outcome = run.run_match(plan, tmp_path / "out")
     assert outcome.converged
     assert all(row["embedding_error"] <= 1e-5 and row["solver"] == f"lbfgs, {full} start" for row in outcome.rows)
-    monkeypatch.setattr(verify, "_load", lambda *_: Tiny())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: Tiny())
     assert verify.verify_run(tmp_path / "out").holds
 
 
@@ -111,7 +111,7 @@ def test_a_compiled_match_is_ended_and_stated_by_the_plain_encoder(photos, tmp_p
     outcome = run.run_match(plan, tmp_path / "out")
     assert len(made) == 1
     assert outcome.converged
-    monkeypatch.setattr(verify, "_load", lambda *_: Tiny())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: Tiny())
     assert verify.verify_run(tmp_path / "out").holds
 
 

@@ -39,7 +39,7 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture
 def out(finished, tmp_path, monkeypatch) -> Path:
     """A copy of that run to tamper with, and a loader that gives its encoder back."""
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
@@ -264,7 +264,7 @@ def test_summary_that_is_none_or_has_more(out):
 
 
 def test_other_weights(out, monkeypatch):
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder(seed=1))
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder(seed=1))
     report = verify.verify_run(out)
     only(report, file="run.json", column="model_revision", recomputed=f"sha256:{1:064d}")
     assert report.failed == 4
@@ -278,7 +278,7 @@ def test_unfinished_run(photos, tiny, tmp_path, monkeypatch):
     plan = make_plan(RunConfig(data=str(photos), pairs=4, max_evals=20), tiny)
     with pytest.raises(KeyboardInterrupt):
         run_match(plan, tmp_path / "out", batch_size=2, observer=stop)
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     report = verify.verify_run(tmp_path / "out")
     assert (report.rows, report.verified, report.failed) == (2, 2, 2)
     assert "the run is not finished" in report.problems[0].message
@@ -288,7 +288,7 @@ def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
     plan = make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny)
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
     outcome = run_match(plan, tmp_path / "out")
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     report = verify.verify_run(tmp_path / "out")
     assert report.holds
     assert report.error_rows == len(outcome.errors) > 0
@@ -300,7 +300,7 @@ def test_a_run_without_one_match_does_not_hold(photos, tiny, tmp_path, monkeypat
     for photo in photos.rglob("*.png"):
         photo.write_bytes(b"broken")
     run_match(plan, tmp_path / "out")
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     report = verify.verify_run(tmp_path / "out")
     assert not report.holds
     assert not report.problems
@@ -313,14 +313,14 @@ def test_a_run_without_one_match_does_not_hold(photos, tiny, tmp_path, monkeypat
 def test_other_normalisation_is_named(out, monkeypatch):
     other = TinyEncoder()
     other.provenance["processor"] = json.dumps({"resize": SIZE, "image_mean": [0.5, 0.5, 0.5]})
-    monkeypatch.setattr(verify, "_load", lambda *_: other)
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: other)
     only(verify.verify_run(out), column="processor.image_mean", recomputed=[0.5, 0.5, 0.5])
 
 
 def test_float64_run_holds(photos, tmp_path, monkeypatch):
     encoder = TinyEncoder(dtype=torch.float64)
     run_match(make_plan(RunConfig(data=str(photos), pairs=2, max_evals=40, dtype="float64"), encoder), tmp_path / "out")
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder(dtype=torch.float64))
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder(dtype=torch.float64))
     assert verify.verify_run(tmp_path / "out").holds
 
 
@@ -352,7 +352,7 @@ def edit_record(out: Path, change) -> None:
 
 def test_a_float_match_that_is_no_match(photos, tmp_path, monkeypatch):
     run_match(make_plan(RunConfig(data=str(photos), pairs=2, max_evals=40), TinyEncoder()), tmp_path / "out")
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     path = tmp_path / "out" / "float" / "part-00000.safetensors"
     tensors, costs = shards.read_floats(path)
     name = sorted(tensors)[0]
@@ -367,7 +367,7 @@ def test_a_float_match_that_is_no_match(photos, tmp_path, monkeypatch):
 def test_a_png_that_is_not_the_rounded_match(photos, tmp_path, monkeypatch):
     config = RunConfig(data=str(photos), pairs=1, max_evals=40, refine=False)
     run_match(make_plan(config, TinyEncoder()), tmp_path / "out")
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     assert verify.verify_run(tmp_path / "out").holds
     path = tmp_path / "out" / "float" / "part-00000.safetensors"
     tensors, costs = shards.read_floats(path)
@@ -488,5 +488,5 @@ def test_a_reason_outlives_its_process(photos, tiny, tmp_path, monkeypatch):
         run_match(plan, tmp_path / "out", observer=stop)
     outcome = run_match(plan, tmp_path / "out")
     assert {why.partition("'")[2][:17] for why in outcome.errors.values()} == {"class1/photo1.png"}
-    monkeypatch.setattr(verify, "_load", lambda *_: TinyEncoder())
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     assert verify.verify_run(tmp_path / "out").holds

@@ -1,0 +1,198 @@
+"""Controls, survival, transfer, retrieval and the kNN probe, on encoders of known answer."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from fakes import TinyEncoder, draw_photo
+from PIL import Image
+
+from hf_equiv import reportmeasures as measures
+from hf_equiv import survival
+
+SIDE = 16
+
+
+class Known:
+    """An encoder given by a function of one image; `head` gives class scores of one image."""
+
+    def __init__(self, f, head=None) -> None:
+        self.f, self.head, self.has_head = f, head, head is not None
+        self.device, self.label_names = torch.device("cpu"), ("dark", "bright")
+
+    def __call__(self, pixels):
+        return torch.stack([self.f(x) for x in pixels])
+
+    def classify(self, pixels):
+        return torch.stack([self.head(x) for x in pixels])
+
+
+def photo(k: int) -> torch.Tensor:
+    return torch.from_numpy(np.array(draw_photo(k, SIDE))).permute(2, 0, 1).float() / 255
+
+
+def brightness(x):
+    return torch.stack([1 - x.mean(), x.mean()])
+
+
+# --- what handling does ---
+
+
+def test_jpeg_is_what_pillow_writes():
+    x, buffer = photo(1), io.BytesIO()
+    draw_photo(1, SIDE).save(buffer, "JPEG", quality=75)
+    with Image.open(buffer) as image:
+        known = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    assert torch.equal(survival.jpeg(x, 75), known)
+    grey = x[:1].expand(3, -1, -1)  # without colour, whose resolution JPEG halves
+    assert (survival.jpeg(grey, 95) - grey).abs().mean() < (survival.jpeg(grey, 30) - grey).abs().mean() / 2
+
+
+@pytest.mark.parametrize("name", survival.TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_handling_keeps_grid_size_and_flat_images(name, dtype):
+    change, x = survival.TRANSFORMS[name], photo(2).to(dtype)
+    made = change(x)
+    assert made.shape == x.shape
+    assert made.dtype == dtype
+    assert torch.equal((made * 255).round() / 255, made)
+    assert not torch.equal(made, x)
+    flat = torch.full_like(x, 100 / 255)
+    assert (change(flat) - flat).abs().max() <= 1.01 / 255
+
+
+def test_blur_has_the_width_it_says():
+    line = torch.zeros(3, 33, 33)
+    line[:, :, 16] = 1.0
+    row = survival.blur(line, 1.0)[0, 16].double()
+    offsets = torch.arange(33.0) - 16
+    assert float((row * offsets**2).sum() / row.sum()) == pytest.approx(1.0, rel=0.1)
+
+
+# --- one pair ---
+
+
+def test_controls_of_a_linear_encoder():
+    """f(x) = x: an embedding moves by as much as the pixels do."""
+    encoder = Known(torch.Tensor.flatten)
+    source, target = photo(0), photo(1)
+    match = ((0.7 * source + 0.3 * target) * 255).round() / 255
+    row, z = measures.measure_pair(encoder, source, match, target, seed=0, pair_id="a", survival=False)
+    step, apart = (match - source).norm(), (source - target).norm()
+    assert row["moved"] == pytest.approx(float(step / source.norm()), rel=1e-5)
+    assert row["distance"] == pytest.approx(float(apart / target.norm()), rel=1e-5)
+    assert row["random_l2"] == pytest.approx(float(step), rel=0.02)
+    assert row["random_moved"] == pytest.approx(row["moved"], rel=0.02)  # here every direction counts the same
+    assert row["random_error"] > row["error"]
+    assert torch.equal(z, match.flatten().double())
+    again, _ = measures.measure_pair(encoder, source, match, target, seed=0, pair_id="a", survival=False)
+    other, _ = measures.measure_pair(encoder, source, match, target, seed=1, pair_id="a", survival=False)
+    assert again == row
+    assert other["random_error"] != row["random_error"]
+
+
+def test_random_steps_of_no_length_and_beyond_the_box():
+    encoder = Known(torch.Tensor.flatten)
+    white = torch.ones(3, SIDE, SIDE)
+    row, _ = measures.measure_pair(encoder, white, white, photo(1), seed=0, pair_id="a", survival=False)
+    assert row["random_moved"] == 0.0
+    row, _ = measures.measure_pair(encoder, white, 1 - white, photo(1), seed=0, pair_id="a", survival=False)
+    assert 0 < row["random_l2"] <= (3 * SIDE * SIDE) ** 0.5
+
+
+def test_what_does_not_see_detail_survives_and_what_does_not_does_not():
+    source, target = photo(0), survival.round_8bit(photo(1) * 0.6)
+    mean = Known(lambda x: x.mean((1, 2)), head=brightness)
+    fine = Known(lambda x: (x[:, :, ::2] - x[:, :, 1::2]).flatten() + 1e-3)
+    match = (target.flip(1).flip(2) * 255).round() / 255  # same mean, other pixels
+    row, _ = measures.measure_pair(mean, source, match, target, seed=0, pair_id="a", float_match=match)
+    assert set(row["survival"]) == set(survival.TRANSFORMS)
+    for found in row["survival"].values():
+        assert found["error"] < 0.02
+        assert found["control"] < 0.02
+        assert found["label"] is True
+        assert found["control_label"] is True
+    assert row["rounded_error"] < 1e-6
+    row, _ = measures.measure_pair(fine, source, target, target, seed=0, pair_id="a")
+    blurred = row["survival"]["Gaussian blur, σ = 1 px"]
+    assert blurred["error"] == blurred["control"] > 0.3
+    assert blurred["label"] is None
+
+
+def test_transfer_to_itself_and_to_a_stranger():
+    """What matches under f(x) = mean matches there, and not under g(x) = x."""
+    source, target = photo(0), photo(1)
+    match = target.flip(1).flip(2)
+    own, _, _ = measures.transfer_pair(Known(lambda x: x.mean((1, 2)), head=brightness), [source, match, target])
+    other, z_source, _ = measures.transfer_pair(Known(torch.Tensor.flatten), [source, match, target])
+    assert own["error"] < 1e-6 < other["error"]
+    assert own["cosine_to_target"] == pytest.approx(1.0)
+    assert own["labels"][1] == own["labels"][2]
+    assert other["labels"] is None
+    assert torch.allclose(z_source, source.flatten().double())
+
+
+# --- search and classifier ---
+
+
+def test_ranks_in_a_known_database():
+    database = torch.eye(4, dtype=torch.float64)
+    query = torch.tensor([0.1, 0.9, 0.5, 0.0])
+    assert [measures.rank_of(query, database, k) for k in range(4)] == [3, 1, 2, 4]
+    assert measures.nearest(query, database, 2) == [1, 2]
+    assert measures.nearest(query, database, 3, without=[1]) == [2, 0, 3]
+
+
+def test_a_match_finds_what_its_target_finds():
+    generator = torch.Generator().manual_seed(0)
+    database = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    for source, target in ((3, 17), (17, 3)):
+        found = measures.retrieve(database[target] * 1.5, source, target, database, 10)
+        assert found["rank"] == 1
+        assert found["overlap"] == 1.0
+        assert found["source_overlap"] < 1.0
+        near = measures.similarities(database[source], database)
+        near[source] = -2
+        assert found["source_rank"] == 1 + int((near > near[target]).sum())
+
+
+def test_votes_and_ties():
+    angle = torch.tensor([0.0, 0.1, 0.2, 1.4, 1.5, 1.6])
+    database = torch.stack([angle.cos(), angle.sin()], dim=1)
+    classes = ["a", "a", "a", "b", "b", "b"]
+    assert measures.vote(torch.tensor([1.0, 0.1]), database, classes, 3) == "a"
+    assert measures.vote(torch.tensor([0.1, 1.0]), database, classes, 3) == "b"
+    assert measures.vote(torch.tensor([1.0, 0.1]), database, classes, 3, without=[0, 1, 2]) == "b"
+    assert measures.vote(torch.tensor([1.0, 1.2]), database, ["a", "b"] * 3, 2, without=[0, 1, 4, 5]) == "b"
+
+
+def test_probe_follows_the_embedding():
+    gallery = measures.Gallery()
+    encoder = Known(lambda x: torch.stack([x[0].mean(), x[2].mean()]))
+    for k in range(8):
+        colour = torch.zeros(3, 4, 4)
+        colour[0 if k % 2 else 2] = 0.5 + k / 20
+        gallery.add(f"p{k}", colour, encoder, "red" if k % 2 else "blue")
+    red, blue = 1, 2
+    found = measures.probe([(red, blue, gallery.vectors[blue]), (red, blue, gallery.vectors[red])], gallery)
+    assert found["accuracy"] == 1.0
+    assert found["k"] == 5
+    assert [pair["match"] for pair in found["pairs"]] == ["blue", "red"]
+    assert [(pair["source"], pair["target"]) for pair in found["pairs"]] == [("red", "blue")] * 2
+
+
+def test_probe_needs_two_classes_of_two():
+    gallery, encoder = measures.Gallery(), TinyEncoder()
+    for k in range(4):
+        gallery.add(str(k), photo(k), encoder, str(k))
+    assert measures.probe([], gallery) is None
+    assert gallery.add("again", photo(0), encoder) == 0
+    assert len(gallery.ids) == 4
+
+
+def test_unrelated_distances():
+    a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
+    assert sorted(measures.pair_distances(a[:2], a[:2])) == pytest.approx([5**0.5 / 2, 5**0.5])
+    assert measures.pair_distances(a[:1], a[2:]) == pytest.approx([2**0.5])
+    assert measures.pair_distances(a[1:2], a[1:2]) == []
