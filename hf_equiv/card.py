@@ -29,6 +29,11 @@ _ANALYSES = {
 }
 
 
+def one_line(text: str) -> str:
+    """A name on one line: line breaks and other control characters in a file's name would begin lines of a card."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def analysis_card(
     layout: Layout, settings: Mapping[str, Any], summary: Mapping[str, Any], figures: Sequence[str]
 ) -> str:
@@ -48,6 +53,7 @@ def analysis_card(
     options = ", ".join(
         f"{key.replace('_', ' ')} {_option(settings[key])}" for key in own if settings.get(key) not in (None, False)
     )
+    data = one_line(settings["data_id"])
     pictures = "\n\n".join(f"![{name.split('.')[0]}](figures/{name})" for name in figures)
     counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items())
     return f"""---
@@ -75,7 +81,7 @@ configs:
 
 {summary["rows"]} rows of {summary["images"]} images ({counts}). Model `{settings["model_id"]}` at
 `{settings["model_revision"]}`, readout `{settings["readout"]}`, {settings["dtype"]}; images from
-`{settings["data_id"]}`{"; " + options if options else ""}. `run.json` holds the settings and the SHA-256 of every file.
+`{data}`{"; " + options if options else ""}. `run.json` holds the settings and the SHA-256 of every file.
 
 ```python
 from datasets import load_dataset
@@ -104,7 +110,7 @@ def run_card(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         Markdown with the YAML header that declares the configuration `matches`.
     """
     ball = "the pixel box only" if settings["radius"] is None else f"{settings['norm']} ball, {settings['radius']:.6g}"
-    middle = summary["median"]
+    middle, data = summary["median"], one_line(settings["data_id"])
     lines = [
         ("pairs", summary["pairs"]),
         ("converged", summary["counts"].get("converged", 0)),
@@ -146,7 +152,7 @@ target's.
 {table}
 
 Model `{settings["model_id"]}` at `{settings["model_revision"]}`, readout `{settings["readout"]}`, {settings["dtype"]};
-images from `{settings["data_id"]}`; solver `{settings["solver"]}`, tolerance {settings["rtol"]:g}, within {ball}.
+images from `{data}`; solver `{settings["solver"]}`, tolerance {settings["rtol"]:g}, within {ball}.
 Embedding error is ‖f(x)−z‖/‖z‖. `embedding_error` is the float image's (`float/*.safetensors`); every other measure is
 of the stored PNG, read back. `num_evals` counts the float match; `seconds` is the whole row, refinement included.
 `run.json` holds the settings and the SHA-256 of every file.

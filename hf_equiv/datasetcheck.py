@@ -198,31 +198,40 @@ def _check_dataset(folder: Path, records: dict[str, Row], found: Findings) -> No
         )
         return
     try:
-        wanted = _numbers(publishcard.card_text("", records), records)
+        wanted = _statements(publishcard.card_text("", records))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
         found.say(CARD, None, "card", "what the runs say", None, told)
         return
     missing = Counter(wanted)
-    missing.subtract(Counter(there.splitlines()))
+    stated = _statements(there)
+    missing.subtract(Counter(stated))
     for line, count in missing.items():
         if count > 0:
             told = f"the card does not say what the runs say: {line}"
             found.say(CARD, None, line.split(" | ")[0].removeprefix("| "), None, line, told)
-    extra = Counter(line for line in there.splitlines() if line.startswith("| "))
+    extra = Counter(stated)
     extra.subtract(Counter(wanted))
     for line, count in extra.items():
         if count > 0:
             told = f"the card says what no run says: {line}"
             found.say(CARD, None, line.split(" | ")[0].removeprefix("| "), line, None, told)
-    stated = {item["config_name"]: item for item in publishcard.header(text).get("configs") or []}
-    for config in publishcard.configs_of(records):
-        if stated.get(config["config_name"]) != config:
-            name = config["config_name"]
-            found.add(CARD, None, f"configs.{name}", stated.get(name), config)
+    configs = {item["config_name"]: item for item in publishcard.header(text).get("configs") or []}
+    own = publishcard.configs_of(records)
+    for config in own:
+        name = config["config_name"]
+        if configs.get(name) != config:
+            found.add(CARD, None, f"configs.{name}", configs.get(name), config)
+    for name, config in configs.items():
+        if config.get("default") and name != own[0]["config_name"]:
+            found.add(CARD, None, f"configs.{name}.default", True, None, "the default is that of a run")
 
 
-def _numbers(text: str, records: dict[str, Row]) -> list[str]:
-    """The lines of a card that state numbers: those of tables, and the verdicts."""
-    verdicts = {str((record.get("summary") or {}).get("verdict")) for record in records.values()}
-    return [line for line in text.splitlines() if line.startswith("| ") or line in verdicts]
+_NAMING = ("load_dataset(", "load_results(", "`hf-equiv verify ")
+"""What is in the lines that name the dataset itself, which a copy may have under another name."""
+
+
+def _statements(text: str) -> list[str]:
+    """The lines of the generated part of a card, without its marks; those that name the dataset by their kind."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("<!-- hf_equiv")]
+    return [next((kind for kind in _NAMING if kind in line), line) for line in lines]

@@ -346,6 +346,9 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
     else:
         problems = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         told = f"{problems} in {directory}: {report.verified} of {report.verified + report.failed} rows hold"
+        if report.withheld:
+            told = f"{problems} in {directory}: {report.withheld} rows cannot be recomputed, since photos are withheld "
+            told += "(--allow-withheld accepts that)"
     told += (empty if report.error_rows else "") + f"{worst}."
     console.print(told, highlight=False, markup=False, soft_wrap=True)
 

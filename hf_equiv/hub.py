@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from hf_equiv.hubcalls import api_of, check_dataset_id, explained, require_token
-from hf_equiv.licences import PhotoRights, photo_rights
+from hf_equiv.licences import FREE, PhotoRights, photo_rights
 from hf_equiv.publication import MAIN, Publication, Published
 from hf_equiv.publishing import LocalRun, is_withheld, read_run
 from hf_equiv.repository import KIND, Progress
@@ -82,6 +82,11 @@ def publish_results(
         raise ValueError(f"`revision` must be a branch; got the commit {revision}. Commits cannot be changed.")
     if license is not None and not re.fullmatch(r"[\w.+-]+", license):
         raise ValueError(f"`license` must be an identifier such as 'cc-by-4.0'; got {license!r}.")
+    if license is not None and license.lower() not in FREE and not i_have_the_right:
+        raise ValueError(
+            f"`license` must be one that is known to be free; got {license!r}. Known are {', '.join(sorted(FREE))}; "
+            "for another pass `i_have_the_right` too."
+        )
     report: Progress = progress or (lambda done, total, what: None)
     report(0, 0, "checking files")
     run = read_run(Path(folder))
@@ -108,7 +113,7 @@ def _rights(run: LocalRun, license: str | None, right: bool, withhold: bool, tok
     if is_withheld(run.record):
         return PhotoRights(False, None, "this run directory holds no photos")
     if withhold:
-        return PhotoRights(False, None, "as asked for")
+        return PhotoRights(False, None, "as asked for", asked=True)
     return photo_rights(run.record["settings"], license=license, i_have_the_right=right, token=token)
 
 

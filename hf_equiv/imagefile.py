@@ -74,7 +74,7 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image, name: str |
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise FileNotFoundError(f"image file {str(source)!r} does not exist. Check the path.") from None
+            raise FileNotFoundError(f"image file {name!r} does not exist. Check the path.") from None
         except OSError as error:
             raise ValueError(f"image file {name!r} cannot be read: {error.strerror}. Check its permissions.") from error
     if not data:
@@ -87,6 +87,8 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image, name: str |
             f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else. "
             "Convert it to PNG or JPEG."
         ) from None
+    except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
 
 
 def encode_png(pixels: Tensor) -> bytes:

@@ -35,11 +35,13 @@ class PhotoRights:
         published: whether they do.
         license: identifier on the Hub, for the card; None if there is nothing to state.
         why: the reason in words.
+        asked: whether the user asked to leave them out.
     """
 
     published: bool
     license: str | None
     why: str
+    asked: bool = False
 
 
 def photo_rights(
@@ -61,7 +63,13 @@ def photo_rights(
         The decision.
     """
     sources = _sources(settings)
-    known = {name: _licence_of(name, revision, token) for name, revision in sources.items()}
+    known: dict[str, tuple[str | None, str | None]] = {}
+    for name, revision in sources:
+        found, why = _licence_of(name, revision, token)
+        if name in known:  # two sets of one name: the photos of the stricter one decide
+            before, closed_before = known[name]
+            found, why = (found if before is not None else None), closed_before or why
+        known[name] = found, why
     stated = license.lower() if license else None
     closed = {name: why for name, (found, why) in known.items() if why is not None}
     unknown = sorted(name for name, (found, why) in known.items() if found is None and why is None)
@@ -88,15 +96,17 @@ def how_to_change(rights: PhotoRights, *, stated: bool) -> str:
     cure = "With the right to publish them, pass `i_have_the_right=True`."
     if "is not known" in rights.why and not stated:
         return f"If they are free, name their licence, as in `license='cc-by-4.0'`. {cure}"
-    return {"as asked for": "To publish them, leave out `withhold_photos`."}.get(rights.why, cure)
+    if rights.asked:
+        return "To publish them, leave out `withhold_photos`. Earlier commits keep what they hold."
+    return cure
 
 
-def _sources(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name to revision of the sets that the images come from."""
+def _sources(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and revision of the sets that the images come from; a folder may have the name of another set."""
     names, revisions = str(settings["data_id"]).split(" + "), str(settings["data_revision"]).split(" + ")
     if len(names) != len(revisions):  # a folder with a plus in its name
-        return {str(settings["data_id"]): ""}
-    return dict(zip(names, revisions, strict=True))
+        return [(str(settings["data_id"]), "")]
+    return list(zip(names, revisions, strict=True))
 
 
 def _licence_of(name: str, revision: str, token: Any) -> tuple[str | None, str | None]:

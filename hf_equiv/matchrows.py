@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,8 @@ class RunProgress:
 
 
 Observer = Callable[[RunProgress], None]
+
+_FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")
 _Loaded = tuple[Pair, Tensor, Tensor]
 
 
@@ -191,5 +194,5 @@ def _error_row(plan: MatchPlan, pair: Pair, images: tuple[Tensor, Tensor] | None
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, on one line, without the folders of this machine: it goes into the run's record."""
+    return _FOLDERS.sub("…/", " ".join(str(error).split())) or type(error).__name__

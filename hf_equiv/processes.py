@@ -103,10 +103,10 @@ class Claims:
 
     def open(self) -> None:
         """Begin the list in the main process; the others open what is there."""
+        if self._main:
+            self._path.unlink(missing_ok=True)  # of a launch that was killed
         if self._alone:
             return
-        if self._main:
-            self._path.unlink(missing_ok=True)
         self._file = os.open(self._path, os.O_RDWR | (os.O_CREAT if self._main else 0), 0o644)
         if self._main:
             self._lock(_MAIN)

@@ -60,6 +60,14 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
             facts[key] = [*value, *kept]
         elif key not in there or there[key] == earlier.get(key):
             facts[key] = value
+    for key in ("license",):  # no run's any more, and not the owner's word
+        if key in facts and key not in made and there[key] == earlier.get(key):
+            del facts[key]
+    if text.count("<!-- hf_equiv: from here ") != text.count(END):
+        raise ValueError(
+            "README.md of the dataset must have as many end marks as start marks of the part that publishing writes "
+            f"({END}). Restore the missing one on the Hub, then publish again."
+        )
     block = f"{START}\n\n{card_text(repo_id, runs)}\n{END}"
     found = _BLOCK.search(text)
     if found is not None:
@@ -175,8 +183,9 @@ def card_text(repo_id: str, runs: Runs) -> str:
 
 def _line(place: str, record: Mapping[str, Any]) -> str:
     settings, name = record["settings"], run_name(record)
+    data = card.one_line(settings["data_id"])
     link = f"[{name}]({place}/README.md)" if place else name
-    cells = (link, analysis_of(record), f"`{settings['model_id']}`", settings["data_id"], str(_rows(record)),
+    cells = (link, analysis_of(record), f"`{settings['model_id']}`", data, str(_rows(record)),
              "withheld" if is_withheld(record) else "published")  # fmt: skip
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
@@ -193,11 +202,12 @@ def _section(place: str, record: Mapping[str, Any]) -> str:
         parts.append("\n".join(line for line in made if line.startswith("|")))
     else:
         parts.append("| | |\n| --- | --- |\n" + "\n".join(f"| {key} | {value} |" for key, value in _numbers(summary)))
+    data = card.one_line(settings["data_id"])
     versions = json.loads(record["versions"]) if record.get("versions") else {}
     made_with = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
     parts.append(
         f"Model `{settings['model_id']}` at `{settings['model_revision']}`, readout `{settings['readout']}`, "
-        f"{settings['dtype']}; images from `{settings['data_id']}` at `{settings['data_revision']}`; seed "
+        f"{settings['dtype']}; images from `{data}` at `{settings['data_revision']}`; seed "
         f"{settings['seed']}" + (f"; {made_with}" if made_with else "") + f". Repeat: `{command_of(record)}`"
     )
     return "\n\n".join(parts)
@@ -275,4 +285,6 @@ def _images(analysis: str, settings: Mapping[str, Any]) -> list[str]:
         return ["--data", names[0], "--pairs", str(settings["num_pairs"])]
     if names == ["builtin"] and (analysis != MATCH.analysis or settings["num_pairs"] == 1):
         return []
+    if analysis != MATCH.analysis and len(names) == 1:
+        return ["--data", names[0], "--limit", str(settings["num_images"])]
     return ["--source", names[0]] + (["--target", names[-1]] if analysis == MATCH.analysis or len(names) > 1 else [])

@@ -146,9 +146,12 @@ def make_report(
         if reason not in ("", WITHHELD):
             problems.append(f"{checkpoint.title}: {reason}")
         prefix = "model" if len(checkpoints) == 1 else f"model{k}"
+        note = "; ".join(other.rstrip(".") for other in others.values() if isinstance(other, str))
+        if transfer and not note:
+            note = "transfer: the model named is the one that the matches were made for"
         asked = None if labelled is None else labelled.data_id
         numbers = checkpoint_numbers(checkpoint, measured, moved)
-        materials.append(Material(checkpoint, numbers, measured, reason, survival, bool(transfer), asked, prefix))
+        materials.append(Material(checkpoint, numbers, measured, reason, survival, bool(transfer), asked, prefix, note))
     page = _page(materials, labelled)
     markdown, pictures = to_markdown(page, folder)
     told = {"models": [m.numbers for m in materials], "problems": list(dict.fromkeys(problems))}

@@ -20,9 +20,11 @@ RULES = (
     f"Matching is supported if more than half of the PNG matches lie within {MATCHED:.0%} of the distance of unrelated "
     "images (lower end of the interval).",
     f"Look-alikes are supported if, at the smallest budget where that is so, more than half of the PNG matches are "
-    f"nearer to their target than to their own source (by cosine), at a median PSNR of {ALIKE_DB:.0f} dB or more.",
+    f"nearer to their target than to their own source (by cosine; lower end of the interval), at a median PSNR of "
+    f"{ALIKE_DB:.0f} dB or more.",
     "Locally linear sets are not supported if the first-order model fails (10 %), along null directions, before the "
-    "distance of a match, and the two intervals do not overlap.",
+    "distance of a match, and the two intervals do not overlap; supported if it holds beyond, likewise.",
+    "The null space is supported if more than half of the pixel directions are null.",
     "The normal space is supported if the median constant along the top directions is ten times the median along "
     "random ones, and none along null directions stands above the float noise.",
     "Downstream is supported if more than half of the matches get the target's class (lower end of the interval).",
@@ -107,7 +109,9 @@ def _claim_linear(numbers: Row) -> Claim:
     if falls_short(reach, far):
         verdict = NO
     else:
-        verdict = YES if reach["value"] >= far["value"] and far["n"] >= FEW else PARTLY
+        enough = min(far["n"], numbers["lipschitz"]["images"]) >= FEW
+        sure = reach["low"] is not None and far["high"] is not None and reach["low"] >= far["high"]
+        verdict = YES if enough and sure else PARTLY
     return Claim(told, measured, interval(reach, three), verdict)
 
 
@@ -116,13 +120,19 @@ def _claim_null(numbers: Row) -> Claim:
     found = numbers["spectrum"]
     if not found or not found["ranks"]:
         return Claim(told, "–", "–", OPEN)
+    if found["nullity"] <= found["pixels"] / 2:
+        verdict = NO
+    else:
+        verdict = YES if found["full"] >= FEW else PARTLY
     ranks = " to ".join(str(r) for r in dict.fromkeys((found["ranks"][0], found["ranks"][-1])))
     measured = f"rank {ranks} of {found['dim']}; {found['nullity']:,} of {found['pixels']:,} directions are null"
     return Claim(
         told,
         measured,
-        f"the same at all {found['full']} photos" if len(found["ranks"]) == 1 else f"{found['full']} photos",
-        YES,
+        f"the same at all {found['full']} photos"
+        if len(found["ranks"]) == 1 and found["full"] > 1
+        else f"{found['full']} photo{'s' if found['full'] > 1 else ''}",
+        verdict,
     )
 
 
@@ -152,7 +162,8 @@ def _claim_normal(numbers: Row) -> Claim:
     if null:
         measured += f"; above the float noise along null ones: {null['resolved']} of {null['count']}"
     good = ratio >= 10 and (null is None or not null["resolved"])
-    verdict = NO if ratio < 2 else (YES if good and found["images"] >= FEW else PARTLY)
+    enough = min(found["images"], top["n"], random["n"]) >= FEW
+    verdict = NO if ratio < 2 else (YES if good and enough else PARTLY)
     return Claim(told, measured, interval(top, three), verdict)
 
 

@@ -79,6 +79,8 @@ def transfer_section(m: Material) -> list[Block]:
     blocks: list[Block] = [m.heading("Do the matches match in another model?", "transfer")]
     if not m.numbers["transfer"]:
         if m.transfer:
+            if m.transfer_note and not m.reason:
+                return [*blocks, Text(f"Not measured: {plain(m.transfer_note)}.", "quiet")]
             return [*blocks, unmeasured(m, "transfer")]
         return [*blocks, Text(f"Not measured. To add it: this report with {code('--transfer MODEL2')}.", "quiet")]
     for one in m.numbers["transfer"]:

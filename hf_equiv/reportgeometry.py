@@ -94,7 +94,7 @@ def lipschitz_section(m: Material) -> list[Block]:
     if found["regional"]:
         blocks.append(
             Text(
-                f"Largest constant found inside a ball of radius {three(found['radius'])} about a photo: "
+                f"Largest constant found inside {ball(found['radius'], found['norm'])} about a photo: "
                 f"{three(found['regional']['max'])} (at the photos themselves at most "
                 f"{three(found['regional_at_center']['max'])}). It is a lower bound: a search can only miss larger "
                 "ones."

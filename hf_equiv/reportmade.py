@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_equiv.metrics import short
+from hf_equiv.publishcard import command_of
 from hf_equiv.reportmaterial import Material
 from hf_equiv.reportpage import Block, Bullets, Code, Heading, Table, Text, code, plain
 from hf_equiv.reportruns import Run
@@ -74,30 +75,8 @@ def _limits(m: Material) -> list[str]:
 
 
 def _commands(run: Run) -> str:
-    """The command that makes the run, as far as run.json tells; the data is named by its id."""
-    s = run.settings
-    words = ["hf-equiv", run.analysis, plain(s["model_id"]), "--readout", plain(s["readout"])]
-    local = str(s["model_revision"]).startswith("sha256:")
-    words += [] if local else ["--revision", plain(s["model_revision"])]
-    data = plain(s["data_id"])
-    if run.analysis == "match":
-        words += (
-            ["--data", data, "--pairs", str(s["num_pairs"])] if s.get("drawn") else ["--source", "…", "--target", "…"]
-        )
-    else:
-        words += ["--source" if " + " in data else "--data", data]
-    flags = ("solver", "radius", "rtol", "max_evals", "k", "regional", "heading", "step", "num_steps")
-    for name in flags:
-        if s.get(name) is not None and not (run.analysis != "match" and name == "solver"):
-            words += [f"--{name.replace('_', '-')}", _value(name, s)]
-    if isinstance(s.get("directions"), dict):
-        kinds = s["directions"].items()
-        words += ["--directions", ",".join(k if k in ("gradient", "toward") else f"{k}:{n}" for k, n in kinds)]
-    words += ["--norm", plain(s["norm"])] if s.get("norm") and (s.get("radius") or s.get("regional")) else []
-    words += [f"--{name}" for name in ("vectors", "linearity", "normalize") if s.get(name)]
-    words += ["--no-refine"] if s.get("refine") is False else []
-    words += ["--labels", plain(",".join(s["labels"]))] if s.get("labels") else []
-    return " ".join([*words, "--seed", str(s["seed"])])
+    """The command that makes the run again, as far as run.json tells; the data is named by its id."""
+    return plain(command_of({"analysis": run.analysis, "settings": run.settings}))
 
 
 def _check(run: Run) -> str:
@@ -106,11 +85,7 @@ def _check(run: Run) -> str:
     return f"hf-equiv verify {plain(run.name).split('@')[0]}" + (" --model PATH" if local else "")
 
 
-def _value(name: str, settings: Row) -> str:
-    value = settings[name]
-    if name == "radius" and abs(value * 255 - round(value * 255)) < 1e-9:
-        return f"{round(value * 255)}/255"
-    return f"{value:g}" if isinstance(value, float) else plain(value)
+_BUDGET = ("radius", "norm", "solver", "max_evals", "rtol", "refine")
 
 
 def comparison(materials: Sequence[Material]) -> list[Block]:
@@ -171,7 +146,7 @@ def comparison(materials: Sequence[Material]) -> list[Block]:
                     m.numbers["match"]["pairs"],
                     m.checkpoint.matches[0].settings["data_revision"],
                     m.checkpoint.matches[0].settings["seed"],
-                    m.numbers["match"]["radius"],
+                    *(m.checkpoint.matches[0].settings.get(key) for key in _BUDGET),
                 )
                 for m in materials
                 if m.numbers["match"]

@@ -162,7 +162,7 @@ def _outcome(m: Material, run: Run) -> str:
     text += f" Evaluations (one forward and one backward pass): {number(m.numbers['match']['num_evals'], tenth)}."
     apart, like = m.numbers["match"]["psnr_match_target"], m.numbers["match"]["ssim_match_target"]
     if apart:
-        text += f" Match and target share an embedding and look different: PSNR {number(apart, tenth, ' dB')}"
+        text += f" The match as a picture against the target: PSNR {number(apart, tenth, ' dB')}"
         text += f", SSIM {number(like, thousandth)}." if like else "."
     return text
 

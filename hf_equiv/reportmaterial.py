@@ -25,6 +25,7 @@ class Material:
         reason: why not, in a sentence; "" if it was.
         survival: whether survival was asked for.
         transfer: whether a second model was named.
+        transfer_note: why it could not be asked; "" if it was.
         labelled: what `--label-data` names; None without.
         prefix: of file names and anchors.
     """
@@ -37,6 +38,7 @@ class Material:
     transfer: bool
     labelled: str | None
     prefix: str
+    transfer_note: str = ""
 
     def name(self, what: str) -> str:
         """File name of a figure."""

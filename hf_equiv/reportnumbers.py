@@ -23,6 +23,8 @@ _OF_ROWS = (
 _OF_PAIRS = ("distance", "moved", "random_moved", "random_error", "random_l2", "rounded_error", "psnr_match_target",
              "ssim_match_target")  # fmt: skip
 THRESHOLDS = (1e-2, 1e-3, 1e-4)
+IDENTICAL_DB = 100.0
+"""PSNR that a match which is its source counts as; one grey level in one value of 150,528 gives 99.9 dB."""
 
 MATCHED = 0.01
 """A PNG counts as matched within this part of the median distance of unrelated images."""
@@ -102,7 +104,7 @@ def _match(run: Run, measured: Row | None) -> Row:
     s, good = run.settings, run.good
     found: Row = {"run": run.name, "listed": run.listed, "rows": len(run.rows), "pairs": len(good)}
     found |= {key: s[key] for key in ("solver", "radius", "norm", "rtol", "max_evals", "refine")}
-    found |= {key: estimate(collect(good, key)) for key in _OF_ROWS}
+    found |= {key: estimate(collect(good, key)) for key in _OF_ROWS} | {"psnr_db": _psnr(good)}
     found["converged"] = share([row["status"] == Status.CONVERGED for row in run.rows])
     found["within"] = {
         kind: {f"{t:g}": share([None if row[key] is None else row[key] <= t for row in good]) for t in THRESHOLDS}
@@ -138,10 +140,16 @@ def _budget(run: Run) -> Row:
     )  # fmt: skip
     found: Row = {"run": run.name, "pairs": len(good), "rows": len(run.rows), "listed": run.listed}
     found |= {key: s[key] for key in ("radius", "norm", "solver", "max_evals", "rtol", "seed", "data_id")}
-    found |= {key: estimate(collect(good, key)) for key in keys}
+    found |= {key: estimate(collect(good, key)) for key in keys} | {"psnr_db": _psnr(good)}
     found["converged"] = share([row["status"] == Status.CONVERGED for row in run.rows])
     found["nearer"] = share([_less(row["cosine_to_source"], row["cosine_to_target"]) for row in good])
     return found | {"flipped": _heads(run)["flipped"]}
+
+
+def _psnr(rows: Sequence[Mapping[str, Any]]) -> Row | None:
+    """Median PSNR to the source; a match that is its source counts as `IDENTICAL_DB`, above any that is not."""
+    values = [IDENTICAL_DB if row["psnr_db"] is None and row["l2"] == 0 else row["psnr_db"] for row in rows]
+    return estimate(values)
 
 
 def _heads(run: Run) -> Row:
@@ -213,12 +221,14 @@ def _probe(measured: Row | None) -> Row | None:
 
 
 def all_rows(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
-    """The good rows of several runs of one verb; a row that several runs have counts once."""
-    once: dict[str, Mapping[str, Any]] = {}
+    """The good rows of several runs of one verb; a row that several runs have counts once, with all that they know."""
+    once: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         for row in run.good:
-            mark = f"{run.settings.get('heading')} {row_name(run.analysis, dict(row))} {row['data_revision']}"
-            once.setdefault(mark, row)
+            name = row_name(run.analysis, dict(row))
+            mark = (run.settings.get("heading"), name, row["data_revision"], row["seed"], row["dtype"])
+            known = once.setdefault(mark, dict(row))
+            known |= {key: value for key, value in row.items() if known.get(key) is None}
     return list(once.values())
 
 
@@ -260,13 +270,23 @@ def _lipschitz(runs: Sequence[Run]) -> Row | None:
             "linearity_spread": spread(collect(own, "linearity_radius")),
             "at_limit": sum(bool(row["linearity_at_limit"]) for row in own),
         }
-    firsts = list({(row["image_id"], row["data_revision"]): row for row in rows}.values())
+    images = {(row["image_id"], row["data_revision"]) for row in rows}
+    return {"images": len(images), "kinds": kinds} | _regional(runs)
+
+
+def _regional(runs: Sequence[Run]) -> Row:
+    """Constants found in balls of one radius: of several the one with most photos, then the largest."""
+    balls: dict[tuple[float, str], dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for run in runs:
+        if run.settings["regional"]:
+            own = balls.setdefault((run.settings["regional"], run.settings["norm"] or "l2"), {})
+            own |= {(row["image_id"], row["data_revision"]): row for row in run.good}
+    (radius, norm), rows = max(balls.items(), key=lambda one: (len(one[1]), one[0]), default=((None, None), {}))
     return {
-        "images": len(firsts),
-        "kinds": kinds,
-        "regional": spread(collect(firsts, "regional_lower_bound")),
-        "regional_at_center": spread(collect(firsts, "regional_at_center")),
-        "radius": next((run.settings["regional"] for run in runs if run.settings["regional"]), None),
+        "regional": spread(collect(list(rows.values()), "regional_lower_bound")),
+        "regional_at_center": spread(collect(list(rows.values()), "regional_at_center")),
+        "radius": radius,
+        "norm": norm,
     }
 
 

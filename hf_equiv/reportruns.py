@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,9 +218,20 @@ def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
             title += f" @ {str(revision).removeprefix('sha256:')[:8]}"
         if any(other[2:] != key[2:] for other in others):
             title += f" ({readout}{', normalised' if normalize else ''})"
+        own = _once(own)
         own.sort(key=lambda run: order.index(run.analysis))
         made.append(Checkpoint(title, model, revision, readout, normalize, tuple(own)))
     return tuple(made)
+
+
+def _once(runs: Sequence[Run]) -> list[Run]:
+    """Leave out copies: of runs of equal settings the one with most rows, of those the first."""
+    best: dict[str, Run] = {}
+    for run in runs:
+        mark = json.dumps([run.analysis, run.settings], sort_keys=True, default=str)
+        if mark not in best or len(run.rows) > len(best[mark].rows):
+            best[mark] = run
+    return list(best.values())
 
 
 def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iterator[tuple[Row, Tensor | None]]:

@@ -127,6 +127,4 @@ def linear_reach(numbers: Row) -> tuple[Row, Row, str] | None:
 
 def falls_short(reach: Row, far: Row) -> bool:
     """Whether the linear model ends before the matches, beyond what the intervals leave open."""
-    top = reach["value"] if reach["high"] is None else reach["high"]
-    low = far["value"] if far["low"] is None else far["low"]
-    return bool(top < low)
+    return bool(None not in (reach["high"], far["low"]) and reach["high"] < far["low"])

@@ -18,6 +18,7 @@ from hf_equiv.publishing import (
     LocalRun,
     StagedFile,
     check_repository,
+    is_withheld,
     place_of,
     place_of_file,
     record_text,
@@ -128,8 +129,16 @@ def plan_change(there: Repository, run: LocalRun, rights: PhotoRights) -> Change
 
     Returns:
         The change; nothing added and nothing deleted if the repository is as it should be.
+
+    Raises:
+        ValueError: photos that are there would be removed although nobody asked for that.
     """
     place = place_of(run.record, there.runs)
+    if place in there.runs and not is_withheld(there.runs[place]) and not rights.published and not rights.asked:
+        raise ValueError(
+            f"the photos of this run are in '{there.repo_id}', and as it is called now they would be removed "
+            f"({rights.why}). Pass `license` or `i_have_the_right` as before, or `withhold_photos=True` to remove them."
+        )
     record, staged = stage(run, place, rights)
     runs = {**there.runs, place: record}
     previous, root = there.card, there.runs.get("")
@@ -143,7 +152,8 @@ def plan_change(there: Repository, run: LocalRun, rights: PhotoRights) -> Change
     files = [*staged, text_file(CARD, publishcard.dataset_card(there.repo_id, runs, previous, there.runs))]
     added = [f for f in files if f.path not in there.files or there.files[f.path] not in (f.sha256, f.git_oid())]
     wanted = {f.path for f in files}
-    deleted = [path for path in there.files if place_of_file(path) == place and path not in wanted]
+    earlier = {f"{place}/{name}" if place else name for name in there.runs.get(place, {}).get("files", ())}
+    deleted = [path for path in there.files if path in earlier and path not in wanted]  # what others put there stays
     return Change(place, record, tuple(files), tuple(added), tuple(sorted(deleted)), place in there.runs)
 
 

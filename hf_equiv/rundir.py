@@ -212,7 +212,14 @@ def _short(value: Any) -> str:
 def _delete_run(folder: Path) -> None:
     """Delete rows and figures; the old record is replaced afterwards, so a kill in between leaves a run directory."""
     for name in _OWN_FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        place = folder / name
+        if place.is_symlink():
+            raise ValueError(
+                f"{str(place)!r} is a link, which --overwrite always does not follow. Remove what it points to, or "
+                "give another --out."
+            )
+        if place.exists():
+            shutil.rmtree(place)
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -222,6 +229,9 @@ def _sweep(folder: Path, layout: Layout) -> None:
         for leftover in place.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
     merge.settle(folder, layout)
+    for shard in shards.shard_files(folder, layout) if layout is MATCH else ():
+        if not (folder / "float" / f"{shard.stem}.safetensors").is_file():
+            shard.unlink()  # a run that was copied in part: without its float matches a row cannot be checked
     stems = {p.stem for p in shards.shard_files(folder, layout)}
     for orphan in (folder / "float").glob("*.safetensors"):
         if orphan.stem not in stems:

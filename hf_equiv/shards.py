@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
@@ -224,15 +223,16 @@ def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> l
 
 
 def without_images(path: Path, layout: Layout = MATCH) -> bytes:
-    """The same shard with nothing in its image columns, as the bytes of a parquet file."""
-    table = pq.read_table(path)
-    for name in layout.images:
-        place = table.schema.get_field_index(name)
-        field = table.schema.field(place)
-        table = table.set_column(place, field, pa.nulls(len(table), field.type))
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
+    """The rows of a shard with nothing in their image columns, and no column of another kind, as a parquet file."""
+    rows = [row | dict.fromkeys(layout.images) for row in read_shard(path, layout=layout)]
+    return shard_bytes(rows, layout, read_errors(path))
+
+
+def unknown_columns(path: Path, layout: Layout = MATCH) -> list[str]:
+    """Columns of a shard that no run of this layout has."""
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+    return [name for name in names if name not in {*layout.images, *layout.features, *PROVENANCE_FEATURES}]
 
 
 def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH, first: int | None = None) -> Iterator[Row]:

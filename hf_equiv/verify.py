@@ -257,6 +257,8 @@ def _shards(folder: Path, found: Findings, layout: Layout) -> Iterator[tuple[str
     for path in shards.shard_files(folder, layout):
         file = path.relative_to(folder).as_posix()
         try:
+            for name in shards.unknown_columns(path, layout):
+                found.say(file, None, name, None, name, f"column {name!r} is not one of a {layout.analysis} run")
             yield file, shards.read_shard(path, images=True, layout=layout)
         except ValueError as error:
             found.say(file, None, "file", "a shard of rows", None, str(error))

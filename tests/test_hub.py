@@ -15,11 +15,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from fakes import TinyEncoder
+from fakes import TinyEncoder, save_photos
 from hubcases import NAME, at_root, contents, make_runs, record_of, reseal, titles
-from huggingface_hub import HfFileSystem, errors
+from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
 from tiny_models import save
 
@@ -28,7 +30,10 @@ from hf_equiv.checkpoint import quiet
 from hf_equiv.datasetcheck import verify_results
 from hf_equiv.hub import publish_results
 from hf_equiv.hubload import download_results, load_results
+from hf_equiv.licences import photo_rights
+from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.publishcard import END, START, command_of, dataset_card, header
+from hf_equiv.run import run_match
 from hf_equiv.shards import read_rows
 
 
@@ -367,7 +372,6 @@ def test_withheld_rows_are_checked_as_far_as_they_go(hub, runs):
     [
         ({}, False, None, "the licence of 'photos' is not known"),
         ({"license": "cc-by-4.0"}, True, "cc-by-4.0", "free: photos: cc-by-4.0"),
-        ({"license": "my-own"}, False, None, "'my-own' is not among the licences"),
         ({"i_have_the_right": True}, True, "other", "the publisher states to have the right"),
         ({"license": "cc-by-4.0", "withhold_photos": True}, False, None, "as asked for"),
     ],
@@ -597,3 +601,97 @@ def test_two_publishers_both_end_up_in_the_dataset(hub, runs):
     assert report.problems == ()
     assert len(report.runs) == 3
     assert hub.files("datasets", NAME)["README.md"].decode().count("### ") == 3
+
+
+# --- what must not happen ---
+
+
+def test_a_folder_that_is_called_builtin_is_not_the_builtin_photos(hub, tmp_path, monkeypatch):
+    for path in sorted(save_photos(tmp_path / "builtin").rglob("*.png"))[4:]:
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(RunConfig(source="./builtin", target="builtin", max_evals=5), TinyEncoder())
+    assert plan.settings["data_id"] == "builtin + builtin"
+    assert not photo_rights(plan.settings).published
+    plan = make_plan(RunConfig(source="builtin", target="./builtin", max_evals=5), TinyEncoder())
+    assert not photo_rights(plan.settings).published
+
+
+def test_a_licence_that_is_not_known_to_be_free_is_refused(hub, runs):
+    with pytest.raises(ValueError, match=r"`license` must be one that is known to be free; got 'cc-by-40'"):
+        publish_results(runs["folder"], NAME, license="cc-by-40")
+    assert ("datasets", NAME) not in hub.repos
+
+
+def test_photos_that_are_there_are_not_removed_unasked(hub, runs):
+    publish_results(runs["folder"], NAME, license="cc-by-4.0")
+    before = hub.files("datasets", NAME)
+    with pytest.raises(ValueError, match="they would be removed"):
+        publish_results(runs["folder"], NAME)
+    assert hub.files("datasets", NAME) == before
+    done = publish_results(runs["folder"], NAME, withhold_photos=True)
+    assert not done.photos
+    assert "Earlier commits keep what they hold" in done.how_to_change
+    assert "license" not in header(done.card)
+
+
+def test_files_of_others_stay(hub, runs):
+    publish_results(runs["match"], NAME)
+    HfApi().upload_file(
+        path_or_fileobj=b"mine", path_in_repo="figures/owner_plot.png", repo_id=NAME, repo_type="dataset"
+    )
+    done = publish_results(runs["match"], NAME)
+    assert not done.deleted
+    assert "figures/owner_plot.png" in hub.files("datasets", NAME)
+
+
+def test_no_path_of_this_machine_is_published(hub, tmp_path):
+    place = save_photos(tmp_path / "photos")
+    plan = make_plan(RunConfig(data=str(place), pairs=3, max_evals=5), TinyEncoder())
+    for path in sorted(place.rglob("*.png"))[:2]:
+        path.unlink()
+    run_match(plan, tmp_path / "run")
+    publish_results(tmp_path / "run", NAME)
+    assert record_of(hub)["errors"]
+    assert all(str(tmp_path).encode() not in data for data in hub.files("datasets", NAME).values())
+
+
+def test_photos_in_a_foreign_column_are_withheld_and_found(hub, runs, tmp_path):
+    copy = Path(shutil.copytree(runs["folder"], tmp_path / "copy"))
+    (file,) = (copy / "matches").glob("*.parquet")
+    table = pq.read_table(file)
+    pictures = pa.array([cell["bytes"] for cell in table["source"].to_pylist()])
+    pq.write_table(table.append_column("leak", pictures), file)
+    reseal(copy)
+    publish_results(copy, NAME)
+    (file,) = (download_results(NAME)[0] / "matches").glob("*.parquet")
+    assert b"PNG" not in file.read_bytes()
+    assert "leak" in {problem.column for problem in verify_results(copy).problems}
+
+
+def test_an_end_mark_that_is_gone_is_asked_for(hub, runs):
+    publish_results(runs["match"], NAME)
+    card = hub.files("datasets", NAME)["README.md"].decode()
+    broken = (card.replace(END, "") + "\nMy text.\n").encode()
+    HfApi().upload_file(path_or_fileobj=broken, path_in_repo="README.md", repo_id=NAME, repo_type="dataset")
+    with pytest.raises(ValueError, match="as many end marks as start marks"):
+        publish_results(runs["seed"], NAME)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Model `tiny", "Model `google/vit-large"),
+        ("; seed 0", "; seed 7"),
+        ("\n## Load", "\n**Median PNG error: 1e-12 over 10,000 pairs.**\n\n## Load"),
+    ],
+)
+def test_sentences_of_the_card_are_checked(old, new, hub, runs):
+    publish_results(runs["match"], NAME)
+    card = hub.files("datasets", NAME)["README.md"].decode()
+    if old not in card:
+        old = "Model `"
+    changed = card.replace(old, new, 1).encode()
+    assert changed != card.encode()
+    HfApi().upload_file(path_or_fileobj=changed, path_in_repo="README.md", repo_id=NAME, repo_type="dataset")
+    assert any(problem.file == "README.md" for problem in verify_results(NAME).problems)

@@ -398,7 +398,15 @@ def test_verdicts_follow_their_rules(runs):
     far = {"value": 5.0, "low": 4.0, "high": 6.0, "n": 20}
     assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far}) == NO
     assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far | {"low": 0.55}}) == PARTLY
-    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": near}) == YES
+    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": near}) == PARTLY
+    close, many = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 20}, bent | {"images": 20}
+    assert verdict("Locally", lipschitz=many, match=model["match"] | {"l2": close}) == YES
+    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": close}) == PARTLY  # four photos
+    lone = {"value": 0.1, "low": None, "high": None, "n": 1}
+    assert verdict("Locally", lipschitz=many, match=model["match"] | {"l2": lone}) == PARTLY
+    assert verdict("Null", spectrum=model["spectrum"] | {"full": 20}) == YES
+    assert verdict("Null", spectrum=model["spectrum"]) == PARTLY
+    assert verdict("Null", spectrum=model["spectrum"] | {"full": 20, "nullity": 0}) == NO
     assert verdict("Locally", lipschitz=None) == OPEN
     told = disagreements(model | {"lipschitz": bent, "match": model["match"] | {"l2": far}})
     assert any("no exactly linear region" in text and "beyond it" in text for text in told)
@@ -470,3 +478,22 @@ def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capfd, words, told):
     assert told in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "reports").exists()
+
+
+def test_a_copy_of_a_run_counts_once(runs):
+    (before,) = make_report([runs], survival=False).numbers["models"]
+    shutil.copytree(runs / "walk", runs / "walkcopy")
+    (after,) = make_report([runs], survival=False).numbers["models"]
+    assert after["walk"]["l2"] == before["walk"]["l2"]
+
+
+def test_a_transfer_model_that_is_not_there_is_named_on_the_page(runs):
+    report = make_report([runs / "free"], survival=False, transfer=["./nosuch"], local_files_only=True)
+    assert "nosuch" in report.html
+    assert "because no match was made" not in report.html
+
+
+def test_transfer_to_the_model_itself_is_said_to_be_that(runs, monkeypatch):
+    monkeypatch.setattr(reports, "_differ", lambda other, own: False)
+    report = make_report([runs / "free"], survival=False, transfer=["builtin"])
+    assert "the model named is the one that the matches were made for" in report.html

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def test_leftovers_of_a_kill_are_swept(plan, tmp_path, monkeypatch):
 
 
 def test_other_settings_are_refused_by_name(photos, tiny, tmp_path):
-    run.run_match(make_plan(config_of(photos), tiny), tmp_path / "out")
+    run.run.run_match(make_plan(config_of(photos), tiny), tmp_path / "out")
     before = snapshot(tmp_path / "out")
     other = make_plan(config_of(photos, rtol=1e-4, seed=1), tiny)
     with pytest.raises(
@@ -485,7 +486,7 @@ def test_batches_are_halved_when_memory_runs_out(photos, tiny, tmp_path):
         "out of memory with 4 at once",
     ]
     assert "going on with 2 (--batch-size 2)" in said[-1]
-    assert same_rows(outcome.rows, run.run_match(make_plan(config_of(photos, pairs=20), tiny), tmp_path / "b").rows)
+    assert same_rows(outcome.rows, run.run.run_match(make_plan(config_of(photos, pairs=20), tiny), tmp_path / "b").rows)
 
 
 def test_a_pair_that_never_fits_is_an_error_row(photos, tmp_path, monkeypatch):
@@ -510,3 +511,29 @@ def test_a_pair_that_never_fits_is_an_error_row(photos, tmp_path, monkeypatch):
 )
 def test_errors_of_memory_are_known(error, full):
     assert memory.ran_out(error) is full
+
+
+def test_overwrite_always_keeps_no_old_row(tmp_path):
+    def made(rtol, overwrite):
+        config = RunConfig(data="builtin", pairs=2, max_evals=5, rtol=rtol)
+        return run.run_match(make_plan(config, TinyEncoder()), tmp_path / "run", overwrite=overwrite)
+
+    made(1e-1, "missing")
+    shutil.move(tmp_path / "run" / "matches", tmp_path / "elsewhere")
+    (tmp_path / "run" / "matches").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is a link"):
+        made(1e-3, "always")
+    (tmp_path / "run" / "matches").unlink()
+    assert {row["rtol"] for row in made(1e-3, "always").rows} == {1e-3}
+
+
+def test_rows_without_their_float_match_are_made_again(tmp_path):
+    plan = make_plan(RunConfig(data="builtin", pairs=2, max_evals=5), TinyEncoder())
+    before = run.run_match(plan, tmp_path / "run").rows
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"complete": False, "files": {}}))
+    (float_file,) = (tmp_path / "run" / "float").iterdir()
+    float_file.unlink()
+    after = run.run_match(plan, tmp_path / "run").rows
+    assert float_file.is_file()
+    assert [row["embedding_error"] for row in after] == [row["embedding_error"] for row in before]
