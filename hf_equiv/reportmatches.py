@@ -249,9 +249,10 @@ def near_section(m: Material) -> list[Block]:
         return []
     blocks: list[Block] = [m.heading("How near: error against budget", "near")]
     budgets = m.numbers["budgets"]
+    names = [ball(b["radius"], b["norm"]) for b in budgets]
     rows = tuple(
         (
-            ball(b["radius"], b["norm"]),
+            name if names.count(name) == 1 else f"{name} ({plain(b['run'])})",
             f"{b['pairs']} of {b['listed']}",
             brief_count(b["converged"]),
             brief(b["embedding_error"]),
@@ -261,7 +262,7 @@ def near_section(m: Material) -> list[Block]:
             brief_count(b["nearer"]),
             brief_count(b["flipped"]),
         )
-        for b in budgets
+        for b, name in zip(budgets, names, strict=True)
     )
     head = ("budget", "pairs", "converged", "error, float", "error, PNG", "PSNR [dB]", "SSIM", "nearer to target",
             "target's label")  # fmt: skip
@@ -270,8 +271,11 @@ def near_section(m: Material) -> list[Block]:
         "of "
         "every pixel value. PSNR and SSIM compare the PNG with its source: the higher, the more alike. Nearer to "
         "target: "
-        "by cosine, than to its own source."
+        "by cosine, than to its own source. The PNG is searched for with evaluations of its own, from where "
+        "the float match ended, and may be nearer than that."
     )
+    if len(budgets) > 1:
+        told += f" Everything else on this page is of the run {plain(budgets[0]['run'])}, the first of these."
     blocks.append(Table(head, rows, told, stacked=True))
     apart = found["unrelated"]["median"] if found["unrelated"] else None
     drawn = False
@@ -292,7 +296,7 @@ def near_section(m: Material) -> list[Block]:
                 )
             )
     if not drawn:
-        blocks.append(missing("a budget curve (one budget only)", f"hf-equiv match {MODEL} --radius 8/255, then 4/255"))
+        blocks.append(missing("a budget curve (one budget only)", f"hf-equiv match {MODEL} --radius 8/255"))
     png = reportfigures.nearness_figure(
         [(ball(r.settings["radius"], r.settings["norm"]), r.good) for r in m.checkpoint.matches]
     )
