@@ -170,7 +170,7 @@ def test_leftovers_of_a_kill_are_swept(plan, tmp_path, monkeypatch):
 
 
 def test_other_settings_are_refused_by_name(photos, tiny, tmp_path):
-    run.run.run_match(make_plan(config_of(photos), tiny), tmp_path / "out")
+    run.run_match(make_plan(config_of(photos), tiny), tmp_path / "out")
     before = snapshot(tmp_path / "out")
     other = make_plan(config_of(photos, rtol=1e-4, seed=1), tiny)
     with pytest.raises(
@@ -486,7 +486,7 @@ def test_batches_are_halved_when_memory_runs_out(photos, tiny, tmp_path):
         "out of memory with 4 at once",
     ]
     assert "going on with 2 (--batch-size 2)" in said[-1]
-    assert same_rows(outcome.rows, run.run.run_match(make_plan(config_of(photos, pairs=20), tiny), tmp_path / "b").rows)
+    assert same_rows(outcome.rows, run.run_match(make_plan(config_of(photos, pairs=20), tiny), tmp_path / "b").rows)
 
 
 def test_a_pair_that_never_fits_is_an_error_row(photos, tmp_path, monkeypatch):
