@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -198,24 +199,18 @@ def _check_dataset(folder: Path, records: dict[str, Row], found: Findings) -> No
         )
         return
     try:
-        wanted = _statements(publishcard.card_text("", records))
+        named = re.search(r'load_dataset\("([^"\n]+)"', there)  # a copy may have another name than the dataset
+        wanted = _statements(publishcard.card_text(named[1] if named else "", records))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
         found.say(CARD, None, "card", "what the runs say", None, told)
         return
-    missing = Counter(wanted)
     stated = _statements(there)
-    missing.subtract(Counter(stated))
-    for line, count in missing.items():
-        if count > 0:
-            told = f"the card does not say what the runs say: {line}"
-            found.say(CARD, None, line.split(" | ")[0].removeprefix("| "), None, line, told)
-    extra = Counter(stated)
-    extra.subtract(Counter(wanted))
-    for line, count in extra.items():
-        if count > 0:
-            told = f"the card says what no run says: {line}"
-            found.say(CARD, None, line.split(" | ")[0].removeprefix("| "), line, None, told)
+    for line in (Counter(wanted) - Counter(stated)).elements():
+        told = f"the card does not say what the runs say: {line}"
+        found.say(CARD, None, _subject(line), None, line, told)
+    for line in (Counter(stated) - Counter(wanted)).elements():
+        found.say(CARD, None, _subject(line), line, None, f"the card says what no run says: {line}")
     configs = {item["config_name"]: item for item in publishcard.header(text).get("configs") or []}
     own = publishcard.configs_of(records)
     for config in own:
@@ -227,11 +222,11 @@ def _check_dataset(folder: Path, records: dict[str, Row], found: Findings) -> No
             found.add(CARD, None, f"configs.{name}.default", True, None, "the default is that of a run")
 
 
-_NAMING = ("load_dataset(", "load_results(", "`hf-equiv verify ")
-"""What is in the lines that name the dataset itself, which a copy may have under another name."""
-
-
 def _statements(text: str) -> list[str]:
-    """The lines of the generated part of a card, without its marks; those that name the dataset by their kind."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("<!-- hf_equiv")]
-    return [next((kind for kind in _NAMING if kind in line), line) for line in lines]
+    """The lines of the generated part of a card, without its marks."""
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("<!-- hf_equiv")]
+
+
+def _subject(line: str) -> str:
+    """What a line of a table is about; another line as it is."""
+    return line.split(" | ")[0].removeprefix("| ")

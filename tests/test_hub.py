@@ -683,6 +683,7 @@ def test_an_end_mark_that_is_gone_is_asked_for(hub, runs):
     [
         ("Model `tiny", "Model `google/vit-large"),
         ("; seed 0", "; seed 7"),
+        ("recomputes the rows.", "recomputes the rows. Median PNG error: 1e-12."),
         ("\n## Load", "\n**Median PNG error: 1e-12 over 10,000 pairs.**\n\n## Load"),
     ],
 )
