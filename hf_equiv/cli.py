@@ -227,13 +227,13 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
     the exit code is 1 if there is one. Rows whose photos are withheld cannot be recomputed, which counts as a problem
     unless --allow-withheld is given.
     """  # noqa: DOC201 (this is the help text)
-    from hf_equiv import display, environment
+    from hf_equiv import display, environment, progress
 
     with display.result_stream() as out:
         from hf_equiv.datasetcheck import verify_results
 
         environment.calm(quiet=as_json or quiet)
-        with display.counter("verifying", quiet=as_json or quiet) as count:
+        with progress.counter("verifying", quiet=as_json or quiet) as count:
             report = verify_results(where, observer=count, **given)
         if as_json:
             display.print_json(report.to_json(), out)

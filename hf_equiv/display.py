@@ -1,32 +1,23 @@
-"""What a person sees in the terminal: progress on stderr, results on stdout."""
+"""What a person sees in the terminal: results on stdout, errors on stderr."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hf_equiv.wording import in_flags
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hf_equiv.datasetcheck import DatasetReport
-    from hf_equiv.matchrows import Observer, RunProgress
     from hf_equiv.run import RunOutcome
     from hf_equiv.verify import VerifyReport
-
-LINE_EVERY = 15.0
-"""Seconds between plain progress lines when stderr is no terminal."""
 
 _FACTS = {
     "D": "embedding size D",
@@ -39,178 +30,6 @@ _FACTS = {
 
 _LABEL_WIDTH = 110
 """Columns from which the table has room for labels; the summary in words names them in any case."""
-
-
-@contextlib.contextmanager
-def run_progress(*, quiet: bool, what: str = "matches") -> Iterator[Observer]:
-    """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere."""
-    if quiet:
-        yield lambda _: None
-    elif sys.stderr.isatty() and os.environ.get("RANK", "0") != "0":
-        yield _notes  # one bar is enough: it counts the rows of all processes
-    elif sys.stderr.isatty():
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-            refresh_per_second=4,
-        ) as bars:  # fmt: skip
-            yield _Bars(bars, what)
-    else:
-        yield _Lines(what)
-
-
-def _notes(p: RunProgress) -> None:
-    if p.stage == "note":
-        to_stderr(f"rank {p.rank}: error: {in_flags(p.message)}")
-
-
-class _Pace:
-    """Rows a minute and time left, from what was done since the run began here."""
-
-    def __init__(self) -> None:
-        self.start: tuple[float, int] | None = None
-
-    def tell(self, done: int, total: int) -> str:
-        """In words, or nothing before the first row and after the last."""
-        now = time.monotonic()
-        self.start = self.start or (now, done)
-        made, seconds = done - self.start[1], now - self.start[0]
-        if made <= 0 or seconds <= 0:
-            return ""
-        left = seconds * (total - done) / made
-        return f"{60 * made / seconds:.3g} a minute" + (f", {_duration(left)} left" if done < total else "")
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), seconds / 3600
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{hours:.1f} h"
-
-
-class _Bars:
-    """One bar for the run, one line for each image of the batch."""
-
-    def __init__(self, bars: Progress, what: str) -> None:
-        self.bars = bars
-        self.whole = bars.add_task(what, total=None, state="")
-        self.images: dict[str, Any] = {}
-        self.stage = ""
-        self.pace = _Pace()
-
-    def __call__(self, p: RunProgress) -> None:
-        if p.stage in ("note", "info"):
-            told = f"{'error: ' * (p.stage == 'note')}{in_flags(p.message)}"
-            self.bars.console.print(escape(told), highlight=False)
-            return
-        pace = self.pace.tell(p.done, p.total)
-        state = f"{p.done} of {p.total}" + (f", {pace.split(',')[0]}" if pace else "")
-        self.bars.update(self.whole, total=p.total, completed=p.done, state=state)
-        if p.stage == "saved":
-            self._clear()
-            return
-        if p.stage != self.stage or set(p.pair_ids) != set(self.images):
-            self._clear()
-            self.stage = p.stage
-            self.images = {
-                name: self.bars.add_task(f"  {p.stage} {escape(cut(name, 36))}", total=None, state="")
-                for name in p.pair_ids
-            }
-        if p.steps:
-            for task in self.images.values():
-                self.bars.update(task, total=p.steps, completed=p.step, state=f"{p.step} of {p.steps}")
-        if p.errors is None or p.num_evals is None or p.active is None:
-            return
-        for name, error, evals, active in zip(
-            p.pair_ids, p.errors.tolist(), p.num_evals.tolist(), p.active.tolist(), strict=True
-        ):
-            state = f"error {error:.1e}  {evals:.0f} evaluations{'' if active else '  done'}"
-            self.bars.update(self.images[name], state=state, total=None if active else 1, completed=int(not active))
-
-    def _clear(self) -> None:
-        for task in self.images.values():
-            self.bars.remove_task(task)
-        self.images = {}
-        self.stage = ""
-
-
-class _Lines:
-    """A line at the start, after each shard, and every few seconds."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.last = time.monotonic()
-        self.pace = _Pace()
-
-    def __call__(self, p: RunProgress) -> None:
-        now, who = time.monotonic(), f"rank {p.rank}: " if p.processes > 1 else ""
-        if p.stage == "note":
-            to_stderr(f"{who}error: {in_flags(p.message)}")
-        elif p.stage == "info":
-            to_stderr(f"{who}{in_flags(p.message)}")
-        elif p.stage == "saved":
-            pace = self.pace.tell(p.done, p.total)
-            done = f"{p.done} of {p.total} {'rows' if self.what == 'matches' else self.what} on disk"
-            to_stderr(f"{who}{done}{f' ({pace})' if pace else ''}")
-        elif now - self.last >= LINE_EVERY and p.errors is not None and p.num_evals is not None:
-            to_stderr(
-                f"{who}{p.done} of {p.total}: {p.stage} {len(p.pair_ids)} images, worst error {_level(p.errors)}, "
-                f"{float(p.num_evals.max()):.0f} evaluations"
-            )
-        elif now - self.last >= LINE_EVERY and p.steps:
-            to_stderr(f"{who}{p.done} of {p.total}: {p.pair_ids[0]}, {p.stage} {p.step} of {p.steps}")
-        else:
-            return
-        self.last = now
-
-
-def _level(errors: Tensor) -> str:
-    known = errors[errors.isfinite()]
-    return f"{float(known.max()):.1e}" if len(known) else "–"
-
-
-@contextlib.contextmanager
-def counter(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a simple count on a terminal; nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    with Progress(
-        TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    ) as bars:  # fmt: skip
-        task = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def staged_counter(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show a count for each part of the work, one after the other; on no terminal a line now and then."""
-    last = time.monotonic()
-
-    def line(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LINE_EVERY:
-            last = time.monotonic()
-            to_stderr(f"{what}: {done} of {total}")
-
-    if quiet:
-        yield None
-    elif not sys.stderr.isatty():
-        yield line
-    else:
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), transient=True,
-        ) as bars:  # fmt: skip
-            tasks: dict[str, Any] = {}
-
-            def bar(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(escape(cut(what, 40)), total=total)
-                bars.update(tasks[what], completed=done, total=total)
-
-            yield bar
 
 
 def print_summary(numbers: Mapping[str, Any], made: Mapping[str, str], out: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hf_equiv import display, environment, geometrytables
+from hf_equiv import display, environment, geometrytables, progress
 from hf_equiv.matchcommand import how_to_go_on, seconds_per_evaluation, without_nan
 from hf_equiv.wording import verify_command
 
@@ -45,7 +45,7 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
     from hf_equiv.geometryrun import run_analysis
 
     try:
-        with display.run_progress(quiet=quiet, what="images") as observer:
+        with progress.run_progress(quiet=quiet, what="images") as observer:
             outcome = run_analysis(
                 plan, folder, overwrite=given["overwrite"], batch_size=given["batch_size"], observer=observer
             )

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hf_equiv import display, environment
+from hf_equiv import display, environment, progress
 from hf_equiv.wording import verify_command
 
 
@@ -49,7 +49,7 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     from hf_equiv.run import run_match
 
     try:
-        with display.run_progress(quiet=quiet) as observer:
+        with progress.run_progress(quiet=quiet) as observer:
             outcome = run_match(
                 plan, folder, overwrite=given["overwrite"], batch_size=given["batch_size"], observer=observer
             )

@@ -11,9 +11,10 @@ from hf_equiv import shards
 from hf_equiv.data import ImageSet, load_images
 from hf_equiv.reportclaims import RULES
 from hf_equiv.reportdownstream import probe_section, retrieval_section, survival_section, transfer_section
+from hf_equiv.reportgallery import gallery_section
 from hf_equiv.reportgeometry import linearity_section, lipschitz_section, spectrum_section, walks_section
 from hf_equiv.reportmade import comparison, made_section
-from hf_equiv.reportmatches import gallery_section, heads_section, matching_section, near_section, summary_section
+from hf_equiv.reportmatches import heads_section, matching_section, near_section, summary_section
 from hf_equiv.reportmaterial import Material
 from hf_equiv.reportnumbers import checkpoint_numbers
 from hf_equiv.reportpage import Block, Bullets, Heading, Page, Text, code, plain, to_html, to_markdown

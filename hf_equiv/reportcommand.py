@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf_equiv import display, environment
+from hf_equiv import display, environment, progress
 
 
 def run(paths: tuple[str, ...], **given: Any) -> int:
@@ -21,7 +21,7 @@ def run(paths: tuple[str, ...], **given: Any) -> int:
             raise ValueError(f"`out` must be a file name ending in .html; got {str(path)!r}.")
         _refuse_unwritable(path)
         environment.calm(quiet=quiet)
-        with display.staged_counter(quiet=quiet) as tell:
+        with progress.staged_counter(quiet=quiet) as tell:
             report = make_report(
                 paths, transfer=given["transfer"], label_data=given["label_data"], survival=not given["no_survival"],
                 model=given["model"], out=path, device=given["device"], cache_dir=given["cache_dir"],

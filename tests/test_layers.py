@@ -48,10 +48,10 @@ PLOTS = ["plots", "geometryplots", "walkplots", "reportfigures"]
 VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "withheldcheck", "recordedmodel"]
 VERIFY += ["verify", "datasetcheck"]
 REPORT = ["reportstats", "reportruns", "survival", "reportmeasures", "reportwork", "reportnumbers", "reportwords"]
-REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportmaterial", "reportmatches"]
-REPORT += ["reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
-COMMANDS = ["wording", "environment", "display", "matchcommand", "geometrytables", "geometrycommand", "publishcommand"]
-COMMANDS += ["reportcommand", "options", "cli", "__main__"]
+REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportmaterial", "reportgallery"]
+REPORT += ["reportmatches", "reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
+COMMANDS = ["wording", "environment", "display", "progress", "matchcommand", "geometrytables", "geometrycommand"]
+COMMANDS += ["publishcommand", "reportcommand", "options", "cli", "__main__"]
 ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *HUB, *VERIFY, *REPORT]
 ORDER += COMMANDS
 
@@ -64,11 +64,11 @@ HOMES = {
     "pyarrow": ["shards"],
     "safetensors": [*ENCODER, "shards", "hubload"],
     "PIL": [*ENCODER, *DATA, "plots", "walkplots", "survival"],
-    "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportmatches", "reportgeometry"],
+    "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportgallery", "reportmatches", "reportgeometry"],
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,
     "click": ["options", "cli"],
-    "rich": ["display", "geometrytables", "publishcommand"],
+    "rich": ["display", "progress", "geometrytables", "publishcommand"],
 }
 DISTRIBUTIONS = {"PIL": "pillow"}
 
