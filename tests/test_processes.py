@@ -24,7 +24,7 @@ SEVERAL = """
     from pathlib import Path
     import torch
     from fakes import TinyEncoder
-    from hf_equiv.display import run_progress
+    from hf_equiv.progress import run_progress
     from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
     from hf_equiv.geometryrun import run_analysis
     from hf_equiv.plan import RunConfig, make_plan
