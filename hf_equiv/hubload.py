@@ -56,6 +56,7 @@ def download_results(
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
+    with_float: bool = True,
 ) -> tuple[Path, str]:
     """Fetch all runs of a dataset at one commit into the cache of the Hub.
 
@@ -65,6 +66,7 @@ def download_results(
         token: for private datasets; by default the one you are logged in with.
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: use what is in the cache, and never ask the Hub.
+        with_float: fetch the float images too; they are most of the bytes.
 
     Returns:
         The folder, and the commit that it is at.
@@ -80,7 +82,8 @@ def download_results(
         >>> folder, commit = download_results("me/matches")  # doctest: +SKIP
     """
     name = check_dataset_id(repo_id)
-    inside = [rundir.RECORD, *(f"{folder}/*" for folder in OWN_FOLDERS)]
+    folders = [folder for folder in OWN_FOLDERS if with_float or folder != "float"]
+    inside = [rundir.RECORD, *(f"{folder}/*" for folder in folders)]
     wanted = [CARD, *inside, *(f"{RUNS}/*/{pattern}" for pattern in [CARD, *inside])]
     folder, commit = _snapshot(name, wanted, revision, token, cache_dir, local_files_only)
     runs = run_folders(folder)
@@ -88,7 +91,7 @@ def download_results(
         raise ValueError(f"the dataset '{name}' holds no run of hf_equiv (no {rundir.RECORD}). Check the name.")
     for place, run in runs.items():
         for file in rundir.read_record(run)["files"] if local_files_only else ():
-            if not (run / file).is_file():
+            if not (run / file).is_file() and (with_float or not file.startswith("float/")):
                 raise hub_errors.LocalEntryNotFoundError(
                     f"of '{name}', {place}{'/' if place else ''}{file} is not in the cache and "
                     "`local_files_only=True`. Run once without it."

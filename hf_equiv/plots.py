@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hf_equiv.imagefile import decode_png
 from hf_equiv.metrics import short
@@ -79,6 +80,15 @@ def difference(source: np.ndarray, match: np.ndarray) -> tuple[np.ndarray, int]:
     reach = float(np.quantile(np.abs(gap), 0.99)) or 1 / 255
     gain = max((g for g in GAINS if g * reach <= 0.4), default=1)
     return np.clip(0.5 + gain * gap, 0.0, 1.0), gain
+
+
+def difference_png(source: bytes, match: bytes) -> tuple[bytes, int]:
+    """The same of two PNG files, as a PNG file."""
+    a, b = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.float64) / 255 for png in (source, match))
+    shown, factor = difference(a, b)
+    buffer = io.BytesIO()
+    Image.fromarray((shown * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue(), factor
 
 
 def _captions(row: Mapping[str, Any]) -> tuple[list[str], list[str], list[str], list[str]]:

@@ -50,10 +50,11 @@ VERIFY += ["verify", "datasetcheck"]
 REPORT = ["reportstats", "reportruns", "survival", "reportmeasures", "reportwork", "reportnumbers", "reportwords"]
 REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportmaterial", "reportgallery"]
 REPORT += ["reportmatches", "reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
+SHOW = ["svgcharts", "live", "along", "showwords", "showcase", "showviews", "geometryviews"]
 COMMANDS = ["wording", "environment", "display", "progress", "matchcommand", "geometrytables", "geometrycommand"]
 COMMANDS += ["publishcommand", "reportcommand", "options", "cli", "__main__"]
 ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *HUB, *VERIFY, *REPORT]
-ORDER += COMMANDS
+ORDER += [*SHOW, *COMMANDS]
 
 # Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)
 HOMES = {
@@ -63,7 +64,7 @@ HOMES = {
     "datasets": [*DATA, "shards", "layouts", "hubload"],
     "pyarrow": ["shards"],
     "safetensors": [*ENCODER, "shards", "hubload"],
-    "PIL": [*ENCODER, *DATA, "plots", "walkplots", "survival"],
+    "PIL": [*ENCODER, *DATA, "plots", "walkplots", "survival", "live"],
     "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportgallery", "reportmatches", "reportgeometry"],
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,

@@ -1,0 +1,209 @@
+"""Results to look at, one by one: the rows of runs in a folder or a dataset, and whether a picture keeps its word."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_equiv import rundir
+from hf_equiv.hubcalls import api_of, explained
+from hf_equiv.hubload import download_results, run_folders, split_name
+from hf_equiv.imagefile import decode_png
+from hf_equiv.layouts import LAYOUTS
+from hf_equiv.shards import read_rows
+
+if TYPE_CHECKING:
+    from hf_equiv.encoder import Encoder
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Showcase:
+    """Rows to show, with their pictures as PNG bytes.
+
+    Attributes:
+        name: the folder's name, or `USER/NAME`.
+        revision: commit of the dataset; None for a folder.
+        matches: rows of matches whose pictures are there, each with `key`, unique among them; those that look most
+            like their source first.
+        spectra: rows of spectra.
+        constants: rows of Lipschitz constants.
+        paths: the points of every walk, in order, by a name of the walk.
+        settings: what `run.json` says of the run of each key of `matches`, of each key of `paths`, and of `constants`
+            under `lipschitz IMAGE_ID`.
+        withheld: how many rows of matches have no pictures.
+    """
+
+    name: str
+    revision: str | None = None
+    matches: tuple[Row, ...] = ()
+    spectra: tuple[Row, ...] = ()
+    constants: tuple[Row, ...] = ()
+    paths: dict[str, tuple[Row, ...]] = field(default_factory=dict)
+    settings: dict[str, Row] = field(default_factory=dict)
+    withheld: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One number of a row beside what was computed now.
+
+    Attributes:
+        name: column.
+        stated: what the row says.
+        now: what the PNG files give now.
+        holds: whether the two agree: numbers within max(3 × noise floor, 1e-6), probabilities within 1e-4, labels as
+            they are.
+    """
+
+    name: str
+    stated: Any
+    now: Any
+    holds: bool
+
+
+CHECKED = ("embedding_error_8bit", "cosine_to_target", "cosine_to_source", "psnr_db", "linf", "l2")
+"""Numbers that `check_shown` recomputes beside the labels."""
+
+_CLASSES = ("source_label", "match_label", "target_label")
+
+
+def open_showcase(
+    where: str | os.PathLike[str],
+    *,
+    most: int = 200,
+    most_bytes: int | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+) -> Showcase:
+    """Open a folder of runs, a run directory, or a dataset `USER/NAME[@REV]` of the Hub.
+
+    Args:
+        where: the folder or dataset.
+        most: rows of matches at most; of walks and images as many.
+        most_bytes: refuse a dataset whose files without the float images are larger.
+        token: for private datasets; False to ask as nobody.
+        cache_dir: where downloads are kept.
+
+    Returns:
+        What is there to show.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no run there.
+        RepositoryNotFoundError: no such dataset, or it is private.
+    """
+    name, revision = os.fspath(where), None
+    if Path(name).is_dir():
+        folder = Path(name)
+        places: Iterable[Path] = run_folders(folder).values() or _inside(folder)
+        name = folder.name
+    else:
+        if most_bytes is not None:
+            _refuse_large(name, most_bytes, token)
+        folder, revision = download_results(name, token=token, cache_dir=cache_dir, with_float=False)
+        places, name = run_folders(folder).values(), name.partition("@")[0]
+    places = list(places)
+    if not places:
+        raise ValueError(f"{name!r} must hold runs; got no run.json in it. Name a run directory, or a folder of them.")
+    matches: list[Row] = []
+    rows: dict[str, list[Row]] = {"spectrum": [], "lipschitz": []}
+    paths: dict[str, tuple[Row, ...]] = {}
+    settings: dict[str, Row] = {}
+    withheld = 0
+    for k, place in enumerate(places):
+        record = rundir.read_record(place)
+        analysis = record["analysis"]
+        found = list(read_rows(place, images=True, layout=LAYOUTS[analysis], first=most))
+        if analysis == "match":
+            shown = [row for row in found if row["match"] and row["source"] and row["target"]]
+            withheld += sum(1 for row in found if row["status"] != "error") - len(shown)
+            for row in shown[: max(0, most - len(matches))]:
+                matches.append(row | {"key": f"{k}.{row['pair_id']}"})
+                settings[matches[-1]["key"]] = record["settings"]
+        elif analysis == "walk":
+            for key, path in _walks(found):
+                if path[0]["frame"] and len(paths) < most:
+                    paths[key if key not in paths else f"{key} ({k})"] = path
+                    settings[key] = record["settings"]
+        else:
+            rows[analysis] += [row for row in found if row["status"] != "error" and row["image"]]
+            settings |= {f"{analysis} {row['image_id']}": record["settings"] for row in found}
+    matches.sort(key=lambda row: -(row["psnr_db"] or 0.0))
+    return Showcase(
+        name, revision, tuple(matches), tuple(rows["spectrum"]), tuple(rows["lipschitz"]), paths, settings, withheld
+    )
+
+
+def check_shown(encoder: Encoder, row: Row, settings: Row, *, match: bytes | None = None) -> tuple[Comparison, ...]:
+    """Encode the three PNG files of a match again and set what comes out beside its row.
+
+    The same numbers as `hf-equiv verify` compares, of one row and of the 8-bit match alone.
+
+    Args:
+        encoder: the checkpoint that made the row, in its dtype and with its readout.
+        row: of a match, with its images as PNG bytes.
+        settings: of its run, as `run.json` has them.
+        match: the PNG to check in place of the row's own.
+
+    Returns:
+        One comparison for each number and label.
+
+    Raises:
+        ValueError: `encoder` is another model than the row names, or a picture is no PNG of its size.
+    """
+    from hf_equiv import metrics
+
+    for key, own in (("model_revision", encoder.revision), ("readout", encoder.readout)):
+        if row[key] != own:
+            raise ValueError(f"`encoder` must have the {key} of the row, {row[key]!r}; got {own!r}.")
+    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
+    three = [decode_png(png or b"", dtype) for png in (row["source"], match or row["match"], row["target"])]
+    if any(tuple(image.shape) != tuple(encoder.input_shape) for image in three):
+        raise ValueError(f"the pictures must be {encoder.input_shape[1]} × {encoder.input_shape[2]} pixels.")
+    labels = settings.get("labels")
+    made = metrics.measure_match(encoder, *three, seed=settings["seed"], pair_id=row["pair_id"], labels=labels)
+    tolerance = max(3 * (made["noise_floor"] or 0.0), 1e-6)
+    found = [Comparison(key, row[key], made[key], _agree(row[key], made[key], tolerance)) for key in CHECKED]
+    if made["match_label"] is not None:
+        found += [Comparison(key, row[key], made[key], row[key] == made[key]) for key in _CLASSES]
+        stated, now = row["match_prob"], made["match_prob"]
+        found.append(Comparison("match_prob", stated, now, _agree(stated, now, max(100 * tolerance, 1e-4))))
+    return tuple(found)
+
+
+def _refuse_large(name: str, most_bytes: int, token: str | bool | None) -> None:
+    repo_id, revision = split_name(name)
+    with explained(repo_id, revision=revision, token=token):
+        info = api_of(token).dataset_info(repo_id, revision=revision, files_metadata=True)
+    size = sum(s.size or 0 for s in info.siblings or () if not s.rfilename.startswith("float/"))
+    if size > most_bytes:
+        raise ValueError(
+            f"{name!r} must be at most {most_bytes / 2**20:.0f} MiB to be shown; it has {size / 2**20:.0f}."
+        )
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"*/{rundir.RECORD}"))
+
+
+def _walks(rows: list[Row]) -> list[tuple[str, tuple[Row, ...]]]:
+    """The points of each walk in order, with a name."""
+    walks: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["status"] != "error" and row["step"] is not None:
+            aim = f" to {row['target_id']}" if row["target_id"] else ""
+            walks.setdefault(f"{row['image_id']}{aim}, {row['heading']}", []).append(row)
+    return [(name, tuple(sorted(path, key=lambda row: row["step"]))) for name, path in walks.items()]
+
+
+def _agree(stated: float | None, now: float | None, tolerance: float) -> bool:
+    if stated is None or now is None:
+        return stated is now
+    return abs(stated - now) <= tolerance  # NaN is no agreement
