@@ -47,7 +47,7 @@ def along_view(stop: Stop, profile: Sequence[Stop], name: str) -> str:
     text = f"h = {stop.step:.3g}: the embedding has moved by {100 * moved:.3g} % of its length{foretold}."
     return (
         f'<div class="live"><div>{picture(stop.png, name, text)}</div>'
-        f'<div>{curve}<h3 class="block-title">What the classifier sees</h3>{class_bars(stop.classes)}</div></div>'
+        f'<div>{curve}<h2 class="block-title">What the classifier sees</h2>{class_bars(stop.classes)}</div></div>'
     )
 
 

@@ -91,6 +91,15 @@ def difference_png(source: bytes, match: bytes) -> tuple[bytes, int]:
     return buffer.getvalue(), factor
 
 
+def thumbnail(png: bytes, size: int = 112) -> bytes:
+    """A small picture of a PNG file, as a JPEG file: to choose by, not to measure."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    kind = Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS
+    buffer = io.BytesIO()
+    image.resize((size, size), kind).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def _captions(row: Mapping[str, Any]) -> tuple[list[str], list[str], list[str], list[str]]:
     error, png = short(row["embedding_error"]), short(row["embedding_error_8bit"])
     size = "identical to the source" if row["psnr_db"] is None else f"PSNR {row['psnr_db']:.1f} dB"

@@ -105,10 +105,11 @@ def open_showcase(
         places: Iterable[Path] = run_folders(folder).values() or _inside(folder)
         name = folder.name
     else:
+        name, revision = split_name(name)
         if most_bytes is not None:
-            _refuse_large(name, most_bytes, token)
-        folder, revision = download_results(name, token=token, cache_dir=cache_dir, with_float=False)
-        places, name = run_folders(folder).values(), name.partition("@")[0]
+            _refuse_large(name, revision, most_bytes, token)
+        folder, revision = download_results(name, revision=revision, token=token, cache_dir=cache_dir, with_float=False)
+        places = run_folders(folder).values()
     places = list(places)
     if not places:
         raise ValueError(f"{name!r} must hold runs; got no run.json in it. Name a run directory, or a folder of them.")
@@ -178,10 +179,9 @@ def check_shown(encoder: Encoder, row: Row, settings: Row, *, match: bytes | Non
     return tuple(found)
 
 
-def _refuse_large(name: str, most_bytes: int, token: str | bool | None) -> None:
-    repo_id, revision = split_name(name)
-    with explained(repo_id, revision=revision, token=token):
-        info = api_of(token).dataset_info(repo_id, revision=revision, files_metadata=True)
+def _refuse_large(name: str, revision: str | None, most_bytes: int, token: str | bool | None) -> None:
+    with explained(name, revision=revision, token=token):
+        info = api_of(token).dataset_info(name, revision=revision, files_metadata=True)
     size = sum(s.size or 0 for s in info.siblings or () if not s.rfilename.startswith("float/"))
     if size > most_bytes:
         raise ValueError(

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from hf_equiv import showwords
-from hf_equiv.plots import difference_png
+from hf_equiv.plots import difference_png, thumbnail
 from hf_equiv.showcase import Comparison
 from hf_equiv.svgcharts import Axis, Series, chart
 
@@ -32,9 +32,21 @@ _LEAST = 1e-7
 """Drift that a chart tells from zero."""
 
 
-def data_uri(png: bytes) -> str:
-    """The bytes of a PNG file as an address that holds them."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+def data_uri(data: bytes, kind: str = "png") -> str:
+    """The bytes of an image file as an address that holds them."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def strip(rows: Sequence[Row], chosen: str) -> str:
+    """Matches to choose from: a button each, with a small picture and what it looks like and embeds as."""
+    buttons = "".join(
+        f'<li><button type="button" data-key="{escape(row["key"], quote=True)}" '
+        f'aria-pressed="{"true" if row["key"] == chosen else "false"}">'
+        f'<img src="{data_uri(thumbnail(row["match"]), "jpeg")}" alt="" loading="lazy">'
+        f"<span>{escape(_short(row['source_id']))} → {escape(_short(row['target_id']))}</span></button></li>"
+        for row in rows
+    )
+    return f'<ul class="strip">{buttons}</ul>'
 
 
 def picture(png: bytes, alt: str, caption: str = "") -> str:
@@ -173,6 +185,10 @@ def player(path: Sequence[Row], rtol: float) -> str:
         f'<input class="seek" type="range" min="0" max="{len(path) - 1}" value="0" aria-label="Step of the walk"></div>'
         f'<p class="now">{escape(_frame_text(first))}</p><ol class="texts" hidden>{texts}</ol>{drift}</div>'
     )
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[0] or name
 
 
 def _frame_text(row: Row) -> str:

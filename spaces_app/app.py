@@ -34,7 +34,7 @@ import torch
 from hf_equiv import Encoder, geometryviews, load_images, showviews
 from hf_equiv.along import directions_of_run, stops_along
 from hf_equiv.imagefile import decode_png, open_image
-from hf_equiv.live import live_match
+from hf_equiv.live import LiveMatch, live_match
 from hf_equiv.showcase import Showcase, check_shown, open_showcase
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ DATASET = os.environ.get("HF_EQUIV_DATASET", "").strip()
 MODELS = ["builtin", *(m.strip() for m in os.environ.get("HF_EQUIV_MODELS", "").split(",") if m.strip())]
 MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
 TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "60"))
-LARGEST_UPLOAD = 10 * 2**20
+LARGEST_UPLOAD = 25 * 2**20
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
 EFFORTS = {"quick": 0.4, "normal": 1.0}
 RTOL = 1e-5
@@ -183,19 +183,10 @@ def match_shown(dataset: str | None, key: str) -> str:
     return showviews.match_view(row["source"], row["match"], row["target"], row, link=link)
 
 
-def gallery_of(dataset: str | None) -> list[tuple[str, str]]:
-    """Thumbnails of the matches with what they look like and embed as."""
-    rows = named_results(dataset).matches
-    return [(_thumbnail(row["match"]), f"{_short(row['source_id'])} → {_short(row['target_id'])}") for row in rows]
-
-
-@lru_cache(maxsize=1000)
-def _thumbnail(png: bytes) -> str:
-    return file_of(png, "match.png")
-
-
-def _short(name: str) -> str:
-    return Path(name).stem[-24:]
+@lru_cache(maxsize=32)
+def strip_of(dataset: str | None, key: str) -> str:
+    """The matches of a dataset to choose from."""
+    return showviews.strip(named_results(dataset).matches, key)
 
 
 def show_dataset(dataset: str | None):
@@ -204,7 +195,7 @@ def show_dataset(dataset: str | None):
     if not shown.matches:
         raise gr.Error(f"{shown.name!r} holds no matches with pictures.", print_exception=False)
     key = shown.matches[0]["key"]
-    return gallery_of(dataset), key, match_shown(dataset, key), "", _note(shown)
+    return strip_of(dataset, key), key, match_shown(dataset, key), "", _note(shown)
 
 
 def _note(shown: Showcase) -> str:
@@ -217,13 +208,10 @@ def matches_tab() -> dict[str, Any]:
     """Gallery, one match, Check it."""
     offered = [BUILTIN_RESULTS, *([DATASET] if DATASET else [])]
     gr.HTML('<h2 class="block-title">Matches: each looks like the first photo and embeds as the second</h2>')
-    gallery = gr.Gallery(
-        label="Matches", show_label=False, columns=12, rows=1, height="auto", allow_preview=False, object_fit="cover",
-        elem_id="gallery", buttons=[], interactive=False,
-    )  # fmt: skip
+    gallery = gr.HTML(elem_id="gallery", js_on_load=(HERE / "strip.js").read_text(encoding="utf-8"))
     key = gr.State("")
     view = gr.HTML(elem_id="shown")
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="checkrow"):
         check = gr.Button("Check it", variant="primary", elem_id="check", scale=0, min_width=160)
         gr.Markdown("Encodes the three PNG files above again, here and now, and compares with what is stated.")
     verdict = gr.HTML(elem_id="verdict")
@@ -233,14 +221,14 @@ def matches_tab() -> dict[str, Any]:
     )  # fmt: skip
     note = gr.Markdown(elem_classes="small")
 
-    def select(dataset: str, event: gr.SelectData):
-        key = named_results(dataset).matches[event.index]["key"]
+    def select(dataset: str, event: gr.EventData):
+        key = str(event.key)
         return key, match_shown(dataset, key), ""
 
     dataset.change(
         show_dataset, dataset, [gallery, key, view, verdict, note], api_visibility="private", concurrency_limit=4
     )
-    gallery.select(
+    gallery.click(
         select, dataset, [key, view, verdict], api_visibility="private", show_progress="hidden", concurrency_limit=8
     )
     check.click(check_view, [key, dataset], verdict, api_visibility="private", concurrency_limit=2)
@@ -250,61 +238,92 @@ def matches_tab() -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- try it
 
 
+def photo(value: str, **given: Any) -> gr.Image:
+    """An upload that reaches us as the path of a file: the library reads it, and says what is wrong with it."""
+    image = gr.Image(value, type="filepath", sources=["upload"], height=250, buttons=[], **given)
+    image.preprocess = lambda payload: payload.path if payload else None  # gradio would open it first
+    return image
+
+
 def read_upload(path: str | None, name: str):
     """A visitor's file as an image without metadata, or a friendly error."""
     if not path:
         raise gr.Error(f"Choose a {name} photo first: upload one, or take one of the four.", print_exception=False)
     if os.path.getsize(path) > LARGEST_UPLOAD:
-        raise gr.Error(f"The {name} photo is larger than 10 MB. Make it smaller.", print_exception=False)
+        raise gr.Error(f"The {name} photo is larger than 25 MB. Make it smaller.", print_exception=False)
     try:
         return open_image(Path(path).read_bytes(), f"the {name} photo")
     except (OSError, ValueError) as error:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-@on_gpu
-def make_match(
-    source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
-) -> Iterator[tuple[Any, ...]]:
-    """Match two photos, and show it while it is made."""
+def _matching(source: str, target: str, model: str, budget: str, effort: str, session: str) -> Iterator[LiveMatch]:
+    """States of a match of two uploads, within the limits of this Space."""
     images = read_upload(source, "source"), read_upload(target, "target")
     encoder = encoder_of(model)
-    stop = _stops[request.session_hash or ""] = threading.Event()
-    rtol = RTOL if BUDGETS[budget] is None else 1e-4
-    begin = time.perf_counter()
+    stop = _stops[session] = threading.Event()
     try:
-        for state in live_match(
-            encoder, *images, radius=BUDGETS[budget], rtol=rtol, max_evals=max(1, round(MAX_EVALS * EFFORTS[effort])),
-            time_limit=TIME_LIMIT, stop=stop, every=0.3,
-        ):  # fmt: skip
-            if state.stage not in ("done", "stopped"):
-                yield _live_view(state, rtol), gr.skip(), gr.skip(), gr.skip()
+        yield from live_match(
+            encoder, *images, radius=BUDGETS[budget], rtol=_rtol(budget), stop=stop, time_limit=TIME_LIMIT, every=0.3,
+            max_evals=max(1, round(MAX_EVALS * EFFORTS[effort])),
+        )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise gr.Error(str(error), print_exception=False) from error
     finally:
-        _stops.pop(request.session_hash or "", None)
-    row = state.row or {}
-    limit = time.perf_counter() - begin > TIME_LIMIT
-    ended = "" if state.stage == "done" else f"Stopped after {state.num_evals:.0f} evaluations" + (
-        f": the limit is {TIME_LIMIT:.0f} s." if limit else "."
-    )  # fmt: skip
+        _stops.pop(session, None)
+
+
+def _rtol(budget: str) -> float:
+    return RTOL if BUDGETS[budget] is None else 1e-4
+
+
+@on_gpu
+def watch_match(
+    source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
+) -> Iterator[tuple[Any, ...]]:
+    """Match two photos, and show it while it is made."""
+    for state in _matching(source, target, model, budget, effort, request.session_hash or ""):
+        if state.stage not in ("done", "stopped"):
+            yield _live_view(state, _rtol(budget)), gr.skip(), gr.skip()
+    ended = ""
+    if state.stage == "stopped":
+        limit = f": the limit is {TIME_LIMIT:.0f} s" if state.seconds > TIME_LIMIT else ""
+        ended = f'<p class="verdict" role="status">Stopped after {state.num_evals:.0f} evaluations{limit}.</p>'
     view = (
-        (f'<p class="verdict">{ended}</p>' if ended else "")
-        + showviews.match_view(state.source, state.png, state.target, row)
-        + f'<div class="narrow"><h3 class="block-title">How it went ({state.seconds:.1f} s)</h3>'
-        + f"{showviews.curve_view(state.curve, rtol)}</div>"
+        f"{ended}{showviews.match_view(state.source, state.png, state.target, state.row or {})}"
+        f'<div class="narrow"><h3 class="block-title">How it went ({state.seconds:.1f} s)</h3>'
+        f"{showviews.curve_view(state.curve, _rtol(budget))}</div>"
     )
-    record = {"model": model, "stopped": state.stage == "stopped", **row}
-    files = file_of(state.png, "match.png"), file_of(json.dumps(record, indent=1).encode(), "row.json")
-    yield (
-        view,
-        gr.DownloadButton(value=files[0], visible=True),
-        gr.DownloadButton(value=files[1], visible=True),
-        record,
-    )
+    png, row = file_of(state.png, "match.png"), file_of(json.dumps(_record(state), indent=1).encode(), "row.json")
+    yield view, gr.DownloadButton(value=png, visible=True), gr.DownloadButton(value=row, visible=True)
 
 
-def _live_view(state, rtol: float) -> str:
+@on_gpu
+def make_match(
+    source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
+) -> tuple[str, dict[str, Any]]:
+    """Make an image that looks like the source photo and embeds as the target photo.
+
+    Args:
+        source: photo that the match shall look like.
+        target: photo whose embedding it shall have.
+        model: one of the checkpoints of this Space.
+        budget: how far each pixel may move.
+        effort: "quick" or "normal".
+        request: of the visitor; filled in by gradio.
+
+    Returns:
+        The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
+    """
+    *_, state = _matching(source, target, model, budget, effort, request.session_hash or "")
+    return file_of(state.png, "match.png"), _record(state)
+
+
+def _record(state: LiveMatch) -> dict[str, Any]:
+    return {"stopped": state.stage == "stopped", **(state.row or {})}
+
+
+def _live_view(state: LiveMatch, rtol: float) -> str:
     doing = {
         "match": "Looking for pixels that embed as the target …",
         "refine": "Now as an 8-bit PNG: single steps of one grey level …",
@@ -329,16 +348,10 @@ def try_tab() -> dict[str, Any]:
     paths = {item.id: file_of(_png(item.image), f"{item.id}.png") for item in photos}
     with gr.Row():
         with gr.Column(min_width=240):
-            source = gr.Image(
-                paths["cat"], label="Looks like this: the source", type="filepath", image_mode=None, sources=["upload"],
-                height=250, elem_id="source", buttons=[],
-            )  # fmt: skip
+            source = photo(paths["cat"], label="Looks like this: the source", elem_id="source")
             pick_source = gr.Dropdown(list(paths), value="cat", label="or one of these photos as the source")
         with gr.Column(min_width=240):
-            target = gr.Image(
-                paths["coffee"], label="Embeds as this: the target", type="filepath", image_mode=None,
-                sources=["upload"], height=250, elem_id="target", buttons=[],
-            )  # fmt: skip
+            target = photo(paths["coffee"], label="Embeds as this: the target", elem_id="target")
             pick_target = gr.Dropdown(list(paths), value="coffee", label="or one of these photos as the target")
         with gr.Column(min_width=260):
             model = gr.Dropdown(MODELS, value=MODELS[0], label="Checkpoint")
@@ -351,15 +364,14 @@ def try_tab() -> dict[str, Any]:
     with gr.Row():
         png = gr.DownloadButton("Download the PNG", visible=False, elem_id="png", size="sm")
         row = gr.DownloadButton("Download the numbers (JSON)", visible=False, elem_id="row", size="sm")
-    record = gr.JSON(visible=False)
     pick_source.change(paths.get, pick_source, source, api_visibility="private", show_progress="hidden")
     pick_target.change(paths.get, pick_target, target, api_visibility="private", show_progress="hidden")
-    go.click(
-        make_match, [source, target, model, budget, effort], [view, png, row, record], api_name="make_match",
-        api_description="Make an image that looks like the source photo and embeds as the target photo. Gives HTML, "
-        "the PNG, the row as a file, and the row.", concurrency_id="compute", concurrency_limit=WORKERS,
-        show_progress="minimal",
-    )  # fmt: skip
+    compute = {"concurrency_id": "compute", "concurrency_limit": WORKERS}
+    asked = [source, target, model, budget, effort]
+    go.click(watch_match, asked, [view, png, row], api_visibility="private", show_progress="minimal", **compute)
+    # the same for programs: hidden, its answer a file and numbers
+    answer = [gr.File(label="match", visible=False), gr.JSON(label="row", visible=False)]
+    gr.Button(visible=False).click(make_match, asked, answer, api_name="make_match", **compute)
     halt.click(stop_match, api_visibility="private", queue=False)
     return {"go": go}
 
@@ -478,13 +490,13 @@ def sensitivity_tab() -> list[Any]:
     moved = gr.HTML(elem_id="moved")
     with gr.Row():
         with gr.Column(min_width=300):
-            gr.HTML('<h3 class="block-title">How its constant was read</h3>')
+            gr.HTML('<h2 class="block-title">How its constant was read</h2>')
             ladder = gr.HTML()
         with gr.Column(min_width=300):
-            gr.HTML('<h3 class="block-title">Constants by kind of direction</h3>')
+            gr.HTML('<h2 class="block-title">Constants by kind of direction</h2>')
             constants = gr.HTML()
         with gr.Column(min_width=300):
-            gr.HTML('<h3 class="block-title">Spectrum of the Jacobian</h3>')
+            gr.HTML('<h2 class="block-title">Spectrum of the Jacobian</h2>')
             spectrum = gr.HTML()
 
     def show(image: str, direction: str, slider: float):
@@ -570,6 +582,13 @@ sees, have every number checked before your eyes, or make a match of your own.</
 THEME = gr.themes.Base(
     primary_hue="blue", neutral_hue="slate", font=["ui-sans-serif", "system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"], radius_size="md",
+).set(
+    # the colours of style.css, dark enough to be read by everyone
+    button_primary_background_fill="#1f5fbf", button_primary_background_fill_hover="#174a96",
+    button_primary_background_fill_dark="#2c66bd", button_primary_background_fill_hover_dark="#1f5fbf",
+    color_accent="#1f5fbf", body_text_color_subdued="#4b5a69", block_info_text_color="#4b5a69",
+    body_text_color_subdued_dark="#aab8c6", block_info_text_color_dark="#aab8c6", block_label_text_color="#16202b",
+    block_title_text_color="#16202b",
 )  # fmt: skip
 
 
@@ -600,7 +619,7 @@ def build_demo() -> gr.Blocks:
             gallery, key, view, verdict, note = show_dataset(dataset)
             if asked.get("pair"):
                 key = row_of(dataset, asked["pair"])["key"]
-                view = match_shown(dataset, key)
+                gallery, view = strip_of(dataset, key), match_shown(dataset, key)
             tab = asked.get("tab", "matches")
             return dataset, gallery, key, view, verdict, note, gr.Tabs(selected=tab)
 
