@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,10 +205,12 @@ def send(
         sent += sum(file.size for file in change.added[start : start + _GROUP])
     progress(total, total, "committing")
     operations: list[Any] = [*additions, *(CommitOperationDelete(path, is_folder=False) for path in change.deleted)]
-    return api.create_commit(
-        there.repo_id, operations, commit_message=message, commit_description=description, repo_type=kind,
-        revision=revision, create_pr=create_pr, parent_commit=there.head,
-    )  # fmt: skip
+    with warnings.catch_warnings():  # the app of a Space comes with results to show
+        warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+        return api.create_commit(
+            there.repo_id, operations, commit_message=message, commit_description=description, repo_type=kind,
+            revision=revision, create_pr=create_pr, parent_commit=there.head,
+        )  # fmt: skip
 
 
 def _addition(file: StagedFile) -> CommitOperationAdd:

@@ -122,8 +122,13 @@ def _bring_along(app: dict[str, bytes], package: Mapping[str, bytes], facts: str
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    """Path to content; without what running left there."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        inside.as_posix(): path.read_bytes()
+        for inside, path in found.items()
+        if not any(part.startswith((".", "__pycache__")) for part in inside.parts)
+    }
 
 
 def _fields(facts: str, name: str) -> list[str]:

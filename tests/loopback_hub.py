@@ -259,6 +259,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer in two writes would wait 40 ms for the acknowledgement of the first
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet."""

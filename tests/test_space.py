@@ -12,6 +12,7 @@ import time
 import tomllib
 import types
 import urllib.request
+import warnings
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -201,7 +202,9 @@ def test_a_new_space(hub):
 
 def test_with_the_real_app(hub, monkeypatch):
     monkeypatch.setattr(space, "app_of", app_of)
-    done = deploy_space(NAME, private=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of data files in a Space: the app comes with results
+        done = deploy_space(NAME, private=False)
     there = files(hub)
     assert done.files == len(done.uploaded) == len(there) - 1  # .gitattributes
     assert (
