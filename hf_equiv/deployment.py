@@ -30,7 +30,7 @@ class SpaceDeployment:
         changed: whether there was anything to commit or to set.
         commit: the commit that holds the app; None in a dry run.
         private: visibility afterwards.
-        hardware: what was asked for; None leaves that of the Space (cpu-basic for a new one).
+        hardware: what was asked for, now or earlier; None where the Hub does not say.
         variables: of the app, as they are afterwards.
         library: where the Space has hf_equiv from, in words.
         files: number of files of the deployment.
@@ -246,7 +246,8 @@ class Deployment:
         differs = there is None or self.wanted(there) != there.variables or seen != there.private
         return SpaceDeployment(
             repo_id=self.repo_id, url=self.url, made=there is None or there.made,
-            changed=bool(change.added or change.deleted) or differs, commit=None, private=seen, hardware=self.hardware,
+            changed=bool(change.added or change.deleted) or differs, commit=None, private=seen,
+            hardware=self.hardware or ("cpu-basic" if there is None else there.asked),
             variables=self.wanted(there), library=self.app.library, files=len(change.files),
             uploaded=tuple((file.path, file.size) for file in change.added), deleted=change.deleted,
             warnings=warnings, dry_run=dry_run,

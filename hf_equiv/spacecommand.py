@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 _MODULE = "hf_equiv_space_app"
 """Name of the app as a module: it lies in no package."""
-_SHOWN = 20
-"""Files listed by a dry run; the rest is counted."""
 
 
 def run(*, host: str, port: int, dataset: str | None, models: Sequence[str], share: bool) -> int:
@@ -85,6 +83,16 @@ def deploy(repo_id: str, *, as_json: bool, quiet: bool, wheel: Path | None, **gi
     return 0 if failed is None else 1
 
 
+def _by_folder(files: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """(number, bytes) of the files at the top and of the folders there."""
+    found: dict[str, tuple[int, int]] = {}
+    for path, count in sorted(files.items()):
+        top, slash, _ = path.partition("/")
+        number, total = found.get(top + slash, (0, 0))
+        found[top + slash] = (number + 1, total + count)
+    return found
+
+
 def _print(done: SpaceDeployment, out: Any) -> None:
     console = display.console_of(out)
 
@@ -97,12 +105,11 @@ def _print(done: SpaceDeployment, out: Any) -> None:
     if done.dry_run and done.changed:
         verb = "make the Space" if done.made else "bring the Space up to date"
         line("would do", f"{verb}; nothing was written")
-        for path, count in done.uploaded[:_SHOWN]:
-            console.print(f"  + {size(count):>8}  {path}", highlight=False, markup=False, soft_wrap=True)
-        if len(done.uploaded) > _SHOWN:
-            console.print(f"  … and {len(done.uploaded) - _SHOWN} more files", highlight=False, markup=False)
-        for path in done.deleted:
-            console.print(f"  -           {path}", highlight=False, markup=False, soft_wrap=True)
+        for sign, files in (("+", dict(done.uploaded)), ("-", dict.fromkeys(done.deleted, 0))):
+            for name, (number, total) in _by_folder(files).items():
+                amount = size(total) if sign == "+" else ""
+                shown = f"  {sign} {amount:>8}  {name}" + (f" ({number} files)" if number > 1 else "")
+                console.print(shown, highlight=False, markup=False, soft_wrap=True)
         line("in all", told)
     elif done.dry_run:
         line("would do", "nothing: the Space is as it should be")

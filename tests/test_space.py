@@ -490,6 +490,7 @@ def test_dry_run(hub, capsys):
     assert "would do:  make the Space; nothing was written" in out
     assert all(name in out for name in (*SMALL.files, f"{DATASET}=alice/results", f"{MODELS}=alice/vit", "t4-small"))
     assert "(private)" in out
+    assert "hardware:  t4-small" in out
     assert written(hub) == []
     assert ("spaces", NAME) not in hub.repos
     deploy_space(NAME, **GIVEN)
