@@ -1,5 +1,6 @@
 # make demo   install into .venv, then match two of the built-in photos
-# make test   install with the development tools, then run every test that needs no network, GPU or outside file
+# make test   install with the development tools, then run every test that needs no network, GPU or outside file; those
+#             that drive a browser are skipped where there is no Chromium
 # make check  lint, types, tests
 PYTHON ?= python3
 VENV   := .venv

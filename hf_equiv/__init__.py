@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_equiv.data import draw_pairs, load_images
+    from hf_equiv.deployment import SpaceDeployment
     from hf_equiv.directions import Directions, make_directions
     from hf_equiv.encoder import Encoder
     from hf_equiv.hub import publish_results
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from hf_equiv.report import Report, make_report
     from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
     from hf_equiv.solvers import LBFGS, Adam, GradientDescent
+    from hf_equiv.space import deploy_space
+    from hf_equiv.spacestage import SpaceError
     from hf_equiv.spectrum import SpectrumResult, jacobian_spectrum
     from hf_equiv.subspaces import RowSpace, patch_null_space, principal_angles, row_space
     from hf_equiv.verify import verify_run
@@ -50,9 +53,12 @@ __all__ = [
     "RegionalResult",
     "Report",
     "RowSpace",
+    "SpaceDeployment",
+    "SpaceError",
     "SpectrumResult",
     "Status",
     "WalkResult",
+    "deploy_space",
     "directional_lipschitz",
     "download_results",
     "draw_pairs",
@@ -110,6 +116,9 @@ _HOMES = {
     "load_results": "hubload",
     "Report": "report",
     "make_report": "report",
+    "SpaceDeployment": "deployment",
+    "SpaceError": "spacestage",
+    "deploy_space": "space",
 }
 
 

@@ -19,6 +19,7 @@ from hf_equiv.options import (
     run_options,
     source_options,
 )  # fmt: skip
+from hf_equiv.spacegroup import space
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,6 +36,8 @@ def cli() -> None:
     hf-equiv verify runs/match/builtin/1a2b3c4d     recompute every row from its PNG files
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches    to the Hub, as a private dataset
     hf-equiv report runs                            one page: the paper's claims, with intervals and controls
+    hf-equiv space run                              try it in a browser, on this machine
+    hf-equiv space deploy me/same-embedding         the same as a Space on the Hub
     hf-equiv env facebook/dinov2-small              what the checkpoint offers
 
     Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input.
@@ -310,6 +313,9 @@ def report(paths: tuple[str, ...], **given: Any) -> int:
     from hf_equiv import reportcommand
 
     return reportcommand.run(paths, **given)
+
+
+cli.add_command(space)
 
 
 @cli.command()

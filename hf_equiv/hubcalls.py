@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub import errors as hub_errors
@@ -14,11 +14,14 @@ from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-d
 
 from hf_equiv.hub_files import version
 
+S = TypeVar("S")
 T = TypeVar("T")
 Say = Callable[[str], None]
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 8.0, 16.0)
 """Seconds between tries."""
+WORDS = {"dataset": "dataset", "space": "Space", "model": "model"}
+"""What kinds of repository are called."""
 LONGEST_WAIT = 310.0
 """The most that a rate limit is waited for: its window is five minutes."""
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
@@ -31,18 +34,29 @@ def api_of(token: str | bool | None) -> HfApi:
 
 
 def check_dataset_id(repo_id: str) -> str:
-    """Refuse what cannot be the name of a dataset.
+    """Refuse what cannot be the name of a dataset; returns `USER/NAME`, without a leading `datasets/`."""
+    return check_repo_id(repo_id, "dataset", otherwise="results are published as datasets")
+
+
+def check_repo_id(repo_id: str, kind: str, *, otherwise: str, argument: str = "repo_id") -> str:
+    """Refuse what cannot be the name of a repository of this kind.
+
+    Args:
+        repo_id: what was given.
+        kind: `dataset`, `space` or `model`.
+        otherwise: said of the name of a repository of another kind.
+        argument: what the caller calls it.
 
     Returns:
-        `USER/NAME`, without a leading `datasets/`.
+        `USER/NAME`, without a leading `datasets/`, `spaces/` or `models/`.
 
     Raises:
         ValueError: it is no such name.
     """
-    name = repo_id.removeprefix("datasets/") if repo_id.count("/") == 2 else repo_id
-    wanted = f"`repo_id` must be the name of a dataset, USER/NAME; got {repo_id!r}."
-    if name.startswith(("spaces/", "models/")):
-        raise ValueError(f"{wanted} That is a {name.split('/')[0][:-1]}: results are published as datasets.")
+    name = repo_id.removeprefix(f"{kind}s/") if repo_id.count("/") == 2 else repo_id
+    wanted = f"`{argument}` must be the name of a {WORDS[kind]}, USER/NAME; got {repo_id!r}."
+    if name.count("/") == 2 and name.startswith(("spaces/", "models/", "datasets/")):
+        raise ValueError(f"{wanted} That is a {name.split('/')[0][:-1]}: {otherwise}.")
     try:
         validate_repo_id(name)
     except hub_errors.HFValidationError:
@@ -52,15 +66,19 @@ def check_dataset_id(repo_id: str) -> str:
     return name
 
 
-def require_token(token: str | bool | None) -> None:
+def require_token(token: str | bool | None, what: str = "publishing") -> None:
     """Refuse to write without a token.
+
+    Args:
+        token: as it was given; None for the one of the login.
+        what: what needs it.
 
     Raises:
         LocalTokenNotFoundError: there is none.
     """
     if token is False or (not isinstance(token, str) and get_token() is None):
         raise hub_errors.LocalTokenNotFoundError(
-            "publishing needs a token of the Hub and there is none. Log in with `hf auth login`, or set HF_TOKEN."
+            f"{what} needs a token of the Hub and there is none. Log in with `hf auth login`, or set HF_TOKEN."
         )
 
 
@@ -83,6 +101,31 @@ def patiently(call: Callable[[], T], say: Say, what: str) -> T:
                 raise
             pause(error, wait, say, what)
     return call()
+
+
+def persist(look: Callable[[], S], attempt: Callable[[S], T], say: Say, what: str) -> T:
+    """Look how things stand and act upon it until it is done, looking anew after each failure that may pass.
+
+    So a commit whose answer was lost is found, and one that somebody else has made in between is built upon.
+
+    Args:
+        look: reads the state; patient by itself.
+        attempt: acts on a state, and is done when it returns.
+        say: told before each wait.
+        what: the attempt in words.
+
+    Returns:
+        What the attempt returns; its last error is raised when no try was left.
+    """
+    for wait in WAITS:
+        state = look()
+        try:
+            return attempt(state)
+        except Exception as error:
+            if not passes(error):
+                raise
+            pause(error, wait, say, what)
+    return attempt(look())
 
 
 def pause(error: BaseException, wait: float, say: Say, what: str) -> None:
@@ -141,45 +184,46 @@ def _asked_wait(error: BaseException) -> float:
 
 @contextmanager
 def explained(
-    repo_id: str, *, revision: str | None = None, write: bool = False, token: str | bool | None = None
-) -> Iterator[None]:
-    """Re-raise what the Hub client raises about a dataset under the same name, with a message that says what to do."""
+    repo_id: str, *, kind: str = "dataset", revision: str | None = None, write: bool = False,
+    token: str | bool | None = None,
+) -> Iterator[None]:  # fmt: skip
+    """Re-raise what the Hub client raises about a repository under the same name, and say what to do."""
     try:
         yield
     except hub_errors.LocalTokenNotFoundError:
         raise
     except hub_errors.GatedRepoError as error:
         told = (
-            f"'{repo_id}' is gated. Ask for access at {constants.ENDPOINT}/datasets/{repo_id}, then log in with "
+            f"'{repo_id}' is gated. Ask for access at {constants.ENDPOINT}/{kind}s/{repo_id}, then log in with "
             "`hf auth login`."
         )
         raise _same(error, told) from None
     except hub_errors.RepositoryNotFoundError as error:
-        raise _same(error, _not_found(repo_id, write=write)) from None
+        raise _same(error, _not_found(repo_id, kind, write=write)) from None
     except hub_errors.RevisionNotFoundError as error:
-        told = f"`revision` must exist in the dataset '{repo_id}'; got {revision!r}. Use a branch, a tag or a commit."
+        told = f"`revision` must exist in the {WORDS[kind]} '{repo_id}'; got {revision!r}. Use a branch, tag or commit."
         raise _same(error, told) from None
     except hub_errors.HfHubHTTPError as error:
-        raise _same(error, _refused(repo_id, error, token, write=write)) from None
+        raise _same(error, _refused(repo_id, kind, error, token, write=write)) from None
     except hub_errors.LocalEntryNotFoundError as error:
-        raise hub_errors.LocalEntryNotFoundError(_unreachable(repo_id, write=write)) from error
+        raise hub_errors.LocalEntryNotFoundError(_unreachable(repo_id, kind, write=write)) from error
     except (hub_errors.OfflineModeIsEnabled, *_CUT) as error:
-        raise ConnectionError(_unreachable(repo_id, write=write)) from error
+        raise ConnectionError(_unreachable(repo_id, kind, write=write)) from error
     except RuntimeError as error:  # what the client raises about an upload, around the cause
         if not passes(error):
             raise
-        raise ConnectionError(_unreachable(repo_id, write=write, cause=brief(error))) from error
+        raise ConnectionError(_unreachable(repo_id, kind, write=write, cause=brief(error))) from error
 
 
 def _same(error: hub_errors.HfHubHTTPError, message: str) -> hub_errors.HfHubHTTPError:
     return type(error)(message, response=error.response)
 
 
-def _not_found(repo_id: str, *, write: bool) -> str:
+def _not_found(repo_id: str, kind: str, *, write: bool) -> str:
     if write:
         return (
-            f"`repo_id` must be a dataset that you can see; the Hub shows you none at '{repo_id}'. Check the name; for "
-            "a private one log in with `hf auth login`."
+            f"`repo_id` must be a {WORDS[kind]} that you can see; the Hub shows you none at '{repo_id}'. Check the "
+            "name; for a private one log in with `hf auth login`."
         )
     other = _other_kind(repo_id)
     if other is not None:
@@ -201,41 +245,50 @@ def _other_kind(repo_id: str) -> str | None:
     return None
 
 
-def _refused(repo_id: str, error: hub_errors.HfHubHTTPError, token: str | bool | None, *, write: bool) -> str:
+def _refused(repo_id: str, kind: str, error: hub_errors.HfHubHTTPError, token: Any, *, write: bool) -> str:
     status = error.response.status_code
     said = " ".join((error.server_message or "").split()).rstrip(".")
     if status == 401:
         return "the Hub does not accept the token. Log in again with `hf auth login`, or set HF_TOKEN to a valid one."
     if status == 403 and write:
-        return f"you may not write to '{repo_id}': {_why_forbidden(repo_id, said, token)}"
+        return f"you may not write to '{repo_id}': {_why_forbidden(repo_id, kind, said, token)}"
+    if status == 402 and kind == "space":
+        return (
+            f"the Hub wants to be paid for '{repo_id}' (HTTP 402{': ' + said if said else ''}). Free accounts get "
+            "`hardware='cpu-basic'`, and some no Gradio Space at all: then deploy from a PRO account or a paying "
+            "organisation."
+        )
     if passes(error):
         return f"the Hub did not answer for '{repo_id}' in {len(WAITS) + 1} tries (HTTP {status}). Try again later."
     return f"the Hub refused the request for '{repo_id}' (HTTP {status}{': ' + said if said else ''})."
 
 
-def _why_forbidden(repo_id: str, said: str, token: str | bool | None) -> str:
+def _why_forbidden(repo_id: str, kind: str, said: str, token: str | bool | None) -> str:
     """Token, role or owner: the Hub tells whose token it is and what that may do."""
     owner, tokens = repo_id.split("/")[0], f"{constants.ENDPOINT}/settings/tokens"
-    propose = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`."
+    propose, use = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`.", "Publish as"
+    if kind == "space":
+        propose, use = "", "Deploy to"
     try:
         me = api_of(token).whoami()
     except (OSError, httpx.HTTPError):
-        return f"the Hub says: {said or 'forbidden'}. {propose}"
+        return f"the Hub says: {said or 'forbidden'}. {propose}".rstrip()
     user, roles = me["name"], {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return f"the token can only read. Make a write token at {tokens} and log in with it: `hf auth login`."
     if owner == user:
         return f"the token lacks that right ({said or 'forbidden'}). Make a write token at {tokens}."
     if owner in roles:
-        return f"your role in '{owner}' is '{roles[owner]}'. Ask its owners for the role 'write'. {propose}"
-    return f"'{owner}' is neither you nor an organisation of yours. Publish as '{user}/NAME'. {propose}"
+        return f"your role in '{owner}' is '{roles[owner]}'. Ask its owners for the role 'write'. {propose}".rstrip()
+    return f"'{owner}' is neither you nor an organisation of yours. {use} '{user}/NAME'. {propose}".rstrip()
 
 
-def _unreachable(repo_id: str, *, write: bool, cause: str = "") -> str:
+def _unreachable(repo_id: str, kind: str, *, write: bool, cause: str = "") -> str:
     if constants.HF_HUB_OFFLINE:
         why, cure = "HF_HUB_OFFLINE=1 is set", "Unset it"
     else:
         why, cure = cause or f"{constants.ENDPOINT} cannot be reached", "Check the network and try again"
     if write:
-        return f"'{repo_id}' was not published: {why}. {cure}; what was uploaded already is not sent twice."
+        done = "deployed" if kind == "space" else "published"
+        return f"'{repo_id}' was not {done}: {why}. {cure}; what was uploaded already is not sent twice."
     return f"'{repo_id}' is no folder here, its files are not all in the cache, and {why}. {cure}."

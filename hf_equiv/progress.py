@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from hf_equiv.display import cut, to_stderr
+from hf_equiv.display import cut, size, to_stderr
 from hf_equiv.wording import in_flags
 
 if TYPE_CHECKING:
@@ -195,3 +204,28 @@ def staged_counter(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] |
                 bars.update(tasks[what], completed=done, total=total)
 
             yield bar
+
+
+@contextlib.contextmanager
+def transfer(*, quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show the bytes sent on a terminal, and lines elsewhere."""
+    if quiet:
+        yield lambda done, total, now: None
+    elif sys.stderr.isatty():
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
+            console=Console(stderr=True), transient=True,
+        ) as bars:  # fmt: skip
+            task = bars.add_task(what, total=None)
+
+            def show(done: int, total: int, now: str) -> None:
+                if total:
+                    bars.update(task, description=now, completed=done, total=total)
+                else:
+                    bars.update(task, description=now)
+
+            yield show
+    else:
+        yield lambda done, total, now: to_stderr(
+            f"{now}: {size(done)} of {size(total)}" if total and done < total else now
+        )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 
-from hf_equiv.hubcalls import WAITS, passes, patiently, pause
+from hf_equiv.hubcalls import patiently, persist
 from hf_equiv.licences import PhotoRights, how_to_change
 from hf_equiv.publishing import CARD, LocalRun, StagedFile, is_withheld
 from hf_equiv.repository import KIND, Change, Progress, Repository, plan_change, read_repository, send
@@ -153,26 +153,23 @@ class Publication:
         """Commit until it is done; returns (change, commit, pull request, whether anything was to do)."""
         change: Change | None = None
         tried = False
-        for wait in (*WAITS, None):
-            there = self.call(self.look, "reading the dataset")  # again after each failure: it may be ours by now
-            try:
-                now = plan_change(there, self.run, self.rights)
-                if not now.added and not now.deleted:  # nothing to do, or done by a try whose answer was lost
-                    return (change if tried and change else now), str(there.head), None, tried
-                change = now
-                if self.create_pr and (proposed := self._proposed()) is not None:
-                    return change, *proposed, tried
-                tried = True
-                made = send(
-                    self.api, there, change, message=self.message or self._title(change), description=self._mark(),
-                    revision=self.revision, create_pr=self.create_pr, progress=self.progress,
-                )  # fmt: skip
-                return change, made.oid, made.pr_url, True
-            except Exception as error:
-                if wait is None or not passes(error):
-                    raise
-                pause(error, wait, self.say, "publishing")
-        raise AssertionError("unreachable")  # the last try returns or raises
+
+        def attempt(there: Repository) -> tuple[Change, str, str | None, bool]:
+            nonlocal change, tried
+            now = plan_change(there, self.run, self.rights)
+            if not now.added and not now.deleted:  # nothing to do, or done by a try whose answer was lost
+                return (change if tried and change else now), str(there.head), None, tried
+            change = now
+            if self.create_pr and (proposed := self._proposed()) is not None:
+                return change, *proposed, tried
+            tried = True
+            made = send(
+                self.api, there, change, message=self.message or self._title(change), description=self._mark(),
+                revision=self.revision, create_pr=self.create_pr, progress=self.progress,
+            )  # fmt: skip
+            return change, made.oid, made.pr_url, True
+
+        return persist(lambda: self.call(self.look, "reading the dataset"), attempt, self.say, "publishing")
 
     def _title(self, change: Change) -> str:
         return f"{'Update' if change.update else 'Add'} {self.run.name}"

@@ -48,7 +48,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
         ValueError: the YAML header of the previous card cannot be read.
     """
     made, earlier = _facts(runs), _facts(before) if before else {}
-    there, text = _split(previous or "")
+    there, text = split_header(previous or "")
     facts = dict(there)
     for key, value in made.items():
         if key == "tags":
@@ -63,18 +63,22 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
     for key in ("license",):  # no run's any more, and not the owner's word
         if key in facts and key not in made and there[key] == earlier.get(key):
             del facts[key]
+    block = f"{START}\n\n{card_text(repo_id, runs)}\n{END}"
+    text = put_block(text, block, "the dataset")
+    return f"---\n{DatasetCardData(**facts).to_yaml()}\n---\n{text}"
+
+
+def put_block(text: str, block: str, where: str) -> str:
+    """Put the generated part into a text without header: in place of an earlier one, else at the end."""
     if text.count("<!-- hf_equiv: from here ") != text.count(END):
         raise ValueError(
-            "README.md of the dataset must have as many end marks as start marks of the part that publishing writes "
+            f"README.md of {where} must have as many end marks as start marks of the part that is written anew "
             f"({END}). Restore the missing one on the Hub, then publish again."
         )
-    block = f"{START}\n\n{card_text(repo_id, runs)}\n{END}"
     found = _BLOCK.search(text)
     if found is not None:
-        text = text[: found.start()] + block + text[found.end() :]
-    else:
-        text = (text.rstrip() + "\n\n" if text.strip() else "\n") + block + "\n"
-    return f"---\n{DatasetCardData(**facts).to_yaml()}\n---\n{text}"
+        return text[: found.start()] + block + text[found.end() :]
+    return (text.rstrip() + "\n\n" if text.strip() else "\n") + block + "\n"
 
 
 def generated_text(content: str) -> str | None:
@@ -85,18 +89,19 @@ def generated_text(content: str) -> str | None:
 
 def header(content: str) -> dict[str, Any]:
     """The YAML header of a card."""
-    return _split(content)[0]
+    return split_header(content)[0]
 
 
-def _split(content: str) -> tuple[dict[str, Any], str]:
+def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, Any], str]:
+    """The YAML header of a card, and the text below it."""
     if not re.match(r"\s*---\s*\r?\n", content):
         return {}, content
     try:
         parsed = DatasetCard(content)
     except Exception as error:  # whatever YAML raises
         raise ValueError(
-            f"the YAML header of README.md in the dataset cannot be read ({type(error).__name__}). Correct it on the "
-            "Hub, then publish again."
+            f"the YAML header of README.md in {where} cannot be read ({type(error).__name__}). Correct it on the Hub, "
+            "then publish again."
         ) from None
     return parsed.data.to_dict(), parsed.text
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-from hf_equiv import display, environment
+from hf_equiv import display, environment, progress
+from hf_equiv.display import size
 from hf_equiv.wording import in_flags
 
 if TYPE_CHECKING:
@@ -28,48 +24,13 @@ def run(directory: Path, repo_id: str, *, as_json: bool, quiet: bool, **given: A
         from hf_equiv.hub import publish_results
 
         environment.calm(quiet=True)  # one bar, ours
-        with _progress(quiet=as_json or quiet) as report:
+        with progress.transfer(quiet=as_json or quiet, what="publishing") as report:
             done = publish_results(directory, repo_id, progress=report, **given)
         if as_json:
             display.print_json(asdict(done), out)
         elif not quiet:
             _print(done, out)
     return 0
-
-
-@contextlib.contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Show the bytes sent on a terminal, and lines elsewhere."""
-    if quiet:
-        yield lambda done, total, what: None
-    elif sys.stderr.isatty():
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
-            console=Console(stderr=True), transient=True,
-        ) as bars:  # fmt: skip
-            task = bars.add_task("publishing", total=None)
-
-            def show(done: int, total: int, what: str) -> None:
-                if total:
-                    bars.update(task, description=what, completed=done, total=total)
-                else:
-                    bars.update(task, description=what)
-
-            yield show
-    else:
-        yield lambda done, total, what: display.to_stderr(
-            f"{what}: {size(done)} of {size(total)}" if total and done < total else what
-        )
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
 def _print(done: Published, out: Any) -> None:

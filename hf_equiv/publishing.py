@@ -236,7 +236,12 @@ def _staged(place: str, name: str, content: Path | bytes, digest: str | None) ->
 
 def text_file(path: str, text: str) -> StagedFile:
     """A file of text."""
-    return _staged("", path, text.encode(), None)
+    return bytes_file(path, text.encode())
+
+
+def bytes_file(path: str, data: bytes) -> StagedFile:
+    """A file that is in memory."""
+    return _staged("", path, data, None)
 
 
 def place_of_file(path: str) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,22 +89,29 @@ def read_repository(api: HfApi, repo_id: str, head: str) -> Repository:
     Raises:
         ValueError: a `run.json` in it is damaged, or it holds other files than runs.
     """
-    files: dict[str, str] = {}
-    for entry in api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=KIND):
-        if isinstance(entry, RepoFile):
-            files[entry.path] = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+    files = read_tree(api, repo_id, head, KIND)
     runs: dict[str, Row] = {}
     for path in files:
         place = place_of_file(path)
         if place is not None and path.endswith(rundir.RECORD):
-            runs[place] = _record(repo_id, path, _text(api, repo_id, path, head))
+            runs[place] = _record(repo_id, path, read_text(api, repo_id, path, head, KIND))
     check_repository(repo_id, files, runs)
-    card = _text(api, repo_id, CARD, head) if CARD in files else None
+    card = read_text(api, repo_id, CARD, head, KIND) if CARD in files else None
     return Repository(repo_id, head, files, runs, card)
 
 
-def _text(api: HfApi, repo_id: str, path: str, head: str) -> str:
-    local = api.hf_hub_download(repo_id, path, repo_type=KIND, revision=head)
+def read_tree(api: HfApi, repo_id: str, head: str, kind: str) -> dict[str, str]:
+    """For each path at a commit the SHA-256 of an LFS object, or the git id of a plain file."""
+    files: dict[str, str] = {}
+    for entry in api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=kind):
+        if isinstance(entry, RepoFile):
+            files[entry.path] = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+    return files
+
+
+def read_text(api: HfApi, repo_id: str, path: str, head: str, kind: str) -> str:
+    """A file of text at a commit."""
+    local = api.hf_hub_download(repo_id, path, repo_type=kind, revision=head)
     return Path(local).read_text(encoding="utf-8", errors="replace")
 
 
@@ -150,16 +158,21 @@ def plan_change(there: Repository, run: LocalRun, rights: PhotoRights) -> Change
             runs[""] = {**root, "card": "dataset", "files": hashes}
             staged.append(text_file(rundir.RECORD, record_text(runs[""])))
     files = [*staged, text_file(CARD, publishcard.dataset_card(there.repo_id, runs, previous, there.runs))]
-    added = [f for f in files if f.path not in there.files or there.files[f.path] not in (f.sha256, f.git_oid())]
+    added = differing(files, there.files)
     wanted = {f.path for f in files}
     earlier = {f"{place}/{name}" if place else name for name in there.runs.get(place, {}).get("files", ())}
     deleted = [path for path in there.files if path in earlier and path not in wanted]  # what others put there stays
     return Change(place, record, tuple(files), tuple(added), tuple(sorted(deleted)), place in there.runs)
 
 
+def differing(files: Iterable[StagedFile], there: Mapping[str, str]) -> list[StagedFile]:
+    """The files that are not there yet, or not as they should be."""
+    return [f for f in files if f.path not in there or there[f.path] not in (f.sha256, f.git_oid())]
+
+
 def send(
     api: HfApi, there: Repository, change: Change, *, message: str, description: str, revision: str, create_pr: bool,
-    progress: Progress,
+    progress: Progress, kind: str = KIND,
 ) -> CommitInfo:  # fmt: skip
     """Upload what is large, then make the one commit on top of the commit that was read.
 
@@ -172,6 +185,7 @@ def send(
         revision: branch.
         create_pr: open a pull request instead.
         progress: called with (bytes sent, bytes in total, what is being done).
+        kind: of the repository.
 
     Returns:
         What the Hub says of the commit.
@@ -185,16 +199,18 @@ def send(
         progress(sent, total, "uploading")
         group = additions[start : start + _GROUP]
         api.preupload_lfs_files(
-            there.repo_id, group, repo_type=KIND, revision=revision, create_pr=create_pr, free_memory=False,
+            there.repo_id, group, repo_type=kind, revision=revision, create_pr=create_pr, free_memory=False,
             gitignore_content="",  # a .gitignore of the owner must not leave out a part of the run
         )  # fmt: skip
         sent += sum(file.size for file in change.added[start : start + _GROUP])
     progress(total, total, "committing")
     operations: list[Any] = [*additions, *(CommitOperationDelete(path, is_folder=False) for path in change.deleted)]
-    return api.create_commit(
-        there.repo_id, operations, commit_message=message, commit_description=description, repo_type=KIND,
-        revision=revision, create_pr=create_pr, parent_commit=there.head,
-    )  # fmt: skip
+    with warnings.catch_warnings():  # the app of a Space comes with results to show
+        warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+        return api.create_commit(
+            there.repo_id, operations, commit_message=message, commit_description=description, repo_type=kind,
+            revision=revision, create_pr=create_pr, parent_commit=there.head,
+        )  # fmt: skip
 
 
 def _addition(file: StagedFile) -> CommitOperationAdd:

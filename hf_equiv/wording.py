@@ -11,11 +11,15 @@ NAMES = (
     "cache_dir", "local_files_only", "limit", "k", "vectors", "directions", "radii", "regional", "linearity", "heading",
     "step", "num_steps", "create_pr", "license", "i_have_the_right", "withhold_photos", "collection",
     "compile", "streaming",
-    "transfer", "label_data",
+    "transfer", "label_data", "dataset", "hardware", "wheel", "force", "timeout",
 )  # fmt: skip
 """Keywords that are flags with the same name."""
 
-_FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES} | {"model_id": "MODEL", "repo_id": "USER/NAME"}
+_FLAGS = {name: "--" + name.replace("_", "-") for name in NAMES} | {
+    "model_id": "MODEL",
+    "repo_id": "USER/NAME",
+    "models": "--model",
+}
 _PHRASES = (
     (" must be None", " must be left out"),
     (", or pass `token=False`", ""),

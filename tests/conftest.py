@@ -1,5 +1,7 @@
+import importlib.util
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +23,17 @@ os.environ |= {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of marker `browser` run by default, and say why where they cannot."""
+    missing = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+    missing += [] if shutil.which("chromium") else ["chromium (apt-get install chromium)"]
+    if missing:
+        skip = pytest.mark.skip(reason=f"needs {', '.join(missing)}")
+        for item in items:
+            if item.get_closest_marker("browser") is not None:
+                item.add_marker(skip)
 
 
 @pytest.fixture

@@ -94,7 +94,10 @@ class Repo:
     discussions: list[dict[str, Any]] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
-    stages: list[str] = field(default_factory=lambda: ["RUNNING"])
+    stages: list[str] = field(default_factory=lambda: ["RUNNING"])  # of a Space, one for each question; the last stays
+    hardware: str = "cpu-basic"
+    running: str | None = None  # the commit that a Space runs, or tried to
+    runtime: dict[str, Any] = field(default_factory=dict)  # said besides
 
     def at(self, revision: str) -> Commit:
         """The commit of a branch, tag, ref or (short) sha."""
@@ -150,6 +153,8 @@ class Hub:
         repos: by (kind, "owner/name").
         objects: LFS objects by SHA-256.
         log: (method, raw path, token or None, user agent) of every request.
+        builds: stages that a Space goes through after a commit or a restart.
+        pays: whether accounts may have hardware that must be paid, and Gradio Spaces.
         page: entries of one page of a tree.
         cdn: address that LFS downloads are sent to, of another origin; None serves them directly.
         xet: folder of the local Xet store; None without.
@@ -171,6 +176,8 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, str | None, str]] = []
         self.ids = itertools.count(1)
+        self.builds = ["BUILDING", "APP_STARTING", "RUNNING"]
+        self.pays: bool | None = False  # None: not even for a Gradio Space on free hardware
 
     def start(self) -> Hub:
         """Serve from a thread that ends with the process."""
@@ -252,6 +259,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer in two writes would wait 40 ms for the acknowledgement of the first
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet."""
@@ -432,6 +440,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if repo is not None:
             raise HubError(409, f"You already created this {kind[:-1]} repo", url=self.hub.url(repo))
         repo = Repo(kind, name, asked.get("visibility") == "private", sdk=asked.get("sdk"))
+        if kind == "spaces":
+            self._ask_hardware(repo, asked.get("hardware", "cpu-basic"))
+            repo.stages = ["NO_APP_FILE"]
         first = {".gitattributes": Blob(b"*.parquet filter=lfs diff=lfs merge=lfs -text\n")}
         if kind == "spaces":
             first["README.md"] = Blob(f"---\nsdk: {asked['sdk']}\n---\n".encode())
@@ -502,7 +513,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "tags": card.get("tags", []), "cardData": card, "siblings": siblings,
         }  # fmt: skip
         if repo.kind == "spaces":
-            facts |= {"sdk": repo.sdk, "runtime": self._runtime(repo)}
+            facts |= {"sdk": repo.sdk, "runtime": self._runtime(repo, repo.stages[0])}
         return facts
 
     def _entry(self, path: str, blob: Blob) -> dict[str, Any]:
@@ -658,6 +669,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             ref = repo.branch(revision)
         commit = repo.put(ref, files, title, more, str(self.user))
+        if repo.kind == "spaces" and ref == "refs/heads/main" and "PAUSED" not in repo.stages:
+            repo.stages = list(self.hub.builds)
         return answer | {"commitOid": commit.sha, "commitUrl": f"{self.hub.url(repo)}/commit/{commit.sha}"}
 
     def _batch(self, repo: Repo) -> Any:
@@ -727,14 +740,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             }
         }  # fmt: skip
 
-    def _runtime(self, repo: Repo) -> Any:
-        stage = repo.stages.pop(0) if len(repo.stages) > 1 else repo.stages[0]
-        hardware = {"current": "cpu-basic", "requested": "cpu-basic"}
-        return {"stage": stage, "hardware": hardware, "gcTimeout": 172800, "replicas": {"current": 1, "requested": 1}}
+    def _runtime(self, repo: Repo, stage: str) -> Any:
+        hardware = {"current": repo.hardware, "requested": repo.hardware}
+        if len(repo.stages) == 1:
+            repo.running = repo.at("main").sha
+        facts = {"stage": stage, "hardware": hardware, "gcTimeout": 172800, "sha": repo.running}
+        return facts | {"replicas": {"current": 1, "requested": 1}} | repo.runtime
+
+    def _ask_hardware(self, repo: Repo, flavor: str) -> None:
+        if self.hub.pays is None or (flavor != "cpu-basic" and not self.hub.pays):
+            raise HubError(402, "Payment required: add a payment method or subscribe to PRO.")
+        repo.hardware = flavor
 
     def _space(self, repo: Repo, verb: str) -> Any:
-        if verb in ("runtime", "restart", "hardware"):
-            return self._runtime(repo)
+        if verb == "runtime":
+            stage = repo.stages.pop(0) if len(repo.stages) > 1 else repo.stages[0]
+            return self._runtime(repo, stage)
+        if verb in ("restart", "hardware"):
+            repo = self._writable(repo.kind, repo.name)
+            if verb == "hardware":
+                self._ask_hardware(repo, json.loads(self.body)["flavor"])
+            repo.stages = list(self.hub.builds)
+            return self._runtime(repo, repo.stages[0])
         repo = self._writable(repo.kind, repo.name)
         values = repo.variables if verb == "variables" else repo.secrets
         if self.command == "POST":

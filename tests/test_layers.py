@@ -43,7 +43,7 @@ RUN += ["work", "run"]
 ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
 ANALYSES += ["walkplots", "geometryrun"]
 HUB = ["hubcalls", "licences", "publishing", "publishcard", "repository", "publication", "hub"]
-HUB += ["hubload"]
+HUB += ["spacefiles", "deployment", "spacestage", "space", "hubload"]
 PLOTS = ["plots", "geometryplots", "walkplots", "reportfigures"]
 VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "withheldcheck", "recordedmodel"]
 VERIFY += ["verify", "datasetcheck"]
@@ -52,7 +52,7 @@ REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "rep
 REPORT += ["reportmatches", "reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
 SHOW = ["svgcharts", "live", "along", "showwords", "showcase", "showviews", "geometryviews"]
 COMMANDS = ["wording", "environment", "display", "progress", "matchcommand", "geometrytables", "geometrycommand"]
-COMMANDS += ["publishcommand", "reportcommand", "options", "cli", "__main__"]
+COMMANDS += ["publishcommand", "spacecommand", "reportcommand", "options", "spacegroup", "cli", "__main__"]
 ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *HUB, *VERIFY, *REPORT]
 ORDER += [*SHOW, *COMMANDS]
 
@@ -68,8 +68,8 @@ HOMES = {
     "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportgallery", "reportmatches", "reportgeometry"],
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,
-    "click": ["options", "cli"],
-    "rich": ["display", "progress", "geometrytables", "publishcommand"],
+    "click": ["options", "spacegroup", "cli"],
+    "rich": ["display", "progress", "geometrytables"],
 }
 DISTRIBUTIONS = {"PIL": "pillow"}
 

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
 from hf_equiv.cli import cli
@@ -39,7 +40,10 @@ def test_python_runs(text, tmp_path):
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "hf-equiv"], ids=" ".join)
 def test_commands_parse(words):
-    cli.commands[words[1]].make_context(words[1], words[2:])  # unknown flags and bad values raise
+    command: click.Command = cli
+    while isinstance(command, click.Group):
+        command, words = command.commands[words[1]], words[1:]
+    command.make_context(words[0], words[1:])  # unknown flags and bad values raise
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "make"], ids=" ".join)
