@@ -252,6 +252,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body of an answer waits 40 ms for the client to confirm its head
+    wbufsize = -1
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet."""
