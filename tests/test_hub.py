@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fakes import TinyEncoder, save_photos
-from hubcases import NAME, at_root, contents, make_runs, record_of, reseal, titles
+from hubcases import NAME, at_root, contents, record_of, reseal, surroundings, titles
 from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
 from tiny_models import save
@@ -35,12 +34,6 @@ from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.publishcard import END, START, command_of, dataset_card, header
 from hf_equiv.run import run_match
 from hf_equiv.shards import read_rows
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """Finished runs, not to be changed."""
-    return make_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)
@@ -490,14 +483,9 @@ def test_what_is_not_all_in_the_cache(hub, runs, tmp_path):
 
 
 def _process(script: str, home: Path, endpoint: str, **environment: str) -> Any:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    settings = {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[1]),
-    }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", script], env=kept | settings | environment, capture_output=True, text=True,
-        check=False, timeout=200,
+        [sys.executable, "-c", script], env=surroundings(home, endpoint, **environment), capture_output=True,
+        text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "hf_alice" not in done.stdout + done.stderr
