@@ -10,8 +10,9 @@ from huggingface_hub import HfApi
 
 from hf_equiv.hubcalls import api_of, check_dataset_id, explained, require_token
 from hf_equiv.licences import FREE, PhotoRights, photo_rights
+from hf_equiv.localrun import LocalRun, read_run
 from hf_equiv.publication import MAIN, Publication, Published
-from hf_equiv.publishing import LocalRun, is_withheld, read_run
+from hf_equiv.publishing import is_withheld
 from hf_equiv.repository import KIND, Progress
 
 _SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")

@@ -12,7 +12,8 @@ from huggingface_hub import errors as hub_errors
 
 from hf_equiv.hubcalls import WAITS, passes, patiently, pause
 from hf_equiv.licences import PhotoRights, how_to_change
-from hf_equiv.publishing import CARD, LocalRun, StagedFile, is_withheld
+from hf_equiv.localrun import CARD, LocalRun
+from hf_equiv.publishing import StagedFile, is_withheld
 from hf_equiv.repository import KIND, Change, Progress, Repository, plan_change, read_repository, send
 
 T = TypeVar("T")

@@ -142,7 +142,7 @@ def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
         if (folder / rundir.RECORD).is_file():
             inside = [folder, *sorted(p.parent for p in folder.glob(f"runs/*/{rundir.RECORD}"))]
         else:
-            inside = sorted(p.parent for p in folder.rglob(rundir.RECORD) if not _hidden(p, folder))
+            inside = rundir.folders_in(folder)
         if not inside:
             raise ValueError(
                 f"{name!r} must be a run directory or a folder of them; it has no {rundir.RECORD}, nor has any folder "
@@ -258,7 +258,3 @@ def _changed(folder: Path, digests: dict[str, str]) -> tuple[str, ...]:
     """Rows and float files that are not as the record states; the card and the figures hold no number of a report."""
     names = sorted(name for name in digests if name.endswith((".parquet", ".safetensors")))
     return tuple(n for n in names if not (folder / n).is_file() or shards.sha256_file(folder / n) != digests[n])
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)

@@ -13,9 +13,8 @@ from huggingface_hub.hf_api import CommitInfo, RepoFile
 
 from hf_equiv import publishcard, rundir
 from hf_equiv.licences import PhotoRights
+from hf_equiv.localrun import CARD, LocalRun
 from hf_equiv.publishing import (
-    CARD,
-    LocalRun,
     StagedFile,
     check_repository,
     is_withheld,

@@ -14,8 +14,8 @@ from hf_equiv import shards
 from hf_equiv.datasetcheck import verify_results
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
 from hf_equiv.geometryrun import run_analysis
+from hf_equiv.localrun import read_run
 from hf_equiv.plan import RunConfig, make_plan
-from hf_equiv.publishing import read_run
 from hf_equiv.run import run_match
 
 NAME = "alice/results"

@@ -226,6 +226,29 @@ def test_command_line(hub, runs, capsys):
     assert {"rows", "verified", "failed", "problems", "dataset", "commit"} <= set(json.loads(out))
 
 
+def test_a_folder_of_runs_is_refused_with_the_command_for_each(hub, runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs/match/a", "runs/walk/b c", "runs/.trash/d"):
+        shutil.copytree(runs["match"], tmp_path / place)
+    record = json.loads((runs["walk"] / "run.json").read_text()) | {"complete": False}
+    (tmp_path / "runs/walk/b c/run.json").write_text(json.dumps(record))
+    (tmp_path / "runs/broken").mkdir()
+    (tmp_path / "runs/broken/run.json").write_text("{")
+    code, out, err = call(capsys, "publish", "runs", NAME, "--public", "--license", "cc-by-4.0", "--dry-run")
+    assert (code, out) == (2, "")
+    flags = f"{NAME} --public --license cc-by-4.0 --dry-run"
+    assert err.splitlines() == [
+        "error: 'runs' must be one run directory; it is a folder of 3 runs. A dataset takes any number of runs, one "
+        "after the other. Publish each:",
+        f"- hf-equiv publish runs/broken {flags} (its run.json cannot be read)",
+        f"- hf-equiv publish runs/match/a {flags}",
+        f"- hf-equiv publish 'runs/walk/b c' {flags} (not finished: run the same walk command)",
+    ]
+    with pytest.raises(ValueError, match=r"it is a folder of 1 run\..* Publish each by itself:\n- runs/match/a$"):
+        publish_results("runs/match", NAME)
+    assert not hub.log
+
+
 def test_collections(hub, runs):
     slug = publish_results(runs["match"], NAME, collection="My results").collection
     assert hub.collections[slug]["private"]
