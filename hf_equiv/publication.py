@@ -113,6 +113,7 @@ class Publication:
             if self.create_pr and self.repo_id.split("/")[0] not in self._own_names():
                 raise
             hidden = private is not False
+            self.say(f"making the {'private' if hidden else 'public'} dataset {self.repo_id}")
             self.call(
                 lambda: self.api.create_repo(self.repo_id, repo_type=KIND, private=hidden, exist_ok=True), "creating"
             )
@@ -155,6 +156,7 @@ class Publication:
         change: Change | None = None
         tried = False
         for wait in (*WAITS, None):
+            self.say("reading the dataset")
             there = self.call(self.look, "reading the dataset")  # again after each failure: it may be ours by now
             try:
                 now = plan_change(there, self.run, self.rights)
@@ -216,6 +218,11 @@ class Publication:
         change = plan_change(there, self.run, self.rights)
         changed = bool(change.added or change.deleted)
         return self.result(change, is_private, stated=stated, changed=changed, revision=self.revision, dry_run=True)
+
+    def done(self, pr_url: str | None, *, fresh: bool) -> None:
+        """Report that it is done, and where."""
+        told = "done" if fresh else "nothing to commit, it is there already"
+        self.say(f"{told}: {pr_url or self._url()}")
 
     def result(self, change: Change, private: bool | None, *, stated: bool, **more: Any) -> Published:
         """The record of what was done."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hf_equiv import display, environment
+from hf_equiv.progress import LINE_EVERY
 from hf_equiv.wording import in_flags
 
 if TYPE_CHECKING:
@@ -58,27 +61,45 @@ def _command(path: Path, repo_id: str, given: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Show the bytes sent on a terminal, and lines elsewhere."""
+    """Show what is being done, with the bytes sent: a bar on a terminal, and lines elsewhere."""
     if quiet:
         yield lambda done, total, what: None
     elif sys.stderr.isatty():
         with Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
-            console=Console(stderr=True), transient=True,
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[sent]}"),
+            TimeElapsedColumn(), console=Console(stderr=True), transient=True,
         ) as bars:  # fmt: skip
-            task = bars.add_task("publishing", total=None)
+            task = bars.add_task("publishing", total=None, sent="")
 
             def show(done: int, total: int, what: str) -> None:
-                if total:
-                    bars.update(task, description=what, completed=done, total=total)
-                else:
-                    bars.update(task, description=what)
+                # before the first bytes are known to be there the bar says only that something is being done
+                bars.update(task, description=escape(what), completed=done, total=total if done else None)
+                bars.update(task, sent=sent(done, total))
 
             yield show
     else:
-        yield lambda done, total, what: display.to_stderr(
-            f"{what}: {size(done)} of {size(total)}" if total and done < total else what
-        )
+        yield _Lines()
+
+
+class _Lines:
+    """A line for each thing that is done, and within one now and then."""
+
+    def __init__(self) -> None:
+        self.what, self.last = "", 0.0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if what == self.what and now - self.last < LINE_EVERY:
+            return
+        self.what, self.last = what, now
+        display.to_stderr(", ".join(part for part in (what, sent(done, total)) if part))
+
+
+def sent(done: int, total: int) -> str:
+    """Bytes on the way in words: what there is before the first are there, then how many are."""
+    if not total or done >= total:
+        return ""
+    return f"{size(done)} of {size(total)}" if done else size(total)
 
 
 def size(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
 from tiny_models import save
 
-from hf_equiv import cli, hubload, licences, verify
+from hf_equiv import cli, hubload, licences, publishcommand, repository, verify
 from hf_equiv.checkpoint import quiet
 from hf_equiv.datasetcheck import verify_results
 from hf_equiv.hub import publish_results
@@ -214,7 +215,15 @@ def test_command_line(hub, runs, capsys):
         "photos:    are in (free: builtin",
     ):  # fmt: skip
         assert told in out
-    assert "uploading" in err
+    files = hub.files("datasets", NAME)
+    size = publishcommand.size(sum(len(data) for path, data in files.items() if path != ".gitattributes"))
+    assert err.splitlines() == [
+        "checking the run and its files", f"making the private dataset {NAME}", "reading the dataset",
+        "preparing 5 files", f"uploading 5 files, {size}", "committing 5 files",
+        f"done: {hub.endpoint}/datasets/{NAME}",
+    ]  # fmt: skip
+    err = call(capsys, "publish", runs["match"], NAME)[2]
+    assert err.splitlines()[-1] == f"nothing to commit, it is there already: {hub.endpoint}/datasets/{NAME}"
     code, out, err = call(capsys, "publish", runs["match"], NAME, "--json")
     assert json.loads(out)["changed"] is False
     assert err == ""
@@ -224,6 +233,26 @@ def test_command_line(hub, runs, capsys):
     assert f"Verified at commit {hub.repos['datasets', NAME].at('main').sha}" in out
     code, out, _ = call(capsys, "verify", NAME, "--json")
     assert {"rows", "verified", "failed", "problems", "dataset", "commit"} <= set(json.loads(out))
+
+
+def test_progress_counts_what_has_gone(hub, runs, monkeypatch, capsys):
+    told: list[tuple[int, int, str]] = []
+    monkeypatch.setattr(repository, "_GROUP", 2)
+    done = publish_results(runs["match"], NAME, progress=lambda *report: told.append(report))
+    total = sum(count for _, count in done.uploaded)
+    sending = [(sent, whole) for sent, whole, what in told if what == "uploading 5 files"]
+    assert len(sending) == 3  # two, two, and the last one
+    assert sending == sorted(sending)
+    assert {whole for _, whole in sending} == {total}
+    assert sending[0][0] == 0 < sending[1][0] < sending[2][0] < total
+    assert told[-2:] == [(total, total, "committing 5 files"), (0, 0, f"done: {done.url}")]
+    monkeypatch.setattr(repository, "_GROUP_BYTES", 1)
+    told.clear()
+    done = publish_results(runs["seed"], NAME, progress=lambda *report: told.append(report))
+    assert sum(what.startswith("uploading") for *_, what in told) == len(done.uploaded)
+    monkeypatch.setattr(publishcommand, "LINE_EVERY", 0.0)
+    err = call(capsys, "publish", runs["walk"], NAME)[2]
+    assert re.search(r"^uploading \d+ files, [\d.]+ kB of [\d.]+ kB$", err, re.MULTILINE)
 
 
 def test_a_folder_of_runs_is_refused_with_the_command_for_each(hub, runs, tmp_path, capsys, monkeypatch):
