@@ -27,9 +27,8 @@ def summary_section(m: Material) -> list[Block]:
     blocks += [Text(_partial(run), "note") for run in m.checkpoint.runs if run.partial]
     blocks += [
         Text(
-            f"{plain(run.name)}: the files {', '.join(map(plain, run.changed[:3]))} are not as run.json states "
-            f"(SHA-256). Numbers from them are not to be relied on; {code(f'hf-equiv verify {run.name}')} names what "
-            "does not hold.",
+            f"{plain(run.name)}: {_files(run)} not as run.json states (SHA-256). {left_out(run).capitalize()}; "
+            f"{code(f'hf-equiv verify {run.name}')} names what does not hold.",
             "note",
         )
         for run in m.checkpoint.runs
@@ -53,6 +52,23 @@ def summary_section(m: Material) -> list[Block]:
     else:
         blocks.append(Text("Nothing that was measured does, or what could was not measured.", "quiet"))
     return blocks
+
+
+def _files(run: Run) -> str:
+    """The changed files of a run, the first three by name."""
+    more = f" and {len(run.changed) - 3} more" if len(run.changed) > 3 else ""
+    names = ", ".join(map(plain, run.changed[:3])) + more
+    return f"the file {names} is" if len(run.changed) == 1 else f"the files {names} are"
+
+
+def left_out(run: Run) -> str:
+    """What a report leaves out of a run with changed files."""
+    what = "pairs" if run.layout.listed == "pairs" else "images"
+    if not run.rows:
+        return f"the run is left out of every number: none of its {run.listed} {what} is as recorded"
+    if run.left_out:
+        return f"{run.left_out} of {run.listed} {what} are left out of every number"
+    return f"nothing is read from {'it' if len(run.changed) == 1 else 'them'}"
 
 
 def _partial(run: Run) -> str:

@@ -93,6 +93,7 @@ def _run_line(run: Run) -> Row:
         "there": run.there,
         "error_rows": len(run.rows) - len(run.good),
         "complete": not run.partial,
+        "left_out": run.left_out,
         "changed_files": list(run.changed),
         "data_id": s["data_id"],
         "data_revision": s["data_revision"],

@@ -190,7 +190,7 @@ def _identity(run: Run, encoder: Any) -> list[Any]:
         [path.relative_to(run.folder).as_posix(), shards.sha256_file(path)]
         for name in (run.layout.folder, "float")
         for path in sorted((run.folder / name).glob("*.*"))
-        if not path.name.startswith(".")
+        if not path.name.startswith(".") and path.relative_to(run.folder).as_posix() not in run.changed
     ]
     provenance = {key: encoder.provenance.get(key) for key in ("model_id", "model_revision", "readout", "dtype")}
     return [_VERSION, MEASURED_PAIRS, files, measured_ids(run), provenance, encoder.normalize, str(encoder.device),

@@ -300,11 +300,85 @@ def test_model_that_is_not_found_leaves_the_rest(runs, monkeypatch):
     assert "the run used" in make_report([runs]).problems[0]
 
 
-def test_changed_files_are_named(runs):
-    update(runs / "free", lambda record: record | {"files": dict.fromkeys(record["files"], "0" * 64)})
+def split(folder: Path, count: int) -> None:
+    """Put the first pairs of a run of one shard into a shard, and the others into another; its record says so."""
+    (path,) = shards.shard_files(folder)
+    rows = sorted(shards.read_shard(path, images=True), key=lambda row: _listed(folder).index(row["pair_id"]))
+    floats, costs = shards.read_floats(folder / "float" / f"{path.stem}.safetensors")
+    for start, own in ((0, rows[:count]), (count, rows[count:])):
+        names = [row["pair_id"] for row in own]
+        shards.write_shard(folder, start, own, {n: floats[n] for n in names}, {n: costs[n] for n in names})
+    update(folder, lambda record: record | {"files": _digests_of(folder)})
+
+
+def _listed(folder: Path) -> list[str]:
+    return [pair["pair_id"] for pair in json.loads((folder / rundir.RECORD).read_text())["pairs"]]
+
+
+def test_rows_of_a_changed_file_count_nowhere(runs, tmp_path):
+    """The numbers are those of the other rows alone, whatever the changed file says."""
+    split(runs / "free", 3)
+    shutil.copytree(runs / "free", tmp_path / "kept")
+    keep_first(tmp_path / "kept", 3)
+    honest = make_report([tmp_path / "kept"])
+    second = runs / "free" / "matches" / "part-00003.parquet"
+    rows = shards.read_shard(second, images=True)
+    forged = [row | {"embedding_error_8bit": 1e-9, "psnr_db": 99.0, "same_top1": True} for row in rows]
+    forged += [forged[0] | {"pair_id": _listed(runs / "free")[0]}]  # and one of the pairs that are not in it
+    second.write_bytes(shards.shard_bytes(forged, shards.MATCH, {}))
     report = make_report([runs / "free"])
-    assert "not as recorded" in report.problems[0]
-    assert "are not as run.json states" in words_of(report)
+    (there,), (alone,) = report.numbers["models"], honest.numbers["models"]
+    for key in ("embedding_error_8bit", "psnr_db", "converged", "matched", "within", "random_error", "rounded_error"):
+        assert there["match"][key] == alone["match"][key], key
+    for key in ("heads", "survival", "retrieval", "probe"):
+        assert there[key] == alone[key], key
+    assert [b["pairs"] for b in there["budgets"]] == [3]
+    (run_,) = there["runs"]
+    assert (run_["left_out"], run_["changed_files"]) == (2, ["matches/part-00003.parquet"])
+    assert report.problems == (
+        "free: matches/part-00003.parquet not as recorded (SHA-256); 2 of 5 pairs are left out of every number",
+    )
+    text = words_of(report)
+    assert "the file matches/part-00003.parquet is not as run.json states (SHA-256). 2 of 5 pairs are left out" in text
+    assert "the run is not finished" not in text
+
+
+def keep_first(folder: Path, count: int) -> None:
+    """Leave a run the pairs of its first shard, honestly recorded."""
+    for name in ("matches", "float"):
+        for path in sorted((folder / name).iterdir())[1:]:
+            path.unlink()
+    update(folder, lambda record: record | {"pairs": record["pairs"][:count], "files": _digests_of(folder)})
+
+
+def test_a_shard_that_is_not_listed_counts_nowhere(runs):
+    honest = make_report([runs / "free"]).numbers["models"][0]["match"]
+    (path,) = shards.shard_files(runs / "free")
+    rows = [row | {"psnr_db": 99.0} for row in shards.read_shard(path, images=True)]
+    path.with_name("part-00000-0.parquet").write_bytes(shards.shard_bytes(rows, shards.MATCH, {}))
+    report = make_report([runs / "free"])
+    assert report.numbers["models"][0]["match"] == honest
+    assert report.problems[0].endswith("part-00000-0.parquet not as recorded (SHA-256); nothing is read from it")
+    path.with_name("part-00000-0.parquet").unlink()
+    (runs / "free" / "float" / "part-00000.safetensors").write_bytes(b"another")
+    report = make_report([runs / "free"])
+    match = report.numbers["models"][0]["match"]
+    assert match["rounded_error"] is None
+    assert match["embedding_error"] == honest["embedding_error"]
+
+
+def test_a_run_with_no_row_as_recorded_is_left_out(runs):
+    for name in ("near", "spectrum", "lipschitz", "walk"):
+        update(runs / name, lambda record: record | {"files": dict.fromkeys(record["files"], "0" * 64)})
+    report = make_report([runs])
+    (model,) = report.numbers["models"]
+    assert [b["run"] for b in model["budgets"]] == ["runs/free"]
+    assert (model["spectrum"], model["lipschitz"], model["walk"]) == (None, None, None)
+    assert len(report.problems) == 4
+    text = words_of(report)
+    assert "The run is left out of every number: none of its 5 pairs is as recorded" in text
+    assert "none of its 2 images is as recorded" in text
+    assert "hf-equiv spectrum MODEL" in text  # as for a verb that was not run
 
 
 # --- several checkpoints ---
@@ -454,6 +528,7 @@ def _linked(markdown: str) -> list[str]:
         (["nowhere"], "does not exist"),
         (["empty"], "has no run.json"),
         (["damaged"], "is damaged"),
+        (["forged"], "in forged no file of rows is as run.json states (SHA-256)"),
         (["newer"], "Upgrade hf_equiv"),
         (["without"], "KeyError: 'radius'"),
         (["runs", "--out", "runs/free/run.json/page.html"], "cannot be written"),
@@ -463,9 +538,11 @@ def _linked(markdown: str) -> list[str]:
 )
 def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capfd, words, told):
     (tmp_path / "empty").mkdir()
-    for name in ("damaged", "newer", "without"):
+    for name in ("damaged", "forged", "newer", "without"):
         shutil.copytree(runs / "free", tmp_path / name)
-    shards.shard_files(tmp_path / "damaged")[0].write_bytes(b"PAR1")
+    for name in ("damaged", "forged"):
+        shards.shard_files(tmp_path / name)[0].write_bytes(b"PAR1")
+    update(tmp_path / "damaged", lambda record: record | {"complete": False})
     update(tmp_path / "newer", lambda record: record | {"schema_version": 99})
     without = {
         k: v for k, v in json.loads((runs / "free" / "run.json").read_text())["settings"].items() if k != "radius"
