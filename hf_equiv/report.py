@@ -91,9 +91,9 @@ def make_report(
 ) -> Report:
     """Report what the runs of one or several checkpoints say of the paper's claims, with intervals and controls.
 
-    Runs are grouped by model, revision and readout. Numbers come from the rows; controls, survival, transfer, retrieval
-    and the kNN probe are measured anew with the recorded model, on the match run without a ball (or of the largest
-    one). Where a model cannot be loaded, these parts say so and the rest is reported.
+    Runs are grouped by model, revision, readout and dtype. Numbers come from the rows; controls, survival, transfer,
+    retrieval and the kNN probe are measured anew with the recorded model, on the match run without a ball (or of the
+    largest one). Where a model cannot be loaded, these parts say so and the rest is reported.
 
     Rows and float images of files that are not as the `run.json` of a finished run states count nowhere; the page says
     how many.

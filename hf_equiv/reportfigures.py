@@ -55,13 +55,12 @@ def errors_figure(curves: Mapping[str, Sequence[float | None]], rtol: float) -> 
         return png_of(figure)
 
 
-def budget_figure(budgets: Sequence[Row], norm: str, unrelated: float | None) -> bytes | None:
+def budget_figure(budgets: Sequence[Row], norm: str) -> bytes | None:
     """Draw error against the radius of the ball, float image and PNG, with intervals; the run without a ball last.
 
     Args:
         budgets: of `checkpoint_numbers`.
         norm: of the ball; others are left out.
-        unrelated: median distance of unrelated images.
 
     Returns:
         PNG bytes; None for fewer than two radii.
@@ -81,8 +80,12 @@ def budget_figure(budgets: Sequence[Row], norm: str, unrelated: float | None) ->
             own = [b for b in rows if b[key]]
             x = [places[b["radius"]] + shift for b in own]
             _bars(axes, x, [b[key] for b in own], color, mark, told, line=True)
-        if unrelated:
-            axes.axhline(unrelated, color=INK, lw=1.4, ls=":", label="unrelated images")
+        apart = {(places[b["radius"]], b["unrelated"]) for b in rows if b["unrelated"]}
+        if len({level for _, level in apart}) == 1:
+            axes.axhline(next(iter(apart))[1], color=INK, lw=1.4, ls=":", label="unrelated images")
+        for k, (place, level) in enumerate(sorted(apart)) if len({level for _, level in apart}) > 1 else ():
+            told = "unrelated images of the same data" if k == 0 else None
+            axes.hlines(level, place - 0.4, place + 0.4, color=INK, lw=1.4, ls=":", label=told)
         axes.set_yscale("log")
         axes.set_xticks(list(places.values()), [_ball(r, scale) for r in places])
         axes.set_xlim(-0.4, len(places) - 0.6)

@@ -92,6 +92,7 @@ class Checkpoint:
         revision: commit, or SHA-256 of the weights.
         readout: which output is the embedding.
         normalize: whether embeddings are scaled to length 1.
+        dtype: that the numbers are stated in, float32 or float64.
         runs: match runs first.
     """
 
@@ -100,6 +101,7 @@ class Checkpoint:
     revision: str
     readout: str
     normalize: bool
+    dtype: str
     runs: tuple[Run, ...]
 
     def of(self, analysis: str) -> tuple[Run, ...]:
@@ -205,7 +207,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
-    """Group runs by encoder: model, revision, readout, and whether embeddings are scaled.
+    """Group runs by encoder: model, revision, readout, whether embeddings are scaled, and dtype.
 
     Args:
         runs: as from `find_runs`.
@@ -216,20 +218,22 @@ def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         s = run.settings
-        groups.setdefault((s["model_id"], s["model_revision"], s["readout"], s["normalize"]), []).append(run)
+        key = (s["model_id"], s["model_revision"], s["readout"], s["normalize"], s["dtype"])
+        groups.setdefault(key, []).append(run)
     order = list(LAYOUTS)
     made = []
     for key, own in groups.items():
-        model, revision, readout, normalize = key
+        model, revision, readout, normalize, dtype = key
         others = [other for other in groups if other[0] == model and other != key]
         title = str(model)
         if any(other[1] != revision for other in others):
             title += f" @ {str(revision).removeprefix('sha256:')[:8]}"
-        if any(other[2:] != key[2:] for other in others):
-            title += f" ({readout}{', normalised' if normalize else ''})"
+        apart = [f"{readout}{', normalised' if normalize else ''}"] if any(o[2:4] != key[2:4] for o in others) else []
+        apart += [str(dtype)] if any(other[4] != dtype for other in others) else []
+        title += f" ({', '.join(apart)})" if apart else ""
         own = _once(own)
         own.sort(key=lambda run: order.index(run.analysis))
-        made.append(Checkpoint(title, model, revision, readout, normalize, tuple(own)))
+        made.append(Checkpoint(title, model, revision, readout, normalize, dtype, tuple(own)))
     return tuple(made)
 
 

@@ -16,9 +16,10 @@ from hf_equiv.cli import cli
 from hf_equiv.cli import main as command
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
 from hf_equiv.geometryrun import run_analysis
+from hf_equiv.metrics import short
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.report import Report, make_report
-from hf_equiv.reportclaims import NO, OPEN, PARTLY, YES, claims
+from hf_equiv.reportclaims import NO, OPEN, PARTLY, UNDECIDED, YES, claims
 from hf_equiv.reportfindings import disagreements, summary
 from hf_equiv.reportruns import find_runs, group_runs
 from hf_equiv.reportsources import default_out
@@ -425,6 +426,13 @@ def test_grouping_and_names(made, tmp_path):
     assert [r.name for r in one.matches] == ["runs/free", "runs/near"]
     other = replace(found[0], record=found[0].record | {"settings": found[0].settings | {"readout": "mean"}})
     assert [c.title for c in group_runs([*found, other])] == ["builtin (cls)", "builtin (mean)"]
+    exact = replace(found[0], record=found[0].record | {"settings": found[0].settings | {"dtype": "float64"}})
+    single, double = group_runs([*found, exact])
+    assert (single.title, double.title) == ("builtin (float32)", "builtin (float64)")
+    assert (len(single.runs), len(double.runs)) == (5, 1)
+    assert [c.title for c in group_runs([found[0], other, exact])] == [
+        "builtin (cls, float32)", "builtin (mean, float32)", "builtin (cls, float64)",
+    ]  # fmt: skip
     published = tmp_path / "published"
     shutil.copytree(made / "free", published)
     shutil.copytree(made / "walk", published / "runs" / "walk")
@@ -484,6 +492,52 @@ def test_verdicts_follow_their_rules(runs):
     assert verdict("Locally", lipschitz=None) == OPEN
     told = disagreements(model | {"lipschitz": bent, "match": model["match"] | {"l2": far}})
     assert any("no exactly linear region" in text and "beyond it" in text for text in told)
+
+
+def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
+    model = numbers_of(runs)
+    first, second = model["budgets"]
+    psnr = {"value": 29.97, "low": 29.0, "high": 30.5, "n": 50}
+    nearer = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 50, "hits": 45}
+    near = second | {"psnr_db": psnr, "nearer": nearer}
+    far = first | {"psnr_db": psnr | {"value": 21.0}}
+
+    def claim(*budgets):
+        return next(c for c in claims(model | {"budgets": list(budgets)}) if c.claim.startswith("Look-alikes"))
+
+    short = claim(far, near)
+    assert short.verdict == UNDECIDED
+    assert "ε = 16/255, PSNR 29.97 dB to the source, short of the 30 dB of the rule: 45 of 50" in short.measured
+    assert claim(far, near | {"psnr_db": psnr | {"value": 30.0}}).verdict == YES
+    assert claim(near | {"psnr_db": None}).verdict == OPEN
+    assert "29.97 dB" in words_of_summary(model | {"budgets": [far, near]})
+
+
+def words_of_summary(model) -> str:
+    return " ".join(summary(model))
+
+
+def test_each_budget_is_set_against_its_own_data(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
+    config = RunConfig(data="builtin", pairs=3, max_evals=60, radius=64 / 255)
+    run_match(make_plan(config, TinyEncoder()), tmp_path / "runs" / "elsewhere", batch_size=3)
+    (model,) = (report := make_report([runs], survival=False)).numbers["models"]
+    free, wide, near = model["budgets"]
+    stated = json.loads((runs / "elsewhere" / rundir.RECORD).read_text())["summary"]["baseline"]["distance"]["median"]
+    assert free["unrelated"] == near["unrelated"] == model["match"]["unrelated"]["median"]
+    assert wide["unrelated"] == stated != free["unrelated"]
+    assert "The budgets are of different photos" in words_of(report)
+    assert "ε = 64/255, builtin" in words_of(report)
+    error = {"value": 0.05, "low": 0.04, "high": 0.06, "n": 5}
+    for apart, enough in ((0.6, True), (0.4, False)):  # a tenth of its own distance, whatever that of the first run is
+        budget = wide | {"embedding_error_8bit": error, "unrelated": apart}
+        assert (reportwords.near_budget(model | {"budgets": [free, budget]}) is not None) is enough
+    told = disagreements(model | {"budgets": [wide | {"embedding_error_8bit": error, "unrelated": 4.0}]})
+    assert any(f"with {short(4.0)} between unrelated photos" in text for text in told)
+
+
+def test_fractions_of_an_evaluation_are_explained(runs):
+    assert "(forwards + 2 cotangents + 2 tangents) / 3" in words_of(make_report([runs / "free"], survival=False))
 
 
 def test_words_for_numbers():
