@@ -234,3 +234,13 @@ def cut(text: str, size: int) -> str:
     """At most `size` characters, on one line."""
     text = "".join(sign if sign.isprintable() else "?" for sign in text)
     return text if len(text) <= size else text[: size - 1] + "…"
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"

@@ -148,6 +148,7 @@ class Publication:
 
     def look(self) -> Repository:
         """The repository as it is now."""
+        self.say("reading the dataset")
         info = self.api.dataset_info(self.repo_id, revision=self.revision)
         return read_repository(self.api, self.repo_id, str(info.sha))
 
@@ -156,7 +157,6 @@ class Publication:
         change: Change | None = None
         tried = False
         for wait in (*WAITS, None):
-            self.say("reading the dataset")
             there = self.call(self.look, "reading the dataset")  # again after each failure: it may be ours by now
             try:
                 now = plan_change(there, self.run, self.rights)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-from hf_equiv import display, environment
-from hf_equiv.progress import LINE_EVERY
+from hf_equiv import display, environment, progress
+from hf_equiv.display import size
 from hf_equiv.wording import in_flags
 
 if TYPE_CHECKING:
@@ -36,8 +29,14 @@ def run(directory: Path, repo_id: str, *, as_json: bool, quiet: bool, **given: A
             commands = (f"{_command(path, repo_id, given)}{note}" for path, note in inside)
             raise ValueError(folder_of_runs(directory, inside) + " Publish each:\n- " + "\n- ".join(commands))
         environment.calm(quiet=True)  # one bar, ours
-        with _progress(quiet=as_json or quiet) as report:
-            done = publish_results(directory, repo_id, progress=report, **given)
+        try:
+            with progress.transfer(quiet=as_json or quiet, what="publishing") as report:
+                done = publish_results(directory, repo_id, progress=report, **given)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted. The same command goes on: what was uploaded is not sent twice, and a commit that was "
+                "made is found."
+            ) from None
         if as_json:
             display.print_json(asdict(done), out)
         elif not quiet:
@@ -57,59 +56,6 @@ def _command(path: Path, repo_id: str, given: Mapping[str, Any]) -> str:
         elif value not in (None, False):
             words += [flag, str(value)]
     return shlex.join(words)
-
-
-@contextlib.contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Show what is being done, with the bytes sent: a bar on a terminal, and lines elsewhere."""
-    if quiet:
-        yield lambda done, total, what: None
-    elif sys.stderr.isatty():
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[sent]}"),
-            TimeElapsedColumn(), console=Console(stderr=True), transient=True,
-        ) as bars:  # fmt: skip
-            task = bars.add_task("publishing", total=None, sent="")
-
-            def show(done: int, total: int, what: str) -> None:
-                # before the first bytes are known to be there the bar says only that something is being done
-                bars.update(task, description=escape(what), completed=done, total=total if done else None)
-                bars.update(task, sent=sent(done, total))
-
-            yield show
-    else:
-        yield _Lines()
-
-
-class _Lines:
-    """A line for each thing that is done, and within one now and then."""
-
-    def __init__(self) -> None:
-        self.what, self.last = "", 0.0
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        now = time.monotonic()
-        if what == self.what and now - self.last < LINE_EVERY:
-            return
-        self.what, self.last = what, now
-        display.to_stderr(", ".join(part for part in (what, sent(done, total)) if part))
-
-
-def sent(done: int, total: int) -> str:
-    """Bytes on the way in words: what there is before the first are there, then how many are."""
-    if not total or done >= total:
-        return ""
-    return f"{size(done)} of {size(total)}" if done else size(total)
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
 def _print(done: Published, out: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def plan_change(there: Repository, run: LocalRun, rights: PhotoRights) -> Change
 
 def send(
     api: HfApi, there: Repository, change: Change, *, message: str, description: str, revision: str, create_pr: bool,
-    progress: Progress,
+    progress: Progress, kind: str = KIND,
 ) -> CommitInfo:  # fmt: skip
     """Upload what is large, then make the one commit on top of the commit that was read.
 
@@ -172,6 +172,7 @@ def send(
         revision: branch.
         create_pr: open a pull request instead.
         progress: called with (bytes sent, bytes in total, what is being done).
+        kind: of the repository.
 
     Returns:
         What the Hub says of the commit.
@@ -185,7 +186,7 @@ def send(
     for group in _groups(change.added):
         progress(sent, total, f"uploading {_files(len(additions))}")
         api.preupload_lfs_files(
-            there.repo_id, [additions[file.path] for file in group], repo_type=KIND, revision=revision,
+            there.repo_id, [additions[file.path] for file in group], repo_type=kind, revision=revision,
             create_pr=create_pr, free_memory=False,
             gitignore_content="",  # a .gitignore of the owner must not leave out a part of the run
         )  # fmt: skip
@@ -194,12 +195,12 @@ def send(
     operations: list[Any] = [*additions.values()]
     operations += [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     return api.create_commit(
-        there.repo_id, operations, commit_message=message, commit_description=description, repo_type=KIND,
+        there.repo_id, operations, commit_message=message, commit_description=description, repo_type=kind,
         revision=revision, create_pr=create_pr, parent_commit=there.head,
     )  # fmt: skip
 
 
-def _groups(files: Sequence[StagedFile]) -> Iterator[list[StagedFile]]:
+def _groups(files: Iterable[StagedFile]) -> Iterator[list[StagedFile]]:
     """The files in groups that are uploaded together."""
     group: list[StagedFile] = []
     for file in files:

@@ -139,7 +139,8 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     assert code == 130
     assert out == ""
     assert err.lstrip() == (  # click ends the line of the ^C first
-        "error: interrupted; 0 of 1 rows are kept in run. To finish the rest, run: "
+        "error: interrupted; 0 of 1 rows are kept in run. "
+        f"{'Without --overwrite the same' if again else 'The same'} command goes on: "
         "hf-equiv match builtin --source 1.png --target 2.png --max-evals 30\n"
     )
 

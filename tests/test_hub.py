@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
 from tiny_models import save
 
-from hf_equiv import cli, hubload, licences, publishcommand, repository, verify
+from hf_equiv import cli, display, hubload, licences, progress, repository, verify
 from hf_equiv.checkpoint import quiet
 from hf_equiv.datasetcheck import verify_results
 from hf_equiv.hub import publish_results
@@ -216,7 +216,7 @@ def test_command_line(hub, runs, capsys):
     ):  # fmt: skip
         assert told in out
     files = hub.files("datasets", NAME)
-    size = publishcommand.size(sum(len(data) for path, data in files.items() if path != ".gitattributes"))
+    size = display.size(sum(len(data) for path, data in files.items() if path != ".gitattributes"))
     assert err.splitlines() == [
         "checking the run and its files", f"making the private dataset {NAME}", "reading the dataset",
         "preparing 5 files", f"uploading 5 files, {size}", "committing 5 files",
@@ -235,6 +235,16 @@ def test_command_line(hub, runs, capsys):
     assert {"rows", "verified", "failed", "problems", "dataset", "commit"} <= set(json.loads(out))
 
 
+def test_interrupted_while_it_uploads(hub, runs, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_equiv.publication.send", stop)
+    code, out, err = call(capsys, "publish", runs["match"], NAME, "-q")
+    assert (code, out) == (130, "")
+    assert err.lstrip().startswith("error: interrupted. The same command goes on: what was uploaded is not sent twice")
+
+
 def test_progress_counts_what_has_gone(hub, runs, monkeypatch, capsys):
     told: list[tuple[int, int, str]] = []
     monkeypatch.setattr(repository, "_GROUP", 2)
@@ -250,7 +260,7 @@ def test_progress_counts_what_has_gone(hub, runs, monkeypatch, capsys):
     told.clear()
     done = publish_results(runs["seed"], NAME, progress=lambda *report: told.append(report))
     assert sum(what.startswith("uploading") for *_, what in told) == len(done.uploaded)
-    monkeypatch.setattr(publishcommand, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     err = call(capsys, "publish", runs["walk"], NAME)[2]
     assert re.search(r"^uploading \d+ files, [\d.]+ kB of [\d.]+ kB$", err, re.MULTILINE)
 

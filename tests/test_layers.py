@@ -69,7 +69,7 @@ HOMES = {
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,
     "click": ["options", "cli"],
-    "rich": ["display", "progress", "geometrytables", "publishcommand"],
+    "rich": ["display", "progress", "geometrytables"],
 }
 DISTRIBUTIONS = {"PIL": "pillow"}
 
