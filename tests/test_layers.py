@@ -52,7 +52,7 @@ REPORT += ["reportwords"]
 REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportmaterial", "reportgallery"]
 REPORT += ["reportmatches", "reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
 COMMANDS = ["wording", "environment", "display", "progress", "matchcommand", "geometrytables", "geometrycommand"]
-COMMANDS += ["publishcommand", "reportcommand", "options", "cli", "__main__"]
+COMMANDS += ["publishcommand", "reportcommand", "options", "runverbs", "resultverbs", "cli", "__main__"]
 ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *HUB, *VERIFY, *REPORT]
 ORDER += COMMANDS
 
@@ -68,7 +68,7 @@ HOMES = {
     "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportgallery", "reportmatches", "reportgeometry"],
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,
-    "click": ["options", "cli"],
+    "click": ["options", "runverbs", "resultverbs", "cli"],
     "rich": ["display", "progress", "geometrytables"],
 }
 DISTRIBUTIONS = {"PIL": "pillow"}
