@@ -6,16 +6,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from fakes import TinyEncoder, save_photos
 from test_reportpage import checked, tables_of
 
+from hf_equiv import (
+    geometryplots,
+    reportfigures,
+    reportgeometryfigures,
+    reportsources,
+    reportwords,
+    run,
+    rundir,
+    shards,
+)
 from hf_equiv import report as reports
-from hf_equiv import reportsources, reportwords, run, rundir, shards
 from hf_equiv.cli import cli
 from hf_equiv.cli import main as command
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
 from hf_equiv.geometryrun import run_analysis
+from hf_equiv.imagefile import encode_png
 from hf_equiv.metrics import short
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.report import Report, make_report
@@ -39,13 +50,33 @@ def made(tmp_path_factory) -> Path:
     photos = save_photos(place / "photos")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.plots, "pairs_figure", lambda *_: None)
+        patch.setattr(geometryplots, "png_of", blank)
         for name, radius in (("free", None), ("near", 16 / 255)):
             config = RunConfig(data=str(photos), pairs=5, max_evals=60, radius=radius)
             run_match(make_plan(config, TinyEncoder()), place / "runs" / name, batch_size=2)
-    for analysis, options in OPTIONS.items():
-        config = AnalysisConfig(analysis, data=str(photos), limit=2, **options)
-        run_analysis(make_analysis_plan(config, TinyEncoder()), place / "runs" / analysis)
+        for analysis, options in OPTIONS.items():
+            config = AnalysisConfig(analysis, data=str(photos), limit=2, **options)
+            run_analysis(make_analysis_plan(config, TinyEncoder()), place / "runs" / analysis)
     return place / "runs"
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request, monkeypatch):
+    """Figures are made and not drawn, which is most of the time of a report; but in tests that ask for `drawn`."""
+    if "drawn" not in request.fixturenames:
+        for module in (reportfigures, reportgeometryfigures):
+            monkeypatch.setattr(module, "png_of", blank)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Figures are drawn."""
+
+
+def blank(figure) -> bytes:
+    """A picture in place of a figure that has been made."""
+    assert figure.axes
+    return encode_png(torch.zeros(3, 2, 2))
 
 
 @pytest.fixture
@@ -82,7 +113,7 @@ def words_of(report: Report) -> str:
 # --- the whole page ---
 
 
-def test_everything_is_there(runs, tmp_path):
+def test_everything_is_there(runs, drawn, tmp_path):
     report = make_report([runs])
     text, page = words_of(report), checked(report.html)
     assert page.tags.count("img") == len(report.pictures) == 16 + 8
@@ -107,7 +138,7 @@ def test_everything_is_there(runs, tmp_path):
     assert not any("prove" in line.lower() for line in (report.html, report.markdown))
 
 
-def test_the_same_again_to_the_byte_with_and_without_what_was_kept(runs, tmp_path):
+def test_the_same_again_to_the_byte_with_and_without_what_was_kept(runs, drawn, tmp_path):
     out = tmp_path / "out" / "page.html"
     first = make_report([runs], out=out)
     assert len(list((tmp_path / "out" / "page_files").glob("measured-*.json"))) == 1
@@ -216,7 +247,7 @@ def keep(folder, count):
     shards.write_shard(folder, 0, rows, {n: floats[n] for n in names}, {n: costs[n] for n in names})
 
 
-def test_partial_run(runs):
+def test_partial_run(runs, drawn):
     keep(runs / "free", 2)
     update(runs / "free", lambda record: record | {"complete": False, "summary": None, "files": {}})
     report = make_report([runs / "free"])
@@ -224,7 +255,7 @@ def test_partial_run(runs):
     assert report.numbers["models"][0]["match"]["pairs"] == 2
 
 
-def test_one_pair_has_no_interval(runs):
+def test_one_pair_has_no_interval(runs, drawn):
     def one(record):
         return record | {"pairs": record["pairs"][:1]}
 
@@ -244,7 +275,7 @@ def _digests_of(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): shards.sha256_file(p) for p in rundir.own_files(folder)}
 
 
-def test_rows_of_status_error_are_left_out_and_counted(runs):
+def test_rows_of_status_error_are_left_out_and_counted(runs, drawn):
     names = sorted(row["pair_id"] for row in shards.read_rows(runs / "free"))
 
     def change(row, bad):
@@ -279,7 +310,7 @@ def test_without_a_head_the_probe_stands_in(runs, tmp_path, monkeypatch):
         make_report([runs / "free"], label_data=str(photos / "class0" / "photo0.png"))
 
 
-def test_only_geometry_or_only_a_match(runs):
+def test_only_geometry_or_only_a_match(runs, drawn):
     text = words_of(make_report([runs / "spectrum"]))
     assert "hf-equiv match MODEL" in text
     text = words_of(make_report([runs / "free"], survival=False))
@@ -517,7 +548,7 @@ def words_of_summary(model) -> str:
     return " ".join(summary(model))
 
 
-def test_each_budget_is_set_against_its_own_data(runs, tmp_path, monkeypatch):
+def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
     config = RunConfig(data="builtin", pairs=3, max_evals=60, radius=64 / 255)
     run_match(make_plan(config, TinyEncoder()), tmp_path / "runs" / "elsewhere", batch_size=3)
