@@ -28,6 +28,7 @@ from tiny_models import save
 from hf_equiv import cli, display, hubload, licences, progress, repository, verify
 from hf_equiv.checkpoint import quiet
 from hf_equiv.datasetcheck import verify_results
+from hf_equiv.encoder import Encoder
 from hf_equiv.hub import publish_results
 from hf_equiv.hubload import download_results, load_results
 from hf_equiv.licences import photo_rights
@@ -541,7 +542,7 @@ def test_what_is_not_all_in_the_cache(hub, runs, tmp_path):
         download_results(NAME, cache_dir=str(tmp_path), local_files_only=True)
 
 
-# --- the model by name, and real Xet transfers: in processes of their own ---
+# --- the model by name, and real Xet transfers: in a process of their own ---
 
 
 def _process(script: str, home: Path, endpoint: str, **environment: str) -> Any:
@@ -554,33 +555,20 @@ def _process(script: str, home: Path, endpoint: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-BY_NAME = """
-import json
-from hf_equiv import Encoder, publish_results
-from hf_equiv.datasetcheck import verify_results
-from hf_equiv.plan import RunConfig, make_plan
-from hf_equiv.run import run_match
-
-encoder = Encoder.from_pretrained("acme/vit", device="cpu")
-run_match(make_plan(RunConfig(model="acme/vit", max_evals=20), encoder), __import__("pathlib").Path({out!r}))
-done = publish_results({out!r}, "alice/named")
-report = verify_results("alice/named")
-print(json.dumps([done.run, report.holds, report.runs[0].model, report.runs[0].revision]))
-"""
-
-
 def test_the_recorded_model_is_loaded_by_name_at_its_revision(tmp_path, monkeypatch, hub):
     with quiet():
         save("vit_head", tmp_path / "vit")
     first = hub.add("models", "acme/vit", tmp_path / "vit").at("main").sha
-    script = BY_NAME.format(out=str(tmp_path / "out"))
-    run, holds, model, revision = _process(script, tmp_path / "home", hub.endpoint, HF_HUB_DISABLE_XET="1")
-    assert (holds, model, revision) == (True, "acme/vit", first)
-    assert run.startswith("match-acme--vit-")
+    monkeypatch.undo()  # the real loader
+    encoder = Encoder.from_pretrained("acme/vit", device="cpu")
+    run_match(make_plan(RunConfig(model="acme/vit", max_evals=20), encoder), tmp_path / "out")
+    assert publish_results(tmp_path / "out", "alice/named").run.startswith("match-acme--vit-")
+    report = verify_results("alice/named")
+    assert report.holds
+    assert (report.runs[0].model, report.runs[0].revision) == ("acme/vit", first)
     weights = (tmp_path / "vit" / "model.safetensors").read_bytes()
     hub.add("models", "acme/vit", hub.files("models", "acme/vit") | {"model.safetensors": weights[:-4] + b"\0" * 4})
-    monkeypatch.undo()  # the real loader
-    report = verify_results("alice/named")  # main has moved; the recorded commit has not
+    report = verify_results("alice/named", cache_dir=str(tmp_path / "other"))  # main has moved; the recorded commit not
     assert report.holds
     repo = hub.repos["models", "acme/vit"]
     moved = repo.at("main").sha
