@@ -12,7 +12,8 @@ from typing import Any
 
 from hf_equiv import publishcard, rundir
 from hf_equiv.hubload import download_results, run_folders, split_name
-from hf_equiv.publishing import CARD, RUNS, run_name
+from hf_equiv.localrun import CARD, run_name
+from hf_equiv.publishing import RUNS
 from hf_equiv.rowcheck import Findings, Problem
 from hf_equiv.shards import Row
 from hf_equiv.verify import VerifyReport, verify_run

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 
 from hf_equiv.hubcalls import patiently, persist
-from hf_equiv.publishing import CARD
+from hf_equiv.localrun import CARD
 from hf_equiv.repository import Change, Progress, Repository, differing, read_text, read_tree, send
 from hf_equiv.spacefiles import DATASET, MODELS, App, is_empty, is_ours, stage
 

@@ -10,8 +10,9 @@ from huggingface_hub import HfApi
 
 from hf_equiv.hubcalls import api_of, check_dataset_id, explained, require_token
 from hf_equiv.licences import FREE, PhotoRights, photo_rights
+from hf_equiv.localrun import LocalRun, read_run
 from hf_equiv.publication import MAIN, Publication, Published
-from hf_equiv.publishing import LocalRun, is_withheld, read_run
+from hf_equiv.publishing import is_withheld
 from hf_equiv.repository import KIND, Progress
 
 _SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")
@@ -88,7 +89,7 @@ def publish_results(
             "for another pass `i_have_the_right` too."
         )
     report: Progress = progress or (lambda done, total, what: None)
-    report(0, 0, "checking files")
+    report(0, 0, "checking the run and its files")
     run = read_run(Path(folder))
     rights = _rights(run, license, i_have_the_right, withhold_photos, token)
     api = api_of(token)
@@ -103,6 +104,7 @@ def publish_results(
             job.call(lambda: api.update_repo_settings(name, private=False, repo_type=KIND), "opening")
             was_private = False
     slug = None if collection is None else _collect(api, name, collection, job)
+    job.done(pr, fresh=fresh)
     seen = None if create_pr and not made else was_private
     ref = job.revision if pr is None else f"refs/pr/{pr.rstrip('/').rsplit('/', 1)[-1]}"
     return job.result(change, seen, stated=license is not None, commit=commit, pr_url=pr, revision=ref, changed=fresh,

@@ -18,7 +18,8 @@ from hf_equiv.hub_files import version
 from hf_equiv.hubcalls import api_of, check_dataset_id, explained, patiently
 from hf_equiv.hubdata import load_parquet
 from hf_equiv.layouts import LAYOUTS
-from hf_equiv.publishing import CARD, OWN_FOLDERS, RUNS
+from hf_equiv.localrun import CARD
+from hf_equiv.publishing import OWN_FOLDERS, RUNS
 from hf_equiv.shards import MATCH, Layout, read_shard, shard_files
 
 CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}

@@ -85,13 +85,14 @@ def without_nan(row: dict[str, Any]) -> dict[str, Any]:
 
 def how_to_go_on(kept: int, total: int, what: str, folder: Path) -> str:
     """What to tell whoever has interrupted a run."""
-    given = sys.argv[1:]
+    typed = given = sys.argv[1:]
     for i in (k for k, word in enumerate(given) if word == "--overwrite"):  # `always` would begin anew
         given = given[:i] + given[i + 2 :]
         break
     given = [word for word in given if not word.startswith("--overwrite=")]
-    again = "hf-equiv " + shlex.join(given) if given else "the same command"
-    return f"interrupted; {kept} of {total} {what} are kept in {folder}. To finish the rest, run: {again}"
+    again = "The same command goes on" if given == typed else "Without --overwrite the same command goes on"
+    command = f": hf-equiv {shlex.join(given)}" if given else "."
+    return f"interrupted; {kept} of {total} {what} are kept in {folder}. {again}{command}"
 
 
 def seconds_per_evaluation(encoder: Any) -> float:

@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_equiv.display import cut, size, to_stderr
 from hf_equiv.wording import in_flags
@@ -208,24 +199,42 @@ def staged_counter(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] |
 
 @contextlib.contextmanager
 def transfer(*, quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show the bytes sent on a terminal, and lines elsewhere."""
+    """Show what is being done, with the bytes sent: a bar on a terminal, and lines elsewhere."""
     if quiet:
         yield lambda done, total, now: None
     elif sys.stderr.isatty():
         with Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
-            console=Console(stderr=True), transient=True,
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[sent]}"),
+            TimeElapsedColumn(), console=Console(stderr=True), transient=True,
         ) as bars:  # fmt: skip
-            task = bars.add_task(what, total=None)
+            task = bars.add_task(what, total=None, sent="")
 
             def show(done: int, total: int, now: str) -> None:
-                if total:
-                    bars.update(task, description=now, completed=done, total=total)
-                else:
-                    bars.update(task, description=now)
+                # before the first bytes are known to be there the bar says only that something is being done
+                bars.update(task, description=escape(now), completed=done, total=total if done else None)
+                bars.update(task, sent=_sent(done, total))
 
             yield show
     else:
-        yield lambda done, total, now: to_stderr(
-            f"{now}: {size(done)} of {size(total)}" if total and done < total else now
-        )
+        yield _Steps()
+
+
+class _Steps:
+    """A line for each thing that is done, and within one now and then."""
+
+    def __init__(self) -> None:
+        self.what, self.last = "", 0.0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if what == self.what and now - self.last < LINE_EVERY:
+            return
+        self.what, self.last = what, now
+        to_stderr(", ".join(part for part in (what, _sent(done, total)) if part))
+
+
+def _sent(done: int, total: int) -> str:
+    """Bytes on the way in words: what there is before the first are there, then how many are."""
+    if not total or done >= total:
+        return ""
+    return f"{size(done)} of {size(total)}" if done else size(total)

@@ -12,7 +12,8 @@ from huggingface_hub import errors as hub_errors
 
 from hf_equiv.hubcalls import patiently, persist
 from hf_equiv.licences import PhotoRights, how_to_change
-from hf_equiv.publishing import CARD, LocalRun, StagedFile, is_withheld
+from hf_equiv.localrun import CARD, LocalRun
+from hf_equiv.publishing import StagedFile, is_withheld
 from hf_equiv.repository import KIND, Change, Progress, Repository, plan_change, read_repository, send
 
 T = TypeVar("T")
@@ -112,6 +113,7 @@ class Publication:
             if self.create_pr and self.repo_id.split("/")[0] not in self._own_names():
                 raise
             hidden = private is not False
+            self.say(f"making the {'private' if hidden else 'public'} dataset {self.repo_id}")
             self.call(
                 lambda: self.api.create_repo(self.repo_id, repo_type=KIND, private=hidden, exist_ok=True), "creating"
             )
@@ -146,6 +148,7 @@ class Publication:
 
     def look(self) -> Repository:
         """The repository as it is now."""
+        self.say("reading the dataset")
         info = self.api.dataset_info(self.repo_id, revision=self.revision)
         return read_repository(self.api, self.repo_id, str(info.sha))
 
@@ -212,6 +215,11 @@ class Publication:
         change = plan_change(there, self.run, self.rights)
         changed = bool(change.added or change.deleted)
         return self.result(change, is_private, stated=stated, changed=changed, revision=self.revision, dry_run=True)
+
+    def done(self, pr_url: str | None, *, fresh: bool) -> None:
+        """Report that it is done, and where."""
+        told = "done" if fresh else "nothing to commit, it is there already"
+        self.say(f"{told}: {pr_url or self._url()}")
 
     def result(self, change: Change, private: bool | None, *, stated: bool, **more: Any) -> Published:
         """The record of what was done."""

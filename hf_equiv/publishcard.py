@@ -13,7 +13,8 @@ from huggingface_hub.repocard import DatasetCard
 
 from hf_equiv import card
 from hf_equiv.layouts import LAYOUTS
-from hf_equiv.publishing import RUNS, analysis_of, is_withheld, run_name
+from hf_equiv.localrun import analysis_of, run_name
+from hf_equiv.publishing import RUNS, is_withheld
 from hf_equiv.shards import MATCH
 
 Runs = Mapping[str, Mapping[str, Any]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,39 @@ def run(directory: Path, repo_id: str, *, as_json: bool, quiet: bool, **given: A
     """Carry out `hf-equiv publish`; returns the exit code."""
     with display.result_stream() as out:
         from hf_equiv.hub import publish_results
+        from hf_equiv.localrun import folder_of_runs, runs_inside
 
+        if inside := runs_inside(directory):
+            commands = (f"{_command(path, repo_id, given)}{note}" for path, note in inside)
+            raise ValueError(folder_of_runs(directory, inside) + " Publish each:\n- " + "\n- ".join(commands))
         environment.calm(quiet=True)  # one bar, ours
-        with progress.transfer(quiet=as_json or quiet, what="publishing") as report:
-            done = publish_results(directory, repo_id, progress=report, **given)
+        try:
+            with progress.transfer(quiet=as_json or quiet, what="publishing") as report:
+                done = publish_results(directory, repo_id, progress=report, **given)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted. The same command goes on: what was uploaded is not sent twice, and a commit that was "
+                "made is found."
+            ) from None
         if as_json:
             display.print_json(asdict(done), out)
         elif not quiet:
             _print(done, out)
     return 0
+
+
+def _command(path: Path, repo_id: str, given: Mapping[str, Any]) -> str:
+    """The command for one run, with the flags that were given."""
+    words = ["hf-equiv", "publish", path.as_posix(), repo_id]
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        if name == "private" and value is not None:
+            words.append("--private" if value else "--public")
+        elif value is True:
+            words.append(flag)
+        elif value not in (None, False):
+            words += [flag, str(value)]
+    return shlex.join(words)
 
 
 def _print(done: Published, out: Any) -> None:

@@ -17,12 +17,11 @@ from typing import Any
 from hf_equiv import card, rundir, shards
 from hf_equiv.layouts import LAYOUTS
 from hf_equiv.licences import PhotoRights
-from hf_equiv.plan import default_folder
+from hf_equiv.localrun import CARD, LocalRun, analysis_of, run_name
 from hf_equiv.results import SCHEMA_VERSION
-from hf_equiv.shards import MATCH, Layout, Row
+from hf_equiv.shards import MATCH, Row
 
 RUNS = "runs"
-CARD = "README.md"
 WITHHELD = "withheld"
 OWN_FOLDERS = (*(layout.folder for layout in LAYOUTS.values()), "float", "figures")
 _BESIDE = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
@@ -50,100 +49,6 @@ class StagedFile:
         """What git calls a file of this content."""
         data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-@dataclass(frozen=True)
-class LocalRun:
-    """A finished run directory whose files are those that its `run.json` states.
-
-    Attributes:
-        folder: where it is.
-        record: its `run.json`.
-        versions: of the packages that made the rows; None where no row states them.
-    """
-
-    folder: Path
-    record: Row
-    versions: str | None
-
-    @property
-    def name(self) -> str:
-        """`ANALYSIS-MODELSLUG-HASH8`."""
-        return run_name(self.record)
-
-    @property
-    def layout(self) -> Layout:
-        """Of its rows."""
-        return LAYOUTS[analysis_of(self.record)]
-
-
-def analysis_of(record: Mapping[str, Any]) -> str:
-    """The verb of a run."""
-    return str(record.get("analysis", MATCH.analysis))
-
-
-def run_name(record: Mapping[str, Any]) -> str:
-    """`ANALYSIS-MODELSLUG-HASH8`: runs of equal settings have equal names.
-
-    Args:
-        record: `run.json` of a run.
-
-    Returns:
-        The name of its folder in `runs/`.
-    """
-    place = default_folder(analysis_of(record), record["settings"])
-    return "-".join(place.parts[1:])
-
-
-def read_run(folder: Path) -> LocalRun:
-    """Open a run directory that may be published: finished, known, and as its `run.json` states.
-
-    Args:
-        folder: run directory.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: it is no run, not finished, of a newer version, or its files are not those that it states.
-    """
-    record = rundir.read_record(folder)
-    where = repr(str(folder))
-    analysis = analysis_of(record)
-    if analysis not in LAYOUTS:
-        raise ValueError(f"{where} holds a run of {analysis!r}, which this version of hf_equiv does not know.")
-    rundir.check_record(folder, record, LAYOUTS[analysis])
-    if not record["complete"]:
-        raise ValueError(
-            f"{where} must be a finished run; rows are missing. Run the same {analysis} command again: it makes what "
-            "is left."
-        )
-    if "verdict" not in (record["summary"] or ()):
-        raise ValueError(f"{str(folder / rundir.RECORD)!r} is damaged: it lacks summary.verdict.")
-    _check_files(folder, record)
-    layout = LAYOUTS[analysis]
-    versions: str | None = None
-    for path in shards.shard_files(folder, layout)[:1]:
-        versions = next((row["versions"] for row in shards.read_shard(path, layout=layout)), None)
-    return LocalRun(folder, record, versions)
-
-
-def _check_files(folder: Path, record: Row) -> None:
-    """Every file must be listed with its SHA-256, and lie inside the folder."""
-    stated: dict[str, str] = dict(record["files"])
-    own = {path.relative_to(folder).as_posix(): path for path in rundir.own_files(folder)}
-    if record.get("card") == "dataset":  # the card of a dataset is its owner's
-        own.pop(CARD, None)
-    wrong = [f"{name} is missing" for name in stated if name not in own]
-    wrong += [f"{name} is not listed" for name in own if name not in stated]
-    wrong += [f"{name} has changed" for name, path in own.items() if stated.get(name) != shards.sha256_file(path)
-              and name in stated]  # fmt: skip
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"{str(folder)!r} must be as its run.json states; {', '.join(wrong[:3])}{more}. `hf-equiv verify` shows "
-            "what does not hold; run the analysis again with --overwrite always to make it anew."
-        )
 
 
 def place_of(record: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str:

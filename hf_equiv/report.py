@@ -14,7 +14,7 @@ from hf_equiv.reportdownstream import probe_section, retrieval_section, survival
 from hf_equiv.reportgallery import gallery_section
 from hf_equiv.reportgeometry import linearity_section, lipschitz_section, spectrum_section, walks_section
 from hf_equiv.reportmade import comparison, made_section
-from hf_equiv.reportmatches import heads_section, matching_section, near_section, summary_section
+from hf_equiv.reportmatches import heads_section, left_out, matching_section, near_section, summary_section
 from hf_equiv.reportmaterial import Material
 from hf_equiv.reportnumbers import checkpoint_numbers
 from hf_equiv.reportpage import Block, Bullets, Heading, Page, Text, code, plain, to_html, to_markdown
@@ -91,9 +91,12 @@ def make_report(
 ) -> Report:
     """Report what the runs of one or several checkpoints say of the paper's claims, with intervals and controls.
 
-    Runs are grouped by model, revision and readout. Numbers come from the rows; controls, survival, transfer, retrieval
-    and the kNN probe are measured anew with the recorded model, on the match run without a ball (or of the largest
-    one). Where a model cannot be loaded, these parts say so and the rest is reported.
+    Runs are grouped by model, revision, readout and dtype. Numbers come from the rows; controls, survival, transfer,
+    retrieval and the kNN probe are measured anew with the recorded model, on the match run without a ball (or of the
+    largest one). Where a model cannot be loaded, these parts say so and the rest is reported.
+
+    Rows and float images of files that are not as the `run.json` of a finished run states count nowhere; the page says
+    how many.
 
     Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo.
 
@@ -113,7 +116,8 @@ def make_report(
         The report; the same for the same runs and options, to the byte.
 
     Raises:
-        ValueError: a path is no run directory, is damaged, or was written by a newer version; no such label data.
+        ValueError: a path is no run directory, is damaged, or was written by a newer version; no file of rows is as
+            recorded; no such label data.
 
     Example:
         >>> report = make_report(["runs"])  # doctest: +SKIP
@@ -127,6 +131,11 @@ def make_report(
     if not paths:
         raise ValueError("`paths` must name a run directory. Make one with hf-equiv match MODEL.")
     runs = find_runs([locate(str(path), place) for path in paths])
+    if any(run.changed for run in runs) and not any(run.rows for run in runs):
+        raise ValueError(
+            f"`paths` must hold rows that are as recorded; in {', '.join(run.name for run in runs if run.changed)} no "
+            "file of rows is as run.json states (SHA-256). hf-equiv verify names every problem."
+        )
     checkpoints = group_runs(runs)
     labelled = None
     if label_data is not None:
@@ -139,7 +148,8 @@ def make_report(
     keep = None if out is None else out.parent / folder
     models = (model,) if isinstance(model, str) else tuple(model)
     others: dict[str, Encoder | str] = {name: load_other(name, place) for name in dict.fromkeys(transfer)}
-    problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256)" for run in runs if run.changed]
+    problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {left_out(run)}" for run in runs
+                if run.changed]  # fmt: skip
     problems += [other for other in others.values() if isinstance(other, str)]
     materials: list[Material] = []
     for k, checkpoint in enumerate(checkpoints, 1):

@@ -142,11 +142,16 @@ def retrieval_section(m: Material) -> list[Block]:
             ("", "searched with the match", "control: with the source (itself left out)"),
             lines,
             f"Neighbours drawn at random would agree to {found['chance']:.2f}."
-            + (" With so few photos a rank says little." if found["photos"] < 20 else ""),
+            + (" With so few photos a rank says little." if found["photos"] < 20 else "")
+            + (_unranked(found["unranked"]) if found["unranked"] else ""),
             stacked=True,
         )
     )
     return blocks
+
+
+def _unranked(count: int) -> str:
+    return f" {count} of the matches or targets have an embedding that is zero or not finite: they have no rank."
 
 
 def probe_section(m: Material) -> list[Block]:

@@ -7,7 +7,20 @@ from typing import Any
 
 from hf_equiv.metrics import short
 from hf_equiv.reportnumbers import MATCHED
-from hf_equiv.reportwords import ball, count, falls_short, linear_reach, look_alike, near_budget, number, tenth, three
+from hf_equiv.reportwords import (
+    ALIKE_DB,
+    ball,
+    count,
+    decibels,
+    falls_short,
+    linear_reach,
+    look_alike,
+    most_alike,
+    near_budget,
+    number,
+    tenth,
+    three,
+)
 
 Row = Mapping[str, Any]
 
@@ -53,6 +66,11 @@ def _say_near(numbers: Row) -> str:
             f"; of the matches that look like their source "
             f"({ball(alike['radius'], alike['norm'])}, PSNR {tenth(alike['psnr_db']['value'])} dB), "
             f"{count(alike['nearer'])} embed nearer to the target than to that source"
+        )
+    elif (best := most_alike(numbers)) is not None:
+        text += (
+            f"; no run has matches that look like their source ({ALIKE_DB:.0f} dB): the nearest have "
+            f"{decibels(best['psnr_db']['value'])} dB ({ball(best['radius'], best['norm'])})"
         )
     return text + "."
 
@@ -200,18 +218,17 @@ def _not_saved(numbers: Row) -> str:
 
 
 def _not_small(numbers: Row) -> str:
-    match = numbers["match"]
-    apart = match["unrelated"]["median"] if match and match["unrelated"] else None
-    limited = [b for b in numbers["budgets"] if b["radius"] is not None and b["embedding_error_8bit"]]
-    if apart is None:
-        return ""
-    failed = [b for b in limited if b["embedding_error_8bit"]["value"] > MATCHED * apart]
+    failed = [
+        b for b in numbers["budgets"]
+        if b["radius"] is not None and b["embedding_error_8bit"] and b["unrelated"]
+        and b["embedding_error_8bit"]["value"] > MATCHED * b["unrelated"]
+    ]  # fmt: skip
     if not failed:
         return ""
     worst = min(failed, key=lambda b: b["radius"])
     return (
         f"Not every budget allows a match: at {ball(worst['radius'], worst['norm'])} the median PNG error is "
-        f"{number(worst['embedding_error_8bit'])}, with {short(apart)} between unrelated photos"
+        f"{number(worst['embedding_error_8bit'])}, with {short(worst['unrelated'])} between unrelated photos"
         f" (at most {worst['max_evals']} evaluations; more may go further)."
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_equiv import reportfigures
+from hf_equiv import reportgeometryfigures
 from hf_equiv.metrics import short
 from hf_equiv.reportmaterial import MODEL, Material, missing, value
 from hf_equiv.reportnumbers import all_rows
@@ -49,7 +49,7 @@ def spectrum_section(m: Material) -> list[Block]:
         )
     )
     blocks.append(Table(("", "value, median"), tuple(lines)))
-    png = reportfigures.spectrum_figure(rows)
+    png = reportgeometryfigures.spectrum_figure(rows)
     if png:
         blocks.append(
             Picture(
@@ -103,7 +103,7 @@ def lipschitz_section(m: Material) -> list[Block]:
     kinds: dict[str, list[Row]] = {}
     for row in all_rows(m.checkpoint.of("lipschitz")):
         kinds.setdefault(row["direction"], []).append(row)
-    png = reportfigures.constants_figure(kinds)
+    png = reportgeometryfigures.constants_figure(kinds)
     if png:
         told = "; ".join(f"{kind} {short(value(k['value']))}" for kind, k in found["kinds"].items())
         blocks.append(
@@ -164,7 +164,7 @@ def linearity_section(m: Material) -> list[Block]:
         bands.append(("matches", "", [r["l2"] for r in m.checkpoint.matches[0].good if r["l2"]]))
     if walk:
         bands.append(("ends of walks", "", [w["l2"] for w in walk["walks"] if w["l2"]]))
-    png = reportfigures.proportion_figure(bands)
+    png = reportgeometryfigures.proportion_figure(bands)
     if png:
         told = "; ".join(f"{name} {short(float(np.median(values)))}" for name, _, values in bands if values)
         blocks.append(
@@ -218,7 +218,7 @@ def walks_section(m: Material) -> list[Block]:
     for run in m.checkpoint.of("walk"):
         for row in run.good:
             paths.setdefault(f"{plain(row['image_id'])} ({plain(row['heading'])})", []).append(row)
-    png = reportfigures.walks_figure(paths, max(run.settings["rtol"] for run in m.checkpoint.of("walk")))
+    png = reportgeometryfigures.walks_figure(paths, max(run.settings["rtol"] for run in m.checkpoint.of("walk")))
     if png:
         blocks.append(
             Picture(

@@ -27,9 +27,8 @@ def summary_section(m: Material) -> list[Block]:
     blocks += [Text(_partial(run), "note") for run in m.checkpoint.runs if run.partial]
     blocks += [
         Text(
-            f"{plain(run.name)}: the files {', '.join(map(plain, run.changed[:3]))} are not as run.json states "
-            f"(SHA-256). Numbers from them are not to be relied on; {code(f'hf-equiv verify {run.name}')} names what "
-            "does not hold.",
+            f"{plain(run.name)}: {_files(run)} not as run.json states (SHA-256). {left_out(run).capitalize()}; "
+            f"{code(f'hf-equiv verify {run.name}')} names what does not hold.",
             "note",
         )
         for run in m.checkpoint.runs
@@ -53,6 +52,23 @@ def summary_section(m: Material) -> list[Block]:
     else:
         blocks.append(Text("Nothing that was measured does, or what could was not measured.", "quiet"))
     return blocks
+
+
+def _files(run: Run) -> str:
+    """The changed files of a run, the first three by name."""
+    more = f" and {len(run.changed) - 3} more" if len(run.changed) > 3 else ""
+    names = ", ".join(map(plain, run.changed[:3])) + more
+    return f"the file {names} is" if len(run.changed) == 1 else f"the files {names} are"
+
+
+def left_out(run: Run) -> str:
+    """What a report leaves out of a run with changed files."""
+    what = "pairs" if run.layout.listed == "pairs" else "images"
+    if not run.rows:
+        return f"the run is left out of every number: none of its {run.listed} {what} is as recorded"
+    if run.left_out:
+        return f"{run.left_out} of {run.listed} {what} are left out of every number"
+    return f"nothing is read from {'it' if len(run.changed) == 1 else 'them'}"
 
 
 def _partial(run: Run) -> str:
@@ -155,7 +171,8 @@ def _outcome(m: Material, run: Run) -> str:
     for row in run.rows:
         tally[row["status"]] = tally.get(row["status"], 0) + 1
     text = "Status of the rows: " + ", ".join(f"{n} {plain(status)}" for status, n in sorted(tally.items())) + "."
-    text += f" Evaluations (one forward and one backward pass): {number(m.numbers['match']['num_evals'], tenth)}."
+    text += f" Evaluations: {number(m.numbers['match']['num_evals'], tenth)}; one is a forward and a backward pass "
+    text += "of one image, (forwards + 2 cotangents + 2 tangents) / 3, so that a forward alone counts a third."
     apart, like = m.numbers["match"]["psnr_match_target"], m.numbers["match"]["ssim_match_target"]
     if apart:
         text += f" The match as a picture against the target: PSNR {number(apart, tenth, ' dB')}"
@@ -170,7 +187,8 @@ def near_section(m: Material) -> list[Block]:
         return []
     blocks: list[Block] = [m.heading("How near: error against budget", "near")]
     budgets = m.numbers["budgets"]
-    names = [ball(b["radius"], b["norm"]) for b in budgets]
+    several = len({(b["data_id"], b["data_revision"]) for b in budgets}) > 1
+    names = [ball(b["radius"], b["norm"]) + (f", {plain(b['data_id'])}" if several else "") for b in budgets]
     rows = tuple(
         (
             name if names.count(name) == 1 else f"{name} ({plain(b['run'])})",
@@ -195,13 +213,17 @@ def near_section(m: Material) -> list[Block]:
         "by cosine, than to its own source. The PNG is searched for with evaluations of its own, from where "
         "the float match ended, and may be nearer than that."
     )
+    if several:
+        told += (
+            " The budgets are of different photos: each is set against unrelated photos of its own data, and a "
+            "difference between them may come from the photos."
+        )
     if len(budgets) > 1:
         told += f" Everything else on this page is of the run {plain(budgets[0]['run'])}, the first of these."
     blocks.append(Table(head, rows, told, stacked=True))
-    apart = found["unrelated"]["median"] if found["unrelated"] else None
     drawn = False
     for norm in dict.fromkeys(b["norm"] for b in budgets):
-        png = reportfigures.budget_figure(budgets, norm, apart)
+        png = reportfigures.budget_figure(budgets, norm)
         if png:
             drawn = True
             told = "; ".join(

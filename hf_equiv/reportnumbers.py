@@ -10,7 +10,7 @@ from hf_equiv.geometrysummary import summarize_analysis
 from hf_equiv.layouts import row_name
 from hf_equiv.reportmeasures import collect
 from hf_equiv.reportruns import Checkpoint, Run
-from hf_equiv.reportstats import Estimate, bootstrap, spread, wilson
+from hf_equiv.reportstats import estimate, share, spread
 from hf_equiv.results import Status
 
 Row = dict[str, Any]
@@ -48,11 +48,12 @@ def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: S
         "revision": checkpoint.revision,
         "readout": checkpoint.readout,
         "normalize": checkpoint.normalize,
+        "dtype": checkpoint.dtype,
         "dim": measured["dim"] if measured else None,
         "pixels": measured["pixels"] if measured else None,
         "runs": [_run_line(run) for run in checkpoint.runs],
         "match": _match(matches[0], measured) if matches else None,
-        "budgets": [_budget(run) for run in matches],
+        "budgets": [_budget(run, _apart(run, matches[0], measured)) for run in matches],
         "heads": _heads(matches[0]) if matches else None,
         "survival": _survival(measured),
         "transfer": [_transfer(one) for one in transfer if one["pairs"]],
@@ -68,22 +69,6 @@ def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: S
     return found
 
 
-def estimate(values: Sequence[float | None], statistic: str = "median") -> Row | None:
-    """Median or mean with its bootstrap interval, as plain data."""
-    return _plain(bootstrap(values, statistic))
-
-
-def share(flags: Sequence[Any]) -> Row | None:
-    """Share of what is true with Wilson's interval, and the count as `hits`; None counts as absent."""
-    known = [bool(flag) for flag in flags if flag is not None]
-    found = wilson(sum(known), len(known))
-    return None if found is None else found.to_json() | {"hits": sum(known)}
-
-
-def _plain(found: Estimate | None) -> Row | None:
-    return None if found is None else found.to_json()
-
-
 def _run_line(run: Run) -> Row:
     s = run.settings
     return {
@@ -93,6 +78,7 @@ def _run_line(run: Run) -> Row:
         "there": run.there,
         "error_rows": len(run.rows) - len(run.good),
         "complete": not run.partial,
+        "left_out": run.left_out,
         "changed_files": list(run.changed),
         "data_id": s["data_id"],
         "data_revision": s["data_revision"],
@@ -132,14 +118,22 @@ def _unrelated(run: Run, measured: Row | None) -> Row | None:
     return None if not stated else {**stated["distance"], "n": stated["num_pairs"], "q05": None, "q95": None}
 
 
-def _budget(run: Run) -> Row:
+def _apart(run: Run, first: Run, measured: Row | None) -> float | None:
+    """Median distance of unrelated photos of a run's own data: as measured for the first run, else as it states."""
+    same = all(run.settings[key] == first.settings[key] for key in ("data_id", "data_revision"))
+    found = (_unrelated(first, measured) if same else None) or _unrelated(run, None)
+    return found["median"] if found else None
+
+
+def _budget(run: Run, unrelated: float | None) -> Row:
     s, good = run.settings, run.good
     keys = (
         "embedding_error", "embedding_error_8bit", "target_quantization_error", "psnr_db", "ssim", "l2",
         "cosine_to_target", "cosine_to_source",
     )  # fmt: skip
     found: Row = {"run": run.name, "pairs": len(good), "rows": len(run.rows), "listed": run.listed}
-    found |= {key: s[key] for key in ("radius", "norm", "solver", "max_evals", "rtol", "seed", "data_id")}
+    keep = ("radius", "norm", "solver", "max_evals", "rtol", "seed", "data_id", "data_revision")
+    found |= {key: s[key] for key in keep} | {"unrelated": unrelated}
     found |= {key: estimate(collect(good, key)) for key in keys} | {"psnr_db": _psnr(good)}
     found["converged"] = share([row["status"] == Status.CONVERGED for row in run.rows])
     found["nearer"] = share([_less(row["cosine_to_source"], row["cosine_to_target"]) for row in good])
@@ -199,8 +193,9 @@ def _retrieval(measured: Row | None) -> Row | None:
         return None
     pairs = stored["pairs"]
     found: Row = {key: stored[key] for key in ("photos", "k", "chance")}
-    found["first"] = share([pair["rank"] == 1 for pair in pairs])
-    found["source_first"] = share([pair["source_rank"] == 1 for pair in pairs])
+    for name, key in (("first", "rank"), ("source_first", "source_rank")):
+        found[name] = share([None if rank is None else rank == 1 for rank in collect(pairs, key)])
+    found["unranked"] = sum(pair["rank"] is None for pair in pairs)
     found |= {key: estimate(collect(pairs, key)) for key in ("rank", "source_rank")}
     return found | {key: estimate(collect(pairs, key), "mean") for key in ("overlap", "source_overlap")}
 
@@ -209,10 +204,10 @@ def _probe(measured: Row | None) -> Row | None:
     stored = measured["probe"] if measured else None
     if not stored:
         return None
-    apart = [pair for pair in stored["pairs"] if pair["source"] != pair["target"]]
+    apart = [pair for pair in stored["pairs"] if None not in pair.values() and pair["source"] != pair["target"]]
     found: Row = {key: stored[key] for key in ("photos", "classes", "k")}
     return found | {
-        "accuracy": _plain(wilson(stored["hits"], stored["photos"])) | {"hits": stored["hits"]},  # type: ignore[operator]
+        "accuracy": share([True] * stored["hits"] + [False] * (stored["photos"] - stored["hits"])),
         "pairs": len(stored["pairs"]),
         "apart": len(apart),
         "flipped": share([pair["match"] == pair["target"] for pair in apart]),

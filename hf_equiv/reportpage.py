@@ -15,6 +15,7 @@ BADGES = {
     "supported with a caveat": "partly",
     "not supported": "no",
     "not measured": "open",
+    "not decided": "open",
 }
 """Verdicts, and the class that colours them."""
 

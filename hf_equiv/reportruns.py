@@ -34,8 +34,9 @@ class Run:
         folder: where it is.
         record: its `run.json`.
         layout: folder and columns of the rows.
-        rows: in the order of the list in the record; those of status `error` included.
-        changed: files that are missing or do not have the SHA-256 that the record states.
+        rows: in the order of the list in the record; those of status `error` included, those of changed files left out.
+        changed: files of rows and float images that are missing, or are not as the record states (SHA-256): nothing is
+            read from them.
     """
 
     name: str
@@ -71,9 +72,14 @@ class Run:
         return len({row[self.layout.item] for row in self.rows})
 
     @property
+    def left_out(self) -> int:
+        """Pairs or images that count nowhere, since the file of their rows is not as recorded."""
+        return self.listed - self.there if self.changed else 0
+
+    @property
     def partial(self) -> bool:
         """Whether the run is unfinished."""
-        return not self.record["complete"] or self.there < self.listed
+        return not self.record["complete"] or (self.there < self.listed and not self.changed)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Checkpoint:
         revision: commit, or SHA-256 of the weights.
         readout: which output is the embedding.
         normalize: whether embeddings are scaled to length 1.
+        dtype: that the numbers are stated in, float32 or float64.
         runs: match runs first.
     """
 
@@ -94,6 +101,7 @@ class Checkpoint:
     revision: str
     readout: str
     normalize: bool
+    dtype: str
     runs: tuple[Run, ...]
 
     def of(self, analysis: str) -> tuple[Run, ...]:
@@ -142,7 +150,7 @@ def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
         if (folder / rundir.RECORD).is_file():
             inside = [folder, *sorted(p.parent for p in folder.glob(f"runs/*/{rundir.RECORD}"))]
         else:
-            inside = sorted(p.parent for p in folder.rglob(rundir.RECORD) if not _hidden(p, folder))
+            inside = rundir.folders_in(folder)
         if not inside:
             raise ValueError(
                 f"{name!r} must be a run directory or a folder of them; it has no {rundir.RECORD}, nor has any folder "
@@ -163,7 +171,8 @@ def read_run(folder: Path, name: str) -> Run:
         name: what to call it.
 
     Returns:
-        The run, its rows without images.
+        The run, its rows without images. Rows of a finished run are left out where their file is not as its `run.json`
+        states.
 
     Raises:
         ValueError: it is damaged, of an unknown kind, or was written by a newer version.
@@ -181,8 +190,10 @@ def read_run(folder: Path, name: str) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         told = f"{type(error).__name__}: {error}"
         raise ValueError(f"{name + '/' + rundir.RECORD!r} is damaged ({told}).") from error
+    changed = _changed(folder, layout, digests) if complete else ()
     try:
-        rows = list(shards.read_rows(folder, layout=layout))
+        whole = (p for p in shards.shard_files(folder, layout) if _inside(folder, p) not in changed)
+        rows = [row for path in whole for row in shards.read_shard(path, layout=layout)]
     except ValueError as error:
         raise ValueError(f"{name!r} is damaged: {error} hf-equiv verify names every problem.") from error
     unlisted = sorted({str(row[layout.item]) for row in rows} - set(order))
@@ -192,11 +203,11 @@ def read_run(folder: Path, name: str) -> Run:
     for row in rows:
         once.setdefault(row_name(analysis, row), row)  # a doubled row counts once
     rows = sorted(once.values(), key=lambda row: order[row[layout.item]])
-    return Run(name, folder, record, layout, tuple(rows), _changed(folder, digests) if complete else ())
+    return Run(name, folder, record, layout, tuple(rows), changed)
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
-    """Group runs by encoder: model, revision, readout, and whether embeddings are scaled.
+    """Group runs by encoder: model, revision, readout, whether embeddings are scaled, and dtype.
 
     Args:
         runs: as from `find_runs`.
@@ -207,20 +218,22 @@ def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         s = run.settings
-        groups.setdefault((s["model_id"], s["model_revision"], s["readout"], s["normalize"]), []).append(run)
+        key = (s["model_id"], s["model_revision"], s["readout"], s["normalize"], s["dtype"])
+        groups.setdefault(key, []).append(run)
     order = list(LAYOUTS)
     made = []
     for key, own in groups.items():
-        model, revision, readout, normalize = key
+        model, revision, readout, normalize, dtype = key
         others = [other for other in groups if other[0] == model and other != key]
         title = str(model)
         if any(other[1] != revision for other in others):
             title += f" @ {str(revision).removeprefix('sha256:')[:8]}"
-        if any(other[2:] != key[2:] for other in others):
-            title += f" ({readout}{', normalised' if normalize else ''})"
+        apart = [f"{readout}{', normalised' if normalize else ''}"] if any(o[2:4] != key[2:4] for o in others) else []
+        apart += [str(dtype)] if any(other[4] != dtype for other in others) else []
+        title += f" ({', '.join(apart)})" if apart else ""
         own = _once(own)
         own.sort(key=lambda run: order.index(run.analysis))
-        made.append(Checkpoint(title, model, revision, readout, normalize, tuple(own)))
+        made.append(Checkpoint(title, model, revision, readout, normalize, dtype, tuple(own)))
     return tuple(made)
 
 
@@ -237,6 +250,8 @@ def _once(runs: Sequence[Run]) -> list[Run]:
 def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iterator[tuple[Row, Tensor | None]]:
     """Read rows with their images as PNG bytes, shard by shard, and the float match where asked for.
 
+    Files that are not as recorded are left out.
+
     Args:
         run: a match run.
         ids: of the pairs.
@@ -247,18 +262,26 @@ def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iter
     """
     wanted = set(ids)
     for path in shards.shard_files(run.folder, run.layout):
+        if _inside(run.folder, path) in run.changed:
+            continue
         beside = run.folder / "float" / f"{path.stem}.safetensors"
-        tensors = shards.read_floats(beside)[0] if floats and beside.is_file() else {}
+        there = floats and beside.is_file() and _inside(run.folder, beside) not in run.changed
+        tensors = shards.read_floats(beside)[0] if there else {}
         for row in shards.read_shard(path, images=True, layout=run.layout):
             if row[run.layout.item] in wanted:
                 yield row, tensors.get(row[run.layout.item])
 
 
-def _changed(folder: Path, digests: dict[str, str]) -> tuple[str, ...]:
+def _inside(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str, ...]:
     """Rows and float files that are not as the record states; the card and the figures hold no number of a report."""
-    names = sorted(name for name in digests if name.endswith((".parquet", ".safetensors")))
-    return tuple(n for n in names if not (folder / n).is_file() or shards.sha256_file(folder / n) != digests[n])
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    names = {name for name in digests if name.endswith((".parquet", ".safetensors"))}
+    names |= {_inside(folder, path) for path in shards.shard_files(folder, layout)}
+    names |= {_inside(folder, path) for path in (folder / "float").glob("[!.]*.safetensors")}
+    return tuple(
+        name for name in sorted(names)
+        if not (folder / name).is_file() or shards.sha256_file(folder / name) != digests.get(name)
+    )  # fmt: skip

@@ -113,6 +113,19 @@ def wilson(hits: int, n: int) -> Estimate | None:
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), n)
 
 
+def estimate(values: Iterable[float | None], statistic: str = "median") -> dict[str, Any] | None:
+    """Median or mean with its bootstrap interval, as plain data."""
+    found = bootstrap(values, statistic)
+    return None if found is None else found.to_json()
+
+
+def share(flags: Iterable[Any]) -> dict[str, Any] | None:
+    """Share of what is true with Wilson's interval, and the count as `hits`; None counts as absent."""
+    known = [bool(flag) for flag in flags if flag is not None]
+    found = wilson(sum(known), len(known))
+    return None if found is None else found.to_json() | {"hits": sum(known)}
+
+
 def ecdf(values: Iterable[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """Return the empirical distribution: sorted values, and the share that is at most each.
 

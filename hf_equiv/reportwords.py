@@ -73,6 +73,11 @@ def three(value: float) -> str:
     return short(value) if abs(value) < 1e-3 or abs(value) >= 1e7 else f"{value:.3g}"
 
 
+def decibels(psnr: float) -> str:
+    """One decimal, or as many as tell it from `ALIKE_DB`."""
+    return next(text for n in range(1, 18) if float(text := f"{psnr:.{n}f}") != ALIKE_DB or psnr == ALIKE_DB)
+
+
 def thousandth(value: float) -> str:
     """Three decimals."""
     return f"{value:.3f}"
@@ -86,15 +91,11 @@ def ball(radius: float | None, norm: str) -> str:
 
 
 def near_budget(numbers: Row) -> Row | None:
-    """The smallest ball at which the median PNG match ends within a tenth of the distance of unrelated images."""
-    match = numbers["match"]
-    apart = match["unrelated"]["median"] if match and match["unrelated"] else None
-    if apart is None:
-        return None
+    """The smallest ball whose median PNG match ends within a tenth of the distance of unrelated images of its data."""
     enough = [
         b for b in numbers["budgets"]
-        if b["radius"] is not None and b["embedding_error_8bit"]
-        and b["embedding_error_8bit"]["value"] <= ON_THE_WAY * apart
+        if b["radius"] is not None and b["embedding_error_8bit"] and b["unrelated"]
+        and b["embedding_error_8bit"]["value"] <= ON_THE_WAY * b["unrelated"]
     ]  # fmt: skip
     return min(enough, key=lambda b: (b["norm"] != "linf", b["radius"]), default=None)
 
@@ -111,6 +112,12 @@ def look_alike(numbers: Row) -> Row | None:
     alike = [b for b in numbers["budgets"] if b["nearer"] and b["psnr_db"] and b["psnr_db"]["value"] >= ALIKE_DB]
     alike.sort(key=lambda b: (b["radius"] is None, b["norm"] != "linf", b["radius"] or 0.0))
     return next((b for b in alike if b["nearer"]["value"] > 0.5), alike[-1] if alike else None)
+
+
+def most_alike(numbers: Row) -> Row | None:
+    """The budget whose matches look most like their sources (median PSNR), whether or not that is much."""
+    known = [b for b in numbers["budgets"] if b["nearer"] and b["psnr_db"]]
+    return max(known, key=lambda b: float(b["psnr_db"]["value"]), default=None)
 
 
 def linear_reach(numbers: Row) -> tuple[Row, Row, str] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_equiv import reportmeasures, shards
+from hf_equiv import reportmeasures, reportsearch, shards
 from hf_equiv.data import ImageSet
 from hf_equiv.imagefile import decode_png, open_image
 from hf_equiv.precision import no_tf32
@@ -27,7 +27,7 @@ MEASURED_PAIRS = 200
 LABELLED_PHOTOS = 2000
 """Photos of `label_data` that are used, drawn with seed 0."""
 
-_VERSION = 1  # of what is measured: raise it when a number changes its meaning
+_VERSION = 2  # of what is measured: raise it when a number changes its meaning
 _CURVE = 400  # points of a stored distribution
 
 
@@ -82,7 +82,7 @@ def measure_transfer(run: Run, other: Any, *, cache: Path | None, tell: Tell) ->
 
 def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | None, tell: Tell) -> Row:
     ids, dtype = measured_ids(run), _dtype(encoder)
-    photos = reportmeasures.Gallery()
+    photos = reportsearch.Gallery()
     total, done = len(ids) + (0 if labelled is None else len(labelled)), 0
     tell(done, total)
 
@@ -129,7 +129,7 @@ def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | No
         sources, targets = (matrix[[pair[k] for pair in pairs]] for k in (1, 2))
         found["unrelated"] = _distribution(reportmeasures.pair_distances(sources, targets))
         found["retrieval"] = _retrieval(pairs, matrix)
-        found["probe"] = reportmeasures.probe([pair[1:] for pair in pairs], photos)
+        found["probe"] = reportsearch.probe([pair[1:] for pair in pairs], photos)
     return found
 
 
@@ -139,7 +139,7 @@ def _retrieval(pairs: Sequence[tuple[Row, int, int, Tensor]], matrix: Tensor) ->
     if others < 2:
         return None
     k = min(10, max(1, others // 3))
-    rows = [reportmeasures.retrieve(z, source, target, matrix, k) for _, source, target, z in pairs]
+    rows = [reportsearch.retrieve(z, source, target, matrix, k) for _, source, target, z in pairs]
     return {"photos": len(matrix), "k": k, "chance": k / others, "pairs": rows}
 
 
@@ -190,7 +190,7 @@ def _identity(run: Run, encoder: Any) -> list[Any]:
         [path.relative_to(run.folder).as_posix(), shards.sha256_file(path)]
         for name in (run.layout.folder, "float")
         for path in sorted((run.folder / name).glob("*.*"))
-        if not path.name.startswith(".")
+        if not path.name.startswith(".") and path.relative_to(run.folder).as_posix() not in run.changed
     ]
     provenance = {key: encoder.provenance.get(key) for key in ("model_id", "model_revision", "readout", "dtype")}
     return [_VERSION, MEASURED_PAIRS, files, measured_ids(run), provenance, encoder.normalize, str(encoder.device),

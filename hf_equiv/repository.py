@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from huggingface_hub.hf_api import CommitInfo, RepoFile
 
 from hf_equiv import publishcard, rundir
 from hf_equiv.licences import PhotoRights
+from hf_equiv.localrun import CARD, LocalRun
 from hf_equiv.publishing import (
-    CARD,
-    LocalRun,
     StagedFile,
     check_repository,
     is_withheld,
@@ -30,7 +29,8 @@ from hf_equiv.shards import Row
 
 KIND = "dataset"
 _GROUP = 24
-"""Files uploaded between two reports of progress."""
+_GROUP_BYTES = 50_000_000
+"""Files, and bytes, uploaded between two reports of progress."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -193,24 +193,42 @@ def send(
     Raises:
         ValueError: a file has changed since the run was read.
     """
-    additions = [_addition(file) for file in change.added]
+    progress(0, 0, f"preparing {_files(len(change.added))}")
+    additions = {file.path: _addition(file) for file in change.added}
     total, sent = sum(file.size for file in change.added), 0
-    for start in range(0, len(additions), _GROUP):
-        progress(sent, total, "uploading")
-        group = additions[start : start + _GROUP]
+    for group in _groups(change.added):
+        progress(sent, total, f"uploading {_files(len(additions))}")
         api.preupload_lfs_files(
-            there.repo_id, group, repo_type=kind, revision=revision, create_pr=create_pr, free_memory=False,
+            there.repo_id, [additions[file.path] for file in group], repo_type=kind, revision=revision,
+            create_pr=create_pr, free_memory=False,
             gitignore_content="",  # a .gitignore of the owner must not leave out a part of the run
         )  # fmt: skip
-        sent += sum(file.size for file in change.added[start : start + _GROUP])
-    progress(total, total, "committing")
-    operations: list[Any] = [*additions, *(CommitOperationDelete(path, is_folder=False) for path in change.deleted)]
+        sent += sum(file.size for file in group)
+    progress(total, total, f"committing {_files(len(change.added) + len(change.deleted))}")
+    operations: list[Any] = [*additions.values()]
+    operations += [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     with warnings.catch_warnings():  # the app of a Space comes with results to show
         warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
         return api.create_commit(
             there.repo_id, operations, commit_message=message, commit_description=description, repo_type=kind,
             revision=revision, create_pr=create_pr, parent_commit=there.head,
         )  # fmt: skip
+
+
+def _groups(files: Iterable[StagedFile]) -> Iterator[list[StagedFile]]:
+    """The files in groups that are uploaded together."""
+    group: list[StagedFile] = []
+    for file in files:
+        group.append(file)
+        if len(group) == _GROUP or sum(one.size for one in group) >= _GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _addition(file: StagedFile) -> CommitOperationAdd:

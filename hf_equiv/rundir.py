@@ -49,6 +49,13 @@ def read_record(folder: Path) -> Row:
     return dict(record)
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """Run directories at any depth inside a folder, sorted; hidden folders are left out."""
+    found = (path for path in folder.rglob(RECORD) if path.is_file())
+    inside = ((path.parent, path.relative_to(folder).parts) for path in found)
+    return sorted(place for place, parts in inside if not any(part.startswith(".") for part in parts))
+
+
 def check_record(folder: Path, record: Row, layout: Layout) -> None:
     """Refuse a `run.json` without what every run states; `read_record` asks for less, since any run may be replaced.
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from huggingface_hub import SpaceCardData
 
+from hf_equiv.localrun import CARD
 from hf_equiv.publishcard import END, put_block, split_header
-from hf_equiv.publishing import CARD, StagedFile, bytes_file, text_file
+from hf_equiv.publishing import StagedFile, bytes_file, text_file
 
 DATASET, MODELS = "HF_EQUIV_DATASET", "HF_EQUIV_MODELS"
 """Variables that tell the app what to show and which checkpoints may be chosen."""

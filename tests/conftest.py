@@ -44,6 +44,14 @@ def hub():
     HUB.reset()
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Finished runs for the Hub by name, not to be changed."""
+    from hubcases import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("runs"))
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Six photos in three class folders."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from fakes import TinyEncoder, save_photos
 from loopback_hub import Hub
 
 from hf_equiv import shards
+from hf_equiv.datasetcheck import verify_results
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
 from hf_equiv.geometryrun import run_analysis
+from hf_equiv.localrun import read_run
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.run import run_match
 
@@ -38,6 +41,16 @@ def make_runs(folder: Path) -> dict[str, Path]:
         config = AnalysisConfig(analysis, data="builtin", limit=2, **options)
         run_analysis(make_analysis_plan(config, TinyEncoder()), made[analysis])
     return made
+
+
+def surroundings(home: Path, endpoint: str, **more: str) -> dict[str, str]:
+    """Environment of a process of its own: this package, that Hub, and nothing of this process's Hub settings."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    settings = {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[1]),
+    }  # fmt: skip
+    return kept | settings | more
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,3 +88,24 @@ def reseal(folder: Path, files: tuple[str, ...] = ()) -> None:
     record = json.loads((folder / "run.json").read_text())
     record["files"] = {name: shards.sha256_file(folder / name) for name in [*record["files"], *files]}
     (folder / "run.json").write_text(json.dumps(record))
+
+
+def whole(
+    hub: Hub, runs: dict[str, Path], commits: int, names: tuple[str, ...] = ("seed", "match"), *,
+    repo: str = NAME, revision: str = "main",
+) -> None:  # fmt: skip
+    """The dataset holds these runs and nothing else, each whole and once, the first at the root, in so many commits."""
+    report = verify_results(repo, revision=revision)
+    assert report.problems == ()
+    assert len(report.runs) == len(names)
+    assert len(titles(hub, repo, revision)) == commits
+    files = hub.files("datasets", repo, revision)
+    expected = {".gitattributes", "README.md"}
+    by_name = {read_run(runs[name]).name: runs[name] for name in names}
+    assert {run.name for run in report.runs} == set(by_name)
+    for run in report.runs:
+        inside = f"{run.place}/" if run.place else ""
+        local = contents(by_name[run.name])
+        assert {name: files[inside + name] for name in local} == local
+        expected |= {inside + name for name in (*local, "run.json", *(["README.md"] if inside else []))}
+    assert set(files) == expected

@@ -128,17 +128,42 @@ class Repo:
         return commit
 
 
+class Held:
+    """Requests that the Hub has taken and does not answer until it is told to."""
+
+    def __init__(self) -> None:
+        self._came, self._go = threading.Semaphore(0), threading.Event()
+
+    def wait(self, requests: int = 1) -> None:
+        """Wait until so many requests have come."""
+        for _ in range(requests):
+            assert self._came.acquire(timeout=100), "no such request has come"
+
+    def let_go(self) -> None:
+        """Go on with all of them."""
+        self._go.set()
+
+    def stay(self) -> None:
+        """What the Hub does with such a request."""
+        self._came.release()
+        self._go.wait(100)
+
+
 @dataclass
 class Fault:
-    """What the next `times` requests of a method and path get instead of an answer; status 0 cuts the connection."""
+    """What the next `times` requests of a method and path get instead of an answer; status 0 cuts the connection.
+
+    A fault that is held waits until it is let go; with status None the request is then answered as any other.
+    """
 
     method: str
     path: re.Pattern[str]
-    status: int
+    status: int | None
     times: int
     headers: dict[str, str]
     error: str
     after: bool  # the request is carried out first, and only its answer is lost
+    held: Held | None = None
 
 
 def now() -> str:
@@ -194,6 +219,16 @@ class Hub:
     ) -> None:  # fmt: skip
         """Answer the next requests that match with an error, or (status 0) by cutting the connection."""
         self.faults.append(Fault(method, re.compile(path), status, times, headers or {}, error, after))
+
+    def hold(self, method: str, path: str, *, after: bool = False) -> Held:
+        """Take the next request that matches and say nothing, before it is carried out or after; then cut it."""
+        self.faults.append(Fault(method, re.compile(path), 0, 1, {}, "", after, Held()))
+        return self.faults[-1].held  # type: ignore[return-value]
+
+    def delay(self, method: str, path: str, times: int) -> Held:
+        """Take the next requests that match, and answer them as any other once they are let go."""
+        self.faults.append(Fault(method, re.compile(path), None, times, {}, "", False, Held()))
+        return self.faults[-1].held  # type: ignore[return-value]
 
     def add(self, kind: str, name: str, folder: Path | dict[str, bytes], **facts: Any) -> Repo:
         """Make a repository of the files of a folder."""
@@ -259,7 +294,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # an answer in two writes would wait 40 ms for the acknowledgement of the first
+    disable_nagle_algorithm = True  # else the body of an answer waits 40 ms for the client to confirm its head
+    wbufsize = -1
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep quiet."""
@@ -273,19 +309,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         self.parts = [unquote(part) for part in split.path.strip("/").split("/")]
         self.query = {key: values[0] for key, values in parse_qs(split.query).items()}
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(length)
+        if len(self.body) < length:  # the client has gone in the middle of it
+            self.close_connection = True
+            return
         if self.headers.get("Transfer-Encoding") == "chunked":
             self.body = self._chunks()
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.hub.log.append((self.command, split.path, token, self.headers.get("User-Agent", "")))
         with self.hub.lock:
             fault = next((f for f in self.hub.faults if f.method == self.command and f.path.search(self.path)), None)
-            if fault is not None:
-                fault.times -= 1
-                self.hub.faults = [f for f in self.hub.faults if f.times > 0]
-                if fault.after:
-                    self._respond(token, send=False)
-                return self._break(fault)
+            if fault is None:
+                return self._respond(token, send=True)
+            fault.times -= 1
+            self.hub.faults = [f for f in self.hub.faults if f.times > 0]
+            if fault.after:
+                self._respond(token, send=False)
+        if fault.held is not None:  # others are served in the meantime
+            fault.held.stay()
+        if fault.status is not None:
+            return self._break(fault)
+        with self.hub.lock:
             self._respond(token, send=True)
 
     def _chunks(self) -> bytes:
@@ -297,7 +342,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def _break(self, fault: Fault) -> None:
-        if fault.status == 0:
+        if not fault.status:
             self.close_connection = True
             self.connection.close()
             return

@@ -36,8 +36,17 @@ def test_help_is_quick_and_complete():
     start = time.perf_counter()
     told = subprocess.run([sys.executable, "-m", "hf_equiv", "--help"], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 5  # half a second on an idle machine; no heavy import is what counts
-    assert all(word in told.stdout for word in ("match", "verify", "env", "Exit codes"))
-    script = "import sys; from hf_equiv import cli; cli._run(['match', '--help']); print('torch' in sys.modules)"
+    text = " ".join(told.stdout.split())
+    for verb in ("match", "spectrum", "lipschitz", "walk", "verify", "publish", "report", "env"):
+        assert f" {verb} " in text.split("Commands:")[1] + " "
+    assert "Exit codes: 0 done; 1 some row did not" in text
+    assert "; 2 bad input; 130 stopped by Ctrl-C, after which the same command goes on." in text
+    script = """if True:
+        import sys
+        from hf_equiv import cli
+        assert all(cli._run([verb, "--help"]) == 0 for verb in cli.cli.commands)
+        cli._run(["match", "--help"])
+        print("torch" in sys.modules)"""
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert told.stdout.endswith("False\n")
     flags = """--source --target --data --pairs --solver --radius --norm --rtol --max-evals --no-refine --labels --out
@@ -139,7 +148,8 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     assert code == 130
     assert out == ""
     assert err.lstrip() == (  # click ends the line of the ^C first
-        "error: interrupted; 0 of 1 rows are kept in run. To finish the rest, run: "
+        "error: interrupted; 0 of 1 rows are kept in run. "
+        f"{'Without --overwrite the same' if again else 'The same'} command goes on: "
         "hf-equiv match builtin --source 1.png --target 2.png --max-evals 30\n"
     )
 

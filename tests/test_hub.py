@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,14 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fakes import TinyEncoder, save_photos
-from hubcases import NAME, at_root, contents, make_runs, record_of, reseal, titles
+from hubcases import NAME, at_root, contents, record_of, reseal, surroundings, titles
 from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
 from tiny_models import save
 
-from hf_equiv import cli, hubload, licences, verify
+from hf_equiv import cli, display, hubload, licences, progress, repository, verify
 from hf_equiv.checkpoint import quiet
 from hf_equiv.datasetcheck import verify_results
+from hf_equiv.encoder import Encoder
 from hf_equiv.hub import publish_results
 from hf_equiv.hubload import download_results, load_results
 from hf_equiv.licences import photo_rights
@@ -35,12 +36,6 @@ from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.publishcard import END, START, command_of, dataset_card, header
 from hf_equiv.run import run_match
 from hf_equiv.shards import read_rows
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """Finished runs, not to be changed."""
-    return make_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +216,15 @@ def test_command_line(hub, runs, capsys):
         "photos:    are in (free: builtin",
     ):  # fmt: skip
         assert told in out
-    assert "uploading" in err
+    files = hub.files("datasets", NAME)
+    size = display.size(sum(len(data) for path, data in files.items() if path != ".gitattributes"))
+    assert err.splitlines() == [
+        "checking the run and its files", f"making the private dataset {NAME}", "reading the dataset",
+        "preparing 5 files", f"uploading 5 files, {size}", "committing 5 files",
+        f"done: {hub.endpoint}/datasets/{NAME}",
+    ]  # fmt: skip
+    err = call(capsys, "publish", runs["match"], NAME)[2]
+    assert err.splitlines()[-1] == f"nothing to commit, it is there already: {hub.endpoint}/datasets/{NAME}"
     code, out, err = call(capsys, "publish", runs["match"], NAME, "--json")
     assert json.loads(out)["changed"] is False
     assert err == ""
@@ -231,6 +234,59 @@ def test_command_line(hub, runs, capsys):
     assert f"Verified at commit {hub.repos['datasets', NAME].at('main').sha}" in out
     code, out, _ = call(capsys, "verify", NAME, "--json")
     assert {"rows", "verified", "failed", "problems", "dataset", "commit"} <= set(json.loads(out))
+
+
+def test_interrupted_while_it_uploads(hub, runs, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_equiv.publication.send", stop)
+    code, out, err = call(capsys, "publish", runs["match"], NAME, "-q")
+    assert (code, out) == (130, "")
+    assert err.lstrip().startswith("error: interrupted. The same command goes on: what was uploaded is not sent twice")
+
+
+def test_progress_counts_what_has_gone(hub, runs, monkeypatch, capsys):
+    told: list[tuple[int, int, str]] = []
+    monkeypatch.setattr(repository, "_GROUP", 2)
+    done = publish_results(runs["match"], NAME, progress=lambda *report: told.append(report))
+    total = sum(count for _, count in done.uploaded)
+    sending = [(sent, whole) for sent, whole, what in told if what == "uploading 5 files"]
+    assert len(sending) == 3  # two, two, and the last one
+    assert sending == sorted(sending)
+    assert {whole for _, whole in sending} == {total}
+    assert sending[0][0] == 0 < sending[1][0] < sending[2][0] < total
+    assert told[-2:] == [(total, total, "committing 5 files"), (0, 0, f"done: {done.url}")]
+    monkeypatch.setattr(repository, "_GROUP_BYTES", 1)
+    told.clear()
+    done = publish_results(runs["seed"], NAME, progress=lambda *report: told.append(report))
+    assert sum(what.startswith("uploading") for *_, what in told) == len(done.uploaded)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    err = call(capsys, "publish", runs["walk"], NAME)[2]
+    assert re.search(r"^uploading \d+ files, [\d.]+ kB of [\d.]+ kB$", err, re.MULTILINE)
+
+
+def test_a_folder_of_runs_is_refused_with_the_command_for_each(hub, runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs/match/a", "runs/walk/b c", "runs/.trash/d"):
+        shutil.copytree(runs["match"], tmp_path / place)
+    record = json.loads((runs["walk"] / "run.json").read_text()) | {"complete": False}
+    (tmp_path / "runs/walk/b c/run.json").write_text(json.dumps(record))
+    (tmp_path / "runs/broken").mkdir()
+    (tmp_path / "runs/broken/run.json").write_text("{")
+    code, out, err = call(capsys, "publish", "runs", NAME, "--public", "--license", "cc-by-4.0", "--dry-run")
+    assert (code, out) == (2, "")
+    flags = f"{NAME} --public --license cc-by-4.0 --dry-run"
+    assert err.splitlines() == [
+        "error: 'runs' must be one run directory; it is a folder of 3 runs. A dataset takes any number of runs, one "
+        "after the other. Publish each:",
+        f"- hf-equiv publish runs/broken {flags} (its run.json cannot be read)",
+        f"- hf-equiv publish runs/match/a {flags}",
+        f"- hf-equiv publish 'runs/walk/b c' {flags} (not finished: run the same walk command)",
+    ]
+    with pytest.raises(ValueError, match=r"it is a folder of 1 run\..* Publish each by itself:\n- runs/match/a$"):
+        publish_results("runs/match", NAME)
+    assert not hub.log
 
 
 def test_collections(hub, runs):
@@ -486,51 +542,33 @@ def test_what_is_not_all_in_the_cache(hub, runs, tmp_path):
         download_results(NAME, cache_dir=str(tmp_path), local_files_only=True)
 
 
-# --- the model by name, and real Xet transfers: in processes of their own ---
+# --- the model by name, and real Xet transfers: in a process of their own ---
 
 
 def _process(script: str, home: Path, endpoint: str, **environment: str) -> Any:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    settings = {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(__file__).parents[1]),
-    }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", script], env=kept | settings | environment, capture_output=True, text=True,
-        check=False, timeout=200,
+        [sys.executable, "-c", script], env=surroundings(home, endpoint, **environment), capture_output=True,
+        text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "hf_alice" not in done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-BY_NAME = """
-import json
-from hf_equiv import Encoder, publish_results
-from hf_equiv.datasetcheck import verify_results
-from hf_equiv.plan import RunConfig, make_plan
-from hf_equiv.run import run_match
-
-encoder = Encoder.from_pretrained("acme/vit", device="cpu")
-run_match(make_plan(RunConfig(model="acme/vit", max_evals=20), encoder), __import__("pathlib").Path({out!r}))
-done = publish_results({out!r}, "alice/named")
-report = verify_results("alice/named")
-print(json.dumps([done.run, report.holds, report.runs[0].model, report.runs[0].revision]))
-"""
-
-
 def test_the_recorded_model_is_loaded_by_name_at_its_revision(tmp_path, monkeypatch, hub):
     with quiet():
         save("vit_head", tmp_path / "vit")
     first = hub.add("models", "acme/vit", tmp_path / "vit").at("main").sha
-    script = BY_NAME.format(out=str(tmp_path / "out"))
-    run, holds, model, revision = _process(script, tmp_path / "home", hub.endpoint, HF_HUB_DISABLE_XET="1")
-    assert (holds, model, revision) == (True, "acme/vit", first)
-    assert run.startswith("match-acme--vit-")
+    monkeypatch.undo()  # the real loader
+    encoder = Encoder.from_pretrained("acme/vit", device="cpu")
+    run_match(make_plan(RunConfig(model="acme/vit", max_evals=20), encoder), tmp_path / "out")
+    assert publish_results(tmp_path / "out", "alice/named").run.startswith("match-acme--vit-")
+    report = verify_results("alice/named")
+    assert report.holds
+    assert (report.runs[0].model, report.runs[0].revision) == ("acme/vit", first)
     weights = (tmp_path / "vit" / "model.safetensors").read_bytes()
     hub.add("models", "acme/vit", hub.files("models", "acme/vit") | {"model.safetensors": weights[:-4] + b"\0" * 4})
-    monkeypatch.undo()  # the real loader
-    report = verify_results("alice/named")  # main has moved; the recorded commit has not
+    report = verify_results("alice/named", cache_dir=str(tmp_path / "other"))  # main has moved; the recorded commit not
     assert report.holds
     repo = hub.repos["models", "acme/vit"]
     moved = repo.at("main").sha

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import TinyEncoder
-from hubcases import NAME, contents, make_runs, record_of, reseal, titles
+from hubcases import NAME, contents, record_of, reseal, titles, whole
 from huggingface_hub import HfFileSystem, constants, errors
 from safetensors.torch import save_file
 from test_hub import call
@@ -30,11 +30,6 @@ EVERYWHERE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    return make_runs(tmp_path_factory.mktemp("runs"))
-
-
 @pytest.fixture(autouse=True)
 def waits(monkeypatch, tmp_path) -> list[float]:
     """Waiting takes no time, and is written down; nothing is in the cache."""
@@ -44,19 +39,6 @@ def waits(monkeypatch, tmp_path) -> list[float]:
     monkeypatch.setattr(time, "sleep", asked.append)
     HfFileSystem.clear_instance_cache()
     return asked
-
-
-def whole(hub, runs, commits: int) -> None:
-    """The dataset holds both runs, each whole, in so many commits."""
-    report = verify_results(NAME)
-    assert report.problems == ()
-    assert len(report.runs) == 2
-    assert len(titles(hub)) == commits
-    files = hub.files("datasets", NAME)
-    for run in report.runs:
-        inside = f"{run.place}/" if run.place else ""
-        local = contents(runs["seed" if run.place == "" else "match"])
-        assert {name: files[inside + name] for name in local} == local
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

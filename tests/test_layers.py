@@ -42,17 +42,20 @@ RUN = ["stages", "shards", "card", "merge", "rundir", "pairs", "plan", "plots", 
 RUN += ["work", "run"]
 ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
 ANALYSES += ["walkplots", "geometryrun"]
-HUB = ["hubcalls", "licences", "publishing", "publishcard", "repository", "publication", "hub"]
+HUB = ["hubcalls", "licences", "localrun", "publishing", "publishcard", "repository", "publication", "hub"]
 HUB += ["spacefiles", "deployment", "spacestage", "space", "hubload"]
-PLOTS = ["plots", "geometryplots", "walkplots", "reportfigures"]
+PLOTS = ["plots", "geometryplots", "walkplots", "reportfigures", "reportgeometryfigures"]
 VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "withheldcheck", "recordedmodel"]
 VERIFY += ["verify", "datasetcheck"]
-REPORT = ["reportstats", "reportruns", "survival", "reportmeasures", "reportwork", "reportnumbers", "reportwords"]
-REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportmaterial", "reportgallery"]
+REPORT = ["reportstats", "reportruns", "survival", "reportmeasures", "reportsearch", "reportwork", "reportnumbers"]
+REPORT += ["reportwords"]
+REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportgeometryfigures"]
+REPORT += ["reportmaterial", "reportgallery"]
 REPORT += ["reportmatches", "reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
 SHOW = ["svgcharts", "live", "along", "showwords", "showcase", "showviews", "geometryviews"]
 COMMANDS = ["wording", "environment", "display", "progress", "matchcommand", "geometrytables", "geometrycommand"]
-COMMANDS += ["publishcommand", "spacecommand", "reportcommand", "options", "spacegroup", "cli", "__main__"]
+COMMANDS += ["publishcommand", "spacecommand", "reportcommand", "options", "spacegroup"]
+COMMANDS += ["runverbs", "resultverbs", "cli", "__main__"]
 ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *HUB, *VERIFY, *REPORT]
 ORDER += [*SHOW, *COMMANDS]
 
@@ -68,7 +71,7 @@ HOMES = {
     "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportgallery", "reportmatches", "reportgeometry"],
     "torchmetrics": ["metrics"],
     "matplotlib": PLOTS,
-    "click": ["options", "spacegroup", "cli"],
+    "click": ["options", "spacegroup", "runverbs", "resultverbs", "cli"],
     "rich": ["display", "progress", "geometrytables"],
 }
 DISTRIBUTIONS = {"PIL": "pillow"}

@@ -6,19 +6,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from fakes import TinyEncoder, save_photos
 from test_reportpage import checked, tables_of
 
+from hf_equiv import (
+    geometryplots,
+    reportfigures,
+    reportgeometryfigures,
+    reportsources,
+    reportwords,
+    run,
+    rundir,
+    shards,
+)
 from hf_equiv import report as reports
-from hf_equiv import reportsources, reportwords, run, rundir, shards
 from hf_equiv.cli import cli
 from hf_equiv.cli import main as command
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
 from hf_equiv.geometryrun import run_analysis
+from hf_equiv.imagefile import encode_png
+from hf_equiv.metrics import short
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.report import Report, make_report
-from hf_equiv.reportclaims import NO, OPEN, PARTLY, YES, claims
+from hf_equiv.reportclaims import NO, OPEN, PARTLY, UNDECIDED, YES, claims
 from hf_equiv.reportfindings import disagreements, summary
 from hf_equiv.reportruns import find_runs, group_runs
 from hf_equiv.reportsources import default_out
@@ -38,13 +50,33 @@ def made(tmp_path_factory) -> Path:
     photos = save_photos(place / "photos")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.plots, "pairs_figure", lambda *_: None)
+        patch.setattr(geometryplots, "png_of", blank)
         for name, radius in (("free", None), ("near", 16 / 255)):
             config = RunConfig(data=str(photos), pairs=5, max_evals=60, radius=radius)
             run_match(make_plan(config, TinyEncoder()), place / "runs" / name, batch_size=2)
-    for analysis, options in OPTIONS.items():
-        config = AnalysisConfig(analysis, data=str(photos), limit=2, **options)
-        run_analysis(make_analysis_plan(config, TinyEncoder()), place / "runs" / analysis)
+        for analysis, options in OPTIONS.items():
+            config = AnalysisConfig(analysis, data=str(photos), limit=2, **options)
+            run_analysis(make_analysis_plan(config, TinyEncoder()), place / "runs" / analysis)
     return place / "runs"
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request, monkeypatch):
+    """Figures are made and not drawn, which is most of the time of a report; but in tests that ask for `drawn`."""
+    if "drawn" not in request.fixturenames:
+        for module in (reportfigures, reportgeometryfigures):
+            monkeypatch.setattr(module, "png_of", blank)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Figures are drawn."""
+
+
+def blank(figure) -> bytes:
+    """A picture in place of a figure that has been made."""
+    assert figure.axes
+    return encode_png(torch.zeros(3, 2, 2))
 
 
 @pytest.fixture
@@ -81,7 +113,7 @@ def words_of(report: Report) -> str:
 # --- the whole page ---
 
 
-def test_everything_is_there(runs, tmp_path):
+def test_everything_is_there(runs, drawn, tmp_path):
     report = make_report([runs])
     text, page = words_of(report), checked(report.html)
     assert page.tags.count("img") == len(report.pictures) == 16 + 8
@@ -106,7 +138,7 @@ def test_everything_is_there(runs, tmp_path):
     assert not any("prove" in line.lower() for line in (report.html, report.markdown))
 
 
-def test_the_same_again_to_the_byte_with_and_without_what_was_kept(runs, tmp_path):
+def test_the_same_again_to_the_byte_with_and_without_what_was_kept(runs, drawn, tmp_path):
     out = tmp_path / "out" / "page.html"
     first = make_report([runs], out=out)
     assert len(list((tmp_path / "out" / "page_files").glob("measured-*.json"))) == 1
@@ -215,7 +247,7 @@ def keep(folder, count):
     shards.write_shard(folder, 0, rows, {n: floats[n] for n in names}, {n: costs[n] for n in names})
 
 
-def test_partial_run(runs):
+def test_partial_run(runs, drawn):
     keep(runs / "free", 2)
     update(runs / "free", lambda record: record | {"complete": False, "summary": None, "files": {}})
     report = make_report([runs / "free"])
@@ -223,7 +255,7 @@ def test_partial_run(runs):
     assert report.numbers["models"][0]["match"]["pairs"] == 2
 
 
-def test_one_pair_has_no_interval(runs):
+def test_one_pair_has_no_interval(runs, drawn):
     def one(record):
         return record | {"pairs": record["pairs"][:1]}
 
@@ -243,7 +275,7 @@ def _digests_of(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): shards.sha256_file(p) for p in rundir.own_files(folder)}
 
 
-def test_rows_of_status_error_are_left_out_and_counted(runs):
+def test_rows_of_status_error_are_left_out_and_counted(runs, drawn):
     names = sorted(row["pair_id"] for row in shards.read_rows(runs / "free"))
 
     def change(row, bad):
@@ -278,7 +310,7 @@ def test_without_a_head_the_probe_stands_in(runs, tmp_path, monkeypatch):
         make_report([runs / "free"], label_data=str(photos / "class0" / "photo0.png"))
 
 
-def test_only_geometry_or_only_a_match(runs):
+def test_only_geometry_or_only_a_match(runs, drawn):
     text = words_of(make_report([runs / "spectrum"]))
     assert "hf-equiv match MODEL" in text
     text = words_of(make_report([runs / "free"], survival=False))
@@ -300,11 +332,85 @@ def test_model_that_is_not_found_leaves_the_rest(runs, monkeypatch):
     assert "the run used" in make_report([runs]).problems[0]
 
 
-def test_changed_files_are_named(runs):
-    update(runs / "free", lambda record: record | {"files": dict.fromkeys(record["files"], "0" * 64)})
+def split(folder: Path, count: int) -> None:
+    """Put the first pairs of a run of one shard into a shard, and the others into another; its record says so."""
+    (path,) = shards.shard_files(folder)
+    rows = sorted(shards.read_shard(path, images=True), key=lambda row: _listed(folder).index(row["pair_id"]))
+    floats, costs = shards.read_floats(folder / "float" / f"{path.stem}.safetensors")
+    for start, own in ((0, rows[:count]), (count, rows[count:])):
+        names = [row["pair_id"] for row in own]
+        shards.write_shard(folder, start, own, {n: floats[n] for n in names}, {n: costs[n] for n in names})
+    update(folder, lambda record: record | {"files": _digests_of(folder)})
+
+
+def _listed(folder: Path) -> list[str]:
+    return [pair["pair_id"] for pair in json.loads((folder / rundir.RECORD).read_text())["pairs"]]
+
+
+def test_rows_of_a_changed_file_count_nowhere(runs, tmp_path):
+    """The numbers are those of the other rows alone, whatever the changed file says."""
+    split(runs / "free", 3)
+    shutil.copytree(runs / "free", tmp_path / "kept")
+    keep_first(tmp_path / "kept", 3)
+    honest = make_report([tmp_path / "kept"])
+    second = runs / "free" / "matches" / "part-00003.parquet"
+    rows = shards.read_shard(second, images=True)
+    forged = [row | {"embedding_error_8bit": 1e-9, "psnr_db": 99.0, "same_top1": True} for row in rows]
+    forged += [forged[0] | {"pair_id": _listed(runs / "free")[0]}]  # and one of the pairs that are not in it
+    second.write_bytes(shards.shard_bytes(forged, shards.MATCH, {}))
     report = make_report([runs / "free"])
-    assert "not as recorded" in report.problems[0]
-    assert "are not as run.json states" in words_of(report)
+    (there,), (alone,) = report.numbers["models"], honest.numbers["models"]
+    for key in ("embedding_error_8bit", "psnr_db", "converged", "matched", "within", "random_error", "rounded_error"):
+        assert there["match"][key] == alone["match"][key], key
+    for key in ("heads", "survival", "retrieval", "probe"):
+        assert there[key] == alone[key], key
+    assert [b["pairs"] for b in there["budgets"]] == [3]
+    (run_,) = there["runs"]
+    assert (run_["left_out"], run_["changed_files"]) == (2, ["matches/part-00003.parquet"])
+    assert report.problems == (
+        "free: matches/part-00003.parquet not as recorded (SHA-256); 2 of 5 pairs are left out of every number",
+    )
+    text = words_of(report)
+    assert "the file matches/part-00003.parquet is not as run.json states (SHA-256). 2 of 5 pairs are left out" in text
+    assert "the run is not finished" not in text
+
+
+def keep_first(folder: Path, count: int) -> None:
+    """Leave a run the pairs of its first shard, honestly recorded."""
+    for name in ("matches", "float"):
+        for path in sorted((folder / name).iterdir())[1:]:
+            path.unlink()
+    update(folder, lambda record: record | {"pairs": record["pairs"][:count], "files": _digests_of(folder)})
+
+
+def test_a_shard_that_is_not_listed_counts_nowhere(runs):
+    honest = make_report([runs / "free"]).numbers["models"][0]["match"]
+    (path,) = shards.shard_files(runs / "free")
+    rows = [row | {"psnr_db": 99.0} for row in shards.read_shard(path, images=True)]
+    path.with_name("part-00000-0.parquet").write_bytes(shards.shard_bytes(rows, shards.MATCH, {}))
+    report = make_report([runs / "free"])
+    assert report.numbers["models"][0]["match"] == honest
+    assert report.problems[0].endswith("part-00000-0.parquet not as recorded (SHA-256); nothing is read from it")
+    path.with_name("part-00000-0.parquet").unlink()
+    (runs / "free" / "float" / "part-00000.safetensors").write_bytes(b"another")
+    report = make_report([runs / "free"])
+    match = report.numbers["models"][0]["match"]
+    assert match["rounded_error"] is None
+    assert match["embedding_error"] == honest["embedding_error"]
+
+
+def test_a_run_with_no_row_as_recorded_is_left_out(runs):
+    for name in ("near", "spectrum", "lipschitz", "walk"):
+        update(runs / name, lambda record: record | {"files": dict.fromkeys(record["files"], "0" * 64)})
+    report = make_report([runs])
+    (model,) = report.numbers["models"]
+    assert [b["run"] for b in model["budgets"]] == ["runs/free"]
+    assert (model["spectrum"], model["lipschitz"], model["walk"]) == (None, None, None)
+    assert len(report.problems) == 4
+    text = words_of(report)
+    assert "The run is left out of every number: none of its 5 pairs is as recorded" in text
+    assert "none of its 2 images is as recorded" in text
+    assert "hf-equiv spectrum MODEL" in text  # as for a verb that was not run
 
 
 # --- several checkpoints ---
@@ -351,6 +457,13 @@ def test_grouping_and_names(made, tmp_path):
     assert [r.name for r in one.matches] == ["runs/free", "runs/near"]
     other = replace(found[0], record=found[0].record | {"settings": found[0].settings | {"readout": "mean"}})
     assert [c.title for c in group_runs([*found, other])] == ["builtin (cls)", "builtin (mean)"]
+    exact = replace(found[0], record=found[0].record | {"settings": found[0].settings | {"dtype": "float64"}})
+    single, double = group_runs([*found, exact])
+    assert (single.title, double.title) == ("builtin (float32)", "builtin (float64)")
+    assert (len(single.runs), len(double.runs)) == (5, 1)
+    assert [c.title for c in group_runs([found[0], other, exact])] == [
+        "builtin (cls, float32)", "builtin (mean, float32)", "builtin (cls, float64)",
+    ]  # fmt: skip
     published = tmp_path / "published"
     shutil.copytree(made / "free", published)
     shutil.copytree(made / "walk", published / "runs" / "walk")
@@ -412,6 +525,52 @@ def test_verdicts_follow_their_rules(runs):
     assert any("no exactly linear region" in text and "beyond it" in text for text in told)
 
 
+def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
+    model = numbers_of(runs)
+    first, second = model["budgets"]
+    psnr = {"value": 29.97, "low": 29.0, "high": 30.5, "n": 50}
+    nearer = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 50, "hits": 45}
+    near = second | {"psnr_db": psnr, "nearer": nearer}
+    far = first | {"psnr_db": psnr | {"value": 21.0}}
+
+    def claim(*budgets):
+        return next(c for c in claims(model | {"budgets": list(budgets)}) if c.claim.startswith("Look-alikes"))
+
+    short = claim(far, near)
+    assert short.verdict == UNDECIDED
+    assert "ε = 16/255, PSNR 29.97 dB to the source, short of the 30 dB of the rule: 45 of 50" in short.measured
+    assert claim(far, near | {"psnr_db": psnr | {"value": 30.0}}).verdict == YES
+    assert claim(near | {"psnr_db": None}).verdict == OPEN
+    assert "29.97 dB" in words_of_summary(model | {"budgets": [far, near]})
+
+
+def words_of_summary(model) -> str:
+    return " ".join(summary(model))
+
+
+def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
+    config = RunConfig(data="builtin", pairs=3, max_evals=60, radius=64 / 255)
+    run_match(make_plan(config, TinyEncoder()), tmp_path / "runs" / "elsewhere", batch_size=3)
+    (model,) = (report := make_report([runs], survival=False)).numbers["models"]
+    free, wide, near = model["budgets"]
+    stated = json.loads((runs / "elsewhere" / rundir.RECORD).read_text())["summary"]["baseline"]["distance"]["median"]
+    assert free["unrelated"] == near["unrelated"] == model["match"]["unrelated"]["median"]
+    assert wide["unrelated"] == stated != free["unrelated"]
+    assert "The budgets are of different photos" in words_of(report)
+    assert "ε = 64/255, builtin" in words_of(report)
+    error = {"value": 0.05, "low": 0.04, "high": 0.06, "n": 5}
+    for apart, enough in ((0.6, True), (0.4, False)):  # a tenth of its own distance, whatever that of the first run is
+        budget = wide | {"embedding_error_8bit": error, "unrelated": apart}
+        assert (reportwords.near_budget(model | {"budgets": [free, budget]}) is not None) is enough
+    told = disagreements(model | {"budgets": [wide | {"embedding_error_8bit": error, "unrelated": 4.0}]})
+    assert any(f"with {short(4.0)} between unrelated photos" in text for text in told)
+
+
+def test_fractions_of_an_evaluation_are_explained(runs):
+    assert "(forwards + 2 cotangents + 2 tangents) / 3" in words_of(make_report([runs / "free"], survival=False))
+
+
 def test_words_for_numbers():
     assert reportwords.number(None) == "–"
     assert reportwords.count({"hits": 5, "n": 6, "value": 5 / 6, "low": 0.4365, "high": 0.97}) == (
@@ -454,6 +613,7 @@ def _linked(markdown: str) -> list[str]:
         (["nowhere"], "does not exist"),
         (["empty"], "has no run.json"),
         (["damaged"], "is damaged"),
+        (["forged"], "in forged no file of rows is as run.json states (SHA-256)"),
         (["newer"], "Upgrade hf_equiv"),
         (["without"], "KeyError: 'radius'"),
         (["runs", "--out", "runs/free/run.json/page.html"], "cannot be written"),
@@ -463,9 +623,11 @@ def _linked(markdown: str) -> list[str]:
 )
 def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capfd, words, told):
     (tmp_path / "empty").mkdir()
-    for name in ("damaged", "newer", "without"):
+    for name in ("damaged", "forged", "newer", "without"):
         shutil.copytree(runs / "free", tmp_path / name)
-    shards.shard_files(tmp_path / "damaged")[0].write_bytes(b"PAR1")
+    for name in ("damaged", "forged"):
+        shards.shard_files(tmp_path / name)[0].write_bytes(b"PAR1")
+    update(tmp_path / "damaged", lambda record: record | {"complete": False})
     update(tmp_path / "newer", lambda record: record | {"schema_version": 99})
     without = {
         k: v for k, v in json.loads((runs / "free" / "run.json").read_text())["settings"].items() if k != "radius"
