@@ -267,7 +267,8 @@ def test_each_cause_of_an_error_is_told_once(place, capsys, monkeypatch):
 
 
 def test_every_keyword_is_a_flag():
-    flags = {flag for command in cli.cli.commands.values() for option in command.params for flag in option.opts}
+    commands = [*cli.cli.commands.values(), *cli.cli.commands["space"].commands.values()]
+    flags = {flag for command in commands for option in command.params for flag in option.opts}
     assert {"--" + name.replace("_", "-") for name in wording.NAMES} <= flags
 
 

@@ -1,0 +1,129 @@
+"""The tab of matches: choose one, look at it, have it checked."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import gradio as gr
+from shelf import BUILTIN_RESULTS, DATASET, HERE, named_results, on_gpu, recorded_encoder, row_of
+
+from hf_equiv import showviews
+from hf_equiv.showcase import Showcase, check_shown
+
+
+def list_matches(dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
+    """List the matches of a result dataset.
+
+    Args:
+        dataset: USER/NAME of the Hub; by default the results that ship with this Space.
+
+    Returns:
+        For each match its key, source, target, embedding error of the PNG, PSNR and class.
+    """
+    keys = ("key", "source_id", "target_id", "embedding_error_8bit", "psnr_db", "match_label")
+    return [{key: row[key] for key in keys} for row in named_results(dataset).matches]
+
+
+def get_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
+    """Give all numbers of one match.
+
+    Args:
+        key: of the match, as `list_matches` gives it.
+        dataset: USER/NAME of the Hub; by default the results that ship with this Space.
+
+    Returns:
+        The row without its pictures.
+    """
+    return {k: v for k, v in row_of(dataset, key).items() if not isinstance(v, bytes)}
+
+
+def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
+    """Encode the three PNG files of a match again, now, and compare with what its row states.
+
+    Args:
+        key: of the match, as `list_matches` gives it.
+        dataset: USER/NAME of the Hub; by default the results that ship with this Space.
+
+    Returns:
+        Whether all numbers hold, and each number as stated and as computed now.
+    """
+    found, seconds = _check(key, dataset)
+    numbers = {c.name: {"stated": c.stated, "now": c.now, "holds": c.holds} for c in found}
+    return {"holds": all(c.holds for c in found), "seconds": seconds, "numbers": numbers}
+
+
+@on_gpu
+def _check(key: str, dataset: str | None):
+    row, start = row_of(dataset, key), time.perf_counter()
+    settings = named_results(dataset).settings[row["key"]]
+    try:
+        found = check_shown(recorded_encoder(row, dataset), row, settings)
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    return found, time.perf_counter() - start
+
+
+def check_view(key: str, dataset: str | None) -> str:
+    """The same as a table."""
+    return showviews.check_table(*_check(key, dataset))
+
+
+def match_shown(dataset: str | None, key: str) -> str:
+    """One match as the page shows it."""
+    row = row_of(dataset, key)
+    link = f"?pair={row['key']}" + (f"&dataset={dataset}" if dataset not in (None, "", BUILTIN_RESULTS) else "")
+    return showviews.match_view(row["source"], row["match"], row["target"], row, link=link)
+
+
+@lru_cache(maxsize=32)
+def strip_of(dataset: str | None, key: str) -> str:
+    """The matches of a dataset to choose from."""
+    return showviews.strip(named_results(dataset).matches, key)
+
+
+def show_dataset(dataset: str | None):
+    """Gallery, first match and note of a dataset."""
+    shown = named_results(dataset)
+    if not shown.matches:
+        raise gr.Error(f"{shown.name!r} holds no matches with pictures.", print_exception=False)
+    key = shown.matches[0]["key"]
+    return strip_of(dataset, key), key, match_shown(dataset, key), "", _note(shown)
+
+
+def _note(shown: Showcase) -> str:
+    made = sorted({f"{row['model_id']} ({row['readout']})" for row in shown.matches})
+    more = f"; {shown.withheld} more without pictures" if shown.withheld else ""
+    return f"{len(shown.matches)} matches{more}, made for {', '.join(made)}. The PNG files are shown as they are."
+
+
+def matches_tab() -> dict[str, Any]:
+    """Gallery, one match, Check it."""
+    offered = [BUILTIN_RESULTS, *([DATASET] if DATASET else [])]
+    gr.HTML('<h2 class="block-title">Matches: each looks like the first photo and embeds as the second</h2>')
+    gallery = gr.HTML(elem_id="gallery", js_on_load=(HERE / "strip.js").read_text(encoding="utf-8"))
+    key = gr.State("")
+    view = gr.HTML(elem_id="shown")
+    with gr.Row(elem_classes="checkrow"):
+        check = gr.Button("Check it", variant="primary", elem_id="check", scale=0, min_width=160)
+        gr.Markdown("Encodes the three PNG files above again, here and now, and compares with what is stated.")
+    verdict = gr.HTML(elem_id="verdict")
+    dataset = gr.Dropdown(
+        offered, value=offered[-1], label="Results", allow_custom_value=True, elem_id="dataset",
+        info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",
+    )  # fmt: skip
+    note = gr.Markdown(elem_classes="small")
+
+    def select(dataset: str, event: gr.EventData):
+        key = str(event.key)
+        return key, match_shown(dataset, key), ""
+
+    dataset.change(
+        show_dataset, dataset, [gallery, key, view, verdict, note], api_visibility="private", concurrency_limit=4
+    )
+    gallery.click(
+        select, dataset, [key, view, verdict], api_visibility="private", show_progress="hidden", concurrency_limit=8
+    )
+    check.click(check_view, [key, dataset], verdict, api_visibility="private", concurrency_limit=2)
+    return {"dataset": dataset, "gallery": gallery, "key": key, "view": view, "verdict": verdict, "note": note}

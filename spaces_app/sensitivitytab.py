@@ -1,0 +1,147 @@
+"""The tab of sensitivity: spectrum, constants, the secants behind them, and a slider along a direction."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import gradio as gr
+import torch
+from shelf import home_of, on_gpu, recorded_encoder, results
+
+from hf_equiv import geometryviews
+from hf_equiv.along import directions_of_run, stops_along
+from hf_equiv.imagefile import decode_png
+
+
+def step_of(slider: float) -> float:
+    """A place of the slider, −100 … 100, as a step h: fine near zero, up to 16 at the ends."""
+    return 16.0 * (slider / 100.0) ** 3
+
+
+def _constants(image_id: str) -> list[dict[str, Any]]:
+    rows = [row for row in results(home_of("constants")).constants if row["image_id"] == image_id]
+    if not rows:
+        raise gr.Error(f"There are no constants of {image_id!r} here.", print_exception=False)
+    return rows
+
+
+def _direction(image_id: str, direction: str) -> dict[str, Any]:
+    for row in _constants(image_id):
+        if direction == f"{row['direction']} {row['index']}":
+            return row
+    raise gr.Error(f"There is no direction {direction!r} at {image_id!r}.", print_exception=False)
+
+
+@lru_cache(maxsize=16)
+def _vectors(image_id: str) -> dict[str, torch.Tensor]:
+    shown = results(home_of("constants"))
+    rows = _constants(image_id)
+    encoder, settings = recorded_encoder(rows[0], home_of("constants")), shown.settings[f"lipschitz {image_id}"]
+    images = {row["image_id"]: row["image"] for row in shown.constants}
+    toward = next((row["toward_id"] for row in rows if row["direction"] == "toward"), None)
+    target = decode_png(images[toward]) if toward in images else None
+    made = directions_of_run(encoder, decode_png(rows[0]["image"]), target, settings, image_id)
+    names = [f"{kind} {index}" for kind, index in zip(made.kinds, made.indices, strict=True)]
+    return dict(zip(names, made.vectors[0], strict=True))
+
+
+@lru_cache(maxsize=64)
+def _profile(image_id: str, direction: str):
+    """Distances over the whole slider, once."""
+    row = _direction(image_id, direction)
+    encoder, image = recorded_encoder(row, home_of("constants")), decode_png(row["image"])
+    steps = [step_of(s) for s in range(-100, 101, 5)]
+    return stops_along(encoder, image, _vectors(image_id)[direction], steps, jvp=row["jvp"], classes=1)
+
+
+@on_gpu
+def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
+    """Move one of the four photos along a direction and see what the built-in encoder makes of it.
+
+    Args:
+        image_id: cat, coffee, rocket or astronaut.
+        direction: kind and index, such as "top 0", "null 3", "random 0", "gradient 0".
+        step: how far, L2 with pixels in [0, 1], from −16 to 16.
+
+    Returns:
+        The distance of the embedding relative to its length, what the Jacobian foretells, and the likeliest classes.
+
+    Raises:
+        gradio.Error: no such photo or direction, or too far a step.
+    """
+    if not -16 <= step <= 16:
+        raise gr.Error("`step` must be from −16 to 16.", print_exception=False)
+    stop = _stop(image_id, direction, step)
+    return {
+        "distance": stop.distance, "first_order": stop.first_order, "classes": [list(c) for c in stop.classes]
+    }  # fmt: skip
+
+
+def _stop(image_id: str, direction: str, step: float):
+    row = _direction(image_id, direction)
+    image = decode_png(row["image"])
+    return stops_along(
+        recorded_encoder(row, home_of("constants")), image, _vectors(image_id)[direction], [step], jvp=row["jvp"]
+    )[0]
+
+
+@on_gpu
+def along_view(image_id: str, direction: str, slider: float) -> str:
+    """The image at the slider, its classes, and how far the embedding has moved."""
+    stop, profile = _stop(image_id, direction, step_of(slider)), _profile(image_id, direction)
+    return geometryviews.along_view(stop, profile, f"{image_id} moved along {direction}")
+
+
+def facts_view(image_id: str, direction: str) -> tuple[str, str, str]:
+    """The ladder of one direction, the constants and the spectrum of one image."""
+    shown = results(home_of("constants"))
+    spectrum = next((row for row in shown.spectra if row["image_id"] == image_id), None)
+    return (
+        _titled("How its constant was read", geometryviews.ladder_view(_direction(image_id, direction))),
+        _titled("Constants by kind of direction", geometryviews.constants_view(_constants(image_id))),
+        "" if spectrum is None else _titled("Spectrum of the Jacobian", geometryviews.spectrum_view(spectrum)),
+    )
+
+
+def _titled(title: str, view: str) -> str:
+    return f'<h2 class="block-title">{title}</h2>{view}'
+
+
+def sensitivity_tab() -> list[Any]:
+    """Spectrum, constants, ladder; and a slider along a direction."""
+    ids = list(dict.fromkeys(row["image_id"] for row in results(home_of("constants")).constants))
+    names = [f"{row['direction']} {row['index']}" for row in _constants(ids[0])]
+    made_for = _constants(ids[0])[0]["model_id"]
+    model = "the built-in checkpoint" if made_for == "builtin" else f"`{made_for}`"
+    gr.Markdown(
+        "How fast does the embedding move when the pixels do, and along which directions not at all? Measured for "
+        f"{model}. **top** directions move it most, **null** directions not at all, to first order; a **random** one "
+        "is nearly null."
+    )
+    with gr.Row():
+        image = gr.Radio(ids, value=ids[0], label="Photo")
+        direction = gr.Dropdown(names, value="top 0", label="Direction (kind and number)")
+    slider = gr.Slider(-100, 100, value=30, step=1, label="Move along it (fine near the middle)", elem_id="along")
+    moved = gr.HTML(elem_id="moved")
+    with gr.Row():
+        with gr.Column(min_width=300):
+            ladder = gr.HTML()
+        with gr.Column(min_width=300):
+            constants = gr.HTML()
+        with gr.Column(min_width=300):
+            spectrum = gr.HTML()
+
+    def show(image: str, direction: str, slider: float):
+        return along_view(image, direction, slider), *facts_view(image, direction)
+
+    slider.input(
+        along_view, [image, direction, slider], moved, api_visibility="private", show_progress="hidden",
+        trigger_mode="always_last", concurrency_limit=2,
+    )  # fmt: skip
+    for control in (image, direction):
+        control.change(
+            show, [image, direction, slider], [moved, ladder, constants, spectrum], api_visibility="private",
+            show_progress="hidden", concurrency_limit=2,
+        )  # fmt: skip
+    return [show, [image, direction, slider], [moved, ladder, constants, spectrum]]

@@ -1,0 +1,114 @@
+"""What the Space has: its settings, the checkpoints that visitors may use, the results that are shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+try:  # before torch, as ZeroGPU asks
+    import spaces
+
+    on_gpu = spaces.GPU(duration=60)
+except ImportError:  # anywhere else
+
+    def on_gpu(work):
+        """Run where we are."""
+        return work
+
+
+import gradio as gr
+import torch
+
+from hf_equiv import Encoder
+from hf_equiv.showcase import Showcase, open_showcase
+
+HERE = Path(__file__).parent
+BUILTIN_RESULTS = "built-in checkpoint, four photos"
+DATASET = os.environ.get("HF_EQUIV_DATASET", "").strip()
+MODELS = ["builtin", *(m.strip() for m in os.environ.get("HF_EQUIV_MODELS", "").split(",") if m.strip())]
+MODELS = list(dict.fromkeys(MODELS))
+MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
+TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "60"))
+MAX_DOWNLOAD = 300 * 2**20
+RTOL = 1e-5
+WORKERS = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+
+_loading = threading.Lock()
+
+
+@lru_cache(maxsize=4)
+def _load(model: str, revision: str | None, readout: str) -> Encoder:
+    return Encoder.from_pretrained(model, revision=revision, readout=readout)
+
+
+def encoder_of(model: str, revision: str | None = None, readout: str = "auto", *, trusted: bool = False) -> Encoder:
+    """A checkpoint of the allow-list, or of the owner's own results, loaded once."""
+    if model not in MODELS and not trusted:
+        raise gr.Error(f"This Space offers {', '.join(MODELS)}; {model!r} is not among them.", print_exception=False)
+    with _loading:
+        try:
+            return _load(model, revision, readout)
+        except (OSError, ValueError) as error:
+            raise gr.Error(f"{model!r} could not be loaded: {error}", print_exception=False) from error
+
+
+def recorded_encoder(row: dict[str, Any], dataset: str | None) -> Encoder:
+    """The checkpoint that a row of a dataset names; of a local folder the name alone is recorded."""
+    name = next((m for m in MODELS if row["model_id"] in (m, Path(m).name)), row["model_id"])
+    local = str(row["model_revision"]).startswith("sha256:")
+    trusted = bool(DATASET) and dataset == DATASET and not local
+    return encoder_of(name, None if local else row["model_revision"], row["readout"], trusted=trusted)
+
+
+@lru_cache(maxsize=8)
+def results(name: str) -> Showcase:
+    """The results of a name: those that ship with the app, the owner's dataset, or a public dataset of the Hub."""
+    if name == BUILTIN_RESULTS:
+        return open_showcase(HERE / "results")
+    token = None if name == DATASET else False  # a visitor sees what anybody sees, never what the owner's token opens
+    try:
+        return open_showcase(name, token=token, most_bytes=None if name == DATASET else MAX_DOWNLOAD)
+    except (OSError, ValueError) as error:
+        raise gr.Error(f"{name!r} cannot be shown: {error}", print_exception=False) from error
+
+
+def named_results(name: str | None) -> Showcase:
+    """The same, of what a visitor has typed: a folder of this machine is none of their business."""
+    name = (name or "").strip() or BUILTIN_RESULTS
+    if name not in (BUILTIN_RESULTS, DATASET) and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise gr.Error("Name a dataset of the Hub as USER/NAME.", print_exception=False)
+    return results(name)
+
+
+def row_of(name: str | None, key: str) -> dict[str, Any]:
+    """One match by its key."""
+    shown = named_results(name)
+    for row in shown.matches:
+        if key in (row["key"], row["pair_id"]):
+            return row
+    raise gr.Error(f"There is no match {key!r} in {shown.name!r}.", print_exception=False)
+
+
+def file_of(data: bytes, name: str) -> str:
+    """Bytes as a file that gradio may hand out."""
+    folder = Path(tempfile.mkdtemp(prefix="hf_equiv_"))
+    (folder / name).write_bytes(data)
+    return str(folder / name)
+
+
+@lru_cache(maxsize=4)
+def home_of(kind: str) -> str:
+    """Whose rows a tab shows: the owner's dataset if it has some of this kind, else those that ship with the app."""
+    if DATASET:
+        try:
+            if getattr(results(DATASET), kind):
+                return DATASET
+        except gr.Error as error:
+            logging.getLogger("hf_equiv").warning("the results of %r are left out: %s", DATASET, error)
+    return BUILTIN_RESULTS
