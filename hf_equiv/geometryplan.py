@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.data import BUILTIN_PHOTOS, ImageSet, load_images
+from hf_equiv.data import load_images
+from hf_equiv.imageset import ImageSet
 from hf_equiv.layouts import LAYOUTS
 from hf_equiv.levelset import HEADINGS
 from hf_equiv.pairs import Subject, read_subject, settle_subjects
+from hf_equiv.photofiles import BUILTIN_PHOTOS
 from hf_equiv.plan import DTYPES, default_folder, encoder_settings, refuse_columns, settings_hash
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.shards import Layout

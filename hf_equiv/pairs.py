@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_equiv.data import ImageSet, draw_pairs
+from hf_equiv.data import draw_pairs
+from hf_equiv.imageset import ImageSet
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder

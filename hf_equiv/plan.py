@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import NORMS, check_positive, check_radius, check_rtol
-from hf_equiv.data import DEFAULT_PAIRS, ImageSet, load_images
+from hf_equiv.data import DEFAULT_PAIRS, load_images
+from hf_equiv.imageset import ImageSet
 from hf_equiv.pairs import Pair, read_pair, settle_pairs
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.solvers import LBFGS, Adam, GradientDescent

@@ -86,7 +86,7 @@ def prepare(folder: Path, settings: Row, items: Sequence[Row], overwrite: str, l
         if overwrite == "always":
             _delete_run(folder)
         else:
-            _refuse_other_settings(folder, settings, layout)
+            refuse_other_settings(folder, settings, layout)
     else:
         _refuse_foreign(folder)
     _sweep(folder, layout)
@@ -116,8 +116,30 @@ def refuse_early(folder: Path, settings: Row, overwrite: str, layout: Layout = M
         raise ValueError(f"{str(folder)!r} holds a run already and --overwrite is never. Give another --out.")
     if overwrite == "always":
         return 0
-    _refuse_other_settings(folder, settings, layout)
+    refuse_other_settings(folder, settings, layout)
     return len(finished_ids(folder, layout))
+
+
+def refuse_other_settings(folder: Path, settings: Row, layout: Layout) -> None:
+    """Refuse a folder whose run has other settings than these, naming each.
+
+    Raises:
+        ValueError: it has.
+    """
+    record = read_record(folder)
+    there, asked = record["settings"], settings
+    if record.get("analysis", MATCH.analysis) != layout.analysis:
+        there, asked = {"analysis": record.get("analysis", MATCH.analysis)}, {"analysis": layout.analysis}
+    other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
+    if other:
+        told = ", ".join(
+            f"{_CHANGED.get(key, key)} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)"
+            for key in other
+        )
+        raise ValueError(
+            f"{str(folder)!r} holds a run of other settings: {told}. Give another --out, or --overwrite always to "
+            "replace it."
+        )
 
 
 @contextlib.contextmanager
@@ -185,23 +207,6 @@ def write_record(
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty and not a run directory (no {RECORD}). Give another --out.")
-
-
-def _refuse_other_settings(folder: Path, settings: Row, layout: Layout) -> None:
-    record = read_record(folder)
-    there, asked = record["settings"], settings
-    if record.get("analysis", MATCH.analysis) != layout.analysis:
-        there, asked = {"analysis": record.get("analysis", MATCH.analysis)}, {"analysis": layout.analysis}
-    other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
-    if other:
-        told = ", ".join(
-            f"{_CHANGED.get(key, key)} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)"
-            for key in other
-        )
-        raise ValueError(
-            f"{str(folder)!r} holds a run of other settings: {told}. Give another --out, or --overwrite always to "
-            "replace it."
-        )
 
 
 def _short(value: Any) -> str:

@@ -67,7 +67,9 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
         if not state.is_main_process:
             state.wait_for_everyone()
             claims.open()
-            _Work(job, folder, tell, claims, state).share()
+            work = _Work(job, folder, tell, claims, state)
+            rundir.refuse_other_settings(folder, job.settings, job.layout)  # images that changed in between
+            work.share()
             claims.wait_for_close()
             if not rundir.read_record(folder)["complete"]:
                 raise RuntimeError(processes.LEFT_ALONE)
