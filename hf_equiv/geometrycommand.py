@@ -79,7 +79,8 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
     """Time an evaluation of one image, and count what the analysis of an image takes, roughly."""
     from hf_equiv import rundir
 
-    there = rundir.refuse_early(folder, plan.settings, overwrite, plan.layout)
+    items = [subject.entry() for subject in plan.subjects]
+    there = rundir.refuse_early(folder, plan.settings, overwrite, plan.layout, items)
     encoder, settings = plan.encoder, plan.settings
     seconds = seconds_per_evaluation(encoder)
     jacobian = (1 + 2 * encoder.embedding_dim) / 3

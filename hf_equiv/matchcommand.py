@@ -113,7 +113,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -
     """Time an evaluation of one image; a typical match takes 200 to 400, its refinement a Jacobian and a little."""
     from hf_equiv import rundir
 
-    there = rundir.refuse_early(folder, plan.settings, overwrite)
+    there = rundir.refuse_early(folder, plan.settings, overwrite, items=[pair.entry() for pair in plan.pairs])
     encoder = plan.encoder
     left = len(plan.pairs) - there
     seconds = seconds_per_evaluation(encoder)
