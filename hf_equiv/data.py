@@ -81,18 +81,16 @@ def load_images(
     else:
         from hf_equiv import hubdata
 
-        images = ImageSet(
-            *hubdata.load_hub_dataset(
-                what,
-                image_column,
-                label_column,
-                cache_dir,
-                local_files_only=local_files_only,
-                most=most,
-                streaming=streaming,
-            ),
-            tabular=True,
+        name, *found = hubdata.load_hub_dataset(
+            what,
+            image_column,
+            label_column,
+            cache_dir,
+            local_files_only=local_files_only,
+            most=most,
+            streaming=streaming,
         )
+        images = ImageSet(name, *found, tabular=True, streamed=name.endswith("]"))
     if limit is not None and limit < len(images):
         images = images.select(sorted(random.Random(seed).sample(range(len(images)), limit)))
     return images
@@ -152,6 +150,13 @@ def draw_pairs(
         chosen = (pair for pair in left if differ(*pair))
         drawn.update(dict.fromkeys(islice(chosen, wanted - len(drawn))))
     if not drawn and len(set(labels)) == 1 and labels[0] is not None:
+        if images.streamed:
+            raise ValueError(
+                f"`data` must hold images of at least two classes, since pairs are of different classes; the first "
+                f"{size} images of the dataset, which are all that is fetched with `streaming`, are {labels[0]!r}: it "
+                "is sorted by class. Leave `streaming` out, name a split in mixed order, raise `pairs` (4 images are "
+                "fetched for each), or download it and name the folder."
+            )
         raise ValueError(
             f"`data` must hold images of at least two classes, since pairs are of different classes; all of "
             f"{images.data_id!r} are {labels[0]!r}. Add others, or name a source and a target."
