@@ -81,7 +81,7 @@ def load_images(
     else:
         from hf_equiv import hubdata
 
-        name, *found = hubdata.load_hub_dataset(
+        found = hubdata.load_hub_dataset(
             what,
             image_column,
             label_column,
@@ -90,7 +90,7 @@ def load_images(
             most=most,
             streaming=streaming,
         )
-        images = ImageSet(name, *found, tabular=True, streamed=name.endswith("]"))
+        images = ImageSet(*found, tabular=True, streamed=found[0].endswith("]"))
     if limit is not None and limit < len(images):
         images = images.select(sorted(random.Random(seed).sample(range(len(images)), limit)))
     return images
