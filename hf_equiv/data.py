@@ -191,9 +191,9 @@ def _folder(path: Path, image_column: str | None, label_column: str | None, cach
 def _parquet(
     name: str, paths: list[Path], image_column: str | None, label_column: str | None, cache_dir: str | None
 ) -> ImageSet:
-    from hf_equiv import hubdata
+    from hf_equiv import hubdata, parquetfile
 
     revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
-    dataset = hubdata.load_parquet(name, [str(p) for p in paths], cache_dir)
+    dataset = parquetfile.load_parquet(name, paths, revision, cache_dir)
     ids, labels, read = hubdata.columns_as_images(dataset, name, image_column, label_column)
     return ImageSet(name, revision, ids, labels, read, tabular=True)

@@ -37,7 +37,7 @@ LIPSCHITZ = ["noise", "secants", "directions", "lipschitz", "extreme", "regional
 WALKS = ["trustregion", "headings", "walk", "levelset"]
 ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
 ENCODER += ["structure", "zero_shot", "encoder"]
-DATA = ["imagefile", "imageset", "photofiles", "streaming", "hubdata", "data"]
+DATA = ["imagefile", "imageset", "photofiles", "parquetfile", "streaming", "hubdata", "data"]
 RUN = ["stages", "shards", "card", "merge", "retry", "rundir", "pairs", "plan", "plots", "memory", "matchrows"]
 RUN += ["processes", "work", "run"]
 ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
@@ -61,7 +61,7 @@ HOMES = {
     "huggingface_hub": [*ENCODER, *DATA, *HUB],
     "accelerate": ["memory", "processes"],
     "datasets": [*DATA, "shards", "layouts", "hubload"],
-    "pyarrow": ["shards"],
+    "pyarrow": ["parquetfile", "shards"],
     "safetensors": [*ENCODER, "shards", "hubload"],
     "PIL": [*ENCODER, *DATA, "plots", "walkplots", "survival"],
     "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportgallery", "reportmatches", "reportgeometry"],
