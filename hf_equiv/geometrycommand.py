@@ -19,7 +19,8 @@ def run(analysis: str, model: str, **given: Any) -> int:
 
 
 def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
-    from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
+    from hf_equiv.analysisconfig import AnalysisConfig
+    from hf_equiv.geometryplan import make_analysis_plan
 
     as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
     stated = {f.name: given[f.name] for f in fields(AnalysisConfig) if f.name in given}
