@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 ANALYSES = ("spectrum", "lipschitz", "walk")
 DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
+SINGLE = ("gradient", "toward", "match")
+"""Kinds of which there is one."""
+
 _COUNTED = ("random", "top", "row", "null")
 
 
@@ -36,7 +39,8 @@ class AnalysisConfig:
         limit: how many images of `data`; None for all.
         streaming: of a Hub dataset in `data`, fetch only the first `limit` images. Done unasked where its files are
             larger than 5 GB.
-        target: what walks head for: one image for all, or as many as there are; for lipschitz the `toward` image.
+        target: what walks head for: one image for all, or as many as there are; for lipschitz that of the directions
+            `toward` and `match`.
         image_column: image column of a parquet file or dataset.
         label_column: class column of a parquet file or dataset.
         seed: of every random draw.
@@ -130,7 +134,8 @@ class AnalysisConfig:
         if self.analysis == "walk" and self.target is None and self.needs_target and (self.source or self.data):
             raise ValueError(f"`target` must come with heading {self.heading!r}. Add --target W, the image to go to.")
         if self.target is not None and not self.needs_target:
-            where = "heading 'toward', 'nearest' or 'connect'" if self.analysis == "walk" else "direction 'toward'"
+            heading, direction = "heading 'toward', 'nearest' or 'connect'", "direction 'toward' or 'match'"
+            where = heading if self.analysis == "walk" else direction
             raise ValueError(f"`target` must come with {where}; got {self.target!r} without. Leave it out.")
 
     @property
@@ -138,14 +143,15 @@ class AnalysisConfig:
         """Whether each image is set against another one."""
         if self.analysis == "walk":
             return self.heading not in ("random", "away")
-        return self.analysis == "lipschitz" and "toward" in parse_directions(self.directions or DIRECTIONS)
+        kinds = parse_directions(self.directions or DIRECTIONS) if self.analysis == "lipschitz" else {}
+        return "toward" in kinds or "match" in kinds
 
 
 def parse_directions(text: str) -> dict[str, int]:
     """Read `random:64,top:8,gradient`.
 
     Args:
-        text: kinds with a count; `gradient` and `toward` without.
+        text: kinds with a count; `gradient`, `toward` and `match` without.
 
     Returns:
         Kind to count, in the order given.
@@ -160,16 +166,16 @@ def parse_directions(text: str) -> dict[str, int]:
     kinds: dict[str, int] = {}
     for item in text.split(","):
         name, colon, count = item.strip().partition(":")
-        single = name in ("gradient", "toward")
+        single = name in SINGLE
         if name not in _COUNTED and not single:
             raise ValueError(
-                "`directions` must be a list of random:N, top:N, row:N, null:N, gradient, toward; "
+                "`directions` must be a list of random:N, top:N, row:N, null:N, gradient, toward, match; "
                 f"got {item.strip()!r}."
             )
         if name in kinds or (single and colon) or (not single and not (count.isdecimal() and int(count) > 0)):
             raise ValueError(
-                f"`directions` must name each kind once, with a count as in random:64 (none for gradient and toward); "
-                f"got {text!r}."
+                "`directions` must name each kind once, with a count as in random:64 (none for gradient, toward and "
+                f"match); got {text!r}."
             )
         kinds[name] = int(count) if count else 1
     return kinds

@@ -92,6 +92,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         directions = sum(settings["directions"].values())
         forwards = 2 * len(settings["radii"] or range(17)) + (30 if settings["linearity"] else 0)
         evals = jacobian + directions * (forwards + 4) / 3 + (250 if settings["regional"] else 0)
+        evals += 300 if "match" in settings["directions"] else 0
     else:
         evals = jacobian + settings["num_steps"] * 10 * settings["step"] + (300 if settings["solver"] else 0)
     left = len(plan.subjects) - there

@@ -158,12 +158,14 @@ def _own_settings(config: AnalysisConfig, encoder: Encoder) -> dict[str, Any]:
     if config.analysis == "spectrum":
         return {"k": config.k, "vectors": config.vectors}
     if config.analysis == "lipschitz":
+        kinds = parse_directions(config.directions) if config.directions else default_directions(encoder)
         return {
-            "directions": parse_directions(config.directions) if config.directions else default_directions(encoder),
+            "directions": kinds,
             "radii": None if config.radii is None else list(config.radii),
             "regional": config.regional,
             "norm": None if config.regional is None else config.ball_norm,
             "linearity": config.linearity,
+            **({"solver": "lbfgs", "rtol": config.rtol} if "match" in kinds else {}),
         }
     return {
         "heading": config.heading,
