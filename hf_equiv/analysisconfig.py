@@ -9,7 +9,7 @@ import torch
 
 from hf_equiv import checks
 from hf_equiv.levelset import HEADINGS
-from hf_equiv.plan import DTYPES
+from hf_equiv.runconfig import DTYPES
 from hf_equiv.stages import HALF
 
 if TYPE_CHECKING:

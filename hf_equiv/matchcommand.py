@@ -20,7 +20,8 @@ def run(model: str, **given: Any) -> int:
 
 
 def _run(model: str, given: dict[str, Any], out: Any) -> int:
-    from hf_equiv.plan import RunConfig, make_plan
+    from hf_equiv.plan import make_plan
+    from hf_equiv.runconfig import RunConfig
 
     as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
     labels = given["labels"]
