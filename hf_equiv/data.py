@@ -2,76 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
+from hf_equiv.imagefile import IMAGE_SUFFIXES
+from hf_equiv.imageset import ImageSet
+from hf_equiv.photofiles import builtin_photos, content_hash, file_digest, photo_folder, single_photo
 
-from hf_equiv.imagefile import IMAGE_SUFFIXES, open_image
-
-BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
-LABEL_FILE = "labels.csv"
 DEFAULT_PAIRS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class ImageItem:
-    """One image of a set: its id (never an absolute path), upright RGB pixels, and its class where there is one."""
-
-    id: str
-    image: Image.Image
-    label: str | None
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images that are decoded one by one, when asked for.
-
-    Attributes:
-        data_id: what the set is called: a file or folder name, `id:config:split` of the Hub, or `builtin`.
-        data_revision: the commit of the Hub dataset, or "sha256:…" over names, labels and contents of local files.
-        ids: one id per image.
-        labels: the class name of each image, None where there is none.
-        read: decodes image `i` (used by indexing).
-        tabular: whether the images come from a column of a table (parquet, Hub dataset).
-    """
-
-    data_id: str
-    data_revision: str
-    ids: tuple[str, ...]
-    labels: tuple[str | None, ...]
-    read: Callable[[int], Image.Image]
-    tabular: bool = False
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> ImageItem:
-        """Decode one image; a bad one raises a ValueError that names it."""
-        index = range(len(self.ids))[index]
-        return ImageItem(self.ids[index], self.read(index), self.labels[index])
-
-    def __iter__(self) -> Iterator[ImageItem]:
-        """Decode all images in order, one at a time."""
-        return (self[i] for i in range(len(self)))
-
-    def select(self, indices: Sequence[int]) -> ImageSet:
-        """Return the images at `indices` as a set of the same name and revision."""
-        chosen = tuple(range(len(self))[i] for i in indices)
-        return ImageSet(
-            self.data_id,
-            self.data_revision,
-            tuple(self.ids[i] for i in chosen),
-            tuple(self.labels[i] for i in chosen),
-            lambda i: self.read(chosen[i]),
-            self.tabular,
-        )
 
 
 def load_images(
@@ -122,14 +62,14 @@ def load_images(
     if streaming and (what == "builtin" or path.exists()):
         raise ValueError(f"`streaming` must come with a Hub dataset; {what!r} is here already. Leave it out.")
     if what == "builtin":
-        images = _builtin()
+        images = builtin_photos()
     elif path.is_dir():
         images = _folder(path, image_column, label_column, cache_dir)
     elif path.is_file():
         if path.suffix.lower() == ".parquet":
             images = _parquet(path.name, [path], image_column, label_column, cache_dir)
         else:
-            images = _single(path)
+            images = single_photo(path)
     elif any(sign in what for sign in "*?["):
         raise FileNotFoundError(
             f"{what!r} does not exist, and patterns are not expanded. Name a folder: it stands for all images in it."
@@ -141,18 +81,16 @@ def load_images(
     else:
         from hf_equiv import hubdata
 
-        images = ImageSet(
-            *hubdata.load_hub_dataset(
-                what,
-                image_column,
-                label_column,
-                cache_dir,
-                local_files_only=local_files_only,
-                most=most,
-                streaming=streaming,
-            ),
-            tabular=True,
+        found = hubdata.load_hub_dataset(
+            what,
+            image_column,
+            label_column,
+            cache_dir,
+            local_files_only=local_files_only,
+            most=most,
+            streaming=streaming,
         )
+        images = ImageSet(*found, tabular=True, streamed=found[0].endswith("]"))
     if limit is not None and limit < len(images):
         images = images.select(sorted(random.Random(seed).sample(range(len(images)), limit)))
     return images
@@ -212,6 +150,13 @@ def draw_pairs(
         chosen = (pair for pair in left if differ(*pair))
         drawn.update(dict.fromkeys(islice(chosen, wanted - len(drawn))))
     if not drawn and len(set(labels)) == 1 and labels[0] is not None:
+        if images.streamed:
+            raise ValueError(
+                f"`data` must hold images of at least two classes, since pairs are of different classes; the first "
+                f"{size} images of the dataset, which are all that is fetched with `streaming`, are {labels[0]!r}: it "
+                "is sorted by class. Leave `streaming` out, name a split in mixed order, raise `pairs` (4 images are "
+                "fetched for each), or download it and name the folder."
+            )
         raise ValueError(
             f"`data` must hold images of at least two classes, since pairs are of different classes; all of "
             f"{images.data_id!r} are {labels[0]!r}. Add others, or name a source and a target."
@@ -230,79 +175,25 @@ def _looks_like_path(what: str) -> bool:
     return known or what.startswith(("/", "./", "../", "~")) or "\\" in what or repo.count("/") > 1
 
 
-def _builtin() -> ImageSet:
-    folder = Path(__file__).parent / "assets" / "photos"
-    paths = [folder / f"{name}.jpg" for name in BUILTIN_PHOTOS]
-    return ImageSet(
-        "builtin",
-        _content_hash(list(zip(BUILTIN_PHOTOS, paths, BUILTIN_PHOTOS, strict=True))),
-        BUILTIN_PHOTOS,
-        BUILTIN_PHOTOS,
-        lambda i: open_image(paths[i]),
-    )
-
-
-def _single(path: Path) -> ImageSet:
-    if path.suffix.lower() not in IMAGE_SUFFIXES:  # a table, a text, an archive: say so before it counts as one image
-        try:
-            open_image(path)
-        except ValueError as error:
-            raise ValueError(f"{error} A table of images must be a .parquet file.") from None
-    return ImageSet(path.name, "sha256:" + _sha256(path), (path.name,), (None,), lambda _: open_image(path))
-
-
 def _folder(path: Path, image_column: str | None, label_column: str | None, cache_dir: str | None) -> ImageSet:
-    name = path.resolve().name or "root"
     inside = sorted(p for p in path.rglob("*") if p.is_file())
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     files = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
     tables = [p for p in inside if p.suffix.lower() == ".parquet"]
-    if not files and tables:
+    name = path.resolve().name or "root"
+    if files:
+        return photo_folder(path, files)
+    if tables:
         return _parquet(name, tables, image_column, label_column, cache_dir)
-    if not files:
-        raise ValueError(f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    ids = [p.relative_to(path).as_posix() for p in files]
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    ids, files = [ids[i] for i in order], [files[i] for i in order]
-    listed = _read_labels(path / LABEL_FILE)
-    labels: list[str | None] = []
-    for key, file in zip(ids, files, strict=True):
-        folder_class = file.parent.name if file.parent != path else None
-        labels.append(listed.get(key, listed.get(file.name, folder_class)))
-    revision = _content_hash(list(zip(ids, files, labels, strict=True)))
-    return ImageSet(name, revision, tuple(ids), tuple(labels), lambda i: open_image(files[i], ids[i]))
-
-
-def _read_labels(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        table = csv.DictReader(stream)
-        columns = table.fieldnames or []
-        if "file" not in columns or not {"label", "name"} & set(columns):
-            raise ValueError(f"{path.name!r} must have columns file,label[,name]; got {','.join(columns)}.")
-        column = "name" if "name" in columns else "label"
-        return {row["file"]: row[column] for row in table if row["file"] and row[column]}
+    raise ValueError(f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))}).")
 
 
 def _parquet(
     name: str, paths: list[Path], image_column: str | None, label_column: str | None, cache_dir: str | None
 ) -> ImageSet:
-    from hf_equiv import hubdata
+    from hf_equiv import hubdata, parquetfile
 
-    revision = _content_hash([(p.name, p, None) for p in paths])
-    dataset = hubdata.load_parquet(name, [str(p) for p in paths], cache_dir)
+    revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
+    dataset = parquetfile.load_parquet(name, paths, revision, cache_dir)
     ids, labels, read = hubdata.columns_as_images(dataset, name, image_column, label_column)
     return ImageSet(name, revision, ids, labels, read, tabular=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _content_hash(entries: list[tuple[str, Path, str | None]]) -> str:
-    whole = hashlib.sha256()
-    for key, path, label in entries:
-        whole.update(f"{key}\0{label}\0{_sha256(path)}\n".encode())
-    return "sha256:" + whole.hexdigest()

@@ -18,6 +18,7 @@ from hf_equiv.secants import RTOL
 from hf_equiv.shards import Row
 from hf_equiv.spectrumrows import measure_spectrum, row_of
 from hf_equiv.walkcheck import check_walk
+from hf_equiv.walkrows import drift, level
 
 _BATCH = 32
 _STATUSES = {
@@ -125,9 +126,12 @@ class ImageCheck(Columns):
         if "toward" in self.settings["directions"] and toward is None:
             self.say(rows[0], "toward", "an image", "the image of the direction `toward` is missing from float/")
             return
+        match = self.floats.get(f"{name}/match")
+        if "match" in self.settings["directions"] and not self._matches(rows[0], match, toward, image):
+            return
         found, reach = measure_directions(
             self.encoder, image, None if toward is None else toward.to(image), self.settings, name, _BATCH,
-            lambda *_: None,
+            lambda *_: None, None if match is None else match.to(image),
         )  # fmt: skip
         made = {(row["direction"], row["index"]): row for row in rows_of(found, reach)}
         top = max((row["jvp"] or 0.0 for row in made.values()), default=0.0)
@@ -141,6 +145,21 @@ class ImageCheck(Columns):
             what = f"{name} {kind} {index}"
             self.found.say(self.file, what, "direction", "a row", None, f"row {what!r} is missing")
         self._region(rows, image)
+
+    def _matches(self, row: Row, match: Tensor | None, target: Tensor | None, like: Tensor) -> bool:
+        """The stored match must have the embedding of the stored target."""
+        if match is None or target is None or match.shape != like.shape or target.shape != like.shape:
+            self.say(row, "match", "an image", "the images of the direction `match` are missing from float/")
+            return False
+        match, rtol = match.to(like), self.settings["rtol"]
+        error = drift(self.encoder, match, level(self.encoder, target.to(like), None))
+        noise = max(3 * float(self.encoder.noise_floor(match[None])[0]), 1e-6)
+        if error is None or error > rtol + noise:
+            told = f"the embedding error of the stored match is {error}"
+            self.say(row, "match", f"an image of the target's embedding, to {rtol:g}", told)
+        if not 0 <= float(match.min()) <= float(match.max()) <= 1:
+            self.say(row, "match", "pixels in [0, 1]", "pixels of the stored match are outside")
+        return True
 
     def _direction(self, row: Row, own: Row, top: float) -> None:
         noise = 1e-6 * top if self.dtype == torch.float32 else 1e-12 * top

@@ -19,7 +19,8 @@ def run(analysis: str, model: str, **given: Any) -> int:
 
 
 def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
-    from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
+    from hf_equiv.analysisconfig import AnalysisConfig
+    from hf_equiv.geometryplan import make_analysis_plan
 
     as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
     stated = {f.name: given[f.name] for f in fields(AnalysisConfig) if f.name in given}
@@ -79,7 +80,8 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
     """Time an evaluation of one image, and count what the analysis of an image takes, roughly."""
     from hf_equiv import rundir
 
-    there = rundir.refuse_early(folder, plan.settings, overwrite, plan.layout)
+    items = [subject.entry() for subject in plan.subjects]
+    there = rundir.refuse_early(folder, plan.settings, overwrite, plan.layout, items)
     encoder, settings = plan.encoder, plan.settings
     seconds = seconds_per_evaluation(encoder)
     jacobian = (1 + 2 * encoder.embedding_dim) / 3
@@ -90,6 +92,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         directions = sum(settings["directions"].values())
         forwards = 2 * len(settings["radii"] or range(17)) + (30 if settings["linearity"] else 0)
         evals = jacobian + directions * (forwards + 4) / 3 + (250 if settings["regional"] else 0)
+        evals += 300 if "match" in settings["directions"] else 0
     else:
         evals = jacobian + settings["num_steps"] * 10 * settings["step"] + (300 if settings["solver"] else 0)
     left = len(plan.subjects) - there

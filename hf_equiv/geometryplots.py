@@ -21,8 +21,8 @@ MAX_VECTORS = 6
 INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
 LINES = ("#1f5fa8", "#c2410c", "#2f7d4f", "#7c3aad", "#a16207", "#0e7490")
 KINDS = {
-    "top": "#b42318", "row": "#c2670c", "gradient": "#7c3aad", "toward": "#2f7d4f", "random": "#1f5fa8",
-    "null": "#667079",
+    "top": "#b42318", "row": "#c2670c", "gradient": "#7c3aad", "toward": "#2f7d4f", "match": "#0e7490",
+    "random": "#1f5fa8", "null": "#667079",
 }  # fmt: skip
 """Colour of each kind of direction, in the order of the figures."""
 

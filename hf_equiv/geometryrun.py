@@ -77,7 +77,8 @@ def run_analysis(
     Args:
         plan: from `make_analysis_plan`.
         out: run directory; by default `plan.default_out`.
-        overwrite: `missing` makes what is not there; `always` replaces an earlier run; `never` refuses to touch one.
+        overwrite: `missing` makes what is not there, and tries rows of status `error` again; `always` replaces an
+            earlier run; `never` refuses to touch one.
         batch_size: on a GPU, images, tangents or cotangents in one pass through the model; by default 32. On a CPU
             it is not heeded, so that it changes no number; there 8 derivatives go into a pass.
         observer: called with a `RunProgress`; what it raises ends the run.

@@ -1,4 +1,4 @@
-"""Image columns of parquet files and Hub datasets, read through `datasets` (private helper of `hf_equiv.data`)."""
+"""Hub datasets, and the image column of any table, read through `datasets` (private helper of `hf_equiv.data`)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,6 @@ from hf_equiv.streaming import first_rows, is_large
 
 Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
-
-
-def load_parquet(name: str, paths: list[str], cache_dir: str | None) -> datasets.Dataset:
-    """Open parquet files as one dataset.
-
-    Returns:
-        The dataset, images not decoded yet.
-
-    Raises:
-        ValueError: a file is damaged or the files do not fit together.
-    """
-    try:
-        with _quiet():
-            return datasets.load_dataset("parquet", data_files={"train": paths}, split="train", cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"parquet data {name!r} cannot be read: {_first_line(cause)}. Check the file.") from error
 
 
 def load_hub_dataset(

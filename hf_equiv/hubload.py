@@ -16,9 +16,10 @@ from safetensors import safe_open
 from hf_equiv import rundir
 from hf_equiv.hub_files import version
 from hf_equiv.hubcalls import api_of, check_dataset_id, explained, patiently
-from hf_equiv.hubdata import load_parquet
 from hf_equiv.layouts import LAYOUTS
 from hf_equiv.localrun import CARD
+from hf_equiv.parquetfile import load_parquet
+from hf_equiv.photofiles import content_hash, file_digest
 from hf_equiv.publishing import OWN_FOLDERS, RUNS
 from hf_equiv.shards import MATCH, Layout, read_shard, shard_files
 
@@ -196,7 +197,8 @@ def _rows(name: str, folder: Path, layout: Layout, *, with_float: bool, cache_di
             f"{name!r} must hold rows of {layout.folder!r}; it has {', '.join(there) or 'no rows'}. Choose another "
             "`config`."
         )
-    rows = load_parquet(name, [str(path) for path in files], cache_dir)
+    revision = content_hash([path.name for path in files], [file_digest(path) for path in files], [None] * len(files))
+    rows = load_parquet(name, files, revision, cache_dir)
     if not with_float:
         return rows
     origin = [str(path.parents[1] / "float" / f"{path.stem}.safetensors") for path in files for _ in read_shard(path)]

@@ -5,6 +5,7 @@ Every reader of the package goes through `open_image`, so a photo gives the same
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import threading
@@ -44,7 +45,9 @@ IMAGE_SUFFIXES = frozenset(
 _LIMIT_LOCK = threading.Lock()
 
 
-def open_image(source: str | os.PathLike[str] | bytes | Image.Image, name: str | None = None) -> Image.Image:
+def open_image(
+    source: str | os.PathLike[str] | bytes | Image.Image, name: str | None = None, *, sha256: str | None = None
+) -> Image.Image:
     """Read one image as upright 8-bit RGB.
 
     Grey, palette and CMYK become RGB; transparency is laid over white; 16-bit grey is scaled to 8 bit (value / 257,
@@ -54,13 +57,15 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image, name: str |
     Args:
         source: path, the bytes of a file, or an image that is open already.
         name: what to call the image in messages; by default the file's name.
+        sha256: hex SHA-256 that the file must have; None for any.
 
     Returns:
         A `PIL.Image.Image` of mode RGB, fully loaded, without metadata.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is empty, truncated, too large, or of a kind that has no 8-bit meaning.
+        ValueError: the file is no image, is empty, truncated, too large, of a kind that has no 8-bit meaning, or has
+            another SHA-256.
     """
     if isinstance(source, Image.Image):
         return _read(source, name or "image")
@@ -77,6 +82,11 @@ def open_image(source: str | os.PathLike[str] | bytes | Image.Image, name: str |
             raise FileNotFoundError(f"image file {name!r} does not exist. Check the path.") from None
         except OSError as error:
             raise ValueError(f"image file {name!r} cannot be read: {error.strerror}. Check its permissions.") from error
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(
+            f"image file {name!r} must not change while it is used; it is another one than when the images were "
+            "listed. Put it back and run the same command again, or begin a new run with the photos as they are."
+        )
     if not data:
         raise ValueError(f"image {name!r} must hold an image; got an empty file (0 bytes). Copy or download it again.")
     try:

@@ -15,6 +15,7 @@ from hf_equiv.metrics import finite
 from hf_equiv.pairs import image_generator
 from hf_equiv.regional import RegionalResult, regional_lipschitz
 from hf_equiv.shards import Row
+from hf_equiv.targetmatch import match_target
 
 Stage = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done, and of how much."""
@@ -22,7 +23,7 @@ Stage = Callable[[str, int, int], None]
 
 def measure_directions(
     encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int,
-    tell: Stage,
+    tell: Stage, match: Tensor | None = None,
 ) -> tuple[LipschitzResult, LinearityResult | None]:  # fmt: skip
     """Constants and, if asked for, linearity radii of the directions of one image.
 
@@ -36,6 +37,7 @@ def measure_directions(
         image_id: its id.
         batch: images and tangents per pass.
         tell: told of progress.
+        match: image of the `match` direction, (3, H, W); None if there is none.
 
     Returns:
         The two results.
@@ -50,7 +52,8 @@ def measure_directions(
         row=kinds.get("row", 0),
         null=kinds.get("null", 0),
         gradient="gradient" in kinds,
-        toward=target[None] if target is not None else None,
+        toward=target[None] if target is not None and "toward" in kinds else None,
+        match=match[None] if match is not None else None,
         generator=image_generator(settings["seed"], image_id),
         batch=batch,
     )
@@ -80,16 +83,23 @@ def lipschitz_rows(
     """The rows of one image, without image and provenance columns; arguments as `measure_directions`.
 
     Returns:
-        A row for each direction; and, each (3, H, W), the target as `ID/toward`, and where the regional constant was
-        found, `ID/place` and `ID/direction`.
+        A row for each direction; and, each (3, H, W), the target as `ID/toward`, its match as `ID/match`, and where the
+        regional constant was found, `ID/place` and `ID/direction`.
+
+    Raises:
+        RuntimeError: no match for the direction `match`, or an encoder that gives NaN.
     """
-    found, reach = measure_directions(encoder, image, target, settings, image_id, batch, tell)
+    floats: dict[str, Tensor] = {} if target is None else {f"{image_id}/toward": target}
+    match, spent = None, (0.0, 0.0)
+    if "match" in settings["directions"] and target is not None:
+        match, *spent = match_target(encoder, image, target, settings["rtol"], tell)
+        floats[f"{image_id}/match"] = match
+    found, reach = measure_directions(encoder, image, target, settings, image_id, batch, tell, match)
     rows = rows_of(found, reach)
-    cost, seconds = float(found.num_evals[0]), float(found.seconds[0])
+    cost, seconds = spent[0] + float(found.num_evals[0]), spent[1] + float(found.seconds[0])
     if reach is not None:
         cost, seconds = cost + float(reach.num_evals[0]), seconds + float(reach.seconds[0])
     region: Row = dict.fromkeys(("regional_lower_bound", "regional_at_center", "regional_clever"))
-    floats: dict[str, Tensor] = {} if target is None else {f"{image_id}/toward": target}
     if settings["regional"] is not None:
         tell("region", 0, 1)
         ball = measure_region(encoder, image, settings, image_id)

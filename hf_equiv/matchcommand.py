@@ -20,7 +20,8 @@ def run(model: str, **given: Any) -> int:
 
 
 def _run(model: str, given: dict[str, Any], out: Any) -> int:
-    from hf_equiv.plan import RunConfig, make_plan
+    from hf_equiv.plan import make_plan
+    from hf_equiv.runconfig import RunConfig
 
     as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
     labels = given["labels"]
@@ -114,7 +115,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -
     """Time an evaluation of one image; a typical match takes 200 to 400, its refinement a Jacobian and a little."""
     from hf_equiv import rundir
 
-    there = rundir.refuse_early(folder, plan.settings, overwrite)
+    there = rundir.refuse_early(folder, plan.settings, overwrite, items=[pair.entry() for pair in plan.pairs])
     encoder = plan.encoder
     left = len(plan.pairs) - there
     seconds = seconds_per_evaluation(encoder)

@@ -14,10 +14,11 @@ from hf_equiv import metrics, shards
 from hf_equiv.imagefile import decode_png, encode_png
 from hf_equiv.memory import PassSize, ran_out
 from hf_equiv.pairs import Pair
-from hf_equiv.plan import SOLVERS, MatchPlan
+from hf_equiv.plan import MatchPlan
 from hf_equiv.precision import no_tf32
 from hf_equiv.quantize import refine_8bit
 from hf_equiv.results import Progress, Status
+from hf_equiv.runconfig import SOLVERS
 from hf_equiv.shards import Row
 from hf_equiv.stages import match_in_stages
 

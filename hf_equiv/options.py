@@ -92,7 +92,7 @@ run_options = group(
     ),
     click.option(
         "--overwrite", type=click.Choice(["missing", "always", "never"]), default="missing", show_default=True,
-        help="Make what is not there; replace an earlier run; or refuse to touch one.",
+        help="Make what is not there, and rows of status error again; replace an earlier run; or refuse to touch one.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random draw."),
     click.option(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_equiv.data import ImageSet, draw_pairs
+from hf_equiv.data import draw_pairs
+from hf_equiv.imageset import ImageSet
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
@@ -30,11 +31,17 @@ class Pair:
     target_id: str
     source_class: str | None
     target_class: str | None
+    pixels: str | None = None
+    """SHA-256 over the two images as the encoder sees them; None if one could not be read when the run was planned."""
 
     def record(self) -> dict[str, Any]:
-        """The part of the pair that is written into rows and into `run.json`."""
+        """The part of the pair that is written into rows."""
         keys = ("pair_id", "source_id", "target_id", "source_class", "target_class")
         return {key: getattr(self, key) for key in keys}
+
+    def entry(self) -> dict[str, Any]:
+        """The part that is written into `run.json`."""
+        return self.record() | {"pixels": self.pixels}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +53,16 @@ class Subject:
     image_class: str | None
     target: int | None = None
     target_id: str | None = None
+    pixels: str | None = None
+    """SHA-256 over the image, and the other one, as the encoder sees them; None if one could not be read."""
 
     def record(self) -> dict[str, Any]:
-        """The part that is written into `run.json`."""
+        """Ids and class."""
         return {"image_id": self.image_id, "image_class": self.image_class, "target_id": self.target_id}
+
+    def entry(self) -> dict[str, Any]:
+        """The part that is written into `run.json`."""
+        return self.record() | {"pixels": self.pixels}
 
 
 def settle_subjects(
@@ -94,7 +107,8 @@ def settle_subjects(
         named = None if targets is None or j is None else targets.ids[j]
         if j is not None and own[i] is not None and own[i] == others[j]:
             raise ValueError(_SAME.format(images.ids[i], named))
-        subjects.append(Subject(i, images.ids[i], images.labels[i], j, named))
+        pixels = _joint(own[i]) if j is None else _joint(own[i], others[j])
+        subjects.append(Subject(i, images.ids[i], images.labels[i], j, named, pixels))
     return tuple(subjects)
 
 
@@ -155,7 +169,8 @@ def settle_pairs(
         raise ValueError(_unusable(bad, drawn=drawn))
     if same:
         raise ValueError(_SAME.format(sources.ids[same[0][0]], targets.ids[same[0][1]]))
-    return _name_pairs(sources, targets, indices)
+    pixels = [_joint(digest(sources, i), digest(targets, j)) for i, j in indices]
+    return _name_pairs(sources, targets, indices, pixels)
 
 
 def read_pair(encoder: Encoder, sources: ImageSet, targets: ImageSet, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -184,14 +199,23 @@ def _given_pairs(sources: ImageSet, targets: ImageSet) -> list[tuple[int, int]]:
     )
 
 
-def _name_pairs(sources: ImageSet, targets: ImageSet, indices: Sequence[tuple[int, int]]) -> tuple[Pair, ...]:
+def _joint(*digests: bytes | None) -> str | None:
+    """One digest of all, if there are all."""
+    whole = b"".join(one for one in digests if one is not None)
+    return None if None in digests else hashlib.sha256(whole).hexdigest()
+
+
+def _name_pairs(
+    sources: ImageSet, targets: ImageSet, indices: Sequence[tuple[int, int]], pixels: Sequence[str | None]
+) -> tuple[Pair, ...]:
     pairs, used = [], set()
     for index, (i, j) in enumerate(indices):
         name = f"{sources.ids[i]}->{targets.ids[j]}"
         if name in used:
             name += f"#{index}"
         used.add(name)
-        pairs.append(Pair(index, name, i, j, sources.ids[i], targets.ids[j], sources.labels[i], targets.labels[j]))
+        ids, labels = (sources.ids[i], targets.ids[j]), (sources.labels[i], targets.labels[j])
+        pairs.append(Pair(index, name, i, j, *ids, *labels, pixels[index]))
     return tuple(pairs)
 
 

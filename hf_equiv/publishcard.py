@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCardData
 from huggingface_hub.repocard import DatasetCard
 
 from hf_equiv import card
+from hf_equiv.analysisconfig import SINGLE
 from hf_equiv.layouts import LAYOUTS
 from hf_equiv.localrun import analysis_of, run_name
 from hf_equiv.publishing import RUNS, is_withheld
@@ -275,7 +276,7 @@ def command_of(record: Mapping[str, Any]) -> str:
     if settings.get("norm") == "l2" and (settings.get("radius") or settings.get("regional")):
         words += ["--norm", "l2"]
     if isinstance(settings.get("directions"), Mapping):
-        kinds = (k if k in ("gradient", "toward") else f"{k}:{n}" for k, n in settings["directions"].items())
+        kinds = (k if k in SINGLE else f"{k}:{n}" for k, n in settings["directions"].items())
         words += ["--directions", ",".join(kinds)]
     for key in ("radii", "labels"):
         if settings.get(key):

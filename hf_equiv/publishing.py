@@ -87,6 +87,10 @@ def stage(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, list[Sta
     withheld = not rights.published or is_withheld(run.record)
     record = {key: value for key, value in run.record.items() if key not in ("card", "photos", "license", "versions")}
     record |= {"photos": WITHHELD if withheld else "published", "license": rights.license, "rights": rights.why}
+    if withheld:  # what no picture can be recognised by
+        record[run.layout.listed] = [
+            {k: v for k, v in item.items() if k != "pixels"} for item in record[run.layout.listed]
+        ]
     record |= {"versions": run.versions} | ({"card": "dataset"} if place == "" else {})
     files: list[StagedFile] = []
     for name, digest in run.record["files"].items():

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_equiv import shards
-from hf_equiv.data import ImageSet, load_images
+from hf_equiv.data import load_images
+from hf_equiv.imageset import ImageSet
 from hf_equiv.reportclaims import RULES
 from hf_equiv.reportdownstream import probe_section, retrieval_section, survival_section, transfer_section
 from hf_equiv.reportgallery import gallery_section

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_equiv import reportmeasures, reportsearch, shards
-from hf_equiv.data import ImageSet
 from hf_equiv.imagefile import decode_png, open_image
+from hf_equiv.imageset import ImageSet
 from hf_equiv.precision import no_tf32
 from hf_equiv.reportruns import Run, read_pictures
 from hf_equiv.reportstats import spread

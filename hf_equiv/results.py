@@ -52,7 +52,8 @@ _ADVICE = {
     Status.BOX_BLOCKED: "Every way on leaves the pixel range [0, 1]. Choose another heading, or start from an image "
     "with fewer pixels at 0 and 1.",
     Status.ERROR: "The image could not be worked on: it was unreadable or equal to its target, or the encoder "
-    "returned NaN or raised. The cause was printed, and a run keeps it in run.json under `errors`.",
+    "returned NaN or raised. The cause was printed, and a run keeps it in run.json under `errors`; the same "
+    "command tries again.",
 }
 
 

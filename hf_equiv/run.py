@@ -67,7 +67,8 @@ def run_match(
     Args:
         plan: from `make_plan`.
         out: run directory; by default `plan.default_out`.
-        overwrite: `missing` makes what is not there; `always` replaces an earlier run; `never` refuses to touch one.
+        overwrite: `missing` makes what is not there, and tries rows of status `error` again; `always` replaces an
+            earlier run; `never` refuses to touch one.
         batch_size: pairs matched at once, and the size of a shard; on a CPU it changes no number. Default 8, CUDA 32.
         observer: called with a `RunProgress` after every batched evaluation; what it raises ends the run.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_equiv import merge, shards
+from hf_equiv import merge, retry, shards
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.shards import MATCH, Layout, Row
 
@@ -77,11 +77,15 @@ def check_record(folder: Path, record: Row, layout: Layout) -> None:
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks {', '.join(missing)}.")
 
 
-def prepare(folder: Path, settings: Row, items: Sequence[Row], overwrite: str, layout: Layout = MATCH) -> None:
+def prepare(folder: Path, settings: Row, items: Sequence[Row], overwrite: str, layout: Layout = MATCH) -> int:
     """Make `folder` ready for a run of these settings, by the rule of `overwrite`; run under `locked`.
 
-    `missing` goes on with a run of the same settings; `always` deletes an earlier run (and nothing else); `never`
-    refuses to touch one.
+    `missing` goes on with a run of the same settings, also if images have changed that could not be read; rows of
+    status `error` are taken out, to be made again. `always` deletes an earlier run (and nothing else); `never` refuses
+    to touch one.
+
+    Returns:
+        The number of pairs or images whose rows were taken out.
 
     Raises:
         ValueError: the folder holds another run, or files that are not a run's.
@@ -93,19 +97,29 @@ def prepare(folder: Path, settings: Row, items: Sequence[Row], overwrite: str, l
         if overwrite == "always":
             _delete_run(folder)
         else:
-            _refuse_other_settings(folder, settings, layout)
+            refuse_other_settings(folder, settings, layout, items)
     else:
         _refuse_foreign(folder)
     _sweep(folder, layout)
     if not record.exists() or overwrite == "always":
         write_record(folder, settings, items, complete=False, layout=layout)
+        return 0
+    before, failed = read_record(folder), retry.failed_ids(folder, layout)
+    if failed or before["settings"] != settings:
+        write_record(folder, before["settings"], before[layout.listed], complete=False, layout=layout)
+        places = {item[layout.item]: place for place, item in enumerate(items)}
+        retry.take_out(folder, layout, places, settings["data_revision"])
+        write_record(folder, settings, items, complete=False, layout=layout)
+    return len(failed)
 
 
-def refuse_early(folder: Path, settings: Row, overwrite: str, layout: Layout = MATCH) -> int:
+def refuse_early(
+    folder: Path, settings: Row, overwrite: str, layout: Layout = MATCH, items: Sequence[Row] | None = None
+) -> int:
     """Apply the rules of `prepare` without leaving anything, for a dry run; the folder must be one that can be made.
 
     Returns:
-        The number of pairs or images whose rows are there already and would be kept.
+        The number of pairs or images whose rows are there already and would be kept: those of status `error` are not.
 
     Raises:
         ValueError: as `prepare` and `locked`.
@@ -123,8 +137,39 @@ def refuse_early(folder: Path, settings: Row, overwrite: str, layout: Layout = M
         raise ValueError(f"{str(folder)!r} holds a run already and --overwrite is never. Give another --out.")
     if overwrite == "always":
         return 0
-    _refuse_other_settings(folder, settings, layout)
-    return len(finished_ids(folder, layout))
+    refuse_other_settings(folder, settings, layout, items)
+    return len(finished_ids(folder, layout) - retry.failed_ids(folder, layout))
+
+
+def refuse_other_settings(folder: Path, settings: Row, layout: Layout, items: Sequence[Row] | None = None) -> None:
+    """Refuse a folder whose run has other settings than these, naming each.
+
+    Args:
+        folder: run directory.
+        settings: everything that changes a number.
+        layout: folder and columns.
+        items: the pairs or images as `run.json` would list them: those that could not be read may have changed. None
+            if they may not.
+
+    Raises:
+        ValueError: it has.
+    """
+    record = read_record(folder)
+    there, asked = record["settings"], settings
+    if record.get("analysis", MATCH.analysis) != layout.analysis:
+        there, asked = {"analysis": record.get("analysis", MATCH.analysis)}, {"analysis": layout.analysis}
+    other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
+    if other == ["data_revision"] and items is not None and retry.is_mended(record[layout.listed], items):
+        return
+    if other:
+        told = ", ".join(
+            f"{_CHANGED.get(key, key)} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)"
+            for key in other
+        )
+        raise ValueError(
+            f"{str(folder)!r} holds a run of other settings: {told}. Give another --out, or --overwrite always to "
+            "replace it."
+        )
 
 
 @contextlib.contextmanager
@@ -192,23 +237,6 @@ def write_record(
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty and not a run directory (no {RECORD}). Give another --out.")
-
-
-def _refuse_other_settings(folder: Path, settings: Row, layout: Layout) -> None:
-    record = read_record(folder)
-    there, asked = record["settings"], settings
-    if record.get("analysis", MATCH.analysis) != layout.analysis:
-        there, asked = {"analysis": record.get("analysis", MATCH.analysis)}, {"analysis": layout.analysis}
-    other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
-    if other:
-        told = ", ".join(
-            f"{_CHANGED.get(key, key)} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)"
-            for key in other
-        )
-        raise ValueError(
-            f"{str(folder)!r} holds a run of other settings: {told}. Give another --out, or --overwrite always to "
-            "replace it."
-        )
 
 
 def _short(value: Any) -> str:

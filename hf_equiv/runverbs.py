@@ -116,11 +116,13 @@ def spectrum(model: str, **given: Any) -> int:
 @source_options
 @click.option(
     "--target", metavar="W", multiple=True, callback=once,
-    help="Image of the direction `toward`. Default: the next image of the set; for a single image a built-in photo.",
+    help="Image of the directions `toward` and `match`. Default: the next image of the set; for a single image a "
+    "built-in photo.",
 )  # fmt: skip
 @click.option(
     "--directions", metavar="LIST",
-    help="Kinds and counts. Default: random:64,top:8,row:8,null:64,gradient,toward.",
+    help="Kinds and counts. Default: random:64,top:8,row:8,null:64,gradient,toward. Also match: to a match of the "
+    "target, made on the way.",
 )  # fmt: skip
 @click.option(
     "--radii",

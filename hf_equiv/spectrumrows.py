@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_equiv.geometryplan import AnalysisConfig
+from hf_equiv.analysisconfig import AnalysisConfig
 from hf_equiv.metrics import finite
 from hf_equiv.shards import Row
 from hf_equiv.spectrum import SpectrumResult, jacobian_spectrum

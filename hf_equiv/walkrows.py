@@ -10,18 +10,16 @@ from torch import Tensor
 
 from hf_equiv.imagefile import decode_png, encode_png
 from hf_equiv.levelset import trace_level_set
-from hf_equiv.matching import match_embedding
 from hf_equiv.metrics import finite, relative_error
 from hf_equiv.pairs import image_generator
 from hf_equiv.precision import no_tf32
-from hf_equiv.results import Progress, Status
+from hf_equiv.results import Status
 from hf_equiv.shards import Row
+from hf_equiv.targetmatch import match_target
 from hf_equiv.walk import WalkPoint
 
 CHUNK = 16
 """Frames encoded at once."""
-
-_MATCH_EVALS = 2000
 
 
 def walk_rows(
@@ -48,7 +46,7 @@ def walk_rows(
     heading, rtol, steps = settings["heading"], settings["rtol"], settings["num_steps"]
     start, cost, seconds = image, 0.0, 0.0
     if settings["solver"] is not None and target is not None:
-        start, cost, seconds = _match(encoder, image, target, rtol, tell)
+        start, cost, seconds = match_target(encoder, image, target, rtol, tell)
     walk = trace_level_set(
         encoder,
         start[None],
@@ -122,23 +120,3 @@ def _measures(point: WalkPoint) -> Row:
         "remaining": finite(point.remaining),
         "stationarity": finite(point.stationarity),
     }
-
-
-def _match(
-    encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
-) -> tuple[Tensor, float, float]:
-    with torch.no_grad(), no_tf32():
-        z = encoder(target[None])
-
-    def hook(progress: Progress) -> None:
-        tell("match", min(int(progress.num_evals.max()), _MATCH_EVALS - 1), _MATCH_EVALS)
-
-    found = match_embedding(
-        encoder, source[None], z, rtol=rtol, max_evals=_MATCH_EVALS, raise_on_failure=False, progress=hook
-    )
-    if not found.converged:
-        raise RuntimeError(
-            f"no match to start from: embedding error {float(found.errors[0]):.2g} after {_MATCH_EVALS} evaluations, "
-            f"`rtol` is {rtol:g}. Loosen `rtol`, or start from another image."
-        )
-    return found.images[0], float(found.num_evals[0]), float(found.seconds[0])

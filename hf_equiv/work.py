@@ -23,7 +23,7 @@ class Job:
         layout: folder and columns of the rows.
         device: where the work is done.
         settings: everything that changes a number.
-        items: the pairs or images in order, each with its place in the list as `index`, and a `record()`.
+        items: the pairs or images in order, each with its place in the list as `index`, a `record()` and an `entry()`.
         size: items of a block, which one process makes and writes as one shard.
         item_bytes: bytes of an item's images, as stored, at most.
         make: writes the shard of a block, telling how it goes, and collects messages of errors by id.
@@ -67,15 +67,20 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
         if not state.is_main_process:
             state.wait_for_everyone()
             claims.open()
-            _Work(job, folder, tell, claims, state).share()
+            work = _Work(job, folder, tell, claims, state)
+            rundir.refuse_other_settings(folder, job.settings, job.layout)  # images that changed in between
+            work.share()
             claims.wait_for_close()
             if not rundir.read_record(folder)["complete"]:
                 raise RuntimeError(processes.LEFT_ALONE)
             return False
         with rundir.locked(folder):
-            records = [item.record() for item in job.items]
-            rundir.prepare(folder, job.settings, records, overwrite, job.layout)
+            records = [item.entry() for item in job.items]
+            failed = rundir.prepare(folder, job.settings, records, overwrite, job.layout)
             claims.open()
+            if failed:
+                what = "pairs" if job.layout is MATCH else "images"
+                tell(RunProgress("info", message=f"{failed} {what} whose rows have status error are tried again"))
             state.wait_for_everyone()
             work = _Work(job, folder, tell, claims, state)
             work.share()

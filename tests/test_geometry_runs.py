@@ -19,9 +19,10 @@ import torch
 from fakes import SIZE, TinyEncoder
 from PIL import Image
 
-from hf_equiv import cli, environment, geometryrun, merge, rundir, shards, verify
+from hf_equiv import cli, environment, geometryplots, geometryrun, merge, rundir, shards, verify
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan, parse_directions
 from hf_equiv.geometryrun import run_analysis
+from hf_equiv.imagefile import decode_png
 from hf_equiv.layouts import LAYOUTS
 from hf_equiv.shards import PROVENANCE_FEATURES, sha256_file
 
@@ -504,3 +505,32 @@ def test_wrong_commands(arguments, message, place, capsys):
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_direction_to_a_match(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
+    monkeypatch.setattr(geometryplots, "analysis_figures", lambda *_: {})
+    out = tmp_path / "out"
+    outcome = finish("lipschitz", photos, out, limit=2, directions="toward,match,gradient", regional=None)
+    assert [row["direction"] for row in outcome.rows] == ["gradient", "toward", "match"] * 2
+    assert {row["status"] for row in outcome.rows} == {"resolved"}
+    assert {(row["solver"], row["rtol"]) for row in outcome.rows} == {("lbfgs", 1e-5)}
+    (path,) = (out / "float").iterdir()
+    floats, encoder = shards.read_floats(path)[0], TinyEncoder()
+    row = next(row for row in outcome.rows if row["direction"] == "match")
+    source = decode_png(next(iter(shards.read_rows(out, images=True, layout=LAYOUTS["lipschitz"])))["image"])
+    match, target = (floats[f"{row['image_id']}/{what}"] for what in ("match", "toward"))
+    z = encoder(target[None])
+    assert float((encoder(match[None]) - z).norm() / z.norm()) <= 1e-5
+    v = (match - source).double()
+    _, jvp = torch.func.jvp(lambda x: encoder(x), (source.double()[None],), (v[None] / v.norm(),))
+    assert row["jvp"] == pytest.approx(float(jvp.norm()), rel=1e-3)
+    assert verify.verify_run(out).problems == ()
+    shards.write_atomic(path, shards.float_bytes(floats | {f"{row['image_id']}/match": target * 0.9}, {}))
+    told = [problem.message for problem in verify.verify_run(out).problems if problem.column == "match"]
+    assert len(told) == 1
+    assert "the embedding error of the stored match is 0." in told[0]
+    alone = AnalysisConfig("lipschitz", data=str(photos), limit=1, directions="match", target=str(photos / "x.png"))
+    alone.check()
+    with pytest.raises(ValueError, match="none for gradient, toward and match"):
+        replace(alone, directions="match:2").check()

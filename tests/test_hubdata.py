@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from hf_equiv import hubdata, run, streaming
-from hf_equiv.data import load_images
+from hf_equiv.data import draw_pairs, load_images
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
 from hf_equiv.plan import RunConfig, make_plan
 
@@ -140,6 +140,15 @@ def test_streaming_takes_the_first_images(shards_on_hub, tmp_path):
     assert few.ids == whole.ids[:7]
     assert few.labels == whole.labels[:7]
     assert [a.image.tobytes() for a in few] == [whole[i].image.tobytes() for i in range(7)]
+
+
+def test_a_stream_that_is_sorted_by_class_is_told(hub, tmp_path):
+    push({"train.parquet": table(10).sort("label")})
+    few = load_images("alice/photos", limit=5, streaming=True, cache_dir=str(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"the first 5 images .* are 'ant': it is sorted by class. Leave `streaming`"):
+        draw_pairs(few, 2, seed=0)
+    assert draw_pairs(load_images("alice/photos", cache_dir=str(tmp_path / "b")), 2, seed=0)
+    assert draw_pairs(load_images("alice/photos", limit=6, streaming=True, cache_dir=str(tmp_path / "c")), 2, seed=0)
 
 
 def test_a_run_over_a_stream_goes_on_without_asking_again(shards_on_hub, tmp_path, monkeypatch):

@@ -37,11 +37,11 @@ LIPSCHITZ = ["noise", "secants", "directions", "lipschitz", "extreme", "regional
 WALKS = ["trustregion", "headings", "walk", "levelset"]
 ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
 ENCODER += ["structure", "zero_shot", "encoder"]
-DATA = ["imagefile", "streaming", "hubdata", "data"]
-RUN = ["stages", "shards", "card", "merge", "rundir", "pairs", "plan", "plots", "memory", "matchrows", "processes"]
-RUN += ["work", "run"]
-ANALYSES = ["layouts", "geometryplan", "spectrumrows", "lipschitzrows", "walkrows", "geometrysummary", "geometryplots"]
-ANALYSES += ["walkplots", "geometryrun"]
+DATA = ["imagefile", "imageset", "photofiles", "parquetfile", "streaming", "hubdata", "data"]
+RUN = ["stages", "shards", "card", "merge", "retry", "rundir", "pairs", "runconfig", "plan", "plots", "memory"]
+RUN += ["matchrows", "processes", "work", "run"]
+ANALYSES = ["layouts", "analysisconfig", "geometryplan", "spectrumrows", "targetmatch", "lipschitzrows", "walkrows"]
+ANALYSES += ["geometrysummary", "geometryplots", "walkplots", "geometryrun"]
 HUB = ["hubcalls", "licences", "localrun", "publishing", "publishcard", "repository", "publication", "hub"]
 HUB += ["spacefiles", "deployment", "spacestage", "space", "hubload"]
 PLOTS = ["plots", "geometryplots", "walkplots", "reportfigures", "reportgeometryfigures"]
@@ -65,7 +65,7 @@ HOMES = {
     "huggingface_hub": [*ENCODER, *DATA, *HUB],
     "accelerate": ["memory", "processes"],
     "datasets": [*DATA, "shards", "layouts", "hubload"],
-    "pyarrow": ["shards"],
+    "pyarrow": ["parquetfile", "shards"],
     "safetensors": [*ENCODER, "shards", "hubload"],
     "PIL": [*ENCODER, *DATA, "plots", "walkplots", "survival", "live"],
     "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportgallery", "reportmatches", "reportgeometry"],

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes import save_photos
+from fakes import TinyEncoder, draw_photo, save_photos
 
-from hf_equiv import processes, shards
+from hf_equiv import processes, run, shards
 from hf_equiv.layouts import LAYOUTS
+from hf_equiv.plan import RunConfig, make_plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -239,3 +240,15 @@ def test_torchrun_and_accelerate_launch(verb, tmp_path):
     assert f"rank 1: 2 processes share {3 if verb == 'match' else 4}" in told.stderr
     assert told.stdout.count("hf-equiv verify out") == 1
     assert json.loads((tmp_path / "out" / "run.json").read_text())["complete"]
+
+
+def test_a_process_that_sees_other_photos_makes_no_row(tmp_path, monkeypatch):
+    photos, out = save_photos(tmp_path / "photos"), tmp_path / "out"
+    config = RunConfig(data=str(photos), pairs=2, max_evals=5, refine=False)
+    run.run_match(make_plan(config, TinyEncoder()), out)
+    draw_photo(11).save(photos / "class0" / "photo0.png")  # between the planning of one process and of another
+    (out / ".claims").touch()
+    other = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(processes, "join", lambda _: other)
+    with pytest.raises(ValueError, match="other settings: the photos changed"):
+        run.run_match(make_plan(config, TinyEncoder()), out)

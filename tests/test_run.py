@@ -359,21 +359,51 @@ def test_equal_photos_are_never_a_pair(photos, tiny):
         make_plan(config_of(photos, pairs=31), tiny)
 
 
-def test_image_that_goes_bad_after_planning_costs_its_rows_only(photos, tiny, tmp_path):
+@pytest.mark.parametrize("now", ["torn", "another photo"])
+def test_image_that_changes_after_planning_costs_its_rows_only(now, photos, tiny, tmp_path):
     plan = make_plan(config_of(photos, pairs=8), tiny)
-    (photos / "class1" / "photo1.png").write_bytes(b"broken")
+    changed = photos / "class1" / "photo1.png"
+    changed.write_bytes(b"broken") if now == "torn" else draw_photo(11).save(changed)
     notes = []
     outcome = run.run_match(plan, tmp_path / "out", observer=lambda p: notes.append(p.message) if p.message else None)
     failed = [row for row in outcome.rows if row["status"] == "error"]
     assert {row["pair_id"] for row in failed} == {p.pair_id for p in plan.pairs if "photo1" in p.pair_id} != set()
     assert len(notes) == len(failed)
-    assert "'class1/photo1.png' must be an image" in notes[0]
+    assert "image file 'class1/photo1.png' must not change while it is used" in notes[0]
+    assert "Put it back and run the same command again" in outcome.errors[failed[0]["pair_id"]]
     assert not outcome.converged
     assert failed[0]["embedding_error"] is None
     assert failed[0]["model_id"] == "builtin"
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(record["errors"]) == set(outcome.errors) == {r["pair_id"] for r in failed}
     assert set(outcome.refine_evals) == {r["pair_id"] for r in outcome.rows} - set(outcome.errors)
+
+
+def test_a_named_image_that_changes_is_told(photos, tiny, tmp_path):
+    two = {"data": None, "pairs": None, "source": str(photos / "class0" / "photo0.png")}
+    plan = make_plan(config_of(photos, **two, target=str(photos / "class1" / "photo1.png")), tiny)
+    draw_photo(11).save(photos / "class0" / "photo0.png")
+    outcome = run.run_match(plan, tmp_path / "out")
+    assert "image file 'photo0.png' must not change" in outcome.errors["photo0.png->photo1.png"]
+    with pytest.raises(ValueError, match=r"image file 'photo0.png' must not change"):
+        plan.pixels(plan.pairs[0])
+
+
+def test_photos_that_changed_since_a_run_began_are_not_mixed_in(photos, tiny, tmp_path):
+    def stop(progress):
+        if progress.done == 2 and progress.stage == "match":
+            raise KeyboardInterrupt
+
+    plan = make_plan(config_of(photos), tiny)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_match(plan, tmp_path / "out", batch_size=2, observer=stop)
+    before = snapshot(tmp_path / "out")
+    draw_photo(11).save(photos / "class2" / "photo5.png")
+    later = make_plan(config_of(photos), tiny)
+    assert later.default_out != plan.default_out
+    with pytest.raises(ValueError, match=r"a run of other settings: the photos changed \(.* there, .* asked\)"):
+        run.run_match(later, tmp_path / "out")
+    assert snapshot(tmp_path / "out") == before
 
 
 def test_encoder_that_fails_on_one_image(photos, tmp_path):

@@ -1,0 +1,63 @@
+"""A set of images under one name, decoded one by one (see `hf_equiv.data`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class ImageItem:
+    """One image of a set: its id (never an absolute path), upright RGB pixels, and its class where there is one."""
+
+    id: str
+    image: Image.Image
+    label: str | None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are decoded one by one, when asked for.
+
+    Attributes:
+        data_id: what the set is called: a file or folder name, `id:config:split` of the Hub, or `builtin`.
+        data_revision: the commit of the Hub dataset, or "sha256:…" over names, labels and contents of local files.
+        ids: one id per image.
+        labels: the class name of each image, None where there is none.
+        read: decodes image `i` (used by indexing); a file that has changed since the set was opened is refused.
+        tabular: whether the images come from a column of a table (parquet, Hub dataset).
+        streamed: whether these are only the first images of a dataset.
+    """
+
+    data_id: str
+    data_revision: str
+    ids: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    read: Callable[[int], Image.Image]
+    tabular: bool = False
+    streamed: bool = False
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Decode one image; a bad one raises a ValueError that names it."""
+        index = range(len(self.ids))[index]
+        return ImageItem(self.ids[index], self.read(index), self.labels[index])
+
+    def __iter__(self) -> Iterator[ImageItem]:
+        """Decode all images in order, one at a time."""
+        return (self[i] for i in range(len(self)))
+
+    def select(self, indices: Sequence[int]) -> ImageSet:
+        """Return the images at `indices` as a set of the same name and revision."""
+        chosen = tuple(range(len(self))[i] for i in indices)
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+            read=lambda i: self.read(chosen[i]),
+        )
