@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_equiv import metrics
 from hf_equiv.checks import check_images
-from hf_equiv.directions import Directions, make_directions
 from hf_equiv.imagefile import encode_png
-from hf_equiv.pairs import image_generator
 from hf_equiv.precision import no_tf32
 
 if TYPE_CHECKING:
@@ -97,42 +95,6 @@ def stops_along(
                 )
             )
     return tuple(found)
-
-
-def directions_of_run(
-    encoder: Encoder,
-    image: Tensor,
-    target: Tensor | None,
-    settings: Mapping[str, Any],
-    image_id: str,
-    batch: int = 32,
-) -> Directions:
-    """Make the directions of a lipschitz run at one image: they follow from its settings, the seed and the image's id.
-
-    Args:
-        encoder: f.
-        image: (3, H, W).
-        target: image of the `toward` direction, (3, H, W); None if there is none.
-        settings: of the run, as in `run.json`.
-        image_id: its id.
-        batch: cotangents per backward pass.
-
-    Returns:
-        The directions of one image, in the order of its rows.
-    """
-    kinds: Mapping[str, int] = settings["directions"]
-    return make_directions(
-        encoder,
-        image[None],
-        random=kinds.get("random", 0),
-        top=kinds.get("top", 0),
-        row=kinds.get("row", 0),
-        null=kinds.get("null", 0),
-        gradient="gradient" in kinds,
-        toward=target[None] if target is not None else None,
-        generator=image_generator(settings["seed"], image_id),
-        batch=batch,
-    )
 
 
 def top_classes(names: Sequence[str], probabilities: Tensor, count: int) -> tuple[tuple[str, float], ...]:

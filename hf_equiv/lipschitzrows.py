@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_equiv.directions import make_directions
+from hf_equiv.directions import Directions, make_directions
 from hf_equiv.linearity import LinearityResult, linearity_radius
 from hf_equiv.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.metrics import finite
@@ -19,6 +19,40 @@ from hf_equiv.targetmatch import match_target
 
 Stage = Callable[[str, int, int], None]
 """Told of a stage, how much of it is done, and of how much."""
+
+
+def directions_of_run(
+    encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int = 32,
+    match: Tensor | None = None,
+) -> Directions:  # fmt: skip
+    """The directions at one image: they follow from the settings of the run, its seed and the image's id.
+
+    Args:
+        encoder: f.
+        image: (3, H, W).
+        target: image of the `toward` direction, (3, H, W); None if there is none.
+        settings: of the run, as in `run.json`.
+        image_id: its id.
+        batch: cotangents per backward pass.
+        match: image of the `match` direction, (3, H, W); None if there is none.
+
+    Returns:
+        The directions of one image, in the order of its rows.
+    """
+    kinds: Mapping[str, int] = settings["directions"]
+    return make_directions(
+        encoder,
+        image[None],
+        random=kinds.get("random", 0),
+        top=kinds.get("top", 0),
+        row=kinds.get("row", 0),
+        null=kinds.get("null", 0),
+        gradient="gradient" in kinds,
+        toward=target[None] if target is not None and "toward" in kinds else None,
+        match=match[None] if match is not None else None,
+        generator=image_generator(settings["seed"], image_id),
+        batch=batch,
+    )
 
 
 def measure_directions(
@@ -42,21 +76,8 @@ def measure_directions(
     Returns:
         The two results.
     """
-    kinds: Mapping[str, int] = settings["directions"]
     tell("directions", 0, 1)
-    directions = make_directions(
-        encoder,
-        image[None],
-        random=kinds.get("random", 0),
-        top=kinds.get("top", 0),
-        row=kinds.get("row", 0),
-        null=kinds.get("null", 0),
-        gradient="gradient" in kinds,
-        toward=target[None] if target is not None and "toward" in kinds else None,
-        match=match[None] if match is not None else None,
-        generator=image_generator(settings["seed"], image_id),
-        batch=batch,
-    )
+    directions = directions_of_run(encoder, image, target, settings, image_id, batch, match)
     radii: Sequence[float] | None = settings["radii"]
     found = directional_lipschitz(
         encoder, image[None], directions, radii=radii, batch=batch,
@@ -90,13 +111,13 @@ def lipschitz_rows(
         RuntimeError: no match for the direction `match`, or an encoder that gives NaN.
     """
     floats: dict[str, Tensor] = {} if target is None else {f"{image_id}/toward": target}
-    match, spent = None, (0.0, 0.0)
+    match, evals, spent = None, 0.0, 0.0
     if "match" in settings["directions"] and target is not None:
-        match, *spent = match_target(encoder, image, target, settings["rtol"], tell)
+        match, evals, spent = match_target(encoder, image, target, settings["rtol"], tell)
         floats[f"{image_id}/match"] = match
     found, reach = measure_directions(encoder, image, target, settings, image_id, batch, tell, match)
     rows = rows_of(found, reach)
-    cost, seconds = spent[0] + float(found.num_evals[0]), spent[1] + float(found.seconds[0])
+    cost, seconds = evals + float(found.num_evals[0]), spent + float(found.seconds[0])
     if reach is not None:
         cost, seconds = cost + float(reach.num_evals[0]), seconds + float(reach.seconds[0])
     region: Row = dict.fromkeys(("regional_lower_bound", "regional_at_center", "regional_clever"))

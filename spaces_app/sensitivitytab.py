@@ -10,8 +10,9 @@ import torch
 from shelf import home_of, on_gpu, recorded_encoder, results
 
 from hf_equiv import geometryviews
-from hf_equiv.along import directions_of_run, stops_along
+from hf_equiv.along import stops_along
 from hf_equiv.imagefile import decode_png
+from hf_equiv.lipschitzrows import directions_of_run
 
 
 def step_of(slider: float) -> float:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from hf_equiv import geometryviews, showviews, showwords
-from hf_equiv.along import directions_of_run, stops_along
+from hf_equiv.along import stops_along
 from hf_equiv.encoder import Encoder
 from hf_equiv.imagefile import decode_png, encode_png
+from hf_equiv.lipschitzrows import directions_of_run
 from hf_equiv.showcase import check_shown, open_showcase
 from hf_equiv.svgcharts import Axis, Series, chart
 from hf_equiv.verify import verify_run
