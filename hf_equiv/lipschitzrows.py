@@ -90,13 +90,13 @@ def lipschitz_rows(
         RuntimeError: no match for the direction `match`, or an encoder that gives NaN.
     """
     floats: dict[str, Tensor] = {} if target is None else {f"{image_id}/toward": target}
-    match, spent = None, (0.0, 0.0)
+    match, evals, clock = None, 0.0, 0.0
     if "match" in settings["directions"] and target is not None:
-        match, *spent = match_target(encoder, image, target, settings["rtol"], tell)
+        match, evals, clock = match_target(encoder, image, target, settings["rtol"], tell)
         floats[f"{image_id}/match"] = match
     found, reach = measure_directions(encoder, image, target, settings, image_id, batch, tell, match)
     rows = rows_of(found, reach)
-    cost, seconds = spent[0] + float(found.num_evals[0]), spent[1] + float(found.seconds[0])
+    cost, seconds = evals + float(found.num_evals[0]), clock + float(found.seconds[0])
     if reach is not None:
         cost, seconds = cost + float(reach.num_evals[0]), seconds + float(reach.seconds[0])
     region: Row = dict.fromkeys(("regional_lower_bound", "regional_at_center", "regional_clever"))
