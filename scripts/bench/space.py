@@ -4,8 +4,8 @@
     python scripts/bench/space.py
 
 The app runs in a process of its own as `hf-equiv space run` does, offline; a real browser measures what visitors wait
-for, five times each (median and largest). Ten visitors come through the programs' endpoint at the same moment, each with
-another pair; every answer is compared with the pair it was asked for.
+for, five times each (median and largest). Ten visitors come through the programs' endpoint at the same moment, each
+with another pair; every answer is compared with the pair it was asked for.
 """
 
 from __future__ import annotations
