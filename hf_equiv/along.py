@@ -75,6 +75,7 @@ def stops_along(
             f"`direction` must have the shape of `image` {tuple(image.shape)} and length 1; got "
             f"{tuple(direction.shape)}, length {float(direction.double().norm()):.4g}. Divide it by its norm."
         )
+    image, direction = image.to(encoder.device), direction.to(encoder.device)
     z = encoder(image[None]).double()
     lengths = torch.tensor(list(steps), dtype=torch.float64).view(-1, 1, 1, 1)
     places = (image.double() + lengths.to(image.device) * direction.double()).clamp(0, 1).to(image.dtype)

@@ -41,8 +41,8 @@ def _vectors(image_id: str) -> dict[str, torch.Tensor]:
     encoder, settings = recorded_encoder(rows[0], home_of("constants")), shown.settings[f"lipschitz {image_id}"]
     images = {row["image_id"]: row["image"] for row in shown.constants}
     toward = next((row["toward_id"] for row in rows if row["direction"] == "toward"), None)
-    target = decode_png(images[toward]) if toward in images else None
-    made = directions_of_run(encoder, decode_png(rows[0]["image"]), target, settings, image_id)
+    target = decode_png(images[toward]).to(encoder.device) if toward in images else None
+    made = directions_of_run(encoder, decode_png(rows[0]["image"]).to(encoder.device), target, settings, image_id)
     names = [f"{kind} {index}" for kind, index in zip(made.kinds, made.indices, strict=True)]
     return dict(zip(names, made.vectors[0], strict=True))
 
@@ -73,6 +73,9 @@ def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
     """
     if not -16 <= step <= 16:
         raise gr.Error("`step` must be from −16 to 16.", print_exception=False)
+    row = _direction(image_id, direction)
+    if direction not in _vectors(image_id):
+        raise gr.Error(f"`direction` {row['direction']!r} leads to an image that is not here.", print_exception=False)
     stop = _stop(image_id, direction, step)
     return {
         "distance": stop.distance, "first_order": stop.first_order, "classes": [list(c) for c in stop.classes]
@@ -90,6 +93,8 @@ def _stop(image_id: str, direction: str, step: float):
 @on_gpu
 def along_view(image_id: str, direction: str, slider: float) -> str:
     """The image at the slider, its classes, and how far the embedding has moved."""
+    if direction not in _vectors(image_id):  # towards an image that is not among the results
+        return '<p class="small">There is nothing to move along: this direction leads to an image that is not here.</p>'
     stop, profile = _stop(image_id, direction, step_of(slider)), _profile(image_id, direction)
     return geometryviews.along_view(stop, profile, f"{image_id} moved along {direction}")
 
