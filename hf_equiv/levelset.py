@@ -88,6 +88,10 @@ def trace_level_set(
     Cost: one full Jacobian, (1 + 2D)/3 evaluations; then, on a trained DeiT-Tiny, about 12 evaluations per unit of L2
     length. Memory: D·N numbers, and 40 images for a destination. One image after another.
 
+    Walks back to a source climb: on a trained DeiT-Tiny σ₁ grew from 90 at a match to 700 half-way, so that a tangent
+    step h drifts by 2h² and `nearest` takes thousands of evaluations. Where float32 noise itself exceeds `rtol` there
+    the walk ends with `drift_exceeded`; float64 images and encoder go on.
+
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D), differentiable in reverse mode.
         images: where to start, (B, C, H, W), float32 or float64, pixels in [0, 1].
