@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_equiv import rundir
+from hf_equiv import metrics, rundir
 from hf_equiv.hubcalls import api_of, explained
 from hf_equiv.hubload import download_results, run_folders, split_name
 from hf_equiv.imagefile import decode_png
 from hf_equiv.layouts import LAYOUTS
+from hf_equiv.rowcheck import LABELS, same_floor, tolerances
 from hf_equiv.shards import read_rows
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class Comparison:
         name: column.
         stated: what the row says.
         now: what the PNG files give now.
-        holds: whether the two agree: numbers within max(3 × noise floor, 1e-6), probabilities within 1e-4, labels as
-            they are.
+        holds: whether the two agree, by the tolerances of `hf-equiv verify`: numbers of embeddings within
+            max(3 × noise floor, 1e-6), those of pixels within 1e-8, probabilities within 1e-4, labels as they are.
     """
 
     name: str
@@ -68,10 +69,8 @@ class Comparison:
     holds: bool
 
 
-CHECKED = ("embedding_error_8bit", "cosine_to_target", "cosine_to_source", "psnr_db", "linf", "l2")
-"""Numbers that `check_shown` recomputes beside the labels."""
-
-_CLASSES = ("source_label", "match_label", "target_label")
+_MOST_LABELS = 1000
+"""Class names that a check reads at most: each is a forward pass of the text tower."""
 
 
 def open_showcase(
@@ -145,7 +144,8 @@ def open_showcase(
 def check_shown(encoder: Encoder, row: Row, settings: Row, *, match: bytes | None = None) -> tuple[Comparison, ...]:
     """Encode the three PNG files of a match again and set what comes out beside its row.
 
-    The same numbers as `hf-equiv verify` compares, of one row and of the 8-bit match alone.
+    All that `hf-equiv verify` compares, of one row and of the 8-bit match alone: every column of
+    `metrics.MEASURES` that the row or the encoder has.
 
     Args:
         encoder: the checkpoint that made the row, in its dtype and with its readout.
@@ -154,28 +154,39 @@ def check_shown(encoder: Encoder, row: Row, settings: Row, *, match: bytes | Non
         match: the PNG to check in place of the row's own.
 
     Returns:
-        One comparison for each number and label.
+        One comparison for each number and label that is stated or computed.
 
     Raises:
         ValueError: `encoder` is another model than the row names, or a picture is no PNG of its size.
     """
-    from hf_equiv import metrics
-
-    for key, own in (("model_revision", encoder.revision), ("readout", encoder.readout)):
-        if row[key] != own:
-            raise ValueError(f"`encoder` must have the {key} of the row, {row[key]!r}; got {own!r}.")
+    dtype_name = str(encoder.dtype).removeprefix("torch.")
+    for key, stated, own in (
+        ("model_id", row["model_id"], encoder.model_id),
+        ("model_revision", row["model_revision"], encoder.revision),
+        ("readout", row["readout"], encoder.readout),
+        ("dtype", row["dtype"], dtype_name),
+        ("normalize", bool(settings["normalize"]), encoder.normalize),
+    ):
+        if stated != own:
+            raise ValueError(f"`encoder` must have the {key} of the row, {stated!r}; got {own!r}.")
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     three = [decode_png(png or b"", dtype) for png in (row["source"], match or row["match"], row["target"])]
     if any(tuple(image.shape) != tuple(encoder.input_shape) for image in three):
         raise ValueError(f"the pictures must be {encoder.input_shape[1]} × {encoder.input_shape[2]} pixels.")
-    labels = settings.get("labels")
+    labels = settings["labels"]
+    if labels and not (isinstance(labels, list) and len(labels) <= _MOST_LABELS):
+        raise ValueError(f"`labels` must be a list of at most {_MOST_LABELS} names.")
     made = metrics.measure_match(encoder, *three, seed=settings["seed"], pair_id=row["pair_id"], labels=labels)
-    tolerance = max(3 * (made["noise_floor"] or 0.0), 1e-6)
-    found = [Comparison(key, row[key], made[key], _agree(row[key], made[key], tolerance)) for key in CHECKED]
-    if made["match_label"] is not None:
-        found += [Comparison(key, row[key], made[key], row[key] == made[key]) for key in _CLASSES]
-        stated, now = row["match_prob"], made["match_prob"]
-        found.append(Comparison("match_prob", stated, now, _agree(stated, now, max(100 * tolerance, 1e-4))))
+    near = tolerances(made["noise_floor"])
+    found = []
+    for key in metrics.MEASURES:
+        stated, now = row[key], made[key]
+        if stated is None and now is None:
+            continue
+        holds = stated == now if key in LABELS else _agree(stated, now, near[key])
+        if holds and key == "noise_floor":
+            holds = same_floor(stated, now)
+        found.append(Comparison(key, stated, now, holds))
     return tuple(found)
 
 

@@ -177,3 +177,31 @@ def test_an_undetermined_direction_states_no_number(shown):
     assert row["value"] is None
     assert "Undetermined" in geometryviews.ladder_view(row)
     assert "the constant is" not in geometryviews.ladder_view(row)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("noise_floor", 1e-12), ("target_quantization_error", 0.9), ("ssim", 0.999), ("target_label_prob", 0.1),
+     ("same_top1", False), ("linf", 0.0)],
+)  # fmt: skip
+def test_a_check_looks_at_every_number_that_is_shown(encoder, shown, column, value):
+    row = shown.matches[0]
+    found = check_shown(encoder, row | {column: value}, shown.settings[row["key"]])
+    assert [c.name for c in found if not c.holds] == [column]
+
+
+def test_labels_without_a_classifier_do_not_hold(encoder, shown, monkeypatch):
+    row = shown.matches[0]
+    monkeypatch.setattr(encoder, "has_head", False)
+    found = check_shown(encoder, row, shown.settings[row["key"]])
+    assert "match_label" in {c.name for c in found if not c.holds}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("model_id", "somebody/else"), ("dtype", "float64"), ("normalize", True)]
+)
+def test_another_precision_scale_or_name_is_refused(encoder, shown, column, value):
+    row, key = shown.matches[0], shown.matches[0]["key"]
+    other = {"normalize": True} if column == "normalize" else {}
+    with pytest.raises(ValueError, match=f"{column} of the row"):
+        check_shown(encoder, row | ({} if other else {column: value}), shown.settings[key] | other)
