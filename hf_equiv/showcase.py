@@ -15,8 +15,9 @@ from hf_equiv.hubcalls import api_of, explained
 from hf_equiv.hubload import download_results, run_folders, split_name
 from hf_equiv.imagefile import decode_png
 from hf_equiv.layouts import LAYOUTS
+from hf_equiv.parquetfile import refuse_swollen
 from hf_equiv.rowcheck import LABELS, same_floor, tolerances
-from hf_equiv.shards import read_rows
+from hf_equiv.shards import read_rows, shard_files
 
 if TYPE_CHECKING:
     from hf_equiv.encoder import Encoder
@@ -33,11 +34,12 @@ class Showcase:
         revision: commit of the dataset; None for a folder.
         matches: rows of matches whose pictures are there, each with `key`, unique among them; those that look most
             like their source first.
-        spectra: rows of spectra.
-        constants: rows of Lipschitz constants.
+        spectra: rows of spectra, each with `key`: its image, with the number of its run where an earlier run has the
+            same.
+        constants: rows of Lipschitz constants, likewise.
         paths: the points of every walk, in order, by a name of the walk.
-        settings: what `run.json` says of the run of each key of `matches`, of each key of `paths`, and of `constants`
-            under `lipschitz IMAGE_ID`.
+        settings: what `run.json` says of the run of each key of `matches`, of each key of `paths`, and of `spectra`
+            and `constants` under `spectrum KEY` and `lipschitz KEY`.
         withheld: how many rows of matches have no pictures.
     """
 
@@ -69,6 +71,12 @@ class Comparison:
     holds: bool
 
 
+_LARGER = 2
+"""How much larger than its files a dataset may be in memory: PNG files are packed already."""
+
+_MOST_SIDE = 2048
+"""Largest side of a picture; encoders look at a few hundred pixels."""
+
 _MOST_LABELS = 1000
 """Class names that a check reads at most: each is a forward pass of the text tower."""
 
@@ -80,15 +88,18 @@ def open_showcase(
     most_bytes: int | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,
+    local: bool = True,
 ) -> Showcase:
     """Open a folder of runs, a run directory, or a dataset `USER/NAME[@REV]` of the Hub.
 
     Args:
         where: the folder or dataset.
         most: rows of matches at most; of walks and images as many.
-        most_bytes: refuse a dataset whose files without the float images are larger.
+        most_bytes: refuse a dataset whose files without the float images are larger, or more than twice as large
+            once they are read.
         token: for private datasets; False to ask as nobody.
         cache_dir: where downloads are kept.
+        local: whether a folder may be opened; False for names that strangers give.
 
     Returns:
         What is there to show.
@@ -99,7 +110,7 @@ def open_showcase(
         RepositoryNotFoundError: no such dataset, or it is private.
     """
     name, revision = os.fspath(where), None
-    if Path(name).is_dir():
+    if local and Path(name).is_dir():
         folder = Path(name)
         places: Iterable[Path] = run_folders(folder).values() or _inside(folder)
         name = folder.name
@@ -119,22 +130,38 @@ def open_showcase(
     withheld = 0
     for k, place in enumerate(places):
         record = rundir.read_record(place)
-        analysis = record["analysis"]
-        found = list(read_rows(place, images=True, layout=LAYOUTS[analysis], first=most))
+        analysis = record.get("analysis")
+        if analysis not in LAYOUTS:
+            raise ValueError(f"a run must be a {', '.join(LAYOUTS)}; got {analysis!r}.")
+        layout = LAYOUTS[analysis]
+        rundir.check_record(place, record, layout)
+        if most_bytes is not None:
+            for shard in shard_files(place, layout):
+                refuse_swollen(shard, _LARGER * most_bytes)
+        found = list(read_rows(place, images=True, layout=layout, first=most))
+        for row in found:
+            _check_pictures([row[column] for column in layout.images])
         if analysis == "match":
             shown = [row for row in found if row["match"] and row["source"] and row["target"]]
             withheld += sum(1 for row in found if row["status"] != "error") - len(shown)
             for row in shown[: max(0, most - len(matches))]:
-                matches.append(row | {"key": f"{k}.{row['pair_id']}"})
-                settings[matches[-1]["key"]] = record["settings"]
+                key = f"{k}.{row['pair_id']}"
+                if key in settings:
+                    raise ValueError(f"a run must have each pair once; {row['pair_id']!r} is there twice.")
+                matches.append(row | {"key": key})
+                settings[key] = record["settings"]
         elif analysis == "walk":
             for key, path in _walks(found):
-                if path[0]["frame"] and len(paths) < most:
-                    paths[key if key not in paths else f"{key} ({k})"] = path
-                    settings[key] = record["settings"]
+                if all(row["frame"] for row in path) and len(paths) < most:
+                    name_of = key if key not in paths else f"{key} ({k})"
+                    paths[name_of], settings[name_of] = path, record["settings"]
         else:
-            rows[analysis] += [row for row in found if row["status"] != "error" and row["image"]]
-            settings |= {f"{analysis} {row['image_id']}": record["settings"] for row in found}
+            made = [row for row in found if row["status"] != "error" and row["image"]]
+            taken = {row["key"] for row in rows[analysis]}
+            for row in made:
+                key = row["image_id"] if row["image_id"] not in taken else f"{row['image_id']} ({k})"
+                rows[analysis].append(row | {"key": key})
+                settings[f"{analysis} {key}"] = record["settings"]
     matches.sort(key=lambda row: -(row["psnr_db"] or 0.0))
     return Showcase(
         name, revision, tuple(matches), tuple(rows["spectrum"]), tuple(rows["lipschitz"]), paths, settings, withheld
@@ -198,6 +225,20 @@ def _refuse_large(name: str, revision: str | None, most_bytes: int, token: str |
         raise ValueError(
             f"{name!r} must be at most {most_bytes / 2**20:.0f} MiB to be shown; it has {size / 2**20:.0f}."
         )
+
+
+def _check_pictures(pictures: Iterable[Any]) -> None:
+    """Refuse what is no PNG file of a common, moderate size, by the first bytes: nothing is decoded."""
+    sizes = set()
+    for data in pictures:
+        if data is None:
+            continue
+        if not isinstance(data, bytes) or not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 24:
+            raise ValueError("the pictures of a run must be PNG files.")
+        sizes.add((int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")))
+    if len(sizes) > 1 or any(not 0 < side <= _MOST_SIDE for size in sizes for side in size):
+        told = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+        raise ValueError(f"the pictures of a row must have one size, at most {_MOST_SIDE} pixels a side; got {told}.")
 
 
 def _inside(folder: Path) -> list[Path]:

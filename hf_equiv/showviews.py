@@ -8,6 +8,8 @@ from html import escape
 from typing import Any
 
 from hf_equiv import showwords
+from hf_equiv.imagefile import decode_png
+from hf_equiv.metrics import psnr_db
 from hf_equiv.plots import difference_png, thumbnail
 from hf_equiv.showcase import Comparison
 from hf_equiv.svgcharts import Axis, Series, chart
@@ -92,7 +94,7 @@ def match_view(source: bytes, match: bytes, target: bytes, row: Row, *, link: st
     labels = [row.get(f"{who}_label") for who in ("source", "match", "target")]
     chips = ""
     if labels[1] is not None:
-        sure = f" ({100 * row['match_prob']:.0f} %)" if row.get("match_prob") is not None else ""
+        sure = f" ({showwords.percent(row['match_prob'])})" if row.get("match_prob") is not None else ""
         chips = "".join(
             f"<div><dt>{who}</dt><dd>{escape(str(label).split(',')[0])}{more}</dd></div>"
             for who, label, more in zip(("source", "match", "target"), labels, ("", sure, ""), strict=True)
@@ -104,7 +106,7 @@ def match_view(source: bytes, match: bytes, target: bytes, row: Row, *, link: st
         f'<div class="pair">{compare(source, match, "source", "match")}</div>'
         f'<div class="side">{picture(target, "target", "target: what the model takes the match for")}'
         f"{picture(change, f'difference, {factor} times', f'match − source, × {factor}')}</div>"
-        f'<div class="say"><p class="headline">{escape(showwords.headline(row))}</p>'
+        f'<div class="say"><p class="headline">{escape(showwords.headline(row, png_psnr_db(match, target)))}</p>'
         f"<p>{escape(showwords.look(row))} {escape(showwords.heads(row))}</p>{chips}{numbers(row)}{share}</div></div>"
     )
 
@@ -147,7 +149,7 @@ def class_bars(classes: Sequence[tuple[str, float]]) -> str:
     """Classes with bars of their probabilities."""
     bars = "".join(
         f'<li><span class="bar" style="--share:{100 * p:.2f}%" aria-hidden="true"></span>'
-        f"<span>{escape(name.split(',')[0])}</span><span>{100 * p:.1f} %</span></li>"
+        f"<span>{escape(name.split(',')[0])}</span><span>{showwords.percent(p, 1)}</span></li>"
         for name, p in classes
     )
     return f'<ol class="bars">{bars}</ol>' if bars else '<p class="small">This checkpoint has no classifier.</p>'
@@ -193,12 +195,17 @@ def player(path: Sequence[Row], rtol: float) -> str:
     )
 
 
+def png_psnr_db(a: bytes, b: bytes) -> float | None:
+    """PSNR of two PNG files in dB; None if they are the same picture."""
+    return psnr_db(decode_png(a), decode_png(b))
+
+
 def _short(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[0] or name
 
 
 def _frame_text(row: Row) -> str:
-    seen = f", seen as {row['label'].split(',')[0]} ({100 * row['prob']:.0f} %)" if row["label"] else ""
+    seen = f", seen as {row['label'].split(',')[0]} ({showwords.percent(row['prob'])})" if row["label"] else ""
     return f"step {row['step']}: L2 {row['l2']:.1f} from the origin, drift {row['drift']:.0e}{seen}"
 
 

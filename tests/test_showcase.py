@@ -119,7 +119,16 @@ def test_a_step_along_a_direction(encoder, shown):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(0.0, "100.000000 %"), (1e-6, "99.9999 %"), (2.6e-5, "99.997 %"), (0.04, "96 %"), (0.87, "13 %"), (1.4, "0 %")],
+    [
+        (0.0, "100.000000 %"),
+        (1e-6, "99.9999 %"),
+        (2.6e-5, "99.997 %"),
+        (0.04, "96 %"),
+        (0.014, "98 %"),
+        (0.0449, "95 %"),
+        (0.87, "13 %"),
+        (1.4, "0 %"),
+    ],
 )
 def test_never_more_alike_than_measured(error, said):
     assert showwords.alike(error) == said
@@ -131,7 +140,7 @@ def test_never_more_alike_than_measured(error, said):
     [(1e-5, "The model cannot tell"), (0.02, "To the model the match is nearly"), (0.5, "This did not")],
 )
 def test_the_headline_goes_with_the_error(shown, error, start):
-    assert showwords.headline(shown.matches[0] | {"embedding_error_8bit": error}).startswith(start)
+    assert showwords.headline(shown.matches[0] | {"embedding_error_8bit": error}, 9.0).startswith(start)
 
 
 def test_names_cannot_become_markup(shown):
