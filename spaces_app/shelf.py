@@ -110,7 +110,7 @@ def telling(name: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
-        text = re.sub(r"(/[^/'\"\s]+)+/", "", str(error))  # where this machine keeps them is nobody's business
+        text = re.sub(r"(?<![\w.:/])/(?:[^/'\"\s]+/)+", "", str(error))  # where this machine keeps them is not theirs
         raise gr.Error(plain(f"{name!r} cannot be shown: {text}"), print_exception=False) from error
 
 

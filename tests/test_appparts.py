@@ -67,6 +67,13 @@ def test_no_folder_is_named_to_a_visitor(parts, tmp_path):
     assert str(tmp_path) not in caught.value.message
 
 
+def test_what_is_no_path_of_this_machine_is_told(parts):
+    told = "see https://huggingface.co/datasets/a/b, of 'me/data' at refs/pr/1"
+    with pytest.raises(gr.Error) as caught, parts.shelf.telling("a/b"):
+        raise ValueError(told)
+    assert told in caught.value.message
+
+
 def test_weights_of_a_pull_request_are_not_loaded(parts, monkeypatch):
     asked = []
     monkeypatch.setattr(parts.shelf, "MODELS", ["builtin", "org/model"])
