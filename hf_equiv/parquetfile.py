@@ -54,7 +54,7 @@ def load_parquet(name: str, paths: Sequence[Path], revision: str, cache_dir: str
             finally:
                 beside.unlink(missing_ok=True)
         return datasets.Dataset.from_file(str(copy))
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are subclasses of these
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's errors are subclasses of these
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"parquet data {name!r} cannot be read: {why}. Check the file.") from error
 
