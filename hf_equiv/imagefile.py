@@ -47,7 +47,7 @@ _LIMIT_LOCK = threading.Lock()
 
 def open_image(
     source: str | os.PathLike[str] | bytes | Image.Image, name: str | None = None, *, sha256: str | None = None,
-    most_pixels: int = MAX_PIXELS,
+    most_pixels: int | None = None,
 ) -> Image.Image:  # fmt: skip
     """Read one image as upright 8-bit RGB.
 
@@ -59,7 +59,7 @@ def open_image(
         source: path, the bytes of a file, or an image that is open already.
         name: what to call the image in messages; by default the file's name.
         sha256: hex SHA-256 that the file must have; None for any.
-        most_pixels: that are decoded.
+        most_pixels: that are decoded; `MAX_PIXELS` by default.
 
     Returns:
         A `PIL.Image.Image` of mode RGB, fully loaded, without metadata.
@@ -70,7 +70,7 @@ def open_image(
             another SHA-256.
     """
     if isinstance(source, Image.Image):
-        return _read(source, name or "image", most_pixels)
+        return _read(source, name or "image", most_pixels or MAX_PIXELS)
     if isinstance(source, bytes | bytearray):
         name, data = name or "image", bytes(source)
     else:
@@ -93,7 +93,7 @@ def open_image(
         raise ValueError(f"image {name!r} must hold an image; got an empty file (0 bytes). Copy or download it again.")
     try:
         with _pillow_limit_off(), Image.open(io.BytesIO(data)) as image:
-            return _read(image, name, most_pixels)
+            return _read(image, name, most_pixels or MAX_PIXELS)
     except UnidentifiedImageError:
         raise ValueError(
             f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else. "
