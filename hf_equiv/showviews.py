@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -37,7 +38,7 @@ _NAMES = {
 
 
 _LEAST = 1e-7
-"""Drift that a chart tells from zero."""
+"""Drift that a chart tells from zero, unless the drift allowed is as small."""
 
 
 def data_uri(data: bytes, kind: str = "png") -> str:
@@ -162,16 +163,18 @@ def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
         for key, name, style in (("match", "float match", "one"), ("refine", "8-bit PNG", "two"))
     ]
     last = max((evals for _, evals, _ in curve), default=1.0)
+    highest = max([2.0, *(error for _, _, error in curve if error < math.inf)])
     goal = Series("goal", [(0.0, rtol), (max(last, 50.0), rtol)], "limit")
     return chart(
         "Embedding error against evaluations", [goal, *(s for s in series if s.points)],
-        Axis("evaluations (forward + backward)", low=0.0), Axis("embedding error", log=True, high=2.0),
+        Axis("evaluations (forward + backward)", low=0.0), Axis("embedding error", log=True, high=highest),
     )  # fmt: skip
 
 
 def player(path: Sequence[Row], rtol: float) -> str:
     """A walk as frames with a slider, and its drift below; the script of the page moves it."""
-    first = path[0]
+    first, least = path[0], min(_LEAST, rtol / 100)
+    highest = max(10 * rtol, *(row["drift"] for row in path))
     frames = "".join(
         f'<img src="{data_uri(row["frame"])}" alt="{escape(_frame_text(row), quote=True)}"'
         f"{'' if k == 0 else ' hidden'}>"
@@ -181,10 +184,10 @@ def player(path: Sequence[Row], rtol: float) -> str:
         "Drift of the embedding against arc length",
         [
             Series("largest drift allowed", [(row["arc_length"], rtol) for row in path], "limit"),
-            Series("drift", [(row["arc_length"], max(row["drift"], _LEAST)) for row in path], "one", dots=True),
+            Series("drift", [(row["arc_length"], max(row["drift"], least)) for row in path], "one", dots=True),
         ],
-        Axis("arc length (L2, pixels in [0, 1])"), Axis("drift", log=True, low=_LEAST, high=10 * rtol),
-        mark=(first["arc_length"], max(first["drift"], _LEAST)),
+        Axis("arc length (L2, pixels in [0, 1])"), Axis("drift", log=True, low=least, high=highest),
+        mark=(first["arc_length"], max(first["drift"], least)),
     )  # fmt: skip
     texts = "".join(f"<li>{escape(_frame_text(row))}</li>" for row in path)
     return (

@@ -214,3 +214,23 @@ def test_another_precision_scale_or_name_is_refused(encoder, shown, column, valu
     other = {"normalize": True} if column == "normalize" else {}
     with pytest.raises(ValueError, match=f"{column} of the row"):
         check_shown(encoder, row | ({} if other else {column: value}), shown.settings[key] | other)
+
+
+def _heights(page: str, style: str) -> list[float]:
+    """Places of the points of a line from the top, of a chart."""
+    points = re.search(rf'class="line {style}" points="([^"]*)"', page).group(1).split()
+    return [float(point.split(",")[1]) for point in points]
+
+
+def test_a_drift_beyond_what_is_allowed_is_drawn_where_it_is(shown):
+    (path,) = shown.paths.values()
+    far = [row | {"drift": 10.0 ** -(2 + k % 2)} for k, row in enumerate(path)]
+    (limit, *_), one = _heights(showviews.player(far, 1e-5), "limit"), _heights(showviews.player(far, 1e-5), "one")
+    decade = one[1] - one[0]
+    assert limit - one[0] == pytest.approx(3 * decade, abs=0.5)
+
+
+def test_a_walk_of_very_small_drift_is_drawn(shown):
+    (path,) = shown.paths.values()
+    page = showviews.player([row | {"drift": 1e-11} for row in path], 1e-10)
+    assert min(_heights(page, "one")) > max(_heights(page, "limit"))
