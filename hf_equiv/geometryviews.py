@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 _NARROW = 440
 _STYLES = {"random": "one", "top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
 _ALOFT = 2.1
-"""Largest relative distance that is drawn: unrelated embeddings are 1 to 2 apart."""
+"""Relative distance that a chart reaches at least: unrelated embeddings are 1 to 2 apart."""
 
 
 def along_view(stop: Stop, profile: Sequence[Stop], name: str) -> str:
@@ -41,7 +41,7 @@ def along_view(stop: Stop, profile: Sequence[Stop], name: str) -> str:
             Series("distance of the embedding", [(p.step, p.distance) for p in profile if p.distance is not None]),
         ],
         Axis("step h (L2, pixels in [0, 1])", low=profile[0].step, high=profile[-1].step),
-        Axis("‖f(x+hv) − f(x)‖ / ‖f(x)‖", low=0.0, high=_ALOFT),
+        Axis("‖f(x+hv) − f(x)‖ / ‖f(x)‖", low=0.0, high=max([_ALOFT, moved, *(p.distance or 0.0 for p in profile)])),
         mark=(stop.step, moved),
     )
     text = f"h = {stop.step:.3g}: the embedding has moved by {100 * moved:.3g} % of its length{foretold}."

@@ -90,6 +90,11 @@ def columns_as_images(
             f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}; it has "
             f"{', '.join(features)}. Name one with --image-column."
         )
+    if isinstance(features[column], datasets.List) and isinstance(features[column].feature, datasets.Value):
+        raise ValueError(
+            f"column {column!r} of {name!r} must hold images; got {features[column]}. Store files as binary, or pixels "
+            "as lists of rows."
+        )
     if len(dataset) == 0:
         raise ValueError(f"dataset {name!r} must hold images; it is empty.")
     try:

@@ -46,18 +46,20 @@ _LIMIT_LOCK = threading.Lock()
 
 
 def open_image(
-    source: str | os.PathLike[str] | bytes | Image.Image, name: str | None = None, *, sha256: str | None = None
-) -> Image.Image:
+    source: str | os.PathLike[str] | bytes | Image.Image, name: str | None = None, *, sha256: str | None = None,
+    most_pixels: int | None = None,
+) -> Image.Image:  # fmt: skip
     """Read one image as upright 8-bit RGB.
 
     Grey, palette and CMYK become RGB; transparency is laid over white; 16-bit grey is scaled to 8 bit (value / 257,
-    rounded); the EXIF orientation is applied; of an animation the first frame is taken. A JPEG above `MAX_PIXELS` is
+    rounded); the EXIF orientation is applied; of an animation the first frame is taken. A JPEG above `most_pixels` is
     decoded at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded.
 
     Args:
         source: path, the bytes of a file, or an image that is open already.
         name: what to call the image in messages; by default the file's name.
         sha256: hex SHA-256 that the file must have; None for any.
+        most_pixels: that are decoded; `MAX_PIXELS` by default.
 
     Returns:
         A `PIL.Image.Image` of mode RGB, fully loaded, without metadata.
@@ -68,7 +70,7 @@ def open_image(
             another SHA-256.
     """
     if isinstance(source, Image.Image):
-        return _read(source, name or "image")
+        return _read(source, name or "image", most_pixels or MAX_PIXELS)
     if isinstance(source, bytes | bytearray):
         name, data = name or "image", bytes(source)
     else:
@@ -91,7 +93,7 @@ def open_image(
         raise ValueError(f"image {name!r} must hold an image; got an empty file (0 bytes). Copy or download it again.")
     try:
         with _pillow_limit_off(), Image.open(io.BytesIO(data)) as image:
-            return _read(image, name)
+            return _read(image, name, most_pixels or MAX_PIXELS)
     except UnidentifiedImageError:
         raise ValueError(
             f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else. "
@@ -139,15 +141,15 @@ def _pillow_limit_off() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read(image: Image.Image, name: str) -> Image.Image:
+def _read(image: Image.Image, name: str, most: int) -> Image.Image:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > most:
         if image.format == "JPEG":
-            scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= MAX_PIXELS), 8)
+            scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= most), 8)
             image.draft("RGB", (width // scale, height // scale))
-        if image.size[0] * image.size[1] > MAX_PIXELS:
+        if image.size[0] * image.size[1] > most:
             raise ValueError(
-                f"image {name!r} must have at most {MAX_PIXELS:,} pixels; got {width} x {height}. "
+                f"image {name!r} must have at most {most:,} pixels; got {width} x {height}. "
                 "Shrink it first: encoders look at a few hundred pixels a side."
             )
     try:

@@ -54,9 +54,27 @@ def load_parquet(name: str, paths: Sequence[Path], revision: str, cache_dir: str
             finally:
                 beside.unlink(missing_ok=True)
         return datasets.Dataset.from_file(str(copy))
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are subclasses of these
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's errors are subclasses of these
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"parquet data {name!r} cannot be read: {why}. Check the file.") from error
+
+
+def refuse_swollen(path: Path, most: int) -> None:
+    """Refuse a parquet file whose columns are larger than `most` bytes once they are read, a few rows at a time.
+
+    Raises:
+        ValueError: it is larger, or damaged.
+    """
+    try:
+        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+            size = 0
+            for batch in file.iter_batches(batch_size=4):
+                size += batch.nbytes
+                if size > most:
+                    raise ValueError(f"it must be at most {most / 2**20:.0f} MiB once it is read")
+    except (OSError, ValueError, NotImplementedError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"{path.name} cannot be shown: {why}.") from error
 
 
 def _copy(paths: Sequence[Path], to: Path) -> None:

@@ -36,6 +36,23 @@ def is_mended(before: Sequence[Row], now: Sequence[Row]) -> bool:
     return all(old in (None, new) for old, new in pixels) and any(old != new for old, new in pixels)
 
 
+def have_changed(before: Sequence[Row], now: Sequence[Row]) -> bool:
+    """Whether images that could be read when the run was planned are others now.
+
+    The revision of a set need not tell: a table may hold the paths of files that are not part of it.
+
+    Returns:
+        Whether any has.
+    """
+    old = {_key(item): item.get("pixels") for item in before}
+    return any(None not in (old.get(_key(item)), item["pixels"]) and old[_key(item)] != item["pixels"] for item in now)
+
+
+def names_another(folder: Path, layout: Layout, data_revision: str) -> bool:
+    """Whether a row states another revision of the images: `take_out` was killed, and a file is torn again."""
+    return any(row["data_revision"] != data_revision for row in shards.read_rows(folder, layout=layout))
+
+
 def take_out(folder: Path, layout: Layout, places: Mapping[str, int], data_revision: str) -> None:
     """Take the rows of failed pairs or images out of their shards; the others state the revision of the images now.
 
@@ -71,6 +88,10 @@ def _write(folder: Path, layout: Layout, path: Path, first: int, rows: list[Row]
     shards.write_atomic(shard, shards.shard_bytes(rows, layout, {}))
     if old_floats != new_floats or not own:
         old_floats.unlink(missing_ok=True)
+
+
+def _key(item: Row) -> str:
+    return str(item.get("pair_id", item.get("image_id")))
 
 
 def _named(item: Row) -> Row:

@@ -25,7 +25,9 @@ _RELATIVE = ("embedding_error", "embedding_error_8bit", "target_quantization_err
 _COSINES = ("cosine_to_target", "cosine_to_source", "cosine_source_target")
 _PROBS = ("match_prob", "target_label_prob")
 _STATUSES = (Status.CONVERGED, Status.STALLED, Status.MAX_EVALS, Status.INFEASIBLE, Status.ERROR)
-_LABELS = ("source_label", "target_label", "match_label", "same_top1")
+LABELS = ("source_label", "target_label", "match_label", "same_top1")
+"""Columns of a match row that must be as they are recomputed, to the letter."""
+
 _PIXELS = {"psnr_db": 1e-8, "ssim": 1e-5, "linf": 1e-9, "l2": 1e-9}
 """Tolerances of what follows from pixels alone: dB, none, pixels in [0, 1], pixels in [0, 1]."""
 _RANGES = {
@@ -105,6 +107,21 @@ def check_stated(
             found.add(file, name, key, row[key] and _plain(row[key]), None, "must be 0 or more")
 
 
+def tolerances(noise_floor: float | None) -> dict[str, float]:
+    """How far each number of a match row may be from what its images give, by the noise floor as recomputed."""
+    near = max(3 * (noise_floor or 0.0), 1e-6)
+    return {
+        **dict.fromkeys((*_RELATIVE, *_COSINES), near),
+        **_PIXELS,
+        **dict.fromkeys(_PROBS, max(100 * near, 1e-4)),
+    }
+
+
+def same_floor(stated: float, made: float) -> bool:
+    """Whether two noise floors, which are estimates, are within a factor of ten."""
+    return 0.1 * made <= stated <= 10 * made
+
+
 def check_row(
     file: str, row: Row, image: Tensor | None, cost: Row | None, encoder: Encoder, settings: Row, found: Findings
 ) -> None:
@@ -128,21 +145,16 @@ def check_row(
         encoder, images["source"], images["match"], images["target"],
         seed=settings["seed"], pair_id=name, labels=settings["labels"],
     )  # fmt: skip
-    tolerance = max(3 * (made["noise_floor"] or 0.0), 1e-6)
+    near = tolerances(made["noise_floor"])
     made["embedding_error"] = _float_error(file, name, image, images, encoder, settings, found)
     found.note_worst(made)
     floor, own = row["noise_floor"], made["noise_floor"]
-    if floor is not None and own is not None and not 0.1 * own <= floor <= 10 * own:
+    if floor is not None and own is not None and not same_floor(floor, own):
         found.add(file, name, "noise_floor", floor, own, "within a factor of ten")
-    compared = (*_RELATIVE, *_COSINES) if image is not None else (*_RELATIVE[1:], *_COSINES)
-    for key in compared:
-        _compare(file, row, key, made[key], tolerance, found)
-    for key, limit in _PIXELS.items():
-        _compare(file, row, key, made[key], limit, found)
-    near = max(100 * tolerance, 1e-4)
-    for key in _PROBS:
-        _compare(file, row, key, made[key], near, found)
-    for key in _LABELS:
+    for key, limit in near.items():
+        if image is not None or key != "embedding_error":
+            _compare(file, row, key, made[key], limit, found)
+    for key in LABELS:
         if row[key] != made[key]:
             found.add(file, name, key, row[key], made[key])
     _check_ball(file, name, "match", images["match"], images["source"], settings, found)

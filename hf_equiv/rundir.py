@@ -105,7 +105,8 @@ def prepare(folder: Path, settings: Row, items: Sequence[Row], overwrite: str, l
         write_record(folder, settings, items, complete=False, layout=layout)
         return 0
     before, failed = read_record(folder), retry.failed_ids(folder, layout)
-    if failed or before["settings"] != settings:
+    torn = not before["complete"] and retry.names_another(folder, layout, settings["data_revision"])
+    if failed or torn or before["settings"] != settings:
         write_record(folder, before["settings"], before[layout.listed], complete=False, layout=layout)
         places = {item[layout.item]: place for place, item in enumerate(items)}
         retry.take_out(folder, layout, places, settings["data_revision"])
@@ -161,6 +162,11 @@ def refuse_other_settings(folder: Path, settings: Row, layout: Layout, items: Se
     other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
     if other == ["data_revision"] and items is not None and retry.is_mended(record[layout.listed], items):
         return
+    if not other and items is not None and retry.have_changed(record[layout.listed], items):
+        raise ValueError(
+            f"{str(folder)!r} holds a run of other images under the same names: the files have changed. Put them back, "
+            "give another --out, or --overwrite always to replace it."
+        )
     if other:
         told = ", ".join(
             f"{_CHANGED.get(key, key)} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)"

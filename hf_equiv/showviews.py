@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from hf_equiv import showwords
+from hf_equiv.imagefile import decode_png
+from hf_equiv.metrics import psnr_db
 from hf_equiv.plots import difference_png, thumbnail
 from hf_equiv.showcase import Comparison
 from hf_equiv.svgcharts import Axis, Series, chart
@@ -16,20 +19,26 @@ Row = Mapping[str, Any]
 
 _NAMES = {
     "embedding_error_8bit": "embedding error of the PNG",
+    "target_quantization_error": "half a grey level of noise",
+    "noise_floor": "float noise",
     "cosine_to_target": "cosine to the target",
     "cosine_to_source": "cosine to the source",
+    "cosine_source_target": "cosine of source and target",
     "psnr_db": "PSNR to the source [dB]",
+    "ssim": "SSIM to the source",
     "linf": "largest change of a pixel",
     "l2": "L2 distance to the source",
     "source_label": "class of the source",
     "match_label": "class of the match",
     "target_label": "class of the target",
-    "match_prob": "its probability",
+    "match_prob": "probability of the match's class",
+    "target_label_prob": "probability of the target's class",
+    "same_top1": "match and target in one class",
 }
 
 
 _LEAST = 1e-7
-"""Drift that a chart tells from zero."""
+"""Drift that a chart tells from zero, unless the drift allowed is as small."""
 
 
 def data_uri(data: bytes, kind: str = "png") -> str:
@@ -86,7 +95,7 @@ def match_view(source: bytes, match: bytes, target: bytes, row: Row, *, link: st
     labels = [row.get(f"{who}_label") for who in ("source", "match", "target")]
     chips = ""
     if labels[1] is not None:
-        sure = f" ({100 * row['match_prob']:.0f} %)" if row.get("match_prob") is not None else ""
+        sure = f" ({showwords.percent(row['match_prob'])})" if row.get("match_prob") is not None else ""
         chips = "".join(
             f"<div><dt>{who}</dt><dd>{escape(str(label).split(',')[0])}{more}</dd></div>"
             for who, label, more in zip(("source", "match", "target"), labels, ("", sure, ""), strict=True)
@@ -98,7 +107,7 @@ def match_view(source: bytes, match: bytes, target: bytes, row: Row, *, link: st
         f'<div class="pair">{compare(source, match, "source", "match")}</div>'
         f'<div class="side">{picture(target, "target", "target: what the model takes the match for")}'
         f"{picture(change, f'difference, {factor} times', f'match − source, × {factor}')}</div>"
-        f'<div class="say"><p class="headline">{escape(showwords.headline(row))}</p>'
+        f'<div class="say"><p class="headline">{escape(showwords.headline(row, png_psnr_db(match, target)))}</p>'
         f"<p>{escape(showwords.look(row))} {escape(showwords.heads(row))}</p>{chips}{numbers(row)}{share}</div></div>"
     )
 
@@ -131,7 +140,7 @@ def check_table(found: Sequence[Comparison], seconds: float) -> str:
     verdict = "All numbers hold." if not wrong else f"{wrong} of {len(found)} do not hold."
     return (
         f'<p class="verdict {"bad" if wrong else "good"}" role="status">{verdict} '
-        f"The three PNG files were encoded again just now, in {seconds:.1f} s.</p>"
+        f"The three PNG files were encoded again just now, in {seconds:.1f} s; what the search cost is not checked.</p>"
         '<div class="wide"><table><thead><tr><th scope="col">number</th><th scope="col">stated</th>'
         f'<th scope="col">now</th><th scope="col">verdict</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
@@ -141,7 +150,7 @@ def class_bars(classes: Sequence[tuple[str, float]]) -> str:
     """Classes with bars of their probabilities."""
     bars = "".join(
         f'<li><span class="bar" style="--share:{100 * p:.2f}%" aria-hidden="true"></span>'
-        f"<span>{escape(name.split(',')[0])}</span><span>{100 * p:.1f} %</span></li>"
+        f"<span>{escape(name.split(',')[0])}</span><span>{showwords.percent(p, 1)}</span></li>"
         for name, p in classes
     )
     return f'<ol class="bars">{bars}</ol>' if bars else '<p class="small">This checkpoint has no classifier.</p>'
@@ -154,16 +163,18 @@ def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
         for key, name, style in (("match", "float match", "one"), ("refine", "8-bit PNG", "two"))
     ]
     last = max((evals for _, evals, _ in curve), default=1.0)
+    highest = max([2.0, *(error for _, _, error in curve if error < math.inf)])
     goal = Series("goal", [(0.0, rtol), (max(last, 50.0), rtol)], "limit")
     return chart(
         "Embedding error against evaluations", [goal, *(s for s in series if s.points)],
-        Axis("evaluations (forward + backward)", low=0.0), Axis("embedding error", log=True, high=2.0),
+        Axis("evaluations (forward + backward)", low=0.0), Axis("embedding error", log=True, high=highest),
     )  # fmt: skip
 
 
 def player(path: Sequence[Row], rtol: float) -> str:
     """A walk as frames with a slider, and its drift below; the script of the page moves it."""
-    first = path[0]
+    first, least = path[0], min(_LEAST, rtol / 100)
+    highest = max(10 * rtol, *(row["drift"] for row in path))
     frames = "".join(
         f'<img src="{data_uri(row["frame"])}" alt="{escape(_frame_text(row), quote=True)}"'
         f"{'' if k == 0 else ' hidden'}>"
@@ -173,10 +184,10 @@ def player(path: Sequence[Row], rtol: float) -> str:
         "Drift of the embedding against arc length",
         [
             Series("largest drift allowed", [(row["arc_length"], rtol) for row in path], "limit"),
-            Series("drift", [(row["arc_length"], max(row["drift"], _LEAST)) for row in path], "one", dots=True),
+            Series("drift", [(row["arc_length"], max(row["drift"], least)) for row in path], "one", dots=True),
         ],
-        Axis("arc length (L2, pixels in [0, 1])"), Axis("drift", log=True, low=_LEAST, high=10 * rtol),
-        mark=(first["arc_length"], max(first["drift"], _LEAST)),
+        Axis("arc length (L2, pixels in [0, 1])"), Axis("drift", log=True, low=least, high=highest),
+        mark=(first["arc_length"], max(first["drift"], least)),
     )  # fmt: skip
     texts = "".join(f"<li>{escape(_frame_text(row))}</li>" for row in path)
     return (
@@ -187,12 +198,17 @@ def player(path: Sequence[Row], rtol: float) -> str:
     )
 
 
+def png_psnr_db(a: bytes, b: bytes) -> float | None:
+    """PSNR of two PNG files in dB; None if they are the same picture."""
+    return psnr_db(decode_png(a), decode_png(b))
+
+
 def _short(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[0] or name
 
 
 def _frame_text(row: Row) -> str:
-    seen = f", seen as {row['label'].split(',')[0]} ({100 * row['prob']:.0f} %)" if row["label"] else ""
+    seen = f", seen as {row['label'].split(',')[0]} ({showwords.percent(row['prob'])})" if row["label"] else ""
     return f"step {row['step']}: L2 {row['l2']:.1f} from the origin, drift {row['drift']:.0e}{seen}"
 
 

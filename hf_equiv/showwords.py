@@ -28,10 +28,28 @@ def alike(error: float | None) -> str:
     if share <= 0:
         return "0 %"
     digits = max(0, -math.floor(math.log10(100.0 * error))) if error > 0 else 6
-    if digits == 0:
-        return f"{share:.0f} %"
     rounded = math.floor(share * 10**digits) / 10**digits  # never more alike than measured
     return f"{rounded:.{digits}f} %"
+
+
+def percent(probability: float, digits: int = 0) -> str:
+    """Say a probability in percent; one that is neither 0 nor 1 is never said to be.
+
+    Returns:
+        Such as `42 %` or `over 99 %`.
+
+    Example:
+        >>> from hf_equiv.showwords import percent
+        >>> percent(0.423), percent(0.9998), percent(0.0003, 1)
+        ('42 %', 'over 99 %', 'under 0.1 %')
+    """
+    least = 10.0**-digits
+    share = 100 * probability
+    if share < 100 and float(f"{share:.{digits}f}") >= 100:
+        return f"over {100 - least:.{digits}f} %"
+    if share > 0 and float(f"{share:.{digits}f}") == 0:
+        return f"under {least:.{digits}f} %"
+    return f"{share:.{digits}f} %"
 
 
 def levels(linf: float | None) -> str:
@@ -39,11 +57,12 @@ def levels(linf: float | None) -> str:
     return "an unknown number of" if linf is None else f"at most {round(255 * linf)}"
 
 
-def headline(row: Row) -> str:
+def headline(row: Row, apart_db: float | None) -> str:
     """The finding of a match in one or two sentences.
 
     Args:
         row: of a match, or the measures of one.
+        apart_db: PSNR of the match to the target; None if they are the same picture.
 
     Returns:
         Plain text.
@@ -51,7 +70,7 @@ def headline(row: Row) -> str:
     error = row["embedding_error_8bit"]
     if error is None:
         return "This image could not be measured."
-    eye = "your eye can" if (row["psnr_db"] or 0.0) < 60 else "neither can you"
+    eye = "your eye can" if apart_db is not None and apart_db < _EYE else "neither can you, at a glance"
     if error <= 1e-3:
         return (
             f"The model cannot tell the match from the target: to it they are {alike(error)} the same. "

@@ -37,6 +37,9 @@ THEME = gr.themes.Base(
 )  # fmt: skip
 
 
+TABS = ("matches", "try", "sensitivity", "walk", "about")
+
+
 def build_demo() -> gr.Blocks:
     """The whole app."""
     with gr.Blocks(
@@ -61,11 +64,16 @@ def build_demo() -> gr.Blocks:
             """What a link asks for: ?tab=walk, ?pair=KEY, ?dataset=USER/NAME."""
             asked = dict(request.query_params)
             dataset = asked.get("dataset") or shelf.home_of("matches")
-            gallery, key, view, verdict, note = show_dataset(dataset)
-            if asked.get("pair"):
-                key = shelf.row_of(dataset, asked["pair"])["key"]
-                gallery, view = strip_of(dataset, key), match_shown(dataset, key)
-            tab = asked.get("tab", "matches")
+            try:
+                gallery, key, view, verdict, note = show_dataset(dataset)
+                if asked.get("pair"):
+                    key = shelf.row_of(dataset, asked["pair"])["key"]
+                    gallery, view = strip_of(dataset, key), match_shown(dataset, key)
+            except gr.Error as error:  # a link that leads nowhere: what is here is shown
+                gr.Warning(shelf.plain(error.message))
+                dataset = shelf.home_of("matches")
+                gallery, key, view, verdict, note = show_dataset(dataset)
+            tab = asked.get("tab") if asked.get("tab") in TABS else TABS[0]
             return dataset, gallery, key, view, verdict, note, gr.Tabs(selected=tab)
 
         parts = [matches[k] for k in ("dataset", "gallery", "key", "view", "verdict", "note")]

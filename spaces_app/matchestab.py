@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
+from html import escape
 from typing import Any
+from urllib.parse import urlencode
 
 import gradio as gr
-from shelf import BUILTIN_RESULTS, DATASET, HERE, named_results, on_gpu, recorded_encoder, row_of
+from shelf import BUILTIN_RESULTS, DATASET, HERE, named_results, on_gpu, recorded_encoder, row_of, telling
 
 from hf_equiv import showviews
 from hf_equiv.showcase import Showcase, check_shown
@@ -58,10 +60,9 @@ def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
 def _check(key: str, dataset: str | None):
     row, start = row_of(dataset, key), time.perf_counter()
     settings = named_results(dataset).settings[row["key"]]
-    try:
-        found = check_shown(recorded_encoder(row, dataset), row, settings)
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    encoder = recorded_encoder(row, settings, dataset)
+    with telling(dataset):
+        found = check_shown(encoder, row, settings)
     return found, time.perf_counter() - start
 
 
@@ -73,14 +74,18 @@ def check_view(key: str, dataset: str | None) -> str:
 def match_shown(dataset: str | None, key: str) -> str:
     """One match as the page shows it."""
     row = row_of(dataset, key)
-    link = f"?pair={row['key']}" + (f"&dataset={dataset}" if dataset not in (None, "", BUILTIN_RESULTS) else "")
-    return showviews.match_view(row["source"], row["match"], row["target"], row, link=link)
+    asked = {"pair": row["key"]} | ({"dataset": dataset} if dataset not in (None, "", BUILTIN_RESULTS) else {})
+    link = f"?{urlencode(asked)}"
+    with telling(dataset):
+        return showviews.match_view(row["source"], row["match"], row["target"], row, link=link)
 
 
 @lru_cache(maxsize=32)
 def strip_of(dataset: str | None, key: str) -> str:
     """The matches of a dataset to choose from."""
-    return showviews.strip(named_results(dataset).matches, key)
+    shown = named_results(dataset)
+    with telling(dataset):
+        return showviews.strip(shown.matches, key)
 
 
 def show_dataset(dataset: str | None):
@@ -93,7 +98,7 @@ def show_dataset(dataset: str | None):
 
 
 def _note(shown: Showcase) -> str:
-    made = sorted({f"{row['model_id']} ({row['readout']})" for row in shown.matches})
+    made = sorted({escape(f"{row['model_id']} ({row['readout']})") for row in shown.matches})
     more = f"; {shown.withheld} more without pictures" if shown.withheld else ""
     return f"{len(shown.matches)} matches{more}, made for {', '.join(made)}. The PNG files are shown as they are."
 
@@ -113,7 +118,7 @@ def matches_tab() -> dict[str, Any]:
         offered, value=offered[-1], label="Results", allow_custom_value=True, elem_id="dataset",
         info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",
     )  # fmt: skip
-    note = gr.Markdown(elem_classes="small")
+    note = gr.HTML(elem_classes="small")  # no Markdown: the names in it are those of somebody's dataset
 
     def select(dataset: str, event: gr.EventData):
         key = str(event.key)

@@ -21,7 +21,7 @@ def step_of(slider: float) -> float:
 
 
 def _constants(image_id: str) -> list[dict[str, Any]]:
-    rows = [row for row in results(home_of("constants")).constants if row["image_id"] == image_id]
+    rows = [row for row in results(home_of("constants")).constants if row["key"] == image_id]
     if not rows:
         raise gr.Error(f"There are no constants of {image_id!r} here.", print_exception=False)
     return rows
@@ -34,26 +34,41 @@ def _direction(image_id: str, direction: str) -> dict[str, Any]:
     raise gr.Error(f"There is no direction {direction!r} at {image_id!r}.", print_exception=False)
 
 
+def _encoder(row: dict[str, Any]):
+    home = home_of("constants")
+    return recorded_encoder(row, results(home).settings[f"lipschitz {row['key']}"], home)
+
+
 @lru_cache(maxsize=16)
 def _vectors(image_id: str) -> dict[str, torch.Tensor]:
     shown = results(home_of("constants"))
     rows = _constants(image_id)
-    encoder, settings = recorded_encoder(rows[0], home_of("constants")), shown.settings[f"lipschitz {image_id}"]
-    images = {row["image_id"]: row["image"] for row in shown.constants}
+    settings = shown.settings[f"lipschitz {image_id}"]
+    encoder = _encoder(rows[0])
+    own = [row for row in shown.constants if shown.settings[f"lipschitz {row['key']}"] is settings]
+    images = {row["image_id"]: row["image"] for row in own}
     toward = next((row["toward_id"] for row in rows if row["direction"] == "toward"), None)
+    image = decode_png(rows[0]["image"]).to(encoder.device)
     target = decode_png(images[toward]).to(encoder.device) if toward in images else None
-    made = directions_of_run(encoder, decode_png(rows[0]["image"]).to(encoder.device), target, settings, image_id)
+    made = directions_of_run(encoder, image, target, settings, rows[0]["image_id"])
     names = [f"{kind} {index}" for kind, index in zip(made.kinds, made.indices, strict=True)]
     return dict(zip(names, made.vectors[0], strict=True))
+
+
+def _vector(image_id: str, direction: str) -> torch.Tensor:
+    made = _vectors(image_id)
+    if direction not in made:  # to a match of the run, which is not among its files
+        raise gr.Error(f"The direction {direction!r} cannot be made again here.", print_exception=False)
+    return made[direction]
 
 
 @lru_cache(maxsize=64)
 def _profile(image_id: str, direction: str):
     """Distances over the whole slider, once."""
     row = _direction(image_id, direction)
-    encoder, image = recorded_encoder(row, home_of("constants")), decode_png(row["image"])
+    encoder, image = _encoder(row), decode_png(row["image"])
     steps = [step_of(s) for s in range(-100, 101, 5)]
-    return stops_along(encoder, image, _vectors(image_id)[direction], steps, jvp=row["jvp"], classes=1)
+    return stops_along(encoder, image, _vector(image_id, direction), steps, jvp=row["jvp"], classes=1)
 
 
 @on_gpu
@@ -71,11 +86,8 @@ def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
     Raises:
         gradio.Error: no such photo or direction, or too far a step.
     """
-    if not -16 <= step <= 16:
+    if isinstance(step, bool) or not isinstance(step, int | float) or not -16 <= step <= 16:
         raise gr.Error("`step` must be from −16 to 16.", print_exception=False)
-    row = _direction(image_id, direction)
-    if direction not in _vectors(image_id):
-        raise gr.Error(f"`direction` {row['direction']!r} leads to an image that is not here.", print_exception=False)
     stop = _stop(image_id, direction, step)
     return {
         "distance": stop.distance, "first_order": stop.first_order, "classes": [list(c) for c in stop.classes]
@@ -85,9 +97,7 @@ def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
 def _stop(image_id: str, direction: str, step: float):
     row = _direction(image_id, direction)
     image = decode_png(row["image"])
-    return stops_along(
-        recorded_encoder(row, home_of("constants")), image, _vectors(image_id)[direction], [step], jvp=row["jvp"]
-    )[0]
+    return stops_along(_encoder(row), image, _vector(image_id, direction), [step], jvp=row["jvp"])[0]
 
 
 @on_gpu
@@ -102,7 +112,9 @@ def along_view(image_id: str, direction: str, slider: float) -> str:
 def facts_view(image_id: str, direction: str) -> tuple[str, str, str]:
     """The ladder of one direction, the constants and the spectrum of one image."""
     shown = results(home_of("constants"))
-    spectrum = next((row for row in shown.spectra if row["image_id"] == image_id), None)
+    first = _constants(image_id)[0]
+    own = ("image_id", "model_revision", "readout", "image")  # of the same model and the same picture
+    spectrum = next((row for row in shown.spectra if all(row[key] == first[key] for key in own)), None)
     return (
         _titled("How its constant was read", geometryviews.ladder_view(_direction(image_id, direction))),
         _titled("Constants by kind of direction", geometryviews.constants_view(_constants(image_id))),
@@ -116,10 +128,10 @@ def _titled(title: str, view: str) -> str:
 
 def sensitivity_tab() -> list[Any]:
     """Spectrum, constants, ladder; and a slider along a direction."""
-    ids = list(dict.fromkeys(row["image_id"] for row in results(home_of("constants")).constants))
+    ids = list(dict.fromkeys(row["key"] for row in results(home_of("constants")).constants))
     names = [f"{row['direction']} {row['index']}" for row in _constants(ids[0])]
-    made_for = _constants(ids[0])[0]["model_id"]
-    model = "the built-in checkpoint" if made_for == "builtin" else f"`{made_for}`"
+    made_for = dict.fromkeys(row["model_id"] for row in results(home_of("constants")).constants)
+    model = " and ".join("the built-in checkpoint" if name == "builtin" else f"`{name}`" for name in made_for)
     gr.Markdown(
         "How fast does the embedding move when the pixels do, and along which directions not at all? Measured for "
         f"{model}. **top** directions move it most, **null** directions not at all, to first order; a **random** one "
@@ -127,7 +139,9 @@ def sensitivity_tab() -> list[Any]:
     )
     with gr.Row():
         image = gr.Radio(ids, value=ids[0], label="Photo")
-        direction = gr.Dropdown(names, value="top 0", label="Direction (kind and number)")
+        direction = gr.Dropdown(
+            names, value="top 0" if "top 0" in names else names[0], label="Direction (kind and number)"
+        )
     slider = gr.Slider(-100, 100, value=30, step=1, label="Move along it (fine near the middle)", elem_id="along")
     moved = gr.HTML(elem_id="moved")
     with gr.Row():

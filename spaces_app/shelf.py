@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import tempfile
 import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,31 +45,51 @@ RTOL = 1e-5
 WORKERS = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
+"""A dataset of the Hub, as a visitor may name it."""
+KEPT = 3600.0
+"""Seconds that a file for a visitor is kept; gradio has a copy of its own by then."""
+
 _loading = threading.Lock()
+_made: deque[tuple[float, Path]] = deque()
+"""Files for visitors, and when they were made."""
 
 
 @lru_cache(maxsize=4)
-def _load(model: str, revision: str | None, readout: str) -> Encoder:
-    return Encoder.from_pretrained(model, revision=revision, readout=readout)
+def _load(model: str, revision: str | None, readout: str, normalize: bool, dtype: torch.dtype) -> Encoder:
+    return Encoder.from_pretrained(model, revision=revision, readout=readout, normalize=normalize, dtype=dtype)
 
 
-def encoder_of(model: str, revision: str | None = None, readout: str = "auto", *, trusted: bool = False) -> Encoder:
+def encoder_of(
+    model: str, revision: str | None = None, readout: str = "auto", *, normalize: bool = False,
+    dtype: torch.dtype = torch.float32, trusted: bool = False,
+) -> Encoder:  # fmt: skip
     """A checkpoint of the allow-list, or of the owner's own results, loaded once."""
     if model not in MODELS and not trusted:
         raise gr.Error(f"This Space offers {', '.join(MODELS)}; {model!r} is not among them.", print_exception=False)
     with _loading:
         try:
-            return _load(model, revision, readout)
+            return _load(model, revision, readout, normalize, dtype)
         except (OSError, ValueError) as error:
             raise gr.Error(f"{model!r} could not be loaded: {error}", print_exception=False) from error
 
 
-def recorded_encoder(row: dict[str, Any], dataset: str | None) -> Encoder:
-    """The checkpoint that a row of a dataset names; of a local folder the name alone is recorded."""
+def recorded_encoder(row: dict[str, Any], settings: dict[str, Any], dataset: str | None) -> Encoder:
+    """The checkpoint that a row of a dataset names; of a local folder the name alone is recorded.
+
+    The revision is the row's for the owner's own results alone: anybody may put weights of theirs into a pull request
+    to a repository, and its commit is one of that repository.
+
+    Returns:
+        The encoder; `check_shown` refuses one that is not the row's.
+    """
     name = next((m for m in MODELS if row["model_id"] in (m, Path(m).name)), row["model_id"])
     local = str(row["model_revision"]).startswith("sha256:")
     trusted = bool(DATASET) and dataset == DATASET and not local
-    return encoder_of(name, None if local else row["model_revision"], row["readout"], trusted=trusted)
+    return encoder_of(
+        name, row["model_revision"] if trusted else None, row["readout"], normalize=bool(settings["normalize"]),
+        dtype=torch.float64 if row["dtype"] == "float64" else torch.float32, trusted=trusted,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=8)
@@ -72,27 +98,43 @@ def results(name: str) -> Showcase:
     if name == BUILTIN_RESULTS:
         return open_showcase(HERE / "results")
     token = None if name == DATASET else False  # a visitor sees what anybody sees, never what the owner's token opens
+    with telling(name):
+        return open_showcase(
+            name, token=token, most_bytes=None if name == DATASET else MAX_DOWNLOAD, local=name == DATASET
+        )
+
+
+@contextmanager
+def telling(name: str | None) -> Iterator[None]:
+    """Say what is wrong with somebody's dataset, whatever is in its files."""
     try:
-        return open_showcase(name, token=token, most_bytes=None if name == DATASET else MAX_DOWNLOAD)
-    except (OSError, ValueError) as error:
-        raise gr.Error(f"{name!r} cannot be shown: {error}", print_exception=False) from error
+        yield
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        text = re.sub(r"(?<![\w.:/])/(?:[^/'\"\s]+/)+", "", str(error))  # where this machine keeps them is not theirs
+        raise gr.Error(plain(f"{name!r} cannot be shown: {text}"), print_exception=False) from error
 
 
 def named_results(name: str | None) -> Showcase:
     """The same, of what a visitor has typed: a folder of this machine is none of their business."""
     name = (name or "").strip() or BUILTIN_RESULTS
-    if name not in (BUILTIN_RESULTS, DATASET) and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if name not in (BUILTIN_RESULTS, DATASET) and not _NAME.fullmatch(name):
         raise gr.Error("Name a dataset of the Hub as USER/NAME.", print_exception=False)
     return results(name)
+
+
+def plain(text: str) -> str:
+    """Words of a visitor for a message, which the page would take for HTML."""
+    return text.replace("<", "(").replace(">", ")")
 
 
 def row_of(name: str | None, key: str) -> dict[str, Any]:
     """One match by its key."""
     shown = named_results(name)
-    for row in shown.matches:
-        if key in (row["key"], row["pair_id"]):
-            return row
-    raise gr.Error(f"There is no match {key!r} in {shown.name!r}.", print_exception=False)
+    for column in ("key", "pair_id"):
+        for row in shown.matches:
+            if key == row[column]:
+                return row
+    raise gr.Error(plain(f"There is no match {str(key)[:200]!r} in {shown.name!r}."), print_exception=False)
 
 
 def file_of(data: bytes, name: str) -> str:
@@ -100,6 +142,16 @@ def file_of(data: bytes, name: str) -> str:
     folder = Path(tempfile.mkdtemp(prefix="hf_equiv_"))
     (folder / name).write_bytes(data)
     return str(folder / name)
+
+
+def passing_file_of(data: bytes, name: str) -> str:
+    """The same for one visitor: removed after an hour, when the next one is made."""
+    now = time.monotonic()
+    while _made and now - _made[0][0] > KEPT:
+        shutil.rmtree(_made.popleft()[1], ignore_errors=True)
+    file = Path(file_of(data, name))
+    _made.append((now, file.parent))
+    return str(file)
 
 
 @lru_cache(maxsize=4)

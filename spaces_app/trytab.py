@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from shelf import MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu
+from shelf import MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu, passing_file_of
 
 from hf_equiv import load_images, showviews
 from hf_equiv.imagefile import open_image
@@ -20,7 +20,11 @@ LARGEST_UPLOAD = 25 * 2**20
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
 EFFORTS = {"quick": 0.4, "normal": 1.0}
 
-_stops: dict[str, threading.Event] = {}
+MOST_PIXELS = 50_000_000
+
+_stops: dict[str, set[threading.Event]] = {}
+"""Matches that are being made, by visitor: one may have several."""
+_changing = threading.Lock()
 
 
 def photo(value: str, **given: Any) -> gr.Image:
@@ -37,7 +41,7 @@ def read_upload(path: str | None, name: str):
     if os.path.getsize(path) > LARGEST_UPLOAD:
         raise gr.Error(f"The {name} photo is larger than 25 MB. Make it smaller.", print_exception=False)
     try:
-        return open_image(Path(path).read_bytes(), f"the {name} photo")
+        return open_image(Path(path).read_bytes(), f"the {name} photo", most_pixels=MOST_PIXELS)
     except (OSError, ValueError) as error:
         raise gr.Error(str(error), print_exception=False) from error
 
@@ -46,7 +50,9 @@ def _matching(source: str, target: str, model: str, budget: str, effort: str, se
     """States of a match of two uploads, within the limits of this Space."""
     images = read_upload(source, "source"), read_upload(target, "target")
     encoder = encoder_of(model)
-    stop = _stops[session] = threading.Event()
+    stop = threading.Event()
+    with _changing:
+        _stops.setdefault(session, set()).add(stop)
     try:
         yield from live_match(
             encoder, *images, radius=BUDGETS[budget], rtol=_rtol(budget), stop=stop, time_limit=TIME_LIMIT, every=0.3,
@@ -55,7 +61,10 @@ def _matching(source: str, target: str, model: str, budget: str, effort: str, se
     except (ValueError, RuntimeError) as error:
         raise gr.Error(str(error), print_exception=False) from error
     finally:
-        _stops.pop(session, None)
+        with _changing:
+            _stops[session].discard(stop)
+            if not _stops[session]:
+                del _stops[session]
 
 
 def _rtol(budget: str) -> float:
@@ -79,7 +88,10 @@ def watch_match(
         f'<div class="narrow"><h3 class="block-title">How it went ({state.seconds:.1f} s)</h3>'
         f"{showviews.curve_view(state.curve, _rtol(budget))}</div>"
     )
-    png, row = file_of(state.png, "match.png"), file_of(json.dumps(_record(state), indent=1).encode(), "row.json")
+    png, row = (
+        passing_file_of(state.png, "match.png"),
+        passing_file_of(json.dumps(_record(state), indent=1).encode(), "row.json"),
+    )
     yield view, gr.DownloadButton(value=png, visible=True), gr.DownloadButton(value=row, visible=True)
 
 
@@ -101,7 +113,7 @@ def make_match(
         The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
     """
     *_, state = _matching(source, target, model, budget, effort, request.session_hash or "")
-    return file_of(state.png, "match.png"), _record(state)
+    return passing_file_of(state.png, "match.png"), _record(state)
 
 
 def _record(state: LiveMatch) -> dict[str, Any]:
@@ -122,9 +134,10 @@ def _live_view(state: LiveMatch, rtol: float) -> str:
 
 
 def stop_match(request: gr.Request) -> None:
-    """Stop the match of this visitor."""
-    if (event := _stops.get(request.session_hash or "")) is not None:
-        event.set()
+    """Stop the matches of this visitor; who has no session could be anybody, and stops nothing."""
+    with _changing:
+        for event in _stops.get(request.session_hash, ()) if request.session_hash else ():
+            event.set()
 
 
 def try_tab() -> dict[str, Any]:

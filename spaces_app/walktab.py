@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import gradio as gr
-from shelf import BUILTIN_RESULTS, HERE, RTOL, home_of, named_results, results
+from shelf import BUILTIN_RESULTS, HERE, RTOL, home_of, named_results, plain, results, telling
 
 from hf_equiv import showviews
 
@@ -40,7 +40,8 @@ def get_walk(name: str, dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
 def _path(name: str, dataset: str | None):
     paths = named_results(dataset).paths
     if name not in paths:
-        raise gr.Error(f"There is no walk {name!r}; there are: {'; '.join(paths) or 'none'}.", print_exception=False)
+        told = f"There is no walk {str(name)[:200]!r}; there are: {'; '.join(paths) or 'none'}."
+        raise gr.Error(plain(told), print_exception=False)
     return paths[name]
 
 
@@ -48,7 +49,9 @@ def _path(name: str, dataset: str | None):
 def walk_view(name: str, dataset: str | None = BUILTIN_RESULTS) -> str:
     """A walk to play."""
     rtol = named_results(dataset).settings.get(name, {}).get("rtol", RTOL)
-    return showviews.player(_path(name, dataset), rtol)
+    path = _path(name, dataset)
+    with telling(dataset):
+        return showviews.player(path, rtol)
 
 
 def walk_tab() -> list[Any]:

@@ -88,3 +88,16 @@ def test_files_that_change_or_do_not_fit(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="parquet data 'photos' cannot be read"):
         load_images(str(folder), cache_dir=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache" / "hf_equiv").iterdir())) == 1
+
+
+def test_what_is_no_column_of_images_is_refused_in_words(tmp_path):
+    buffer = io.BytesIO()
+    draw_photo(0).save(buffer, "PNG")
+    numbers = pa.array([list(buffer.getvalue())], pa.list_(pa.uint8()))
+    pq.write_table(pa.table({"image": numbers}), tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match="must hold images; got List"):
+        load_images(str(tmp_path / "numbers.parquet"), cache_dir=str(tmp_path / "cache"))
+    twice = pa.array([buffer.getvalue()])
+    pq.write_table(pa.Table.from_arrays([twice, twice], ["image", "image"]), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"'twice\.parquet' cannot be read"):
+        load_images(str(tmp_path / "twice.parquet"), cache_dir=str(tmp_path / "cache"))

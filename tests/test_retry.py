@@ -6,6 +6,8 @@ import shutil
 import signal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fakes import TinyEncoder, draw_photo, save_photos
 from test_merge import KilledError, files_of, rows_of
@@ -235,3 +237,57 @@ def test_nothing_of_a_failed_row_stays(tmp_path):
     assert len(left) == 2
     assert not any(key.startswith(name) for key in left)
     assert len(list((out / "float").iterdir())) == 1
+
+
+def test_a_photo_that_is_torn_again_leaves_no_other_revision(tmp_path, monkeypatch):
+    """Mended, killed while the rows were rewritten, and torn again: every row states the revision of the run."""
+    photos, out = save_photos(tmp_path / "photos"), tmp_path / "out"
+    torn = photos / "class1" / "photo1.png"
+    torn.write_bytes(b"torn")
+    config = RunConfig(data=str(photos), pairs=7, max_evals=3, refine=False)
+    run.run_match(make_plan(config, TinyEncoder()), out)
+    before = rows_of(out)
+    draw_photo(1).save(torn)
+    real, left = rundir.write_record, iter(range(1))
+
+    def killed(*arguments, **options):
+        if next(left, None) is None:
+            raise KilledError
+        real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write_record", killed)
+        with pytest.raises(KilledError):
+            run.run_match(make_plan(config, TinyEncoder()), out)
+    torn.write_bytes(b"torn")
+    run.run_match(make_plan(config, TinyEncoder()), out)
+    assert rows_of(out) == before
+
+
+def test_a_run_does_not_go_on_with_other_images_of_the_same_names(tmp_path):
+    """A table of paths has the same SHA-256 whatever lies there."""
+    names = [str(tmp_path / f"{k}.png") for k in range(6)]
+    for k, name in enumerate(names):
+        draw_photo(k).save(name)
+    pq.write_table(pa.table({"image": names}), tmp_path / "paths.parquet")
+    config = RunConfig(data=str(tmp_path / "paths.parquet"), pairs=3, max_evals=3, refine=False)
+
+    def stop(progress):
+        if progress.done > 0:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run.run_match(
+            make_plan(config, TinyEncoder(), cache_dir=str(tmp_path / "cache")),
+            tmp_path / "out",
+            batch_size=1,
+            observer=stop,
+        )
+    before = rows_of(tmp_path / "out")
+    for k, name in enumerate(names):
+        draw_photo(k + 20).save(name)
+    plan = make_plan(config, TinyEncoder(), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="other images under the same names"):
+        run.run_match(plan, tmp_path / "out")
+    assert rows_of(tmp_path / "out") == before
+    assert len(run.run_match(plan, tmp_path / "out", overwrite="always").rows) == 3

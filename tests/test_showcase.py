@@ -119,7 +119,16 @@ def test_a_step_along_a_direction(encoder, shown):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(0.0, "100.000000 %"), (1e-6, "99.9999 %"), (2.6e-5, "99.997 %"), (0.04, "96 %"), (0.87, "13 %"), (1.4, "0 %")],
+    [
+        (0.0, "100.000000 %"),
+        (1e-6, "99.9999 %"),
+        (2.6e-5, "99.997 %"),
+        (0.04, "96 %"),
+        (0.014, "98 %"),
+        (0.0449, "95 %"),
+        (0.87, "13 %"),
+        (1.4, "0 %"),
+    ],
 )
 def test_never_more_alike_than_measured(error, said):
     assert showwords.alike(error) == said
@@ -131,7 +140,7 @@ def test_never_more_alike_than_measured(error, said):
     [(1e-5, "The model cannot tell"), (0.02, "To the model the match is nearly"), (0.5, "This did not")],
 )
 def test_the_headline_goes_with_the_error(shown, error, start):
-    assert showwords.headline(shown.matches[0] | {"embedding_error_8bit": error}).startswith(start)
+    assert showwords.headline(shown.matches[0] | {"embedding_error_8bit": error}, 9.0).startswith(start)
 
 
 def test_names_cannot_become_markup(shown):
@@ -177,3 +186,51 @@ def test_an_undetermined_direction_states_no_number(shown):
     assert row["value"] is None
     assert "Undetermined" in geometryviews.ladder_view(row)
     assert "the constant is" not in geometryviews.ladder_view(row)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("noise_floor", 1e-12), ("target_quantization_error", 0.9), ("ssim", 0.999), ("target_label_prob", 0.1),
+     ("same_top1", False), ("linf", 0.0)],
+)  # fmt: skip
+def test_a_check_looks_at_every_number_that_is_shown(encoder, shown, column, value):
+    row = shown.matches[0]
+    found = check_shown(encoder, row | {column: value}, shown.settings[row["key"]])
+    assert [c.name for c in found if not c.holds] == [column]
+
+
+def test_labels_without_a_classifier_do_not_hold(encoder, shown, monkeypatch):
+    row = shown.matches[0]
+    monkeypatch.setattr(encoder, "has_head", False)
+    found = check_shown(encoder, row, shown.settings[row["key"]])
+    assert "match_label" in {c.name for c in found if not c.holds}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("model_id", "somebody/else"), ("dtype", "float64"), ("normalize", True)]
+)
+def test_another_precision_scale_or_name_is_refused(encoder, shown, column, value):
+    row, key = shown.matches[0], shown.matches[0]["key"]
+    other = {"normalize": True} if column == "normalize" else {}
+    with pytest.raises(ValueError, match=f"{column} of the row"):
+        check_shown(encoder, row | ({} if other else {column: value}), shown.settings[key] | other)
+
+
+def _heights(page: str, style: str) -> list[float]:
+    """Places of the points of a line from the top, of a chart."""
+    points = re.search(rf'class="line {style}" points="([^"]*)"', page).group(1).split()
+    return [float(point.split(",")[1]) for point in points]
+
+
+def test_a_drift_beyond_what_is_allowed_is_drawn_where_it_is(shown):
+    (path,) = shown.paths.values()
+    far = [row | {"drift": 10.0 ** -(2 + k % 2)} for k, row in enumerate(path)]
+    (limit, *_), one = _heights(showviews.player(far, 1e-5), "limit"), _heights(showviews.player(far, 1e-5), "one")
+    decade = one[1] - one[0]
+    assert limit - one[0] == pytest.approx(3 * decade, abs=0.5)
+
+
+def test_a_walk_of_very_small_drift_is_drawn(shown):
+    (path,) = shown.paths.values()
+    page = showviews.player([row | {"drift": 1e-11} for row in path], 1e-10)
+    assert min(_heights(page, "one")) > max(_heights(page, "limit"))
