@@ -51,12 +51,8 @@ def headline(row: Row) -> str:
     error = row["embedding_error_8bit"]
     if error is None:
         return "This image could not be measured."
-    eye = "your eye can" if (row["psnr_db"] or 0.0) < 60 else "neither can you"
     if error <= 1e-3:
-        return (
-            f"The model cannot tell the match from the target: to it they are {alike(error)} the same. "
-            f"{eye[0].upper()}{eye[1:]}."
-        )
+        return f"The model cannot tell the match from the target: to it they are {alike(error)} the same. Your eye can."
     if error <= 0.1:
         return f"To the model the match is nearly the target: {alike(error)} the same. It could still tell them apart."
     return f"This did not work: to the model the match is only {alike(error)} the target."
