@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from html import escape
 
 import shelf  # isort: skip  (first: ZeroGPU wants `spaces` before torch)
 
@@ -60,11 +61,19 @@ def build_demo() -> gr.Blocks:
         def open_page(request: gr.Request):
             """What a link asks for: ?tab=walk, ?pair=KEY, ?dataset=USER/NAME."""
             asked = dict(request.query_params)
-            dataset = asked.get("dataset") or shelf.home_of("matches")
-            gallery, key, view, verdict, note = show_dataset(dataset)
-            if asked.get("pair"):
-                key = shelf.row_of(dataset, asked["pair"])["key"]
-                gallery, view = strip_of(dataset, key), match_shown(dataset, key)
+            home = shelf.home_of("matches")
+            dataset = asked.get("dataset") or home
+            try:
+                gallery, key, view, verdict, note = show_dataset(dataset)
+                if asked.get("pair"):
+                    key = shelf.row_of(dataset, asked["pair"])["key"]
+                    gallery, view = strip_of(dataset, key), match_shown(dataset, key)
+            except gr.Error as error:  # a link that leads nowhere leads here, not to an empty page
+                gr.Warning(escape(f"{error.message} Shown instead: {home}."))
+                dataset = home
+                gallery, key, view, verdict, note = show_dataset(dataset)
+            if shelf.DATASET and home != shelf.DATASET:
+                note += f" There are no matches with pictures to show of `{shelf.DATASET}`."
             tab = asked.get("tab", "matches")
             return dataset, gallery, key, view, verdict, note, gr.Tabs(selected=tab)
 
@@ -85,7 +94,7 @@ def main(host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None
     else:
         agents = True
     # the first visitor finds the model loaded
-    threading.Thread(target=shelf.encoder_of, args=(shelf.MODELS[0],), daemon=True).start()
+    threading.Thread(target=shelf.encoder_of, args=("builtin",), daemon=True).start()
     build_demo().launch(
         server_name=host, server_port=port, share=share, theme=THEME, css_paths=shelf.HERE / "style.css",
         max_file_size=LARGEST_UPLOAD, mcp_server=agents, ssr_mode=False, show_error=True, footer_links=["api"],

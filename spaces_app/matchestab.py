@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import gradio as gr
-from shelf import BUILTIN_RESULTS, DATASET, HERE, named_results, on_gpu, recorded_encoder, row_of
+from shelf import BUILTIN_RESULTS, DATASET, HERE, LIVE, named_results, on_gpu, recorded_encoder, row_of
 
 from hf_equiv import showviews
 from hf_equiv.showcase import Showcase, check_shown
@@ -108,7 +108,7 @@ def matches_tab() -> dict[str, Any]:
     with gr.Row(elem_classes="checkrow"):
         check = gr.Button("Check it", variant="primary", elem_id="check", scale=0, min_width=160)
         gr.Markdown("Encodes the three PNG files above again, here and now, and compares with what is stated.")
-    verdict = gr.HTML(elem_id="verdict")
+    verdict = gr.HTML(elem_id="verdict", js_on_load=LIVE)
     dataset = gr.Dropdown(
         offered, value=offered[-1], label="Results", allow_custom_value=True, elem_id="dataset",
         info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",

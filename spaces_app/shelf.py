@@ -31,11 +31,14 @@ HERE = Path(__file__).parent
 BUILTIN_RESULTS = "built-in checkpoint, four photos"
 DATASET = os.environ.get("HF_EQUIV_DATASET", "").strip()
 MODELS = ["builtin", *(m.strip() for m in os.environ.get("HF_EQUIV_MODELS", "").split(",") if m.strip())]
-MODELS = list(dict.fromkeys(MODELS))
+MODELS = {Path(m).name if Path(m).is_dir() else m: m for m in MODELS}
+"""Checkpoints by the name that visitors see: a folder of this machine by its own name alone."""
 MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
 TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "60"))
 MAX_DOWNLOAD = 300 * 2**20
 RTOL = 1e-5
+LIVE = "element.setAttribute('aria-live', 'polite');"
+"""Script of an element that outlives its content: screen readers read out what changes in it."""
 WORKERS = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
@@ -49,21 +52,20 @@ def _load(model: str, revision: str | None, readout: str) -> Encoder:
 
 def encoder_of(model: str, revision: str | None = None, readout: str = "auto", *, trusted: bool = False) -> Encoder:
     """A checkpoint of the allow-list, or of the owner's own results, loaded once."""
-    if model not in MODELS and not trusted:
+    if not (trusted or model in MODELS):
         raise gr.Error(f"This Space offers {', '.join(MODELS)}; {model!r} is not among them.", print_exception=False)
     with _loading:
         try:
-            return _load(model, revision, readout)
+            return _load(MODELS.get(model, model), revision, readout)
         except (OSError, ValueError) as error:
             raise gr.Error(f"{model!r} could not be loaded: {error}", print_exception=False) from error
 
 
 def recorded_encoder(row: dict[str, Any], dataset: str | None) -> Encoder:
     """The checkpoint that a row of a dataset names; of a local folder the name alone is recorded."""
-    name = next((m for m in MODELS if row["model_id"] in (m, Path(m).name)), row["model_id"])
     local = str(row["model_revision"]).startswith("sha256:")
     trusted = bool(DATASET) and dataset == DATASET and not local
-    return encoder_of(name, None if local else row["model_revision"], row["readout"], trusted=trusted)
+    return encoder_of(row["model_id"], None if local else row["model_revision"], row["readout"], trusted=trusted)
 
 
 @lru_cache(maxsize=8)

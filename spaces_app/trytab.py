@@ -6,19 +6,25 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from shelf import MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu
+from shelf import LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu
 
-from hf_equiv import load_images, showviews
+from hf_equiv import load_images, showviews, showwords
 from hf_equiv.imagefile import open_image
 from hf_equiv.live import LiveMatch, live_match
 
 LARGEST_UPLOAD = 25 * 2**20
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
 EFFORTS = {"quick": 0.4, "normal": 1.0}
+_DOING = {
+    "match": "Looking for pixels that embed as the target …",
+    "refine": "Now as an 8-bit PNG: single steps of one grey level …",
+    "measure": "Measuring …",
+}
 
 _stops: dict[str, threading.Event] = {}
 
@@ -66,21 +72,25 @@ def _rtol(budget: str) -> float:
 def watch_match(
     source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
 ) -> Iterator[tuple[Any, ...]]:
-    """Match two photos, and show it while it is made."""
+    """Match two photos, and show it while it is made; a new stage is told to those who listen, once."""
+    stage = ""
     for state in _matching(source, target, model, budget, effort, request.session_hash or ""):
         if state.stage not in ("done", "stopped"):
-            yield _live_view(state, _rtol(budget)), gr.skip(), gr.skip()
+            told = gr.skip() if state.stage == stage else f"<p>{_DOING[state.stage]}</p>"
+            stage = state.stage
+            yield _live_view(state, _rtol(budget)), gr.skip(), gr.skip(), told
     ended = ""
     if state.stage == "stopped":
         limit = f": the limit is {TIME_LIMIT:.0f} s" if state.seconds > TIME_LIMIT else ""
-        ended = f'<p class="verdict" role="status">Stopped after {state.num_evals:.0f} evaluations{limit}.</p>'
+        ended = f'<p class="verdict">Stopped after {state.num_evals:.0f} evaluations{limit}.</p>'
     view = (
         f"{ended}{showviews.match_view(state.source, state.png, state.target, state.row or {})}"
         f'<div class="narrow"><h3 class="block-title">How it went ({state.seconds:.1f} s)</h3>'
         f"{showviews.curve_view(state.curve, _rtol(budget))}</div>"
     )
     png, row = file_of(state.png, "match.png"), file_of(json.dumps(_record(state), indent=1).encode(), "row.json")
-    yield view, gr.DownloadButton(value=png, visible=True), gr.DownloadButton(value=row, visible=True)
+    told = f"{ended}<p>{escape(showwords.headline(state.row or {}))}</p>"
+    yield view, gr.DownloadButton(value=png, visible=True), gr.DownloadButton(value=row, visible=True), told
 
 
 @on_gpu
@@ -109,13 +119,8 @@ def _record(state: LiveMatch) -> dict[str, Any]:
 
 
 def _live_view(state: LiveMatch, rtol: float) -> str:
-    doing = {
-        "match": "Looking for pixels that embed as the target …",
-        "refine": "Now as an 8-bit PNG: single steps of one grey level …",
-        "measure": "Measuring …",
-    }[state.stage]
     return (
-        f'<p class="verdict" role="status">{doing} error {state.error:.1e} after {state.num_evals:.0f} evaluations</p>'
+        f'<p class="verdict">{_DOING[state.stage]} error {state.error:.1e} after {state.num_evals:.0f} evaluations</p>'
         f'<div class="live">{showviews.picture(state.png, "the match so far", "the match so far")}'
         f"<div>{showviews.curve_view(state.curve, rtol)}</div></div>"
     )
@@ -139,13 +144,14 @@ def try_tab() -> dict[str, Any]:
             target = photo(paths["coffee"], label="Embeds as this: the target", elem_id="target")
             pick_target = gr.Dropdown(list(paths), value="coffee", label="or one of these photos as the target")
         with gr.Column(min_width=260):
-            model = gr.Dropdown(MODELS, value=MODELS[0], label="Checkpoint")
+            model = gr.Dropdown(list(MODELS), value="builtin", label="Checkpoint")
             budget = gr.Dropdown(list(BUDGETS), value="any change", label="How far each pixel may move")
             effort = gr.Radio(list(EFFORTS), value="normal", label="Effort", info=f"At most {TIME_LIMIT:.0f} seconds.")
             with gr.Row():
                 go = gr.Button("Make the match", variant="primary", elem_id="go", min_width=150, scale=2)
                 halt = gr.Button("Stop", elem_id="halt", min_width=80, scale=1)
     view = gr.HTML('<p class="small">The match appears here while it is being made.</p>', elem_id="made")
+    told = gr.HTML(elem_id="told", elem_classes="unseen", padding=False, js_on_load=LIVE)
     with gr.Row():
         png = gr.DownloadButton("Download the PNG", visible=False, elem_id="png", size="sm")
         row = gr.DownloadButton("Download the numbers (JSON)", visible=False, elem_id="row", size="sm")
@@ -153,7 +159,7 @@ def try_tab() -> dict[str, Any]:
     pick_target.change(paths.get, pick_target, target, api_visibility="private", show_progress="hidden")
     compute = {"concurrency_id": "compute", "concurrency_limit": WORKERS}
     asked = [source, target, model, budget, effort]
-    go.click(watch_match, asked, [view, png, row], api_visibility="private", show_progress="minimal", **compute)
+    go.click(watch_match, asked, [view, png, row, told], api_visibility="private", show_progress="minimal", **compute)
     # the same for programs: hidden, its answer a file and numbers
     answer = [gr.File(label="match", visible=False), gr.JSON(label="row", visible=False)]
     gr.Button(visible=False).click(make_match, asked, answer, api_name="make_match", **compute)

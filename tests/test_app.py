@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -23,7 +24,11 @@ NAMES = ["check_match", "get_match", "get_walk", "list_matches", "list_walks", "
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("app"), HF_EQUIV_TIME_LIMIT="120", HF_TOKEN="hf_secret") as address:
+    folder = tmp_path_factory.mktemp("app")
+    model = folder / "my-model"
+    shutil.copytree(PHOTOS.parent / "builtin", model)
+    given = {"HF_EQUIV_TIME_LIMIT": "120", "HF_TOKEN": "hf_secret"}
+    with served(folder, "--model", str(model), **given) as address:
         yield address
 
 
@@ -143,6 +148,14 @@ def test_other_checkpoints_are_refused(client):
         client.predict(handle_file(CAT), handle_file(COFFEE), "/etc", "any change", "quick", api_name="/make_match")
 
 
+def test_a_checkpoint_of_a_folder_goes_by_its_name(client):
+    _, row = client.predict(
+        handle_file(CAT), handle_file(COFFEE), "my-model", "any change", "quick", api_name="/make_match"
+    )
+    assert row["model_id"] == "my-model"
+    assert row["embedding_error_8bit"] < 1e-3
+
+
 def test_visitors_are_not_mixed_up_and_others_can_browse(url, client):
     answers: dict[str, dict] = {}
 
@@ -168,4 +181,6 @@ def test_visitors_are_not_mixed_up_and_others_can_browse(url, client):
 def test_no_token_and_no_path_is_told(client):
     config = json.dumps(client.config)
     assert "hf_secret" not in config
+    assert "my-model" in config
+    assert "/my-model" not in config
     assert str(Path.home()) not in config

@@ -118,6 +118,28 @@ def test_a_link_leads_to_its_match(visit):
     walk.wait_for_selector("#walk .player", state="visible")
 
 
+@pytest.mark.parametrize("query", ["pair=nothing<b>", "dataset=/etc", "tab=nowhere"])
+def test_a_link_that_leads_nowhere_leads_home(visit, query):
+    page = visit(f"/?{query}")
+    page.wait_for_selector("#gallery button[aria-pressed=true]")
+    if "tab" not in query:
+        page.wait_for_selector("text=Shown instead: built-in checkpoint")
+
+
+def test_what_happens_is_told_to_those_who_listen(visit):
+    page = visit()
+    page.click("#check")
+    page.wait_for_selector("#verdict [aria-live=polite] table")
+    go_to(page, "Try it")
+    page.get_by_label("quick").check()
+    page.click("#go")
+    told = "document.querySelector('#told [aria-live=polite]').textContent"
+    page.wait_for_function(f"{told}.includes('Looking for pixels')")
+    assert "evaluations" not in page.evaluate(told), "a number that changes all the time would be read all the time"
+    page.wait_for_selector("#made .match")
+    assert page.locator("#made .headline").inner_text() in page.evaluate(told)
+
+
 def test_a_whole_match_from_upload_to_download(visit, tmp_path):
     page = visit()
     go_to(page, "Try it")
@@ -241,6 +263,7 @@ def test_on_a_phone(visit):
         page.goto(page.url.split("?")[0] + f"?tab={tab or 'matches'}")
         page.wait_for_selector("#shown .match", state="attached")
         page.wait_for_timeout(1500)
+        assert [tab.is_visible() for tab in page.get_by_role("tab").all()] == [True] * len(TABS)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{tab}: the page is {wide} px wider than the screen"
         shot(page, f"phone-{tab or 'matches'}")
