@@ -25,6 +25,8 @@ HEADER = """
 sees, have every number checked before your eyes, or make a match of your own.</p></div>
 """
 
+TABS = ("matches", "try", "sensitivity", "walk", "about")
+
 THEME = gr.themes.Base(
     primary_hue="blue", neutral_hue="slate", font=["ui-sans-serif", "system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"], radius_size="md",
@@ -74,10 +76,11 @@ def build_demo() -> gr.Blocks:
                 gallery, key, view, verdict, note = show_dataset(dataset)
             if shelf.DATASET and home != shelf.DATASET:
                 note += f" There are no matches with pictures to show of `{shelf.DATASET}`."
-            tab = asked.get("tab", "matches")
-            return dataset, gallery, key, view, verdict, note, gr.Tabs(selected=tab)
+            # without a wish the tab stays: the visitor may have chosen one since
+            tab = gr.Tabs(selected=asked["tab"]) if asked.get("tab") in TABS else gr.skip()
+            return dataset, dataset, gallery, key, view, verdict, note, tab
 
-        parts = [matches[k] for k in ("dataset", "gallery", "key", "view", "verdict", "note")]
+        parts = [matches[k] for k in ("dataset", "opened", "gallery", "key", "view", "verdict", "note")]
         demo.load(open_page, None, [*parts, tabs], api_visibility="private", show_progress="hidden")
         for action in (list_matches, get_match, check_match, look_along, list_walks, get_walk):
             gr.api(action, api_name=action.__name__)

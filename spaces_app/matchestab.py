@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -103,7 +104,7 @@ def matches_tab() -> dict[str, Any]:
     offered = [BUILTIN_RESULTS, *([DATASET] if DATASET else [])]
     gr.HTML('<h2 class="block-title">Matches: each looks like the first photo and embeds as the second</h2>')
     gallery = gr.HTML(elem_id="gallery", js_on_load=(HERE / "strip.js").read_text(encoding="utf-8"))
-    key = gr.State("")
+    key, opened = gr.State(""), gr.State(offered[-1])
     view = gr.HTML(elem_id="shown")
     with gr.Row(elem_classes="checkrow"):
         check = gr.Button("Check it", variant="primary", elem_id="check", scale=0, min_width=160)
@@ -119,11 +120,19 @@ def matches_tab() -> dict[str, Any]:
         key = str(event.key)
         return key, match_shown(dataset, key), ""
 
-    dataset.change(
-        show_dataset, dataset, [gallery, key, view, verdict, note], api_visibility="private", concurrency_limit=4
-    )
+    def change(name: str, opened: str):
+        if (name or BUILTIN_RESULTS) == opened:
+            return (gr.skip(),) * 7
+        try:
+            return gr.skip(), name or BUILTIN_RESULTS, *show_dataset(name)
+        except gr.Error as error:  # what is shown stays, and so does its name
+            gr.Warning(escape(error.message))
+            return opened, *(gr.skip(),) * 6
+
+    parts = [dataset, opened, gallery, key, view, verdict, note]
+    dataset.change(change, [dataset, opened], parts, api_visibility="private", concurrency_limit=4)
     gallery.click(
-        select, dataset, [key, view, verdict], api_visibility="private", show_progress="hidden", concurrency_limit=8
+        select, opened, [key, view, verdict], api_visibility="private", show_progress="hidden", concurrency_limit=8
     )
-    check.click(check_view, [key, dataset], verdict, api_visibility="private", concurrency_limit=2)
-    return {"dataset": dataset, "gallery": gallery, "key": key, "view": view, "verdict": verdict, "note": note}
+    check.click(check_view, [key, opened], verdict, api_visibility="private", concurrency_limit=2)
+    return dict(zip(("dataset", "opened", "gallery", "key", "view", "verdict", "note"), parts, strict=True))

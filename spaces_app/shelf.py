@@ -23,6 +23,7 @@ except ImportError:  # anywhere else
 
 import gradio as gr
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_equiv import Encoder
 from hf_equiv.showcase import Showcase, open_showcase
@@ -76,6 +77,9 @@ def results(name: str) -> Showcase:
     token = None if name == DATASET else False  # a visitor sees what anybody sees, never what the owner's token opens
     try:
         return open_showcase(name, token=token, most_bytes=None if name == DATASET else MAX_DOWNLOAD)
+    except RepositoryNotFoundError as error:
+        said = f"{name!r} cannot be shown: on the Hub there is no such dataset, or it is private."
+        raise gr.Error(said, print_exception=False) from error
     except (OSError, ValueError) as error:
         raise gr.Error(f"{name!r} cannot be shown: {error}", print_exception=False) from error
 

@@ -118,6 +118,28 @@ def test_a_link_leads_to_its_match(visit):
     walk.wait_for_selector("#walk .player", state="visible")
 
 
+def test_a_dataset_that_cannot_be_shown_leaves_what_is_shown(visit):
+    page = visit()
+    shown = page.locator("#shown").inner_text()
+    box = page.get_by_label("Results")
+    box.fill("nobody/nothing")
+    box.press("Enter")
+    page.wait_for_selector("text='nobody/nothing' cannot be shown")
+    page.wait_for_function("document.querySelector('#dataset input').value.startsWith('built-in')")
+    assert page.locator("#shown").inner_text() == shown
+    page.click("#check")
+    page.wait_for_selector("#verdict table")
+
+
+def test_a_tab_chosen_while_the_page_opens_stays(visit):
+    page = visit()
+    page.reload(wait_until="commit")
+    page.get_by_role("tab", name="About", exact=True).click()
+    page.wait_for_selector("#shown .match", state="attached")
+    page.wait_for_timeout(500)
+    assert page.get_by_text("The paper", exact=True).is_visible()
+
+
 @pytest.mark.parametrize("query", ["pair=nothing<b>", "dataset=/etc", "tab=nowhere"])
 def test_a_link_that_leads_nowhere_leads_home(visit, query):
     page = visit(f"/?{query}")
