@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,18 @@ def read_upload(path: str | None, name: str):
     try:
         return open_image(Path(path).read_bytes(), f"the {name} photo")
     except (OSError, ValueError) as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        said = str(error).replace(f"image 'the {name} photo'", f"The {name} photo")
+        raise gr.Error(said, print_exception=False) from error
+
+
+def accept(path: str | None, name: str) -> tuple[Any, None]:
+    """Say at once what is wrong with an upload, and put it away; nothing of the four is chosen any more."""
+    try:
+        read_upload(path, name)
+    except gr.Error as error:
+        gr.Warning(escape(error.message))
+        return None, None
+    return gr.skip(), None
 
 
 def _matching(source: str, target: str, model: str, budget: str, effort: str, session: str) -> Iterator[LiveMatch]:
@@ -155,8 +167,11 @@ def try_tab() -> dict[str, Any]:
     with gr.Row():
         png = gr.DownloadButton("Download the PNG", visible=False, elem_id="png", size="sm")
         row = gr.DownloadButton("Download the numbers (JSON)", visible=False, elem_id="row", size="sm")
-    pick_source.change(paths.get, pick_source, source, api_visibility="private", show_progress="hidden")
-    pick_target.change(paths.get, pick_target, target, api_visibility="private", show_progress="hidden")
+    hidden = {"api_visibility": "private", "show_progress": "hidden"}
+    for image, pick, name in ((source, pick_source, "source"), (target, pick_target, "target")):
+        pick.input(paths.get, pick, image, **hidden)
+        image.clear(lambda: None, None, pick, **hidden)  # it is none of the four any more
+        image.upload(partial(accept, name=name), image, [image, pick], **hidden)
     compute = {"concurrency_id": "compute", "concurrency_limit": WORKERS}
     asked = [source, target, model, budget, effort]
     go.click(watch_match, asked, [view, png, row, told], api_visibility="private", show_progress="minimal", **compute)

@@ -209,9 +209,13 @@ def test_an_upload_that_is_no_photo_is_answered_in_words(visit, tmp_path):
     page.wait_for_selector("#go", state="visible")
     page.locator("#source button[aria-label*='emove'], #source button[aria-label*='lear']").first.click()
     page.locator("#source input[type=file]").set_input_files(str(path))
-    page.wait_for_timeout(1000)
-    page.click("#go")
     page.wait_for_selector("text=Convert it to PNG or JPEG")
+    page.wait_for_selector("#source img", state="detached")  # put away again
+    pick = page.get_by_label("or one of these photos as the source")
+    assert pick.input_value() == ""
+    pick.click()
+    page.get_by_role("option", name="cat").click()  # the one that was there at first
+    page.wait_for_selector("#source img")
 
 
 def test_two_visitors_at_once(visit):
