@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import threading
 from functools import lru_cache
@@ -37,6 +38,7 @@ MODELS = {Path(m).name if Path(m).is_dir() else m: m for m in MODELS}
 MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
 TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "60"))
 MAX_DOWNLOAD = 300 * 2**20
+HANDED_OUT = 300.0  # s
 RTOL = 1e-5
 LIVE = "element.setAttribute('aria-live', 'polite');"
 """Script of an element that outlives its content: screen readers read out what changes in it."""
@@ -101,10 +103,14 @@ def row_of(name: str | None, key: str) -> dict[str, Any]:
     raise gr.Error(f"There is no match {key!r} in {shown.name!r}.", print_exception=False)
 
 
-def file_of(data: bytes, name: str) -> str:
-    """Bytes as a file that gradio may hand out."""
+def file_of(data: bytes, name: str, *, seconds: float | None = HANDED_OUT) -> str:
+    """Bytes as a file that gradio may hand out; it makes a copy of its own, so ours can go soon (None: never)."""
     folder = Path(tempfile.mkdtemp(prefix="hf_equiv_"))
     (folder / name).write_bytes(data)
+    if seconds is not None:
+        away = threading.Timer(seconds, shutil.rmtree, [folder], {"ignore_errors": True})
+        away.daemon = True
+        away.start()
     return str(folder / name)
 
 

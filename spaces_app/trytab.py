@@ -147,7 +147,7 @@ def stop_match(request: gr.Request) -> None:
 def try_tab() -> dict[str, Any]:
     """Two photos, a checkpoint, a budget; the match while it is made."""
     photos = load_images("builtin")
-    paths = {item.id: file_of(_png(item.image), f"{item.id}.png") for item in photos}
+    paths = {item.id: file_of(_png(item.image), f"{item.id}.png", seconds=None) for item in photos}
     with gr.Row():
         with gr.Column(min_width=240):
             source = photo(paths["cat"], label="Looks like this: the source", elem_id="source")
