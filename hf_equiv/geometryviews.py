@@ -29,7 +29,7 @@ def along_view(stop: Stop, profile: Sequence[Stop], name: str) -> str:
         HTML.
     """
     moved = stop.distance or 0.0
-    foretold = f" (the Jacobian alone foretells {100 * stop.first_order:.3g} %)" if stop.first_order else ""
+    foretold = f" (the Jacobian alone foretells {_percent(stop.first_order)})" if stop.first_order else ""
     curve = chart(
         f"Distance of the embedding: {name}",
         [
@@ -44,11 +44,15 @@ def along_view(stop: Stop, profile: Sequence[Stop], name: str) -> str:
         Axis("‖f(x+hv) − f(x)‖ / ‖f(x)‖", low=0.0, high=max([_ALOFT, moved, *(p.distance or 0.0 for p in profile)])),
         mark=(stop.step, moved),
     )
-    text = f"h = {stop.step:.3g}: the embedding has moved by {100 * moved:.3g} % of its length{foretold}."
+    text = f"h = {stop.step:.3g}: the embedding has moved by {_percent(moved)} of its length{foretold}."
     return (
         f'<div class="live"><div>{picture(stop.png, name, text)}</div>'
         f'<div>{curve}<h2 class="block-title">What the classifier sees</h2>{class_bars(stop.classes)}</div></div>'
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:,.0f} %" if share >= 10 else f"{100 * share:.3g} %"
 
 
 def ladder_view(row: Row) -> str:

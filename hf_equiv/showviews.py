@@ -6,6 +6,7 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from hf_equiv import showwords
@@ -39,6 +40,9 @@ _NAMES = {
 
 _LEAST = 1e-7
 """Drift that a chart tells from zero, unless the drift allowed is as small."""
+
+_LEAP = 20.0
+"""Evaluations between two points of a curve that want an explanation."""
 
 
 def data_uri(data: bytes, kind: str = "png") -> str:
@@ -96,6 +100,7 @@ def match_view(source: bytes, match: bytes, target: bytes, row: Row, *, link: st
     chips = ""
     if labels[1] is not None:
         sure = f" ({showwords.percent(row['match_prob'])})" if row.get("match_prob") is not None else ""
+        sure = sure.replace(" %", "\N{NO-BREAK SPACE}%")
         chips = "".join(
             f"<div><dt>{who}</dt><dd>{escape(str(label).split(',')[0])}{more}</dd></div>"
             for who, label, more in zip(("source", "match", "target"), labels, ("", sure, ""), strict=True)
@@ -107,25 +112,46 @@ def match_view(source: bytes, match: bytes, target: bytes, row: Row, *, link: st
         f'<div class="pair">{compare(source, match, "source", "match")}</div>'
         f'<div class="side">{picture(target, "target", "target: what the model takes the match for")}'
         f"{picture(change, f'difference, {factor} times', f'match − source, × {factor}')}</div>"
-        f'<div class="say"><p class="headline">{escape(showwords.headline(row, png_psnr_db(match, target)))}</p>'
+        f'<div class="say"><p class="headline">{escape(match_headline(match, target, row))}</p>'
         f"<p>{escape(showwords.look(row))} {escape(showwords.heads(row))}</p>{chips}{numbers(row)}{share}</div></div>"
     )
+
+
+def match_headline(match: bytes, target: bytes, row: Row) -> str:
+    """The finding of a match in one or two sentences, plain text; the pictures are PNG files."""
+    return showwords.headline(row, png_psnr_db(match, target))
 
 
 def numbers(row: Row) -> str:
     """The main numbers of a match, named."""
     facts = [
-        ("embedding error", _number(row.get("embedding_error_8bit")), "‖f(x)−z‖/‖z‖ of the PNG as it is shown"),
-        ("PSNR to source", _number(row.get("psnr_db"), "{:.1f} dB"), "of the PNG"),
-        ("float noise", _number(row.get("noise_floor")), "what float32 itself is worth here"),
-        ("half a grey level", _number(row.get("target_quantization_error")), "of noise moves the target so far"),
+        (
+            "embedding error",
+            _number(row.get("embedding_error_8bit")),
+            "‖f(x)−z‖/‖z‖ of the PNG; 0 for the target itself",
+        ),
+        (
+            "PSNR to source",
+            _number(row.get("psnr_db"), "{:.1f} dB"),
+            "of the PNG; a change above 35 dB is hardly visible",
+        ),
+        ("float noise", _number(row.get("noise_floor")), "what float32 arithmetic itself is worth here"),
+        (
+            "half a grey level",
+            _number(row.get("target_quantization_error")),
+            "of noise on the target moves it this far",
+        ),
     ]
     if row.get("num_evals") is not None:
         facts.append(("evaluations", f"{row['num_evals']:.0f}", "forward and backward passes of the float match"))
     cells = "".join(
         f'<div title="{escape(note, quote=True)}"><dt>{name}</dt><dd>{value}</dd></div>' for name, value, note in facts
     )
-    return f'<h3>The numbers</h3><dl class="chips">{cells}</dl>'
+    said = "".join(f"<li><strong>{name}</strong>: {escape(note)}</li>" for name, _, note in facts)
+    return (
+        f'<h3>The numbers</h3><dl class="chips">{cells}</dl>'
+        f'<details class="small"><summary>What they mean</summary><ul>{said}</ul></details>'
+    )
 
 
 def check_table(found: Sequence[Comparison], seconds: float) -> str:
@@ -139,7 +165,7 @@ def check_table(found: Sequence[Comparison], seconds: float) -> str:
     wrong = sum(not c.holds for c in found)
     verdict = "All numbers hold." if not wrong else f"{wrong} of {len(found)} do not hold."
     return (
-        f'<p class="verdict {"bad" if wrong else "good"}" role="status">{verdict} '
+        f'<p class="verdict {"bad" if wrong else "good"}">{verdict} '
         f"The three PNG files were encoded again just now, in {seconds:.1f} s; what the search cost is not checked.</p>"
         '<div class="wide"><table><thead><tr><th scope="col">number</th><th scope="col">stated</th>'
         f'<th scope="col">now</th><th scope="col">verdict</th></tr></thead><tbody>{rows}</tbody></table></div>'
@@ -162,13 +188,18 @@ def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
         Series(name, [(evals, error) for stage, evals, error in curve if stage == key], style)
         for key, name, style in (("match", "float match", "one"), ("refine", "8-bit PNG", "two"))
     ]
+    gaps = [b[1] - a[1] for a, b in pairwise(curve)]
+    leap = max(gaps, default=0.0)
     last = max((evals for _, evals, _ in curve), default=1.0)
     highest = max([2.0, *(error for _, _, error in curve if error < math.inf)])
     goal = Series("goal", [(0.0, rtol), (max(last, 50.0), rtol)], "limit")
-    return chart(
+    drawn = chart(
         "Embedding error against evaluations", [goal, *(s for s in series if s.points)],
         Axis("evaluations (forward + backward)", low=0.0), Axis("embedding error", log=True, high=highest),
     )  # fmt: skip
+    if leap >= _LEAP:
+        drawn += f'<p class="small">Where it leaps, by up to {leap:.0f} evaluations, a whole Jacobian is computed.</p>'
+    return drawn
 
 
 def player(path: Sequence[Row], rtol: float) -> str:
@@ -189,12 +220,14 @@ def player(path: Sequence[Row], rtol: float) -> str:
         Axis("arc length (L2, pixels in [0, 1])"), Axis("drift", log=True, low=least, high=highest),
         mark=(first["arc_length"], max(first["drift"], least)),
     )  # fmt: skip
+    below = any(row["drift"] < least for row in path)
+    note = f'<p class="small">Drawn at {least:.0e}: drift below it, and none at all.</p>' if below else ""
     texts = "".join(f"<li>{escape(_frame_text(row))}</li>" for row in path)
     return (
         f'<div class="player" data-at="0"><div class="frames">{frames}</div>'
         '<div class="controls"><button type="button" class="play" aria-pressed="false">Play</button>'
         f'<input class="seek" type="range" min="0" max="{len(path) - 1}" value="0" aria-label="Step of the walk"></div>'
-        f'<p class="now">{escape(_frame_text(first))}</p><ol class="texts" hidden>{texts}</ol>{drift}</div>'
+        f'<p class="now">{escape(_frame_text(first))}</p><ol class="texts" hidden>{texts}</ol>{drift}{note}</div>'
     )
 
 
@@ -209,7 +242,7 @@ def _short(name: str) -> str:
 
 def _frame_text(row: Row) -> str:
     seen = f", seen as {row['label'].split(',')[0]} ({showwords.percent(row['prob'])})" if row["label"] else ""
-    return f"step {row['step']}: L2 {row['l2']:.1f} from the origin, drift {row['drift']:.0e}{seen}"
+    return f"step {row['step']}: L2 {row['l2']:.1f} from the source, drift {row['drift']:.0e}{seen}"
 
 
 def _number(value: float | None, form: str = "{:.1e}") -> str:

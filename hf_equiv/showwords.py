@@ -72,10 +72,8 @@ def headline(row: Row, apart_db: float | None) -> str:
         return "This image could not be measured."
     eye = "your eye can" if apart_db is not None and apart_db < _EYE else "neither can you, at a glance"
     if error <= 1e-3:
-        return (
-            f"The model cannot tell the match from the target: to it they are {alike(error)} the same. "
-            f"{eye[0].upper()}{eye[1:]}."
-        )
+        same = f"to it they are {alike(error)} the same"
+        return f"The model cannot tell the match from the target: {same}. {eye[0].upper()}{eye[1:]}."
     if error <= 0.1:
         return f"To the model the match is nearly the target: {alike(error)} the same. It could still tell them apart."
     return f"This did not work: to the model the match is only {alike(error)} the target."

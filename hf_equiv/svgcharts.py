@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 16, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 16, 46
 _TICKS = 6
 
 

@@ -24,6 +24,8 @@ HEADER = """
 sees, have every number checked before your eyes, or make a match of your own.</p></div>
 """
 
+TABS = ("matches", "try", "sensitivity", "walk", "about")
+
 THEME = gr.themes.Base(
     primary_hue="blue", neutral_hue="slate", font=["ui-sans-serif", "system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"], radius_size="md",
@@ -63,20 +65,24 @@ def build_demo() -> gr.Blocks:
         def open_page(request: gr.Request):
             """What a link asks for: ?tab=walk, ?pair=KEY, ?dataset=USER/NAME."""
             asked = dict(request.query_params)
-            dataset = asked.get("dataset") or shelf.home_of("matches")
+            home = shelf.home_of("matches")
+            dataset = asked.get("dataset") or home
             try:
                 gallery, key, view, verdict, note = show_dataset(dataset)
                 if asked.get("pair"):
                     key = shelf.row_of(dataset, asked["pair"])["key"]
                     gallery, view = strip_of(dataset, key), match_shown(dataset, key)
-            except gr.Error as error:  # a link that leads nowhere: what is here is shown
-                gr.Warning(shelf.plain(error.message))
-                dataset = shelf.home_of("matches")
+            except gr.Error as error:  # a link that leads nowhere leads here, not to an empty page
+                gr.Warning(shelf.plain(f"{error.message} Shown instead: {home}."))
+                dataset = home
                 gallery, key, view, verdict, note = show_dataset(dataset)
-            tab = asked.get("tab") if asked.get("tab") in TABS else TABS[0]
-            return dataset, gallery, key, view, verdict, note, gr.Tabs(selected=tab)
+            if shelf.DATASET and home != shelf.DATASET:
+                note += f" There are no matches with pictures to show of `{shelf.DATASET}`."
+            # without a wish the tab stays: the visitor may have chosen one since
+            tab = gr.Tabs(selected=asked["tab"]) if asked.get("tab") in TABS else gr.skip()
+            return dataset, dataset, gallery, key, view, verdict, note, tab
 
-        parts = [matches[k] for k in ("dataset", "gallery", "key", "view", "verdict", "note")]
+        parts = [matches[k] for k in ("dataset", "opened", "gallery", "key", "view", "verdict", "note")]
         demo.load(open_page, None, [*parts, tabs], api_visibility="private", show_progress="hidden")
         for action in (list_matches, get_match, check_match, look_along, list_walks, get_walk):
             gr.api(action, api_name=action.__name__)
@@ -93,7 +99,7 @@ def main(host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None
     else:
         agents = True
     # the first visitor finds the model loaded
-    threading.Thread(target=shelf.encoder_of, args=(shelf.MODELS[0],), daemon=True).start()
+    threading.Thread(target=shelf.encoder_of, args=("builtin",), daemon=True).start()
     build_demo().launch(
         server_name=host, server_port=port, share=share, theme=THEME, css_paths=shelf.HERE / "style.css",
         max_file_size=LARGEST_UPLOAD, mcp_server=agents, ssr_mode=False, show_error=True, footer_links=["api"],

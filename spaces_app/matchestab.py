@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import gradio as gr
-from shelf import BUILTIN_RESULTS, DATASET, HERE, named_results, on_gpu, recorded_encoder, row_of, telling
+from shelf import BUILTIN_RESULTS, DATASET, HERE, LIVE, named_results, on_gpu, recorded_encoder, row_of, telling
 
 from hf_equiv import showviews
 from hf_equiv.showcase import Showcase, check_shown
@@ -108,12 +108,12 @@ def matches_tab() -> dict[str, Any]:
     offered = [BUILTIN_RESULTS, *([DATASET] if DATASET else [])]
     gr.HTML('<h2 class="block-title">Matches: each looks like the first photo and embeds as the second</h2>')
     gallery = gr.HTML(elem_id="gallery", js_on_load=(HERE / "strip.js").read_text(encoding="utf-8"))
-    key = gr.State("")
+    key, opened = gr.State(""), gr.State(offered[-1])
     view = gr.HTML(elem_id="shown")
     with gr.Row(elem_classes="checkrow"):
         check = gr.Button("Check it", variant="primary", elem_id="check", scale=0, min_width=160)
         gr.Markdown("Encodes the three PNG files above again, here and now, and compares with what is stated.")
-    verdict = gr.HTML(elem_id="verdict")
+    verdict = gr.HTML(elem_id="verdict", js_on_load=LIVE)
     dataset = gr.Dropdown(
         offered, value=offered[-1], label="Results", allow_custom_value=True, elem_id="dataset",
         info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",
@@ -124,11 +124,19 @@ def matches_tab() -> dict[str, Any]:
         key = str(event.key)
         return key, match_shown(dataset, key), ""
 
-    dataset.change(
-        show_dataset, dataset, [gallery, key, view, verdict, note], api_visibility="private", concurrency_limit=4
-    )
+    def change(name: str, opened: str):
+        if (name or BUILTIN_RESULTS) == opened:
+            return (gr.skip(),) * 7
+        try:
+            return gr.skip(), name or BUILTIN_RESULTS, *show_dataset(name)
+        except gr.Error as error:  # what is shown stays, and so does its name
+            gr.Warning(escape(error.message))
+            return opened, *(gr.skip(),) * 6
+
+    parts = [dataset, opened, gallery, key, view, verdict, note]
+    dataset.change(change, [dataset, opened], parts, api_visibility="private", concurrency_limit=4)
     gallery.click(
-        select, dataset, [key, view, verdict], api_visibility="private", show_progress="hidden", concurrency_limit=8
+        select, opened, [key, view, verdict], api_visibility="private", show_progress="hidden", concurrency_limit=8
     )
-    check.click(check_view, [key, dataset], verdict, api_visibility="private", concurrency_limit=2)
-    return {"dataset": dataset, "gallery": gallery, "key": key, "view": view, "verdict": verdict, "note": note}
+    check.click(check_view, [key, opened], verdict, api_visibility="private", concurrency_limit=2)
+    return dict(zip(("dataset", "opened", "gallery", "key", "view", "verdict", "note"), parts, strict=True))

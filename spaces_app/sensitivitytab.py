@@ -135,13 +135,12 @@ def sensitivity_tab() -> list[Any]:
     gr.Markdown(
         "How fast does the embedding move when the pixels do, and along which directions not at all? Measured for "
         f"{model}. **top** directions move it most, **null** directions not at all, to first order; a **random** one "
-        "is nearly null."
+        "moves it little. The photo is moved by h times the direction, then clipped to [0, 1]."
     )
     with gr.Row():
         image = gr.Radio(ids, value=ids[0], label="Photo")
-        direction = gr.Dropdown(
-            names, value="top 0" if "top 0" in names else names[0], label="Direction (kind and number)"
-        )
+        first = "top 0" if "top 0" in names else names[0]
+        direction = gr.Dropdown(names, value=first, label="Direction (kind and number)")
     slider = gr.Slider(-100, 100, value=30, step=1, label="Move along it (fine near the middle)", elem_id="along")
     moved = gr.HTML(elem_id="moved")
     with gr.Row():

@@ -8,8 +8,6 @@ import re
 import shutil
 import tempfile
 import threading
-import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -29,6 +27,7 @@ except ImportError:  # anywhere else
 
 import gradio as gr
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_equiv import Encoder
 from hf_equiv.showcase import Showcase, open_showcase
@@ -37,22 +36,22 @@ HERE = Path(__file__).parent
 BUILTIN_RESULTS = "built-in checkpoint, four photos"
 DATASET = os.environ.get("HF_EQUIV_DATASET", "").strip()
 MODELS = ["builtin", *(m.strip() for m in os.environ.get("HF_EQUIV_MODELS", "").split(",") if m.strip())]
-MODELS = list(dict.fromkeys(MODELS))
+MODELS = {Path(m).name if Path(m).is_dir() else m: m for m in MODELS}
+"""Checkpoints by the name that visitors see: a folder of this machine by its own name alone."""
 MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
 TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "60"))
 MAX_DOWNLOAD = 300 * 2**20
+HANDED_OUT = 300.0  # s
 RTOL = 1e-5
+LIVE = "element.setAttribute('aria-live', 'polite');"
+"""Script of an element that outlives its content: screen readers read out what changes in it."""
 WORKERS = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 """A dataset of the Hub, as a visitor may name it."""
-KEPT = 3600.0
-"""Seconds that a file for a visitor is kept; gradio has a copy of its own by then."""
 
 _loading = threading.Lock()
-_made: deque[tuple[float, Path]] = deque()
-"""Files for visitors, and when they were made."""
 
 
 @lru_cache(maxsize=4)
@@ -65,11 +64,11 @@ def encoder_of(
     dtype: torch.dtype = torch.float32, trusted: bool = False,
 ) -> Encoder:  # fmt: skip
     """A checkpoint of the allow-list, or of the owner's own results, loaded once."""
-    if model not in MODELS and not trusted:
+    if not (trusted or model in MODELS):
         raise gr.Error(f"This Space offers {', '.join(MODELS)}; {model!r} is not among them.", print_exception=False)
     with _loading:
         try:
-            return _load(model, revision, readout, normalize, dtype)
+            return _load(MODELS.get(model, model), revision, readout, normalize, dtype)
         except (OSError, ValueError) as error:
             raise gr.Error(f"{model!r} could not be loaded: {error}", print_exception=False) from error
 
@@ -83,12 +82,12 @@ def recorded_encoder(row: dict[str, Any], settings: dict[str, Any], dataset: str
     Returns:
         The encoder; `check_shown` refuses one that is not the row's.
     """
-    name = next((m for m in MODELS if row["model_id"] in (m, Path(m).name)), row["model_id"])
     local = str(row["model_revision"]).startswith("sha256:")
     trusted = bool(DATASET) and dataset == DATASET and not local
     return encoder_of(
-        name, row["model_revision"] if trusted else None, row["readout"], normalize=bool(settings["normalize"]),
-        dtype=torch.float64 if row["dtype"] == "float64" else torch.float32, trusted=trusted,
+        row["model_id"], row["model_revision"] if trusted else None, row["readout"],
+        normalize=bool(settings["normalize"]), trusted=trusted,
+        dtype=torch.float64 if row["dtype"] == "float64" else torch.float32,
     )  # fmt: skip
 
 
@@ -109,6 +108,9 @@ def telling(name: str | None) -> Iterator[None]:
     """Say what is wrong with somebody's dataset, whatever is in its files."""
     try:
         yield
+    except RepositoryNotFoundError as error:
+        said = plain(f"{name!r} cannot be shown: on the Hub there is no such dataset, or it is private.")
+        raise gr.Error(said, print_exception=False) from error
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         text = re.sub(r"(?<![\w.:/])/(?:[^/'\"\s]+/)+", "", str(error))  # where this machine keeps them is not theirs
         raise gr.Error(plain(f"{name!r} cannot be shown: {text}"), print_exception=False) from error
@@ -137,21 +139,15 @@ def row_of(name: str | None, key: str) -> dict[str, Any]:
     raise gr.Error(plain(f"There is no match {str(key)[:200]!r} in {shown.name!r}."), print_exception=False)
 
 
-def file_of(data: bytes, name: str) -> str:
-    """Bytes as a file that gradio may hand out."""
+def file_of(data: bytes, name: str, *, seconds: float | None = HANDED_OUT) -> str:
+    """Bytes as a file that gradio may hand out; it makes a copy of its own, so ours can go soon (None: never)."""
     folder = Path(tempfile.mkdtemp(prefix="hf_equiv_"))
     (folder / name).write_bytes(data)
+    if seconds is not None:
+        away = threading.Timer(seconds, shutil.rmtree, [folder], {"ignore_errors": True})
+        away.daemon = True
+        away.start()
     return str(folder / name)
-
-
-def passing_file_of(data: bytes, name: str) -> str:
-    """The same for one visitor: removed after an hour, when the next one is made."""
-    now = time.monotonic()
-    while _made and now - _made[0][0] > KEPT:
-        shutil.rmtree(_made.popleft()[1], ignore_errors=True)
-    file = Path(file_of(data, name))
-    _made.append((now, file.parent))
-    return str(file)
 
 
 @lru_cache(maxsize=4)

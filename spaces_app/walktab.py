@@ -58,9 +58,13 @@ def walk_tab() -> list[Any]:
     """A walk as an animation, with the drift below."""
     home = home_of("paths")
     names = list(results(home).paths)
+    story = (
+        " It starts at a match that looks like the cat and ends at the coffee itself; the classifier sees coffee all "
+        "the way."
+    )
     gr.Markdown(
-        "A walk inside one level set: every image below has the same embedding, to within the drift shown. It starts "
-        "at a match that looks like the cat and ends at the coffee itself; the classifier sees coffee all the way."
+        "A walk inside one level set: every image below has the same embedding, to within the drift shown."
+        + (story if home == BUILTIN_RESULTS else "")
     )
     name = gr.Dropdown(names, value=names[0], label="Walk", visible=len(names) > 1)
     view = gr.HTML(elem_id="walk", js_on_load=(HERE / "player.js").read_text(encoding="utf-8"))

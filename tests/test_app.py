@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from PIL import Image
 
 from hf_equiv.encoder import Encoder
 from hf_equiv.imagefile import decode_png
+from hf_equiv.spacecommand import load_app
 
 PHOTOS = Path(__file__).parents[1] / "hf_equiv" / "assets" / "photos"
 CAT, COFFEE = (str(PHOTOS / f"{name}.jpg") for name in ("cat", "coffee"))
@@ -23,7 +27,11 @@ NAMES = ["check_match", "get_match", "get_walk", "list_matches", "list_walks", "
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("app"), HF_EQUIV_TIME_LIMIT="120", HF_TOKEN="hf_secret") as address:
+    folder = tmp_path_factory.mktemp("app")
+    model = folder / "my-model"
+    shutil.copytree(PHOTOS.parent / "builtin", model)
+    given = {"HF_EQUIV_TIME_LIMIT": "120", "HF_TOKEN": "hf_secret"}
+    with served(folder, "--model", str(model), **given) as address:
         yield address
 
 
@@ -121,7 +129,7 @@ def _odd(folder: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["text", "empty", "svg", "cut"])
 def test_odd_uploads_are_refused_in_words(client, tmp_path, kind):
-    with pytest.raises(Exception, match=r"the source photo") as caught:
+    with pytest.raises(Exception, match=r"The source photo") as caught:
         make(client, _odd(tmp_path, kind))
     assert str(tmp_path) not in str(caught.value)
 
@@ -141,6 +149,14 @@ def test_odd_uploads_that_are_images_are_used(client, tmp_path, kind):
 def test_other_checkpoints_are_refused(client):
     with pytest.raises(Exception, match=r"not in the list"):
         client.predict(handle_file(CAT), handle_file(COFFEE), "/etc", "any change", "quick", api_name="/make_match")
+
+
+def test_a_checkpoint_of_a_folder_goes_by_its_name(client):
+    _, row = client.predict(
+        handle_file(CAT), handle_file(COFFEE), "my-model", "any change", "quick", api_name="/make_match"
+    )
+    assert row["model_id"] == "my-model"
+    assert row["embedding_error_8bit"] < 1e-3
 
 
 def test_visitors_are_not_mixed_up_and_others_can_browse(url, client):
@@ -165,7 +181,22 @@ def test_visitors_are_not_mixed_up_and_others_can_browse(url, client):
     assert len({answer["png"] for answer in answers.values()}) == 3
 
 
+def test_files_of_visitors_go_away():
+    load_app()
+    shelf = sys.modules["shelf"]
+    kept, gone = (Path(shelf.file_of(b"x", "match.png", seconds=after)) for after in (None, 0.2))
+    assert kept.read_bytes() == gone.read_bytes() == b"x"
+    end = time.monotonic() + 20
+    while gone.parent.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not gone.parent.exists()
+    assert kept.exists()
+    shutil.rmtree(kept.parent)
+
+
 def test_no_token_and_no_path_is_told(client):
     config = json.dumps(client.config)
     assert "hf_secret" not in config
+    assert "my-model" in config
+    assert "/my-model" not in config
     assert str(Path.home()) not in config

@@ -118,6 +118,50 @@ def test_a_link_leads_to_its_match(visit):
     walk.wait_for_selector("#walk .player", state="visible")
 
 
+def test_a_dataset_that_cannot_be_shown_leaves_what_is_shown(visit):
+    page = visit()
+    shown = page.locator("#shown").inner_text()
+    box = page.get_by_label("Results")
+    box.fill("nobody/nothing")
+    box.press("Enter")
+    page.wait_for_selector("text='nobody/nothing' cannot be shown")
+    page.wait_for_function("document.querySelector('#dataset input').value.startsWith('built-in')")
+    assert page.locator("#shown").inner_text() == shown
+    page.click("#check")
+    page.wait_for_selector("#verdict table")
+
+
+def test_a_tab_chosen_while_the_page_opens_stays(visit):
+    page = visit()
+    page.reload(wait_until="commit")
+    page.get_by_role("tab", name="About", exact=True).click()
+    page.wait_for_selector("#shown .match", state="attached")
+    page.wait_for_timeout(500)
+    assert page.get_by_text("The paper", exact=True).is_visible()
+
+
+@pytest.mark.parametrize("query", ["pair=nothing<b>", "dataset=/etc", "tab=nowhere"])
+def test_a_link_that_leads_nowhere_leads_home(visit, query):
+    page = visit(f"/?{query}")
+    page.wait_for_selector("#gallery button[aria-pressed=true]")
+    if "tab" not in query:
+        page.wait_for_selector("text=Shown instead: built-in checkpoint")
+
+
+def test_what_happens_is_told_to_those_who_listen(visit):
+    page = visit()
+    page.click("#check")
+    page.wait_for_selector("#verdict [aria-live=polite] table")
+    go_to(page, "Try it")
+    page.get_by_label("quick").check()
+    page.click("#go")
+    told = "document.querySelector('#told [aria-live=polite]').textContent"
+    page.wait_for_function(f"{told}.includes('Looking for pixels')")
+    assert "evaluations" not in page.evaluate(told), "a number that changes all the time would be read all the time"
+    page.wait_for_selector("#made .match")
+    assert page.locator("#made .headline").inner_text() in page.evaluate(told)
+
+
 def test_a_whole_match_from_upload_to_download(visit, tmp_path):
     page = visit()
     go_to(page, "Try it")
@@ -165,9 +209,13 @@ def test_an_upload_that_is_no_photo_is_answered_in_words(visit, tmp_path):
     page.wait_for_selector("#go", state="visible")
     page.locator("#source button[aria-label*='emove'], #source button[aria-label*='lear']").first.click()
     page.locator("#source input[type=file]").set_input_files(str(path))
-    page.wait_for_timeout(1000)
-    page.click("#go")
     page.wait_for_selector("text=Convert it to PNG or JPEG")
+    page.wait_for_selector("#source img", state="detached")  # put away again
+    pick = page.get_by_label("or one of these photos as the source")
+    assert pick.input_value() == ""
+    pick.click()
+    page.get_by_role("option", name="cat").click()  # the one that was there at first
+    page.wait_for_selector("#source img")
 
 
 def test_two_visitors_at_once(visit):
@@ -241,6 +289,7 @@ def test_on_a_phone(visit):
         page.goto(page.url.split("?")[0] + f"?tab={tab or 'matches'}")
         page.wait_for_selector("#shown .match", state="attached")
         page.wait_for_timeout(1500)
+        assert [tab.is_visible() for tab in page.get_by_role("tab").all()] == [True] * len(TABS)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{tab}: the page is {wide} px wider than the screen"
         shot(page, f"phone-{tab or 'matches'}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_equiv import geometryviews, showviews, showwords
-from hf_equiv.along import stops_along
+from hf_equiv.along import Stop, stops_along
 from hf_equiv.encoder import Encoder
 from hf_equiv.imagefile import decode_png, encode_png
 from hf_equiv.lipschitzrows import directions_of_run
@@ -141,6 +142,27 @@ def test_never_more_alike_than_measured(error, said):
 )
 def test_the_headline_goes_with_the_error(shown, error, start):
     assert showwords.headline(shown.matches[0] | {"embedding_error_8bit": error}, 9.0).startswith(start)
+
+
+def test_a_match_near_its_source_is_still_told_from_its_target(shown):
+    said = showwords.headline(shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0})
+    assert said.endswith("Your eye can.")
+
+
+def test_a_leap_and_a_drift_of_none_are_explained(shown):
+    leaping = [("match", 1.0, 0.5), ("match", 131.0, 1e-5)]
+    assert "by up to 130 evaluations" in showviews.curve_view(leaping, 1e-5)
+    assert "leaps" not in showviews.curve_view([("match", float(k), 0.5) for k in range(1, 40)], 1e-5)
+    (path,) = shown.paths.values()
+    assert path[-1]["drift"] == 0.0
+    assert "Drawn at 1e-07" in showviews.player(path, 1e-5)
+    assert "Drawn at" not in showviews.player(path[:-1], 1e-5)
+
+
+def test_shares_are_written_out():
+    stop = Stop(step=16.0, distance=1.13, first_order=22.6, png=encode_png(torch.zeros(3, 4, 4)), classes=())
+    assert "113 %" in (view := geometryviews.along_view(stop, [replace(stop, step=0.0), stop], "x"))
+    assert "2,260 %" in view
 
 
 def test_names_cannot_become_markup(shown):
