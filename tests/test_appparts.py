@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,7 +77,7 @@ def test_what_is_no_path_of_this_machine_is_told(parts):
 
 def test_weights_of_a_pull_request_are_not_loaded(parts, monkeypatch):
     asked = []
-    monkeypatch.setattr(parts.shelf, "MODELS", ["builtin", "org/model"])
+    monkeypatch.setattr(parts.shelf, "MODELS", {"builtin": "builtin", "org/model": "org/model"})
     monkeypatch.setattr(parts.shelf, "_load", lambda *given: asked.append(given))
     row = {"model_id": "org/model", "model_revision": "5" * 40, "readout": "cls", "dtype": "float64"}
     parts.shelf.recorded_encoder(row, {"normalize": True}, "evil/data")
@@ -114,15 +115,15 @@ def test_stop_stops_the_matches_of_one_visitor(parts, monkeypatch):
     assert isinstance(events[0], threading.Event)
 
 
-def test_files_for_visitors_go_after_a_while(parts, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(parts.shelf, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    first = parts.shelf.passing_file_of(b"1", "a.png")
-    now[0] = 1e4
-    second = parts.shelf.passing_file_of(b"2", "a.png")
-    assert not Path(first).parent.exists()
-    assert Path(second).read_bytes() == b"2"
-    shutil.rmtree(Path(second).parent)
+def test_files_for_visitors_go_after_a_while(parts):
+    first = Path(parts.shelf.file_of(b"1", "a.png", seconds=0.05))
+    second = Path(parts.shelf.file_of(b"2", "a.png"))
+    end = time.monotonic() + 20
+    while first.parent.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not first.parent.exists()
+    assert second.read_bytes() == b"2"
+    shutil.rmtree(second.parent)
 
 
 def test_a_link_holds_any_name(parts, monkeypatch):

@@ -145,7 +145,7 @@ def test_the_headline_goes_with_the_error(shown, error, start):
 
 
 def test_a_match_near_its_source_is_still_told_from_its_target(shown):
-    said = showwords.headline(shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0})
+    said = showwords.headline(shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0}, 9.0)
     assert said.endswith("Your eye can.")
 
 
