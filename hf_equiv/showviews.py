@@ -56,7 +56,7 @@ def strip(rows: Sequence[Row], chosen: str) -> str:
         f'<li><button type="button" data-key="{escape(row["key"], quote=True)}" '
         f'aria-pressed="{"true" if row["key"] == chosen else "false"}">'
         f'<img src="{data_uri(thumbnail(row["match"]), "jpeg")}" alt="" loading="lazy">'
-        f"<span>{escape(_short(row['source_id']))} → {escape(_short(row['target_id']))}</span></button></li>"
+        f"<span>{escape(_called(row, 'source'))} → {escape(_called(row, 'target'))}</span></button></li>"
         for row in rows
     )
     return f'<ul class="strip">{buttons}</ul>'
@@ -234,6 +234,11 @@ def player(path: Sequence[Row], rtol: float) -> str:
 def png_psnr_db(a: bytes, b: bytes) -> float | None:
     """PSNR of two PNG files in dB; None if they are the same picture."""
     return psnr_db(decode_png(a), decode_png(b))
+
+
+def _called(row: Row, who: str) -> str:
+    """The class of a photo, else its name."""
+    return str(row.get(f"{who}_class") or _short(row[f"{who}_id"])).split(",")[0]
 
 
 def _short(name: str) -> str:

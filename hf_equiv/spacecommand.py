@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,8 +33,19 @@ def run(*, host: str, port: int, dataset: str | None, models: Sequence[str], sha
         os.environ[DATASET] = dataset
     if models:
         os.environ[MODELS] = ",".join(models)
+    _refuse_taken(host, port)
     load_app().main(host=host, port=port, share=share)
     return 0
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            why = f"{error.strerror or error}"
+            raise ValueError(f"`port` must be free; got {port} of {host}: {why}. Choose another.") from error
 
 
 def load_app() -> ModuleType:

@@ -11,7 +11,7 @@ NAMES = (
     "cache_dir", "local_files_only", "limit", "k", "vectors", "directions", "radii", "regional", "linearity", "heading",
     "step", "num_steps", "create_pr", "license", "i_have_the_right", "withhold_photos", "collection",
     "compile", "streaming",
-    "transfer", "label_data", "dataset", "hardware", "wheel", "force", "timeout",
+    "transfer", "label_data", "dataset", "hardware", "wheel", "force", "timeout", "host", "port",
 )  # fmt: skip
 """Keywords that are flags with the same name."""
 

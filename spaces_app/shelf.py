@@ -17,7 +17,7 @@ from typing import Any
 try:  # before torch, as ZeroGPU asks
     import spaces
 
-    on_gpu = spaces.GPU(duration=60)
+    on_gpu = spaces.GPU(duration=120)
 except ImportError:  # anywhere else
 
     def on_gpu(work):
@@ -39,7 +39,7 @@ MODELS = ["builtin", *(m.strip() for m in os.environ.get("HF_EQUIV_MODELS", "").
 MODELS = {Path(m).name if Path(m).is_dir() else m: m for m in MODELS}
 """Checkpoints by the name that visitors see: a folder of this machine by its own name alone."""
 MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
-TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "60"))
+TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "120"))
 MAX_DOWNLOAD = 300 * 2**20
 HANDED_OUT = 300.0  # s
 RTOL = 1e-5

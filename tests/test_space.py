@@ -655,3 +655,12 @@ def test_the_app_can_be_built_and_served(tmp_path):
         told = serving.communicate(timeout=30)[0]
     assert status == 200, told
     assert b"gradio" in page
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"`port` must be free; got {port}"):
+            spacecommand.run(host="127.0.0.1", port=port, dataset=None, models=(), share=False)
