@@ -96,11 +96,12 @@ def results(name: str) -> Showcase:
     """The results of a name: those that ship with the app, the owner's dataset, or a public dataset of the Hub."""
     if name == BUILTIN_RESULTS:
         return open_showcase(HERE / "results")
-    token = None if name == DATASET else False  # a visitor sees what anybody sees, never what the owner's token opens
     with telling(name):
-        return open_showcase(
-            name, token=token, most_bytes=None if name == DATASET else MAX_DOWNLOAD, local=name == DATASET
-        )
+        if name == DATASET:
+            return open_showcase(name, local=True)
+        # a visitor sees what anybody sees, never what the owner's token opens; the files go, the rows are in memory
+        with tempfile.TemporaryDirectory(prefix="hf_equiv_", ignore_cleanup_errors=True) as cache:
+            return open_showcase(name, token=False, most_bytes=MAX_DOWNLOAD, local=False, cache_dir=cache)
 
 
 @contextmanager

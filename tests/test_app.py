@@ -17,6 +17,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from hf_equiv.encoder import Encoder
+from hf_equiv.hub import publish_results
 from hf_equiv.imagefile import decode_png
 from hf_equiv.spacecommand import load_app
 
@@ -200,3 +201,21 @@ def test_no_token_and_no_path_is_told(client):
     assert "my-model" in config
     assert "/my-model" not in config
     assert str(Path.home()) not in config
+
+
+def test_results_on_the_hub_by_name(hub, tmp_path):
+    results = Path(__file__).parents[1] / "spaces_app" / "results"
+    publish_results(results / "match", "alice/mine")
+    publish_results(results / "match", "alice/open", private=False)
+    publish_results(results / "match", "alice/closed")
+    online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_alice", "HF_HOME": str(tmp_path / "home")}
+    with served(tmp_path, "--dataset", "alice/mine", **online) as address:
+        own = Client(address, verbose=False)
+        for name in ("alice/mine", "alice/open"):  # the owner's, private as it is; and one that anybody may see
+            rows = own.predict(name, api_name="/list_matches")
+            assert len(rows) == 12
+            assert own.predict(rows[0]["key"], name, api_name="/check_match")["holds"]
+        with pytest.raises(Exception, match="no such dataset, or it is private"):
+            own.predict("alice/closed", api_name="/list_matches")
+    log = (tmp_path / "app.log").read_text(encoding="utf-8")
+    assert "hf_alice" not in log

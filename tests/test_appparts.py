@@ -192,3 +192,18 @@ def test_no_class_is_certain_that_is_not(share, said):
 def test_an_upload_has_a_limit_of_its_own():
     with pytest.raises(ValueError, match="at most 99 pixels"):
         open_image(Image.new("RGB", (10, 10)), most_pixels=99)
+
+
+def test_the_files_of_a_visitors_dataset_go(parts, monkeypatch):
+    given = {}
+
+    def opened(name, **options):
+        given.update(options)
+        assert Path(options["cache_dir"]).is_dir()
+        return Showcase(name)
+
+    monkeypatch.setattr(parts.shelf, "open_showcase", opened)
+    assert parts.shelf.results("somebody/matches").name == "somebody/matches"
+    assert not Path(given["cache_dir"]).exists()
+    assert given["token"] is False
+    assert given["most_bytes"] == parts.shelf.MAX_DOWNLOAD
