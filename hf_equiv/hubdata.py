@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -52,7 +53,7 @@ def load_hub_dataset(
                 raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
             with _quiet():
                 rows = first_rows(repo_id, config, revision, split, most, cache_dir)
-            ids, labels, read = columns_as_images(rows, name, image_column, label_column)
+            ids, labels, read = columns_as_images(rows, name, image_column, label_column, _caches(cache_dir))
             return f"{name}[:{most}]", revision, ids, labels, read
     except (OSError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be streamed: {_first_line(error.__cause__ or error)}") from error
@@ -64,14 +65,26 @@ def load_hub_dataset(
             )
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
-    ids, labels, read = columns_as_images(dataset, name, image_column, label_column)
+    ids, labels, read = columns_as_images(dataset, name, image_column, label_column, _caches(cache_dir))
     return name, revision, ids, labels, read
 
 
+def _caches(cache_dir: str | None) -> tuple[Path, ...]:
+    """Where downloads are: the only files of this machine that a dataset of the Hub may point to."""
+    places = [cache_dir, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+    return tuple(Path(place).resolve() for place in places if place)
+
+
 def columns_as_images(
-    dataset: datasets.Dataset, name: str, image_column: str | None, label_column: str | None
+    dataset: datasets.Dataset,
+    name: str,
+    image_column: str | None,
+    label_column: str | None,
+    inside: tuple[Path, ...] | None = None,
 ) -> Columns:
     """Find the image and label columns; images are decoded by `open_image`, not by `datasets`.
+
+    Cells may hold the path of a file; with `inside` only of one in these folders.
 
     Returns:
         Ids, labels, and a function that decodes image `i`.
@@ -109,6 +122,11 @@ def columns_as_images(
         if cell.get("bytes") is not None:
             return open_image(cell["bytes"], where)
         if cell.get("path"):
+            file = Path(cell["path"]).resolve()
+            if inside is not None and not any(file.is_relative_to(folder) for folder in inside):
+                raise ValueError(
+                    f"{where} must hold an image of the dataset; got the path of another file. Leave it out."
+                )
             return open_image(cell["path"], where)
         raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or remove the row.")
 

@@ -58,5 +58,7 @@ def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
     """The bytes of an image that is a file of its own on the Hub."""
     if cell is None or cell.get("bytes") is not None or not cell.get("path"):
         return cell
+    if "hf://" not in cell["path"]:  # a file of this machine or of elsewhere is none of the dataset
+        return {"bytes": None, "path": None}
     with xopen(cell["path"], "rb") as stream:
         return {"bytes": stream.read(), "path": None}

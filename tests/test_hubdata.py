@@ -3,6 +3,8 @@
 import io
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fakes import SIZE, TinyEncoder, draw_photo
 from huggingface_hub import HfApi
@@ -107,6 +109,39 @@ def test_a_torn_image_in_the_middle_marks_its_rows(hub, tmp_path):
     assert bad == {row["pair_id"] for row in outcome.rows if "2" in (row["source_id"], row["target_id"])} != set()
     assert len(bad) < 10
     assert all("alice/photos:default:train row 2" in why for why in outcome.errors.values())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dataset_of_the_hub_opens_no_other_file(hub, tmp_path, streamed):
+    (tmp_path / "own.png").write_bytes(png(0)["bytes"])
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / "own.png")}}, {"image": png(1)}]
+    # written by hand: `datasets` would take the file into the table
+    cells = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array([row["image"] for row in rows], cells)}), buffer)
+    api = HfApi()
+    api.create_repo("alice/sly", repo_type="dataset")
+    api.upload_file(
+        path_or_fileobj=buffer.getvalue(), path_in_repo="train.parquet", repo_id="alice/sly", repo_type="dataset"
+    )
+    more = {"streaming": True, "most": 2} if streamed else {}
+    images = load_images("alice/sly", cache_dir=str(tmp_path / "cache"), **more)
+    assert images[1].image.size == (40, 40)
+    with pytest.raises(ValueError, match="row 0 must hold an image"):
+        _ = images[0]
+
+
+def test_image_files_of_a_dataset_are_read(hub, tmp_path):
+    api = HfApi()
+    api.create_repo("alice/files", repo_type="dataset")
+    for k in range(2):
+        api.upload_file(
+            path_or_fileobj=png(k)["bytes"], path_in_repo=f"{k}.png", repo_id="alice/files", repo_type="dataset"
+        )
+    images = load_images("alice/files", cache_dir=str(tmp_path / "cache"))
+    assert [item.image.size for item in images] == [(40, 40)] * 2
+    streamed = load_images("alice/files", cache_dir=str(tmp_path / "cache"), streaming=True, most=2)
+    assert [item.image.size for item in streamed] == [(40, 40)] * 2
 
 
 def test_datasets_that_cannot_be_used(hub, tmp_path, monkeypatch):
