@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from hf_equiv.checkpoint import Checkpoint, find_checkpoint
 from hf_equiv.checks import finite_embedding
-from hf_equiv.hub_files import version
 from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.loading import find_device, load_model
 from hf_equiv.network import Network
@@ -24,7 +22,6 @@ from hf_equiv.zero_shot import LabelEmbeddings, embed_labels
 from hf_equiv.zeros import LeftRelation
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
 
 
 class Encoder:
@@ -324,10 +321,7 @@ class Encoder:
             "model_id": self._checkpoint.name,
             "model_revision": self.revision,
             "readout": self.readout,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "attention": self._network.loaded.attention,
-            "processor": self._network.preprocessor.record,
-            "versions": json.dumps({name: version(name) for name in _PACKAGES}),
+            **self._network.record,
         }
 
     def __repr__(self) -> str:

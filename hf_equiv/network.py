@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hf_equiv.hub_files import version
 from hf_equiv.loading import LoadedModel
 from hf_equiv.precision import exact_derivatives, float64_softmax, no_autocast, no_tf32
 from hf_equiv.preprocess import Preprocessor, normalise
 from hf_equiv.readouts import check_pixels, check_size, embed, find_layout, native_size, probe
+
+_PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
 
 
 class Network:
@@ -71,6 +75,16 @@ class Network:
         if size not in self._sizes:
             check_size(self.loaded, self.layout, size, self._native or tuple(self.grey.shape[2:]), self.mean)
             self._sizes.add(size)
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What decides about the last digits: type, attention kernel, image processor, versions."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self.loaded.attention,
+            "processor": self.preprocessor.record,
+            "versions": json.dumps({name: version(name) for name in _PACKAGES}),
+        }
 
     def in_dtype(self, dtype: torch.dtype) -> Network:
         """Return the same map in another type. In float64 weights are kept exactly, every operation has 53 bits."""
