@@ -242,14 +242,7 @@ class Encoder:
         return self._twin or self
 
     def in_dtype(self, dtype: torch.dtype) -> Encoder:
-        """Return the same function in another floating-point type, a copy with weights of its own.
-
-        Args:
-            dtype: of weights and embeddings.
-
-        Returns:
-            The copy, on the same device.
-        """
+        """Return the same function in another floating-point type: a copy with weights of its own."""
         network = self._network.in_dtype(dtype)
         return Encoder(self._checkpoint, network, readout=self.readout, normalize=self.normalize)
 
