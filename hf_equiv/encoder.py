@@ -50,9 +50,6 @@ class Encoder:
         >>> encoder = Encoder.from_pretrained("builtin")
         >>> encoder(torch.full((1, *encoder.input_shape), 0.5)).shape == (1, encoder.embedding_dim)
         True
-
-    References:
-        Salman, Shams, Liu (2024), arXiv:2401.15568.
     """
 
     def __init__(self, checkpoint: Checkpoint, network: Network, *, readout: str, normalize: bool) -> None:
@@ -242,7 +239,14 @@ class Encoder:
         return self._twin or self
 
     def in_dtype(self, dtype: torch.dtype) -> Encoder:
-        """Return the same function in another floating-point type: a copy with weights of its own."""
+        """Return the same function in another floating-point type, a copy with weights of its own.
+
+        Args:
+            dtype: of weights and embeddings.
+
+        Returns:
+            The copy, on the same device.
+        """
         network = self._network.in_dtype(dtype)
         return Encoder(self._checkpoint, network, readout=self.readout, normalize=self.normalize)
 
