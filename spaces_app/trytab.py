@@ -154,7 +154,7 @@ def stop_match(request: gr.Request) -> None:
             event.set()
 
 
-def try_tab() -> dict[str, Any]:
+def try_tab() -> None:
     """Two photos, a checkpoint, a budget; the match while it is made."""
     photos = load_images("builtin")
     paths = {item.id: file_of(_png(item.image), f"{item.id}.png", seconds=None) for item in photos}
@@ -189,7 +189,6 @@ def try_tab() -> dict[str, Any]:
     answer = [gr.File(label="match", visible=False), gr.JSON(label="row", visible=False)]
     gr.Button(visible=False).click(make_match, asked, answer, api_name="make_match", **compute)
     halt.click(stop_match, api_visibility="private", queue=False)
-    return {"go": go}
 
 
 def _png(image) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +18,25 @@ from hf_equiv.verify import verify_run
 
 class KilledError(BaseException):
     """What a kill looks like from inside: nothing after it is done."""
+
+
+@contextmanager
+def killed_after(steps: int, monkeypatch):
+    """Let this many files be renamed or removed; the next one is the kill."""
+    left = iter(range(steps))
+
+    def count(real):
+        def call(*arguments, **options):
+            if next(left, None) is None:
+                raise KilledError
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", count(os.replace))
+        patch.setattr(Path, "unlink", count(Path.unlink))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +96,7 @@ def test_a_kill_at_every_step_of_the_merge(plan, tmp_path, monkeypatch):
     for step in range(1, 200):
         place = tmp_path / f"at{step}"
         shutil.copytree(out, place)
-        left = iter(range(step))
-
-        def count(real, left=left):
-            def call(*arguments, **options):
-                if next(left, None) is None:
-                    raise KilledError
-                return real(*arguments, **options)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", count(os.replace))
-            patch.setattr(Path, "unlink", count(Path.unlink))
+        with killed_after(step, monkeypatch):
             try:
                 merge.merge_shards(place, MATCH, names, 3)
                 break

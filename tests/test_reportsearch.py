@@ -40,13 +40,19 @@ def test_votes_and_ties():
     assert search.vote(torch.tensor([1.0, 1.2]), database, ["a", "b"] * 3, 2, without=[0, 1, 4, 5]) == "b"
 
 
-def test_probe_follows_the_embedding():
+def red_and_blue() -> search.Gallery:
+    """Eight photos, embedded as how red and how blue they are; the odd ones are red."""
     gallery = search.Gallery()
     encoder = Known(lambda x: torch.stack([x[0].mean(), x[2].mean()]))
     for k in range(8):
         colour = torch.zeros(3, 4, 4)
         colour[0 if k % 2 else 2] = 0.5 + k / 20
         gallery.add(f"p{k}", colour, encoder, "red" if k % 2 else "blue")
+    return gallery
+
+
+def test_probe_follows_the_embedding():
+    gallery = red_and_blue()
     red, blue = 1, 2
     found = search.probe([(red, blue, gallery.vectors[blue]), (red, blue, gallery.vectors[red])], gallery)
     assert found["accuracy"] == 1.0
@@ -94,12 +100,7 @@ def test_an_embedding_without_a_direction_has_no_rank(bad):
 
 
 def test_a_match_without_a_direction_gets_no_class():
-    gallery = search.Gallery()
-    encoder = Known(lambda x: torch.stack([x[0].mean(), x[2].mean()]))
-    for k in range(8):
-        colour = torch.zeros(3, 4, 4)
-        colour[0 if k % 2 else 2] = 0.5 + k / 20
-        gallery.add(f"p{k}", colour, encoder, "red" if k % 2 else "blue")
+    gallery = red_and_blue()
     lost = torch.zeros(2, dtype=torch.float64)
     found = search.probe([(1, 2, lost), (1, 2, gallery.vectors[2])], gallery)
     assert [pair["match"] for pair in found["pairs"]] == [None, "blue"]

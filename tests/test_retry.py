@@ -1,16 +1,14 @@
 """Rows of status `error` are made again by the same command; whatever happens meanwhile, no row is lost or doubled."""
 
 import json
-import os
 import shutil
 import signal
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import TinyEncoder, draw_photo, save_photos
-from test_merge import KilledError, files_of, rows_of
+from test_merge import KilledError, files_of, killed_after, rows_of
 from test_processes import free_ports, python
 
 from hf_equiv import geometryplots, geometryrun, merge, retry, run, rundir, shards
@@ -84,19 +82,7 @@ def test_a_kill_at_every_step(tmp_path, monkeypatch):
     for step in range(200):
         place = tmp_path / f"at{step}"
         shutil.copytree(out, place)
-        left = iter(range(step))
-
-        def count(real, left=left):
-            def call(*arguments, **options):
-                if next(left, None) is None:
-                    raise KilledError
-                return real(*arguments, **options)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", count(os.replace))
-            patch.setattr(Path, "unlink", count(Path.unlink))
+        with killed_after(step, monkeypatch):
             try:
                 rundir.prepare(place, plan.settings, [pair.entry() for pair in plan.pairs], "missing")
                 break
