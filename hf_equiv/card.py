@@ -96,7 +96,7 @@ Recompute every row with `hf-equiv verify DIR`.
 def _option(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{k}:{n}" for k, n in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{value[0]:g} to {value[-1]:g} ({len(value)})" if isinstance(value, list) else str(value)
 
 
 def run_card(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:

@@ -154,7 +154,7 @@ def check_radii(radii: Tensor) -> None:
     """Require at least four positive finite radii, ascending, at least four a decade."""
     if radii.ndim != 1 or len(radii) < 4:
         raise ValueError(
-            f"`radii` must be at least 4 numbers; got {radii.numel()}. Use 1e-4:1, or torch.logspace(-4, 0, 17)."
+            f"`radii` must be at least 4 numbers; got {radii.numel()}. Use 1e-5:1, or torch.logspace(-5, 0, 21)."
         )
     if not bool(torch.isfinite(radii).all()) or float(radii.min()) <= 0:
         raise ValueError("`radii` must be finite and above 0. They are L2 lengths in pixel units.")
@@ -163,7 +163,7 @@ def check_radii(radii: Tensor) -> None:
         raise ValueError(
             "`radii` must ascend with at least four a decade (ratios in (1, 1.7783]); "
             f"got ratios from {float(ratios.min()):.4g} to {float(ratios.max()):.4g}. "
-            "Use 1e-4:1, or torch.logspace(-4, 0, 17)."
+            "Use 1e-5:1, or torch.logspace(-5, 0, 21)."
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_equiv import metrics
+from hf_equiv import checks, metrics
 from hf_equiv.columncheck import Columns
 from hf_equiv.imagefile import decode_png
 from hf_equiv.jacobian import Jacobian
@@ -129,8 +129,15 @@ class ImageCheck(Columns):
         match = self.floats.get(f"{name}/match")
         if "match" in self.settings["directions"] and not self._matches(rows[0], match, toward, image):
             return
+        radii = self.settings["radii"] or rows[0]["radii"] or []  # not among the settings of early runs
+        try:
+            checks.check_radii(torch.tensor(radii, dtype=torch.float64))
+        except ValueError as error:
+            self.say(rows[0], "radii", "a ladder", str(error))
+            return
         found, reach = measure_directions(
-            self.encoder, image, None if toward is None else toward.to(image), self.settings, name, _BATCH,
+            self.encoder, image, None if toward is None else toward.to(image), {**self.settings, "radii": radii}, name,
+            _BATCH,
             lambda *_: None, None if match is None else match.to(image),
         )  # fmt: skip
         made = {(row["direction"], row["index"]): row for row in rows_of(found, reach)}

@@ -90,7 +90,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         evals = jacobian + 8 if k is None else min(jacobian, 4 / 3 * (2 * k + 6)) + 8
     elif plan.config.analysis == "lipschitz":
         directions = sum(settings["directions"].values())
-        forwards = 2 * len(settings["radii"] or range(17)) + (30 if settings["linearity"] else 0)
+        forwards = 2 * len(settings["radii"]) + (30 if settings["linearity"] else 0)
         evals = jacobian + directions * (forwards + 4) / 3 + (250 if settings["regional"] else 0)
         evals += 300 if "match" in settings["directions"] else 0
     else:

@@ -20,6 +20,7 @@ from hf_equiv.pairs import Subject, read_subject, settle_subjects
 from hf_equiv.photofiles import BUILTIN_PHOTOS
 from hf_equiv.plan import default_folder, encoder_settings, refuse_columns, settings_hash
 from hf_equiv.results import SCHEMA_VERSION
+from hf_equiv.secants import RADII
 from hf_equiv.shards import Layout
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _own_settings(config: AnalysisConfig, encoder: Encoder) -> dict[str, Any]:
         kinds = parse_directions(config.directions) if config.directions else default_directions(encoder)
         return {
             "directions": kinds,
-            "radii": None if config.radii is None else list(config.radii),
+            "radii": list(config.radii or RADII),
             "regional": config.regional,
             "norm": None if config.regional is None else config.ball_norm,
             "linearity": config.linearity,

@@ -15,7 +15,7 @@ from hf_equiv.directions import Directions
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.noise import secant_noise
 from hf_equiv.results import Status
-from hf_equiv.secants import JVP_RTOL, RTOL, central_secants, read_secants
+from hf_equiv.secants import JVP_RTOL, RADII, RTOL, central_secants, read_secants
 
 Counted = Callable[[int, int], None]
 """A progress hook: (directions done, directions in all)."""
@@ -144,7 +144,7 @@ def directional_lipschitz(
         f: the encoder, or any callable (B, C, H, W) -> (B, D) with forward mode.
         images: x, (B, C, H, W), pixels in [0, 1].
         directions: from `make_directions`, or (B, K, C, H, W) of any length above 0: only the direction counts.
-        radii: h in pixel units (L2), ascending, at least four a decade; default 17 from 1e-4 to 1.
+        radii: h in pixel units (L2), ascending, at least four a decade; default 21 from 1e-5 to 1.
         noise: how the noise is measured: "twin", "ecnoise" or "auto" (`noise.secant_noise`).
         std: per-channel standard deviation that f normalises by, (C,); default that of the encoder.
         batch: images per forward pass and tangents per JVP.
@@ -180,8 +180,7 @@ def directional_lipschitz(
     checks.check_count(batch, "batch")
     given = as_directions(directions)
     checks.check_directions(given.vectors, images)
-    ladder = torch.logspace(-4, 0, 17, dtype=torch.float64) if radii is None else torch.as_tensor(radii).detach()
-    ladder = ladder.to(images.device, torch.float64)
+    ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
     dtype = torch.promote_types(images.dtype, torch.float32)

@@ -78,7 +78,7 @@ def measure_directions(
     """
     tell("directions", 0, 1)
     directions = directions_of_run(encoder, image, target, settings, image_id, batch, match)
-    radii: Sequence[float] | None = settings["radii"]
+    radii: Sequence[float] = settings["radii"]
     found = directional_lipschitz(
         encoder, image[None], directions, radii=radii, batch=batch,
         progress=lambda done, total: tell("secants", done, total),

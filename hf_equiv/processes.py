@@ -8,6 +8,7 @@ nobody waits for the dead.
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ PAUSE = 0.1
 """Seconds between two looks at what another process is doing."""
 
 LEFT_ALONE = "the main process has ended before the run was closed. Its rows are kept: run the same command again."
+OTHER_LEFT = (
+    "another process of this run has ended before the work was shared. Its own message says why; nothing was lost: "
+    "run the same command again."
+)
 
 _CLAIMS = ".claims"
 _MAIN = 1 << 40  # the byte that the main process holds while it lives
@@ -50,6 +55,18 @@ def join(device: torch.device) -> PartialState:
             f"{state.num_processes}). Launch with `accelerate launch --multi_gpu --num_processes {wanted} -m hf_equiv`."
         )
     return state
+
+
+def meet(state: PartialState) -> None:
+    """Wait until every process is here.
+
+    Raises:
+        RuntimeError: one has ended.
+    """
+    try:
+        state.wait_for_everyone()
+    except RuntimeError as error:  # of the communication library, whichever it is
+        raise RuntimeError(OTHER_LEFT) from error
 
 
 def describe(state: PartialState, blocks: Sequence[Block], what: str) -> str:
@@ -102,14 +119,28 @@ class Claims:
         self._file: int | None = None
 
     def open(self) -> None:
-        """Begin the list in the main process; the others open what is there."""
+        """Begin the list in the main process; the others open what is there.
+
+        Raises:
+            ValueError: the main process has another folder, as on a node that does not share its disk, or one whose
+                file system has no locks.
+        """
         if self._main:
             self._path.unlink(missing_ok=True)  # of a launch that was killed
         if self._alone:
             return
-        self._file = os.open(self._path, os.O_RDWR | (os.O_CREAT if self._main else 0), 0o644)
+        try:
+            self._file = os.open(self._path, os.O_RDWR | (os.O_CREAT if self._main else 0), 0o644)
+        except FileNotFoundError:
+            self._file = None
         if self._main:
             self._lock(_MAIN)
+        elif self._file is None or self._lock(_MAIN):  # what nobody holds is not the list of the main process
+            self.close()
+            raise ValueError(
+                f"`--out` must be one folder for all processes, on a file system with locks; {self._path.parent} on "
+                f"{platform.node()} is not the folder of the main process. Give a path that all nodes share."
+            )
 
     def take(self, number: int) -> bool:
         """Claim a block; False if another process has it, or the list was closed. A claim lasts until `drop`."""

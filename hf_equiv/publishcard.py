@@ -16,6 +16,7 @@ from hf_equiv.analysisconfig import SINGLE
 from hf_equiv.layouts import LAYOUTS
 from hf_equiv.localrun import analysis_of, run_name
 from hf_equiv.publishing import RUNS, is_withheld
+from hf_equiv.secants import RADII
 from hf_equiv.shards import MATCH
 
 Runs = Mapping[str, Mapping[str, Any]]
@@ -279,7 +280,7 @@ def command_of(record: Mapping[str, Any]) -> str:
         kinds = (k if k in SINGLE else f"{k}:{n}" for k, n in settings["directions"].items())
         words += ["--directions", ",".join(kinds)]
     for key in ("radii", "labels"):
-        if settings.get(key):
+        if settings.get(key) and settings[key] != list(RADII):
             words += ["--" + key, ",".join(map(str, settings[key]))]
     words += ["--" + key for key in ("normalize", "vectors", "linearity") if settings.get(key)]
     words += ["--no-refine"] if settings.get("refine") is False else []

@@ -127,7 +127,7 @@ def spectrum(model: str, **given: Any) -> int:
 @click.option(
     "--radii",
     type=Radii(),
-    help="Radii of the secants (L2, pixels in [0, 1]): a:b, or a,b,c,… ascending, four a decade. Default: 1e-4:1.",
+    help="Radii of the secants (L2, pixels in [0, 1]): a:b, or a,b,c,… ascending, four a decade. Default: 1e-5:1.",
 )
 @click.option(
     "--regional", type=Radius(), metavar="R", help="Also search the ball of radius R for the largest constant."

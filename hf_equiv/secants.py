@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hf_equiv.precision import no_tf32
 
+RADII = tuple(10 ** (-5 + i / 4) for i in range(21))
+"""Default ladder: L2 in pixel units, four a decade from 1e-5 to 1."""
 RTOL = 0.01
 """Estimated relative error up to which a value counts as resolved."""
 PLATEAU_RTOL = 0.02

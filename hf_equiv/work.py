@@ -65,7 +65,7 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
 
     with processes.Claims(folder, state) as claims:
         if not state.is_main_process:
-            state.wait_for_everyone()
+            processes.meet(state)
             claims.open()
             work = _Work(job, folder, tell, claims, state)
             rundir.refuse_other_settings(folder, job.settings, job.layout)  # images that changed in between
@@ -81,7 +81,7 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
             if failed:
                 what = "pairs" if job.layout is MATCH else "images"
                 tell(RunProgress("info", message=f"{failed} {what} whose rows have status error are tried again"))
-            state.wait_for_everyone()
+            processes.meet(state)
             work = _Work(job, folder, tell, claims, state)
             work.share()
             work.complete()
@@ -106,7 +106,7 @@ class _Work:
     ) -> None:
         self.job, self.folder, self.claims = job, folder, claims
         finished = rundir.finished_ids(folder, job.layout)
-        state.wait_for_everyone()  # every process has read the same list before the first one writes
+        processes.meet(state)  # every process has read the same list before the first one writes
         left = [item for item in job.items if job.name(item) not in finished]
         size = merge.items_per_file(job.item_bytes)
         self.blocks = processes.cut_blocks(left, job.size, state.num_processes, size)

@@ -136,7 +136,7 @@ def test_lipschitz_names_every_kind_and_gives_null_no_number(finished):
     }  # fmt: skip
     for row in rows:
         assert (row["value"] is None) == (row["status"] != "resolved")
-        assert len(row["secants"]) == len(row["noise_floor"]) == len(row["radii"]) == 17
+        assert len(row["secants"]) == len(row["noise_floor"]) == len(row["radii"]) == 21
         assert row["linearity_radius"] > 0
         assert row["regional_lower_bound"] >= row["regional_at_center"] > 0
         assert (row["radius"], row["norm"]) == (0.5, "l2")
@@ -342,6 +342,14 @@ def test_radii_below_every_step_leave_a_run_without_figures(photo_folder, tmp_pa
 
 
 # --- verify ---
+
+
+def test_the_ladder_of_an_early_run_is_that_of_its_rows(copied):
+    out = copied("lipschitz")
+    record = json.loads((out / "run.json").read_text())
+    record["settings"]["radii"] = None
+    (out / "run.json").write_text(json.dumps(record))
+    assert verify.verify_run(out).problems == ()
 
 
 @every_analysis

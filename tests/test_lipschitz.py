@@ -73,14 +73,14 @@ def test_the_record():
     d = directions(case, x, toward=x.flip(0))
     calls = []
     result = directional_lipschitz(case.f, x, d, batch=4, progress=lambda *state: calls.append(state))
-    B, K, R = 2, len(d), 17
+    B, K, R = 2, len(d), 21
     assert calls[-1] == (B * K, B * K)
     assert result.secants.shape == result.noise_floor.shape == (B, K, R)
     assert result.plateau.shape == (B, K, 2)
-    assert result.radii.tolist() == pytest.approx([10 ** (-4 + i / 4) for i in range(R)])
+    assert result.radii.tolist() == pytest.approx([10 ** (-5 + i / 4) for i in range(R)])
     assert (result.kinds, result.indices) == (d.kinds, d.indices)
-    # one forward pass of the Jacobian (and a graph of its products), 46 of the noise, K tangents, 2·K·R of the ladder
-    assert result.num_evals.tolist() == pytest.approx([(2 + 46 + 2 * K + 2 * K * R) / 3] * B, abs=1.1)
+    # one forward pass of the Jacobian (and a graph of its products), 55 of the noise, K tangents, 2·K·R of the ladder
+    assert result.num_evals.tolist() == pytest.approx([(2 + 55 + 2 * K + 2 * K * R) / 3] * B, abs=1.1)
     low, high = result.plateau.unbind(dim=2)
     good = result.values.isfinite()
     assert torch.equal(good, low.isfinite())
@@ -95,6 +95,20 @@ def test_the_record():
     assert float(kinds["top"].quantiles[4]) == pytest.approx(kinds["top"].largest_jvp)
     assert "null 0/16" in repr(result)
     assert "toward 2/2" in repr(result)
+
+
+def test_the_default_ladder_begins_below_the_curvature_of_steep_images():
+    # as steep as DeiT-Tiny gets: the secant along the top direction of one photo is off by 3.4e-3 at h = 1e-4
+    v = torch.randn(1, 1, *images(1).shape[1:], generator=torch.Generator().manual_seed(0))
+    unit = (v / v.norm()).flatten().double()
+
+    def encode(pixels):
+        return torch.stack([torch.sin(1400 * (pixels.flatten(1).double() @ unit)), pixels.flatten(1)[:, 0]], 1).float()
+
+    result = directional_lipschitz(encode, images(1), v)
+    assert result.status == (("resolved",),)
+    torch.testing.assert_close(result.values, result.jvp, rtol=1e-3, atol=0)
+    assert float(result.plateau[0, 0, 1]) < 3e-4
 
 
 def test_one_image_at_a_time_and_any_length_or_batch():

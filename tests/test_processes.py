@@ -152,7 +152,7 @@ def test_a_launcher_that_starts_one_process_is_noticed(monkeypatch):
 
 
 HOLD = """
-    import os, sys, time
+    import sys
     from pathlib import Path
     from types import SimpleNamespace
     from hf_equiv.processes import Claims
@@ -160,15 +160,17 @@ HOLD = """
     claims = Claims(Path(sys.argv[1]), SimpleNamespace(num_processes=2, is_main_process=sys.argv[2] == "main"))
     claims.open()
     print(claims.take(3), flush=True)
-    time.sleep(60)
+    sys.stdin.readline()
+    claims.close()
+    print("closed", flush=True)
 """
 
 
 def hold(folder: Path, role: str) -> subprocess.Popen:
-    """A process that holds block 3 and does nothing."""
+    """A process that holds block 3 and does nothing, until it reads a line: then it leaves."""
     command = [sys.executable, "-c", textwrap.dedent(HOLD), str(folder), role]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "True\n"
     return child
 
@@ -200,16 +202,58 @@ def test_who_waits_for_a_main_process_that_was_killed_is_told(tmp_path):
 
 
 def test_no_block_is_taken_once_the_list_is_closed(tmp_path):
-    main, other = (
-        processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=first)) for first in (True, False)
-    )
-    main.open()
+    child = hold(tmp_path, "main")
+    other = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=False))
     other.open()
     assert other.take(0)
-    main.close()
+    child.communicate("\n")
     assert not other.take(1)
     other.wait_for_close()
     other.close()
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["no list", "list of an earlier launch"])
+def test_a_folder_that_is_not_that_of_the_main_process_is_told(stale, tmp_path):
+    if stale:
+        (tmp_path / ".claims").touch()
+    other = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=False))
+    with pytest.raises(ValueError, match=r"`--out` must be one folder for all processes.* Give a path that all nodes"):
+        other.open()
+
+
+def test_two_nodes_give_the_rows_of_one_process(tmp_path):
+    work = ["-m", "hf_equiv", "match", "builtin", "--data", "builtin", "--pairs", "3", "--max-evals", "20", "--rtol",
+            "0.9", "--no-refine"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    port = free_ports(1)[0]
+
+    def start(node: int, folder: Path) -> subprocess.Popen:
+        folder.mkdir(exist_ok=True)
+        launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1",
+                    "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
+        command = [sys.executable, *launcher, *work, "--out", "two"]
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def ends(nodes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+        told = [node.communicate(timeout=300)[1] for node in nodes]
+        return [(node.returncode, text) for node, text in zip(nodes, told, strict=True)]
+
+    apart = ends([start(0, tmp_path / "here"), start(1, tmp_path / "there")])  # two disks
+    assert [code for code, _ in apart] == [1, 1]
+    assert "another process of this run has ended before the work was shared" in apart[0][1]
+    assert "is not the folder of the main process. Give a path that all nodes share." in apart[1][1]
+    shared = ends([start(0, tmp_path), start(1, tmp_path)])
+    assert [code for code, _ in shared] == [0, 0], shared
+    assert "rank 1: 2 processes share 3 rows" in shared[1][1]
+    subprocess.run([sys.executable, *work, "--out", "one"], cwd=tmp_path, env=environment, check=True, timeout=300)
+    one, two = (
+        [row | {"seconds": 0} for row in shards.read_rows(tmp_path / name, images=True, layout=LAYOUTS["match"])]
+        for name in ("one", "two")
+    )
+    assert len(one) == 3
+    assert one == two
 
 
 def test_kills_lose_double_and_damage_nothing():
@@ -247,7 +291,7 @@ def test_a_process_that_sees_other_photos_makes_no_row(tmp_path, monkeypatch):
     config = RunConfig(data=str(photos), pairs=2, max_evals=5, refine=False)
     run.run_match(make_plan(config, TinyEncoder()), out)
     draw_photo(11).save(photos / "class0" / "photo0.png")  # between the planning of one process and of another
-    (out / ".claims").touch()
+    hold(out, "main")
     other = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None)
     monkeypatch.setattr(processes, "join", lambda _: other)
     with pytest.raises(ValueError, match="other settings: the photos changed"):
