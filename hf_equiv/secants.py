@@ -97,9 +97,10 @@ def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading
         value = ‖s₀(j, m)‖,   error = 2·noise of s₀(j, m) + |‖s₀(j, m)‖ − ‖s₀(j, m + 1)‖|.
 
     It is Ridders' rule with two changes: vectors are compared and not their norms, so that an accidental agreement
-    needs D coincidences; and the noise is known beforehand. The plateau is the longest run of radii whose ‖s(h)‖ is
-    within 2 % of the value with a noise floor below 2 % of it. Resolved: error ≤ 1 % and a plateau of at least three
-    radii.
+    needs D coincidences; and the noise is known beforehand. Where the secants scatter about the fit by more than their
+    noise floors, the noise of s₀ is as much larger: along this direction the floor was too low. The
+    plateau is the longest run of radii whose ‖s(h)‖ is within 2 % of the value with a noise floor below 2 % of it.
+    Resolved: error ≤ 1 % and a plateau of at least three radii.
 
     Args:
         secants: s(h), (K, R, D), float64.
@@ -119,7 +120,7 @@ def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading
 
     References:
         Ridders (1982), "Accurate computation of F′(x) and F′(x)F″(x)", *Adv. Eng. Softw.* 4:75.
-        Richardson (1911), *Phil. Trans. R. Soc. A* 210:307.
+        Richardson (1911), *Phil. Trans. R. Soc. A* 210:307. Birge (1932), *Phys. Rev.* 40:207 (errors from residuals).
     """
     count, num_radii = secants.shape[:2]
     least, error = secants.new_full((2, count), torch.inf)
@@ -128,8 +129,7 @@ def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading
         noise = noise_floor[:, :top]
         tried: list[tuple[Tensor, Tensor]] = []
         for m in range(min(_ORDERS, top)):
-            weights = _weights(radii[:top], noise, m)
-            tried.append((torch.einsum("kr,krd->kd", weights, secants[:, :top]), (weights * noise).norm(dim=1)))
+            tried.append(_fit(secants[:, :top], radii[:top], noise, m))
         for (guess, spread), (finer, _) in pairwise(tried):
             trial = spread + (guess - finer).norm(dim=1)
             better = trial < least
@@ -148,11 +148,25 @@ def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading
     return Reading(value, error, plateau, resolved)
 
 
-def _weights(radii: Tensor, noise: Tensor, order: int) -> Tensor:
-    """Weights w (K, r), s₀ = Σ w_r s(h_r): the intercept of the weighted least-squares fit of degree `order` in h²."""
+def _fit(secants: Tensor, radii: Tensor, noise: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """s₀ (K, D) and its noise (K,): the intercept of the weighted least-squares fit of degree `order` in h².
+
+    Where the residuals of the fit are larger than the noise that is assumed, so is the noise of s₀, in proportion (the
+    Birge ratio); never smaller.
+
+    Returns:
+        The two.
+    """
     powers = (radii / radii[-1])[:, None] ** (2 * torch.arange(order + 1, device=radii.device))
-    precision = noise.amin(dim=1, keepdim=True) / noise
-    return torch.linalg.pinv(precision[:, :, None] * powers)[:, 0] * precision
+    precision = (noise.amin(dim=1, keepdim=True) / noise)[:, :, None]
+    inverse = torch.linalg.pinv(precision * powers)
+    terms = inverse @ (precision * secants)
+    spread = (inverse[:, 0] * precision[..., 0] * noise).norm(dim=1)
+    spare = len(radii) - order - 1
+    if spare > 0:
+        misfit = ((secants - powers @ terms) / noise[:, :, None]).flatten(1).norm(dim=1)
+        spread = spread * (misfit / spare**0.5).clamp_min(1)
+    return terms[:, 0], spread
 
 
 def _longest_run(row: list[bool]) -> tuple[int, int]:

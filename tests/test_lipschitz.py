@@ -10,6 +10,7 @@ from cases import EIGHT, SHAPE, images, linear, smooth_mlp
 
 from hf_equiv.directions import make_directions
 from hf_equiv.lipschitz import directional_lipschitz
+from hf_equiv.secants import RADII, read_secants
 
 every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
 
@@ -208,6 +209,18 @@ def test_outputs_that_are_rounded_on_purpose(quantum):
     good = result.values[0].isfinite()
     assert bool(((result.values[0] - exact).abs() <= result.errors[0])[good].all())
     assert float(result.noise_floor[0, 0, 0] * result.radii[0]) > 0.1 * quantum
+
+
+def test_secants_that_are_noisier_than_their_floor_widen_the_error():
+    radii, generator = torch.tensor(RADII, dtype=torch.float64), torch.Generator().manual_seed(0)
+    floor = (1e-4 / radii).expand(400, -1)
+    slope = torch.tensor([1.0, -2.0, 2.0], dtype=torch.float64)  # of norm 3
+    scatter = torch.randn(400, len(radii), 3, generator=generator, dtype=torch.float64) / 3**0.5
+    for louder in (1, 4, 20):
+        secants = slope + radii[:, None] ** 2 + louder * floor[..., None] * scatter
+        reading = read_secants(secants, radii, floor)
+        assert bool(reading.resolved.all())
+        assert bool(((reading.value - 3).abs() <= reading.error).all()), louder
 
 
 def test_a_constant_encoder_is_undetermined():
