@@ -14,7 +14,7 @@ from hf_equiv.imagefile import decode_png
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.lipschitzrows import measure_directions, measure_region, rows_of
 from hf_equiv.results import Status
-from hf_equiv.secants import RTOL
+from hf_equiv.secants import JVP_RTOL, RTOL, least_error, plateau_of
 from hf_equiv.shards import Row
 from hf_equiv.spectrumrows import measure_spectrum, row_of
 from hf_equiv.walkcheck import check_walk
@@ -129,10 +129,11 @@ class ImageCheck(Columns):
         match = self.floats.get(f"{name}/match")
         if "match" in self.settings["directions"] and not self._matches(rows[0], match, toward, image):
             return
-        radii = self.settings["radii"] or rows[0]["radii"] or []  # not among the settings of early runs
+        radii = self.settings.get("radii")
+        radii = (rows[0]["radii"] or []) if radii is None else radii  # not among the settings of early runs
         try:
             checks.check_radii(torch.tensor(radii, dtype=torch.float64))
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
             self.say(rows[0], "radii", "a ladder", str(error))
             return
         found, reach = measure_directions(
@@ -175,6 +176,10 @@ class ImageCheck(Columns):
         secants = [s or 0.0 for s in own["secants"]]
         self.ladder(row, "radii", own["radii"], [1e-12 * r for r in own["radii"]])
         self.ladder(row, "noise_floor", own["noise_floor"], [4 * f for f in floors])
+        stated = [f or 0.0 for f in row["noise_floor"] or []]
+        if len(stated) == len(floors) and any(f < 0.2 * o for f, o in zip(stated, floors, strict=True)):
+            self.say(row, "noise_floor", "floors as high as the noise", "it is less than a fifth of what was found")
+        self.same(row, "noise_method", own["noise_method"])
         tolerances = [4 * f + 1e-3 * s + noise for f, s in zip(floors, secants, strict=True)]
         self.ladder(row, "secants", own["secants"], tolerances)
         error = own["value_error"] or 0.0
@@ -186,6 +191,11 @@ class ImageCheck(Columns):
             self.say(row, "value", "a value where resolved, null elsewhere", f"it does not fit status {row['status']}")
         elif row["value"] is not None and own["value"] is not None:
             self.near(row, "value", own["value"], 2 * error + 1e-4 * own["value"])
+        elif (
+            row["value"] is not None
+        ):  # borderline: it was resolved there, within this of the exact ‖Jv‖, and is not here
+            coarse = self.encoder.dtype in (torch.float16, torch.bfloat16)
+            self.near(row, "value", own["jvp"], 2 * (JVP_RTOL if coarse else RTOL) * (own["jvp"] or 0.0))
         self.near(row, "value_error", own["value_error"], 4 * error + noise)
         self.near(row, "unit_factor", own["unit_factor"], 1e-5 * (own["unit_factor"] or 0.0))
         reach = own["linearity_radius"]
@@ -193,9 +203,30 @@ class ImageCheck(Columns):
             self.same(row, "linearity_radius", reach)
         elif reach is not None:
             self.near(row, "linearity_radius", reach, 1e-2 * reach)
-        if row["plateau"] is not None and own["plateau"] is not None:
-            for end in (0, 1):  # one rung of the ladder either way
-                self.near(row, "plateau", own["plateau"][end], 0.8 * own["plateau"][end], row["plateau"][end])
+        self.same(row, "linearity_at_limit", own["linearity_at_limit"])
+        self._reading(row)
+
+    def _reading(self, row: Row) -> None:
+        """What a value was read from must be in its row: a plateau of the secants, and an error not below the noise."""
+        value, error = row["value"], row["value_error"]
+        columns = [row["secants"] or [], row["radii"] or [], row["noise_floor"] or []]
+        if None in [n for column in columns for n in column] or len({len(column) for column in columns}) > 1:
+            return  # told above, or an error row
+        secants, radii, floors = (torch.tensor(column, dtype=torch.float64) for column in columns)
+        plateau = None
+        if value is not None:
+            low, high = plateau_of(secants[None], radii, floors[None], torch.tensor([value], dtype=torch.float64))[0]
+            plateau = [float(low), float(high)]
+        self.same(row, "plateau", plateau)
+        if error is None or not len(floors) or not float(floors.min()) > 0:
+            return
+        least = 0.99 * float(least_error(floors[None])[0])  # rounding of a sum
+        if value is not None and row["jvp"] is not None:
+            least = max(least, 0.99 * abs(value - row["jvp"]))
+        if not error >= least:
+            self.say(
+                row, "value_error", "an error not below noise and ‖Jv‖", f"{error:.3g} must be at least {least:.3g}"
+            )
 
     def _region(self, rows: Sequence[Row], image: Tensor) -> None:
         """The largest constant must be that of the stored place and direction, inside the ball and the box."""

@@ -137,15 +137,46 @@ def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading
             bound = _SIGMAS * spread + (norm - finer.norm(dim=1)).abs()
             least, value = torch.where(better, trial, least), torch.where(better, norm, value)
             error = torch.where(better, bound, error)
+    plateau = plateau_of(secants.norm(dim=2), radii, noise_floor, value)
+    resolved = (error <= RTOL * value) & (value > 0) & plateau.isfinite().all(dim=1)
+    return Reading(value, error, plateau, resolved)
+
+
+def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor) -> Tensor:
+    """Find the longest run of radii whose secants and noise floors are within 2 % of the value.
+
+    Args:
+        norms: ‖s(h)‖, (K, R), float64.
+        radii: h, (R,), float64, ascending.
+        noise_floor: (K, R), float64.
+        value: ‖s(0)‖, (K,), float64.
+
+    Returns:
+        Its lowest and highest radius, (K, 2), float64; NaN where fewer than three are in a row.
+    """
     level = value[:, None]
-    on = ((secants.norm(dim=2) - level).abs() <= PLATEAU_RTOL * level) & (noise_floor <= PLATEAU_RTOL * level)
-    plateau = torch.full((count, 2), torch.nan, dtype=radii.dtype, device=radii.device)
+    on = ((norms - level).abs() <= PLATEAU_RTOL * level) & (noise_floor <= PLATEAU_RTOL * level)
+    plateau = torch.full((len(value), 2), torch.nan, dtype=radii.dtype, device=radii.device)
     for k, row in enumerate(on.tolist()):
         low, high = _longest_run(row)
         if high - low >= PLATEAU_RADII:
             plateau[k] = torch.stack([radii[low], radii[high - 1]])
-    resolved = (error <= RTOL * value) & (value > 0) & plateau.isfinite().all(dim=1)
-    return Reading(value, error, plateau, resolved)
+    return plateau
+
+
+def least_error(noise_floor: Tensor) -> Tensor:
+    """Below what no error of a reading can be: two standard deviations of the best mean of all secants, (K,) float64.
+
+    No other fit has a smaller spread (Gauss–Markov), so this holds whichever was taken.
+
+    Args:
+        noise_floor: (K, R), float64, above 0.
+
+    Returns:
+        2 / (Σ_r noise_floor_r⁻²)^½.
+    """
+    least = noise_floor.amin(dim=1, keepdim=True)  # squares neither overflow nor vanish in units of it
+    return _SIGMAS * least[:, 0] / (least / noise_floor).norm(dim=1)
 
 
 def _fit(secants: Tensor, radii: Tensor, noise: Tensor, order: int) -> tuple[Tensor, Tensor]:

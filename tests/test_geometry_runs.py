@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from fakes import SIZE, TinyEncoder
 from PIL import Image
 
-from hf_equiv import cli, environment, geometryplots, geometryrun, merge, rundir, shards, verify
+from hf_equiv import cli, environment, geometrycheck, geometryplots, geometryrun, merge, rundir, shards, verify
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan, parse_directions
 from hf_equiv.geometryrun import run_analysis
 from hf_equiv.imagefile import decode_png
@@ -352,6 +353,68 @@ def test_the_ladder_of_an_early_run_is_that_of_its_rows(copied):
     assert verify.verify_run(out).problems == ()
 
 
+def tamper(out: Path, change, settings=None, analysis: str = "lipschitz") -> None:
+    """Change the rows of each file, given with its place, and the settings; the checksums are made to fit."""
+    record, layout = json.loads((out / "run.json").read_text()), LAYOUTS[analysis]
+    for place, path in enumerate(shards.shard_files(out, layout)):
+        rows = shards.read_shard(path, images=True, layout=layout)
+        floats, _ = shards.read_floats(out / "float" / f"{path.stem}.safetensors")
+        change(place, rows)
+        shards.write_shard(out, place, rows, floats, {}, layout)
+    record["settings"] |= settings or {}
+    record["files"] |= {name: sha256_file(out / name) for name in record["files"]}
+    (out / "run.json").write_text(json.dumps(record))
+
+
+NO_LADDERS = ["1e-5:1", {"from": 1e-5}, [None] * 4, [math.nan] * 21, [10**400] * 4, []]
+
+
+@pytest.mark.parametrize("radii", NO_LADDERS, ids=lambda radii: json.dumps(radii)[:20])
+def test_settings_without_a_ladder_are_named(radii, copied):
+    out = copied("lipschitz")
+    tamper(out, lambda *_: None, {"radii": radii})
+    report = verify.verify_run(out)
+    assert {problem.column for problem in report.problems} == {"radii"}
+    assert len(report.problems) == 2
+
+
+@pytest.mark.parametrize("radii", [None, [None] * 21, [math.nan] * 21], ids=str)
+def test_an_early_row_without_a_ladder_is_named(radii, copied):
+    out = copied("lipschitz")
+    tamper(out, lambda place, rows: rows[0].update(radii=radii), {"radii": None})
+    assert "radii" in {problem.column for problem in verify.verify_run(out).problems}
+
+
+def test_an_early_image_with_a_ladder_of_its_own_is_named(copied):
+    out = copied("lipschitz")
+
+    def cut(place, rows):
+        for row in rows if place == 1 else ():
+            row |= {key: row[key][1:] for key in ("radii", "secants", "noise_floor")}
+
+    tamper(out, cut, {"radii": None})
+    named = [problem.pair_id for problem in verify.verify_run(out).problems if problem.column == "radii"]
+    assert len(named) == 12
+
+
+def test_a_borderline_value_is_held_against_the_derivative(copied, monkeypatch):
+    out, real = copied("lipschitz"), geometrycheck.rows_of
+
+    def borderline(*results):
+        return [
+            row | {"value": None, "status": "undetermined", "value_error": 0.01 * row["jvp"]} for row in real(*results)
+        ]
+
+    def change(place, rows):
+        rows[0] |= {"value": 3 * rows[0]["value"]}
+
+    tamper(out, change)
+    monkeypatch.setattr(geometrycheck, "rows_of", borderline)
+    named = [p.pair_id for p in verify.verify_run(out).problems if p.column == "value"]
+    assert len(named) == 2
+    assert all(name.endswith("random 0") for name in named)
+
+
 @every_analysis
 def test_a_finished_run_holds(analysis, copied):
     report = verify.verify_run(copied(analysis))
@@ -370,6 +433,15 @@ TAMPERED = [
     ("lipschitz", 3, "jvp", lambda v: v * 1.01),
     ("lipschitz", 4, "secants", lambda v: [*v[:-1], v[-1] * 1.05]),
     ("lipschitz", 0, "noise_floor", lambda v: [20 * f for f in v]),
+    ("lipschitz", 0, "noise_floor", lambda v: [f / 20 for f in v]),
+    ("lipschitz", 0, "noise_method", lambda v: "twin"),
+    ("lipschitz", 0, "value_error", lambda v: 0.0),
+    ("lipschitz", 8, "value_error", lambda v: -v),
+    ("lipschitz", 0, "plateau", lambda v: None),
+    ("lipschitz", 0, "plateau", lambda v: v[:1]),
+    ("lipschitz", 8, "plateau", lambda v: [1e-3, 1.0]),
+    ("lipschitz", 1, "linearity_at_limit", lambda v: not v),
+    ("lipschitz", 2, "radii", lambda v: [1.0001 * h for h in v]),
     ("lipschitz", 7, "status", lambda v: "resolved"),
     ("lipschitz", 2, "linearity_radius", lambda v: v * 2),
     ("lipschitz", 0, "regional_lower_bound", lambda v: v * 1.1),
