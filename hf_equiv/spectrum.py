@@ -124,7 +124,7 @@ def jacobian_spectrum(
     without squaring the small ones away; "golub_kahan" finds the top k from products with J and Jᵀ. "auto" takes the
     quicker. With an Encoder, the zeros that its last LayerNorm, head or unit norm cause are named, in closed form.
 
-    Cost: full (1 + 2D)/3 evaluations an image and D·N numbers of memory; golub_kahan 4/3 a pass, about 2k + 4 passes.
+    Cost: full (1 + 2D)/3 evaluations an image and D·N numbers of memory; golub_kahan 4/3 a pass, about 2k + 7 passes.
     About 4 VJPs in float64 more for `error_bound`.
 
     Args:

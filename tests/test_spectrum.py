@@ -249,6 +249,18 @@ def test_equal_values_are_all_found(values, k, dtype):
     torch.testing.assert_close(top.values, torch.tensor(values[:k], dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_double_and_triple_values_among_others_are_not_counted_once(times, dtype):
+    """One Krylov space holds one vector of each; a second start finds the others."""
+    sigma = slow(count=40).repeat_interleave(times)
+    J = Jacobian(lambda x: x.flatten(1) * sigma.to(x), torch.full((1, 1, len(sigma)), 0.5, dtype=dtype))
+    for seed in range(10):
+        top = golub_kahan(J, 6, 1e-4, seed=seed)
+        assert bool(((top.values - sigma[:6]).abs() <= top.bound + 1e-5).all()), seed
+        assert top.passes < 40
+
+
 @pytest.mark.parametrize("scale", [1e-160, 1e-155, 1e155, 1e160])
 def test_any_scale(scale):
     matrix = torch.randn(20, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
