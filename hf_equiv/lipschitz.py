@@ -133,6 +133,11 @@ def directional_lipschitz(
 
     x ± hv may step over the edge of [0, 1], where f is defined too. Each image is worked on by itself.
 
+    Limits: at a kink exactly at x, such as a maximum of equal numbers, central secants tend to the mean of the two
+    one-sided derivatives, and autograd may give it too: then it is resolved. Where f computes in bfloat16 or float16,
+    the exact ‖Jv‖ is rounded as well: of small random networks (1 to 64 outputs) 2 % of the resolved values were
+    further from the unrounded constant than `errors`, by up to 1.7 times, most of those with a single output.
+
     Normalised-pixel units: with y = (x − mean)/std a step v has length ‖v/std‖, so the constant along v becomes
     ‖Jv‖ / ‖v/std‖, the value times `unit_factor`.
 

@@ -51,7 +51,7 @@ def test_class_token(model):
 
     for seed in range(5):
         top = golub_kahan(Jacobian(encoder, x[0]), 8, 1e-4, seed=seed)
-        assert top.passes <= 22
+        assert top.passes <= 25  # the last three find that nothing was missed
         assert float((top.values - single.singular_values[0, :8]).abs().max()) <= 1e-4 * float(exact[0])
 
     for J, limit in ((Jacobian(encoder, x[0]), 1e-7), (twin, 1e-13)):
