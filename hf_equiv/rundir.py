@@ -63,9 +63,11 @@ def check_record(folder: Path, record: Row, layout: Layout) -> None:
         ValueError: something is missing.
     """
     wanted = ["model_id", "model_revision", "readout", "dtype", "normalize", "data_id", "data_revision", "seed"]
-    wanted += ["rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"] if layout is MATCH else []
+    kinds = _OWN.get(layout.analysis, {})
+    wanted += ["rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"] if layout is MATCH else [*kinds]
     settings, summary = record["settings"], record.get("summary")
     missing = [f"settings.{key}" for key in wanted if key not in settings]
+    missing += [f"a right settings.{k}" for k, kind in kinds.items() if k in settings and not _is(settings[k], kind)]
     missing += [key for key, kind in ((layout.listed, list), ("files", dict)) if not isinstance(record.get(key), kind)]
     missing += [f"{layout.listed}.{layout.item}"] if not missing and not all(
         isinstance(item, dict) and layout.item in item for item in record[layout.listed]
@@ -75,6 +77,22 @@ def check_record(folder: Path, record: Row, layout: Layout) -> None:
         missing.append("summary")
     if missing:
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks {', '.join(missing)}.")
+
+
+_OWN: dict[str, dict[str, Any]] = {
+    "spectrum": {"k": int | None, "vectors": bool},
+    "lipschitz": {"directions": dict, "regional": float | None, "norm": str | None, "linearity": bool},
+    "walk": {"heading": str, "step": float, "num_steps": int, "rtol": float, "solver": str | None},
+}
+"""The settings of each analysis, and what they are."""
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is dict:
+        return isinstance(value, dict) and all(isinstance(n, int) for n in value.values())
+    return isinstance(float(value) if isinstance(value, int) and isinstance(1.0, kind) else value, kind)
 
 
 def prepare(folder: Path, settings: Row, items: Sequence[Row], overwrite: str, layout: Layout = MATCH) -> int:

@@ -228,7 +228,9 @@ def _verify_analysis(
                     doubled = f"row {row_name(analysis, row)!r} is there twice"
                     found.say(file, row_name(analysis, row), "image_id", "one row", "two rows", doubled)
                 stated = {k: v for k, v in settings.items() if k in PROVENANCE_FEATURES}
-                check_stated(file, row, stated, listed.get(image_id), found, row_name(analysis, row))
+                item = listed.get(image_id)
+                item = item and item | {"toward_id": item.get("target_id")}
+                check_stated(file, row, stated, item, found, row_name(analysis, row))
             if analysis == "lipschitz" and settings.get("radii") is None:  # early run: all images have one ladder
                 settings = settings | {"radii": own[0]["radii"]}
             ImageCheck(analysis, file, encoder, settings, floats, found).run(own)

@@ -397,6 +397,26 @@ def test_an_early_image_with_a_ladder_of_its_own_is_named(copied):
     assert len(named) == 12
 
 
+@pytest.mark.parametrize(
+    ("analysis", "key", "value"),
+    [("lipschitz", "directions", "random:2"), ("lipschitz", "linearity", None), ("walk", "step", "1"),
+     ("walk", "num_steps", True), ("spectrum", "k", [2]), ("spectrum", "vectors", 1)],
+)  # fmt: skip
+def test_damaged_settings_are_named(analysis, key, value, copied):
+    out = copied(analysis)
+    record = json.loads((out / "run.json").read_text())
+    record["settings"][key] = value
+    (out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"is damaged: it lacks a right settings\.{key}\."):
+        verify.verify_run(out)
+
+
+def test_another_target_is_named(copied):
+    out = copied("lipschitz")
+    tamper(out, lambda _, rows: rows[0].update(toward_id="another"))
+    assert {problem.column for problem in verify.verify_run(out).problems} == {"toward_id"}
+
+
 def test_a_borderline_value_is_held_against_the_derivative(copied, monkeypatch):
     out, real = copied("lipschitz"), geometrycheck.rows_of
 
