@@ -13,10 +13,13 @@ from hf_equiv.resultverbs import publish, report, verify
 from hf_equiv.runverbs import lipschitz, match, spectrum, walk
 from hf_equiv.spacegroup import space
 
+_SHARED = ("match", "spectrum", "lipschitz", "walk")  # what several processes share; the rest is done by the first
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="hf-equiv", prog_name="hf-equiv")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Find images that share an embedding, for any vision checkpoint, and check what was found.
 
     \b
@@ -35,6 +38,8 @@ def cli() -> None:
     Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input; 130 stopped by
     Ctrl-C, after which the same command goes on.
     """  # noqa: D301 (click looks for the backspace itself)
+    if context.invoked_subcommand not in _SHARED and os.environ.get("RANK", "0") != "0":
+        context.exit()  # under a launcher one process is enough
 
 
 for command in (match, spectrum, lipschitz, walk, verify, publish, report):

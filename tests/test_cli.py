@@ -55,6 +55,14 @@ def test_help_is_quick_and_complete():
     assert all(flag in told.stdout for flag in flags.split())
 
 
+def test_of_several_processes_the_first_verifies_and_publishes(place, capsys, monkeypatch):
+    assert call(capsys, *PAIR, "--out", "run", "--rtol", "0.9")[0] == 0
+    monkeypatch.setenv("RANK", "1")
+    assert call(capsys, "verify", "run") == call(capsys, "publish", "nowhere", "a/b") == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "hold" in call(capsys, "verify", "run")[1]
+
+
 def test_match_and_verify_as_json(place, capsys):
     code, out, _ = call(capsys, *PAIR, "--out", "run", "--json", "--rtol", "0.5")
     result = json.loads(out)
