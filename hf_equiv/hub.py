@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def publish_results(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     repo_id: str,
     *,
     private: bool | None = None,

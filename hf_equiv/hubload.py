@@ -56,7 +56,7 @@ def download_results(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     with_float: bool = True,
 ) -> tuple[Path, str]:
@@ -87,6 +87,7 @@ def download_results(
     folders = [folder for folder in OWN_FOLDERS if with_float or folder != "float"]
     inside = [rundir.RECORD, *(f"{folder}/*" for folder in folders)]
     wanted = [CARD, *inside, *(f"{RUNS}/*/{pattern}" for pattern in [CARD, *inside])]
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     folder, commit = _snapshot(name, wanted, revision, token, cache_dir, local_files_only)
     runs = run_folders(folder)
     if not runs:
@@ -139,7 +140,7 @@ def load_results(
     *,
     with_float: bool = False,
     token: str | bool | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.Dataset:
     """Load the rows of a dataset or of a run directory, images decoded.
 
@@ -174,6 +175,7 @@ def load_results(
     if with_float and layout is not MATCH:
         raise ValueError(f"`with_float` must be False for {config!r}: only matches have float images to load.")
     name = os.fspath(repo_id_or_dir)
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     if Path(name).is_dir():
         if revision is not None:
             raise ValueError(f"`revision` must be None for a local folder; got {revision!r}.")

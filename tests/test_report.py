@@ -138,6 +138,14 @@ def test_everything_is_there(runs, drawn, tmp_path):
     assert not any("prove" in line.lower() for line in (report.html, report.markdown))
 
 
+def test_paths_as_text_and_one_or_several(runs, tmp_path):
+    page = make_report("runs/free", survival=False, out="page.html")
+    page.write("page.html")
+    several = make_report([Path("runs/free")], survival=False, out=Path("page.html"), model=Path("nowhere"))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page.html == several.html
+    assert (tmp_path / "page_files").is_dir()
+
+
 def test_the_same_again_to_the_byte_with_and_without_what_was_kept(runs, drawn, tmp_path):
     out = tmp_path / "out" / "page.html"
     first = make_report([runs], out=out)
