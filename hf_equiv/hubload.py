@@ -17,7 +17,7 @@ from hf_equiv import rundir
 from hf_equiv.hub_files import version
 from hf_equiv.hubcalls import api_of, check_dataset_id, explained, patiently
 from hf_equiv.layouts import LAYOUTS
-from hf_equiv.localrun import CARD
+from hf_equiv.localrun import CARD, run_name
 from hf_equiv.parquetfile import load_parquet
 from hf_equiv.photofiles import content_hash, file_digest
 from hf_equiv.publishing import OWN_FOLDERS, RUNS
@@ -138,19 +138,22 @@ def load_results(
     config: str = MATCH.folder,
     revision: str | None = None,
     *,
+    run: str | None = None,
     with_float: bool = False,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.Dataset:
     """Load the rows of a dataset or of a run directory, images decoded.
 
-    Rows of several runs are in one table; the columns of provenance tell them apart. Where photos are withheld, images
-    are None.
+    Rows of several runs are in one table. The columns of provenance tell model, readout and data; runs that differ in
+    other settings, such as `max_evals` or `refine`, are told apart by `run`. Where photos are withheld, images are
+    None.
 
     Args:
         repo_id_or_dir: `USER/NAME` of the Hub, or a folder.
         config: `matches`, `spectra`, `lipschitz` or `paths`.
         revision: branch, tag, commit or `refs/pr/N` of the dataset.
+        run: only the rows of this run of a dataset, by its name in the table of the card; None for all runs.
         with_float: add `match_float`, the match before it was rounded to 8 bit: a float tensor (3, H, W) with values in
             [0, 1], read from its file when the row is asked for; None where there is none. Only for `matches`.
         token: for private datasets; by default the one you are logged in with.
@@ -161,7 +164,7 @@ def load_results(
 
     Raises:
         FileNotFoundError: a folder that does not exist.
-        ValueError: an unknown configuration, or no rows of it.
+        ValueError: an unknown configuration, or no rows of it; an unknown run, or one named for a run directory.
         RepositoryNotFoundError: there is no such dataset, or it is private.
 
     Example:
@@ -187,11 +190,27 @@ def load_results(
         parts = [f"{layout.folder}/*", rundir.RECORD, *(["float/*"] if with_float else [])]
         wanted = [*parts, *(f"{RUNS}/*/{part}" for part in parts)]
         folder, _ = _snapshot(repo_id, wanted, revision, token, cache_dir, False)
-    return _rows(name, folder, layout, with_float=with_float, cache_dir=cache_dir)
-
-
-def _rows(name: str, folder: Path, layout: Layout, *, with_float: bool, cache_dir: str | None) -> datasets.Dataset:
     runs = run_folders(folder) or {"": folder}
+    if run is not None:
+        if Path(name).is_dir() and list(runs) == [""]:
+            raise ValueError(f"`run` must be None for a run directory; got {run!r}. It holds one run.")
+        runs = _one_run(name, runs, run)
+    return _rows(name, runs, layout, with_float=with_float, cache_dir=cache_dir)
+
+
+def _one_run(name: str, runs: dict[str, Path], wanted: str) -> dict[str, Path]:
+    """The run of this name, at its place."""
+    named = {run_name(rundir.read_record(run)) if place == "" else run.name: place for place, run in runs.items()
+             if (run / rundir.RECORD).is_file()}  # fmt: skip
+    if wanted not in named:
+        there = f"it holds {', '.join(named)}" if named else "it holds none"
+        raise ValueError(f"`run` must be the name of a run of {name!r}; got {wanted!r}. Of runs {there}.")
+    return {named[wanted]: runs[named[wanted]]}
+
+
+def _rows(
+    name: str, runs: dict[str, Path], layout: Layout, *, with_float: bool, cache_dir: str | None
+) -> datasets.Dataset:
     files = [path for run in runs.values() for path in shard_files(run, layout)]
     if not files:
         there = sorted({c for run in runs.values() for c in CONFIGS if shard_files(run, CONFIGS[c])})

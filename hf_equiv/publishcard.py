@@ -119,9 +119,7 @@ def configs_of(runs: Runs) -> list[dict[str, Any]]:
         )
         if patterns:
             first = {"default": True} if not made else {}
-            made.append(
-                {"config_name": layout.folder, **first, "data_files": [{"split": "train", "path": patterns}]}
-            )  # fmt: skip
+            made.append({"config_name": layout.folder, **first, "data_files": [{"split": "train", "path": patterns}]})
     return made
 
 
@@ -238,14 +236,17 @@ def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _load(repo_id: str, runs: Runs, config: str) -> str:
     others = ", ".join(f"`{item['config_name']}`" for item in configs_of(runs))
+    place, record = [item for item in runs.items() if LAYOUTS[analysis_of(item[1])].folder == config][-1]
+    files = f"{place}/{config}/*.parquet" if place else f"{config}/*.parquet"
     return (
         "```python\n"
         "from datasets import load_dataset\n\n"
         f'rows = load_dataset("{repo_id}", "{config}", split="train")\n'
         "```\n\n"
         f"Configurations: {others}. Rows of several runs are in one table; `model_id`, `readout`, `data_id` and the "
-        "other columns at the end tell them apart. "
-        f'`hf_equiv.load_results("{repo_id}")` gives the same rows, with the float matches on request.'
+        "other columns at the end tell model, readout and data. Runs of other settings are loaded one by one: "
+        f'`load_dataset("{repo_id}", data_files="{files}", split="train")`, or with `hf_equiv`, which also gives the '
+        f'float matches on request, `hf_equiv.load_results("{repo_id}", "{config}", run="{run_name(record)}")`.'
     )
 
 

@@ -495,6 +495,32 @@ def test_load_with_floats_from_the_hub_and_from_a_folder(hub, runs):
     assert "match_float" not in load_results(runs["match"])[0]
 
 
+def test_the_rows_of_one_run(hub, runs):
+    """Two match runs differ in no column that tells them apart; the names and patterns of the card do."""
+    done = {name: publish_results(runs[name], NAME) for name in ("match", "seed", "walk")}
+    for name in ("match", "seed"):
+        rows, local = load_results(NAME, run=done[name].run, with_float=True), load_results(runs[name])
+        assert [row["seconds"] for row in rows] == [row["seconds"] for row in local]
+        assert torch.equal(rows[0]["match_float"], load_results(runs[name], with_float=True)[0]["match_float"])
+    assert len(load_results(NAME, "paths", run=done["walk"].run)) == 6
+    (pattern,) = re.findall(r'data_files="(.*?)"', done["walk"].card)
+    (named,) = re.findall(r'run="(.*?)"', done["walk"].card)
+    own = next(one for one in done.values() if one.run == named)
+    rows = datasets.load_dataset(NAME, data_files=pattern, split="train")
+    assert [row["seconds"] for row in rows] == [row["seconds"] for row in load_results(NAME, run=own.run)]
+    folder, _ = download_results(NAME)
+    assert len(load_results(folder, run=done["seed"].run)) == 2
+    for place in (NAME, folder):
+        with pytest.raises(
+            ValueError, match=rf"`run` must be .* got 'other'\. .* {done['match'].run}, .*{done['walk'].run}"
+        ):
+            load_results(place, run="other")
+    with pytest.raises(ValueError, match=r"it has paths"):
+        load_results(NAME, run=done["walk"].run)
+    with pytest.raises(ValueError, match=r"`run` must be None for a run directory; got 'match-x'"):
+        load_results(runs["match"], run="match-x")
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
