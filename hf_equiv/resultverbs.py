@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hf_equiv.options import output_options
+from hf_equiv.options import output_options, visibility
 
 
 @click.command()
@@ -45,10 +45,7 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
 @click.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="USER/NAME")
-@click.option(
-    "--private/--public", "private", default=None,
-    help="Visibility. Default: that of the dataset; a new one is private.",
-)  # fmt: skip
+@visibility("dataset")
 @click.option("--create-pr", is_flag=True, help="Open a pull request; for that you need not own the dataset.")
 @click.option("--revision", metavar="BRANCH", help="Branch to commit to, made if missing; or refs/pr/N.")
 @click.option("--dry-run", is_flag=True, help="List files, licence decision and card; write nothing.")

@@ -236,6 +236,16 @@ def test_command_line(hub, runs, capsys):
     assert {"rows", "verified", "failed", "problems", "dataset", "commit"} <= set(json.loads(out))
 
 
+@pytest.mark.parametrize("flags", [("--private", "--public"), ("--public", "--private")])
+def test_private_and_public_at_once_publish_nothing(flags, hub, runs, capsys):
+    for words in (("publish", runs["match"], NAME), ("space", "deploy", NAME)):
+        code, out, err = call(capsys, *words, *flags)
+        assert (code, out) == (2, "")
+        assert err == "error: --private and --public exclude each other; got both. Leave one out.\n"
+    assert not hub.repos
+    assert not hub.log
+
+
 def test_interrupted_while_it_uploads(hub, runs, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
