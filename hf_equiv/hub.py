@@ -55,7 +55,7 @@ def publish_results(
         private: visibility. None keeps that of an existing dataset, and makes a new one private.
         create_pr: open a pull request on `main` instead; for that you need not own the dataset.
         revision: branch to commit to, made from `main` if missing; or `refs/pr/N`.
-        dry_run: read, decide and list, but write nothing.
+        dry_run: read, decide and list, but write nothing. `refused` of the result says why the Hub would not let you.
         license: licence of the images where it is not known, such as `cc-by-4.0`.
         i_have_the_right: you may publish the photos although their licence is not known to be free.
         withhold_photos: leave the photos out although they are free.

@@ -85,6 +85,8 @@ def _print(done: Published, out: Any) -> None:
     verb = "would be in" if done.dry_run else "are in"
     photos = f"{verb} ({done.why})" if done.photos else f"WITHHELD: image columns are empty ({done.why})"
     line("photos", f"{photos}. {in_flags(done.how_to_change)}")
+    if done.refused:
+        line("refused", f"publishing would be, as things are: {in_flags(done.refused)}")
     if not done.dry_run:
         at = "" if done.revision == "main" else f"@{done.revision}"
         rest = f', revision="{done.revision}"' if at else ""

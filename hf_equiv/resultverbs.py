@@ -62,6 +62,8 @@ def publish(directory: Path, repo_id: str, **given: Any) -> int:
     of the same settings is updated. Photos go along if they are free: the built-in ones, or of a Hub dataset with a
     free licence. Otherwise rows and ids are published with empty image columns.
 
+    A dry run also says whether the Hub would refuse; its exit code is 0 all the same.
+
     \b
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches --dry-run
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches
