@@ -44,6 +44,7 @@ class Published:
         deleted: paths of an earlier version that the commit removes.
         card: text of the dataset's README.md.
         collection: slug of the collection that the dataset was added to.
+        collection_private: whether only you can see that collection; a new one is private.
         dry_run: whether nothing was written.
         refused: of a dry run, why the Hub would refuse the publication; None where nothing is known to speak against
             it, and where there is nothing to commit.
@@ -68,6 +69,7 @@ class Published:
     deleted: tuple[str, ...]
     card: str
     collection: str | None = None
+    collection_private: bool | None = None
     dry_run: bool = False
     refused: str | None = None
 

@@ -81,7 +81,10 @@ def _print(done: Published, out: Any) -> None:
     if done.pr_url:
         line("request", done.pr_url)
     if done.collection:
-        line("list", f"{done.url.split('/datasets/')[0]}/collections/{done.collection}")
+        kind = {True: " (private)", False: " (public)", None: ""}[done.collection_private]
+        if done.collection_private and done.private is False:
+            kind = " (private: only you see it, unlike the dataset; its page lets you make it public)"
+        line("list", f"{done.url.split('/datasets/')[0]}/collections/{done.collection}{kind}")
     verb = "would be in" if done.dry_run else "are in"
     photos = f"{verb} ({done.why})" if done.photos else f"WITHHELD: image columns are empty ({done.why})"
     line("photos", f"{photos}. {in_flags(done.how_to_change)}")

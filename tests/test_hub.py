@@ -310,6 +310,16 @@ def test_collections(hub, runs):
         publish_results(runs["match"], NAME, collection="alice/none-" + "0" * 24)
 
 
+def test_a_collection_says_who_sees_it(hub, runs, capsys):
+    words = ("publish", runs["match"], NAME, "--collection", "My results")
+    slug = json.loads(call(capsys, *words, "--json")[1])["collection"]
+    where = f"list:      {hub.endpoint}/collections/{slug}"
+    assert f"{where} (private)\n" in call(capsys, *words)[1]
+    assert f"{where} (private: only you see it, unlike the dataset;" in call(capsys, *words, "--public")[1]
+    hub.collections[slug]["private"] = False
+    assert f"{where} (public)\n" in call(capsys, *words, "--public")[1]
+
+
 # --- the card ---
 
 
