@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from hf_equiv import rundir
-from hf_equiv.hub_files import version
+from hf_equiv.hub_files import hushed, version
 from hf_equiv.hubcalls import api_of, check_dataset_id, explained, patiently
 from hf_equiv.layouts import LAYOUTS
 from hf_equiv.localrun import CARD, run_name
@@ -102,6 +102,7 @@ def download_results(
     return folder, commit
 
 
+@hushed()
 def _snapshot(
     name: str, wanted: list[str], revision: str | None, token: Any, cache_dir: str | None, local_files_only: bool
 ) -> tuple[Path, str]:

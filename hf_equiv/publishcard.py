@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import DatasetCardData
-from huggingface_hub.repocard import DatasetCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK, DatasetCard
 
 from hf_equiv import card
 from hf_equiv.analysisconfig import SINGLE
@@ -97,7 +97,7 @@ def header(content: str) -> dict[str, Any]:
 
 def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, Any], str]:
     """The YAML header of a card, and the text below it."""
-    if not re.match(r"\s*---\s*\r?\n", content):
+    if REGEX_YAML_BLOCK.search(content) is None:  # asked here, for `DatasetCard` would warn
         return {}, content
     try:
         parsed = DatasetCard(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
 from tiny_models import save
 
-from hf_equiv import cli, display, hubload, licences, progress, repository, verify
+from hf_equiv import cli, display, hub_files, hubload, licences, progress, repository, verify
 from hf_equiv.checkpoint import quiet
 from hf_equiv.datasetcheck import verify_results
 from hf_equiv.encoder import Encoder
@@ -579,6 +580,20 @@ def test_a_dataset_without_a_run(hub):
         download_results("bob/photos")
     with pytest.raises(ValueError, match=r"must be the name of a dataset, USER/NAME; got 'photos'"):
         download_results("photos")
+
+
+def test_stray_warnings_of_the_client_are_left_out(hub, runs, capsys, caplog):
+    hub.add("datasets", "alice/empty", {"data.csv": b"a\n1\n"})
+    hub.add("datasets", NAME, {"README.md": b"---\n---\nMine, without a header.\n"})
+    for words in (("verify", "alice/empty"), ("report", "alice/empty"), ("publish", runs["match"], NAME, "--dry-run")):
+        call(capsys, *words)
+    with pytest.raises(ValueError, match="must hold rows of 'matches'"):
+        load_results("alice/empty")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")] == []
+    with hub_files.hushed():
+        logging.getLogger("huggingface_hub.repocard").warning("another one")
+    logging.getLogger("huggingface_hub.repocard").warning("Repo card metadata block was not found. Not of ours.")
+    assert [record.getMessage()[:9] for record in caplog.records[-2:]] == ["another o", "Repo card"]
 
 
 def test_what_is_not_all_in_the_cache(hub, runs, tmp_path):
