@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from itertools import islice
@@ -15,13 +16,13 @@ DEFAULT_PAIRS = 10
 
 
 def load_images(
-    what: str,
+    what: str | os.PathLike[str],
     *,
     limit: int | None = None,
     seed: int = 0,
     image_column: str | None = None,
     label_column: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     most: int | None = None,
     streaming: bool = False,
@@ -54,6 +55,8 @@ def load_images(
         >>> photos.ids
         ('cat', 'coffee', 'rocket', 'astronaut')
     """
+    what = os.fspath(what) if isinstance(what, os.PathLike) else what
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     if not isinstance(what, str) or not what.strip():
         raise ValueError(f"images must be named by a file, a folder, a dataset or 'builtin'; got {what!r}.")
     if limit is not None and limit < 1:

@@ -31,6 +31,9 @@ _FACTS = {
 _LABEL_WIDTH = 110
 """Columns from which the table has room for labels; the summary in words names them in any case."""
 
+_SHOWN = 5
+"""Missing rows that are named; an unfinished run may have thousands."""
+
 
 def print_summary(numbers: Mapping[str, Any], made: Mapping[str, str], out: Any) -> None:
     """Print what a report says of each checkpoint in a few sentences, and where its files are."""
@@ -135,12 +138,18 @@ def print_dataset_report(report: DatasetReport, where: str, out: Any) -> None:
 
 
 def print_report(report: VerifyReport, directory: str, out: Any) -> None:
-    """Print what `verify` found, each problem on a line."""
+    """Print what `verify` found, each problem on a line; of missing rows the first few, the rest as a count."""
     from hf_equiv.metrics import short
 
     console = console_of(out)
+    gone = 0
     for problem in report.problems:
-        console.print(problem.message, highlight=False, markup=False, soft_wrap=True)
+        gone += problem.recomputed == "no row"
+        if problem.recomputed != "no row" or gone <= _SHOWN:
+            console.print(problem.message, highlight=False, markup=False, soft_wrap=True)
+    if gone > _SHOWN:
+        what = "rows are" if report.analysis == "match" else "images are listed whose rows are"
+        console.print(f"… and {gone - _SHOWN} more {what} missing; --json names each.", highlight=False, markup=False)
     worst = f"; worst embedding error {short(report.worst_embedding_error)}"
     worst += f", as PNG {short(report.worst_embedding_error_8bit)}"
     if report.analysis in ("spectrum", "lipschitz"):

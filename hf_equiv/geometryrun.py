@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class AnalysisOutcome:
 
 def run_analysis(
     plan: AnalysisPlan,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
     overwrite: str = "missing",
     batch_size: int | None = None,
@@ -93,7 +94,7 @@ def run_analysis(
         raise ValueError(f"`batch_size` must be at least 1; got {batch_size}.")
     # on a CPU the last bits of a derivative depend on how many there are in a pass, and rows must not
     sizes = PassSize(PASS_SIZE if plan.encoder.device.type == "cpu" else batch_size or PASS_SIZE)
-    folder, layout = out or plan.default_out, plan.layout
+    folder, layout = Path(out or plan.default_out), plan.layout
 
     def make(folder: Path, block: Sequence[Any], errors: dict[str, str], tell: Observer) -> None:
         (subject,) = block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def publish_results(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     repo_id: str,
     *,
     private: bool | None = None,
@@ -54,7 +55,7 @@ def publish_results(
         private: visibility. None keeps that of an existing dataset, and makes a new one private.
         create_pr: open a pull request on `main` instead; for that you need not own the dataset.
         revision: branch to commit to, made from `main` if missing; or `refs/pr/N`.
-        dry_run: read, decide and list, but write nothing.
+        dry_run: read, decide and list, but write nothing. `refused` of the result says why the Hub would not let you.
         license: licence of the images where it is not known, such as `cc-by-4.0`.
         i_have_the_right: you may publish the photos although their licence is not known to be free.
         withhold_photos: leave the photos out although they are free.
@@ -103,12 +104,12 @@ def publish_results(
         if not create_pr and private is False and was_private:
             job.call(lambda: api.update_repo_settings(name, private=False, repo_type=KIND), "opening")
             was_private = False
-    slug = None if collection is None else _collect(api, name, collection, job)
+    slug, hidden = (None, None) if collection is None else _collect(api, name, collection, job)
     job.done(pr, fresh=fresh)
     seen = None if create_pr and not made else was_private
     ref = job.revision if pr is None else f"refs/pr/{pr.rstrip('/').rsplit('/', 1)[-1]}"
     return job.result(change, seen, stated=license is not None, commit=commit, pr_url=pr, revision=ref, changed=fresh,
-                      collection=slug)  # fmt: skip
+                      collection=slug, collection_private=hidden)  # fmt: skip
 
 
 def _rights(run: LocalRun, license: str | None, right: bool, withhold: bool, token: Any) -> PhotoRights:
@@ -119,8 +120,8 @@ def _rights(run: LocalRun, license: str | None, right: bool, withhold: bool, tok
     return photo_rights(run.record["settings"], license=license, i_have_the_right=right, token=token)
 
 
-def _collect(api: HfApi, repo_id: str, collection: str, job: Publication) -> str:
-    """Add the dataset to a collection, made private if it is not there; twice is as good as once."""
+def _collect(api: HfApi, repo_id: str, collection: str, job: Publication) -> tuple[str, bool | None]:
+    """Add the dataset to a collection, made private if it is not there; returns its slug and whether it is private."""
     try:
         with explained(repo_id, write=True):
             if _SLUG.fullmatch(collection):
@@ -134,10 +135,10 @@ def _collect(api: HfApi, repo_id: str, collection: str, job: Publication) -> str
                     lambda: api.create_collection(collection, namespace=space, private=True, exists_ok=True),
                     "making the collection",
                 ).slug
-            job.call(
+            found = job.call(
                 lambda: api.add_collection_item(slug, repo_id, "dataset", exists_ok=True), "adding to the collection"
             )
-            return str(slug)
+            return str(slug), found.private
     except (OSError, ValueError) as error:
         raise ValueError(
             f"'{repo_id}' is published, but it could not be added to the collection {collection!r}: {error} The same "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,29 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
+
+_SAID = ("Repo card metadata block was not found.", "No files matched allow_patterns=")
+_SAYING = ("huggingface_hub.repocard", "huggingface_hub._snapshot_download")
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Leave out two warnings of the Hub client: of a card without metadata, and of patterns that no file matches.
+
+    Neither is the user's to mend, and what follows from the second has an error of its own. Its other warnings stay.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_SAID)
+
+    loggers = [logging.getLogger(name) for name in _SAYING]
+    for logger in loggers:
+        logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(wanted)
 
 
 def version(package: str) -> str:

@@ -22,9 +22,11 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 8.0, 16.0)
 """Seconds between tries."""
 WORDS = {"dataset": "dataset", "space": "Space", "model": "model"}
 """What kinds of repository are called."""
+NOT_ACCEPTED = "the Hub does not accept the token. Log in again with `hf auth login`, or set HF_TOKEN to a valid one."
 LONGEST_WAIT = 310.0
 """The most that a rate limit is waited for: its window is five minutes."""
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+_PROPOSE = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`."
 _CUT = (httpx.TransportError, ConnectionError, TimeoutError)
 
 
@@ -249,7 +251,7 @@ def _refused(repo_id: str, kind: str, error: hub_errors.HfHubHTTPError, token: A
     status = error.response.status_code
     said = " ".join((error.server_message or "").split()).rstrip(".")
     if status == 401:
-        return "the Hub does not accept the token. Log in again with `hf auth login`, or set HF_TOKEN to a valid one."
+        return NOT_ACCEPTED
     if status == 403 and write:
         return f"you may not write to '{repo_id}': {_why_forbidden(repo_id, kind, said, token)}"
     if status == 402 and kind == "space":
@@ -265,19 +267,23 @@ def _refused(repo_id: str, kind: str, error: hub_errors.HfHubHTTPError, token: A
 
 def _why_forbidden(repo_id: str, kind: str, said: str, token: str | bool | None) -> str:
     """Token, role or owner: the Hub tells whose token it is and what that may do."""
-    owner, tokens = repo_id.split("/")[0], f"{constants.ENDPOINT}/settings/tokens"
-    propose, use = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`.", "Publish as"
-    if kind == "space":
-        propose, use = "", "Deploy to"
     try:
         me = api_of(token).whoami()
     except (OSError, httpx.HTTPError):
-        return f"the Hub says: {said or 'forbidden'}. {propose}".rstrip()
+        return f"the Hub says: {said or 'forbidden'}. {_PROPOSE if kind == 'dataset' else ''}".rstrip()
+    told = f"the token lacks that right ({said or 'forbidden'}). Make a write token at"
+    return why_not(repo_id, kind, me) or f"{told} {constants.ENDPOINT}/settings/tokens."
+
+
+def why_not(repo_id: str, kind: str, me: dict[str, Any]) -> str:
+    """Why the user whom `whoami` names may not write there, by token, owner or role; "" where none of them says so."""
+    propose, use = (_PROPOSE, "Publish as") if kind == "dataset" else ("", "Deploy to")
+    owner, tokens = repo_id.split("/")[0], f"{constants.ENDPOINT}/settings/tokens"
     user, roles = me["name"], {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return f"the token can only read. Make a write token at {tokens} and log in with it: `hf auth login`."
-    if owner == user:
-        return f"the token lacks that right ({said or 'forbidden'}). Make a write token at {tokens}."
+    if owner == user or roles.get(owner) in ("write", "admin"):
+        return ""
     if owner in roles:
         return f"your role in '{owner}' is '{roles[owner]}'. Ask its owners for the role 'write'. {propose}".rstrip()
     return f"'{owner}' is neither you nor an organisation of yours. {use} '{user}/NAME'. {propose}".rstrip()

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
 
+from hf_equiv.hub_files import hushed
 from hf_equiv.imagefile import open_image
 from hf_equiv.streaming import first_rows, is_large
 
@@ -19,6 +20,7 @@ Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.I
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
 
+@hushed()
 def load_hub_dataset(
     what: str,
     image_column: str | None,

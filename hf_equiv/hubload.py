@@ -14,10 +14,10 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from hf_equiv import rundir
-from hf_equiv.hub_files import version
+from hf_equiv.hub_files import hushed, version
 from hf_equiv.hubcalls import api_of, check_dataset_id, explained, patiently
 from hf_equiv.layouts import LAYOUTS
-from hf_equiv.localrun import CARD
+from hf_equiv.localrun import CARD, run_name
 from hf_equiv.parquetfile import load_parquet
 from hf_equiv.photofiles import content_hash, file_digest
 from hf_equiv.publishing import OWN_FOLDERS, RUNS
@@ -56,7 +56,7 @@ def download_results(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     with_float: bool = True,
 ) -> tuple[Path, str]:
@@ -87,6 +87,7 @@ def download_results(
     folders = [folder for folder in OWN_FOLDERS if with_float or folder != "float"]
     inside = [rundir.RECORD, *(f"{folder}/*" for folder in folders)]
     wanted = [CARD, *inside, *(f"{RUNS}/*/{pattern}" for pattern in [CARD, *inside])]
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     folder, commit = _snapshot(name, wanted, revision, token, cache_dir, local_files_only)
     runs = run_folders(folder)
     if not runs:
@@ -101,6 +102,7 @@ def download_results(
     return folder, commit
 
 
+@hushed()
 def _snapshot(
     name: str, wanted: list[str], revision: str | None, token: Any, cache_dir: str | None, local_files_only: bool
 ) -> tuple[Path, str]:
@@ -137,19 +139,22 @@ def load_results(
     config: str = MATCH.folder,
     revision: str | None = None,
     *,
+    run: str | None = None,
     with_float: bool = False,
     token: str | bool | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> datasets.Dataset:
     """Load the rows of a dataset or of a run directory, images decoded.
 
-    Rows of several runs are in one table; the columns of provenance tell them apart. Where photos are withheld, images
-    are None.
+    Rows of several runs are in one table. The columns of provenance tell model, readout and data; runs that differ in
+    other settings, such as `max_evals` or `refine`, are told apart by `run`. Where photos are withheld, images are
+    None.
 
     Args:
         repo_id_or_dir: `USER/NAME` of the Hub, or a folder.
         config: `matches`, `spectra`, `lipschitz` or `paths`.
         revision: branch, tag, commit or `refs/pr/N` of the dataset.
+        run: only the rows of this run of a dataset, by its name in the table of the card; None for all runs.
         with_float: add `match_float`, the match before it was rounded to 8 bit: a float tensor (3, H, W) with values in
             [0, 1], read from its file when the row is asked for; None where there is none. Only for `matches`.
         token: for private datasets; by default the one you are logged in with.
@@ -160,7 +165,7 @@ def load_results(
 
     Raises:
         FileNotFoundError: a folder that does not exist.
-        ValueError: an unknown configuration, or no rows of it.
+        ValueError: an unknown configuration, or no rows of it; an unknown run, or one named for a run directory.
         RepositoryNotFoundError: there is no such dataset, or it is private.
 
     Example:
@@ -174,6 +179,7 @@ def load_results(
     if with_float and layout is not MATCH:
         raise ValueError(f"`with_float` must be False for {config!r}: only matches have float images to load.")
     name = os.fspath(repo_id_or_dir)
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     if Path(name).is_dir():
         if revision is not None:
             raise ValueError(f"`revision` must be None for a local folder; got {revision!r}.")
@@ -185,11 +191,27 @@ def load_results(
         parts = [f"{layout.folder}/*", rundir.RECORD, *(["float/*"] if with_float else [])]
         wanted = [*parts, *(f"{RUNS}/*/{part}" for part in parts)]
         folder, _ = _snapshot(repo_id, wanted, revision, token, cache_dir, False)
-    return _rows(name, folder, layout, with_float=with_float, cache_dir=cache_dir)
-
-
-def _rows(name: str, folder: Path, layout: Layout, *, with_float: bool, cache_dir: str | None) -> datasets.Dataset:
     runs = run_folders(folder) or {"": folder}
+    if run is not None:
+        if Path(name).is_dir() and list(runs) == [""]:
+            raise ValueError(f"`run` must be None for a run directory; got {run!r}. It holds one run.")
+        runs = _one_run(name, runs, run)
+    return _rows(name, runs, layout, with_float=with_float, cache_dir=cache_dir)
+
+
+def _one_run(name: str, runs: dict[str, Path], wanted: str) -> dict[str, Path]:
+    """The run of this name, at its place."""
+    named = {run_name(rundir.read_record(run)) if place == "" else run.name: place for place, run in runs.items()
+             if (run / rundir.RECORD).is_file()}  # fmt: skip
+    if wanted not in named:
+        there = f"it holds {', '.join(named)}" if named else "it holds none"
+        raise ValueError(f"`run` must be the name of a run of {name!r}; got {wanted!r}. Of runs {there}.")
+    return {named[wanted]: runs[named[wanted]]}
+
+
+def _rows(
+    name: str, runs: dict[str, Path], layout: Layout, *, with_float: bool, cache_dir: str | None
+) -> datasets.Dataset:
     files = [path for run in runs.values() for path in shard_files(run, layout)]
     if not files:
         there = sorted({c for run in runs.values() for c in CONFIGS if shard_files(run, CONFIGS[c])})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -59,6 +60,23 @@ def once(context: click.Context, option: click.Parameter, values: tuple[str, ...
             f"{option.opts[0]} may be given once; got {', '.join(values)}. Put the images into a folder and name that."
         )
     return values[0] if values else None
+
+
+def visibility(what: str) -> Callable[[F], F]:
+    """`--private` and `--public` as the keyword `private`: True, False, or None without a flag; both are refused."""
+
+    def apply(command: F) -> F:
+        @click.option("--private", "hide", is_flag=True, help=f"Not visible to others. Default of a new {what}.")
+        @click.option("--public", "show", is_flag=True, help="Visible to everybody. Default: unchanged.")
+        @wraps(command)
+        def asked(*arguments: Any, hide: bool, show: bool, **given: Any) -> Any:
+            if hide and show:
+                raise click.UsageError("--private and --public exclude each other; got both. Leave one out.")
+            return command(*arguments, private=hide if hide or show else None, **given)
+
+        return cast("F", asked)
+
+    return apply
 
 
 def group(*options: Callable[[F], F]) -> Callable[[F], F]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 
-from hf_equiv.hubcalls import patiently, persist
+from hf_equiv.hubcalls import NOT_ACCEPTED, patiently, persist, require_token, status_of, why_not
 from hf_equiv.licences import PhotoRights, how_to_change
 from hf_equiv.localrun import CARD, LocalRun
 from hf_equiv.publishing import StagedFile, is_withheld
@@ -44,7 +44,10 @@ class Published:
         deleted: paths of an earlier version that the commit removes.
         card: text of the dataset's README.md.
         collection: slug of the collection that the dataset was added to.
+        collection_private: whether only you can see that collection; a new one is private.
         dry_run: whether nothing was written.
+        refused: of a dry run, why the Hub would refuse the publication; None where nothing is known to speak against
+            it, and where there is nothing to commit.
     """
 
     repo_id: str
@@ -66,7 +69,9 @@ class Published:
     deleted: tuple[str, ...]
     card: str
     collection: str | None = None
+    collection_private: bool | None = None
     dry_run: bool = False
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,7 @@ class Publication:
     def dry(self, private: bool | None, *, stated: bool) -> Published:
         """What would be done."""
         there, is_private = Repository(self.repo_id, None, {}, {}, None), private is not False
+        exists = True
         try:
             info = self.call(lambda: self.api.dataset_info(self.repo_id), "asking for the dataset")
             is_private = bool(info.private) if private is None else private
@@ -209,12 +215,30 @@ class Publication:
         except hub_errors.GatedRepoError:
             raise
         except hub_errors.RepositoryNotFoundError:
-            pass
+            exists = False
         except hub_errors.RevisionNotFoundError:  # the branch would be made from main
             there = self.call(replace(self, revision=MAIN).look, "reading the dataset")
         change = plan_change(there, self.run, self.rights)
         changed = bool(change.added or change.deleted)
-        return self.result(change, is_private, stated=stated, changed=changed, revision=self.revision, dry_run=True)
+        refused = self._refused(exists=exists) if changed else None
+        return self.result(change, is_private, stated=stated, changed=changed, revision=self.revision, dry_run=True,
+                           refused=refused)  # fmt: skip
+
+    def _refused(self, *, exists: bool) -> str | None:
+        """Why the Hub would refuse to write, as far as it tells without a try."""
+        try:
+            require_token(self.api.token)
+            me = self.call(self.api.whoami, "asking who you are")
+        except hub_errors.LocalTokenNotFoundError as error:
+            return str(error)
+        except hub_errors.HfHubHTTPError as error:
+            return NOT_ACCEPTED if status_of(error) == 401 else None
+        owner = self.repo_id.split("/")[0]
+        role = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}.get(owner)
+        if role == "contributor":  # writes to what is theirs, which the Hub does not tell
+            return None
+        proposed = exists and (self.create_pr or self.revision.startswith("refs/pr/"))
+        return why_not(f"{me['name']}/mine" if proposed else self.repo_id, KIND, me) or None
 
     def done(self, pr_url: str | None, *, fresh: bool) -> None:
         """Report that it is done, and where."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import DatasetCardData
-from huggingface_hub.repocard import DatasetCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK, DatasetCard
 
 from hf_equiv import card
 from hf_equiv.analysisconfig import SINGLE
@@ -97,7 +97,7 @@ def header(content: str) -> dict[str, Any]:
 
 def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, Any], str]:
     """The YAML header of a card, and the text below it."""
-    if not re.match(r"\s*---\s*\r?\n", content):
+    if REGEX_YAML_BLOCK.search(content) is None:  # asked here, for `DatasetCard` would warn
         return {}, content
     try:
         parsed = DatasetCard(content)
@@ -119,9 +119,7 @@ def configs_of(runs: Runs) -> list[dict[str, Any]]:
         )
         if patterns:
             first = {"default": True} if not made else {}
-            made.append(
-                {"config_name": layout.folder, **first, "data_files": [{"split": "train", "path": patterns}]}
-            )  # fmt: skip
+            made.append({"config_name": layout.folder, **first, "data_files": [{"split": "train", "path": patterns}]})
     return made
 
 
@@ -238,14 +236,17 @@ def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _load(repo_id: str, runs: Runs, config: str) -> str:
     others = ", ".join(f"`{item['config_name']}`" for item in configs_of(runs))
+    place, record = [item for item in runs.items() if LAYOUTS[analysis_of(item[1])].folder == config][-1]
+    files = f"{place}/{config}/*.parquet" if place else f"{config}/*.parquet"
     return (
         "```python\n"
         "from datasets import load_dataset\n\n"
         f'rows = load_dataset("{repo_id}", "{config}", split="train")\n'
         "```\n\n"
         f"Configurations: {others}. Rows of several runs are in one table; `model_id`, `readout`, `data_id` and the "
-        "other columns at the end tell them apart. "
-        f'`hf_equiv.load_results("{repo_id}")` gives the same rows, with the float matches on request.'
+        "other columns at the end tell model, readout and data. Runs of other settings are loaded one by one: "
+        f'`load_dataset("{repo_id}", data_files="{files}", split="train")`, or with `hf_equiv`, which also gives the '
+        f'float matches on request, `hf_equiv.load_results("{repo_id}", "{config}", run="{run_name(record)}")`.'
     )
 
 

@@ -81,10 +81,15 @@ def _print(done: Published, out: Any) -> None:
     if done.pr_url:
         line("request", done.pr_url)
     if done.collection:
-        line("list", f"{done.url.split('/datasets/')[0]}/collections/{done.collection}")
+        kind = {True: " (private)", False: " (public)", None: ""}[done.collection_private]
+        if done.collection_private and done.private is False:
+            kind = " (private: only you see it, unlike the dataset; its page lets you make it public)"
+        line("list", f"{done.url.split('/datasets/')[0]}/collections/{done.collection}{kind}")
     verb = "would be in" if done.dry_run else "are in"
     photos = f"{verb} ({done.why})" if done.photos else f"WITHHELD: image columns are empty ({done.why})"
     line("photos", f"{photos}. {in_flags(done.how_to_change)}")
+    if done.refused:
+        line("refused", f"publishing would be, as things are: {in_flags(done.refused)}")
     if not done.dry_run:
         at = "" if done.revision == "main" else f"@{done.revision}"
         rest = f', revision="{done.revision}"' if at else ""

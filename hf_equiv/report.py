@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ class Report:
     numbers: Row
     problems: tuple[str, ...]
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Write the page, the Markdown beside it, and the pictures into their folder; each file whole or not at all.
 
         Pictures of an earlier page at the same place are removed where this one has none of the name.
@@ -68,6 +69,7 @@ class Report:
         Args:
             path: of the page; `out` of `make_report`, so that the Markdown finds its pictures.
         """
+        path = Path(path)
         for old in (path.parent / self.folder).glob("model*-*.png"):
             if old.name not in self.pictures:
                 old.unlink()
@@ -78,15 +80,15 @@ class Report:
 
 
 def make_report(
-    paths: Sequence[str | Path],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     transfer: Sequence[str] = (),
-    label_data: str | None = None,
+    label_data: str | os.PathLike[str] | None = None,
     survival: bool = True,
-    model: str | Sequence[str] = (),
-    out: Path | None = None,
+    model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    out: str | os.PathLike[str] | None = None,
     device: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     observer: Tell | None = None,
 ) -> Report:
@@ -102,7 +104,7 @@ def make_report(
     Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo.
 
     Args:
-        paths: run directories, folders of them, or datasets USER/NAME on the Hub.
+        paths: a run directory, a folder of them, a dataset USER/NAME on the Hub; or several of these.
         transfer: other models that are asked whether the matches match there, too.
         label_data: photos with classes for the kNN probe; see `load_images`.
         survival: whether to try JPEG, resizing and blur.
@@ -121,17 +123,20 @@ def make_report(
             recorded; no such label data.
 
     Example:
-        >>> report = make_report(["runs"])  # doctest: +SKIP
-        >>> report.write(Path("report.html"))  # doctest: +SKIP
+        >>> report = make_report("runs")  # doctest: +SKIP
+        >>> report.write("report.html")  # doctest: +SKIP
 
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568.
     """
     tell = observer or (lambda what, done, total: None)
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
+    out = None if out is None else Path(out)
     place = Place(device, cache_dir, local_files_only)
+    paths = _several(paths)
     if not paths:
         raise ValueError("`paths` must name a run directory. Make one with hf-equiv match MODEL.")
-    runs = find_runs([locate(str(path), place) for path in paths])
+    runs = find_runs([locate(path, place) for path in paths])
     if any(run.changed for run in runs) and not any(run.rows for run in runs):
         raise ValueError(
             f"`paths` must hold rows that are as recorded; in {', '.join(run.name for run in runs if run.changed)} no "
@@ -147,7 +152,7 @@ def make_report(
             raise ValueError(f"`label_data` must hold photos with classes; {labelled.data_id!r} has none.")
     folder = pictures_folder(out)
     keep = None if out is None else out.parent / folder
-    models = (model,) if isinstance(model, str) else tuple(model)
+    models = _several(model)
     others: dict[str, Encoder | str] = {name: load_other(name, place) for name in dict.fromkeys(transfer)}
     problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {left_out(run)}" for run in runs
                 if run.changed]  # fmt: skip
@@ -168,6 +173,11 @@ def make_report(
     markdown, pictures = to_markdown(page, folder)
     told = {"models": [m.numbers for m in materials], "problems": list(dict.fromkeys(problems))}
     return Report(to_html(page), markdown, pictures, folder, told, tuple(dict.fromkeys(problems)))
+
+
+def _several(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """One path or several, as text."""
+    return tuple(os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given))
 
 
 def pictures_folder(out: Path | None) -> str:

@@ -132,7 +132,8 @@ def _claim_null(numbers: Row) -> Claim:
     told = "Null space: almost all pixel directions leave the embedding where it is, to first order."
     found = numbers["spectrum"]
     if not found or not found["ranks"]:
-        return Claim(told, "–", "–", OPEN)
+        missing = "the spectrum has no rank; run hf-equiv spectrum without --k to add it" if found else "–"
+        return Claim(told, missing, "–", OPEN)
     if found["nullity"] <= found["pixels"] / 2:
         verdict = NO
     else:

@@ -30,6 +30,7 @@ def spectrum_section(m: Material) -> list[Block]:
         ("rank threshold", number(found["rank_threshold"])),
         ("effective rank (entropy of the spectrum)", number(found["effective_rank"], tenth)),
     ]
+    ranks = ""
     if found["ranks"]:
         ranks = " to ".join(str(r) for r in dict.fromkeys((found["ranks"][0], found["ranks"][-1])))
         lines.append((f"numerical rank, in {plain(found['dtype'])}", f"{ranks} of {found['dim']}"))
@@ -49,13 +50,16 @@ def spectrum_section(m: Material) -> list[Block]:
         )
     )
     blocks.append(Table(("", "value, median"), tuple(lines)))
+    if not ranks:
+        blocks.append(missing("rank and nullity", f"hf-equiv spectrum {MODEL} without --k"))
     png = reportgeometryfigures.spectrum_figure(rows)
     if png:
         blocks.append(
             Picture(
                 m.name("spectrum"),
                 png,
-                f"Singular values of the Jacobian, largest {short(value(found['sigma_max']))}, rank {found['ranks']}.",
+                f"Singular values of the Jacobian, largest {short(value(found['sigma_max']))}"
+                f"{', rank ' + ranks if ranks else ''}.",
                 "Singular values of the Jacobian, a line for each photo.",
             )
         )

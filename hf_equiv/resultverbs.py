@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hf_equiv.options import output_options
+from hf_equiv.options import output_options, visibility
 
 
 @click.command()
@@ -45,10 +45,7 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
 @click.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="USER/NAME")
-@click.option(
-    "--private/--public", "private", default=None,
-    help="Visibility. Default: that of the dataset; a new one is private.",
-)  # fmt: skip
+@visibility("dataset")
 @click.option("--create-pr", is_flag=True, help="Open a pull request; for that you need not own the dataset.")
 @click.option("--revision", metavar="BRANCH", help="Branch to commit to, made if missing; or refs/pr/N.")
 @click.option("--dry-run", is_flag=True, help="List files, licence decision and card; write nothing.")
@@ -64,6 +61,8 @@ def publish(directory: Path, repo_id: str, **given: Any) -> int:
     Private unless --public is given. The first run of a dataset is at its root, others are added in runs/NAME/; a run
     of the same settings is updated. Photos go along if they are free: the built-in ones, or of a Hub dataset with a
     free licence. Otherwise rows and ids are published with empty image columns.
+
+    A dry run also says whether the Hub would refuse; its exit code is 0 all the same.
 
     \b
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches --dry-run

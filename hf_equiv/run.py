@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -53,7 +54,7 @@ class RunOutcome:
 
 def run_match(
     plan: MatchPlan,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     *,
     overwrite: str = "missing",
     batch_size: int | None = None,
@@ -78,7 +79,7 @@ def run_match(
     Raises:
         ValueError: the directory holds another run, or is being written.
     """
-    folder = out or plan.default_out
+    folder = Path(out or plan.default_out)
     encoder, sizes = plan.encoder, memory.PassSize(shard_size(plan.encoder.device, batch_size))
 
     def make(folder: Path, block: Sequence[Any], errors: dict[str, str], tell: Observer) -> None:

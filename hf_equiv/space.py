@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def deploy_space(
     models: Sequence[str] = (),
     private: bool | None = None,
     hardware: str | None = None,
-    wheel: str | Path | None = None,
+    wheel: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     wait: bool = True,

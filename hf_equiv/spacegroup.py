@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hf_equiv.options import output_options
+from hf_equiv.options import output_options, visibility
 
 
 @click.group()
@@ -41,10 +41,7 @@ def space_run(**given: Any) -> int:
 @click.argument("repo_id", metavar="USER/NAME")
 @_DATASET
 @_MODELS
-@click.option(
-    "--private/--public", "private", default=None,
-    help="Visibility. Default: that of the Space; a new one is private.",
-)  # fmt: skip
+@visibility("Space")
 @click.option("--hardware", metavar="H", help="cpu-basic (free), zero-a10g, … Default: that of the Space.")
 @click.option(
     "--wheel", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",

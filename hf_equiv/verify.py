@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,11 +66,11 @@ class VerifyReport:
 
 
 def verify_run(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     device: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     allow_withheld: bool = False,
     observer: Callable[[int, int], None] | None = None,
@@ -109,7 +110,8 @@ def verify_run(
         >>> report.holds, report.worst_embedding_error_8bit  # doctest: +SKIP
         (True, 2.1e-05)
     """
-    folder = Path(folder)
+    folder, model = Path(folder), None if model is None else os.fspath(model)
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     record = rundir.read_record(folder)
     settings = record["settings"]
     found, layout = Findings(), _layout(folder, record)

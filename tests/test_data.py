@@ -223,6 +223,7 @@ def test_folder_is_sorted_and_labelled(photos):
     draw_photo(9).save(photos / ".hidden" / "no.png")
     (photos / "notes.txt").write_text("no image")
     images = load_images(str(photos))
+    assert load_images(photos).data_revision == images.data_revision
     assert images.ids == tuple(sorted(images.ids))
     assert images.ids[0] == "class0/photo0.png"
     assert images.labels == ("class0", "class0", "class1", "class1", "class2", "class2")

@@ -245,7 +245,7 @@ def test_other_settings_are_refused_by_key(finished, photo_folder, tmp_path):
 def test_overwrite_replaces_a_run_of_another_kind(photos, tmp_path):
     finish("walk", photos, tmp_path / "out")
     plan = make_analysis_plan(config_of("spectrum", photos), TinyEncoder())
-    run_analysis(plan, tmp_path / "out", overwrite="always")
+    assert run_analysis(plan, str(tmp_path / "out"), overwrite="always").out == tmp_path / "out"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"spectra", "figures", "README.md", "run.json"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
 from tiny_models import save
 
-from hf_equiv import cli, display, hubload, licences, progress, repository, verify
+from hf_equiv import cli, display, hub_files, hubload, licences, progress, repository, verify
 from hf_equiv.checkpoint import quiet
 from hf_equiv.datasetcheck import verify_results
 from hf_equiv.encoder import Encoder
@@ -236,6 +237,16 @@ def test_command_line(hub, runs, capsys):
     assert {"rows", "verified", "failed", "problems", "dataset", "commit"} <= set(json.loads(out))
 
 
+@pytest.mark.parametrize("flags", [("--private", "--public"), ("--public", "--private")])
+def test_private_and_public_at_once_publish_nothing(flags, hub, runs, capsys):
+    for words in (("publish", runs["match"], NAME), ("space", "deploy", NAME)):
+        code, out, err = call(capsys, *words, *flags)
+        assert (code, out) == (2, "")
+        assert err == "error: --private and --public exclude each other; got both. Leave one out.\n"
+    assert not hub.repos
+    assert not hub.log
+
+
 def test_interrupted_while_it_uploads(hub, runs, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -298,6 +309,16 @@ def test_collections(hub, runs):
     assert [item["id"] for item in hub.collections[slug]["items"]] == [NAME, "acme/others"]
     with pytest.raises(ValueError, match=r"is published, but it could not be added to the collection"):
         publish_results(runs["match"], NAME, collection="alice/none-" + "0" * 24)
+
+
+def test_a_collection_says_who_sees_it(hub, runs, capsys):
+    words = ("publish", runs["match"], NAME, "--collection", "My results")
+    slug = json.loads(call(capsys, *words, "--json")[1])["collection"]
+    where = f"list:      {hub.endpoint}/collections/{slug}"
+    assert f"{where} (private)\n" in call(capsys, *words)[1]
+    assert f"{where} (private: only you see it, unlike the dataset;" in call(capsys, *words, "--public")[1]
+    hub.collections[slug]["private"] = False
+    assert f"{where} (public)\n" in call(capsys, *words, "--public")[1]
 
 
 # --- the card ---
@@ -495,6 +516,32 @@ def test_load_with_floats_from_the_hub_and_from_a_folder(hub, runs):
     assert "match_float" not in load_results(runs["match"])[0]
 
 
+def test_the_rows_of_one_run(hub, runs):
+    """Two match runs differ in no column that tells them apart; the names and patterns of the card do."""
+    done = {name: publish_results(runs[name], NAME) for name in ("match", "seed", "walk")}
+    for name in ("match", "seed"):
+        rows, local = load_results(NAME, run=done[name].run, with_float=True), load_results(runs[name])
+        assert [row["seconds"] for row in rows] == [row["seconds"] for row in local]
+        assert torch.equal(rows[0]["match_float"], load_results(runs[name], with_float=True)[0]["match_float"])
+    assert len(load_results(NAME, "paths", run=done["walk"].run)) == 6
+    (pattern,) = re.findall(r'data_files="(.*?)"', done["walk"].card)
+    (named,) = re.findall(r'run="(.*?)"', done["walk"].card)
+    own = next(one for one in done.values() if one.run == named)
+    rows = datasets.load_dataset(NAME, data_files=pattern, split="train")
+    assert [row["seconds"] for row in rows] == [row["seconds"] for row in load_results(NAME, run=own.run)]
+    folder, _ = download_results(NAME)
+    assert len(load_results(folder, run=done["seed"].run)) == 2
+    for place in (NAME, folder):
+        with pytest.raises(
+            ValueError, match=rf"`run` must be .* got 'other'\. .* {done['match'].run}, .*{done['walk'].run}"
+        ):
+            load_results(place, run="other")
+    with pytest.raises(ValueError, match=r"it has paths"):
+        load_results(NAME, run=done["walk"].run)
+    with pytest.raises(ValueError, match=r"`run` must be None for a run directory; got 'match-x'"):
+        load_results(runs["match"], run="match-x")
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -533,6 +580,20 @@ def test_a_dataset_without_a_run(hub):
         download_results("bob/photos")
     with pytest.raises(ValueError, match=r"must be the name of a dataset, USER/NAME; got 'photos'"):
         download_results("photos")
+
+
+def test_stray_warnings_of_the_client_are_left_out(hub, runs, capsys, caplog):
+    hub.add("datasets", "alice/empty", {"data.csv": b"a\n1\n"})
+    hub.add("datasets", NAME, {"README.md": b"---\n---\nMine, without a header.\n"})
+    for words in (("verify", "alice/empty"), ("report", "alice/empty"), ("publish", runs["match"], NAME, "--dry-run")):
+        call(capsys, *words)
+    with pytest.raises(ValueError, match="must hold rows of 'matches'"):
+        load_results("alice/empty")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")] == []
+    with hub_files.hushed():
+        logging.getLogger("huggingface_hub.repocard").warning("another one")
+    logging.getLogger("huggingface_hub.repocard").warning("Repo card metadata block was not found. Not of ours.")
+    assert [record.getMessage()[:9] for record in caplog.records[-2:]] == ["another o", "Repo card"]
 
 
 def test_what_is_not_all_in_the_cache(hub, runs, tmp_path):

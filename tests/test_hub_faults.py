@@ -184,6 +184,34 @@ def test_refusals_name_the_cure(token, name, message, hub, runs, capsys, monkeyp
     assert {key: repo.at("main").sha for key, repo in hub.repos.items()} == before
 
 
+@pytest.mark.parametrize(
+    ("token", "name", "flags", "message"),
+    [
+        ("", NAME, (), "publishing needs a token of the Hub and there is none. Log in with"),
+        ("hf_alice_reads", NAME, (), "the token can only read. Make a write token at"),
+        ("hf_bob", "acme/results", (), "your role in 'acme' is 'read'"),
+        ("hf_bob", "alice/open", (), "'alice' is neither you nor an organisation of yours. Publish as 'bob/NAME'"),
+        ("hf_bob", "alice/new", ("--create-pr",), "'alice' is neither you nor an organisation of yours"),
+        ("hf_bob", "alice/open", ("--create-pr",), None),
+        ("hf_alice", "acme/results", (), None),
+        ("hf_alice", NAME, (), None),
+    ],
+)
+def test_a_dry_run_says_what_would_be_refused(token, name, flags, message, hub, runs, capsys, monkeypatch):
+    """The publication itself goes the way that was foretold."""
+    hub.add("datasets", "alice/open", {"README.md": b""})
+    monkeypatch.setenv("HF_TOKEN", token)
+    code, out, _ = call(capsys, "publish", runs["match"], name, *flags, "--dry-run")
+    assert code == 0
+    assert ("refused:" in out) is (message is not None)
+    assert message is None or message in out
+    code, out, _ = call(capsys, "publish", runs["match"], name, *flags, "--dry-run", "--json")
+    assert code == 0
+    refused = json.loads(out)["refused"]
+    assert refused is None if message is None else message in refused
+    assert call(capsys, "publish", runs["match"], name, *flags)[0] == (0 if message is None else 2)
+
+
 def test_a_model_of_the_same_name_is_in_nobodys_way(hub, runs):
     hub.add("models", NAME, {"config.json": b"{}"})
     hub.add("spaces", NAME, {"app.py": b""}, sdk="gradio")

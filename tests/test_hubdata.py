@@ -99,6 +99,13 @@ def test_a_dataset_like_coco(hub, tmp_path):
     assert labelled.labels == ("40", "64", "17", "33")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_card_without_header_is_no_warning(hub, tmp_path, caplog, streaming):
+    push({"train.parquet": table()}, card="Only text.\n")
+    assert len(load_images("alice/photos", cache_dir=str(tmp_path), most=6, streaming=streaming)) == 6
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")] == []
+
+
 def test_a_torn_image_in_the_middle_marks_its_rows(hub, tmp_path):
     rows = [{"image": png(k)} for k in range(5)]
     rows[2] = {"image": {"bytes": b"\x89PNG torn", "path": None}}

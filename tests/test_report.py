@@ -1,8 +1,10 @@
 """Reports from run directories: what the page says follows from the rows; unfinished, withheld, empty, damaged runs."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from hf_equiv import (
     run,
     rundir,
     shards,
+    spectrumrows,
 )
 from hf_equiv import report as reports
 from hf_equiv.cli import cli
@@ -124,6 +127,7 @@ def test_everything_is_there(runs, drawn, tmp_path):
     assert "<" not in "".join(line for line in report.markdown.splitlines() if not line.startswith("    "))
     for told in ("Where this disagrees with the paper", "JPEG 95", "control: random step", "How to cite", "rank"):
         assert told in text
+    assert re.search(r"Singular values of the Jacobian, largest [\d.]+, rank \d+( to \d+)?\.", report.html)
     assert report.problems == ()
     (model,) = report.numbers["models"]
     assert model["match"]["pairs"] == 5
@@ -136,6 +140,14 @@ def test_everything_is_there(runs, drawn, tmp_path):
     assert len(summary(model)) == 5
     assert len(claims(model)) == 7
     assert not any("prove" in line.lower() for line in (report.html, report.markdown))
+
+
+def test_paths_as_text_and_one_or_several(runs, tmp_path):
+    page = make_report("runs/free", survival=False, out="page.html")
+    page.write("page.html")
+    several = make_report([Path("runs/free")], survival=False, out=Path("page.html"), model=Path("nowhere"))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page.html == several.html
+    assert (tmp_path / "page_files").is_dir()
 
 
 def test_the_same_again_to_the_byte_with_and_without_what_was_kept(runs, drawn, tmp_path):
@@ -317,6 +329,23 @@ def test_only_geometry_or_only_a_match(runs, drawn):
     for told in ("hf-equiv spectrum MODEL", "hf-equiv lipschitz MODEL", "hf-equiv walk MODEL", "--no-survival",
                  "--transfer MODEL2"):  # fmt: skip
         assert told in text
+
+
+def test_a_spectrum_of_the_largest_values_has_no_rank(tmp_path, monkeypatch):
+    topmost = partial(spectrumrows.jacobian_spectrum, method="golub_kahan")  # unasked only of larger models
+    monkeypatch.setattr(spectrumrows, "jacobian_spectrum", topmost)
+    plan = make_analysis_plan(AnalysisConfig("spectrum", data="builtin", limit=2, k=2), TinyEncoder())
+    run_analysis(plan, tmp_path / "runs")
+    report = make_report(tmp_path / "runs")
+    assert "rank []" not in report.html + report.markdown
+    assert re.search(r"Singular values of the Jacobian, largest [\d.]+\.\"", report.html)
+    text = words_of(report)
+    assert "Not measured: rank and nullity. To add it: hf-equiv spectrum MODEL without --k" in text
+    (null,) = (claim for claim in claims(report.numbers["models"][0]) if claim.claim.startswith("Null space"))
+    assert (null.measured, null.verdict) == (
+        "the spectrum has no rank; run hf-equiv spectrum without --k to add it", OPEN,
+    )  # fmt: skip
+    assert null.measured in text
 
 
 def test_model_that_is_not_found_leaves_the_rest(runs, monkeypatch):

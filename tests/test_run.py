@@ -74,6 +74,13 @@ def test_rows_files_and_record(plan, tmp_path):
     assert str(tmp_path).encode() not in written
 
 
+def test_a_directory_named_as_text(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = run.run_match(plan, "out", batch_size=2)
+    assert outcome.out == Path("out")
+    assert same_rows(outcome.rows, run.run_match(plan, tmp_path / "out").rows)
+
+
 def test_datasets_loads_it(plan, tmp_path):
     run.run_match(plan, tmp_path / "out")
     rows = datasets.load_dataset(str(tmp_path / "out"), "matches", split="train", cache_dir=str(tmp_path / "cache"))

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hf_equiv import merge, shards, verify
+from hf_equiv.cli import _run
 from hf_equiv.display import print_report
 from hf_equiv.plan import RunConfig, make_plan
 from hf_equiv.run import run_match
@@ -282,6 +283,24 @@ def test_unfinished_run(photos, tiny, tmp_path, monkeypatch):
     report = verify.verify_run(tmp_path / "out")
     assert (report.rows, report.verified, report.failed) == (2, 2, 2)
     assert "the run is not finished" in report.problems[0].message
+
+
+def test_missing_rows_are_counted(photos, tiny, tmp_path, monkeypatch, capsys):
+    def stop(progress):
+        if progress.done == 1:
+            raise KeyboardInterrupt
+
+    plan = make_plan(RunConfig(data=str(photos), pairs=10, max_evals=20), tiny)
+    with pytest.raises(KeyboardInterrupt):
+        run_match(plan, tmp_path / "out", batch_size=1, observer=stop)
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
+    assert _run(["verify", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert sum("is listed and missing from matches/" in line for line in told) == 5
+    assert "… and 4 more rows are missing; --json names each." in told
+    assert told[-1].startswith(f"9 problems in {tmp_path / 'out'}: 1 of 10 rows hold")
+    assert _run(["verify", str(tmp_path / "out"), "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 9
 
 
 def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
