@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_equiv import display, environment, geometrytables, progress
-from hf_equiv.matchcommand import how_to_go_on, seconds_per_evaluation, without_nan
+from hf_equiv.matchcommand import how_to_go_on, in_words, seconds_per_evaluation, without_nan
 from hf_equiv.wording import verify_command
 
 
@@ -39,7 +39,7 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
         if as_json:
             display.print_json(_result(plan, folder, (), None) | {"dry_run": facts}, out)
         else:
-            display.print_facts({"would do": facts}, out)
+            display.print_facts({"would do": in_words(facts)}, out)
         return 0
 
     from hf_equiv import rundir
@@ -78,7 +78,7 @@ def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
 
 def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
     """Time an evaluation of one image, and count what the analysis of an image takes, roughly."""
-    from hf_equiv import rundir
+    from hf_equiv import pairs, rundir
 
     items = [subject.entry() for subject in plan.subjects]
     there = rundir.refuse_early(folder, plan.settings, overwrite, plan.layout, items)
@@ -95,7 +95,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         evals += 300 if "match" in settings["directions"] else 0
     else:
         evals = jacobian + settings["num_steps"] * 10 * settings["step"] + (300 if settings["solver"] else 0)
-    left = len(plan.subjects) - there
+    left, failing = len(plan.subjects) - there, sum(bool(subject.unusable) for subject in plan.subjects)
     return {
         "model": settings["model_id"],
         "revision": settings["model_revision"],
@@ -103,8 +103,10 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         "images": f"{len(plan.subjects)} of {settings['data_id']}",
         "images_there": there,
         "images_to_do": left,
+        "images_of_status_error": failing,
+        "unusable_images": pairs.unusable_images(plan.subjects),
         "out": str(folder),
         "seconds_per_evaluation": round(seconds, 4),
         "evaluations_per_image": round(evals),
-        "estimated_seconds": round(left * evals * seconds, 1),
+        "estimated_seconds": round((left - failing) * evals * seconds, 1),
     }

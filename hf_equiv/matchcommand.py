@@ -43,7 +43,7 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
         if as_json:
             display.print_json(_result(plan, folder, (), None) | {"dry_run": facts}, out)
         else:
-            display.print_facts({"would do": facts}, out)
+            display.print_facts({"would do": in_words(facts)}, out)
         return 0
 
     from hf_equiv import rundir
@@ -77,6 +77,14 @@ def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
         "rows": [without_nan(row) for row in rows],
         "summary": summary,
     }
+
+
+def in_words(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of a dry run as its table shows them: unusable images by name, of many the first ten, or nothing."""
+    told, unusable = dict(facts), list(facts["unusable_images"])
+    told["unusable_images"] = [display.cut(name, 60) for name in unusable[:10]]
+    told["unusable_images"] += [f"and {len(unusable) - 10} more"] if unusable[10:] else []
+    return {k: v for k, v in told.items() if unusable or not (k == "unusable_images" or k.endswith("_status_error"))}
 
 
 def without_nan(row: dict[str, Any]) -> dict[str, Any]:
@@ -113,11 +121,12 @@ def seconds_per_evaluation(encoder: Any) -> float:
 
 def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -> dict[str, Any]:
     """Time an evaluation of one image; a typical match takes 200 to 400, its refinement a Jacobian and a little."""
-    from hf_equiv import rundir
+    from hf_equiv import pairs, rundir
 
     there = rundir.refuse_early(folder, plan.settings, overwrite, items=[pair.entry() for pair in plan.pairs])
     encoder = plan.encoder
-    left = len(plan.pairs) - there
+    unusable = pairs.unusable_images(plan.pairs)
+    left, failing = len(plan.pairs) - there, sum(bool(pair.unusable) for pair in plan.pairs)
     seconds = seconds_per_evaluation(encoder)
     refining = (1 + 2 * encoder.embedding_dim) / 3 + 10 if plan.config.refine else 0
     usual = min(plan.config.max_evals, 400) + refining
@@ -129,8 +138,10 @@ def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -
         "pairs": len(plan.pairs),
         "rows_there": there,
         "rows_to_make": left,
+        "rows_of_status_error": failing,
+        "unusable_images": unusable,
         "out": str(folder),
         "batch_size": batch_size or (8 if encoder.device.type == "cpu" else 32),
         "seconds_per_evaluation": round(seconds, 4),
-        "estimated_seconds": round(left * usual * seconds, 1),
+        "estimated_seconds": round((left - failing) * usual * seconds, 1),
     }

@@ -237,6 +237,30 @@ def test_bad_named_photos_are_listed_before_any_work(place, capsys):
     assert not (place / "runs").exists()
 
 
+def test_dry_run_names_photos_of_a_set_that_cannot_be_read(place, capsys):
+    photos = save_photos(place / "photos")
+    drawn = ["match", "builtin", "--data", "photos", "--pairs", "7", "--dry-run"]
+    assert "unusable" not in call(capsys, *drawn)[1]
+    names = ["class1/photo1.png", "class2/photo2.png"]
+    for name in names:
+        (photos / name).write_bytes(b"broken")
+    code, out, _ = call(capsys, *drawn)
+    assert code == 0
+    rows, images = (re.search(rf"{key} +(.*)\n", out)[1] for key in ("rows of status error", "unusable images"))
+    assert sorted(images.split(", ")) == names
+    told = json.loads(call(capsys, *drawn, "--json")[1])["dry_run"]
+    assert sorted(told["unusable_images"]) == names
+    assert all(why.startswith(f"image {name!r} must be an") for name, why in told["unusable_images"].items())
+    code, out, _ = call(capsys, *drawn[:-1], "--max-evals", "5", "--json")
+    failed = sum(row["status"] == "error" for row in json.loads(out)["rows"])
+    assert int(rows) == told["rows_of_status_error"] == failed > 0
+    for verb, count in (("spectrum", 2), ("lipschitz", 4)):  # of which every image has the next one as its target
+        told = json.loads(call(capsys, verb, "builtin", "--data", "photos", "--dry-run", "--json")[1])["dry_run"]
+        assert sorted(told["unusable_images"]) == names
+        assert told["images_of_status_error"] == count
+        assert "unusable images" in call(capsys, verb, "builtin", "--data", "photos", "--dry-run")[1]
+
+
 def test_photos_that_changed_are_told_in_words(place, capsys):
     call(capsys, *PAIR, "--out", "run", "-q")
     draw_photo(9).save(place / "1.png")
