@@ -74,6 +74,8 @@ def load_images(
         raise FileNotFoundError(
             f"{what!r} does not exist, and patterns are not expanded. Name a folder: it stands for all images in it."
         )
+    elif what.endswith(("/", "\\")):
+        raise FileNotFoundError(f"folder {what!r} does not exist. Check the path.")
     elif _looks_like_path(what):
         raise FileNotFoundError(
             f"{what!r} does not exist. Check the path (Hub datasets are named id[:config][:split])."

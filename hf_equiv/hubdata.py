@@ -164,13 +164,12 @@ def _current_revision(repo_id: str) -> str:
             "with `hf auth login`."
         ) from None
     except RepositoryNotFoundError:
-        raise ValueError(
-            f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the name; "
-            "if it is private, log in with `hf auth login`."
-        ) from None
+        raise ValueError(_unknown(repo_id)) from None
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is neither a file or folder here nor a dataset name ({error}).") from None
     except (HfHubHTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 404:  # of one word, without an error code
+            raise ValueError(_unknown(repo_id)) from None
         raise ValueError(
             f"dataset {repo_id!r} cannot be looked up: {_first_line(error)}. Check the network, or use local images."
         ) from error
@@ -184,6 +183,13 @@ def _current_revision(repo_id: str) -> str:
     if not sha:
         raise ValueError(f"the Hub names no commit of dataset {repo_id!r}.")
     return sha
+
+
+def _unknown(repo_id: str) -> str:
+    return (
+        f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the name; if it "
+        "is private, log in with `hf auth login`."
+    )
 
 
 def _cached_revision(repo_id: str, cache_dir: str | None) -> str:

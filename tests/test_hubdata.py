@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import SIZE, TinyEncoder, draw_photo
 from huggingface_hub import HfApi
+from loopback_hub import HubError, _Handler
 from PIL import Image
 
 from hf_equiv import hubdata, run, streaming
@@ -157,6 +158,17 @@ def test_datasets_that_cannot_be_used(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     with pytest.raises(ValueError, match=r"'alice/photos' is a gated dataset on the Hub"):
         load_images("alice/photos", cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("code", ["RepoNotFound", None])  # of a name of one word the Hub gives no code
+@pytest.mark.parametrize("name", ["nosuch", "alice/nosuch"])
+def test_a_name_that_nothing_has(hub, monkeypatch, name, code):
+    def refuse(*_):
+        raise HubError(404, "Sorry, we can't find the page you are looking for.", code)
+
+    monkeypatch.setattr(_Handler, "_route", refuse)
+    with pytest.raises(ValueError, match=rf"^'{name}' is neither a file nor a folder here nor a dataset .* the name"):
+        load_images(name)
 
 
 # --- streaming ---
