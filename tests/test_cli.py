@@ -8,7 +8,8 @@ import time
 import pytest
 from fakes import TinyEncoder, draw_photo, save_photos
 
-from hf_equiv import cli, environment, shards, verify, wording
+from hf_equiv import cli, environment, progress, shards, verify, wording
+from hf_equiv.matchrows import RunProgress
 
 
 @pytest.fixture
@@ -259,6 +260,29 @@ def test_dry_run_names_photos_of_a_set_that_cannot_be_read(place, capsys):
         assert sorted(told["unusable_images"]) == names
         assert told["images_of_status_error"] == count
         assert "unusable images" in call(capsys, verb, "builtin", "--data", "photos", "--dry-run")[1]
+
+
+def test_pace_is_in_plain_numbers_and_of_rows_that_took_time(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("hf_equiv.progress.time.monotonic", lambda: clock[0])
+    with progress.run_progress(quiet=False) as tell:
+        tell(RunProgress("saved", 0, 20))
+        tell(RunProgress("note", pair_ids=("a",), message="a: torn"))
+        clock[0] = 0.06
+        tell(RunProgress("saved", 1, 20))
+        tell(RunProgress("saved", 6, 20))
+        clock[0] = 60.0
+        tell(RunProgress("saved", 12, 20))
+        clock[0] = 600.0
+        tell(RunProgress("saved", 20, 20))
+    assert capsys.readouterr().err.splitlines() == [
+        "0 of 20 rows on disk",
+        "error: a: torn",
+        "1 of 20 rows on disk",
+        "6 of 20 rows on disk (5,000 a minute, 0 s left)",
+        "12 of 20 rows on disk (11 a minute, 44 s left)",
+        "20 of 20 rows on disk (1.9 a minute)",
+    ]
 
 
 def test_photos_that_changed_are_told_in_words(place, capsys):
