@@ -30,7 +30,8 @@ def load_images(
 
     Args:
         what: an image file; a folder (searched recursively, sorted by relative path); a parquet file or a folder of
-            them; a Hub dataset `id[:config][:split]`; or `builtin`, the four photos of the package.
+            them; a Hub dataset `id[:config][:split]` (by default configuration `default`, or the first; split
+            `validation`, or `test`, or `train`, or the first); or `builtin`, the four photos of the package.
         limit: keep this many images, drawn with `seed`, in their order.
         seed: seed of that draw.
         image_column: column of a table that holds the images; by default the first of type Image.
@@ -83,7 +84,7 @@ def load_images(
     else:
         from hf_equiv import hubdata
 
-        found = hubdata.load_hub_dataset(
+        images = hubdata.load_hub_dataset(
             what,
             image_column,
             label_column,
@@ -92,7 +93,6 @@ def load_images(
             most=most,
             streaming=streaming,
         )
-        images = ImageSet(*found, tabular=True, streamed=found[0].endswith("]"))
     if limit is not None and limit < len(images):
         images = images.select(sorted(random.Random(seed).sample(range(len(images)), limit)))
     return images

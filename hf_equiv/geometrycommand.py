@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_equiv import display, environment, geometrytables, progress
 from hf_equiv.matchcommand import how_to_go_on, in_words, seconds_per_evaluation, without_nan
-from hf_equiv.wording import verify_command
+from hf_equiv.wording import in_flags, verify_command
 
 
 def run(analysis: str, model: str, **given: Any) -> int:
@@ -34,6 +34,7 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
     encoder = environment.load_encoder(model, **options, **where)
     plan = make_analysis_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
+    progress.say(plan.choices, quiet=quiet or given["dry_run"])
     if given["dry_run"]:
         facts = _estimate(plan, folder, given["overwrite"])
         if as_json:
@@ -105,6 +106,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         "images_to_do": left,
         "images_of_status_error": failing,
         "unusable_images": pairs.unusable_images(plan.subjects),
+        "choices": [in_flags(choice) for choice in plan.choices],
         "out": str(folder),
         "seconds_per_evaluation": round(seconds, 4),
         "evaluations_per_image": round(evals),

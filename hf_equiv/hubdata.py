@@ -13,9 +13,11 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from PIL import Image
 
 from hf_equiv.imagefile import open_image
+from hf_equiv.imageset import ImageSet
 from hf_equiv.streaming import first_rows, is_large
 
 Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]
+DEFAULT_SPLITS = ("validation", "test", "train")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
 
@@ -28,13 +30,13 @@ def load_hub_dataset(
     local_files_only: bool,
     most: int | None = None,
     streaming: bool = False,
-) -> tuple[str, str, tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]:
+) -> ImageSet:
     """Open `id[:config][:split]` at its current commit.
 
     With `streaming`, or if the files are large, only the first `most` images are fetched; the name says so.
 
     Returns:
-        The fields of an `ImageSet`, in order.
+        The images.
 
     Raises:
         ValueError: unknown, private or gated dataset, configuration or split; no network.
@@ -45,7 +47,7 @@ def load_hub_dataset(
         raise ValueError(f"a dataset must be named id[:config][:split]; got {what!r}.")
     offline = local_files_only or constants.is_offline_mode()
     revision = _cached_revision(repo_id, cache_dir) if offline else _current_revision(repo_id)
-    config, split = _choose(repo_id, revision, parts)
+    config, split, choices = _choose(repo_id, revision, parts)
     name = ":".join([repo_id, config, split])
     try:
         if streaming or (most is not None and not offline and is_large(repo_id, config, revision)):
@@ -54,7 +56,8 @@ def load_hub_dataset(
             with _quiet():
                 rows = first_rows(repo_id, config, revision, split, most, cache_dir)
             ids, labels, read = columns_as_images(rows, name, image_column, label_column, _caches(cache_dir))
-            return f"{name}[:{most}]", revision, ids, labels, read
+            first = f"{name}[:{most}]"
+            return ImageSet(first, revision, ids, labels, read, tabular=True, streamed=True, choices=choices)
     except (OSError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be streamed: {_first_line(error.__cause__ or error)}") from error
     mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
@@ -66,7 +69,7 @@ def load_hub_dataset(
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
     ids, labels, read = columns_as_images(dataset, name, image_column, label_column, _caches(cache_dir))
-    return name, revision, ids, labels, read
+    return ImageSet(name, revision, ids, labels, read, tabular=True, choices=choices)
 
 
 def _caches(cache_dir: str | None) -> tuple[Path, ...]:
@@ -205,8 +208,8 @@ def _cached_revision(repo_id: str, cache_dir: str | None) -> str:
     return ref.read_text().strip()
 
 
-def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str]:
-    """Settle configuration and split; a single part may be either."""
+def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tuple[str, ...]]:
+    """Settle configuration and split, with a sentence on each that nobody named; a single part may be either."""
     try:
         configs = datasets.get_dataset_config_names(repo_id, revision=revision)
         config = next((p for p in parts[:1] if p in configs), "default" if "default" in configs else configs[0])
@@ -219,9 +222,17 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str]:
             f"dataset {repo_id!r} has no {':'.join(parts)!r}; configurations: {', '.join(configs)}; "
             f"splits of {config!r}: {', '.join(splits)}."
         )
-    if wanted:
-        return config, wanted[0]
-    return config, next((s for s in ("validation", "test", "train") if s in splits), splits[0])
+    split = next((s for s in (*wanted, *DEFAULT_SPLITS) if s in splits), splits[0])
+    choices = []
+    if config not in parts and len(configs) > 1:
+        choices.append(f"taking configuration {config} of {_listed(configs)}; name another as {repo_id}:CONFIG")
+    if not wanted and len(splits) > 1:
+        choices.append(f"taking split {split} of {_listed(splits)}; name another as {repo_id}:{config}:SPLIT")
+    return config, split, tuple(choices)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
 
 
 @contextmanager

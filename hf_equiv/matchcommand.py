@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_equiv import display, environment, progress
-from hf_equiv.wording import verify_command
+from hf_equiv.wording import in_flags, verify_command
 
 
 def run(model: str, **given: Any) -> int:
@@ -38,6 +38,7 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     encoder = environment.load_encoder(model, **options, **where)
     plan = make_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
+    progress.say(plan.choices, quiet=quiet or given["dry_run"])
     if given["dry_run"]:
         facts = _estimate(plan, folder, given["overwrite"], given["batch_size"])
         if as_json:
@@ -80,11 +81,12 @@ def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
 
 
 def in_words(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts of a dry run as its table shows them: unusable images by name, of many the first ten, or nothing."""
+    """Facts of a dry run as its table shows them: unusable images by name, the first ten; only what there is to say."""
     told, unusable = dict(facts), list(facts["unusable_images"])
     told["unusable_images"] = [display.cut(name, 60) for name in unusable[:10]]
     told["unusable_images"] += [f"and {len(unusable) - 10} more"] if unusable[10:] else []
-    return {k: v for k, v in told.items() if unusable or not (k == "unusable_images" or k.endswith("_status_error"))}
+    told["choices"] = "; ".join(facts["choices"])
+    return {key: value for key, value in told.items() if value or not key.endswith(("_error", "_images", "choices"))}
 
 
 def without_nan(row: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +142,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -
         "rows_to_make": left,
         "rows_of_status_error": failing,
         "unusable_images": unusable,
+        "choices": [in_flags(choice) for choice in plan.choices],
         "out": str(folder),
         "batch_size": batch_size or (8 if encoder.device.type == "cpu" else 32),
         "seconds_per_evaluation": round(seconds, 4),

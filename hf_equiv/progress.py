@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -41,6 +41,13 @@ def run_progress(*, quiet: bool, what: str = "matches") -> Iterator[Observer]:
             yield _Bars(bars, what)
     else:
         yield _Lines(what)
+
+
+def say(lines: Iterable[str], *, quiet: bool) -> None:
+    """Say what a person should know before a run; of several processes one does."""
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            to_stderr(in_flags(line))
 
 
 def _notes(p: RunProgress) -> None:
