@@ -197,5 +197,5 @@ def _parquet(
 
     revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
     dataset = parquetfile.load_parquet(name, paths, revision, cache_dir)
-    ids, labels, read = hubdata.columns_as_images(dataset, name, image_column, label_column)
-    return ImageSet(name, revision, ids, labels, read, tabular=True)
+    ids, labels, read, choices = hubdata.columns_as_images(dataset, name, image_column, label_column)
+    return ImageSet(name, revision, ids, labels, read, tabular=True, choices=choices)

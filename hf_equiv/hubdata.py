@@ -16,7 +16,7 @@ from hf_equiv.imagefile import open_image
 from hf_equiv.imageset import ImageSet
 from hf_equiv.streaming import first_rows, is_large
 
-Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]
+Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image], tuple[str, ...]]
 DEFAULT_SPLITS = ("validation", "test", "train")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
@@ -55,9 +55,10 @@ def load_hub_dataset(
                 raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
             with _quiet():
                 rows = first_rows(repo_id, config, revision, split, most, cache_dir)
-            ids, labels, read = columns_as_images(rows, name, image_column, label_column, _caches(cache_dir))
+            ids, labels, read, columns = columns_as_images(rows, name, image_column, label_column, _caches(cache_dir))
             first = f"{name}[:{most}]"
-            return ImageSet(first, revision, ids, labels, read, tabular=True, streamed=True, choices=choices)
+            told = choices + columns
+            return ImageSet(first, revision, ids, labels, read, tabular=True, streamed=True, choices=told)
     except (OSError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be streamed: {_first_line(error.__cause__ or error)}") from error
     mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
@@ -68,8 +69,8 @@ def load_hub_dataset(
             )
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
-    ids, labels, read = columns_as_images(dataset, name, image_column, label_column, _caches(cache_dir))
-    return ImageSet(name, revision, ids, labels, read, tabular=True, choices=choices)
+    ids, labels, read, columns = columns_as_images(dataset, name, image_column, label_column, _caches(cache_dir))
+    return ImageSet(name, revision, ids, labels, read, tabular=True, choices=choices + columns)
 
 
 def _caches(cache_dir: str | None) -> tuple[Path, ...]:
@@ -90,17 +91,17 @@ def columns_as_images(
     Cells may hold the path of a file; with `inside` only of one in these folders.
 
     Returns:
-        Ids, labels, and a function that decodes image `i`.
+        Ids, labels, a function that decodes image `i`, and a sentence if an image column was taken unasked.
 
     Raises:
         ValueError: there is no such column, or none that holds images.
     """
     features = dataset.features
-    column = image_column or next((k for k, v in features.items() if isinstance(v, datasets.Image)), None)
-    if column is None:  # what an image column is without the metadata of `datasets`
-        column = next((k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}), None)
-    if column is None:
-        column = next((k for k in ("image", "img", "jpg", "png") if k in features), None)
+    found = [k for k, v in features.items() if isinstance(v, datasets.Image)]
+    # what an image column is without the metadata of `datasets`
+    found = found or [k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}]
+    found = found or [k for k in ("image", "img", "jpg", "png") if k in features]
+    column = image_column or next(iter(found), None)
     if column is None or column not in features:
         raise ValueError(
             f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}; it has "
@@ -118,6 +119,9 @@ def columns_as_images(
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"column {column!r} of {name!r} must hold images; got {features[column]}.") from error
     labels = _labels(dataset, name, label_column)
+    choices: tuple[str, ...] = ()
+    if not image_column and len(found) > 1:
+        choices = (f"taking image column {column!r} of {_listed(found)}; `image_column` names another",)
 
     def read(index: int) -> Image.Image:
         cell = encoded[index][column] or {}
@@ -133,7 +137,7 @@ def columns_as_images(
             return open_image(cell["path"], where)
         raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or remove the row.")
 
-    return tuple(str(i) for i in range(len(dataset))), labels, read
+    return tuple(str(i) for i in range(len(dataset))), labels, read, choices
 
 
 def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> tuple[str | None, ...]:

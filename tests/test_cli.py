@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 from fakes import TinyEncoder, draw_photo, save_photos
 
@@ -260,6 +261,19 @@ def test_dry_run_names_photos_of_a_set_that_cannot_be_read(place, capsys):
         assert sorted(told["unusable_images"]) == names
         assert told["images_of_status_error"] == count
         assert "unusable images" in call(capsys, verb, "builtin", "--data", "photos", "--dry-run")[1]
+
+
+def test_one_of_several_image_columns_is_said_aloud(place, capsys):
+    features = datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
+    rows = [{"left": draw_photo(k), "right": draw_photo(k + 5)} for k in range(3)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet("two.parquet")
+    given = ["match", "builtin", "--data", "two.parquet", "--pairs", "1", "--max-evals", "3", "--cache-dir", "cache"]
+    said = "taking image column 'left' of left, right; --image-column names another"
+    assert said in call(capsys, *given)[2].splitlines()
+    assert f" {said}\n" in call(capsys, *given, "--dry-run")[1]
+    assert json.loads(call(capsys, *given, "--dry-run", "--json")[1])["dry_run"]["choices"] == [said]
+    for more in (["-q"], ["--json"], ["--image-column", "left"], ["--image-column", "right"]):
+        assert "taking" not in call(capsys, *given, *more)[2]
 
 
 def test_pace_is_in_plain_numbers_and_of_rows_that_took_time(capsys, monkeypatch):
