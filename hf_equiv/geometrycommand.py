@@ -19,6 +19,7 @@ def run(analysis: str, model: str, **given: Any) -> int:
 
 
 def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
+    from hf_equiv import beside
     from hf_equiv.analysisconfig import AnalysisConfig
     from hf_equiv.geometryplan import make_analysis_plan
 
@@ -35,6 +36,9 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
     plan = make_analysis_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
     progress.say(plan.choices, quiet=quiet or given["dry_run"])
+    if given["out"] is None:
+        items = [subject.entry() for subject in plan.subjects]
+        progress.say(beside.other_states(folder, plan.settings, items, plan.layout), quiet=quiet)
     if given["dry_run"]:
         facts = _estimate(plan, folder, given["overwrite"])
         if as_json:

@@ -20,8 +20,10 @@ def run(model: str, **given: Any) -> int:
 
 
 def _run(model: str, given: dict[str, Any], out: Any) -> int:
+    from hf_equiv import beside
     from hf_equiv.plan import make_plan
     from hf_equiv.runconfig import RunConfig
+    from hf_equiv.shards import MATCH
 
     as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
     labels = given["labels"]
@@ -39,6 +41,9 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     plan = make_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
     progress.say(plan.choices, quiet=quiet or given["dry_run"])
+    if given["out"] is None:
+        items = [pair.entry() for pair in plan.pairs]
+        progress.say(beside.other_states(folder, plan.settings, items, MATCH), quiet=quiet)
     if given["dry_run"]:
         facts = _estimate(plan, folder, given["overwrite"], given["batch_size"])
         if as_json:

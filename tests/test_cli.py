@@ -299,6 +299,31 @@ def test_pace_is_in_plain_numbers_and_of_rows_that_took_time(capsys, monkeypatch
     ]
 
 
+@pytest.mark.parametrize("options", [["match", "--pairs", "7", "--max-evals", "5"], ["spectrum", "--k", "2"]])
+def test_a_run_over_another_state_of_the_data_is_told(place, capsys, options):
+    verb, *more = options
+    command = [verb, "builtin", "--data", "photos", *more]
+    torn = save_photos(place / "photos") / "class1" / "photo1.png"
+    torn.write_bytes(b"broken")
+    assert "another state" not in call(capsys, *command)[2]
+    assert "another state" not in call(capsys, *command)[2]
+    (folder,) = (place / "runs" / verb / "builtin").iterdir()
+    folder = folder.relative_to(place)
+    draw_photo(1).save(torn)
+    said = f"{folder} holds the same run over another state of the data"
+    assert f"{said}: --out {folder} would keep its rows; this run begins anew" in call(capsys, *command, "--dry-run")[2]
+    assert "another state" not in call(capsys, *command, "--dry-run", "--seed", "1")[2]
+    assert "another state" not in call(capsys, *command, "--dry-run", "--json")[2]
+    code, out, err = call(capsys, *command, "--dry-run", "--out", folder)
+    assert code == 0
+    assert "another state" not in err
+    assert not re.search(r"(rows|images) there +0\n", out)
+    for name, k in (("class1/photo4.png", 11), ("class2/photo2.png", 13)):
+        draw_photo(k).save(place / "photos" / name)
+    assert f"{said}, of which not only unusable images have changed" in call(capsys, *command, "--dry-run")[2]
+    assert "another state" not in call(capsys, *command, "--json")[2]
+
+
 def test_photos_that_changed_are_told_in_words(place, capsys):
     call(capsys, *PAIR, "--out", "run", "-q")
     draw_photo(9).save(place / "1.png")
