@@ -31,7 +31,8 @@ def load_images(
 
     Args:
         what: an image file; a folder (searched recursively, sorted by relative path); a parquet file or a folder of
-            them; a Hub dataset `id[:config][:split]`; or `builtin`, the four photos of the package.
+            them; a Hub dataset `id[:config][:split]` (by default configuration `default`, or the first; split
+            `validation`, or `test`, or `train`, or the first); or `builtin`, the four photos of the package.
         limit: keep this many images, drawn with `seed`, in their order.
         seed: seed of that draw.
         image_column: column of a table that holds the images; by default the first of type Image.
@@ -77,6 +78,8 @@ def load_images(
         raise FileNotFoundError(
             f"{what!r} does not exist, and patterns are not expanded. Name a folder: it stands for all images in it."
         )
+    elif what.endswith(("/", "\\")):
+        raise FileNotFoundError(f"folder {what!r} does not exist. Check the path.")
     elif _looks_like_path(what):
         raise FileNotFoundError(
             f"{what!r} does not exist. Check the path (Hub datasets are named id[:config][:split])."
@@ -84,7 +87,7 @@ def load_images(
     else:
         from hf_equiv import hubdata
 
-        found = hubdata.load_hub_dataset(
+        images = hubdata.load_hub_dataset(
             what,
             image_column,
             label_column,
@@ -93,7 +96,6 @@ def load_images(
             most=most,
             streaming=streaming,
         )
-        images = ImageSet(*found, tabular=True, streamed=found[0].endswith("]"))
     if limit is not None and limit < len(images):
         images = images.select(sorted(random.Random(seed).sample(range(len(images)), limit)))
     return images
@@ -198,5 +200,5 @@ def _parquet(
 
     revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
     dataset = parquetfile.load_parquet(name, paths, revision, cache_dir)
-    ids, labels, read = hubdata.columns_as_images(dataset, name, image_column, label_column)
-    return ImageSet(name, revision, ids, labels, read, tabular=True)
+    ids, labels, read, choices = hubdata.columns_as_images(dataset, name, image_column, label_column)
+    return ImageSet(name, revision, ids, labels, read, tabular=True, choices=choices)

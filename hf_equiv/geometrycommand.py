@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from hf_equiv import display, environment, geometrytables, progress
-from hf_equiv.matchcommand import how_to_go_on, seconds_per_evaluation, without_nan
-from hf_equiv.wording import verify_command
+from hf_equiv.matchcommand import how_to_go_on, in_words, seconds_per_evaluation, without_nan
+from hf_equiv.wording import in_flags, verify_command
 
 
 def run(analysis: str, model: str, **given: Any) -> int:
@@ -19,6 +20,7 @@ def run(analysis: str, model: str, **given: Any) -> int:
 
 
 def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
+    from hf_equiv import beside
     from hf_equiv.analysisconfig import AnalysisConfig
     from hf_equiv.geometryplan import make_analysis_plan
 
@@ -34,12 +36,18 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
     encoder = environment.load_encoder(model, **options, **where)
     plan = make_analysis_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
+    progress.say(plan.choices, quiet=quiet or given["dry_run"])
+    if given["out"] is None:
+        items = [subject.entry() for subject in plan.subjects]
+        progress.say(beside.other_states(folder, plan.settings, items, plan.layout), quiet=quiet)
+    if given["dry_run"] and not progress.is_first():
+        return 0
     if given["dry_run"]:
         facts = _estimate(plan, folder, given["overwrite"])
         if as_json:
             display.print_json(_result(plan, folder, (), None) | {"dry_run": facts}, out)
         else:
-            display.print_facts({"would do": facts}, out)
+            display.print_facts({"would do": in_words(facts)}, out)
         return 0
 
     from hf_equiv import rundir
@@ -62,6 +70,11 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
         geometrytables.print_analysis(outcome, plan.layout.folder, check, out)
     if quiet and not outcome.completed:
         geometrytables.print_analysis_failures(outcome)
+    if not outcome.completed and os.environ.get("WORLD_SIZE", "1") != "1":
+        progress.say(
+            ["exit code 1: not every image was completed. All rows are there; a launcher calls the code a failure."],
+            quiet=quiet,
+        )
     return 0 if outcome.completed else 1
 
 
@@ -78,7 +91,7 @@ def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
 
 def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
     """Time an evaluation of one image, and count what the analysis of an image takes, roughly."""
-    from hf_equiv import rundir
+    from hf_equiv import pairs, rundir
 
     items = [subject.entry() for subject in plan.subjects]
     there = rundir.refuse_early(folder, plan.settings, overwrite, plan.layout, items)
@@ -95,7 +108,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         evals += 300 if "match" in settings["directions"] else 0
     else:
         evals = jacobian + settings["num_steps"] * 10 * settings["step"] + (300 if settings["solver"] else 0)
-    left = len(plan.subjects) - there
+    left, failing = len(plan.subjects) - there, sum(bool(subject.unusable) for subject in plan.subjects)
     return {
         "model": settings["model_id"],
         "revision": settings["model_revision"],
@@ -103,8 +116,11 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         "images": f"{len(plan.subjects)} of {settings['data_id']}",
         "images_there": there,
         "images_to_do": left,
+        "images_of_status_error": failing,
+        "unusable_images": pairs.unusable_images(plan.subjects),
+        "choices": [in_flags(choice) for choice in plan.choices],
         "out": str(folder),
         "seconds_per_evaluation": round(seconds, 4),
         "evaluations_per_image": round(evals),
-        "estimated_seconds": round(left * evals * seconds, 1),
+        "estimated_seconds": round((left - failing) * evals * seconds, 1),
     }

@@ -60,6 +60,11 @@ class AnalysisPlan:
         return default_folder(self.config.analysis, self.settings)
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """A sentence on each thing about the images that was settled because nobody had named it."""
+        return tuple(dict.fromkeys(self.images.choices + (self.targets.choices if self.targets else ())))
+
+    @property
     def item_bytes(self) -> int:
         """Bytes of the images and float images of one subject, at most."""
         config, size = self.config, math.prod(self.encoder.input_shape)

@@ -14,9 +14,11 @@ from PIL import Image
 
 from hf_equiv.hub_files import hushed
 from hf_equiv.imagefile import open_image
+from hf_equiv.imageset import ImageSet
 from hf_equiv.streaming import first_rows, is_large
 
-Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]
+Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image], tuple[str, ...]]
+DEFAULT_SPLITS = ("validation", "test", "train")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
 
@@ -30,13 +32,13 @@ def load_hub_dataset(
     local_files_only: bool,
     most: int | None = None,
     streaming: bool = False,
-) -> tuple[str, str, tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image]]:
+) -> ImageSet:
     """Open `id[:config][:split]` at its current commit.
 
     With `streaming`, or if the files are large, only the first `most` images are fetched; the name says so.
 
     Returns:
-        The fields of an `ImageSet`, in order.
+        The images.
 
     Raises:
         ValueError: unknown, private or gated dataset, configuration or split; no network.
@@ -47,7 +49,7 @@ def load_hub_dataset(
         raise ValueError(f"a dataset must be named id[:config][:split]; got {what!r}.")
     offline = local_files_only or constants.is_offline_mode()
     revision = _cached_revision(repo_id, cache_dir) if offline else _current_revision(repo_id)
-    config, split = _choose(repo_id, revision, parts)
+    config, split, choices = _choose(repo_id, revision, parts)
     name = ":".join([repo_id, config, split])
     try:
         if streaming or (most is not None and not offline and is_large(repo_id, config, revision)):
@@ -55,8 +57,10 @@ def load_hub_dataset(
                 raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
             with _quiet():
                 rows = first_rows(repo_id, config, revision, split, most, cache_dir)
-            ids, labels, read = columns_as_images(rows, name, image_column, label_column, _caches(cache_dir))
-            return f"{name}[:{most}]", revision, ids, labels, read
+            ids, labels, read, columns = columns_as_images(rows, name, image_column, label_column, _caches(cache_dir))
+            first = f"{name}[:{most}]"
+            told = choices + columns
+            return ImageSet(first, revision, ids, labels, read, tabular=True, streamed=True, choices=told)
     except (OSError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be streamed: {_first_line(error.__cause__ or error)}") from error
     mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
@@ -67,8 +71,8 @@ def load_hub_dataset(
             )
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
-    ids, labels, read = columns_as_images(dataset, name, image_column, label_column, _caches(cache_dir))
-    return name, revision, ids, labels, read
+    ids, labels, read, columns = columns_as_images(dataset, name, image_column, label_column, _caches(cache_dir))
+    return ImageSet(name, revision, ids, labels, read, tabular=True, choices=choices + columns)
 
 
 def _caches(cache_dir: str | None) -> tuple[Path, ...]:
@@ -89,17 +93,17 @@ def columns_as_images(
     Cells may hold the path of a file; with `inside` only of one in these folders.
 
     Returns:
-        Ids, labels, and a function that decodes image `i`.
+        Ids, labels, a function that decodes image `i`, and a sentence if an image column was taken unasked.
 
     Raises:
         ValueError: there is no such column, or none that holds images.
     """
     features = dataset.features
-    column = image_column or next((k for k, v in features.items() if isinstance(v, datasets.Image)), None)
-    if column is None:  # what an image column is without the metadata of `datasets`
-        column = next((k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}), None)
-    if column is None:
-        column = next((k for k in ("image", "img", "jpg", "png") if k in features), None)
+    found = [k for k, v in features.items() if isinstance(v, datasets.Image)]
+    # what an image column is without the metadata of `datasets`
+    found = found or [k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}]
+    found = found or [k for k in ("image", "img", "jpg", "png") if k in features]
+    column = image_column or next(iter(found), None)
     if column is None or column not in features:
         raise ValueError(
             f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}; it has "
@@ -117,6 +121,9 @@ def columns_as_images(
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"column {column!r} of {name!r} must hold images; got {features[column]}.") from error
     labels = _labels(dataset, name, label_column)
+    choices: tuple[str, ...] = ()
+    if not image_column and len(found) > 1:
+        choices = (f"taking image column {column!r} of {_listed(found)}; `image_column` names another",)
 
     def read(index: int) -> Image.Image:
         cell = encoded[index][column] or {}
@@ -132,7 +139,7 @@ def columns_as_images(
             return open_image(cell["path"], where)
         raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or remove the row.")
 
-    return tuple(str(i) for i in range(len(dataset))), labels, read
+    return tuple(str(i) for i in range(len(dataset))), labels, read, choices
 
 
 def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> tuple[str | None, ...]:
@@ -166,13 +173,12 @@ def _current_revision(repo_id: str) -> str:
             "with `hf auth login`."
         ) from None
     except RepositoryNotFoundError:
-        raise ValueError(
-            f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the name; "
-            "if it is private, log in with `hf auth login`."
-        ) from None
+        raise ValueError(_unknown(repo_id)) from None
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is neither a file or folder here nor a dataset name ({error}).") from None
     except (HfHubHTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 404:  # of one word, without an error code
+            raise ValueError(_unknown(repo_id)) from None
         raise ValueError(
             f"dataset {repo_id!r} cannot be looked up: {_first_line(error)}. Check the network, or use local images."
         ) from error
@@ -188,6 +194,13 @@ def _current_revision(repo_id: str) -> str:
     return sha
 
 
+def _unknown(repo_id: str) -> str:
+    return (
+        f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the name; if it "
+        "is private, log in with `hf auth login`."
+    )
+
+
 def _cached_revision(repo_id: str, cache_dir: str | None) -> str:
     from pathlib import Path
 
@@ -201,8 +214,8 @@ def _cached_revision(repo_id: str, cache_dir: str | None) -> str:
     return ref.read_text().strip()
 
 
-def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str]:
-    """Settle configuration and split; a single part may be either."""
+def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tuple[str, ...]]:
+    """Settle configuration and split, with a sentence on each that nobody named; a single part may be either."""
     try:
         configs = datasets.get_dataset_config_names(repo_id, revision=revision)
         config = next((p for p in parts[:1] if p in configs), "default" if "default" in configs else configs[0])
@@ -215,9 +228,17 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str]:
             f"dataset {repo_id!r} has no {':'.join(parts)!r}; configurations: {', '.join(configs)}; "
             f"splits of {config!r}: {', '.join(splits)}."
         )
-    if wanted:
-        return config, wanted[0]
-    return config, next((s for s in ("validation", "test", "train") if s in splits), splits[0])
+    split = next((s for s in (*wanted, *DEFAULT_SPLITS) if s in splits), splits[0])
+    choices = []
+    if config not in parts and len(configs) > 1:
+        choices.append(f"taking configuration {config} of {_listed(configs)}; name another as {repo_id}:CONFIG")
+    if not wanted and len(splits) > 1:
+        choices.append(f"taking split {split} of {_listed(splits)}; name another as {repo_id}:{config}:SPLIT")
+    return config, split, tuple(choices)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class ImageSet:
         read: decodes image `i` (used by indexing); a file that has changed since the set was opened is refused.
         tabular: whether the images come from a column of a table (parquet, Hub dataset).
         streamed: whether these are only the first images of a dataset.
+        choices: a sentence on each thing that was settled because nobody had named it, such as the split.
     """
 
     data_id: str
@@ -38,6 +39,7 @@ class ImageSet:
     read: Callable[[int], Image.Image]
     tabular: bool = False
     streamed: bool = False
+    choices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of images."""

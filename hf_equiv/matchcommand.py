@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from dataclasses import fields
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_equiv import display, environment, progress
-from hf_equiv.wording import verify_command
+from hf_equiv.wording import in_flags, verify_command
 
 
 def run(model: str, **given: Any) -> int:
@@ -20,8 +21,10 @@ def run(model: str, **given: Any) -> int:
 
 
 def _run(model: str, given: dict[str, Any], out: Any) -> int:
+    from hf_equiv import beside
     from hf_equiv.plan import make_plan
     from hf_equiv.runconfig import RunConfig
+    from hf_equiv.shards import MATCH
 
     as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
     labels = given["labels"]
@@ -38,12 +41,18 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     encoder = environment.load_encoder(model, **options, **where)
     plan = make_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
+    progress.say(plan.choices, quiet=quiet or given["dry_run"])
+    if given["out"] is None:
+        items = [pair.entry() for pair in plan.pairs]
+        progress.say(beside.other_states(folder, plan.settings, items, MATCH), quiet=quiet)
+    if given["dry_run"] and not progress.is_first():
+        return 0
     if given["dry_run"]:
         facts = _estimate(plan, folder, given["overwrite"], given["batch_size"])
         if as_json:
             display.print_json(_result(plan, folder, (), None) | {"dry_run": facts}, out)
         else:
-            display.print_facts({"would do": facts}, out)
+            display.print_facts({"would do": in_words(facts)}, out)
         return 0
 
     from hf_equiv import rundir
@@ -65,6 +74,11 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
         display.print_matches(outcome, verify_command(folder, model, encoder.revision), out)
     if quiet and not outcome.converged:
         display.print_failures(outcome)
+    if not outcome.converged and os.environ.get("WORLD_SIZE", "1") != "1":
+        progress.say(
+            ["exit code 1: not every pair converged. All rows are there; a launcher calls the code a failure."],
+            quiet=quiet,
+        )
     return 0 if outcome.converged else 1
 
 
@@ -77,6 +91,15 @@ def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
         "rows": [without_nan(row) for row in rows],
         "summary": summary,
     }
+
+
+def in_words(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of a dry run as its table shows them: unusable images by name, the first ten; only what there is to say."""
+    told, unusable = dict(facts), list(facts["unusable_images"])
+    told["unusable_images"] = [display.cut(name, 60) for name in unusable[:10]]
+    told["unusable_images"] += [f"and {len(unusable) - 10} more"] if unusable[10:] else []
+    told["choices"] = "; ".join(facts["choices"])
+    return {key: value for key, value in told.items() if value or not key.endswith(("_error", "_images", "choices"))}
 
 
 def without_nan(row: dict[str, Any]) -> dict[str, Any]:
@@ -113,11 +136,12 @@ def seconds_per_evaluation(encoder: Any) -> float:
 
 def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -> dict[str, Any]:
     """Time an evaluation of one image; a typical match takes 200 to 400, its refinement a Jacobian and a little."""
-    from hf_equiv import rundir
+    from hf_equiv import pairs, rundir
 
     there = rundir.refuse_early(folder, plan.settings, overwrite, items=[pair.entry() for pair in plan.pairs])
     encoder = plan.encoder
-    left = len(plan.pairs) - there
+    unusable = pairs.unusable_images(plan.pairs)
+    left, failing = len(plan.pairs) - there, sum(bool(pair.unusable) for pair in plan.pairs)
     seconds = seconds_per_evaluation(encoder)
     refining = (1 + 2 * encoder.embedding_dim) / 3 + 10 if plan.config.refine else 0
     usual = min(plan.config.max_evals, 400) + refining
@@ -129,8 +153,11 @@ def _estimate(plan: Any, folder: Path, overwrite: str, batch_size: int | None) -
         "pairs": len(plan.pairs),
         "rows_there": there,
         "rows_to_make": left,
+        "rows_of_status_error": failing,
+        "unusable_images": unusable,
+        "choices": [in_flags(choice) for choice in plan.choices],
         "out": str(folder),
         "batch_size": batch_size or (8 if encoder.device.type == "cpu" else 32),
         "seconds_per_evaluation": round(seconds, 4),
-        "estimated_seconds": round(left * usual * seconds, 1),
+        "estimated_seconds": round((left - failing) * usual * seconds, 1),
     }

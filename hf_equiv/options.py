@@ -12,7 +12,10 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-IMAGES = "W is an image file, a folder, a parquet file, a Hub dataset id[:config][:split], or 'builtin'."
+IMAGES = (
+    "W is an image file, a folder, a parquet file, a Hub dataset id[:config][:split], or 'builtin'. Split by default: "
+    "validation, else test, else train."
+)
 
 
 class Radius(click.ParamType[float | None]):

@@ -33,6 +33,8 @@ class Pair:
     target_class: str | None
     pixels: str | None = None
     """SHA-256 over the two images as the encoder sees them; None if one could not be read when the run was planned."""
+    unusable: tuple[tuple[str, str], ...] = ()
+    """Id and reason of each of its images that could not be read then."""
 
     def record(self) -> dict[str, Any]:
         """The part of the pair that is written into rows."""
@@ -55,6 +57,8 @@ class Subject:
     target_id: str | None = None
     pixels: str | None = None
     """SHA-256 over the image, and the other one, as the encoder sees them; None if one could not be read."""
+    unusable: tuple[tuple[str, str], ...] = ()
+    """Id and reason of each of its images that could not be read."""
 
     def record(self) -> dict[str, Any]:
         """Ids and class."""
@@ -108,8 +112,14 @@ def settle_subjects(
         if j is not None and own[i] is not None and own[i] == others[j]:
             raise ValueError(_SAME.format(images.ids[i], named))
         pixels = _joint(own[i]) if j is None else _joint(own[i], others[j])
-        subjects.append(Subject(i, images.ids[i], images.labels[i], j, named, pixels))
+        unusable = _reasons(bad, images.ids[i], *([] if named is None else [named]))
+        subjects.append(Subject(i, images.ids[i], images.labels[i], j, named, pixels, unusable))
     return tuple(subjects)
+
+
+def unusable_images(items: Sequence[Pair] | Sequence[Subject]) -> dict[str, str]:
+    """Images of a run that could not be read when it was planned: the reason by id. Each costs its own rows."""
+    return {image: why for item in items for image, why in item.unusable}
 
 
 def read_subject(encoder: Encoder, images: ImageSet, index: int) -> Tensor:
@@ -170,7 +180,8 @@ def settle_pairs(
     if same:
         raise ValueError(_SAME.format(sources.ids[same[0][0]], targets.ids[same[0][1]]))
     pixels = [_joint(digest(sources, i), digest(targets, j)) for i, j in indices]
-    return _name_pairs(sources, targets, indices, pixels)
+    unusable = [_reasons(bad, sources.ids[i], targets.ids[j]) for i, j in indices]
+    return _name_pairs(sources, targets, indices, pixels, unusable)
 
 
 def read_pair(encoder: Encoder, sources: ImageSet, targets: ImageSet, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -205,8 +216,17 @@ def _joint(*digests: bytes | None) -> str | None:
     return None if None in digests else hashlib.sha256(whole).hexdigest()
 
 
+def _reasons(bad: Mapping[str, Mapping[str, None]], *names: str) -> tuple[tuple[str, str], ...]:
+    """Which of these images cannot be used, and why."""
+    return tuple((name, why) for name in names for why, ids in bad.items() if name in ids)
+
+
 def _name_pairs(
-    sources: ImageSet, targets: ImageSet, indices: Sequence[tuple[int, int]], pixels: Sequence[str | None]
+    sources: ImageSet,
+    targets: ImageSet,
+    indices: Sequence[tuple[int, int]],
+    pixels: Sequence[str | None],
+    unusable: Sequence[tuple[tuple[str, str], ...]],
 ) -> tuple[Pair, ...]:
     pairs, used = [], set()
     for index, (i, j) in enumerate(indices):
@@ -215,7 +235,7 @@ def _name_pairs(
             name += f"#{index}"
         used.add(name)
         ids, labels = (sources.ids[i], targets.ids[j]), (sources.labels[i], targets.labels[j])
-        pairs.append(Pair(index, name, i, j, *ids, *labels, pixels[index]))
+        pairs.append(Pair(index, name, i, j, *ids, *labels, pixels[index], unusable[index]))
     return tuple(pairs)
 
 

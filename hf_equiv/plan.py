@@ -54,6 +54,11 @@ class MatchPlan:
         """`runs/match/MODEL-slug/HASH8`."""
         return default_folder("match", self.settings)
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """A sentence on each thing about the images that was settled because nobody had named it."""
+        return tuple(dict.fromkeys(self.sources.choices + self.targets.choices))
+
     def pixels(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Source and target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU.
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -30,7 +30,7 @@ def run_progress(*, quiet: bool, what: str = "matches") -> Iterator[Observer]:
     """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere."""
     if quiet:
         yield lambda _: None
-    elif sys.stderr.isatty() and os.environ.get("RANK", "0") != "0":
+    elif sys.stderr.isatty() and not is_first():
         yield _notes  # one bar is enough: it counts the rows of all processes
     elif sys.stderr.isatty():
         with Progress(
@@ -43,26 +43,47 @@ def run_progress(*, quiet: bool, what: str = "matches") -> Iterator[Observer]:
         yield _Lines(what)
 
 
+def is_first() -> bool:
+    """Whether this is the process of a launcher that speaks, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(lines: Iterable[str], *, quiet: bool) -> None:
+    """Say what a person should know before a run; of several processes one does."""
+    if not quiet and is_first():
+        for line in lines:
+            to_stderr(in_flags(line))
+
+
 def _notes(p: RunProgress) -> None:
     if p.stage == "note":
         to_stderr(f"rank {p.rank}: error: {in_flags(p.message)}")
 
 
 class _Pace:
-    """Rows a minute and time left, from what was done since the run began here."""
+    """Rows a minute and time left, from what was done since the run began here.
+
+    Rows that failed are left out: an image that cannot be read takes no time.
+    """
 
     def __init__(self) -> None:
         self.start: tuple[float, int] | None = None
+        self.failed = 0
 
     def tell(self, done: int, total: int) -> str:
         """In words, or nothing before the first row and after the last."""
         now = time.monotonic()
         self.start = self.start or (now, done)
-        made, seconds = done - self.start[1], now - self.start[0]
+        made, seconds = done - self.start[1] - self.failed, now - self.start[0]
         if made <= 0 or seconds <= 0:
             return ""
         left = seconds * (total - done) / made
-        return f"{60 * made / seconds:.3g} a minute" + (f", {_duration(left)} left" if done < total else "")
+        return f"{_rate(60 * made / seconds)} a minute" + (f", {_duration(left)} left" if done < total else "")
+
+
+def _rate(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:
@@ -84,11 +105,12 @@ class _Bars:
 
     def __call__(self, p: RunProgress) -> None:
         if p.stage in ("note", "info"):
+            self.pace.failed += p.stage == "note"
             told = f"{'error: ' * (p.stage == 'note')}{in_flags(p.message)}"
             self.bars.console.print(escape(told), highlight=False)
             return
         pace = self.pace.tell(p.done, p.total)
-        state = f"{p.done} of {p.total}" + (f", {pace.split(',')[0]}" if pace else "")
+        state = f"{p.done} of {p.total}" + (f", {pace.split(', ')[0]}" if pace else "")
         self.bars.update(self.whole, total=p.total, completed=p.done, state=state)
         if p.stage == "saved":
             self._clear()
@@ -129,6 +151,7 @@ class _Lines:
     def __call__(self, p: RunProgress) -> None:
         now, who = time.monotonic(), f"rank {p.rank}: " if p.processes > 1 else ""
         if p.stage == "note":
+            self.pace.failed += 1
             to_stderr(f"{who}error: {in_flags(p.message)}")
         elif p.stage == "info":
             to_stderr(f"{who}{in_flags(p.message)}")

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 from fakes import TinyEncoder, draw_photo, save_photos
 
-from hf_equiv import cli, environment, shards, verify, wording
+from hf_equiv import cli, environment, progress, shards, verify, wording
+from hf_equiv.matchrows import RunProgress
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ def test_of_several_processes_the_first_verifies_and_publishes(place, capsys, mo
     assert call(capsys, *PAIR, "--out", "run", "--rtol", "0.9")[0] == 0
     monkeypatch.setenv("RANK", "1")
     assert call(capsys, "verify", "run") == call(capsys, "publish", "nowhere", "a/b") == (0, "", "")
+    assert call(capsys, *PAIR, "--dry-run", "--quiet") == (0, "", "")
     monkeypatch.setenv("RANK", "0")
     assert "hold" in call(capsys, "verify", "run")[1]
 
@@ -243,6 +246,91 @@ def test_bad_named_photos_are_listed_before_any_work(place, capsys):
             "- image 'class2/photo2.png' must be an image t",
         ]
     assert not (place / "runs").exists()
+
+
+def test_dry_run_names_photos_of_a_set_that_cannot_be_read(place, capsys):
+    photos = save_photos(place / "photos")
+    drawn = ["match", "builtin", "--data", "photos", "--pairs", "7", "--dry-run"]
+    assert "unusable" not in call(capsys, *drawn)[1]
+    names = ["class1/photo1.png", "class2/photo2.png"]
+    for name in names:
+        (photos / name).write_bytes(b"broken")
+    code, out, _ = call(capsys, *drawn)
+    assert code == 0
+    rows, images = (re.search(rf"{key} +(.*)\n", out)[1] for key in ("rows of status error", "unusable images"))
+    assert sorted(images.split(", ")) == names
+    told = json.loads(call(capsys, *drawn, "--json")[1])["dry_run"]
+    assert sorted(told["unusable_images"]) == names
+    assert all(why.startswith(f"image {name!r} must be an") for name, why in told["unusable_images"].items())
+    code, out, _ = call(capsys, *drawn[:-1], "--max-evals", "5", "--json")
+    failed = sum(row["status"] == "error" for row in json.loads(out)["rows"])
+    assert int(rows) == told["rows_of_status_error"] == failed > 0
+    for verb, count in (("spectrum", 2), ("lipschitz", 4)):  # of which every image has the next one as its target
+        told = json.loads(call(capsys, verb, "builtin", "--data", "photos", "--dry-run", "--json")[1])["dry_run"]
+        assert sorted(told["unusable_images"]) == names
+        assert told["images_of_status_error"] == count
+        assert "unusable images" in call(capsys, verb, "builtin", "--data", "photos", "--dry-run")[1]
+
+
+def test_one_of_several_image_columns_is_said_aloud(place, capsys):
+    features = datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
+    rows = [{"left": draw_photo(k), "right": draw_photo(k + 5)} for k in range(3)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet("two.parquet")
+    given = ["match", "builtin", "--data", "two.parquet", "--pairs", "1", "--max-evals", "3", "--cache-dir", "cache"]
+    said = "taking image column 'left' of left, right; --image-column names another"
+    assert said in call(capsys, *given)[2].splitlines()
+    assert f" {said}\n" in call(capsys, *given, "--dry-run")[1]
+    assert json.loads(call(capsys, *given, "--dry-run", "--json")[1])["dry_run"]["choices"] == [said]
+    for more in (["-q"], ["--json"], ["--image-column", "left"], ["--image-column", "right"]):
+        assert "taking" not in call(capsys, *given, *more)[2]
+
+
+def test_pace_is_in_plain_numbers_and_of_rows_that_took_time(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("hf_equiv.progress.time.monotonic", lambda: clock[0])
+    with progress.run_progress(quiet=False) as tell:
+        tell(RunProgress("saved", 0, 20))
+        tell(RunProgress("note", pair_ids=("a",), message="a: torn"))
+        clock[0] = 0.06
+        tell(RunProgress("saved", 1, 20))
+        tell(RunProgress("saved", 6, 20))
+        clock[0] = 60.0
+        tell(RunProgress("saved", 12, 20))
+        clock[0] = 600.0
+        tell(RunProgress("saved", 20, 20))
+    assert capsys.readouterr().err.splitlines() == [
+        "0 of 20 rows on disk",
+        "error: a: torn",
+        "1 of 20 rows on disk",
+        "6 of 20 rows on disk (5,000 a minute, 0 s left)",
+        "12 of 20 rows on disk (11 a minute, 44 s left)",
+        "20 of 20 rows on disk (1.9 a minute)",
+    ]
+
+
+@pytest.mark.parametrize("options", [["match", "--pairs", "7", "--max-evals", "5"], ["spectrum", "--k", "2"]])
+def test_a_run_over_another_state_of_the_data_is_told(place, capsys, options):
+    verb, *more = options
+    command = [verb, "builtin", "--data", "photos", *more]
+    torn = save_photos(place / "photos") / "class1" / "photo1.png"
+    torn.write_bytes(b"broken")
+    assert "another state" not in call(capsys, *command)[2]
+    assert "another state" not in call(capsys, *command)[2]
+    (folder,) = (place / "runs" / verb / "builtin").iterdir()
+    folder = folder.relative_to(place)
+    draw_photo(1).save(torn)
+    said = f"{folder} holds the same run over another state of the data"
+    assert f"{said}: --out {folder} would keep its rows; this run begins anew" in call(capsys, *command, "--dry-run")[2]
+    assert "another state" not in call(capsys, *command, "--dry-run", "--seed", "1")[2]
+    assert "another state" not in call(capsys, *command, "--dry-run", "--json")[2]
+    code, out, err = call(capsys, *command, "--dry-run", "--out", folder)
+    assert code == 0
+    assert "another state" not in err
+    assert not re.search(r"(rows|images) there +0\n", out)
+    for name, k in (("class1/photo4.png", 11), ("class2/photo2.png", 13)):
+        draw_photo(k).save(place / "photos" / name)
+    assert f"{said}, of which not only unusable images have changed" in call(capsys, *command, "--dry-run")[2]
+    assert "another state" not in call(capsys, *command, "--json")[2]
 
 
 def test_photos_that_changed_are_told_in_words(place, capsys):

@@ -1,6 +1,7 @@
 """Datasets by name from the Hub: configurations, splits, columns, odd images, gates, and streaming."""
 
 import io
+import json
 
 import datasets
 import pyarrow as pa
@@ -8,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import SIZE, TinyEncoder, draw_photo
 from huggingface_hub import HfApi
+from loopback_hub import HubError, _Handler
 from PIL import Image
 
-from hf_equiv import hubdata, run, streaming
+from hf_equiv import cli, environment, hubdata, run, streaming
 from hf_equiv.data import draw_pairs, load_images
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
 from hf_equiv.plan import RunConfig, make_plan
@@ -71,8 +73,30 @@ def test_configurations_splits_and_the_commit(hub, tmp_path):
         images = load_images(name, cache_dir=str(tmp_path))
         assert (images.data_id, images.data_revision, len(images)) == (data_id, sha, size)
     assert images.labels == ("ant", "bee", "ant", "bee")
+    assert images.choices == ()
     with pytest.raises(ValueError, match=r"has no 'tiny'; configurations: big, small; splits of 'big': train"):
         load_images("alice/photos:tiny", cache_dir=str(tmp_path))
+
+
+def test_a_split_that_nobody_named_is_said_aloud(hub, tmp_path, capsys, monkeypatch):
+    push({"big/train.parquet": table(6), "small/train.parquet": table(4), "small/test.parquet": table(3)}, card=CONFIGS)
+    monkeypatch.setattr(environment, "load_encoder", lambda *_, **__: TinyEncoder())
+    monkeypatch.chdir(tmp_path)
+    given = ["match", "builtin", "--pairs", "1", "--max-evals", "3", "--cache-dir", "cache", "--data"]
+    split = "taking split test of train, test; name another as alice/photos:small:SPLIT"
+    config = "taking configuration big of big, small; name another as alice/photos:CONFIG"
+    for what, said in (("alice/photos:small", [split]), ("alice/photos", [config]), ("alice/photos:small:test", [])):
+        for dry in ([], ["--dry-run"]):
+            cli._run([*given, what, *dry])
+            out, err = capsys.readouterr()
+            assert [line for line in err.splitlines() if line.startswith("taking")] == ([] if dry else said)
+            assert (f" {'; '.join(said)}\n" in out if said else "choices" not in out) or not dry
+        cli._run([*given, what, "--dry-run", "--json"])
+        out, err = capsys.readouterr()
+        assert json.loads(out)["dry_run"]["choices"] == said
+        assert "taking" not in err
+    cli._run(["spectrum", "builtin", "--k", "2", "--cache-dir", "cache", "--data", "alice/photos:small"])
+    assert split in capsys.readouterr().err.splitlines()
 
 
 def test_a_dataset_like_coco(hub, tmp_path):
@@ -164,6 +188,17 @@ def test_datasets_that_cannot_be_used(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     with pytest.raises(ValueError, match=r"'alice/photos' is a gated dataset on the Hub"):
         load_images("alice/photos", cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("code", ["RepoNotFound", None])  # of a name of one word the Hub gives no code
+@pytest.mark.parametrize("name", ["nosuch", "alice/nosuch"])
+def test_a_name_that_nothing_has(hub, monkeypatch, name, code):
+    def refuse(*_):
+        raise HubError(404, "Sorry, we can't find the page you are looking for.", code)
+
+    monkeypatch.setattr(_Handler, "_route", refuse)
+    with pytest.raises(ValueError, match=rf"^'{name}' is neither a file nor a folder here nor a dataset .* the name"):
+        load_images(name)
 
 
 # --- streaming ---

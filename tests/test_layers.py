@@ -38,7 +38,20 @@ WALKS = ["trustregion", "headings", "walk", "levelset"]
 ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
 ENCODER += ["structure", "zero_shot", "encoder"]
 DATA = ["imagefile", "imageset", "photofiles", "parquetfile", "streaming", "hubdata", "data"]
-RUN = ["stages", "shards", "card", "merge", "retry", "rundir", "pairs", "runconfig", "plan", "plots", "memory"]
+RUN = [
+    "stages",
+    "shards",
+    "card",
+    "merge",
+    "retry",
+    "rundir",
+    "beside",
+    "pairs",
+    "runconfig",
+    "plan",
+    "plots",
+    "memory",
+]
 RUN += ["matchrows", "processes", "work", "run"]
 ANALYSES = ["layouts", "analysisconfig", "geometryplan", "spectrumrows", "targetmatch", "lipschitzrows", "walkrows"]
 ANALYSES += ["geometrysummary", "geometryplots", "walkplots", "geometryrun"]
