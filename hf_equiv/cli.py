@@ -38,7 +38,9 @@ def cli(context: click.Context) -> None:
     Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input; 130 stopped by
     Ctrl-C, after which the same command goes on.
     """  # noqa: D301 (click looks for the backspace itself)
-    if context.invoked_subcommand not in _SHARED and os.environ.get("RANK", "0") != "0":
+    from hf_equiv.progress import is_first
+
+    if context.invoked_subcommand not in _SHARED and not is_first():
         context.exit()  # under a launcher one process is enough
 
 

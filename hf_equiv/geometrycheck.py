@@ -129,16 +129,13 @@ class ImageCheck(Columns):
         match = self.floats.get(f"{name}/match")
         if "match" in self.settings["directions"] and not self._matches(rows[0], match, toward, image):
             return
-        radii = self.settings.get("radii")
-        radii = (rows[0]["radii"] or []) if radii is None else radii  # not among the settings of early runs
         try:
-            checks.check_radii(torch.tensor(radii, dtype=torch.float64))
+            checks.check_radii(torch.tensor(self.settings["radii"] or [], dtype=torch.float64))
         except (ValueError, TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
             self.say(rows[0], "radii", "a ladder", str(error))
             return
         found, reach = measure_directions(
-            self.encoder, image, None if toward is None else toward.to(image), {**self.settings, "radii": radii}, name,
-            _BATCH,
+            self.encoder, image, None if toward is None else toward.to(image), self.settings, name, _BATCH,
             lambda *_: None, None if match is None else match.to(image),
         )  # fmt: skip
         made = {(row["direction"], row["index"]): row for row in rows_of(found, reach)}
@@ -191,9 +188,7 @@ class ImageCheck(Columns):
             self.say(row, "value", "a value where resolved, null elsewhere", f"it does not fit status {row['status']}")
         elif row["value"] is not None and own["value"] is not None:
             self.near(row, "value", own["value"], 2 * error + 1e-4 * own["value"])
-        elif (
-            row["value"] is not None
-        ):  # borderline: it was resolved there, within this of the exact ‖Jv‖, and is not here
+        elif row["value"] is not None:  # borderline: resolved there, within this of the exact ‖Jv‖, and not here
             coarse = self.encoder.dtype in (torch.float16, torch.bfloat16)
             self.near(row, "value", own["jvp"], 2 * (JVP_RTOL if coarse else RTOL) * (own["jvp"] or 0.0))
         self.near(row, "value_error", own["value_error"], 4 * error + noise)

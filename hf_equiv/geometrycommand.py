@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,9 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
     if given["out"] is None:
         items = [subject.entry() for subject in plan.subjects]
         progress.say(beside.other_states(folder, plan.settings, items, plan.layout), quiet=quiet)
-    if given["dry_run"] and not progress.is_first():
-        return 0
     if given["dry_run"]:
+        if not progress.is_first():
+            return 0
         facts = _estimate(plan, folder, given["overwrite"])
         if as_json:
             display.print_json(_result(plan, folder, (), None) | {"dry_run": facts}, out)
@@ -70,12 +69,7 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
         geometrytables.print_analysis(outcome, plan.layout.folder, check, out)
     if quiet and not outcome.completed:
         geometrytables.print_analysis_failures(outcome)
-    if not outcome.completed and os.environ.get("WORLD_SIZE", "1") != "1":
-        progress.say(
-            ["exit code 1: not every image was completed. All rows are there; a launcher calls the code a failure."],
-            quiet=quiet,
-        )
-    return 0 if outcome.completed else 1
+    return progress.exit_code(outcome.completed, "not every image was completed", quiet=quiet)
 
 
 def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:
@@ -100,7 +94,7 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
     jacobian = (1 + 2 * encoder.embedding_dim) / 3
     if plan.config.analysis == "spectrum":
         k = settings["k"]
-        evals = jacobian + 8 if k is None else min(jacobian, 4 / 3 * (2 * k + 6)) + 8
+        evals = jacobian + 8 if k is None else min(jacobian, 4 / 3 * (2 * k + 7)) + 8
     elif plan.config.analysis == "lipschitz":
         directions = sum(settings["directions"].values())
         forwards = 2 * len(settings["radii"]) + (30 if settings["linearity"] else 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 from dataclasses import fields
@@ -45,9 +44,9 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
     if given["out"] is None:
         items = [pair.entry() for pair in plan.pairs]
         progress.say(beside.other_states(folder, plan.settings, items, MATCH), quiet=quiet)
-    if given["dry_run"] and not progress.is_first():
-        return 0
     if given["dry_run"]:
+        if not progress.is_first():
+            return 0
         facts = _estimate(plan, folder, given["overwrite"], given["batch_size"])
         if as_json:
             display.print_json(_result(plan, folder, (), None) | {"dry_run": facts}, out)
@@ -74,12 +73,7 @@ def _run(model: str, given: dict[str, Any], out: Any) -> int:
         display.print_matches(outcome, verify_command(folder, model, encoder.revision), out)
     if quiet and not outcome.converged:
         display.print_failures(outcome)
-    if not outcome.converged and os.environ.get("WORLD_SIZE", "1") != "1":
-        progress.say(
-            ["exit code 1: not every pair converged. All rows are there; a launcher calls the code a failure."],
-            quiet=quiet,
-        )
-    return 0 if outcome.converged else 1
+    return progress.exit_code(outcome.converged, "not every pair converged", quiet=quiet)
 
 
 def _result(plan: Any, folder: Path, rows: Any, summary: Any) -> dict[str, Any]:

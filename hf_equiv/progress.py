@@ -55,6 +55,13 @@ def say(lines: Iterable[str], *, quiet: bool) -> None:
             to_stderr(in_flags(line))
 
 
+def exit_code(done: bool, why: str, *, quiet: bool) -> int:
+    """0, or 1 with a line on what that means to a launcher, if there is one."""
+    if not done and os.environ.get("WORLD_SIZE", "1") != "1":
+        say([f"exit code 1: {why}. All rows are there; a launcher calls the code a failure."], quiet=quiet)
+    return 0 if done else 1
+
+
 def _notes(p: RunProgress) -> None:
     if p.stage == "note":
         to_stderr(f"rank {p.rank}: error: {in_flags(p.message)}")

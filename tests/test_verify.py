@@ -271,14 +271,20 @@ def test_other_weights(out, monkeypatch):
     assert report.failed == 4
 
 
-def test_unfinished_run(photos, tiny, tmp_path, monkeypatch):
+def interrupt(photos, encoder, out, *, pairs: int, after: int) -> None:
+    """Leave a run of so many pairs once so many rows are there."""
+
     def stop(progress):
-        if progress.done == 2:
+        if progress.done == after:
             raise KeyboardInterrupt
 
-    plan = make_plan(RunConfig(data=str(photos), pairs=4, max_evals=20), tiny)
+    plan = make_plan(RunConfig(data=str(photos), pairs=pairs, max_evals=20), encoder)
     with pytest.raises(KeyboardInterrupt):
-        run_match(plan, tmp_path / "out", batch_size=2, observer=stop)
+        run_match(plan, out, batch_size=after, observer=stop)
+
+
+def test_unfinished_run(photos, tiny, tmp_path, monkeypatch):
+    interrupt(photos, tiny, tmp_path / "out", pairs=4, after=2)
     monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     report = verify.verify_run(tmp_path / "out")
     assert (report.rows, report.verified, report.failed) == (2, 2, 2)
@@ -286,13 +292,7 @@ def test_unfinished_run(photos, tiny, tmp_path, monkeypatch):
 
 
 def test_missing_rows_are_counted(photos, tiny, tmp_path, monkeypatch, capsys):
-    def stop(progress):
-        if progress.done == 1:
-            raise KeyboardInterrupt
-
-    plan = make_plan(RunConfig(data=str(photos), pairs=10, max_evals=20), tiny)
-    with pytest.raises(KeyboardInterrupt):
-        run_match(plan, tmp_path / "out", batch_size=1, observer=stop)
+    interrupt(photos, tiny, tmp_path / "out", pairs=10, after=1)
     monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
     assert _run(["verify", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().out.splitlines()
