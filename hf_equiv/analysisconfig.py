@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_equiv import checks
-from hf_equiv.levelset import HEADINGS
+from hf_equiv.levelset import HEADINGS, TO_AN_IMAGE
 from hf_equiv.runconfig import DTYPES
 from hf_equiv.stages import HALF
 
@@ -55,6 +55,7 @@ class AnalysisConfig:
         step: walk: longest step, L2 in pixel units.
         num_steps: walk: points after the start.
         rtol: walk: largest drift ‖f(x)−z‖/‖z‖.
+        stop: walk towards an image: ‖P_null d‖/‖d‖ at which it is over; None for 0.01, and for other headings.
     """
 
     analysis: str
@@ -82,6 +83,7 @@ class AnalysisConfig:
     step: float = 1.0
     num_steps: int = 100
     rtol: float = 1e-5
+    stop: float | None = None
 
     def check(self) -> None:
         """Refuse what no run could do, before a checkpoint is loaded.
@@ -112,7 +114,8 @@ class AnalysisConfig:
         if self.k is not None:
             checks.check_count(self.k, "k")
         checks.check_count(self.num_steps, "num_steps")
-        for number, name in ((self.step, "step"), (self.rtol, "rtol"), (self.regional, "regional")):
+        measures = (self.step, "step"), (self.rtol, "rtol"), (self.regional, "regional"), (self.stop, "stop")
+        for number, name in measures:
             if number is not None:
                 checks.check_positive(number, name)
         if self.norm is not None and self.regional is None:
@@ -123,6 +126,11 @@ class AnalysisConfig:
             checks.check_radii(torch.tensor(self.radii, dtype=torch.float64))
         if self.directions is not None:
             parse_directions(self.directions)
+        if self.stop is not None and self.heading not in TO_AN_IMAGE:
+            raise ValueError(
+                f"`stop` must come with heading {', '.join(map(repr, TO_AN_IMAGE))}; got {self.stop:g} with "
+                f"{self.heading!r}, which has no end. Leave it out."
+            )
         self._check_target()
 
     @property

@@ -49,7 +49,7 @@ def analysis_card(
         Markdown with the YAML header that declares the configuration.
     """
     title, told = _ANALYSES[layout.analysis]
-    own = ("k", "directions", "radii", "regional", "linearity", "heading", "step", "num_steps", "rtol")
+    own = ("k", "directions", "radii", "regional", "linearity", "heading", "step", "num_steps", "rtol", "stop")
     options = ", ".join(
         f"{key.replace('_', ' ')} {_option(settings[key])}" for key in own if settings.get(key) not in (None, False)
     )

@@ -15,6 +15,9 @@ from hf_equiv.linearmodel import LinearModel
 _MAX_TRIALS = 40
 _MAX_REJECTED = 6
 _PATIENCE = 10
+_SHORTEST = 0.2  # share of a correction: below, it could not lower the drift enough
+_REST = 0.25  # of the drift allowed: left by a correction, as noise that is not worth a long way
+_STALE = 3.0
 _FAR = 10.0
 _DECREASE = 0.9  # a correction must bring the drift below this share of what it was
 
@@ -66,6 +69,7 @@ class Corrector:
         self.scale = float(torch.linalg.vector_norm(z))
         self.num_evals = 0.0
         self.num_jacobians = 0
+        self._refreshed = 0.0
         self.bend = torch.zeros_like(z)
         self.trials = 0
 
@@ -82,6 +86,12 @@ class Corrector:
         self.model = LinearModel(at.jacobian)
         self.num_evals += 2 * len(self.z) / 3
         self.num_jacobians += 1
+        self._refreshed = self.num_evals
+
+    @property
+    def stale(self) -> bool:
+        """Whether more than three times the cost of a full Jacobian was spent since the last."""
+        return self.num_evals - self._refreshed > _STALE * 2 * len(self.z) / 3
 
     def learn(self, at: Place, u: Tensor) -> None:
         """Make the row combination uᵀA that of the Jacobian at a place."""
@@ -94,16 +104,16 @@ class Corrector:
         self.num_evals += 1.0
         return jacobian.rmv(u[None])[0]
 
-    def correct(self, guess: Tensor, longest: float, drift: float | None = None) -> Place | None:
-        """Bring a guess (C, H, W) back to a drift (`rtol`) by steps no longer than `longest`; None where that fails."""
-        at, allowed = self.look(guess.clamp(0, 1)), drift or self.rtol
+    def correct(self, guess: Tensor, longest: float) -> Place | None:
+        """Bring a guess (C, H, W) back to the level set by steps no longer than `longest`; None where that fails."""
+        at = self.look(guess.clamp(0, 1))
         self.bend, self.trials = at.residual, 0
         unknown, rejected, share = at.residual, 0, 1.0
-        while at.drift > 0.5 * allowed and rejected < _MAX_REJECTED and self.trials < _MAX_TRIALS:
+        while at.drift > 0.5 * self.rtol and rejected < _MAX_REJECTED and self.trials < _MAX_TRIALS:
             self.trials += 1
             self.model.hold((at.image > 0) & (at.image < 1))
             self.learn(at, unknown)
-            step = self.model.correction(at.residual)
+            step = self.model.correction(at.residual, _REST * self.rtol * self.scale)
             length = float(torch.linalg.vector_norm(step))
             there = self.look((at.image + step * min(share, longest / (length + 1e-300))).clamp(0, 1))
             if there.drift <= _DECREASE * at.drift:
@@ -113,8 +123,8 @@ class Corrector:
             if not bool(torch.isfinite(unknown).all()):
                 unknown = at.residual
             rejected += 1
-            share *= 1.0 if rejected == 1 else 0.5
-        return at if at.drift <= allowed else None
+            share = max(_SHORTEST, share * (1.0 if rejected == 1 else 0.5))
+        return at if at.drift <= self.rtol else None
 
     def newton(self, start: Place, most: int) -> Place:
         """At most so many Newton steps from a place at which the Jacobian was just formed.

@@ -16,6 +16,7 @@ from hf_equiv.analysisconfig import AnalysisConfig, default_directions, parse_di
 from hf_equiv.data import load_images
 from hf_equiv.imageset import ImageSet
 from hf_equiv.layouts import LAYOUTS
+from hf_equiv.levelset import STOP, TO_AN_IMAGE
 from hf_equiv.pairs import Subject, read_subject, settle_subjects
 from hf_equiv.photofiles import BUILTIN_PHOTOS
 from hf_equiv.plan import default_folder, encoder_settings, refuse_columns, settings_hash
@@ -178,5 +179,6 @@ def _own_settings(config: AnalysisConfig, encoder: Encoder) -> dict[str, Any]:
         "step": config.step,
         "num_steps": config.num_steps,
         "rtol": config.rtol,
+        **({"stop": config.stop or STOP} if config.heading in TO_AN_IMAGE else {}),
         "solver": "lbfgs" if config.heading in ("nearest", "connect") else None,  # they start from a match
     }

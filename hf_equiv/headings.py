@@ -33,13 +33,11 @@ class Plan:
         length: the step that the heading would take if nothing else limited it.
         stationarity: ‖P_null d‖ / ‖d‖, for d = destination − x an upper bound, for d = x − origin by the model; None
             for a fixed heading.
-        exact: whether the next step should start from a point with drift ≤ rtol, which this one has not.
     """
 
     direction: Tensor | None
     length: float
     stationarity: float | None = None
-    exact: bool = False
 
 
 class Ahead:
@@ -50,14 +48,13 @@ class Ahead:
         origin: v = x − origin once that is not zero; None for a fixed heading.
 
     Attributes:
-        slack: drift that is allowed between points; 0 for rtol.
         spacing: share of the longest step that points are apart, at least; between them the walk takes shorter steps.
     """
 
     def __init__(self, direction: Tensor, origin: Tensor | None = None) -> None:
         self.direction, self.origin = direction, origin
 
-    slack, spacing = 0.0, 0.0
+    spacing = 0.0
 
     def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
         """Project the heading. A learns the row along the last drift, which is how the level set bends under it."""
@@ -78,8 +75,9 @@ class Ahead:
         moved = there.image - at.image
         return dot(moved, (at.image + there.image) / 2 - self.origin) > 0.0
 
-    def settle(self) -> None:
-        """Be told that the walk goes on from elsewhere."""
+    def reconsider(self) -> bool:
+        """Whether another plan may lead on where a step was rejected: a fixed direction has no other."""
+        return False
 
 
 class Toward:
@@ -89,6 +87,9 @@ class Toward:
     {t : J t = 0, t inwards or zero at pixels at 0 and 1}. Once A has learnt the row along λ, e = d − Jᵀλ is exact, and
     ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ whatever λ is (Moreau): so that over ‖d‖ certifies a stationary
     point without the full Jacobian there.
+
+    A point is off the level set by r = f(x) − z, and back on it ½‖d‖² would be λᵀr more, to first order. Near the end
+    that is as much as a step gains: it counts for what the Lagrangian ½‖d‖² + λᵀr gains.
 
     How the level set bends decides how far is near: H = P (I + ∇²(λᵀf)) P is the Hessian of the Lagrangian. L-BFGS
     learns it from the way so far; a Newton step asks for its products, as differences of Jᵀλ, an evaluation each.
@@ -101,13 +102,14 @@ class Toward:
         Nocedal, Wright (2006), Numerical Optimization, alg. 7.4 (L-BFGS), 7.2 (Newton steps), §18.1 (the Lagrangian).
     """
 
-    slack, spacing = 1e-3, 0.25
+    spacing = 0.25
 
     def __init__(self, destination: Tensor, stop: float) -> None:
         self.destination, self.stop = destination, stop
         self.pairs: list[tuple[Tensor, Tensor, float]] = []
         self.last: tuple[Tensor, Tensor] | None = None
         self.slope = 0.0
+        self.multipliers: Tensor
         self.newton: Step | None = None
         self.radius = math.inf
 
@@ -125,14 +127,14 @@ class Toward:
             rest = wish - model.transpose(multipliers)
             bound = min(bound, _norm(rest * _inwards(at.image, rest)) / distance)
             tangent, multipliers = _tangent(corrector, at, wish)
-            if at.drift > corrector.rtol or bound <= max(self.stop, _CLOSE * _norm(tangent) / distance):
-                break  # between points the bound need not be tight
-        exact = self.stop < bound <= (_NEAR if self.newton is None else 2 * _NEAR)
-        if exact and at.drift <= corrector.rtol:
+            if bound <= max(self.stop, _CLOSE * _norm(tangent) / distance):
+                break
+        self.multipliers = multipliers
+        if self.stop < bound <= (_NEAR if self.newton is None else 2 * _NEAR):
             return self._newton(corrector, at, tangent, multipliers, reach, bound)
         self.newton = None
         if bound <= self.stop or _norm(tangent) == 0.0:
-            return Plan(None, 0.0, bound, exact)
+            return Plan(None, 0.0, bound)
         if self.last is not None:
             self._remember(at.image - self.last[0], self.last[1] - tangent)
         self.last = at.image, tangent
@@ -143,18 +145,17 @@ class Toward:
             direction, self.slope = tangent, dot(tangent, tangent)
         length = _norm(direction)
         self.slope /= length
-        return Plan(direction / length, length, bound, exact)
+        return Plan(direction / length, length, bound)
 
     def accepts(self, at: Place, there: Place) -> bool:
         """Whether a corrected point is nearer by a share of what was promised."""
         moved = there.image - at.image
         # ½‖x − P‖² − ½‖y − P‖² = ⟨y − x, P − (x + y)/2⟩, without the difference of two large numbers
         gain = dot(moved, self.destination - (at.image + there.image) / 2)
+        gain -= float(self.multipliers @ (there.residual - at.residual))
         if self.newton is None:
-            if gain >= 1e-4 * self.slope * _norm(moved):
-                return True
-            self.pairs.clear()
-            return False
+            self.radius = 2 * _norm(moved)
+            return gain >= 1e-4 * self.slope * _norm(moved)
         length, whole = _norm(moved), _norm(self.newton.step)
         ratio = gain / self.newton.gain(min(1.0, length / whole))
         if ratio < _POOR:
@@ -163,9 +164,13 @@ class Toward:
             self.radius = 2 * length
         return ratio > 0.1
 
-    def settle(self) -> None:
-        """Be told that the walk goes on from elsewhere: the way there says nothing of how the level set bends."""
+    def reconsider(self) -> bool:
+        """Whether another plan may lead on where a step was rejected: one without what the way so far has taught."""
+        if self.newton is not None or not self.pairs:
+            return False
+        self.pairs.clear()
         self.last = None
+        return True
 
     def _newton(
         self, corrector: Corrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_equiv.jacobian import Jacobian
 
-_CUT = 1e-5  # of σ₁: below it float32 rows hold noise, and no correction is asked of them
+_CUT = 1e-4  # of σ₁: below it float32 rows hold noise, and no correction is asked of them
 _LARGEST = 16 * 2**30  # bytes of A
 _COLUMNS = 8192  # columns of A held in float64 at a time
 

@@ -14,6 +14,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK, DatasetCard
 from hf_equiv import card
 from hf_equiv.analysisconfig import SINGLE
 from hf_equiv.layouts import LAYOUTS
+from hf_equiv.levelset import STOP
 from hf_equiv.localrun import analysis_of, run_name
 from hf_equiv.publishing import RUNS, is_withheld
 from hf_equiv.secants import RADII
@@ -270,7 +271,7 @@ def command_of(record: Mapping[str, Any]) -> str:
     defaults: Sequence[tuple[str, Any]] = (
         ("readout", "auto"), ("dtype", "float32"), ("image_column", None), ("label_column", None), ("solver", "lbfgs"),
         ("radius", None), ("rtol", 1e-5), ("max_evals", 1000), ("k", None), ("regional", None), ("heading", "random"),
-        ("step", 1.0), ("num_steps", 100), ("seed", 0),
+        ("step", 1.0), ("num_steps", 100), ("stop", STOP), ("seed", 0),
     )  # fmt: skip
     for key, usual in defaults:
         if settings.get(key) not in (None, usual) and (key != "solver" or analysis == MATCH.analysis):

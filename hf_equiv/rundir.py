@@ -64,7 +64,11 @@ def check_record(folder: Path, record: Row, layout: Layout) -> None:
     """
     wanted = ["model_id", "model_revision", "readout", "dtype", "normalize", "data_id", "data_revision", "seed"]
     kinds = _OWN.get(layout.analysis, {})
-    wanted += ["rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"] if layout is MATCH else [*kinds]
+    wanted += (
+        ["rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"]
+        if layout is MATCH
+        else sorted(kinds.keys() - _MAY_LACK)
+    )
     settings, summary = record["settings"], record.get("summary")
     missing = [f"settings.{key}" for key in wanted if key not in settings]
     missing += [f"a right settings.{k}" for k, kind in kinds.items() if k in settings and not _is(settings[k], kind)]
@@ -82,9 +86,11 @@ def check_record(folder: Path, record: Row, layout: Layout) -> None:
 _OWN: dict[str, dict[str, Any]] = {
     "spectrum": {"k": int | None, "vectors": bool},
     "lipschitz": {"directions": dict, "regional": float | None, "norm": str | None, "linearity": bool},
-    "walk": {"heading": str, "step": float, "num_steps": int, "rtol": float, "solver": str | None},
+    "walk": {"heading": str, "step": float, "num_steps": int, "rtol": float, "stop": float, "solver": str | None},
 }
 """The settings of each analysis, and what they are."""
+
+_MAY_LACK = {"stop"}  # of walks that lead to no image, and of early ones
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -17,9 +17,12 @@ from hf_equiv.results import Status
 _MAX_FAILURES = 10  # halvings of one step
 _REFRESH_AFTER = 5  # of them, before a full Jacobian is formed anew
 _SNAP = 0.1  # of the step that would be allowed: so near, the descent has nothing to add
-_AT_REST = 10  # times `stop`: a walk that finds no nearer point is complete below it
 _HOPS = 50  # short steps between two points
-_EASY, _HARD = 8, 25  # trials of the corrector: below, the step grows; above, it shrinks
+_FAIR = 16  # trials of the corrector at which the step is right: with fewer it grows, with more it shrinks
+
+
+AT_REST = 10
+"""Times `stop`: a walk that finds no nearer point is complete below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,36 +124,31 @@ class Walk:
         self._record(at, plan)
         if plan.direction is None and plan.stationarity is None:
             self.useless = bool(((start > 0) & (start < 1)).all())
-        last, slack, since, hops, due = at, max(heading.slack, corrector.rtol), 0.0, 0, False
+        since, hops, reconsidered = 0.0, 0, False
         while len(self.path) <= num_steps:
-            if hops and (due or plan.direction is None or since >= heading.spacing * most or hops == _HOPS):
-                there = at if at.drift <= corrector.rtol else corrector.correct(at.image, math.inf)
-                if there is None:  # the short cut led off: back, and closer to the level set from now on
-                    at, slack, h = last, corrector.rtol, h / 2
-                else:
-                    at = last = there
-                heading.settle()
-                plan = heading.plan(corrector, at, h)
-                if there is not None:
-                    self._record(at, plan)
-                since, hops, due = 0.0, 0, False
-                continue
             if plan.direction is None:
                 return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
             length = min(h, plan.length)
-            there, failure = self._try(at, plan, length, max(length, _SNAP * h), slack)
+            there, failure = self._try(at, plan, length, max(length, _SNAP * h))
             if there is not None:
                 # a corrector that worked hard is at the edge of what the model knows
-                h *= 1.5 if corrector.trials <= _EASY else 0.7 if corrector.trials > _HARD else 1.0
-                h, failures, learnt = min(most, h), 0, True
+                h *= min(1.5, max(0.7, math.sqrt(_FAIR / max(1, corrector.trials))))
+                h, failures, learnt, reconsidered = min(most, h), 0, True, False
                 since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
                 at = there
                 plan = heading.plan(corrector, at, h)
-                if plan.exact and slack > corrector.rtol:
-                    slack, due = corrector.rtol, True
+                if plan.direction is None or since >= heading.spacing * most or hops == _HOPS:
+                    self._record(at, plan)
+                    since, hops = 0.0, 0
                 continue
-            if hops and failure is Status.COMPLETED:  # no nearer, to the accuracy of the short cut
-                slack, due = max(corrector.rtol, 0.1 * slack), True
+            if failure is Status.COMPLETED and not reconsidered and heading.reconsider():
+                reconsidered = True
+                plan = heading.plan(corrector, at, h)
+                continue
+            if failure is Status.DRIFT_EXCEEDED and corrector.stale:  # A may be what is wrong, not the length
+                corrector.refresh(at)
+                learnt = False
+                plan = heading.plan(corrector, at, h)
                 continue
             h, failures = length / 2, failures + 1
             if failures == _REFRESH_AFTER and learnt:
@@ -159,15 +157,14 @@ class Walk:
                 plan = heading.plan(corrector, at, h)
             if failures == _MAX_FAILURES:
                 if hops:
-                    failures, due = _MAX_FAILURES - 1, True
-                    continue
-                limit = _AT_REST * heading.stop if isinstance(heading, Toward) else math.inf
+                    self._record(at, plan)
+                limit = AT_REST * heading.stop if isinstance(heading, Toward) else math.inf
                 if failure is Status.COMPLETED and (plan.stationarity or 0.0) > limit:
                     return Status.DRIFT_EXCEEDED  # there are nearer points, beyond what the noise of f lets through
                 return failure
         return Status.COMPLETED
 
-    def _try(self, at: Place, plan: Plan, length: float, snap: float, slack: float) -> tuple[Place | None, Status]:
+    def _try(self, at: Place, plan: Plan, length: float, snap: float) -> tuple[Place | None, Status]:
         """One step of the given length, or all the way to a destination on the level set that is nearer than `snap`.
 
         Returns:
@@ -179,7 +176,7 @@ class Walk:
         guess = (at.image + length * plan.direction).clamp(0, 1)
         if float(torch.linalg.vector_norm(guess - at.image)) < 0.1 * length:
             return None, Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
-        there = self.corrector.correct(guess, length, slack)
+        there = self.corrector.correct(guess, length)
         if there is None:
             return None, Status.DRIFT_EXCEEDED
         # A heading that accepts no corrected point is at the end of its way, to the accuracy of f.

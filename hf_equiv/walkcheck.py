@@ -11,9 +11,11 @@ from torch import Tensor
 from hf_equiv.columncheck import Columns
 from hf_equiv.corrector import Corrector
 from hf_equiv.headings import Toward
+from hf_equiv.levelset import STOP, TO_AN_IMAGE
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.shards import Row
+from hf_equiv.walk import AT_REST
 from hf_equiv.walkrows import drift, labels_of, level
 
 
@@ -75,8 +77,13 @@ def _end(columns: Columns, row: Row, frame: Tensor, target: Tensor, z: Tensor) -
         columns.say(row, "status", f"{most} steps", f"completed states {most} steps; there are {row['step']}")
     if (row["stationarity"] is None) != (heading == "random"):
         columns.say(row, "stationarity", "a number but for `random`", f"it does not fit heading {heading}")
-    if heading not in ("toward", "nearest", "connect") or row["stationarity"] is None:
+    if heading not in TO_AN_IMAGE or row["stationarity"] is None:
         return
+    most_left = AT_REST * columns.settings.get("stop", STOP)
+    if early and row["status"] == Status.COMPLETED and row["stationarity"] > most_left:
+        columns.found.add(
+            columns.file, columns.name(row), "stationarity", row["stationarity"], most_left, "completed states at most"
+        )
     corrector = Corrector(columns.encoder, z.double(), columns.settings["rtol"])
     with no_tf32():
         at = corrector.look(frame)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.imagefile import decode_png, encode_png
-from hf_equiv.levelset import trace_level_set
+from hf_equiv.levelset import STOP, trace_level_set
 from hf_equiv.metrics import finite, relative_error
 from hf_equiv.pairs import image_generator
 from hf_equiv.precision import no_tf32
@@ -55,6 +55,7 @@ def walk_rows(
         num_steps=steps,
         rtol=rtol,
         target=None if target is None else target[None],
+        stop=settings.get("stop", STOP),
         origin=image[None] if settings["solver"] is not None else None,
         generator=image_generator(settings["seed"], image_id),
         keep_points=True,

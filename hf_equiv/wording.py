@@ -9,7 +9,7 @@ NAMES = (
     "source", "target", "data", "pairs", "solver", "radius", "norm", "rtol", "max_evals", "labels", "out", "overwrite",
     "seed", "revision", "readout", "normalize", "device", "dtype", "batch_size", "image_column", "label_column",
     "cache_dir", "local_files_only", "limit", "k", "vectors", "directions", "radii", "regional", "linearity", "heading",
-    "step", "num_steps", "create_pr", "license", "i_have_the_right", "withhold_photos", "collection",
+    "step", "num_steps", "stop", "create_pr", "license", "i_have_the_right", "withhold_photos", "collection",
     "compile", "streaming",
     "transfer", "label_data", "dataset", "hardware", "wheel", "force", "timeout", "host", "port",
 )  # fmt: skip

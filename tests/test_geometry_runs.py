@@ -25,6 +25,7 @@ from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan, parse_dire
 from hf_equiv.geometryrun import run_analysis
 from hf_equiv.imagefile import decode_png
 from hf_equiv.layouts import LAYOUTS
+from hf_equiv.publishcard import command_of
 from hf_equiv.shards import PROVENANCE_FEATURES, sha256_file
 
 CONTRACT = {
@@ -310,6 +311,8 @@ BAD = [
     ({"k": 0}, "`k` must be"),
     ({"k": 13}, "`k` must be at most the embedding size 12; got 13"),
     ({"target": "x.png"}, "`target` must come with"),
+    ({"analysis": "walk", "stop": 0.1}, "`stop` must come with heading 'toward', 'nearest', 'connect'; got 0.1"),
+    ({"analysis": "walk", "heading": "toward", "stop": 0.0}, "`stop` must be"),
     ({"analysis": "walk", "heading": "connect"}, "`target` must come with heading 'connect'"),
     ({"analysis": "walk", "heading": "sideways"}, "`heading` must be one of random"),
     ({"analysis": "walk", "step": -1.0}, "`step` must be"),
@@ -400,7 +403,7 @@ def test_an_early_image_with_a_ladder_of_its_own_is_named(copied):
 @pytest.mark.parametrize(
     ("analysis", "key", "value"),
     [("lipschitz", "directions", "random:2"), ("lipschitz", "linearity", None), ("walk", "step", "1"),
-     ("walk", "num_steps", True), ("spectrum", "k", [2]), ("spectrum", "vectors", 1)],
+     ("walk", "num_steps", True), ("walk", "stop", "0.1"), ("spectrum", "k", [2]), ("spectrum", "vectors", 1)],
 )  # fmt: skip
 def test_damaged_settings_are_named(analysis, key, value, copied):
     out = copied(analysis)
@@ -512,6 +515,29 @@ def test_a_walk_that_is_said_to_have_come_to_rest(photo_folder, tmp_path, monkey
     shards.write_shard(out, int(path.stem[-5:]), rows, floats, {}, layout)
     (problem,) = (p for p in verify.verify_run(out).problems if p.pair_id is not None)
     assert problem.column == "stationarity"
+
+
+def test_a_walk_ends_where_so_little_of_the_way_is_left_as_was_asked(photos, tmp_path, monkeypatch):
+    out, given = tmp_path / "out", {"heading": "nearest", "data": None, "limit": None, "num_steps": 60}
+    given |= {"source": str(photos / "class0" / "photo0.png"), "target": str(photos / "class1" / "photo1.png")}
+    early = finish("walk", photos, out, stop=0.3, **given)
+    late = finish("walk", photos, tmp_path / "late", **given)
+    assert early.rows[-1]["stationarity"] <= 0.3 < early.rows[-2]["stationarity"]
+    assert late.rows[-1]["stationarity"] <= 0.1
+    assert len(early.rows) < len(late.rows)
+    record = json.loads((out / "run.json").read_text())
+    assert (
+        record["settings"]["stop"],
+        make_analysis_plan(config_of("walk", photos, **given), TinyEncoder()).settings["stop"],
+    ) == (0.3, 0.01)
+    assert "--stop 0.3" in command_of(record)
+    monkeypatch.setattr(verify, "load_recorded", lambda *_: TinyEncoder())
+    assert verify.verify_run(out).problems == ()
+    record["settings"]["stop"] = 1e-4
+    (out / "run.json").write_text(json.dumps(record))
+    (problem,) = verify.verify_run(out).problems
+    assert problem.column == "stationarity"
+    assert "at most" in problem.message
 
 
 def test_missing_frames_and_rows_are_named(copied, photo_folder, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch.func import jacrev
 
 from hf_equiv import corrector, linearmodel
 from hf_equiv.encoder import Encoder
+from hf_equiv.headings import Toward
 from hf_equiv.jacobian import Jacobian, jacobian_cost, jacobian_matrix
 from hf_equiv.levelset import trace_level_set
 from hf_equiv.matching import match_embedding
@@ -95,6 +96,20 @@ def test_linear_nearest_is_the_projection(f):
     torch.testing.assert_close(walk.images, expected, rtol=0, atol=1e-10)
     assert walk.paths[0][-1].stationarity <= 1e-11
     assert walk.paths[0][-1].l2 == pytest.approx(float((expected - source).norm()), abs=1e-10)
+
+
+def test_coming_nearer_by_leaving_the_level_set_is_no_gain():
+    f, origin = linear(), images(1, seed=2, dtype=F64)[0]
+    fixer = corrector.Corrector(f, f(images(1, seed=1, dtype=F64))[0], 1e-12)
+    at = fixer.look(images(1, seed=1, dtype=F64)[0])
+    fixer.refresh(at)
+    way = Toward(origin, stop=1e-11)
+    tangent = way.plan(fixer, at, 1.0).direction
+    wish = origin - at.image
+    normal = (wish - fixer.model.project_null(wish)) / (wish - fixer.model.project_null(wish)).norm()
+    along, off = fixer.look(at.image + 1e-3 * tangent), fixer.look(at.image + 1e-3 * normal)
+    assert float((off.image - origin).norm()) < float((at.image - origin).norm())
+    assert (way.accepts(at, along), way.accepts(at, off)) == (True, False)
 
 
 def test_nearest_in_the_box_is_the_clipped_projection():
