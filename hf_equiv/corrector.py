@@ -16,7 +16,6 @@ _MAX_TRIALS = 40
 _MAX_REJECTED = 6
 _PATIENCE = 10
 _SHORTEST = 0.2  # share of a correction: below, it could not lower the drift enough
-_REST = 0.25  # of the drift allowed: left by a correction, as noise that is not worth a long way
 _STALE = 3.0
 _FAR = 10.0
 _DECREASE = 0.9  # a correction must bring the drift below this share of what it was
@@ -113,7 +112,7 @@ class Corrector:
             self.trials += 1
             self.model.hold((at.image > 0) & (at.image < 1))
             self.learn(at, unknown)
-            step = self.model.correction(at.residual, _REST * self.rtol * self.scale)
+            step = self.model.correction(at.residual)
             length = float(torch.linalg.vector_norm(step))
             there = self.look((at.image + step * min(share, longest / (length + 1e-300))).clamp(0, 1))
             if there.drift <= _DECREASE * at.drift:

@@ -18,6 +18,7 @@ _ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
 _ACTIVE = 60  # changes of the free pixels
 _CHANCES = 3  # of them that need not lower the number of pixels that are wrong
 _CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
+_EASY, _HARD, _FAIR = 8, 25, 16  # trials of the corrector for a step
 _NEAR = 0.12  # stationarity from which Newton steps are worth their products with the Hessian
 _PROBE = 0.01  # L2 length of the differences that stand for products with the Hessian
 _ACCURACY = 0.2  # of a Newton step
@@ -74,6 +75,10 @@ class Ahead:
             return True
         moved = there.image - at.image
         return dot(moved, (at.image + there.image) / 2 - self.origin) > 0.0
+
+    def pace(self, trials: int) -> float:
+        """How much longer the next step may be: a corrector that took many trials is at the edge of what A knows."""
+        return 1.5 if trials <= _EASY else 0.7 if trials > _HARD else 1.0
 
     def reconsider(self) -> bool:
         """Whether another plan may lead on where a step was rejected: a fixed direction has no other."""
@@ -163,6 +168,10 @@ class Toward:
         elif ratio > _FINE and self.newton.bound and length > 0.9 * whole:
             self.radius = 2 * length
         return ratio > 0.1
+
+    def pace(self, trials: int) -> float:
+        """How much longer the next step may be, for about 16 trials a step."""
+        return min(1.5, max(0.7, math.sqrt(_FAIR / max(1, trials))))
 
     def reconsider(self) -> bool:
         """Whether another plan may lead on where a step was rejected: one without what the way so far has taught."""

@@ -80,8 +80,8 @@ def trace_level_set(
     The level set is {x in [0, 1]^N : f(x) = z}. Each step has a predictor, x + h·t with t = P_null v the part of the
     heading v that J sends to zero, and a corrector back to ‖f(x) − z‖/‖z‖ ≤ rtol (see `Corrector`). Pixels at 0 or 1
     that would leave the box are taken out of J. A point that cannot be brought back, or is no nearer to a destination,
-    is dropped and h halved; h grows again up to `step`. Walks to an image take many short steps between points, where
-    a drift of 1e-3 is allowed, and near the end Newton steps: points are `step`/4 apart or more.
+    is dropped and h halved; h grows again up to `step`. Walks to an image take many short steps, near the end
+    Newton steps; their points are `step`/4 apart or 50 steps.
 
         heading   v                 from          z                       ends early
         random    Gaussian, fixed   any image     f(images)               -

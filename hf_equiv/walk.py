@@ -17,8 +17,7 @@ from hf_equiv.results import Status
 _MAX_FAILURES = 10  # halvings of one step
 _REFRESH_AFTER = 5  # of them, before a full Jacobian is formed anew
 _SNAP = 0.1  # of the step that would be allowed: so near, the descent has nothing to add
-_HOPS = 50  # short steps between two points
-_FAIR = 16  # trials of the corrector at which the step is right: with fewer it grows, with more it shrinks
+_HOPS = 50  # steps between two points
 
 
 AT_REST = 10
@@ -131,8 +130,7 @@ class Walk:
             length = min(h, plan.length)
             there, failure = self._try(at, plan, length, max(length, _SNAP * h))
             if there is not None:
-                # a corrector that worked hard is at the edge of what the model knows
-                h *= min(1.5, max(0.7, math.sqrt(_FAIR / max(1, corrector.trials))))
+                h *= heading.pace(corrector.trials)
                 h, failures, learnt, reconsidered = min(most, h), 0, True, False
                 since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
                 at = there
