@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hf_equiv.jacobian import Jacobian
 
-_CUT = 1e-4  # of σ₁: below it float32 rows hold noise, and no correction is asked of them
+# of σ₁: below it learnt rows hold noise (in float32 up to 5e-5 was seen), and no correction is asked of them
+_CUT, _CUT_SINGLE = 1e-5, 1e-4
 _LARGEST = 16 * 2**30  # bytes of A
 _COLUMNS = 8192  # columns of A held in float64 at a time
 
@@ -155,6 +156,7 @@ class LinearModel:
         """Eigenvalues of G above the cut, ascending, and their eigenvectors."""
         if self._factor is None:
             values, vectors = torch.linalg.eigh(self._gram)
-            kept = values > _CUT**2 * values[-1]
+            cut = _CUT if self.A.dtype == torch.float64 else _CUT_SINGLE
+            kept = values > cut**2 * values[-1]
             self._factor = values[kept], vectors[:, kept]
         return self._factor

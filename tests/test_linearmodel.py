@@ -37,6 +37,15 @@ def test_projection_and_correction_are_those_of_the_dense_matrix(case):
     assert float((A @ model.project_null(v).flatten()).norm()) <= 1e-13 * float(A.norm() * v.norm())
 
 
+@pytest.mark.parametrize(("dtype", "followed"), [(torch.float32, False), (torch.float64, True)])
+def test_noise_along_the_smallest_singular_values_is_not_followed(dtype, followed):
+    left, right = torch.linalg.qr(gaussian(3, 3))[0], torch.linalg.qr(gaussian(192, 3, seed=1))[0]
+    A = left @ torch.diag(torch.tensor([1.0, 0.1, 5e-5], dtype=torch.float64)) @ right.T
+    model = LinearModel(Jacobian(lambda x: x.flatten(1) @ A.T.to(x), images(1, seed=2, dtype=dtype)[0]))
+    step = model.correction(left @ torch.full((3,), 1e-6, dtype=torch.float64))
+    assert float(step.norm()) == pytest.approx(0.02 if followed else 1e-5, rel=0.01)
+
+
 def test_a_learnt_row_is_true_and_the_others_stay():
     f, (x, y) = smooth_mlp(), images(2, seed=4, dtype=torch.float64)
     model, u = LinearModel(Jacobian(f, x)), gaussian(DIM)
