@@ -16,7 +16,7 @@ _MAX_TRIALS = 40
 _MAX_REJECTED = 6
 _PATIENCE = 10
 _SHORTEST = 0.2  # share of a correction: below, it could not lower the drift enough
-_STALE = 3.0
+_STALE = 3.0  # times the cost of a full Jacobian, after which one is worth forming where a correction failed
 _FAR = 10.0
 _DECREASE = 0.9  # a correction must bring the drift below this share of what it was
 

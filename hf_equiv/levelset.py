@@ -23,7 +23,7 @@ STOP = 0.01
 TO_AN_IMAGE = ("toward", "nearest", "connect")
 """The headings that lead to an image."""
 
-HEADINGS = ("random", "away", "toward", "nearest", "connect")
+HEADINGS = ("random", "away", *TO_AN_IMAGE)
 """Where a walk may go."""
 
 

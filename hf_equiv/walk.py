@@ -143,7 +143,9 @@ class Walk:
                 reconsidered = True
                 plan = heading.plan(corrector, at, h)
                 continue
-            if failure is Status.DRIFT_EXCEEDED and corrector.stale:  # A may be what is wrong, not the length
+            if (
+                failure is Status.DRIFT_EXCEEDED and learnt and corrector.stale
+            ):  # A may be what is wrong, not the length
                 corrector.refresh(at)
                 learnt = False
                 plan = heading.plan(corrector, at, h)

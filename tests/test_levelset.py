@@ -541,3 +541,14 @@ def test_random_walk_of_a_trained_vit():
     assert float(drifts.max()) <= 1e-5 + 3 * float(encoder.noise_floor(start))
     assert walk.paths[0][-1].l2 > 9.5
     assert float(walk.num_evals) <= 10 * 0.3 * jacobian_cost(192)
+
+
+def test_a_walk_of_few_dimensions_whose_steps_all_fail_ends():
+    start = images(1, seed=5, dtype=F64)
+
+    def jumps(x: Tensor) -> Tensor:  # any other image is a thousand away, farther than the box is wide
+        return x.flatten(1).mean(dim=1, keepdim=True) + 1e3 * (x.detach() != start).flatten(1).any(dim=1, keepdim=True)
+
+    walk = trace_level_set(jumps, start, heading="random", num_steps=3, generator=generator())
+    assert walk.status == (Status.DRIFT_EXCEEDED,)
+    assert len(walk.paths[0]) == 1
