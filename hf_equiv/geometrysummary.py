@@ -7,10 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
+from hf_equiv.levelset import TO_AN_IMAGE
 from hf_equiv.metrics import short
 from hf_equiv.results import Status
 
 Row = dict[str, Any]
+
+_LITTLE = 0.1  # share of the distance to the image below which a walk is near its end
+_REST = {  # by whether the walk was completed, and whether little is left
+    (True, True): "{left:.1%} of the way on leads along the level set: it is near its end.",
+    (True, False): "{left:.0%} of the way on still leads along the level set: more steps, or a smaller --stop, come "
+    "nearer.",
+    (False, True): "{left:.1%} of the way on leads along the level set, and no nearer point of it was found.",
+    (False, False): "{left:.0%} of the way on still leads along the level set, but no nearer point could be brought "
+    "back to it.",
+}
 
 
 def summarize_analysis(analysis: str, rows: Sequence[Mapping[str, Any]]) -> Row:
@@ -155,8 +166,8 @@ def _walk_verdict(walks: Sequence[Row], heading: str) -> str:
         reached = walk["remaining"] < 1e-3
         text += " The target itself was reached." if reached else f" The target is still {walk['remaining']:.3g} away."
     left = walk["stationarity"]
-    if left is not None and left > 0.1 and (walk["remaining"] or 0.0) >= 1e-3:
-        text += f" It has not come to rest: {left:.0%} of the way on still leads along the level set. Take more steps."
+    if left is not None and heading in TO_AN_IMAGE and (walk["remaining"] or 0.0) >= 1e-3:
+        text += f" {_REST[walk['status'] == Status.COMPLETED, left <= _LITTLE].format(left=left)}"
     if walk["labels"]:
         seen = " then ".join(name.split(",")[0] for name in walk["labels"])
         text += f" The head sees {seen} all the way." if len(walk["labels"]) == 1 else f" The head sees {seen}."

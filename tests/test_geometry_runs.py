@@ -23,6 +23,7 @@ from PIL import Image
 from hf_equiv import cli, environment, geometrycheck, geometryplots, geometryrun, merge, rundir, shards, verify
 from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan, parse_directions
 from hf_equiv.geometryrun import run_analysis
+from hf_equiv.geometrysummary import summarize_analysis
 from hf_equiv.imagefile import decode_png
 from hf_equiv.layouts import LAYOUTS
 from hf_equiv.publishcard import command_of
@@ -525,6 +526,10 @@ def test_a_walk_ends_where_so_little_of_the_way_is_left_as_was_asked(photos, tmp
     assert early.rows[-1]["stationarity"] <= 0.3 < early.rows[-2]["stationarity"]
     assert late.rows[-1]["stationarity"] <= 0.1
     assert len(early.rows) < len(late.rows)
+    assert "on still leads along the level set: more steps, or a smaller --stop" in early.summary["verdict"]
+    assert "it is near its end" in late.summary["verdict"]
+    stuck = [row | {"status": "drift_exceeded"} for row in early.rows]
+    assert "no nearer point could be brought back" in summarize_analysis("walk", stuck)["verdict"]
     record = json.loads((out / "run.json").read_text())
     assert (
         record["settings"]["stop"],
