@@ -118,6 +118,10 @@ class AnalysisConfig:
         for number, name in measures:
             if number is not None:
                 checks.check_positive(number, name)
+        if self.stop is not None and self.stop >= 1:
+            raise ValueError(
+                f"`stop` must be below 1; got {self.stop:g}. It is the share of the way that is left at the end."
+            )
         if self.norm is not None and self.regional is None:
             raise ValueError(
                 f"`norm` must come with `regional`; got {self.norm!r} alone. Add a radius or leave it out."

@@ -108,7 +108,9 @@ class Corrector:
         at = self.look(guess.clamp(0, 1))
         self.bend, self.trials = at.residual, 0
         unknown, rejected, share = at.residual, 0, 1.0
-        while at.drift > 0.5 * self.rtol and rejected < _MAX_REJECTED and self.trials < _MAX_TRIALS:
+        while at.drift > 0.5 * self.rtol and self.trials < _MAX_TRIALS:
+            if rejected >= (_MAX_REJECTED if at.drift > self.rtol else 1):  # below rtol it may be noise
+                break
             self.trials += 1
             self.model.hold((at.image > 0) & (at.image < 1))
             self.learn(at, unknown)

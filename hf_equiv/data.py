@@ -183,6 +183,8 @@ def _looks_like_path(what: str) -> bool:
 def _folder(path: Path, image_column: str | None, label_column: str | None, cache_dir: str | None) -> ImageSet:
     inside = sorted(p for p in path.rglob("*") if p.is_file())
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    made = {p.parent for p in inside if p.name == "run.json"} - {path}  # figures of our own
+    inside = [p for p in inside if made.isdisjoint(p.parents)]
     files = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
     tables = [p for p in inside if p.suffix.lower() == ".parquet"]
     name = path.resolve().name or "root"

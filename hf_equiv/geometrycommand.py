@@ -101,8 +101,8 @@ def _estimate(plan: Any, folder: Path, overwrite: str) -> dict[str, Any]:
         evals = jacobian + directions * (forwards + 4) / 3 + (250 if settings["regional"] else 0)
         evals += 300 if "match" in settings["directions"] else 0
     else:
-        each = 70 if "stop" in settings else 10
-        evals = jacobian + settings["num_steps"] * each * settings["step"] + (300 if settings["solver"] else 0)
+        each = {"random": 15, "away": 15, "nearest": 100}.get(settings["heading"], 30)  # a point, at most
+        evals = jacobian + settings["num_steps"] * each * min(1, settings["step"]) + (300 if settings["solver"] else 0)
     left, failing = len(plan.subjects) - there, sum(bool(subject.unusable) for subject in plan.subjects)
     return {
         "model": settings["model_id"],

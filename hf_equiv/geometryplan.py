@@ -105,6 +105,10 @@ def make_analysis_plan(
     config.check()
     if config.k is not None and config.k > encoder.embedding_dim:
         raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {config.k}.")
+    if config.analysis == "lipschitz" and config.directions is not None:
+        asked = parse_directions(config.directions).get("top", 0)
+        if asked > encoder.embedding_dim:
+            raise ValueError(f"top:K of `directions` must ask for at most {encoder.embedding_dim}, the embedding size; got {asked}.")
     checks.check_radius(config.regional, config.ball_norm, math.prod(encoder.input_shape), "regional")
 
     def load(what: str, limit: int | None = None, *, streaming: bool = False) -> ImageSet:

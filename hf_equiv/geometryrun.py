@@ -182,7 +182,7 @@ def _finish(plan: AnalysisPlan, folder: Path) -> Row:
     """Write figures and card; returns the summary."""
     layout = plan.layout
     rows = ordered_rows(folder, layout, plan.subjects)
-    summary = summarize_analysis(layout.analysis, rows)
+    summary = summarize_analysis(layout.analysis, rows, plan.settings)
     figures: dict[str, bytes] = {}
     if layout.analysis == "walk":
         figures = walkplots.walk_figures(rows, _frames(folder, plan), plan.settings)

@@ -7,29 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
-from hf_equiv.levelset import TO_AN_IMAGE
+from hf_equiv.levelset import STOP, TO_AN_IMAGE
 from hf_equiv.metrics import short
 from hf_equiv.results import Status
 
 Row = dict[str, Any]
 
-_LITTLE = 0.1  # share of the distance to the image below which a walk is near its end
-_REST = {  # by whether the walk was completed, and whether little is left
-    (True, True): "{left:.1%} of the way on leads along the level set: it is near its end.",
-    (True, False): "{left:.0%} of the way on still leads along the level set: more steps, or a smaller --stop, come "
-    "nearer.",
-    (False, True): "{left:.1%} of the way on leads along the level set, and no nearer point of it was found.",
-    (False, False): "{left:.0%} of the way on still leads along the level set, but no nearer point could be brought "
-    "back to it.",
-}
-
-
-def summarize_analysis(analysis: str, rows: Sequence[Mapping[str, Any]]) -> Row:
+def summarize_analysis(analysis: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
     """Summarise the rows of a run.
 
     Args:
         analysis: `spectrum`, `lipschitz` or `walk`.
         rows: finished rows, those of one image side by side.
+        settings: of the run.
 
     Returns:
         Plain data, None for what does not exist; `verdict` says it in words.
@@ -41,10 +31,10 @@ def summarize_analysis(analysis: str, rows: Sequence[Mapping[str, Any]]) -> Row:
     }
     make = {"spectrum": _spectrum, "lipschitz": _lipschitz, "walk": _walk}[analysis]
     good = [row for row in rows if row["status"] != Status.ERROR]
-    return summary | (make(good) if good else {"verdict": "No image could be analysed."})
+    return summary | (make(good, settings) if good else {"verdict": "No image could be analysed."})
 
 
-def _spectrum(rows: Sequence[Mapping[str, Any]]) -> Row:
+def _spectrum(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
     keys = ("sigma_max", "rank", "nullity", "effective_rank", "participation", "num_evals", "seconds")
     middle = {key: _median(row[key] for row in rows) for key in keys}
     zeros = {
@@ -87,7 +77,7 @@ def _spectrum_verdict(rows: Sequence[Mapping[str, Any]], middle: Row, zeros: Row
     return text + (f" Nearly zero: {', '.join(near)}." if near else "")
 
 
-def _lipschitz(rows: Sequence[Mapping[str, Any]]) -> Row:
+def _lipschitz(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
     kinds: Row = {}
     for kind in dict.fromkeys(row["direction"] for row in rows):
         own = [row for row in rows if row["direction"] == kind]
@@ -104,10 +94,10 @@ def _lipschitz(rows: Sequence[Mapping[str, Any]]) -> Row:
         key: max((row[key] for row in firsts if row[key] is not None), default=None)
         for key in ("regional_lower_bound", "regional_at_center", "regional_clever")
     }
-    return {"kinds": kinds, "regional": region, "verdict": _lipschitz_verdict(kinds, region)}
+    return {"kinds": kinds, "regional": region, "verdict": _lipschitz_verdict(kinds, region, settings)}
 
 
-def _lipschitz_verdict(kinds: Row, region: Row) -> str:
+def _lipschitz_verdict(kinds: Row, region: Row, settings: Mapping[str, Any]) -> str:
     told = [f"{kind} {q['quantiles'][2]:.3g}" for kind, q in kinds.items() if q["quantiles"]]
     text = "Median local constants by kind of direction: " + ", ".join(told) + "." if told else ""
     if "null" in kinds:
@@ -116,14 +106,17 @@ def _lipschitz_verdict(kinds: Row, region: Row) -> str:
         text += f" A constant above the float noise along null directions: {numbers}."
     found = region["regional_lower_bound"]
     if found is not None:
-        text += f" The largest constant found in the ball is {found:.4g} ({region['regional_at_center']:.4g} at the "
+        ball = f"{settings['norm'].replace('linf', 'L∞').replace('l2', 'L2')} ball of radius {settings['regional']:g}"
+        text += f" The largest constant found in the {ball} is {found:.4g} ({region['regional_at_center']:.4g} at the "
         text += "image itself): a lower bound."
-        if region["regional_clever"] is not None:
-            text += f" The extreme-value estimate (CLEVER) is {region['regional_clever']:.4g}."
+        clever = region["regional_clever"]
+        if clever is not None:
+            text += f" The extreme-value estimate (CLEVER) is {clever:.4g}"
+            text += ", less than what is attained." if clever < found else "."
     return text.strip() or "No direction has a constant above the float noise."
 
 
-def _walk(rows: Sequence[Mapping[str, Any]]) -> Row:
+def _walk(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
     walks: list[Row] = []
     for name in dict.fromkeys(row["image_id"] for row in rows):
         path = [row for row in rows if row["image_id"] == name]
@@ -133,45 +126,64 @@ def _walk(rows: Sequence[Mapping[str, Any]]) -> Row:
                 "image_id": name,
                 "status": path[0]["status"],
                 "steps": path[-1]["step"],
+                "start_l2": path[0]["l2"],
                 "l2": path[-1]["l2"],
                 "arc_length": path[-1]["arc_length"],
                 "psnr_db": path[-1]["psnr_db"],
                 "largest_drift": max(row["drift"] for row in path),
+                "largest_drift_8bit": max((d for row in path if (d := row["drift_8bit"]) is not None), default=None),
                 "remaining": path[-1]["remaining"],
                 "stationarity": path[-1]["stationarity"],
                 "labels": labels,
                 "num_evals": path[0]["num_evals"],
             }
         )
-    return {"walks": walks, "verdict": _walk_verdict(walks, rows[0]["heading"])}
+    return {"walks": walks, "verdict": _walk_verdict(walks, settings)}
 
 
-def _walk_verdict(walks: Sequence[Row], heading: str) -> str:
-    drift = max(walk["largest_drift"] for walk in walks)
+def _walk_verdict(walks: Sequence[Row], settings: Mapping[str, Any]) -> str:
+    heading = settings["heading"]
+    drift = short(max(walk["largest_drift"] for walk in walks))
+    rounded = [walk["largest_drift_8bit"] for walk in walks if walk["largest_drift_8bit"] is not None]
+    kept = f"with drift at most {drift} at every point" + (
+        f" ({short(max(rounded))} for the frames rounded to 8 bit)." if rounded else "."
+    )
     if len(walks) > 1:
         done = sum(walk["status"] == Status.COMPLETED for walk in walks)
-        return (
-            f"{done} of {len(walks)} walks ({heading}) were completed; they end at L2 "
-            f"{median(w['l2'] for w in walks):.3g} from their origin (median), with drift at most {short(drift)} at "
-            "every point."
-        )
+        ends = f"{median(w['l2'] for w in walks):.3g}"
+        return f"{done} of {len(walks)} walks ({heading}) were completed; they end at L2 {ends} (median), {kept}"
     walk = walks[0]
-    if walk["steps"] == 0:
-        return f"No step was made from {walk['image_id']} ({heading})."
-    text = (
-        f"{walk['steps']} steps from {walk['image_id']} ({heading}): L2 {walk['l2']:.3g} from the origin along a path "
-        f"of {walk['arc_length']:.3g}, with drift at most {short(drift)} at every point."
-    )
-    if walk["remaining"] is not None and heading in ("toward", "connect"):
+    name, steps = walk["image_id"], walk["steps"]
+    if settings["solver"] is not None:
+        way = f"from a match of the target ({heading}): L2 {walk['start_l2']:.3g} from {name} before, "
+        way += f"{walk['l2']:.3g} after"
+    else:
+        way = f"from {name} ({heading}): L2 {walk['l2']:.3g} from it"
+    text = f"{steps} steps {way}, along a path of {walk['arc_length']:.3g}, {kept}"
+    if steps == 0:
+        text = f"No step was made from {name} ({heading})."
+    if heading in ("toward", "connect"):
         reached = walk["remaining"] < 1e-3
         text += " The target itself was reached." if reached else f" The target is still {walk['remaining']:.3g} away."
-    left = walk["stationarity"]
-    if left is not None and heading in TO_AN_IMAGE and (walk["remaining"] or 0.0) >= 1e-3:
-        text += f" {_REST[walk['status'] == Status.COMPLETED, left <= _LITTLE].format(left=left)}"
+    if heading in TO_AN_IMAGE and walk["remaining"] >= 1e-3:
+        text += " " + _rest(walk, settings)
     if walk["labels"]:
         seen = " then ".join(name.split(",")[0] for name in walk["labels"])
         text += f" The head sees {seen} all the way." if len(walk["labels"]) == 1 else f" The head sees {seen}."
     return text
+
+
+def _rest(walk: Row, settings: Mapping[str, Any]) -> str:
+    """Why a walk to an image ended, and how much of the way on still leads along the level set."""
+    left = walk["stationarity"]
+    told = f"at most {left:.0%} of the way on leads along the level set"
+    if left <= settings.get("stop", STOP):
+        return f"It is as near as was asked: {told}."
+    if walk["steps"] == settings["num_steps"]:
+        return f"All steps that were asked are made; {told}."
+    if walk["status"] == Status.COMPLETED:
+        return f"No nearer point was found; {told}."
+    return f"A nearer point could not be brought back to the level set; {told}."
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -119,17 +119,20 @@ def _walk_table(outcome: AnalysisOutcome) -> Lines:
             cut(walk["image_id"], 36),
             walk["status"],
             str(walk["steps"]),
+            form(walk["start_l2"], ".3g"),
             form(walk["l2"], ".3g"),
             form(walk["arc_length"], ".3g"),
             form(walk["psnr_db"], ".1f"),
             short(walk["largest_drift"]),
+            "–" if walk["largest_drift_8bit"] is None else short(walk["largest_drift_8bit"]),
             form(walk["remaining"], ".3g"),
             " > ".join(label.split(",")[0] for label in walk["labels"]) or "–",
             form(walk["num_evals"], ".0f"),
         )
         for walk in outcome.summary.get("walks", [])
     ]
-    head = ("image", "status", "steps", "L2", "length", "PSNR dB", "drift", "remaining", "seen as", "evals")
+    head = ("image", "status", "steps", "L2 before", "L2", "length", "PSNR dB", "drift", "as PNG", "remaining", "seen as",
+            "evals")
     return head, lines
 
 

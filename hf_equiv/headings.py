@@ -15,8 +15,9 @@ from hf_equiv.trustregion import Step, newton_step
 _MEMORY = 20  # secant pairs of the descent towards an image
 _SMALLEST = 1e-3  # share of a wish that must be left after projection
 _ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
-_ACTIVE = 60  # changes of the free pixels
-_CHANCES = 3  # of them that need not lower the number of pixels that are wrong
+_ACTIVE = 60  # Newton steps of a projection on the tangent cone
+_LEAST = 2.0**-20  # share of one, below which there is no descent
+_ROUNDING = 30  # eps over the length of a wish, below which what is left of it is rounding
 _CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
 _EASY, _HARD, _FAIR = 8, 25, 16  # trials of the corrector for a step
 _NEAR = 0.12  # stationarity from which Newton steps are worth their products with the Hessian
@@ -223,36 +224,45 @@ Heading = Ahead | Toward
 def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
     """The projection of a wish on the tangent cone of the level set in the box, and its multipliers λ.
 
-    t = wish − Aᵀλ on the free pixels. A pixel at 0 or 1 is free where wish − Aᵀλ leads inwards: found by letting the
-    free pixels follow λ, and λ them, until neither changes (block principal pivoting: Júdice, Pires 1994).
+    t = C(wish − Aᵀλ), where C leaves out what leads outwards at pixels at 0 and 1, and λ is the minimum of the convex
+    ½‖C(wish − Aᵀλ)‖²: its gradient is −A t. Found by semismooth Newton steps λ + G_F⁺ A t with F the pixels that C lets
+    move, halved until they descend. They end when a whole step changes no such pixel: then t is exact.
 
     Returns:
-        t (C, H, W), and λ (D,).
+        t (C, H, W), zero where it is rounding; and λ (D,).
+
+    References:
+        Qi, Sun (2006), SIAM J. Matrix Anal. Appl. 28:360 (projection on a cone by Newton steps on its dual).
     """
     x, model = at.image, corrector.model
-    free = _inwards(x, wish)
-    fewest, chances = free.numel() + 1, _CHANCES
+    rest, multipliers = wish, wish.new_zeros(len(model.A), dtype=torch.float64)
+    free, nothing = _inwards(x, wish), _ROUNDING * torch.finfo(x.dtype).eps * _norm(wish)
     for _ in range(_ACTIVE):
         model.hold(free)
-        multipliers = model.multipliers(wish)
-        wrong = free ^ _inwards(x, wish - model.transpose(multipliers))
-        count = int(wrong.sum())
-        if count == 0:
+        step = model.multipliers(rest)
+        change = model.transpose(step)
+        there, share = rest - change, 1.0
+        now = _inwards(x, there)
+        if not bool((free ^ now).any()):
+            rest, multipliers = there, multipliers + step
             break
-        fewest, chances = (count, _CHANCES) if count < fewest else (fewest, chances - 1)
-        if chances < 0:  # going round in circles: the last of them alone, which cannot
-            last = wrong.flatten().nonzero()[-1]
-            wrong = torch.zeros_like(wrong)
-            wrong.view(-1)[last] = True
-        free = free ^ wrong
+        height = _norm(rest * free)
+        slope = dot(rest * free, change)
+        while _norm(there * now) ** 2 > height**2 - 2e-4 * share * slope and share > _LEAST:
+            share /= 2
+            there = rest - share * change
+            now = _inwards(x, there)
+        rest, multipliers, free = there, multipliers + share * step, now
+        if share <= _LEAST or _norm(rest * free) <= nothing:
+            break
     model.hold(free)
-    tangent = model.project_null(wish)
-    blocked = free & ~_inwards(x, tangent)  # where the sets went round in circles
+    tangent = model.project_null(rest)
+    blocked = free & ~_inwards(x, tangent)  # by rounding, or where the steps came to no end
     if bool(blocked.any()):
         model.hold(free & ~blocked)
-        tangent = model.project_null(wish)
+        tangent = model.project_null(rest)
         tangent = tangent * _inwards(x, tangent)
-    return tangent, model.multipliers(wish)
+    return (tangent if _norm(tangent) > nothing else torch.zeros_like(tangent)), multipliers
 
 
 def _inwards(x: Tensor, step: Tensor) -> Tensor:

@@ -145,6 +145,8 @@ def trace_level_set(
         raise TypeError(f"`images` must be float32 or float64; got {images.dtype}. Walks need their accuracy.")
     for value, name in ((step, "step"), (rtol, "rtol"), (stop, "stop")):
         checks.check_positive(value, name)
+    if stop >= 1:
+        raise ValueError(f"`stop` must be below 1; got {stop:g}. It is the share of the way that is left at the end.")
     checks.check_count(num_steps, "num_steps")
     images = images.detach().clone(memory_format=torch.contiguous_format)
     home = images if origin is None else _pixels(origin, images, "origin")

@@ -50,10 +50,12 @@ class Radii(click.ParamType[tuple[float, ...] | None]):
             if not colon:
                 return tuple(float(item) for item in value.split(","))
             ends = math.log10(float(low)), math.log10(float(high))
+            if not ends[0] < ends[1]:
+                raise ValueError
             steps = max(1, round(4 * (ends[1] - ends[0])))
             return tuple(10 ** (ends[0] + (ends[1] - ends[0]) * i / steps) for i in range(steps + 1))
         except ValueError:
-            raise ValueError(f"`radii` must be numbers a,b,c or a range a:b; got {value!r}.") from None
+            raise ValueError(f"`radii` must be numbers a,b,c or a range a:b with a below b; got {value!r}.") from None
 
 
 def once(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:

@@ -232,7 +232,7 @@ def _spectrum(runs: Sequence[Run]) -> Row | None:
     if not rows:
         return None
     full = [row for row in rows if row["rank"] is not None]
-    made = summarize_analysis("spectrum", rows)
+    made = summarize_analysis("spectrum", rows, {})
     found: Row = {"images": len(rows), "full": len(full)}
     found |= {key: estimate(collect(rows, key)) for key in ("sigma_max", "effective_rank", "participation")}
     found |= {key: made[key] for key in ("structural_zeros", "near_structural")}
@@ -289,7 +289,7 @@ def _walk(runs: Sequence[Run]) -> Row | None:
     walks: list[Row] = []
     for run in runs:
         if run.good:
-            made = summarize_analysis("walk", run.good)["walks"]
+            made = summarize_analysis("walk", run.good, run.settings)["walks"]
             walks += [walk | {"heading": run.settings["heading"], "run": run.name} for walk in made]
     if not walks:
         return None

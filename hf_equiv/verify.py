@@ -242,7 +242,7 @@ def _verify_analysis(
                 observer(len(places), len(listed))
     if check_listed(record, layout, rows, found) and record["complete"] and not found.bad_rows:
         order = {image_id: i for i, image_id in enumerate(listed)}
-        made = summarize_analysis(analysis, sorted(rows, key=lambda row: order[row["image_id"]]))
+        made = summarize_analysis(analysis, sorted(rows, key=lambda row: order[row["image_id"]]), record["settings"])
         for path, a, b in leaves("summary", record["summary"], made):
             if a != b:
                 found.add("run.json", None, path, a, b)

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from hf_equiv.corrector import Corrector, Place
-from hf_equiv.headings import Heading, Plan, Toward
+from hf_equiv.headings import Ahead, Heading, Plan, Toward
 from hf_equiv.results import Status
 
 _MAX_FAILURES = 10  # halvings of one step
 _REFRESH_AFTER = 5  # of them, before a full Jacobian is formed anew
+_SHRUNK = 0.25  # of the longest step since the last Jacobian: so short, another is worth its cost
 _SNAP = 0.1  # of the step that would be allowed: so near, the descent has nothing to add
 _HOPS = 50  # steps between two points
 
 
-AT_REST = 10
-"""Times `stop`: a walk that finds no nearer point is complete below it."""
+def at_rest(stop: float) -> float:
+    """The stationarity up to which a walk that finds no nearer point is complete: ten times `stop`, but at most 0.1."""
+    return max(stop, min(10 * stop, 0.1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,11 @@ class WalkPoint:
     stationarity: float | None
     num_evals: float
     pixels: Tensor | None
+
+
+def _left(plan: Plan, heading: Toward) -> bool:
+    """Whether so much of the way is left that a walk is not at rest."""
+    return (plan.stationarity or 0.0) > at_rest(heading.stop)
 
 
 class Walk:
@@ -123,18 +130,34 @@ class Walk:
         self._record(at, plan)
         if plan.direction is None and plan.stationarity is None:
             self.useless = bool(((start > 0) & (start < 1)).all())
-        since, hops, reconsidered = 0.0, 0, False
+        since, hops, longest, reconsidered = 0.0, 0, 0.0, False
         while len(self.path) <= num_steps:
+            if plan.direction is None and learnt and isinstance(heading, Ahead):  # as far as A knows
+                corrector.refresh(at)
+                learnt = False
+                plan = heading.plan(corrector, at, h)
+                continue
             if plan.direction is None:
+                self._record(at, plan)
                 return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
+            if learnt and corrector.stale and h < min(plan.length, _SHRUNK * longest):  # for want of a fresh A
+                corrector.refresh(at)
+                learnt, longest = False, 0.0
+                plan = heading.plan(corrector, at, h)
+                continue
             length = min(h, plan.length)
             there, failure = self._try(at, plan, length, max(length, _SNAP * h))
             if there is not None:
                 h *= heading.pace(corrector.trials)
                 h, failures, learnt, reconsidered = min(most, h), 0, True, False
+                longest = max(longest, length)
                 since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
                 at = there
                 plan = heading.plan(corrector, at, h)
+                if len(self.path) == num_steps and isinstance(heading, Toward) and learnt and _left(plan, heading):
+                    corrector.refresh(at)  # the last point: how much is left is worth knowing well
+                    learnt = False
+                    plan = heading.plan(corrector, at, h)
                 if plan.direction is None or since >= heading.spacing * most or hops == _HOPS:
                     self._record(at, plan)
                     since, hops = 0.0, 0
@@ -156,10 +179,8 @@ class Walk:
                 learnt = False
                 plan = heading.plan(corrector, at, h)
             if failures == _MAX_FAILURES:
-                if hops:
-                    self._record(at, plan)
-                limit = AT_REST * heading.stop if isinstance(heading, Toward) else math.inf
-                if failure is Status.COMPLETED and (plan.stationarity or 0.0) > limit:
+                self._record(at, plan)
+                if failure is Status.COMPLETED and isinstance(heading, Toward) and _left(plan, heading):
                     return Status.DRIFT_EXCEEDED  # there are nearer points, beyond what the noise of f lets through
                 return failure
         return Status.COMPLETED
@@ -183,7 +204,14 @@ class Walk:
         return (there if self.heading.accepts(at, there) else None), Status.COMPLETED
 
     def _record(self, at: Place, plan: Plan) -> None:
+        """Add a point; of one that is there, say what a newer plan knows of it."""
         x = at.image
+        if self.path and x is self.at:
+            left, known = plan.stationarity, self.path[-1].stationarity
+            if isinstance(self.heading, Toward) and left is not None and known is not None:
+                left = min(left, known)  # both are bounds
+            self.path[-1] = replace(self.path[-1], stationarity=left)
+            return
         offset = (x - self.origin).double()
         l2 = float(torch.linalg.vector_norm(offset))
         moved = float(torch.linalg.vector_norm((x - self.at).double())) if self.path else 0.0

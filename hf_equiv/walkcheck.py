@@ -15,7 +15,7 @@ from hf_equiv.levelset import STOP, TO_AN_IMAGE
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.shards import Row
-from hf_equiv.walk import AT_REST
+from hf_equiv.walk import at_rest
 from hf_equiv.walkrows import drift, labels_of, level
 
 
@@ -79,7 +79,7 @@ def _end(columns: Columns, row: Row, frame: Tensor, target: Tensor, z: Tensor) -
         columns.say(row, "stationarity", "a number but for `random`", f"it does not fit heading {heading}")
     if heading not in TO_AN_IMAGE or row["stationarity"] is None:
         return
-    most_left = AT_REST * columns.settings.get("stop", STOP)
+    most_left = at_rest(columns.settings.get("stop", STOP))
     if early and row["status"] == Status.COMPLETED and row["stationarity"] > most_left:
         columns.found.add(
             columns.file, columns.name(row), "stationarity", row["stationarity"], most_left, "completed states at most"

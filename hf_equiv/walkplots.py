@@ -63,8 +63,8 @@ def contact_sheet(
                 x, y = left + c * (side + gap), top + r * (side + words)
                 picture(figure, x, y, side, decode_png(frames[name][k]).numpy())
                 row = path[k]
-                start = name if settings["solver"] is None else f"match from {name}"
-                head = cut(start, 22) if c == 0 else f"step {row['step']}   L2 {row['l2']:.2g}"
+                start = name if settings["solver"] is None else f"match of {name}"
+                head = cut(start, 17) if c == 0 else f"step {row['step']}   L2 {row['l2']:.2g}"
                 write(figure, x, y + side + 0.05, head, 7.5, INK, "bold" if c == 0 else "normal")
                 if row["label"] is not None:
                     seen = f"{cut(row['label'].split(',')[0], 14)} {row['prob']:.0%}"
@@ -94,11 +94,11 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
         axes.tick_params(labelbottom=False)
         below.set_ylabel("L2 from origin")
         below.set_xlabel("arc length of the path (L2, pixels in [0, 1])")
-        below.set_ylim(bottom=0)
+        below.set_ylim(0, 1.05 * max(row["l2"] for path in paths.values() for row in path) or 1.0)
         for one in (axes, below):
             one.grid(color=RULE, lw=0.5)
             one.margins(x=0.01)
-        axes.legend(loc="center left", frameon=False, fontsize=8, ncols=len(paths) + 1)
+        axes.legend(loc="upper left", bbox_to_anchor=(0.0, 1.16), frameon=False, fontsize=8, ncols=len(paths) + 1)
         return png_of(figure)
 
 

@@ -56,7 +56,7 @@ def check_stated_summary(record: Row, layout: Layout, rows: Sequence[Row], found
         made = metrics.summarize(rows, stated.get("baseline"), record["settings"]["rtol"])
         made["median"]["num_evals_refine"] = stated.get("median", {}).get("num_evals_refine")
     else:
-        made = summarize_analysis(layout.analysis, rows)
+        made = summarize_analysis(layout.analysis, rows, record["settings"])
     for path, a, b in leaves("summary", stated, made):
         numbers = isinstance(a, int | float) and isinstance(b, int | float)
         if a != b and not (numbers and abs(a - b) <= 1e-9 * abs(b)):

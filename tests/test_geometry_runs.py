@@ -526,10 +526,16 @@ def test_a_walk_ends_where_so_little_of_the_way_is_left_as_was_asked(photos, tmp
     assert early.rows[-1]["stationarity"] <= 0.3 < early.rows[-2]["stationarity"]
     assert late.rows[-1]["stationarity"] <= 0.1
     assert len(early.rows) < len(late.rows)
-    assert "on still leads along the level set: more steps, or a smaller --stop" in early.summary["verdict"]
-    assert "it is near its end" in late.summary["verdict"]
-    stuck = [row | {"status": "drift_exceeded"} for row in early.rows]
-    assert "no nearer point could be brought back" in summarize_analysis("walk", stuck)["verdict"]
+    assert "It is as near as was asked: at most " in early.summary["verdict"]
+    settings = make_analysis_plan(config_of("walk", photos, **given), TinyEncoder()).settings
+
+    def told(status: str, num_steps: int) -> str:
+        rows = [row | {"status": status} for row in early.rows]
+        return summarize_analysis("walk", rows, settings | {"num_steps": num_steps})["verdict"]
+
+    assert "All steps that were asked are made; at most " in told("completed", len(early.rows) - 1)
+    assert "No nearer point was found; at most " in told("completed", 60)
+    assert "A nearer point could not be brought back" in told("drift_exceeded", 60)
     record = json.loads((out / "run.json").read_text())
     assert (
         record["settings"]["stop"],
@@ -623,7 +629,10 @@ WRONG = [
     (["spectrum", "builtin", "--k", "99"], "--k must be at most the embedding size 12; got 99"),
     (["walk", "builtin", "--source", "photos", "--heading", "connect"], "--target must come with heading 'connect'"),
     (["walk", "builtin", "--step", "0"], "--step must be"),
-    (["lipschitz", "builtin", "--radii", "a,b"], "--radii must be numbers a,b,c or a range a:b; got 'a,b'"),
+    (["lipschitz", "builtin", "--radii", "a,b"], "--radii must be numbers a,b,c or a range a:b with a below b; got 'a,b'"),
+    (["lipschitz", "builtin", "--radii", "1:1e-5"], "a range a:b with a below b; got '1:1e-5'"),
+    (["lipschitz", "builtin", "--directions", "top:13"], "top:K of --directions must ask for at most 12, the embedding size; got 13"),
+    (["walk", "builtin", "--heading", "nearest", "--stop", "1.5"], "--stop must be below 1; got 1.5"),
     (["lipschitz", "builtin", "--directions", "up:3"], "--directions must be a list of random:N"),
     (["spectrum", "builtin", "--limit", "3"], "--limit must come with --data"),
     (["spectrum", "builtin", "--source", "nowhere.png"], "'nowhere.png' does not exist"),

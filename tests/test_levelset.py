@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import EIGHT, SHAPE, images, invariant, linear, quadratic, rank_deficient, smooth_mlp, unreachable
 from PIL import Image
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 from tiny_models import save
 from torch import Tensor
 from torch.func import jacrev
@@ -552,3 +552,67 @@ def test_a_walk_of_few_dimensions_whose_steps_all_fail_ends():
     walk = trace_level_set(jumps, start, heading="random", num_steps=3, generator=generator())
     assert walk.status == (Status.DRIFT_EXCEEDED,)
     assert len(walk.paths[0]) == 1
+
+
+# The tangent cone of the level set in the box
+
+
+def corner(seed: int, dim: int, pixels: int) -> tuple:
+    """A linear encoder, an image all of whose pixels are at 0 or 1, and a wish."""
+    g = torch.Generator().manual_seed(seed)
+    A = torch.randn(dim, pixels, generator=g, dtype=torch.float64)
+    x = (torch.rand(1, 1, 1, pixels, generator=g, dtype=torch.float64) > 0.5).double()
+    wish = torch.randn(1, 1, 1, pixels, generator=g, dtype=torch.float64)
+    return A, lambda image: (image.flatten(1) - 0.5) @ A.T.to(image) + 0.5, x, wish
+
+
+@pytest.mark.parametrize(("dim", "pixels"), [(24, 48), (12, 48), (24, 30), (6, 4), (6, 8)])
+def test_a_heading_in_a_corner_is_projected_on_the_tangent_cone(dim, pixels):
+    """The way is blocked where the dense projection is zero, by non-negative least squares on the polar cone."""
+    for seed in range(10):
+        A, f, x, wish = corner(seed, dim, pixels)
+        polar = torch.cat([A, -A, torch.diag(2 * x.flatten() - 1)]).T
+        share = nnls(polar.numpy(), wish.flatten().numpy(), maxiter=100_000)[1] / float(wish.norm())
+        walk = trace_level_set(f, x, heading=wish, num_steps=1, step=0.1, rtol=1e-10)
+        assert (walk.status[0] is Status.BOX_BLOCKED) == (share < 1e-3), (seed, share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_walk_that_has_no_way_on_says_so(dtype):
+    """From black, an encoder that grows with brightness keeps its value nowhere else."""
+
+    def f(image):
+        return torch.tanh(image.reshape(len(image), 12, 16).mean(2)) + 0.5
+
+    x = torch.zeros(1, 3, 8, 8, dtype=dtype)
+    y = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    walk = trace_level_set(f, x, heading="toward", target=y, num_steps=20, rtol=1e-6)
+    assert walk.status == (Status.COMPLETED,)
+    assert walk.paths[0][-1].stationarity < 1e-5
+    assert (len(walk.paths[0]), int(walk.num_jacobians)) == (1, 1)
+    assert float(walk.num_evals) < 40
+
+
+def test_corners_end_no_walk_with_an_error():
+    for seed in range(30):
+        _, f, x, wish = corner(seed, 6, 4)
+        walk = trace_level_set(f, x.float(), heading="toward", target=wish.clamp(0, 1).float(), num_steps=3)
+        assert walk.paths[0][-1].stationarity < 1e-5, seed
+
+
+def test_the_end_of_a_walk_states_what_is_left():
+    """Also where its steps ran out while a stale Jacobian bounded it badly."""
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(8, 192, generator=g, dtype=torch.float64)
+
+    def f(image):
+        return torch.sin(3 * image.flatten(1) @ A.T / 8) + 2
+
+    x, y = torch.rand(2, 1, 3, 8, 8, generator=g, dtype=torch.float64)
+    end = trace_level_set(f, x, heading="toward", target=y, num_steps=6, step=0.2, keep_points=True).paths[0][-1]
+    J = jacrev(lambda v: f(v[None])[0])(end.pixels).reshape(8, -1)
+    free = (end.pixels > 0) & (end.pixels < 1)
+    assert bool(free.all())
+    d = (y[0] - end.pixels).flatten()
+    left = d - J.T @ torch.linalg.lstsq(J.T, d[:, None]).solution[:, 0]
+    assert end.stationarity == pytest.approx(float(left.norm() / d.norm()), rel=1e-6)
