@@ -108,7 +108,9 @@ def make_analysis_plan(
     if config.analysis == "lipschitz" and config.directions is not None:
         asked = parse_directions(config.directions).get("top", 0)
         if asked > encoder.embedding_dim:
-            raise ValueError(f"top:K of `directions` must ask for at most {encoder.embedding_dim}, the embedding size; got {asked}.")
+            raise ValueError(
+                f"top:K of `directions` must ask for at most {encoder.embedding_dim}, the embedding size; got {asked}."
+            )
     checks.check_radius(config.regional, config.ball_norm, math.prod(encoder.input_shape), "regional")
 
     def load(what: str, limit: int | None = None, *, streaming: bool = False) -> ImageSet:

@@ -13,6 +13,7 @@ from hf_equiv.results import Status
 
 Row = dict[str, Any]
 
+
 def summarize_analysis(analysis: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
     """Summarise the rows of a run.
 

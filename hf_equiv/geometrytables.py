@@ -131,8 +131,20 @@ def _walk_table(outcome: AnalysisOutcome) -> Lines:
         )
         for walk in outcome.summary.get("walks", [])
     ]
-    head = ("image", "status", "steps", "L2 before", "L2", "length", "PSNR dB", "drift", "as PNG", "remaining", "seen as",
-            "evals")
+    head = (
+        "image",
+        "status",
+        "steps",
+        "L2 before",
+        "L2",
+        "length",
+        "PSNR dB",
+        "drift",
+        "as PNG",
+        "remaining",
+        "seen as",
+        "evals",
+    )
     return head, lines
 
 

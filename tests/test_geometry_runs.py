@@ -629,9 +629,15 @@ WRONG = [
     (["spectrum", "builtin", "--k", "99"], "--k must be at most the embedding size 12; got 99"),
     (["walk", "builtin", "--source", "photos", "--heading", "connect"], "--target must come with heading 'connect'"),
     (["walk", "builtin", "--step", "0"], "--step must be"),
-    (["lipschitz", "builtin", "--radii", "a,b"], "--radii must be numbers a,b,c or a range a:b with a below b; got 'a,b'"),
+    (
+        ["lipschitz", "builtin", "--radii", "a,b"],
+        "--radii must be numbers a,b,c or a range a:b with a below b; got 'a,b'",
+    ),
     (["lipschitz", "builtin", "--radii", "1:1e-5"], "a range a:b with a below b; got '1:1e-5'"),
-    (["lipschitz", "builtin", "--directions", "top:13"], "top:K of --directions must ask for at most 12, the embedding size; got 13"),
+    (
+        ["lipschitz", "builtin", "--directions", "top:13"],
+        "top:K of --directions must ask for at most 12, the embedding size; got 13",
+    ),
     (["walk", "builtin", "--heading", "nearest", "--stop", "1.5"], "--stop must be below 1; got 1.5"),
     (["lipschitz", "builtin", "--directions", "up:3"], "--directions must be a list of random:N"),
     (["spectrum", "builtin", "--limit", "3"], "--limit must come with --data"),
