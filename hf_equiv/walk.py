@@ -154,11 +154,10 @@ class Walk:
                 since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
                 at = there
                 plan = heading.plan(corrector, at, h)
-                if len(self.path) == num_steps and isinstance(heading, Toward) and learnt and _left(plan, heading):
-                    corrector.refresh(at)  # the last point: how much is left is worth knowing well
-                    learnt = False
-                    plan = heading.plan(corrector, at, h)
                 if plan.direction is None or since >= heading.spacing * most or hops == _HOPS:
+                    if len(self.path) == num_steps and isinstance(heading, Toward) and _left(plan, heading):
+                        corrector.refresh(at)  # the last point: how much is left is worth knowing well
+                        plan = heading.plan(corrector, at, h)
                     self._record(at, plan)
                     since, hops = 0.0, 0
                 continue
