@@ -70,7 +70,7 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         for row, color in zip(shown, LINES, strict=False):
             sigma = _positive(row["singular_values"])
             axes.plot(
-                np.arange(1, len(sigma) + 1), sigma, color=color, lw=1.4, label=cut(row["image_id"], 28), zorder=3
+                np.arange(1, len(sigma) + 1), sigma, color=color, lw=1.4, label=cut_name(row["image_id"], 28), zorder=3
             )
         count = len(first["singular_values"])
         places = np.arange(1, count + 1)
@@ -78,13 +78,12 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         low = float(np.nanmin([np.nanmin(_positive(r["singular_values"])) for r in shown]))
         floor = min(low, float(np.nanmin(bound))) / 4
         axes.fill_between(places, floor, bound, color="#eceff2", lw=0, zorder=0)
-        of = "" if len(shown) == 1 else f", of {cut(first['image_id'], 28)}"
+        of = "" if len(shown) == 1 else f", of {cut_name(first['image_id'], 28)}"
         kind = "" if first["rank"] is None else " (float noise below)"
         axes.plot(places, bound, color=QUIET, lw=0.9, ls=":", label=f"error bound{kind}{of}", zorder=1)
-        axes.axhline(
-            first["rank_threshold"], color=INK, lw=0.9, ls="--", zorder=2,
-            label=f"rank threshold{of}" + ("" if first["rank"] is None else f"; rank {_range(shown)}"),
-        )  # fmt: skip
+        if first["rank"] is not None:
+            label = f"rank threshold{of}; rank {_range(shown)}"
+            axes.axhline(first["rank_threshold"], color=INK, lw=0.9, ls="--", zorder=2, label=label)
         axes.set_yscale("log")
         axes.set_ylim(floor, 2.5 * max(max(_positive(r["singular_values"])) for r in shown))
         axes.set_xlim(1 - 0.02 * count, count * 1.02 + 0.2)
@@ -144,7 +143,7 @@ def vectors_figure(rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings
         write(figure, left, 0.44, told, 8, QUIET)
         for r, name in enumerate(names):
             image, vectors = pictures[name]
-            panels = [(np.asarray(image), cut(name, 18))]
+            panels = [(np.asarray(image), cut_name(name, 18))]
             for i in range(columns - 1):
                 v = np.asarray(vectors[i], dtype=np.float64)
                 reach = float(np.quantile(np.abs(v), 0.995)) or 1.0
@@ -163,7 +162,7 @@ def secants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
     radii = np.array(rows[0]["radii"])
     with rc_context(STYLE):
         figure, axes = panel(
-            f"Secants along directions at {cut(name, 40)}, {cut(str(settings['model_id']), 44)}",
+            f"Secants along directions at {cut_name(name, 40)}, {cut(str(settings['model_id']), 44)}",
             "‖f(x + hv) − f(x − hv)‖ / 2h: median and range of each kind; thick on the plateau that gives the value",
             right=0.86,
         )
@@ -296,6 +295,11 @@ def png_of(figure: Figure) -> bytes:
 def cut(text: str, size: int) -> str:
     """At most `size` characters."""
     return text if len(text) <= size else text[: size - 1] + "…"
+
+
+def cut_name(name: str, size: int) -> str:
+    """At most `size` characters of an image id: the last, in which those of one folder differ."""
+    return name if len(name) <= size else "…" + name[1 - size :]
 
 
 def _positive(values: Sequence[float | None]) -> np.ndarray:

@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_equiv.geometryplots import INK, LINES, QUIET, RULE, STYLE, Rows, cut, panel, picture, png_of, write
+from hf_equiv.geometryplots import INK, LINES, QUIET, RULE, STYLE, Rows, cut, cut_name, panel, picture, png_of, write
 from hf_equiv.imagefile import decode_png
 from hf_equiv.metrics import short
 
@@ -57,14 +57,17 @@ def contact_sheet(
         drift = short(max(row["drift"] for path in paths.values() for row in path))
         whose = "of the first" if settings["solver"] is None else "of the target"
         told = f"heading {settings['heading']} · every frame has the embedding {whose}, to ‖f(x) − z‖/‖z‖ ≤ {drift}"
+        rounded = [d for path in paths.values() for row in path if (d := row["drift_8bit"]) is not None]
+        told += f" ({short(max(rounded))} rounded to 8 bit)" if rounded else ""
+        told += f" · L2 from the {'start' if settings['solver'] is None else 'source'}"
         write(figure, left, 0.44, told, 8, QUIET)
         for r, (name, path) in enumerate(paths.items()):
             for c, k in enumerate(np.unique(np.linspace(0, len(path) - 1, columns).round().astype(int)).tolist()):
                 x, y = left + c * (side + gap), top + r * (side + words)
                 picture(figure, x, y, side, decode_png(frames[name][k]).numpy())
                 row = path[k]
-                start = name if settings["solver"] is None else f"match of {name}"
-                head = cut(start, 17) if c == 0 else f"step {row['step']}   L2 {row['l2']:.2g}"
+                start = cut_name(name, 17) if settings["solver"] is None else f"match of {cut_name(name, 8)}"
+                head = start if c == 0 else f"step {row['step']}   L2 {row['l2']:.2g}"
                 write(figure, x, y + side + 0.05, head, 7.5, INK, "bold" if c == 0 else "normal")
                 if row["label"] is not None:
                     seen = f"{cut(row['label'].split(',')[0], 14)} {row['prob']:.0%}"
@@ -84,7 +87,7 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
         for (name, path), color in zip(paths.items(), LINES, strict=False):
             length = [row["arc_length"] for row in path]
             drift = np.array([row["drift"] for row in path])
-            axes.plot(length, np.where(drift > 0, drift, np.nan), color=color, lw=1.2, label=cut(name, 16))
+            axes.plot(length, np.where(drift > 0, drift, np.nan), color=color, lw=1.2, label=cut_name(name, 16))
             rounded = np.array([np.nan if row["drift_8bit"] is None else row["drift_8bit"] for row in path])
             axes.plot(length, np.where(rounded > 0, rounded, np.nan), color=color, lw=1, ls=":")
             below.plot(length, [row["l2"] for row in path], color=color, lw=1.2)
@@ -98,7 +101,7 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
         for one in (axes, below):
             one.grid(color=RULE, lw=0.5)
             one.margins(x=0.01)
-        axes.legend(loc="upper left", bbox_to_anchor=(0.0, 1.16), frameon=False, fontsize=8, ncols=len(paths) + 1)
+        axes.legend(loc="best", frameon=False, fontsize=8, ncols=len(paths) + 1)
         return png_of(figure)
 
 
