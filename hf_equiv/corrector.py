@@ -51,7 +51,8 @@ class Corrector:
     Args:
         f: the encoder, (1, C, H, W) -> (1, D).
         z: the embedding to keep, (D,), float64.
-        rtol: largest drift of a returned place. Half of it is aimed at, so that it holds in other float32 kernels too.
+        rtol: largest drift of a returned place. Half of it is aimed at, so that it holds in other float32 kernels too;
+            where a correction below rtol brings nothing, it may be noise, and rtol is enough.
 
     Attributes:
         model: the linear model A, made by `refresh`.
