@@ -15,6 +15,7 @@ from hf_equiv import card, geometryplots, rundir, shards, walkplots
 from hf_equiv.geometryplan import AnalysisPlan
 from hf_equiv.geometrysummary import summarize_analysis
 from hf_equiv.imagefile import decode_png, encode_png
+from hf_equiv.levelset import TO_AN_IMAGE
 from hf_equiv.lipschitzrows import lipschitz_rows
 from hf_equiv.matchrows import Observer, RunProgress, one_line
 from hf_equiv.memory import PassSize, ran_out
@@ -185,7 +186,7 @@ def _finish(plan: AnalysisPlan, folder: Path) -> Row:
     summary = summarize_analysis(layout.analysis, rows, plan.settings)
     figures: dict[str, bytes] = {}
     if layout.analysis == "walk":
-        figures = walkplots.walk_figures(rows, _frames(folder, plan), plan.settings)
+        figures = walkplots.walk_figures(rows, *_frames(folder, plan), plan.settings)
     else:
         first = _first_images(folder, plan)
         figures = geometryplots.analysis_figures(layout.analysis, rows, first, plan.settings)
@@ -211,11 +212,17 @@ def _first_images(folder: Path, plan: AnalysisPlan) -> Row:
     return pictures
 
 
-def _frames(folder: Path, plan: AnalysisPlan) -> dict[str, list[bytes]]:
-    """PNG frames of the first walks, by image id."""
+def _frames(folder: Path, plan: AnalysisPlan) -> tuple[dict[str, list[bytes]], dict[str, Tensor]]:
+    """PNG frames of the first walks, and the images (3, H, W) that they lead to, by image id."""
     first = {subject.image_id: subject for subject in plan.subjects[: walkplots.MAX_WALKS]}
     steps: dict[str, list[tuple[int, bytes]]] = {name: [] for name in first}
     for row in shards.read_rows(folder, images=True, layout=plan.layout, first=len(first)):
         if row["image_id"] in first and row["step"] is not None:
             steps[row["image_id"]].append((row["step"], row["frame"]))
-    return {name: [frame for _, frame in sorted(found)] for name, found in steps.items() if found}
+    frames = {name: [frame for _, frame in sorted(found)] for name, found in steps.items() if found}
+    ends: dict[str, Tensor] = {}
+    for name in frames if plan.config.heading in TO_AN_IMAGE else ():
+        image, target = plan.pixels(first[name])
+        end = image if plan.config.heading == "nearest" else target
+        ends |= {} if end is None else {name: end}
+    return frames, ends

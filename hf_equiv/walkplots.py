@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from hf_equiv.geometryplots import INK, LINES, QUIET, RULE, STYLE, Rows, cut, cut_name, panel, picture, png_of, write
 from hf_equiv.imagefile import decode_png
@@ -22,12 +23,15 @@ _FRAMES = 8  # of a contact sheet
 _GIF_FRAMES, _GIF_SIDE, _GIF_MS = 60, 224, 90
 
 
-def walk_figures(rows: Rows, frames: Mapping[str, Sequence[bytes]], settings: Mapping[str, Any]) -> dict[str, bytes]:
+def walk_figures(
+    rows: Rows, frames: Mapping[str, Sequence[bytes]], ends: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, bytes]:
     """Draw all figures of a walk run.
 
     Args:
         rows: its rows.
         frames: PNG frames of the first walks, by image id.
+        ends: the image that each leads to, (3, H, W); empty where they lead to none.
         settings: of the run.
 
     Returns:
@@ -38,18 +42,22 @@ def walk_figures(rows: Rows, frames: Mapping[str, Sequence[bytes]], settings: Ma
     paths = {name: path for name, path in paths.items() if path}
     if not paths:
         return {}
-    sheet = contact_sheet(paths, frames, settings)
+    sheet = contact_sheet(paths, frames, ends, settings)
     drift = drift_figure(paths, settings)
     return {"walk.gif": animation(frames[next(iter(paths))]), "frames.png": sheet, "drift.png": drift}
 
 
 def contact_sheet(
-    paths: Mapping[str, Rows], frames: Mapping[str, Sequence[bytes]], settings: Mapping[str, Any]
+    paths: Mapping[str, Rows],
+    frames: Mapping[str, Sequence[bytes]],
+    ends: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
 ) -> bytes:
-    """Show frames of each walk, evenly spread, with distance and label."""
+    """Show frames of each walk, evenly spread, with distance and label, and what it leads to."""
     columns = min(_FRAMES, max(len(path) for path in paths.values()))
     side, gap, words, left, top = 1.3, 0.08, 0.56, 0.2, 0.88
-    width, height = max(2 * left + columns * (side + gap), 6.5), top + len(paths) * (side + words)
+    across = columns * (side + gap) + (side + 2 * gap if ends else 0)
+    width, height = max(2 * left + across, 6.5), top + len(paths) * (side + words)
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
         title = f"Walks of images with one embedding, {cut(str(settings['model_id']), 44)}"
@@ -72,6 +80,12 @@ def contact_sheet(
                 if row["label"] is not None:
                     seen = f"{cut(row['label'].split(',')[0], 14)} {row['prob']:.0%}"
                     write(figure, x, y + side + 0.21, seen, 7.2, QUIET)
+            if name in ends:
+                x, y = left + columns * (side + gap) + gap, top + r * (side + words)
+                picture(figure, x, y, side, ends[name].cpu().float().numpy(), INK)
+                whose = "source" if settings["heading"] == "nearest" else "target"
+                write(figure, x, y + side + 0.05, f"the {whose}", 7.5, INK, "bold")
+                write(figure, x, y + side + 0.21, f"still {path[-1]['remaining']:.2g} away", 7.2, QUIET)
         return png_of(figure)
 
 
