@@ -107,7 +107,8 @@ def _lipschitz_verdict(kinds: Row, region: Row, settings: Mapping[str, Any]) -> 
         text += f" A constant above the float noise along null directions: {numbers}."
     found = region["regional_lower_bound"]
     if found is not None:
-        ball = f"{settings['norm'].replace('linf', 'L∞').replace('l2', 'L2')} ball of radius {settings['regional']:g}"
+        norm = {"linf": "L∞ ", "l2": "L2 "}.get(settings.get("norm") or "", "")
+        ball = f"{norm}ball" + (f" of radius {settings['regional']:g}" if settings.get("regional") else "")
         text += f" The largest constant found in the {ball} is {found:.4g} ({region['regional_at_center']:.4g} at the "
         text += "image itself): a lower bound."
         clever = region["regional_clever"]
@@ -163,10 +164,10 @@ def _walk_verdict(walks: Sequence[Row], settings: Mapping[str, Any]) -> str:
     text = f"{steps} steps {way}, along a path of {walk['arc_length']:.3g}, {kept}"
     if steps == 0:
         text = f"No step was made from {name} ({heading})."
-    if heading in ("toward", "connect"):
+    if heading in ("toward", "connect") and walk["remaining"] is not None:
         reached = walk["remaining"] < 1e-3
         text += " The target itself was reached." if reached else f" The target is still {walk['remaining']:.3g} away."
-    if heading in TO_AN_IMAGE and walk["remaining"] >= 1e-3:
+    if heading in TO_AN_IMAGE and walk["stationarity"] is not None and (walk["remaining"] or 0.0) >= 1e-3:
         text += " " + _rest(walk, settings)
     if walk["labels"]:
         seen = " then ".join(name.split(",")[0] for name in walk["labels"])

@@ -165,9 +165,7 @@ class Walk:
                 reconsidered = True
                 plan = heading.plan(corrector, at, h)
                 continue
-            if (
-                failure is Status.DRIFT_EXCEEDED and learnt and corrector.stale
-            ):  # A may be what is wrong, not the length
+            if failure is Status.DRIFT_EXCEEDED and learnt and corrector.stale:  # for want of a fresh A
                 corrector.refresh(at)
                 learnt = False
                 plan = heading.plan(corrector, at, h)
