@@ -98,7 +98,8 @@ def trace_level_set(
     14 % over a Newton step of 0.1, a quarter of what rounding to 8 bit moves an image. A tangent step h drifts by 2h²
     there, and `nearest` takes thousands of evaluations: from five matches to `stop` = 0.1, 4,400 to 14,900 with the
     match, for L2 7.8 to 3.1, 2.2 to 0.8, 5.8 to 2.4. Near the end the float32 noise comes near `rtol` and steps become
-    short, which they do not in float64. Where noise exceeds `rtol` the walk ends with `drift_exceeded`.
+    short; on the one pair tried in both, not in float64. Where noise exceeds `rtol` the walk ends with
+    `drift_exceeded`.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D), differentiable in reverse mode.

@@ -603,14 +603,15 @@ def test_corners_end_no_walk_with_an_error():
 def test_the_end_of_a_walk_states_what_is_left():
     """Also where its steps ran out while a stale Jacobian bounded it badly."""
     g = torch.Generator().manual_seed(0)
-    A = torch.randn(8, 192, generator=g, dtype=torch.float64)
+    B = torch.randn(24, 64, generator=g, dtype=torch.float64) / 8
+    A = torch.randn(64, 192, generator=g, dtype=torch.float64)
 
     def f(image):
-        return torch.sin(3 * image.flatten(1) @ A.T / 8) + 2
+        return torch.sin(image.flatten(1) @ A.T / 2) @ B.T + 2  # whose row space turns
 
-    x, y = torch.rand(2, 1, 3, 8, 8, generator=g, dtype=torch.float64)
-    end = trace_level_set(f, x, heading="toward", target=y, num_steps=6, step=0.2, keep_points=True).paths[0][-1]
-    J = jacrev(lambda v: f(v[None])[0])(end.pixels).reshape(8, -1)
+    x, y = torch.rand(2, 1, 3, 8, 8, generator=g, dtype=torch.float64) * 0.6 + 0.2
+    end = trace_level_set(f, x, heading="toward", target=y, num_steps=8, step=0.2, keep_points=True).paths[0][-1]
+    J = jacrev(lambda v: f(v[None])[0])(end.pixels).reshape(24, -1)
     free = (end.pixels > 0) & (end.pixels < 1)
     assert bool(free.all())
     d = (y[0] - end.pixels).flatten()
