@@ -9,28 +9,32 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_equiv.data import draw_pairs, load_images
-    from hf_equiv.deployment import SpaceDeployment
-    from hf_equiv.directions import Directions, make_directions
-    from hf_equiv.encoder import Encoder
-    from hf_equiv.hub import publish_results
-    from hf_equiv.hubload import download_results, load_results
+    from hf_equiv.data.sources import draw_pairs, load_images
+    from hf_equiv.geometry.directions import (
+        Directions,
+        RowSpace,
+        make_directions,
+        patch_null_space,
+        principal_angles,
+        row_space,
+    )
+    from hf_equiv.geometry.levelset import WalkResult, trace_level_set
+    from hf_equiv.geometry.linearity import LinearityResult, linearity_radius
+    from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
+    from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
+    from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
+    from hf_equiv.hub.load import download_results, load_results
+    from hf_equiv.hub.publish import Published, publish_results
+    from hf_equiv.hub.space import SpaceDeployment, SpaceError, deploy_space
     from hf_equiv.jacobian import Jacobian
-    from hf_equiv.levelset import WalkResult, trace_level_set
-    from hf_equiv.linearity import LinearityResult, linearity_radius
-    from hf_equiv.lipschitz import LipschitzResult, directional_lipschitz
-    from hf_equiv.matching import match_embedding
-    from hf_equiv.publication import Published
-    from hf_equiv.quantize import refine_8bit
-    from hf_equiv.regional import RegionalResult, regional_lipschitz
-    from hf_equiv.report import Report, make_report
+    from hf_equiv.matching.lbfgs import LBFGS
+    from hf_equiv.matching.match import match_embedding
+    from hf_equiv.matching.refine import refine_8bit
+    from hf_equiv.matching.solvers import Adam, GradientDescent
+    from hf_equiv.models.encoder import Encoder
+    from hf_equiv.report.page import Report, make_report
     from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
-    from hf_equiv.solvers import LBFGS, Adam, GradientDescent
-    from hf_equiv.space import deploy_space
-    from hf_equiv.spacestage import SpaceError
-    from hf_equiv.spectrum import SpectrumResult, jacobian_spectrum
-    from hf_equiv.subspaces import RowSpace, patch_null_space, principal_angles, row_space
-    from hf_equiv.verify import verify_run
+    from hf_equiv.verify.directory import verify_run
 
 try:
     __version__ = version("hf-equiv")
@@ -80,45 +84,45 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Encoder": "encoder",
-    "LBFGS": "solvers",
-    "Adam": "solvers",
-    "GradientDescent": "solvers",
-    "match_embedding": "matching",
-    "refine_8bit": "quantize",
+    "Encoder": "models.encoder",
+    "LBFGS": "matching.lbfgs",
+    "Adam": "matching.solvers",
+    "GradientDescent": "matching.solvers",
+    "match_embedding": "matching.match",
+    "refine_8bit": "matching.refine",
     "ConvergenceError": "results",
     "MatchResult": "results",
     "Progress": "results",
     "Status": "results",
-    "draw_pairs": "data",
-    "load_images": "data",
+    "draw_pairs": "data.sources",
+    "load_images": "data.sources",
     "Jacobian": "jacobian",
-    "RowSpace": "subspaces",
-    "directional_lipschitz": "lipschitz",
-    "jacobian_spectrum": "spectrum",
-    "linearity_radius": "linearity",
-    "make_directions": "directions",
-    "patch_null_space": "subspaces",
-    "principal_angles": "subspaces",
-    "regional_lipschitz": "regional",
-    "row_space": "subspaces",
-    "trace_level_set": "levelset",
-    "LipschitzResult": "lipschitz",
-    "LinearityResult": "linearity",
-    "RegionalResult": "regional",
-    "SpectrumResult": "spectrum",
-    "WalkResult": "levelset",
-    "Directions": "directions",
-    "verify_run": "verify",
-    "Published": "publication",
-    "publish_results": "hub",
-    "download_results": "hubload",
-    "load_results": "hubload",
-    "Report": "report",
-    "make_report": "report",
-    "SpaceDeployment": "deployment",
-    "SpaceError": "spacestage",
-    "deploy_space": "space",
+    "RowSpace": "geometry.directions",
+    "directional_lipschitz": "geometry.lipschitz",
+    "jacobian_spectrum": "geometry.spectrum",
+    "linearity_radius": "geometry.linearity",
+    "make_directions": "geometry.directions",
+    "patch_null_space": "geometry.directions",
+    "principal_angles": "geometry.directions",
+    "regional_lipschitz": "geometry.regional",
+    "row_space": "geometry.directions",
+    "trace_level_set": "geometry.levelset",
+    "LipschitzResult": "geometry.lipschitz",
+    "LinearityResult": "geometry.linearity",
+    "RegionalResult": "geometry.regional",
+    "SpectrumResult": "geometry.spectrum",
+    "WalkResult": "geometry.levelset",
+    "Directions": "geometry.directions",
+    "verify_run": "verify.directory",
+    "Published": "hub.publish",
+    "publish_results": "hub.publish",
+    "download_results": "hub.load",
+    "load_results": "hub.load",
+    "Report": "report.page",
+    "make_report": "report.page",
+    "SpaceDeployment": "hub.space",
+    "SpaceError": "hub.space",
+    "deploy_space": "hub.space",
 }
 
 

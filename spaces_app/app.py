@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import threading
 
-import shelf  # isort: skip  (first: ZeroGPU wants `spaces` before torch)
-
 import gradio as gr
-from matchestab import check_match, get_match, list_matches, match_shown, matches_tab, show_dataset, strip_of
-from sensitivitytab import look_along, sensitivity_tab
-from trytab import LARGEST_UPLOAD, try_tab
-from walktab import get_walk, list_walks, walk_tab
+import shelf
+from matches_tab import check_match, get_match, list_matches, match_shown, matches_tab, show_dataset, strip_of
+from sensitivity_tab import look_along, sensitivity_tab
+from try_tab import LARGEST_UPLOAD, try_tab
+from walk_tab import get_walk, list_walks, walk_tab
 
 HEADER = """
 <div id="top"><h1>Two photos, one embedding</h1>
@@ -24,7 +23,9 @@ HEADER = """
 sees, have every number checked before your eyes, or make a match of your own.</p></div>
 """
 
+
 TABS = ("matches", "try", "sensitivity", "walk", "about")
+
 
 THEME = gr.themes.Base(
     primary_hue="blue", neutral_hue="slate", font=["ui-sans-serif", "system-ui", "sans-serif"],

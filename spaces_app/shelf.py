@@ -14,6 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from showcase import Showcase, open_showcase
+
+from hf_equiv import Encoder
+
 try:  # before torch, as ZeroGPU asks
     import spaces
 
@@ -25,31 +32,50 @@ except ImportError:  # anywhere else
         return work
 
 
-import gradio as gr
-import torch
-from huggingface_hub.errors import RepositoryNotFoundError
-
-from hf_equiv import Encoder
-from hf_equiv.showcase import Showcase, open_showcase
-
 HERE = Path(__file__).parent
+
+
 BUILTIN_RESULTS = "built-in checkpoint, four photos"
+
+
 DATASET = os.environ.get("HF_EQUIV_DATASET", "").strip()
+
+
 MODELS = ["builtin", *(m.strip() for m in os.environ.get("HF_EQUIV_MODELS", "").split(",") if m.strip())]
+
+
 MODELS = {Path(m).name if Path(m).is_dir() else m: m for m in MODELS}
 """Checkpoints by the name that visitors see: a folder of this machine by its own name alone."""
+
+
 MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
+
+
 TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "120"))
+
+
 MAX_DOWNLOAD = 300 * 2**20
+
+
 HANDED_OUT = 300.0  # s
+
+
 RTOL = 1e-5
+
+
 LIVE = "element.setAttribute('aria-live', 'polite');"
 """Script of an element that outlives its content: screen readers read out what changes in it."""
+
+
 WORKERS = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
+
+
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 """A dataset of the Hub, as a visitor may name it."""
+
 
 _loading = threading.Lock()
 

@@ -76,3 +76,21 @@ def save_photos(folder: Path, count: int = 6, classes: int = 3) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         draw_photo(k).save(place / f"photo{k}.png")
     return folder
+
+
+class Known:
+    """An encoder given by a function of one image; `head` gives class scores of one image."""
+
+    def __init__(self, f, head=None) -> None:
+        self.f, self.head, self.has_head = f, head, head is not None
+        self.device, self.label_names = torch.device("cpu"), ("dark", "bright")
+
+    def __call__(self, pixels):
+        return torch.stack([self.f(x) for x in pixels])
+
+    def classify(self, pixels):
+        return torch.stack([self.head(x) for x in pixels])
+
+
+def pixels_of_photo(k: int, side: int = SIZE) -> Tensor:
+    return torch.from_numpy(np.array(draw_photo(k, side))).permute(2, 0, 1).float() / 255

@@ -10,13 +10,13 @@ from typing import Any
 from fakes import TinyEncoder, save_photos
 from loopback_hub import Hub
 
-from hf_equiv import shards
-from hf_equiv.datasetcheck import verify_results
-from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
-from hf_equiv.geometryrun import run_analysis
-from hf_equiv.localrun import read_run
-from hf_equiv.plan import RunConfig, make_plan
-from hf_equiv.run import run_match
+from hf_equiv.analyses.config import AnalysisConfig, RunConfig
+from hf_equiv.analyses.plan import make_analysis_plan, make_plan
+from hf_equiv.analyses.run import run_analysis, run_match
+from hf_equiv.cli.main import _run
+from hf_equiv.runs import shards
+from hf_equiv.runs.directory import read_run
+from hf_equiv.verify.dataset import verify_results
 
 NAME = "alice/results"
 
@@ -109,3 +109,9 @@ def whole(
         assert {name: files[inside + name] for name in local} == local
         expected |= {inside + name for name in (*local, "run.json", *(["README.md"] if inside else []))}
     assert set(files) == expected
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    code = _run([str(a) for a in arguments])
+    told = capsys.readouterr()
+    return code, told.out, told.err

@@ -17,75 +17,46 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_equiv"
 
-# A module may import from the modules listed before it, and from no other.
-NUMERICS = [
-    "results",
-    "checks",
-    "precision",
-    "jacobian",
-    "linearmodel",
-    "corrector",
-    "feasible",
-    "history",
-    "solvers",
-    "matching",
-    "lattice",
-    "quantize",
-]
-GEOMETRY = ["singular", "zeros", "derivative_noise", "spectrum", "subspaces"]
-LIPSCHITZ = ["noise", "secants", "directions", "lipschitz", "extreme", "regional", "linearity"]
-WALKS = ["trustregion", "headings", "walk", "levelset"]
-ENCODER = ["hub_files", "checkpoint", "loading", "readouts", "preprocess", "network"]
-ENCODER += ["structure", "zero_shot", "encoder"]
-DATA = ["imagefile", "imageset", "photofiles", "parquetfile", "streaming", "hubdata", "data"]
-RUN = [
-    "stages",
-    "shards",
-    "card",
-    "merge",
-    "retry",
-    "rundir",
-    "beside",
-    "pairs",
-    "runconfig",
-    "plan",
-    "plots",
-    "memory",
-]
-RUN += ["matchrows", "processes", "work", "run"]
-ANALYSES = ["layouts", "analysisconfig", "geometryplan", "spectrumrows", "targetmatch", "lipschitzrows", "walkrows"]
-ANALYSES += ["geometrysummary", "geometryplots", "walkplots", "geometryrun"]
-HUB = ["hubcalls", "licences", "localrun", "publishing", "publishcard", "repository", "publication", "hub"]
-HUB += ["spacefiles", "deployment", "spacestage", "space", "hubload"]
-PLOTS = ["plots", "geometryplots", "walkplots", "reportfigures", "reportgeometryfigures"]
-VERIFY = ["rowcheck", "columncheck", "walkcheck", "geometrycheck", "recordcheck", "withheldcheck", "recordedmodel"]
-VERIFY += ["verify", "datasetcheck"]
-REPORT = ["reportstats", "reportruns", "survival", "reportmeasures", "reportsearch", "reportwork", "reportnumbers"]
-REPORT += ["reportwords"]
-REPORT += ["reportclaims", "reportfindings", "reportpage", "reportfigures", "reportgeometryfigures"]
-REPORT += ["reportmaterial", "reportgallery"]
-REPORT += ["reportmatches", "reportdownstream", "reportgeometry", "reportmade", "reportsources", "report"]
-SHOW = ["svgcharts", "live", "along", "showwords", "showcase", "showviews", "geometryviews"]
-COMMANDS = ["wording", "environment", "display", "progress", "matchcommand", "geometrytables", "geometrycommand"]
-COMMANDS += ["publishcommand", "spacecommand", "reportcommand", "options", "spacegroup"]
-COMMANDS += ["runverbs", "resultverbs", "cli", "__main__"]
-ORDER = [*NUMERICS, *GEOMETRY, *LIPSCHITZ, *WALKS, *ENCODER, "metrics", *DATA, *RUN, *ANALYSES, *HUB, *VERIFY, *REPORT]
-ORDER += [*SHOW, *COMMANDS]
+# A file may import its own folder, the root, and the folders named here.
+FOLDERS = {
+    "matching": [],
+    "geometry": ["matching"],
+    "models": ["geometry"],
+    "data": [],
+    "runs": [],
+    "analyses": ["models", "geometry", "matching", "data", "runs"],
+    "hub": ["runs", "data"],
+    "verify": ["analyses", "hub", "models", "geometry", "matching", "data", "runs"],
+    "report": ["verify", "analyses", "hub", "models", "geometry", "matching", "data", "runs"],
+    "cli": ["report", "verify", "analyses", "hub", "models", "geometry", "matching", "data", "runs"],
+}
+# In the root each file names the files that it may import.
+ROOT_FILES = {
+    "results": [],
+    "checks": [],
+    "precision": ["checks"],
+    "jacobian": ["checks", "precision"],
+    "formatting": [],
+    "hub_client": [],
+    "__main__": ["cli"],
+}
+NUMERICS = ["matching", "geometry", "results", "checks", "precision", "jacobian"]
+MOST_FILES = 10
 
-# Where a library may be imported; one that is not listed may not be imported at all. (torch: everywhere)
+# Where a library may be imported: folders, files of the root, or single files. torch may be imported everywhere.
 HOMES = {
-    "transformers": ENCODER,
-    "huggingface_hub": [*ENCODER, *DATA, *HUB],
-    "accelerate": ["memory", "processes"],
-    "datasets": [*DATA, "shards", "layouts", "hubload"],
-    "pyarrow": ["parquetfile", "shards"],
-    "safetensors": [*ENCODER, "shards", "hubload"],
-    "PIL": [*ENCODER, *DATA, "plots", "walkplots", "survival", "live"],
-    "numpy": [*ENCODER, *DATA, *PLOTS, "reportstats", "reportgallery", "reportmatches", "reportgeometry"],
-    "torchmetrics": ["metrics"],
-    "matplotlib": PLOTS,
-    "click": ["options", "spacegroup", "runverbs", "resultverbs", "cli"],
-    "rich": ["display", "progress", "geometrytables"],
+    "transformers": ["models"],
+    "huggingface_hub": ["hub_client", "models", "data", "hub"],
+    "accelerate": ["runs"],
+    "datasets": ["data", "runs", "hub"],
+    "pyarrow": ["data", "runs"],
+    "safetensors": ["models", "runs", "hub"],
+    "PIL": ["models", "data", "analyses/figures", "report/measure"],
+    "numpy": ["models", "data", "analyses/figures", "report"],
+    "torchmetrics": ["analyses/measures"],
+    "matplotlib": ["analyses/figures", "report/figures"],
+    "click": ["cli"],
+    "rich": ["cli"],
 }
 DISTRIBUTIONS = {"PIL": "pillow"}
 
@@ -102,34 +73,67 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
 every_module = pytest.mark.parametrize("module", MODULES)
 
 
 def test_every_module_has_its_place():
-    assert sorted(MODULES) == sorted(ORDER), "list new modules in ORDER, at the lowest place where they work"
-    assert not [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE], "the package is flat"
+    assert {module.split("/")[0] for module in MODULES} == {*FOLDERS, *ROOT_FILES}
+    assert {module.count("/") for module in MODULES} == {0, 1}
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "../spaces_app"])
+def test_folders_are_small(folder):
+    files = [path for path in (PACKAGE / folder).glob("*.py") if path.stem != "__init__"]
+    assert len(files) <= MOST_FILES, f"{folder} has {len(files)} files; find the two subjects in it"
 
 
 @every_module
 def test_imports_point_down(module):
+    own = module.split("/")[0]
+    allowed = [own, *ROOT_FILES, *FOLDERS[own]] if own in FOLDERS else ROOT_FILES[own]
     for parts in (name.split(".") for name in imports(MODULES[module])):
-        if parts[0] != "hf_equiv":
-            continue
-        assert len(parts) > 1, f"{module} imports the package root"
-        assert parts[1] in ORDER, f"{module} imports {parts[1]!r} from the package root; name its module"
-        assert ORDER.index(parts[1]) < ORDER.index(module), f"{module} imports {parts[1]}, which stands above it"
+        if parts[0] == "hf_equiv":
+            assert len(parts) > 1, f"{module} imports the package root"
+            assert parts[1] in {*FOLDERS, *ROOT_FILES}, f"{module} imports {parts[1]!r} from the root; name its module"
+            assert parts[1] in allowed, f"{module} imports {parts[1]}, which it may not"
+
+
+def test_no_import_cycles():
+    below = {module: {target_of(name) for name in imports(path)} - {None, module} for module, path in MODULES.items()}
+    while leaves := [module for module, found in below.items() if not found & below.keys()]:
+        for module in leaves:
+            del below[module]
+    assert not below, f"these import each other: {', '.join(below)}"
+
+
+def target_of(name: str) -> str | None:
+    """The module that holds an imported name."""
+    parts = name.split(".")[1:]
+    found = ["/".join(parts[:size]) for size in (2, 1) if "/".join(parts[:size]) in MODULES]
+    return found[0] if name.startswith("hf_equiv.") and found else None
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_inits_hand_on_names_alone(folder):
+    tree = ast.parse(MODULES[f"{folder}/__init__"].read_text(encoding="utf-8"))
+    kinds = {type(node) for node in tree.body}
+    assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}, folder
 
 
 @every_module
 def test_libraries_are_at_home(module):
     outside = {name.split(".")[0] for name in imports(MODULES[module])} - set(sys.stdlib_module_names) - {"hf_equiv"}
-    strangers = {name for name in outside - {"torch"} if module not in HOMES.get(name, ())}
+    strangers = {name for name in outside - {"torch"} if not {module, module.split("/")[0]} & {*HOMES.get(name, ())}}
     assert not strangers, f"{module} may not import {', '.join(sorted(strangers))}"
 
 
 def test_the_numerics_need_torch_alone():
-    assert not {*NUMERICS, *GEOMETRY, *LIPSCHITZ} & {module for homes in HOMES.values() for module in homes}
+    assert not set(NUMERICS) & {home for homes in HOMES.values() for home in homes}
 
 
 def test_every_library_is_a_dependency():

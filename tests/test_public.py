@@ -10,7 +10,7 @@ from importlib import metadata
 import pytest
 
 import hf_equiv
-from hf_equiv.solvers import Solver
+from hf_equiv.matching.solvers import Solver
 
 PUBLIC = [getattr(hf_equiv, name) for name in hf_equiv.__all__]
 FUNCTIONS = [value for value in PUBLIC if inspect.isfunction(value)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from hf_equiv.cli import cli
+from hf_equiv.cli.main import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

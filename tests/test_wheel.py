@@ -96,7 +96,7 @@ def test_editable_install_takes_the_app_from_the_clone(tmp_path):
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         assert [Path(name).suffix for name in names] == [".pth"]
         assert archive.read(names[0]).decode().split() == [str(ROOT)]
-    script = "from hf_equiv.spacefiles import app_folder; print(app_folder())"
+    script = "from hf_equiv.hub.space_files import app_folder; print(app_folder())"
     told = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert told.stdout.strip() == str(ROOT / "spaces_app"), told.stderr
 
@@ -104,8 +104,8 @@ def test_editable_install_takes_the_app_from_the_clone(tmp_path):
 def test_installed_wheel_has_the_app(environment, wheel, tmp_path):
     """In an empty folder: found, importable, and brought along by a deployment."""
     script = (
-        "from hf_equiv import spacecommand, spacefiles; print(spacefiles.app_folder());"
-        "print(callable(spacecommand.load_app().build_demo)); print(spacefiles.app_of(None).library)"
+        "from hf_equiv.cli import space_command; from hf_equiv.hub import space_files; print(space_files.app_folder());"
+        "print(callable(space_command.load_app().build_demo)); print(space_files.app_of(None).library)"
     )
     told = run(environment / "bin" / "python", "-c", script, cwd=tmp_path, HF_HOME=str(tmp_path / "hub"))
     assert told.returncode == 0, told.stderr
@@ -116,10 +116,11 @@ def test_installed_wheel_has_the_app(environment, wheel, tmp_path):
     version = wheel.name.split("-")[1]
     assert library == f"hf-equiv {version}, brought along as installed here"
     script = (
-        "import sys, pathlib; from hf_equiv.spacefiles import app_of; print(*app_of(pathlib.Path(sys.argv[1])).files)"
+        "import sys, pathlib; from hf_equiv.hub.space_files import app_of;"
+        "print(*app_of(pathlib.Path(sys.argv[1])).files)"
     )
     told = run(environment / "bin" / "python", "-c", script, wheel, cwd=tmp_path)
-    assert {"app.py", "hf_equiv/cli.py", f"hf_equiv-{version}.dist-info/METADATA"} <= set(told.stdout.split()), (
+    assert {"app.py", "hf_equiv/cli/main.py", f"hf_equiv-{version}.dist-info/METADATA"} <= set(told.stdout.split()), (
         told.stderr
     )
 

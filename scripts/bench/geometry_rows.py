@@ -15,7 +15,7 @@ from geometry_peers import TOP, TORCHLIP, Watched, art_clever, installed
 from torch import Tensor
 
 from hf_equiv import Jacobian, directional_lipschitz, make_directions, regional_lipschitz
-from hf_equiv.directions import Directions
+from hf_equiv.geometry.directions import Directions
 
 ROUNDS = 3
 """Times that what is compared by its seconds is run, in turn."""

@@ -27,13 +27,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_equiv import shards
-from hf_equiv.encoder import Encoder
-from hf_equiv.geometryplan import AnalysisConfig, make_analysis_plan
-from hf_equiv.geometryrun import run_analysis
-from hf_equiv.layouts import LAYOUTS
-from hf_equiv.plan import RunConfig, make_plan
-from hf_equiv.run import run_match
+from hf_equiv.analyses.config import AnalysisConfig, RunConfig
+from hf_equiv.analyses.plan import make_analysis_plan, make_plan
+from hf_equiv.analyses.run import run_analysis, run_match
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.runs import shards
+from hf_equiv.runs.schema import LAYOUTS
 
 PATIENCE = 600.0
 """Seconds after which a process that should have ended counts as hanging."""

@@ -26,10 +26,11 @@ import datasets
 import torch
 from kills import finish, save_photos, start_processes
 
-from hf_equiv import shards
-from hf_equiv.encoder import Encoder
-from hf_equiv.plan import RunConfig, make_plan
-from hf_equiv.run import run_match
+from hf_equiv.analyses.config import RunConfig
+from hf_equiv.analyses.plan import make_plan
+from hf_equiv.analyses.run import run_match
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.runs import shards
 
 
 def main() -> int:

@@ -1,0 +1,1 @@
+"""The four analyses: match, spectrum, lipschitz, walk."""

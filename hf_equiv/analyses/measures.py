@@ -1,0 +1,293 @@
+"""What a match is worth: errors, distances, PSNR, SSIM and labels of the image as stored; summaries and a baseline.
+
+Pixels are in [0, 1] and RGB; distances and PSNR are per image, over all N = 3·H·W values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from hf_equiv.formatting import finite, short
+from hf_equiv.precision import no_tf32
+from hf_equiv.runs.schema import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
+
+SSIM_WINDOW = 11
+"""Side of the Gaussian window of SSIM (Wang et al. 2004); smaller images have none."""
+
+
+QUANTIZATION_DRAWS = 8
+
+
+THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)
+
+
+MEASURES = (
+    "embedding_error_8bit", "target_quantization_error", "noise_floor",
+    "cosine_to_target", "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2",
+    "source_label", "target_label", "match_label", "match_prob", "target_label_prob", "same_top1",
+)  # fmt: skip
+"""The columns that `measure_match` computes from the three stored images alone."""
+
+
+_MEDIANS = (
+    "embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor", "cosine_to_target",
+    "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2", "num_evals", "seconds",
+    "match_prob", "target_label_prob",
+)  # fmt: skip
+
+
+def psnr_db(a: Tensor, b: Tensor) -> float | None:
+    """Peak signal-to-noise ratio in dB, 10·log₁₀(1 / mean (a−b)²), of two images (C, H, W) in [0, 1].
+
+    By hand, since torchmetrics takes the logarithm in float32 (1e-6 dB off).
+
+    Returns:
+        None for identical images, whose ratio is infinite.
+    """
+    error = float((a.detach().double() - b.detach().double()).square().mean())
+    return -10 * math.log10(error) if error > 0.0 and math.isfinite(error) else None
+
+
+def ssim(a: Tensor, b: Tensor) -> float | None:
+    """Structural similarity in [−1, 1] of two images (C, H, W) in [0, 1]: Gaussian window 11, σ = 1.5.
+
+    The mean is over windows that lie inside the image, as in Wang et al. 2004 and scikit-image (torchmetrics alone also
+    counts windows over a mirrored border).
+
+    Returns:
+        None for images with a side below 11.
+    """
+    if min(a.shape[-2:]) < SSIM_WINDOW:
+        return None
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    _, windows = structural_similarity_index_measure(a[None], b[None], data_range=1.0, return_full_image=True)
+    border = SSIM_WINDOW // 2
+    return finite(windows[..., border:-border, border:-border].mean())
+
+
+def relative_error(z: Tensor, reference: Tensor) -> float | None:
+    """‖z − reference‖ / ‖reference‖ of two vectors, in float64."""
+    z, reference = z.detach().double(), reference.detach().double()
+    return finite((z - reference).norm() / reference.norm())
+
+
+def cosine(a: Tensor, b: Tensor) -> float | None:
+    """Cosine similarity in [−1, 1] of two vectors, in float64."""
+    a, b = a.detach().double(), b.detach().double()
+    value = finite(torch.dot(a, b) / (a.norm() * b.norm()))
+    return None if value is None else min(1.0, max(-1.0, value))
+
+
+def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed: int, pair_id: str) -> float | None:
+    """Median over 8 draws of ‖f(x_t + u) − f(x_t)‖ / ‖f(x_t)‖, u uniform in ±½/255 per value.
+
+    What rounding to 8 bit does to an image off the k/255 grid: a match cannot be asked to be nearer than this unless
+    its rounding is chosen. The draws depend on `seed` and `pair_id` alone.
+
+    Args:
+        encoder: f.
+        target: x_t, (3, H, W).
+        z: f(x_t), (D,).
+        seed: seed of the run.
+        pair_id: id of the row.
+
+    Returns:
+        The median, or None if f gives NaN.
+    """
+    digest = hashlib.sha256(f"{seed}:{pair_id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    noise = torch.rand((QUANTIZATION_DRAWS, *target.shape), generator=generator) - 0.5
+    moved = encoder(target[None] + (noise / 255.0).to(target))
+    errors = [relative_error(row, z) for row in moved]
+    return median(errors) if all(e is not None for e in errors) else None  # type: ignore[type-var]
+
+
+@torch.no_grad()
+@no_tf32()
+def measure_match(
+    encoder: Encoder,
+    source: Tensor,
+    match: Tensor,
+    target: Tensor,
+    *,
+    seed: int,
+    pair_id: str,
+    labels: Sequence[str] | None = None,
+) -> Row:
+    """Compute every column of a row that follows from the three stored images.
+
+    Cost: about 16 forwards of one image, of which 2 in float64.
+
+    Args:
+        encoder: f.
+        source: image the match started from, (3, H, W), pixels k/255 as read back from its PNG.
+        match: the match, likewise.
+        target: the image whose embedding it has, likewise.
+        seed: seed of the run.
+        pair_id: id of the row.
+        labels: class names for zero-shot classification (CLIP, SigLIP); by default the checkpoint's head is used.
+            Probabilities are a softmax over the classes or labels, also for SigLIP.
+
+    Returns:
+        The columns `MEASURES`; None for what is not defined: PSNR of equal images, SSIM below 11 px, labels without a
+        head.
+    """
+    source, match, target = (x.to(encoder.device) for x in (source, match, target))
+    three = torch.stack([source, match, target])
+    z_source, z_match, z_target = encoder(three)
+    # float32 holds k/255 to 3e-8 only: what is said of the pixels is said of the files' levels
+    near, far = ((x.double() * 255).round() for x in (match, source))
+    gap = (near - far) / 255
+    row: Row = {
+        "embedding_error_8bit": relative_error(z_match, z_target),
+        "target_quantization_error": target_quantization_error(encoder, target, z_target, seed, pair_id),
+        "noise_floor": finite(encoder.noise_floor(match[None])[0]),
+        "cosine_to_target": cosine(z_match, z_target),
+        "cosine_to_source": cosine(z_match, z_source),
+        "cosine_source_target": cosine(z_source, z_target),
+        "psnr_db": psnr_db(near / 255, far / 255),
+        "ssim": ssim(near / 255, far / 255),
+        "linf": finite(gap.abs().max()),
+        "l2": finite(gap.norm()),
+    }
+    names = tuple(labels) if labels else (encoder.label_names if encoder.has_head else None)
+    if names is None:
+        return row | dict.fromkeys(MEASURES[10:])
+    logits = encoder.classify(three, labels) if labels else encoder.classify(three)
+    prob = logits.double().softmax(dim=1)
+    s, m, t = (int(k) for k in prob.argmax(dim=1))
+    return row | {
+        "source_label": names[s],
+        "target_label": names[t],
+        "match_label": names[m],
+        "match_prob": finite(prob[1, m]),
+        "target_label_prob": finite(prob[1, t]),
+        "same_top1": m == t,
+    }
+
+
+_SAME = 1e-4
+"""Relative distance up to which two embeddings are of one photo: float32 noise, not two images."""
+
+
+def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
+    """How far apart unrelated images are: source i against the target of every other pair j ≠ i.
+
+    A photo may be the source of one pair and the target of another; it is never compared with itself.
+
+    Args:
+        sources: embeddings f(x_i), (B, D).
+        targets: embeddings f(t_j), (B, D). With a single pair, its own source and target are compared.
+
+    Returns:
+        `num_pairs`, and `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`, each with median, min and
+        max. None if all images are the same.
+    """
+    a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
+    apart = ~torch.eye(len(a), dtype=torch.bool) if len(a) > 1 else torch.ones(1, 1, dtype=torch.bool)
+    distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / b.norm(dim=1)
+    apart &= distance > _SAME
+    if not bool(apart.any()):
+        return None
+    similarity = (a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1))
+    return {
+        "num_pairs": int(apart.sum()),
+        "distance": _spread(distance[apart].tolist()),
+        "cosine": _spread(similarity[apart].tolist()),
+    }
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], baseline: Row | None, rtol: float) -> Row:
+    """Summarise match rows: counts by status, success rates, medians, labels, baseline, and a verdict in words.
+
+    Args:
+        rows: finished rows.
+        baseline: from `random_pair_baseline`, or None.
+        rtol: tolerance that the matches were asked to reach.
+
+    Returns:
+        Plain data, None for what does not exist.
+    """
+    flips = [r for r in rows if r["same_top1"] is not None]
+    changed = [r for r in flips if r["source_label"] != r["target_label"]]
+    summary: Row = {
+        "pairs": len(rows),
+        "counts": dict(sorted(Counter(str(r["status"]) for r in rows).items())),
+        "success": {
+            "float": {f"{t:.0e}": _share(rows, "embedding_error", t) for t in THRESHOLDS},
+            "8bit": {f"{t:.0e}": _share(rows, "embedding_error_8bit", t) for t in THRESHOLDS},
+        },
+        "median": {key: _median([r[key] for r in rows]) for key in _MEDIANS},
+        "worst": {
+            key: max((r[key] for r in rows if r[key] is not None), default=None)
+            for key in ("embedding_error", "embedding_error_8bit")
+        },
+        "same_top1": sum(bool(r["same_top1"]) for r in flips) / len(flips) if flips else None,
+        "source_labelled_otherwise": len(changed) if flips else None,
+        "label_flipped_to_target": sum(bool(r["same_top1"]) for r in changed) if flips else None,
+        "baseline": baseline,
+    }
+    summary["verdict"] = _verdict(summary, rows, rtol)
+    return summary
+
+
+def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> str:
+    n, middle = summary["pairs"], summary["median"]
+    if not n or middle["embedding_error_8bit"] is None:
+        return "No match was made."
+    error, png = short(middle["embedding_error"]), short(middle["embedding_error_8bit"])
+    hit = summary["counts"].get("converged", 0)
+    baseline = summary["baseline"]
+    apart = short(baseline["distance"]["median"]) if baseline and baseline["distance"]["median"] else None
+    if n == 1:
+        start = "The match embeds as the target" if hit else f"The match did not reach embedding error {short(rtol)}"
+        near = max(10 * rtol, rows[0]["target_quantization_error"] or 0.0)  # what 8 bits do to any image
+        if hit and middle["embedding_error_8bit"] > near:
+            start = "The float match embeds as the target, its 8-bit PNG does not"
+        before = "" if apart is None else f" (the source: {apart})"
+        text = f"{start}: error {error}{before}, and {png} as 8-bit PNG, read back."
+    else:
+        text = f"{hit} of {n} matches reached embedding error {short(rtol)}; as 8-bit PNG, read back, the median is "
+        text += f"{png}." + ("" if apart is None else f" Unrelated images are {apart} apart.")
+    if middle["psnr_db"] is not None:
+        text += f" {'PSNR' if n == 1 else 'Median PSNR'} to the source: {middle['psnr_db']:.1f} dB."
+    others, flipped = summary["source_labelled_otherwise"], summary["label_flipped_to_target"]
+    if others and n == 1:
+        source, match, target = (rows[0][key].split(",")[0] for key in ("source_label", "match_label", "target_label"))
+        like = "like" if flipped else f"not the {target} of"
+        text += f" The head sees {source} in the source and {match} in the match, {like} the target."
+    elif others:
+        one = others == 1
+        text += f" Of {others} source{'' if one else 's'} with another label than {'its' if one else 'their'} target, "
+        text += f"{flipped} became {'a match' if one else 'matches'} with its label."
+    return text
+
+
+def _share(rows: Sequence[Mapping[str, Any]], key: str, threshold: float) -> float | None:
+    return sum(r[key] is not None and r[key] <= threshold for r in rows) / len(rows) if rows else None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return median(known) if known else None
+
+
+def _spread(values: list[float]) -> Row:
+    return {"median": finite(median(values)), "min": finite(min(values)), "max": finite(max(values))}
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    there = [v for v in values if v is not None]
+    return median(there) if there else None

@@ -1,0 +1,191 @@
+"""One image file: read it right or say what is wrong; write and read PNG on the k/255 grid.
+
+Every reader of the package goes through `open_image`, so a photo gives the same pixels wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+MAX_PIXELS = 178_956_970
+"""Most pixels that are decoded (0.7 GiB); Pillow refuses beyond this too. Larger JPEGs are decoded at reduced size."""
+
+
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pnm",
+        ".avif",
+    }
+)
+"""File endings that count as images inside a folder."""
+
+
+_LIMIT_LOCK = threading.Lock()
+
+
+def open_image(
+    source: str | os.PathLike[str] | bytes | Image.Image, name: str | None = None, *, sha256: str | None = None,
+    most_pixels: int | None = None,
+) -> Image.Image:  # fmt: skip
+    """Read one image as upright 8-bit RGB.
+
+    Grey, palette and CMYK become RGB; transparency is laid over white; 16-bit grey is scaled to 8 bit (value / 257,
+    rounded); the EXIF orientation is applied; of an animation the first frame is taken. A JPEG above `most_pixels` is
+    decoded at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded.
+
+    Args:
+        source: path, the bytes of a file, or an image that is open already.
+        name: what to call the image in messages; by default the file's name.
+        sha256: hex SHA-256 that the file must have; None for any.
+        most_pixels: that are decoded; `MAX_PIXELS` by default.
+
+    Returns:
+        A `PIL.Image.Image` of mode RGB, fully loaded, without metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, is empty, truncated, too large, of a kind that has no 8-bit meaning, or has
+            another SHA-256.
+    """
+    if isinstance(source, Image.Image):
+        return _read(source, name or "image", most_pixels or MAX_PIXELS)
+    if isinstance(source, bytes | bytearray):
+        name, data = name or "image", bytes(source)
+    else:
+        path = Path(source)
+        name = name or path.name
+        if path.is_dir():
+            raise ValueError(f"{name!r} must be an image file; got a folder. Name a file inside it.")
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"image file {name!r} does not exist. Check the path.") from None
+        except OSError as error:
+            raise ValueError(f"image file {name!r} cannot be read: {error.strerror}. Check its permissions.") from error
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(
+            f"image file {name!r} must not change while it is used; it is another one than when the images were "
+            "listed. Put it back and run the same command again, or begin a new run with the photos as they are."
+        )
+    if not data:
+        raise ValueError(f"image {name!r} must hold an image; got an empty file (0 bytes). Copy or download it again.")
+    try:
+        with _pillow_limit_off(), Image.open(io.BytesIO(data)) as image:
+            return _read(image, name, most_pixels or MAX_PIXELS)
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else. "
+            "Convert it to PNG or JPEG."
+        ) from None
+    except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
+
+
+def encode_png(pixels: Tensor) -> bytes:
+    """Write pixels (3, H, W) in [0, 1] as PNG bytes, each value rounded to the nearest k/255."""
+    levels = (pixels.detach().to("cpu", torch.float64) * 255.0).round().clamp(0, 255).to(torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), mode="RGB").save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Read PNG bytes of mode RGB back to pixels.
+
+    Returns:
+        (3, H, W) of `dtype`, values k/255.
+
+    Raises:
+        ValueError: the bytes are no 8-bit RGB image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode, levels = image.mode, np.array(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"a stored image must be a PNG; it cannot be decoded: {error}") from error
+    if mode != "RGB" or levels.dtype != np.uint8:
+        raise ValueError(f"a stored image must be an 8-bit RGB PNG; got mode {mode}.")
+    return torch.from_numpy(levels).permute(2, 0, 1).contiguous().to(dtype) / 255
+
+
+@contextmanager
+def _pillow_limit_off() -> Iterator[None]:
+    """Replace Pillow's own size limit (a warning, then an error at open) by the check in `_read`."""
+    with _LIMIT_LOCK:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _read(image: Image.Image, name: str, most: int) -> Image.Image:
+    width, height = image.size
+    if width * height > most:
+        if image.format == "JPEG":
+            scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= most), 8)
+            image.draft("RGB", (width // scale, height // scale))
+        if image.size[0] * image.size[1] > most:
+            raise ValueError(
+                f"image {name!r} must have at most {most:,} pixels; got {width} x {height}. "
+                "Shrink it first: encoders look at a few hundred pixels a side."
+            )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF and palette transparency: handled below
+            if getattr(image, "is_animated", False):
+                image.seek(0)
+            image.load()
+            turned = ImageOps.exif_transpose(image)
+            return _to_rgb(turned, name)
+    except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    mode = image.mode
+    if mode.startswith("I"):  # I;16, I;16B, I;16L, or I: 32-bit integers, which 16-bit PGM and some TIFF files become
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"image {name!r} must have values from 0 to 65535; got {low} to {high} (mode {mode}). "
+                "Scale it to 8 or 16 bit first."
+            )
+        levels = np.rint(values.astype(np.float64) / 257.0).astype(np.uint8)
+        return Image.fromarray(levels, mode="L").convert("RGB")
+    if mode == "F":
+        raise ValueError(f"image {name!r} must hold integers; got floating point (mode F). Scale it to 8 bit first.")
+    if image.has_transparency_data or mode in ("RGBa", "La"):
+        front = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", front.size, (255, 255, 255, 255)), front).convert("RGB")
+    try:
+        rgb = image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"image {name!r} of mode {mode} has no RGB form ({error}). Convert it to RGB.") from error
+    rgb.info = {}
+    return rgb

@@ -1,0 +1,55 @@
+"""What a person sees in the terminal: results on stdout, errors on stderr."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from torch import Tensor
+
+
+def form(value: float | None, spec: str) -> str:
+    """Format a number that may not exist."""
+    return "–" if value is None else format(value, spec)
+
+
+def cut(text: str, size: int) -> str:
+    """At most `size` characters, on one line."""
+    text = "".join(sign if sign.isprintable() else "?" for sign in text)
+    return text if len(text) <= size else text[: size - 1] + "…"
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def cut_name(name: str, size: int) -> str:
+    """At most `size` characters of an image id: the last, in which those of one folder differ."""
+    return name if len(name) <= size else "…" + name[1 - size :]
+
+
+def finite(value: Tensor | float | None) -> float | None:
+    """Return a Python float, or None for NaN and infinity: JSON has neither."""
+    number = None if value is None else float(value)
+    return number if number is not None and math.isfinite(number) else None
+
+
+def short(value: float | None) -> str:
+    """Format an error in a few characters: 1.2e-5."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+_FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line, without the folders of this machine: it goes into the run's record."""
+    return _FOLDERS.sub("…/", " ".join(str(error).split())) or type(error).__name__

@@ -1,0 +1,371 @@
+"""Directions in pixel space to measure an encoder along, each kind by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_equiv import checks
+from hf_equiv.geometry.singular import combine, left_singular
+from hf_equiv.geometry.spectrum import rank_rtol_of
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.precision import float64_twin, no_autocast, no_tf32
+
+# Row and null space of a Jacobian: projections, angles between them, and what the patch embedding discards.
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpace:
+    """The row space of J = U diag(σ) Vᵀ above its rank threshold: the directions that move the embedding.
+
+    Its complement is the null space at this precision: P_null = I − VᵀV with the rows of V above the threshold.
+
+    Attributes:
+        basis: V, right singular vectors as rows, (R, N), orthonormal, in the dtype of the image.
+        singular_values: σ of these rows, (R,), float64, descending.
+        left: their left singular vectors, (D, R), float64.
+        threshold: of the rank, in units of σ.
+    """
+
+    basis: Tensor
+    singular_values: Tensor
+    left: Tensor
+    threshold: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.basis)
+
+    def project_row(self, vectors: Tensor) -> Tensor:
+        """Return the part VᵀV v of each v, which moves the embedding, to first order.
+
+        Args:
+            vectors: v, (…, C, H, W).
+
+        Returns:
+            (…, C, H, W), in the dtype of the basis.
+        """
+        return vectors - self.project_null(vectors)
+
+    def project_null(self, vectors: Tensor) -> Tensor:
+        """Return the part (I − VᵀV) v of each v, which leaves the embedding, to first order.
+
+        Applied twice: what the rounding of the first leaves in the row space, the second takes away.
+
+        Args:
+            vectors: v, (…, C, H, W).
+
+        Returns:
+            (…, C, H, W), in the dtype of the basis.
+        """
+        rows = vectors.flatten(-3).reshape(-1, self.basis.shape[1]).to(self.basis)
+        with no_tf32(), no_autocast():
+            for _ in range(2):
+                rows = torch.addmm(rows, rows @ self.basis.T, self.basis, alpha=-1)
+        return rows.view(vectors.shape)
+
+    def __repr__(self) -> str:
+        """Name its rank, the pixels and the range of σ."""
+        ends = "" if not self.rank else f", σ {self.singular_values[0]:.4g} to {self.singular_values[-1]:.4g}"
+        return f"RowSpace({self.rank} of {self.basis.shape[1]} directions{ends}, threshold {self.threshold:.2g})"
+
+
+def row_space(
+    f: Callable[[Tensor], Tensor] | Jacobian,
+    image: Tensor | None = None,
+    *,
+    rank_rtol: float | None = None,
+    matrix: Tensor | None = None,
+    batch: int = 32,
+) -> RowSpace:
+    """Return an orthonormal basis of the row space of J = ∂f/∂x at one image.
+
+    Cost: (1 + 2D)/3 evaluations, unless `matrix` is given; memory 2·D·N numbers.
+
+    Args:
+        f: the encoder (1, C, H, W) -> (1, D), or its `Jacobian` at the image.
+        image: x, (C, H, W), pixels in [0, 1]; None with a `Jacobian`.
+        rank_rtol: threshold of the rank over σ₁; None for 1000 eps of the dtype (float32 1.2e-4, float64 2.2e-13).
+        matrix: J (D, N), if it is at hand, also with columns set to zero.
+        batch: most cotangents per pass.
+
+    Returns:
+        The rows above the threshold; none for a constant f.
+
+    Raises:
+        ValueError: `image` is missing, or J holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.geometry.directions import row_space
+        >>> rows = row_space(lambda x: x.flatten(1)[:, :2], torch.full((3, 1, 1), 0.5))
+        >>> rows.project_null(torch.ones(3, 1, 1)).flatten().tolist()
+        [0.0, 0.0, 1.0]
+    """
+    if isinstance(f, Jacobian):
+        J = f
+    elif image is None:
+        raise ValueError("`image` must be (C, H, W); got None. Leave it out only with a `Jacobian`.")
+    else:
+        J = Jacobian(f, image, batch=batch)
+        J.check_deterministic()
+    if rank_rtol is not None:
+        checks.check_range(rank_rtol, "rank_rtol", 0.0, 1.0)
+    if matrix is None:
+        matrix = J.as_matrix()
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(
+            "`f` must have a finite Jacobian; got NaN or infinity. Use float32 or float64, or another image."
+        )
+    left, sigma = left_singular(matrix)
+    threshold = float(sigma[0]) * (rank_rtol_of(J.eps) if rank_rtol is None else rank_rtol)
+    kept = sigma > threshold
+    left, sigma = left[:, kept], sigma[kept]
+    return RowSpace(combine(matrix, left / sigma, matrix.dtype), sigma, left, threshold)
+
+
+def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
+    """Return the principal angles between two row spaces: of two images, or of two encoders at one image.
+
+    cos θ_i are the singular values of V_a V_bᵀ (Björck & Golub 1973); θ = atan2(sin, cos) with sin θ_i the length of
+    the i-th principal vector of b off that of a, so that small angles are exact too.
+
+    Args:
+        a: row space of one Jacobian.
+        b: of another, over the same N pixels; of any rank.
+
+    Returns:
+        θ (min(R_a, R_b),), ascending, in [0, π/2], float64, radians.
+
+    Raises:
+        ValueError: the two are of images of different size.
+
+    References:
+        Björck, Golub (1973), Math. Comp. 27:579.
+    """
+    if a.basis.shape[1] != b.basis.shape[1]:
+        raise ValueError(
+            f"`b` must be over the same pixels as `a`; got {b.basis.shape[1]} and {a.basis.shape[1]} of them. "
+            "Use one image size."
+        )
+    cross = torch.zeros(a.rank, b.rank, dtype=torch.float64, device=a.basis.device)
+    step = 4096
+    for start in range(0, a.basis.shape[1], step):
+        cross.addmm_(a.basis[:, start : start + step].double(), b.basis[:, start : start + step].double().T)
+    Y, cosines, Zt = torch.linalg.svd(cross, full_matrices=False)
+    gap = torch.zeros_like(cosines)
+    for start in range(0, a.basis.shape[1], step):
+        block = Zt @ b.basis[:, start : start + step].double()
+        block -= cosines[:, None] * (Y.T @ a.basis[:, start : start + step].double())
+        gap += block.square().sum(dim=1)
+    return torch.atan2(gap.sqrt(), cosines)
+
+
+def patch_null_space(weight: Tensor) -> Tensor:
+    """Return the pixel patterns of one patch that the patch embedding maps to zero, at every image.
+
+    For z_patch = W p with W (D, C·p²) there are at least C·p² − D of them: closed form, free of drift, and part of the
+    null space at every image. Where W has full rank and C·p² ≤ D there are none.
+
+    Args:
+        weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1]: divide by the standard deviations of the
+            normalisation, as `Encoder.patch_weight` does.
+
+    Returns:
+        (M, C, p, p), orthonormal, float64.
+
+    Raises:
+        ValueError: `weight` is no finite (D, C, p, p).
+    """
+    if weight.ndim != 4 or not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"`weight` must be a finite tensor (D, C, p, p); got shape {tuple(weight.shape)}.")
+    matrix = weight.detach().flatten(1).double()
+    _, sigma, Vh = torch.linalg.svd(matrix, full_matrices=True)
+    rank = int((sigma > max(matrix.shape) * torch.finfo(torch.float64).eps * sigma[0]).sum())
+    return Vh[rank:].view(-1, *weight.shape[1:])
+
+
+_COARSE = 1e-4  # relative spacing of a dtype from which a Jacobian has no rank to speak of: bfloat16 and float16
+
+
+KINDS = ("random", "top", "row", "null", "gradient", "toward", "match")
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Unit directions of a batch of images, with what each of them is.
+
+    Attributes:
+        vectors: v, (B, K, C, H, W), unit L2 norm in pixel units.
+        kinds: the kind of each, K strings: random, top, row, null, gradient, toward or match.
+        indices: number of each within its kind, K integers from 0; for `top` and `row` that of the singular value, in
+            the row space of the first image.
+    """
+
+    vectors: Tensor
+    kinds: tuple[str, ...]
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """K, the directions of each image."""
+        return len(self.kinds)
+
+
+def make_directions(
+    f: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    random: int = 0,
+    top: int = 0,
+    row: int = 0,
+    null: int = 0,
+    gradient: bool = False,
+    toward: Tensor | None = None,
+    match: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    batch: int = 32,
+) -> Directions:
+    """Make unit directions of several kinds at each image.
+
+    With J (D, N) at x, its right singular vectors v₁, v₂, … and its row space (the rows above the rank threshold):
+
+        random    g / ‖g‖ with g standard normal in R^N
+        top       v₁ … v_k, the directions the embedding is most sensitive to
+        row       k of the right singular vectors of the row space, evenly spread from v₁ to v_rank (k = rank: all)
+        null      P_null g / ‖P_null g‖: to first order the embedding does not move
+        gradient  Jᵀ(f(t) − f(x)), the descent direction of ½‖f(x) − f(t)‖² for t = `toward`; without it Jᵀf(x)
+        toward    (t − x) / ‖t − x‖
+        match     (m − x) / ‖m − x‖ with m a match of another image, as `match_embedding` gives
+
+    A random direction is nearly null: its constant is σ₁/√N times a few, and says nothing about the largest one.
+
+    In bfloat16 and float16 J is that of the float64 twin of f.
+
+    Cost: `top`, `row` and `null` take one full Jacobian an image, `gradient` one cotangent. Memory: B·K images.
+
+    Args:
+        f: the encoder, or any callable (B, C, H, W) -> (B, D).
+        images: x, (B, C, H, W), pixels in [0, 1].
+        random: how many.
+        top: how many, at most the rank.
+        row: how many, at most the rank.
+        null: how many.
+        gradient: whether to add the gradient.
+        toward: images t, (B or 1, C, H, W), pixels in [0, 1].
+        match: matches m, (B, C, H, W), pixels in [0, 1].
+        generator: of the random numbers, on the CPU; None for one with seed 0.
+        batch: cotangents per backward pass.
+
+    Returns:
+        The directions, float32 (float64 for float64 images), those of one kind side by side.
+
+    Raises:
+        TypeError: `images`, `toward` or `match` is no float tensor, or a count no whole number.
+        ValueError: nothing asked for, more directions than the row space holds, no null space, images of other shapes,
+            an image that equals its `toward` or `match`, or an f of half precision without a float64 twin.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.geometry.directions import make_directions
+        >>> weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+        >>> images = torch.full((2, 3, 4, 4), 0.5)
+        >>> directions = make_directions(lambda x: x.flatten(1) @ weight.T, images, top=2, null=1)
+        >>> tuple(directions.vectors.shape), directions.kinds
+        ((2, 3, 3, 4, 4), ('top', 'top', 'null'))
+    """
+    checks.check_images(images)
+    counts = {"random": random, "top": top, "row": row, "null": null}
+    for name, count in counts.items():
+        checks.check_count(count, name, least=0)
+    others = {"toward": toward, "match": match}
+    for name, other in others.items():
+        if other is not None:
+            _check_other(other, images, name)
+    if not any(counts.values()) and not gradient and toward is None and match is None:
+        raise ValueError(f"`make_directions` must be asked for some direction; got none. Kinds: {', '.join(KINDS)}.")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    rows = []
+    indices: list[int] = []
+    for b, image in enumerate(images.detach()):
+        parts: list[Tensor] = [_gaussian(random, image, generator)]
+        numbers = list(range(random))
+        if top + row + null > 0 or gradient:
+            J = _jacobian(f, image, batch)
+            if top + row + null > 0:
+                space = row_space(J)
+                _check_rank(space, counts)
+                picks = [*range(top), *_spread(row, space.rank)]
+                parts.append(space.basis[picks].view(-1, *image.shape))
+                parts.append(space.project_null(_gaussian(null, image, generator)))
+                numbers += [*picks, *range(null)]
+            if gradient:
+                u = J.z if toward is None else _encode(f, toward[b % len(toward)].to(image)).to(J.z) - J.z
+                parts.append(J.rmv(u[None]))
+                numbers.append(0)
+        for other in (toward, match):
+            if other is not None:
+                parts.append((other[b % len(other)].to(image).double() - image.double())[None])
+                numbers.append(0)
+        vectors = torch.cat([part.to(torch.float64) for part in parts])
+        norms = vectors.flatten(1).norm(dim=1)
+        if not bool((norms > 0).all()):
+            raise ValueError(
+                f"the directions of image {b} must not be zero: it equals its `toward` or `match`, or its gradient "
+                "vanishes. Leave that kind out."
+            )
+        rows.append((vectors / norms.view(-1, 1, 1, 1)).to(dtype))
+        indices = indices or numbers
+    kinds = [name for name, count in counts.items() for _ in range(count)]
+    kinds += ["gradient"] * gradient + [name for name, other in others.items() if other is not None]
+    return Directions(torch.stack(rows), tuple(kinds), tuple(indices))
+
+
+def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacobian:
+    """J of f, or of its float64 twin where f is too coarse to tell its row space from its null space."""
+    J = Jacobian(f, image, batch=batch)
+    if J.eps < _COARSE:
+        return J
+    twin = float64_twin(f)
+    if twin is None:
+        raise ValueError(
+            f"`f` must be float32 or float64 for directions of its Jacobian; got a relative spacing of {J.eps:.1g}. "
+            "Make them with a float32 copy of f."
+        )
+    return Jacobian(twin, image.double(), batch=batch)
+
+
+def _gaussian(count: int, image: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, *image.shape, generator=generator, dtype=torch.float64).to(image.device)
+
+
+def _encode(f: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    with torch.no_grad():
+        return f(image[None])[0]
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """`count` whole numbers from 0 to total − 1, evenly spread, both ends included."""
+    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def _check_other(other: Tensor, images: Tensor, name: str) -> None:
+    checks.check_images(other, name)
+    if other.shape[1:] != images.shape[1:] or other.shape[0] not in (1, images.shape[0]):
+        raise ValueError(
+            f"`{name}` must hold 1 or {images.shape[0]} images of shape {tuple(images.shape[1:])}; "
+            f"got {tuple(other.shape)}."
+        )
+
+
+def _check_rank(space: RowSpace, counts: dict[str, int]) -> None:
+    rank, pixels = space.rank, space.basis.shape[1]
+    for name in ("top", "row"):
+        if counts[name] > rank:
+            raise ValueError(f"`{name}` must be at most the rank {rank} of the Jacobian; got {counts[name]}.")
+    if counts["null"] and rank >= pixels:
+        raise ValueError(f"`null` must be 0 where the Jacobian has full column rank {rank}; got {counts['null']}.")

@@ -1,0 +1,378 @@
+"""Where a walk goes next: tangent directions of the level set, ahead or towards an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_equiv.matching.corrector import Corrector, Place
+from hf_equiv.precision import dot
+
+# The quadratic subproblem of Newton's method: conjugate gradients inside a ball.
+
+
+MAX_PRODUCTS = 40
+"""Products with the Hessian, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step p with what the quadratic model says of it.
+
+    Attributes:
+        step: p, of the shape of the gradient.
+        slope: ⟨g, p⟩.
+        curvature: ⟨p, H p⟩.
+        bound: whether p ends on the sphere ‖p‖ = radius.
+    """
+
+    step: Tensor
+    slope: float
+    curvature: float
+    bound: bool
+
+    def gain(self, share: float) -> float:
+        """What `share`·p gains in the model: share·⟨g, p⟩ − ½·share²·⟨p, H p⟩."""
+        return share * self.slope - 0.5 * share**2 * self.curvature
+
+
+def newton_step(hessian: Callable[[Tensor], Tensor], gradient: Tensor, radius: float, accuracy: float) -> Step:
+    """Maximise ⟨g, p⟩ − ½⟨p, H p⟩ over ‖p‖ ≤ radius by truncated conjugate gradients.
+
+    Starting along g, which is never made worse. Ends where ‖g − H p‖ ≤ accuracy·‖g‖, on the sphere, or, where H bends
+    the other way, by going on to the sphere.
+
+    Args:
+        hessian: H, symmetric up to noise, in the space where g lies.
+        gradient: g, of any shape, not zero.
+        radius: of the ball.
+        accuracy: of the solution, relative.
+
+    Returns:
+        The step.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.geometry.headings import newton_step
+        >>> found = newton_step(lambda v: 4 * v, torch.tensor([2.0, 0.0]), 10.0, 0.1)
+        >>> found.step, found.gain(1.0), found.bound
+        (tensor([0.5000, 0.0000]), 0.5, False)
+
+    References:
+        Steihaug (1983), SIAM J. Numer. Anal. 20, 626–637. Nocedal, Wright (2006), Numerical Optimization, alg. 7.2.
+    """
+    p, image = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    residual = gradient.clone()
+    search, size = residual.clone(), dot(residual, residual)
+    enough, bound = accuracy**2 * size, False
+    for _ in range(MAX_PRODUCTS):
+        bent = hessian(search)
+        curvature = dot(search, bent)
+        length = size / curvature if curvature > 0 else math.inf
+        ahead = _to_sphere(p, search, radius)
+        bound = not length < ahead
+        length = min(length, ahead)
+        p, image = p + length * search, image + length * bent
+        if bound:
+            break
+        residual = residual - length * bent
+        before, size = size, dot(residual, residual)
+        if size <= enough:
+            break
+        search = residual + (size / before) * search
+    return Step(p, dot(gradient, p), dot(p, image), bound)
+
+
+def _to_sphere(p: Tensor, v: Tensor, radius: float) -> float:
+    """The t ≥ 0 with ‖p + t v‖ = radius."""
+    a, b, c = dot(v, v), dot(p, v), dot(p, p) - radius**2
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return (root - b) / a if b <= 0 else -c / (root + b)
+
+
+_MEMORY = 20  # secant pairs of the descent towards an image
+
+
+_SMALLEST = 1e-3  # share of a wish that must be left after projection
+
+
+_ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
+
+
+_ACTIVE = 60  # Newton steps of a projection on the tangent cone
+
+
+_LEAST = 2.0**-20  # share of one, below which there is no descent
+
+
+_ROUNDING = 30  # eps over the length of a wish, below which what is left of it is rounding
+
+
+_CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
+
+
+_EASY, _HARD, _FAIR = 8, 25, 16  # trials of the corrector for a step
+
+
+_NEAR = 0.12  # stationarity from which Newton steps are worth their products with the Hessian
+
+
+_PROBE = 0.01  # L2 length of the differences that stand for products with the Hessian
+
+
+_ACCURACY = 0.2  # of a Newton step
+
+
+_POOR, _FINE = 0.4, 0.75  # share of the promised gain below which the radius shrinks, above which it grows
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The next move from a point.
+
+    Attributes:
+        direction: a tangent t (C, H, W) of unit length: A t = 0 on the free pixels. None where there is no way on.
+        length: the step that the heading would take if nothing else limited it.
+        stationarity: ‖P_null d‖ / ‖d‖, for d = destination − x an upper bound, for d = x − origin by the model; None
+            for a fixed heading.
+    """
+
+    direction: Tensor | None
+    length: float
+    stationarity: float | None = None
+
+
+class Ahead:
+    """Along a fixed direction, or away from an image as fast as the distance grows: the projection of v.
+
+    Args:
+        direction: v, (C, H, W), for a fixed heading; the first v of the other.
+        origin: v = x − origin once that is not zero; None for a fixed heading.
+
+    Attributes:
+        spacing: share of the longest step that points are apart, at least; between them the walk takes shorter steps.
+    """
+
+    def __init__(self, direction: Tensor, origin: Tensor | None = None) -> None:
+        self.direction, self.origin = direction, origin
+
+    spacing = 0.0
+
+    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
+        """Project the heading. A learns the row along the last drift, which is how the level set bends under it."""
+        wish = self.direction
+        if self.origin is not None and bool((at.image != self.origin).any()):
+            wish = at.image - self.origin
+        corrector.learn(at, corrector.bend)
+        tangent, _ = _tangent(corrector, at, wish)
+        length = _norm(tangent)
+        share = length / _norm(wish)
+        direction = tangent / length if share > _SMALLEST else None
+        return Plan(direction, math.inf, None if self.origin is None else share)
+
+    def accepts(self, at: Place, there: Place) -> bool:
+        """Whether a corrected point is a step of this heading: any is, or any that is farther away."""
+        if self.origin is None:
+            return True
+        moved = there.image - at.image
+        return dot(moved, (at.image + there.image) / 2 - self.origin) > 0.0
+
+    def pace(self, trials: int) -> float:
+        """How much longer the next step may be: a corrector that took many trials is at the edge of what A knows."""
+        return 1.5 if trials <= _EASY else 0.7 if trials > _HARD else 1.0
+
+    def reconsider(self) -> bool:
+        """Whether another plan may lead on where a step was rejected: a fixed direction has no other."""
+        return False
+
+
+class Toward:
+    """Down ½‖x − destination‖² inside the level set: by L-BFGS from afar, by Newton steps near a stationary point.
+
+    The gradient on the level set in the box is −P d with d = destination − x and P the projection on its tangent cone,
+    {t : J t = 0, t inwards or zero at pixels at 0 and 1}. Once A has learnt the row along λ, e = d − Jᵀλ is exact, and
+    ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ whatever λ is (Moreau): so that over ‖d‖ certifies a stationary
+    point without the full Jacobian there.
+
+    A point is off the level set by r = f(x) − z, and back on it ½‖d‖² would be λᵀr more, to first order. Near the end
+    that is as much as a step gains: it counts for what the Lagrangian ½‖d‖² + λᵀr gains.
+
+    How the level set bends decides how far is near: H = P (I + ∇²(λᵀf)) P is the Hessian of the Lagrangian. L-BFGS
+    learns it from the way so far; a Newton step asks for its products, as differences of Jᵀλ, an evaluation each.
+
+    Args:
+        destination: (C, H, W), pixels in [0, 1].
+        stop: ‖e‖/‖d‖ at which no nearer image is looked for.
+
+    References:
+        Nocedal, Wright (2006), Numerical Optimization, alg. 7.4 (L-BFGS), 7.2 (Newton steps), §18.1 (the Lagrangian).
+    """
+
+    spacing = 0.25
+
+    def __init__(self, destination: Tensor, stop: float) -> None:
+        self.destination, self.stop = destination, stop
+        self.pairs: list[tuple[Tensor, Tensor, float]] = []
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.slope = 0.0
+        self.multipliers: Tensor
+        self.newton: Step | None = None
+        self.radius = math.inf
+
+    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
+        """Find the descent direction, or that there is none."""
+        wish = self.destination - at.image
+        distance, model = _norm(wish), corrector.model
+        if distance == 0.0:
+            return Plan(None, 0.0, 0.0)
+        bound = 1.0
+        corrector.learn(at, corrector.bend)
+        tangent, multipliers = _tangent(corrector, at, wish)
+        for _ in range(_ROUNDS):
+            corrector.learn(at, multipliers)
+            rest = wish - model.transpose(multipliers)
+            bound = min(bound, _norm(rest * _inwards(at.image, rest)) / distance)
+            tangent, multipliers = _tangent(corrector, at, wish)
+            if bound <= max(self.stop, _CLOSE * _norm(tangent) / distance):
+                break
+        self.multipliers = multipliers
+        if self.stop < bound <= (_NEAR if self.newton is None else 2 * _NEAR):
+            return self._newton(corrector, at, tangent, multipliers, reach, bound)
+        self.newton = None
+        if bound <= self.stop or _norm(tangent) == 0.0:
+            return Plan(None, 0.0, bound)
+        if self.last is not None:
+            self._remember(at.image - self.last[0], self.last[1] - tangent)
+        self.last = at.image, tangent
+        direction = model.project_null(self._descent(tangent))
+        self.slope = dot(direction, tangent)
+        if not self.slope > 0.1 * _norm(direction) * _norm(tangent):
+            self.pairs.clear()
+            direction, self.slope = tangent, dot(tangent, tangent)
+        length = _norm(direction)
+        self.slope /= length
+        return Plan(direction / length, length, bound)
+
+    def accepts(self, at: Place, there: Place) -> bool:
+        """Whether a corrected point is nearer by a share of what was promised."""
+        moved = there.image - at.image
+        # ½‖x − P‖² − ½‖y − P‖² = ⟨y − x, P − (x + y)/2⟩, without the difference of two large numbers
+        gain = dot(moved, self.destination - (at.image + there.image) / 2)
+        gain -= float(self.multipliers @ (there.residual - at.residual))
+        if self.newton is None:
+            self.radius = 2 * _norm(moved)
+            return gain >= 1e-4 * self.slope * _norm(moved)
+        length, whole = _norm(moved), _norm(self.newton.step)
+        ratio = gain / self.newton.gain(min(1.0, length / whole))
+        if ratio < _POOR:
+            self.radius = 0.5 * length
+        elif ratio > _FINE and self.newton.bound and length > 0.9 * whole:
+            self.radius = 2 * length
+        return ratio > 0.1
+
+    def pace(self, trials: int) -> float:
+        """How much longer the next step may be, for about 16 trials a step."""
+        return min(1.5, max(0.7, math.sqrt(_FAIR / max(1, trials))))
+
+    def reconsider(self) -> bool:
+        """Whether another plan may lead on where a step was rejected: one without what the way so far has taught."""
+        if self.newton is not None or not self.pairs:
+            return False
+        self.pairs.clear()
+        self.last = None
+        return True
+
+    def _newton(
+        self, corrector: Corrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float
+    ) -> Plan:
+        """Plan the step to where the quadratic model of the Lagrangian is stationary."""
+        here = at.jacobian.rmv(multipliers[None].to(at.image))[0]
+        corrector.num_evals += 2 / 3
+
+        def hessian(v: Tensor) -> Tensor:
+            probe = _PROBE / _norm(v)
+            there = corrector.pull_back(at.image + probe * v, multipliers.to(v))
+            return corrector.model.project_null(v + (there - here) / probe)
+
+        self.pairs.clear()
+        self.last = None
+        self.newton = newton_step(hessian, tangent, min(reach, self.radius), _ACCURACY)
+        length = _norm(self.newton.step)
+        return Plan(self.newton.step / length, length, bound)
+
+    def _remember(self, s: Tensor, y: Tensor) -> None:
+        curvature = dot(s, y)
+        if curvature > 1e-8 * _norm(s) * _norm(y):
+            self.pairs = [*self.pairs[1 - _MEMORY :], (s, y, curvature)]
+
+    def _descent(self, tangent: Tensor) -> Tensor:
+        """H·tangent by the two loops of L-BFGS."""
+        q, weights = tangent.clone(), []
+        for s, y, curvature in reversed(self.pairs):
+            weights.append(dot(s, q) / curvature)
+            q.add_(y, alpha=-weights[-1])
+        if self.pairs:
+            q *= self.pairs[-1][2] / dot(self.pairs[-1][1], self.pairs[-1][1])
+        for (s, y, curvature), weight in zip(self.pairs, reversed(weights), strict=True):
+            q.add_(s, alpha=weight - dot(y, q) / curvature)
+        return q
+
+
+Heading = Ahead | Toward
+
+
+def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
+    """The projection of a wish on the tangent cone of the level set in the box, and its multipliers λ.
+
+    t = C(wish − Aᵀλ), where C leaves out what leads outwards at pixels at 0 and 1, and λ is the minimum of the convex
+    ½‖C(wish − Aᵀλ)‖²: its gradient is −A t. Found by semismooth Newton steps λ + G_F⁺ A t with F the pixels that C lets
+    move, halved until they descend. They end when a whole step changes no such pixel: then t is exact.
+
+    Returns:
+        t (C, H, W), zero where it is rounding; and λ (D,).
+
+    References:
+        Qi, Sun (2006), SIAM J. Matrix Anal. Appl. 28:360 (projection on a cone by Newton steps on its dual).
+    """
+    x, model = at.image, corrector.model
+    rest, multipliers = wish, wish.new_zeros(len(model.A), dtype=torch.float64)
+    free, nothing = _inwards(x, wish), _ROUNDING * torch.finfo(x.dtype).eps * _norm(wish)
+    for _ in range(_ACTIVE):
+        model.hold(free)
+        step = model.multipliers(rest)
+        change = model.transpose(step)
+        there, share = rest - change, 1.0
+        now = _inwards(x, there)
+        if not bool((free ^ now).any()):
+            rest, multipliers = there, multipliers + step
+            break
+        height = _norm(rest * free)
+        slope = dot(rest * free, change)
+        while _norm(there * now) ** 2 > height**2 - 2e-4 * share * slope and share > _LEAST:
+            share /= 2
+            there = rest - share * change
+            now = _inwards(x, there)
+        rest, multipliers, free = there, multipliers + share * step, now
+        if share <= _LEAST or _norm(rest * free) <= nothing:
+            break
+    model.hold(free)
+    tangent = model.project_null(rest)
+    blocked = free & ~_inwards(x, tangent)  # by rounding, or where the steps came to no end
+    if bool(blocked.any()):
+        model.hold(free & ~blocked)
+        tangent = model.project_null(rest)
+        tangent = tangent * _inwards(x, tangent)
+    return (tangent if _norm(tangent) > nothing else torch.zeros_like(tangent)), multipliers
+
+
+def _inwards(x: Tensor, step: Tensor) -> Tensor:
+    """Pixels that are off the bounds, or that a step leads off them."""
+    return ((x > 0) | (step > 0)) & ((x < 1) | (step < 0))
+
+
+def _norm(v: Tensor) -> float:
+    return math.sqrt(dot(v, v))

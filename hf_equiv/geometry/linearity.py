@@ -1,0 +1,214 @@
+"""`linearity_radius`: how far the first-order model of an encoder holds along given directions."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_equiv import checks
+from hf_equiv.geometry.directions import Directions
+from hf_equiv.geometry.lipschitz import Counted, as_directions, unit_directions
+from hf_equiv.geometry.secants import secant_noise
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.precision import no_tf32
+from hf_equiv.results import Status
+
+RELATIVE_TO = ("auto", "jvp", "embedding")
+
+
+_MARGIN = 4  # a residual is tested only where the bound is this many times the noise
+
+
+_LEAST = 1e-6  # first radius tried, unless noise asks for a larger one
+
+
+@dataclass(frozen=True, slots=True)
+class LinearityResult:
+    """How far the first-order model holds, for B images along K directions each.
+
+    Attributes:
+        radii: h in pixel units (L2), (B, K), float64; NaN unless resolved.
+        at_limit: whether the model still held at `max_radius`, so that the radius is a lower bound, (B, K), bool.
+        jvp: the exact ‖Jv‖ in the dtype of f, (B, K), float64.
+        relative_to: "jvp" or "embedding" for each direction: what the residual was compared with, K strings.
+        status: per image and direction `resolved`, `undetermined` (the bound lies in the float noise) or `error`.
+        kinds: the kind of each direction, K strings.
+        indices: number of each direction within its kind, K integers.
+        num_evals: cost of each image, (B,), float64: (forwards + 2·tangents) / 3.
+        seconds: wall time of each image, (B,), float64.
+    """
+
+    radii: Tensor
+    at_limit: Tensor
+    jvp: Tensor
+    relative_to: tuple[str, ...]
+    status: tuple[tuple[Status, ...], ...]
+    kinds: tuple[str, ...]
+    indices: tuple[int, ...]
+    num_evals: Tensor
+    seconds: Tensor
+
+
+def linearity_radius(
+    f: Callable[[Tensor], Tensor],
+    images: Tensor,
+    directions: Directions | Tensor,
+    *,
+    tau: float = 0.1,
+    relative_to: str = "auto",
+    max_radius: float | None = None,
+    rtol: float = 1e-3,
+    batch: int = 32,
+    progress: Counted | None = None,
+) -> LinearityResult:
+    """Find how far f is linear along given directions: the honest form of "piecewise linear".
+
+    For each image x and unit direction v the largest h such that up to it
+
+        ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·h·‖Jv‖        (relative_to="jvp")
+        ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·‖f(x)‖        (relative_to="embedding"; for null directions, where Jv = 0)
+
+    bracketed by doubling h and then bisected. "Up to it" means at every doubling tried: a residual that leaves the
+    bound and comes back within one factor of two is not seen. v and −v have radii of their own. x + hv may step over
+    the edge of [0, 1].
+    Radii at which the bound is within four times the float noise of f are not tested, and where none is left the status
+    is `undetermined`.
+
+    Cost: per direction one JVP and about 20 + log₂(1/rtol) forward passes.
+
+    Args:
+        f: the encoder, or any callable (B, C, H, W) -> (B, D) with forward mode.
+        images: x, (B, C, H, W), pixels in [0, 1].
+        directions: from `make_directions`, or (B, K, C, H, W) of any length above 0: only the direction counts.
+        tau: τ, the residual allowed, relative.
+        relative_to: what τ is relative to; "auto" is "embedding" for the kind `null` and "jvp" for all others.
+        max_radius: largest h tried, in pixel units (L2); default √N, the diagonal of the box.
+        rtol: relative width at which the bisection ends; the lower end is returned.
+        batch: images per forward pass and tangents per JVP.
+        progress: called with (directions done, directions in all) after each batch of directions.
+
+    Returns:
+        The radii with their statuses.
+
+    Raises:
+        TypeError: `images` or `directions` of a wrong type.
+        ValueError: pixels outside [0, 1], a zero or non-finite direction, or a bad number.
+        RuntimeError: f has no forward-mode derivative.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv.geometry.linearity import linearity_radius
+        >>> def encode(x):  # slope 1 up to 0.25 above x = 0, then 3: residual 2(h − 0.25), and 2(h − 0.25) = h/2 at 1/3
+        ...     y = x.flatten(1)
+        ...     return y + 2 * torch.relu(y - 0.25)
+        >>> along = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+        >>> x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        >>> round(float(linearity_radius(encode, x, along, tau=0.5, rtol=1e-9).radii), 8)
+        0.33333333
+
+    References:
+        Salman, Shams, Liu (2024), arXiv:2401.15568, §5 ("locally linear" equivalence sets, tested here).
+    """
+    checks.check_images(images)
+    checks.check_count(batch, "batch")
+    checks.check_positive(tau, "tau")
+    checks.check_positive(rtol, "rtol")
+    if relative_to not in RELATIVE_TO:
+        raise ValueError(f"`relative_to` must be one of {', '.join(RELATIVE_TO)}; got {relative_to!r}.")
+    given = as_directions(directions)
+    checks.check_directions(given.vectors, images)
+    limit = math.sqrt(images[0].numel()) if max_radius is None else max_radius
+    checks.check_positive(limit, "max_radius")
+    auto = ["embedding" if kind == "null" else "jvp" for kind in given.kinds]
+    against = tuple(auto if relative_to == "auto" else [relative_to] * len(given))
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    parts, done = [], 0
+    for image, own in zip(images.detach(), given.vectors.detach().to(images.device), strict=True):
+        start = time.perf_counter()
+        line = _Line(f, Jacobian(f, image, batch=batch), tau, limit)
+        line.J.check_deterministic()
+        chunks = []
+        for some, ends in zip(own.split(batch), torch.arange(len(given)).split(batch), strict=True):
+            flat = torch.tensor([against[k] == "embedding" for k in ends.tolist()], device=image.device)
+            chunks.append(line.measure(unit_directions(some, dtype), flat, rtol))
+            done += len(some)
+            if progress is not None:
+                progress(done, images.shape[0] * len(given))
+        parts.append(([torch.cat(column) for column in zip(*chunks, strict=True)], line, time.perf_counter() - start))
+    radii, at_limit, jvp, status = (
+        torch.stack(column).cpu() for column in zip(*(fields for fields, _, _ in parts), strict=True)
+    )
+    codes = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
+    return LinearityResult(
+        radii=radii,
+        at_limit=at_limit,
+        jvp=jvp,
+        relative_to=against,
+        status=tuple(tuple(codes[code] for code in row) for row in status.tolist()),
+        kinds=given.kinds,
+        indices=given.indices,
+        num_evals=torch.tensor([line.J.num_evals + line.forwards / 3 for _, line, _ in parts], dtype=torch.float64),
+        seconds=torch.tensor([seconds for _, _, seconds in parts], dtype=torch.float64),
+    )
+
+
+class _Line:
+    """The residual of the first-order model at one image."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor], J: Jacobian, tau: float, limit: float) -> None:
+        self.f, self.J, self.tau, self.limit = f, J, tau, limit
+        one = torch.ones(1, dtype=torch.float64, device=J.image.device)
+        floor, _, self.forwards = secant_noise(f, J.image, one)
+        self.forwards += 1  # z below
+        self.noise = 2 * float(floor)  # of a difference f(x + hv) − f(x): floor(h)·2h
+        with torch.no_grad(), no_tf32():
+            self.z = f(J.image[None])[0].double()  # the same pass as below: J.z may come from another kernel
+
+    def measure(self, unit: Tensor, flat: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Radius, whether it is the limit, ‖Jv‖ and status code, each (K,), of unit directions; `flat`: of the null."""
+        jv = self.J.mv(unit).double()
+        jvp = jv.norm(dim=1)
+        finite = jvp.isfinite() & self.z.isfinite().all() & math.isfinite(self.noise)
+        scale = torch.where(flat, 0.0, self.tau * jvp)  # the bound is scale·h + constant
+        constant = torch.where(flat, self.tau * self.z.norm(), jvp.new_zeros(()))
+        low = torch.where(flat, _LEAST, (_MARGIN * self.noise / scale).clamp_min(_LEAST))
+        testable = finite & (low < self.limit) & ((constant > _MARGIN * self.noise) | ~flat)
+
+        def holds(h: Tensor, which: Tensor) -> Tensor:
+            """Whether the model holds at h[which], for the directions `which`."""
+            with torch.no_grad(), no_tf32():
+                points = torch.addcmul(self.J.image.to(unit), unit[which], h[which].to(unit).view(-1, 1, 1, 1))
+                moved = self.f(points.to(self.J.image)).double() - self.z
+            self.forwards += len(which)
+            residual = (moved - h[which, None] * jv[which]).norm(dim=1)
+            finite[which] &= residual.isfinite()
+            return residual <= scale[which] * h[which] + constant[which]
+
+        inside = torch.zeros_like(finite)
+        high = low.clone()
+        climbing = testable.clone()
+        while bool(climbing.any()):
+            which = climbing.nonzero().flatten()
+            good = holds(high, which)
+            inside[which] |= good
+            low[which[good]] = high[which[good]]
+            climbing[which] = good & (high[which] < self.limit)
+            grown = which[climbing[which]]
+            high[grown] = (2 * high[grown]).clamp_max(self.limit)
+        at_limit = inside & (low >= self.limit)
+        open_ = inside & ~at_limit
+        while bool((open_ := open_ & (high > low * (1 + rtol))).any()):
+            which = open_.nonzero().flatten()
+            middle = torch.where(open_, (low * high).sqrt(), low)
+            stuck = (middle <= low) | (middle >= high)
+            good = holds(middle, which)
+            low[which[good]], high[which[~good]] = middle[which[good]], middle[which[~good]]
+            open_ = open_ & ~stuck
+        resolved = finite & inside
+        radii = torch.where(resolved, low, low.new_tensor(torch.nan))
+        return radii, resolved & at_limit, jvp, torch.where(finite, (~resolved).long(), 2)

@@ -1,0 +1,325 @@
+"""Back to the level set: the corrector of a walk, by adjoint Broyden steps inside the box."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_equiv.checks import check_dimension
+from hf_equiv.jacobian import Jacobian
+
+# A linear model of f along a path: one Jacobian, kept true by single rows, restricted to the pixels that may move.
+
+
+# of σ₁: below it learnt rows hold noise (in float32 up to 5e-5 was seen), and no correction is asked of them
+_CUT, _CUT_SINGLE = 1e-5, 1e-4
+
+
+_LARGEST = 16 * 2**30  # bytes of A
+
+
+_COLUMNS = 8192  # columns of A held in float64 at a time
+
+
+class LinearModel:
+    """A (D, N) ≈ J near the current point, with its Gram matrix G = A_F A_Fᵀ (D, D) over the free pixels F.
+
+    A starts as the Jacobian of one point. After a move, `learn` makes the row combination uᵀA the true uᵀJ of the new
+    point, by one VJP, and changes nothing else: with ‖u‖ = 1
+
+        A ← A + u (Jᵀu − Aᵀu)ᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ,  w = (Jᵀu − Aᵀu) on F.
+
+    With u the residual this is the adjoint Broyden method: it replaces the rows that a correction needs, so one
+    Jacobian serves a whole walk. The products are summed and G is solved in float64, whatever the dtype of A.
+
+    Memory: D·N numbers in the dtype of the image. Each product with A costs about one forward pass of a small encoder.
+
+    Args:
+        at: the point whose Jacobian A starts from; costs a full Jacobian.
+
+    Raises:
+        ValueError: A would take more than 16 GiB.
+
+    References:
+        Schlenkrich, Griewank, Walther (2010), Math. Program. 121, 221–247, eq. 4 (adjoint Broyden updates). Hanke
+        (1997), Inverse Problems 13, 79–95, eq. 2.4 (Newton steps by the discrepancy principle).
+    """
+
+    def __init__(self, at: Jacobian) -> None:
+        size = at.shape[0] * at.shape[1] * at.image.element_size()
+        if size > _LARGEST:
+            raise ValueError(
+                f"the Jacobian must fit in {_LARGEST / 2**30:.0f} GiB; got {at.shape[0]} × {at.shape[1]} numbers, "
+                f"{size / 2**30:.0f} GiB. Use a readout with fewer dimensions, such as 'cls' or 'mean'."
+            )
+        self.shape = at.image.shape
+        self.A = at.as_matrix()
+        self.free = torch.ones(at.image.numel(), dtype=torch.bool, device=at.image.device)
+        self._gram = self.A.new_zeros((len(self.A), len(self.A)), dtype=torch.float64)
+        for start in range(0, self.A.shape[1], _COLUMNS):
+            columns = self.A[:, start : start + _COLUMNS].double()
+            self._gram += columns @ columns.T
+        self._factor: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether no entry of A is NaN or infinite."""
+        return bool(torch.isfinite(self._gram.diagonal()).all())
+
+    def hold(self, free: Tensor) -> None:
+        """Let only the pixels where `free` (C, H, W) is true move; the columns of the others leave G."""
+        free = free.flatten()
+        changed = (free != self.free).nonzero().flatten()
+        for index in changed.split(_COLUMNS):
+            columns = self.A[:, index].double()
+            self._gram += (columns * torch.where(free[index], 1.0, -1.0).double()) @ columns.T
+            self._factor = None
+        self.free = free
+
+    def learn(self, at: Jacobian, u: Tensor) -> bool:
+        """Make the row combination uᵀA that of the Jacobian at another point, by one VJP; False if u is zero."""
+        length = torch.linalg.vector_norm(u)
+        if not bool(length > 0):
+            return False
+        u = (u / length).to(self.A).double()  # as it will be written
+        row = at.rmv(u[None])[0].flatten()
+        change = row - self._rows(u)
+        moving = change * self.free
+        product = self._apply(moving)
+        self._gram += torch.outer(u, product) + torch.outer(product, u)
+        self._gram += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
+        self.A.addr_(u.to(self.A), change)
+        self._factor = None
+        return True
+
+    def apply(self, step: Tensor) -> Tensor:
+        """A s of a step s (C, H, W): the predicted change of the embedding, (D,), float64."""
+        return self._apply(step.flatten())
+
+    def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
+        """The shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if that is longer.
+
+        s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves so much (the discrepancy principle): what is left may
+        be noise, and to follow noise along the smallest singular values would be a long way.
+
+        Returns:
+            The step.
+        """
+        return -self.pull(self._solve(residual) if left == 0.0 else self._damped(residual, left))
+
+    def multipliers(self, v: Tensor) -> Tensor:
+        """λ (D,) with A_Fᵀ λ the part of v (C, H, W) in the row space: the least-squares solution G⁺ A v_F."""
+        return self._solve(self.apply(self.restrict(v)))
+
+    def restrict(self, v: Tensor) -> Tensor:
+        """v_F: v (C, H, W) with zeros on the held pixels."""
+        return v * self.free.view(self.shape)
+
+    def pull(self, u: Tensor) -> Tensor:
+        """A_Fᵀ u, (C, H, W)."""
+        return (self._rows(u) * self.free).view(self.shape)
+
+    def transpose(self, u: Tensor) -> Tensor:
+        """Aᵀ u, (C, H, W), of all pixels."""
+        return self._rows(u).view(self.shape)
+
+    def project_null(self, v: Tensor) -> Tensor:
+        """The part of v (C, H, W) on the free pixels that A sends to zero: twice v ← v − A_Fᵀ G⁺ A v."""
+        v = self.restrict(v)
+        for _ in range(2):
+            v = v - self.pull(self.multipliers(v))
+        return v
+
+    def _rows(self, u: Tensor) -> Tensor:
+        return self.A.T @ u.to(self.A)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        product = v.new_zeros(len(self.A), dtype=torch.float64)
+        for start in range(0, len(v), _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            product += self.A[:, part].double() @ v[part].double()
+        return product
+
+    def _solve(self, r: Tensor) -> Tensor:
+        """G⁺ r, the eigenvalues of G below the cut taken as zero."""
+        values, vectors = self._eigen()
+        return vectors @ ((vectors.T @ r) / values)
+
+    def _damped(self, r: Tensor, left: float) -> Tensor:
+        """(G + μ)⁻¹ r with μ such that ‖μ (G + μ)⁻¹ r‖ = left on the eigenvectors above the cut, by bisection."""
+        values, vectors = self._eigen()
+        part = vectors.T @ r
+        if float(torch.linalg.vector_norm(part)) <= left:
+            return torch.zeros_like(r)
+        low, high = math.log(float(values[0])) - 70.0, math.log(float(values[-1])) + 70.0
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            kept = part / (1 + values * math.exp(-middle))
+            low, high = (low, middle) if float(torch.linalg.vector_norm(kept)) > left else (middle, high)
+        return vectors @ (part / (values + math.exp(low)))
+
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of G above the cut, ascending, and their eigenvectors."""
+        if self._factor is None:
+            values, vectors = torch.linalg.eigh(self._gram)
+            cut = _CUT if self.A.dtype == torch.float64 else _CUT_SINGLE
+            kept = values > cut**2 * values[-1]
+            self._factor = values[kept], vectors[:, kept]
+        return self._factor
+
+
+_MAX_TRIALS = 40
+
+
+_MAX_REJECTED = 6
+
+
+_PATIENCE = 10
+
+
+_SHORTEST = 0.2  # share of a correction: below, it could not lower the drift enough
+
+
+_STALE = 3.0  # times the cost of a full Jacobian, after which one is worth forming where a correction failed
+
+
+_FAR = 10.0
+
+
+_DECREASE = 0.9  # a correction must bring the drift below this share of what it was
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One encoded image.
+
+    Attributes:
+        jacobian: J at the image; its products use the graph of the one forward pass.
+        residual: r = f(x) − z, (D,), float64.
+        drift: ‖r‖ / ‖z‖.
+    """
+
+    jacobian: Jacobian
+    residual: Tensor
+    drift: float
+
+    @property
+    def image(self) -> Tensor:
+        """x, (C, H, W)."""
+        return self.jacobian.image
+
+
+class Corrector:
+    """Brings images near {x : f(x) = z} onto it: ‖f(x) − z‖/‖z‖ ≤ rtol, pixels in [0, 1].
+
+    With r = f(x) − z, repeats: the pixels at 0 and 1 are held; the model A learns the row rᵀJ(x) by one VJP;
+    x ← clip(x − A_Fᵀ(A_F A_Fᵀ)⁺ r) where that lowers ‖r‖; where not, A learns the row along its own error instead. One
+    evaluation a trial. What A has learnt stays, so one full Jacobian serves a walk.
+
+    Args:
+        f: the encoder, (1, C, H, W) -> (1, D).
+        z: the embedding to keep, (D,), float64.
+        rtol: largest drift of a returned place. Half of it is aimed at, so that it holds in other float32 kernels too;
+            where a correction below rtol brings nothing, it may be noise, and rtol is enough.
+
+    Attributes:
+        model: the linear model A, made by `refresh`.
+        num_evals: evaluations spent, (forwards + 2·cotangents) / 3.
+        num_jacobians: full Jacobians among them.
+        bend: the residual of the last guess before it was corrected, (D,).
+        trials: how many corrections the last guess took.
+    """
+
+    model: LinearModel
+
+    def __init__(self, f: Callable[[Tensor], Tensor], z: Tensor, rtol: float) -> None:
+        self.f, self.z, self.rtol = f, z, rtol
+        self.scale = float(torch.linalg.vector_norm(z))
+        self.num_evals = 0.0
+        self.num_jacobians = 0
+        self._refreshed = 0.0
+        self.bend = torch.zeros_like(z)
+        self.trials = 0
+
+    def look(self, x: Tensor) -> Place:
+        """Encode one image (C, H, W)."""
+        jacobian = Jacobian(self.f, x)
+        self.num_evals += 1 / 3
+        check_dimension(self.z, jacobian.shape[0])
+        residual = jacobian.output.double() - self.z
+        return Place(jacobian, residual, float(torch.linalg.vector_norm(residual)) / self.scale)
+
+    def refresh(self, at: Place) -> None:
+        """Form the full Jacobian at a place."""
+        self.model = LinearModel(at.jacobian)
+        self.num_evals += 2 * len(self.z) / 3
+        self.num_jacobians += 1
+        self._refreshed = self.num_evals
+
+    @property
+    def stale(self) -> bool:
+        """Whether more than three times the cost of a full Jacobian was spent since the last."""
+        return self.num_evals - self._refreshed > _STALE * 2 * len(self.z) / 3
+
+    def learn(self, at: Place, u: Tensor) -> None:
+        """Make the row combination uᵀA that of the Jacobian at a place."""
+        if self.model.learn(at.jacobian, u):
+            self.num_evals += 2 / 3
+
+    def pull_back(self, x: Tensor, u: Tensor) -> Tensor:
+        """Jᵀu at an image (C, H, W); one evaluation."""
+        jacobian = Jacobian(self.f, x)
+        self.num_evals += 1.0
+        return jacobian.rmv(u[None])[0]
+
+    def correct(self, guess: Tensor, longest: float) -> Place | None:
+        """Bring a guess (C, H, W) back to the level set by steps no longer than `longest`; None where that fails."""
+        at = self.look(guess.clamp(0, 1))
+        self.bend, self.trials = at.residual, 0
+        unknown, rejected, share = at.residual, 0, 1.0
+        while at.drift > 0.5 * self.rtol and self.trials < _MAX_TRIALS:
+            if rejected >= (_MAX_REJECTED if at.drift > self.rtol else 1):  # below rtol it may be noise
+                break
+            self.trials += 1
+            self.model.hold((at.image > 0) & (at.image < 1))
+            self.learn(at, unknown)
+            step = self.model.correction(at.residual)
+            length = float(torch.linalg.vector_norm(step))
+            there = self.look((at.image + step * min(share, longest / (length + 1e-300))).clamp(0, 1))
+            if there.drift <= _DECREASE * at.drift:
+                at, unknown, rejected, share = there, there.residual, 0, min(1.0, 2 * share)
+                continue
+            unknown = there.residual - at.residual - self.model.apply(there.image - at.image)
+            if not bool(torch.isfinite(unknown).all()):
+                unknown = at.residual
+            rejected += 1
+            share = max(_SHORTEST, share * (1.0 if rejected == 1 else 0.5))
+        return at if at.drift <= self.rtol else None
+
+    def newton(self, start: Place, most: int) -> Place:
+        """At most so many Newton steps from a place at which the Jacobian was just formed.
+
+        x ← clip(x + s), s the shortest step that the model says leaves half of rtol; before each, the model learns the
+        row along the residual. Every step is taken, also one that raises the error: what it was wrong about is learnt
+        next. Ends at rtol, far off (ten times the error of the start), or when ten steps brought nothing.
+
+        Returns:
+            The nearest place.
+        """
+        at = best = start
+        since, self.trials = 0, 0
+        while best.drift > self.rtol and since < _PATIENCE and self.trials < most:
+            self.trials += 1
+            self.model.hold((at.image > 0) & (at.image < 1))
+            self.learn(at, at.residual)
+            step = self.model.correction(at.residual, 0.5 * self.rtol * self.scale)
+            at = self.look((at.image + step).clamp(0, 1))
+            since = 0 if at.drift < 0.95 * best.drift else since + 1
+            best = at if at.drift < best.drift else best
+            if not at.drift < _FAR * start.drift:
+                break
+        return best

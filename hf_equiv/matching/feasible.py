@@ -1,0 +1,104 @@
+"""The set a match may lie in: the box [0, 1]^N and a ball about the source, with exact projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FeasibleSet:
+    """The box [lower, upper], intersected with the ball ‖x − center‖₂ ≤ l2_radius if there is one.
+
+    An L∞ ball is part of the box; `linf` says that there is one. `center` lies in the set, so the set is not empty.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    center: Tensor
+    l2_radius: float | None = None
+    linf: bool = False
+
+    @classmethod
+    def around(cls, center: Tensor, radius: float | None, norm: str) -> FeasibleSet:
+        """[0, 1] ∩ ball of `radius` in `norm` about `center` (C, H, W), rounded inwards to `center.dtype`."""
+        zero, one = torch.zeros_like(center), torch.ones_like(center)
+        if radius is None or norm == "l2":
+            return cls(zero, one, center, radius)
+        step = _round_down(radius, center.dtype)
+        lower, upper = center - step, center + step
+        # center ± step is rounded to nearest: step one unit inwards where that left the ball.
+        wide = center.double()
+        lower = torch.where(wide - lower.double() > step, torch.nextafter(lower, one * 2), lower)
+        upper = torch.where(upper.double() - wide > step, torch.nextafter(upper, -one), upper)
+        return cls(torch.maximum(lower, zero), torch.minimum(upper, one), center, None, True)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the set: clip(c + t(x − c)) with the largest t in [0, 1] that stays in the ball."""
+        inside = torch.clamp(x, self.lower, self.upper)
+        if self.l2_radius is None or _distance(inside, self.center) <= self.l2_radius:
+            return inside
+        low, high, best = 0.0, 1.0, self.center
+        for _ in range(50):
+            t = 0.5 * (low + high)
+            trial = torch.clamp(self.center + t * (x - self.center), self.lower, self.upper)
+            distance = _distance(trial, self.center)
+            if distance <= self.l2_radius:
+                low, best = t, trial
+                if distance >= self.l2_radius * (1 - 1e-6):
+                    break
+            else:
+                high = t
+        return best
+
+    def free(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Where a small step along −gradient stays in the box, (C, H, W) bool."""
+        return torch.clamp(x - gradient.sign(), self.lower, self.upper).ne(x).logical_or_(gradient == 0)
+
+
+class SineChart:
+    """The inside of a box as all of R^N: x = m + h·sin(w), m the middle and h the half-width of each pixel's range.
+
+    In a small L∞ ball most pixels end near a bound. A projected step holds each of them as soon as it arrives, and the
+    rest creeps; in w every pixel slows down before its bound and comes back. Of the charts whose slope falls to zero at
+    the bounds this one falls slowest (dx/dw = √(h² − (x − m)²)): with tanh, pixels that arrive early lose their
+    gradient for good, and every pixel of a hard pair ends there.
+
+    Attributes:
+        center: w of the ball's centre.
+        space: all of R^N about `center`, as a feasible set.
+    """
+
+    def __init__(self, box: FeasibleSet) -> None:
+        self._box = box
+        self._middle = (box.lower + box.upper) / 2
+        self._half = (box.upper - box.lower) / 2
+        self.center = self.invert(box.center)
+        bound = torch.full_like(self.center, torch.inf)
+        self.space = FeasibleSet(-bound, bound, self.center)
+
+    def invert(self, x: Tensor) -> Tensor:
+        """The w of an image, at most 0.98 of the half-width from the middle: at the bound itself the slope is 0."""
+        return torch.asin(torch.clamp((x - self._middle) / self._half.clamp_min(1e-30), -0.98, 0.98))
+
+    def place(self, w: Tensor) -> Tensor:
+        """The image x of w."""
+        return torch.clamp(torch.addcmul(self._middle, self._half, torch.sin(w)), self._box.lower, self._box.upper)
+
+    def pull_back(self, gradient: Tensor, w: Tensor) -> Tensor:
+        """The gradient in w of what has this gradient in x."""
+        return gradient * self._half * torch.cos(w)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vector_norm((a.double() - b.double()).flatten()))
+
+
+def _round_down(value: float, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` that does not exceed `value`."""
+    rounded = torch.tensor(value, dtype=dtype)
+    if float(rounded) > value:
+        rounded = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return float(rounded)

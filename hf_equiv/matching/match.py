@@ -1,0 +1,339 @@
+"""`match_embedding`: images near a source whose embedding is the target's.
+
+The driver of every solver: it batches the points that the unfinished images ask for, keeps each image's best iterate,
+counts, and decides when an image is done.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_equiv import checks
+from hf_equiv.jacobian import jacobian_cost
+from hf_equiv.matching.corrector import Corrector
+from hf_equiv.matching.feasible import FeasibleSet
+from hf_equiv.matching.lbfgs import LBFGS
+from hf_equiv.matching.solvers import Adam, Evaluation, GradientDescent, Iterates, Solver
+from hf_equiv.precision import no_autocast, no_tf32, with_autocast
+from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
+
+Encoding = Callable[[Tensor], Tensor]
+"""Pixels in [0, 1] (B, C, H, W) to embeddings (B, D), differentiable, each image for itself."""
+
+
+_NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
+"""Typical ‖f(x) in this dtype − f(x)‖ / ‖f(x)‖ per evaluation, for the line search."""
+
+
+ProgressHook = Callable[[Progress], None]
+
+
+_NEAR = 3e-3  # embedding error below which one Jacobian leads to the target
+
+
+_PACE = 30  # evaluations over which the pace of a run is taken
+
+
+_WORTH = 1.5  # how many Jacobians the rest of the way must seem to cost
+
+
+_STEPS = (10, 40)  # Newton steps: fewest worth a Jacobian, and most
+
+
+_LARGEST = 2**30  # bytes of a Jacobian that is formed unasked
+
+
+def match_embedding(
+    f: Encoding,
+    source: Tensor,
+    target: Tensor,
+    solver: Solver | None = None,
+    *,
+    radius: float | None = None,
+    norm: str = "linf",
+    rtol: float = 1e-5,
+    max_evals: int = 1000,
+    raise_on_failure: bool = True,
+    start: MatchResult | None = None,
+    progress: ProgressHook | None = None,
+) -> MatchResult:
+    """Find an image near `source` with the embedding of `target` (a *match*, or metamer).
+
+    Minimises ½‖f(x) − z‖² from x = source over [0, 1]^N ∩ {‖x − source‖ ≤ radius}, for each image b of the batch:
+
+        xᵇ (C, H, W), z = f(target) or target (D,), error ‖f(xᵇ) − zᵇ‖ / ‖zᵇ‖ ≤ rtol.
+
+    Every iterate lies in the feasible set. The residual and the objective are held in float64; f runs in the dtype of
+    `source`, with TF32 off. Finished images leave the batch. Where f itself does not depend on the batch, neither does
+    the result of an image.
+
+    The default solver is helped at the end: below an error of 3e-3, without a ball, an image that would take longer
+    than a full Jacobian at its pace gets one (up to 1 GiB), and Newton steps from there (`Corrector.newton`).
+
+    Cost: one evaluation is one forward and one backward pass of one image; the solvers add vector operations only. The
+    default solver keeps 2·`history` images of memory per image of the batch. Encoding the target once is not counted.
+
+    Args:
+        f: the encoder, or any callable (B, C, H, W) -> (B, D).
+        source: where to start and to stay near, (B, C, H, W), pixels in [0, 1]: photos, constants or noise.
+        target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
+        solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) are there to compare.
+        radius: of the ball about the source, in pixel units; None for the box alone.
+        norm: of the ball: "linf" or "l2".
+        rtol: embedding error at which an image is done. Below about 3e-6 float32 noise ends most runs.
+        max_evals: evaluations per image.
+        raise_on_failure: raise if an image misses `rtol`; False returns it with its status.
+        start: an earlier result for the same images to go on from, of this f or of a cheaper form of it. Its
+            evaluations and seconds count; `source` stays the centre of the ball.
+        progress: called with a `Progress` after every batched evaluation; an exception raised in it ends the run.
+
+    Returns:
+        The best iterate of each image with its error, cost and status.
+
+    Raises:
+        TypeError: `source` or `target` is no float tensor, or `solver` no solver.
+        ValueError: pixels outside [0, 1], shapes that do not fit, a bad `radius`, `norm`, `rtol` or `max_evals`, or a
+            target that equals its source.
+        ConvergenceError: some image missed `rtol`; `.result` holds all of them.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv import match_embedding
+        >>> weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+        >>> def encode(x):
+        ...     return x.flatten(1) @ weight.T
+        >>> source, target = torch.full((1, 3, 4, 4), 0.4), torch.full((1, 3, 4, 4), 0.6)
+        >>> match = match_embedding(encode, source, target, radius=0.2)
+        >>> bool(match.errors.max() <= 1e-5), bool((match.images - source).abs().max() <= 0.2)
+        (True, True)
+
+    References:
+        Salman, Shams, Liu (2024), arXiv:2401.15568, §3. Mahendran, Vedaldi (2015), arXiv:1412.0035, eq. 1.
+        Sabour et al. (2016), arXiv:1511.05122, eq. 1–2 (matching inside an L∞ ball).
+    """
+    checks.check_images(source, "source")
+    checks.check_target(target, source.shape[0])
+    checks.check_radius(radius, norm, source[0].numel())
+    checks.check_rtol(rtol)
+    checks.check_count(max_evals, "max_evals")
+    solver = LBFGS() if solver is None else solver
+    checks.check_solver(solver)
+    if start is not None and start.images.shape != source.shape:
+        raise ValueError(
+            f"`start` must hold images of the shape of `source` {tuple(source.shape)}; got {tuple(start.images.shape)}."
+        )
+    with torch.inference_mode(False), no_tf32():
+        source = source.detach().clone(memory_format=torch.contiguous_format)
+        z = target_embeddings(f, source, target.detach())
+        runs = []
+        for i, (image, embedding) in enumerate(zip(source, z, strict=True)):
+            feasible = FeasibleSet.around(image, radius, norm)
+            known = isinstance(solver, LBFGS | Adam | GradientDescent)
+            begin = image if start is None else start.images[i].to(image, copy=True)
+            run = _Run(solver.iterate(begin, feasible), embedding, begin, None if known else feasible)
+            if start is not None:
+                run.num_evals, run.seconds = float(start.num_evals[i]), float(start.seconds[i])
+            runs.append(run)
+        newton = isinstance(solver, LBFGS) and solver.newton and radius is None
+        _drive(with_autocast(f), runs, rtol, max_evals, progress, newton=newton)
+        result = collect(runs)
+    if raise_on_failure and not result.converged:
+        raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
+    return result
+
+
+def target_embeddings(f: Encoding, source: Tensor, target: Tensor) -> Tensor:
+    """The embeddings (B, D) to reach, float64: those of target pixels, or the target itself."""
+    batch = source.shape[0]
+    if target.ndim == 4:
+        if target.shape[1:] != source.shape[1:]:
+            raise ValueError(
+                f"`target` must have the image shape of `source` {tuple(source.shape[1:])}; "
+                f"got {tuple(target.shape[1:])}. Preprocess both with the same encoder."
+            )
+        same = (source == target.to(source)).flatten(1).all(dim=1).nonzero().flatten().tolist()
+        if same:
+            raise ValueError(
+                f"`target` must differ from `source`; got the same pixels for {_listing('image', same)}. "
+                "Any image is a match of itself: pass another target."
+            )
+        count = target.shape[0]
+        with torch.no_grad():
+            target = f(target.to(source, copy=True))
+        checks.check_output(target, count)
+        checks.check_embeddings(target)
+    return target.detach().to(source.device, torch.float64).expand(batch, -1)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One image on its way: its solver, the point it waits for, and the best so far."""
+
+    iterates: Iterates
+    target: Tensor
+    best: Tensor
+    bounds: FeasibleSet | None  # of a solver that is not known to keep to them
+    error: float = float("inf")
+    num_evals: float = 0.0
+    seconds: float = 0.0
+    status: Status | None = None
+    trace: list[tuple[float, float]] = field(default_factory=list)
+    tried: float = math.inf  # the error at the last attempt by Newton steps
+    point: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scale = float(self.target.norm())
+        # The power of two next to ‖z‖: residuals and gradients in it neither overflow nor lose a bit.
+        self.unit = 2.0 ** math.frexp(self.scale)[1] if self.scale > 0.0 else 1.0
+        self.point = next(self.iterates)
+
+    def offer(self, image: Tensor, error: float) -> None:
+        """Keep an image if it is the best so far; of an unknown solver a copy: it may go on in the same memory."""
+        if error < self.error:
+            if self.bounds is not None:
+                if not torch.equal(self.bounds.project(image), image):
+                    raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
+                image = image.clone()
+            self.error, self.best = error, image
+            self.trace.append((self.num_evals, error))
+
+    def finish(self, status: Status) -> None:
+        self.status = status
+        self.iterates.close()
+
+
+def _drive(
+    f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress: ProgressHook | None, *, newton: bool
+) -> None:
+    """Evaluate the points of all unfinished images in one batch until none is left."""
+    while active := [run for run in runs if run.status is None]:
+        start = time.perf_counter()
+        residuals, gradients, noise = _evaluate(f, active)
+        with no_autocast():
+            for run, residual, gradient in zip(active, residuals, gradients, strict=True):
+                _advance(run, residual, gradient, noise, rtol, max_evals)
+                if newton and _is_slow(run, rtol, max_evals):
+                    _newton(f, run, rtol, max_evals)
+        share = (time.perf_counter() - start) / len(active)
+        for run in active:
+            run.seconds += share
+        if progress is not None:
+            progress(snapshot(runs))
+
+
+def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:
+    """Residuals r = (f(x) − z)/unit (B, D) in float64, gradients Jᵀr/unit (B, C, H, W), and the relative noise of f."""
+    points = torch.stack([run.point for run in runs]).requires_grad_(True)
+    units = points.new_tensor([run.unit for run in runs], dtype=torch.float64)[:, None]
+    with torch.enable_grad():
+        z = f(points.clone())  # a copy, so that an f which normalises in place may
+        checks.check_output(z, len(runs))
+        checks.check_dimension(runs[0].target, z.shape[1])
+        residuals = (z.detach().double() - torch.stack([run.target for run in runs])) / units
+        gradients = None
+        if z.requires_grad:
+            with no_autocast():
+                (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype), allow_unused=True)
+        if gradients is None:
+            raise ValueError("`f` must be differentiable and use its input; got no gradient. Drop no_grad or detach.")
+    gradients = (gradients / units[:, :, None, None].to(gradients)).contiguous()
+    return residuals, gradients, max(_NOISE[z.dtype], _NOISE[points.dtype])
+
+
+def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: float, max_evals: int) -> None:
+    """Book one evaluation of one image and ask its solver for the next point."""
+    run.num_evals += 1.0
+    norm = float(residual.norm())
+    error = norm * run.unit / run.scale
+    run.offer(run.point, error)
+    finite = math.isfinite(error) and all(math.isfinite(float(end)) for end in torch.aminmax(gradient))
+    if error <= rtol:
+        run.finish(Status.CONVERGED)
+    elif not finite and run.error == math.inf:
+        run.finish(Status.ERROR)
+    elif run.num_evals + 1 > max_evals:
+        run.finish(Status.MAX_EVALS)
+    else:
+        slack = noise * norm * run.scale / run.unit
+        at = Evaluation(0.5 * norm**2, gradient, slack, error, run.unit)
+        if not finite:
+            at = Evaluation(math.inf, torch.zeros_like(gradient), math.inf, math.inf, run.unit)
+        try:
+            run.point = run.iterates.send(at)
+        except StopIteration:
+            run.finish(Status.STALLED if finite else Status.ERROR)
+
+
+def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
+    """Whether a Jacobian is the shorter way: log error over the last evaluations is extrapolated to rtol."""
+    if run.status is not None or run.error > min(_NEAR, 0.1 * run.tried):
+        return False
+    jacobian = jacobian_cost(len(run.target))
+    size = len(run.target) * run.best.numel() * run.best.element_size()
+    if run.num_evals + jacobian + _STEPS[0] > max_evals or size > _LARGEST:
+        return False
+    earlier = next((error for count, error in reversed(run.trace) if count <= run.num_evals - _PACE), None)
+    if earlier is None:
+        return False
+    left = math.log(run.error / rtol) * _PACE / max(math.log(earlier / run.error), 1e-9)
+    return left > _WORTH * jacobian
+
+
+def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
+    """Bring the best image of a run nearer to the target by a full Jacobian and Newton steps; the solver goes on."""
+    run.tried = run.error
+    corrector = Corrector(f, run.target, rtol)
+    start = corrector.look(run.best)
+    corrector.refresh(start)
+    place = corrector.newton(start, min(_STEPS[1], int(max_evals - run.num_evals - corrector.num_evals)))
+    run.num_evals += corrector.num_evals
+    run.offer(place.image, place.drift)
+    if run.error <= rtol:
+        run.finish(Status.CONVERGED)
+    elif run.num_evals + 1 > max_evals:
+        run.finish(Status.MAX_EVALS)
+
+
+def snapshot(runs: list[_Run]) -> Progress:
+    """The state of all images for a progress hook."""
+    return Progress(
+        torch.stack([run.best for run in runs]),
+        torch.tensor([run.error for run in runs], dtype=torch.float64, device="cpu"),
+        torch.tensor([run.num_evals for run in runs], dtype=torch.float64, device="cpu"),
+        torch.tensor([run.status is None for run in runs], device="cpu"),
+    )
+
+
+def collect(runs: list[_Run]) -> MatchResult:
+    """One frozen record of finished runs."""
+    return MatchResult(
+        torch.stack([run.best for run in runs]),
+        torch.tensor([run.error for run in runs], dtype=torch.float64, device="cpu"),
+        torch.tensor([run.num_evals for run in runs], dtype=torch.float64, device="cpu"),
+        torch.tensor([run.seconds for run in runs], dtype=torch.float64, device="cpu"),
+        tuple(run.status or Status.ERROR for run in runs),
+        tuple(tuple(run.trace) for run in runs),
+    )
+
+
+def _describe_failure(result: MatchResult, rtol: float, max_evals: int) -> str:
+    missed = [i for i, status in enumerate(result.status) if status is not Status.CONVERGED]
+    best = min(float(result.errors[i]) for i in missed)
+    statuses = sorted({result.status[i] for i in missed})
+    advice = " ".join(status.advice for status in statuses)
+    return (
+        f"{len(missed)} of {len(result.status)} images did not reach rtol={rtol:g} in {max_evals} evaluations "
+        f"({_listing('image', missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "
+        "Or pass `raise_on_failure=False`."
+    )
+
+
+def _listing(noun: str, indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+    return f"{noun}{'s' if len(indices) > 1 else ''} {shown}"

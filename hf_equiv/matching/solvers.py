@@ -1,0 +1,132 @@
+"""Solvers for ½‖f(x) − z‖² inside a feasible set: frozen hyper-parameters, one image's algorithm as a generator.
+
+`solver.iterate(source, feasible)` yields points x to evaluate and is sent an `Evaluation` of each. It sees one image
+only, so each image has its own history, line search and end; `matching` puts the points of all unfinished images into
+one batch. A generator that returns has stalled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_equiv.checks import check_positive, check_range
+from hf_equiv.matching.feasible import FeasibleSet
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """f at one point, for the residual r = (f(x) − z) / unit (D,).
+
+    Where f or its gradient is not finite: objective, noise and error are infinite, the gradient is zero.
+
+    Attributes:
+        objective: ½‖r‖², float64.
+        gradient: Jᵀr / unit, (C, H, W).
+        noise: what rounding in f may change the objective by: ‖r‖·ε·‖z‖ / unit, with ε the float noise of an encoder.
+        error: ‖f(x) − z‖ / ‖z‖.
+        unit: a power of two near ‖z‖, so that no solver sees the scale of the embedding.
+    """
+
+    objective: float
+    gradient: Tensor
+    noise: float
+    error: float
+    unit: float = 1.0
+
+
+Iterates = Generator[Tensor, Evaluation, None]
+"""Points out, evaluations in."""
+
+
+class Solver(Protocol):
+    """What `match_embedding` asks of a solver."""
+
+    def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
+        """Yield the points to evaluate for one image and be sent their evaluations.
+
+        Args:
+            source: where to start, (C, H, W), pixels in [0, 1].
+            feasible: the set that every point lies in.
+
+        Returns:
+            A generator of points (C, H, W). It ends when the solver can get no further.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GradientDescent:
+    """Projected gradient descent x ← P(x − lr·∇½‖f(x) − z‖²) with a fixed step: the paper's procedure.
+
+    Args:
+        lr: step size, in squared pixels per squared embedding unit.
+
+    References:
+        Salman, Shams, Liu (2024), arXiv:2401.15568, §3.
+    """
+
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters."""
+        check_positive(self.lr, "lr")
+
+    def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
+        """Yield the points to evaluate for one image."""
+        x = feasible.project(source)
+        while True:
+            at = yield x
+            if at.objective == math.inf:
+                return
+            moved = feasible.project(x - self.lr * at.unit**2 * at.gradient)
+            if torch.equal(moved, x):
+                return
+            x = moved
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """Projected Adam on ½‖f(x) − z‖². Quick to a rough match, and far from the source: every pixel moves by about `lr`.
+
+    Args:
+        lr: step size, in pixels.
+        betas: decay of the running mean and of the running square.
+        eps: added to the root of the running square.
+
+    References:
+        Kingma, Ba (2015), arXiv:1412.6980, algorithm 1.
+    """
+
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters."""
+        check_positive(self.lr, "lr")
+        for beta in self.betas:
+            check_range(beta, "betas", 0.0, 1.0)
+        check_range(self.eps, "eps", 0.0, math.inf)
+
+    def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
+        """Yield the points to evaluate for one image."""
+        x = feasible.project(source)
+        mean, square, step = torch.zeros_like(x), torch.zeros_like(x), 0
+        while True:
+            at = yield x
+            if at.objective == math.inf:
+                return
+            step += 1
+            mean = self.betas[0] * mean + (1 - self.betas[0]) * at.gradient
+            square = self.betas[1] * square + (1 - self.betas[1]) * at.gradient**2
+            scale = (square / (1 - self.betas[1] ** step)).sqrt() + self.eps / at.unit**2
+            moved = feasible.project(x - self.lr / (1 - self.betas[0] ** step) * mean / scale)
+            if torch.equal(moved, x):
+                return
+            x = moved

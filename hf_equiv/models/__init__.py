@@ -1,0 +1,5 @@
+"""A checkpoint by name as a map from pixels to an embedding."""
+
+from hf_equiv.models.encoder import Encoder
+
+__all__ = ["Encoder"]

@@ -1,0 +1,372 @@
+"""A Hub checkpoint as a function f from pixels in [0, 1] to an embedding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from hf_equiv.checks import finite_embedding
+from hf_equiv.geometry.zeros import LeftRelation
+from hf_equiv.jacobian import require_forward_mode
+from hf_equiv.models.checkpoint import Checkpoint, find_checkpoint
+from hf_equiv.models.loading import find_device, load_model
+from hf_equiv.models.network import Network
+from hf_equiv.models.preprocess import load_preprocessor
+from hf_equiv.models.readouts import resolve_readout
+from hf_equiv.models.structure import left_relations, patch_weight
+from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
+from hf_equiv.precision import embedding_noise
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Encoder:
+    """f: [0, 1]^(3·H·W) → R^D, z = readout(model((x − mean) / std)): one checkpoint, frozen, in eval mode.
+
+    A plain callable: `z = encoder(pixels)` takes (B, 3, H, W) pixels in [0, 1] and gives (B, D). It normalises inside,
+    is differentiable in the pixels, and gives an image the same embedding whatever else is in the batch (to the bit on
+    a CPU). Build one with `Encoder.from_pretrained`.
+
+    Attributes:
+        model_id: the Hub id, folder or "builtin" it was loaded from.
+        revision: commit sha on the Hub, or "sha256:…" of the weights of a local folder.
+        readout: the readout in use, never "auto".
+        readouts: every readout this checkpoint has.
+        embedding_dim: D.
+        input_shape: (3, H, W) of preprocessed images; other sizes work where the model interpolates positions.
+        normalize: whether embeddings are scaled to unit L2 norm.
+        has_head: whether trained classification weights are in the checkpoint.
+        label_names: class names of that head in logit order; None without a head.
+        dtype: floating-point type of weights and embeddings.
+        device: where the weights are.
+
+    Example:
+        >>> import torch
+        >>> from hf_equiv import Encoder
+        >>> encoder = Encoder.from_pretrained("builtin")
+        >>> encoder(torch.full((1, *encoder.input_shape), 0.5)).shape == (1, encoder.embedding_dim)
+        True
+    """
+
+    def __init__(self, checkpoint: Checkpoint, network: Network, *, readout: str, normalize: bool) -> None:
+        self._checkpoint, self._network = checkpoint, network
+        self.model_id, self.revision, self.normalize = checkpoint.model_id, checkpoint.revision, normalize
+        self.dtype, self.device = network.dtype, network.grey.device
+        self.input_shape = (3, int(network.grey.shape[2]), int(network.grey.shape[3]))
+        self.readouts = network.layout.available
+        self.readout = resolve_readout(readout, network.layout, self.model_id)
+        with torch.no_grad():
+            self.embedding_dim = int(finite_embedding(self(network.grey), self.model_id).shape[1])
+        names = getattr(network.loaded.model.config, "id2label", None) or {}
+        self.has_head = network.loaded.has_head
+        self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
+        self._twin: Encoder | None = None
+        self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
+        self._jvp_works = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | os.PathLike[str],
+        *,
+        readout: str = "auto",
+        normalize: bool = False,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> Encoder:
+        """Load the image encoder of a checkpoint: one model, with its classification head where the checkpoint has one.
+
+        Any vision model of transformers that maps pixels to hidden states; the vision tower of CLIP and SigLIP. Weights
+        are read from safetensors only. The commit is resolved once and every file is of that commit.
+
+        Args:
+            model_id: Hub id, local folder, or "builtin" (a small ViT that ships with the package).
+            readout: which vector is the embedding: "cls", "mean", "pooler", "tokens", "logits", "hidden:K",
+                "projection", or "auto": the image embedding for CLIP and SigLIP; else the pooler if its weights are in
+                the checkpoint or it needs none; else the class token; else the mean.
+            normalize: whether to scale embeddings to unit L2 norm.
+            revision: branch, tag or commit on the Hub; None for the default branch.
+            subfolder: folder inside the repository or `model_id` that holds the model.
+            token: Hub access token; None for the stored one.
+            cache_dir: where Hub files are cached; None for the usual place.
+            local_files_only: whether to use cached files only.
+            trust_remote_code: whether to run Python code that the checkpoint brings.
+            dtype: type of weights and embeddings. State numbers in float32 or float64; half precision moves an
+                embedding by far more than an 8-bit step of the image does.
+            device: where to run; None for CUDA if present, else the CPU.
+
+        Returns:
+            The encoder, frozen and in eval mode.
+
+        Raises:
+            TypeError: `dtype` is no floating-point type.
+            ValueError: no image encoder, no such readout or device, or weights missing from the checkpoint.
+            FileNotFoundError: the folder, its safetensors or its image processor file is absent.
+            OSError: a file is damaged; or the Hub's own RepositoryNotFoundError (unknown or private), GatedRepoError,
+                RevisionNotFoundError, ConnectionError (no network, or HF_HUB_OFFLINE=1).
+
+        Example:
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin", readout="cls")
+            >>> encoder.input_shape
+            (3, 64, 64)
+        """
+        if dtype not in _DTYPES:
+            raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
+        place = find_device(device)
+        checkpoint = find_checkpoint(
+            model_id, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        network = Network(load_model(checkpoint, dtype), load_preprocessor(checkpoint), dtype, place)
+        return cls(checkpoint, network, readout=readout, normalize=normalize)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the embedding z = f(x) of each image, (B, D), differentiable in the pixels.
+
+        Float32 is float32 (TF32 and `torch.autocast` off during the call), and float64 and forward mode
+        (`torch.func.jvp`) use the attention kernel that has them. Of `hf_equiv.precision`, wrap a double backward in
+        `exact_derivatives` yourself, and a backward pass in `no_tf32` (on CUDA) and `no_autocast`. Values outside
+        [0, 1] are not refused: finite differences step over the edge.
+
+        Args:
+            pixels: (B, 3, H, W), in [0, 1], on the encoder's device; cast to its dtype.
+
+        Returns:
+            (B, D) in the encoder's dtype; of unit L2 norm with `normalize=True`.
+
+        Raises:
+            TypeError: `pixels` is no float tensor.
+            ValueError: a shape, size or device that does not fit.
+
+        Example:
+            >>> import torch
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin")
+            >>> x = torch.rand(1, *encoder.input_shape, requires_grad=True)
+            >>> encoder(x).square().sum().backward()
+            >>> x.grad.shape == x.shape
+            True
+        """
+        self._network.check(pixels)
+        z = self._network(pixels, self.readout)
+        return z / z.norm(dim=1, keepdim=True) if self.normalize else z
+
+    def preprocess(self, images: Sequence[Image] | Image) -> Tensor:
+        """Return what the checkpoint's own image processor makes of photos, before it normalises: (B, 3, H, W).
+
+        Bit for bit the processor that transformers selects in this environment; recorded in `provenance`. Images are
+        converted to RGB first.
+
+        Args:
+            images: one PIL image or a sequence of them.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1], every value k/255.
+
+        Raises:
+            TypeError: anything but PIL images.
+            ValueError: this environment cannot run the processor (DINOv3's needs torchvision, and leaves the k/255
+                grid), or it cannot be split exactly.
+
+        Example:
+            >>> from PIL import Image
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin")
+            >>> encoder.preprocess(Image.new("RGB", (100, 80))).shape == (1, *encoder.input_shape)
+            True
+        """
+        return self._network.preprocessor(images)
+
+    def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
+        """Return class scores s(x) before the softmax, (B, num_classes).
+
+        Without `labels`, the scores of the checkpoint's own head, named by `label_names`. With `labels`, zero-shot:
+        s = scale · cos(image embedding, text embedding of "a photo of a {label}.") + bias, for CLIP and SigLIP; the
+        text encoder is loaded for it once per list of labels. Costs one forward pass.
+
+        Args:
+            pixels: (B, 3, H, W), in [0, 1].
+            labels: class names for zero-shot classification; None for the head.
+
+        Returns:
+            (B, num_classes) in the encoder's dtype, differentiable in the pixels. SigLIP's scores belong to a sigmoid
+            per label, all others to a softmax over the labels.
+
+        Raises:
+            ValueError: the checkpoint has no head (without `labels`) or no text encoder (with `labels`).
+
+        Example:
+            >>> import torch
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin")
+            >>> scores = encoder.classify(torch.zeros(1, *encoder.input_shape))
+            >>> encoder.label_names[int(scores.argmax())] in encoder.label_names
+            True
+
+        References:
+            Radford et al. 2021, arXiv:2103.00020, §3.1; Zhai et al. 2023, arXiv:2303.15343.
+        """
+        self._network.check(pixels)
+        two_tower = self._network.loaded.two_tower
+        if labels is not None:
+            if not two_tower:
+                advice = "Leave it out: the checkpoint has a head." if self.has_head else "Use CLIP or SigLIP."
+                raise ValueError(f"`labels` must be None for '{self.model_id}': it has no text encoder. {advice}")
+            key = tuple(labels)
+            if isinstance(labels, str) or key not in self._labels:
+                self._labels[key] = embed_labels(self._checkpoint, labels, self.dtype, self.device)
+            return self._labels[key].logits(self._network(pixels, "projection"))
+        if not self.has_head:
+            advice = "Pass `labels`." if two_tower else "Use a checkpoint fine-tuned for classification."
+            raise ValueError(f"`classify` must have a classification head; '{self.model_id}' has none. {advice}")
+        return self._network(pixels, "logits")
+
+    def double(self) -> Encoder:
+        """Return the same function in float64, made once. Weights are kept exactly, every operation has 53 bits."""
+        if self.dtype != torch.float64 and self._twin is None:
+            self._twin = self.in_dtype(torch.float64)
+        return self._twin or self
+
+    def in_dtype(self, dtype: torch.dtype) -> Encoder:
+        """Return the same function in another floating-point type, a copy with weights of its own.
+
+        Args:
+            dtype: of weights and embeddings.
+
+        Returns:
+            The copy, on the same device.
+        """
+        network = self._network.in_dtype(dtype)
+        return Encoder(self._checkpoint, network, readout=self.readout, normalize=self.normalize)
+
+    def noise_floor(self, pixels: Tensor) -> Tensor:
+        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image, (B,), float64: what rounding does to the embedding.
+
+        f₆₄ is the float64 twin at the same pixels. No embedding error below this means anything. One image at a time;
+        costs one forward pass in the encoder's dtype and one in float64 each. 0 for a float64 encoder.
+
+        Args:
+            pixels: (B, 3, H, W), in [0, 1].
+
+        Returns:
+            (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
+
+        Example:
+            >>> import torch
+            >>> from hf_equiv import Encoder
+            >>> encoder = Encoder.from_pretrained("builtin")
+            >>> bool(encoder.noise_floor(torch.rand(1, *encoder.input_shape)) < 1e-4)
+            True
+        """
+        self._network.check(pixels)
+        return embedding_noise(self, self.double(), pixels.to(self.dtype))
+
+    def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
+        """Return which left vectors u of J = ∂f/∂x have uᵀJ in closed form, by the last LayerNorm and what follows it.
+
+        Args:
+            image: (3, H, W), in [0, 1].
+
+        Returns:
+            The relations, exact zeros first.
+        """
+        return left_relations(self, self._network.loaded.model, image)
+
+    @property
+    def pixel_std(self) -> Tensor:
+        """Standard deviation (3,) that the checkpoint divides each channel by: one normalised-pixel unit in [0, 1]."""
+        return self._network.std.flatten()
+
+    @property
+    def patch_weight(self) -> Tensor | None:
+        """Weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without."""
+        return patch_weight(self._network.loaded.model, self._network.std)
+
+    def jvp_probe(self) -> bool:
+        """Try one Jacobian-vector product on a grey image; the answer is kept.
+
+        Returns:
+            True: `torch.func.jvp` works on this encoder and is finite.
+
+        Raises:
+            RuntimeError: an operation of this model has no forward-mode derivative, or its value is not finite.
+        """
+        if not self._jvp_works:
+            attention = self._network.loaded.attention
+            require_forward_mode(self, self._network.grey, f"'{self.model_id}' with {attention} attention")
+            self._jvp_works = True
+        return True
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What every row records of the encoder; `processor` and `versions` are JSON objects in a string.
+
+        Of a local folder the name is recorded, not the path: with the digest of the weights it says which model it was.
+        """
+        return {
+            "model_id": self._checkpoint.name,
+            "model_revision": self.revision,
+            "readout": self.readout,
+            **self._network.record,
+        }
+
+    def __repr__(self) -> str:
+        """Name the checkpoint, the map it is and where it runs."""
+        size, dtype = "×".join(map(str, self.input_shape)), str(self.dtype).removeprefix("torch.")
+        readout = repr(self.readout) + (", normalize=True" if self.normalize else "")
+        what = f"{self.model_id!r} @ {self.revision[:14]}: {size} -> {self.embedding_dim}"
+        return f"Encoder({what}, readout={readout}, {dtype} on {self.device})"
+
+
+# The checkpoint that a run directory was made with.
+
+
+def load_recorded(
+    settings: dict[str, Any], model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
+) -> Encoder:
+    """Load the model of a run at its recorded revision, with its readout and dtype.
+
+    Args:
+        settings: of the run, as in `run.json`.
+        model: where the checkpoint is, if the recorded name does not find it (a local folder's path is not recorded).
+        device: where to compute; by default CUDA if there is one.
+        cache_dir: the Hub's cache.
+        local_files_only: never ask the Hub.
+
+    Returns:
+        The encoder; whether a named `model` is the recorded one is for the caller to check.
+
+    Raises:
+        ValueError: the run used a local checkpoint that is not in the current folder.
+    """
+    name, revision = settings["model_id"], settings["model_revision"]
+    local = str(revision).startswith("sha256:") and name != "builtin"
+    if model is None and local:
+        if not Path(name).is_dir():
+            raise ValueError(
+                f"this run used the local checkpoint {name!r} ({revision[:19]}…), which is not in the current folder. "
+                "Name it with --model PATH."
+            )
+        model = f"./{name}"
+    return Encoder.from_pretrained(
+        model or name,
+        revision=None if local or name == "builtin" or model is not None else revision,
+        readout=settings["readout"],
+        normalize=settings["normalize"],
+        dtype=getattr(torch, settings["dtype"].removeprefix("torch.")),
+        device=device,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )

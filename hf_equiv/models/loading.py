@@ -1,0 +1,232 @@
+"""Load the one model of a checkpoint: its own architecture, its own head, and no weight that is not in the file."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from hf_equiv.models.checkpoint import Checkpoint, HubFiles, no_safetensors, quiet, shard_names, weight_files
+
+# Absent from a checkpoint these may be: masked image modelling only, or named by a readout that is then refused.
+_OPTIONAL = ("mask_token", "pooler", "classifier", "cls_classifier", "distillation_classifier", "text_model")
+
+
+_HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """One model in eval mode with frozen parameters, and what its checkpoint held.
+
+    Attributes:
+        model: the whole model, with its classification head where the checkpoint has one.
+        backbone: the part that maps normalised pixels to hidden states.
+        projection: CLIP's linear map from the pooled vision state to the image embedding; None if there is none.
+        attention: "sdpa" or "eager".
+        has_head: whether trained classification weights are in the checkpoint.
+        has_pooler: whether every weight of the pooler (if it has any) is in the checkpoint.
+        two_tower: whether the checkpoint also holds a text encoder.
+    """
+
+    model: PreTrainedModel
+    backbone: PreTrainedModel
+    projection: torch.nn.Module | None
+    attention: str
+    has_head: bool
+    has_pooler: bool
+    two_tower: bool
+
+    def to(self, device: torch.device) -> None:
+        """Move every parameter to `device`."""
+        self.model.to(device)
+        if self.projection is not None:
+            self.projection.to(device)
+
+    def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
+        """Return a copy whose parameters are of `dtype`; float64 keeps every float32 value exactly."""
+        twin = copy.deepcopy((self.model, self.backbone, self.projection))  # together: shared parts stay shared
+        model, backbone, projection = (part if part is None else part.to(dtype) for part in twin)
+        return replace(self, model=model, backbone=backbone, projection=projection)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
+    """Load the one model of `checkpoint` in `dtype`, frozen and in eval mode, on the CPU; refuse what is not whole."""
+    config = _read_config(checkpoint)
+    model_class = _choose_class(config, checkpoint)
+    if checkpoint.hub is not None:
+        _fetch_weights(checkpoint.hub, checkpoint.model_id)
+    weight_files(checkpoint.folder, checkpoint.model_id)
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0  # its embeddings drop a random 75 % of the patches otherwise
+    attention = "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
+    with quiet(), torch.random.fork_rng(devices=[]):
+        try:
+            model, report = model_class.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                **({"trust_remote_code": True} if model_class is AutoModel else {}),
+            )
+        except Exception as error:
+            raise _load_error(error, checkpoint) from error
+    model.eval().requires_grad_(False)
+    two_tower = hasattr(model, "get_image_features") and hasattr(model, "vision_model")
+    backbone = model.vision_model if two_tower else _backbone(model)
+    if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values":
+        raise _not_an_image_encoder(checkpoint, config)
+    missing = [key for key in report["missing_keys"] if not (two_tower and _is_text(key))]
+    broken = [key for key in missing if not set(_OPTIONAL) & set(key.split("."))]
+    broken += [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
+    if broken:
+        raise ValueError(
+            f"`model_id` must hold every weight of {type(model).__name__}; '{checkpoint.model_id}' lacks "
+            f"{len(broken)} of them (first: {broken[0]}), which would be random. Check that config.json and the "
+            "weights belong together."
+        )
+    parts = {part for key in missing for part in key.split(".")}
+    head = _is_classifier(model) and not parts & {*_HEADS, "pooler"} and config.num_labels > 0
+    for owner in (model, backbone):
+        for name in (*_HEADS, "pooler", "visual_projection", *(("head",) if "siglip" in config.model_type else ())):
+            part = getattr(owner, name, None)
+            if isinstance(part, torch.nn.Module) and not isinstance(part, _PerImage):
+                setattr(owner, name, _PerImage(part))
+    projection = getattr(model, "visual_projection", None)
+    if two_tower:  # the text encoder is loaded again when labels ask for it
+        model = backbone
+    return LoadedModel(model, backbone, projection, attention, head, "pooler" not in parts, two_tower)
+
+
+def _fetch_weights(hub: HubFiles, model_id: str) -> None:
+    if hub.try_fetch("model.safetensors") is None:
+        index = hub.try_fetch("model.safetensors.index.json")
+        if index is None:
+            try:
+                hub.fetch("model.safetensors")  # again, to tell "not there" from "not cached and no network"
+            except RemoteEntryNotFoundError as error:
+                raise no_safetensors(model_id, hub.other_weights()) from error
+            return
+        for shard in shard_names(index):
+            hub.fetch(shard)
+
+
+def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    if checkpoint.trust_remote_code and checkpoint.hub is not None:
+        checkpoint.hub.fetch_matching((".py",))
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            raise _load_error(error, checkpoint) from error
+
+
+class _PerImage(torch.nn.Module):
+    """Apply a head to one image at a time on the CPU.
+
+    A head sees one row per image. The BLAS multiplies a single row by another routine than several, and the two round
+    differently, so that an embedding would depend on whether its image came alone.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        if state.shape[0] == 1 or state.device.type != "cpu":
+            return self.module(state)
+        return torch.cat([self.module(one) for one in state.split(1)])
+
+
+def _choose_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
+    """Return the class that loads the checkpoint's own architecture, or refuse before any weight is fetched."""
+    architectures = getattr(config, "architectures", None) or [""]
+    named = getattr(transformers, architectures[0], None)
+    if named is not None and (
+        "ForImageClassification" in named.__name__ or "VisionModelWithProjection" in named.__name__
+    ):
+        return named
+    if type(config) not in AutoModel._model_mapping:
+        if checkpoint.trust_remote_code and "AutoModel" in (getattr(config, "auto_map", None) or {}):
+            return AutoModel
+        raise _not_an_image_encoder(checkpoint, config)
+    found = AutoModel._model_mapping[type(config)]
+    found = found[0] if isinstance(found, tuple | list) else found
+    if found.main_input_name != "pixel_values" and not hasattr(found, "get_image_features"):
+        raise _not_an_image_encoder(checkpoint, config)
+    return found
+
+
+def _backbone(model: PreTrainedModel) -> PreTrainedModel:
+    for name in (model.base_model_prefix, "vision_model"):
+        inner = getattr(model, name, None) if name else None
+        # DINOv3 calls its encoder "model" and its prefix too: that encoder alone takes no pixels.
+        if isinstance(inner, PreTrainedModel) and (_is_classifier(model) or name == "vision_model"):
+            return inner
+    return model
+
+
+def _is_classifier(model: PreTrainedModel) -> bool:
+    return "ForImageClassification" in type(model).__name__
+
+
+def _is_text(key: str) -> bool:
+    return key.startswith("text_") or key in ("logit_scale", "logit_bias")
+
+
+def _not_an_image_encoder(checkpoint: Checkpoint, config: PreTrainedConfig) -> ValueError:
+    return ValueError(
+        f"`model_id` must name an image encoder (pixels in, hidden states out); '{checkpoint.model_id}' is a "
+        f"{config.model_type!r} model. Choose a vision checkpoint such as 'facebook/deit-tiny-patch16-224'."
+    )
+
+
+def _load_error(error: Exception, checkpoint: Checkpoint) -> Exception:
+    """Turn what transformers and safetensors raise into one line with the cure."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return ValueError(
+            f"`trust_remote_code` must be True for '{checkpoint.model_id}': it brings its own Python code, which would "
+            "run on this machine. Read that code first, then pass `trust_remote_code=True`."
+        )
+    if type(error).__name__ == "SafetensorError" or "safetensors" in text.lower():
+        return OSError(
+            f"The weights of '{checkpoint.model_id}' must be a readable safetensors file; it is damaged or cut short "
+            f"({text[:120]}). Fetch it again."
+        )
+    if "not a valid JSON" in text:
+        return ValueError(f"the config.json of '{checkpoint.model_id}' must be JSON; it is damaged. Fetch it again.")
+    if "model_type" in text or "model type" in text:
+        return ValueError(
+            f"`model_id` must hold a config.json that transformers {transformers.__version__} knows; "
+            f"'{checkpoint.model_id}' does not ({text[:160]}). Update transformers, or choose another checkpoint."
+        )
+    return OSError(
+        f"'{checkpoint.model_id}' cannot be loaded ({type(error).__name__}: {text[:300]}). Check the checkpoint."
+    )
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """Return the device that `device` names: None is CUDA if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be a PyTorch device; got {device!r}. Use 'cpu' or 'cuda'.") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"`device` must be present; got '{place}', but PyTorch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices. Use device='cpu', or install a CUDA build of PyTorch."
+        )
+    return place

@@ -1,0 +1,219 @@
+"""From a PIL image to pixels in [0, 1], as the checkpoint's own image processor does it, and the normalisation after.
+
+The processor is split in two: its resize and crop run as they are (on 8-bit values, not differentiable); its
+(x − mean) / std is computed here, differentiably, so that the encoder is a function of pixels in [0, 1]. On a probe
+image the two halves must give exactly what the whole processor gives, or `preprocess` refuses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from hf_equiv.models.checkpoint import Checkpoint, quiet
+
+_FILE = "preprocessor_config.json"
+
+
+_CURE = "Pass pixels (B, 3, H, W) in [0, 1] to the encoder."
+
+
+_OFF_GRID = "DINOv3ViTImageProcessor"  # torchvision only; it rescales before it resizes, so its pixels are not k/255
+
+
+_BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessor:
+    """The image processor of one checkpoint.
+
+    Attributes:
+        mean: per-channel mean that the model expects to be subtracted, in units of pixels in [0, 1].
+        std: per-channel standard deviation that it expects to be divided by.
+        size: (H, W) of every preprocessed image; None if this environment cannot preprocess.
+        refusal: why `preprocess` cannot be done; empty if it can.
+        record: the processor's settings and backend as one JSON string.
+        processor: the transformers image processor; None if it cannot be built here.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    size: tuple[int, int] | None
+    refusal: str
+    record: str
+    processor: Any = None
+
+    def __call__(self, images: Sequence[Image.Image] | Image.Image) -> Tensor:
+        """Return (B, 3, H, W) float32 pixels k/255 of the images."""
+        if isinstance(images, Image.Image):
+            images = [images]
+        if isinstance(images, Sequence) and not images:
+            raise ValueError("`images` must hold at least one image; got none. Pass [PIL.Image.open(path)].")
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+            raise TypeError(f"`images` must be PIL images; got {type(images).__name__}. Pass [PIL.Image.open(path)].")
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"`images` must be PIL images; got {type(image).__name__}. Use PIL.Image.open(path).")
+        if self.refusal:
+            raise ValueError(self.refusal)
+        return torch.stack([_to_pixels(self.processor, image) for image in images])
+
+
+def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
+    """Read the image processor of `checkpoint`, build it as transformers does here, and check the split.
+
+    A FileNotFoundError names the file of a checkpoint that has no image processor: its normalisation is unknown. A
+    ValueError says that the file is damaged, or that it does not normalise per channel of pixels in [0, 1].
+
+    Returns:
+        The processor, with `refusal` set where `preprocess` cannot be done here.
+    """
+    settings = _read_settings(checkpoint)
+    name = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
+    processor, refusal = None, ""
+    with quiet():
+        try:
+            processor = AutoImageProcessor.from_pretrained(
+                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                refusal = (
+                    f"`trust_remote_code` must be True for '{checkpoint.model_id}': its image processor is Python code "
+                    "of its own. Read that code first, or pass pixels (B, 3, H, W) in [0, 1] to the encoder."
+                )
+            elif name.startswith(_OFF_GRID):
+                refusal = (
+                    "`preprocess` must run the checkpoint's own image processor; DINOv3's exists only for torchvision, "
+                    "which is not usable here. Install a torchvision that matches this PyTorch, or pass pixels "
+                    "(B, 3, H, W) in [0, 1] to the encoder."
+                )
+            else:
+                text = " ".join(str(error).split())[:160]
+                refusal = (
+                    f"`preprocess` must run the checkpoint's own image processor; {name or _FILE} cannot be built here "
+                    f"({text}). {_CURE}"
+                )
+        mean, std = _normalisation(processor, settings, checkpoint)
+        size = None
+        if processor is not None:
+            size, refusal = _check_split(processor, mean, std)
+    record = dict(processor.to_dict() if processor is not None else settings)
+    record["backend"] = str(getattr(processor, "backend", "none"))
+    return Preprocessor(mean, std, size, refusal, json.dumps(record, sort_keys=True, default=str), processor)
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return (x − mean) / std with mean and std of shape (1, 3, 1, 1): what the image processor ends with."""
+    return (pixels - mean) / std
+
+
+def _to_pixels(processor: Any, image: Image.Image) -> Tensor:
+    if type(processor).__name__.startswith(_OFF_GRID):
+        return torch.as_tensor(np.asarray(_run(processor, image, do_normalize=False))).clamp(0, 1)
+    values = np.asarray(_run(processor, image, **_BEFORE))
+    if values.dtype != np.uint8:  # (3, H, W)
+        raise ValueError(f"the image processor must resize 8-bit images to 8-bit images; got {values.dtype}.")
+    return torch.from_numpy((values.astype(np.float64) * processor.rescale_factor).astype(np.float32))
+
+
+def _run(processor: Any, image: Image.Image, **kwargs: Any) -> Any:
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return processor(images=[rgb], **kwargs)["pixel_values"][0]
+
+
+def _check_split(
+    processor: Any, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> tuple[tuple[int, int] | None, str]:
+    """Return the output size and "", or None and why `preprocess` must refuse."""
+    kind = type(processor).__name__
+    if not processor.do_rescale or abs(processor.rescale_factor - 1 / 255) > 1e-12:
+        factor = processor.rescale_factor if processor.do_rescale else 1
+        return (
+            None,
+            f"the rescale factor of {kind} must be 1/255, so that pixels lie in [0, 1]; got {factor:.6g}. {_CURE}",
+        )
+    generator = np.random.default_rng(0)
+    sizes = set()
+    for width, height in ((61, 43), (37, 59)):
+        probe = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        try:
+            pixels = _to_pixels(processor, probe)
+            whole = torch.as_tensor(np.asarray(_run(processor, probe)))
+        except Exception as error:
+            text = " ".join(str(error).split())[:160]
+            return (
+                None,
+                f"`preprocess` must split {kind} into 8-bit resizing and normalisation; it cannot ({text}). {_CURE}",
+            )
+        if pixels.ndim != 3 or pixels.shape[0] != 3 or whole.shape != pixels.shape:
+            return None, f"`preprocess` must get one image (3, H, W) from {kind}; got {tuple(whole.shape)}. {_CURE}"
+        ours = normalise(pixels, _column(mean), _column(std))[0]
+        worst = float((ours - whole).abs().max())
+        # torchvision fuses the two steps, which rounds differently; the PIL backend must agree to the last bit.
+        if worst > (0.0 if getattr(processor, "backend", "pil") == "pil" else 1e-5):
+            return None, f"`preprocess` must reproduce {kind} exactly; it differs by up to {worst:.2g}. {_CURE}"
+        sizes.add((int(pixels.shape[1]), int(pixels.shape[2])))
+    if len(sizes) > 1:
+        return None, f"`preprocess` must get one size for all images; {kind} keeps their shape. {_CURE}"
+    return sizes.pop(), ""
+
+
+def _column(values: tuple[float, float, float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+
+
+def _normalisation(
+    processor: Any, settings: dict[str, Any], checkpoint: Checkpoint
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    def setting(key: str, default: Any) -> Any:
+        value = getattr(processor, key, None) if processor is not None else settings.get(key)
+        return default if value is None else value
+
+    if not setting("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = setting("image_mean", None), setting("image_std", None)
+    if mean is None or std is None:
+        raise ValueError(
+            f"{_FILE} must state image_mean and image_std; that of '{checkpoint.model_id}' does not. Add them to it."
+        )
+    mean, std = (tuple(map(float, v if isinstance(v, list | tuple) else [v] * 3)) for v in (mean, std))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(
+            f"image_mean and image_std must have 3 values, image_std above 0; got {mean} and {std}. Correct {_FILE}."
+        )
+    return mean, std
+
+
+def _read_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    for name in ("processor_config.json", _FILE):
+        path: Path | None = checkpoint.folder / name
+        if checkpoint.hub is not None:
+            path = checkpoint.hub.try_fetch(name)
+        if path is None or not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"'{name}' of '{checkpoint.model_id}' must be JSON; {error}. Fetch it again.") from error
+        if name == _FILE:
+            return dict(content)
+        if isinstance(content.get("image_processor"), dict):
+            if checkpoint.hub is not None:
+                checkpoint.hub.try_fetch(_FILE)
+            return dict(content["image_processor"])
+    raise FileNotFoundError(
+        f"'{checkpoint.model_id}' must hold {_FILE}: without it the mean and standard deviation that the model expects "
+        "are unknown, and a guess would change every number. Copy the file from the checkpoint it was trained from, or "
+        "save one with `AutoImageProcessor.save_pretrained(...)`."
+    )

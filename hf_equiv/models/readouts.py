@@ -1,0 +1,255 @@
+"""Readouts: which vector of a vision model is called its embedding.
+
+| readout | embedding z of one image |
+| --- | --- |
+| `cls` | the class token of the last hidden state, R^D |
+| `mean` | the mean over patch tokens (without class, distillation and register tokens), or over all positions |
+| `pooler` | the model's own pooled output, R^D, only where every weight of it is in the checkpoint |
+| `projection` | the image embedding of CLIP and SigLIP, before normalisation |
+| `tokens` | the whole last hidden state, flattened: R^{T·D} |
+| `logits` | the scores of the classification head, before the softmax |
+| `hidden:K` | `hidden_states[K]`: its class token, else the mean; 0 is after the patch embedding |
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_equiv.models.loading import LoadedModel
+
+# Tokens before the patches. None: count them from the shape, as for models not listed.
+_CLASS_TOKEN = {
+    "vit": 1,
+    "deit": 2,  # class, distillation
+    "beit": 1,
+    "data2vec-vision": 1,
+    "dinov2": 1,
+    "dinov2_with_registers": None,
+    "dinov3_vit": None,
+    "dinov3_convnext": 1,  # the pooled map is put before the positions
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "swin": 0,
+    "swinv2": 0,
+    "vit_mae": 1,
+    "vit_msn": 1,
+    "ijepa": 0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What one forward pass of a checkpoint yields, found on a probe image.
+
+    Attributes:
+        prefix: number of tokens before the patch tokens; the first of them is the class token.
+        patch: side of the square patches that make the tokens after the prefix; None for other models.
+        alone: whether images must be embedded one at a time on the CPU for their bits not to depend on the batch.
+        num_hidden: length of `hidden_states`.
+        available: the readouts of this checkpoint.
+    """
+
+    prefix: int
+    patch: int | None
+    alone: bool
+    num_hidden: int
+    available: tuple[str, ...]
+
+
+def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tuple[int, int]) -> Layout:
+    """Read the layout off the outputs of one forward pass at `image_size`."""
+    last = outputs.get("last_hidden_state")
+    if not isinstance(last, Tensor) or last.ndim not in (3, 4) or not last.is_floating_point():
+        raise ValueError(
+            f"`model_id` must map pixels to hidden states (B, T, D) or (B, C, H, W); {type(loaded.backbone).__name__} "
+            "does not. Choose an image encoder."
+        )
+    prefix = 0 if last.ndim == 4 else _prefix(loaded, last.shape[1], image_size)
+    patch = getattr(loaded.backbone.config, "patch_size", None)
+    if not isinstance(patch, int) or last.shape[1] - prefix != (image_size[0] // patch) * (image_size[1] // patch):
+        patch = None
+    hidden = outputs.get("hidden_states") or ()
+    available = ["cls"] if prefix else []
+    available.append("mean")
+    if loaded.has_pooler and isinstance(outputs.get("pooler_output"), Tensor):
+        available.append("pooler")
+    available.append("tokens")
+    if loaded.has_head:
+        available.append("logits")
+    if loaded.two_tower or loaded.projection is not None:
+        available.append("projection")
+    available += [f"hidden:{k}" for k in range(len(hidden))]
+    # Measured on the CPU: float32 matrix products of 16 rows an image and more round the same for any number of images,
+    # those of few rows do not; nor does the activation of half a tensor in DINOv2's SwiGLU.
+    rows = min(state[0].numel() // state.shape[1 if state.ndim == 4 else -1] for state in (last, *hidden))
+    alone = rows < 16 or bool(getattr(loaded.backbone.config, "use_swiglu_ffn", False))
+    return Layout(prefix, patch, alone, len(hidden), tuple(available))
+
+
+def resolve_readout(readout: str, layout: Layout, model_id: str) -> str:
+    """Return the available readout that `readout` means ("auto", negative K), or say which there are.
+
+    Returns:
+        One of `layout.available`.
+
+    Raises:
+        TypeError: `readout` is no string.
+        ValueError: there is no such readout, or this checkpoint lacks it.
+    """
+    if not isinstance(readout, str):
+        raise TypeError(f"`readout` must be a string; got {type(readout).__name__}. Use readout='auto'.")
+    default = next(name for name in ("projection", "pooler", "cls", "mean") if name in layout.available)
+    if readout == "auto":
+        return default
+    negative = re.fullmatch(r"hidden:-(\d+)", readout)
+    if negative and 1 <= int(negative[1]) <= layout.num_hidden:
+        readout = f"hidden:{layout.num_hidden - int(negative[1])}"
+    if readout in layout.available:
+        return readout
+    if readout == "pooler":
+        raise ValueError(
+            f"readout 'pooler' is not in this checkpoint (its weights would be random). Use readout='{default}'."
+        )
+    known = ("cls", "mean", "tokens", "logits", "projection")
+    if readout not in known and not readout.startswith("hidden:"):
+        raise ValueError(f"`readout` must be one of {_listed(layout)}; got {readout!r}. Use readout='{default}'.")
+    raise ValueError(
+        f"readout '{readout}' is not in this checkpoint; '{model_id}' has {_listed(layout)}. Use readout='{default}'."
+    )
+
+
+def _listed(layout: Layout) -> str:
+    names = [name for name in layout.available if not name.startswith("hidden:")]
+    return ", ".join(names) + (f", hidden:0 … hidden:{layout.num_hidden - 1}" if layout.num_hidden else "")
+
+
+def embed(loaded: LoadedModel, layout: Layout, readout: str, pixel_values: Tensor, interpolate: bool) -> Tensor:
+    """Map normalised pixels (B, 3, H, W) to the embedding (B, D) of `readout`."""
+    if readout == "logits":
+        return run(loaded.model, pixel_values, interpolate).logits
+    deep = readout.startswith("hidden:")
+    outputs = run(loaded.backbone, pixel_values, interpolate, output_hidden_states=deep)
+    if readout == "pooler":
+        return outputs.pooler_output.flatten(1)  # of some convolutional networks (B, D, 1, 1)
+    if readout == "projection":
+        pooled = outputs.pooler_output
+        return pooled if loaded.projection is None else loaded.projection(pooled)
+    if deep:
+        state = outputs.hidden_states[int(readout.partition(":")[2])]
+        return _first(state) if layout.prefix and state.ndim == 3 else _mean(state, 0)
+    state = outputs.last_hidden_state
+    if readout == "cls":
+        return _first(state)
+    if readout == "mean":
+        return _mean(state, layout.prefix)
+    return state.flatten(1)  # tokens: (B, T, D) -> (B, T·D)
+
+
+def run(model: Any, pixel_values: Tensor, interpolate: bool, output_hidden_states: bool = False) -> Any:
+    """Call a transformers vision model; ask it to interpolate positions only when the size is not its own."""
+    kwargs: dict[str, Any] = {"return_dict": True}
+    if interpolate and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        kwargs["interpolate_pos_encoding"] = True
+    if output_hidden_states:
+        kwargs["output_hidden_states"] = True
+    if model.config.model_type == "vit_mae":  # it sorts its patches by a random number each: keep them in order
+        patches = model.embeddings.patch_embeddings.projection.kernel_size
+        count = (pixel_values.shape[2] // patches[0]) * (pixel_values.shape[3] // patches[1])
+        kwargs["noise"] = torch.arange(float(count), device=pixel_values.device).expand(pixel_values.shape[0], -1)
+    return model(pixel_values, **kwargs)
+
+
+def _first(state: Tensor) -> Tensor:
+    return state[:, 0]
+
+
+def _mean(state: Tensor, prefix: int) -> Tensor:
+    if state.ndim == 4:  # (B, C, H, W) -> (B, C)
+        return state.mean(dim=(2, 3))
+    return state[:, prefix:].mean(dim=1)
+
+
+def _prefix(loaded: LoadedModel, tokens: int, image_size: tuple[int, int]) -> int:
+    config = loaded.backbone.config
+    known = _CLASS_TOKEN.get(config.model_type)
+    if known is not None:
+        return known
+    if config.model_type in ("dinov2_with_registers", "dinov3_vit"):
+        return 1 + config.num_register_tokens
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int) and patch > 0:
+        extra = tokens - (image_size[0] // patch) * (image_size[1] // patch)
+        if extra == 0:
+            return 0
+        named = any(
+            re.search(r"cls_token|class_(embedding|token)", name) for name, _ in loaded.backbone.named_parameters()
+        )
+        if 0 < extra <= 16 and named:
+            return extra
+    return 0
+
+
+def probe(loaded: LoadedModel, pixel_values: Tensor, interpolate: bool) -> Mapping[str, Any]:
+    """Run one forward pass without gradients and return every output of the backbone."""
+    with torch.no_grad():
+        return run(loaded.backbone, pixel_values, interpolate, output_hidden_states=True)
+
+
+def native_size(loaded: LoadedModel) -> tuple[int, int] | None:
+    """Return the (H, W) the position embeddings were made for; None if the configuration names none."""
+    size = getattr(loaded.backbone.config, "image_size", None)
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    return None
+
+
+def check_size(
+    loaded: LoadedModel, layout: Layout, size: tuple[int, int], native: tuple[int, ...], like: Tensor
+) -> None:
+    """Require an image size (H, W) that the model takes, found by one forward pass of a zero image.
+
+    Raises:
+        ValueError: the size is no multiple of the patch, or the model cannot interpolate its positions to it.
+    """
+    got, made_for = f"{size[0]}×{size[1]}", f"{native[0]}×{native[1]}"
+    patch = layout.patch
+    if patch and size != native and (size[0] % patch or size[1] % patch):
+        raise ValueError(
+            f"`pixels` must have sides that are multiples of {patch}, the patch of this model; got {got}, whose edge "
+            f"it would ignore. Resize to {max(1, size[0] // patch) * patch}×{max(1, size[1] // patch) * patch}."
+        )
+    try:
+        probe(loaded, like.new_zeros(1, 3, *size), interpolate=size != native)
+    except Exception as error:
+        raise ValueError(
+            f"`pixels` must have a size this model takes; got {got}, but {type(loaded.backbone).__name__} was made for "
+            f"{made_for} and does not interpolate its positions. Use `encoder.preprocess(...)`, or resize the images."
+        ) from error
+
+
+def check_pixels(pixels: Tensor, device: torch.device) -> None:
+    """Require a float tensor (B, 3, H, W) on `device`.
+
+    Raises:
+        TypeError: it is no float tensor.
+        ValueError: its shape or device does not fit.
+    """
+    if not isinstance(pixels, Tensor):
+        raise TypeError(f"`pixels` must be a torch.Tensor; got {type(pixels).__name__}. Use `encoder.preprocess(...)`.")
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(
+            f"`pixels` must have shape (B, 3, H, W); got {tuple(pixels.shape)}. Use `encoder.preprocess(...)`."
+        )
+    if not pixels.is_floating_point():
+        raise TypeError(f"`pixels` must be a float tensor in [0, 1]; got dtype {pixels.dtype}. Divide uint8 by 255.")
+    if pixels.device != device:
+        raise ValueError(f"`pixels` must be on {device}; got {pixels.device}. Use `pixels.to(encoder.device)`.")

@@ -1,0 +1,174 @@
+"""What the layers of a model say about its Jacobian beforehand: the last LayerNorm, and what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hf_equiv.geometry.zeros import LeftRelation
+
+Encoding = Callable[[Tensor], Tensor]
+
+
+def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
+    """The LayerNorm through whose output alone f(x) depends on the pixels; None where there is none.
+
+    Found, not looked up: the last LayerNorm of the graph of z is cut out of it, and then z must no longer depend on x.
+    A hidden state before the last LayerNorm fails that, by its residual connection. Cost: two forwards and a VJP.
+
+    Returns:
+        The module, for `left_relations`; the answer holds for every image.
+    """
+    seen: dict[nn.Module, Tensor] = {}
+
+    def record(module: nn.Module, _: object, output: Tensor) -> None:
+        seen[module] = output
+
+    with _Hooks(model, record):
+        z, _ = _graph(f, image)
+    used = torch.autograd.grad(z[0].sum(), list(seen.values()), allow_unused=True) if seen else ()
+    last = [module for module, gradient in zip(seen, used, strict=True) if gradient is not None]
+    if not last:
+        return None
+
+    def cut(module: nn.Module, _: object, output: Tensor) -> Tensor | None:
+        return output.detach() if module is last[-1] else None
+
+    with _Hooks(model, cut):
+        z, x = _graph(f, image)
+    bypassed = z.requires_grad and torch.autograd.grad(z[0].sum(), x, allow_unused=True)[0] is not None
+    return None if bypassed else last[-1]
+
+
+def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRelation, ...]:
+    """The left vectors u with uᵀJ known in closed form, from z = T(y), y = γ (h − mean h)/√(var h + ε) + β.
+
+    y is the output of the last LayerNorm of `model`; without one through which all of f passes there are no relations.
+
+    With n = the unit vector along (h − mean h), κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
+
+    * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
+    * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
+    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns; "unit norm": Wᵀu = 0 along z.
+
+    Where T averages several tokens alike only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
+
+    Returns:
+        The relations that hold, exact ones first.
+
+    References:
+        Ba, Kiros, Hinton (2016), arXiv:1607.06450, eq. 4.
+    """
+    norm = find_last_norm(f, model, image)
+    if norm is None:
+        return ()
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if module is norm:
+            kept.append((inputs[0], output))
+
+    with _Hooks(norm, record):
+        z, x = _graph(f, image)
+    h, y = kept[-1]
+    gamma, d = getattr(norm, "weight", None), h.shape[-1]
+    if gamma is not None and len(gamma) != d:
+        return ()
+    gain = torch.ones(d, dtype=torch.float64, device=h.device) if gamma is None else gamma.detach().double()
+    W, token = _tail(z[0], y)
+    again = nn.functional.layer_norm(h, (d,), gamma, getattr(norm, "bias", None), getattr(norm, "eps", 0.0))
+    plain = again.shape == y.shape and bool(torch.allclose(again, y, rtol=1e-3, atol=1e-3))  # some norm other axes
+    if W is None or not plain or not bool((gain != 0).all()):
+        return ()
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=W.shape[0] <= 4096)
+    rank = int((sigma > 1e3 * torch.finfo(z.dtype).eps * sigma[0]).sum())
+    found = []
+    if rank < W.shape[0]:
+        unit = (z.detach()[0].double() / z.detach().double().norm())[:, None]
+        if float((W.T @ unit).norm()) < 1e2 * torch.finfo(z.dtype).eps * float(sigma[0]):
+            found.append(LeftRelation("unit norm", unit))
+        if W.shape[0] > W.shape[1] and U.shape[1] == W.shape[0]:
+            found.append(LeftRelation("head wider than its input", U[:, W.shape[1] :]))
+
+    def solve(target: Tensor) -> Tensor | None:
+        u = U[:, :rank] @ ((Vh[:rank] @ target) / sigma[:rank])
+        return u[:, None] if float((W.T @ u - target).norm()) < 1e-4 * float(target.norm()) else None
+
+    centring = solve(1 / gain)
+    if centring is not None:
+        found.append(LeftRelation("LayerNorm centring", centring))
+    if token is not None:
+        centred = h.detach().reshape(-1, d)[token].double()
+        centred = centred - centred.mean()
+        eps = float(getattr(norm, "eps", 0.0))
+        spread = float(centred.square().mean()) + eps
+        n = centred / centred.norm()
+        w = solve(n / gain)
+        if w is not None:
+            cotangent = torch.zeros_like(h).reshape(-1, d)
+            cotangent[token] = n.to(h)
+            (row,) = torch.autograd.grad(h, x, cotangent.view_as(h))
+            found.append(LeftRelation("LayerNorm epsilon", w, row.flatten(1).double() * (eps / spread / spread**0.5)))
+    return tuple(found)
+
+
+def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:
+    """The weight (D, 3, p, p) of the patch embedding per pixel in [0, 1]; None where no stride-p convolution is one."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            alone = module.kernel_size == module.stride and module.padding in ((0, 0), "valid") and module.groups == 1
+            if not alone or module.in_channels != std.numel():
+                return None
+            return module.weight.detach() / std.view(1, -1, 1, 1)
+    return None
+
+
+def _tail(z: Tensor, y: Tensor) -> tuple[Tensor | None, int | None]:
+    """∂z/∂y at the token that z reads, and the token.
+
+    Returns:
+        W (D, d) and the token; the token is None if z reads several alike, both if it reads several differently.
+    """
+    generator = torch.Generator().manual_seed(0)
+    d = y.shape[-1]
+    probes = torch.randn(2, z.numel(), generator=generator).to(z)
+    seen = [torch.autograd.grad(z, y, probe, retain_graph=True)[0].reshape(-1, d).double() for probe in probes]
+    lengths = seen[0].norm(dim=1)
+    token = int(lengths.argmax())
+    if not float(lengths[token]) > 0:
+        return None, None
+    several = int((lengths > 0).sum()) > 1
+    if several:
+        scale = (seen[0] @ seen[0][token]) / seen[0][token].square().sum()
+        if any(float((g - scale[:, None] * g[token]).norm()) > 1e-4 * float(g.norm()) for g in seen):
+            return None, None
+    rows = []
+    for start in range(0, z.numel(), 64):
+        eye = torch.zeros(min(64, z.numel() - start), z.numel(), dtype=z.dtype, device=z.device)
+        eye.diagonal(start).fill_(1)
+        (part,) = torch.autograd.grad(z, y, eye, retain_graph=True, is_grads_batched=True)
+        rows.append(part.reshape(len(eye), -1, d)[:, token].double())
+    return torch.cat(rows), None if several else token
+
+
+def _graph(f: Encoding, image: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False), torch.enable_grad():
+        x = image.detach().clone()[None].requires_grad_(True)
+        return f(x), x
+
+
+class _Hooks:
+    """Forward hooks on every LayerNorm inside a module, removed on exit."""
+
+    def __init__(self, model: nn.Module, hook: Callable[..., Tensor | None]) -> None:
+        self._modules = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
+        self._hook = hook
+
+    def __enter__(self) -> None:
+        self._handles = [module.register_forward_hook(self._hook) for module in self._modules]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()

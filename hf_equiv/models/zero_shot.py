@@ -1,0 +1,99 @@
+"""Zero-shot labels: the text encoder of a CLIP or SigLIP checkpoint, loaded when labels ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from hf_equiv.models.checkpoint import Checkpoint, quiet
+
+PROMPT = "a photo of a {label}."
+"""The sentence each label is put into (Radford et al. 2021, arXiv:2103.00020, §3.1.4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelEmbeddings:
+    """Text embeddings of some labels, of unit length, with the model's logit scale and bias.
+
+    Attributes:
+        features: (L, D), each row of norm 1.
+        scale: factor on the cosine similarity.
+        bias: added after it; 0 for CLIP.
+    """
+
+    features: Tensor
+    scale: float
+    bias: float
+
+    def logits(self, image_features: Tensor) -> Tensor:
+        """Return scale · cos(image, label) + bias, (B, L), for image embeddings (B, D)."""
+        unit = image_features / image_features.norm(dim=-1, keepdim=True)
+        return self.scale * unit @ self.features.T + self.bias
+
+
+def embed_labels(
+    checkpoint: Checkpoint, labels: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> LabelEmbeddings:
+    """Embed `labels`, each put into `PROMPT`, with the text encoder of `checkpoint`.
+
+    Returns:
+        Their unit embeddings, in `dtype` on `device`, with the logit scale and bias.
+
+    Raises:
+        TypeError: `labels` is one string, or holds something else than strings.
+        ValueError: `labels` is empty, or holds an empty label.
+        OSError: the checkpoint has no tokenizer that can be loaded here, or one that knows none of the words.
+    """
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise TypeError("`labels` must be a sequence of strings; got something else. Pass ['cat', 'dog'].")
+    if not labels or not all(label.strip() for label in labels):
+        raise ValueError(f"`labels` must hold at least one label and no empty one; got {list(labels)!r}.")
+    checkpoint.fetch_tokenizer()
+    with quiet(), torch.random.fork_rng(devices=[]):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            text = " ".join(str(error).split())[:160]
+            raise OSError(
+                f"`labels` must be tokenised, and '{checkpoint.model_id}' has no tokenizer that can be loaded here "
+                f"({text}). Copy the tokenizer's files beside its config.json."
+            ) from error
+        _check_known(tokenizer, labels, checkpoint.model_id)
+        model = AutoModel.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+        )
+    model.eval().requires_grad_(False).to(device)
+    sentences = [PROMPT.format(label=label) for label in labels]
+    length = int(model.config.text_config.max_position_embeddings)
+    # SigLIP was trained on texts padded to full length and attends to the padding; CLIP stops at its end token.
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True
+    tokens = tokenizer(sentences, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+    wanted = ("input_ids",) if padding == "max_length" else ("input_ids", "attention_mask")
+    with torch.no_grad():
+        features = model.get_text_features(**{k: tokens[k].to(device) for k in wanted}).pooler_output
+        features = features / features.norm(dim=-1, keepdim=True)
+    bias = getattr(model, "logit_bias", None)
+    return LabelEmbeddings(features, float(model.logit_scale.exp()), 0.0 if bias is None else float(bias))
+
+
+def _check_known(tokenizer: Any, labels: Sequence[str], model_id: str) -> None:
+    """Refuse labels without one known token: of a folder without its files, transformers makes an empty tokenizer."""
+    unknown = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
+    for label, tokens in zip(labels, tokenizer(list(labels), add_special_tokens=False)["input_ids"], strict=True):
+        if unknown.issuperset(tokens):
+            raise OSError(
+                f"`labels` must be words that the tokenizer knows; that of '{model_id}' has {len(tokenizer):,} entries "
+                f"and none for {label!r}. Copy the tokenizer's files (tokenizer.json, or vocab.json and merges.txt) "
+                "beside its config.json, or choose another label."
+            )

@@ -1,0 +1,401 @@
+"""The run directories a report is made from: found, read, and grouped by checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hf_equiv.hub.load import download_results
+from hf_equiv.models.encoder import load_recorded
+from hf_equiv.results import Status
+from hf_equiv.runs import directory, shards
+from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
+
+_SETTINGS = ("model_id", "model_revision", "readout", "normalize", "dtype", "data_id", "data_revision", "seed")
+
+
+_OWN_SETTINGS = {
+    "match": ("solver", "radius", "norm", "rtol", "max_evals", "refine"),
+    "spectrum": (),
+    "lipschitz": ("regional",),
+    "walk": ("heading", "rtol"),
+}
+"""What a report reads of the settings."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, its rows without images.
+
+    Attributes:
+        name: what the report calls it; never an absolute path.
+        folder: where it is.
+        record: its `run.json`.
+        layout: folder and columns of the rows.
+        rows: in the order of the list in the record; those of status `error` included, those of changed files left out.
+        changed: files of rows and float images that are missing, or are not as the record states (SHA-256): nothing is
+            read from them.
+    """
+
+    name: str
+    folder: Path
+    record: Row
+    layout: Layout
+    rows: tuple[Row, ...]
+    changed: tuple[str, ...]
+
+    @property
+    def analysis(self) -> str:
+        """The verb: match, spectrum, lipschitz or walk."""
+        return self.layout.analysis
+
+    @property
+    def settings(self) -> Row:
+        """Everything that changes a number of the run."""
+        return dict(self.record["settings"])
+
+    @property
+    def good(self) -> tuple[Row, ...]:
+        """The rows that hold numbers."""
+        return tuple(row for row in self.rows if row["status"] != Status.ERROR)
+
+    @property
+    def listed(self) -> int:
+        """Pairs or images that the run is to have."""
+        return len(self.record[self.layout.listed])
+
+    @property
+    def there(self) -> int:
+        """Pairs or images that have rows."""
+        return len({row[self.layout.item] for row in self.rows})
+
+    @property
+    def left_out(self) -> int:
+        """Pairs or images that count nowhere, since the file of their rows is not as recorded."""
+        return self.listed - self.there if self.changed else 0
+
+    @property
+    def partial(self) -> bool:
+        """Whether the run is unfinished."""
+        return not self.record["complete"] or (self.there < self.listed and not self.changed)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One encoder, as a map from pixels to embeddings, and everything that was run on it.
+
+    Attributes:
+        title: model id; with readout or revision where another checkpoint of the report has the same id.
+        model_id: Hub id, folder name or `builtin`.
+        revision: commit, or SHA-256 of the weights.
+        readout: which output is the embedding.
+        normalize: whether embeddings are scaled to length 1.
+        dtype: that the numbers are stated in, float32 or float64.
+        runs: match runs first.
+    """
+
+    title: str
+    model_id: str
+    revision: str
+    readout: str
+    normalize: bool
+    dtype: str
+    runs: tuple[Run, ...]
+
+    def of(self, analysis: str) -> tuple[Run, ...]:
+        """The runs of one verb."""
+        return tuple(run for run in self.runs if run.analysis == analysis)
+
+    @property
+    def matches(self) -> tuple[Run, ...]:
+        """Match runs with at least one match: without a ball first, then by falling radius, then by falling size."""
+        usable = [run for run in self.of(MATCH.analysis) if run.good]
+
+        def order(run: Run) -> tuple[bool, float, int, str]:
+            radius = run.settings["radius"]
+            return radius is not None, -(radius or 0.0), -len(run.good), run.name
+
+        return tuple(sorted(usable, key=order))
+
+    @property
+    def settings(self) -> Row:
+        """The settings of the first run: what the encoder is loaded by."""
+        return (self.matches or self.runs)[0].settings
+
+
+def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
+    """Read every run directory in some folders, each once.
+
+    A folder with a `run.json` is a run, and so are those in its `runs/` (a published dataset); of another folder all
+    run directories at any depth are taken.
+
+    Args:
+        paths: (what to call it, folder).
+
+    Returns:
+        The runs, in the order of the folders, sorted inside each.
+
+    Raises:
+        ValueError: no run in a folder, a damaged one, or one that was written by a newer version.
+    """
+    found: dict[Path, Run] = {}
+    for name, folder in paths:
+        if not folder.is_dir():
+            raise ValueError(
+                f"{name!r} must be a run directory, a folder of them, or a dataset USER/NAME; it does not exist. Check "
+                "the name."
+            )
+        if (folder / directory.RECORD).is_file():
+            inside = [folder, *sorted(p.parent for p in folder.glob(f"runs/*/{directory.RECORD}"))]
+        else:
+            inside = directory.folders_in(folder)
+        if not inside:
+            raise ValueError(
+                f"{name!r} must be a run directory or a folder of them; it has no {directory.RECORD}, nor has any "
+                "folder in it. Make a run first: hf-equiv match MODEL."
+            )
+        for place in inside:
+            below = place.relative_to(folder).as_posix()
+            if place.resolve() not in found:
+                found[place.resolve()] = read_run(place, name if below == "." else f"{name.rstrip('/')}/{below}")
+    return tuple(found.values())
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read one run directory.
+
+    Args:
+        folder: where it is.
+        name: what to call it.
+
+    Returns:
+        The run, its rows without images. Rows of a finished run are left out where their file is not as its `run.json`
+        states.
+
+    Raises:
+        ValueError: it is damaged, of an unknown kind, or was written by a newer version.
+    """
+    record = directory.read_record(folder)
+    analysis = record.get("analysis", MATCH.analysis)
+    if analysis not in LAYOUTS:
+        raise ValueError(f"{name!r} holds a run of {analysis!r}, which this version of hf_equiv does not know.")
+    layout = LAYOUTS[analysis]
+    try:
+        order = {item[layout.item]: k for k, item in enumerate(record[layout.listed])}
+        complete, digests = bool(record["complete"]), dict(record.get("files") or {})
+        for key in (*_SETTINGS, *_OWN_SETTINGS[analysis]):
+            record["settings"][key]
+    except (KeyError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name + '/' + directory.RECORD!r} is damaged ({told}).") from error
+    changed = _changed(folder, layout, digests) if complete else ()
+    try:
+        whole = (p for p in shards.shard_files(folder, layout) if _inside(folder, p) not in changed)
+        rows = [row for path in whole for row in shards.read_shard(path, layout=layout)]
+    except ValueError as error:
+        raise ValueError(f"{name!r} is damaged: {error} hf-equiv verify names every problem.") from error
+    unlisted = sorted({str(row[layout.item]) for row in rows} - set(order))
+    if unlisted:
+        raise ValueError(f"{name!r} is damaged: row {unlisted[0]!r} is not listed in its {directory.RECORD}.")
+    once: dict[str, Row] = {}
+    for row in rows:
+        once.setdefault(row_name(analysis, row), row)  # a doubled row counts once
+    rows = sorted(once.values(), key=lambda row: order[row[layout.item]])
+    return Run(name, folder, record, layout, tuple(rows), changed)
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
+    """Group runs by encoder: model, revision, readout, whether embeddings are scaled, and dtype.
+
+    Args:
+        runs: as from `find_runs`.
+
+    Returns:
+        The checkpoints, in the order in which they appear.
+    """
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        s = run.settings
+        key = (s["model_id"], s["model_revision"], s["readout"], s["normalize"], s["dtype"])
+        groups.setdefault(key, []).append(run)
+    order = list(LAYOUTS)
+    made = []
+    for key, own in groups.items():
+        model, revision, readout, normalize, dtype = key
+        others = [other for other in groups if other[0] == model and other != key]
+        title = str(model)
+        if any(other[1] != revision for other in others):
+            title += f" @ {str(revision).removeprefix('sha256:')[:8]}"
+        apart = [f"{readout}{', normalised' if normalize else ''}"] if any(o[2:4] != key[2:4] for o in others) else []
+        apart += [str(dtype)] if any(other[4] != dtype for other in others) else []
+        title += f" ({', '.join(apart)})" if apart else ""
+        own = _once(own)
+        own.sort(key=lambda run: order.index(run.analysis))
+        made.append(Checkpoint(title, model, revision, readout, normalize, dtype, tuple(own)))
+    return tuple(made)
+
+
+def _once(runs: Sequence[Run]) -> list[Run]:
+    """Leave out copies: of runs of equal settings the one with most rows, of those the first."""
+    best: dict[str, Run] = {}
+    for run in runs:
+        mark = json.dumps([run.analysis, run.settings], sort_keys=True, default=str)
+        if mark not in best or len(run.rows) > len(best[mark].rows):
+            best[mark] = run
+    return list(best.values())
+
+
+def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iterator[tuple[Row, Tensor | None]]:
+    """Read rows with their images as PNG bytes, shard by shard, and the float match where asked for.
+
+    Files that are not as recorded are left out.
+
+    Args:
+        run: a match run.
+        ids: of the pairs.
+        floats: also read `float/`; a file that is not there counts as no float match.
+
+    Yields:
+        (row, float match (3, H, W) or None), in the order of the shards.
+    """
+    wanted = set(ids)
+    for path in shards.shard_files(run.folder, run.layout):
+        if _inside(run.folder, path) in run.changed:
+            continue
+        beside = run.folder / "float" / f"{path.stem}.safetensors"
+        there = floats and beside.is_file() and _inside(run.folder, beside) not in run.changed
+        tensors = shards.read_floats(beside)[0] if there else {}
+        for row in shards.read_shard(path, images=True, layout=run.layout):
+            if row[run.layout.item] in wanted:
+                yield row, tensors.get(row[run.layout.item])
+
+
+def _inside(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str, ...]:
+    """Rows and float files that are not as the record states; the card and the figures hold no number of a report."""
+    names = {name for name in digests if name.endswith((".parquet", ".safetensors"))}
+    names |= {_inside(folder, path) for path in shards.shard_files(folder, layout)}
+    names |= {_inside(folder, path) for path in (folder / "float").glob("[!.]*.safetensors")}
+    return tuple(
+        name for name in sorted(names)
+        if not (folder / name).is_file() or shards.sha256_file(folder / name) != digests.get(name)
+    )  # fmt: skip
+
+
+# Where a report finds things: run directories by name or folder, the checkpoints of runs, and other checkpoints.
+
+
+_FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # of a model that cannot be loaded; the rest is a bug
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where models and data are looked for, and where is computed.
+
+    Attributes:
+        device: by default CUDA if there is one.
+        cache_dir: the Hub's cache.
+        local_files_only: never ask the Hub.
+    """
+
+    device: str | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+
+
+def locate(name: str, place: Place) -> tuple[str, Path]:
+    """Find a folder, or download the dataset USER/NAME or USER/NAME@REVISION where there is no such folder.
+
+    Args:
+        name: a path or a dataset.
+        place: where to look.
+
+    Returns:
+        What the report calls it, never an absolute path, a dataset with its commit; and the folder.
+    """
+    path = Path(name).expanduser()
+    dataset = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?", name)
+    if dataset and not path.exists():
+        folder, commit = download_results(
+            dataset[1], revision=dataset[2], cache_dir=place.cache_dir, local_files_only=place.local_files_only
+        )
+        return f"{dataset[1]}@{commit[:8]}", Path(folder)
+    return (path.resolve().name if path.is_absolute() or ".." in path.parts or name == "." else path.as_posix()), path
+
+
+def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tuple[Encoder | None, str]:
+    """Load the encoder of a checkpoint's runs.
+
+    Args:
+        checkpoint: whose.
+        models: where local checkpoints are; the one of the recorded revision is taken.
+        place: where to look.
+
+    Returns:
+        The encoder, or None and why not.
+    """
+    reasons: list[str] = []
+    local = checkpoint.revision.startswith("sha256:") and checkpoint.model_id != "builtin"
+    for model in [*models, None] if local else [None]:
+        try:
+            encoder = load_recorded(checkpoint.settings, model, place.device, place.cache_dir, place.local_files_only)
+        except _FAILURES as error:
+            reasons.append(_one_line(error))
+            continue
+        if encoder.revision == checkpoint.revision:
+            return encoder, ""
+        reasons.append(
+            f"the weights of {encoder.model_id!r} have the revision {encoder.revision[:19]}; the run used "
+            f"{checkpoint.revision[:19]}"
+        )
+    return None, f"its model could not be loaded: {reasons[0].rstrip('.')}"
+
+
+def load_other(name: str, place: Place) -> Encoder | str:
+    """Load another checkpoint by name; if that fails, say why."""
+    from hf_equiv.models.encoder import Encoder
+
+    try:
+        return Encoder.from_pretrained(
+            name, device=place.device, cache_dir=place.cache_dir, local_files_only=place.local_files_only
+        )
+    except _FAILURES as error:
+        return f"transfer to {Path(name).name if Path(name).is_dir() else name}: {_one_line(error)}"
+
+
+def default_out(paths: Sequence[str | Path]) -> Path:
+    """Name the page after the models of the runs: `reports/MODEL.html` in the current folder.
+
+    Args:
+        paths: of the report.
+
+    Returns:
+        The path; `reports/report.html` where no model is known.
+
+    Raises:
+        ValueError: a damaged run directory.
+    """
+    slugs: dict[str, None] = {}
+    for path in map(Path, paths):
+        for record in sorted(path.rglob(directory.RECORD)) if path.is_dir() else ():
+            name = str(directory.read_record(record.parent)["settings"]["model_id"])
+            slugs[re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".-") or "model"] = None
+        if not path.exists():
+            slugs[re.sub(r"[^A-Za-z0-9._-]+", "--", str(path).split("@")[0]).strip(".-")] = None
+    return Path("reports") / f"{'-and-'.join(list(slugs)[:4])[:120] or 'report'}.html"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

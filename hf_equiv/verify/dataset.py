@@ -1,0 +1,233 @@
+"""Verify every run of a dataset, on the Hub or in a folder, and the dataset's own card."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hf_equiv.hub import card as hub_card
+from hf_equiv.hub.load import download_results, run_folders, split_name
+from hf_equiv.runs import directory
+from hf_equiv.runs.directory import CARD, RUNS, run_name
+from hf_equiv.runs.schema import Row
+from hf_equiv.verify.directory import VerifyReport, verify_run
+from hf_equiv.verify.rows import Findings, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What `verify_run` found of one run of a dataset.
+
+    Attributes:
+        name: ANALYSIS-MODELSLUG-HASH8.
+        place: "" for the root of the dataset, else `runs/NAME`.
+        model: the recorded checkpoint.
+        revision: its recorded revision.
+        report: the findings; files are named inside the dataset.
+    """
+
+    name: str
+    place: str
+    model: str
+    revision: str
+    report: VerifyReport
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetReport:
+    """What `verify_results` found.
+
+    Attributes:
+        runs: of each run.
+        card_problems: of the dataset's card, and of what belongs to no run.
+        repo_id: the dataset on the Hub; None for a folder.
+        commit: the commit that was verified; None for a folder.
+    """
+
+    runs: tuple[RunReport, ...]
+    card_problems: tuple[Problem, ...]
+    repo_id: str | None = None
+    commit: str | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether every run holds, and the card says what they say."""
+        return bool(self.runs) and not self.card_problems and all(run.report.holds for run in self.runs)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that does not hold."""
+        return (*(problem for run in self.runs for problem in run.report.problems), *self.card_problems)
+
+    @property
+    def total(self) -> VerifyReport:
+        """All runs as one: counts added, the worst error of any."""
+        reports = [run.report for run in self.runs]
+
+        def worst(key: str) -> float | None:
+            return max((value for r in reports if (value := getattr(r, key)) is not None), default=None)
+
+        return VerifyReport(
+            rows=sum(r.rows for r in reports),
+            verified=sum(r.verified for r in reports),
+            failed=sum(r.failed for r in reports),
+            worst_embedding_error=worst("worst_embedding_error"),
+            worst_embedding_error_8bit=worst("worst_embedding_error_8bit"),
+            problems=self.problems,
+            error_rows=sum(r.error_rows for r in reports),
+            withheld=sum(r.withheld for r in reports),
+            analysis=reports[0].analysis if len({r.analysis for r in reports}) == 1 else "",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The totals as of one run; with the name and commit on the Hub, and the runs if there are several."""
+        data = self.total.to_json()
+        if self.repo_id is not None:
+            data |= {"dataset": self.repo_id, "commit": self.commit}
+        if len(self.runs) > 1:
+            data["runs"] = [
+                {"run": run.name, "path": run.place, "analysis": run.report.analysis, "model": run.model,
+                 "revision": run.revision} | run.report.to_json()
+                for run in self.runs
+            ]  # fmt: skip
+        return data
+
+
+def verify_results(
+    where: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    model: str | None = None,
+    device: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    allow_withheld: bool = False,
+    observer: Callable[[int, int], None] | None = None,
+) -> DatasetReport:
+    """Check a dataset of the Hub, or a folder: every run as `verify_run` does, and the card of the dataset.
+
+    Each run's model is loaded at its recorded commit. Branches and tags that have moved since change nothing; a commit
+    that is gone, or that the rows and `run.json` state differently, is a problem.
+
+    Args:
+        where: `USER/NAME` or `USER/NAME@REVISION` of the Hub; or a run directory, or the folder of a dataset.
+        revision: branch, tag, commit or `refs/pr/N` of the dataset.
+        model: where the checkpoint is, for runs that used a local folder.
+        device: where to compute; by default CUDA if there is one.
+        token: for private datasets; by default the one you are logged in with.
+        cache_dir: the Hub's cache.
+        local_files_only: never ask the Hub.
+        allow_withheld: rows without photos, which cannot be recomputed, are no problem.
+        observer: called with (rows checked, rows in total) of the run at work.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: no run, one of a newer version, or a model that is not to be found.
+        RepositoryNotFoundError: there is no such dataset or model, or it is private.
+        ConnectionError: the Hub is out of reach.
+
+    Example:
+        >>> verify_results("me/matches").holds  # doctest: +SKIP
+        True
+    """
+    repo_id = commit = None
+    if Path(where).is_dir():
+        if revision is not None:
+            raise ValueError(f"`revision` must be None for a folder; got {revision!r}.")
+        folder = Path(where)
+    else:
+        repo_id, revision = split_name(os.fspath(where), revision)
+        folder, commit = download_results(
+            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+    places = run_folders(folder) or {"": folder}  # a folder that is no run is refused by name
+    records = {place: directory.read_record(path) for place, path in places.items()}
+    runs: list[RunReport] = []
+    for place, path in places.items():
+        settings = records[place]["settings"]
+        named = model if len(places) == 1 or _is_local(settings) else None
+        report = verify_run(
+            path, model=named, device=device, cache_dir=cache_dir, local_files_only=local_files_only,
+            allow_withheld=allow_withheld, observer=observer,
+        )  # fmt: skip
+        revision_of = str(settings["model_revision"])
+        name = run_name(records[place])
+        runs.append(RunReport(name, place, settings["model_id"], revision_of, _inside(report, place)))
+    found = Findings()
+    if len(places) > 1 or records[next(iter(places))].get("card") == "dataset":
+        _check_dataset(folder, records, found)
+    return DatasetReport(tuple(runs), tuple(found.problems), repo_id, commit)
+
+
+def _is_local(settings: Row) -> bool:
+    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
+
+
+def _inside(report: VerifyReport, place: str) -> VerifyReport:
+    """The same, files named inside the dataset."""
+    if not place:
+        return report
+    problems = (
+        replace(p, file=f"{place}/{p.file}", message=f"{place}/{p.message}") for p in report.problems
+    )  # fmt: skip
+    return replace(report, problems=tuple(problems))
+
+
+def _check_dataset(folder: Path, records: dict[str, Row], found: Findings) -> None:
+    """The card must have the numbers and configurations that follow from the runs; folders in `runs/` must be runs."""
+    for path in sorted((folder / RUNS).glob("*")):
+        if f"{RUNS}/{path.name}" not in records:
+            name = f"{RUNS}/{path.name}"
+            found.say(name, None, "file", directory.RECORD, None, f"this is no run: it has no {directory.RECORD}")
+    for place, record in records.items():
+        if place and place != f"{RUNS}/{run_name(record)}":
+            told = f"its settings are those of {run_name(record)}"
+            found.say(f"{place}/{directory.RECORD}", None, "settings", place, run_name(record), told)
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    there = hub_card.generated_text(text)
+    if there is None:
+        found.say(
+            CARD, None, "card", "the part that publishing writes", None, "the part that publishing writes is gone"
+        )
+        return
+    try:
+        named = re.search(r'load_dataset\("([^"\n]+)"', there)  # a copy may have another name than the dataset
+        wanted = _statements(hub_card.card_text(named[1] if named else "", records))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
+        told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
+        found.say(CARD, None, "card", "what the runs say", None, told)
+        return
+    stated = _statements(there)
+    for line in (Counter(wanted) - Counter(stated)).elements():
+        told = f"the card does not say what the runs say: {line}"
+        found.say(CARD, None, _subject(line), None, line, told)
+    for line in (Counter(stated) - Counter(wanted)).elements():
+        found.say(CARD, None, _subject(line), line, None, f"the card says what no run says: {line}")
+    configs = {item["config_name"]: item for item in hub_card.header(text).get("configs") or []}
+    own = hub_card.configs_of(records)
+    for config in own:
+        name = config["config_name"]
+        if configs.get(name) != config:
+            found.add(CARD, None, f"configs.{name}", configs.get(name), config)
+    for name, config in configs.items():
+        if config.get("default") and name != own[0]["config_name"]:
+            found.add(CARD, None, f"configs.{name}.default", True, None, "the default is that of a run")
+
+
+def _statements(text: str) -> list[str]:
+    """The lines of the generated part of a card, without its marks."""
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("<!-- hf_equiv")]
+
+
+def _subject(line: str) -> str:
+    """What a line of a table is about; another line as it is."""
+    return line.split(" | ")[0].removeprefix("| ")

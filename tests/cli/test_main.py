@@ -1,0 +1,423 @@
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+from fakes import TinyEncoder, draw_photo, save_photos
+
+from hf_equiv.cli import environment, output, progress
+from hf_equiv.runs import shards
+from hf_equiv.runs.execute import RunProgress
+from hf_equiv.verify import directory
+
+main = importlib.import_module("hf_equiv.cli.main")  # `hf_equiv.cli.main` is the function
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny):
+    """An empty working directory, and the encoder that costs nothing in place of every model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "load_encoder", lambda model, **_: tiny)
+    monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
+    for k in (1, 2):
+        draw_photo(k).save(tmp_path / f"{k}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+PAIR = ["match", "builtin", "--source", "1.png", "--target", "2.png", "--max-evals", "30"]
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    code = main._run([str(a) for a in arguments])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_help_is_quick_and_complete():
+    start = time.perf_counter()
+    told = subprocess.run([sys.executable, "-m", "hf_equiv", "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5  # half a second on an idle machine; no heavy import is what counts
+    text = " ".join(told.stdout.split())
+    for verb in ("match", "spectrum", "lipschitz", "walk", "verify", "publish", "report", "env"):
+        assert f" {verb} " in text.split("Commands:")[1] + " "
+    assert "Exit codes: 0 done; 1 some row did not" in text
+    assert "; 2 bad input; 130 stopped by Ctrl-C, after which the same command goes on." in text
+    script = """if True:
+        import sys
+        from hf_equiv.cli.main import _run, cli
+        assert all(_run([verb, "--help"]) == 0 for verb in cli.commands)
+        _run(["match", "--help"])
+        print("torch" in sys.modules)"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.endswith("False\n")
+    flags = """--source --target --data --pairs --solver --radius --norm --rtol --max-evals --no-refine --labels --out
+        --overwrite --seed --revision --readout --normalize --device --dtype --batch-size --image-column --label-column
+        --cache-dir --local-files-only --dry-run --json -q"""
+    assert all(flag in told.stdout for flag in flags.split())
+
+
+def test_of_several_processes_the_first_verifies_and_publishes(place, capsys, monkeypatch):
+    assert call(capsys, *PAIR, "--out", "run", "--rtol", "0.9")[0] == 0
+    monkeypatch.setenv("RANK", "1")
+    assert call(capsys, "verify", "run") == call(capsys, "publish", "nowhere", "a/b") == (0, "", "")
+    assert call(capsys, *PAIR, "--dry-run", "--quiet") == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "hold" in call(capsys, "verify", "run")[1]
+
+
+def test_match_and_verify_as_json(place, capsys):
+    code, out, _ = call(capsys, *PAIR, "--out", "run", "--json", "--rtol", "0.5")
+    result = json.loads(out)
+    assert code == 0
+    assert out.count("\n") == 1
+    assert list(result) == ["analysis", "model", "revision", "out", "rows", "summary"]
+    assert (result["analysis"], result["model"], result["out"]) == ("match", "builtin", "run")
+    assert [row["pair_id"] for row in result["rows"]] == ["1.png->2.png"]
+    code, out, err = call(capsys, "verify", "run", "--json")
+    assert code == 0
+    assert err == ""
+    assert json.loads(out)["verified"] == 1
+    (place / "run" / "figures" / "pairs.png").write_bytes(b"")
+    code, out, _ = call(capsys, "verify", "run", "--json")
+    assert code == 1
+    assert json.loads(out)["problems"][0]["file"] == "figures/pairs.png"
+
+
+def test_match_for_people(place, capsys):
+    code, out, err = call(capsys, *PAIR, "--rtol", "1e-13")
+    assert code == 1
+    folder = next((place / "runs" / "match" / "builtin").iterdir()).relative_to(place)
+    assert "1.png -> 2.png" in out
+    refined = next(iter(shards.read_costs(place / folder).values()))["refine"]
+    assert re.search(rf"evals +refine +seconds.*\n.* 30 +{refined:.0f} ", out)
+    assert f"picture:  {folder}/figures/pairs.png" in out
+    assert f"check it: hf-equiv verify {folder}" in out
+    assert "1 of 1 rows on disk" in err
+    code, out, err = call(capsys, *PAIR, "--rtol", "1e-13", "-q")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"1 of 1 rows in {folder} did not converge. ")
+    assert err.count("\n") == 1
+    code, out, _ = call(capsys, "verify", folder)
+    assert code == 0
+    assert out.startswith(f"The row of {folder} holds")
+
+
+def test_radius_may_be_a_fraction(place, capsys):
+    _, out, _ = call(capsys, *PAIR, "--radius", "8/255", "--json")
+    row = json.loads(out)["rows"][0]
+    assert row["radius"] == 8 / 255
+    assert row["linf"] <= 8 / 255 + 1e-7
+
+
+def test_dry_run_writes_nothing(place, capsys):
+    code, out, _ = call(capsys, *PAIR, "--dry-run")
+    assert code == 0
+    assert "rows to make" in out
+    code, out, _ = call(capsys, *PAIR, "--dry-run", "--json")
+    told = json.loads(out)
+    assert told["dry_run"]["rows_to_make"] == 1
+    assert told["dry_run"]["estimated_seconds"] >= 0
+    assert sorted(p.name for p in place.iterdir()) == ["1.png", "2.png", "notes.txt"]
+    code, out, _ = call(capsys, *PAIR, "--dry-run", "--out", "deep/run")
+    assert code == 0
+    assert not (place / "deep").exists()
+
+
+def test_env(place, capsys):
+    code, out, _ = call(capsys, "env", "--json")
+    assert code == 0
+    assert {"torch", "transformers", "datasets"} <= set(json.loads(out)["versions"])
+    code, out, _ = call(capsys, "env")
+    assert "transformers" in out
+
+
+def test_env_of_the_built_in_model(capsys):
+    code, out, _ = call(capsys, "env", "builtin", "--json")
+    model = json.loads(out)["model"]
+    assert code == 0
+    assert model["N"] == 3 * 64 * 64
+    assert model["jvp"] is True
+    assert model["head"]["classes"] == 20
+    assert "cls" in model["readouts"]
+    assert isinstance(model["processor"], str)
+    code, out, _ = call(capsys, "env", "builtin")
+    assert max(map(len, out.splitlines())) <= 120
+    assert "\n    do_resize             yes\n" in out
+    assert "forward-mode (JVP)      yes\n" in out
+    assert "error" not in out
+
+
+@pytest.mark.parametrize("again", [[], ["--overwrite", "always"], ["--overwrite=always"]])  # which would begin anew
+def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_equiv.matching.stages.match_embedding", stop)
+    monkeypatch.setattr(sys, "argv", ["hf-equiv", *PAIR, *again])
+    code, out, err = call(capsys, *PAIR, "--out", "run", "-q", *again)
+    assert code == 130
+    assert out == ""
+    assert err.lstrip() == (  # click ends the line of the ^C first
+        "error: interrupted; 0 of 1 rows are kept in run. "
+        f"{'Without --overwrite the same' if again else 'The same'} command goes on: "
+        "hf-equiv match builtin --source 1.png --target 2.png --max-evals 30\n"
+    )
+
+
+BAD = [
+    (["match"], "Missing argument 'MODEL'"),
+    (["frobnicate"], "No such command 'frobnicate'"),
+    ([*PAIR, "2.png", "3.png"], "Got unexpected extra arguments (2.png 3.png). A flag takes one name: of several"),
+    (["match", "builtin", "--rtol", "tiny"], "'tiny' is not a valid float"),
+    (["match", "builtin", "--solver", "magic"], "'magic' is not one of"),
+    ([*PAIR, "--radius", "0"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "-8/255"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "nan"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "8/0"], "--radius must be a number or a fraction such as 8/255; got '8/0'"),
+    ([*PAIR, "--radius", "1.5"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "30", "--norm", "l2"], "--radius must lie in (0, 27.7"),
+    ([*PAIR, "--radius", "0", "--norm", "l2"], "--radius must be finite and above 0"),
+    ([*PAIR, "--rtol", "1"], "--rtol must be below 1"),
+    ([*PAIR, "--rtol", "0"], "--rtol must be finite and above 0"),
+    ([*PAIR, "--batch-size", "0"], "--batch-size must be at least 1"),
+    ([*PAIR, "--labels", "cat"], "--labels must be at least two different names"),
+    (["match", "builtin", "--source", "1.png"], "--source must come with --target"),
+    (["match", "builtin", "--source", "1.png", "--target", "1.png"], "source and target must be different images"),
+    (["match", "builtin", "--source", "1.png", "--target", "9.png"], "'9.png' does not exist"),
+    (["match", "builtin", "--data", "builtin", "--pairs", "99"], "--pairs must be at most 12"),
+    ([*PAIR, "--norm", "linf"], "--norm must come with --radius; got 'linf' alone"),
+    ([*PAIR, "--source", "2.png"], "--source may be given once; got 1.png, 2.png."),
+    ([*PAIR, "--image-column", "photo"], "--image-column must come with a parquet file or a dataset; '1.png' has no"),
+    (["match", "builtin", "--label-column", "kind"], "--label-column must come with a parquet file or a dataset"),
+    (["match", "builtin", "--source", "*.png", "--target", "1.png"], "'*.png' does not exist, and patterns are not"),
+    (["match", "builtin", "--data", "notes.txt"], "'notes.txt' must be an image that Pillow reads"),
+    ([*PAIR, "--dry-run", "--out", "1.png"], "run directory '1.png' cannot be written: Not a directory."),
+    ([*PAIR, "--dry-run", "--out", "1.png/run"], "run directory '1.png/run' cannot be written: Not a directory."),
+    (["verify", "nowhere"], "'nowhere' must be a run directory; it does not exist"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_line_and_exit_code_2(place, capsys, arguments, message):
+    code, out, err = call(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (place / "runs").exists()
+
+
+def test_a_local_checkpoint_is_recorded_by_name_and_found_again(tmp_path, monkeypatch, capsys):
+    from tiny_models import save
+
+    model = save("vit_head", tmp_path / "a-private-place" / "my-model")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, "match", model, "--max-evals", "3", "--out", "run", "--json")
+    assert code == 1
+    assert json.loads(out)["model"] == json.loads(out)["rows"][0]["model_id"] == "my-model"
+    assert "a-private-place" not in out
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) >= 5
+    assert not any(b"a-private-place" in data for data in written)
+    code, _, err = call(capsys, "verify", "run")
+    assert code == 2
+    assert "this run used the local checkpoint 'my-model'" in err
+    assert call(capsys, "verify", "run", "--model", model)[0] == 0
+    other = save("vit_msn", tmp_path / "other" / "my-model")
+    code, out, _ = call(capsys, "verify", "run", "--model", other)
+    assert code == 1
+    assert "other weights were loaded" in out
+
+
+def test_bad_named_photos_are_listed_before_any_work(place, capsys):
+    photos = save_photos(place / "photos")
+    draw_photo(9).save(place / "t.png")
+    for k in (1, 2):
+        (photos / f"class{k}" / f"photo{k}.png").write_bytes(b"broken" * (k - 1))
+    for flag in ("--dry-run", "--json"):
+        code, out, err = call(capsys, "match", "builtin", "--source", "photos", "--target", "t.png", flag)
+        assert (code, out) == (2, "")
+        head, *lines = err.splitlines()
+        assert head == "error: 2 images cannot be used. Name others."
+        assert sorted(line[:46] for line in lines) == [
+            "- image 'class1/photo1.png' must hold an image",
+            "- image 'class2/photo2.png' must be an image t",
+        ]
+    assert not (place / "runs").exists()
+
+
+def test_dry_run_names_photos_of_a_set_that_cannot_be_read(place, capsys):
+    photos = save_photos(place / "photos")
+    drawn = ["match", "builtin", "--data", "photos", "--pairs", "7", "--dry-run"]
+    assert "unusable" not in call(capsys, *drawn)[1]
+    names = ["class1/photo1.png", "class2/photo2.png"]
+    for name in names:
+        (photos / name).write_bytes(b"broken")
+    code, out, _ = call(capsys, *drawn)
+    assert code == 0
+    rows, images = (re.search(rf"{key} +(.*)\n", out)[1] for key in ("rows of status error", "unusable images"))
+    assert sorted(images.split(", ")) == names
+    told = json.loads(call(capsys, *drawn, "--json")[1])["dry_run"]
+    assert sorted(told["unusable_images"]) == names
+    assert all(why.startswith(f"image {name!r} must be an") for name, why in told["unusable_images"].items())
+    code, out, _ = call(capsys, *drawn[:-1], "--max-evals", "5", "--json")
+    failed = sum(row["status"] == "error" for row in json.loads(out)["rows"])
+    assert int(rows) == told["rows_of_status_error"] == failed > 0
+    for verb, count in (("spectrum", 2), ("lipschitz", 4)):  # of which every image has the next one as its target
+        told = json.loads(call(capsys, verb, "builtin", "--data", "photos", "--dry-run", "--json")[1])["dry_run"]
+        assert sorted(told["unusable_images"]) == names
+        assert told["images_of_status_error"] == count
+        assert "unusable images" in call(capsys, verb, "builtin", "--data", "photos", "--dry-run")[1]
+
+
+def test_one_of_several_image_columns_is_said_aloud(place, capsys):
+    features = datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
+    rows = [{"left": draw_photo(k), "right": draw_photo(k + 5)} for k in range(3)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet("two.parquet")
+    given = ["match", "builtin", "--data", "two.parquet", "--pairs", "1", "--max-evals", "3", "--cache-dir", "cache"]
+    said = "taking image column 'left' of left, right; --image-column names another"
+    assert said in call(capsys, *given)[2].splitlines()
+    assert f" {said}\n" in call(capsys, *given, "--dry-run")[1]
+    assert json.loads(call(capsys, *given, "--dry-run", "--json")[1])["dry_run"]["choices"] == [said]
+    for more in (["-q"], ["--json"], ["--image-column", "left"], ["--image-column", "right"]):
+        assert "taking" not in call(capsys, *given, *more)[2]
+
+
+def test_pace_is_in_plain_numbers_and_of_rows_that_took_time(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("hf_equiv.cli.progress.time.monotonic", lambda: clock[0])
+    with progress.run_progress(quiet=False) as tell:
+        tell(RunProgress("saved", 0, 20))
+        tell(RunProgress("note", pair_ids=("a",), message="a: torn"))
+        clock[0] = 0.06
+        tell(RunProgress("saved", 1, 20))
+        tell(RunProgress("saved", 6, 20))
+        clock[0] = 60.0
+        tell(RunProgress("saved", 12, 20))
+        clock[0] = 600.0
+        tell(RunProgress("saved", 20, 20))
+    assert capsys.readouterr().err.splitlines() == [
+        "0 of 20 rows on disk",
+        "error: a: torn",
+        "1 of 20 rows on disk",
+        "6 of 20 rows on disk (5,000 a minute, 0 s left)",
+        "12 of 20 rows on disk (11 a minute, 44 s left)",
+        "20 of 20 rows on disk (1.9 a minute)",
+    ]
+
+
+@pytest.mark.parametrize("options", [["match", "--pairs", "7", "--max-evals", "5"], ["spectrum", "--k", "2"]])
+def test_a_run_over_another_state_of_the_data_is_told(place, capsys, options):
+    verb, *more = options
+    command = [verb, "builtin", "--data", "photos", *more]
+    torn = save_photos(place / "photos") / "class1" / "photo1.png"
+    torn.write_bytes(b"broken")
+    assert "another state" not in call(capsys, *command)[2]
+    assert "another state" not in call(capsys, *command)[2]
+    (folder,) = (place / "runs" / verb / "builtin").iterdir()
+    folder = folder.relative_to(place)
+    draw_photo(1).save(torn)
+    said = f"{folder} holds the same run over another state of the data"
+    assert f"{said}: --out {folder} would keep its rows; this run begins anew" in call(capsys, *command, "--dry-run")[2]
+    assert "another state" not in call(capsys, *command, "--dry-run", "--seed", "1")[2]
+    assert "another state" not in call(capsys, *command, "--dry-run", "--json")[2]
+    code, out, err = call(capsys, *command, "--dry-run", "--out", folder)
+    assert code == 0
+    assert "another state" not in err
+    assert not re.search(r"(rows|images) there +0\n", out)
+    for name, k in (("class1/photo4.png", 11), ("class2/photo2.png", 13)):
+        draw_photo(k).save(place / "photos" / name)
+    assert f"{said}, of which not only unusable images have changed" in call(capsys, *command, "--dry-run")[2]
+    assert "another state" not in call(capsys, *command, "--json")[2]
+
+
+def test_photos_that_changed_are_told_in_words(place, capsys):
+    call(capsys, *PAIR, "--out", "run", "-q")
+    draw_photo(9).save(place / "1.png")
+    code, _, err = call(capsys, *PAIR, "--out", "run")
+    assert code == 2
+    assert "holds a run of other settings: the photos changed (" in err
+
+
+def test_each_cause_of_an_error_is_told_once(place, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("this image is too much")
+
+    save_photos(place / "photos")
+    monkeypatch.setattr("hf_equiv.matching.stages.match_embedding", broken)
+    code, out, _ = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "4", "--out", "run")
+    assert code == 1
+    assert out.count("this image is too much") == 1
+    assert "error: this image is too much (4 rows)\n" in out
+    code, out, err = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "4", "--out", "run", "-q")
+    assert (code, out) == (1, "")
+    assert err == "4 of 4 rows in run did not converge. error: this image is too much (4 rows)\n"
+    code, out, _ = call(capsys, "verify", "run")
+    assert code == 1
+    assert out == "Nothing in run can be checked; 4 of 4 rows are of status error and hold no match.\n"
+
+
+# --- messages name flags ---
+
+
+def test_every_keyword_is_a_flag():
+    commands = [*main.cli.commands.values(), *main.cli.commands["space"].commands.values()]
+    flags = {flag for command in commands for option in command.params for flag in option.opts}
+    assert {"--" + name.replace("_", "-") for name in output.NAMES} <= flags
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("`max_evals` must be at least 1; got 0.", "--max-evals must be at least 1; got 0."),
+        ("`labels` must be None for 'm'.", "--labels must be left out for 'm'."),
+        ("not cached and `local_files_only=True`. Run", "not cached and --local-files-only. Run"),
+        ("Use device='cpu', or wait.", "Use --device cpu, or wait."),
+        ("Use readout='hidden:3'.", "Use --readout hidden:3."),
+        ("did not reach rtol=1e-5 in time", "did not reach --rtol 1e-5 in time"),
+        ("log in with `hf auth login` or pass `token`.", "log in with `hf auth login` or set HF_TOKEN."),
+        ("source and target must differ: https://h.co/a?revision=x", None),
+    ],
+)
+def test_python_words_become_flags(message, told):
+    assert output.in_flags(message) == (told or message)
+
+
+def test_other_settings_exit_2(place, capsys):
+    call(capsys, *PAIR, "--out", "run", "-q")
+    code, _, err = call(capsys, *PAIR, "--out", "run", "--seed", "5")
+    assert code == 2
+    assert "seed (0 there, 5 asked)" in err
+    code, _, _ = call(capsys, *PAIR, "--out", "run", "--seed", "5", "--overwrite", "always", "-q")
+    assert code in (0, 1)
+
+
+def test_a_bug_is_one_line_too_and_debug_shows_it(place, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("oops")
+
+    monkeypatch.setattr(environment, "load_encoder", broken)
+    code, _, err = call(capsys, *PAIR)
+    assert code == 2
+    assert err == "error: KeyError: 'oops' (HF_EQUIV_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("HF_EQUIV_DEBUG", "1")
+    with pytest.raises(KeyError):
+        main._run(PAIR)
+
+
+def test_built_in_model_from_an_empty_folder(tmp_path):
+    command = [sys.executable, "-m", "hf_equiv", "match", "builtin", "--max-evals", "3", "--no-refine", "--json"]
+    search = os.pathsep.join(
+        [os.path.dirname(os.path.dirname(os.path.dirname(main.__file__))), os.environ.get("PYTHONPATH", "")]
+    )
+    environ = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": search}
+    told = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert told.returncode == 1, told.stderr
+    assert json.loads(told.stdout)["rows"][0]["pair_id"] == "cat->coffee"

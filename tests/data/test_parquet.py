@@ -1,0 +1,103 @@
+"""Parquet files as one table: the same rows whatever their row groups, little memory, and no half a copy."""
+
+import io
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fakes import draw_photo
+
+from hf_equiv.data import tables
+from hf_equiv.data.sources import load_images
+
+
+def write(path, first: int, count: int, group: int = 2) -> None:
+    def png(k):
+        buffer = io.BytesIO()
+        draw_photo(k).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    rows = [{"image": png(k), "label": k % 2} for k in range(first, first + count)]
+    pq.write_table(datasets.Dataset.from_list(rows, features=features).data.table, path, row_group_size=group)
+
+
+def test_rows_are_those_that_datasets_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_ROWS", 3)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    write(folder / "a.parquet", 0, 5)
+    write(folder / "b.parquet", 5, 4, group=9)
+    images = load_images(str(folder), cache_dir=str(tmp_path / "cache"))
+    files = [str(folder / name) for name in ("a.parquet", "b.parquet")]
+    known = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "other"))
+    assert images.ids == tuple(map(str, range(9)))
+    assert images.labels == tuple(("ant", "bee")[k] for k in known["label"])
+    assert [item.image.tobytes() for item in images] == [row["image"].tobytes() for row in known]
+    (copy,) = (tmp_path / "cache" / "hf_equiv").iterdir()
+    assert copy.name == images.data_revision.removeprefix("sha256:") + ".arrow"
+
+    def never(*_):
+        raise AssertionError("copied again")
+
+    monkeypatch.setattr(tables, "_copy", never)
+    again = load_images(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert again[8].image.tobytes() == images[8].image.tobytes()
+
+
+def test_memory_is_that_of_a_few_rows(tmp_path, monkeypatch):
+    rng, held, real = np.random.default_rng(0), [], tables.table_cast
+    cells = [{"bytes": rng.bytes(50_000), "path": None} for _ in range(400)]
+    # a single row group, of pages of 16 rows: a page is the least that can be read
+    pq.write_table(pa.table({"image": cells}), tmp_path / "one.parquet", compression="none", write_batch_size=16)
+    del cells
+    before = pa.total_allocated_bytes()
+
+    def cast(table, schema):
+        held.append(pa.total_allocated_bytes() - before)
+        return real(table, schema)
+
+    monkeypatch.setattr(tables, "table_cast", cast)
+    images = load_images(str(tmp_path / "one.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert len(images) == 400
+    assert len(held) == 25
+    assert max(held) < 6_000_000, "of 20 MB"
+
+
+def test_files_that_change_or_do_not_fit(tmp_path, monkeypatch):
+    folder, real = tmp_path / "photos", tables._copy
+    folder.mkdir()
+    write(folder / "a.parquet", 0, 3)
+
+    def copy(paths, to):
+        real(paths, to)
+        write(folder / "a.parquet", 0, 4)  # by another program
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "_copy", copy)
+        with pytest.raises(ValueError, match="'photos' cannot be read: it was written to while it was read"):
+            load_images(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache" / "hf_equiv").iterdir())
+    assert len(load_images(str(folder), cache_dir=str(tmp_path / "cache"))) == 4
+    pq.write_table(pa.table({"text": ["no image"]}), folder / "b.parquet")
+    with pytest.raises(ValueError, match="parquet data 'photos' cannot be read"):
+        load_images(str(folder), cache_dir=str(tmp_path / "cache"))
+    (folder / "b.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="parquet data 'photos' cannot be read"):
+        load_images(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache" / "hf_equiv").iterdir())) == 1
+
+
+def test_what_is_no_column_of_images_is_refused_in_words(tmp_path):
+    buffer = io.BytesIO()
+    draw_photo(0).save(buffer, "PNG")
+    numbers = pa.array([list(buffer.getvalue())], pa.list_(pa.uint8()))
+    pq.write_table(pa.table({"image": numbers}), tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match="must hold images; got List"):
+        load_images(str(tmp_path / "numbers.parquet"), cache_dir=str(tmp_path / "cache"))
+    twice = pa.array([buffer.getvalue()])
+    pq.write_table(pa.Table.from_arrays([twice, twice], ["image", "image"]), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"'twice\.parquet' cannot be read"):
+        load_images(str(tmp_path / "twice.parquet"), cache_dir=str(tmp_path / "cache"))

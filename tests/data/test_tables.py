@@ -1,0 +1,291 @@
+"""Datasets by name from the Hub: configurations, splits, columns, odd images, gates, and streaming."""
+
+import importlib
+import io
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fakes import SIZE, TinyEncoder, draw_photo
+from huggingface_hub import HfApi
+from loopback_hub import HubError, _Handler
+from PIL import Image
+
+from hf_equiv.analyses import run
+from hf_equiv.analyses.config import AnalysisConfig, RunConfig
+from hf_equiv.analyses.plan import make_analysis_plan, make_plan
+from hf_equiv.cli import environment
+from hf_equiv.data import tables
+from hf_equiv.data.sources import draw_pairs, load_images
+
+main = importlib.import_module("hf_equiv.cli.main")  # `hf_equiv.cli.main` is the function
+
+
+def png(k: int, size: tuple[int, int] = (40, 40), mode: str = "RGB") -> dict:
+    buffer = io.BytesIO()
+    draw_photo(k).resize(size).convert(mode).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def push(tables: dict[str, datasets.Dataset], repo: str = "alice/photos", card: str = "") -> str:
+    """Upload parquet files by hand, as a Hub dataset is laid out; returns the commit."""
+    api = HfApi()
+    api.create_repo(repo, repo_type="dataset", exist_ok=True)
+    sha = ""
+    for path, table in tables.items():
+        buffer = io.BytesIO()
+        table.to_parquet(buffer)
+        sha = api.upload_file(
+            path_or_fileobj=buffer.getvalue(), path_in_repo=path, repo_id=repo, repo_type="dataset"
+        ).oid
+    if card:
+        sha = api.upload_file(
+            path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo, repo_type="dataset"
+        ).oid
+    return sha
+
+
+def table(count: int = 6, classes: tuple[str, ...] | None = ("ant", "bee"), first: int = 0) -> datasets.Dataset:
+    features = {"image": datasets.Image()} | ({"label": datasets.ClassLabel(names=list(classes))} if classes else {})
+    rows = [{"image": png(first + k)} | ({"label": k % len(classes)} if classes else {}) for k in range(count)]
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+
+CONFIGS = """---
+configs:
+- config_name: big
+  data_files:
+  - {split: train, path: big/train.parquet}
+- config_name: small
+  data_files:
+  - {split: train, path: small/train.parquet}
+  - {split: test, path: small/test.parquet}
+---
+"""
+
+
+def test_configurations_splits_and_the_commit(hub, tmp_path):
+    sha = push(
+        {"big/train.parquet": table(6), "small/train.parquet": table(4), "small/test.parquet": table(3)}, card=CONFIGS
+    )
+    for name, data_id, size in (
+        ("alice/photos", "alice/photos:big:train", 6),
+        ("alice/photos:small", "alice/photos:small:test", 3),
+        ("alice/photos:small:train", "alice/photos:small:train", 4),
+    ):
+        images = load_images(name, cache_dir=str(tmp_path))
+        assert (images.data_id, images.data_revision, len(images)) == (data_id, sha, size)
+    assert images.labels == ("ant", "bee", "ant", "bee")
+    assert images.choices == ()
+    with pytest.raises(ValueError, match=r"has no 'tiny'; configurations: big, small; splits of 'big': train"):
+        load_images("alice/photos:tiny", cache_dir=str(tmp_path))
+
+
+def test_a_split_that_nobody_named_is_said_aloud(hub, tmp_path, capsys, monkeypatch):
+    push({"big/train.parquet": table(6), "small/train.parquet": table(4), "small/test.parquet": table(3)}, card=CONFIGS)
+    monkeypatch.setattr(environment, "load_encoder", lambda *_, **__: TinyEncoder())
+    monkeypatch.chdir(tmp_path)
+    given = ["match", "builtin", "--pairs", "1", "--max-evals", "3", "--cache-dir", "cache", "--data"]
+    split = "taking split test of train, test; name another as alice/photos:small:SPLIT"
+    config = "taking configuration big of big, small; name another as alice/photos:CONFIG"
+    for what, said in (("alice/photos:small", [split]), ("alice/photos", [config]), ("alice/photos:small:test", [])):
+        for dry in ([], ["--dry-run"]):
+            main._run([*given, what, *dry])
+            out, err = capsys.readouterr()
+            assert [line for line in err.splitlines() if line.startswith("taking")] == ([] if dry else said)
+            assert (f" {'; '.join(said)}\n" in out if said else "choices" not in out) or not dry
+        main._run([*given, what, "--dry-run", "--json"])
+        out, err = capsys.readouterr()
+        assert json.loads(out)["dry_run"]["choices"] == said
+        assert "taking" not in err
+    main._run(["spectrum", "builtin", "--k", "2", "--cache-dir", "cache", "--data", "alice/photos:small"])
+    assert split in capsys.readouterr().err.splitlines()
+
+
+def test_a_dataset_like_coco(hub, tmp_path):
+    features = datasets.Features({
+        "photo": datasets.Image(), "width": datasets.Value("int64"), "height": datasets.Value("int64"),
+        "objects": {"bbox": datasets.List(datasets.List(datasets.Value("float32"))),
+                    "category": datasets.List(datasets.Value("int64"))},
+    })  # fmt: skip
+    sizes = [(40, 30), (64, 64), (17, 90), (33, 20)]
+    rows = [
+        {"photo": png(k, size, "L" if k == 3 else "RGB"), "width": size[0], "height": size[1],
+         "objects": {"bbox": [[0.0, 1.0, 2.0, 3.0]] * k, "category": [k] * k}}
+        for k, size in enumerate(sizes)
+    ]  # fmt: skip
+    push({"data/train.parquet": datasets.Dataset.from_list(rows, features=features)})
+    images = load_images("alice/photos", image_column="photo", cache_dir=str(tmp_path))
+    assert images.labels == (None,) * 4
+    assert [item.image.size for item in images] == sizes
+    assert {item.image.mode for item in images} == {"RGB"}
+    plan = make_plan(RunConfig(data="alice/photos", pairs=6), TinyEncoder(), cache_dir=str(tmp_path))
+    assert len(plan.pairs) == 6
+    assert plan.pixels(plan.pairs[0])[0].shape == (3, SIZE, SIZE)
+    labelled = load_images("alice/photos", label_column="width", cache_dir=str(tmp_path))
+    assert labelled.labels == ("40", "64", "17", "33")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_card_without_header_is_no_warning(hub, tmp_path, caplog, streaming):
+    push({"train.parquet": table()}, card="Only text.\n")
+    assert len(load_images("alice/photos", cache_dir=str(tmp_path), most=6, streaming=streaming)) == 6
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")] == []
+
+
+def test_a_torn_image_in_the_middle_marks_its_rows(hub, tmp_path):
+    rows = [{"image": png(k)} for k in range(5)]
+    rows[2] = {"image": {"bytes": b"\x89PNG torn", "path": None}}
+    push({"train.parquet": datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()}))})
+    config = RunConfig(data="alice/photos", pairs=10, max_evals=5, refine=False)
+    outcome = run.run_match(make_plan(config, TinyEncoder(), cache_dir=str(tmp_path)), tmp_path / "out")
+    bad = {row["pair_id"] for row in outcome.rows if row["status"] == "error"}
+    assert bad == {row["pair_id"] for row in outcome.rows if "2" in (row["source_id"], row["target_id"])} != set()
+    assert len(bad) < 10
+    assert all("alice/photos:default:train row 2" in why for why in outcome.errors.values())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dataset_of_the_hub_opens_no_other_file(hub, tmp_path, streamed):
+    (tmp_path / "own.png").write_bytes(png(0)["bytes"])
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / "own.png")}}, {"image": png(1)}]
+    # written by hand: `datasets` would take the file into the table
+    cells = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array([row["image"] for row in rows], cells)}), buffer)
+    api = HfApi()
+    api.create_repo("alice/sly", repo_type="dataset")
+    api.upload_file(
+        path_or_fileobj=buffer.getvalue(), path_in_repo="train.parquet", repo_id="alice/sly", repo_type="dataset"
+    )
+    more = {"streaming": True, "most": 2} if streamed else {}
+    images = load_images("alice/sly", cache_dir=str(tmp_path / "cache"), **more)
+    assert images[1].image.size == (40, 40)
+    with pytest.raises(ValueError, match="row 0 must hold an image"):
+        _ = images[0]
+
+
+def test_image_files_of_a_dataset_are_read(hub, tmp_path):
+    api = HfApi()
+    api.create_repo("alice/files", repo_type="dataset")
+    for k in range(2):
+        api.upload_file(
+            path_or_fileobj=png(k)["bytes"], path_in_repo=f"{k}.png", repo_id="alice/files", repo_type="dataset"
+        )
+    images = load_images("alice/files", cache_dir=str(tmp_path / "cache"))
+    assert [item.image.size for item in images] == [(40, 40)] * 2
+    streamed = load_images("alice/files", cache_dir=str(tmp_path / "cache"), streaming=True, most=2)
+    assert [item.image.size for item in streamed] == [(40, 40)] * 2
+
+
+def test_datasets_that_cannot_be_used(hub, tmp_path, monkeypatch):
+    push({"train.parquet": datasets.Dataset.from_dict({"text": ["a", "b"]})}, "alice/texts")
+    with pytest.raises(ValueError, match=r"'alice/texts:default:train' must have an image column; it has text"):
+        load_images("alice/texts", cache_dir=str(tmp_path))
+    push({"train.parquet": table()})
+    with pytest.raises(ValueError, match="'alice/none' is neither a file nor a folder here nor a dataset"):
+        load_images("alice/none", cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="must have a column 'name'"):
+        load_images("alice/photos", label_column="name", cache_dir=str(tmp_path))
+    hub.repos["datasets", "alice/photos"].gated = True
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    with pytest.raises(ValueError, match=r"'alice/photos' is a gated dataset on the Hub"):
+        load_images("alice/photos", cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("code", ["RepoNotFound", None])  # of a name of one word the Hub gives no code
+@pytest.mark.parametrize("name", ["nosuch", "alice/nosuch"])
+def test_a_name_that_nothing_has(hub, monkeypatch, name, code):
+    def refuse(*_):
+        raise HubError(404, "Sorry, we can't find the page you are looking for.", code)
+
+    monkeypatch.setattr(_Handler, "_route", refuse)
+    with pytest.raises(ValueError, match=rf"^'{name}' is neither a file nor a folder here nor a dataset .* the name"):
+        load_images(name)
+
+
+# --- streaming ---
+
+
+@pytest.fixture
+def shards_on_hub(hub):
+    return push({f"data/train-0000{k}-of-00004.parquet": table(5, first=5 * k) for k in range(4)})
+
+
+def test_streaming_takes_the_first_images(shards_on_hub, tmp_path):
+    whole = load_images("alice/photos", cache_dir=str(tmp_path / "a"))
+    few = load_images("alice/photos", limit=7, streaming=True, cache_dir=str(tmp_path / "b"))
+    assert few.data_id == "alice/photos:default:train[:7]"
+    assert few.data_revision == whole.data_revision == shards_on_hub
+    assert few.ids == whole.ids[:7]
+    assert few.labels == whole.labels[:7]
+    assert [a.image.tobytes() for a in few] == [whole[i].image.tobytes() for i in range(7)]
+
+
+def test_a_stream_that_is_sorted_by_class_is_told(hub, tmp_path):
+    push({"train.parquet": table(10).sort("label")})
+    few = load_images("alice/photos", limit=5, streaming=True, cache_dir=str(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"the first 5 images .* are 'ant': it is sorted by class. Leave `streaming`"):
+        draw_pairs(few, 2, seed=0)
+    assert draw_pairs(load_images("alice/photos", cache_dir=str(tmp_path / "b")), 2, seed=0)
+    assert draw_pairs(load_images("alice/photos", limit=6, streaming=True, cache_dir=str(tmp_path / "c")), 2, seed=0)
+
+
+def test_a_run_over_a_stream_goes_on_without_asking_again(shards_on_hub, tmp_path, monkeypatch):
+    config = RunConfig(data="alice/photos", pairs=4, streaming=True, max_evals=5, refine=False)
+    plan = make_plan(config, TinyEncoder(), cache_dir=str(tmp_path))
+    assert plan.settings["data_id"] == "alice/photos:default:train[:100]"
+    again = make_plan(config, TinyEncoder(), cache_dir=str(tmp_path))
+    assert again.settings == plan.settings
+    assert again.pairs == plan.pairs
+    assert run.run_match(plan, tmp_path / "out").rows
+
+
+def test_large_datasets_are_streamed_unasked_where_a_number_is_known(shards_on_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "is_large", lambda *_: True)
+    config = AnalysisConfig("spectrum", data="alice/photos", limit=3, k=2)
+    plan = make_analysis_plan(config, TinyEncoder(), cache_dir=str(tmp_path))
+    assert plan.settings["data_id"] == "alice/photos:default:train[:3]"
+    assert [subject.image_id for subject in plan.subjects] == ["0", "1", "2"]
+    plan = make_analysis_plan(
+        AnalysisConfig("spectrum", data="alice/photos", k=2), TinyEncoder(), cache_dir=str(tmp_path)
+    )
+    assert len(plan.subjects) == 20
+
+
+def test_the_size_comes_from_the_card(hub, monkeypatch):
+    card = "---\ndataset_info:\n  download_size: 6000000000\n  features:\n  - {name: image, dtype: image}\n"
+    sha = push(
+        {"train.parquet": table(classes=None)}, card=card + "  splits:\n  - {name: train, num_examples: 6}\n---\n"
+    )
+    assert tables.is_large("alice/photos", "default", sha)
+
+
+def test_photos_that_are_files_of_their_own_are_streamed(hub, tmp_path):
+    api = HfApi()
+    api.create_repo("alice/files", repo_type="dataset")
+    for k, kind in enumerate(("ant", "bee", "ant")):
+        api.upload_file(
+            path_or_fileobj=png(k)["bytes"], path_in_repo=f"train/{kind}/{k}.png", repo_id="alice/files",
+            repo_type="dataset",
+        )  # fmt: skip
+    images = load_images("alice/files", limit=2, streaming=True, cache_dir=str(tmp_path))
+    assert len(images) == 2
+    assert isinstance(images[1].image, Image.Image)
+    assert images.labels == ("ant", "ant")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RunConfig(streaming=True), "`streaming` must come with `data`"),
+        (RunConfig(data="builtin", streaming=True), "'builtin' is here already. Leave it out"),
+        (AnalysisConfig("walk", data="a/b", streaming=True), "`streaming` must come with `data` and `limit`"),
+    ],
+)
+def test_streaming_of_what_is_no_stream(config, message):
+    make = make_plan if isinstance(config, RunConfig) else make_analysis_plan
+    with pytest.raises(ValueError, match=message):
+        make(config, TinyEncoder())

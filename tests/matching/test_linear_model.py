@@ -1,0 +1,111 @@
+"""The linear model of f against dense float64 algebra: learnt rows, held pixels, corrections, projections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DIM, EIGHT, SHAPE, images, smooth_mlp
+
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.matching.corrector import LinearModel
+
+every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def some_free(seed: int = 1) -> torch.Tensor:
+    return gaussian(*SHAPE, seed=seed) > -0.3
+
+
+@every_case
+def test_projection_and_correction_are_those_of_the_dense_matrix(case):
+    x = images(1, seed=2, dtype=torch.float64)[0]
+    model, v, r = LinearModel(Jacobian(case.f, x)), gaussian(*SHAPE), gaussian(DIM, seed=3)
+    free = some_free()
+    model.hold(some_free(seed=9))  # columns leave and come back
+    model.hold(free)
+    A = case.f.jacobian(x) * free.flatten()
+    inverse = torch.linalg.pinv(A, rtol=1e-7)
+    expected = (v * free).flatten() - inverse @ (A @ v.flatten())
+    torch.testing.assert_close(model.project_null(v).flatten(), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.correction(r).flatten(), -inverse @ r, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.multipliers(v), inverse.T @ (v * free).flatten(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.apply(v), case.f.jacobian(x) @ v.flatten(), rtol=0, atol=1e-12)
+    assert float((A @ model.project_null(v).flatten()).norm()) <= 1e-13 * float(A.norm() * v.norm())
+
+
+@pytest.mark.parametrize(("dtype", "followed"), [(torch.float32, False), (torch.float64, True)])
+def test_noise_along_the_smallest_singular_values_is_not_followed(dtype, followed):
+    left, right = torch.linalg.qr(gaussian(3, 3))[0], torch.linalg.qr(gaussian(192, 3, seed=1))[0]
+    A = left @ torch.diag(torch.tensor([1.0, 0.1, 5e-5], dtype=torch.float64)) @ right.T
+    model = LinearModel(Jacobian(lambda x: x.flatten(1) @ A.T.to(x), images(1, seed=2, dtype=dtype)[0]))
+    step = model.correction(left @ torch.full((3,), 1e-6, dtype=torch.float64))
+    assert float(step.norm()) == pytest.approx(0.02 if followed else 1e-5, rel=0.01)
+
+
+def test_a_learnt_row_is_true_and_the_others_stay():
+    f, (x, y) = smooth_mlp(), images(2, seed=4, dtype=torch.float64)
+    model, u = LinearModel(Jacobian(f, x)), gaussian(DIM)
+    before = model.A.clone()
+    model.hold(some_free())
+    model.learn(Jacobian(f, y), u)
+    torch.testing.assert_close(u @ model.A, u @ f.jacobian(y), rtol=0, atol=1e-13)
+    other = gaussian(DIM, seed=5)
+    other = other - (other @ u) / (u @ u) * u
+    torch.testing.assert_close(other @ model.A, other @ before, rtol=0, atol=1e-13)
+
+
+def test_after_a_row_for_every_dimension_the_model_is_the_jacobian():
+    f, (x, y) = smooth_mlp(), images(2, seed=4, dtype=torch.float64)
+    model = LinearModel(Jacobian(f, x))
+    model.hold(some_free())
+    for u in torch.linalg.qr(gaussian(DIM, DIM)).Q:
+        model.learn(Jacobian(f, y), u)
+    torch.testing.assert_close(model.A, f.jacobian(y), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 2e-7)])
+def test_the_gram_matrix_follows_every_change(dtype, rtol):
+    f, points = smooth_mlp(), images(40, seed=6, dtype=dtype)
+    model = LinearModel(Jacobian(f, points[0]))
+    for i, x in enumerate(points):
+        model.hold(some_free(seed=i))
+        model.learn(Jacobian(f, x), gaussian(DIM, seed=100 + i))
+    A = (model.A * model.free).double()
+    assert float((model._gram - A @ A.T).norm()) <= rtol * float(model._gram.norm())
+
+
+def test_a_zero_direction_teaches_nothing():
+    x = images(1, dtype=torch.float64)[0]
+    model = LinearModel(Jacobian(smooth_mlp(), x))
+    before = model.A.clone()
+    assert not model.learn(Jacobian(smooth_mlp(), x), torch.zeros(DIM, dtype=torch.float64))
+    assert torch.equal(model.A, before)
+
+
+@every_case
+@pytest.mark.parametrize("share", [0.9, 0.3, 1e-3])
+def test_a_damped_correction_leaves_what_was_asked_by_the_shortest_step(case, share):
+    x = images(1, seed=2, dtype=torch.float64)[0]
+    model = LinearModel(Jacobian(case.f, x))
+    model.hold(some_free())
+    A = case.f.jacobian(x) * some_free().flatten()
+    r = A @ gaussian(A.shape[1], seed=7)  # within reach
+    left = share * float(r.norm())
+    step = model.correction(r, left).flatten()
+    rest = r + A @ step
+    assert abs(float(rest.norm()) - left) <= 1e-9 * float(r.norm())
+    # The condition of ‖s‖ being least on ‖r + A s‖ = left: s = −Aᵀ rest / μ for one μ > 0.
+    pull = A.T @ rest
+    mu = -float(pull @ step) / float(step @ step)
+    assert mu > 0
+    assert float((pull + mu * step).norm()) <= 1e-7 * float(pull.norm())
+
+
+def test_nothing_is_corrected_that_may_be_left():
+    x = images(1, seed=2, dtype=torch.float64)[0]
+    model, r = LinearModel(Jacobian(smooth_mlp(), x)), gaussian(DIM)
+    assert float(model.correction(r, 1.01 * float(r.norm())).abs().max()) == 0.0

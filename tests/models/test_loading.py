@@ -1,0 +1,262 @@
+"""Finding and loading checkpoints: folders, a loopback Hub, and everything that must be refused clearly."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from loopback_hub import Hub
+from safetensors.torch import load_file, save_file
+from tiny_models import save
+
+from hf_equiv.models.checkpoint import find_checkpoint, quiet
+from hf_equiv.models.encoder import Encoder
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> Path:
+    with quiet():
+        return save("vit_head", tmp_path / "vit")
+
+
+def edit(folder: Path, **settings: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_revision_of_a_folder_is_the_digest_of_its_weights(vit: Path) -> None:
+    digest = hashlib.sha256((vit / "model.safetensors").read_bytes()).hexdigest()
+    assert find_checkpoint(vit).revision == f"sha256:{digest}"
+    assert find_checkpoint(vit.parent, subfolder="vit").revision == f"sha256:{digest}"
+    with pytest.raises(ValueError, match=r"`revision` must be None for a local folder; got 'main'"):
+        find_checkpoint(vit, revision="main")
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "~/no/such/folder"])
+def test_folder_that_does_not_exist(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"existing folder, a Hub id or 'builtin'; got '.*no/such/folder'"):
+        Encoder.from_pretrained(name)
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "empty string"), ("a b/c!", "must be a Hub id such as")])
+def test_malformed_ids(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Encoder.from_pretrained(name)
+
+
+def test_folder_without_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_no_safetensors(vit: Path) -> None:
+    (vit / "model.safetensors").rename(vit / "pytorch_model.bin")
+    message = r"must hold its weights as safetensors; .* has only pytorch_model.bin\. Pickled weights can run code"
+    with pytest.raises(FileNotFoundError, match=message):
+        Encoder.from_pretrained(vit)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -10])
+def test_damaged_weights(vit: Path, keep: int) -> None:
+    file = vit / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(OSError, match=r"must be a readable safetensors file; it is damaged or cut short .* Fetch it"):
+        Encoder.from_pretrained(vit)
+
+
+def test_sharded_weights(vit: Path, tmp_path: Path) -> None:
+    x = torch.rand(1, 3, 32, 32)
+    z = Encoder.from_pretrained(vit)(x)
+    with quiet():
+        model = transformers.ViTForImageClassification.from_pretrained(vit)
+        model.save_pretrained(tmp_path / "s", max_shard_size="40KB")
+    (tmp_path / "s" / "preprocessor_config.json").write_bytes((vit / "preprocessor_config.json").read_bytes())
+    assert not (tmp_path / "s" / "model.safetensors").exists()
+    assert torch.equal(Encoder.from_pretrained(tmp_path / "s")(x), z)
+    shard = sorted((tmp_path / "s").glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"must be complete; .* lacks '{shard.name}'"):
+        Encoder.from_pretrained(tmp_path / "s")
+
+
+def test_missing_weights_are_not_made_up(vit: Path) -> None:
+    file = vit / "model.safetensors"
+    weights = load_file(file)
+    key = next(k for k in weights if "layernorm_after" in k)
+    del weights[key]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"must hold every weight of ViTForImageClassification; .* lacks 1 of them"):
+        Encoder.from_pretrained(vit)
+
+
+def test_head_that_is_not_in_the_checkpoint(vit: Path) -> None:
+    file = vit / "model.safetensors"
+    save_file({k: w for k, w in load_file(file).items() if "classifier" not in k}, file, metadata={"format": "pt"})
+    encoder = Encoder.from_pretrained(vit)
+    assert not encoder.has_head
+    assert encoder.label_names is None
+    assert "logits" not in encoder.readouts
+
+
+def test_half_precision_checkpoint_is_loaded_as_asked(vit: Path) -> None:
+    file = vit / "model.safetensors"
+    save_file({k: w.half() for k, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    edit(vit, dtype="float16")
+    assert Encoder.from_pretrained(vit)(torch.rand(1, 3, 32, 32)).dtype == torch.float32
+
+
+def test_text_only_model(tmp_path: Path) -> None:
+    with quiet():
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        transformers.BertModel(transformers.BertConfig(vocab_size=20, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must name an image encoder \(pixels in.* is a 'bert' model"):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_unknown_architecture_and_remote_code(vit: Path) -> None:
+    edit(vit, model_type="no_such_model", architectures=["NoSuchModel"])
+    with pytest.raises(ValueError, match=r"must hold a config.json that transformers .* knows"):
+        Encoder.from_pretrained(vit)
+    edit(vit, auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"})
+    (vit / "own.py").write_text("raise SystemExit('this must never run')")
+    with pytest.raises(ValueError, match=r"`trust_remote_code` must be True for .* Read that code first"):
+        Encoder.from_pretrained(vit)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_cuda_asked_for_and_absent(vit: Path) -> None:
+    with pytest.raises(ValueError, match=r"`device` must be present; got 'cuda', .* Use device='cpu'"):
+        Encoder.from_pretrained(vit, device="cuda")
+    with pytest.raises(ValueError, match=r"`device` must be a PyTorch device; got 'gpu'"):
+        Encoder.from_pretrained(vit, device="gpu")
+
+
+def test_labels_need_a_tokenizer_that_knows_them(tmp_path: Path) -> None:
+    with quiet():
+        encoder = Encoder.from_pretrained(save("clip", tmp_path / "clip"))  # no tokenizer files: transformers makes one
+    with pytest.raises(
+        OSError, match=r"that of '.*clip' has 2 entries and none for 'cat'\. Copy the tokenizer's files"
+    ):
+        encoder.classify(torch.rand(1, *encoder.input_shape), labels=["cat", "dog"])
+
+
+# Runs in a process of its own: the clients read HF_ENDPOINT when they are imported.
+_CLIENT = """
+import json, sys
+from hf_equiv.models.encoder import Encoder
+import torch
+results = []
+for case in json.load(sys.stdin):
+    try:
+        encoder = Encoder.from_pretrained(case.pop("id"), **case)
+        z = encoder(torch.full((1, 3, 32, 32), 0.25))
+        results.append(["", encoder.revision, float(z.double().sum()), encoder.provenance["model_id"]])
+    except OSError as error:
+        results.append([type(error).__name__, str(error)])
+    except ValueError as error:
+        results.append([type(error).__name__, str(error)])
+print(json.dumps(results))
+"""
+
+
+def client(endpoint: str, home: Path, cases: list[dict[str, Any]], **environment: str) -> list[list[Any]]:
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        **environment,
+    }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    done = subprocess.run(
+        [sys.executable, "-c", _CLIENT],
+        input=json.dumps(cases),
+        env={**kept, **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    assert done.stderr == ""  # nothing but our own messages reaches the user
+    answers: list[list[Any]] = json.loads(done.stdout)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path, str]:
+    repos = tmp_path_factory.mktemp("repos")
+    with quiet():
+        save("vit_head", repos / "vit")
+        save("vit_head", repos / "pickled")
+    (repos / "pickled" / "model.safetensors").rename(repos / "pickled" / "pytorch_model.bin")
+    server = Hub().start()
+    for name, facts in {"vit": {}, "pickled": {}, "private": {"private": True}, "gated": {"gated": True}}.items():
+        server.add("models", f"acme/{name}", repos / (name if name == "pickled" else "vit"), **facts)
+    return server.endpoint, tmp_path_factory.mktemp("home"), repos, server.repos["models", "acme/vit"].at("main").sha
+
+
+@functools.cache
+def _online(endpoint: str, home: Path) -> dict[str, list[Any]]:
+    cases = {
+        "good": {"id": "acme/vit"},
+        "unknown": {"id": "acme/nothing"},
+        "private": {"id": "acme/private"},
+        "gated": {"id": "acme/gated"},
+        "revision": {"id": "acme/vit", "revision": "v9"},
+        "pickled": {"id": "acme/pickled"},
+        "subfolder": {"id": "acme/vit", "subfolder": "nope"},
+        "local": {"id": "acme/other", "local_files_only": True},
+    }
+    return dict(zip(cases, client(endpoint, home, list(cases.values())), strict=True))
+
+
+def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, str]) -> None:
+    endpoint, home, repos, sha = hub
+    error, revision, total, name = _online(endpoint, home)["good"]
+    assert (error, revision, name) == ("", sha, "acme/vit")
+    local = Encoder.from_pretrained(repos / "vit", device="cpu")
+    assert total == pytest.approx(float(local(torch.full((1, 3, 32, 32), 0.25)).double().sum()), rel=1e-5)
+    closed = "http://127.0.0.1:9"  # nothing listens there
+    offline = client(closed, home, [{"id": "acme/vit"}, {"id": "acme/other"}], HF_HUB_OFFLINE="1")
+    assert offline[0] == ["", sha, total, "acme/vit"]
+    assert offline[1] == [
+        "ConnectionError",
+        "'acme/other' is no folder here; of the Hub's 'acme/other', 'config.json' is not in the cache and "
+        "HF_HUB_OFFLINE=1 is set. Unset it once to fetch the checkpoint, or pass a local folder or 'builtin'.",
+    ]
+    unreachable = client(closed, home, [{"id": "acme/other"}])
+    assert unreachable[0][0] == "ConnectionError"
+    assert f"{closed} cannot be reached. Check the network, or pass a local folder" in unreachable[0][1]
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "message"),
+    [
+        (
+            "unknown",
+            "RepositoryNotFoundError",
+            "'acme/nothing' is no folder here, and on the Hub it does not exist or is private. Check",
+        ),
+        ("private", "RepositoryNotFoundError", "for a private one log in with `hf auth login` or pass `token`"),
+        ("gated", "GatedRepoError", "'acme/gated' is gated. Ask for access at http://127.0.0.1"),
+        ("revision", "RevisionNotFoundError", "`revision` must exist in 'acme/vit'; got 'v9'."),
+        ("pickled", "FileNotFoundError", "weights as safetensors; 'acme/pickled' has only pytorch_model.bin"),
+        ("subfolder", "RemoteEntryNotFoundError", "has no file 'config.json'. Check the id and `subfolder`"),
+        ("local", "ConnectionError", "is not in the cache and `local_files_only=True`. Run once without it"),
+    ],
+)
+def test_what_the_hub_refuses(case: str, kind: str, message: str, hub: tuple[str, Path, Path, str]) -> None:
+    got = _online(*hub[:2])[case]
+    assert got[0] == kind
+    assert message in got[1]

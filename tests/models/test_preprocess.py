@@ -1,0 +1,136 @@
+"""Preprocessing against the image processor that transformers selects in this environment, to the last bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import PROCESSORS, save
+from transformers import AutoImageProcessor
+
+from hf_equiv.models.checkpoint import Checkpoint, find_checkpoint, quiet
+from hf_equiv.models.preprocess import load_preprocessor, normalise
+
+
+def photo(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """A smooth random picture with a hard edge, so that resizing has something to do."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    image.paste((250, 3, 120), (0, 0, max(1, width // 3), max(1, height // 2)))
+    return image.convert(mode)
+
+
+PHOTOS = {
+    "odd": photo(101, 67),
+    "tall": photo(33, 240),
+    "wide": photo(301, 35),
+    "tiny": photo(5, 7),
+    "one pixel": photo(1, 1),
+    "grey": photo(90, 90, "L"),
+    "palette": photo(64, 50, "P"),
+    "cmyk": photo(64, 50, "CMYK"),
+}
+
+
+def checkpoint(folder: Path, settings: dict[str, Any]) -> Checkpoint:
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return find_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in PROCESSORS if name != "dinov3"])
+def test_equals_the_processor_to_the_bit(name: str, tmp_path: Path) -> None:
+    preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS[name]))
+    with quiet():
+        processor = AutoImageProcessor.from_pretrained(tmp_path)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    for kind, image in PHOTOS.items():
+        rgb = image.convert("RGB")
+        pixels = preprocess(image)
+        assert pixels.dtype == torch.float32
+        assert tuple(pixels.shape) == (1, 3, *preprocess.size)
+        unnormalised = processor(images=rgb, do_normalize=False, return_tensors="pt").pixel_values
+        assert torch.equal(pixels, unnormalised), kind
+        full = processor(images=rgb, return_tensors="pt").pixel_values
+        difference = float((normalise(pixels, mean, std) - full).abs().max())
+        assert difference <= (0.0 if processor.backend == "pil" else 1e-5), kind
+        grid = (pixels * 255).round() / 255
+        assert torch.equal(pixels, grid), kind  # what a PNG gives back
+    batch = preprocess([PHOTOS["odd"], PHOTOS["tall"]])
+    assert torch.equal(batch[1:], preprocess(PHOTOS["tall"]))
+    assert json.loads(preprocess.record)["backend"] == processor.backend
+
+
+def test_the_grid_is_that_of_a_png() -> None:
+    levels = np.arange(256, dtype=np.uint8)
+    ours = torch.from_numpy((levels.astype(np.float64) * (1 / 255)).astype(np.float32))
+    assert torch.equal(ours, torch.from_numpy(levels).float() / 255)
+
+
+def test_processor_nested_in_processor_config(tmp_path: Path) -> None:
+    point = checkpoint(tmp_path, PROCESSORS["vit"])
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSORS["clip"]}))
+    assert load_preprocessor(point).mean[0] == pytest.approx(0.48145466)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_dinov3_says_why_and_still_normalises(tmp_path: Path) -> None:
+    preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS["dinov3"]))
+    assert preprocess.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(ValueError, match=r"DINOv3's exists only for torchvision, which is not usable here"):
+        preprocess(PHOTOS["odd"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_processor_type": "ViTImageProcessor", "rescale_factor": 1 / 127.5}, "must be 1/255"),
+        ({"image_processor_type": "ViTImageProcessor", "do_rescale": False}, "must be 1/255"),
+        ({"image_processor_type": "ViTImageProcessor", "do_resize": False}, "one size for all images"),
+        (
+            {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False, "size": {"shortest_edge": 32}},
+            "one size for all images",
+        ),
+        ({"image_processor_type": "NoSuchImageProcessor", "image_mean": 0.5, "image_std": 0.5}, "cannot be built here"),
+    ],
+)
+def test_processors_that_cannot_be_reproduced_are_refused(settings: Any, message: str, tmp_path: Path) -> None:
+    preprocess = load_preprocessor(checkpoint(tmp_path, settings))
+    assert preprocess.size is None
+    with pytest.raises(ValueError, match=message):
+        preprocess(PHOTOS["odd"])
+
+
+def test_missing_or_useless_file_is_named(tmp_path: Path) -> None:
+    point = checkpoint(tmp_path, {"image_processor_type": "NoSuchImageProcessor"})
+    with pytest.raises(ValueError, match=r"preprocessor_config.json must state image_mean and image_std"):
+        load_preprocessor(point)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"'preprocessor_config.json' of .* must be JSON"):
+        load_preprocessor(point)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"must hold preprocessor_config.json: .* Copy the file"):
+        load_preprocessor(point)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4, 3), np.uint8), "cat.png", [np.zeros((4, 4, 3), np.uint8)]])
+def test_only_pil_images(bad: Any, tmp_path: Path) -> None:
+    preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS["vit"]))
+    with pytest.raises(TypeError, match=r"`images` must be PIL images; got"):
+        preprocess(bad)
+    with pytest.raises(ValueError, match="`images` must hold at least one image; got none"):
+        preprocess([])
+
+
+def test_save_writes_what_from_pretrained_reads(tmp_path: Path) -> None:
+    with quiet():
+        save("deit", tmp_path)
+    assert load_preprocessor(find_checkpoint(tmp_path)).size == (32, 32)

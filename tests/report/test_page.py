@@ -1,0 +1,683 @@
+"""Reports from run directories: what the page says follows from the rows; unfinished, withheld, empty, damaged runs."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from fakes import TinyEncoder, save_photos
+from pages import checked, tables_of
+
+from hf_equiv.analyses import figures as run_figures
+from hf_equiv.analyses import run
+from hf_equiv.analyses import spectrum as spectrum_analysis
+from hf_equiv.analyses.config import AnalysisConfig, RunConfig
+from hf_equiv.analyses.plan import make_analysis_plan, make_plan
+from hf_equiv.analyses.run import run_analysis, run_match
+from hf_equiv.cli.main import cli
+from hf_equiv.cli.main import main as command
+from hf_equiv.data.image_file import encode_png
+from hf_equiv.formatting import short
+from hf_equiv.geometry import spectrum
+from hf_equiv.report import collect, figures, measure, page, render
+from hf_equiv.report.claims import NO, OPEN, PARTLY, UNDECIDED, YES, claims, disagreements, summary
+from hf_equiv.report.collect import default_out, find_runs, group_runs
+from hf_equiv.report.page import Report, make_report
+from hf_equiv.runs import directory, schema, shards
+
+OPTIONS = {
+    "spectrum": {},
+    "lipschitz": {"directions": "random:4,top:2,row:2,null:4,gradient,toward", "linearity": True, "regional": 0.5},
+    "walk": {"num_steps": 4, "step": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Runs of every verb on one encoder: two budgets, and all geometry."""
+    place = tmp_path_factory.mktemp("made")
+    photos = save_photos(place / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.plots, "pairs_figure", lambda *_: None)
+        patch.setattr(run_figures, "png_of", blank)
+        for name, radius in (("free", None), ("near", 16 / 255)):
+            config = RunConfig(data=str(photos), pairs=5, max_evals=60, radius=radius)
+            run_match(make_plan(config, TinyEncoder()), place / "runs" / name, batch_size=2)
+        for analysis, options in OPTIONS.items():
+            config = AnalysisConfig(analysis, data=str(photos), limit=2, **options)
+            run_analysis(make_analysis_plan(config, TinyEncoder()), place / "runs" / analysis)
+    return place / "runs"
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request, monkeypatch):
+    """Figures are made and not drawn, which is most of the time of a report; but in tests that ask for `drawn`."""
+    if "drawn" not in request.fixturenames:
+        for module in (figures, figures):
+            monkeypatch.setattr(module, "png_of", blank)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Figures are drawn."""
+
+
+def blank(figure) -> bytes:
+    """A picture in place of a figure that has been made."""
+    assert figure.axes
+    return encode_png(torch.zeros(3, 2, 2))
+
+
+@pytest.fixture
+def runs(made, tmp_path, monkeypatch) -> Path:
+    """A copy of them, whose model is found."""
+    monkeypatch.setattr(collect, "load_recorded", lambda s, *_: TinyEncoder(int(s["model_revision"][7:])))
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(made, tmp_path / "runs"))
+
+
+def edit(folder: Path, change, *, images: bool = True) -> None:
+    """Rewrite the rows of a match run, and its record where the digests are."""
+    for path in shards.shard_files(folder):
+        rows = shards.read_shard(path, images=images)
+        floats, costs = shards.read_floats(folder / "float" / f"{path.stem}.safetensors")
+        index = int(path.stem.split("-")[1])
+        shards.write_shard(folder, index, [change(row) for row in rows], floats, costs)
+    update(folder, lambda record: record | {"files": dict.fromkeys(record["files"]) and _digests(folder, record)})
+
+
+def _digests(folder: Path, record) -> dict[str, str]:
+    return {name: shards.sha256_file(folder / name) for name in record["files"]}
+
+
+def update(folder: Path, change) -> None:
+    path = folder / directory.RECORD
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def words_of(report: Report) -> str:
+    return " ".join("".join(checked(report.html).text).split())
+
+
+# --- the whole page ---
+
+
+def test_everything_is_there(runs, drawn, tmp_path):
+    report = make_report([runs])
+    text, page = words_of(report), checked(report.html)
+    assert page.tags.count("img") == len(report.pictures) == 16 + 8
+    for table in tables_of(report.markdown):
+        assert len({len(row) for row in table}) == 1, table
+    for name in report.pictures:
+        assert f"](report_files/{name})" in report.markdown
+    assert "<" not in "".join(line for line in report.markdown.splitlines() if not line.startswith("    "))
+    for told in ("Where this disagrees with the paper", "JPEG 95", "control: random step", "How to cite", "rank"):
+        assert told in text
+    assert re.search(r"Singular values of the Jacobian, largest [\d.]+, rank \d+( to \d+)?\.", report.html)
+    assert report.problems == ()
+    (model,) = report.numbers["models"]
+    assert model["match"]["pairs"] == 5
+    assert [b["radius"] for b in model["budgets"]] == [None, 16 / 255]
+    report.write(tmp_path / "report.html")
+    assert sorted(p.name for p in (tmp_path / "report_files").iterdir()) == sorted(report.pictures)
+    make_report([runs / "free"], survival=False).write(tmp_path / "report.html")
+    assert len(list((tmp_path / "report_files").iterdir())) < len(report.pictures)
+    assert json.loads(json.dumps(report.numbers, allow_nan=False)) == report.numbers
+    assert len(summary(model)) == 5
+    assert len(claims(model)) == 7
+    assert not any("prove" in line.lower() for line in (report.html, report.markdown))
+
+
+def test_paths_as_text_and_one_or_several(runs, tmp_path):
+    page = make_report("runs/free", survival=False, out="page.html")
+    page.write("page.html")
+    several = make_report([Path("runs/free")], survival=False, out=Path("page.html"), model=Path("nowhere"))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page.html == several.html
+    assert (tmp_path / "page_files").is_dir()
+
+
+def test_the_same_again_to_the_byte_with_and_without_what_was_kept(runs, drawn, tmp_path):
+    out = tmp_path / "out" / "page.html"
+    first = make_report([runs], out=out)
+    assert len(list((tmp_path / "out" / "page_files").glob("measured-*.json"))) == 1
+    again = make_report([runs], out=out)
+    anew = make_report([runs], out=tmp_path / "other" / "page.html")
+    for other in (again, anew):
+        assert (other.html, other.markdown, other.pictures) == (first.html, first.markdown, first.pictures)
+    kept = next((tmp_path / "out" / "page_files").glob("measured-*.json"))
+    kept.write_text("{")
+    assert make_report([runs], out=out).html == first.html
+
+
+def test_what_was_kept_is_used_and_forgotten_when_the_rows_change(runs, tmp_path, monkeypatch):
+    out = tmp_path / "page.html"
+    make_report([runs], out=out)
+    calls = []
+    original = measure.measure_run.__globals__["_measure_run"]
+    monkeypatch.setitem(measure.measure_run.__globals__, "_measure_run", lambda *a: calls.append(1) or original(*a))
+    make_report([runs], out=out)
+    assert calls == []
+    make_report([runs], out=out, survival=False)
+    edit(runs / "free", lambda row: row | {"seconds": 1.0})
+    make_report([runs], out=out)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        ("embedding_error_8bit", "1.2e-1 "),
+        ("embedding_error", "0.12 "),
+        ("psnr_db", "12.3 dB"),
+        ("num_evals", "4321.0"),
+        ("target_label_prob", "0.123"),
+    ],
+)
+def test_numbers_come_from_the_rows(runs, column, told):
+    numbers = {"embedding_error_8bit": 0.123, "embedding_error": 0.123, "psnr_db": 12.3, "num_evals": 4321.0,
+               "target_label_prob": 0.1234}  # fmt: skip
+    before = words_of(make_report([runs / "free"], survival=False))
+    edit(runs / "free", lambda row: row | {column: numbers[column]})
+    after = words_of(make_report([runs / "free"], survival=False))
+    told = {"embedding_error_8bit": "0.12 "}.get(column, told)
+    assert after.count(told) > before.count(told)
+
+
+def test_labels_are_counted_from_the_rows(runs):
+    def change(row):
+        here = row["pair_id"] < "class1"
+        return row | {"source_label": "a", "target_label": "b", "match_label": "b" if here else "a", "same_top1": here}
+
+    edit(runs / "free", change)
+    rows = list(shards.read_rows(runs / "free"))
+    hits = sum(row["same_top1"] for row in rows)
+    (model,) = make_report([runs / "free"], survival=False).numbers["models"]
+    assert (model["heads"]["flipped"]["hits"], model["heads"]["flipped"]["n"]) == (hits, 5)
+    assert model["heads"]["kept"]["hits"] == 5 - hits
+    assert 0 < hits < 5
+
+
+def test_controls_mean_what_they_say(runs):
+    (model,) = make_report([runs]).numbers["models"]
+    match = model["match"]
+    stated = json.loads((runs / "free" / directory.RECORD).read_text())["summary"]["baseline"]
+    assert match["unrelated"]["median"] == pytest.approx(stated["distance"]["median"], rel=1e-6)
+    assert match["unrelated"]["n"] == stated["num_pairs"]
+    assert match["random_l2"]["value"] == pytest.approx(match["l2"]["value"], rel=0.02)
+    assert match["random_error"]["value"] > 10 * match["embedding_error_8bit"]["value"]
+    assert match["rounded_error"]["value"] > match["embedding_error"]["value"]
+    assert model["retrieval"]["first"]["hits"] == 5
+    assert model["retrieval"]["overlap"]["value"] == 1.0
+
+
+# --- what can be missing ---
+
+
+def test_data_ids_cannot_run(runs):
+    nasty = '<script>alert(1)</script>|`x` & "y"'
+    edit(runs / "free", lambda row: row | {"source_id": nasty, "source_label": nasty, "source_class": nasty})
+    page = make_report([runs])
+    assert "alert(1)" in words_of(page)
+    assert not [line for line in page.markdown.splitlines() if "<script" in line.replace("\\<", "")]
+    for table in tables_of(page.markdown):
+        assert len({len(row) for row in table}) == 1, table
+
+
+def test_photos_withheld(runs):
+    edit(runs / "free", lambda row: row | dict.fromkeys(schema.IMAGE_COLUMNS))
+    report = make_report([runs / "free"])
+    text = words_of(report)
+    assert "withheld" in text
+    assert report.problems == ()
+    (model,) = report.numbers["models"]
+    assert model["survival"] is None
+    assert model["match"]["embedding_error_8bit"]["n"] == 5
+    assert model["match"]["unrelated"]["median"] > 0.5  # as the run's own summary has it
+    assert not [name for name in report.pictures if "pair" in name]
+
+
+def keep(folder, count):
+    """Leave a run the rows of its first pairs alone."""
+    names = [pair["pair_id"] for pair in json.loads((folder / directory.RECORD).read_text())["pairs"]][:count]
+    (path,) = shards.shard_files(folder)
+    rows = [row for row in shards.read_shard(path, images=True) if row["pair_id"] in names]
+    floats, costs = shards.read_floats(folder / "float" / f"{path.stem}.safetensors")
+    shards.write_shard(folder, 0, rows, {n: floats[n] for n in names}, {n: costs[n] for n in names})
+
+
+def test_partial_run(runs, drawn):
+    keep(runs / "free", 2)
+    update(runs / "free", lambda record: record | {"complete": False, "summary": None, "files": {}})
+    report = make_report([runs / "free"])
+    assert "holds 2 of 5 pairs; the run is not finished" in words_of(report)
+    assert report.numbers["models"][0]["match"]["pairs"] == 2
+
+
+def test_one_pair_has_no_interval(runs, drawn):
+    def one(record):
+        return record | {"pairs": record["pairs"][:1]}
+
+    keep(runs / "free", 1)
+    update(runs / "free", lambda record: one(record) | {"files": _digests_of(runs / "free")})
+    report = make_report([runs / "free"])
+    text, match = words_of(report), report.numbers["models"][0]["match"]
+    assert "n = 1, no interval" in text
+    assert "1 pair only" in text
+    assert match["embedding_error"]["low"] is None
+    assert match["converged"]["low"] is None
+    assert match["unrelated"]["n"] == 1
+    assert all(c.verdict != YES for c in claims(report.numbers["models"][0]) if not c.claim.startswith("Null"))
+
+
+def _digests_of(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): shards.sha256_file(p) for p in directory.own_files(folder)}
+
+
+def test_rows_of_status_error_are_left_out_and_counted(runs, drawn):
+    names = sorted(row["pair_id"] for row in shards.read_rows(runs / "free"))
+
+    def change(row, bad):
+        keep = ("source", "target", "pair_id", "source_id", "target_id", "source_class", "target_class")
+        empty = dict.fromkeys(schema.ROW_FEATURES) | {"match": None} | {k: row[k] for k in keep}
+        own = {k: v for k, v in row.items() if k in schema.PROVENANCE_FEATURES}
+        return empty | own | {"status": "error"} if row["pair_id"] in bad else row
+
+    edit(runs / "free", lambda row: change(row, names[:1]))
+    report = make_report([runs / "free"])
+    match = report.numbers["models"][0]["match"]
+    assert (match["rows"], match["pairs"], match["converged"]["n"]) == (5, 4, 5)
+    assert "1 error" in words_of(report)
+    edit(runs / "free", lambda row: change(row, names))
+    report = make_report([runs / "free"])
+    assert report.numbers["models"][0]["match"] is None
+    assert "Every pair of the match run ended in an error" in words_of(report)
+
+
+def test_without_a_head_the_probe_stands_in(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "load_recorded", lambda *_: TinyEncoder(head=False))
+    keys = ("source_label", "target_label", "match_label", "match_prob", "target_label_prob", "same_top1")
+    edit(runs / "free", lambda row: row | dict.fromkeys(keys))
+    photos = save_photos(tmp_path / "labelled", count=12, classes=2)
+    report = make_report([runs / "free"], label_data=str(photos))
+    model = report.numbers["models"][0]
+    assert "no classification head" in words_of(report)
+    assert model["heads"]["flipped"] is None
+    assert model["probe"]["photos"] >= 12
+    assert model["survival"]["JPEG 75"]["label"] is None
+    with pytest.raises(ValueError, match="must hold photos with classes"):
+        make_report([runs / "free"], label_data=str(photos / "class0" / "photo0.png"))
+
+
+def test_only_geometry_or_only_a_match(runs, drawn):
+    text = words_of(make_report([runs / "spectrum"]))
+    assert "hf-equiv match MODEL" in text
+    text = words_of(make_report([runs / "free"], survival=False))
+    for told in ("hf-equiv spectrum MODEL", "hf-equiv lipschitz MODEL", "hf-equiv walk MODEL", "--no-survival",
+                 "--transfer MODEL2"):  # fmt: skip
+        assert told in text
+
+
+def test_a_spectrum_of_the_largest_values_has_no_rank(tmp_path, monkeypatch):
+    topmost = partial(spectrum.jacobian_spectrum, method="golub_kahan")  # unasked only of larger models
+    monkeypatch.setattr(spectrum_analysis, "jacobian_spectrum", topmost)
+    plan = make_analysis_plan(AnalysisConfig("spectrum", data="builtin", limit=2, k=2), TinyEncoder())
+    run_analysis(plan, tmp_path / "runs")
+    report = make_report(tmp_path / "runs")
+    assert "rank []" not in report.html + report.markdown
+    assert re.search(r"Singular values of the Jacobian, largest [\d.]+\.\"", report.html)
+    text = words_of(report)
+    assert "Not measured: rank and nullity. To add it: hf-equiv spectrum MODEL without --k" in text
+    (null,) = (claim for claim in claims(report.numbers["models"][0]) if claim.claim.startswith("Null space"))
+    assert (null.measured, null.verdict) == (
+        "the spectrum has no rank; run hf-equiv spectrum without --k to add it", OPEN,
+    )  # fmt: skip
+    assert null.measured in text
+
+
+def test_model_that_is_not_found_leaves_the_rest(runs, monkeypatch):
+    def lost(*_):
+        raise FileNotFoundError("model 'x' is not in the cache.")
+
+    monkeypatch.setattr(collect, "load_recorded", lost)
+    report = make_report([runs])
+    assert report.problems == ("builtin: its model could not be loaded: model 'x' is not in the cache",)
+    assert "because its model could not be loaded" in words_of(report)
+    assert report.numbers["models"][0]["match"]["embedding_error"]["n"] == 5
+    monkeypatch.setattr(collect, "load_recorded", lambda *_: TinyEncoder(7))
+    assert "the run used" in make_report([runs]).problems[0]
+
+
+def split(folder: Path, count: int) -> None:
+    """Put the first pairs of a run of one shard into a shard, and the others into another; its record says so."""
+    (path,) = shards.shard_files(folder)
+    rows = sorted(shards.read_shard(path, images=True), key=lambda row: _listed(folder).index(row["pair_id"]))
+    floats, costs = shards.read_floats(folder / "float" / f"{path.stem}.safetensors")
+    for start, own in ((0, rows[:count]), (count, rows[count:])):
+        names = [row["pair_id"] for row in own]
+        shards.write_shard(folder, start, own, {n: floats[n] for n in names}, {n: costs[n] for n in names})
+    update(folder, lambda record: record | {"files": _digests_of(folder)})
+
+
+def _listed(folder: Path) -> list[str]:
+    return [pair["pair_id"] for pair in json.loads((folder / directory.RECORD).read_text())["pairs"]]
+
+
+def test_rows_of_a_changed_file_count_nowhere(runs, tmp_path):
+    """The numbers are those of the other rows alone, whatever the changed file says."""
+    split(runs / "free", 3)
+    shutil.copytree(runs / "free", tmp_path / "kept")
+    keep_first(tmp_path / "kept", 3)
+    honest = make_report([tmp_path / "kept"])
+    second = runs / "free" / "matches" / "part-00003.parquet"
+    rows = shards.read_shard(second, images=True)
+    forged = [row | {"embedding_error_8bit": 1e-9, "psnr_db": 99.0, "same_top1": True} for row in rows]
+    forged += [forged[0] | {"pair_id": _listed(runs / "free")[0]}]  # and one of the pairs that are not in it
+    second.write_bytes(shards.shard_bytes(forged, schema.MATCH, {}))
+    report = make_report([runs / "free"])
+    (there,), (alone,) = report.numbers["models"], honest.numbers["models"]
+    for key in ("embedding_error_8bit", "psnr_db", "converged", "matched", "within", "random_error", "rounded_error"):
+        assert there["match"][key] == alone["match"][key], key
+    for key in ("heads", "survival", "retrieval", "probe"):
+        assert there[key] == alone[key], key
+    assert [b["pairs"] for b in there["budgets"]] == [3]
+    (run_,) = there["runs"]
+    assert (run_["left_out"], run_["changed_files"]) == (2, ["matches/part-00003.parquet"])
+    assert report.problems == (
+        "free: matches/part-00003.parquet not as recorded (SHA-256); 2 of 5 pairs are left out of every number",
+    )
+    text = words_of(report)
+    assert "the file matches/part-00003.parquet is not as run.json states (SHA-256). 2 of 5 pairs are left out" in text
+    assert "the run is not finished" not in text
+
+
+def keep_first(folder: Path, count: int) -> None:
+    """Leave a run the pairs of its first shard, honestly recorded."""
+    for name in ("matches", "float"):
+        for path in sorted((folder / name).iterdir())[1:]:
+            path.unlink()
+    update(folder, lambda record: record | {"pairs": record["pairs"][:count], "files": _digests_of(folder)})
+
+
+def test_a_shard_that_is_not_listed_counts_nowhere(runs):
+    honest = make_report([runs / "free"]).numbers["models"][0]["match"]
+    (path,) = shards.shard_files(runs / "free")
+    rows = [row | {"psnr_db": 99.0} for row in shards.read_shard(path, images=True)]
+    path.with_name("part-00000-0.parquet").write_bytes(shards.shard_bytes(rows, schema.MATCH, {}))
+    report = make_report([runs / "free"])
+    assert report.numbers["models"][0]["match"] == honest
+    assert report.problems[0].endswith("part-00000-0.parquet not as recorded (SHA-256); nothing is read from it")
+    path.with_name("part-00000-0.parquet").unlink()
+    (runs / "free" / "float" / "part-00000.safetensors").write_bytes(b"another")
+    report = make_report([runs / "free"])
+    match = report.numbers["models"][0]["match"]
+    assert match["rounded_error"] is None
+    assert match["embedding_error"] == honest["embedding_error"]
+
+
+def test_a_run_with_no_row_as_recorded_is_left_out(runs):
+    for name in ("near", "spectrum", "lipschitz", "walk"):
+        update(runs / name, lambda record: record | {"files": dict.fromkeys(record["files"], "0" * 64)})
+    report = make_report([runs])
+    (model,) = report.numbers["models"]
+    assert [b["run"] for b in model["budgets"]] == ["runs/free"]
+    assert (model["spectrum"], model["lipschitz"], model["walk"]) == (None, None, None)
+    assert len(report.problems) == 4
+    text = words_of(report)
+    assert "The run is left out of every number: none of its 5 pairs is as recorded" in text
+    assert "none of its 2 images is as recorded" in text
+    assert "hf-equiv spectrum MODEL" in text  # as for a verb that was not run
+
+
+# --- several checkpoints ---
+
+
+def test_side_by_side(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
+    photos = save_photos(tmp_path / "photos")
+    config = RunConfig(data=str(photos), pairs=5, max_evals=60)
+    run_match(make_plan(config, TinyEncoder(1)), tmp_path / "other")
+    report = make_report([runs, "other"], transfer=["builtin"])
+    checked(report.html)
+    first, second = report.numbers["models"]
+    assert (first["title"], second["title"]) == ("builtin @ 00000000",) * 2 or first["title"] != second["title"]
+    table = next(t for t in tables_of(report.markdown) if t[0][0] == "")
+    assert len(table[0]) == 3
+    assert any(row[0] == "PNG error" for row in table)
+    assert "Side by side" in words_of(report)
+    assert [b["radius"] for b in second["budgets"]] == [None]
+
+
+def test_transfer(runs, monkeypatch):
+    others = {"itself": TinyEncoder(), "same": TinyEncoder(), "stranger": TinyEncoder(3)}
+    others["same"].revision = "the same function, under another revision"
+    monkeypatch.setattr(page, "load_other", lambda name, _: others[name])
+    report = make_report([runs / "free"], transfer=list(others), survival=False)
+    same, stranger = report.numbers["models"][0]["transfer"]
+    match = report.numbers["models"][0]["match"]
+    assert same["error"]["value"] == pytest.approx(match["embedding_error_8bit"]["value"], rel=1e-4)
+    assert same["distance"]["value"] == pytest.approx(match["distance"]["value"], rel=1e-6)
+    assert stranger["error"]["value"] > 100 * same["error"]["value"]
+    assert "Sharing an embedding in one checkpoint does not mean sharing it in another" in words_of(report)
+
+
+def test_transfer_model_that_is_not_there(runs):
+    report = make_report([runs / "free"], transfer=["./nowhere"], survival=False)
+    assert "transfer to ./nowhere" in report.problems[0]
+
+
+def test_grouping_and_names(made, tmp_path):
+    found = find_runs([("runs", made), ("again", made / "free")])
+    assert [r.name for r in found] == [f"runs/{n}" for n in ("free", "lipschitz", "near", "spectrum", "walk")]
+    (one,) = group_runs(found)
+    assert [r.name for r in one.matches] == ["runs/free", "runs/near"]
+    other = replace(found[0], record=found[0].record | {"settings": found[0].settings | {"readout": "mean"}})
+    assert [c.title for c in group_runs([*found, other])] == ["builtin (cls)", "builtin (mean)"]
+    exact = replace(found[0], record=found[0].record | {"settings": found[0].settings | {"dtype": "float64"}})
+    single, double = group_runs([*found, exact])
+    assert (single.title, double.title) == ("builtin (float32)", "builtin (float64)")
+    assert (len(single.runs), len(double.runs)) == (5, 1)
+    assert [c.title for c in group_runs([found[0], other, exact])] == [
+        "builtin (cls, float32)", "builtin (mean, float32)", "builtin (cls, float64)",
+    ]  # fmt: skip
+    published = tmp_path / "published"
+    shutil.copytree(made / "free", published)
+    shutil.copytree(made / "walk", published / "runs" / "walk")
+    assert [r.name for r in find_runs([("me/set", published)])] == ["me/set", "me/set/runs/walk"]
+
+
+def test_a_dataset_by_name(runs, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo_id, **where):
+        asked.append((repo_id, where["revision"], where["local_files_only"]))
+        return runs / "free", "0123456789abcdef"
+
+    # the part that fetches has its own tests, with the real clients
+    monkeypatch.setattr("hf_equiv.report.collect.download_results", download)
+    report = make_report(["me/matches", "me/matches@v1"], survival=False, local_files_only=True)
+    assert asked == [("me/matches", None, True), ("me/matches", "v1", True)]
+    assert report.numbers["models"][0]["match"]["run"] == "me/matches@01234567"
+    assert default_out(["me/matches@v1"]) == Path("reports/me--matches.html")
+
+
+# --- verdicts ---
+
+
+def numbers_of(runs: Path, **changes) -> dict:
+    (model,) = make_report([runs]).numbers["models"]
+    return model | changes
+
+
+def test_verdicts_follow_their_rules(runs):
+    model = numbers_of(runs)
+
+    def verdict(start: str, **changes) -> str:
+        return next(c.verdict for c in claims(model | changes) if c.claim.startswith(start))
+
+    good, few, none = ({"value": hits / n, "low": low, "high": 1.0, "n": n, "hits": hits}
+                       for hits, n, low in ((50, 50, 0.93), (5, 5, 0.57), (2, 50, 0.01)))  # fmt: skip
+    for share, expected in ((good, YES), (few, PARTLY), (none, NO)):
+        assert verdict("Matching", match=model["match"] | {"matched": share}) == expected
+        assert verdict("Downstream", heads=model["heads"] | {"flipped": share}, probe=None) == expected
+    assert verdict("Matching", match=None) == OPEN
+    near = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 20}
+    kinds = model["lipschitz"]["kinds"]
+    bent = model["lipschitz"] | {"kinds": kinds | {"null": kinds["null"] | {"linearity": near}}}
+    far = {"value": 5.0, "low": 4.0, "high": 6.0, "n": 20}
+    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far}) == NO
+    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far | {"low": 0.55}}) == PARTLY
+    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": near}) == PARTLY
+    close, many = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 20}, bent | {"images": 20}
+    assert verdict("Locally", lipschitz=many, match=model["match"] | {"l2": close}) == YES
+    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": close}) == PARTLY  # four photos
+    lone = {"value": 0.1, "low": None, "high": None, "n": 1}
+    assert verdict("Locally", lipschitz=many, match=model["match"] | {"l2": lone}) == PARTLY
+    assert verdict("Null", spectrum=model["spectrum"] | {"full": 20}) == YES
+    assert verdict("Null", spectrum=model["spectrum"]) == PARTLY
+    assert verdict("Null", spectrum=model["spectrum"] | {"full": 20, "nullity": 0}) == NO
+    assert verdict("Locally", lipschitz=None) == OPEN
+    told = disagreements(model | {"lipschitz": bent, "match": model["match"] | {"l2": far}})
+    assert any("no exactly linear region" in text and "beyond it" in text for text in told)
+
+
+def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
+    model = numbers_of(runs)
+    first, second = model["budgets"]
+    psnr = {"value": 29.97, "low": 29.0, "high": 30.5, "n": 50}
+    nearer = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 50, "hits": 45}
+    near = second | {"psnr_db": psnr, "nearer": nearer}
+    far = first | {"psnr_db": psnr | {"value": 21.0}}
+
+    def claim(*budgets):
+        return next(c for c in claims(model | {"budgets": list(budgets)}) if c.claim.startswith("Look-alikes"))
+
+    short = claim(far, near)
+    assert short.verdict == UNDECIDED
+    assert "ε = 16/255, PSNR 29.97 dB to the source, short of the 30 dB of the rule: 45 of 50" in short.measured
+    assert claim(far, near | {"psnr_db": psnr | {"value": 30.0}}).verdict == YES
+    assert claim(near | {"psnr_db": None}).verdict == OPEN
+    assert "29.97 dB" in words_of_summary(model | {"budgets": [far, near]})
+
+
+def words_of_summary(model) -> str:
+    return " ".join(summary(model))
+
+
+def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
+    config = RunConfig(data="builtin", pairs=3, max_evals=60, radius=64 / 255)
+    run_match(make_plan(config, TinyEncoder()), tmp_path / "runs" / "elsewhere", batch_size=3)
+    (model,) = (report := make_report([runs], survival=False)).numbers["models"]
+    free, wide, near = model["budgets"]
+    stated = json.loads((runs / "elsewhere" / directory.RECORD).read_text())["summary"]["baseline"]["distance"][
+        "median"
+    ]
+    assert free["unrelated"] == near["unrelated"] == model["match"]["unrelated"]["median"]
+    assert wide["unrelated"] == stated != free["unrelated"]
+    assert "The budgets are of different photos" in words_of(report)
+    assert "ε = 64/255, builtin" in words_of(report)
+    error = {"value": 0.05, "low": 0.04, "high": 0.06, "n": 5}
+    for apart, enough in ((0.6, True), (0.4, False)):  # a tenth of its own distance, whatever that of the first run is
+        budget = wide | {"embedding_error_8bit": error, "unrelated": apart}
+        assert (render.near_budget(model | {"budgets": [free, budget]}) is not None) is enough
+    told = disagreements(model | {"budgets": [wide | {"embedding_error_8bit": error, "unrelated": 4.0}]})
+    assert any(f"with {short(4.0)} between unrelated photos" in text for text in told)
+
+
+def test_fractions_of_an_evaluation_are_explained(runs):
+    assert "(forwards + 2 cotangents + 2 tangents) / 3" in words_of(make_report([runs / "free"], survival=False))
+
+
+def test_words_for_numbers():
+    assert render.number(None) == "–"
+    assert render.count({"hits": 5, "n": 6, "value": 5 / 6, "low": 0.4365, "high": 0.97}) == (
+        "5 of 6 (95 % CI 44 % to 97 %)"
+    )
+    assert render.number({"value": 1.2e-5, "low": 1e-5, "high": 2e-5, "n": 9}) == (
+        "1.2e-5 (95 % CI 1e-5 to 2e-5, n = 9)"
+    )
+    assert render.ball(8 / 255, "linf") == "ε = 8/255"
+    assert render.ball(2.0, "l2") == "L2 ε = 2"
+
+
+# --- the command ---
+
+
+def test_command_writes_and_says_where(runs, tmp_path):
+    done = CliRunner().invoke(cli, ["report", "runs", "--no-survival"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "reports" / "builtin.html").is_file()
+    assert "reports/builtin.html" in done.output
+    text = (tmp_path / "reports" / "builtin.md").read_text()
+    assert str(tmp_path) not in text + (tmp_path / "reports" / "builtin.html").read_text()
+    assert all((tmp_path / "reports" / name).is_file() for name in _linked(text))
+    done = CliRunner().invoke(cli, ["report", str(runs), "--json", "--no-survival", "--out", "x/y.html"])
+    told = json.loads(done.stdout)
+    assert told["analysis"] == "report"
+    assert told["out"] == "x/y.html"
+    assert told["models"][0]["match"]["pairs"] == 5
+
+
+def _linked(markdown: str) -> list[str]:
+    import re
+
+    return re.findall(r"\]\((builtin_files/[^)]+)\)", markdown)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere"], "does not exist"),
+        (["empty"], "has no run.json"),
+        (["damaged"], "is damaged"),
+        (["forged"], "in forged no file of rows is as run.json states (SHA-256)"),
+        (["newer"], "Upgrade hf_equiv"),
+        (["without"], "KeyError: 'radius'"),
+        (["runs", "--out", "runs/free/run.json/page.html"], "cannot be written"),
+        (["runs", "--out", "page.pdf"], "must be a file name ending in .html"),
+        (["runs", "--label-data", "nowhere.parquet"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capfd, words, told):
+    (tmp_path / "empty").mkdir()
+    for name in ("damaged", "forged", "newer", "without"):
+        shutil.copytree(runs / "free", tmp_path / name)
+    for name in ("damaged", "forged"):
+        shards.shard_files(tmp_path / name)[0].write_bytes(b"PAR1")
+    update(tmp_path / "damaged", lambda record: record | {"complete": False})
+    update(tmp_path / "newer", lambda record: record | {"schema_version": 99})
+    without = {
+        k: v for k, v in json.loads((runs / "free" / "run.json").read_text())["settings"].items() if k != "radius"
+    }
+    update(tmp_path / "without", lambda record: record | {"settings": without})
+    with pytest.raises(SystemExit) as stopped:
+        command(["report", *words, "-q"])
+    assert stopped.value.code == 2
+    errors = capfd.readouterr().err
+    assert told in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "reports").exists()
+
+
+def test_a_copy_of_a_run_counts_once(runs):
+    (before,) = make_report([runs], survival=False).numbers["models"]
+    shutil.copytree(runs / "walk", runs / "walkcopy")
+    (after,) = make_report([runs], survival=False).numbers["models"]
+    assert after["walk"]["l2"] == before["walk"]["l2"]
+
+
+def test_a_transfer_model_that_is_not_there_is_named_on_the_page(runs):
+    report = make_report([runs / "free"], survival=False, transfer=["./nosuch"], local_files_only=True)
+    assert "nosuch" in report.html
+    assert "because no match was made" not in report.html
+
+
+def test_transfer_to_the_model_itself_is_said_to_be_that(runs, monkeypatch):
+    monkeypatch.setattr(page, "_differ", lambda other, own: False)
+    report = make_report([runs / "free"], survival=False, transfer=["builtin"])
+    assert "the model named is the one that the matches were made for" in report.html

@@ -1,0 +1,288 @@
+"""Several processes on one run: the same rows for any number of them, and nobody waits for the dead."""
+
+from runcases import free_ports, python
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fakes import TinyEncoder, draw_photo, save_photos
+
+from hf_equiv.analyses import run
+from hf_equiv.analyses.config import RunConfig
+from hf_equiv.analyses.plan import make_plan
+from hf_equiv.runs import processes, shards
+from hf_equiv.runs.schema import LAYOUTS
+
+ROOT = Path(__file__).parents[2]
+
+SEVERAL = """
+    import os, sys, traceback
+    from pathlib import Path
+    import torch
+    from fakes import TinyEncoder
+    from hf_equiv.cli.progress import run_progress
+    from hf_equiv.analyses.plan import AnalysisConfig, make_analysis_plan
+    from hf_equiv.analyses.run import run_analysis
+    from hf_equiv.analyses.plan import RunConfig, make_plan
+    from hf_equiv.analyses import figures
+    from hf_equiv.analyses.run import run_match
+
+    figures.pairs_figure = lambda *_: None  # a second each
+    figures.analysis_figures = figures.walk_figures = lambda *_: {}
+    torch.set_num_threads(1)
+    photos, place, *ports = sys.argv[1:]
+    options = {"spectrum": {}, "walk": {"num_steps": 3, "step": 0.3},
+               "lipschitz": {"directions": "random:1,top:1,null:2"}}
+
+    def make(verb, out):
+        if verb == "match":
+            plan = make_plan(RunConfig(data=photos, pairs=7, max_evals=12), TinyEncoder())
+        else:
+            plan = make_analysis_plan(AnalysisConfig(verb, data=photos, limit=4, **options[verb]), TinyEncoder())
+        with run_progress(quiet=False, what="matches" if verb == "match" else "images") as tell:
+            if verb == "match":
+                return run_match(plan, out, batch_size=2, observer=tell)
+            return run_analysis(plan, out, batch_size=(5, 7, 32)[int(out.name[-1]) - 1], observer=tell)
+
+    for verb in ("match", "spectrum", "lipschitz", "walk"):
+        for count in (1, 2, 3) if verb == "match" else (1, 3):
+            port, children = ports.pop(), []
+            for rank in range(count):
+                child = os.fork()
+                if child == 0:
+                    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                                   "LOCAL_RANK": str(rank), "MASTER_PORT": port} if count > 1 else {}
+                    code = 1
+                    try:
+                        outcome = make(verb, Path(place, f"{verb}{count}"))
+                        code = 0 if outcome.main == (rank == 0) and outcome.summary else 2
+                    except BaseException:
+                        traceback.print_exc()
+                    finally:
+                        os._exit(code)
+                children.append(child)
+            assert all(os.waitpid(child, 0)[1] == 0 for child in children), (verb, count)
+"""
+
+
+
+
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> SimpleNamespace:
+    place = tmp_path_factory.mktemp("several")
+    told = python(SEVERAL, save_photos(place / "photos"), place, *free_ports(9))
+    assert told.returncode == 0, told.stderr
+    return SimpleNamespace(place=place, told=told.stderr.splitlines())
+
+
+@pytest.mark.parametrize("verb", LAYOUTS)
+def test_rows_and_files_are_those_of_one_process(several, verb):
+    layout = LAYOUTS[verb]
+
+    def rows(count):
+        found = shards.read_rows(several.place / f"{verb}{count}", images=True, layout=layout)
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
+
+    def floats(count):
+        folder = several.place / f"{verb}{count}" / "float"
+        return {path.name: path.read_bytes() for path in folder.glob("*")}
+
+    assert len({row[layout.item] for row in rows(1)}) == (7 if verb == "match" else 4)
+
+    def names(count):
+        return sorted(path.name for path in (several.place / f"{verb}{count}").rglob("*"))
+
+    for count in (2, 3) if verb == "match" else (3,):
+        assert rows(count) == rows(1)
+        assert floats(count) == floats(1)
+        assert names(count) == names(1)
+        assert json.loads((several.place / f"{verb}{count}" / "run.json").read_text())["complete"]
+
+
+def test_every_rank_says_what_it_does_and_counts_all_rows(several):
+    assert "rank 0: 2 processes share 7 rows" in several.told
+    assert "rank 2: 3 processes share 4 images" in several.told
+    assert any(line.startswith("rank 0: 7 of 7 rows on disk (") for line in several.told)
+    assert "0 of 7 rows on disk" in several.told  # of a single process, which has no name
+
+
+def test_blocks_end_together_and_at_file_boundaries():
+    items = [SimpleNamespace(index=i) for i in range(5, 105)]
+    for count in (1, 2, 5):
+        blocks = processes.cut_blocks(items, 8, count, 20)
+        assert [item for block in blocks for item in block] == items
+        assert all(len({item.index // 20 for item in block}) == 1 for block in blocks)
+        assert max(map(len, blocks)) <= 8
+        assert len(blocks[-1]) == 1 or count == 1
+    assert processes.cut_blocks([], 8, 2, 20) == []
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    with pytest.raises(ValueError, match="2 processes were started but they do not see each other"):
+        processes.join(torch.device("cpu"))
+
+
+def test_a_launcher_that_starts_one_process_is_noticed(monkeypatch):
+    alone, blocks = SimpleNamespace(num_processes=1), [[1, 2], [3]]
+    assert processes.describe(alone, blocks, "rows") == ""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert processes.describe(alone, blocks, "rows").startswith("1 process works on 3 rows; for more, launch with")
+
+
+HOLD = """
+    import sys
+    from pathlib import Path
+    from types import SimpleNamespace
+    from hf_equiv.runs.processes import Claims
+
+    claims = Claims(Path(sys.argv[1]), SimpleNamespace(num_processes=2, is_main_process=sys.argv[2] == "main"))
+    claims.open()
+    print(claims.take(3), flush=True)
+    sys.stdin.readline()
+    claims.close()
+    print("closed", flush=True)
+"""
+
+
+def hold(folder: Path, role: str) -> subprocess.Popen:
+    """A process that holds block 3 and does nothing, until it reads a line: then it leaves."""
+    command = [sys.executable, "-c", textwrap.dedent(HOLD), str(folder), role]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "True\n"
+    return child
+
+
+def test_a_block_whose_owner_was_killed_is_taken_over(tmp_path):
+    claims = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=True))
+    claims.open()
+    child = hold(tmp_path, "other")
+    assert claims.take(2)
+    assert not claims.take(3)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    claims.wait_for(3, lambda: None)
+    claims.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_waits_for_a_main_process_that_was_killed_is_told(tmp_path):
+    child = hold(tmp_path, "main")
+    claims = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=False))
+    claims.open()
+    assert not claims.take(3)
+    assert claims.take(4)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with pytest.raises(RuntimeError, match=r"the main process has ended .* Its rows are kept: run the same command"):
+        claims.wait_for_close()
+    claims.close()
+
+
+def test_no_block_is_taken_once_the_list_is_closed(tmp_path):
+    child = hold(tmp_path, "main")
+    other = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=False))
+    other.open()
+    assert other.take(0)
+    child.communicate("\n")
+    assert not other.take(1)
+    other.wait_for_close()
+    other.close()
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["no list", "list of an earlier launch"])
+def test_a_folder_that_is_not_that_of_the_main_process_is_told(stale, tmp_path):
+    if stale:
+        (tmp_path / ".claims").touch()
+    other = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=False))
+    with pytest.raises(ValueError, match=r"`--out` must be one folder for all processes.* Give a path that all nodes"):
+        other.open()
+
+
+def test_two_nodes_give_the_rows_of_one_process(tmp_path):
+    work = ["-m", "hf_equiv", "match", "builtin", "--data", "builtin", "--pairs", "3", "--max-evals", "20", "--rtol",
+            "0.9", "--no-refine"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    port = free_ports(1)[0]
+
+    def start(node: int, folder: Path) -> subprocess.Popen:
+        folder.mkdir(exist_ok=True)
+        launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1",
+                    "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
+        command = [sys.executable, *launcher, *work, "--out", "two"]
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def ends(nodes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+        told = [node.communicate(timeout=300)[1] for node in nodes]
+        return [(node.returncode, text) for node, text in zip(nodes, told, strict=True)]
+
+    apart = ends([start(0, tmp_path / "here"), start(1, tmp_path / "there")])  # two disks
+    assert [code for code, _ in apart] == [1, 1]
+    assert "another process of this run has ended before the work was shared" in apart[0][1]
+    assert "is not the folder of the main process. Give a path that all nodes share." in apart[1][1]
+    shared = ends([start(0, tmp_path), start(1, tmp_path)])
+    assert [code for code, _ in shared] == [0, 0], shared
+    assert "rank 1: 2 processes share 3 rows" in shared[1][1]
+    subprocess.run([sys.executable, *work, "--out", "one"], cwd=tmp_path, env=environment, check=True, timeout=300)
+    one, two = (
+        [row | {"seconds": 0} for row in shards.read_rows(tmp_path / name, images=True, layout=LAYOUTS["match"])]
+        for name in ("one", "two")
+    )
+    assert len(one) == 3
+    assert one == two
+
+
+def test_kills_lose_double_and_damage_nothing():
+    script = ROOT / "scripts" / "bench" / "kills.py"
+    told = subprocess.run(
+        [sys.executable, str(script), "--kills", "5", "--pairs", "6"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert told.stdout.startswith("5 kills in ") or "\n5 kills in " in told.stdout
+
+
+@pytest.mark.parametrize("verb", ["match", "spectrum"])
+def test_torchrun_and_accelerate_launch(verb, tmp_path):
+    launcher = {
+        "match": ["-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master_port={free_ports(1)[0]}"],
+        "spectrum": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                     f"--main_process_port={free_ports(1)[0]}"],
+    }  # fmt: skip
+    work = {
+        "match": ["--data", "builtin", "--pairs", "3", "--max-evals", "20", "--rtol", "0.9", "--no-refine"],
+        "spectrum": ["--k", "2"],
+    }
+    command = [sys.executable, *launcher[verb], "-m", "hf_equiv", verb, "builtin", *work[verb], "--out", "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    assert f"rank 1: 2 processes share {3 if verb == 'match' else 4}" in told.stderr
+    assert told.stdout.count("hf-equiv verify out") == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["complete"]
+
+
+def test_a_process_that_sees_other_photos_makes_no_row(tmp_path, monkeypatch):
+    photos, out = save_photos(tmp_path / "photos"), tmp_path / "out"
+    config = RunConfig(data=str(photos), pairs=2, max_evals=5, refine=False)
+    run.run_match(make_plan(config, TinyEncoder()), out)
+    draw_photo(11).save(photos / "class0" / "photo0.png")  # between the planning of one process and of another
+    hold(out, "main")
+    other = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(processes, "join", lambda _: other)
+    with pytest.raises(ValueError, match="other settings: the photos changed"):
+        run.run_match(make_plan(config, TinyEncoder()), out)

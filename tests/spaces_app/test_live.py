@@ -1,0 +1,118 @@
+"""Matches that are watched: the states, the row at the end, stopping, and two at once."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from live import live_match
+
+from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.data.sources import load_images
+from hf_equiv.matching.match import match_embedding
+from hf_equiv.matching.refine import refine_8bit
+from hf_equiv.models.encoder import Encoder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder.from_pretrained("builtin")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return {item.id: item.image for item in load_images("builtin")}
+
+
+@pytest.fixture(scope="module")
+def whole(encoder, photos):
+    return list(live_match(encoder, photos["cat"], photos["coffee"], every=0.05))
+
+
+def test_the_last_state_is_what_the_library_computes(encoder, photos, whole):
+    last = whole[-1]
+    x = torch.stack([decode_png(encode_png(p)) for p in encoder.preprocess([photos["cat"], photos["coffee"]])])
+    with torch.no_grad():
+        z = encoder(x[1:])
+    found = match_embedding(encoder, x[:1], z, max_evals=400)
+    exact = refine_8bit(encoder, found.images, z, source=x[:1], max_evals=400)
+    assert last.stage == "done"
+    assert torch.equal(decode_png(last.png), (exact.images[0] * 255).round() / 255)
+    assert last.row["num_evals"] == float(found.num_evals[0])
+    assert last.row["embedding_error"] == pytest.approx(float(found.errors[0]))
+    assert last.row["status"] == "converged"
+    assert last.row["match_label"] == last.row["target_label"] != last.row["source_label"]
+
+
+def test_the_row_is_that_of_the_png(encoder, whole):
+    last = whole[-1]
+    with torch.no_grad():
+        z, aim = (encoder(decode_png(png)[None]).double() for png in (last.png, last.target))
+    assert last.row["embedding_error_8bit"] == pytest.approx(float((z - aim).norm() / aim.norm()), rel=1e-3)
+    assert last.row["model_revision"] == encoder.revision
+
+
+def test_states_come_in_order_and_the_error_falls(whole):
+    order = ["match", "refine", "measure", "done"]
+    assert [order.index(s.stage) for s in whole] == sorted(order.index(s.stage) for s in whole)
+    curve = whole[-1].curve
+    assert all(a[1] <= b[1] for a, b in pairwise(curve)), "evaluations never go back"
+    match = [error for stage, _, error in curve if stage == "match"]
+    assert all(b <= a for a, b in pairwise(match)), "of a stage the best so far is told"
+    assert whole[0].error > 100 * whole[-1].error
+    assert len(whole) > 4, "it can be watched"
+
+
+def test_stopping_keeps_what_there_is(encoder, photos):
+    stop = threading.Event()
+    states = []
+    for state in live_match(encoder, photos["cat"], photos["coffee"], every=0.01, stop=stop):
+        states.append(state)
+        if state.num_evals >= 5:
+            stop.set()
+    last = states[-1]
+    assert last.stage == "stopped"
+    assert last.num_evals < 100
+    assert "status" not in last.row, "no row of a run"
+    assert 0.001 < last.row["embedding_error_8bit"] < states[0].error
+
+
+def test_the_time_limit_stops(encoder, photos):
+    *_, last = live_match(encoder, photos["cat"], photos["rocket"], time_limit=1e-6)
+    assert last.stage == "stopped"
+    assert last.num_evals <= 2
+
+
+def test_closing_the_iterator_ends_the_work(encoder, photos):
+    states = live_match(encoder, photos["cat"], photos["coffee"], every=0.01)
+    next(states)
+    states.close()
+    assert not [t for t in threading.enumerate() if t.name == "live match"]
+
+
+def test_two_at_once_do_not_mix(encoder, photos, whole):
+    states: dict[str, list] = {"rocket": [], "coffee": []}
+
+    def watch(name):
+        states[name] += live_match(encoder, photos["cat"], photos[name], every=0.01)
+
+    threads = [threading.Thread(target=watch, args=(name,)) for name in states]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert states["coffee"][-1].png == whole[-1].png, "the same bytes as alone"
+    assert states["rocket"][-1].row["target_label"] == "beacon"
+
+
+def test_equal_photos_are_refused(encoder, photos):
+    with pytest.raises(ValueError, match="`source` and `target` must differ"):
+        list(live_match(encoder, photos["cat"], photos["cat"]))
+
+
+def test_what_goes_wrong_inside_is_raised_outside(encoder, photos, monkeypatch):
+    monkeypatch.setattr("live.refine_8bit", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(live_match(encoder, photos["cat"], photos["coffee"]))

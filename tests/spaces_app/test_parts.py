@@ -1,0 +1,210 @@
+"""Parts of the app that no visitor should be able to bend: whose files are opened, whose weights, whose match stops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+import views
+from PIL import Image
+from showcase import Showcase, open_showcase
+
+from hf_equiv.data.image_file import decode_png, encode_png, open_image
+from hf_equiv.data.tables import refuse_swollen
+from hf_equiv.runs.schema import MATCH
+from hf_equiv.runs.shards import read_shard, shard_bytes
+
+APP = Path(__file__).parents[2] / "spaces_app"
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The modules of the app."""
+    sys.path.insert(0, str(APP))
+    try:
+        import matchestab
+        import shelf
+        import trytab
+
+        yield SimpleNamespace(shelf=shelf, trytab=trytab, matchestab=matchestab)
+    finally:
+        sys.path.remove(str(APP))
+
+
+def copy_run(to: Path, name: str = "match", settings: dict | None = None, **columns) -> Path:
+    """A run of the app with other columns in its rows."""
+    shutil.copytree(APP / "results" / name, to)
+    record = json.loads((to / "run.json").read_text())
+    record["settings"] |= settings or {}
+    (to / "run.json").write_text(json.dumps(record))
+    for shard in to.glob("matches/*.parquet"):
+        rows = [row | columns for row in read_shard(shard, images=True)]
+        shard.write_bytes(shard_bytes(rows, MATCH, {}))
+    return to
+
+
+@pytest.mark.parametrize("name", ["runs/mine", "runs/..", "runs/mine@main", "<b>/x", "../runs", "runs\\mine/x"])
+def test_a_visitor_opens_no_folder_of_this_machine(parts, tmp_path, monkeypatch, name):
+    copy_run(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(gr.Error) as caught:
+        parts.shelf.named_results(name)
+    assert "<" not in caught.value.message
+    assert str(tmp_path) not in caught.value.message
+
+
+def test_no_folder_is_named_to_a_visitor(parts, tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(gr.Error, match="damaged") as caught, parts.shelf.telling("a/b"):
+        open_showcase(tmp_path)
+    assert str(tmp_path) not in caught.value.message
+
+
+def test_what_is_no_path_of_this_machine_is_told(parts):
+    told = "see https://huggingface.co/datasets/a/b, of 'me/data' at refs/pr/1"
+    with pytest.raises(gr.Error) as caught, parts.shelf.telling("a/b"):
+        raise ValueError(told)
+    assert told in caught.value.message
+
+
+def test_weights_of_a_pull_request_are_not_loaded(parts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(parts.shelf, "MODELS", {"builtin": "builtin", "org/model": "org/model"})
+    monkeypatch.setattr(parts.shelf, "_load", lambda *given: asked.append(given))
+    row = {"model_id": "org/model", "model_revision": "5" * 40, "readout": "cls", "dtype": "float64"}
+    parts.shelf.recorded_encoder(row, {"normalize": True}, "evil/data")
+    assert asked[0][:2] == ("org/model", None)
+    assert asked[0][3] is True
+    assert str(asked[0][4]) == "torch.float64"
+    monkeypatch.setattr(parts.shelf, "DATASET", "me/data")
+    parts.shelf.recorded_encoder(row, {"normalize": False}, "me/data")
+    assert asked[1][:2] == ("org/model", "5" * 40)
+
+
+def test_stop_stops_the_matches_of_one_visitor(parts, monkeypatch):
+    trytab, events = parts.trytab, []
+
+    def forever(*_, stop, **__):
+        events.append(stop)
+        while True:
+            yield None
+
+    monkeypatch.setattr(trytab, "live_match", forever)
+    monkeypatch.setattr(trytab, "read_upload", lambda *_: None)
+    monkeypatch.setattr(trytab, "encoder_of", lambda *_: None)
+    made = [trytab._matching("a", "b", "builtin", "any change", "quick", who) for who in ("x", "x", "y", "", "")]
+    for match in made:
+        next(match)
+    trytab.stop_match(SimpleNamespace(session_hash=None))
+    trytab.stop_match(SimpleNamespace(session_hash=""))
+    assert not any(event.is_set() for event in events)
+    made[0].close()
+    trytab.stop_match(SimpleNamespace(session_hash="x"))
+    assert [event.is_set() for event in events] == [False, True, False, False, False]
+    for match in made:
+        match.close()
+    assert not trytab._stops
+    assert isinstance(events[0], threading.Event)
+
+
+def test_files_for_visitors_go_after_a_while(parts):
+    first = Path(parts.shelf.file_of(b"1", "a.png", seconds=0.05))
+    second = Path(parts.shelf.file_of(b"2", "a.png"))
+    end = time.monotonic() + 20
+    while first.parent.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not first.parent.exists()
+    assert second.read_bytes() == b"2"
+    shutil.rmtree(second.parent)
+
+
+def test_a_link_holds_any_name(parts, monkeypatch):
+    shown = open_showcase(APP / "results")
+    row = shown.matches[0] | {"key": "0.a&dataset=evil/x#b+c->d", "model_id": "![](https://evil)<b>"}
+    monkeypatch.setattr(parts.matchestab, "row_of", lambda *_: row)
+    page = parts.matchestab.match_shown("me/data", row["key"])
+    assert 'href="?pair=0.a%26dataset%3Devil%2Fx%23b%2Bc-%3Ed&amp;dataset=me%2Fdata"' in page
+    assert "<b>" not in parts.matchestab._note(Showcase("x", matches=(row,)))
+
+
+def test_pictures_of_other_sizes_are_refused_unopened(tmp_path):
+    huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (30_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    with pytest.raises(ValueError, match="at most 2048 pixels a side; got 30000 x 30000"):
+        open_showcase(copy_run(tmp_path / "a", source=huge, match=huge, target=huge))
+    with pytest.raises(ValueError, match="must have one size"):
+        open_showcase(copy_run(tmp_path / "b", source=encode_png(decode_png(_png()).repeat(1, 2, 2))))
+    with pytest.raises(ValueError, match="must be PNG files"):
+        open_showcase(copy_run(tmp_path / "c", source=b"<svg/>"))
+
+
+def _png() -> bytes:
+    return open_showcase(APP / "results").matches[0]["source"]
+
+
+def test_files_that_swell_are_refused(tmp_path):
+    shard = next(copy_run(tmp_path / "a", source=_png()).glob("matches/*.parquet"))
+    refuse_swollen(shard, 2**20)
+    with pytest.raises(ValueError, match="once it is read"):
+        refuse_swollen(shard, 50_000)
+
+
+def test_runs_that_share_names_are_kept_apart(tmp_path):
+    shutil.copytree(APP / "results", tmp_path / "all")
+    for name in ("walk", "lipschitz", "spectrum"):
+        copy_run(tmp_path / "all" / f"{name}-2", name, {"rtol": 0.5, "seed": 7})
+    shown = open_showcase(tmp_path / "all")
+    assert len(shown.paths) == 2
+    assert [shown.settings[name]["rtol"] for name in shown.paths] == [1e-5, 0.5]
+    ids = {row["image_id"] for row in shown.constants}
+    keys = dict.fromkeys(row["key"] for row in shown.constants)
+    assert len(keys) == 2 * len(ids)
+    assert {shown.settings[f"lipschitz {key}"]["seed"] for key in ids} == {0}
+    assert {shown.settings[f"lipschitz {key}"]["seed"] for key in keys if key not in ids} == {7}
+
+
+def test_a_pair_that_is_there_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="once"):
+        open_showcase(copy_run(tmp_path / "a", pair_id="cat->coffee"))
+
+
+def test_the_eye_is_asked_about_match_and_target():
+    shown = open_showcase(APP / "results")
+    row = shown.matches[0] | {"embedding_error_8bit": 1e-6, "psnr_db": 70.0}
+    unlike = views.match_view(row["source"], row["source"], row["target"], row)
+    same = views.match_view(row["source"], row["target"], row["target"], row)
+    assert "Your eye can." in unlike
+    assert "Neither can you, at a glance." in same
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.999, "over 99 %"), (1.0, "100 %"), (1e-5, "under 1 %"), (0.5, "50 %")])
+def test_no_class_is_certain_that_is_not(share, said):
+    assert views.percent(share) == said
+
+
+def test_an_upload_has_a_limit_of_its_own():
+    with pytest.raises(ValueError, match="at most 99 pixels"):
+        open_image(Image.new("RGB", (10, 10)), most_pixels=99)
+
+
+def test_the_files_of_a_visitors_dataset_go(parts, monkeypatch):
+    given = {}
+
+    def opened(name, **options):
+        given.update(options)
+        assert Path(options["cache_dir"]).is_dir()
+        return Showcase(name)
+
+    monkeypatch.setattr(parts.shelf, "open_showcase", opened)
+    assert parts.shelf.results("somebody/matches").name == "somebody/matches"
+    assert not Path(given["cache_dir"]).exists()
+    assert given["token"] is False
+    assert given["most_bytes"] == parts.shelf.MAX_DOWNLOAD
