@@ -14,6 +14,11 @@ from hf_equiv.geometry.spectrum import rank_rtol_of
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import float64_twin, no_autocast, no_tf32
 
+_COARSE = 1e-4  # relative spacing of a dtype from which a Jacobian has no rank to speak of: bfloat16 and float16
+KINDS = ("random", "top", "row", "null", "gradient", "toward", "match")
+
+
+
 # Row and null space of a Jacobian: projections, angles between them, and what the patch embedding discards.
 
 
@@ -187,12 +192,6 @@ def patch_null_space(weight: Tensor) -> Tensor:
     _, sigma, Vh = torch.linalg.svd(matrix, full_matrices=True)
     rank = int((sigma > max(matrix.shape) * torch.finfo(torch.float64).eps * sigma[0]).sum())
     return Vh[rank:].view(-1, *weight.shape[1:])
-
-
-_COARSE = 1e-4  # relative spacing of a dtype from which a Jacobian has no rank to speak of: bfloat16 and float16
-
-
-KINDS = ("random", "top", "row", "null", "gradient", "toward", "match")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,25 @@ from torch import Tensor
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import dot
 
-# The quadratic subproblem of Newton's method: conjugate gradients inside a ball.
-
-
 MAX_PRODUCTS = 40
 """Products with the Hessian, at most."""
+
+_MEMORY = 20  # secant pairs of the descent towards an image
+_SMALLEST = 1e-3  # share of a wish that must be left after projection
+_ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
+_ACTIVE = 60  # Newton steps of a projection on the tangent cone
+_LEAST = 2.0**-20  # share of one, below which there is no descent
+_ROUNDING = 30  # eps over the length of a wish, below which what is left of it is rounding
+_CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
+_EASY, _HARD, _FAIR = 8, 25, 16  # trials of the corrector for a step
+_NEAR = 0.12  # stationarity from which Newton steps are worth their products with the Hessian
+_PROBE = 0.01  # L2 length of the differences that stand for products with the Hessian
+_ACCURACY = 0.2  # of a Newton step
+_POOR, _FINE = 0.4, 0.75  # share of the promised gain below which the radius shrinks, above which it grows
+
+
+
+# The quadratic subproblem of Newton's method: conjugate gradients inside a ball.
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,42 +106,6 @@ def _to_sphere(p: Tensor, v: Tensor, radius: float) -> float:
     a, b, c = dot(v, v), dot(p, v), dot(p, p) - radius**2
     root = math.sqrt(max(0.0, b * b - a * c))
     return (root - b) / a if b <= 0 else -c / (root + b)
-
-
-_MEMORY = 20  # secant pairs of the descent towards an image
-
-
-_SMALLEST = 1e-3  # share of a wish that must be left after projection
-
-
-_ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
-
-
-_ACTIVE = 60  # Newton steps of a projection on the tangent cone
-
-
-_LEAST = 2.0**-20  # share of one, below which there is no descent
-
-
-_ROUNDING = 30  # eps over the length of a wish, below which what is left of it is rounding
-
-
-_CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
-
-
-_EASY, _HARD, _FAIR = 8, 25, 16  # trials of the corrector for a step
-
-
-_NEAR = 0.12  # stationarity from which Newton steps are worth their products with the Hessian
-
-
-_PROBE = 0.01  # L2 length of the differences that stand for products with the Hessian
-
-
-_ACCURACY = 0.2  # of a Newton step
-
-
-_POOR, _FINE = 0.4, 0.75  # share of the promised gain below which the radius shrinks, above which it grows
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,22 +17,24 @@ from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import no_autocast, no_tf32, with_autocast
 from hf_equiv.results import Status
 
-# The walk of one image along a level set: step-length control, and the record of its points.
-
-
 _MAX_FAILURES = 10  # halvings of one step
-
-
 _REFRESH_AFTER = 5  # of them, before a full Jacobian is formed anew
-
-
 _SHRUNK = 0.25  # of the longest step since the last Jacobian: so short, another is worth its cost
-
-
 _SNAP = 0.1  # of the step that would be allowed: so near, the descent has nothing to add
-
-
 _HOPS = 50  # steps between two points
+
+STOP = 0.01
+"""Stationarity at which a walk to an image is over by default."""
+
+TO_AN_IMAGE = ("toward", "nearest", "connect")
+"""The headings that lead to an image."""
+
+HEADINGS = ("random", "away", *TO_AN_IMAGE)
+"""Where a walk may go."""
+
+
+
+# The walk of one image along a level set: step-length control, and the record of its points.
 
 
 def at_rest(stop: float) -> float:
@@ -246,18 +248,6 @@ class Walk:
         self.path.append(point if self.keep_points else replace(point, pixels=None))
         if self.progress is not None:
             self.progress(point)
-
-
-STOP = 0.01
-"""Stationarity at which a walk to an image is over by default."""
-
-
-TO_AN_IMAGE = ("toward", "nearest", "connect")
-"""The headings that lead to an image."""
-
-
-HEADINGS = ("random", "away", *TO_AN_IMAGE)
-"""Where a walk may go."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,9 @@ from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 
 RELATIVE_TO = ("auto", "jvp", "embedding")
-
-
 _MARGIN = 4  # a residual is tested only where the bound is this many times the noise
-
-
 _LEAST = 1e-6  # first radius tried, unless noise asks for a larger one
+
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,9 @@ from hf_equiv.results import Status
 Counted = Callable[[int, int], None]
 """A progress hook: (directions done, directions in all)."""
 
+_STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
+
+
 
 @dataclass(frozen=True, slots=True)
 class KindSummary:
@@ -223,9 +226,6 @@ def directional_lipschitz(
         num_evals=torch.tensor([evals for _, evals, _ in parts], dtype=torch.float64),
         seconds=torch.tensor([seconds for _, _, seconds in parts], dtype=torch.float64),
     )
-
-
-_STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
 
 
 def _measure(

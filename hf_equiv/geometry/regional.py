@@ -17,16 +17,17 @@ from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.precision import exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
 
-# Extreme-value fit: where the largest of many maxima would end (reverse Weibull, as CLEVER uses it).
-
-
 _SPAN = 1e4  # largest distance of the end point from the largest maximum tried, in spreads of the maxima
-
-
 _GRID = 161
-
-
 _ZOOMS = 6
+_WARMUP = 20  # power iterations at the centre
+_SAMPLE_POWER = 2  # power iterations at a random point
+_STEP = 0.5  # first step of the ascent over the radius
+_LEAST_STEP = 1e-3  # the ascent ends below this
+
+
+
+# Extreme-value fit: where the largest of many maxima would end (reverse Weibull, as CLEVER uses it).
 
 
 def fit_reverse_weibull(maxima: Tensor) -> tuple[float, float, float]:
@@ -91,18 +92,6 @@ def _profile(distances: Tensor) -> tuple[Tensor, Tensor]:
     # log b^c = log mean t^c
     scale = torch.logsumexp(c[:, None] * logs, dim=1) - torch.tensor(float(logs.shape[1]), dtype=logs.dtype).log()
     return logs.shape[1] * (c.log() - scale + (c - 1) * mean - 1), c
-
-
-_WARMUP = 20  # power iterations at the centre
-
-
-_SAMPLE_POWER = 2  # power iterations at a random point
-
-
-_STEP = 0.5  # first step of the ascent over the radius
-
-
-_LEAST_STEP = 1e-3  # the ascent ends below this
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,27 +16,28 @@ from hf_equiv.precision import exact_derivatives, float64_twin, no_tf32
 RADII = tuple(10 ** (-5 + i / 4) for i in range(21))
 """Default ladder: L2 in pixel units, four a decade from 1e-5 to 1."""
 
-
 RTOL = 0.01
 """Estimated relative error up to which a value counts as resolved."""
-
 
 PLATEAU_RTOL = 0.02
 """How far a secant, and its noise floor, may be from the value on the plateau, relative to the value."""
 
-
 PLATEAU_RADII = 3
 """Radii in a row that make a plateau."""
-
 
 JVP_RTOL = 0.05
 """How far the value of the secants may be from ‖Jv‖ in bfloat16 and float16, relative to the value: both are noisy."""
 
-
 _ORDERS = 5  # terms of the expansion in h² that are tried
-
-
 _SIGMAS = 2  # standard deviations of noise in an error bound
+METHODS = ("auto", "twin", "ecnoise")
+_POINTS = 9  # of a difference table: orders up to 8, as Moré and Wild advise 6 to 8
+_TABLES = 3  # lines through x; their variances are averaged
+_COARSE = (1.0, 30.0, 300.0)  # steps of more tables, in units of the smallest radius
+_LOUDER = 3  # times as loud as in the fine ones: more than by chance
+_ULPS = 4  # step of a table per pixel, in units of the spacing of the dtype: neighbours round independently
+_SEED = 0x5EED  # of the probe directions: the noise of an image never depends on what else is asked
+
 
 
 def central_secants(
@@ -225,27 +226,6 @@ def _longest_run(row: list[bool]) -> tuple[int, int]:
 
 
 # Float noise of an encoder: how much of f(x + hv) − f(x − hv) is rounding, measured and not assumed.
-
-
-METHODS = ("auto", "twin", "ecnoise")
-
-
-_POINTS = 9  # of a difference table: orders up to 8, as Moré and Wild advise 6 to 8
-
-
-_TABLES = 3  # lines through x; their variances are averaged
-
-
-_COARSE = (1.0, 30.0, 300.0)  # steps of more tables, in units of the smallest radius
-
-
-_LOUDER = 3  # times as loud as in the fine ones: more than by chance
-
-
-_ULPS = 4  # step of a table per pixel, in units of the spacing of the dtype: neighbours round independently
-
-
-_SEED = 0x5EED  # of the probe directions: the noise of an image never depends on what else is asked
 
 
 def secant_noise(

@@ -14,27 +14,26 @@ from hf_equiv.jacobian import Jacobian
 
 _BLOCK = 4096  # columns held in float64 at a time
 
-
 # σ/σ₁ down to which a Gram matrix in float64 is trusted: its error in σ is eps₆₄·σ₁²/σ. A float32 J deserves less.
 _SAFE = {torch.float64: 1e-2}
 
-
 _SAFE_SINGLE = 1e-3
-
-
 _NOTHING = 1e3  # eps over σ₁ below which a recursion has ended: what is left is the rounding of the products
-
-
 _NEXT = 1  # values below the k wanted that must have converged too
-
 
 # Share of the k-th value below which the largest of a second start tells, after 1, 2, … passes of it, that there is no
 # more; after still more passes any does.
 _NO_MORE = (0.0, 0.8, 0.88, 0.94)
 
-
 ACCURACY = 100 * torch.finfo(torch.float64).eps
 """Error of `left_singular` over σ₁."""
+
+_LEADING, _PROBES = 4, 2
+_UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
+
+Rows = Callable[[Tensor], Tensor]
+"""Cotangents (D, K), float64, to Jᵀu (K, N)."""
+
 
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,16 +255,6 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 
 
 # How far the singular values of a float Jacobian may be from those of the function in exact arithmetic.
-
-
-_LEADING, _PROBES = 4, 2
-
-
-_UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
-
-
-Rows = Callable[[Tensor], Tensor]
-"""Cotangents (D, K), float64, to Jᵀu (K, N)."""
 
 
 def derivative_noise(

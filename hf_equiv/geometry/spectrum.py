@@ -19,6 +19,7 @@ from hf_equiv.results import Status
 METHODS = ("auto", "full", "golub_kahan")
 
 
+
 @dataclass(frozen=True, slots=True)
 class SpectrumResult:
     """Singular values of J = ∂f/∂x (D, N), N = C·H·W, at each image of the batch, in embedding per pixel in [0, 1].

@@ -12,6 +12,7 @@ from hf_equiv.geometry.singular import combine, times
 _NEAR = 1e-3  # a predicted σ/σ₁ above this is a singular value like the others
 
 
+
 @dataclass(frozen=True, slots=True)
 class LeftRelation:
     """What the architecture says of J before J is known: leftᵀ J = rows.

@@ -22,6 +22,11 @@ from transformers.utils import logging as transformers_logging
 
 from hf_equiv.hub_client import _explained, version
 
+BUILTIN = "builtin"
+BUILTIN_FOLDER = Path(__file__).parents[1] / "assets" / "builtin"
+
+
+
 # Files of one model repository at one commit, with every failure named together with its cure.
 
 
@@ -114,12 +119,6 @@ class HubFiles:
 
 def _api(token: str | bool | None) -> HfApi:
     return HfApi(library_name="hf_equiv", library_version=version("hf_equiv"), token=token)
-
-
-BUILTIN = "builtin"
-
-
-BUILTIN_FOLDER = Path(__file__).parents[1] / "assets" / "builtin"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from hf_equiv.precision import embedding_noise
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+
 class Encoder:
     """f: [0, 1]^(3·H·W) → R^D, z = readout(model((x − mean) / std)): one checkpoint, frozen, in eval mode.
 

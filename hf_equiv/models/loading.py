@@ -16,8 +16,8 @@ from hf_equiv.models.checkpoint import Checkpoint, HubFiles, no_safetensors, qui
 # Absent from a checkpoint these may be: masked image modelling only, or named by a readout that is then refused.
 _OPTIONAL = ("mask_token", "pooler", "classifier", "cls_classifier", "distillation_classifier", "text_model")
 
-
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+
 
 
 @dataclass(frozen=True, slots=True)

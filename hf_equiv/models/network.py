@@ -18,6 +18,7 @@ from hf_equiv.precision import exact_derivatives, float64_softmax, no_autocast, 
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
 
 
+
 class Network:
     """(x, readout) → z = readout(model((x − mean) / std)) for x (B, 3, H, W) in [0, 1], in one dtype on one device.
 

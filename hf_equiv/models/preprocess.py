@@ -22,15 +22,10 @@ from transformers import AutoImageProcessor
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _FILE = "preprocessor_config.json"
-
-
 _CURE = "Pass pixels (B, 3, H, W) in [0, 1] to the encoder."
-
-
 _OFF_GRID = "DINOv3ViTImageProcessor"  # torchvision only; it rescales before it resizes, so its pixels are not k/255
-
-
 _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
+
 
 
 @dataclass(frozen=True, slots=True)

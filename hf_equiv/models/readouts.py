@@ -44,6 +44,7 @@ _CLASS_TOKEN = {
 }
 
 
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What one forward pass of a checkpoint yields, found on a probe image.

@@ -12,6 +12,7 @@ from hf_equiv.geometry.zeros import LeftRelation
 Encoding = Callable[[Tensor], Tensor]
 
 
+
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
     """The LayerNorm through whose output alone f(x) depends on the pixels; None where there is none.
 

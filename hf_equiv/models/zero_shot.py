@@ -16,6 +16,7 @@ PROMPT = "a photo of a {label}."
 """The sentence each label is put into (Radford et al. 2021, arXiv:2103.00020, §3.1.4)."""
 
 
+
 @dataclass(frozen=True, slots=True)
 class LabelEmbeddings:
     """Text embeddings of some labels, of unit length, with the model's logit scale and bias.
