@@ -50,6 +50,11 @@ def short(value: float | None) -> str:
 _FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")
 
 
+def excerpt(error: Exception, size: int = 160) -> str:
+    """Return the first `size` characters of the message of an error, on one line."""
+    return " ".join(str(error).split())[:size]
+
+
 def one_line(error: Exception) -> str:
     """Return the message of an error on one line without folder names of this machine, for the record of a run."""
     return _FOLDERS.sub("…/", " ".join(str(error).split())) or type(error).__name__

@@ -205,7 +205,7 @@ class Jacobian:
         try:
             return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
         except (RuntimeError, NotImplementedError) as error:
-            raise RuntimeError(_no_forward_mode("f", error)) from error
+            raise RuntimeError(no_forward_mode("f", error)) from error
 
     def _transposed(self) -> tuple[Tensor, Tensor]:
         """Return u (D,) and Jᵀu (1, C, H, W) with the graph between them."""
@@ -242,12 +242,13 @@ def require_forward_mode(f: Callable[[Tensor], Tensor], image: Tensor, name: str
     try:
         moved = torch.func.jvp(f, (image,), (tangent,))[1]
     except (RuntimeError, NotImplementedError) as error:
-        raise RuntimeError(_no_forward_mode(name, error)) from error
+        raise RuntimeError(no_forward_mode(name, error)) from error
     if not bool(torch.isfinite(moved).all()):
         raise RuntimeError(f"the JVP of {name} must be finite; got NaN or infinity. Use float32 or float64.")
 
 
-def _no_forward_mode(name: str, error: Exception) -> str:
+def no_forward_mode(name: str, error: Exception) -> str:
+    """Return the message about an f, called `name`, without forward-mode derivatives."""
     return (
         f"`encoder` must have forward-mode derivatives for this; {name} does not "
         f"({' '.join(str(error).split())[:160]}). Use a method that needs gradients only, such as match_embedding, "

@@ -1,4 +1,4 @@
-"""`linearity_radius`: how far the first-order model of an encoder holds along given directions."""
+"""Find how far the first-order model of an encoder holds along given directions."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.geometry.directions import Directions
-from hf_equiv.geometry.lipschitz import Counted, as_directions, unit_directions
+from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
+from hf_equiv.geometry.lipschitz import Counted
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 
 RELATIVE_TO = ("auto", "jvp", "embedding")
-_MARGIN = 4  # a residual is tested only where the bound is this many times the noise
-_LEAST = 1e-6  # first radius tried, unless noise asks for a larger one
 
+_MARGIN = 4  # the bound must be this many times the noise for a residual to be tested
+_LEAST = 1e-6  # first radius tried, unless the noise asks for a larger one
 
 
 @dataclass(frozen=True, slots=True)
 class LinearityResult:
-    """How far the first-order model holds, for B images along K directions each.
+    """Range of the first-order model, for B images along K directions each.
 
     Attributes:
         radii: h in pixel units (L2), (B, K), float64; NaN unless resolved.
         at_limit: whether the model still held at `max_radius`, so that the radius is a lower bound, (B, K), bool.
         jvp: the exact ‖Jv‖ in the dtype of f, (B, K), float64.
-        relative_to: "jvp" or "embedding" for each direction: what the residual was compared with, K strings.
+        relative_to: reference of the residual, "jvp" or "embedding", K strings.
         status: per image and direction `resolved`, `undetermined` (the bound lies in the float noise) or `error`.
-        kinds: the kind of each direction, K strings.
+        kinds: kind of each direction, K strings.
         indices: number of each direction within its kind, K integers.
         num_evals: cost of each image, (B,), float64: (forwards + 2·tangents) / 3.
         seconds: wall time of each image, (B,), float64.
@@ -63,18 +63,17 @@ def linearity_radius(
     batch: int = 32,
     progress: Counted | None = None,
 ) -> LinearityResult:
-    """Find how far f is linear along given directions: the honest form of "piecewise linear".
+    """Find how far f is linear along given directions: a test of "piecewise linear".
 
-    For each image x and unit direction v the largest h such that up to it
+    For each image x and unit direction v, the radius is the largest h such that up to it
 
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·h·‖Jv‖        (relative_to="jvp")
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·‖f(x)‖        (relative_to="embedding"; for null directions, where Jv = 0)
 
     bracketed by doubling h and then bisected. "Up to it" means at every doubling tried: a residual that leaves the
-    bound and comes back within one factor of two is not seen. v and −v have radii of their own. x + hv may step over
-    the edge of [0, 1].
-    Radii at which the bound is within four times the float noise of f are not tested, and where none is left the status
-    is `undetermined`.
+    bound and comes back within one factor of two is not seen. v and −v have separate radii. x + hv may step over the
+    edge of [0, 1]. Radii whose bound is within four times the float noise of f are not tested; if none is left, the
+    status is `undetermined`.
 
     Cost: per direction one JVP and about 20 + log₂(1/rtol) forward passes.
 
@@ -83,7 +82,7 @@ def linearity_radius(
         images: x, (B, C, H, W), pixels in [0, 1].
         directions: from `make_directions`, or (B, K, C, H, W) of any length above 0: only the direction counts.
         tau: τ, the residual allowed, relative.
-        relative_to: what τ is relative to; "auto" is "embedding" for the kind `null` and "jvp" for all others.
+        relative_to: reference of τ; "auto" is "embedding" for the kind `null` and "jvp" for all others.
         max_radius: largest h tried, in pixel units (L2); default √N, the diagonal of the box.
         rtol: relative width at which the bisection ends; the lower end is returned.
         batch: images per forward pass and tangents per JVP.
@@ -155,7 +154,7 @@ def linearity_radius(
 
 
 class _Line:
-    """The residual of the first-order model at one image."""
+    """Residuals of the first-order model at one image."""
 
     def __init__(self, f: Callable[[Tensor], Tensor], J: Jacobian, tau: float, limit: float) -> None:
         self.f, self.J, self.tau, self.limit = f, J, tau, limit
@@ -167,7 +166,7 @@ class _Line:
             self.z = f(J.image[None])[0].double()  # the same pass as below: J.z may come from another kernel
 
     def measure(self, unit: Tensor, flat: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Radius, whether it is the limit, ‖Jv‖ and status code, each (K,), of unit directions; `flat`: of the null."""
+        """Return radius, whether it is the limit, ‖Jv‖ and status code, (K,) each; `flat` marks null directions."""
         jv = self.J.mv(unit).double()
         jvp = jv.norm(dim=1)
         finite = jvp.isfinite() & self.z.isfinite().all() & math.isfinite(self.noise)
@@ -177,7 +176,6 @@ class _Line:
         testable = finite & (low < self.limit) & ((constant > _MARGIN * self.noise) | ~flat)
 
         def holds(h: Tensor, which: Tensor) -> Tensor:
-            """Whether the model holds at h[which], for the directions `which`."""
             with torch.no_grad(), no_tf32():
                 points = torch.addcmul(self.J.image.to(unit), unit[which], h[which].to(unit).view(-1, 1, 1, 1))
                 moved = self.f(points.to(self.J.image)).double() - self.z

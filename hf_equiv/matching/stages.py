@@ -40,7 +40,7 @@ class Draft:
 
 def match_in_stages(
     encoder: Callable[[Tensor], Tensor], drafts: Sequence[Draft], source: Tensor, target: Tensor, solver: Solver, *,
-    rtol: float, max_evals: int, progress: ProgressHook, **ball: Any,
+    rtol: float, max_evals: int, progress: ProgressHook, **ball: Any
 ) -> MatchResult:  # fmt: skip
     """Match with each draft in turn from the end of the last one, then with the encoder.
 
@@ -58,7 +58,7 @@ def match_in_stages(
             own = replace(solver, newton=solver.newton and newton, warmup=0 if found is not None else solver.warmup)
         return match_embedding(
             f, source, target, own, rtol=rtol, max_evals=most, raise_on_failure=False, start=found, progress=progress,
-            **ball,
+            **ball
         )  # fmt: skip
 
     for draft in drafts:

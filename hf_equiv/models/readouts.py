@@ -1,10 +1,10 @@
-"""Readouts: which vector of a vision model is called its embedding.
+"""Read out the embedding of a vision model: name, place and availability of each readout.
 
 | readout | embedding z of one image |
 | --- | --- |
 | `cls` | the class token of the last hidden state, R^D |
 | `mean` | the mean over patch tokens (without class, distillation and register tokens), or over all positions |
-| `pooler` | the model's own pooled output, R^D, only where every weight of it is in the checkpoint |
+| `pooler` | the model's own pooled output, R^D, only if every weight of it is in the checkpoint |
 | `projection` | the image embedding of CLIP and SigLIP, before normalisation |
 | `tokens` | the whole last hidden state, flattened: R^{T·D} |
 | `logits` | the scores of the classification head, before the softmax |
@@ -24,35 +24,23 @@ from torch import Tensor
 
 from hf_equiv.models.loading import LoadedModel
 
-# Tokens before the patches. None: count them from the shape, as for models not listed.
+# Tokens before the patches; for models not listed they are counted from the shape.
 _CLASS_TOKEN = {
-    "vit": 1,
+    **dict.fromkeys(("vit", "beit", "data2vec-vision", "dinov2", "clip_vision_model", "vit_mae", "vit_msn"), 1),
+    **dict.fromkeys(("siglip_vision_model", "swin", "swinv2", "ijepa"), 0),
     "deit": 2,  # class, distillation
-    "beit": 1,
-    "data2vec-vision": 1,
-    "dinov2": 1,
-    "dinov2_with_registers": None,
-    "dinov3_vit": None,
-    "dinov3_convnext": 1,  # the pooled map is put before the positions
-    "clip_vision_model": 1,
-    "siglip_vision_model": 0,
-    "swin": 0,
-    "swinv2": 0,
-    "vit_mae": 1,
-    "vit_msn": 1,
-    "ijepa": 0,
+    "dinov3_convnext": 1,  # the pooled map comes before the positions
 }
-
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What one forward pass of a checkpoint yields, found on a probe image.
+    """Outputs of one forward pass of a checkpoint, found on a probe image.
 
     Attributes:
         prefix: number of tokens before the patch tokens; the first of them is the class token.
-        patch: side of the square patches that make the tokens after the prefix; None for other models.
-        alone: whether images must be embedded one at a time on the CPU for their bits not to depend on the batch.
+        patch: side of the square patches behind the tokens after the prefix; None for other models.
+        alone: whether images must be embedded one at a time on the CPU so that their bits do not depend on the batch.
         num_hidden: length of `hidden_states`.
         available: the readouts of this checkpoint.
     """
@@ -87,15 +75,15 @@ def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tup
     if loaded.two_tower or loaded.projection is not None:
         available.append("projection")
     available += [f"hidden:{k}" for k in range(len(hidden))]
-    # Measured on the CPU: float32 matrix products of 16 rows an image and more round the same for any number of images,
-    # those of few rows do not; nor does the activation of half a tensor in DINOv2's SwiGLU.
+    # Measured on the CPU: float32 matrix products with 16 or more rows an image round the same in every batch; those
+    # with fewer rows do not, nor does the activation of half a tensor in DINOv2's SwiGLU.
     rows = min(state[0].numel() // state.shape[1 if state.ndim == 4 else -1] for state in (last, *hidden))
     alone = rows < 16 or bool(getattr(loaded.backbone.config, "use_swiglu_ffn", False))
     return Layout(prefix, patch, alone, len(hidden), tuple(available))
 
 
 def resolve_readout(readout: str, layout: Layout, model_id: str) -> str:
-    """Return the available readout that `readout` means ("auto", negative K), or say which there are.
+    """Return the available readout that `readout` names ("auto" and negative K included).
 
     Returns:
         One of `layout.available`.
@@ -138,7 +126,7 @@ def embed(loaded: LoadedModel, layout: Layout, readout: str, pixel_values: Tenso
     deep = readout.startswith("hidden:")
     outputs = run(loaded.backbone, pixel_values, interpolate, output_hidden_states=deep)
     if readout == "pooler":
-        return outputs.pooler_output.flatten(1)  # of some convolutional networks (B, D, 1, 1)
+        return outputs.pooler_output.flatten(1)  # some convolutional networks give (B, D, 1, 1)
     if readout == "projection":
         pooled = outputs.pooler_output
         return pooled if loaded.projection is None else loaded.projection(pooled)
@@ -154,13 +142,13 @@ def embed(loaded: LoadedModel, layout: Layout, readout: str, pixel_values: Tenso
 
 
 def run(model: Any, pixel_values: Tensor, interpolate: bool, output_hidden_states: bool = False) -> Any:
-    """Call a transformers vision model; ask it to interpolate positions only when the size is not its own."""
+    """Call a transformers vision model; let it interpolate positions only if the size is not its own."""
     kwargs: dict[str, Any] = {"return_dict": True}
     if interpolate and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         kwargs["interpolate_pos_encoding"] = True
     if output_hidden_states:
         kwargs["output_hidden_states"] = True
-    if model.config.model_type == "vit_mae":  # it sorts its patches by a random number each: keep them in order
+    if model.config.model_type == "vit_mae":  # it sorts its patches by random numbers; keep their order
         patches = model.embeddings.patch_embeddings.projection.kernel_size
         count = (pixel_values.shape[2] // patches[0]) * (pixel_values.shape[3] // patches[1])
         kwargs["noise"] = torch.arange(float(count), device=pixel_values.device).expand(pixel_values.shape[0], -1)
@@ -204,7 +192,7 @@ def probe(loaded: LoadedModel, pixel_values: Tensor, interpolate: bool) -> Mappi
 
 
 def native_size(loaded: LoadedModel) -> tuple[int, int] | None:
-    """Return the (H, W) the position embeddings were made for; None if the configuration names none."""
+    """Return the (H, W) of the position embeddings; None if the configuration does not state it."""
     size = getattr(loaded.backbone.config, "image_size", None)
     if isinstance(size, int):
         return size, size
@@ -216,7 +204,7 @@ def native_size(loaded: LoadedModel) -> tuple[int, int] | None:
 def check_size(
     loaded: LoadedModel, layout: Layout, size: tuple[int, int], native: tuple[int, ...], like: Tensor
 ) -> None:
-    """Require an image size (H, W) that the model takes, found by one forward pass of a zero image.
+    """Require an image size (H, W) that the model takes, by one forward pass of a zero image.
 
     Raises:
         ValueError: the size is no multiple of the patch, or the model cannot interpolate its positions to it.

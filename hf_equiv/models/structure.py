@@ -1,4 +1,4 @@
-"""What the layers of a model say about its Jacobian beforehand: the last LayerNorm, and what follows it."""
+"""Derive properties of the Jacobian from the layers of a model: its last LayerNorm and the layers after it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from hf_equiv.geometry.zeros import LeftRelation
 Encoding = Callable[[Tensor], Tensor]
 
 
-
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
-    """The LayerNorm through whose output alone f(x) depends on the pixels; None where there is none.
+    """Return the LayerNorm that all dependence of f(x) on the pixels passes; None if there is none.
 
-    Found, not looked up: the last LayerNorm of the graph of z is cut out of it, and then z must no longer depend on x.
-    A hidden state before the last LayerNorm fails that, by its residual connection. Cost: two forwards and a VJP.
+    It is found by test: detach the output of the last LayerNorm in the graph of z; then z must no longer depend on x. A
+    hidden state before the last LayerNorm fails, by its residual connection. Cost: two forwards and a VJP.
 
     Returns:
-        The module, for `left_relations`; the answer holds for every image.
+        The module; it serves every image.
     """
     seen: dict[nn.Module, Tensor] = {}
 
@@ -44,17 +43,16 @@ def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | 
 
 
 def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRelation, ...]:
-    """The left vectors u with uᵀJ known in closed form, from z = T(y), y = γ (h − mean h)/√(var h + ε) + β.
+    """Return the left vectors u with uᵀJ in closed form, from z = T(y), y = γ (h − mean h)/√(var h + ε) + β.
 
-    y is the output of the last LayerNorm of `model`; without one through which all of f passes there are no relations.
-
-    With n = the unit vector along (h − mean h), κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
+    y is the output of the last LayerNorm of `model`; without one that all of f passes there are no relations. With n =
+    the unit vector along (h − mean h), κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
 
     * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
     * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
     * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns; "unit norm": Wᵀu = 0 along z.
 
-    Where T averages several tokens alike only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
+    If T averages several tokens alike, only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
 
     Returns:
         The relations that hold, exact ones first.
@@ -116,7 +114,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
 
 
 def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:
-    """The weight (D, 3, p, p) of the patch embedding per pixel in [0, 1]; None where no stride-p convolution is one."""
+    """Return the patch embedding (D, 3, p, p) per pixel in [0, 1]; None without a stride-p convolution."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             alone = module.kernel_size == module.stride and module.padding in ((0, 0), "valid") and module.groups == 1
@@ -127,10 +125,10 @@ def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:
 
 
 def _tail(z: Tensor, y: Tensor) -> tuple[Tensor | None, int | None]:
-    """∂z/∂y at the token that z reads, and the token.
+    """Return W = ∂z/∂y (D, d) at the token that z reads, and the token.
 
     Returns:
-        W (D, d) and the token; the token is None if z reads several alike, both if it reads several differently.
+        W and the token; the token is None if z reads several alike, both if it reads several differently.
     """
     generator = torch.Generator().manual_seed(0)
     d = y.shape[-1]

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -230,14 +231,14 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, 
     closed = "http://127.0.0.1:9"  # nothing listens there
     offline = client(closed, home, [{"id": "acme/vit"}, {"id": "acme/other"}], HF_HUB_OFFLINE="1")
     assert offline[0] == ["", sha, total, "acme/vit"]
-    assert offline[1] == [
-        "ConnectionError",
-        "'acme/other' is no folder here; of the Hub's 'acme/other', 'config.json' is not in the cache and "
-        "HF_HUB_OFFLINE=1 is set. Unset it once to fetch the checkpoint, or pass a local folder or 'builtin'.",
-    ]
+    missing = re.compile(r"'acme/other' is no folder here[,;] .*'config.json' is not in the cache,? and (.*)")
     unreachable = client(closed, home, [{"id": "acme/other"}])
-    assert unreachable[0][0] == "ConnectionError"
-    assert f"{closed} cannot be reached. Check the network, or pass a local folder" in unreachable[0][1]
+    for answer, cause in (
+        (offline[1], r"HF_HUB_OFFLINE=1 is set\. Unset it.*, or pass a local folder or 'builtin'\."),
+        (unreachable[0], rf"{closed} cannot be reached\. Check the network.*, or pass a local folder"),
+    ):
+        assert answer[0] == "ConnectionError"
+        assert re.match(cause, missing.fullmatch(answer[1])[1])
 
 
 @pytest.mark.parametrize(
@@ -246,17 +247,17 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, 
         (
             "unknown",
             "RepositoryNotFoundError",
-            "'acme/nothing' is no folder here, and on the Hub it does not exist or is private. Check",
+            r"'acme/nothing' is no folder here, and on the Hub .* private\. Check the spelling",
         ),
-        ("private", "RepositoryNotFoundError", "for a private one log in with `hf auth login` or pass `token`"),
+        ("private", "RepositoryNotFoundError", "for a private one log in with `hf auth login`"),
         ("gated", "GatedRepoError", "'acme/gated' is gated. Ask for access at http://127.0.0.1"),
-        ("revision", "RevisionNotFoundError", "`revision` must exist in 'acme/vit'; got 'v9'."),
+        ("revision", "RevisionNotFoundError", r"`revision` must exist in .*'acme/vit'; got 'v9'\."),
         ("pickled", "FileNotFoundError", "weights as safetensors; 'acme/pickled' has only pytorch_model.bin"),
         ("subfolder", "RemoteEntryNotFoundError", "has no file 'config.json'. Check the id and `subfolder`"),
-        ("local", "ConnectionError", "is not in the cache and `local_files_only=True`. Run once without it"),
+        ("local", "ConnectionError", "is not in the cache,? and `local_files_only=True`. Run once without it"),
     ],
 )
 def test_what_the_hub_refuses(case: str, kind: str, message: str, hub: tuple[str, Path, Path, str]) -> None:
     got = _online(*hub[:2])[case]
     assert got[0] == kind
-    assert message in got[1]
+    assert re.search(message, got[1])
