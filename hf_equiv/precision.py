@@ -103,22 +103,7 @@ def no_autocast() -> Iterator[None]:
 
 
 def with_autocast(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Bind f to the `torch.autocast` settings that hold now, so that it computes the same inside `no_autocast`.
-
-    Returns:
-        The bound function; f itself when no autocast is on.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.precision import no_autocast, with_autocast
-        >>> def f(x):
-        ...     return x @ x
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
-        ...     same = with_autocast(f)
-        ...     with no_autocast():
-        ...         f(torch.ones(2, 2)).dtype, same(torch.ones(2, 2)).dtype
-        (torch.float32, torch.bfloat16)
-    """
+    """Bind f to the `torch.autocast` settings that hold now, so that it computes the same inside `no_autocast`."""
     held = [(device, torch.get_autocast_dtype(device)) for device in _DEVICES if torch.is_autocast_enabled(device)]
     if not held:
         return f
@@ -161,13 +146,8 @@ def _tf32_switches() -> list[tuple[Any, str, Any]]:  # owner, attribute, the val
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """Return the inner product of two images: along a row in their dtype, over the rows in float64.
-
-    A row is short: a float32 product keeps its rounding near 1e-7·Σ|aᵢbᵢ| and takes half the time of float64 copies.
-
-    Returns:
-        Σ aᵢbᵢ.
-    """
+    """Return the inner product Σ aᵢbᵢ of two images: along a row in their dtype, over the rows in float64."""
+    # A row is short: a float32 product keeps its rounding near 1e-7·Σ|aᵢbᵢ| and takes half the time of float64 copies.
     return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
 
 
@@ -187,13 +167,8 @@ def embedding_noise(f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tens
 
 
 def float64_twin(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
-    """Return the same function in float64 if f offers one, as an Encoder below float64 does; else None.
-
-    `double()` of a `torch.nn.Module` is never called, because it converts the caller's own weights.
-
-    Returns:
-        The twin, or None.
-    """
+    """Return the same function in float64 if f offers one, as an Encoder below float64 does; else None."""
+    # `double()` of a `torch.nn.Module` is never called, because it converts the caller's own weights.
     make = None if isinstance(f, torch.nn.Module) else getattr(f, "double", None)
     twin = make() if callable(make) else None
     return twin if callable(twin) and twin is not f else None

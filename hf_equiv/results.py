@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 
 
 class Status(StrEnum):
-    """State how the work on one image ended. Rows store the value; `advice` says what to do about it."""
+    """Outcome of the work on one image. Rows store the value; `advice` gives its meaning and cure."""
 
     CONVERGED = "converged"
     STALLED = "stalled"

@@ -57,7 +57,7 @@ class RowSpace:
     def project_null(self, vectors: Tensor) -> Tensor:
         """Return the part (I − VᵀV) v of each v, which leaves the embedding, to first order.
 
-        The projection is applied twice: the second removes what the rounding of the first leaves in the row space.
+        The projection is applied twice, to remove the remainder that rounding leaves in the row space.
 
         Args:
             vectors: v, (…, C, H, W).

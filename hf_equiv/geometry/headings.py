@@ -197,7 +197,7 @@ class Toward:
         self.radius = math.inf
 
     def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
-        """Find the descent direction, or that there is none."""
+        """Find the descent direction, if there is one."""
         wish = self.destination - at.image
         distance, model = _norm(wish), corrector.model
         if distance == 0.0:
@@ -299,18 +299,11 @@ Heading = Ahead | Toward
 
 
 def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
-    """Project a wish on the tangent cone of the level set in the box; return the projection and its multipliers λ.
-
-    t = C(wish − Aᵀλ), where C removes what leads outwards at pixels at 0 and 1, and λ minimises the convex ½‖C(wish −
-    Aᵀλ)‖², whose gradient is −A t. Semismooth Newton steps λ + G_F⁺ A t, with F the pixels that C lets move, are halved
-    until they descend. They end when a whole step changes no such pixel: then t is exact.
-
-    Returns:
-        t (C, H, W), zero if it is rounding; and λ (D,).
-
-    References:
-        Qi, Sun (2006), SIAM J. Matrix Anal. Appl. 28:360 (projection on a cone by Newton steps on its dual).
-    """
+    """Project a wish on the tangent cone of the level set in the box; return the tangent t and multipliers λ (D,)."""
+    # t = C(wish − Aᵀλ), where C removes what leads outwards at pixels at 0 and 1, and λ minimises the convex ½‖C(wish −
+    # Aᵀλ)‖², whose gradient is −A t. Semismooth Newton steps λ + G_F⁺ A t, with F the pixels that C lets move, are
+    # halved until they descend (Qi, Sun 2006, SIAM J. Matrix Anal. Appl. 28:360). They end when a whole step changes no
+    # such pixel: then t is exact.
     x, model = at.image, corrector.model
     rest, multipliers = wish, wish.new_zeros(len(model.A), dtype=torch.float64)
     free, nothing = _inwards(x, wish), _ROUNDING * torch.finfo(x.dtype).eps * _norm(wish)

@@ -1,8 +1,8 @@
 """Extrapolate central difference quotients to h = 0, and measure the float noise that limits them.
 
 Small radii drown in rounding, large ones bend. `central_secants` evaluates a ladder of radii, `secant_noise` measures
-its noise floor, against a float64 twin of f or from difference tables, and `read_secants` extrapolates what the noise
-leaves, with an error estimate and a plateau.
+its noise floor, against a float64 twin of f or from difference tables, and `read_secants` extrapolates the rest, with
+an error estimate and a plateau.
 """
 
 from __future__ import annotations
@@ -150,11 +150,7 @@ def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading
 
 
 def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor) -> Tensor:
-    """Return lowest and highest radius of the longest run of secants and noise floors (K, R) within 2 % of the value.
-
-    Returns:
-        (K, 2) float64; NaN if fewer than three radii are in a row.
-    """
+    """Return the ends (K, 2) of the longest run of secants and floors (K, R) within 2 % of the value, else NaN."""
     level = value[:, None]
     on = ((norms - level).abs() <= PLATEAU_RTOL * level) & (noise_floor <= PLATEAU_RTOL * level)
     plateau = torch.full((len(value), 2), torch.nan, dtype=radii.dtype, device=radii.device)
@@ -166,25 +162,16 @@ def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor)
 
 
 def least_error(noise_floor: Tensor) -> Tensor:
-    """Return a lower bound of the error of any reading, (K,): two standard deviations of the best mean of all secants.
-
-    No other fit has a smaller spread (Gauss–Markov), so it holds for every choice of the fit.
-
-    Returns:
-        2 / (Σ_r noise_floor_r⁻²)^½.
-    """
-    least = noise_floor.amin(dim=1, keepdim=True)  # a unit in which squares neither overflow nor vanish
+    """Return a lower bound of any error of a reading, (K,): two standard deviations of the best mean."""
+    # No fit has a smaller spread than 1 / (Σ_r noise_floor_r⁻²)^½ (Gauss–Markov). The least floor is a unit in which
+    # squares neither overflow nor vanish.
+    least = noise_floor.amin(dim=1, keepdim=True)
     return _SIGMAS * least[:, 0] / (least / noise_floor).norm(dim=1)
 
 
 def _fit(secants: Tensor, radii: Tensor, noise: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """Return the intercept s₀ (K, D) of the weighted least-squares fit of degree `order` in h², and its noise (K,).
-
-    If the residuals of the fit exceed the assumed noise, the noise of s₀ grows in proportion (the Birge ratio).
-
-    Returns:
-        The intercept and its noise.
-    """
+    """Return the intercept s₀ (K, D) of the weighted least-squares fit of degree `order` in h², and its noise (K,)."""
+    # If the residuals of the fit exceed the assumed noise, the noise of s₀ grows in proportion (the Birge ratio).
     powers = (radii / radii[-1])[:, None] ** (2 * torch.arange(order + 1, device=radii.device))
     precision = (noise.amin(dim=1, keepdim=True) / noise)[:, :, None]
     inverse = torch.linalg.pinv(precision * powers)

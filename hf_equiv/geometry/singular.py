@@ -61,13 +61,7 @@ _UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the ro
 
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the left singular vectors U (D, D) and values σ (D,), descending, of J (D, N), in float64.
-
-    For D > N the last D − N values are zero.
-
-    Returns:
-        U and σ.
-    """
+    """Return U (D, D) and σ (D,), descending, of J (D, N), in float64; for D > N the last D − N values are zero."""
     dim = len(matrix)
     least, most = torch.aminmax(matrix)
     unit = power_of_two(max(-float(least), float(most)))
@@ -138,13 +132,7 @@ class TopSingular:
 
 
 def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingular:
-    """Find the k largest singular values by Golub–Kahan bidiagonalisation with full re-orthogonalisation.
-
-    A pass costs one JVP and one VJP, a start one JVP.
-
-    Returns:
-        The triplets with their bounds.
-    """
+    """Find the k largest singular values by Golub–Kahan bidiagonalisation: one JVP and VJP a pass, one JVP a start."""
     dim, size = J.shape
     full = min(dim, size)
     next_too = min(k + _NEXT, full)
@@ -221,23 +209,15 @@ class _Bidiagonal:
 
 
 def _reach(B: Tensor, since: int, length: float) -> float:
-    """Return the largest value, residual included, that the last columns of B (those of one recursion) may still reach.
-
-    Returns:
-        (μ² + β)^½ with μ = ‖Jᵀu‖ at most, over the last `since` vectors u, and β the coupling to the next.
-    """
+    """Return (μ² + β)^½, a limit of the values that the last `since` columns of B (one recursion) may reach."""
+    # μ = ‖Jᵀu‖ at most, over the last `since` vectors u, and β is the coupling to the next.
     most = float(torch.linalg.matrix_norm(B[:, -since:], 2))
     return math.sqrt(most**2 + abs(float(B[-1, -1])) * length)
 
 
 def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return the unit vector off the rows of `basis`, its coefficients in them, and its length, by Gram–Schmidt sweeps.
-
-    Two sweeps are enough unless nearly all of the vector lies in the basis; then sweep until one takes nothing away.
-
-    Returns:
-        Vector, coefficients and length.
-    """
+    """Return the unit vector off the rows of `basis`, its coefficients in them and its length, by Gram–Schmidt."""
+    # Two sweeps are enough unless nearly all of the vector lies in the basis; then sweep until one takes nothing away.
     coefficients, rest, length = torch.zeros(len(basis)).to(basis), vector, float(vector.norm())
     for sweep in range(5):
         before, part = length, basis @ rest
@@ -251,7 +231,7 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float
 def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
     """Return bounds of the distance of each θ (K,), descending, to a singular value, from its residuals ‖r‖ (K,)."""
     count = len(theta)
-    below = (theta + residual)[1:].flip(0).cummax(0).values.flip(0)  # [m] bounds what lies below θ₁ … θ_m
+    below = (theta + residual)[1:].flip(0).cummax(0).values.flip(0)  # [m] bounds all values below θ₁ … θ_m
     gap = theta[:, None].square() - below.square()  # (K, K − 1)
     coupling = (theta * residual).square()
     blocks = coupling[None].expand(count, count).triu().cumsum(1)[:, : count - 1]

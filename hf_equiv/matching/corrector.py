@@ -103,14 +103,9 @@ class LinearModel:
         return self._apply(step.flatten())
 
     def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
-        """Return the shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if that is longer.
-
-        s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves `left` (the discrepancy principle): the rest may be
-        noise, and following noise along the smallest singular values takes long steps.
-
-        Returns:
-            The step.
-        """
+        """Return the shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if it is less."""
+        # s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves `left` (the discrepancy principle): the rest may be
+        # noise, and following noise along the smallest singular values takes long steps.
         return -self.pull(self._solve(residual) if left == 0.0 else self._damped(residual, left))
 
     def multipliers(self, v: Tensor) -> Tensor:
@@ -282,16 +277,9 @@ class Corrector:
         return at if at.drift <= self.rtol else None
 
     def newton(self, start: Place, most: int) -> Place:
-        """Take at most `most` Newton steps from a place where the Jacobian was just formed; return the nearest place.
-
-        x ← clip(x + s) with s the shortest step that leaves half of rtol in the model; before each step the model
-        learns the row along the residual. Every step is taken, even one that raises the error, since the next row
-        learnt is the one it got wrong. The steps end at rtol, at ten times the error of the start, or after ten steps
-        without progress.
-
-        Returns:
-            The nearest place.
-        """
+        """Take at most `most` Newton steps from a place with a fresh Jacobian; return the nearest place."""
+        # Every step is taken, even one that raises the error, since the next row learnt is the one it got wrong. The
+        # steps end at rtol, at ten times the error of the start, or after ten steps without progress.
         at = best = start
         since, self.trials = 0, 0
         while best.drift > self.rtol and since < _PATIENCE and self.trials < most:

@@ -29,7 +29,7 @@ class FeasibleSet:
             return cls(zero, one, center, radius)
         step = _round_down(radius, center.dtype)
         lower, upper = center - step, center + step
-        # center ± step is rounded to nearest: step one unit inwards where that left the ball.
+        # center ± step is rounded to nearest: step one unit inwards if that leaves the ball.
         wide = center.double()
         lower = torch.where(wide - lower.double() > step, torch.nextafter(lower, one * 2), lower)
         upper = torch.where(upper.double() - wide > step, torch.nextafter(upper, -one), upper)

@@ -105,17 +105,12 @@ class Lattice:
 
 @no_autocast()
 def left_geometry(jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two (D, D) matrices from J = U S Vᵀ (D, N): the reach of J, and the damped whitening of its columns.
-
-    After a LayerNorm all embeddings lie on an ellipsoid, so r has a part across it, of second order in ‖r‖. No step
-    removes that part, and it vanishes as the rest does. In the whitened metric all directions of the embedding cost
-    alike; in the plain one the few that pixels hardly move (such as the score of the target's own class) stay behind. J
-    is scaled near 1 by a power of two before it is squared.
-
-    Returns:
-        The projector U_k U_kᵀ for σ above 1e-4 σ₁, the float32 noise; and √μ·U (S² + μ)^(−1/2) Uᵀ with μ a hundredth of
-        the median σ².
-    """
+    """Return two (D, D) matrices from J = U S Vᵀ (D, N): a projector on its reach, and its damped whitening."""
+    # After a LayerNorm all embeddings lie on an ellipsoid, so r has a part across it, of second order in ‖r‖. No step
+    # removes that part, and it vanishes as the rest does: U_k U_kᵀ with σ above 1e-4 σ₁, the float32 noise, projects it
+    # away. In the whitened metric √μ·U (S² + μ)^(−1/2) Uᵀ, with μ a hundredth of the median σ², all directions of the
+    # embedding cost alike; in the plain one the few that pixels hardly move (such as the score of the target's own
+    # class) stay behind.
     scaled = jacobian / power_of_two(float(jacobian.abs().max()))
     values, vectors = torch.linalg.eigh((scaled @ scaled.T).double())
     kept = vectors[:, values > 1e-8 * values[-1]]
@@ -143,15 +138,10 @@ def plan_moves(
 def _integer_least_squares(
     jacobian: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float, most: int
 ) -> Tensor:
-    """Find integer moves Δ (N,) with small ‖r + J·Δ‖ greedily, by at most `most` steps; J is per 8-bit step.
-
-    The step s = ±1 of pixel n lowers ‖r‖² by −2s·(Jᵀr)ₙ − ‖Jₙ‖². The best steps among the best few thousand pixels are
-    made until none is left; then all pixels are ranked afresh. If no single step lowers the norm, pairs are made: the
-    difference of two columns is much shorter.
-
-    Returns:
-        Δ, whole numbers in float64, inside the lattice.
-    """
+    """Find integer moves Δ (N,) with small ‖r + J·Δ‖ greedily, by at most `most` steps; J is per 8-bit step."""
+    # The step s = ±1 of pixel n lowers ‖r‖² by −2s·(Jᵀr)ₙ − ‖Jₙ‖². The best steps among the best few thousand pixels
+    # are made until none is left; then all pixels are ranked afresh. If no single step lowers the norm, pairs are made:
+    # the difference of two columns is much shorter.
     moves = torch.zeros_like(levels)
     norms2 = jacobian.square().sum(dim=0)
     used = lattice.used(levels)

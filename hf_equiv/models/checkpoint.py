@@ -164,17 +164,7 @@ def find_checkpoint(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Resolve `model_id` to a folder with config.json at one revision; loading fetches the weights from the Hub.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        ValueError: `model_id` is empty or malformed, or a folder is asked for with a revision.
-        FileNotFoundError: the folder does not exist or holds no checkpoint.
-        OSError: the Hub's failures by their own names: RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError;
-            without network and cache a ConnectionError.
-    """
+    """Resolve `model_id` to a folder with config.json at one revision; loading fetches the weights from the Hub."""
     name = os.fspath(model_id)
     if not name:
         raise ValueError("`model_id` must be a Hub id, a folder or 'builtin'; got an empty string.")

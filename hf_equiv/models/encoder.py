@@ -334,17 +334,9 @@ class Encoder:
 def load_recorded(
     settings: dict[str, Any], model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
 ) -> Encoder:
-    """Load the model of a run at its recorded revision, with its readout and dtype.
-
-    `model` locates the checkpoint if the recorded name does not find it, since the path of a local folder is not
-    recorded. The caller checks that it is the recorded one.
-
-    Returns:
-        The encoder.
-
-    Raises:
-        ValueError: the run used a local checkpoint that is not in the current folder.
-    """
+    """Load the model of a run at its recorded revision, with its readout and dtype."""
+    # `model` locates the checkpoint if the recorded name does not, since the path of a local folder is not recorded.
+    # The caller checks that it is the recorded one.
     name, revision = settings["model_id"], settings["model_revision"]
     local = str(revision).startswith("sha256:") and name != "builtin"
     if model is None and local:

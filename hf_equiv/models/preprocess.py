@@ -64,15 +64,7 @@ class Preprocessor:
 
 
 def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
-    """Read the image processor of `checkpoint`, build it as transformers does here, and check the split.
-
-    Returns:
-        The processor; its `refusal` says why it cannot preprocess here.
-
-    Raises:
-        FileNotFoundError: the checkpoint has no image processor, so its normalisation is unknown.
-        ValueError: the file is damaged, or does not normalise per channel of pixels in [0, 1].
-    """
+    """Read the image processor of `checkpoint`, build it as transformers does here, and check the split."""
     settings = _read_settings(checkpoint)
     name = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
     processor, refusal = None, ""

@@ -83,15 +83,7 @@ def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tup
 
 
 def resolve_readout(readout: str, layout: Layout, model_id: str) -> str:
-    """Return the available readout that `readout` names ("auto" and negative K included).
-
-    Returns:
-        One of `layout.available`.
-
-    Raises:
-        TypeError: `readout` is no string.
-        ValueError: there is no such readout, or this checkpoint lacks it.
-    """
+    """Return the available readout that `readout` names ("auto" and negative K included), or refuse it."""
     if not isinstance(readout, str):
         raise TypeError(f"`readout` must be a string; got {type(readout).__name__}. Use readout='auto'.")
     default = next(name for name in ("projection", "pooler", "cls", "mean") if name in layout.available)
@@ -132,10 +124,10 @@ def embed(loaded: LoadedModel, layout: Layout, readout: str, pixel_values: Tenso
         return pooled if loaded.projection is None else loaded.projection(pooled)
     if deep:
         state = outputs.hidden_states[int(readout.partition(":")[2])]
-        return _first(state) if layout.prefix and state.ndim == 3 else _mean(state, 0)
+        return state[:, 0] if layout.prefix and state.ndim == 3 else _mean(state, 0)
     state = outputs.last_hidden_state
     if readout == "cls":
-        return _first(state)
+        return state[:, 0]
     if readout == "mean":
         return _mean(state, layout.prefix)
     return state.flatten(1)  # tokens: (B, T, D) -> (B, T·D)
@@ -153,10 +145,6 @@ def run(model: Any, pixel_values: Tensor, interpolate: bool, output_hidden_state
         count = (pixel_values.shape[2] // patches[0]) * (pixel_values.shape[3] // patches[1])
         kwargs["noise"] = torch.arange(float(count), device=pixel_values.device).expand(pixel_values.shape[0], -1)
     return model(pixel_values, **kwargs)
-
-
-def _first(state: Tensor) -> Tensor:
-    return state[:, 0]
 
 
 def _mean(state: Tensor, prefix: int) -> Tensor:
@@ -204,11 +192,7 @@ def native_size(loaded: LoadedModel) -> tuple[int, int] | None:
 def check_size(
     loaded: LoadedModel, layout: Layout, size: tuple[int, int], native: tuple[int, ...], like: Tensor
 ) -> None:
-    """Require an image size (H, W) that the model takes, by one forward pass of a zero image.
-
-    Raises:
-        ValueError: the size is no multiple of the patch, or the model cannot interpolate its positions to it.
-    """
+    """Require an image size (H, W) that the model takes, by one forward pass of a zero image."""
     got, made_for = f"{size[0]}×{size[1]}", f"{native[0]}×{native[1]}"
     patch = layout.patch
     if patch and size != native and (size[0] % patch or size[1] % patch):
@@ -226,12 +210,7 @@ def check_size(
 
 
 def check_pixels(pixels: Tensor, device: torch.device) -> None:
-    """Require a float tensor (B, 3, H, W) on `device`.
-
-    Raises:
-        TypeError: it is no float tensor.
-        ValueError: its shape or device does not fit.
-    """
+    """Require a float tensor (B, 3, H, W) on `device`."""
     if not isinstance(pixels, Tensor):
         raise TypeError(f"`pixels` must be a torch.Tensor; got {type(pixels).__name__}. Use `encoder.preprocess(...)`.")
     if pixels.ndim != 4 or pixels.shape[1] != 3:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,15 @@ Encoding = Callable[[Tensor], Tensor]
 
 
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
-    """Return the LayerNorm that all dependence of f(x) on the pixels passes; None if there is none.
-
-    It is found by test: detach the output of the last LayerNorm in the graph of z; then z must no longer depend on x. A
-    hidden state before the last LayerNorm fails, by its residual connection. Cost: two forwards and a VJP.
-
-    Returns:
-        The module; it serves every image.
-    """
+    """Return the LayerNorm that all dependence of f(x) on the pixels passes; None if there is none."""
+    # The last LayerNorm in the graph of z is tested: with its output detached, z must no longer depend on x. A hidden
+    # state before the last LayerNorm fails, by its residual connection.
     seen: dict[nn.Module, Tensor] = {}
 
     def record(module: nn.Module, _: object, output: Tensor) -> None:
         seen[module] = output
 
-    with _Hooks(model, record):
+    with _hooked(model, record):
         z, _ = _graph(f, image)
     used = torch.autograd.grad(z[0].sum(), list(seen.values()), allow_unused=True) if seen else ()
     last = [module for module, gradient in zip(seen, used, strict=True) if gradient is not None]
@@ -36,7 +32,7 @@ def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | 
     def cut(module: nn.Module, _: object, output: Tensor) -> Tensor | None:
         return output.detach() if module is last[-1] else None
 
-    with _Hooks(model, cut):
+    with _hooked(model, cut):
         z, x = _graph(f, image)
     bypassed = z.requires_grad and torch.autograd.grad(z[0].sum(), x, allow_unused=True)[0] is not None
     return None if bypassed else last[-1]
@@ -69,7 +65,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
         if module is norm:
             kept.append((inputs[0], output))
 
-    with _Hooks(norm, record):
+    with _hooked(norm, record):
         z, x = _graph(f, image)
     h, y = kept[-1]
     gamma, d = getattr(norm, "weight", None), h.shape[-1]
@@ -125,11 +121,7 @@ def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:
 
 
 def _tail(z: Tensor, y: Tensor) -> tuple[Tensor | None, int | None]:
-    """Return W = ∂z/∂y (D, d) at the token that z reads, and the token.
-
-    Returns:
-        W and the token; the token is None if z reads several alike, both if it reads several differently.
-    """
+    """Return W = ∂z/∂y (D, d) at the token that z reads, and the token; no token if z averages several alike."""
     generator = torch.Generator().manual_seed(0)
     d = y.shape[-1]
     probes = torch.randn(2, z.numel(), generator=generator).to(z)
@@ -158,16 +150,13 @@ def _graph(f: Encoding, image: Tensor) -> tuple[Tensor, Tensor]:
         return f(x), x
 
 
-class _Hooks:
-    """Forward hooks on every LayerNorm inside a module, removed on exit."""
-
-    def __init__(self, model: nn.Module, hook: Callable[..., Tensor | None]) -> None:
-        self._modules = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
-        self._hook = hook
-
-    def __enter__(self) -> None:
-        self._handles = [module.register_forward_hook(self._hook) for module in self._modules]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+@contextmanager
+def _hooked(model: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Call a forward hook on every LayerNorm inside a module."""
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
+    handles = [norm.register_forward_hook(hook) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()

@@ -40,16 +40,7 @@ class LabelEmbeddings:
 def embed_labels(
     checkpoint: Checkpoint, labels: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> LabelEmbeddings:
-    """Embed `labels`, each put into `PROMPT`, with the text encoder of `checkpoint`.
-
-    Returns:
-        Their unit embeddings, in `dtype` on `device`, with the logit scale and bias.
-
-    Raises:
-        TypeError: `labels` is one string, or holds something other than strings.
-        ValueError: `labels` is empty, or holds an empty label.
-        OSError: the checkpoint has no tokenizer that loads here, or one that knows none of the words.
-    """
+    """Embed `labels`, each put into `PROMPT`, with the text encoder of `checkpoint`."""
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise TypeError("`labels` must be a sequence of strings; got something else. Pass ['cat', 'dog'].")
     if not labels or not all(label.strip() for label in labels):
