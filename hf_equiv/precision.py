@@ -62,15 +62,16 @@ def no_tf32() -> Iterator[None]:
     References:
         PyTorch, "CUDA semantics: TensorFloat-32 (TF32) on Ampere devices".
     """
-    switches = _tf32_switches()
-    before = [getattr(owner, name) for owner, name, _ in switches]
+    # The older `allow_tf32` flags raise when read while these differ between operators: never mix the two.
+    owners: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [owner.fp32_precision for owner in owners]
     try:
-        for owner, name, off in switches:
-            setattr(owner, name, off)
+        for owner in owners:
+            owner.fp32_precision = "ieee"
         yield
     finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
+        for owner, value in zip(owners, before, strict=True):
+            owner.fp32_precision = value
 
 
 @contextmanager
@@ -134,15 +135,6 @@ class _Float64Softmax(TorchFunctionMode):
             if args[0].dtype is torch.float64:
                 kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
-
-
-def _tf32_switches() -> list[tuple[Any, str, Any]]:  # owner, attribute, the value that means off
-    matmul: Any = torch.backends.cuda.matmul
-    conv: Any = getattr(torch.backends.cudnn, "conv", None)
-    if conv is not None and hasattr(conv, "fp32_precision"):
-        # The older `allow_tf32` flags raise when read while the newer ones differ between operators: never mix them.
-        return [(matmul, "fp32_precision", "ieee"), (conv, "fp32_precision", "ieee")]
-    return [(matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False)]
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -318,10 +318,10 @@ def trace_level_set(
     Cost: one full Jacobian, (1 + 2D)/3 evaluations; then, on a trained DeiT-Tiny, about 12 evaluations per unit of L2
     length. Memory: D·N numbers, and 40 images for a destination. Images are walked one after another.
 
-    Walks back to a source climb: on a trained DeiT-Tiny σ₁ grew from 90 at a match to 740 half-way, where a tangent step
-    h drifts by 2h². `nearest` then takes thousands of evaluations: from five matches to `stop` = 0.1, 4,400 to 14,900
-    with the match, for L2 7.8 to 3.1, 2.2 to 0.8, 5.8 to 2.4. Near the end the float32 noise approaches `rtol` and steps
-    become short; if it exceeds `rtol`, the walk ends with `drift_exceeded`.
+    Walks back to a source climb: on a trained DeiT-Tiny σ₁ grew from 90 at a match to 740 half-way, where a tangent
+    step h drifts by 2h². `nearest` then takes thousands of evaluations: from five matches to `stop` = 0.1, 4,400 to
+    14,900 with the match, for L2 7.8 to 3.1, 2.2 to 0.8, 5.8 to 2.4. Near the end the float32 noise approaches `rtol`
+    and steps become short; if it exceeds `rtol`, the walk ends with `drift_exceeded`.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D), differentiable in reverse mode.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
-from hf_equiv.geometry.lipschitz import Counted
+from hf_equiv.geometry.directions import Directions, as_directions
+from hf_equiv.geometry.lipschitz import Counted, measure_directions
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import no_tf32
@@ -122,42 +121,21 @@ def linearity_radius(
     checks.check_positive(limit, "max_radius")
     auto = ["embedding" if kind == "null" else "jvp" for kind in given.kinds]
     against = tuple(auto if relative_to == "auto" else [relative_to] * len(given))
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    parts, done = [], 0
-    for image, own in zip(images.detach(), given.vectors.detach().to(images.device), strict=True):
-        start = time.perf_counter()
-        line = _Line(f, Jacobian(f, image, batch=batch), tau, limit)
-        line.J.check_deterministic()
-        chunks = []
-        for some, ends in zip(own.split(batch), torch.arange(len(given)).split(batch), strict=True):
-            flat = torch.tensor([against[k] == "embedding" for k in ends.tolist()], device=image.device)
-            chunks.append(line.measure(unit_directions(some, dtype), flat, rtol))
-            done += len(some)
-            if progress is not None:
-                progress(done, images.shape[0] * len(given))
-        parts.append(([torch.cat(column) for column in zip(*chunks, strict=True)], line, time.perf_counter() - start))
-    radii, at_limit, jvp, status = (
-        torch.stack(column).cpu() for column in zip(*(fields for fields, _, _ in parts), strict=True)
+    flat = torch.tensor([name == "embedding" for name in against], device=images.device)
+    (radii, at_limit, jvp), common, _ = measure_directions(
+        images, given, batch, progress, lambda image: _Line(f, Jacobian(f, image, batch=batch), tau, limit, flat, rtol)
     )
-    codes = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
-    return LinearityResult(
-        radii=radii,
-        at_limit=at_limit,
-        jvp=jvp,
-        relative_to=against,
-        status=tuple(tuple(codes[code] for code in row) for row in status.tolist()),
-        kinds=given.kinds,
-        indices=given.indices,
-        num_evals=torch.tensor([line.J.num_evals + line.forwards / 3 for _, line, _ in parts], dtype=torch.float64),
-        seconds=torch.tensor([seconds for _, _, seconds in parts], dtype=torch.float64),
-    )
+    return LinearityResult(radii=radii, at_limit=at_limit, jvp=jvp, relative_to=against, **common)
 
 
 class _Line:
     """Residuals of the first-order model at one image."""
 
-    def __init__(self, f: Callable[[Tensor], Tensor], J: Jacobian, tau: float, limit: float) -> None:
-        self.f, self.J, self.tau, self.limit = f, J, tau, limit
+    def __init__(
+        self, f: Callable[[Tensor], Tensor], J: Jacobian, tau: float, limit: float, flat: Tensor, rtol: float
+    ) -> None:
+        self.f, self.J, self.tau, self.limit, self.rtol = f, J, tau, limit, rtol
+        self.flat = flat  # which directions, of all, are measured against the embedding
         one = torch.ones(1, dtype=torch.float64, device=J.image.device)
         floor, _, self.forwards = secant_noise(f, J.image, one)
         self.forwards += 1  # z below
@@ -165,8 +143,9 @@ class _Line:
         with torch.no_grad(), no_tf32():
             self.z = f(J.image[None])[0].double()  # the same pass as below: J.z may come from another kernel
 
-    def measure(self, unit: Tensor, flat: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return radius, whether it is the limit, ‖Jv‖ and status code, (K,) each; `flat` marks null directions."""
+    def measure(self, unit: Tensor, part: slice) -> tuple[Tensor, ...]:
+        """Return radius, whether it is the limit, ‖Jv‖ and status code of some directions, (K,) each."""
+        flat = self.flat[part]
         jv = self.J.mv(unit).double()
         jvp = jv.norm(dim=1)
         finite = jvp.isfinite() & self.z.isfinite().all() & math.isfinite(self.noise)
@@ -197,7 +176,7 @@ class _Line:
             high[grown] = (2 * high[grown]).clamp_max(self.limit)
         at_limit = inside & (low >= self.limit)
         open_ = inside & ~at_limit
-        while bool((open_ := open_ & (high > low * (1 + rtol))).any()):
+        while bool((open_ := open_ & (high > low * (1 + self.rtol))).any()):
             which = open_.nonzero().flatten()
             middle = torch.where(open_, (low * high).sqrt(), low)
             stuck = (middle <= low) | (middle >= high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from hf_equiv.results import Status
 
 Counted = Callable[[int, int], None]
 """A progress hook: (directions done, directions in all)."""
+
+_STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
 
 _STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
 
@@ -181,26 +184,10 @@ def directional_lipschitz(
     ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    parts, total, done = [], images.shape[0] * len(given), 0
-    for image, own in zip(images.detach(), given.vectors.detach(), strict=True):
-        start = time.perf_counter()
-        J = Jacobian(f, image, batch=batch)
-        J.check_deterministic()
-        floor, method, passes = secant_noise(f, image, ladder, method=noise)
-        chunks = []
-        for some in own.to(images.device).split(batch):
-            unit = unit_directions(some, dtype)
-            chunks.append((*_measure(f, J, unit, ladder, floor, batch), unit_factor(unit, scale)))
-            done += len(some)
-            if progress is not None:
-                progress(done, total)
-        fields = [torch.cat(column) for column in zip(*chunks, strict=True)]
-        forwards = passes + 2 * len(given) * len(ladder)
-        parts.append((fields, J.num_evals + forwards / 3, time.perf_counter() - start))
-    value, error, jvp, secants, noises, plateau, status, factor = (
-        torch.stack(column).cpu() for column in zip(*(fields for fields, _, _ in parts), strict=True)
+    columns, common, probe = measure_directions(
+        images, given, batch, progress, lambda image: _Ladder(f, Jacobian(f, image, batch=batch), ladder, noise, scale)
     )
+    value, error, jvp, secants, noises, plateau, factor = columns
     return LipschitzResult(
         values=value,
         errors=error,
@@ -208,46 +195,88 @@ def directional_lipschitz(
         radii=ladder.cpu(),
         secants=secants,
         noise_floor=noises,
-        noise_method=method,
+        noise_method=probe.noise_method,
         plateau=plateau,
         unit_factor=factor,
-        status=tuple(tuple(_STATUS[code] for code in row) for row in status.tolist()),
-        kinds=given.kinds,
-        indices=given.indices,
-        num_evals=torch.tensor([evals for _, evals, _ in parts], dtype=torch.float64),
-        seconds=torch.tensor([seconds for _, _, seconds in parts], dtype=torch.float64),
+        **common,
     )
 
 
-def _measure(
-    f: Callable[[Tensor], Tensor], J: Jacobian, unit: Tensor, radii: Tensor, floor: Tensor, batch: int
-) -> tuple[Tensor, ...]:
-    """Return value, error, ‖Jv‖ (K,), secants, noise floors (K, R), plateau (K, 2) and status codes (K,)."""
-    jvp = J.mv(unit).double().norm(dim=1)
-    secants, shares = central_secants(f, J.image, unit, radii, batch=batch)
-    norms = secants.norm(dim=2)
-    # Steps that the dtype rounds away are a known error of the secant, proportional to the constant itself.
-    lost = (1 - shares).abs() * jvp[:, None]
-    noise_floor = torch.hypot(floor.expand_as(lost), lost)
-    finite = norms.isfinite().all(dim=1) & jvp.isfinite() & noise_floor.isfinite().all(dim=1)
-    clean = torch.where(finite[:, None, None], secants, 0.0)
-    reading = read_secants(clean, radii, torch.where(finite[:, None], noise_floor, 1.0))
-    # Secants above the smallest radius cannot see a kink near x; the difference from the derivative at x can.
-    apart = (reading.value - jvp).abs()
-    coarse = J.eps > torch.finfo(torch.float32).eps  # ‖Jv‖ itself is good to a few per cent there
-    agrees = apart <= (JVP_RTOL if coarse else RTOL) * reading.value
-    error = torch.maximum(reading.error, apart)
-    resolved = finite & reading.resolved & agrees
-    nothing = reading.value.new_tensor(torch.nan)
-    return (
-        torch.where(resolved, reading.value, nothing),
-        torch.where(finite, error, nothing),
-        jvp,
-        norms,
-        noise_floor,
-        torch.where(resolved[:, None], reading.plateau, nothing),
-        torch.where(finite, (~resolved).long(), 2),
-    )
+def measure_directions(
+    images: Tensor, given: Directions, batch: int, progress: Counted | None, probe_at: Callable[[Tensor], Any]
+) -> tuple[list[Tensor], dict[str, Any], Any]:
+    """Measure the directions of each image in batches, by a probe with `J`, `forwards` and `measure(unit, part)`.
+
+    `measure` returns columns (K, …) of the unit directions at `part`, the last of them the index of each status.
+
+    Returns:
+        Columns (B, K, …), the common fields of a result, and the probe of the last image.
+    """
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    fields, evals, seconds, done = [], [], [], 0
+    for image, own in zip(images.detach(), given.vectors.detach().to(images.device), strict=True):
+        start = time.perf_counter()
+        probe = probe_at(image)
+        probe.J.check_deterministic()
+        chunks = []
+        for first in range(0, len(own), batch):
+            part = slice(first, first + batch)
+            chunks.append(probe.measure(unit_directions(own[part], dtype), part))
+            done += len(own[part])
+            if progress is not None:
+                progress(done, images.shape[0] * len(given))
+        fields.append([torch.cat(column) for column in zip(*chunks, strict=True)])
+        evals.append(probe.J.num_evals + probe.forwards / 3)
+        seconds.append(time.perf_counter() - start)
+    *columns, codes = (torch.stack(column).cpu() for column in zip(*fields, strict=True))
+    common = {
+        "status": tuple(tuple(_STATUS[code] for code in row) for row in codes.tolist()),
+        "kinds": given.kinds,
+        "indices": given.indices,
+        "num_evals": torch.tensor(evals, dtype=torch.float64),
+        "seconds": torch.tensor(seconds, dtype=torch.float64),
+    }
+    return columns, common, probe
+
+
+class _Ladder:
+    """Secants over a ladder of radii at one image."""
+
+    def __init__(
+        self, f: Callable[[Tensor], Tensor], J: Jacobian, radii: Tensor, noise: str, std: Tensor | None
+    ) -> None:
+        self.f, self.J, self.radii, self.std = f, J, radii, std
+        self.floor, self.noise_method, self.forwards = secant_noise(f, J.image, radii, method=noise)
+
+    def measure(self, unit: Tensor, part: slice) -> tuple[Tensor, ...]:
+        """Return value, error, ‖Jv‖ (K,), secants, noise floors (K, R), plateau (K, 2), unit factor and status (K,)."""
+        jvp = self.J.mv(unit).double().norm(dim=1)
+        secants, shares = central_secants(self.f, self.J.image, unit, self.radii)
+        self.forwards += 2 * len(unit) * len(self.radii)
+        norms = secants.norm(dim=2)
+        # Steps that the dtype rounds away are a known error of the secant, proportional to the constant itself.
+        lost = (1 - shares).abs() * jvp[:, None]
+        noise_floor = torch.hypot(self.floor.expand_as(lost), lost)
+        finite = norms.isfinite().all(dim=1) & jvp.isfinite() & noise_floor.isfinite().all(dim=1)
+        clean = torch.where(finite[:, None, None], secants, 0.0)
+        reading = read_secants(clean, self.radii, torch.where(finite[:, None], noise_floor, 1.0))
+        # Secants above the smallest radius cannot see a kink near x; the difference from the derivative at x can.
+        apart = (reading.value - jvp).abs()
+        coarse = self.J.eps > torch.finfo(torch.float32).eps  # ‖Jv‖ itself is good to a few per cent there
+        agrees = apart <= (JVP_RTOL if coarse else RTOL) * reading.value
+        error = torch.maximum(reading.error, apart)
+        resolved = finite & reading.resolved & agrees
+        nothing = reading.value.new_tensor(torch.nan)
+        return (
+            torch.where(resolved, reading.value, nothing),
+            torch.where(finite, error, nothing),
+            jvp,
+            norms,
+            noise_floor,
+            torch.where(resolved[:, None], reading.plateau, nothing),
+            unit_factor(unit, self.std),
+            torch.where(finite, (~resolved).long(), 2),
+        )
 
 
 def pixel_std(f: object, images: Tensor, std: Tensor | Sequence[float] | None) -> Tensor | None:

@@ -47,7 +47,7 @@ _SEED = 0x5EED  # of the probe directions, so that the noise of an image never d
 
 
 def central_secants(
-    f: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor, radii: Tensor, *, batch: int
+    f: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor, radii: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Evaluate s(h) = (f(x + hv) − f(x − hv)) / 2h for unit directions v (K, C, H, W) and radii h (R,).
 
@@ -58,29 +58,18 @@ def central_secants(
         float64: 1, unless the step is lost between two neighbouring numbers.
     """
     start = image.to(directions.dtype)
-    seen = getattr(f, "dtype", None)
-    seen = image.dtype if not isinstance(seen, torch.dtype) or _finer(seen, image.dtype) else seen
+    own = getattr(f, "dtype", image.dtype)
+    coarser = isinstance(own, torch.dtype) and torch.finfo(own).eps > torch.finfo(image.dtype).eps
+    seen = own if coarser else image.dtype  # f rounds its pixels to it
     secants, shares = [], []
     with torch.no_grad(), no_tf32():
-        for some in directions.split(batch):
-            for h in radii.tolist():
-                ends, points = [], []
-                for step in (h, -h):
-                    points.append(torch.add(start, some, alpha=step).to(seen))
-                    ends.append(f(points[-1].to(image.dtype)).double())
-                secants.append((ends[0] - ends[1]) / (2 * h))
-                moved = (points[0].to(some) - points[1].to(some)).flatten(1)
-                shares.append(torch.linalg.vecdot(moved, some.flatten(1)).double() / (2 * h))
-    return _by_direction(secants, len(radii)), _by_direction(shares, len(radii))
-
-
-def _finer(a: torch.dtype, b: torch.dtype) -> bool:
-    return torch.finfo(a).eps < torch.finfo(b).eps
-
-
-def _by_direction(parts: list[Tensor], num_radii: int) -> Tensor:
-    chunks = [torch.stack(parts[i : i + num_radii], dim=1) for i in range(0, len(parts), num_radii)]
-    return torch.cat(chunks)
+        for h in radii.tolist():
+            points = [torch.add(start, directions, alpha=step).to(seen) for step in (h, -h)]
+            ends = [f(point.to(image.dtype)).double() for point in points]
+            secants.append((ends[0] - ends[1]) / (2 * h))
+            moved = (points[0].to(directions) - points[1].to(directions)).flatten(1)
+            shares.append(torch.linalg.vecdot(moved, directions.flatten(1)).double() / (2 * h))
+    return torch.stack(secants, dim=1), torch.stack(shares, dim=1)
 
 
 @dataclass(frozen=True, slots=True)

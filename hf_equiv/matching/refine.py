@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,35 +115,42 @@ def refine_8bit(
         images, target = images.detach().clone(), target.detach().clone()
         centers = [None] * len(images) if source is None else source.detach().clone().unbind()
         z = target_embeddings(f, images, target, "images")
-        runs = [
-            _Refinement(f, image, embedding, Lattice.around(image, center, radius, norm))
-            for image, embedding, center in zip(images, z, centers, strict=True)
-        ]
-        for run in runs:
-            run.run(rtol, max_evals, lambda: None if progress is None else progress(snapshot(runs)))
+        runs = [_Refinement(f, image, embedding) for image, embedding in zip(images, z, strict=True)]
+        for run, center in zip(runs, centers, strict=True):
+            lattice = Lattice.around(run.best, center, radius, norm)
+            run.run(lattice, rtol, max_evals, lambda: None if progress is None else progress(snapshot(runs)))
     return collect(runs)
+
+
+class _Model(NamedTuple):
+    """J per 8-bit step, with the matrices of `left_geometry` and their product."""
+
+    jacobian: Tensor
+    reach: Tensor
+    whiten: Tensor
+    natural: Tensor
 
 
 class _Refinement(Search):
     """Rounds of one image: `levels` and `r` are the best point, `here` and `r_here` the start of the next round."""
 
-    jacobian: Tensor | None = None  # per 8-bit step, in `unit`
+    model: _Model | None = None  # in `unit`
 
-    def __init__(self, f: Encoding, image: Tensor, z: Tensor, lattice: Lattice) -> None:
+    def __init__(self, f: Encoding, image: Tensor, z: Tensor) -> None:
         super().__init__(image)
-        self.f, self.z, self.lattice = f, z, lattice
+        self.f, self.z = f, z
         self.unit = power_of_two(float(z.norm()))  # embeddings of any scale are near 1 in it
         self.scale = float(z.norm()) / self.unit
         self.cap, self.trust, self.failed, self.since = _CAP, _MOVES, 0, math.inf
 
-    def run(self, rtol: float, max_evals: int, report: Callable[[], None]) -> None:
+    def run(self, lattice: Lattice, rtol: float, max_evals: int, report: Callable[[], None]) -> None:
         """Refine the image and set its status; call `report` after every round."""
         start = time.perf_counter()
-        rounded = self.lattice.round(self.best)
+        rounded = lattice.round(self.best)
         if rounded is None:
             self.status = Status.INFEASIBLE
             return
-        self.rounded = self.levels = rounded
+        self.lattice, self.rounded, self.levels = lattice, rounded, rounded
         self.r = self._residual(rounded)
         self.here, self.r_here = self.levels, self.r
         self.best, self.error = self._image(rounded), self._error(self.r)
@@ -151,8 +159,9 @@ class _Refinement(Search):
             self.status = self._ready(rtol, max_evals)
             if self.status is None and self._round(rtol):
                 report()
-        self.jacobian = None  # D·N numbers
         self.seconds = time.perf_counter() - start
+        self.model = None  # D·N numbers
+        del self.lattice, self.rounded, self.levels, self.r, self.here, self.r_here
 
     def _image(self, levels: Tensor) -> Tensor:
         return (levels / 255).to(self.best.dtype).view(self.best.shape)
@@ -174,47 +183,47 @@ class _Refinement(Search):
             return Status.CONVERGED
         if not math.isfinite(self.error):
             return Status.ERROR
-        if self.jacobian is None or self.failed >= _STALE:
+        if self.model is None or self.failed >= _STALE:
             cost = jacobian_cost(self.z.shape[0])
             if self.num_evals + cost + _FORWARD > max_evals:
                 return Status.MAX_EVALS
-            if self.jacobian is not None and (self.error > 0.5 * self.since or self.error <= _WORTH * rtol):
+            if self.model is not None and (self.error > 0.5 * self.since or self.error <= _WORTH * rtol):
                 return Status.STALLED
-            self._form_jacobian()
+            self._renew()
             self.num_evals += cost
-            if self.jacobian is None:
+            if self.model is None:
                 return Status.ERROR
         return Status.MAX_EVALS if self.num_evals + _FORWARD > max_evals else None
 
-    def _form_jacobian(self) -> None:
-        """Form J at the best point; leave None if it is not finite."""
-        self.jacobian = None  # free the old one first
+    def _renew(self) -> None:
+        """Form J at the best point; leave no model if it is not finite."""
+        self.model = None  # free the old one first
         jacobian = Jacobian(self.f, self._image(self.levels)).as_matrix(_ROWS)
         if not bool(torch.isfinite(jacobian).all()):
             return
         jacobian /= 255
         jacobian /= self.unit
-        self.jacobian = jacobian
-        self.reach, self.whiten = left_geometry(jacobian)
-        self.natural = self.whiten @ self.reach
+        reach, whiten = left_geometry(jacobian)
+        self.model = _Model(jacobian, reach, whiten, whiten @ reach)
         self.failed, self.since, self.trust = 0, self.error, max(self.trust, _MOVES // 4)
         self.here, self.r_here = self.levels, self.r
 
     def _round(self, rtol: float) -> bool:
         """Make the moves that J promises to help and let J learn from them; return False if there are none."""
-        assert self.jacobian is not None
+        assert self.model is not None
+        jacobian, reach, whiten, natural = self.model
         if float(((self.here - self.rounded).abs() >= self.cap).double().mean()) > _CROWDED:
             self.cap *= 2
         near = self.lattice.near(self.rounded, self.cap)
         goal = 0.3 * rtol * self.scale
-        moves = plan_moves(self.jacobian, self.whiten, self.reach @ self.r_here, self.here, near, goal, self.trust)
+        moves = plan_moves(jacobian, whiten, reach @ self.r_here, self.here, near, goal, self.trust)
         if not bool(moves.any()):
             self.failed = _STALE
             if self.since == self.error:
                 self.status = Status.STALLED
             return False
         r_new = self._residual(self.here + moves)
-        predicted = _learn(self.jacobian, moves, self.reach @ (r_new - self.r_here))
+        predicted = _learn(jacobian, moves, reach @ (r_new - self.r_here))
         error, error_here = self._error(r_new), self._error(self.r_here)
         promised = error_here - self._error(self.r_here + predicted)
         agreement = (error_here - error) / max(promised, 1e-12)
@@ -229,7 +238,7 @@ class _Refinement(Search):
             self.offer(self._image(self.levels), error)
         else:
             self.failed += 1
-            falls = (self.natural @ r_new).norm() < (self.natural @ self.r_here).norm()
+            falls = (natural @ r_new).norm() < (natural @ self.r_here).norm()
             onward = error < _EXCURSION * self.error and falls
             self.here, self.r_here = (self.here + moves, r_new) if onward else (self.levels, self.r)
         return True
