@@ -20,7 +20,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, validate_repo_id
 from transformers.utils import logging as transformers_logging
 
-from hf_equiv.hub_client import _explained, api_of, version
+from hf_equiv.hub_client import api_of, explained, version
 
 BUILTIN = "builtin"
 BUILTIN_FOLDER = Path(__file__).parents[1] / "assets" / "builtin"
@@ -42,7 +42,9 @@ class HubFiles:
 
     def fetch(self, name: str) -> Path:
         """Return a file on disk, and download it if it is not cached."""
-        with _explained(self.repo_id, self.commit, name, self.local_files_only):
+        with explained(
+            self.repo_id, kind="model", revision=self.commit, file=name, local_files_only=self.local_files_only
+        ):
             return Path(
                 hf_hub_download(
                     self.repo_id,
@@ -61,7 +63,7 @@ class HubFiles:
         """Return the files in the subfolder; none offline."""
         if self.local_files_only or constants.HF_HUB_OFFLINE:
             return []
-        with _explained(self.repo_id, self.commit, "its file list", self.local_files_only):
+        with explained(self.repo_id, kind="model", revision=self.commit):
             listed = api_of(self.token).list_repo_files(self.repo_id, revision=self.commit, token=self.token)
         prefix = f"{self.subfolder.strip('/')}/" if self.subfolder else ""
         names = (name.removeprefix(prefix) for name in listed if name.startswith(prefix))
@@ -182,7 +184,7 @@ def find_checkpoint(
             f"{name!r}. Check the spelling."
         ) from error
     cache = None if cache_dir is None else os.fspath(cache_dir)
-    with _explained(name, revision, "config.json", local_files_only):
+    with explained(name, kind="model", revision=revision, file="config.json", local_files_only=local_files_only):
         resolved = api_of(token).resolve_revision(
             name,
             revision=revision,

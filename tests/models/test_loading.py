@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,14 +230,14 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, 
     closed = "http://127.0.0.1:9"  # nothing listens there
     offline = client(closed, home, [{"id": "acme/vit"}, {"id": "acme/other"}], HF_HUB_OFFLINE="1")
     assert offline[0] == ["", sha, total, "acme/vit"]
-    missing = re.compile(r"'acme/other' is no folder here[,;] .*'config.json' is not in the cache,? and (.*)")
+    assert offline[1] == [
+        "ConnectionError",
+        "'acme/other' is no folder here, its file 'config.json' is not in the cache, and HF_HUB_OFFLINE=1 is set. "
+        "Unset it, or pass a local folder or 'builtin'.",
+    ]
     unreachable = client(closed, home, [{"id": "acme/other"}])
-    for answer, cause in (
-        (offline[1], r"HF_HUB_OFFLINE=1 is set\. Unset it.*, or pass a local folder or 'builtin'\."),
-        (unreachable[0], rf"{closed} cannot be reached\. Check the network.*, or pass a local folder"),
-    ):
-        assert answer[0] == "ConnectionError"
-        assert re.match(cause, missing.fullmatch(answer[1])[1])
+    assert unreachable[0][0] == "ConnectionError"
+    assert f"{closed} cannot be reached. Check the network and try again, or pass a local folder" in unreachable[0][1]
 
 
 @pytest.mark.parametrize(
@@ -247,17 +246,17 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, 
         (
             "unknown",
             "RepositoryNotFoundError",
-            r"'acme/nothing' is no folder here, and on the Hub .* private\. Check the spelling",
+            "'acme/nothing' is no folder here, and on the Hub there is no such model or it is private. Check",
         ),
-        ("private", "RepositoryNotFoundError", "for a private one log in with `hf auth login`"),
+        ("private", "RepositoryNotFoundError", "for a private one log in with `hf auth login`, or set HF_TOKEN"),
         ("gated", "GatedRepoError", "'acme/gated' is gated. Ask for access at http://127.0.0.1"),
-        ("revision", "RevisionNotFoundError", r"`revision` must exist in .*'acme/vit'; got 'v9'\."),
+        ("revision", "RevisionNotFoundError", "`revision` must exist in the model 'acme/vit'; got 'v9'."),
         ("pickled", "FileNotFoundError", "weights as safetensors; 'acme/pickled' has only pytorch_model.bin"),
         ("subfolder", "RemoteEntryNotFoundError", "has no file 'config.json'. Check the id and `subfolder`"),
-        ("local", "ConnectionError", "is not in the cache,? and `local_files_only=True`. Run once without it"),
+        ("local", "ConnectionError", "is not in the cache, and `local_files_only=True`. Run once without it"),
     ],
 )
 def test_what_the_hub_refuses(case: str, kind: str, message: str, hub: tuple[str, Path, Path, str]) -> None:
     got = _online(*hub[:2])[case]
     assert got[0] == kind
-    assert re.search(message, got[1])
+    assert message in got[1]
