@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_directions():
         ({"null": 1.5}, TypeError, "`null` must be a whole number"),
         ({"toward": images(1)}, ValueError, "must not be zero"),
         ({"toward": torch.zeros(3, *SHAPE)}, ValueError, "`toward` must have the shape of `images`"),
-        ({"match": torch.zeros(1, 3, 4, 4)}, ValueError, "`match` must hold"),
+        ({"match": torch.zeros(1, 3, 4, 4)}, ValueError, "`match` must have the shape of `images`"),
         ({"toward": images(1) + 2}, ValueError, r"`toward` must lie in \[0, 1\]"),
     ],
 )
