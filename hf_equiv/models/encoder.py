@@ -103,8 +103,7 @@ class Encoder:
             cache_dir: cache of Hub files; None for the usual place.
             local_files_only: whether to use cached files only.
             trust_remote_code: whether to run Python code that the checkpoint brings.
-            dtype: type of weights and embeddings. State numbers in float32 or float64; half precision moves an
-                embedding by far more than an 8-bit step of the image does.
+            dtype: of weights and embeddings; in half precision, rounding moves an embedding more than 8-bit steps do.
             device: device to run on; None for CUDA if present, else the CPU.
 
         Returns:
