@@ -63,7 +63,8 @@ def no_tf32() -> Iterator[None]:
         PyTorch, "CUDA semantics: TensorFloat-32 (TF32) on Ampere devices".
     """
     # The older `allow_tf32` flags raise when read while these differ between operators: never mix the two.
-    owners: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    cudnn: Any = torch.backends.cudnn
+    owners: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
     before = [owner.fp32_precision for owner in owners]
     try:
         for owner in owners:
