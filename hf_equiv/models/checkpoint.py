@@ -17,7 +17,11 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    validate_repo_id,
+)
 from transformers.utils import logging as transformers_logging
 
 from hf_equiv.hub_client import api_of, explained, version
