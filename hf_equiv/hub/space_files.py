@@ -15,8 +15,8 @@ from typing import Any
 
 from huggingface_hub import SpaceCardData
 
-from hf_equiv.hub.card import END, put_block, split_header
-from hf_equiv.hub.repository import StagedFile, bytes_file, text_file
+from hf_equiv.hub.card import END, around_block, joined, split_header
+from hf_equiv.hub.repository import StagedFile, staged
 from hf_equiv.runs.directory import CARD
 
 DATASET, MODELS = "HF_EQUIV_DATASET", "HF_EQUIV_MODELS"
@@ -199,8 +199,8 @@ def stage(
     Returns:
         The files, and the paths of an earlier copy of the library that are no longer part of it.
     """
-    files = [bytes_file(path, data) for path, data in app.files.items() if path != CARD]
-    files.append(text_file(CARD, space_card(app.files[CARD].decode(), readme, variables, before)))
+    files = [staged(path, data) for path, data in app.files.items() if path != CARD]
+    files.append(staged(CARD, space_card(app.files[CARD].decode(), readme, variables, before)))
     wanted = {file.path for file in files}
     own = re.compile(rf"{LIBRARY}/|hf_equiv-[^/]*\.dist-info/")
     return files, sorted(path for path in there if own.match(path) and path not in wanted)
@@ -226,17 +226,14 @@ def space_card(template: str, previous: str | None, variables: Mapping[str, str]
     facts: dict[str, Any] = {**there, **made}
     if is_ours(previous):
         facts |= {key: value for key, value in there.items() if key not in _TECHNICAL}
-    facts["tags"] = _joined(made["tags"], there.get("tags"), ())
+    facts["tags"] = joined(made["tags"], joined(there.get("tags"), []))
     for key, linked in (("datasets", datasets_in), ("models", models_in)):
-        facts[key] = _joined(linked(variables), there.get(key), linked(before))
+        kept = [name for name in joined(there.get(key), []) if name not in linked(before)]
+        facts[key] = joined(linked(variables), kept)
     facts = {key: value for key, value in facts.items() if value not in (None, [])}
-    text = put_block(text, f"{_START}\n\n{body.strip()}\n\n{END}", "the Space")
-    return f"---\n{SpaceCardData(**facts).to_yaml()}\n---\n{text}"
-
-
-def _joined(new: Sequence[str], old: Any, gone: Sequence[str]) -> list[str]:
-    earlier = [old] if isinstance(old, str) else list(old or [])
-    return [*new, *(name for name in earlier if name not in new and name not in gone)]
+    above, below = around_block(text, "the Space")
+    header = SpaceCardData(**facts).to_yaml()
+    return f"---\n{header}\n---\n{above}{_START}\n\n{body.strip()}\n\n{END}{below}"
 
 
 def datasets_in(variables: Mapping[str, str]) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,24 +191,21 @@ def _check_dataset(folder: Path, records: dict[str, Row], found: Findings) -> No
             found.say(f"{place}/{directory.RECORD}", None, "settings", place, run_name(record), told)
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    there = hub_card.generated_text(text)
-    if there is None:
-        found.say(
-            CARD, None, "card", "the part that publishing writes", None, "the part that publishing writes is gone"
-        )
-        return
     try:
-        named = re.search(r'load_dataset\("([^"\n]+)"', there)  # a copy may have another name than the dataset
-        wanted = _statements(hub_card.card_text(named[1] if named else "", records))
+        compared = hub_card.differences(text, records)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
         found.say(CARD, None, "card", "what the runs say", None, told)
         return
-    stated = _statements(there)
-    for line in (Counter(wanted) - Counter(stated)).elements():
+    if compared is None:
+        found.say(
+            CARD, None, "card", "the part that publishing writes", None, "the part that publishing writes is gone"
+        )
+        return
+    for line in compared[0]:
         told = f"the card does not say what the runs say: {line}"
         found.say(CARD, None, _subject(line), None, line, told)
-    for line in (Counter(stated) - Counter(wanted)).elements():
+    for line in compared[1]:
         found.say(CARD, None, _subject(line), line, None, f"the card says what no run says: {line}")
     configs = {item["config_name"]: item for item in hub_card.header(text).get("configs") or []}
     own = hub_card.configs_of(records)
@@ -221,11 +216,6 @@ def _check_dataset(folder: Path, records: dict[str, Row], found: Findings) -> No
     for name, config in configs.items():
         if config.get("default") and name != own[0]["config_name"]:
             found.add(CARD, None, f"configs.{name}.default", True, None, "the default is that of a run")
-
-
-def _statements(text: str) -> list[str]:
-    """The lines of the generated part of a card, without its marks."""
-    return [line for line in text.splitlines() if line.strip() and not line.startswith("<!-- hf_equiv")]
 
 
 def _subject(line: str) -> str:
