@@ -91,9 +91,11 @@ def test_a_match_is_shown_and_checked(visit):
     page.wait_for_selector("#gallery button:nth-child(1)[aria-pressed=true]")
     page.wait_for_function("document.querySelector('#shown').innerText.includes('“espresso”')")
     page.click("#check")
-    page.wait_for_selector("#verdict table")
+    page.wait_for_selector("#numbers table")
     assert "All numbers hold" in page.locator("#verdict").inner_text()
-    assert page.locator("#verdict td.bad").count() == 0
+    page.wait_for_selector("#numbers [role=gridcell]:has-text('embedding error of the PNG')")
+    assert page.locator("#numbers [role=gridcell]:has-text('agrees')").count() >= 12
+    assert page.locator("#numbers [role=gridcell]:has-text('differs')").count() == 0
     shot(page, "matches")
 
 
@@ -128,7 +130,7 @@ def test_a_dataset_that_cannot_be_shown_leaves_what_is_shown(visit):
     page.wait_for_function("document.querySelector('#dataset input').value.startsWith('built-in')")
     page.wait_for_function("text => document.querySelector('#shown').innerText === text", arg=shown)
     page.click("#check")
-    page.wait_for_selector("#verdict table")
+    page.wait_for_selector("#verdict .good")
 
 
 def test_a_tab_chosen_while_the_page_opens_stays(visit):
@@ -151,7 +153,7 @@ def test_a_link_that_leads_nowhere_leads_home(visit, query):
 def test_what_happens_is_told_to_those_who_listen(visit):
     page = visit()
     page.click("#check")
-    page.wait_for_selector("#verdict [aria-live=polite] table")
+    page.wait_for_selector("#verdict [aria-live=polite] .verdict")
     go_to(page, "Try it")
     page.get_by_label("quick").check()
     page.click("#go")
@@ -272,7 +274,7 @@ def test_a_walk_plays_pauses_and_seeks(visit):
 def test_nothing_stands_in_anybodys_way(visit, scheme):
     page = visit(color_scheme=scheme)
     page.click("#check")
-    page.wait_for_selector("#verdict table")
+    page.wait_for_selector("#numbers table")
     for tab in TABS:
         go_to(page, tab)
         assert finding(page) == [], tab
