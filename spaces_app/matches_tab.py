@@ -167,7 +167,7 @@ def matches_tab() -> list[Any]:
     verdict = gr.HTML(elem_id="verdict", js_on_load=shelf.LIVE)
     numbers = gr.Dataframe(
         headers=["number", "stated", "now", "verdict"], datatype="str", interactive=False, visible=False,
-        max_height=720, elem_id="numbers",
+        max_height=720, wrap=True, column_widths=["34%", "25%", "25%", "16%"], elem_id="numbers",
     )  # fmt: skip
     dataset = gr.Dropdown(
         offered, value=offered[-1], label="Results", allow_custom_value=True, elem_id="dataset",

@@ -23,7 +23,7 @@ _UNRELATED = 2.1  # a chart reaches this relative distance at least: unrelated e
 
 @on_gpu
 def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
-    """Move one of the four photos along a direction and see what the built-in encoder makes of it.
+    """Move one of the four photos along a direction and give the distance and classes that the encoder finds there.
 
     Args:
         image_id: cat, coffee, rocket or astronaut.
@@ -31,13 +31,8 @@ def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
         step: how far, L2 with pixels in [0, 1], from −16 to 16.
 
     Returns:
-        The distance of the embedding relative to its length, what the Jacobian foretells, and the likeliest classes.
-
-    Raises:
-        refused: no such photo or direction, or too far a step.
+        The distance of the embedding relative to its length, the prediction of the Jacobian, and the likeliest classes.
     """
-    if isinstance(step, bool) or not isinstance(step, int | float) or not -16 <= step <= 16:
-        raise refused("`step` must be from −16 to 16.")
     (stop,) = _stops(image_id, direction, [step])
     return {"distance": stop.distance, "first_order": stop.first_order, "classes": [list(c) for c in stop.classes]}
 
@@ -81,6 +76,8 @@ def _vectors(image_id: str) -> dict[str, Tensor]:
 
 
 def _stops(image_id: str, direction: str, steps: Sequence[float]) -> tuple[Stop, ...]:
+    if any(isinstance(h, bool) or not isinstance(h, int | float) or not -16 <= h <= 16 for h in steps):
+        raise refused("`step` must be from −16 to 16.")
     row, vectors = _direction(image_id, direction), _vectors(image_id)
     if direction not in vectors:
         raise refused(f"The direction {direction!r} cannot be made again here.")

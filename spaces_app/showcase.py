@@ -88,10 +88,10 @@ def open_showcase(
         shown = [row for row in made if all(row[column] for column in LAYOUTS[analysis].images)]
         if analysis == "match":
             withheld += len(made) - len(shown)
-            named = {f"{number}.{row['pair_id']}": row for row in shown}
-            if len(named) < len(shown):
-                raise ValueError(f"a run must have each pair once; got {len(shown) - len(named)} of them twice.")
-            found[analysis] += [row | {"key": key} for key, row in named.items()]
+            pairs = [row["pair_id"] for row in shown]
+            if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
+                raise ValueError(f"a run must have each pair once; got {twice[0]!r} twice.")
+            found[analysis] += [row | {"key": f"{number}.{row['pair_id']}"} for row in shown]
         else:
             taken = {row["key"] for row in found[analysis]}
             found[analysis] += [row | {"key": _free(row["image_id"], taken, number)} for row in shown]

@@ -26,10 +26,8 @@ _NUMBERS = (
 )
 
 
-def alike(error: float | None) -> str:
+def alike(error: float) -> str:
     """Say how alike two embeddings are, from ‖f(x)−z‖/‖z‖: 100 % less the error, rounded down."""
-    if error is None or not math.isfinite(error):
-        return "an unknown share"
     share = max(0.0, 100.0 * (1.0 - error))
     digits = max(0, -math.floor(math.log10(100.0 * error))) if error > 0 else 6
     return f"{math.floor(share * 10**digits) / 10**digits:.{digits}f} %"
@@ -72,13 +70,13 @@ def headline(row: Row) -> str:
 
 def look(row: Row) -> str:
     """Say how much the match differs from its source."""
-    psnr, linf = row["psnr_db"], row["linf"]
+    psnr = row["psnr_db"]
     if psnr is None:
         return "The picture is the source itself, pixel for pixel."
     degrees = ((35, "hardly visible"), (_EYE, "visible on a close look"), (20, "visible"))
     seen = next((words for least, words in degrees if psnr >= least), "strong")
-    far = "an unknown number" if linf is None else f"at most {round(255 * linf)}"
-    return f"The change to the source is {seen}: {far} of 255 grey levels, PSNR {psnr:.1f} dB."
+    far = round(255 * row["linf"])
+    return f"The change to the source is {seen}: at most {far} of 255 grey levels, PSNR {psnr:.1f} dB."
 
 
 def heads(row: Row) -> str:
