@@ -1,4 +1,4 @@
-"""Parts of the app that no visitor should be able to bend: whose files are opened, whose weights, whose match stops."""
+"""Limits of the app: a visitor opens no files, loads no weights and stops no matches of somebody else."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_no_folder_is_named_to_a_visitor(parts, tmp_path):
     assert str(tmp_path) not in caught.value.message
 
 
-def test_what_is_no_path_of_this_machine_is_told(parts):
+def test_addresses_of_the_hub_stay_in_messages(parts):
     told = "see https://huggingface.co/datasets/a/b, of 'me/data' at refs/pr/1"
     with pytest.raises(gr.Error) as caught, parts.shelf.telling("a/b"):
         raise ValueError(told)
@@ -116,7 +116,7 @@ def test_stop_stops_the_matches_of_one_visitor(parts, monkeypatch):
     assert isinstance(events[0], threading.Event)
 
 
-def test_files_for_visitors_go_after_a_while(parts):
+def test_files_for_visitors_are_deleted_after_a_while(parts):
     first = Path(parts.shelf.file_of(b"1", "a.png", seconds=0.05))
     second = Path(parts.shelf.file_of(b"2", "a.png", seconds=None))
     end = time.monotonic() + 20
@@ -150,7 +150,7 @@ def _png() -> bytes:
     return open_showcase(APP / "results").matches[0]["source"]
 
 
-def test_files_that_swell_are_refused(tmp_path):
+def test_files_that_expand_in_memory_are_refused(tmp_path):
     shard = next(copy_run(tmp_path / "a", source=_png()).glob("matches/*.parquet"))
     refuse_swollen(shard, 2**20)
     with pytest.raises(ValueError, match="once it is read"):
@@ -186,7 +186,7 @@ def test_the_eye_is_asked_about_match_and_target():
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.999, "over 99 %"), (1.0, "100 %"), (1e-5, "under 1 %"), (0.5, "50 %")])
-def test_no_class_is_certain_that_is_not(share, said):
+def test_only_certain_classes_are_called_certain(share, said):
     assert views.percent(share) == said
 
 
@@ -195,7 +195,7 @@ def test_an_upload_has_a_limit_of_its_own():
         open_image(Image.new("RGB", (10, 10)), most_pixels=99)
 
 
-def test_the_files_of_a_visitors_dataset_go(parts, monkeypatch):
+def test_the_files_of_a_visitors_dataset_are_deleted(parts, monkeypatch):
     given = {}
 
     def opened(name, **options):

@@ -1,4 +1,4 @@
-"""Results to look at: what is opened, what a check finds, moves along directions, words and charts."""
+"""Results to look at: opening, checks, steps along directions, words and charts."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_charts_are_well_formed(shown):
             assert "nan" not in drawn.lower()
 
 
-def test_a_point_is_drawn_where_it_is():
+def test_a_point_is_drawn_in_its_place():
     drawn = chart("x", [Series([(0, 1.0), (5, 10.0), (10, 100.0)])], Axis("a", low=0, high=10), Axis("b", log=True))
     points = re.search(r'points="([^"]*)"', drawn).group(1).split()
     (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, p.split(","))) for p in points)
@@ -203,7 +203,7 @@ def test_a_point_is_drawn_where_it_is():
     assert y2 < y0, "larger is higher"
 
 
-def test_what_has_no_place_on_an_axis_is_left_out():
+def test_points_without_a_place_on_an_axis_are_left_out():
     drawn = chart(
         "x", [Series([(1, 0.0), (2, float("nan")), (3, 1.0), (4, 2.0), (5, None)])], Axis("a"), Axis("b", log=True)
     )
@@ -222,7 +222,7 @@ def test_an_undetermined_direction_states_no_number(shown):
     [("noise_floor", 1e-12), ("target_quantization_error", 0.9), ("ssim", 0.999), ("target_label_prob", 0.1),
      ("same_top1", False), ("linf", 0.0)],
 )  # fmt: skip
-def test_a_check_looks_at_every_number_that_is_shown(encoder, shown, column, value):
+def test_a_check_covers_every_number_that_is_shown(encoder, shown, column, value):
     row = shown.matches[0]
     found = check_shown(encoder, row | {column: value})
     assert [c.name for c in found if not c.holds] == [column]
@@ -251,7 +251,7 @@ def _heights(page: str, style: str) -> list[float]:
     return [float(point.split(",")[1]) for point in points]
 
 
-def test_a_drift_beyond_what_is_allowed_is_drawn_where_it_is(shown):
+def test_a_drift_beyond_the_limit_is_drawn_in_its_place(shown):
     (path,) = shown.paths.values()
     far = [row | {"drift": 10.0 ** -(2 + k % 2)} for k, row in enumerate(path)]
     (limit, *_), one = _heights(player(far, 1e-5), "limit"), _heights(player(far, 1e-5), "one")
