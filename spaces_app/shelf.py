@@ -144,12 +144,11 @@ def home_of(kind: str) -> str:
     return BUILTIN_RESULTS
 
 
-def file_of(data: bytes, name: str, *, seconds: float | None = KEPT) -> str:
-    """Write a file that gradio copies and hands out; ours is deleted after `seconds`, or kept if None."""
+def file_of(data: bytes, name: str, *, seconds: float = KEPT) -> str:
+    """Write a file that gradio copies and hands out; ours is deleted after `seconds`."""
     folder = Path(tempfile.mkdtemp(prefix="hf_equiv_"))
     (folder / name).write_bytes(data)
-    if seconds is not None:
-        deletion = threading.Timer(seconds, shutil.rmtree, [folder], {"ignore_errors": True})
-        deletion.daemon = True
-        deletion.start()
+    deletion = threading.Timer(seconds, shutil.rmtree, [folder], {"ignore_errors": True})
+    deletion.daemon = True
+    deletion.start()
     return str(folder / name)

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from html import escape
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,9 @@ _running: dict[threading.Event, str] = {}
 """Stop events of the matches that are being made, with the session of their visitor."""
 
 
-def photo(value: str, **given: Any) -> gr.Image:
+def photo(value: Any, **given: Any) -> gr.Image:
     """Make an upload that gives the path of its file unopened, so that the library reads it and explains errors."""
-    image = gr.Image(value, type="filepath", sources=["upload"], height=250, buttons=[], **given)
+    image = gr.Image(value, type="filepath", format="png", sources=["upload"], height=250, buttons=[], **given)
     image.preprocess = lambda payload: payload.path if payload else None
     return image
 
@@ -160,22 +159,16 @@ def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
     )  # fmt: skip
 
 
-def _png_file(image, name: str) -> str:
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return file_of(buffer.getvalue(), f"{name}.png", seconds=None)
-
-
 def try_tab() -> None:
     """Lay out the tab."""
     photos: list[gr.Image] = []
-    paths = {item.id: _png_file(item.image, item.id) for item in load_images("builtin")}
+    offered = {item.id: item.image for item in load_images("builtin")}
     with gr.Row():
         for name, chosen, label in (("source", "cat", "Looks like this"), ("target", "coffee", "Embeds as this")):
             with gr.Column(min_width=240):
-                image = photo(paths[chosen], label=f"{label}: the {name}", elem_id=name)
-                pick = gr.Dropdown(list(paths), value=chosen, label=f"or one of these photos as the {name}")
-                pick.input(paths.get, pick, image, **HIDDEN)
+                image = photo(offered[chosen], label=f"{label}: the {name}", elem_id=name)
+                pick = gr.Dropdown(list(offered), value=chosen, label=f"or one of these photos as the {name}")
+                pick.input(offered.get, pick, image, **HIDDEN)
                 image.clear(lambda: None, None, pick, **HIDDEN)
                 image.upload(partial(accept, name=name), image, [image, pick], **HIDDEN)
                 photos.append(image)

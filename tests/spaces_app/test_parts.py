@@ -118,7 +118,7 @@ def test_stop_stops_the_matches_of_one_visitor(parts, monkeypatch):
 
 def test_files_for_visitors_are_deleted_after_a_while(parts):
     first = Path(parts.shelf.file_of(b"1", "a.png", seconds=0.05))
-    second = Path(parts.shelf.file_of(b"2", "a.png", seconds=None))
+    second = Path(parts.shelf.file_of(b"2", "a.png"))
     end = time.monotonic() + 20
     while first.parent.exists() and time.monotonic() < end:
         time.sleep(0.02)
