@@ -77,14 +77,8 @@ def failed_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
 
 
 def look_alike(numbers: CheckpointNumbers) -> BudgetNumbers | None:
-    """Return the smallest budget whose matches look like their sources and mostly embed nearer to their targets.
-
-    Args:
-        numbers: numbers of a checkpoint.
-
-    Returns:
-        The budget; without one, the widest whose matches look like their sources; None if no run has such matches.
-    """
+    """Return the smallest budget whose matches look like their sources and mostly embed nearer to their targets."""
+    # Without one: the widest budget whose matches look like their sources.
     alike = [b for b in numbers.budgets if b.nearer and b.psnr_db and b.psnr_db.value >= ALIKE_DB]
     alike.sort(key=lambda b: (b.radius is None, b.norm != "linf", b.radius or 0.0))
     return next((b for b in alike if b.nearer and b.nearer.value > 0.5), alike[-1] if alike else None)
@@ -99,11 +93,10 @@ def most_alike(numbers: CheckpointNumbers) -> BudgetNumbers | None:
 def linear_reach(numbers: CheckpointNumbers) -> Reach | None:
     """Compare the reach of the linear model, along null directions if known, with the distance of the matches."""
     found, match = numbers.lipschitz, numbers.match
-    for kind in ("null", "random") if found and match and match.l2 else ():
-        own = found.kinds.get(kind)
-        if own and own.linearity:
-            return Reach(own.linearity, match.l2, kind)
-    return None
+    if found is None or match is None or match.l2 is None:
+        return None
+    reaches = ((kind, found.kinds[kind].linearity) for kind in ("null", "random") if kind in found.kinds)
+    return next((Reach(linear, match.l2, kind) for kind, linear in reaches if linear), None)
 
 
 def claims(numbers: CheckpointNumbers) -> tuple[Claim, ...]:

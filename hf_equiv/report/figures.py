@@ -41,17 +41,7 @@ class Picture:
 def draw_figures(
     checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: Row | None, prefix: str
 ) -> dict[str, Picture | None]:
-    """Draw all figures of one checkpoint.
-
-    Args:
-        checkpoint: the checkpoint with its runs.
-        numbers: its numbers.
-        measured: measurements of its first match run; None without.
-        prefix: start of the file names.
-
-    Returns:
-        Pictures by name (`errors`, `budget-linf`, …); None where there is nothing to draw.
-    """
+    """Draw all figures of one checkpoint, by name (`errors`, `budget-linf`, …); None where there is nothing to draw."""
     made = {"errors": _errors(checkpoint, measured), "nearness": _nearness(checkpoint, numbers)}
     made |= {f"budget-{norm}": _budget(numbers.budgets, norm) for norm in sorted({b.norm for b in numbers.budgets})}
     made |= {"survival": _survival(numbers), "spectrum": _spectrum(checkpoint, numbers)}

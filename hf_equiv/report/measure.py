@@ -167,16 +167,7 @@ def classes_of(encoder: Any, pixels: Tensor, labels: Sequence[str] | None = None
 @torch.no_grad()
 @no_tf32()
 def transfer_pair(other: Any, images: Sequence[Tensor]) -> tuple[Row, Tensor, Tensor]:
-    """Measure whether another encoder g gives match and target one embedding, too.
-
-    Args:
-        other: g.
-        images: source, match, target as g is to see them, each (3, H, W).
-
-    Returns:
-        `error` ‖g(match) − g(target)‖ / ‖g(target)‖ and `distance`, the same of the source; `moved` ‖g(match) −
-        g(source)‖ / ‖g(source)‖; cosines; the labels that g gives; and g of source and target, (D,).
-    """
+    """Measure how another encoder g embeds source, match and target, (3, H, W) each."""
     three = torch.stack(list(images)).to(other.device)
     z_source, z_match, z_target = other(three)
     seen = classes_of(other, three)
@@ -226,42 +217,14 @@ def _middle(values: Sequence[float | None]) -> float | None:
 def measure_run(
     run: Run, encoder: Any, *, survival: bool, labelled: ImageSet | None, cache: Path | None, tell: Tell
 ) -> Row:
-    """Measure a match run with its own encoder: controls, survival, retrieval, and the kNN probe.
-
-    Args:
-        run: a run with at least one match.
-        encoder: f, as recorded.
-        survival: whether to try the transforms.
-        labelled: photos with classes for the probe, also part of the retrieval database.
-        cache: folder in which measurements are kept; None to measure in any case.
-        tell: called with (images done, images in all).
-
-    Returns:
-        `pairs` as from `measure_pair`, `unrelated` distances, `retrieval`, `probe`, `withheld` (pairs without their
-        photos), `dim` and `pixels`.
-
-    Raises:
-        ValueError: a stored image is damaged, or a photo of `labelled` cannot be read.
-    """
+    """Measure a match run with its own encoder: controls, survival, retrieval and probe; kept in `cache`."""
     data = None if labelled is None else [labelled.data_id, labelled.data_revision, len(labelled)]
     key = [*_identity(run, encoder), "pairs", survival, data]
     return _kept(cache, key, lambda: _measure_run(run, encoder, survival, labelled, tell))
 
 
 def measure_transfer(run: Run, other: Any, *, cache: Path | None, tell: Tell) -> Row:
-    """Measure the matches of a run with another encoder.
-
-    The encoder sees the stored images as they are if its input has their size, else through its own image processor.
-
-    Args:
-        run: a run with at least one match.
-        other: the other encoder.
-        cache: folder in which measurements are kept.
-        tell: called with (pairs done, pairs in all).
-
-    Returns:
-        `model`, `revision`, `readout`, `same_size`, `pairs` as from `transfer_pair`, and `unrelated` distances.
-    """
+    """Measure a match run with another encoder, through its image processor if its input has another size."""
     key = [*_identity(run, other), "transfer"]
     return _kept(cache, key, lambda: _measure_transfer(run, other, tell))
 

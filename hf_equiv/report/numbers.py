@@ -39,16 +39,7 @@ MATCHED = 0.01
 
 
 def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: Sequence[Row]) -> CheckpointNumbers:
-    """Compute every number that a report states of one checkpoint.
-
-    Args:
-        checkpoint: the checkpoint with its runs.
-        measured: measurements of its first match run by `measure_run`; None if the model could not be loaded.
-        transfer: measurements by `measure_transfer`, one for each other model.
-
-    Returns:
-        The numbers.
-    """
+    """Compute every number of one checkpoint, with the results of `measure_run` and `measure_transfer`."""
     first = checkpoint.matches[0] if checkpoint.matches else None
     geometry = _spectrum(checkpoint.of("spectrum"))
     size = (measured["dim"], measured["pixels"]) if measured else (None, None)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ from hf_equiv.report.figures import Picture, draw_figures, survival_lines
 from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer
 from hf_equiv.report.numbers import MATCHED, checkpoint_numbers
 from hf_equiv.report.records import CheckpointNumbers
-from hf_equiv.report.render import ball, count, number, tenth, three
+from hf_equiv.report.render import ball
 from hf_equiv.report.statistics import RESAMPLES
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
@@ -92,17 +92,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured anew, and with what.
-
-    Attributes:
-        place: where models and data are looked for.
-        models: local checkpoints.
-        others: other encoders by name, or why one could not be loaded.
-        survival: whether to try JPEG, resizing and blur.
-        labelled: photos with classes for the kNN probe.
-        cache: folder in which measurements are kept.
-        tell: called with (what is measured, done, in all).
-    """
+    """What is measured anew, with which models, and the folder that keeps it; `others` may hold why one is missing."""
 
     place: Place
     models: Sequence[str]
@@ -167,18 +157,17 @@ def make_report(
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568.
     """
-    cache_dir, out = None if cache_dir is None else os.fspath(cache_dir), None if out is None else Path(out)
-    place = Place(device, cache_dir, local_files_only)
+    place = Place(device, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
     runs = _runs(_several(paths), place)
     labelled = None if label_data is None else _labelled(label_data, place)
     others: dict[str, Encoder | str] = {name: load_other(name, place) for name in dict.fromkeys(transfer)}
-    folder = f"{out.stem if out is not None else 'report'}_files"
+    folder = f"{'report' if out is None else Path(out).stem}_files"
+    cache = None if out is None else Path(out).parent / folder
     asked = Asked(
-        place, _several(model), others, survival, labelled, None if out is None else out.parent / folder,
-        observer or (lambda what, done, total: None),
+        place, _several(model), others, survival, labelled, cache, observer or (lambda what, done, total: None),
     )  # fmt: skip
     problems = [
-        f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {left_out(run)}"
+        f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {run.left_out_note}"
         for run in runs
         if run.changed
     ]
@@ -191,7 +180,7 @@ def make_report(
         models.append(checkpoint_numbers(checkpoint, measured, moved))
         prefix = "model" if len(checkpoints) == 1 else f"model{k}"
         pages.append(_model_page(checkpoint, models[-1], measured, prefix) | {"reason": reason, "asked": asked})
-    page = _page(pages, _comparison(checkpoints, models), labelled)
+    page = _page(pages, _alike(checkpoints), labelled)
     pictures = {one.name: one.png for one_page in pages for one in one_page["pictures"]}
     problems = list(dict.fromkeys(problems))
     told = {"models": [one.to_json() for one in models], "problems": problems}
@@ -253,28 +242,15 @@ def _differ(other: Encoder, encoder: Encoder) -> bool:
     return (other.revision, other.readout, other.normalize) != (encoder.revision, encoder.readout, encoder.normalize)
 
 
-def left_out(run: Run) -> str:
-    """Say what is left out of a run with changed files."""
-    if not run.rows:
-        return f"the run is left out of every number: none of its {run.listed} {_item(run)}s is as recorded"
-    if run.left_out:
-        return f"{run.left_out} of {run.listed} {_item(run)}s are left out of every number"
-    return f"nothing is read from {'it' if len(run.changed) == 1 else 'them'}"
-
-
-def _item(run: Run) -> str:
-    return "pair" if run.layout.listed == "pairs" else "image"
-
-
 # What the templates print, apart from the numbers.
 
 
-def _page(pages: Sequence[Row], comparison: Row, labelled: ImageSet | None) -> Row:
+def _page(pages: Sequence[Row], same: bool, labelled: ImageSet | None) -> Row:
     return {
         "title": f"Images that share an embedding: {', '.join(page['title'] for page in pages)}",
         "models": pages,
         "several": len(pages) > 1,
-        "comparison": comparison,
+        "same": same,
         "labelled": labelled,
         "paper": PAPER,
         "resamples": RESAMPLES,
@@ -293,8 +269,9 @@ def _model_page(checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: Ro
         "title": checkpoint.title,
         "prefix": prefix,
         "numbers": numbers,
+        "near": claims.near_budget(numbers),
         "measured": bool(measured and measured["pairs"]),
-        "runs": [_run_notes(run) for run in checkpoint.runs],
+        "runs": checkpoint.runs,
         "all_failed": any(run.rows for run in checkpoint.of("match")),
         "summary": claims.summary(numbers),
         "claims": claims.claims(numbers),
@@ -312,22 +289,6 @@ def _model_page(checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: Ro
         "commands": [command_of({"analysis": run.analysis, "settings": run.settings}) for run in checkpoint.runs],
         "checks": list(dict.fromkeys(_check(run) for run in checkpoint.runs)),
         "versions": "; ".join(versions).replace('"', "").strip("{}"),
-    }
-
-
-def _run_notes(run: Run) -> Row:
-    more = f" and {len(run.changed) - 3} more" if len(run.changed) > 3 else ""
-    names = ", ".join(run.changed[:3]) + more
-    told = left_out(run)
-    return {
-        "name": run.name,
-        "partial": run.partial,
-        "there": run.there,
-        "listed": run.listed,
-        "item": _item(run),
-        "changed": bool(run.changed),
-        "files": f"the file {names} is" if len(run.changed) == 1 else f"the files {names} are",
-        "left_out": told[0].upper() + told[1:],
     }
 
 
@@ -406,47 +367,8 @@ def _class(row: Row, role: str) -> str:
     return "" if row[f"{role}_class"] is None else f"class {row[f'{role}_class']}"
 
 
-def _comparison(checkpoints: Sequence[Checkpoint], models: Sequence[CheckpointNumbers]) -> Row:
-    """Set several checkpoints side by side; lines without a value are left out."""
-
-    def of(part: str, key: str, form: Callable[..., str], *given: Any) -> Callable[[CheckpointNumbers], str]:
-        def cell(n: CheckpointNumbers) -> str:
-            found = getattr(n, part)
-            return "–" if found is None else form(getattr(found, key), *given)
-
-        return cell
-
-    def near(n: CheckpointNumbers) -> str:
-        found = claims.near_budget(n)
-        return "–" if found is None else ball(found.radius, found.norm)
-
-    def jpeg(key: str) -> Callable[[CheckpointNumbers], str]:
-        return lambda n: number(getattr((n.survival or {}).get("JPEG 75"), key, None))
-
-    lines: dict[str, Callable[[CheckpointNumbers], str]] = {
-        "pairs": of("match", "pairs", str),
-        "budget of the numbers below": lambda n: ball(n.match.radius, n.match.norm) if n.match else "–",
-        "float matches that converged": of("match", "converged", count),
-        "PNG matches within 1 % of unrelated photos": of("match", "matched", count),
-        "PNG error": of("match", "embedding_error_8bit", number),
-        "PSNR to the source [dB]": of("match", "psnr_db", number, tenth),
-        "L2 to the source": of("match", "l2", number, three),
-        "smallest budget that is enough": near,
-        "matches with the target's label": of("heads", "flipped", count),
-        "PNG error after JPEG 75": jpeg("error"),
-        "the same of the target (control)": jpeg("control"),
-        "largest singular value σ₁": of("spectrum", "sigma_max", number, three),
-        "effective rank": of("spectrum", "effective_rank", number, tenth),
-    }
-    rows = [[name, *(cell(n) for n in models)] for name, cell in lines.items()]
+def _alike(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether the checkpoints were measured on the same pairs with the same budget."""
     settings = ("data_revision", "seed", "radius", "norm", "solver", "max_evals", "rtol", "refine")
-    measured = {
-        (len(c.matches[0].good), *(c.matches[0].settings.get(key) for key in settings))
-        for c in checkpoints
-        if c.matches
-    }
-    return {
-        "head": ["", *(checkpoint.title for checkpoint in checkpoints)],
-        "rows": [row for row in rows if any(cell != "–" for cell in row[1:])],
-        "same": len(measured) <= 1,
-    }
+    firsts = [checkpoint.matches[0] for checkpoint in checkpoints if checkpoint.matches]
+    return len({(len(run.good), *(run.settings.get(key) for key in settings)) for run in firsts}) <= 1

@@ -88,9 +88,9 @@ def decibels(psnr: float) -> str:
 
 
 def ball(radius: float | None, norm: str | None) -> str:
-    """Write a limit on the change: `no ball`, `ε = 8/255`, `L2 ε = 2`."""
+    """Write a limit on the change: `no limit`, `ε = 8/255`, `L2 ε = 2`."""
     if radius is None:
-        return "no ball"
+        return "no limit"
     return f"ε = {radius * 255:.3g}/255" if norm == "linf" else f"L2 ε = {radius:.3g}"
 
 
@@ -155,6 +155,7 @@ def _environment(kind: str) -> Environment:
     environment.filters |= _FORMATS | {"code": code, "plain": plain, "quoted": _quoted, "flat": _flat, "data": _data}
     environment.filters |= {"raw": Markup, "value": lambda estimate: estimate.value if estimate else None}
     environment.filters |= {"headings": _headings, "stem": lambda name: str(name).split(",")[0]}
+    environment.globals["zip"] = zip
     environment.globals |= {
         form: _FORMATS[form] for form in ("tenth", "thousandth", "three", "decibels", "ball", "many")
     }

@@ -67,19 +67,18 @@ def nearest(query: Tensor, database: Tensor, k: int, without: Sequence[int] = ()
 
 
 def retrieve(z_match: Tensor, source: int, target: int, database: Tensor, k: int) -> Row:
-    """Query a database with a match, and with its source as the control.
+    """Query a database (M, D) with a match, and with its source (left out of the database) as the control.
 
     Args:
         z_match: embedding of the match, (D,).
         source: place of the source in the database.
         target: place of the target.
         database: (M, D).
-        k: neighbours that are compared; source and target themselves are left out of them.
+        k: neighbours that are compared; source and target are left out of them.
 
     Returns:
-        `rank` of the target for the match and `source_rank` for the source (the source itself left out of the
-        database), and the share of the target's k neighbours that are also the match's (`overlap`) and the source's
-        (`source_overlap`); None where an embedding is zero or not finite.
+        `rank` of the target, and `overlap`: the share of the target's k neighbours that are also the match's;
+        `source_rank` and `source_overlap` likewise. None where an embedding is zero or not finite.
     """
     own, match_near, source_near = (
         set(nearest(query, database, k, (source, target))) for query in (database[target], z_match, database[source])
