@@ -140,19 +140,30 @@ def measure_pair(
     if float_match is not None:
         rounded = round_8bit(float_match.to(match))
         row["rounded_error"] = relative_error(encoder(rounded[None])[0], z_target)
-    wanted = classes_of(encoder, target[None], labels) if survival else None
-    for name, change in TRANSFORMS.items() if survival else ():
-        both = torch.stack([change(x.cpu()) for x in (match, target)]).to(match)
+    if survival:
+        row["survival"] = _survival(encoder, (match, target), (z_source, z_target), labels)
+    return row, z_match.detach().double().cpu()
+
+
+def _survival(
+    encoder: Any, pixels: tuple[Tensor, Tensor], embeddings: tuple[Tensor, Tensor], labels: Sequence[str] | None
+) -> dict[str, Row]:
+    """Apply each transform to match and target, and compare with the embeddings of source and target."""
+    (match, target), (z_source, z_target) = pixels, embeddings
+    wanted = classes_of(encoder, target[None], labels)
+    found = {}
+    for name, change in TRANSFORMS.items():
+        both = torch.stack([change(x.cpu()) for x in pixels]).to(match)
         z_changed, z_control = encoder(both)
         seen = classes_of(encoder, both, labels)
-        row["survival"][name] = {
+        found[name] = {
             "error": relative_error(z_changed, z_target),
             "control": relative_error(z_control, z_target),
             "to_source": relative_error(z_changed, z_source),
             "label": None if seen is None or wanted is None else seen[0] == wanted[0],
             "control_label": None if seen is None or wanted is None else seen[1] == wanted[0],
         }
-    return row, z_match.detach().double().cpu()
+    return found
 
 
 @torch.no_grad()

@@ -59,18 +59,21 @@ class Report:
         markdown: the same as Markdown, with its pictures beside it.
         pictures: those pictures, PNG bytes by file name.
         folder: name of the folder of the pictures.
-        numbers: every number of the page as plain data: `models`, one for each checkpoint, with intervals and n.
+        models: every number of the page as records, one for each checkpoint.
         problems: parts that could not be measured, and files that are not as recorded.
-        models: the numbers of each checkpoint as records.
     """
 
     html: str
     markdown: str
     pictures: dict[str, bytes] = field(repr=False)
     folder: str
-    numbers: Row
-    problems: tuple[str, ...]
     models: tuple[CheckpointNumbers, ...] = field(repr=False)
+    problems: tuple[str, ...]
+
+    @property
+    def numbers(self) -> Row:
+        """Every number of the page as plain data (`models`, with intervals and n), and `problems`."""
+        return {"models": [model.to_json() for model in self.models], "problems": list(self.problems)}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the page, the Markdown beside it, and the pictures into their folder; each file whole or not at all.
@@ -144,7 +147,7 @@ def make_report(
         observer: called with (what is measured, done, in all).
 
     Returns:
-        The report; the same runs and options give the same bytes.
+        The report; equal runs and options give equal bytes.
 
     Raises:
         ValueError: a path is no run directory, is damaged, or was written by a newer version; no file of rows is as
@@ -163,29 +166,31 @@ def make_report(
     others: dict[str, Encoder | str] = {name: load_other(name, place) for name in dict.fromkeys(transfer)}
     folder = f"{'report' if out is None else Path(out).stem}_files"
     cache = None if out is None else Path(out).parent / folder
-    asked = Asked(
-        place, _several(model), others, survival, labelled, cache, observer or (lambda what, done, total: None),
-    )  # fmt: skip
-    problems = [
-        f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {run.left_out_note}"
-        for run in runs
-        if run.changed
-    ]
-    problems += [other for other in others.values() if isinstance(other, str)]
-    checkpoints, models, pages = group_runs(runs), [], []
-    for k, checkpoint in enumerate(checkpoints, 1):
-        measured, moved, reason = _measure(checkpoint, asked)
-        if reason not in ("", WITHHELD):
-            problems.append(f"{checkpoint.title}: {reason}")
-        models.append(checkpoint_numbers(checkpoint, measured, moved))
-        prefix = "model" if len(checkpoints) == 1 else f"model{k}"
-        pages.append(_model_page(checkpoint, models[-1], measured, prefix) | {"reason": reason, "asked": asked})
-    page = _page(pages, _alike(checkpoints), labelled)
-    pictures = {one.name: one.png for one_page in pages for one in one_page["pictures"]}
-    problems = list(dict.fromkeys(problems))
-    told = {"models": [one.to_json() for one in models], "problems": problems}
-    html, markdown = render.to_html(page), render.to_markdown(page, folder)
-    return Report(html, markdown, pictures, folder, told, tuple(problems), tuple(models))
+    tell = observer or (lambda what, done, total: None)
+    return _report(runs, Asked(place, _several(model), others, survival, labelled, cache, tell), folder)
+
+
+def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
+    checkpoints = group_runs(runs)
+    prefixes = ["model"] if len(checkpoints) == 1 else [f"model{k}" for k, _ in enumerate(checkpoints, 1)]
+    pages = [_model_page(checkpoint, asked, prefix) for checkpoint, prefix in zip(checkpoints, prefixes, strict=True)]
+    problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {run.left_out_note}" for run in runs
+                if run.changed]  # fmt: skip
+    problems += [other for other in asked.others.values() if isinstance(other, str)]
+    problems += [f"{page['title']}: {page['reason']}" for page in pages if page["reason"] not in ("", WITHHELD)]
+    whole = {
+        "title": f"Images that share an embedding: {', '.join(page['title'] for page in pages)}",
+        "models": pages, "several": len(pages) > 1, "same": _alike(checkpoints), "labelled": asked.labelled,
+        "paper": PAPER, "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": render.ALIKE_DB,
+    }  # fmt: skip
+    return Report(
+        html=render.to_html(whole),
+        markdown=render.to_markdown(whole, folder),
+        pictures={one.name: one.png for page in pages for one in page["pictures"]},
+        folder=folder,
+        models=tuple(page["numbers"] for page in pages),
+        problems=tuple(dict.fromkeys(problems)),
+    )
 
 
 def _several(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
@@ -245,22 +250,9 @@ def _differ(other: Encoder, encoder: Encoder) -> bool:
 # What the templates print, apart from the numbers.
 
 
-def _page(pages: Sequence[Row], same: bool, labelled: ImageSet | None) -> Row:
-    return {
-        "title": f"Images that share an embedding: {', '.join(page['title'] for page in pages)}",
-        "models": pages,
-        "several": len(pages) > 1,
-        "same": same,
-        "labelled": labelled,
-        "paper": PAPER,
-        "resamples": RESAMPLES,
-        "few": claims.FEW,
-        "matched": MATCHED,
-        "alike_db": render.ALIKE_DB,
-    }
-
-
-def _model_page(checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: Row | None, prefix: str) -> Row:
+def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
+    measured, moved, reason = _measure(checkpoint, asked)
+    numbers = checkpoint_numbers(checkpoint, measured, moved)
     figures = draw_figures(checkpoint, numbers, measured, prefix)
     gallery = _gallery(checkpoint, numbers, prefix) if checkpoint.matches else None
     tiles = [tile.picture for strip, _ in gallery["strips"] for tile in strip] if gallery else []
@@ -268,6 +260,8 @@ def _model_page(checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: Ro
     return {
         "title": checkpoint.title,
         "prefix": prefix,
+        "asked": asked,
+        "reason": reason,
         "numbers": numbers,
         "near": claims.near_budget(numbers),
         "measured": bool(measured and measured["pairs"]),
