@@ -55,6 +55,9 @@ HOMES = {
     "numpy": ["models", "data", "analyses/figures", "report"],
     "torchmetrics": ["analyses/measures"],
     "matplotlib": ["analyses/figures", "report/figures"],
+    "jinja2": ["runs/card", "hub/card", "report/render"],
+    "markupsafe": ["report/render"],
+    "scipy": ["report/statistics"],
     "click": ["cli"],
     "rich": ["cli"],
 }
