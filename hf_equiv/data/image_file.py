@@ -1,4 +1,4 @@
-"""Read an image file as upright RGB or say what is wrong with it; write and read PNG on the k/255 grid.
+"""Read an image file as upright RGB, or name its fault; write and read PNG on the k/255 grid.
 
 All images of the package are read by `open_image`, so a photo gives the same pixels wherever it comes from.
 """
