@@ -6,11 +6,9 @@ The local run directory is never changed.
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_equiv.hub import card
@@ -20,7 +18,7 @@ from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import card as run_card
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, WITHHELD, LocalRun, analysis_of, is_withheld, run_name
-from hf_equiv.runs.schema import LAYOUTS, MATCH, Row
+from hf_equiv.runs.schema import LAYOUTS, Row
 
 _OWNERS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
 """Files at the root that a dataset may hold beside its runs."""
@@ -31,36 +29,17 @@ _WITHOUT_PHOTOS = {"spectra.png", "secants.png", "constants.png", "drift.png"}
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A dataset as it is at a commit.
+    """A dataset as it is at a commit."""
 
-    Attributes:
-        head: the commit; None for a dataset that is yet to be made.
-        files: as from `Remote.files`.
-        runs: records of its runs, by place: "" for the root, or `runs/NAME`.
-        card: its README.md.
-        proposed: (commit, address) of an open pull request with the run that is being published.
-    """
-
-    head: str | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    runs: Mapping[str, Row] = field(default_factory=dict)
+    head: str | None = None  # None for a dataset that is yet to be made
+    files: Mapping[str, str] = field(default_factory=dict)  # as from `Remote.files`
+    runs: Mapping[str, Row] = field(default_factory=dict)  # records by place: "" for the root, or `runs/NAME`
     card: str | None = None
-    proposed: tuple[str, str] | None = None
+    proposed: tuple[str, str] | None = None  # (commit, address) of an open pull request with the run
 
 
 def read_dataset(remote: Remote, head: str) -> Dataset:
-    """Read the tree, the records of all runs and the card at a commit.
-
-    Args:
-        remote: the dataset.
-        head: the commit.
-
-    Returns:
-        The dataset.
-
-    Raises:
-        ValueError: a `run.json` in it is damaged, it holds other files than runs, or runs of a newer version.
-    """
+    """Read the tree, the records of all runs and the card at a commit; refuse a repository that holds other things."""
     files = remote.files(head)
     runs: dict[str, Row] = {}
     for path in files:
@@ -124,21 +103,7 @@ def withheld(run: LocalRun, rights: PhotoRights) -> bool:
 
 
 def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights) -> tuple[list[StagedFile], list[str]]:
-    """Work out the files of a publication, and the paths that go.
-
-    Args:
-        there: the dataset as it is.
-        repo_id: its name.
-        run: the local run.
-        rights: whether its photos go along.
-
-    Returns:
-        The files of the run and the card of the dataset; and the paths of an earlier version of the run that are no
-        longer part of it. Files of others stay.
-
-    Raises:
-        ValueError: photos that are there would be removed although nobody asked for that.
-    """
+    """Return the files of a publication, and the paths of an earlier version of the run that go; others stay."""
     place = place_of(run.record, there.runs)
     if place in there.runs and not is_withheld(there.runs[place]) and not rights.published and not rights.asked:
         raise ValueError(
@@ -167,8 +132,6 @@ def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, li
     record = {key: value for key, value in run.record.items() if key != "card"}
     record |= {"photos": WITHHELD if hidden else "published", "license": rights.license, "rights": rights.why}
     record |= {"versions": run.versions} | ({} if place else {"card": "dataset"})
-    if record.get("command"):
-        record["command"] = without_folders(str(record["command"]))
     if hidden:  # the hashes of the pixels would tell the pictures
         listed = record[run.layout.listed]
         record[run.layout.listed] = [{k: v for k, v in item.items() if k != "pixels"} for item in listed]
@@ -205,21 +168,5 @@ def _own_card(run: LocalRun, files: list[StagedFile], *, hidden: bool) -> str | 
         return run.folder / CARD
     settings, summary = run.record["settings"], run.record["summary"]
     shown = sorted(Path(file.path).name for file in files if "figures" in PurePosixPath(file.path).parts)
-    if run.layout is MATCH:
-        text = run_card.run_card(settings, summary)
-        for name in set(re.findall(r"!\[.*\]\(figures/(.*)\)", text)) - set(shown):
-            text = re.sub(rf"!\[.*\]\(figures/{re.escape(name)}\)\n\n?", "", text)
-    else:
-        text = run_card.analysis_card(run.layout, settings, summary, shown)
+    text = run_card.run_card(run.layout, settings, summary, shown, run.record.get("command"))
     return text + ("\nThe photos are withheld: image columns are empty.\n" if hidden else "")
-
-
-def without_folders(command: str) -> str:
-    """Return a command line with the names of files and folders in place of their paths on this machine."""
-    words = (word.rpartition("=") for word in shlex.split(command))
-    return shlex.join(f"{flag}{sign}{_name_of(value)}" for flag, sign, value in words)
-
-
-def _name_of(value: str) -> str:
-    path = PurePath(value)
-    return path.name if path.is_absolute() or value.startswith(("~", "./", "../")) else value

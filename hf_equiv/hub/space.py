@@ -1,4 +1,9 @@
-"""`deploy_space`: make or update a Space that serves the app, in one commit, and wait until it runs."""
+"""Make or update a Space that serves the app, whole or not at all, in one commit, and wait until it runs.
+
+A missing Space is made. In an existing one the app, its requirements and the marked part of README.md are brought up to
+date; other files, text outside the marks and the owner's settings in the header stay. If nothing has changed, nothing
+is committed. Failures that may pass are tried again, as in `publish_results`.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +28,8 @@ _LOG = {"BUILD_ERROR": "build", "CONFIG_ERROR": "build", "NO_APP_FILE": "build",
 _ENDS = {"RUNNING", *_LOG, "PAUSED", "STOPPED", "DELETING"}
 """Stages that do not change by themselves."""
 
-_POLLS = (1.0, 2.0, 3.0, 5.0, 8.0, 10.0)
-"""Seconds between looks; the last stays."""
+_POLL = 3.0
+"""Seconds between looks."""
 
 _GRACE = 20.0
 """Seconds in which the stage may still be that of the commit before."""
@@ -97,18 +102,12 @@ def deploy_space(
     token: str | bool | None = None,
     progress: Progress | None = None,
 ) -> SpaceDeployment:
-    """Put the app into a Space on the Hub, whole or not at all, in one commit; then wait until it runs.
-
-    A missing Space is made. In an existing one the app, its requirements and the marked part of README.md are brought
-    up to date; other files, text outside the marks and the owner's settings in the header stay. If nothing has changed,
-    nothing is committed. No secret is ever set.
-
-    Failures that may pass are tried again, as in `publish_results`: 409, 412, 429, 5xx and cut connections.
+    """Put the app into a Space on the Hub, in one commit; then wait until it runs. No secret is ever set.
 
     Args:
         repo_id: `USER/NAME` or `ORGANISATION/NAME`.
-        dataset: published matches that the app shows, `USER/NAME` or `USER/NAME@REVISION`. None keeps the dataset of
-            the Space, "" shows none.
+        dataset: published matches to show, `USER/NAME` or `USER/NAME@REVISION`. None keeps those of the Space, "" shows
+            none.
         models: checkpoints that visitors may choose beside the built-in one. Empty keeps those of the Space.
         private: visibility. None keeps that of an existing Space, and makes a new one private.
         hardware: such as `cpu-basic` or `zero-a10g`. None keeps that of the Space.
@@ -126,67 +125,42 @@ def deploy_space(
 
     Raises:
         ValueError: a bad name, no such dataset or model, a Space with another app, or no wheel of this library.
-        HfHubHTTPError: no right to write, a token that is not accepted, hardware that must be paid, or a failure that
-            did not pass.
+        HfHubHTTPError: no right to write, hardware that must be paid, or a failure that did not pass.
         ConnectionError: the Hub is out of reach.
         SpaceError: deployed, but it could not be built or started, or did not run in time.
-
-    Example:
-        >>> deploy_space("me/same-embedding", dataset="me/matches").url  # doctest: +SKIP
-        'https://huggingface.co/spaces/me/same-embedding'
     """
     name = check_repo_id(repo_id, "space", otherwise="the app is deployed to a Space")
-    given = _given(dataset, models)
-    app = app_of(None if wheel is None else Path(wheel))
     remote = Remote(api_of(token), name, "space", progress or (lambda done, total, what: None))
-    job = Deployment(remote, app, given, hardware, force)
+    job = Deployment(remote, app_of(None if wheel is None else Path(wheel)), _given(dataset, models), hardware, force)
     with explained(name, kind="space", write=True, token=token):
         if not dry_run:
             require_token(token, "deploying a Space")
         there = _look(job)
         warnings = _warnings(job)
         if dry_run:
-            there = there and _with_variables(remote, there, tolerant=True)
-            return replace(_deployment(job, there, _plan(job, there), private), warnings=warnings, dry_run=True)
+            return replace(_plan_only(job, there, private), warnings=warnings)
         done = replace(_carry_out(job, there, private), warnings=warnings)
         return _wait_until_it_runs(remote, done, timeout) if wait else done
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """An app on its way into a Space.
-
-    Attributes:
-        remote: the Space.
-        app: the app.
-        given: variables that were asked for; an empty one is to be removed.
-        hardware: the hardware that was asked for.
-        force: replace another app.
-    """
+    """An app on its way into a Space."""
 
     remote: Remote
     app: App
-    given: Mapping[str, str]
+    given: Mapping[str, str]  # variables that were asked for; an empty one is to be removed
     hardware: str | None
-    force: bool
+    force: bool  # replace another app
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """A Space as it is.
-
-    Attributes:
-        head: its commit.
-        files: as from `Remote.files`.
-        card: its README.md, if it has an app.
-        private: its visibility.
-        hardware: the hardware that was asked for.
-        variables: the variables of the app.
-    """
+    """A Space as it is at a commit."""
 
     head: str
-    files: Mapping[str, str]
-    card: str | None
+    files: Mapping[str, str]  # as from `Remote.files`
+    card: str | None  # README.md, if there is an app
     private: bool
     hardware: str | None
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -251,9 +225,8 @@ def _closed(remote: Remote, argument: str, revision: str | None) -> str:
 def _look(job: Deployment) -> Space | None:
     """Return the Space as it is now, without its variables; None if there is none."""
     remote = job.remote
-    try:
-        info = remote.info()
-    except hub_errors.RepositoryNotFoundError:
+    info = remote.find()
+    if info is None:
         return None
     head, hardware = str(info.sha), info.runtime and info.runtime.requested_hardware
     files = remote.files(head)
@@ -268,15 +241,20 @@ def _look(job: Deployment) -> Space | None:
     return Space(head, files, card, bool(info.private), hardware)
 
 
-def _with_variables(remote: Remote, there: Space, *, tolerant: bool = False) -> Space:
+def _with_variables(remote: Remote, there: Space) -> Space:
     """Add the variables of the app, which only those who may write can read."""
-    try:
-        kept = remote.call(lambda: remote.api.get_space_variables(remote.repo_id), "reading the variables")
-    except hub_errors.HfHubHTTPError as error:
-        if not tolerant or error.response.status_code not in (401, 403):
-            raise
-        return there
+    kept = remote.call(lambda: remote.api.get_space_variables(remote.repo_id), "reading the variables")
     return replace(there, variables={key: kept[key].value for key in (DATASET, MODELS) if key in kept})
+
+
+def _plan_only(job: Deployment, there: Space | None, private: bool | None) -> SpaceDeployment:
+    """Return the plan of a deployment; variables that the user may not read count as unset."""
+    try:
+        there = there and _with_variables(job.remote, there)
+    except hub_errors.HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+    return replace(_deployment(job, there, _plan(job, there), private), dry_run=True)
 
 
 def _wanted(job: Deployment, there: Space | None) -> dict[str, str]:
@@ -354,9 +332,9 @@ def _deployment(job: Deployment, there: Space | None, change: Change, private: b
 
 def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -> SpaceDeployment:
     """Look at the Space until it runs the commit, or cannot; a Space that sleeps is woken."""
-    # Right after a commit the stage may be that of the commit before, which `HfApi.wait_for_space` would return. Here an
-    # end is believed when the Space names the new commit, after another stage, or after `_GRACE` seconds.
-    began, waited, looks, woken = time.monotonic(), 0.0, 0, False
+    # Right after a commit the stage may be that of the commit before, which `HfApi.wait_for_space` would return. Here
+    # an end is believed when the Space names the new commit, after another stage, or after `_GRACE` seconds.
+    waited, woken = 0.0, False
     seen: list[str] = []
     while True:
         runtime = _runtime(remote, done)
@@ -373,16 +351,15 @@ def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -
             if stage == "RUNNING":
                 return now
             raise SpaceError(_why(remote, stage, str(runtime.raw.get("errorMessage") or "")), now)
-        left = timeout - max(waited, time.monotonic() - began)
-        if left <= 0:
+        if waited >= timeout:
             raise SpaceError(
                 f"'{remote.repo_id}' does not run after {timeout:.0f} s (stage {stage}). It goes on by itself; the log "
                 f"is at {remote.url}?logs=build. Deploy again to wait once more, or raise `timeout`.",
                 now,
             )
-        pause = min(_POLLS[min(looks, len(_POLLS) - 1)], left)
+        pause = min(_POLL, timeout - waited)
         time.sleep(pause)
-        waited, looks = waited + pause, looks + 1
+        waited += pause
 
 
 def _runtime(remote: Remote, done: SpaceDeployment) -> Any:
