@@ -31,36 +31,17 @@ _WITHOUT_PHOTOS = {"spectra.png", "secants.png", "constants.png", "drift.png"}
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A dataset as it is at a commit.
+    """A dataset as it is at a commit."""
 
-    Attributes:
-        head: the commit; None for a dataset that is yet to be made.
-        files: as from `Remote.files`.
-        runs: records of its runs, by place: "" for the root, or `runs/NAME`.
-        card: its README.md.
-        proposed: (commit, address) of an open pull request with the run that is being published.
-    """
-
-    head: str | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    runs: Mapping[str, Row] = field(default_factory=dict)
+    head: str | None = None  # None for a dataset that is yet to be made
+    files: Mapping[str, str] = field(default_factory=dict)  # as from `Remote.files`
+    runs: Mapping[str, Row] = field(default_factory=dict)  # records by place: "" for the root, or `runs/NAME`
     card: str | None = None
-    proposed: tuple[str, str] | None = None
+    proposed: tuple[str, str] | None = None  # (commit, address) of an open pull request with the run
 
 
 def read_dataset(remote: Remote, head: str) -> Dataset:
-    """Read the tree, the records of all runs and the card at a commit.
-
-    Args:
-        remote: the dataset.
-        head: the commit.
-
-    Returns:
-        The dataset.
-
-    Raises:
-        ValueError: a `run.json` in it is damaged, it holds other files than runs, or runs of a newer version.
-    """
+    """Read the tree, the records of all runs and the card at a commit; refuse a repository that holds other things."""
     files = remote.files(head)
     runs: dict[str, Row] = {}
     for path in files:
@@ -124,21 +105,7 @@ def withheld(run: LocalRun, rights: PhotoRights) -> bool:
 
 
 def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights) -> tuple[list[StagedFile], list[str]]:
-    """Work out the files of a publication, and the paths that go.
-
-    Args:
-        there: the dataset as it is.
-        repo_id: its name.
-        run: the local run.
-        rights: whether its photos go along.
-
-    Returns:
-        The files of the run and the card of the dataset; and the paths of an earlier version of the run that are no
-        longer part of it. Files of others stay.
-
-    Raises:
-        ValueError: photos that are there would be removed although nobody asked for that.
-    """
+    """Return the files of a publication, and the paths of an earlier version of the run that go; others stay."""
     place = place_of(run.record, there.runs)
     if place in there.runs and not is_withheld(there.runs[place]) and not rights.published and not rights.asked:
         raise ValueError(

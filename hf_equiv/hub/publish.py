@@ -166,23 +166,13 @@ def publish_results(
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A run on its way into a dataset.
-
-    Attributes:
-        remote: the dataset.
-        run: the run.
-        rights: whether its photos go along.
-        stated: whether the user named a licence.
-        revision: branch, or `refs/pr/N`.
-        create_pr: open a pull request on that branch instead.
-        message: title of the commit; None for one that names the run.
-    """
+    """A run on its way into a dataset."""
 
     remote: Remote
     run: LocalRun
     rights: PhotoRights
-    stated: bool
-    revision: str
+    stated: bool  # whether the user named a licence
+    revision: str  # branch, or `refs/pr/N`
     create_pr: bool
     message: str | None
 
@@ -212,19 +202,9 @@ def _rights(run: LocalRun, license: str | None, right: bool, withhold: bool, tok
 # --- before the commit ---
 
 
-def _info(remote: Remote) -> Any | None:
-    """Return what the Hub says of the dataset; None if there is none."""
-    try:
-        return remote.info()
-    except hub_errors.GatedRepoError:
-        raise
-    except hub_errors.RepositoryNotFoundError:
-        return None
-
-
 def _make_missing(job: Publication, private: bool | None) -> tuple[bool, bool]:
     """Make the dataset and the branch if they are missing; return (whether it was made, whether it is private)."""
-    remote, api, info = job.remote, job.remote.api, _info(job.remote)
+    remote, api, info = job.remote, job.remote.api, job.remote.find()
     if info is None:
         if job.create_pr and remote.repo_id.split("/")[0] not in _own_names(remote):
             remote.info()  # there is nothing to propose to, and it is not the user's to make
@@ -315,7 +295,7 @@ def _published(job: Publication, there: Dataset, change: Change, private: bool |
 
 def _plan_only(job: Publication, private: bool | None) -> Published:
     """Return the plan of a publication; nothing is written."""
-    info, there, is_private = _info(job.remote), Dataset(), private is not False
+    info, there, is_private = job.remote.find(), Dataset(), private is not False
     if info is not None:
         is_private = bool(info.private) if private is None else private
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import CommitInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
@@ -31,18 +32,11 @@ _GROUP_BYTES = 50_000_000
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A repository of the Hub and the client that reaches it.
-
-    Attributes:
-        api: the client.
-        repo_id: `USER/NAME`.
-        kind: `dataset` or `space`.
-        progress: called with (bytes sent, bytes in total, what is being done).
-    """
+    """A repository of the Hub and the client that reaches it."""
 
     api: HfApi
     repo_id: str
-    kind: str
+    kind: str  # `dataset`, `space` or `model`
     progress: Progress
 
     @property
@@ -63,6 +57,15 @@ class Remote:
         return self.call(
             lambda: self.api.repo_info(self.repo_id, repo_type=self.kind, revision=revision), f"asking for {self.kind}"
         )
+
+    def find(self) -> Any | None:
+        """Return what the Hub says of the repository; None if there is none or it is not shown to the user."""
+        try:
+            return self.info()
+        except hub_errors.GatedRepoError:
+            raise
+        except hub_errors.RepositoryNotFoundError:
+            return None
 
     def set_private(self, private: bool) -> None:
         """Set the visibility."""
@@ -91,17 +94,10 @@ class Remote:
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """A file as it is to be in the repository.
-
-    Attributes:
-        path: inside the repository.
-        content: its place on disk, or its bytes.
-        size: in bytes.
-        sha256: of its content.
-    """
+    """A file as it is to be in the repository."""
 
     path: str
-    content: Path | bytes
+    content: Path | bytes  # its place on disk, or its bytes
     size: int
     sha256: str
 
@@ -120,25 +116,15 @@ def staged(path: str, content: Path | bytes | str, sha256: str | None = None) ->
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One commit that brings a repository to the planned state.
+    """One commit that brings a repository to the planned state."""
 
-    Attributes:
-        head: the commit to build on; None for a repository that is yet to be made.
-        files: all files of the planned state.
-        added: those that the repository lacks or holds with another content.
-        deleted: paths that go.
-        title: of the commit.
-        note: text below the title.
-        proposed: (commit, address) of an open pull request with this content.
-    """
-
-    head: str | None
-    files: tuple[StagedFile, ...]
-    added: tuple[StagedFile, ...]
+    head: str | None  # the commit to build on; None for a repository that is yet to be made
+    files: tuple[StagedFile, ...]  # all files of the planned state
+    added: tuple[StagedFile, ...]  # those that the repository lacks or holds with another content
     deleted: tuple[str, ...]
     title: str
-    note: str = ""
-    proposed: tuple[str, str] | None = None
+    note: str = ""  # text below the title
+    proposed: tuple[str, str] | None = None  # (commit, address) of an open pull request with this content
 
     @property
     def empty(self) -> bool:
@@ -162,21 +148,13 @@ def change_of(
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[S]):
-    """The end of `commit_until_done`.
+    """The end of `commit_until_done`."""
 
-    Attributes:
-        there: the repository as it was last read.
-        change: the commit that was made, or the empty change if none was needed.
-        commit: the commit that holds the planned state.
-        pr_url: address of the pull request that holds it.
-        sent: whether this call made the commit.
-    """
-
-    there: S
+    there: S  # the repository as it was last read
     change: Change
-    commit: str
+    commit: str  # the commit that holds the planned state
     pr_url: str | None
-    sent: bool
+    sent: bool  # whether this call made the commit
 
 
 def commit_until_done(
@@ -207,20 +185,7 @@ def commit_until_done(
 
 
 def send(remote: Remote, change: Change, *, revision: str = MAIN, create_pr: bool = False) -> CommitInfo:
-    """Upload the files of a change, then make its one commit on top of the commit that it was planned on.
-
-    Args:
-        remote: the repository.
-        change: the commit.
-        revision: the branch.
-        create_pr: open a pull request instead.
-
-    Returns:
-        The answer of the Hub.
-
-    Raises:
-        ValueError: a file has changed since it was staged.
-    """
+    """Upload the files of a change, then make its one commit on top of the commit that it was planned on."""
     told = _files(len(change.added))
     remote.progress(0, 0, f"preparing {told}")
     additions = {file.path: _addition(file) for file in change.added}

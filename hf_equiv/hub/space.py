@@ -23,8 +23,8 @@ _LOG = {"BUILD_ERROR": "build", "CONFIG_ERROR": "build", "NO_APP_FILE": "build",
 _ENDS = {"RUNNING", *_LOG, "PAUSED", "STOPPED", "DELETING"}
 """Stages that do not change by themselves."""
 
-_POLLS = (1.0, 2.0, 3.0, 5.0, 8.0, 10.0)
-"""Seconds between looks; the last stays."""
+_POLL = 3.0
+"""Seconds between looks."""
 
 _GRACE = 20.0
 """Seconds in which the stage may still be that of the commit before."""
@@ -154,39 +154,22 @@ def deploy_space(
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """An app on its way into a Space.
-
-    Attributes:
-        remote: the Space.
-        app: the app.
-        given: variables that were asked for; an empty one is to be removed.
-        hardware: the hardware that was asked for.
-        force: replace another app.
-    """
+    """An app on its way into a Space."""
 
     remote: Remote
     app: App
-    given: Mapping[str, str]
+    given: Mapping[str, str]  # variables that were asked for; an empty one is to be removed
     hardware: str | None
-    force: bool
+    force: bool  # replace another app
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """A Space as it is.
-
-    Attributes:
-        head: its commit.
-        files: as from `Remote.files`.
-        card: its README.md, if it has an app.
-        private: its visibility.
-        hardware: the hardware that was asked for.
-        variables: the variables of the app.
-    """
+    """A Space as it is at a commit."""
 
     head: str
-    files: Mapping[str, str]
-    card: str | None
+    files: Mapping[str, str]  # as from `Remote.files`
+    card: str | None  # README.md, if there is an app
     private: bool
     hardware: str | None
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -251,9 +234,8 @@ def _closed(remote: Remote, argument: str, revision: str | None) -> str:
 def _look(job: Deployment) -> Space | None:
     """Return the Space as it is now, without its variables; None if there is none."""
     remote = job.remote
-    try:
-        info = remote.info()
-    except hub_errors.RepositoryNotFoundError:
+    info = remote.find()
+    if info is None:
         return None
     head, hardware = str(info.sha), info.runtime and info.runtime.requested_hardware
     files = remote.files(head)
@@ -354,9 +336,9 @@ def _deployment(job: Deployment, there: Space | None, change: Change, private: b
 
 def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -> SpaceDeployment:
     """Look at the Space until it runs the commit, or cannot; a Space that sleeps is woken."""
-    # Right after a commit the stage may be that of the commit before, which `HfApi.wait_for_space` would return. Here an
-    # end is believed when the Space names the new commit, after another stage, or after `_GRACE` seconds.
-    began, waited, looks, woken = time.monotonic(), 0.0, 0, False
+    # Right after a commit the stage may be that of the commit before, which `HfApi.wait_for_space` would return. Here
+    # an end is believed when the Space names the new commit, after another stage, or after `_GRACE` seconds.
+    waited, woken = 0.0, False
     seen: list[str] = []
     while True:
         runtime = _runtime(remote, done)
@@ -373,16 +355,15 @@ def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -
             if stage == "RUNNING":
                 return now
             raise SpaceError(_why(remote, stage, str(runtime.raw.get("errorMessage") or "")), now)
-        left = timeout - max(waited, time.monotonic() - began)
-        if left <= 0:
+        if waited >= timeout:
             raise SpaceError(
                 f"'{remote.repo_id}' does not run after {timeout:.0f} s (stage {stage}). It goes on by itself; the log "
                 f"is at {remote.url}?logs=build. Deploy again to wait once more, or raise `timeout`.",
                 now,
             )
-        pause = min(_POLLS[min(looks, len(_POLLS) - 1)], left)
+        pause = min(_POLL, timeout - waited)
         time.sleep(pause)
-        waited, looks = waited + pause, looks + 1
+        waited += pause
 
 
 def _runtime(remote: Remote, done: SpaceDeployment) -> Any:
