@@ -124,9 +124,11 @@ def _finish_match(plan: MatchPlan, folder: Path) -> Row:
     rows = sorted(shards.read_rows(folder), key=lambda row: order[row["pair_id"]])
     summary = summarize_run(plan.encoder, folder, rows, plan.config.rtol, [pair.pair_id for pair in plan.pairs])
     pictures = plots.pairs_figure(_first_pictures(folder, order, plots.MAX_PAIRS), summary["verdict"], plan.settings)
-    if pictures is not None:
-        shards.write_atomic(folder / "figures" / "pairs.png", pictures)
-    shards.write_atomic(folder / "README.md", card.run_card(plan.settings, summary).encode())
+    figures = {} if pictures is None else {"pairs.png": pictures}
+    for name, data in figures.items():
+        shards.write_atomic(folder / "figures" / name, data)
+    text = card.run_card(MATCH, plan.settings, summary, sorted(figures))
+    shards.write_atomic(folder / "README.md", text.encode())
     return summary
 
 
@@ -374,7 +376,7 @@ def _finish(plan: AnalysisPlan, folder: Path) -> Row:
         figures = plots.analysis_figures(layout.analysis, rows, first, plan.settings)
     for name, data in figures.items():
         shards.write_atomic(folder / "figures" / name, data)
-    text = card.analysis_card(layout, plan.settings, summary, sorted(figures))
+    text = card.run_card(layout, plan.settings, summary, sorted(figures))
     shards.write_atomic(folder / "README.md", text.encode())
     return summary
 

@@ -69,7 +69,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
         DatasetCard.from_template(
             DatasetCardData(**facts),
             template_path=str(_TEMPLATE),
-            text=escaped, code=code, before=above, after=below, start=START, end=END,
+            md=run_card.escape, before=above, after=below, start=START, end=END,
             title=made["pretty_name"], repo_id=repo_id, config=config,
             runs=[_shown(*item) for item in ordered.items()],
             configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
@@ -77,16 +77,6 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
             run_of_config=run_name(record),
         )
     )  # fmt: skip
-
-
-def escaped(value: object) -> str:
-    """Return a stranger's text on one line, with everything that means something in Markdown or HTML as an entity."""
-    return re.sub(r"[\\`*<>&|\[\]]", lambda sign: f"&#{ord(sign[0])};", run_card.one_line(str(value)))
-
-
-def code(value: object) -> str:
-    """Return a stranger's text as inline code, in which only backticks, bars and line breaks mean something."""
-    return f"`{run_card.one_line(str(value)).replace('`', chr(39)).replace('|', '¦')}`"
 
 
 def joined(first: Any, then: list[str]) -> list[str]:
@@ -204,18 +194,15 @@ def _shown(place: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template says of a run."""
     settings, summary, name = record["settings"], record["summary"], run_name(record)
     prefix = f"{place}/" if place else ""
-    if analysis_of(record) == MATCH.analysis:
-        table = [line for line in run_card.run_card(settings, summary).splitlines() if line.startswith("|")]
-    else:
-        numbers = _numbers("", {key: value for key, value in summary.items() if key != "verdict"})
-        table = ["| | |", "| --- | --- |", *(f"| {escaped(key)} | {value} |" for key, value in numbers)]
     versions = json.loads(record["versions"]) if record.get("versions") else {}
+    match = analysis_of(record) == MATCH.analysis
     return {
         "name": name, "link": f"[{name}]({prefix}README.md)" if place else name, "analysis": analysis_of(record),
         "settings": settings, "rows": _rows(record), "verdict": summary["verdict"], "withheld": is_withheld(record),
         "figures": sorted(prefix + file for file in record["files"] if file.startswith("figures/")),
-        "table": "\n".join(table), "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
-        "command": run_card.one_line(str(record.get("command") or "")), "rights": record.get("rights") or "not stated",
+        "numbers": run_card.match_numbers(summary) if match else _numbers("", summary),
+        "versions": ", ".join(f"{package} {number}" for package, number in versions.items() if number),
+        "command": run_card.one_line(record.get("command") or ""), "rights": record.get("rights") or "not stated",
     }  # fmt: skip
 
 

@@ -6,11 +6,9 @@ The local run directory is never changed.
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_equiv.hub import card
@@ -20,7 +18,7 @@ from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import card as run_card
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, WITHHELD, LocalRun, analysis_of, is_withheld, run_name
-from hf_equiv.runs.schema import LAYOUTS, MATCH, Row
+from hf_equiv.runs.schema import LAYOUTS, Row
 
 _OWNERS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
 """Files at the root that a dataset may hold beside its runs."""
@@ -134,8 +132,6 @@ def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, li
     record = {key: value for key, value in run.record.items() if key != "card"}
     record |= {"photos": WITHHELD if hidden else "published", "license": rights.license, "rights": rights.why}
     record |= {"versions": run.versions} | ({} if place else {"card": "dataset"})
-    if record.get("command"):
-        record["command"] = without_folders(str(record["command"]))
     if hidden:  # the hashes of the pixels would tell the pictures
         listed = record[run.layout.listed]
         record[run.layout.listed] = [{k: v for k, v in item.items() if k != "pixels"} for item in listed]
@@ -172,21 +168,5 @@ def _own_card(run: LocalRun, files: list[StagedFile], *, hidden: bool) -> str | 
         return run.folder / CARD
     settings, summary = run.record["settings"], run.record["summary"]
     shown = sorted(Path(file.path).name for file in files if "figures" in PurePosixPath(file.path).parts)
-    if run.layout is MATCH:
-        text = run_card.run_card(settings, summary)
-        for name in set(re.findall(r"!\[.*\]\(figures/(.*)\)", text)) - set(shown):
-            text = re.sub(rf"!\[.*\]\(figures/{re.escape(name)}\)\n\n?", "", text)
-    else:
-        text = run_card.analysis_card(run.layout, settings, summary, shown)
+    text = run_card.run_card(run.layout, settings, summary, shown, run.record.get("command"))
     return text + ("\nThe photos are withheld: image columns are empty.\n" if hidden else "")
-
-
-def without_folders(command: str) -> str:
-    """Return a command line with the names of files and folders in place of their paths on this machine."""
-    words = (word.rpartition("=") for word in shlex.split(command))
-    return shlex.join(f"{flag}{sign}{_name_of(value)}" for flag, sign, value in words)
-
-
-def _name_of(value: str) -> str:
-    path = PurePath(value)
-    return path.name if path.is_absolute() or value.startswith(("~", "./", "../")) else value
