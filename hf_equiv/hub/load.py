@@ -19,7 +19,7 @@ from hf_equiv.data.tables import load_parquet
 from hf_equiv.hub_client import api_of, check_dataset_id, explained, hushed, patiently, version
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
-from hf_equiv.runs.schema import LAYOUTS, MATCH
+from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout
 from hf_equiv.runs.shards import read_shard, shard_files
 
 CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}
@@ -74,7 +74,7 @@ def download_results(
     """
     name = check_dataset_id(repo_id)
     folders = [folder for folder in OWN_FOLDERS if with_float or folder != "float"]
-    folder = _snapshot(name, [CARD, *folders], revision, token, cache_dir, local_files_only)
+    folder = _snapshot(name, revision, [CARD, *folders], token, cache_dir, local_files_only)
     runs = run_folders(folder)
     if not runs:
         raise ValueError(f"the dataset '{name}' holds no run of hf_equiv (no {directory.RECORD}). Check the name.")
@@ -90,7 +90,7 @@ def download_results(
 
 @hushed()
 def _snapshot(
-    name: str, parts: Sequence[str], revision: str | None, token: Any, cache_dir: str | os.PathLike[str] | None,
+    name: str, revision: str | None, parts: Sequence[str], token: Any, cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool = False,
 ) -> Path:  # fmt: skip
     """Fetch `run.json` and these parts (folders, or the card) of all runs; the folder has the name of the commit."""
@@ -161,28 +161,37 @@ def load_results(
     if with_float and layout is not MATCH:
         raise ValueError(f"`with_float` must be False for {config!r}: only matches have float images to load.")
     name = os.fspath(repo_id_or_dir)
-    folder = Path(name)
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"`revision` must be None for a local folder; got {revision!r}.")
-    elif name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"`repo_id_or_dir` must be a folder or a dataset USER/NAME; got {name!r}.")
-    else:
-        repo_id, revision = split_name(name, revision)
-        folder = _snapshot(repo_id, [layout.folder, *(["float"] if with_float else [])], revision, token, cache_dir)
+    parts = [layout.folder, "float"] if with_float else [layout.folder]
+    folder = _local_folder(name, revision) or _snapshot(*split_name(name, revision), parts, token, cache_dir)
     runs = run_folders(folder) or {"": folder}
     if run is not None:
         if Path(name).is_dir() and list(runs) == [""]:
             raise ValueError(f"`run` must be None for a run directory; got {run!r}. It holds one run.")
         runs = {"": _run_of_name(name, runs, run)}
-    files = [path for place in runs.values() for path in shard_files(place, layout)]
+    return _rows(name, list(runs.values()), layout, None if cache_dir is None else os.fspath(cache_dir), with_float)
+
+
+def _local_folder(name: str, revision: str | None) -> Path | None:
+    """Return a folder on disk; None for the name of a dataset."""
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(f"`revision` must be None for a local folder; got {revision!r}.")
+        return Path(name)
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"`repo_id_or_dir` must be a folder or a dataset USER/NAME; got {name!r}.")
+    return None
+
+
+def _rows(name: str, runs: Sequence[Path], layout: Layout, cache_dir: str | None, with_float: bool) -> datasets.Dataset:
+    files = [path for run in runs for path in shard_files(run, layout)]
     if not files:
-        there = sorted({c for place in runs.values() for c in CONFIGS if shard_files(place, CONFIGS[c])})
+        there = sorted({config for run in runs for config in CONFIGS if shard_files(run, CONFIGS[config])})
         raise ValueError(
-            f"{name!r} must hold rows of {config!r}; it has {', '.join(there) or 'no rows'}. Choose another `config`."
+            f"{name!r} must hold rows of {layout.folder!r}; it has {', '.join(there) or 'no rows'}. Choose another "
+            "`config`."
         )
     content = content_hash([path.name for path in files], [file_digest(path) for path in files], [None] * len(files))
-    rows = load_parquet(name, files, content, None if cache_dir is None else os.fspath(cache_dir))
+    rows = load_parquet(name, files, content, cache_dir)
     if not with_float:
         return rows
     origin = [str(path.parents[1] / "float" / f"{path.stem}.safetensors") for path in files for _ in read_shard(path)]

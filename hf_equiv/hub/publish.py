@@ -1,4 +1,12 @@
-"""`publish_results`: put a run directory into a dataset on the Hub, in one commit."""
+"""Publish a run directory as a dataset on the Hub, whole or not at all, in one commit.
+
+The first run of a dataset lies at its root, others in `runs/NAME/`. A run of the same settings replaces its earlier
+version, and files that are no longer part of it go. If nothing has changed, nothing is committed.
+
+Failures that may pass are tried again: 409, 412, 429 (after the wait that the Hub asks for), 5xx and cut connections.
+After each failed commit the dataset is read anew: a commit whose answer was lost is found, and a commit of somebody
+else is built upon. Files that were uploaded before an interruption are not sent twice.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +14,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +101,10 @@ def publish_results(
     message: str | None = None,
     progress: Progress | None = None,
 ) -> Published:
-    """Publish a finished run directory as a dataset, whole or not at all, in one commit.
-
-    The first run of a dataset lies at its root, others in `runs/NAME/`. A run of the same settings replaces its earlier
-    version, and files that are no longer part of it go. If nothing has changed, nothing is committed. The local
-    directory is never altered.
-
-    Failures that may pass are tried again: 409, 412, 429 (after the wait that the Hub asks for), 5xx and cut
-    connections. After each failed commit the dataset is read anew: a commit whose answer was lost is recognised, and a
-    commit of somebody else is built upon. Files that were uploaded before an interruption are not sent twice.
+    """Publish a finished run directory as a dataset, in one commit; the local directory is never altered.
 
     Photos are published if they are free: the built-in ones, or those of a Hub dataset whose card names a free licence.
-    Otherwise rows and ids are published without pictures, unless you pass `license` (if the licence is unknown) or
-    `i_have_the_right`.
+    Otherwise rows and ids are published without pictures, unless `license` or `i_have_the_right` says more.
 
     Args:
         folder: finished run directory.
@@ -125,43 +125,22 @@ def publish_results(
         The result.
 
     Raises:
-        ValueError: no finished run, files that differ from its `run.json`, a bad name, or a repository that holds other
-            things than runs.
+        ValueError: no finished run, changed files, a bad name, or a repository that holds other things than runs.
         HfHubHTTPError: no right to write, a token that is not accepted, or a failure that did not pass.
         ConnectionError: the Hub is out of reach.
-
-    Example:
-        >>> publish_results("runs/match/builtin/1a2b3c4d", "me/matches").url  # doctest: +SKIP
-        'https://huggingface.co/datasets/me/matches'
     """
-    name = check_dataset_id(repo_id)
+    remote = Remote(api_of(token), check_dataset_id(repo_id), "dataset", progress or (lambda done, total, what: None))
     _check_arguments(create_pr, revision, license, i_have_the_right)
-    report: Progress = progress or (lambda done, total, what: None)
-    report(0, 0, "checking the run and its files")
+    remote.say("checking the run and its files")
     run = read_run(Path(folder))
-    job = Publication(
-        Remote(api_of(token), name, "dataset", report), run, _rights(run, license, i_have_the_right, withhold_photos,
-        token), license is not None, revision or MAIN, create_pr, message,
-    )  # fmt: skip
-    with explained(name, revision=revision, write=True, token=token):
+    rights = _rights(run, license, i_have_the_right, withhold_photos, token)
+    job = Publication(remote, run, rights, license is not None, revision or MAIN, create_pr, message)
+    with explained(remote.repo_id, revision=revision, write=True, token=token):
         if dry_run:
             return _plan_only(job, private)
         require_token(token)
-        made, is_private = _make_missing(job, private)
-        done = commit_until_done(
-            lambda: _look(job), lambda there: _change(job, there),
-            lambda change: send(job.remote, change, revision=job.revision, create_pr=create_pr), job.remote.say,
-        )  # fmt: skip
-        if private is False and is_private and not create_pr:
-            job.remote.set_private(False)
-            is_private = False
-    slug, hidden = (None, None) if collection is None else _collect(job.remote, collection)
-    told = "done" if done.sent else "nothing to commit, it is there already"
-    job.remote.say(f"{told}: {done.pr_url or job.remote.url}")
-    ref = job.revision if done.pr_url is None else f"refs/pr/{done.pr_url.rstrip('/').rsplit('/', 1)[-1]}"
-    result = _published(job, done.there, done.change, None if create_pr and not made else is_private)
-    return replace(result, changed=done.sent, commit=done.commit, pr_url=done.pr_url, revision=ref, collection=slug,
-                   collection_private=hidden)  # fmt: skip
+        done = _publish(job, private)
+    return done if collection is None else _collect(remote, collection, done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +176,24 @@ def _rights(run: LocalRun, license: str | None, right: bool, withhold: bool, tok
     if withhold:
         return PhotoRights(False, None, "as asked for", asked=True)
     return photo_rights(run.record["settings"], license=license, i_have_the_right=right, token=token)
+
+
+def _publish(job: Publication, private: bool | None) -> Published:
+    made, is_private = _make_missing(job, private)
+    done = commit_until_done(
+        partial(_look, job),
+        partial(_change, job),
+        lambda change: send(job.remote, change, revision=job.revision, create_pr=job.create_pr),
+        job.remote.say,
+    )
+    if private is False and is_private and not job.create_pr:
+        job.remote.set_private(False)
+        is_private = False
+    told = "done" if done.sent else "nothing to commit, it is there already"
+    job.remote.say(f"{told}: {done.pr_url or job.remote.url}")
+    ref = job.revision if done.pr_url is None else f"refs/pr/{done.pr_url.rstrip('/').rsplit('/', 1)[-1]}"
+    result = _published(job, done.there, done.change, None if job.create_pr and not made else is_private)
+    return replace(result, changed=done.sent, commit=done.commit, pr_url=done.pr_url, revision=ref)
 
 
 # --- before the commit ---
@@ -324,8 +321,8 @@ def _why_refused(job: Publication, *, exists: bool) -> str | None:
     return why_not(f"{me['name']}/mine" if proposed else remote.repo_id, "dataset", me) or None
 
 
-def _collect(remote: Remote, collection: str) -> tuple[str, bool | None]:
-    """Add the dataset to a collection, which is made, private, if missing; return (slug, whether it is private)."""
+def _collect(remote: Remote, collection: str, done: Published) -> Published:
+    """Add the dataset to a collection; a missing one is made, private."""
     api, slug = remote.api, collection
     try:
         with explained(remote.repo_id, write=True):
@@ -340,7 +337,7 @@ def _collect(remote: Remote, collection: str) -> tuple[str, bool | None]:
                 lambda: api.add_collection_item(slug, remote.repo_id, "dataset", exists_ok=True),
                 "adding to the collection",
             )
-            return slug, found.private
+            return replace(done, collection=slug, collection_private=found.private)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"'{remote.repo_id}' is published, but it could not be added to the collection {collection!r}: {error} The "

@@ -1,4 +1,9 @@
-"""`deploy_space`: make or update a Space that serves the app, in one commit, and wait until it runs."""
+"""Make or update a Space that serves the app, whole or not at all, in one commit, and wait until it runs.
+
+A missing Space is made. In an existing one the app, its requirements and the marked part of README.md are brought up to
+date; other files, text outside the marks and the owner's settings in the header stay. If nothing has changed, nothing
+is committed. Failures that may pass are tried again, as in `publish_results`.
+"""
 
 from __future__ import annotations
 
@@ -97,18 +102,12 @@ def deploy_space(
     token: str | bool | None = None,
     progress: Progress | None = None,
 ) -> SpaceDeployment:
-    """Put the app into a Space on the Hub, whole or not at all, in one commit; then wait until it runs.
-
-    A missing Space is made. In an existing one the app, its requirements and the marked part of README.md are brought
-    up to date; other files, text outside the marks and the owner's settings in the header stay. If nothing has changed,
-    nothing is committed. No secret is ever set.
-
-    Failures that may pass are tried again, as in `publish_results`: 409, 412, 429, 5xx and cut connections.
+    """Put the app into a Space on the Hub, in one commit; then wait until it runs. No secret is ever set.
 
     Args:
         repo_id: `USER/NAME` or `ORGANISATION/NAME`.
-        dataset: published matches that the app shows, `USER/NAME` or `USER/NAME@REVISION`. None keeps the dataset of
-            the Space, "" shows none.
+        dataset: published matches to show, `USER/NAME` or `USER/NAME@REVISION`. None keeps those of the Space, "" shows
+            none.
         models: checkpoints that visitors may choose beside the built-in one. Empty keeps those of the Space.
         private: visibility. None keeps that of an existing Space, and makes a new one private.
         hardware: such as `cpu-basic` or `zero-a10g`. None keeps that of the Space.
@@ -126,28 +125,20 @@ def deploy_space(
 
     Raises:
         ValueError: a bad name, no such dataset or model, a Space with another app, or no wheel of this library.
-        HfHubHTTPError: no right to write, a token that is not accepted, hardware that must be paid, or a failure that
-            did not pass.
+        HfHubHTTPError: no right to write, hardware that must be paid, or a failure that did not pass.
         ConnectionError: the Hub is out of reach.
         SpaceError: deployed, but it could not be built or started, or did not run in time.
-
-    Example:
-        >>> deploy_space("me/same-embedding", dataset="me/matches").url  # doctest: +SKIP
-        'https://huggingface.co/spaces/me/same-embedding'
     """
     name = check_repo_id(repo_id, "space", otherwise="the app is deployed to a Space")
-    given = _given(dataset, models)
-    app = app_of(None if wheel is None else Path(wheel))
     remote = Remote(api_of(token), name, "space", progress or (lambda done, total, what: None))
-    job = Deployment(remote, app, given, hardware, force)
+    job = Deployment(remote, app_of(None if wheel is None else Path(wheel)), _given(dataset, models), hardware, force)
     with explained(name, kind="space", write=True, token=token):
         if not dry_run:
             require_token(token, "deploying a Space")
         there = _look(job)
         warnings = _warnings(job)
         if dry_run:
-            there = there and _with_variables(remote, there, tolerant=True)
-            return replace(_deployment(job, there, _plan(job, there), private), warnings=warnings, dry_run=True)
+            return replace(_plan_only(job, there, private), warnings=warnings)
         done = replace(_carry_out(job, there, private), warnings=warnings)
         return _wait_until_it_runs(remote, done, timeout) if wait else done
 
@@ -250,15 +241,20 @@ def _look(job: Deployment) -> Space | None:
     return Space(head, files, card, bool(info.private), hardware)
 
 
-def _with_variables(remote: Remote, there: Space, *, tolerant: bool = False) -> Space:
+def _with_variables(remote: Remote, there: Space) -> Space:
     """Add the variables of the app, which only those who may write can read."""
-    try:
-        kept = remote.call(lambda: remote.api.get_space_variables(remote.repo_id), "reading the variables")
-    except hub_errors.HfHubHTTPError as error:
-        if not tolerant or error.response.status_code not in (401, 403):
-            raise
-        return there
+    kept = remote.call(lambda: remote.api.get_space_variables(remote.repo_id), "reading the variables")
     return replace(there, variables={key: kept[key].value for key in (DATASET, MODELS) if key in kept})
+
+
+def _plan_only(job: Deployment, there: Space | None, private: bool | None) -> SpaceDeployment:
+    """Return the plan of a deployment; variables that the user may not read count as unset."""
+    try:
+        there = there and _with_variables(job.remote, there)
+    except hub_errors.HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+    return replace(_deployment(job, there, _plan(job, there), private), dry_run=True)
 
 
 def _wanted(job: Deployment, there: Space | None) -> dict[str, str]:
