@@ -210,10 +210,6 @@ def explained(
         raise ConnectionError(_unreachable(repo_id, kind, file, write=write, cause=brief(error))) from error
 
 
-def _explained(repo_id: str, revision: str | None, name: str, local_files_only: bool) -> Any:  # old name
-    return explained(repo_id, kind="model", revision=revision, file=name, local_files_only=local_files_only)
-
-
 def _not_found(repo_id: str, kind: str, *, write: bool) -> str:
     if write:
         return (
