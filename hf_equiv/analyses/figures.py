@@ -1,13 +1,15 @@
-"""Figures of spectra and Lipschitz constants. Nothing here touches matplotlib's global state."""
+"""Figures of runs, one function for each verb. Nothing here touches matplotlib's global state."""
 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,31 +18,32 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from hf_equiv.data.image_file import decode_png
-from hf_equiv.formatting import cut_name, short
+from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.formatting import cut, cut_name, form, short
 
 Rows = Sequence[Mapping[str, Any]]
 
-
 MAX_IMAGES = 6
-"""Images drawn one by one."""
-
+"""Images and walks drawn one by one."""
 
 MAX_VECTORS = 6
 
+MAX_PAIRS = 8
+
+GAINS = (1, 2, 5, 10, 20, 50, 100)
+"""Factors by which a difference may be enlarged."""
+
+SHEET_FRAMES, GIF_FRAMES, GIF_SIDE, GIF_MS = 8, 60, 224, 90
 
 INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
 
-
 LINES = ("#1f5fa8", "#c2410c", "#2f7d4f", "#7c3aad", "#a16207", "#0e7490")
-
 
 KINDS = {
     "top": "#b42318", "row": "#c2670c", "gradient": "#7c3aad", "toward": "#2f7d4f", "match": "#0e7490",
     "random": "#1f5fa8", "null": "#667079",
 }  # fmt: skip
 """Colour of each kind of direction, in the order of the figures."""
-
 
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": QUIET, "axes.labelcolor": INK,
@@ -49,30 +52,29 @@ STYLE = {
 }  # fmt: skip
 
 
-def analysis_figures(
-    analysis: str, rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings: Mapping[str, Any]
+def spectrum_figures(
+    rows: Rows, vectors: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """Draw all figures of a spectrum or lipschitz run.
+    """Draw all figures of a spectrum run.
 
     Args:
-        analysis: `spectrum` or `lipschitz`.
         rows: its rows.
-        pictures: pixels (3, H, W) and right singular vectors (K, 3, H, W) or None of the first images, by id.
+        vectors: pixels (3, H, W) and right singular vectors (K, 3, H, W) of the first images, by id.
         settings: of the run.
 
     Returns:
         PNG bytes by file name; empty when no row has anything to draw.
     """
     rows = [row for row in rows if row["status"] != "error"]
-    if not rows:
-        return {}
-    if analysis == "spectrum":
-        vectors = {name: pair for name, pair in pictures.items() if pair[1] is not None}
-        found = {"spectra.png": spectra_figure(rows, settings)}
-        return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if vectors else {})
+    found = {"spectra.png": spectra_figure(rows, settings)} if rows else {}
+    return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if rows and vectors else {})
+
+
+def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, bytes]:
+    """Draw all figures of a lipschitz run, as PNG bytes by file name; none when no secant is above zero."""
+    rows = [row for row in rows if row["status"] != "error" and any((s or 0) > 0 for s in row["secants"])]
     figures = {"secants.png": secants_figure, "constants.png": constants_figure}
-    seen = [row for row in rows if any(s is not None and s > 0 for s in row["secants"])]
-    return {name: draw(seen, settings) for name, draw in figures.items()} if seen else {}
+    return {name: draw(rows, settings) for name, draw in figures.items()} if rows else {}
 
 
 def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
@@ -276,7 +278,7 @@ def _present(rows: Rows) -> list[str]:
 
 
 def panel(title: str, told: str, *, right: float = 0.97) -> tuple[Figure, Axes]:
-    """A figure with a title, a line of explanation and one set of axes."""
+    """Return a figure with a title, a line of explanation and one set of axes."""
     figure = Figure(figsize=(8.6, 4.9), dpi=120, facecolor="white")
     write(figure, 0.2, 0.14, title, 12, weight="bold")
     write(figure, 0.2, 0.43, told, 8, QUIET)
@@ -302,37 +304,19 @@ def picture(figure: Figure, x: float, y: float, side: float, pixels: np.ndarray,
 
 
 def png_of(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
+    """Return the figure as PNG bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def cut(text: str, size: int) -> str:
-    """At most `size` characters."""
-    return text if len(text) <= size else text[: size - 1] + "…"
-
-
 def _positive(values: Sequence[float | None]) -> np.ndarray:
-    """Numbers for a logarithmic axis: what is absent or not above 0 becomes NaN."""
+    """Return numbers for a logarithmic axis: NaN for those that are absent or not above 0."""
     numbers = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
     return np.where(numbers > 0, numbers, np.nan)
 
 
-# Figures from rows. Nothing here touches matplotlib's global state.
-
-
-MAX_PAIRS = 8
-"""Pairs shown in `figures/pairs.png`."""
-
-
-GAINS = (1, 2, 5, 10, 20, 50, 100)
-
-
-_INK, _QUIET, _RULE = "#1b1f24", "#667079", "#d7dce1"
-
-
-def pairs_figure(rows: Sequence[Mapping[str, Any]], title: str, settings: Mapping[str, Any]) -> bytes | None:
+def pairs_figure(rows: Rows, title: str, settings: Mapping[str, Any]) -> bytes | None:
     """Draw source, match, their difference and target of up to eight rows, with the numbers, as PNG bytes.
 
     The difference is match − source, multiplied by a factor that is printed (the largest of 1, 2, 5, 10, … that keeps
@@ -350,42 +334,30 @@ def pairs_figure(rows: Sequence[Mapping[str, Any]], title: str, settings: Mappin
     if not rows:
         return None
     side, gap, words, left, top = 2.35, 0.16, 0.78, 0.22, 1.18
-    width = 2 * left + 4 * side + 3 * gap
-    height = top + len(rows) * (side + words) + 0.1
-    with rc_context({"font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-        canvas = FigureCanvasAgg(figure)
-
-        def write(x: float, y: float, text: str, size: float = 8.5, color: str = _INK, weight: str = "normal") -> None:
-            figure.text(x / width, 1 - y / height, text, size=size, color=color, weight=weight, va="top")
-
-        write(left, 0.14, f"Matches of {_cut(str(settings['model_id']), 60)}", 13, weight="bold")
-        write(left, 0.45, _wrap(title, 148), 8.2, _INK)
-        write(left, 0.82, _budget(settings), 7.6, _QUIET)
+    size = (2 * left + 4 * side + 3 * gap, top + len(rows) * (side + words) + 0.1)
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=110, facecolor="white")
+        write(figure, left, 0.14, f"Matches of {cut(str(settings['model_id']), 60)}", 13, weight="bold")
+        write(figure, left, 0.45, "\n".join(textwrap.wrap(title, 148)[:2]), 8.2)
+        write(figure, left, 0.82, _budget(settings), 7.6, QUIET)
         for k, row in enumerate(rows):
             y = top + k * (side + words)
-            images = [decode_png(row[name]).permute(1, 2, 0).numpy() for name in ("source", "match", "target")]
-            gap_image, gain = difference(images[0], images[1])
-            panels = (images[0], images[1], gap_image, images[2])
+            source, match, target = (decode_png(row[name]).numpy() for name in ("source", "match", "target"))
+            shown, gain = difference(source, match)
             heads = ("source", "match", f"(match − source) × {gain}", "target")
-            for c, (panel, head, lines) in enumerate(zip(panels, heads, _captions(row), strict=True)):
+            columns = zip((source, match, shown, target), heads, _captions(row), strict=True)
+            for c, (pixels, head, lines) in enumerate(columns):
                 x = left + c * (side + gap)
-                axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
-                axes.imshow(panel, interpolation="nearest" if panel.shape[0] < 128 else "antialiased")
-                axes.set_xticks([])
-                axes.set_yticks([])
-                for spine in axes.spines.values():
-                    spine.set(color=_RULE, linewidth=0.8)
-                write(x, y + side + 0.06, head, 8.5, weight="bold")
+                picture(figure, x, y, side, pixels)
+                write(figure, x, y + side + 0.06, head, 8.5, weight="bold")
                 for n, line in enumerate(lines):
-                    write(x, y + side + 0.25 + 0.155 * n, line, 7.8, _INK if c == 1 and n == 0 else _QUIET)
-        buffer = io.BytesIO()
-        canvas.print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+                    color = INK if c == 1 and n == 0 else QUIET
+                    write(figure, x, y + side + 0.25 + 0.155 * n, line, 7.8, color)
+        return png_of(figure)
 
 
 def difference(source: np.ndarray, match: np.ndarray) -> tuple[np.ndarray, int]:
-    """The difference match − source on middle grey, and the factor by which it is enlarged."""
+    """Return the difference match − source on middle grey, and the factor by which it is enlarged."""
     gap = match - source
     reach = float(np.quantile(np.abs(gap), 0.99)) or 1 / 255
     gain = max((g for g in GAINS if g * reach <= 0.4), default=1)
@@ -393,16 +365,13 @@ def difference(source: np.ndarray, match: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def difference_png(source: bytes, match: bytes) -> tuple[bytes, int]:
-    """The same of two PNG files, as a PNG file."""
-    a, b = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.float64) / 255 for png in (source, match))
-    shown, factor = difference(a, b)
-    buffer = io.BytesIO()
-    Image.fromarray((shown * 255).round().astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue(), factor
+    """Return the difference of two PNG files as a PNG file, and the factor by which it is enlarged."""
+    shown, factor = difference(*(decode_png(png, torch.float64).numpy() for png in (source, match)))
+    return encode_png(torch.from_numpy(shown)), factor
 
 
 def thumbnail(png: bytes, size: int = 112) -> bytes:
-    """A small picture of a PNG file, as a JPEG file: to choose by, not to measure."""
+    """Return a small picture of a PNG file as a JPEG file: to choose by, not to measure."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     kind = Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS
     buffer = io.BytesIO()
@@ -410,63 +379,33 @@ def thumbnail(png: bytes, size: int = 112) -> bytes:
     return buffer.getvalue()
 
 
-def _captions(row: Mapping[str, Any]) -> tuple[list[str], list[str], list[str], list[str]]:
-    error, png = short(row["embedding_error"]), short(row["embedding_error_8bit"])
+def _captions(row: Mapping[str, Any]) -> tuple[list[str], ...]:
+    def seen(whose: str, size: int = 26) -> str:
+        name = row[f"{whose}_label"]
+        return f"seen as {cut(name.split(',')[0], size)}" if name else ""
+
     size = "identical to the source" if row["psnr_db"] is None else f"PSNR {row['psnr_db']:.1f} dB"
-    if row["ssim"] is not None:
-        size += f"   SSIM {row['ssim']:.3f}"
-    reach = f"max {_form(row['linf'], '.3f', 255)}/255   L2 {_form(row['l2'], '.2f')}"
-    match = f"seen as {_label(row['match_label'], 22)} {_form(row['match_prob'], '.0%')}"
+    size += "" if row["ssim"] is None else f"   SSIM {row['ssim']:.3f}"
+    levels = None if row["linf"] is None else round(255 * row["linf"])
+    share = f" {form(row['match_prob'], '.0%')}" if row["match_label"] else ""
     return (
-        [_cut(row["source_id"], 34), f"seen as {_label(row['source_label'])}" if row["source_label"] else ""],
-        [f"error {error}   as PNG {png}", match if row["match_label"] else ""],
-        [size, reach],
+        [cut(row["source_id"], 34), seen("source")],
         [
-            _cut(row["target_id"], 34),
-            f"seen as {_label(row['target_label'])}" if row["target_label"] else "",
+            f"error {short(row['embedding_error'])}   as PNG {short(row['embedding_error_8bit'])}",
+            seen("match", 22) + share,
         ],
+        [size, f"max {form(levels, 'd')}/255   L2 {form(row['l2'], '.2f')}"],
+        [cut(row["target_id"], 34), seen("target")],
     )
-
-
-def _label(name: str | None, size: int = 26) -> str:
-    return _cut((name or "").split(",")[0], size)
-
-
-def _form(value: float | None, form: str, scale: float = 1.0) -> str:
-    if value is None:
-        return "–"
-    return format(round(value * scale), "d") if scale != 1.0 else format(value, form)
-
-
-def _cut(text: str, size: int) -> str:
-    return text if len(text) <= size else text[: size - 1] + "…"
-
-
-def _wrap(text: str, size: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, size)[:2])
 
 
 def _budget(settings: Mapping[str, Any]) -> str:
     radius = settings["radius"]
-    ball = "pixel box only" if radius is None else f"{settings['norm']} ≤ {radius * 255:.3g}/255"
-    if radius is not None and settings["norm"] == "l2":
-        ball = f"L2 ≤ {radius:.3g}"
+    if radius is None:
+        ball = "pixel box only"
+    else:
+        ball = f"L2 ≤ {radius:.3g}" if settings["norm"] == "l2" else f"{settings['norm']} ≤ {radius * 255:.3g}/255"
     return f"readout {settings['readout']} · {ball} · error is ‖f(x) − z‖ / ‖z‖, of the float image and of the PNG"
-
-
-# Figures of walks: contact sheet, drift over the path, and an animation.
-
-
-MAX_WALKS = 6
-"""Walks drawn one by one."""
-
-
-_FRAMES = 8  # of a contact sheet
-
-
-_GIF_FRAMES, _GIF_SIDE, _GIF_MS = 60, 224, 90
 
 
 def walk_figures(
@@ -500,7 +439,7 @@ def contact_sheet(
     settings: Mapping[str, Any],
 ) -> bytes:
     """Show frames of each walk, evenly spread, with distance and label, and what it leads to."""
-    columns = min(_FRAMES, max(len(path) for path in paths.values()))
+    columns = min(SHEET_FRAMES, max(len(path) for path in paths.values()))
     side, gap, words, left, top = 1.3, 0.08, 0.56, 0.2, 0.88
     across = columns * (side + gap) + (side + 2 * gap if ends else 0)
     width, height = max(2 * left + across, 6.5), top + len(paths) * (side + words)
@@ -567,14 +506,14 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
 
 def animation(frames: Sequence[bytes]) -> bytes:
     """One walk there and back as an animated GIF, small images enlarged by a whole factor."""
-    places = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES)).round().astype(int)).tolist()
+    places = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), GIF_FRAMES)).round().astype(int)).tolist()
     pictures = []
     for k in places:
         image = Image.open(io.BytesIO(frames[k])).convert("RGB")
-        factor = max(1, _GIF_SIDE // max(image.size))
+        factor = max(1, GIF_SIDE // max(image.size))
         pictures.append(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
     ring = [*pictures, *pictures[-2:0:-1]]
-    pause = [600, *[_GIF_MS] * (len(pictures) - 2), 600, *[_GIF_MS] * (len(ring) - len(pictures))][: len(ring)]
+    pause = [600, *[GIF_MS] * (len(pictures) - 2), 600, *[GIF_MS] * (len(ring) - len(pictures))][: len(ring)]
     buffer = io.BytesIO()
     ring[0].save(buffer, "GIF", save_all=True, append_images=ring[1:], duration=pause, loop=0)
     return buffer.getvalue()

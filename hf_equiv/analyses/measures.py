@@ -1,23 +1,23 @@
-"""What a match is worth: errors, distances, PSNR, SSIM and labels of the image as stored; summaries and a baseline.
+"""Measure a match: errors, distances, PSNR, SSIM and labels of the stored image; and sum up the rows of a run.
 
 Pixels are in [0, 1] and RGB; distances and PSNR are per image, over all N = 3·H·W values.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
+from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.formatting import finite, short
 from hf_equiv.precision import no_tf32
+from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def ssim(a: Tensor, b: Tensor) -> float | None:
     Returns:
         None for images with a side below 11.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # seconds to import
+
     if min(a.shape[-2:]) < SSIM_WINDOW:
         return None
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
@@ -93,8 +95,8 @@ def cosine(a: Tensor, b: Tensor) -> float | None:
 def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed: int, pair_id: str) -> float | None:
     """Median over 8 draws of ‖f(x_t + u) − f(x_t)‖ / ‖f(x_t)‖, u uniform in ±½/255 per value.
 
-    What rounding to 8 bit does to an image off the k/255 grid: a match cannot be asked to be nearer than this unless
-    its rounding is chosen. The draws depend on `seed` and `pair_id` alone.
+    Rounding to 8 bit does this to an image off the k/255 grid: a match can be nearer only if its rounding is chosen.
+    The draws depend on `seed` and `pair_id` alone.
 
     Args:
         encoder: f.
@@ -106,12 +108,10 @@ def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed:
     Returns:
         The median, or None if f gives NaN.
     """
-    digest = hashlib.sha256(f"{seed}:{pair_id}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    noise = torch.rand((QUANTIZATION_DRAWS, *target.shape), generator=generator) - 0.5
+    noise = torch.rand((QUANTIZATION_DRAWS, *target.shape), generator=image_generator(seed, pair_id)) - 0.5
     moved = encoder(target[None] + (noise / 255.0).to(target))
     errors = [relative_error(row, z) for row in moved]
-    return median(errors) if all(e is not None for e in errors) else None  # type: ignore[type-var]
+    return None if None in errors else median_of(errors)
 
 
 @torch.no_grad()
@@ -141,13 +141,13 @@ def measure_match(
             Probabilities are a softmax over the classes or labels, also for SigLIP.
 
     Returns:
-        The columns `MEASURES`; None for what is not defined: PSNR of equal images, SSIM below 11 px, labels without a
-        head.
+        The columns `MEASURES`; None where a value is not defined: PSNR of equal images, SSIM below 11 px, labels
+        without a head.
     """
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     three = torch.stack([source, match, target])
     z_source, z_match, z_target = encoder(three)
-    # float32 holds k/255 to 3e-8 only: what is said of the pixels is said of the files' levels
+    # float32 holds k/255 to 3e-8 only: distances are those of the levels in the files
     near, far = ((x.double() * 255).round() for x in (match, source))
     gap = (near - far) / 255
     row: Row = {
@@ -222,18 +222,13 @@ def summarize(rows: Sequence[Mapping[str, Any]], baseline: Row | None, rtol: flo
     """
     flips = [r for r in rows if r["same_top1"] is not None]
     changed = [r for r in flips if r["source_label"] != r["target_label"]]
+    errors = {"float": "embedding_error", "8bit": "embedding_error_8bit"}
     summary: Row = {
         "pairs": len(rows),
-        "counts": dict(sorted(Counter(str(r["status"]) for r in rows).items())),
-        "success": {
-            "float": {f"{t:.0e}": _share(rows, "embedding_error", t) for t in THRESHOLDS},
-            "8bit": {f"{t:.0e}": _share(rows, "embedding_error_8bit", t) for t in THRESHOLDS},
-        },
-        "median": {key: _median([r[key] for r in rows]) for key in _MEDIANS},
-        "worst": {
-            key: max((r[key] for r in rows if r[key] is not None), default=None)
-            for key in ("embedding_error", "embedding_error_8bit")
-        },
+        "counts": counts_of(rows),
+        "success": {kind: {f"{t:.0e}": _share(rows, key, t) for t in THRESHOLDS} for kind, key in errors.items()},
+        "median": {key: median_of(r[key] for r in rows) for key in _MEDIANS},
+        "worst": {key: largest(r[key] for r in rows) for key in errors.values()},
         "same_top1": sum(bool(r["same_top1"]) for r in flips) / len(flips) if flips else None,
         "source_labelled_otherwise": len(changed) if flips else None,
         "label_flipped_to_target": sum(bool(r["same_top1"]) for r in changed) if flips else None,
@@ -279,15 +274,45 @@ def _share(rows: Sequence[Mapping[str, Any]], key: str, threshold: float) -> flo
     return sum(r[key] is not None and r[key] <= threshold for r in rows) / len(rows) if rows else None
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
+def _spread(values: Sequence[float]) -> Row:
+    return {"median": finite(median_of(values)), "min": finite(min(values)), "max": finite(max(values))}
+
+
+def summarize_images(rows: Sequence[Mapping[str, Any]], own: Callable[[Sequence[Mapping[str, Any]]], Row]) -> Row:
+    """Summarise the rows of a spectrum, lipschitz or walk run.
+
+    Args:
+        rows: finished rows, those of one image side by side.
+        own: sums up the rows that are not of status `error`.
+
+    Returns:
+        Number of images, rows and rows by status, and what `own` says.
+    """
+    summary = {"images": len({row["image_id"] for row in rows}), "rows": len(rows), "counts": counts_of(rows)}
+    good = [row for row in rows if row["status"] != Status.ERROR]
+    return summary | (own(good) if good else {"verdict": "No image could be analysed."})
+
+
+def counts_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Count the rows by status."""
+    return dict(sorted(Counter(str(row["status"]) for row in rows).items()))
+
+
+def median_of(values: Iterable[float | None]) -> float | None:
+    """Return the median of the numbers that exist; None if none does."""
+    known = [value for value in values if value is not None]
     return median(known) if known else None
 
 
-def _spread(values: list[float]) -> Row:
-    return {"median": finite(median(values)), "min": finite(min(values)), "max": finite(max(values))}
+def largest(values: Iterable[float | None]) -> float | None:
+    """Return the largest of the numbers that exist; None if none does."""
+    return max((value for value in values if value is not None), default=None)
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    there = [v for v in values if v is not None]
-    return median(there) if there else None
+def quartiles_of(values: Sequence[float]) -> list[float] | None:
+    """Return the quantiles 0, 25, 50, 75 and 100 %."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return [values[0]] * 5
+    return [min(values), *quantiles(values, n=4, method="inclusive"), max(values)]

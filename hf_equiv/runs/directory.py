@@ -150,6 +150,7 @@ def write_record(
     summary: Row | None = None,
     errors: Mapping[str, str] | None = None,
     layout: Layout = MATCH,
+    command: str | None = None,
 ) -> None:
     """Write `run.json`: settings, the pairs or images, and once complete the summary and SHA-256 of every file."""
     files: dict[str, str] = {}
@@ -164,7 +165,7 @@ def write_record(
         "summary": summary,
         "errors": dict(errors or {}),
         "files": files,
-    }
+    } | ({} if command is None else {"command": command})
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     shards.write_atomic(folder / RECORD, text.encode())
 

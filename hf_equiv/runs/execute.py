@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from typing import Any
 
+
 @dataclass(frozen=True, slots=True)
 class RunProgress:
     """What the observer of a run receives.
@@ -62,6 +63,7 @@ class Job:
         item_bytes: bytes of an item's images, as stored, at most.
         make: writes the shard of a block, telling how it goes, and collects messages of errors by id.
         finish: writes figures and card once all rows are there; returns the summary.
+        command: command line that repeats the run, for `run.json`.
     """
 
     layout: Layout
@@ -72,6 +74,7 @@ class Job:
     item_bytes: int
     make: Callable[[Path, Sequence[Any], dict[str, str], Observer], None]
     finish: Callable[[Path], Row]
+    command: str | None = None
 
     def name(self, item: Any) -> str:
         """Id of an item."""
@@ -127,7 +130,7 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
                 summary = job.finish(folder)
                 directory.write_record(  # last: it names the hashes of the other files
                     folder, job.settings, records, complete=True, summary=summary, layout=job.layout,
-                    errors={name: errors[name] for name in names if name in errors},
+                    errors={name: errors[name] for name in names if name in errors}, command=job.command,
                 )  # fmt: skip
     return True
 
