@@ -67,11 +67,7 @@ class BaseConfig:
         return name if name in HALF else None
 
     def check(self) -> None:
-        """Refuse options that no run can have, before a checkpoint is loaded.
-
-        Raises:
-            ValueError: with the option and what it must be.
-        """
+        """Refuse options that no run can have, before a checkpoint is loaded."""
         if self.seed < 0:
             raise ValueError(f"`seed` must be 0 or more; got {self.seed}.")
 

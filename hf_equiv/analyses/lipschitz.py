@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, Load
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import largest, median_of, quartiles_of, summarize_images
+from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, quartiles_of
 from hf_equiv.analyses.pairs import Item, image_generator
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Verb, stage_teller
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
 from hf_equiv.checks import check_positive, check_radii, check_radius
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import BUILTIN_PHOTOS
@@ -26,14 +25,10 @@ from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
 from hf_equiv.geometry.secants import RADII
 from hf_equiv.results import Status
-from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
-
-Stage = Callable[[str, int, int], None]
-"""Told of a stage, the steps of it that are done, and their number."""
 
 DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
 
@@ -129,10 +124,7 @@ class LipschitzConfig(ImageConfig):
 
 
 def parse_directions(text: str) -> dict[str, int]:
-    """Read `random:64,top:8,gradient`.
-
-    Args:
-        text: kinds with a count; `gradient`, `toward` and `match` without.
+    """Read kinds with their counts; `gradient`, `toward` and `match` have none.
 
     Returns:
         Kind to count, in the order given.
@@ -162,12 +154,9 @@ def parse_directions(text: str) -> dict[str, int]:
     return kinds
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
-    """Make the rows of each image, one for each direction."""
-    return [_image_rows(plan.encoder, one, plan.settings, batch, stage_teller(tell, one.item)) for one in part]
-
-
-def _image_rows(encoder: Any, one: Loaded, settings: Mapping[str, Any], batch: int, tell: Stage) -> Made:
+def image_rows(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+    """Make the rows of one image, one for each direction."""
+    encoder, settings = plan.encoder, plan.settings
     # float images: the target, its match, and the place and direction of the largest constant in the ball
     name, image, target = one.item.name, one.image, one.target
     floats: dict[str, Tensor] = {} if target is None else {"toward": target}
@@ -198,20 +187,7 @@ def directions_of_run(
     encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int = 32,
     match: Tensor | None = None,
 ) -> Directions:  # fmt: skip
-    """Make the directions at one image: they follow from the settings of the run, its seed and the id of the image.
-
-    Args:
-        encoder: f.
-        image: (3, H, W).
-        target: image of the `toward` direction, (3, H, W); None if there is none.
-        settings: of the run, as in `run.json`.
-        image_id: its id.
-        batch: cotangents per backward pass.
-        match: image of the `match` direction, (3, H, W); None if there is none.
-
-    Returns:
-        The directions of one image, in the order of its rows.
-    """
+    """Make the directions at one image (3, H, W), in the order of its rows; settings, seed and image id fix them."""
     kinds: Mapping[str, int] = settings["directions"]
     return make_directions(
         encoder,
@@ -232,21 +208,7 @@ def measure_directions(
     encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int,
     tell: Stage, match: Tensor | None = None,
 ) -> tuple[LipschitzResult, LinearityResult | None]:  # fmt: skip
-    """Measure the constants and, if asked for, the linearity radii of the directions of one image.
-
-    Args:
-        encoder: f.
-        image: (3, H, W).
-        target: image of the `toward` direction, (3, H, W); None if there is none.
-        settings: of the run.
-        image_id: its id.
-        batch: images and tangents per pass.
-        tell: told of progress.
-        match: image of the `match` direction, (3, H, W); None if there is none.
-
-    Returns:
-        The two results.
-    """
+    """Measure the constants and, if asked for, the linearity radii of the directions of one image (3, H, W)."""
     tell("directions", 0, 1)
     directions = directions_of_run(encoder, image, target, settings, image_id, batch, match)
     radii: Sequence[float] = settings["radii"]
@@ -298,7 +260,7 @@ def _numbers(values: Tensor) -> list[float | None]:
     return [finite(v) for v in values.tolist()]
 
 
-def _summarize(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Row:
+def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
     kinds: Row = {}
     for kind in dict.fromkeys(row["direction"] for row in rows):
         own = [row for row in rows if row["direction"] == kind]
@@ -338,11 +300,6 @@ def _verdict(kinds: Row, region: Row, settings: Mapping[str, Any]) -> str:
     return text.strip() or "No direction has a constant above the float noise."
 
 
-def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
-    """Sum up the rows: constants by kind of direction, the largest of the ball, and a verdict."""
-    return summarize_images(made.rows, partial(_summarize, settings))
-
-
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     """Draw the secants of one image and the constants of all."""
     from hf_equiv.analyses import figures
@@ -352,8 +309,8 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
 
 VERB = Verb(
     config=LipschitzConfig,
-    make_rows=make_rows,
-    summarize=summarize,
+    make_rows=one_by_one(image_rows),
+    summarize=by_image(_summarize),
     figures=draw_figures,
     succeeded=(Status.RESOLVED, Status.UNDETERMINED),  # the second is the right answer for null directions
     batch="derivatives",

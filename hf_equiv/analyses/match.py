@@ -167,19 +167,7 @@ class MatchConfig(BaseConfig):
 
 
 def drafts_of(encoder: Encoder, half: str | None, *, compiled: bool) -> tuple[Draft, ...]:
-    """Make the drafts of an encoder: half precision first, then compiled.
-
-    Args:
-        encoder: f.
-        half: a key of `HALF`, or None.
-        compiled: whether to compile the encoder.
-
-    Returns:
-        The drafts in the order of use.
-
-    Raises:
-        ValueError: there is no C++ compiler to compile with.
-    """
+    """Make the drafts of an encoder in the order of use: half precision (a key of `HALF`), then compiled."""
     drafts = []
     if half is not None:
         dtype, rtol = HALF[half]
@@ -296,21 +284,7 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
 def match_target(
     encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
 ) -> tuple[Tensor, float, float]:
-    """Match an image with the embedding of another: the start of a walk, or the end of the direction `match`.
-
-    Args:
-        encoder: f.
-        source: image to start from, (3, H, W).
-        target: image whose embedding is wanted, (3, H, W).
-        rtol: embedding error ‖f(x)−f(t)‖/‖f(t)‖ to reach.
-        tell: told of progress.
-
-    Returns:
-        The match (3, H, W), its evaluations, its seconds.
-
-    Raises:
-        RuntimeError: it did not reach `rtol`.
-    """
+    """Match an image with the embedding of another; returns the match (3, H, W), its evaluations, its seconds."""
     with torch.no_grad(), no_tf32():
         z = encoder(target[None])
 

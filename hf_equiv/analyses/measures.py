@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.analyses.plan import RunRows
 from hf_equiv.formatting import finite, short
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
@@ -23,15 +24,14 @@ from hf_equiv.runs.schema import Row
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
+Rows = Sequence[Mapping[str, Any]]
+
 SSIM_WINDOW = 11
 """Side of the Gaussian window of SSIM (Wang et al. 2004); smaller images have none."""
 
-
 QUANTIZATION_DRAWS = 8
 
-
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)
-
 
 MEASURES = (
     "embedding_error_8bit", "target_quantization_error", "noise_floor",
@@ -39,7 +39,6 @@ MEASURES = (
     "source_label", "target_label", "match_label", "match_prob", "target_label_prob", "same_top1",
 )  # fmt: skip
 """The columns that `measure_match` computes from the three stored images alone."""
-
 
 _MEDIANS = (
     "embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor", "cosine_to_target",
@@ -49,65 +48,39 @@ _MEDIANS = (
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float | None:
-    """Peak signal-to-noise ratio in dB, 10·log₁₀(1 / mean (a−b)²), of two images (C, H, W) in [0, 1].
-
-    By hand, since torchmetrics takes the logarithm in float32 (1e-6 dB off).
-
-    Returns:
-        None for identical images, whose ratio is infinite.
-    """
+    """Return 10·log₁₀(1 / mean (a−b)²) in dB of two images (C, H, W) in [0, 1]; None for identical images."""
+    # torchmetrics takes this logarithm in float32, which is off by 1e-6 dB
     error = float((a.detach().double() - b.detach().double()).square().mean())
     return -10 * math.log10(error) if error > 0.0 and math.isfinite(error) else None
 
 
 def ssim(a: Tensor, b: Tensor) -> float | None:
-    """Structural similarity in [−1, 1] of two images (C, H, W) in [0, 1]: Gaussian window 11, σ = 1.5.
-
-    The mean is over windows that lie inside the image, as in Wang et al. 2004 and scikit-image (torchmetrics alone also
-    counts windows over a mirrored border).
-
-    Returns:
-        None for images with a side below 11.
-    """
+    """Return the SSIM (Gaussian window 11, σ = 1.5) of two images (C, H, W) in [0, 1]; None for a side below 11."""
     from torchmetrics.functional.image import structural_similarity_index_measure  # seconds to import
 
     if min(a.shape[-2:]) < SSIM_WINDOW:
         return None
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     _, windows = structural_similarity_index_measure(a[None], b[None], data_range=1.0, return_full_image=True)
-    border = SSIM_WINDOW // 2
+    border = SSIM_WINDOW // 2  # windows that lie inside the image count, as in Wang et al. 2004 and scikit-image
     return finite(windows[..., border:-border, border:-border].mean())
 
 
 def relative_error(z: Tensor, reference: Tensor) -> float | None:
-    """‖z − reference‖ / ‖reference‖ of two vectors, in float64."""
+    """Return ‖z − reference‖ / ‖reference‖ of two vectors, in float64."""
     z, reference = z.detach().double(), reference.detach().double()
     return finite((z - reference).norm() / reference.norm())
 
 
 def cosine(a: Tensor, b: Tensor) -> float | None:
-    """Cosine similarity in [−1, 1] of two vectors, in float64."""
+    """Return the cosine similarity in [−1, 1] of two vectors, in float64."""
     a, b = a.detach().double(), b.detach().double()
     value = finite(torch.dot(a, b) / (a.norm() * b.norm()))
     return None if value is None else min(1.0, max(-1.0, value))
 
 
 def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed: int, pair_id: str) -> float | None:
-    """Median over 8 draws of ‖f(x_t + u) − f(x_t)‖ / ‖f(x_t)‖, u uniform in ±½/255 per value.
-
-    Rounding to 8 bit does this to an image off the k/255 grid: a match can be nearer only if its rounding is chosen.
-    The draws depend on `seed` and `pair_id` alone.
-
-    Args:
-        encoder: f.
-        target: x_t, (3, H, W).
-        z: f(x_t), (D,).
-        seed: seed of the run.
-        pair_id: id of the row.
-
-    Returns:
-        The median, or None if f gives NaN.
-    """
+    """Return the median over 8 draws of ‖f(x_t + u) − f(x_t)‖ / ‖f(x_t)‖, u uniform in ±½/255; None if f gives NaN."""
     noise = torch.rand((QUANTIZATION_DRAWS, *target.shape), generator=image_generator(seed, pair_id)) - 0.5
     moved = encoder(target[None] + (noise / 255.0).to(target))
     errors = [relative_error(row, z) for row in moved]
@@ -126,23 +99,23 @@ def measure_match(
     pair_id: str,
     labels: Sequence[str] | None = None,
 ) -> Row:
-    """Compute every column of a row that follows from the three stored images.
+    """Compute the columns `MEASURES` of a row from its three stored images, each (3, H, W) as read back from PNG.
 
-    Cost: about 16 forwards of one image, of which 2 in float64.
+    Cost: about 16 forwards of one image, of which 2 in float64. A column is None where it is not defined: PSNR of equal
+    images, SSIM below 11 px, labels without a head.
 
     Args:
         encoder: f.
-        source: image the match started from, (3, H, W), pixels k/255 as read back from its PNG.
-        match: the match, likewise.
-        target: the image whose embedding it has, likewise.
-        seed: seed of the run.
+        source: image the match started from.
+        match: the match.
+        target: the image whose embedding it has.
+        seed: seed of the run; with `pair_id` it seeds the noise on the target.
         pair_id: id of the row.
         labels: class names for zero-shot classification (CLIP, SigLIP); by default the checkpoint's head is used.
             Probabilities are a softmax over the classes or labels, also for SigLIP.
 
     Returns:
-        The columns `MEASURES`; None where a value is not defined: PSNR of equal images, SSIM below 11 px, labels
-        without a head.
+        The columns.
     """
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     three = torch.stack([source, match, target])
@@ -183,17 +156,16 @@ _SAME = 1e-4
 
 
 def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
-    """How far apart unrelated images are: source i against the target of every other pair j ≠ i.
+    """Measure how far apart unrelated images are: source i against the target of every other pair j ≠ i.
 
-    A photo may be the source of one pair and the target of another; it is never compared with itself.
+    A photo that is the source of one pair and the target of another is never compared with itself.
 
     Args:
         sources: embeddings f(x_i), (B, D).
         targets: embeddings f(t_j), (B, D). With a single pair, its own source and target are compared.
 
     Returns:
-        `num_pairs`, and `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`, each with median, min and
-        max. None if all images are the same.
+        `num_pairs`, and median, min and max of `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`; None for equal images.
     """
     a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
     apart = ~torch.eye(len(a), dtype=torch.bool) if len(a) > 1 else torch.ones(1, 1, dtype=torch.bool)
@@ -209,17 +181,8 @@ def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
     }
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], baseline: Row | None, rtol: float) -> Row:
-    """Summarise match rows: counts by status, success rates, medians, labels, baseline, and a verdict in words.
-
-    Args:
-        rows: finished rows.
-        baseline: from `random_pair_baseline`, or None.
-        rtol: tolerance that the matches were asked to reach.
-
-    Returns:
-        Plain data, None for what does not exist.
-    """
+def summarize(rows: Rows, baseline: Row | None, rtol: float) -> Row:
+    """Sum up match rows: counts, success rates, medians, labels, the baseline given, and a verdict in words."""
     flips = [r for r in rows if r["same_top1"] is not None]
     changed = [r for r in flips if r["source_label"] != r["target_label"]]
     errors = {"float": "embedding_error", "8bit": "embedding_error_8bit"}
@@ -238,7 +201,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], baseline: Row | None, rtol: flo
     return summary
 
 
-def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> str:
+def _verdict(summary: Row, rows: Rows, rtol: float) -> str:
     n, middle = summary["pairs"], summary["median"]
     if not n or middle["embedding_error_8bit"] is None:
         return "No match was made."
@@ -270,7 +233,7 @@ def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> st
     return text
 
 
-def _share(rows: Sequence[Mapping[str, Any]], key: str, threshold: float) -> float | None:
+def _share(rows: Rows, key: str, threshold: float) -> float | None:
     return sum(r[key] is not None and r[key] <= threshold for r in rows) / len(rows) if rows else None
 
 
@@ -278,22 +241,19 @@ def _spread(values: Sequence[float]) -> Row:
     return {"median": finite(median_of(values)), "min": finite(min(values)), "max": finite(max(values))}
 
 
-def summarize_images(rows: Sequence[Mapping[str, Any]], own: Callable[[Sequence[Mapping[str, Any]]], Row]) -> Row:
-    """Summarise the rows of a spectrum, lipschitz or walk run.
+def by_image(own: Callable[[Rows, Mapping[str, Any]], Row]) -> Callable[[Any, Mapping[str, Any], RunRows], Row]:
+    """Return a function that sums up rows of single images; `own` adds numbers and verdict of the good rows."""
 
-    Args:
-        rows: finished rows, those of one image side by side.
-        own: sums up the rows that are not of status `error`.
+    def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+        rows = made.rows
+        summary = {"images": len({row["image_id"] for row in rows}), "rows": len(rows), "counts": counts_of(rows)}
+        good = [row for row in rows if row["status"] != Status.ERROR]
+        return summary | (own(good, settings) if good else {"verdict": "No image could be analysed."})
 
-    Returns:
-        Number of images, rows and rows by status, and what `own` says.
-    """
-    summary = {"images": len({row["image_id"] for row in rows}), "rows": len(rows), "counts": counts_of(rows)}
-    good = [row for row in rows if row["status"] != Status.ERROR]
-    return summary | (own(good) if good else {"verdict": "No image could be analysed."})
+    return summarize
 
 
-def counts_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def counts_of(rows: Rows) -> dict[str, int]:
     """Count the rows by status."""
     return dict(sorted(Counter(str(row["status"]) for row in rows).items()))
 

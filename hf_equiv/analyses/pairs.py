@@ -69,11 +69,7 @@ def unusable_images(items: Sequence[Item]) -> dict[str, str]:
 
 
 class Reader:
-    """Reads images as the encoder sees them, each once as long as they fit into `KEPT_BYTES`.
-
-    Args:
-        encoder: whose pixels count.
-    """
+    """Reads images as the encoder sees them, each once as long as they fit into `KEPT_BYTES`."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.bad: dict[str, dict[str, None]] = {}
@@ -84,11 +80,7 @@ class Reader:
         self._room = KEPT_BYTES
 
     def pixels(self, images: ImageSet, index: int) -> Tensor:
-        """Return an image of a set, (3, H, W) on the k/255 grid, on the CPU.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """Return an image of a set, (3, H, W) on the k/255 grid, on the CPU; one that cannot be read raises."""
         levels = self._levels.get((id(images), index))
         if levels is not None:
             return levels.float() / 255
@@ -117,24 +109,7 @@ class Reader:
 def name_pairs(
     reader: Reader, sources: ImageSet, targets: ImageSet, *, drawn: bool, n: int | None, seed: int
 ) -> tuple[Item, ...]:
-    """Draw pairs from a set, or put named sources and targets together.
-
-    Two photos of equal pixels are never drawn as a pair.
-
-    Args:
-        reader: reads each image once.
-        sources: images to start from.
-        targets: images whose embedding is wanted; the same set if the pairs are drawn.
-        drawn: whether pairs are drawn; otherwise there is one target, or the i-th source goes to the i-th target.
-        n: number of pairs to draw; None for 10, or all there are.
-        seed: seed of the draw.
-
-    Returns:
-        The pairs in order.
-
-    Raises:
-        ValueError: see `_settle`.
-    """
+    """Draw `n` pairs of images of different pixels from a set, or put named sources and targets together."""
 
     def differ(i: int, j: int) -> bool:
         source = reader.digest(sources, i)
@@ -142,31 +117,18 @@ def name_pairs(
 
     places = draw_pairs(sources, n, seed, differ) if drawn else _given_pairs(sources, targets)
     used: set[str] = set()
-    columns = []
+    columns: list[dict[str, str | None]] = []
     for index, (i, j) in enumerate(places):
         name = f"{sources.ids[i]}->{targets.ids[j]}"
         name += f"#{index}" if name in used else ""
         used.add(name)
-        classes = {"source_class": sources.labels[i], "target_class": targets.labels[j]}
-        columns.append({"pair_id": name, "source_id": sources.ids[i], "target_id": targets.ids[j]} | classes)
+        ids = {"pair_id": name, "source_id": sources.ids[i], "target_id": targets.ids[j]}
+        columns.append({**ids, "source_class": sources.labels[i], "target_class": targets.labels[j]})
     return _settle(reader, sources, targets, places, columns, drawn=drawn)
 
 
 def name_images(reader: Reader, images: ImageSet, targets: ImageSet | None, *, drawn: bool = False) -> tuple[Item, ...]:
-    """List the images of a set, each with its target.
-
-    Args:
-        reader: reads each image once.
-        images: the set.
-        targets: one for all, as many as images, or the same set: then each image has the next one, the last the first.
-        drawn: whether the images are of a data set, in which unreadable images fail only their own rows.
-
-    Returns:
-        The images in order.
-
-    Raises:
-        ValueError: see `_settle`.
-    """
+    """List the images of a set with their targets: one for all, as many as images, or the next one of the same set."""
     count = len(images)
     if targets is None:
         places: Sequence[tuple[int, int | None]] = [(i, None) for i in range(count)]

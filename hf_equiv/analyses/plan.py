@@ -84,11 +84,7 @@ class Plan:
         return command_line(self)
 
     def pixels(self, item: Item) -> tuple[Tensor, Tensor | None]:
-        """Return an image and its target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU.
-
-        Raises:
-            ValueError: an image cannot be read, or the two are the same.
-        """
+        """Return an image and its target, each (3, H, W) on the k/255 grid, on the CPU; unusable images raise."""
         source = self.reader.pixels(self.images, item.source)
         if self.targets is None or item.target is None:
             return source, None
@@ -111,15 +107,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An item with its images as they are stored and as they are analysed: the pixels are those of the PNG files.
-
-    Attributes:
-        item: the pair or image.
-        png: the image as a PNG file.
-        image: its pixels (3, H, W), on the encoder's device.
-        target_png: the target as a PNG file, if there is a target.
-        target: its pixels, likewise.
-    """
+    """An item with its images as PNG files, and their pixels (3, H, W) as read back, on the encoder's device."""
 
     item: Item
     png: bytes
@@ -130,13 +118,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The rows of one item, without the columns that all its rows share.
-
-    Attributes:
-        rows: one or more.
-        floats: float images by the name they get on disk.
-        cost: evaluations that no column states.
-    """
+    """The rows of one item, its float images by name, and the evaluations that no column states."""
 
     rows: Sequence[Row]
     floats: Mapping[str, Tensor]
@@ -145,14 +127,7 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class RunRows:
-    """The rows of a finished run, read back from disk once.
-
-    Attributes:
-        rows: without images, in the order of the items; those of one item as they were made.
-        shown: the rows of the first items, with their images.
-        costs: evaluations that no column states, by item.
-        folder: run directory.
-    """
+    """The rows of a run in order, read back once: all without images, the first also with, and costs by item."""
 
     rows: tuple[Row, ...]
     shown: tuple[Row, ...] = ()
@@ -170,7 +145,7 @@ class Verb:
         summarize: sums up the rows of a run; takes encoder, settings and rows.
         figures: draws the figures of a run; takes plan, summary and rows; gives files by name.
         succeeded: statuses of rows that need no second look.
-        batch: what the batch size counts: items, or derivatives of one item, or nothing.
+        batch: what the batch size counts: `items`, `derivatives` of one item, or `nothing`.
         shown: number of first items whose images summary and figures need.
     """
 
@@ -183,9 +158,23 @@ class Verb:
     shown: int
 
 
-def stage_teller(tell: Observer, item: Item) -> Callable[[str, int, int], None]:
-    """Return a function that tells the observer a stage of one item, the steps done and their number."""
-    return lambda name, step, steps: tell(RunProgress(name, pair_ids=(item.name,), step=step, steps=steps))
+Stage = Callable[[str, int, int], None]
+"""Told of a stage of one item, the steps of it that are done, and their number."""
+
+
+def one_by_one(
+    make: Callable[[Plan, Loaded, int, Stage], Made],
+) -> Callable[[Plan, Sequence[Loaded], int, Observer], list[Made]]:
+    """Return a function that makes the rows of several items, each by itself."""
+
+    def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+        def stage(one: Loaded) -> Stage:
+            ids = (one.item.name,)
+            return lambda name, step, steps: tell(RunProgress(name, pair_ids=ids, step=step, steps=steps))
+
+        return [make(plan, one, batch, stage(one)) for one in part]
+
+    return make_rows
 
 
 def make_plan(
@@ -276,13 +265,7 @@ def _text(value: Any) -> str:
 
 
 def command_line(plan: Plan) -> str:
-    """Build the command line that repeats a run: every option that is not the default.
-
-    A local checkpoint, file or folder is named by its last part, so that no path of this machine is published.
-
-    Returns:
-        The command line, quoted for a shell.
-    """
+    """Build the command line that repeats a run, each local checkpoint, file or folder by its name without a path."""
     config, settings = plan.config, plan.settings
     revision = str(settings["model_revision"])
     words = ["hf-equiv", config.analysis, str(settings["model_id"])]

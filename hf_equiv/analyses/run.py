@@ -254,18 +254,7 @@ def _card(layout: Layout, settings: Row, summary: Row, figures: Sequence[str]) -
 
 
 def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, pair_ids: Sequence[str]) -> Row:
-    """Sum up the rows of a match run, with the baseline from the stored images of its first pairs.
-
-    Args:
-        encoder: f.
-        folder: run directory.
-        rows: its rows.
-        rtol: tolerance of the run.
-        pair_ids: ids of all pairs, in order.
-
-    Returns:
-        As `measures.summarize`, with the median evaluations of refining, which rows do not have.
-    """
+    """Sum up the rows of a match run, with the baseline from the stored images of its first pairs."""
     order = {name: place for place, name in enumerate(pair_ids[: match.BASELINE_PAIRS])}
     stored = shards.read_rows(folder, images=True, first=len(order))
     shown = sorted((row for row in stored if row["pair_id"] in order), key=lambda row: order[row["pair_id"]])
@@ -274,16 +263,7 @@ def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, 
 
 
 def summarize_analysis(analysis: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
-    """Sum up the rows of a spectrum, lipschitz or walk run.
-
-    Args:
-        analysis: `spectrum`, `lipschitz` or `walk`.
-        rows: finished rows, those of one image side by side.
-        settings: of the run.
-
-    Returns:
-        Plain data, None for what does not exist; `verdict` says it in words.
-    """
+    """Sum up the rows of a spectrum, lipschitz or walk run, those of one image side by side."""
     return VERBS[analysis].summarize(None, settings, RunRows(tuple(map(dict, rows))))
 
 

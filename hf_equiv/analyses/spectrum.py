@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig
-from hf_equiv.analyses.measures import median_of, summarize_images
+from hf_equiv.analyses.measures import Rows, by_image, median_of
 from hf_equiv.analyses.pairs import Item
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Verb, stage_teller
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
 from hf_equiv.checks import check_count
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import finite, short
@@ -20,7 +20,6 @@ from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
 from hf_equiv.geometry.zeros import Zero
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
-from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -69,20 +68,16 @@ class SpectrumConfig(ImageConfig):
         return size + size * encoder.dtype.itemsize * (self.k or KEPT_VECTORS) * self.vectors
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
-    """Make the row of each image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
-    config = plan.config
-    assert isinstance(config, SpectrumConfig)
-    made = []
-    for one in part:
-        stage_teller(tell, one.item)("jacobian", 0, 1)
-        result = measure_spectrum(plan.encoder, one.image, k=config.k, vectors=config.vectors, batch=batch)
-        floats: dict[str, Tensor] = {}
-        if result.right is not None and result.left is not None:
-            kept = config.k or min(KEPT_VECTORS, result.right.shape[1])
-            floats = {"right": result.right[0, :kept].clone(), "left": result.left[0, :, :kept]}  # without the others
-        made.append(Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()}))
-    return made
+def image_row(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+    """Make the row of one image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
+    tell("jacobian", 0, 1)
+    k, vectors = plan.settings["k"], plan.settings["vectors"]
+    result = measure_spectrum(plan.encoder, one.image, k=k, vectors=vectors, batch=batch)
+    floats: dict[str, Tensor] = {}
+    if result.right is not None and result.left is not None:
+        kept = k or min(KEPT_VECTORS, result.right.shape[1])
+        floats = {"right": result.right[0, :kept].clone(), "left": result.left[0, :, :kept]}  # without the others
+    return Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()})
 
 
 def measure_spectrum(encoder: Any, image: Tensor, *, k: int | None, vectors: bool, batch: int) -> SpectrumResult:
@@ -124,7 +119,7 @@ def _zeros(zeros: Sequence[Zero]) -> list[Row]:
     ]
 
 
-def _summarize(rows: Sequence[Mapping[str, Any]]) -> Row:
+def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
     keys = ("sigma_max", "rank", "nullity", "effective_rank", "participation", "num_evals", "seconds")
     middle = {key: median_of(row[key] for row in rows) for key in keys}
     zeros = {
@@ -142,7 +137,7 @@ def _summarize(rows: Sequence[Mapping[str, Any]]) -> Row:
     return {"median": middle, **zeros, "verdict": _verdict(rows, middle, zeros)}
 
 
-def _by_cause(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
+def _by_cause(rows: Rows, kind: str) -> dict[str, list[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         for zero in row[kind]:
@@ -150,7 +145,7 @@ def _by_cause(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Ma
     return found
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]], middle: Row, zeros: Row) -> str:
+def _verdict(rows: Rows, middle: Row, zeros: Row) -> str:
     where = f"At {rows[0]['image_id']}" if len(rows) == 1 else f"At {len(rows)} images (medians)"
     text = f"{where} the embedding moves by at most {middle['sigma_max']:.4g} per unit of pixels (L2)"
     if middle["rank"] is None:
@@ -167,33 +162,24 @@ def _verdict(rows: Sequence[Mapping[str, Any]], middle: Row, zeros: Row) -> str:
     return text + (f" Nearly zero: {', '.join(near)}." if near else "")
 
 
-def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
-    """Sum up the rows: medians, the zeros by cause, and a verdict."""
-    return summarize_images(made.rows, _summarize)
-
-
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     """Draw the spectra and, if they are kept, the singular vectors of the first images."""
     from hf_equiv.analyses import figures
 
     images = {row["image_id"]: decode_png(row["image"]) for row in made.shown if row["image"] is not None}
-    vectors: dict[str, tuple[Tensor, Tensor]] = {}
-    if getattr(plan.config, "vectors", False) and made.folder is not None:
+    floats: dict[str, Tensor] = {}
+    if plan.settings["vectors"] and made.folder is not None:
         for path in shards.shard_files(made.folder, plan.layout):
             if shards.shard_index(path) < SHOWN:
-                floats = shards.read_floats(made.folder / "float" / f"{path.stem}.safetensors")[0]
-                vectors |= {
-                    name: (image, floats[f"{name}/right"])
-                    for name, image in images.items()
-                    if f"{name}/right" in floats
-                }
+                floats |= shards.read_floats(made.folder / "float" / f"{path.stem}.safetensors")[0]
+    vectors = {name: (x, floats[f"{name}/right"]) for name, x in images.items() if f"{name}/right" in floats}
     return figures.spectrum_figures(made.rows, vectors, plan.settings)
 
 
 VERB = Verb(
     config=SpectrumConfig,
-    make_rows=make_rows,
-    summarize=summarize,
+    make_rows=one_by_one(image_row),
+    summarize=by_image(_summarize),
     figures=draw_figures,
     succeeded=(Status.COMPLETED,),
     batch="derivatives",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, Load, check_choice
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import largest, median_of, relative_error, summarize_images
+from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, relative_error
 from hf_equiv.analyses.pairs import Item, image_generator
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Verb, stage_teller
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
 from hf_equiv.checks import check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
@@ -23,7 +22,6 @@ from hf_equiv.formatting import finite, short
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, trace_level_set
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
-from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -107,32 +105,20 @@ class WalkConfig(ImageConfig):
         return (size + whole) * (self.num_steps + 1) + 2 * whole
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
-    """Walk from each image; one row for each point."""
-    return [_walk(plan.encoder, one, plan.settings, stage_teller(tell, one.item)) for one in part]
-
-
-def _walk(encoder: Any, one: Loaded, settings: Mapping[str, Any], tell: Callable[[str, int, int], None]) -> Made:
-    """Walk from one image; for `nearest` and `connect` from a match that starts at it."""
+def path_rows(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+    """Walk from one image, for `nearest` and `connect` from a match that starts at it; one row for each point."""
+    encoder, settings = plan.encoder, plan.settings
     name, image, target = one.item.name, one.image, one.target
     from_match, steps = settings["solver"] is not None, settings["num_steps"]
     start, evals, seconds = image, 0.0, 0.0
     if from_match and target is not None:
         start, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
     walk = trace_level_set(
-        encoder,
-        start[None],
-        heading=settings["heading"],
-        step=settings["step"],
-        num_steps=steps,
-        rtol=settings["rtol"],
-        target=None if target is None else target[None],
-        stop=settings.get("stop", STOP),
-        origin=image[None] if from_match else None,
-        generator=image_generator(settings["seed"], name),
-        keep_points=True,
-        progress=lambda point: tell("walk", point.step, steps),
-    )
+        encoder, start[None], heading=settings["heading"], step=settings["step"], num_steps=steps,
+        rtol=settings["rtol"], target=None if target is None else target[None], stop=settings.get("stop", STOP),
+        origin=image[None] if from_match else None, generator=image_generator(settings["seed"], name),
+        keep_points=True, progress=lambda point: tell("walk", point.step, steps),
+    )  # fmt: skip
     path, status = walk.paths[0], walk.status[0]
     if not path or status is Status.ERROR:
         raise RuntimeError(status.advice)
@@ -187,7 +173,7 @@ def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
     return [{"label": names[int(p.argmax())], "prob": finite(p.max())} for p in probs]
 
 
-def _summarize(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Row:
+def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
     walks: list[Row] = []
     for name in dict.fromkeys(row["image_id"] for row in rows):
         path = [row for row in rows if row["image_id"] == name]
@@ -256,11 +242,6 @@ def _rest(walk: Row, settings: Mapping[str, Any]) -> str:
     return f"A nearer point could not be brought back to the level set; {told}."
 
 
-def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
-    """Sum up the rows: the end of each walk, its largest drift, its labels, and a verdict."""
-    return summarize_images(made.rows, partial(_summarize, settings))
-
-
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     """Draw the first walks, with the images that they lead to."""
     from hf_equiv.analyses import figures
@@ -280,8 +261,8 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
 
 VERB = Verb(
     config=WalkConfig,
-    make_rows=make_rows,
-    summarize=summarize,
+    make_rows=one_by_one(path_rows),
+    summarize=by_image(_summarize),
     figures=draw_figures,
     succeeded=(Status.COMPLETED,),
     batch="nothing",
