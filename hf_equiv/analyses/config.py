@@ -1,4 +1,4 @@
-"""The options that all four verbs have, and what makes a config a plan; each verb adds its own."""
+"""Hold the options that several verbs share, with their checks, and the hooks by which a config becomes a plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 Load = Callable[..., ImageSet]
-"""`load_images` with the columns and the cache of the run filled in."""
+"""The function `load_images`, with the columns and the cache of the run filled in."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BaseConfig:
 
     @property
     def half(self) -> str | None:
-        """Half-precision type of the early iterations, if one was asked for; every number is float32."""
+        """Half-precision type of the early iterations, if one is asked for; every number is float32."""
         name = {"bf16": "bfloat16"}.get(self.dtype, self.dtype)
         return name if name in HALF else None
 
@@ -134,7 +134,7 @@ class ImageConfig(BaseConfig):
             raise ValueError(f"`target` must come with {self.wants_target}; got {self.target!r} without. Leave it out.")
 
     def open_images(self, load: Load) -> tuple[ImageSet, ImageSet | None]:
-        """Open the images and their targets; the built-in photos stand in for what is not named."""
+        """Open the images and their targets; the built-in photos are the default."""
         named = self.data or self.source
         images = load(named or "builtin", limit=self.limit, seed=self.seed, streaming=self.streaming)
         if not self.needs_target:
@@ -181,7 +181,11 @@ def AnalysisConfig(analysis: str, **given: Any) -> Any:  # noqa: N802
 
 
 def __getattr__(name: str) -> Any:
-    homes = {"RunConfig": ("match", "MatchConfig"), "SINGLE": ("lipschitz", "SINGLE")}
+    homes = {
+        "RunConfig": ("match", "MatchConfig"),
+        "drafts_of": ("match", "drafts_of"),
+        "SINGLE": ("lipschitz", "SINGLE"),
+    }
     if name not in homes:
         raise AttributeError(name)
     module, new = homes[name]

@@ -1,4 +1,4 @@
-"""Figures of runs, one function for each verb. Nothing here touches matplotlib's global state."""
+"""Draw the figures of runs, one function for each verb, without touching the global state of matplotlib."""
 
 from __future__ import annotations
 
@@ -439,7 +439,7 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
 
 
 def animation(frames: Sequence[bytes]) -> bytes:
-    """One walk there and back as an animated GIF, small images enlarged by a whole factor."""
+    """Show one walk there and back as an animated GIF, small images enlarged by a whole factor."""
     places = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), GIF_FRAMES)).round().astype(int)).tolist()
     pictures = []
     for k in places:

@@ -1,4 +1,4 @@
-"""`lipschitz`: local constants of directions at each image, with the ladder of secants that each was read from."""
+"""Measure local Lipschitz constants of directions at each image, each read from a ladder of secants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`match`: pairs of images, each source turned into an image with the embedding of its target."""
+"""Match pairs of images: turn each source into an image with the embedding of its target."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
 def match_target(
     encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
 ) -> tuple[Tensor, float, float]:
-    """Match an image with the embedding of another; returns the match (3, H, W), its evaluations, its seconds."""
+    """Match an image with the embedding of another, and return the match (3, H, W), its evaluations, its seconds."""
     with torch.no_grad(), no_tf32():
         z = encoder(target[None])
 

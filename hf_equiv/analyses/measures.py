@@ -211,7 +211,7 @@ def _verdict(summary: Row, rows: Rows, rtol: float) -> str:
     apart = short(baseline["distance"]["median"]) if baseline and baseline["distance"]["median"] else None
     if n == 1:
         start = "The match embeds as the target" if hit else f"The match did not reach embedding error {short(rtol)}"
-        near = max(10 * rtol, rows[0]["target_quantization_error"] or 0.0)  # what 8 bits do to any image
+        near = max(10 * rtol, rows[0]["target_quantization_error"] or 0.0)  # the error of rounding any image to 8 bits
         if hit and middle["embedding_error_8bit"] > near:
             start = "The float match embeds as the target, its 8-bit PNG does not"
         before = "" if apart is None else f" (the source: {apart})"

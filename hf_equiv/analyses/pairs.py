@@ -1,4 +1,4 @@
-"""The pairs and images of a run: drawn or listed, each read once, and refused together if they are named and bad."""
+"""Draw or list the pairs and images of a run, read each once, and refuse all bad ones that were named together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A settled run: encoder, images, settings and the command that repeats it, before anything is computed."""
+"""Settle a run before anything is computed: encoder, images, settings, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class RunRows:
-    """The rows of a run in order, read back once: all without images, the first also with, and costs by item."""
+    """The rows of a run in order, read back from disk: all without images, the first ones also with them."""
 
     rows: tuple[Row, ...]
     shown: tuple[Row, ...] = ()
@@ -144,8 +144,8 @@ class Verb:
         make_rows: makes the rows of some items; takes plan, items, batch size and observer.
         summarize: sums up the rows of a run; takes encoder, settings and rows.
         figures: draws the figures of a run; takes plan, summary and rows; gives files by name.
-        succeeded: statuses of rows that need no second look.
-        batch: what the batch size counts: `items`, `derivatives` of one item, or `nothing`.
+        succeeded: statuses of rows that are a success.
+        batch: unit of the batch size: `items`, `derivatives` of one item, or `nothing`.
         shown: number of first items whose images summary and figures need.
     """
 
@@ -159,7 +159,7 @@ class Verb:
 
 
 Stage = Callable[[str, int, int], None]
-"""Told of a stage of one item, the steps of it that are done, and their number."""
+"""A function that receives a stage of one item, the steps done and their number."""
 
 
 def one_by_one(

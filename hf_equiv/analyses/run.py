@@ -1,4 +1,4 @@
-"""`run_analysis`: make the rows of a run block by block, go on where an earlier run stopped, and sum the rows up."""
+"""Make the rows of a run block by block, go on where an earlier run stopped, and sum the rows up."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class RunOutcome:
         analysis: `match`, `spectrum`, `lipschitz` or `walk`.
         out: its directory.
         rows: its rows, without images, in the order of the pairs or images.
-        summary: what they come to, as in `run.json`.
-        errors: why rows are of status `error`, by pair or image id.
+        summary: counts, medians and verdict, as in `run.json`.
+        errors: reason of each row of status `error`, by pair or image id.
         refine_evals: evaluations of the 8-bit refinement, by pair id.
-        main: whether this is the process that speaks for the run; of several, only one does.
+        main: whether this is the main process; of several, only one reports.
     """
 
     analysis: str
@@ -134,7 +134,7 @@ def _batch_size(verb: Verb, device: torch.device, asked: int | None) -> int:
 
 
 class _Block:
-    """Makes the rows of some items; when memory runs out, fewer are worked on at once, from then on."""
+    """Makes the rows of some items; when memory runs out, it works on fewer at once, also later."""
 
     def __init__(self, plan: Plan, verb: Verb, sizes: PassSize, errors: dict[str, str], tell: Observer) -> None:
         self.plan, self.verb, self.sizes, self.errors, self.tell = plan, verb, sizes, errors, tell
@@ -237,7 +237,7 @@ def _read_back(folder: Path, plan: Plan, shown: int) -> RunRows:
 
 
 def _close(plan: Plan, verb: Verb, folder: Path, made: RunRows) -> Row:
-    """Write figures and card; returns the summary."""
+    """Write figures and card, and return the summary."""
     summary = verb.summarize(plan.encoder, plan.settings, made)
     figures = verb.figures(plan, summary, made)
     for name, data in figures.items():

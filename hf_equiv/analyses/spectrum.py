@@ -1,4 +1,4 @@
-"""`spectrum`: the singular values of the Jacobian at each image, and the causes of the zeros among them."""
+"""Measure a spectrum: the singular values of the Jacobian at each image, and the causes of zeros among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`walk`: a path through images that share an embedding, with drift, distances, label and frame of every point."""
+"""Walk through images that share an embedding, with drift, distances, label and frame of every point."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def _verdict(walks: Sequence[Row], settings: Mapping[str, Any]) -> str:
 
 
 def _rest(walk: Row, settings: Mapping[str, Any]) -> str:
-    """Why a walk to an image ended, and how much of the way on still leads along the level set."""
+    """Say why a walk to an image ended, and how much of the way on still leads along the level set."""
     left = walk["stationarity"]
     told = f"at most {left:.0%} of the way on leads along the level set"
     if left <= settings.get("stop", STOP):
