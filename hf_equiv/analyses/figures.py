@@ -344,14 +344,12 @@ def _captions(row: Mapping[str, Any]) -> tuple[list[str], ...]:
 
     size = "identical to the source" if row["psnr_db"] is None else f"PSNR {row['psnr_db']:.1f} dB"
     size += "" if row["ssim"] is None else f"   SSIM {row['ssim']:.3f}"
+    error = f"error {short(row['embedding_error'])}   as PNG {short(row['embedding_error_8bit'])}"
     levels = None if row["linf"] is None else round(255 * row["linf"])
     share = f" {form(row['match_prob'], '.0%')}" if row["match_label"] else ""
     return (
         [cut(row["source_id"], 34), seen("source")],
-        [
-            f"error {short(row['embedding_error'])}   as PNG {short(row['embedding_error_8bit'])}",
-            seen("match", 22) + share,
-        ],
+        [error, seen("match", 22) + share],
         [size, f"max {form(levels, 'd')}/255   L2 {form(row['l2'], '.2f')}"],
         [cut(row["target_id"], 34), seen("target")],
     )

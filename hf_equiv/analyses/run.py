@@ -176,7 +176,7 @@ class _Block:
         elif len(part) > 1:
             self._compute_all(part, 1)
         else:
-            what = "pair" if part[0].target_png and self.verb.batch == "items" else "image"
+            what = self.plan.layout.item.removesuffix("_id")
             self._fail(part[0].item, f"out of memory with a single {what}: {why}" if full else why, part[0])
 
     def _keep(self, one: Loaded, own: Made) -> None:

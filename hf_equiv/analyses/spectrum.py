@@ -169,9 +169,8 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     images = {row["image_id"]: decode_png(row["image"]) for row in made.shown if row["image"] is not None}
     floats: dict[str, Tensor] = {}
     if plan.settings["vectors"] and made.folder is not None:
-        for path in shards.shard_files(made.folder, plan.layout):
-            if shards.shard_index(path) < SHOWN:
-                floats |= shards.read_floats(made.folder / "float" / f"{path.stem}.safetensors")[0]
+        for path in sorted((made.folder / "float").glob("part-*.safetensors")):
+            floats |= shards.read_floats(path)[0] if shards.shard_index(path) < SHOWN else {}
     vectors = {name: (x, floats[f"{name}/right"]) for name, x in images.items() if f"{name}/right" in floats}
     return figures.spectrum_figures(made.rows, vectors, plan.settings)
 
