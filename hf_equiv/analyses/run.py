@@ -21,7 +21,7 @@ from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.execute import Job, Observer, RunProgress, carry_out
 from hf_equiv.runs.processes import PassSize, ran_out
-from hf_equiv.runs.schema import MATCH, Layout, Row
+from hf_equiv.runs.schema import Row
 
 VERBS: dict[str, Verb] = {verb.config.analysis: verb for verb in (match.VERB, spectrum.VERB, lipschitz.VERB, walk.VERB)}
 """The four analyses by name."""
@@ -242,15 +242,9 @@ def _close(plan: Plan, verb: Verb, folder: Path, made: RunRows) -> Row:
     figures = verb.figures(plan, summary, made)
     for name, data in figures.items():
         shards.write_atomic(folder / "figures" / name, data)
-    text = _card(plan.layout, plan.settings, summary, sorted(figures))
+    text = card.run_card(plan.layout, plan.settings, summary, sorted(figures), plan.command)
     shards.write_atomic(folder / "README.md", text.encode())
     return summary
-
-
-def _card(layout: Layout, settings: Row, summary: Row, figures: Sequence[str]) -> str:
-    if layout is MATCH:
-        return card.run_card(settings, summary)
-    return card.analysis_card(layout, settings, summary, figures)
 
 
 def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, pair_ids: Sequence[str]) -> Row:
