@@ -300,11 +300,7 @@ def _public_name(given: str | None, images: ImageSet) -> str | None:
 # old names
 
 MatchPlan = AnalysisPlan = Plan
-
-
-def make_analysis_plan(config: Any, encoder: Any, **options: Any) -> Plan:
-    """Make a plan."""
-    return make_plan(config, encoder, **options)
+make_analysis_plan = make_plan
 
 
 def __getattr__(name: str) -> Any:

@@ -174,33 +174,29 @@ def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
 
 
 def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
-    walks: list[Row] = []
-    for name in dict.fromkeys(row["image_id"] for row in rows):
-        path = [row for row in rows if row["image_id"] == name]
-        labels = list(dict.fromkeys(row["label"] for row in path if row["label"] is not None))
-        walks.append(
-            {
-                "image_id": name,
-                "status": path[0]["status"],
-                "steps": path[-1]["step"],
-                "start_l2": path[0]["l2"],
-                "l2": path[-1]["l2"],
-                "arc_length": path[-1]["arc_length"],
-                "psnr_db": path[-1]["psnr_db"],
-                "largest_drift": max(row["drift"] for row in path),
-                "largest_drift_8bit": largest(row["drift_8bit"] for row in path),
-                "remaining": path[-1]["remaining"],
-                "stationarity": path[-1]["stationarity"],
-                "labels": labels,
-                "num_evals": path[0]["num_evals"],
-            }
-        )
+    paths: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        paths.setdefault(row["image_id"], []).append(row)
+    walks = [
+        {
+            "image_id": name,
+            "status": path[0]["status"],
+            "steps": path[-1]["step"],
+            "start_l2": path[0]["l2"],
+            **{key: path[-1][key] for key in ("l2", "arc_length", "psnr_db", "remaining", "stationarity")},
+            "largest_drift": largest(row["drift"] for row in path),
+            "largest_drift_8bit": largest(row["drift_8bit"] for row in path),
+            "labels": list(dict.fromkeys(row["label"] for row in path if row["label"] is not None)),
+            "num_evals": path[0]["num_evals"],
+        }
+        for name, path in paths.items()
+    ]
     return {"walks": walks, "verdict": _verdict(walks, settings)}
 
 
 def _verdict(walks: Sequence[Row], settings: Mapping[str, Any]) -> str:
     heading = settings["heading"]
-    drift = short(max(walk["largest_drift"] for walk in walks))
+    drift = short(largest(walk["largest_drift"] for walk in walks))
     rounded = largest(walk["largest_drift_8bit"] for walk in walks)
     kept = f"with drift at most {drift} at every point"
     kept += "." if rounded is None else f" ({short(rounded)} for the frames rounded to 8 bit)."
