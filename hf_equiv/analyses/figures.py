@@ -33,7 +33,6 @@ GAINS = (1, 2, 5, 10, 20, 50, 100)
 SHEET_FRAMES, GIF_FRAMES, GIF_SIDE, GIF_MS = 8, 60, 224, 90
 INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
 LINES = ("#1f5fa8", "#c2410c", "#2f7d4f", "#7c3aad", "#a16207", "#0e7490")
-
 KINDS = {
     "top": "#b42318", "row": "#c2670c", "gradient": "#7c3aad", "toward": "#2f7d4f", "match": "#0e7490",
     "random": "#1f5fa8", "null": "#667079",
@@ -75,9 +74,8 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
             sigma = _positive(row["singular_values"])
             label = cut_name(row["image_id"], 28)
             axes.plot(np.arange(1, len(sigma) + 1), sigma, color=color, lw=1.4, label=label, zorder=3)
-        count = len(first["singular_values"])
+        count, bound = len(first["singular_values"]), _positive(first["error_bound"])
         places = np.arange(1, count + 1)
-        bound = _positive(first["error_bound"])
         low = float(np.nanmin([np.nanmin(_positive(r["singular_values"])) for r in shown]))
         floor = min(low, float(np.nanmin(bound))) / 4
         axes.fill_between(places, floor, bound, color="#eceff2", lw=0, zorder=0)
@@ -216,8 +214,7 @@ def constants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
             axes.axvline(max(tops), color=INK, lw=0.9, ls="--", zorder=0)
             told = f"largest σ₁ = {max(tops):.3g} "
             axes.text(max(tops), len(kinds) - 0.45, told, ha="right", va="center", fontsize=8, color=INK)
-        axes.set(xscale="log", ylim=(-0.6, len(kinds) - 0.3))
-        axes.set_yticks(range(len(kinds)), kinds)
+        axes.set(xscale="log", ylim=(-0.6, len(kinds) - 0.3), yticks=range(len(kinds)), yticklabels=kinds)
         for tick, kind in zip(axes.get_yticklabels(), kinds, strict=True):
             tick.set_color(KINDS.get(kind, INK))
         axes.set_xlabel("constant (embedding length per pixel length, pixels in [0, 1])")
@@ -250,8 +247,7 @@ def picture(figure: Figure, x: float, y: float, side: float, pixels: np.ndarray,
     axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
     smooth = "nearest" if pixels.shape[1] < 128 else "antialiased"
     axes.imshow(np.clip(pixels, 0, 1).transpose(1, 2, 0), interpolation=smooth)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=True, color=edge, linewidth=0.8)
 
