@@ -16,7 +16,7 @@ from appserver import served
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from hf_equiv.cli.space_command import load_app
+from hf_equiv.cli.space import load_app
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.hub.publish import publish_results
 from hf_equiv.models.encoder import Encoder
