@@ -44,9 +44,11 @@ def console_of(out: Any) -> Console:
     return Console(file=out, width=None if out.isatty() else 160, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_pair(console: Console, name: str, value: object) -> None:
-    """Print a named value on a line."""
-    console.print(f"{name + ':':<11}{value}")
+def print_pairs(console: Console, *pairs: tuple[str, object]) -> None:
+    """Print named values, one on a line; empty ones are left out."""
+    for name, value in pairs:
+        if value:
+            console.print(f"{name + ':':<11}{value}")
 
 
 def to_stderr(text: str) -> None:
@@ -175,10 +177,11 @@ def print_outcome(analysis: str, outcome: Any, failures: Mapping[str, Any], chec
     for sentence in (outcome.summary["verdict"], *reasons(failures)):
         console.print(sentence, soft_wrap=not console.is_terminal)
     console.print()
-    for name, place in (("pictures", outcome.out / "figures"), ("rows", outcome.out / LAYOUTS[analysis].folder)):
-        if place.is_dir():
-            print_pair(console, name, place)
-    print_pair(console, "check it", check)
+    figures = outcome.out / "figures"
+    print_pairs(
+        console, ("pictures", figures if figures.is_dir() else None), ("rows", outcome.out / LAYOUTS[analysis].folder),
+        ("check it", check),
+    )  # fmt: skip
 
 
 def failures(analysis: str, outcome: Any) -> dict[str, list[str]]:
@@ -214,8 +217,7 @@ def print_summary(numbers: Mapping[str, Any], made: Mapping[str, str], out: Any)
         console.print()
     for problem in numbers["problems"]:
         console.print(f"not complete: {problem}")
-    for name, value in made.items():
-        print_pair(console, name, value)
+    print_pairs(console, *made.items())
 
 
 # --- the result of `verify` ---
@@ -240,10 +242,10 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
     """Print each problem of a run on a line, of missing rows the first few, and then the verdict."""
     console = console_of(out)
     missing = [problem for problem in report.problems if problem.recomputed == "no row"]
+    others = [problem for problem in report.problems if problem.recomputed != "no row"]
     match = report.analysis == "match"
-    for problem in report.problems:
-        if problem not in missing[MAX_MISSING:]:
-            console.print(problem.message)
+    for problem in others + missing[:MAX_MISSING]:
+        console.print(problem.message)
     if len(missing) > MAX_MISSING:
         rows = "rows are" if match else "images are listed whose rows are"
         console.print(f"… and {len(missing) - MAX_MISSING} more {rows} missing; --json names each.")
@@ -290,27 +292,26 @@ def print_publication(done: Published, out: Any) -> None:
         for line in done.card.splitlines():
             console.print(f"  | {line}".rstrip())
         console.print()
-    print_pair(console, "dataset", f"{done.url} ({private})")
-    if done.pr_url:
-        print_pair(console, "request", done.pr_url)
-    if done.collection:
-        kind = {True: " (private)", False: " (public)", None: ""}[done.collection_private]
-        if done.collection_private and done.private is False:
-            kind = " (private: only you see it, unlike the dataset; its page lets you make it public)"
-        print_pair(console, "list", f"{done.url.split('/datasets/')[0]}/collections/{done.collection}{kind}")
+    collection = done.collection and f"{done.url.split('/datasets/')[0]}/collections/{done.collection}"
+    if collection and done.collection_private and done.private is False:
+        collection += " (private: only you see it, unlike the dataset; its page lets you make it public)"
+    elif collection and done.collection_private is not None:
+        collection += " (private)" if done.collection_private else " (public)"
     verb = "would be in" if done.dry_run else "are in"
     photos = f"{verb} ({done.why})" if done.photos else f"WITHHELD: image columns are empty ({done.why})"
-    print_pair(console, "photos", f"{photos}. {_with_flags(done.how_to_change)}")
-    if done.refused:
-        print_pair(console, "refused", f"publishing would be, as things are: {_with_flags(done.refused)}")
+    print_pairs(
+        console, ("dataset", f"{done.url} ({private})"), ("request", done.pr_url), ("list", collection),
+        ("photos", f"{photos}. {_with_flags(done.how_to_change)}"),
+        ("refused", done.refused and f"publishing would be, as things are: {_with_flags(done.refused)}"),
+    )  # fmt: skip
     if not done.dry_run:
-        at, rest = "", ""
-        if done.revision != "main":
-            at, rest = f"@{done.revision}", f', revision="{done.revision}"'
-        config = LAYOUTS[done.run.split("-")[0]].folder
-        print_pair(console, "load", f'datasets.load_dataset("{done.repo_id}", "{config}", split="train"{rest})')
-        withheld = "" if done.photos else " --allow-withheld"
-        print_pair(console, "check it", f"hf-equiv verify {done.repo_id}{at}{withheld}")
+        main, config = done.revision == "main", LAYOUTS[done.run.split("-")[0]].folder
+        revision = "" if main else f', revision="{done.revision}"'
+        check = f"hf-equiv verify {done.repo_id}" + ("" if main else f"@{done.revision}")
+        print_pairs(
+            console, ("load", f'datasets.load_dataset("{done.repo_id}", "{config}", split="train"{revision})'),
+            ("check it", check + ("" if done.photos else " --allow-withheld")),
+        )  # fmt: skip
 
 
 def _with_flags(text: str) -> str:
@@ -324,16 +325,12 @@ def print_deployment(done: SpaceDeployment, out: Any) -> None:
         console, done, "the Space is as it should be", "make the Space" if done.made else "bring the Space up to date",
         "made" if done.made else "updated", f"{_sent(done)}, commit {str(done.commit)[:8]}",
     )  # fmt: skip
-    print_pair(console, "space", f"{done.url} ({'private' if done.private else 'public'})")
-    print_pair(console, "library", done.library)
-    for key, value in done.variables.items():
-        print_pair(console, "variable", f"{key}={value}")
-    if done.hardware:
-        print_pair(console, "hardware", done.hardware)
-    if done.stage:
-        print_pair(console, "stage", done.stage.lower().replace("_", " "))
-    for text in done.warnings:
-        print_pair(console, "warning", _with_flags(text))
+    print_pairs(
+        console, ("space", f"{done.url} ({'private' if done.private else 'public'})"), ("library", done.library),
+        *(("variable", f"{key}={value}") for key, value in done.variables.items()), ("hardware", done.hardware),
+        ("stage", done.stage and done.stage.lower().replace("_", " ")),
+        *(("warning", _with_flags(text)) for text in done.warnings),
+    )  # fmt: skip
 
 
 def _sent(done: Published | SpaceDeployment) -> str:
@@ -349,19 +346,19 @@ def _print_change(
 ) -> None:
     """Print that nothing changes, the plan of a dry run with its files, or the commit that was made."""
     if not done.changed and done.dry_run:
-        print_pair(console, "would do", f"nothing: {same}")
+        print_pairs(console, ("would do", f"nothing: {same}"))
     elif not done.changed:
-        print_pair(console, "unchanged", f"{same}; nothing was committed")
+        print_pairs(console, ("unchanged", f"{same}; nothing was committed"))
     elif not done.dry_run:
-        print_pair(console, name, made)
+        print_pairs(console, (name, made))
     else:
-        print_pair(console, "would do", f"{plan}; nothing was written")
+        print_pairs(console, ("would do", f"{plan}; nothing was written"))
         lines = [f"  + {size(count):>8}  {path}" for path, count in done.uploaded]
         lines += [f"  - {'':>8}  {path}" for path in done.deleted]
         more = [f"  … and {len(lines) - MAX_FILES} more files"] if len(lines) > MAX_FILES else []
         for line in lines[:MAX_FILES] + more:
             console.print(line)
-        print_pair(console, "in all", _sent(done))
+        print_pairs(console, ("in all", _sent(done)))
 
 
 # --- facts ---

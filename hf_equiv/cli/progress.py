@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_equiv.cli.environment import is_first
 from hf_equiv.cli.output import to_stderr
@@ -167,63 +167,42 @@ def _message(p: RunProgress) -> str:
     return f"error: {p.message}" if p.stage == "note" else p.message
 
 
-# --- counts and transfers ---
-
-
-class _Steps:
-    """A line for each new step, and within one now and then."""
-
-    def __init__(self, last: float) -> None:
-        self.step, self.last = "", last
-
-    def __call__(self, step: str, line: str) -> None:
-        now = time.monotonic()
-        if step != self.step or now - self.last >= LINE_EVERY:
-            self.step, self.last = step, now
-            to_stderr(line)
+# --- other work ---
 
 
 @contextlib.contextmanager
-def counter(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show a count for each part of the work, one after the other."""
+def steps(*, quiet: bool, amount: Callable[[int, int], str]) -> Iterator[Callable[[int, int, str], None]]:
+    """Show the current step of the work and its amount: a bar on a terminal, lines elsewhere."""
     if quiet:
-        yield None
+        yield lambda done, total, step: None
     elif sys.stderr.isatty():
-        with _bars(MofNCompleteColumn(), TimeRemainingColumn()) as bars:
-            tasks: dict[str, Any] = {}
+        with _bars(TextColumn("{task.fields[amount]}"), TimeElapsedColumn()) as bars:
+            task = bars.add_task("", total=None, amount="")
 
-            def show(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(escape(cut(what, 40)), total=total)
-                bars.update(tasks[what], completed=done, total=total)
+            def show(done: int, total: int, step: str) -> None:  # before anything is done the bar only shows activity
+                bars.update(task, description=escape(cut(step, 60)), completed=done, total=total if done else None)
+                bars.update(task, amount=amount(done, total))
 
             yield show
     else:
-        steps = _Steps(time.monotonic())
-        yield lambda what, done, total: steps("", f"{what}: {done} of {total}")
+        last, latest = 0.0, ""
+
+        def line(done: int, total: int, step: str) -> None:
+            nonlocal last, latest
+            if step != latest or time.monotonic() - last >= LINE_EVERY:
+                latest, last = step, time.monotonic()
+                to_stderr(", ".join(filter(None, (step, amount(done, total)))))
+
+        yield line
 
 
-@contextlib.contextmanager
-def transfer(*, quiet: bool, what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show the current step and the bytes sent: a bar on a terminal, lines elsewhere."""
-    if quiet:
-        yield lambda done, total, now: None
-    elif sys.stderr.isatty():
-        with _bars(TextColumn("{task.fields[sent]}"), TimeElapsedColumn()) as bars:
-            task = bars.add_task(what, total=None, sent="")
-
-            def show(done: int, total: int, now: str) -> None:  # without bytes the bar only shows that work goes on
-                bars.update(task, description=escape(now), completed=done, total=total if done else None)
-                bars.update(task, sent=_sent(done, total))
-
-            yield show
-    else:
-        steps = _Steps(0.0)
-        yield lambda done, total, now: steps(now, ", ".join(filter(None, (now, _sent(done, total)))))
+def count(done: int, total: int) -> str:
+    """Return the amount of counted work."""
+    return f"{done} of {total}"
 
 
-def _sent(done: int, total: int) -> str:
-    """Return the bytes on the way in words: the total before the first are sent, then the part."""
+def sent(done: int, total: int) -> str:
+    """Return the amount of an upload: the total before the first bytes are sent, then the part."""
     if not total or done >= total:
         return ""
     return f"{size(done)} of {size(total)}" if done else size(total)

@@ -35,9 +35,8 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
         from hf_equiv.verify.dataset import verify_results
 
         environment.calm(quiet=as_json or quiet)
-        with progress.counter(quiet=as_json or quiet) as count:
-            observer = None if count is None else lambda done, total: count("verifying", done, total)
-            report = verify_results(where, observer=observer, **given)
+        with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
+            report = verify_results(where, observer=lambda done, total: tell(done, total, "verifying"), **given)
         if as_json:
             output.print_json(report.to_json(), out)
         elif not quiet or not report.holds:
@@ -81,7 +80,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
         _refuse_folder_of_runs(directory, repo_id, given)
         environment.calm(quiet=True)  # one bar, ours
         try:
-            with progress.transfer(quiet=as_json or quiet, what="publishing") as tell:
+            with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
                 done = publish_results(directory, repo_id, progress=tell, **given)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -153,8 +152,8 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
         path = out or default_out(paths)
         _refuse_unwritable(path)
         environment.calm(quiet=as_json or quiet)
-        with progress.counter(quiet=as_json or quiet) as tell:
-            page = make_report(paths, out=path, observer=tell, **given)
+        with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
+            page = make_report(paths, out=path, observer=lambda step, done, total: tell(done, total, step), **given)
         page.write(path)
         if as_json:
             output.print_json({"analysis": "report", "out": str(path), **page.numbers}, stream)

@@ -15,9 +15,6 @@ import click
 
 from hf_equiv.cli.options import group, output_options, visibility
 
-_MODULE = "hf_equiv_space_app"
-"""Name of the app as a module: it lies in no package."""
-
 
 @click.group()
 def space() -> None:
@@ -81,13 +78,7 @@ def load_app() -> ModuleType:
     folder = app_folder()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # as in a Space, where files beside the app can be imported
-    spec = importlib.util.spec_from_file_location(_MODULE, folder / APP)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[_MODULE] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(Path(APP).stem)
 
 
 @space.command("deploy")
@@ -126,7 +117,7 @@ def space_deploy(repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
         environment.calm(quiet=True)  # one bar, ours
         failed: SpaceError | None = None
         try:
-            with progress.transfer(quiet=as_json or quiet, what="deploying") as tell:
+            with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
                 done = deploy_space(repo_id, progress=tell, **given)
         except SpaceError as error:
             failed, done = error, error.deployment

@@ -530,7 +530,8 @@ def test_for_people(hub, capsys):
         ("hf_bob", "acme/app", [], "your role in 'acme' is 'read'. Ask its owners for the role 'write'."),
         ("hf_bob", "alice/ours", [], "'alice' is neither you nor an organisation of yours. Deploy to 'bob/NAME'."),
         ("hf_alice", NAME, ["--hardware", "t4-small"], "the Hub wants to be paid for 'alice/app' (HTTP 402: Payment "
-         "required: add a payment method or subscribe to PRO). Free accounts get"),
+         "required: add a payment method or subscribe to PRO). Free accounts get "
+         "`hardware='cpu-basic'`"),
         ("hf_alice", "alice/ours", ["--hardware", "t4-small"], "the Hub wants to be paid"),
         ("hf_alice", "alice/theirs", [], "`repo_id` must be a new Space or one that hf_equiv has deployed; "
          "'alice/theirs' holds another app (sdk gradio). Choose another name, or pass `force=True` to replace its "
@@ -544,7 +545,7 @@ def test_for_people(hub, capsys):
         ("hf_alice", NAME, ["--dataset", "alice/results@v9"], "'alice/results' has no 'v9'"),
         ("hf_alice", NAME, ["--dataset", "spaces/alice/x"], "`dataset` must be the name of a dataset"),
         ("hf_alice", NAME, ["--model", "alice/none"], "`models` must be on the Hub; it shows you no model "
-         "'alice/none'. Check"),
+         "'alice/none'"),
         ("hf_alice", NAME, ["--model", "./folder"], "`models` must be the name of a model"),
         ("hf_alice", NAME, ["--wheel", "pyproject.toml"], "`wheel` must be a wheel file"),
     ],
