@@ -6,8 +6,9 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,22 @@ from hf_equiv.cli.options import (
 )
 
 NORM = click.Choice(["linf", "l2"])
+_NO_NUMBER = (
+    "out", "overwrite", "batch_size", "device", "cache_dir", "local_files_only", "dry_run", "as_json", "quiet"
+)  # fmt: skip
+"""Options that change no number; all others are fields of the config."""
 
 
 @dataclass(frozen=True)
 class _Verb:
     """The differences between the verbs, for the body below."""
 
-    name: str
-    config: type[Any]
+    config: Callable[..., Any]
     make_plan: Callable[..., Any]
     run: Callable[..., Any]
-    counted: str  # attribute of the plan: the things that are counted
-    what: str  # their name in messages
-    to_do: str  # their number in a dry run
+    items: str  # attribute of the plan: the pairs or images of the run
+    what: str
+    to_do: str
     failed: str
 
 
@@ -46,13 +50,10 @@ def _verb(name: str) -> _Verb:
     from hf_equiv.analyses import config, plan, run
 
     if name == "match":
-        return _Verb(
-            name, config.RunConfig, plan.make_plan, run.run_match, "pairs", "rows", "rows_to_make", "did not converge"
-        )
-    return _Verb(
-        name, config.AnalysisConfig, plan.make_analysis_plan, run.run_analysis, "subjects", "images", "images_to_do",
-        "were not completed",
-    )  # fmt: skip
+        words = "pairs", "rows", "rows_to_make", "did not converge"
+        return _Verb(config.RunConfig, plan.make_plan, run.run_match, *words)
+    words = "subjects", "images", "images_to_do", "were not completed"
+    return _Verb(partial(config.AnalysisConfig, name), plan.make_analysis_plan, run.run_analysis, *words)
 
 
 def _names(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -70,7 +71,7 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     "--pairs", type=COUNT, metavar="N", help="Number of pairs to draw from --data. Default: 10, or as many as exist."
 )
 @click.option(
-    "--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs", show_default=True,
+    "--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs",
     help="Solver of the float match; the 8-bit refinement that follows is the same for all.",
 )  # fmt: skip
 @click.option(
@@ -80,12 +81,12 @@ def _names(context: click.Context, option: click.Parameter, value: str | None) -
     "PNG pixels move in whole levels, so below 1/255 (linf) the match is the source.",
 )
 @click.option("--norm", type=NORM, help="Norm of the ball of --radius. Default: linf.")
-@click.option("--rtol", type=SHARE, metavar="X", default=1e-5, show_default=True,
+@click.option("--rtol", type=SHARE, metavar="X", default=1e-5,
               help="Embedding error at which a match has converged.")  # fmt: skip
-@click.option("--max-evals", type=COUNT, metavar="N", default=1000, show_default=True,
+@click.option("--max-evals", type=COUNT, metavar="N", default=1000,
               help="Evaluations (forward and backward) per match; the 8-bit refinement adds its own.")  # fmt: skip
 @click.option("--compile", is_flag=True, help="Compile the model with torch.compile; needs a C++ compiler and minutes.")
-@click.option("--no-refine", "refine", flag_value=False, type=bool, default=True,
+@click.option("--no-refine", "refine", flag_value=False, type=bool, default=True, show_default=False,
               help="Round the match to 8 bit without refining it there.")  # fmt: skip
 @click.option("--labels", metavar="A,B,C", callback=_names,
               help="Class names for zero-shot labels (CLIP, SigLIP), each read as 'a photo of a NAME.'.")  # fmt: skip
@@ -175,18 +176,18 @@ def lipschitz(**given: Any) -> int:
 @images_option("--target", "Image of the headings toward, nearest and connect.")
 @click.option(
     "--heading", type=click.Choice(["random", "away", "toward", "nearest", "connect"]), default="random",
-    show_default=True, help="random: one random direction; away: from the start; toward: to the target; nearest: from "
+    help="random: one random direction; away: from the start; toward: to the target; nearest: from "
     "a match of the target back to the source; connect: from that match on to the target.",
 )  # fmt: skip
-@click.option("--step", type=POSITIVE, metavar="X", default=1.0, show_default=True,
+@click.option("--step", type=POSITIVE, metavar="X", default=1.0,
               help="Longest step, L2, pixels in [0, 1].")  # fmt: skip
-@click.option("--num-steps", type=COUNT, metavar="N", default=100, show_default=True, help="Points after the start.")
+@click.option("--num-steps", type=COUNT, metavar="N", default=100, help="Points after the start.")
 @click.option(
     "--stop", type=SHARE, metavar="X",
     help="End a walk toward, nearest or connect when this share of the distance to its image leads along the level "
-    "set. On a trained ViT 0.1 takes thousands of evaluations.  [default: 0.01]",
+    "set. Default: 0.01. On a trained ViT 0.1 takes thousands of evaluations.",
 )  # fmt: skip
-@click.option("--rtol", type=POSITIVE, metavar="X", default=1e-5, show_default=True,
+@click.option("--rtol", type=POSITIVE, metavar="X", default=1e-5,
               help="Largest drift of the embedding, relative.")  # fmt: skip
 @analysis_options
 def walk(**given: Any) -> int:
@@ -206,65 +207,81 @@ def walk(**given: Any) -> int:
 
 
 def _run(name: str, given: dict[str, Any]) -> int:
-    """Carry out a verb: config, plan, dry run or run, result as table or JSON; returns the exit code."""
+    """Settle the plan of a verb, and carry it out or say what would be done; returns the exit code."""
     from hf_equiv.cli import environment, output, progress
-    from hf_equiv.runs import directory, resume
+    from hf_equiv.runs import resume
     from hf_equiv.runs.schema import LAYOUTS
 
-    verb, layout = _verb(name), LAYOUTS[name]
-    as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
+    verb, quiet = _verb(name), given["as_json"] or given["quiet"]
     with output.result_stream() as out:
-        stated = given | {"analysis": name}
-        config = verb.config(**{f.name: stated[f.name] for f in fields(verb.config) if f.name in stated})
+        config = verb.config(**{key: value for key, value in given.items() if key not in _NO_NUMBER})
         config.check()
         environment.calm(quiet=quiet)
         where = {key: given[key] for key in ("cache_dir", "local_files_only")}
-        options = {key: given[key] for key in ("revision", "readout", "normalize", "device", "dtype")}
-        options["dtype"] = "float32" if getattr(config, "half", None) else config.dtype
-        encoder = environment.load_encoder(given["model"], **options, **where)
+        options = {key: given[key] for key in ("revision", "readout", "normalize", "device")}
+        dtype = "float32" if getattr(config, "half", None) else config.dtype
+        encoder = environment.load_encoder(given["model"], dtype=dtype, **options, **where)
         plan = verb.make_plan(config, encoder, **where)
-        items = [item.entry() for item in getattr(plan, verb.counted)]
+        items = [item.entry() for item in getattr(plan, verb.items)]
         folder: Path = given["out"] or plan.default_out
         progress.say(plan.choices, quiet=quiet or given["dry_run"])
         if given["out"] is None:
-            progress.say(resume.other_states(folder, plan.settings, items, layout), quiet=quiet)
-        result = {"analysis": name, "model": plan.settings["model_id"], "revision": plan.settings["model_revision"],
-                  "out": str(folder)}  # fmt: skip
-        if given["dry_run"]:
-            if environment.is_first():
-                there = resume.refuse_early(folder, plan.settings, given["overwrite"], layout, items)
-                facts = _estimate(verb, plan, folder, there, given["batch_size"])
-                if as_json:
-                    output.print_json(result | {"rows": [], "summary": None, "dry_run": facts}, out)
-                else:
-                    output.print_facts({"would do": _in_words(facts)}, out)
-            return 0
-        try:
-            with progress.run_progress(quiet=quiet, what=verb.what) as observer:
-                outcome = verb.run(
-                    plan, folder, overwrite=given["overwrite"], batch_size=given["batch_size"], observer=observer
-                )
-        except KeyboardInterrupt:
-            kept = len(directory.finished_ids(folder, layout)) if folder.is_dir() else 0
-            raise KeyboardInterrupt(
-                f"interrupted; {kept} of {len(items)} {verb.what} are kept in {folder}. {_how_to_go_on()}"
-            ) from None
-        if not outcome.main:
-            return 0
-        failures = output.failures(name, outcome)
-        if as_json:
-            rows = [output.without_nan(row) for row in outcome.rows]
-            output.print_json(result | {"rows": rows, "summary": outcome.summary}, out)
-        elif not quiet:
-            check = ["hf-equiv", "verify", str(folder)]
-            if encoder.revision.startswith("sha256:") and given["model"] != "builtin":
-                check += ["--model", given["model"]]  # a run records no path of a local checkpoint
-            output.print_outcome(name, outcome, failures, shlex.join(check), out)
-        failed = len({item for found in failures.values() for item in found})
-        told = f"{failed} of {len(items)} {verb.what} in {folder} {verb.failed}."
-        if quiet and failures:
-            output.to_stderr(f"{told} {' '.join(output.reasons(failures))}")
-        return progress.exit_code(not failures, told, quiet=quiet)
+            progress.say(resume.other_states(folder, plan.settings, items, LAYOUTS[name]), quiet=quiet)
+        if not given["dry_run"]:
+            return _carry_out(name, verb, plan, folder, given, out)
+        if environment.is_first():
+            there = resume.refuse_early(folder, plan.settings, given["overwrite"], LAYOUTS[name], items)
+            facts = _estimate(name, verb, plan, folder, there, given["batch_size"])
+            if given["as_json"]:
+                output.print_json(_result(name, plan, folder, [], None) | {"dry_run": facts}, out)
+            else:
+                output.print_facts({"would do": _in_words(facts)}, out)
+        return 0
+
+
+def _carry_out(name: str, verb: _Verb, plan: Any, folder: Path, given: dict[str, Any], out: Any) -> int:
+    """Run a plan with progress, and print its rows, summary and verdict; returns the exit code."""
+    from hf_equiv.cli import output, progress
+    from hf_equiv.runs import directory
+    from hf_equiv.runs.schema import LAYOUTS
+
+    quiet, total = given["as_json"] or given["quiet"], len(getattr(plan, verb.items))
+    how = {key: given[key] for key in ("overwrite", "batch_size")}
+    try:
+        with progress.run_progress(quiet=quiet, what=verb.what) as observer:
+            outcome = verb.run(plan, folder, observer=observer, **how)
+    except KeyboardInterrupt:
+        kept = len(directory.finished_ids(folder, LAYOUTS[name])) if folder.is_dir() else 0
+        told = f"interrupted; {kept} of {total} {verb.what} are kept in {folder}. {_how_to_go_on()}"
+        raise KeyboardInterrupt(told) from None
+    if not outcome.main:
+        return 0
+    failures = output.failures(name, outcome)
+    if given["as_json"]:
+        output.print_json(_result(name, plan, folder, outcome.rows, outcome.summary), out)
+    elif not quiet:
+        local = plan.encoder.revision.startswith("sha256:") and given["model"] != "builtin"
+        model = ["--model", given["model"]] if local else []  # a run records no path of a local checkpoint
+        output.print_outcome(name, outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]), out)
+    failed = len({item for ids in failures.values() for item in ids})
+    told = f"{failed} of {total} {verb.what} in {folder} {verb.failed}."
+    if quiet and failures:
+        output.to_stderr(f"{told} {' '.join(output.reasons(failures))}")
+    return progress.exit_code(not failures, told, quiet=quiet)
+
+
+def _result(name: str, plan: Any, folder: Path, rows: Sequence[Any], summary: Any) -> dict[str, Any]:
+    def finite(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        "analysis": name,
+        "model": plan.settings["model_id"],
+        "revision": plan.settings["model_revision"],
+        "out": str(folder),
+        "rows": [{key: finite(value) for key, value in row.items()} for row in rows],
+        "summary": summary,
+    }
 
 
 def _how_to_go_on() -> str:
@@ -279,14 +296,14 @@ def _how_to_go_on() -> str:
     return f"{again} command goes on: {shlex.join(['hf-equiv', *kept])}"
 
 
-def _estimate(verb: _Verb, plan: Any, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
+def _estimate(name: str, verb: _Verb, plan: Any, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
     """Return the facts of a dry run; the time comes from a timed evaluation and a rough count of them."""
     from hf_equiv.analyses.pairs import unusable_images
 
-    encoder, settings, items = plan.encoder, plan.settings, getattr(plan, verb.counted)
-    match = verb.name == "match"
+    encoder, settings, items = plan.encoder, plan.settings, getattr(plan, verb.items)
+    match = name == "match"
     left, failing = len(items) - there, sum(bool(item.unusable) for item in items)
-    evaluations, seconds = _evaluations(verb.name, plan), _seconds_per_evaluation(encoder)
+    evaluations, seconds = _evaluations(name, plan), _seconds_per_evaluation(encoder)
     facts = {
         "model": settings["model_id"],
         "revision": settings["model_revision"],

@@ -18,7 +18,7 @@ _SHARED = ("match", "spectrum", "lipschitz", "walk")
 """Commands whose work several processes share; all others run in the first process only."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(package_name="hf-equiv", prog_name="hf-equiv")
 @click.pass_context
 def cli(context: click.Context) -> None:

@@ -110,12 +110,12 @@ place_options = group(
 model_options = group(
     click.option("--revision", metavar="REV", help="Commit, branch or tag of the model on the Hub."),
     click.option(
-        "--readout", default="auto", show_default=True, metavar="NAME",
+        "--readout", default="auto", metavar="NAME",
         help="Output that is the embedding: auto, cls, mean, pooler, tokens, logits, hidden:K, projection.",
     ),
     click.option("--normalize", is_flag=True, help="Divide embeddings by their L2 norm."),
     click.option(
-        "--dtype", default="float32", show_default=True, metavar="TYPE",
+        "--dtype", default="float32", metavar="TYPE",
         help="float32 or float64; match also takes bf16 and float16, for its early iterations only.",
     ),
     place_options,
@@ -134,11 +134,11 @@ analysis_options = group(
         "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. Default: runs/VERB/MODEL/HASH8."
     ),
     click.option(
-        "--overwrite", type=click.Choice(["missing", "always", "never"]), default="missing", show_default=True,
+        "--overwrite", type=click.Choice(["missing", "always", "never"]), default="missing",
         help="missing: make missing rows and rows of status error; always: replace an earlier run; never: refuse "
         "to touch one.",
     ),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random draws."),
+    click.option("--seed", type=click.IntRange(min=0), metavar="N", default=0, help="Seed of all random draws."),
     click.option(
         "--batch-size", type=COUNT, metavar="B",
         help="Pairs matched at once; on a GPU also derivatives per pass. Default: 8, on a GPU 32; halved when memory "

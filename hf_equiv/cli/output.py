@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -60,11 +59,6 @@ def to_stderr(text: str) -> None:
 def print_json(value: Any, out: Any) -> None:
     """Print one JSON object; NaN is refused rather than written."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=out, flush=True)
-
-
-def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with null in place of NaN and infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 # --- the result of a run ---
@@ -159,7 +153,7 @@ def print_outcome(analysis: str, outcome: Any, failures: Mapping[str, Any], chec
     from hf_equiv.runs.schema import LAYOUTS
 
     console, lines = console_of(out), _lines(analysis, outcome)
-    table, columns = Table(box=None, pad_edge=False, header_style="bold"), []
+    table, columns = Table(box=None, pad_edge=False, header_style="bold"), list[list[str]]()
     for name, cell in _COLUMNS[analysis].items():
         cells, label = [cell(line) for line in lines[:MAX_ROWS]], name.startswith("seen as")
         if label and (console.width < LABEL_WIDTH or set(cells) <= {"–"}):

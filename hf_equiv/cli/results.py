@@ -122,7 +122,7 @@ def _refuse_folder_of_runs(directory: Path, repo_id: str, given: Mapping[str, An
     "--transfer", metavar="MODEL2", multiple=True, help="Also test whether the matches match for this model; repeat."
 )
 @click.option("--label-data", metavar="W", help="Photos with classes for a nearest-neighbour probe of the embedding.")
-@click.option("--no-survival", "survival", flag_value=False, type=bool, default=True,
+@click.option("--no-survival", "survival", flag_value=False, type=bool, default=True, show_default=False,
               help="Skip JPEG, resizing and blur (half of the time).")  # fmt: skip
 @click.option(
     "--model", metavar="PATH", multiple=True, help="Folder of the checkpoint, if a run used a local one; repeat."

@@ -33,8 +33,8 @@ _app_options = group(
 
 
 @space.command("run")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
-@click.option("--port", type=click.IntRange(0, 65535), metavar="N", default=7860, show_default=True, help="Port.")
+@click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="N", default=7860, help="Port.")
 @_app_options
 @click.option("--share", is_flag=True, help="Also open a public link of Gradio, for 72 hours at most.")
 def space_run(host: str, port: int, dataset: str | None, models: tuple[str, ...], share: bool) -> int:
@@ -93,8 +93,8 @@ def load_app() -> ModuleType:
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the app of a Space that holds another one.")
 @click.option("--dry-run", is_flag=True, help="List files, variables, visibility and hardware; write nothing.")
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until the Space runs.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", default=600.0, show_default=True,
+@click.option("--wait/--no-wait", default=True, help="Wait until the Space runs.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", default=600.0,
               help="Seconds to wait.")  # fmt: skip
 @output_options
 def space_deploy(repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
