@@ -110,7 +110,7 @@ def check_card(folder: Path, record: Row, made: Row, found: Findings) -> None:
     path = folder / "README.md"
     if record["schema_version"] != SCHEMA_VERSION or not path.is_file():
         return
-    wanted = card.run_card(record["settings"], made).splitlines()
+    wanted = card.run_card(MATCH, record["settings"], made, ()).splitlines()
     there = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
     for line in wanted:
         if line.startswith("| ") and line not in there and not line.startswith("| |"):
