@@ -6,11 +6,9 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +24,9 @@ from hf_equiv.cli.options import (
     source_options,
 )
 
+if TYPE_CHECKING:
+    from hf_equiv.analyses.plan import Plan
+
 NORM = click.Choice(["linf", "l2"])
 _NO_NUMBER = (
     "out", "overwrite", "batch_size", "device", "cache_dir", "local_files_only", "dry_run", "as_json", "quiet"
@@ -33,27 +34,10 @@ _NO_NUMBER = (
 """Options that change no number; all others are fields of the config."""
 
 
-@dataclass(frozen=True)
-class _Verb:
-    """The differences between the verbs, for the body below."""
+_WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
+"""Name of the items of a verb in messages, their number in a dry run, and their failure."""
 
-    config: Callable[..., Any]
-    make_plan: Callable[..., Any]
-    run: Callable[..., Any]
-    items: str  # attribute of the plan: the pairs or images of the run
-    what: str
-    to_do: str
-    failed: str
-
-
-def _verb(name: str) -> _Verb:
-    from hf_equiv.analyses import config, plan, run
-
-    if name == "match":
-        words = "pairs", "rows", "rows_to_make", "did not converge"
-        return _Verb(config.RunConfig, plan.make_plan, run.run_match, *words)
-    words = "subjects", "images", "images_to_do", "were not completed"
-    return _Verb(partial(config.AnalysisConfig, name), plan.make_analysis_plan, run.run_analysis, *words)
+_USUAL_WORDS = ("images", "images_to_do", "were not completed")
 
 
 def _names(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -208,74 +192,76 @@ def walk(**given: Any) -> int:
 
 def _run(name: str, given: dict[str, Any]) -> int:
     """Settle the plan of a verb, and carry it out or say what would be done; returns the exit code."""
+    from hf_equiv.analyses.plan import make_plan
+    from hf_equiv.analyses.run import VERBS
     from hf_equiv.cli import environment, output, progress
     from hf_equiv.runs import resume
-    from hf_equiv.runs.schema import LAYOUTS
 
-    verb, quiet = _verb(name), given["as_json"] or given["quiet"]
+    quiet = given["as_json"] or given["quiet"]
     with output.result_stream() as out:
-        config = verb.config(**{key: value for key, value in given.items() if key not in _NO_NUMBER})
+        config = VERBS[name].config(**{key: value for key, value in given.items() if key not in _NO_NUMBER})
         config.check()
         environment.calm(quiet=quiet)
         where = {key: given[key] for key in ("cache_dir", "local_files_only")}
         options = {key: given[key] for key in ("revision", "readout", "normalize", "device")}
-        dtype = "float32" if getattr(config, "half", None) else config.dtype
+        dtype = "float32" if config.half else config.dtype
         encoder = environment.load_encoder(given["model"], dtype=dtype, **options, **where)
-        plan = verb.make_plan(config, encoder, **where)
-        items = [item.entry() for item in getattr(plan, verb.items)]
+        plan = make_plan(config, encoder, **where)
+        items = [item.entry() for item in plan.items]
         folder: Path = given["out"] or plan.default_out
         progress.say(plan.choices, quiet=quiet or given["dry_run"])
         if given["out"] is None:
-            progress.say(resume.other_states(folder, plan.settings, items, LAYOUTS[name]), quiet=quiet)
+            progress.say(resume.other_states(folder, plan.settings, items, plan.layout), quiet=quiet)
         if not given["dry_run"]:
-            return _carry_out(name, verb, plan, folder, given, out)
+            return _carry_out(plan, folder, given, out)
         if environment.is_first():
-            there = resume.refuse_early(folder, plan.settings, given["overwrite"], LAYOUTS[name], items)
-            facts = _estimate(name, verb, plan, folder, there, given["batch_size"])
+            there = resume.refuse_early(folder, plan.settings, given["overwrite"], plan.layout, items)
+            facts = _estimate(plan, folder, there, given["batch_size"])
             if given["as_json"]:
-                output.print_json(_result(name, plan, folder, [], None) | {"dry_run": facts}, out)
+                output.print_json(_result(plan, folder, [], None) | {"dry_run": facts}, out)
             else:
                 output.print_facts({"would do": _in_words(facts)}, out)
         return 0
 
 
-def _carry_out(name: str, verb: _Verb, plan: Any, folder: Path, given: dict[str, Any], out: Any) -> int:
+def _carry_out(plan: Plan, folder: Path, given: dict[str, Any], out: Any) -> int:
     """Run a plan with progress, and print its rows, summary and verdict; returns the exit code."""
+    from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import output, progress
     from hf_equiv.runs import directory
-    from hf_equiv.runs.schema import LAYOUTS
 
-    quiet, total = given["as_json"] or given["quiet"], len(getattr(plan, verb.items))
+    quiet, total = given["as_json"] or given["quiet"], len(plan.items)
+    what, _, failed = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
     how = {key: given[key] for key in ("overwrite", "batch_size")}
     try:
-        with progress.run_progress(quiet=quiet, what=verb.what) as observer:
-            outcome = verb.run(plan, folder, observer=observer, **how)
+        with progress.run_progress(quiet=quiet, what=what) as observer:
+            outcome = run_analysis(plan, folder, observer=observer, **how)
     except KeyboardInterrupt:
-        kept = len(directory.finished_ids(folder, LAYOUTS[name])) if folder.is_dir() else 0
-        told = f"interrupted; {kept} of {total} {verb.what} are kept in {folder}. {_how_to_go_on()}"
+        kept = len(directory.finished_ids(folder, plan.layout)) if folder.is_dir() else 0
+        told = f"interrupted; {kept} of {total} {what} are kept in {folder}. {_how_to_go_on()}"
         raise KeyboardInterrupt(told) from None
     if not outcome.main:
         return 0
-    failures = output.failures(name, outcome)
+    failures = output.failures(outcome)
     if given["as_json"]:
-        output.print_json(_result(name, plan, folder, outcome.rows, outcome.summary), out)
+        output.print_json(_result(plan, folder, outcome.rows, outcome.summary), out)
     elif not quiet:
         local = plan.encoder.revision.startswith("sha256:") and given["model"] != "builtin"
         model = ["--model", given["model"]] if local else []  # a run records no path of a local checkpoint
-        output.print_outcome(name, outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]), out)
-    failed = len({item for ids in failures.values() for item in ids})
-    told = f"{failed} of {total} {verb.what} in {folder} {verb.failed}."
+        output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]), out)
+    count = len({item for ids in failures.values() for item in ids})
+    told = f"{count} of {total} {what} in {folder} {failed}."
     if quiet and failures:
         output.to_stderr(f"{told} {' '.join(output.reasons(failures))}")
     return progress.exit_code(not failures, told, quiet=quiet)
 
 
-def _result(name: str, plan: Any, folder: Path, rows: Sequence[Any], summary: Any) -> dict[str, Any]:
+def _result(plan: Plan, folder: Path, rows: Sequence[Any], summary: Any) -> dict[str, Any]:
     def finite(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {
-        "analysis": name,
+        "analysis": plan.config.analysis,
         "model": plan.settings["model_id"],
         "revision": plan.settings["model_revision"],
         "out": str(folder),
@@ -296,23 +282,24 @@ def _how_to_go_on() -> str:
     return f"{again} command goes on: {shlex.join(['hf-equiv', *kept])}"
 
 
-def _estimate(name: str, verb: _Verb, plan: Any, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
+def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
     """Return the facts of a dry run; the time comes from a timed evaluation and a rough count of them."""
     from hf_equiv.analyses.pairs import unusable_images
 
-    encoder, settings, items = plan.encoder, plan.settings, getattr(plan, verb.items)
-    match = name == "match"
+    encoder, settings, items = plan.encoder, plan.settings, plan.items
+    match = plan.config.analysis == "match"
+    what, to_do, _ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
     left, failing = len(items) - there, sum(bool(item.unusable) for item in items)
-    evaluations, seconds = _evaluations(name, plan), _seconds_per_evaluation(encoder)
+    evaluations, seconds = _evaluations(plan), _seconds_per_evaluation(encoder)
     facts = {
         "model": settings["model_id"],
         "revision": settings["model_revision"],
         "embedding": f"{settings['readout']}, D = {encoder.embedding_dim}, N = {math.prod(encoder.input_shape)}",
         "images": settings["data_id"] if match else f"{len(items)} of {settings['data_id']}",
         "pairs": len(items),
-        f"{verb.what}_there": there,
-        verb.to_do: left,
-        f"{verb.what}_of_status_error": failing,
+        f"{what}_there": there,
+        to_do: left,
+        f"{what}_of_status_error": failing,
         "unusable_images": unusable_images(items),
         "choices": list(plan.choices),
         "out": str(folder),
@@ -326,9 +313,9 @@ def _estimate(name: str, verb: _Verb, plan: Any, folder: Path, there: int, batch
     return facts
 
 
-def _evaluations(name: str, plan: Any) -> float:
+def _evaluations(plan: Plan) -> float:
     """Return roughly how many evaluations one item takes: 400 for a match, a Jacobian for everything linear."""
-    settings = plan.settings
+    settings, name = plan.settings, plan.config.analysis
     jacobian = (1 + 2 * plan.encoder.embedding_dim) / 3
     if name == "match":
         return min(settings["max_evals"], 400) + (jacobian + 10 if settings["refine"] else 0)

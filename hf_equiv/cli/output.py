@@ -16,6 +16,7 @@ from hf_equiv.cli.options import flag_note
 from hf_equiv.formatting import cut, form, short, size
 
 if TYPE_CHECKING:
+    from hf_equiv.analyses.run import RunOutcome
     from hf_equiv.hub.publish import Published
     from hf_equiv.hub.space import SpaceDeployment
     from hf_equiv.verify.dataset import DatasetReport
@@ -139,8 +140,9 @@ _COLUMNS: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
 }
 
 
-def _lines(analysis: str, outcome: Any) -> list[Mapping[str, Any]]:
+def _lines(outcome: RunOutcome) -> list[Mapping[str, Any]]:
     """Return one mapping for each line of the table of a run."""
+    analysis = outcome.analysis
     if analysis == "match":
         return [row | {"refine_evals": outcome.refine_evals.get(row["pair_id"])} for row in outcome.rows]
     if analysis == "lipschitz":
@@ -148,13 +150,13 @@ def _lines(analysis: str, outcome: Any) -> list[Mapping[str, Any]]:
     return list(outcome.rows if analysis == "spectrum" else outcome.summary.get("walks", []))
 
 
-def print_outcome(analysis: str, outcome: Any, failures: Mapping[str, Any], check: str, out: Any) -> None:
+def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str, out: Any) -> None:
     """Print a finished run: a table, the verdict, the failures, its files, and the command that verifies it."""
     from hf_equiv.runs.schema import LAYOUTS
 
-    console, lines = console_of(out), _lines(analysis, outcome)
+    console, lines = console_of(out), _lines(outcome)
     table, columns = Table(box=None, pad_edge=False, header_style="bold"), list[list[str]]()
-    for name, cell in _COLUMNS[analysis].items():
+    for name, cell in _COLUMNS[outcome.analysis].items():
         cells, label = [cell(line) for line in lines[:MAX_ROWS]], name.startswith("seen as")
         if label and (console.width < LABEL_WIDTH or set(cells) <= {"–"}):
             continue
@@ -171,26 +173,21 @@ def print_outcome(analysis: str, outcome: Any, failures: Mapping[str, Any], chec
     for sentence in (outcome.summary["verdict"], *reasons(failures)):
         console.print(sentence, soft_wrap=not console.is_terminal)
     console.print()
-    figures = outcome.out / "figures"
-    print_pairs(
-        console, ("pictures", figures if figures.is_dir() else None), ("rows", outcome.out / LAYOUTS[analysis].folder),
-        ("check it", check),
-    )  # fmt: skip
+    figures, rows = outcome.out / "figures", outcome.out / LAYOUTS[outcome.analysis].folder
+    print_pairs(console, ("pictures", figures if figures.is_dir() else None), ("rows", rows), ("check it", check))
 
 
-def failures(analysis: str, outcome: Any) -> dict[str, list[str]]:
+def failures(outcome: RunOutcome) -> dict[str, list[str]]:
     """Return the ids of the pairs or images that failed, by status and cause."""
-    from hf_equiv.analyses.run import FAILED
     from hf_equiv.results import Status
+    from hf_equiv.runs.schema import LAYOUTS
 
-    key = "pair_id" if analysis == "match" else "image_id"
     found: dict[str, list[str]] = {}
-    for row in outcome.rows:
-        status, name = row["status"], row[key]
-        if status in FAILED[analysis] if analysis in FAILED else status != Status.CONVERGED:
-            why = outcome.errors.get(name) if status == Status.ERROR else None
-            ids = found.setdefault(f"{status}: {why or Status(status).advice}", [])
-            ids += [name] if name not in ids else []
+    for row in outcome.failed:
+        status, name = row["status"], row[LAYOUTS[outcome.analysis].item]
+        why = outcome.errors.get(name) if status == Status.ERROR else None
+        ids = found.setdefault(f"{status}: {why or Status(status).advice}", [])
+        ids += [name] if name not in ids else []
     return dict(sorted(found.items()))
 
 
