@@ -104,8 +104,8 @@ def test_editable_install_takes_the_app_from_the_clone(tmp_path):
 def test_installed_wheel_has_the_app(environment, wheel, tmp_path):
     """In an empty folder: found, importable, and brought along by a deployment."""
     script = (
-        "from hf_equiv.cli import space_command; from hf_equiv.hub import space_files; print(space_files.app_folder());"
-        "print(callable(space_command.load_app().build_demo)); print(space_files.app_of(None).library)"
+        "from hf_equiv.cli import space; from hf_equiv.hub import space_files; print(space_files.app_folder());"
+        "print(callable(space.load_app().build_demo)); print(space_files.app_of(None).library)"
     )
     told = run(environment / "bin" / "python", "-c", script, cwd=tmp_path, HF_HOME=str(tmp_path / "hub"))
     assert told.returncode == 0, told.stderr

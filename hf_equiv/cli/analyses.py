@@ -1,60 +1,81 @@
-"""The commands that make run directories: match, spectrum, lipschitz, walk. What each does is in modules of its own."""
+"""The commands that make run directories: match, spectrum, lipschitz, walk. One body carries out all four."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_equiv.cli.options import IMAGES, Radii, Radius, model_options, once, output_options, run_options, source_options
+from hf_equiv.cli.options import (
+    COUNT,
+    IMAGES,
+    POSITIVE,
+    SHARE,
+    Radii,
+    Radius,
+    analysis_options,
+    images_option,
+    source_options,
+)
+
+if TYPE_CHECKING:
+    from hf_equiv.analyses.plan import Plan
+
+NORM = click.Choice(["linf", "l2"])
+_NO_NUMBER = (
+    "out", "overwrite", "batch_size", "device", "cache_dir", "local_files_only", "dry_run", "as_json", "quiet"
+)  # fmt: skip
+"""Options that change no number; all others are fields of the config."""
+
+
+_WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
+"""Name of the items of a verb in messages, their number in a dry run, and their failure."""
+
+_USUAL_WORDS = ("images", "images_to_do", "were not completed")
+
+
+def _names(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 @click.command()
 @click.argument("model")
-@click.option("--source", metavar="W", multiple=True, callback=once, help=f"Images to start from. {IMAGES}")
+@images_option("--source", f"Images to start from. {IMAGES}")
+@images_option(
+    "--target", "Image whose embedding is wanted; or as many as there are sources, paired in the order of their paths."
+)
+@images_option("--data", "Set of images to draw pairs from, of different classes where there are classes.")
 @click.option(
-    "--target", metavar="W", multiple=True, callback=once,
-    help="The image whose embedding is wanted; or as many as there are sources: first to first, sorted by path.",
-)  # fmt: skip
-@click.option(
-    "--data", metavar="W", multiple=True, callback=once,
-    help="Images to draw pairs from, of different classes where there are classes.",
-)  # fmt: skip
-@click.option(
-    "--pairs", type=int, metavar="N", help="How many pairs to draw from --data. Default: 10, or all there are."
+    "--pairs", type=COUNT, metavar="N", help="Number of pairs to draw from --data. Default: 10, or as many as exist."
 )
 @click.option(
-    "--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs", show_default=True,
-    help="Of the float match; the PNG is refined after any of them, unless --no-refine is given.",
+    "--solver", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs",
+    help="Solver of the float match; the 8-bit refinement that follows is the same for all.",
 )  # fmt: skip
 @click.option(
     "--radius",
     type=Radius(),
     help="Stay in a ball about the source: 8/255, 0.03. Default: no ball. "
-    "A PNG moves in whole levels: below 1/255 (linf) it is the source.",
+    "PNG pixels move in whole levels, so below 1/255 (linf) the match is the source.",
 )
-@click.option("--norm", type=click.Choice(["linf", "l2"]), help="Norm of the ball of --radius. Default: linf.")
-@click.option("--rtol", type=float, default=1e-5, show_default=True, help="Embedding error at which a match is done.")
-@click.option(
-    "--max-evals",
-    type=int,
-    default=1000,
-    show_default=True,
-    help="Forward+backward passes per match; the 8-bit refinement comes on top.",
-)
-@click.option(
-    "--compile", is_flag=True, help="Match with the model compiled by torch.compile; needs a C++ compiler, and minutes."
-)
-@click.option("--no-refine", is_flag=True, help="Round the match to 8 bit instead of refining it there.")
-@click.option(
-    "--labels",
-    metavar="A,B,C",
-    help="Class names for zero-shot labels (CLIP, SigLIP), each read as 'a photo of a NAME.'.",
-)
-@model_options
-@run_options
-@output_options
-def match(model: str, **given: Any) -> int:
+@click.option("--norm", type=NORM, help="Norm of the ball of --radius. Default: linf.")
+@click.option("--rtol", type=SHARE, metavar="X", default=1e-5,
+              help="Embedding error at which a match has converged.")  # fmt: skip
+@click.option("--max-evals", type=COUNT, metavar="N", default=1000,
+              help="Evaluations (forward and backward) per match; the 8-bit refinement adds its own.")  # fmt: skip
+@click.option("--compile", is_flag=True, help="Compile the model with torch.compile; needs a C++ compiler and minutes.")
+@click.option("--no-refine", "refine", flag_value=False, type=bool, default=True, show_default=False,
+              help="Round the match to 8 bit without refining it there.")  # fmt: skip
+@click.option("--labels", metavar="A,B,C", callback=_names,
+              help="Class names for zero-shot labels (CLIP, SigLIP), each read as 'a photo of a NAME.'.")  # fmt: skip
+@analysis_options
+def match(**given: Any) -> int:
     """Turn source images into images with the embedding of target images.
 
     MODEL is a Hub id, a folder or 'builtin'. Without --source, --target or --data, the built-in photos are used:
@@ -66,119 +87,269 @@ def match(model: str, **given: Any) -> int:
     hf-equiv match facebook/deit-tiny-patch16-224 --data photos/ --pairs 20
     hf-equiv match openai/clip-vit-base-patch32 --data cifar10:test --pairs 50 --labels cat,dog,ship
 
-    The run directory is a dataset: matches/*.parquet (PNG images and all numbers), float/, figures/pairs.png. Stopped
-    runs go on with the same command.
+    The run directory is a dataset: matches/*.parquet (PNG images and all numbers), float/, figures/pairs.png. The same
+    command continues a stopped run.
     """  # noqa: D301, DOC201 (this is the help text, and click looks for the backspace itself)
-    from hf_equiv.cli import match_command
-
-    return match_command.run(model, **given)
+    return _run("match", given)
 
 
 @click.command()
 @click.argument("model")
 @source_options
-@click.option(
-    "--k", type=int, metavar="K", help="Only the K largest singular values. Default: all, with rank and zeros."
-)
-@click.option("--vectors", is_flag=True, help="Keep the singular vectors of the first K (or 8); six are drawn.")
-@model_options
-@run_options
-@output_options
-def spectrum(model: str, **given: Any) -> int:
+@click.option("--k", type=COUNT, metavar="K",
+              help="Compute only the K largest singular values. Default: all, with rank and zeros.")  # fmt: skip
+@click.option("--vectors", is_flag=True, help="Keep the first K singular vectors (default 8) and draw six of them.")
+@analysis_options
+def spectrum(**given: Any) -> int:
     """Measure how fast an embedding moves, and along how many pixel directions.
 
-    The singular values of the Jacobian at each image, each with an error bound; rank, nullity, and the zeros that the
-    architecture causes, by name. MODEL is a Hub id, a folder or 'builtin'. Without --source or --data, the built-in
-    photos are used.
+    Computes the singular values of the Jacobian at each image, each with an error bound; rank, nullity, and the zeros
+    that the architecture causes, by name. MODEL is a Hub id, a folder or 'builtin'. Without --source or --data, the
+    built-in photos are used.
 
     \b
     hf-equiv spectrum builtin
     hf-equiv spectrum facebook/deit-tiny-patch16-224 --data photos/ --limit 20 --k 8 --vectors
 
-    The run directory is a dataset: spectra/*.parquet, figures/spectra.png. Stopped runs go on with the same command.
+    The run directory is a dataset: spectra/*.parquet, figures/spectra.png. The same command continues a stopped run.
     """  # noqa: D301, DOC201
-    from hf_equiv.cli import geometry_command
-
-    return geometry_command.run("spectrum", model, **given)
+    return _run("spectrum", given)
 
 
 @click.command()
 @click.argument("model")
 @source_options
-@click.option(
-    "--target", metavar="W", multiple=True, callback=once,
-    help="Image of the directions `toward` and `match`. Default: the next image of the set; for a single image a "
-    "built-in photo.",
-)  # fmt: skip
+@images_option(
+    "--target",
+    "Image of the directions toward and match. Default: the next image of the set; a built-in photo for a single one.",
+)
 @click.option(
     "--directions", metavar="LIST",
-    help="Kinds and counts. Default: random:64,top:8,row:8,null:64,gradient,toward. Also match: to a match of the "
-    "target, made on the way.",
+    help="Kinds and counts. Default: random:64,top:8,row:8,null:64,gradient,toward. Also match: towards a match of the "
+    "target, which is made first.",
 )  # fmt: skip
 @click.option(
     "--radii",
     type=Radii(),
-    help="Radii of the secants (L2, pixels in [0, 1]): a:b, or a,b,c,… ascending, four a decade. Default: 1e-5:1.",
+    help="Radii of the secants (L2, pixels in [0, 1]): a:b with four a decade, or a,b,c,… ascending. Default: 1e-5:1.",
 )
-@click.option(
-    "--regional", type=Radius(), metavar="R", help="Also search the ball of radius R for the largest constant."
-)
-@click.option("--norm", type=click.Choice(["linf", "l2"]), help="Norm of the ball of --regional. Default: l2.")
+@click.option("--regional", type=Radius(), help="Also search the ball of radius R for the largest constant.")
+@click.option("--norm", type=NORM, help="Norm of the ball of --regional. Default: l2.")
 @click.option("--linearity", is_flag=True, help="Also measure how far the first-order model holds (to 10 %).")
-@model_options
-@run_options
-@output_options
-def lipschitz(model: str, **given: Any) -> int:
+@analysis_options
+def lipschitz(**given: Any) -> int:
     """Measure local directional Lipschitz constants, and say which are above the float noise.
 
-    For each direction the exact |Jv|, secants over a ladder of radii, the measured noise floor, and a value only where
-    a plateau stands above it. MODEL is a Hub id, a folder or 'builtin'. Without --source or --data, the built-in photos
-    are used.
+    Computes for each direction the exact |Jv|, secants over a ladder of radii and the float noise, and states a value
+    only where a plateau stands above the noise. MODEL is a Hub id, a folder or 'builtin'. Without --source or --data,
+    the built-in photos are used.
 
     \b
     hf-equiv lipschitz builtin --directions random:16,top:4,null:16,gradient
     hf-equiv lipschitz facebook/deit-tiny-patch16-224 --source dog.jpg --target car.jpg --regional 0.5 --linearity
 
-    The run directory is a dataset: lipschitz/*.parquet, figures/secants.png and constants.png. Stopped runs go on with
-    the same command.
+    The run directory is a dataset: lipschitz/*.parquet, figures/secants.png and constants.png. The same command
+    continues a stopped run.
     """  # noqa: D301, DOC201
-    from hf_equiv.cli import geometry_command
-
-    return geometry_command.run("lipschitz", model, **given)
+    return _run("lipschitz", given)
 
 
 @click.command()
 @click.argument("model")
 @source_options
-@click.option("--target", metavar="W", multiple=True, callback=once, help="Image of headings toward, nearest, connect.")
+@images_option("--target", "Image of the headings toward, nearest and connect.")
 @click.option(
     "--heading", type=click.Choice(["random", "away", "toward", "nearest", "connect"]), default="random",
-    show_default=True, help="random direction; away from the start; toward the target; from a match of the target back "
-    "to the source (nearest) or on to the target itself (connect).",
+    help="random: one random direction; away: from the start; toward: to the target; nearest: from "
+    "a match of the target back to the source; connect: from that match on to the target.",
 )  # fmt: skip
-@click.option("--step", type=float, default=1.0, show_default=True, help="Longest step, L2 in pixels in [0, 1].")
-@click.option("--num-steps", type=int, default=100, show_default=True, help="Points after the start.")
+@click.option("--step", type=POSITIVE, metavar="X", default=1.0,
+              help="Longest step, L2, pixels in [0, 1].")  # fmt: skip
+@click.option("--num-steps", type=COUNT, metavar="N", default=100, help="Points after the start.")
 @click.option(
-    "--stop", type=float, help="toward, nearest, connect: at which share of the distance to the image that leads along "
-    "the level set the walk is over. On a trained ViT 0.1 takes thousands of evaluations.  [default: 0.01]",
+    "--stop", type=SHARE, metavar="X",
+    help="End a walk toward, nearest or connect when this share of the distance to its image leads along the level "
+    "set. Default: 0.01. On a trained ViT 0.1 takes thousands of evaluations.",
 )  # fmt: skip
-@click.option("--rtol", type=float, default=1e-5, show_default=True, help="Largest drift of the embedding, relative.")
-@model_options
-@run_options
-@output_options
-def walk(model: str, **given: Any) -> int:
+@click.option("--rtol", type=POSITIVE, metavar="X", default=1e-5,
+              help="Largest drift of the embedding, relative.")  # fmt: skip
+@analysis_options
+def walk(**given: Any) -> int:
     """Walk through images that share an embedding, each point corrected back.
 
-    Drift, distances, label and frame of every point. MODEL is a Hub id, a folder or 'builtin'. Without --source or
-    --data, the built-in photos are used.
+    Records drift, distances, label and frame of every point. MODEL is a Hub id, a folder or 'builtin'. Without
+    --source or --data, the built-in photos are used.
 
     \b
     hf-equiv walk builtin --num-steps 40
     hf-equiv walk builtin --source cat.jpg --target coffee.jpg --heading connect
 
-    The run directory is a dataset: paths/*.parquet with the frames, float/ (the frames as they were found),
-    figures/walk.gif, frames.png and drift.png. Stopped runs go on with the same command.
+    The run directory is a dataset: paths/*.parquet with the frames, float/ (the float frames), figures/walk.gif,
+    frames.png and drift.png. The same command continues a stopped run.
     """  # noqa: D301, DOC201
-    from hf_equiv.cli import geometry_command
+    return _run("walk", given)
 
-    return geometry_command.run("walk", model, **given)
+
+def _run(name: str, given: dict[str, Any]) -> int:
+    """Settle the plan of a verb, and carry it out or say what would be done; returns the exit code."""
+    from hf_equiv.analyses.plan import make_plan
+    from hf_equiv.analyses.run import VERBS
+    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.runs import resume
+
+    quiet = given["as_json"] or given["quiet"]
+    with output.result_stream() as out:
+        config = VERBS[name].config(**{key: value for key, value in given.items() if key not in _NO_NUMBER})
+        config.check()
+        environment.calm(quiet=quiet)
+        where = {key: given[key] for key in ("cache_dir", "local_files_only")}
+        options = {key: given[key] for key in ("revision", "readout", "normalize", "device")}
+        dtype = "float32" if config.half else config.dtype
+        encoder = environment.load_encoder(given["model"], dtype=dtype, **options, **where)
+        plan = make_plan(config, encoder, **where)
+        items = [item.entry() for item in plan.items]
+        folder: Path = given["out"] or plan.default_out
+        progress.say(plan.choices, quiet=quiet or given["dry_run"])
+        if given["out"] is None:
+            progress.say(resume.other_states(folder, plan.settings, items, plan.layout), quiet=quiet)
+        if not given["dry_run"]:
+            return _carry_out(plan, folder, given, out)
+        if environment.is_first():
+            there = resume.refuse_early(folder, plan.settings, given["overwrite"], plan.layout, items)
+            facts = _estimate(plan, folder, there, given["batch_size"])
+            if given["as_json"]:
+                output.print_json(_result(plan, folder, [], None) | {"dry_run": facts}, out)
+            else:
+                output.print_facts({"would do": _in_words(facts)}, out)
+        return 0
+
+
+def _carry_out(plan: Plan, folder: Path, given: dict[str, Any], out: Any) -> int:
+    """Run a plan with progress, and print its rows, summary and verdict; returns the exit code."""
+    from hf_equiv.analyses.run import run_analysis
+    from hf_equiv.cli import output, progress
+    from hf_equiv.runs import directory
+
+    quiet, total = given["as_json"] or given["quiet"], len(plan.items)
+    what, _, failed = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
+    how = {key: given[key] for key in ("overwrite", "batch_size")}
+    try:
+        with progress.run_progress(quiet=quiet, what=what) as observer:
+            outcome = run_analysis(plan, folder, observer=observer, **how)
+    except KeyboardInterrupt:
+        kept = len(directory.finished_ids(folder, plan.layout)) if folder.is_dir() else 0
+        told = f"interrupted; {kept} of {total} {what} are kept in {folder}. {_how_to_go_on()}"
+        raise KeyboardInterrupt(told) from None
+    if not outcome.main:
+        return 0
+    failures = output.failures(outcome)
+    if given["as_json"]:
+        output.print_json(_result(plan, folder, outcome.rows, outcome.summary), out)
+    elif not quiet:
+        local = plan.encoder.revision.startswith("sha256:") and given["model"] != "builtin"
+        model = ["--model", given["model"]] if local else []  # a run records no path of a local checkpoint
+        output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]), out)
+    count = len({item for ids in failures.values() for item in ids})
+    told = f"{count} of {total} {what} in {folder} {failed}."
+    if quiet and failures:
+        output.to_stderr(f"{told} {' '.join(output.reasons(failures))}")
+    return progress.exit_code(not failures, told, quiet=quiet)
+
+
+def _result(plan: Plan, folder: Path, rows: Sequence[Any], summary: Any) -> dict[str, Any]:
+    def finite(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        "analysis": plan.config.analysis,
+        "model": plan.settings["model_id"],
+        "revision": plan.settings["model_revision"],
+        "out": str(folder),
+        "rows": [{key: finite(value) for key, value in row.items()} for row in rows],
+        "summary": summary,
+    }
+
+
+def _how_to_go_on() -> str:
+    """Return the command that continues an interrupted run: the same without --overwrite, which would begin anew."""
+    kept, typed = [], iter(sys.argv[1:])
+    for word in typed:
+        if word == "--overwrite":
+            next(typed, None)
+        elif not word.startswith("--overwrite="):
+            kept.append(word)
+    again = "The same" if kept == sys.argv[1:] else "Without --overwrite the same"
+    return f"{again} command goes on: {shlex.join(['hf-equiv', *kept])}"
+
+
+def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
+    """Return the facts of a dry run; the time comes from a timed evaluation and a rough count of them."""
+    from hf_equiv.analyses.pairs import unusable_images
+
+    encoder, settings, items = plan.encoder, plan.settings, plan.items
+    match = plan.config.analysis == "match"
+    what, to_do, _ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
+    left, failing = len(items) - there, sum(bool(item.unusable) for item in items)
+    evaluations, seconds = _evaluations(plan), _seconds_per_evaluation(encoder)
+    facts = {
+        "model": settings["model_id"],
+        "revision": settings["model_revision"],
+        "embedding": f"{settings['readout']}, D = {encoder.embedding_dim}, N = {math.prod(encoder.input_shape)}",
+        "images": settings["data_id"] if match else f"{len(items)} of {settings['data_id']}",
+        "pairs": len(items),
+        f"{what}_there": there,
+        to_do: left,
+        f"{what}_of_status_error": failing,
+        "unusable_images": unusable_images(items),
+        "choices": list(plan.choices),
+        "out": str(folder),
+        "batch_size": batch_size or (8 if encoder.device.type == "cpu" else 32),
+        "seconds_per_evaluation": round(seconds, 4),
+        "evaluations_per_image": round(evaluations),
+        "estimated_seconds": round((left - failing) * evaluations * seconds, 1),
+    }
+    for other in ["evaluations_per_image"] if match else ["pairs", "batch_size"]:
+        del facts[other]
+    return facts
+
+
+def _evaluations(plan: Plan) -> float:
+    """Return roughly how many evaluations one item takes: 400 for a match, a Jacobian for everything linear."""
+    settings, name = plan.settings, plan.config.analysis
+    jacobian = (1 + 2 * plan.encoder.embedding_dim) / 3
+    if name == "match":
+        return min(settings["max_evals"], 400) + (jacobian + 10 if settings["refine"] else 0)
+    if name == "spectrum":
+        k = settings["k"]
+        return 8 + (jacobian if k is None else min(jacobian, 4 / 3 * (2 * k + 7)))
+    if name == "lipschitz":
+        forwards = 2 * len(settings["radii"]) + (30 if settings["linearity"] else 0)
+        secants = sum(settings["directions"].values()) * (forwards + 4) / 3
+        extra = (250 if settings["regional"] else 0) + (300 if "match" in settings["directions"] else 0)
+        return jacobian + secants + extra
+    point = {"random": 15, "away": 15, "nearest": 100}.get(settings["heading"], 30)  # at most
+    start = 300 if settings["solver"] else 0
+    return jacobian + settings["num_steps"] * point * min(1, settings["step"]) + start
+
+
+def _seconds_per_evaluation(encoder: Any) -> float:
+    """Time one forward and one backward of a grey image; the best of three."""
+    import torch
+
+    x = torch.full((1, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype, requires_grad=True)
+    seconds = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.autograd.grad(encoder(x).double().square().sum(), x)
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds
+
+
+def _in_words(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of a dry run as its table shows them: the first ten unusable images, no empty lines."""
+    from hf_equiv.formatting import cut
+
+    names = list(facts["unusable_images"])
+    shown = [cut(name, 60) for name in names[:10]] + ([f"and {len(names) - 10} more"] if names[10:] else [])
+    told = facts | {"unusable_images": shown, "choices": "; ".join(facts["choices"])}
+    return {key: value for key, value in told.items() if value or not key.endswith(("_error", "_images", "choices"))}

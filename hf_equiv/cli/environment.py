@@ -1,4 +1,4 @@
-"""What this installation and a checkpoint offer: the facts behind `hf-equiv env`."""
+"""This machine and its checkpoints: versions, devices, processes, and the facts of `hf-equiv env`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages in use; None for what is not installed."""
+    """Return the versions of Python and of the packages in use; None for a missing one."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -32,7 +32,7 @@ def versions() -> dict[str, str | None]:
 
 
 def device() -> dict[str, Any]:
-    """What PyTorch computes on here."""
+    """Return the devices that PyTorch finds here."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -40,7 +40,7 @@ def device() -> dict[str, Any]:
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """What a loaded checkpoint is as a map from pixels to embeddings."""
+    """Return the facts of a checkpoint as a map from pixels to embeddings."""
     try:
         works, why = bool(encoder.jvp_probe()), None
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -63,10 +63,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def load_encoder(
-    model: str, *, revision: str | None, readout: str, normalize: bool, device: str | None, dtype: str,
-    cache_dir: str | None, local_files_only: bool,
-) -> Encoder:  # fmt: skip
+def load_encoder(model: str, *, dtype: str, device: str | None, **options: Any) -> Encoder:
     """Load the encoder that the model options name."""
     import torch
 
@@ -75,20 +72,11 @@ def load_encoder(
     dtypes = {"float32": torch.float32, "float64": torch.float64}
     if dtype not in dtypes:
         raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}; got {dtype!r}.")
-    return Encoder.from_pretrained(
-        model,
-        revision=revision,
-        readout=readout,
-        normalize=normalize,
-        dtype=dtypes[dtype],
-        device=own_device(device),
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    return Encoder.from_pretrained(model, dtype=dtypes[dtype], device=own_device(device), **options)
 
 
 def own_device(device: str | None) -> str | None:
-    """The GPU of this process, where a launcher has started several; otherwise what was asked for."""
+    """Return the GPU of this process, where a launcher has started several; otherwise `device`."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK", "")
@@ -97,8 +85,13 @@ def own_device(device: str | None) -> str | None:
     return f"cuda:{rank}"
 
 
+def is_first() -> bool:
+    """Return whether this process is the first of a launcher, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def calm(*, quiet: bool) -> None:
-    """Keep the libraries below to errors, and without progress bars of their own unless this is a terminal."""
+    """Silence warnings of libraries, and their progress bars where they would not be seen on a terminal."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if quiet or not sys.stderr.isatty():
         for module, switch in (

@@ -1,4 +1,4 @@
-"""The command line. Heavy modules are imported inside the commands, so that `--help` is quick."""
+"""The command line: its commands, exit codes and errors. Commands import heavy modules, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any
 
 import click
 
+from hf_equiv.cli import environment
 from hf_equiv.cli.analyses import lipschitz, match, spectrum, walk
-from hf_equiv.cli.options import model_options, output_options
+from hf_equiv.cli.options import flag_note, model_options, output_options
 from hf_equiv.cli.results import publish, report, verify
 from hf_equiv.cli.space import space
 
-_SHARED = ("match", "spectrum", "lipschitz", "walk")  # what several processes share; the rest is done by the first
+_SHARED = ("match", "spectrum", "lipschitz", "walk")
+"""Commands whose work several processes share; all others run in the first process only."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(package_name="hf-equiv", prog_name="hf-equiv")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Find images that share an embedding, for any vision checkpoint, and check what was found.
+    """Find images that share an embedding, for any vision checkpoint, and verify the results.
 
     \b
-    hf-equiv match builtin                          cat -> coffee with the model that ships here
+    hf-equiv match builtin                          cat -> coffee with the built-in model
     hf-equiv match facebook/deit-tiny-patch16-224 --source dog.jpg --target car.jpg
     hf-equiv spectrum builtin                       rank, null space and named zeros of the Jacobian
     hf-equiv lipschitz builtin                      how fast the embedding moves, by kind of direction
@@ -33,32 +35,22 @@ def cli(context: click.Context) -> None:
     hf-equiv report runs                            one page: the paper's claims, with intervals and controls
     hf-equiv space run                              try it in a browser, on this machine
     hf-equiv space deploy me/same-embedding         the same as a Space on the Hub
-    hf-equiv env facebook/dinov2-small              what the checkpoint offers
+    hf-equiv env facebook/dinov2-small              embedding size, readouts and head of the checkpoint
 
     Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input; 130 stopped by
     Ctrl-C, after which the same command goes on.
     """  # noqa: D301 (click looks for the backspace itself)
-    from hf_equiv.cli.progress import is_first
-
-    if context.invoked_subcommand not in _SHARED and not is_first():
-        context.exit()  # under a launcher one process is enough
-
-
-for command in (match, spectrum, lipschitz, walk, verify, publish, report):
-    cli.add_command(command)
-
-
-cli.add_command(space)
+    if context.invoked_subcommand not in _SHARED and not environment.is_first():
+        context.exit()
 
 
 @cli.command()
 @click.argument("model", required=False)
 @model_options
 @output_options
-def env(model: str | None, **given: Any) -> int:
+def env(model: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
     """Show versions and, for a MODEL, its embedding size, readouts, processor and head."""
-    as_json, quiet = given.pop("as_json"), given.pop("quiet")
-    from hf_equiv.cli import environment, output
+    from hf_equiv.cli import output
 
     with output.result_stream() as out:
         environment.calm(quiet=as_json or quiet)
@@ -70,6 +62,10 @@ def env(model: str | None, **given: Any) -> int:
         else:
             output.print_facts(facts, out)
     return 0
+
+
+for command in (match, spectrum, lipschitz, walk, verify, publish, report, space):
+    cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,37 +82,27 @@ def _run(arguments: list[str] | None) -> int:
         return 2
     except click.ClickException as error:
         message = error.format_message()
-        if "extra argument" in message:  # most often a pattern that the shell has expanded
-            message += ". A flag takes one name: of several images, name the folder."
+        if "extra argument" in message:  # usually a pattern that the shell has expanded
+            message += ". A flag takes one name: for several images, name the folder."
         return _fail(message)
-    except KeyboardInterrupt as error:
-        return _fail(str(error) or "interrupted.", 130)
-    except click.Abort as error:
-        return _fail(str(error.__cause__ or error.__context__ or "") or "interrupted.", 130)
+    except (KeyboardInterrupt, click.Abort) as error:  # click turns the first into the second
+        return _fail(str(error) or str(error.__cause__ or error.__context__ or "") or "interrupted.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        if debug:
-            raise
-        return _fail(_message(error))
     except Exception as error:
         if debug:
             raise
-        return _fail(f"{type(error).__name__}: {_message(error)} (HF_EQUIV_DEBUG=1 shows where)")
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}"
-    return str(error) or type(error).__name__
+        message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        if not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
+            message = f"{type(error).__name__}: {message} (HF_EQUIV_DEBUG=1 shows where)"
+        commands = [*cli.commands.values(), *space.commands.values()]
+        return _fail(message + flag_note(message, (option for command in commands for option in command.params)))
 
 
 def _fail(message: str, code: int = 2) -> int:
     """Print an error on one line, and the items of a list on one line each."""
-    from hf_equiv.cli.output import in_flags
-
-    lines = (" ".join(item.split()) for item in in_flags(message).split("\n- "))
-    click.echo("error: " + "\n- ".join(lines), err=True)
+    click.echo("error: " + "\n- ".join(" ".join(item.split()) for item in message.split("\n- ")), err=True)
     return code

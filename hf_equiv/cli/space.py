@@ -1,13 +1,19 @@
-"""`hf-equiv space run` and `hf-equiv space deploy`."""
+"""The commands on the app: serve it here, or deploy it to a Space on the Hub."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import socket
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
 
-from hf_equiv.cli.options import output_options, visibility
+from hf_equiv.cli.options import group, output_options, visibility
 
 
 @click.group()
@@ -15,58 +21,110 @@ def space() -> None:
     """Serve the app that shows all this in a browser, here or as a Space on the Hub."""
 
 
-_DATASET = click.option(
-    "--dataset", metavar="USER/NAME[@REV]", help="Published matches to show; in a Space, '' shows none."
-)
-
-
-_MODELS = click.option(
-    "--model", "models", metavar="M", multiple=True,
-    help="Checkpoint that may be chosen beside the built-in one; repeat for more.",
+_app_options = group(
+    click.option(
+        "--dataset", metavar="USER/NAME[@REV]", help="Published matches to show; in a Space, '' shows none."
+    ),
+    click.option(
+        "--model", "models", metavar="M", multiple=True,
+        help="Checkpoint to offer beside the built-in one; repeat for more.",
+    ),
 )  # fmt: skip
 
 
 @space.command("run")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
-@click.option("--port", type=int, default=7860, show_default=True, help="Port to listen at.")
-@_DATASET
-@_MODELS
-@click.option("--share", is_flag=True, help="Also through a public link of Gradio's, for 72 hours at most.")
-def space_run(**given: Any) -> int:
+@click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="N", default=7860, help="Port.")
+@_app_options
+@click.option("--share", is_flag=True, help="Also open a public link of Gradio, for 72 hours at most.")
+def space_run(host: str, port: int, dataset: str | None, models: tuple[str, ...], share: bool) -> int:
     """Serve the app on this machine until Ctrl-C; it needs pip install "hf_equiv[space]"."""
-    from hf_equiv.cli import space_command
+    from hf_equiv.hub.space_files import DATASET, MODELS
 
-    return space_command.run(**given)
+    if any("," in model for model in models):
+        raise ValueError(f"`models` must be names without commas; got {', '.join(models)}. Repeat the flag.")
+    if dataset is not None:
+        os.environ[DATASET] = dataset
+    if models:
+        os.environ[MODELS] = ",".join(models)
+    _refuse_taken(host, port)
+    load_app().main(host=host, port=port, share=share)
+    return 0
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            why = error.strerror or error
+            raise ValueError(f"`port` must be free; got {port} of {host}: {why}. Choose another.") from error
+
+
+def load_app() -> ModuleType:
+    """Import the app of this installation.
+
+    Returns:
+        The module, with `build_demo` and `main`.
+
+    Raises:
+        ImportError: gradio is missing.
+    """
+    from hf_equiv.hub.space_files import APP, app_folder
+
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError('the app needs gradio, which is not installed. Run pip install "hf_equiv[space]".')
+    folder = app_folder()
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # as in a Space, where files beside the app can be imported
+    return importlib.import_module(Path(APP).stem)
 
 
 @space.command("deploy")
 @click.argument("repo_id", metavar="USER/NAME")
-@_DATASET
-@_MODELS
+@_app_options
 @visibility("Space")
-@click.option("--hardware", metavar="H", help="cpu-basic (free), zero-a10g, … Default: that of the Space.")
+@click.option("--hardware", metavar="H", help="cpu-basic (free), zero-a10g, … Default: unchanged.")
 @click.option(
     "--wheel", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Bring hf_equiv along from this wheel. Default: pinned if it was installed from a package index, else the "
-    "files installed here.",
+    help="Upload hf_equiv from this wheel. Default: pin the version if it was installed from a package index, else "
+    "upload the installed files.",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Deploy into a Space that holds another app, too.")
+@click.option("--force", is_flag=True, help="Replace the app of a Space that holds another one.")
 @click.option("--dry-run", is_flag=True, help="List files, variables, visibility and hardware; write nothing.")
-@click.option("--wait/--no-wait", default=True, help="Whether to wait until the Space runs. Default: wait.")
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait.")
+@click.option("--wait/--no-wait", default=True, help="Wait until the Space runs.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", default=600.0,
+              help="Seconds to wait.")  # fmt: skip
 @output_options
-def space_deploy(repo_id: str, **given: Any) -> int:
+def space_deploy(repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
     """Put the app into a Space on the Hub, in one commit, and wait until it runs.
 
-    Private unless --public is given. Of a Space that is there the app is brought up to date; files and text that its
-    owner added stay. No secret is ever set: a private dataset needs a read token, which you add yourself.
+    A new Space is private unless --public is given. An existing Space gets the current app and keeps the files and
+    text that its owner added. No secret is ever set: a private dataset needs a read token, which you add yourself.
 
     \b
     hf-equiv space deploy me/same-embedding --dry-run
     hf-equiv space deploy me/same-embedding --dataset me/matches --model facebook/deit-tiny-patch16-224 --public
 
     Exit code 1: deployed, but the Space does not run; the message says where the log is.
-    """  # noqa: D301, DOC201
-    from hf_equiv.cli import space_command
+    """  # noqa: D301, DOC201 (this is the help text, and click looks for the backspace itself)
+    from hf_equiv.cli import environment, output, progress
 
-    return space_command.deploy(repo_id, **given)
+    with output.result_stream() as out:
+        from hf_equiv.hub.space import SpaceError, deploy_space
+
+        environment.calm(quiet=True)  # one bar, ours
+        failed: SpaceError | None = None
+        try:
+            with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
+                done = deploy_space(repo_id, progress=tell, **given)
+        except SpaceError as error:
+            failed, done = error, error.deployment
+        if as_json:
+            output.print_json(asdict(done) | {"error": None if failed is None else str(failed)}, out)
+        elif not quiet:
+            output.print_deployment(done, out)
+        if failed is not None:
+            output.to_stderr(f"error: {failed}")
+    return 0 if failed is None else 1

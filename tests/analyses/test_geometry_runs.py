@@ -614,7 +614,7 @@ def test_commands(analysis, place, capsys):
     assert list(result["rows"][0])[: len(CONTRACT[analysis].split())] == CONTRACT[analysis].split()
     code, out, err = call(capsys, *base)
     assert code == 0
-    assert "check it: hf-equiv verify run" in out
+    assert "check it:  hf-equiv verify run" in out
     assert "2 of 2 images on disk" in err
     code, out, _ = call(capsys, "verify", "run", "--json")
     assert (code, json.loads(out)["problems"]) == (0, [])
@@ -641,21 +641,27 @@ def test_help_is_quick_and_lists_the_flags(analysis):
 
 
 WRONG = [
-    (["spectrum", "builtin", "--k", "99"], "--k must be at most the embedding size 12; got 99"),
-    (["walk", "builtin", "--source", "photos", "--heading", "connect"], "--target must come with heading 'connect'"),
-    (["walk", "builtin", "--step", "0"], "--step must be"),
+    (["spectrum", "builtin", "--k", "99"], "`k` must be at most the embedding size 12; got 99"),
+    (["walk", "builtin", "--source", "photos", "--heading", "connect"], "`target` must come with heading 'connect'"),
+    (["walk", "builtin", "--step", "0"], "Invalid value for '--step': 0.0 is not in the range x>0."),
     (
         ["lipschitz", "builtin", "--radii", "a,b"],
-        "--radii must be numbers a,b,c or a range a:b with a below b; got 'a,b'",
+        "Invalid value for '--radii': 'a,b' is not a list of numbers a,b,c or a range a:b with a below b.",
     ),
-    (["lipschitz", "builtin", "--radii", "1:1e-5"], "a range a:b with a below b; got '1:1e-5'"),
+    (
+        ["lipschitz", "builtin", "--radii", "1:1e-5"],
+        "'1:1e-5' is not a list of numbers a,b,c or a range a:b with a below b.",
+    ),
     (
         ["lipschitz", "builtin", "--directions", "top:13"],
-        "top:K of --directions must ask for at most 12, the embedding size; got 13",
+        "top:K of `directions` must ask for at most 12, the embedding size; got 13",
     ),
-    (["walk", "builtin", "--heading", "nearest", "--stop", "1.5"], "--stop must be below 1; got 1.5"),
-    (["lipschitz", "builtin", "--directions", "up:3"], "--directions must be a list of random:N"),
-    (["spectrum", "builtin", "--limit", "3"], "--limit must come with --data"),
+    (
+        ["walk", "builtin", "--heading", "nearest", "--stop", "1.5"],
+        "Invalid value for '--stop': 1.5 is not in the range 0<x<1.",
+    ),
+    (["lipschitz", "builtin", "--directions", "up:3"], "`directions` must be a list of random:N"),
+    (["spectrum", "builtin", "--limit", "3"], "`limit` must come with `data`"),
     (["spectrum", "builtin", "--source", "nowhere.png"], "'nowhere.png' does not exist"),
 ]
 

@@ -255,7 +255,7 @@ def test_interrupted_while_it_uploads(hub, runs, capsys, monkeypatch):
     monkeypatch.setattr("hf_equiv.hub.publish.send", stop)
     code, out, err = call(capsys, "publish", runs["match"], NAME, "-q")
     assert (code, out) == (130, "")
-    assert err.lstrip().startswith("error: interrupted. The same command goes on: what was uploaded is not sent twice")
+    assert err.lstrip().startswith("error: interrupted. The same command goes on: uploaded files are not sent again")
 
 
 def test_progress_counts_what_has_gone(hub, runs, monkeypatch, capsys):
@@ -430,7 +430,7 @@ def test_photos_of_unknown_licence_are_withheld(hub, runs, capsys):
     code, out, _ = call(capsys, "publish", runs["folder"], NAME)
     assert code == 0
     assert "WITHHELD" in out
-    assert "--license cc-by-4.0" in out
+    assert "`license='cc-by-4.0'`" in out
     assert "--i-have-the-right" in out
     files = hub.files("datasets", NAME)
     assert set(files) == {".gitattributes", "README.md", "run.json", "matches/part-00000.parquet"}

@@ -22,7 +22,7 @@ import yaml
 from hubcases import call
 from huggingface_hub import constants, errors
 
-from hf_equiv.cli import space_command
+from hf_equiv.cli import space as space_command
 from hf_equiv.hub import space, space_files
 from hf_equiv.hub.space import SpaceError, deploy_space
 from hf_equiv.hub.space_files import DATASET, MODELS, REQUIREMENTS, App, app_of
@@ -530,21 +530,24 @@ def test_for_people(hub, capsys):
         ("hf_bob", "acme/app", [], "your role in 'acme' is 'read'. Ask its owners for the role 'write'."),
         ("hf_bob", "alice/ours", [], "'alice' is neither you nor an organisation of yours. Deploy to 'bob/NAME'."),
         ("hf_alice", NAME, ["--hardware", "t4-small"], "the Hub wants to be paid for 'alice/app' (HTTP 402: Payment "
-         "required: add a payment method or subscribe to PRO). Free accounts get --hardware cpu-basic"),
+         "required: add a payment method or subscribe to PRO). Free accounts get "
+         "`hardware='cpu-basic'`"),
         ("hf_alice", "alice/ours", ["--hardware", "t4-small"], "the Hub wants to be paid"),
-        ("hf_alice", "alice/theirs", [], "USER/NAME must be a new Space or one that hf_equiv has deployed; "
-         "'alice/theirs' holds another app (sdk gradio). Choose another name, or pass --force to replace its app."),
+        ("hf_alice", "alice/theirs", [], "`repo_id` must be a new Space or one that hf_equiv has deployed; "
+         "'alice/theirs' holds another app (sdk gradio). Choose another name, or pass `force=True` to replace its "
+         "app."),
         ("hf_alice", "alice/docker", [], "'alice/docker' holds another app (sdk docker)"),
-        ("hf_alice", "datasets/alice/x", [], "USER/NAME must be the name of a Space, USER/NAME; got "
+        ("hf_alice", "datasets/alice/x", [], "`repo_id` must be the name of a Space, USER/NAME; got "
          "'datasets/alice/x'. That is a dataset: the app is deployed to a Space."),
         ("hf_alice", "app", [], "Put your user name or organisation before it."),
-        ("hf_alice", NAME, ["--dataset", "alice/none"], "--dataset must be on the Hub; it shows you no dataset "
+        ("hf_alice", NAME, ["--dataset", "alice/none"], "`dataset` must be on the Hub; it shows you no dataset "
          "'alice/none'"),
         ("hf_alice", NAME, ["--dataset", "alice/results@v9"], "'alice/results' has no 'v9'"),
-        ("hf_alice", NAME, ["--dataset", "spaces/alice/x"], "--dataset must be the name of a dataset"),
-        ("hf_alice", NAME, ["--model", "alice/none"], "--model must be on the Hub; it shows you no model 'alice/none'"),
-        ("hf_alice", NAME, ["--model", "./folder"], "--model must be the name of a model"),
-        ("hf_alice", NAME, ["--wheel", "pyproject.toml"], "--wheel must be a wheel file"),
+        ("hf_alice", NAME, ["--dataset", "spaces/alice/x"], "`dataset` must be the name of a dataset"),
+        ("hf_alice", NAME, ["--model", "alice/none"], "`models` must be on the Hub; it shows you no model "
+         "'alice/none'"),
+        ("hf_alice", NAME, ["--model", "./folder"], "`models` must be the name of a model"),
+        ("hf_alice", NAME, ["--wheel", "pyproject.toml"], "`wheel` must be a wheel file"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_cure(token, name, flags, message, hub, capsys, monkeypatch):
@@ -664,4 +667,4 @@ def test_a_port_that_is_taken_is_named():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"`port` must be free; got {port}"):
-            space_command.run(host="127.0.0.1", port=port, dataset=None, models=(), share=False)
+            space_command.space_run.callback(host="127.0.0.1", port=port, dataset=None, models=(), share=False)

@@ -47,7 +47,7 @@ SEVERAL = """
             plan = make_plan(RunConfig(data=photos, pairs=7, max_evals=12), TinyEncoder())
         else:
             plan = make_analysis_plan(AnalysisConfig(verb, data=photos, limit=4, **options[verb]), TinyEncoder())
-        with run_progress(quiet=False, what="matches" if verb == "match" else "images") as tell:
+        with run_progress(quiet=False, what="rows" if verb == "match" else "images") as tell:
             if verb == "match":
                 return run_match(plan, out, batch_size=2, observer=tell)
             return run_analysis(plan, out, batch_size=(5, 7, 32)[int(out.name[-1]) - 1], observer=tell)
