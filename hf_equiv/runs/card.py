@@ -30,7 +30,7 @@ def one_line(text: str) -> str:
 
 
 def escape(value: Any) -> Any:
-    """Escape a value for Markdown, so that it cannot end a line, a table cell or a code span, or begin a tag or a link."""
+    """Escape a value for Markdown: it cannot end a line, a table cell or a code span, or begin a tag or a link."""
     if hasattr(value, "__html__"):
         return value
     return one_line(str(value)).translate(_ESCAPES).replace("](", "]&#40;")

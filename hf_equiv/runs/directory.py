@@ -158,14 +158,8 @@ def write_record(
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, so that two runs never write into it at once.
-
-    The lock file is deleted at the end, which is why no library does this: a lock on a file that another run has just
-    deleted is no lock.
-
-    Raises:
-        ValueError: another run holds the lock, or the folder cannot be made.
-    """
+    """Hold the lock of a run directory, so that two runs never write into it at once."""
+    # The lock file is deleted at the end, which no library does safely: a lock on a deleted file is no lock.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)

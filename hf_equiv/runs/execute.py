@@ -132,10 +132,8 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
 
 
 def _make_rows(job: Job, folder: Path, tell: Observer, claims: Claims, state: PartialState) -> bool:
-    """Make the missing rows together with the other processes, and tell whether any was missing.
-
-    The main process returns when all rows are there, and makes the blocks of processes that have ended.
-    """
+    """Make the missing rows together with the other processes, and return whether any was missing."""
+    # The main process returns when all rows are there. It makes the blocks of processes that have ended.
     finished, total = directory.finished_ids(folder, job.layout), len(job.items)
     processes.meet(state)  # every process has read the same list before the first one writes
     if not state.is_main_process:

@@ -32,11 +32,8 @@ def prepare(
     layout: Layout = MATCH,
     command: str | None = None,
 ) -> int:
-    """Make a locked folder ready for a run of these settings, and return the number of pairs or images to try again.
-
-    `missing` goes on with a run of the same settings, `always` deletes an earlier run (and nothing else), `never`
-    refuses to touch one.
-    """
+    """Make a locked folder ready for a run of these settings, and return the number of pairs or images to try again."""
+    # `missing` resumes a run of the same settings, `always` deletes an earlier run and nothing else, `never` refuses.
     there = _check(folder, settings, overwrite, layout, items)
     if there and overwrite == "always":
         _delete_run(folder)
@@ -62,14 +59,7 @@ def prepare(
 def refuse_early(
     folder: Path, settings: Row, overwrite: str, layout: Layout = MATCH, items: Sequence[Row] | None = None
 ) -> int:
-    """Apply the rules of `prepare` and `locked` for a dry run, which leaves no file.
-
-    Returns:
-        The number of pairs or images whose rows would be kept.
-
-    Raises:
-        ValueError: as `prepare` and `locked`.
-    """
+    """Apply the rules of `prepare` and `locked` without leaving a file, and return the number of rows to keep."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".hf-equiv-", dir=there):
@@ -224,7 +214,7 @@ def _delete_run(folder: Path) -> None:
 
 
 def _sweep(folder: Path, layout: Layout) -> None:
-    """Clean up after a killed run: temporary files, an unfinished merge, and shards or float files without the other."""
+    """Clean up after a killed run: temporary files, an unfinished merge, shards and float files without the other."""
     for place in (folder, *(folder / name for name in OWN_FOLDERS)):
         for leftover in place.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)

@@ -115,8 +115,8 @@ def write_shard(
 
     `index` is the place of the first row's pair or image in the run's list. Rows hold all columns, images as PNG bytes.
     Float images are named by pair id in a match run and `IMAGE_ID/NAME` elsewhere. `costs` are the evaluations by pair
-    id, {"match": …, "refine": …}; `errors` are the reasons of rows of status `error`, by id. A `staged` shard has hidden
-    names, which `settle` replaces.
+    id, {"match": …, "refine": …}. `errors` are the reasons of rows of status `error`, by id. A `staged` shard has
+    hidden names, which `settle` replaces.
     """
     shard = shard_path(folder, index, layout)
     place = _hidden if staged else Path
