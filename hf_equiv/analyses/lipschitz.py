@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_equiv.analyses.match import match_target
+from hf_equiv import checks
+from hf_equiv.analyses.match import match_target, outside_ball
 from hf_equiv.analyses.measures import _median
 from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.analyses.walk import drift, level
 from hf_equiv.formatting import finite
 from hf_equiv.geometry.directions import Directions, make_directions
 from hf_equiv.geometry.linearity import LinearityResult, linearity_radius
 from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
+from hf_equiv.geometry.secants import JVP_RTOL, RTOL, least_error, plateau_of
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
 Stage = Callable[[str, int, int], None]
@@ -213,3 +218,119 @@ def _quantiles(values: Sequence[float]) -> list[float] | None:
     if len(values) == 1:
         return [values[0]] * 5
     return [min(values), *quantiles(values, n=4, method="inclusive"), max(values)]
+
+
+# How `verify` makes rows of constants again, and compares them (see `verify.rows.VERBS`).
+
+
+_BATCH = 32  # images and tangents per pass
+
+
+_REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
+
+
+def float_images(settings: Row, rows: Sequence[Row]) -> dict[str, str]:
+    """Name the images that directions lead to, and the place and direction of the regional constant."""
+    kinds, region = settings["directions"], settings["regional"] is not None
+    there = {"toward": "toward" in kinds or "match" in kinds, "match": "match" in kinds}
+    there |= {"place": region, "direction": region}
+    return {f"{rows[0]['image_id']}/{what}": what for what, needed in there.items() if needed}
+
+
+def faults(
+    encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield a ladder that is none, a match without the embedding of its target, and a place outside the region."""
+    name, image = rows[0]["image_id"], rows[0]["image"]
+    try:
+        checks.check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
+    except (ValueError, TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
+        yield "radii", "a ladder", str(error)
+    match = floats.get(f"{name}/match")
+    if match is not None:
+        error = drift(encoder, match, level(encoder, floats[f"{name}/toward"], None))
+        noise = max(3 * float(encoder.noise_floor(match[None])[0]), 1e-6)
+        if error is None or not error <= settings["rtol"] + noise:
+            told = f"the embedding error of the stored match is {error}"
+            yield "match", f"an image of the target's embedding, to {settings['rtol']:g}", told
+    if settings["regional"] is not None:
+        yield from outside_ball(_REGION[0], floats[f"{name}/place"], image, settings["regional"], settings["norm"])
+
+
+def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
+    """Return the status that fits the stated value, and the plateau of the stated secants about it."""
+    made = []
+    for row in rows:
+        ladder, value, plateau = _ladder(row), row["value"], None
+        status = Status.ERROR if ladder is None or row["jvp"] is None else Status.UNDETERMINED
+        if value is not None and ladder is not None:
+            secants, radii, floors = ladder
+            about = torch.tensor([value], dtype=torch.float64)
+            plateau = plateau_of(secants[None], radii, floors[None], about)[0].tolist()
+        made.append({"status": str(status if value is None else Status.RESOLVED), "plateau": plateau})
+    return made
+
+
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
+    """Make the rows of one image again."""
+    name, image = rows[0]["image_id"], rows[0]["image"]
+    toward, match = floats.get(f"{name}/toward"), floats.get(f"{name}/match")
+    found, reach = measure_directions(encoder, image, toward, settings, name, _BATCH, lambda *_: None, match)
+    region: Row = dict.fromkeys(_REGION)
+    if settings["regional"] is not None:
+        place, v = floats[f"{name}/place"], floats[f"{name}/direction"]
+        moved = Jacobian(encoder, place).mv((v / v.double().norm()).to(place)[None])[0]
+        ball = measure_region(encoder, image, settings, name)
+        constants = (moved.double().norm(), ball.at_center[0], ball.clever[0])
+        region = dict(zip(_REGION, map(finite, constants), strict=True))
+    made = rows_of(found, reach)
+    common = {"image_id": name, "image": image, "largest": max((row["jvp"] or 0.0 for row in made), default=0.0)}
+    stated = {(row["direction"], row["index"]): row for row in rows}
+    return [_beside(stated.get((row["direction"], row["index"])), row | region | common) for row in made]
+
+
+def _beside(row: Row | None, made: Row) -> Row:
+    """Add the least error that the stated floors and ‖Jv‖ allow; at the edge of `resolved`, take the stated side."""
+    made["least_error"] = 0.0
+    if row is None:
+        return made
+    ladder = _ladder(row)
+    if ladder is not None and len(ladder[2]) and float(ladder[2].min()) > 0:
+        made["least_error"] = 0.99 * float(least_error(ladder[2][None])[0])  # rounding of a sum
+    if row["value"] is not None and row["jvp"] is not None:
+        made["least_error"] = max(made["least_error"], 0.99 * abs(row["value"] - row["jvp"]))
+    size = made["value"] or made["jvp"] or 0.0
+    if 0.5 * RTOL * size <= (made["value_error"] or 0.0) <= 2 * RTOL * size:
+        made["value"] = None if row["value"] is None else made["value"] or made["jvp"]
+    return made
+
+
+def _ladder(row: Row) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The stated secants, radii and noise floors, if there are as many of each."""
+    columns = [row["secants"] or [], row["radii"] or [], row["noise_floor"] or []]
+    if any(None in column for column in columns) or len({len(column) for column in columns}) > 1:
+        return None
+    secants, radii, floors = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    return secants, radii, floors
+
+
+def tolerances(made: Row, settings: Row) -> Row:
+    """Say how far columns of a lipschitz row may be from those made again: by the noise floors, which vary fivefold."""
+    coarse = settings["dtype"] in ("bfloat16", "float16")
+    noise = (1e-12 if settings["dtype"] == "float64" else 1e-6) * made["largest"]
+    floors, secants = ([n or 0.0 for n in made[key]] for key in ("noise_floor", "secants"))
+    jvp, value, error = (made[key] or 0.0 for key in ("jvp", "value", "value_error"))
+    beside_jvp = made["value"] == made["jvp"]  # undetermined here, by a little
+    return {
+        "jvp": 1e-3 * jvp + 30 * noise,
+        "radii": [1e-12 * h for h in made["radii"]],
+        "noise_floor": [(0.2 * floor, 5 * floor) for floor in floors],
+        "secants": [4 * floor + 1e-3 * secant + noise for floor, secant in zip(floors, secants, strict=True)],
+        "value": 2 * (JVP_RTOL if coarse else RTOL) * jvp if beside_jvp else 2 * error + 1e-4 * value,
+        "value_error": (made["least_error"], 5 * error + noise),
+        "unit_factor": 1e-5 * (made["unit_factor"] or 0.0),
+        "linearity_radius": 1e-2 * (made["linearity_radius"] or 0.0),
+        "regional_lower_bound": 1e-4 * (made["regional_lower_bound"] or 0.0),
+        "regional_at_center": 1e-2 * (made["regional_at_center"] or 0.0),
+        "regional_clever": 0.1 * (made["regional_clever"] or 0.0),  # a fit to maxima: rounding counts for more
+    }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import AnalysisConfig
@@ -12,6 +13,8 @@ from hf_equiv.analyses.measures import _median
 from hf_equiv.formatting import finite, short
 from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
 from hf_equiv.geometry.zeros import Zero
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
 KEPT_VECTORS = 8
@@ -122,3 +125,80 @@ def _spectrum_verdict(rows: Sequence[Mapping[str, Any]], middle: Row, zeros: Row
     near = [f"{c} (predicted {short(z['predicted'])})" for c, z in zeros["near_structural"].items()]
     text += f" Zeros: {', '.join(exact)}." if exact else ""
     return text + (f" Nearly zero: {', '.join(near)}." if near else "")
+
+
+# How `verify` makes rows of spectra again, and compares them (see `verify.rows.VERBS`).
+
+
+_BATCH = 32  # cotangents per pass
+
+
+def float_images(settings: Row, rows: Sequence[Row]) -> dict[str, str]:
+    """Name the right singular vectors, where they are kept."""
+    return {f"{row['image_id']}/right": "right" for row in rows if settings["vectors"]}
+
+
+def faults(
+    encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield singular vectors that J does not stretch by the stated singular values."""
+    for row in rows:
+        right = floats.get(f"{row['image_id']}/right")
+        if right is None:
+            continue
+        lengths = Jacobian(encoder, row["image"], batch=_BATCH).mv(right).double().norm(dim=1).tolist()
+        sigma = [s or 0.0 for s in row["singular_values"] or []]
+        off = max((abs(s - length) for s, length in zip(sigma, lengths, strict=False)), default=0.0)
+        if len(sigma) < len(lengths) or not off <= 1e-3 * max(lengths):
+            yield "right", "the vectors of the stated singular values", f"‖Jv‖ differs by {off:.3g}"
+
+
+def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
+    """Return the status of rows with numbers, and the largest of the stated singular values."""
+    return [
+        {"status": str(Status.COMPLETED if row["sigma_max"] is not None else Status.ERROR)}
+        | {"sigma_max": max((s for s in row["singular_values"] or [] if s is not None), default=None)}
+        for row in rows
+    ]
+
+
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
+    """Make spectrum rows again; what is counted or summed over all singular values, from the stated ones."""
+    made = []
+    for row in rows:
+        again = row_of(measure_spectrum(encoder, row["image"], k=settings["k"], vectors=False, batch=_BATCH))
+        sigma, full = row["singular_values"] or [], again["rank"] is not None and settings["k"] is None
+        if full and None not in sigma and len(sigma) == len(again["singular_values"]) and sigma[0] > 0:
+            values = torch.tensor(sigma, dtype=torch.float64)
+            rank = sum(
+                s > (row["rank_threshold"] or 0.0) for s in sigma
+            )  # one near the threshold may be on either side
+            again |= {
+                "rank": rank,
+                "nullity": again["nullity"] + again["rank"] - rank,
+                "effective_rank": finite(torch.special.entr(values / values.sum()).sum().exp()),
+                "participation": finite(values.square().sum().square() / values.pow(4).sum()),
+            }
+        made.append(again | {"image_id": row["image_id"], "num_evals": row["num_evals"], "seconds": row["seconds"]})
+    return made
+
+
+def tolerances(made: Row, settings: Row) -> Row:
+    """Say how far columns of a spectrum row may be from those made again: singular values by their error bounds."""
+    bounds = [bound or 0.0 for bound in made["error_bound"]]
+    top = max((s or 0.0 for s in made["singular_values"]), default=0.0)
+    share = 1e-9 if settings["k"] is None else 1e-3
+    zeros = {
+        kind: [
+            {"measured": 2 * max(bounds) + 1e-7 * top, "predicted": 1e-2 * (zero["predicted"] or 0.0) + 1e-12}
+            for zero in made[kind]
+        ]
+        for kind in ("structural_zeros", "near_structural")
+    }
+    return zeros | {
+        "singular_values": [2 * bound + 1e-7 * top for bound in bounds],
+        "error_bound": [(0.2 * bound, 3 * bound + 1e-12 * top) for bound in bounds],
+        "rank_threshold": 0.5 * (made["rank_threshold"] or 0.0),
+        "effective_rank": share * (made["effective_rank"] or 0.0),
+        "participation": share * (made["participation"] or 0.0),
+    }

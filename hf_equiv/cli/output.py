@@ -261,6 +261,9 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
             told += "(--allow-withheld accepts that)"
     told += (empty if report.error_rows else "") + f"{worst}."
     console.print(told, highlight=False, markup=False, soft_wrap=True)
+    if report.holds and report.verified:
+        not_verified = f"Not verified: {', '.join(report.unverified)}."
+        console.print(not_verified, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_facts(facts: Mapping[str, Any], out: Any) -> None:

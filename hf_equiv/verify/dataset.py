@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
 from hf_equiv.runs.schema import Row
 from hf_equiv.verify.directory import VerifyReport, verify_run
-from hf_equiv.verify.rows import Findings, Problem
+from hf_equiv.verify.rows import Problem, differs, problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +161,9 @@ def verify_results(
         revision_of = str(settings["model_revision"])
         name = run_name(records[place])
         runs.append(RunReport(name, place, settings["model_id"], revision_of, _inside(report, place)))
-    found = Findings()
-    if len(places) > 1 or records[next(iter(places))].get("card") == "dataset":
-        _check_dataset(folder, records, found)
-    return DatasetReport(tuple(runs), tuple(found.problems), repo_id, commit)
+    several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
+    card_problems = tuple(_check_dataset(folder, records)) if several else ()
+    return DatasetReport(tuple(runs), card_problems, repo_id, commit)
 
 
 def _is_local(settings: Row) -> bool:
@@ -181,46 +180,45 @@ def _inside(report: VerifyReport, place: str) -> VerifyReport:
     return replace(report, problems=tuple(problems))
 
 
-def _check_dataset(folder: Path, records: dict[str, Row], found: Findings) -> None:
-    """The card must have the numbers and configurations that follow from the runs; folders in `runs/` must be runs."""
+def _check_dataset(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
+    """Check that the folders in `runs/` are runs named by their settings, and that the card follows from them."""
     for path in sorted((folder / RUNS).glob("*")):
-        if f"{RUNS}/{path.name}" not in records:
-            name = f"{RUNS}/{path.name}"
-            found.say(name, None, "file", directory.RECORD, None, f"this is no run: it has no {directory.RECORD}")
+        if (name := f"{RUNS}/{path.name}") not in records:
+            yield problem(name, None, "file", directory.RECORD, None, f"this is no run: it has no {directory.RECORD}")
     for place, record in records.items():
-        if place and place != f"{RUNS}/{run_name(record)}":
-            told = f"its settings are those of {run_name(record)}"
-            found.say(f"{place}/{directory.RECORD}", None, "settings", place, run_name(record), told)
+        name = run_name(record)
+        if place and place != f"{RUNS}/{name}":
+            file, told = f"{place}/{directory.RECORD}", f"its settings are those of {name}"
+            yield problem(file, None, "settings", place, name, told)
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     there = hub_card.generated_text(text)
     if there is None:
-        found.say(
-            CARD, None, "card", "the part that publishing writes", None, "the part that publishing writes is gone"
-        )
+        wanted = "the part that publishing writes"
+        yield problem(CARD, None, "card", wanted, None, f"{wanted} is gone")
         return
     try:
         named = re.search(r'load_dataset\("([^"\n]+)"', there)  # a copy may have another name than the dataset
-        wanted = _statements(hub_card.card_text(named[1] if named else "", records))
+        wanted_lines = _statements(hub_card.card_text(named[1] if named else "", records))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
-        found.say(CARD, None, "card", "what the runs say", None, told)
+        yield problem(CARD, None, "card", "what the runs say", None, told)
         return
-    stated = _statements(there)
-    for line in (Counter(wanted) - Counter(stated)).elements():
+    stated_lines = _statements(there)
+    for line in (Counter(wanted_lines) - Counter(stated_lines)).elements():
         told = f"the card does not say what the runs say: {line}"
-        found.say(CARD, None, _subject(line), None, line, told)
-    for line in (Counter(stated) - Counter(wanted)).elements():
-        found.say(CARD, None, _subject(line), line, None, f"the card says what no run says: {line}")
+        yield problem(CARD, None, _subject(line), None, line, told)
+    for line in (Counter(stated_lines) - Counter(wanted_lines)).elements():
+        yield problem(CARD, None, _subject(line), line, None, f"the card says what no run says: {line}")
     configs = {item["config_name"]: item for item in hub_card.header(text).get("configs") or []}
     own = hub_card.configs_of(records)
     for config in own:
         name = config["config_name"]
         if configs.get(name) != config:
-            found.add(CARD, None, f"configs.{name}", configs.get(name), config)
+            yield differs(CARD, None, f"configs.{name}", configs.get(name), config)
     for name, config in configs.items():
         if config.get("default") and name != own[0]["config_name"]:
-            found.add(CARD, None, f"configs.{name}.default", True, None, "the default is that of a run")
+            yield differs(CARD, None, f"configs.{name}.default", True, None, "the default must be that of a run")
 
 
 def _statements(text: str) -> list[str]:
