@@ -15,7 +15,7 @@ from hf_equiv.hub.load import download_results, run_folders, split_name
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
 from hf_equiv.runs.schema import Row
-from hf_equiv.verify.directory import VerifyReport, verify_run
+from hf_equiv.verify.directory import VerifyReport, subject, verify_run
 from hf_equiv.verify.rows import Problem, differs, problem
 
 
@@ -152,80 +152,62 @@ def verify_results(
     records = {place: directory.read_record(path) for place, path in places.items()}
     runs: list[RunReport] = []
     for place, path in places.items():
-        settings = records[place]["settings"]
-        named = model if len(places) == 1 or _is_local(settings) else None
+        model_id, revision_of = (str(records[place]["settings"][key]) for key in ("model_id", "model_revision"))
+        is_local = revision_of.startswith("sha256:") and model_id != "builtin"
         report = verify_run(
-            path, model=named, device=device, cache_dir=cache_dir, local_files_only=local_files_only,
-            allow_withheld=allow_withheld, observer=observer,
+            path, model=model if len(places) == 1 or is_local else None, device=device, cache_dir=cache_dir,
+            local_files_only=local_files_only, allow_withheld=allow_withheld, observer=observer,
         )  # fmt: skip
-        revision_of = str(settings["model_revision"])
-        name = run_name(records[place])
-        runs.append(RunReport(name, place, settings["model_id"], revision_of, _inside(report, place)))
+        inside = f"{place}/" if place else ""  # files are named inside the dataset
+        named = tuple(replace(p, file=inside + p.file, message=inside + p.message) for p in report.problems)
+        report = replace(report, problems=named)
+        runs.append(RunReport(run_name(records[place]), place, model_id, revision_of, report))
     several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
-    card_problems = tuple(_check_dataset(folder, records)) if several else ()
+    card_problems = (*_check_folders(folder, records), *_check_card(folder / CARD, records)) if several else ()
     return DatasetReport(tuple(runs), card_problems, repo_id, commit)
 
 
-def _is_local(settings: Row) -> bool:
-    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
-
-
-def _inside(report: VerifyReport, place: str) -> VerifyReport:
-    """The same, files named inside the dataset."""
-    if not place:
-        return report
-    problems = (
-        replace(p, file=f"{place}/{p.file}", message=f"{place}/{p.message}") for p in report.problems
-    )  # fmt: skip
-    return replace(report, problems=tuple(problems))
-
-
-def _check_dataset(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
-    """Check that the folders in `runs/` are runs named by their settings, and that the card follows from them."""
+def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
+    """Check that the folders in `runs/` are runs, named by their settings."""
     for path in sorted((folder / RUNS).glob("*")):
         if (name := f"{RUNS}/{path.name}") not in records:
             yield problem(name, None, "file", directory.RECORD, None, f"this is no run: it has no {directory.RECORD}")
     for place, record in records.items():
         name = run_name(record)
         if place and place != f"{RUNS}/{name}":
-            file, told = f"{place}/{directory.RECORD}", f"its settings are those of {name}"
-            yield problem(file, None, "settings", place, name, told)
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    there = hub_card.generated_text(text)
-    if there is None:
+            told = f"its settings are those of {name}"
+            yield problem(f"{place}/{directory.RECORD}", None, "settings", place, name, told)
+
+
+def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
+    """Check that the generated part of the card, and its configurations, are those of the runs."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    generated = hub_card.generated_text(text)
+    if generated is None:
         wanted = "the part that publishing writes"
         yield problem(CARD, None, "card", wanted, None, f"{wanted} is gone")
         return
     try:
-        named = re.search(r'load_dataset\("([^"\n]+)"', there)  # a copy may have another name than the dataset
-        wanted_lines = _statements(hub_card.card_text(named[1] if named else "", records))
+        named = re.search(r'load_dataset\("([^"\n]+)"', generated)  # a copy may have another name than the dataset
+        made = _lines(hub_card.card_text(named[1] if named else "", records))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
         yield problem(CARD, None, "card", "what the runs say", None, told)
         return
-    stated_lines = _statements(there)
-    for line in (Counter(wanted_lines) - Counter(stated_lines)).elements():
-        told = f"the card does not say what the runs say: {line}"
-        yield problem(CARD, None, _subject(line), None, line, told)
-    for line in (Counter(stated_lines) - Counter(wanted_lines)).elements():
-        yield problem(CARD, None, _subject(line), line, None, f"the card says what no run says: {line}")
+    for line in (made - _lines(generated)).elements():
+        yield problem(CARD, None, subject(line), None, line, f"the card does not say what the runs say: {line}")
+    for line in (_lines(generated) - made).elements():
+        yield problem(CARD, None, subject(line), line, None, f"the card says what no run says: {line}")
     configs = {item["config_name"]: item for item in hub_card.header(text).get("configs") or []}
-    own = hub_card.configs_of(records)
-    for config in own:
-        name = config["config_name"]
+    own = {config["config_name"]: config for config in hub_card.configs_of(records)}
+    for name, config in own.items():
         if configs.get(name) != config:
             yield differs(CARD, None, f"configs.{name}", configs.get(name), config)
     for name, config in configs.items():
-        if config.get("default") and name != own[0]["config_name"]:
+        if config.get("default") and name != next(iter(own)):
             yield differs(CARD, None, f"configs.{name}.default", True, None, "the default must be that of a run")
 
 
-def _statements(text: str) -> list[str]:
-    """The lines of the generated part of a card, without its marks."""
-    return [line for line in text.splitlines() if line.strip() and not line.startswith("<!-- hf_equiv")]
-
-
-def _subject(line: str) -> str:
-    """What a line of a table is about; another line as it is."""
-    return line.split(" | ")[0].removeprefix("| ")
+def _lines(text: str) -> Counter[str]:
+    """Count the lines of the generated part of a card, without its marks."""
+    return Counter(line for line in text.splitlines() if line.strip() and not line.startswith("<!-- hf_equiv"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ from hf_equiv.models.encoder import load_recorded
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.directory import WITHHELD
-from hf_equiv.runs.schema import LAYOUTS, MATCH, ROW_KEYS, Layout, Row, row_name
+from hf_equiv.runs.schema import LAYOUTS, MATCH, PROVENANCE_FEATURES, ROW_KEYS, Layout, Row, row_name
 from hf_equiv.verify import rows as checks
 from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, differs, problem
 
@@ -62,7 +63,7 @@ class VerifyReport:
     @property
     def unverified(self) -> tuple[str, ...]:
         """The columns of such a run that no stored image can show."""
-        columns = {*LAYOUTS[self.analysis].features, *checks.PROVENANCE_FEATURES} if self.analysis else {*UNVERIFIED}
+        columns = {*LAYOUTS[self.analysis].features, *PROVENANCE_FEATURES}
         return tuple(name for name in UNVERIFIED if name.partition(" ")[0] in columns)
 
     def to_json(self) -> dict[str, Any]:
@@ -117,7 +118,10 @@ def verify_run(
     """
     folder = Path(folder)
     record = directory.read_record(folder)
-    settings, layout = record["settings"], _layout(folder, record)
+    settings, verb = record["settings"], directory.analysis_of(record)
+    if verb not in LAYOUTS:
+        raise ValueError(f"{str(folder)!r} holds a run of {verb!r}, which this version of hf_equiv does not know.")
+    layout = LAYOUTS[verb]
     directory.check_record(folder, record, layout)
     encoder: Encoder | None = None
     withheld = record.get("photos") == WITHHELD
@@ -157,13 +161,6 @@ def verify_run(
         withheld=left,
         analysis=layout.analysis,
     )
-
-
-def _layout(folder: Path, record: Row) -> Layout:
-    name = record.get("analysis", MATCH.analysis)
-    if name not in LAYOUTS:
-        raise ValueError(f"{str(folder)!r} holds a run of {name!r}, which this version of hf_equiv does not know.")
-    return LAYOUTS[name]
 
 
 def _worst(made: Sequence[Row], *keys: str) -> float | None:
@@ -257,9 +254,7 @@ def _check_shards(
         for name, own in items.items():
             if settings.get("radii", ()) is None:  # early runs state the ladder in their rows alone: all have one
                 settings = settings | {"radii": own[0]["radii"]}
-            problems += checks.check_stated(file, layout, settings, listed.get(name), own)
-            if record.get("photos") == WITHHELD:
-                problems += _check_withheld(file, layout, own)
+            problems += checks.check_stated(file, layout, record, listed.get(name), own)
             again, found = checks.check_item(file, layout, encoder, settings, own, floats)
             made += again
             problems += found
@@ -270,32 +265,23 @@ def _check_shards(
     return rows, made, problems
 
 
-def _check_withheld(file: str, layout: Layout, rows: Sequence[Row]) -> Iterator[Problem]:
-    for row in rows:
-        for column in layout.images:
-            if row[column] is not None:
-                name = row_name(layout.analysis, row)
-                told = f"row {name!r}, {column}: run.json says that photos are withheld, but there is one"
-                yield problem(file, name, column, None, "an image", told)
-
-
 def _check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Problem]:
     """Every pair or image that is listed must have its rows, as many as were asked for; errors need their reason."""
-    listed = [item[layout.item] for item in record[layout.listed]]
+    listed = Counter(item[layout.item] for item in record[layout.listed])
     there = {row[layout.item]: row["status"] for row in rows}
-    what, missing = ("row", "missing") if layout is MATCH else ("image", "its rows are missing")
     command = f"run the same {layout.analysis} command"
-    for name in dict.fromkeys(listed):
+    for name, count in listed.items():
         if name not in there:
             why = "" if record["complete"] else f"; the run is not finished: {command}"
-            told = f"{what} {name!r} is listed and {missing} from {layout.folder}/{why}"
+            told = f"{name!r} is listed and missing from {layout.folder}/{why}"
             yield problem("run.json", name, layout.item, "a row", "no row", told)
-        if listed.count(name) > 1:
-            yield problem("run.json", name, layout.item, "once", "twice", f"{what} {name!r} is listed twice")
-    count = record["settings"].get(f"num_{layout.listed}", len(listed))
-    if count != len(listed):
-        told = f"the settings ask for {count} {layout.listed}; {len(listed)} are listed"
-        yield problem("run.json", None, f"settings.num_{layout.listed}", count, len(listed), told)
+        if count > 1:
+            yield problem("run.json", name, layout.item, "once", "twice", f"{name!r} is listed {count} times")
+    total = len(record[layout.listed])
+    asked = record["settings"].get(f"num_{layout.listed}", total)
+    if asked != total:
+        told = f"the settings ask for {asked} {layout.listed}; {total} are listed"
+        yield problem("run.json", None, f"settings.num_{layout.listed}", asked, total, told)
     version = record["settings"].get("schema_version", record["schema_version"])
     if version != record["schema_version"] or not 1 <= version <= SCHEMA_VERSION:
         yield differs("run.json", None, "settings.schema_version", version, record["schema_version"])
@@ -369,4 +355,9 @@ def _check_card(folder: Path, record: Row, summary: Row) -> Iterator[Problem]:
     for line in card.run_card(record["settings"], summary).splitlines():
         if line.startswith("| ") and line not in there and not line.startswith("| |"):
             told = f"the card does not say what the rows say: {line}"
-            yield problem("README.md", None, line.split(" | ")[0].removeprefix("| "), None, line, told)
+            yield problem("README.md", None, subject(line), None, line, told)
+
+
+def subject(line: str) -> str:
+    """Return the first cell of a line of a table; another line as it is."""
+    return line.split(" | ")[0].removeprefix("| ")

@@ -569,7 +569,7 @@ def test_missing_frames_and_rows_are_named(copied, photo_folder, tmp_path, monke
     messages = " ".join(problem.message for problem in directory.verify_run(out).problems)
     assert "is missing" in messages
     assert "/frames' of row" in messages
-    assert "is listed and its rows are missing from paths/" in messages
+    assert "is listed and missing from paths/" in messages
 
 
 # --- the command line ---

@@ -28,7 +28,7 @@ COLUMNS = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, tuple]:
-    """For each verb: layout, settings, what run.json lists, and the rows of one pair or image with their floats."""
+    """For each verb: layout, run.json, what it lists, and the rows of one pair or image with their floats."""
     place = tmp_path_factory.mktemp("runs")
     photos = save_photos(place / "photos")
     run_match(make_plan(RunConfig(data=str(photos), pairs=1, max_evals=60), TinyEncoder()), place / "match")
@@ -45,15 +45,15 @@ def runs(tmp_path_factory) -> dict[str, tuple]:
             floats, costs = shards.read_floats(place / analysis / float_name(path.name))
         rows = shards.read_shard(path, images=True, layout=layout)
         rows = [row | {"cost": costs.get(row[layout.item])} for row in rows]
-        found[analysis] = (layout, record["settings"], record[layout.listed][0], rows, floats)
+        found[analysis] = (layout, record, record[layout.listed][0], rows, floats)
     return found
 
 
 def problems_of(run: tuple, rows: list[dict[str, Any]]) -> list:
-    layout, settings, item, _, floats = run
-    found = check_item("rows.parquet", layout, TinyEncoder(), settings, rows, floats)[1]
+    layout, record, item, _, floats = run
+    found = check_item("rows.parquet", layout, TinyEncoder(), record["settings"], rows, floats)[1]
     listed = item if all(row[layout.item] == item[layout.item] for row in rows) else None
-    return [*check_stated("rows.parquet", layout, settings, listed, rows), *found]
+    return [*check_stated("rows.parquet", layout, record, listed, rows), *found]
 
 
 def changed(value: Any, feature: Any) -> Any:
