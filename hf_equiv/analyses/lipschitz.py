@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import quantiles
 from typing import Any
 
@@ -229,34 +229,6 @@ _BATCH = 32  # images and tangents per pass
 _REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
 
 
-def float_images(settings: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """Name the images that directions lead to, and the place and direction of the regional constant."""
-    kinds, region = settings["directions"], settings["regional"] is not None
-    there = {"toward": "toward" in kinds or "match" in kinds, "match": "match" in kinds}
-    there |= {"place": region, "direction": region}
-    return {f"{rows[0]['image_id']}/{what}": what for what, needed in there.items() if needed}
-
-
-def faults(
-    encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield a ladder that is none, a match without the embedding of its target, and a place outside the region."""
-    name, image = rows[0]["image_id"], rows[0]["image"]
-    try:
-        checks.check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
-    except (ValueError, TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
-        yield "radii", "a ladder", str(error)
-    match = floats.get(f"{name}/match")
-    if match is not None:
-        error = drift(encoder, match, level(encoder, floats[f"{name}/toward"], None))
-        noise = max(3 * float(encoder.noise_floor(match[None])[0]), 1e-6)
-        if error is None or not error <= settings["rtol"] + noise:
-            told = f"the embedding error of the stored match is {error}"
-            yield "match", f"an image of the target's embedding, to {settings['rtol']:g}", told
-    if settings["regional"] is not None:
-        yield from outside_ball(_REGION[0], floats[f"{name}/place"], image, settings["regional"], settings["norm"])
-
-
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     """Return the status that fits the stated value, and the plateau of the stated secants about it."""
     made = []
@@ -273,12 +245,25 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
     """Make the rows of one image again."""
-    name, image = rows[0]["image_id"], rows[0]["image"]
-    toward, match = floats.get(f"{name}/toward"), floats.get(f"{name}/match")
+    name, image, kinds = rows[0]["image_id"], rows[0]["image"], settings["directions"]
+    try:
+        checks.check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
+    except (TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
+        raise ValueError(f"`radii` must be a ladder; {error}") from error
+    toward = floats[f"{name}/toward"] if {"toward", "match"} & set(kinds) else None
+    match, faults = None, []
+    if "match" in kinds:
+        match = floats[f"{name}/match"]
+        reached = drift(encoder, match, level(encoder, match, toward))
+        noise = max(3 * float(encoder.noise_floor(match[None])[0]), 1e-6)
+        if reached is None or not reached <= settings["rtol"] + noise:
+            told = f"the embedding error of the stored match is {reached}"
+            faults.append(("match", f"an image of the target's embedding, to {settings['rtol']:g}", told))
     found, reach = measure_directions(encoder, image, toward, settings, name, _BATCH, lambda *_: None, match)
     region: Row = dict.fromkeys(_REGION)
     if settings["regional"] is not None:
         place, v = floats[f"{name}/place"], floats[f"{name}/direction"]
+        faults += outside_ball(_REGION[0], place, image, settings["regional"], settings["norm"])
         moved = Jacobian(encoder, place).mv((v / v.double().norm()).to(place)[None])[0]
         ball = measure_region(encoder, image, settings, name)
         constants = (moved.double().norm(), ball.at_center[0], ball.clever[0])
@@ -286,7 +271,9 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     made = rows_of(found, reach)
     common = {"image_id": name, "image": image, "largest": max((row["jvp"] or 0.0 for row in made), default=0.0)}
     stated = {(row["direction"], row["index"]): row for row in rows}
-    return [_beside(stated.get((row["direction"], row["index"])), row | region | common) for row in made]
+    made = [_beside(stated.get((row["direction"], row["index"])), row | region | common) for row in made]
+    made[0]["faults"] = faults
+    return made
 
 
 def _beside(row: Row | None, made: Row) -> Row:

@@ -207,32 +207,13 @@ def match_target(
 _REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
 
 
-def float_images(settings: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """Name the float match."""
-    return {row["pair_id"]: "match" for row in rows}
-
-
-def faults(
-    encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield images outside the ball, and a PNG that is no refinement of the float match."""
-    for row in rows:
-        image = floats[row["pair_id"]]
-        for picture in (row["match"], image):
-            yield from outside_ball("match", picture, row["source"], settings["radius"], settings["norm"])
-        far = float((row["match"].double() - image.double()).square().mean().sqrt())
-        if settings["refine"] and not far <= _REFINED:
-            yield "match", f"an image within {_REFINED:.3f} of its float match", f"the root mean square is {far:.3f}"
-
-
-def outside_ball(
-    column: str, image: Tensor, source: Tensor, radius: float | None, norm: str | None
-) -> Iterator[tuple[str, str, str]]:
-    """Yield the fault of an image (3, H, W) that is outside the ball of that radius about the source."""
+def outside_ball(column: str, image: Tensor, source: Tensor, radius: float, norm: str) -> list[tuple[str, str, str]]:
+    """Name the fault of an image (3, H, W) that is outside the ball about the source."""
     gap = image.double() - source.double()
     distance = float(gap.abs().max() if norm == "linf" else gap.norm())
-    if radius is not None and not distance <= radius * (1 + 1e-6) + 1e-7:
-        yield column, f"within {norm} distance {radius:g}", f"it is outside the ball, at {distance:g}"
+    if distance <= radius * (1 + 1e-6) + 1e-7:
+        return []
+    return [(column, f"within {norm} distance {radius:g}", f"it is outside the ball, at {distance:g}")]
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
@@ -255,24 +236,29 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
-    """Make match rows again from the three PNG images, the float match and what it cost."""
-    made = []
-    for row in rows:
-        image, target = floats[row["pair_id"]], row["target"]
-        measured = measures.measure_match(
-            encoder, row["source"], row["match"], target,
-            seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"],
-        )  # fmt: skip
-        with torch.no_grad(), no_tf32():
-            z, z_target = encoder(torch.stack([image.to(target), target]))
-        if not settings["refine"]:
-            rounded = round_into_ball(image, row["source"], settings["radius"], settings["norm"])
-            measured["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
-        cost = {"num_evals": (row["cost"] or {}).get("match")}
-        made.append(
-            measured | cost | {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target)}
-        )
-    return made
+    """Make a match row again from its three PNG images, the float match and what that cost."""
+    (row,) = rows
+    image, source, match, target = floats[row["pair_id"]], row["source"], row["match"], row["target"]
+    made = measures.measure_match(
+        encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
+    )
+    with torch.no_grad(), no_tf32():
+        z, z_target = encoder(torch.stack([image.to(target), target]))
+    faults = []
+    if (radius := settings["radius"]) is not None:
+        for picture in (match, image):
+            faults += outside_ball("match", picture, source, radius, settings["norm"])
+    far = float((match.double() - image.double()).square().mean().sqrt())
+    if not settings["refine"]:
+        rounded = round_into_ball(image, source, radius, settings["norm"])
+        made["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
+    elif not far <= _REFINED:
+        faults.append(("match", f"an image within {_REFINED:.3f} of its float match", f"it is {far:.3f} off"))
+    return [
+        made
+        | {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target), "faults": faults}
+        | {"num_evals": (row["cost"] or {}).get("match")}
+    ]
 
 
 def tolerances(made: Row, settings: Row) -> Row:

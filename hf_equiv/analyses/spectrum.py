@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,26 +133,6 @@ def _spectrum_verdict(rows: Sequence[Mapping[str, Any]], middle: Row, zeros: Row
 _BATCH = 32  # cotangents per pass
 
 
-def float_images(settings: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """Name the right singular vectors, where they are kept."""
-    return {f"{row['image_id']}/right": "right" for row in rows if settings["vectors"]}
-
-
-def faults(
-    encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield singular vectors that J does not stretch by the stated singular values."""
-    for row in rows:
-        right = floats.get(f"{row['image_id']}/right")
-        if right is None:
-            continue
-        lengths = Jacobian(encoder, row["image"], batch=_BATCH).mv(right).double().norm(dim=1).tolist()
-        sigma = [s or 0.0 for s in row["singular_values"] or []]
-        off = max((abs(s - length) for s, length in zip(sigma, lengths, strict=False)), default=0.0)
-        if len(sigma) < len(lengths) or not off <= 1e-3 * max(lengths):
-            yield "right", "the vectors of the stated singular values", f"‖Jv‖ differs by {off:.3g}"
-
-
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     """Return the status of rows with numbers, and the largest of the stated singular values."""
     return [
@@ -163,24 +143,27 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
-    """Make spectrum rows again; what is counted or summed over all singular values, from the stated ones."""
-    made = []
-    for row in rows:
-        again = row_of(measure_spectrum(encoder, row["image"], k=settings["k"], vectors=False, batch=_BATCH))
-        sigma, full = row["singular_values"] or [], again["rank"] is not None and settings["k"] is None
-        if full and None not in sigma and len(sigma) == len(again["singular_values"]) and sigma[0] > 0:
-            values = torch.tensor(sigma, dtype=torch.float64)
-            rank = sum(
-                s > (row["rank_threshold"] or 0.0) for s in sigma
-            )  # one near the threshold may be on either side
-            again |= {
-                "rank": rank,
-                "nullity": again["nullity"] + again["rank"] - rank,
-                "effective_rank": finite(torch.special.entr(values / values.sum()).sum().exp()),
-                "participation": finite(values.square().sum().square() / values.pow(4).sum()),
-            }
-        made.append(again | {"image_id": row["image_id"], "num_evals": row["num_evals"], "seconds": row["seconds"]})
-    return made
+    """Make a spectrum row again; what is counted or summed over all singular values, from the stated ones."""
+    (row,) = rows
+    made = row_of(measure_spectrum(encoder, row["image"], k=settings["k"], vectors=False, batch=_BATCH))
+    sigma = [s or 0.0 for s in row["singular_values"] or []]
+    values, whole = torch.tensor(sigma, dtype=torch.float64), made["rank"] is not None and settings["k"] is None
+    if whole and len(sigma) == len(made["singular_values"]) and sigma[0] > 0:
+        rank = sum(s > (row["rank_threshold"] or 0.0) for s in sigma)  # one near the threshold may be on either side
+        made |= {
+            "rank": rank,
+            "nullity": made["nullity"] + made["rank"] - rank,
+            "effective_rank": finite(torch.special.entr(values / values.sum()).sum().exp()),
+            "participation": finite(values.square().sum().square() / values.pow(4).sum()),
+        }
+    faults = []
+    if settings["vectors"]:
+        right = floats[f"{row['image_id']}/right"]
+        lengths = Jacobian(encoder, row["image"], batch=_BATCH).mv(right).double().norm(dim=1).tolist()
+        off = max(abs(s - length) for s, length in zip([*sigma, *[0.0] * len(lengths)], lengths, strict=False))
+        if not off <= 1e-3 * max(lengths):
+            faults = [("right", "the vectors of the stated singular values", f"‖Jv‖ differs by {off:.3g}")]
+    return [made | {key: row[key] for key in ("image_id", "num_evals", "seconds")} | {"faults": faults}]
 
 
 def tolerances(made: Row, settings: Row) -> Row:

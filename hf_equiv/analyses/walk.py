@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -200,21 +200,6 @@ def _rest(walk: Row, settings: Mapping[str, Any]) -> str:
 # How `verify` makes rows of walks again, and compares them (see `verify.rows.VERBS`).
 
 
-def float_images(settings: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """Name the frames, the image that distances are against, and the target."""
-    there = ("frames", "origin") + (() if rows[0]["target_id"] is None else ("target",))
-    return {f"{rows[0]['image_id']}/{what}": what for what in there}
-
-
-def faults(
-    encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield an origin that is not the first frame, of walks that start at the image itself."""
-    frames, origin = (floats[f"{rows[0]['image_id']}/{what}"] for what in ("frames", "origin"))
-    if settings["solver"] is None and not torch.equal(frames[0], origin):
-        yield "origin", "the first frame", "it is another image"
-
-
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     """Return the status that fits the number of steps: the same in all rows."""
     status, steps = rows[-1]["status"], max(row["step"] or 0 for row in rows)
@@ -230,10 +215,10 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
     """Make the rows of one walk again from its float frames."""
     name, heading = rows[0]["image_id"], settings["heading"]
-    frames, origin, target = (floats.get(f"{name}/{what}") for what in ("frames", "origin", "target"))
-    assert frames is not None
-    assert origin is not None
-    z = level(encoder, frames[0], target if settings["solver"] is not None else None)
+    frames, matched = floats[f"{name}/frames"], settings["solver"] is not None
+    origin = floats[f"{name}/origin"] if matched else frames[0]
+    target = None if rows[0]["target_id"] is None else floats[f"{name}/target"]
+    z = level(encoder, frames[0], target if matched else None)
     floor = float(encoder.noise_floor(frames[[0, -1]]).max())
     aim = origin if heading == "nearest" else target
     made: list[Row] = []

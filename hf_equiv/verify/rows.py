@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
 VERBS: Mapping[str, Any] = {"match": match, "spectrum": spectrum, "lipschitz": lipschitz, "walk": walk}
 """By verb, the functions that `verify` needs.
 
-`float_images(settings, rows)` names the stored float images that rows of one pair or image need, and their columns.
-`faults(encoder, settings, rows, floats)` yields the column, requirement and actual state of images that do not fit.
-`follow(settings, rows)` gives the columns that follow from other columns of the rows.
-`remake(encoder, settings, rows, floats)` makes the rows again.
+`follow(settings, rows)` gives the columns that follow from other columns of the rows of one pair or image.
+`remake(encoder, settings, rows, floats)` makes the rows again; `faults` of such a row are a column, a requirement and
+what was found, of images that do not fit.
 `tolerances(made, settings)` says how far the columns of a row may be from those made again (see `agrees`).
 """
 
@@ -108,16 +108,11 @@ def check_stated(file: str, layout: Layout, record: Row, item: Row | None, rows:
                 yield differs(file, name, key, row[key], value, "run.json states another")
         for key, (least, most) in ranges.items():
             value = row.get(key)
-            missing = value is None and key in ("num_evals", "seconds") and row["status"] != Status.ERROR
-            if missing or (value is not None and not (math.isfinite(value) and least - 1e-12 <= value <= most + 1e-12)):
-                nearest = None if missing or not math.isfinite(value) else min(max(value, least), most)
+            if value is None and key in ("num_evals", "seconds") and row["status"] != Status.ERROR:
+                yield differs(file, name, key, None, None, "there must be a number")
+            elif value is not None and not (math.isfinite(value) and least - 1e-12 <= value <= most + 1e-12):
+                nearest = min(max(value, least), most) if math.isfinite(value) else None
                 yield differs(file, name, key, value, nearest, _limit((least, most)))
-
-
-def is_empty(layout: Layout, rows: Sequence[Row]) -> bool:
-    """Whether there is one row, of status `error`, without any number."""
-    own = [key for key in layout.features if key not in (*NAMES, "status", "heading")]
-    return len(rows) == 1 and rows[0]["status"] == Status.ERROR and all(rows[0][key] in (None, []) for key in own)
 
 
 def check_item(
@@ -130,12 +125,15 @@ def check_item(
     Returns:
         The rows made again, without images; problems.
     """
-    if _is_empty(layout, rows):
+    own = [key for key in layout.features if key not in (*NAMES, "status", "heading")]
+    if len(rows) == 1 and rows[0]["status"] == Status.ERROR and all(rows[0][key] in (None, []) for key in own):
         return [], []
     made: list[Row] = []
     found: list[Problem] = []
     if encoder is not None:
-        opened, images, found = _open_images(file, layout, encoder, settings, rows, floats)
+        images, found = _float_images(file, layout, encoder, rows[0], floats)
+        opened, unreadable = _open_images(file, layout, encoder, rows)
+        found += unreadable
         if not found:
             rows = opened
             made, found = _make_again(file, layout, encoder, settings, rows, images)
@@ -143,61 +141,54 @@ def check_item(
     return [{key: value for key, value in row.items() if key not in layout.images} for row in made], found
 
 
-def _is_empty(layout: Layout, rows: Sequence[Row]) -> bool:
-    """Whether there is one row, of status `error`, without any number."""
-    own = [key for key in layout.features if key not in (*NAMES, "status", "heading")]
-    return len(rows) == 1 and rows[0]["status"] == Status.ERROR and all(rows[0][key] in (None, []) for key in own)
+def _float_images(
+    file: str, layout: Layout, encoder: Encoder, row: Row, floats: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Problem]]:
+    """The float images of one pair or image, on the encoder's device."""
+    item, name, found = row[layout.item], row_name(layout.analysis, row), list[Problem]()
+    own = {key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")}
+    for key, values in own.items():
+        column = key.removeprefix(item).lstrip("/") or "match"
+        right = tuple(values.shape[-3:]) == tuple(encoder.input_shape) and bool(torch.isfinite(values).all())
+        pixels = column not in ("right", "direction")
+        right = right and len(values) > 0 and (not pixels or 0 <= float(values.min()) <= float(values.max()) <= 1)
+        if column != "left" and not right:
+            told = f"row {name!r}, {column}: the float image has shape {tuple(values.shape)}, or values outside [0, 1]"
+            found.append(problem(float_name(file), name, column, "pixels in [0, 1]", None, told))
+    return {key: values.to(encoder.device) for key, values in own.items()}, found
 
 
-def _open_images(
-    file: str, layout: Layout, encoder: Encoder, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
-) -> tuple[list[Row], dict[str, Tensor], list[Problem]]:
-    """Decode the images of rows, find their float images, and name those that are missing or of the wrong size.
-
-    Returns:
-        The rows with images in place of PNG bytes; the float images that they need, on the encoder's device; problems.
-    """
+def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row]) -> tuple[list[Row], list[Problem]]:
+    """The rows with pixels in place of PNG bytes."""
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-    shape, opened, found = tuple(encoder.input_shape), list[Row](), list[Problem]()
-    for row in rows:
-        name, pictures = row_name(layout.analysis, row), {}
+    opened, found = [dict(row) for row in rows], list[Problem]()
+    for row in opened:
+        name = row_name(layout.analysis, row)
         for column in layout.images:
             try:
-                image = decode_png(row[column] or b"", dtype)
+                row[column] = decode_png(row[column] or b"", dtype).to(encoder.device)
             except ValueError as error:
                 found.append(problem(file, name, column, "a PNG image", None, f"row {name!r}, {column}: {error}"))
                 continue
-            if tuple(image.shape) != shape:
-                found.append(differs(file, name, column, list(image.shape), list(shape), "wrong size"))
-            pictures[column] = image.to(encoder.device)
-        opened.append(row | pictures)
-    float_file, name = float_name(file), row_name(layout.analysis, rows[0])
-    wanted = VERBS[layout.analysis].float_images(settings, rows)
-    for key, column in wanted.items():
-        values = floats.get(key)
-        if values is None:
-            told = f"the float image {key!r} of row {name!r} is missing"
-            found.append(problem(float_file, name, column, "a float image", None, told))
-        elif not _is_image(values, shape, pixels=column not in ("right", "direction")):
-            told = f"row {name!r}, {column}: the float image has shape {tuple(values.shape)}, or values outside [0, 1]"
-            found.append(problem(float_file, name, column, "pixels in [0, 1]", None, told))
-    return opened, {key: floats[key].to(encoder.device) for key in wanted if key in floats}, found
+            if row[column].shape != tuple(encoder.input_shape):
+                sizes = list(row[column].shape), list(encoder.input_shape)
+                found.append(differs(file, name, column, *sizes, "wrong size"))
+    return opened, found
 
 
 def _make_again(
     file: str, layout: Layout, encoder: Encoder, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
 ) -> tuple[list[Row], list[Problem]]:
-    verb, name, found = VERBS[layout.analysis], row_name(layout.analysis, rows[0]), list[Problem]()
+    name = row_name(layout.analysis, rows[0])
     try:
-        for column, wanted, actual in verb.faults(encoder, settings, rows, floats):
-            told = f"row {name!r}, {column} must be {wanted}; {actual}"
-            found.append(problem(file, name, column, wanted, None, told))
-        return verb.remake(encoder, settings, rows, floats), found
-    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:  # settings or images do not fit
-        if not found:
-            told = f"row {name!r} cannot be made again: {one_line(error)}"
-            found.append(problem(file, name, layout.item, "a row", None, told))
-        return [], found
+        return VERBS[layout.analysis].remake(encoder, settings, rows, floats), []
+    except KeyError as error:
+        told = f"the float image {error} of row {name!r} is missing"
+        return [], [problem(float_name(file), name, "float", "a float image", None, told)]
+    except ValueError as error:  # settings that do not fit; the message begins with the name of one
+        column = re.match(r"`(\w+)`", str(error))
+        told = f"row {name!r} cannot be made again: {one_line(error)}"
+        return [], [problem(file, name, column[1] if column else layout.item, "a row", None, told)]
 
 
 def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made: Sequence[Row]) -> Iterator[Problem]:
@@ -208,6 +199,8 @@ def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made
         if made and own is None:
             yield problem(file, name, keys[-1], name, None, f"row {name!r} is not one that the settings ask for")
         limits = verb.tolerances(own, settings) if own is not None else {}
+        for column, wanted, actual in (own or {}).get("faults", ()):
+            yield problem(file, name, column, wanted, None, f"row {name!r}, {column} must be {wanted}; {actual}")
         for column, value in ((own or {}) | following).items():
             limit = limits.get(column)
             if column in row and not agrees(row[column], value, limit):
@@ -246,11 +239,6 @@ def agrees(stated: Any, made: Any, limit: Any = None) -> bool:
 def float_name(file: str) -> str:
     """Name the float file of a shard."""
     return f"float/{file.rpartition('/')[2].removesuffix('.parquet')}.safetensors"
-
-
-def _is_image(values: Tensor, shape: tuple[int, ...], *, pixels: bool) -> bool:
-    right = tuple(values.shape[-3:]) == shape and values.numel() > 0 and bool(torch.isfinite(values).all())
-    return right and (not pixels or 0 <= float(values.min()) <= float(values.max()) <= 1)
 
 
 def _difference(file: str, name: str, column: str, stated: Any, made: Any, limit: Any) -> Problem:
