@@ -138,16 +138,7 @@ def verify_results(
         >>> verify_results("me/matches").holds  # doctest: +SKIP
         True
     """
-    repo_id = commit = None
-    if Path(where).is_dir():
-        if revision is not None:
-            raise ValueError(f"`revision` must be None for a folder; got {revision!r}.")
-        folder = Path(where)
-    else:
-        repo_id, revision = split_name(os.fspath(where), revision)
-        folder, commit = download_results(
-            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+    folder, repo_id, commit = _open(where, revision, token, cache_dir, local_files_only)
     places = run_folders(folder) or {"": folder}  # a folder that is no run is refused by name
     records = {place: directory.read_record(path) for place, path in places.items()}
     runs: list[RunReport] = []
@@ -165,6 +156,21 @@ def verify_results(
     several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
     card_problems = (*_check_folders(folder, records), *_check_card(folder / CARD, records)) if several else ()
     return DatasetReport(tuple(runs), card_problems, repo_id, commit)
+
+
+def _open(
+    where: str | os.PathLike[str], revision: str | None, token: str | bool | None, cache_dir: str | None, offline: bool
+) -> tuple[Path, str | None, str | None]:
+    """Return the folder, and of a dataset on the Hub its name and commit."""
+    if not Path(where).is_dir():
+        repo_id, revision = split_name(os.fspath(where), revision)
+        folder, commit = download_results(
+            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
+        )
+        return folder, repo_id, commit
+    if revision is not None:
+        raise ValueError(f"`revision` must be None for a folder; got {revision!r}.")
+    return Path(where), None, None
 
 
 def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:

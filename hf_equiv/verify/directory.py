@@ -85,23 +85,18 @@ def verify_run(
 ) -> VerifyReport:
     """Check a run directory: every file's SHA-256, every row's presence, every number from the stored images.
 
-    Each row is made again by the function that made it, and compared column by column. Relative errors and cosines must
-    agree within max(3 × the recomputed noise floor, 1e-6), so that rows made on a GPU verify on a CPU; singular values
-    within their error bounds, secants within their noise floors, distances of pixels to rounding. Files, list, errors,
-    summary and card must agree with the rows, and the rows with `run.json`.
-
-    `VerifyReport.unverified` names the columns that no stored image can show: ids, provenance, `num_evals`, `seconds`.
-    No network is used unless the model comes from the Hub. Rows whose photos are withheld are only checked against
-    `run.json` and against themselves; that is a problem unless `allow_withheld`.
+    Each row is made again by the function that made it, and compared column by column: relative errors and cosines
+    within max(3 × noise floor, 1e-6), so that rows made on a GPU verify on a CPU, singular values within their error
+    bounds, secants within their noise floors. `VerifyReport.unverified` names the columns that no image can show.
+    Files, list, errors, summary and card must agree with the rows. Only a model from the Hub needs a network.
 
     Args:
         folder: run directory.
-        model: where the checkpoint is, if the recorded name does not find it (the path of a local folder is not
-            recorded).
+        model: where the checkpoint is, if that was a local folder, whose path is not recorded.
         device: where to compute; by default CUDA if there is one.
         cache_dir: the Hub's cache.
         local_files_only: never ask the Hub.
-        allow_withheld: a run without photos holds if all else does.
+        allow_withheld: whether a run without photos, whose rows cannot be made again, holds if all else does.
         observer: called with (pairs or images checked, pairs or images in total).
 
     Returns:
@@ -123,33 +118,42 @@ def verify_run(
         raise ValueError(f"{str(folder)!r} holds a run of {verb!r}, which this version of hf_equiv does not know.")
     layout = LAYOUTS[verb]
     directory.check_record(folder, record, layout)
-    encoder: Encoder | None = None
-    withheld = record.get("photos") == WITHHELD
-    problems: list[Problem] = []
-    if not withheld:
-        model, cache_dir = (None if path is None else os.fspath(path) for path in (model, cache_dir))
-        try:
-            encoder = load_recorded(settings, model, device, cache_dir, local_files_only)
-            problems += _check_model(encoder, settings)
-        except OSError as error:
-            if not is_missing_revision(error):
-                raise
-            gone = f"model {settings['model_id']!r} has no revision {settings['model_revision']!r}"
-            told = f"{gone}: nothing was recomputed"
-            problems.append(problem("run.json", None, "model_revision", settings["model_revision"], None, told))
+    encoder, problems = None, list[Problem]()
+    if not directory.is_withheld(record):
+        checkpoint, cache = (None if path is None else os.fspath(path) for path in (model, cache_dir))
+        encoder, problems = _load(settings, checkpoint, cache, device, local_files_only)
     problems += _check_files(folder, record)
     rows, made, found = _check_shards(folder, record, layout, encoder, observer)
     problems += [*found, *_check_list(record, layout, rows)]
-    bad = {found.pair_id for found in problems if found.pair_id is not None}
-    if record["complete"] and not bad:
+    if record["complete"] and not any(problem.pair_id is not None for problem in problems):
         problems += _check_summary(encoder, folder, record, layout, rows)
-    names = {row_name(layout.analysis, row) for row in rows}
+    return _report(record, layout, rows, made, problems, allow_withheld)
+
+
+def _load(
+    settings: Row, model: str | None, cache_dir: str | None, device: str | None, local_files_only: bool
+) -> tuple[Encoder | None, list[Problem]]:
+    """Load the model that the run states; where its commit is gone from the Hub, that is a problem."""
+    try:
+        encoder = load_recorded(settings, model, device, cache_dir, local_files_only)
+    except OSError as error:
+        if not is_missing_revision(error):
+            raise
+        told = f"model {settings['model_id']!r} has no revision {settings['model_revision']!r}: nothing was recomputed"
+        return None, [problem("run.json", None, "model_revision", settings["model_revision"], None, told)]
+    return encoder, [*_check_model(encoder, settings)]
+
+
+def _report(
+    record: Row, layout: Layout, rows: Sequence[Row], made: Sequence[Row], problems: list[Problem], allow_withheld: bool
+) -> VerifyReport:
+    names, again = ({row_name(layout.analysis, row) for row in some} for some in (rows, made))
     empty = {row_name(layout.analysis, row) for row in rows if row["status"] == Status.ERROR}
-    again = {row_name(layout.analysis, row) for row in made}
-    left = len(names - empty) if withheld else 0
-    if left and not allow_withheld:
-        told = f"{left} of {len(rows)} rows cannot be recomputed: photos are withheld"
-        problems.append(problem("run.json", None, "photos", WITHHELD, None, told))
+    bad = {problem.pair_id for problem in problems if problem.pair_id is not None}
+    withheld = len(names - empty) if directory.is_withheld(record) else 0
+    if withheld and not allow_withheld:
+        told = f"{withheld} of {len(rows)} rows cannot be recomputed: photos are withheld"
+        problems = [*problems, problem("run.json", None, "photos", WITHHELD, None, told)]
     return VerifyReport(
         rows=len(rows),
         verified=len((names & again) - bad - empty),
@@ -158,7 +162,7 @@ def verify_run(
         worst_embedding_error_8bit=_worst(made, "embedding_error_8bit", "drift_8bit"),
         problems=tuple(problems),
         error_rows=len(empty),
-        withheld=left,
+        withheld=withheld,
         analysis=layout.analysis,
     )
 

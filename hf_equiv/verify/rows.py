@@ -16,7 +16,7 @@ from hf_equiv.analyses import lipschitz, match, spectrum, walk
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import one_line
 from hf_equiv.results import SCHEMA_VERSION, Status
-from hf_equiv.runs.directory import WITHHELD
+from hf_equiv.runs.directory import is_withheld
 from hf_equiv.runs.schema import PROVENANCE_FEATURES, ROW_KEYS, Layout, Row, row_name
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def check_stated(file: str, layout: Layout, record: Row, item: Row | None, rows:
     wanted = dict.fromkeys(("norm", "rtol", "solver")) | {"radius": settings.get("regional")}
     wanted |= {key: settings[key] for key in (*PROVENANCE_FEATURES, "heading") if key in settings}
     wanted |= {"toward_id": item.get("target_id")} | item if item is not None else {}
-    wanted |= dict.fromkeys(layout.images) if record.get("photos") == WITHHELD else {}
+    wanted |= dict.fromkeys(layout.images) if is_withheld(record) else {}
     wanted.pop("schema_version", None)
     ranges = {**RANGES, "num_evals": (1.0, float(settings.get("max_evals", math.inf)))}
     for row in rows:
