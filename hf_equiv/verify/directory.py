@@ -172,7 +172,7 @@ def _worst(made: Sequence[Row], *keys: str) -> float | None:
 
 
 def _check_model(encoder: Encoder, settings: Row) -> Iterator[Problem]:
-    """The weights and the scaling of pixels must be those that the run states."""
+    """Check that the weights and the scaling of pixels are those that the run states."""
     stated, loaded = settings["model_revision"], encoder.provenance["model_revision"]
     if loaded != stated:
         told = f"other weights were loaded: {loaded}; the run states {stated}"
@@ -185,7 +185,7 @@ def _check_model(encoder: Encoder, settings: Row) -> Iterator[Problem]:
 
 
 def _check_files(folder: Path, record: Row) -> Iterator[Problem]:
-    """Every file must have the SHA-256 that is stated, and a finished run must state one for every file."""
+    """Check that every file has the stated SHA-256, and that a finished run states one for every file."""
     stated: Mapping[str, str] = record["files"]
     for name, digest in stated.items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -198,13 +198,15 @@ def _check_files(folder: Path, record: Row) -> Iterator[Problem]:
             yield problem(name, None, "sha256", digest, now, f"the file {how}")
     for path in sorted(directory.own_files(folder)) if record["complete"] else ():
         name = path.relative_to(folder).as_posix()
-        edited = name == "README.md" and record.get("card") == "dataset"  # it is its owner's; its numbers are checked
+        edited = (
+            name == "README.md" and record.get("card") == "dataset"
+        )  # the owner may edit it; its numbers are checked
         if name not in stated and not edited:
             yield problem(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
 
 
 def _shards(folder: Path, record: Row, layout: Layout) -> Iterator[tuple[str, list[Row], Floats, list[Problem]]]:
-    """The rows of each shard, with the `cost` that its float file states; its float images; what cannot be read."""
+    """Read each shard: its rows, with the `cost` that the float file states, its float images, and problems."""
     for path in shards.shard_files(folder, layout):
         file, rows, problems = path.relative_to(folder).as_posix(), list[Row](), list[Problem]()
         float_file = checks.float_name(file)
@@ -256,7 +258,7 @@ def _check_shards(
             places[key] = file
             items.setdefault(row[layout.item], []).append(row)
         for name, own in items.items():
-            if settings.get("radii", ()) is None:  # early runs state the ladder in their rows alone: all have one
+            if settings.get("radii", ()) is None:  # early runs state their one ladder in the rows only
                 settings = settings | {"radii": own[0]["radii"]}
             problems += checks.check_stated(file, layout, record, listed.get(name), own)
             again, found = checks.check_item(file, layout, encoder, settings, own, floats)
@@ -270,7 +272,7 @@ def _check_shards(
 
 
 def _check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Problem]:
-    """Every pair or image that is listed must have its rows, as many as were asked for; errors need their reason."""
+    """Check that all listed pairs or images have rows, that as many are listed as were asked for, and the errors."""
     listed = Counter(item[layout.item] for item in record[layout.listed])
     there = {row[layout.item]: row["status"] for row in rows}
     command = f"run the same {layout.analysis} command"
@@ -304,7 +306,7 @@ def _check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Pr
 def _check_summary(
     encoder: Encoder | None, folder: Path, record: Row, layout: Layout, rows: Sequence[Row]
 ) -> Iterator[Problem]:
-    """The summary must follow from the rows, and the numbers of the card from the summary."""
+    """Check that the summary follows from the rows, and the numbers of the card from the summary."""
     order = {item[layout.item]: index for index, item in enumerate(record[layout.listed])}
     rows = sorted(rows, key=lambda row: order[row[layout.item]])
     stated = record["summary"] if isinstance(record["summary"], dict) else {}
@@ -320,7 +322,7 @@ def _check_summary(
 def _summarize(
     encoder: Encoder | None, folder: Path, record: Row, layout: Layout, rows: Sequence[Row], stated: Row
 ) -> Row:
-    """The summary made again, with the stated baseline where that is right, or where there are no images."""
+    """Make the summary again, with the stated baseline where that is right or cannot be recomputed."""
     rtol, baseline = record["settings"].get("rtol"), stated.get("baseline")
     if layout is not MATCH:
         return summarize_analysis(layout.analysis, rows, record["settings"])
@@ -330,7 +332,7 @@ def _summarize(
         refining = made["median"]["num_evals_refine"]
         if not all(_near(*leaf) for leaf in _leaves("summary.baseline", baseline, made["baseline"])):
             baseline = made["baseline"]
-    made = measures.summarize(rows, baseline, rtol)  # noise of the baseline may not turn a digit of the verdict
+    made = measures.summarize(rows, baseline, rtol)  # so that noise of the baseline changes no digit of the verdict
     made["median"]["num_evals_refine"] = refining
     return made
 
@@ -342,7 +344,7 @@ def _near(path: str, a: Any, b: Any) -> bool:
 
 
 def _leaves(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The values of two nested mappings, side by side, with their path."""
+    """Yield the values of two nested mappings side by side, with their path."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
             yield from _leaves(f"{path}.{key}", a.get(key), b.get(key))
@@ -351,7 +353,7 @@ def _leaves(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _check_card(folder: Path, record: Row, summary: Row) -> Iterator[Problem]:
-    """The numbers of README.md must be those of the summary; a card of another schema may be put in other words."""
+    """Check the numbers of README.md; cards of another schema may have other words."""
     path = folder / "README.md"
     if record["schema_version"] != SCHEMA_VERSION or not path.is_file():
         return

@@ -39,7 +39,7 @@ NAMES = (
 
 UNVERIFIED = (*NAMES, "data_id", "data_revision", "attention", "solver", "versions", "num_evals", "seconds",
               "stationarity before the last point")  # fmt: skip
-"""What no stored image can show. Names and provenance must be as `run.json` states them."""
+"""Columns that no stored image can show. Names and provenance must agree with `run.json`, as far as it states them."""
 
 
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -50,7 +50,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "stationarity": (0.0, 1.0 + 1e-6),
     "num_evals": (1.0, math.inf),
 }
-"""Where the numbers of every row must lie, also of rows that cannot be made again."""
+"""Ranges of the numbers of every row, also of rows that cannot be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def check_item(
 def _float_images(
     file: str, layout: Layout, encoder: Encoder, row: Row, floats: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[Problem]]:
-    """The float images of one pair or image, on the encoder's device."""
+    """Return the float images of one pair or image, on the encoder's device, and problems."""
     item, name, found = row[layout.item], row_name(layout.analysis, row), list[Problem]()
     own = {key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")}
     for key, values in own.items():
@@ -159,7 +159,7 @@ def _float_images(
 
 
 def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row]) -> tuple[list[Row], list[Problem]]:
-    """The rows with pixels in place of PNG bytes."""
+    """Return the rows with pixels in place of PNG bytes, and problems."""
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     opened, found = [dict(row) for row in rows], list[Problem]()
     for row in opened:
