@@ -55,6 +55,7 @@ HOMES = {
     "numpy": ["models", "data", "analyses/figures", "report"],
     "torchmetrics": ["analyses/measures"],
     "matplotlib": ["analyses/figures", "report/figures"],
+    "jinja2": ["runs/card", "hub/card", "report/render"],
     "click": ["cli"],
     "rich": ["cli"],
 }

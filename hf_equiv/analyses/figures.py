@@ -1,13 +1,16 @@
-"""Figures of spectra and Lipschitz constants. Nothing here touches matplotlib's global state."""
+"""Draw the figures of runs, one function for each verb, without touching the global state of matplotlib."""
 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,31 +19,25 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from hf_equiv.data.image_file import decode_png
-from hf_equiv.formatting import cut_name, short
+from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.formatting import cut, cut_name, form, short
 
 Rows = Sequence[Mapping[str, Any]]
 
+MAX_IMAGES, MAX_VECTORS, MAX_PAIRS = 6, 6, 8
+"""Images, singular vectors and pairs that are drawn."""
 
-MAX_IMAGES = 6
-"""Images drawn one by one."""
+GAINS = (1, 2, 5, 10, 20, 50, 100)
+"""Factors by which a difference may be enlarged."""
 
-
-MAX_VECTORS = 6
-
-
+SHEET_FRAMES, GIF_FRAMES, GIF_SIDE, GIF_MS = 8, 60, 224, 90
 INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
-
-
 LINES = ("#1f5fa8", "#c2410c", "#2f7d4f", "#7c3aad", "#a16207", "#0e7490")
-
-
 KINDS = {
     "top": "#b42318", "row": "#c2670c", "gradient": "#7c3aad", "toward": "#2f7d4f", "match": "#0e7490",
     "random": "#1f5fa8", "null": "#667079",
 }  # fmt: skip
 """Colour of each kind of direction, in the order of the figures."""
-
 
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": QUIET, "axes.labelcolor": INK,
@@ -49,30 +46,20 @@ STYLE = {
 }  # fmt: skip
 
 
-def analysis_figures(
-    analysis: str, rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings: Mapping[str, Any]
+def spectrum_figures(
+    rows: Rows, vectors: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """Draw all figures of a spectrum or lipschitz run.
-
-    Args:
-        analysis: `spectrum` or `lipschitz`.
-        rows: its rows.
-        pictures: pixels (3, H, W) and right singular vectors (K, 3, H, W) or None of the first images, by id.
-        settings: of the run.
-
-    Returns:
-        PNG bytes by file name; empty when no row has anything to draw.
-    """
+    """Draw the figures of a run; `vectors` holds pixels and right singular vectors of the first images."""
     rows = [row for row in rows if row["status"] != "error"]
-    if not rows:
-        return {}
-    if analysis == "spectrum":
-        vectors = {name: pair for name, pair in pictures.items() if pair[1] is not None}
-        found = {"spectra.png": spectra_figure(rows, settings)}
-        return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if vectors else {})
+    found = {"spectra.png": spectra_figure(rows, settings)} if rows else {}
+    return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if rows and vectors else {})
+
+
+def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, bytes]:
+    """Draw all figures of a lipschitz run, as PNG bytes by file name; none when no secant is above zero."""
+    rows = [row for row in rows if row["status"] != "error" and any((s or 0) > 0 for s in row["secants"])]
     figures = {"secants.png": secants_figure, "constants.png": constants_figure}
-    seen = [row for row in rows if any(s is not None and s > 0 for s in row["secants"])]
-    return {name: draw(seen, settings) for name, draw in figures.items()} if seen else {}
+    return {name: draw(rows, settings) for name, draw in figures.items()} if rows else {}
 
 
 def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
@@ -85,12 +72,10 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         )
         for row, color in zip(shown, LINES, strict=False):
             sigma = _positive(row["singular_values"])
-            axes.plot(
-                np.arange(1, len(sigma) + 1), sigma, color=color, lw=1.4, label=cut_name(row["image_id"], 28), zorder=3
-            )
-        count = len(first["singular_values"])
+            label = cut_name(row["image_id"], 28)
+            axes.plot(np.arange(1, len(sigma) + 1), sigma, color=color, lw=1.4, label=label, zorder=3)
+        count, bound = len(first["singular_values"]), _positive(first["error_bound"])
         places = np.arange(1, count + 1)
-        bound = _positive(first["error_bound"])
         low = float(np.nanmin([np.nanmin(_positive(r["singular_values"])) for r in shown]))
         floor = min(low, float(np.nanmin(bound))) / 4
         axes.fill_between(places, floor, bound, color="#eceff2", lw=0, zorder=0)
@@ -98,13 +83,13 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         kind = "" if first["rank"] is None else " (float noise below)"
         axes.plot(places, bound, color=QUIET, lw=0.9, ls=":", label=f"error bound{kind}{of}", zorder=1)
         if first["rank"] is not None:
-            label = f"rank threshold{of}; rank {_range(shown)}"
+            ranks = sorted({row["rank"] for row in shown if row["rank"] is not None})
+            span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            label = f"rank threshold{of}; rank {span}"
             axes.axhline(first["rank_threshold"], color=INK, lw=0.9, ls="--", zorder=2, label=label)
-        axes.set_yscale("log")
-        axes.set_ylim(floor, 2.5 * max(max(_positive(r["singular_values"])) for r in shown))
-        axes.set_xlim(1 - 0.02 * count, count * 1.02 + 0.2)
-        axes.set_xlabel("index i")
-        axes.set_ylabel("singular value σᵢ")
+        high = 2.5 * max(max(_positive(r["singular_values"])) for r in shown)
+        axes.set(yscale="log", xlim=(1 - 0.02 * count, count * 1.02 + 0.2), ylim=(floor, high))
+        axes.set(xlabel="index i", ylabel="singular value σᵢ")
         axes.grid(axis="y", color=RULE, lw=0.6)
         if first["singular_values"][-1] <= first["rank_threshold"]:  # with fewer values than D they are off the figure
             _name_zeros(axes, first, count)
@@ -113,62 +98,40 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         return png_of(figure)
 
 
-def _range(rows: Rows) -> str:
-    ranks = sorted({row["rank"] for row in rows if row["rank"] is not None})
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-
-
 def _name_zeros(axes: Axes, row: Mapping[str, Any], count: int) -> None:
     """Mark the named zeros of one image at the right end of its spectrum; the text stands to their left."""
-    exact = sum(zero["count"] for zero in row["structural_zeros"])
     marks: list[tuple[float, float, str]] = []
-    place = count
-    for zero in row["structural_zeros"]:
+    for zero in (*row["structural_zeros"], *row["near_structural"]):
         many = f" × {zero['count']}" if zero["count"] > 1 else ""
-        size = "no closed form" if zero["predicted"] is None else "exactly 0"
-        told = f"{zero['cause']}{many}: {size}, measured {zero['measured']:.1e}"
-        marks.append((place, zero["measured"], told))
-        place -= zero["count"]
-    for k, zero in enumerate(row["near_structural"]):
-        told = f"{zero['cause']}: predicted {zero['predicted']:.1e}, measured {zero['measured']:.1e}"
-        marks.append((count - exact - k, zero["measured"], told))
-    low, high = (np.log(v) for v in axes.get_ylim())
+        size = "no closed form" if zero["predicted"] is None else f"predicted {zero['predicted']:.1e}"
+        size = "exactly 0" if zero["predicted"] == 0 else size
+        marks.append((count, zero["measured"], f"{zero['cause']}{many}: {size}, measured {zero['measured']:.1e}"))
+        count -= zero["count"]
+    low, high = axes.get_ylim()
+    top = float(np.log(max([low, *(m[1] for m in marks)]) / low) / np.log(high / low))
     for n, (x, y, text) in enumerate(marks):
-        y = max(y, axes.get_ylim()[0])
-        axes.plot([x], [y], "o", ms=6, mfc="none", mec="#b42318", mew=1.3, zorder=5)
-        above = float((np.log(max(m[1] for m in marks)) - low) / (high - low)) + 0.065 * (len(marks) - n)
+        axes.plot([x], [max(y, low)], "o", ms=6, mfc="none", mec="#b42318", mew=1.3, zorder=5)
         axes.annotate(
-            text, (x, y), xytext=(0.92, above), textcoords="axes fraction", ha="right", va="center",
-            color="#b42318", fontsize=8, zorder=6,
+            text, (x, max(y, low)), xytext=(0.92, top + 0.065 * (len(marks) - n)), textcoords="axes fraction",
+            ha="right", va="center", color="#b42318", fontsize=8, zorder=6,
             arrowprops={"arrowstyle": "-", "color": "#b42318", "lw": 0.6, "shrinkB": 4, "relpos": (1, 0.5)},
         )  # fmt: skip
 
 
 def vectors_figure(rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings: Mapping[str, Any]) -> bytes:
     """Draw the first right singular vectors of each image as images: the pixel patterns that move f the most."""
-    names = list(pictures)[:MAX_IMAGES]
-    columns = 1 + min(MAX_VECTORS, *(len(pictures[name][1]) for name in names))
-    side, gap, words, left, top = 1.55, 0.1, 0.36, 0.2, 0.86
-    width, height = 2 * left + columns * (side + gap), top + len(names) * (side + words)
     values = {row["image_id"]: row["singular_values"] for row in rows}
-    with rc_context(STYLE):
-        figure = Figure(figsize=(max(width, 6.5), height), dpi=110, facecolor="white")
-        width = max(width, 6.5)
-        write(figure, left, 0.12, f"Right singular vectors, {cut(str(settings['model_id']), 44)}", 12, weight="bold")
-        told = "pixel patterns that move the embedding the most; grey is 0, scaled to the 99.5 % quantile of each"
-        write(figure, left, 0.44, told, 8, QUIET)
-        for r, name in enumerate(names):
-            image, vectors = pictures[name]
-            panels = [(np.asarray(image), cut_name(name, 18))]
-            for i in range(columns - 1):
-                v = np.asarray(vectors[i], dtype=np.float64)
-                reach = float(np.quantile(np.abs(v), 0.995)) or 1.0
-                panels.append((0.5 + v / (2 * reach), f"v{i + 1}   σ = {values[name][i]:.3g}"))
-            for c, (pixels, caption) in enumerate(panels):
-                x, y = left + c * (side + gap), top + r * (side + words)
-                picture(figure, x, y, side, pixels)
-                write(figure, x, y + side + 0.05, caption, 8, INK if c else QUIET)
-        return png_of(figure)
+    count = min(MAX_VECTORS, *(len(vectors) for _, vectors in pictures.values()))
+    lines = []
+    for name, (image, vectors) in list(pictures.items())[:MAX_IMAGES]:
+        line = [Tile(np.asarray(image), cut_name(name, 18))]
+        for i in range(count):
+            v = np.asarray(vectors[i], dtype=np.float64)
+            reach = float(np.quantile(np.abs(v), 0.995)) or 1.0
+            line.append(Tile(0.5 + v / (2 * reach), f"v{i + 1}   σ = {values[name][i]:.3g}"))
+        lines.append(line)
+    told = "pixel patterns that move the embedding the most; grey is 0, scaled to the 99.5 % quantile of each"
+    return sheet(f"Right singular vectors, {cut(str(settings['model_id']), 44)}", [told], lines, side=1.55)
 
 
 def secants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
@@ -183,9 +146,11 @@ def secants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
             right=0.86,
         )
         floor = np.nanmedian([_positive(row["noise_floor"]) for row in rows], axis=0)
-        ladders = {kind: _ladders(rows, kind) for kind in _present(rows)}
-        low = min(float(np.nanmin(all_)) for all_ in ladders.values())
-        high = max(float(np.nanmax(all_)) for all_ in ladders.values())
+        ladders = {
+            kind: np.array([_positive(row["secants"]) for row in rows if row["direction"] == kind])
+            for kind in _present(rows)
+        }
+        low, high = (float(f([f(ladder) for ladder in ladders.values()])) for f in (np.nanmin, np.nanmax))
         bottom = min(low, float(np.nanmin(floor))) / 3
         axes.fill_between(radii, bottom, floor, color="#eceff2", lw=0, zorder=0)
         axes.plot(radii, floor, color=QUIET, lw=1, ls=":", zorder=1)
@@ -193,28 +158,19 @@ def secants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         ends = []
         for kind, ladder in ladders.items():
             color, middle = KINDS.get(kind, INK), np.nanmedian(ladder, axis=0)
-            axes.fill_between(
-                radii, np.nanmin(ladder, axis=0), np.nanmax(ladder, axis=0), color=color, alpha=0.13, lw=0
-            )
+            least, most = np.nanmin(ladder, axis=0), np.nanmax(ladder, axis=0)
+            axes.fill_between(radii, least, most, color=color, alpha=0.13, lw=0)
             axes.plot(radii, middle, color=color, lw=1.1, marker="o", ms=2.4, zorder=3)
             plateaus = [row["plateau"] for row in rows if row["direction"] == kind and row["plateau"]]
             if plateaus:
                 on = (radii >= median(p[0] for p in plateaus)) & (radii <= median(p[1] for p in plateaus))
                 axes.plot(radii[on], middle[on], color=color, lw=4.5, alpha=0.5, solid_capstyle="round", zorder=2)
             ends.append((float(middle[-1]), kind, f"{kind}{'' if plateaus else ': no plateau'}", color))
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(radii[0], radii[-1])
-        axes.set_ylim(bottom, high * 2)
-        axes.set_xlabel("radius h (L2, pixels in [0, 1])")
-        axes.set_ylabel("secant (embedding per pixel length)")
+        axes.set(xscale="log", yscale="log", xlim=(radii[0], radii[-1]), ylim=(bottom, high * 2))
+        axes.set(xlabel="radius h (L2, pixels in [0, 1])", ylabel="secant (embedding per pixel length)")
         axes.grid(color=RULE, lw=0.5)
         _label_ends(axes, ends)
         return png_of(figure)
-
-
-def _ladders(rows: Rows, kind: str) -> np.ndarray:
-    return np.array([_positive(row["secants"]) for row in rows if row["direction"] == kind])
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str, str]]) -> None:
@@ -256,13 +212,9 @@ def constants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         tops = [row["jvp"] for row in rows if row["direction"] == "top" and row["index"] == 0]
         if tops:
             axes.axvline(max(tops), color=INK, lw=0.9, ls="--", zorder=0)
-            axes.annotate(
-                f"largest σ₁ = {max(tops):.3g}", (max(tops), len(kinds) - 0.45), xytext=(-4, 0),
-                textcoords="offset points", ha="right", va="center", fontsize=8, color=INK,
-            )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_ylim(-0.6, len(kinds) - 0.3)
-        axes.set_yticks(range(len(kinds)), kinds)
+            told = f"largest σ₁ = {max(tops):.3g} "
+            axes.text(max(tops), len(kinds) - 0.45, told, ha="right", va="center", fontsize=8, color=INK)
+        axes.set(xscale="log", ylim=(-0.6, len(kinds) - 0.3), yticks=range(len(kinds)), yticklabels=kinds)
         for tick, kind in zip(axes.get_yticklabels(), kinds, strict=True):
             tick.set_color(KINDS.get(kind, INK))
         axes.set_xlabel("constant (embedding length per pixel length, pixels in [0, 1])")
@@ -276,7 +228,7 @@ def _present(rows: Rows) -> list[str]:
 
 
 def panel(title: str, told: str, *, right: float = 0.97) -> tuple[Figure, Axes]:
-    """A figure with a title, a line of explanation and one set of axes."""
+    """Return a figure with a title, a line of explanation and one set of axes."""
     figure = Figure(figsize=(8.6, 4.9), dpi=120, facecolor="white")
     write(figure, 0.2, 0.14, title, 12, weight="bold")
     write(figure, 0.2, 0.43, told, 8, QUIET)
@@ -295,97 +247,71 @@ def picture(figure: Figure, x: float, y: float, side: float, pixels: np.ndarray,
     axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
     smooth = "nearest" if pixels.shape[1] < 128 else "antialiased"
     axes.imshow(np.clip(pixels, 0, 1).transpose(1, 2, 0), interpolation=smooth)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=True, color=edge, linewidth=0.8)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A picture (3, H, W) of a sheet, with a bold line and others below it."""
+
+    pixels: np.ndarray
+    head: str
+    below: Sequence[str] = ()
+    edge: str = RULE
+
+
+def sheet(title: str, told: Sequence[str], lines: Sequence[Sequence[Tile]], side: float) -> bytes:
+    """Draw lines of pictures, each `side` inches wide, under a title and sentences."""
+    gap, left, step, small = 0.07 * side, 0.2, 0.155, 7 + 0.5 * side
+    width = max(6.5, 2 * left + max(map(len, lines)) * (side + gap))
+    told = [part for sentence in told for part in textwrap.wrap(sentence, int(14 * width))]
+    top = 0.6 + 0.16 * len(told)
+    below = 0.35 + step * max(len(tile.below) for line in lines for tile in line)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, top + len(lines) * (side + below)), dpi=110, facecolor="white")
+        write(figure, left, 0.12, title, 12, weight="bold")
+        for n, sentence in enumerate(told):
+            write(figure, left, 0.44 + 0.16 * n, sentence, 8, QUIET)
+        for r, line in enumerate(lines):
+            for c, tile in enumerate(line):
+                x, y = left + c * (side + gap), top + r * (side + below)
+                picture(figure, x, y, side, tile.pixels, tile.edge)
+                write(figure, x, y + side + 0.05, tile.head, small, weight="bold")
+                for n, text in enumerate(tile.below):
+                    write(figure, x, y + side + 0.22 + step * n, text, small - 0.5, QUIET)
+        return png_of(figure)
+
+
 def png_of(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
+    """Return the figure as PNG bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def cut(text: str, size: int) -> str:
-    """At most `size` characters."""
-    return text if len(text) <= size else text[: size - 1] + "…"
-
-
 def _positive(values: Sequence[float | None]) -> np.ndarray:
-    """Numbers for a logarithmic axis: what is absent or not above 0 becomes NaN."""
+    """Return numbers for a logarithmic axis: NaN for those that are absent or not above 0."""
     numbers = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
     return np.where(numbers > 0, numbers, np.nan)
 
 
-# Figures from rows. Nothing here touches matplotlib's global state.
-
-
-MAX_PAIRS = 8
-"""Pairs shown in `figures/pairs.png`."""
-
-
-GAINS = (1, 2, 5, 10, 20, 50, 100)
-
-
-_INK, _QUIET, _RULE = "#1b1f24", "#667079", "#d7dce1"
-
-
-def pairs_figure(rows: Sequence[Mapping[str, Any]], title: str, settings: Mapping[str, Any]) -> bytes | None:
-    """Draw source, match, their difference and target of up to eight rows, with the numbers, as PNG bytes.
-
-    The difference is match − source, multiplied by a factor that is printed (the largest of 1, 2, 5, 10, … that keeps
-    99 % of its values below 0.4), on middle grey.
-
-    Args:
-        rows: with the three images as PNG bytes.
-        title: sentence above the figure.
-        settings: of the run: model and budget go into the subtitle.
-
-    Returns:
-        None when there is no row to draw.
-    """
-    rows = [row for row in rows if row["match"] is not None][:MAX_PAIRS]
-    if not rows:
-        return None
-    side, gap, words, left, top = 2.35, 0.16, 0.78, 0.22, 1.18
-    width = 2 * left + 4 * side + 3 * gap
-    height = top + len(rows) * (side + words) + 0.1
-    with rc_context({"font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-        canvas = FigureCanvasAgg(figure)
-
-        def write(x: float, y: float, text: str, size: float = 8.5, color: str = _INK, weight: str = "normal") -> None:
-            figure.text(x / width, 1 - y / height, text, size=size, color=color, weight=weight, va="top")
-
-        write(left, 0.14, f"Matches of {_cut(str(settings['model_id']), 60)}", 13, weight="bold")
-        write(left, 0.45, _wrap(title, 148), 8.2, _INK)
-        write(left, 0.82, _budget(settings), 7.6, _QUIET)
-        for k, row in enumerate(rows):
-            y = top + k * (side + words)
-            images = [decode_png(row[name]).permute(1, 2, 0).numpy() for name in ("source", "match", "target")]
-            gap_image, gain = difference(images[0], images[1])
-            panels = (images[0], images[1], gap_image, images[2])
-            heads = ("source", "match", f"(match − source) × {gain}", "target")
-            for c, (panel, head, lines) in enumerate(zip(panels, heads, _captions(row), strict=True)):
-                x = left + c * (side + gap)
-                axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
-                axes.imshow(panel, interpolation="nearest" if panel.shape[0] < 128 else "antialiased")
-                axes.set_xticks([])
-                axes.set_yticks([])
-                for spine in axes.spines.values():
-                    spine.set(color=_RULE, linewidth=0.8)
-                write(x, y + side + 0.06, head, 8.5, weight="bold")
-                for n, line in enumerate(lines):
-                    write(x, y + side + 0.25 + 0.155 * n, line, 7.8, _INK if c == 1 and n == 0 else _QUIET)
-        buffer = io.BytesIO()
-        canvas.print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+def pairs_figure(rows: Rows, title: str, settings: Mapping[str, Any]) -> bytes | None:
+    """Draw source, match, their difference and target of up to eight rows, with the numbers; None for no row."""
+    lines = []
+    for row in [row for row in rows if row["match"] is not None][:MAX_PAIRS]:
+        source, match, target = (decode_png(row[name]).numpy() for name in ("source", "match", "target"))
+        shown, gain = difference(source, match)
+        heads = ("source", "match", f"(match − source) × {gain}", "target")
+        tiles = zip((source, match, shown, target), heads, _captions(row), strict=True)
+        lines.append([Tile(pixels, head, below) for pixels, head, below in tiles])
+    heading = f"Matches of {cut(str(settings['model_id']), 60)}"
+    return sheet(heading, [title, _budget(settings)], lines, side=2.35) if lines else None
 
 
 def difference(source: np.ndarray, match: np.ndarray) -> tuple[np.ndarray, int]:
-    """The difference match − source on middle grey, and the factor by which it is enlarged."""
+    """Return match − source on middle grey, and its gain: the largest of `GAINS` that keeps 99 % below 0.4."""
     gap = match - source
     reach = float(np.quantile(np.abs(gap), 0.99)) or 1 / 255
     gain = max((g for g in GAINS if g * reach <= 0.4), default=1)
@@ -393,16 +319,13 @@ def difference(source: np.ndarray, match: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def difference_png(source: bytes, match: bytes) -> tuple[bytes, int]:
-    """The same of two PNG files, as a PNG file."""
-    a, b = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.float64) / 255 for png in (source, match))
-    shown, factor = difference(a, b)
-    buffer = io.BytesIO()
-    Image.fromarray((shown * 255).round().astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue(), factor
+    """Return the difference of two PNG files as a PNG file, and the factor by which it is enlarged."""
+    shown, factor = difference(*(decode_png(png, torch.float64).numpy() for png in (source, match)))
+    return encode_png(torch.from_numpy(shown)), factor
 
 
 def thumbnail(png: bytes, size: int = 112) -> bytes:
-    """A small picture of a PNG file, as a JPEG file: to choose by, not to measure."""
+    """Return a small picture of a PNG file as a JPEG file: to choose by, not to measure."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     kind = Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS
     buffer = io.BytesIO()
@@ -410,129 +333,76 @@ def thumbnail(png: bytes, size: int = 112) -> bytes:
     return buffer.getvalue()
 
 
-def _captions(row: Mapping[str, Any]) -> tuple[list[str], list[str], list[str], list[str]]:
-    error, png = short(row["embedding_error"]), short(row["embedding_error_8bit"])
+def _captions(row: Mapping[str, Any]) -> tuple[list[str], ...]:
+    def seen(whose: str, size: int = 26) -> str:
+        name = row[f"{whose}_label"]
+        return f"seen as {cut(name.split(',')[0], size)}" if name else ""
+
     size = "identical to the source" if row["psnr_db"] is None else f"PSNR {row['psnr_db']:.1f} dB"
-    if row["ssim"] is not None:
-        size += f"   SSIM {row['ssim']:.3f}"
-    reach = f"max {_form(row['linf'], '.3f', 255)}/255   L2 {_form(row['l2'], '.2f')}"
-    match = f"seen as {_label(row['match_label'], 22)} {_form(row['match_prob'], '.0%')}"
+    size += "" if row["ssim"] is None else f"   SSIM {row['ssim']:.3f}"
+    error = f"error {short(row['embedding_error'])}   as PNG {short(row['embedding_error_8bit'])}"
+    levels = None if row["linf"] is None else round(255 * row["linf"])
+    share = f" {form(row['match_prob'], '.0%')}" if row["match_label"] else ""
     return (
-        [_cut(row["source_id"], 34), f"seen as {_label(row['source_label'])}" if row["source_label"] else ""],
-        [f"error {error}   as PNG {png}", match if row["match_label"] else ""],
-        [size, reach],
-        [
-            _cut(row["target_id"], 34),
-            f"seen as {_label(row['target_label'])}" if row["target_label"] else "",
-        ],
+        [cut(row["source_id"], 34), seen("source")],
+        [error, seen("match", 22) + share],
+        [size, f"max {form(levels, 'd')}/255   L2 {form(row['l2'], '.2f')}"],
+        [cut(row["target_id"], 34), seen("target")],
     )
 
 
-def _label(name: str | None, size: int = 26) -> str:
-    return _cut((name or "").split(",")[0], size)
-
-
-def _form(value: float | None, form: str, scale: float = 1.0) -> str:
-    if value is None:
-        return "–"
-    return format(round(value * scale), "d") if scale != 1.0 else format(value, form)
-
-
-def _cut(text: str, size: int) -> str:
-    return text if len(text) <= size else text[: size - 1] + "…"
-
-
-def _wrap(text: str, size: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, size)[:2])
-
-
 def _budget(settings: Mapping[str, Any]) -> str:
-    radius = settings["radius"]
-    ball = "pixel box only" if radius is None else f"{settings['norm']} ≤ {radius * 255:.3g}/255"
-    if radius is not None and settings["norm"] == "l2":
-        ball = f"L2 ≤ {radius:.3g}"
+    radius, ball = settings["radius"], "pixel box only"
+    if radius is not None:
+        ball = f"L2 ≤ {radius:.3g}" if settings["norm"] == "l2" else f"linf ≤ {radius * 255:.3g}/255"
     return f"readout {settings['readout']} · {ball} · error is ‖f(x) − z‖ / ‖z‖, of the float image and of the PNG"
-
-
-# Figures of walks: contact sheet, drift over the path, and an animation.
-
-
-MAX_WALKS = 6
-"""Walks drawn one by one."""
-
-
-_FRAMES = 8  # of a contact sheet
-
-
-_GIF_FRAMES, _GIF_SIDE, _GIF_MS = 60, 224, 90
 
 
 def walk_figures(
     rows: Rows, frames: Mapping[str, Sequence[bytes]], ends: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """Draw all figures of a walk run.
-
-    Args:
-        rows: its rows.
-        frames: PNG frames of the first walks, by image id.
-        ends: the image that each leads to, (3, H, W); empty where they lead to none.
-        settings: of the run.
-
-    Returns:
-        PNG and GIF bytes by file name; empty when there is no walk.
-    """
-    rows = [row for row in rows if row["status"] != "error"]
+    """Draw the figures of a run by file name, from PNG frames of the first walks and the images that they lead to."""
     paths = {name: [row for row in rows if row["image_id"] == name] for name in frames}
-    paths = {name: path for name, path in paths.items() if path}
     if not paths:
         return {}
-    sheet = contact_sheet(paths, frames, ends, settings)
-    drift = drift_figure(paths, settings)
-    return {"walk.gif": animation(frames[next(iter(paths))]), "frames.png": sheet, "drift.png": drift}
+    return {
+        "walk.gif": animation(frames[next(iter(paths))]),
+        "frames.png": contact_sheet(paths, frames, ends, settings),
+        "drift.png": drift_figure(paths, settings),
+    }
 
 
 def contact_sheet(
-    paths: Mapping[str, Rows],
-    frames: Mapping[str, Sequence[bytes]],
-    ends: Mapping[str, Tensor],
+    paths: Mapping[str, Rows], frames: Mapping[str, Sequence[bytes]], ends: Mapping[str, Tensor],
     settings: Mapping[str, Any],
-) -> bytes:
-    """Show frames of each walk, evenly spread, with distance and label, and what it leads to."""
-    columns = min(_FRAMES, max(len(path) for path in paths.values()))
-    side, gap, words, left, top = 1.3, 0.08, 0.56, 0.2, 0.88
-    across = columns * (side + gap) + (side + 2 * gap if ends else 0)
-    width, height = max(2 * left + across, 6.5), top + len(paths) * (side + words)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-        title = f"Walks of images with one embedding, {cut(str(settings['model_id']), 44)}"
-        write(figure, left, 0.12, title, 12, weight="bold")
-        drift = short(max(row["drift"] for path in paths.values() for row in path))
-        whose = "of the first" if settings["solver"] is None else "of the target"
-        told = f"heading {settings['heading']} · every frame has the embedding {whose}, to ‖f(x) − z‖/‖z‖ ≤ {drift}"
-        rounded = [d for path in paths.values() for row in path if (d := row["drift_8bit"]) is not None]
-        told += f" ({short(max(rounded))} rounded to 8 bit)" if rounded else ""
-        told += f" · L2 from the {'start' if settings['solver'] is None else 'source'}"
-        write(figure, left, 0.44, told, 8, QUIET)
-        for r, (name, path) in enumerate(paths.items()):
-            for c, k in enumerate(np.unique(np.linspace(0, len(path) - 1, columns).round().astype(int)).tolist()):
-                x, y = left + c * (side + gap), top + r * (side + words)
-                picture(figure, x, y, side, decode_png(frames[name][k]).numpy())
-                row = path[k]
-                start = cut_name(name, 17) if settings["solver"] is None else f"match of {cut_name(name, 8)}"
-                head = start if c == 0 else f"step {row['step']}   L2 {row['l2']:.2g}"
-                write(figure, x, y + side + 0.05, head, 7.5, INK, "bold" if c == 0 else "normal")
-                if row["label"] is not None:
-                    seen = f"{cut(row['label'].split(',')[0], 14)} {row['prob']:.0%}"
-                    write(figure, x, y + side + 0.21, seen, 7.2, QUIET)
-            if name in ends:
-                x, y = left + columns * (side + gap) + gap, top + r * (side + words)
-                picture(figure, x, y, side, ends[name].cpu().float().numpy(), INK)
-                whose = "source" if settings["heading"] == "nearest" else "target"
-                write(figure, x, y + side + 0.05, f"the {whose}", 7.5, INK, "bold")
-                write(figure, x, y + side + 0.21, f"still {path[-1]['remaining']:.2g} away", 7.2, QUIET)
-        return png_of(figure)
+) -> bytes:  # fmt: skip
+    """Show frames of each walk, evenly spread, with distance and label, and the image that it leads to."""
+    every, matched = [row for path in paths.values() for row in path], settings["solver"] is not None
+    columns = min(SHEET_FRAMES, max(map(len, paths.values())))
+    lines = []
+    for name, path in paths.items():
+        line = []
+        for k in np.unique(np.linspace(0, len(path) - 1, columns).round().astype(int)).tolist():
+            row = path[k]
+            head = f"step {row['step']}   L2 {row['l2']:.2g}"
+            if k == 0:
+                head = f"match of {cut_name(name, 8)}" if matched else cut_name(name, 17)
+            seen = [] if row["label"] is None else [f"{cut(row['label'].split(',')[0], 14)} {row['prob']:.0%}"]
+            line.append(Tile(decode_png(frames[name][k]).numpy(), head, seen))
+        if name in ends:
+            whose = "source" if settings["heading"] == "nearest" else "target"
+            left = f"still {path[-1]['remaining']:.2g} away"
+            line.append(Tile(ends[name].cpu().float().numpy(), f"the {whose}", [left], INK))
+        lines.append(line)
+    rounded = [row["drift_8bit"] for row in every if row["drift_8bit"] is not None]
+    told = (
+        f"heading {settings['heading']} · every frame has the embedding of the {'target' if matched else 'first'}, to "
+        f"‖f(x) − z‖/‖z‖ ≤ {short(max(row['drift'] for row in every))}"
+        f"{f' ({short(max(rounded))} rounded to 8 bit)' if rounded else ''} · L2 from the "
+        f"{'source' if matched else 'start'}"
+    )
+    title = f"Walks of images with one embedding, {cut(str(settings['model_id']), 44)}"
+    return sheet(title, [told], lines, side=1.3)
 
 
 def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> bytes:
@@ -546,18 +416,15 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
         below = figure.add_axes((0.095, 0.115, 0.875, 0.255), sharex=axes)
         for (name, path), color in zip(paths.items(), LINES, strict=False):
             length = [row["arc_length"] for row in path]
-            drift = np.array([row["drift"] for row in path])
-            axes.plot(length, np.where(drift > 0, drift, np.nan), color=color, lw=1.2, label=cut_name(name, 16))
-            rounded = np.array([np.nan if row["drift_8bit"] is None else row["drift_8bit"] for row in path])
-            axes.plot(length, np.where(rounded > 0, rounded, np.nan), color=color, lw=1, ls=":")
+            drift, rounded = (_positive([row[key] for row in path]) for key in ("drift", "drift_8bit"))
+            axes.plot(length, drift, color=color, lw=1.2, label=cut_name(name, 16))
+            axes.plot(length, rounded, color=color, lw=1, ls=":")
             below.plot(length, [row["l2"] for row in path], color=color, lw=1.2)
         axes.axhline(settings["rtol"], color=INK, lw=0.9, ls="--", label=f"rtol {settings['rtol']:g}")
-        axes.set_yscale("log")
-        axes.set_ylabel("drift")
+        axes.set(yscale="log", ylabel="drift")
         axes.tick_params(labelbottom=False)
-        below.set_ylabel("L2 from origin")
-        below.set_xlabel("arc length of the path (L2, pixels in [0, 1])")
-        below.set_ylim(0, 1.05 * max(row["l2"] for path in paths.values() for row in path) or 1.0)
+        high = 1.05 * max(row["l2"] for path in paths.values() for row in path) or 1.0
+        below.set(xlabel="arc length of the path (L2, pixels in [0, 1])", ylabel="L2 from origin", ylim=(0, high))
         for one in (axes, below):
             one.grid(color=RULE, lw=0.5)
             one.margins(x=0.01)
@@ -566,15 +433,18 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
 
 
 def animation(frames: Sequence[bytes]) -> bytes:
-    """One walk there and back as an animated GIF, small images enlarged by a whole factor."""
-    places = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _GIF_FRAMES)).round().astype(int)).tolist()
+    """Show one walk there and back as an animated GIF, small images enlarged by a whole factor."""
+    places = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), GIF_FRAMES)).round().astype(int)).tolist()
     pictures = []
     for k in places:
         image = Image.open(io.BytesIO(frames[k])).convert("RGB")
-        factor = max(1, _GIF_SIDE // max(image.size))
+        factor = max(1, GIF_SIDE // max(image.size))
         pictures.append(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
     ring = [*pictures, *pictures[-2:0:-1]]
-    pause = [600, *[_GIF_MS] * (len(pictures) - 2), 600, *[_GIF_MS] * (len(ring) - len(pictures))][: len(ring)]
+    pause = [600, *[GIF_MS] * (len(pictures) - 2), 600, *[GIF_MS] * (len(ring) - len(pictures))][: len(ring)]
     buffer = io.BytesIO()
     ring[0].save(buffer, "GIF", save_all=True, append_images=ring[1:], duration=pause, loop=0)
     return buffer.getvalue()
+
+
+analysis_figures = spectrum_figures  # old name

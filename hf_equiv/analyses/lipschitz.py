@@ -1,51 +1,195 @@
-"""Lipschitz rows: one direction at one image, its constant, and the ladder of secants that it was read from."""
+"""Measure local Lipschitz constants of directions at each image, each read from a ladder of secants."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from statistics import quantiles
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_equiv import checks
+from hf_equiv.analyses.config import ImageConfig, Load
 from hf_equiv.analyses.match import match_target, outside_ball
-from hf_equiv.analyses.measures import _median
-from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, quartiles_of
+from hf_equiv.analyses.pairs import Item, image_generator
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
 from hf_equiv.analyses.walk import drift, level
+from hf_equiv.checks import check_positive, check_radii, check_radius
+from hf_equiv.data.image_set import ImageSet
+from hf_equiv.data.sources import BUILTIN_PHOTOS
 from hf_equiv.formatting import finite
 from hf_equiv.geometry.directions import Directions, make_directions
 from hf_equiv.geometry.linearity import LinearityResult, linearity_radius
 from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
-from hf_equiv.geometry.secants import JVP_RTOL, RTOL, least_error, plateau_of
+from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, least_error, plateau_of
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
-Stage = Callable[[str, int, int], None]
-"""Told of a stage, how much of it is done, and of how much."""
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
+
+DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
+
+SINGLE = ("gradient", "toward", "match")
+"""Kinds of which there is one."""
+
+COUNTED = ("random", "top", "row", "null")
+
+
+@dataclass(frozen=True)
+class LipschitzConfig(ImageConfig):
+    """Options of `lipschitz`.
+
+    Attributes:
+        directions: kinds with counts, `random:64,top:8,gradient`; None for all, fewer where D is small.
+        radii: the ladder, ascending, L2 in pixel units.
+        regional: radius of the ball to search for the largest constant; None for no search.
+        norm: norm of that ball, `l2` or `linf`; None for `l2`, and without a ball.
+        linearity: measure the distance to which the first-order model holds along every direction.
+        rtol: embedding error of the match that the direction `match` leads to.
+    """
+
+    analysis: ClassVar[str] = "lipschitz"
+    wants_target: ClassVar[str] = "direction 'toward' or 'match'"
+
+    directions: str | None = None
+    radii: tuple[float, ...] | None = None
+    regional: float | None = None
+    norm: str | None = None
+    linearity: bool = False
+    rtol: float = 1e-5
+
+    @property
+    def ball_norm(self) -> str:
+        """`norm`, or `l2` if none was stated."""
+        return self.norm or "l2"
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether a direction leads to another image."""
+        kinds = parse_directions(self.directions or DIRECTIONS)
+        return "toward" in kinds or "match" in kinds
+
+    def check(self) -> None:
+        """Refuse options that no run can have, before a checkpoint is loaded."""
+        parse_directions(self.directions or DIRECTIONS)
+        super().check()
+        check_positive(self.rtol, "rtol")
+        if self.regional is not None:
+            check_positive(self.regional, "regional")
+        elif self.norm is not None:
+            raise ValueError(
+                f"`norm` must come with `regional`; got {self.norm!r} alone. Add a radius or leave it out."
+            )
+        if self.radii is not None:
+            check_radii(torch.tensor(self.radii, dtype=torch.float64))
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        """Refuse options that do not fit the encoder."""
+        asked = 0 if self.directions is None else parse_directions(self.directions).get("top", 0)
+        if asked > encoder.embedding_dim:
+            raise ValueError(
+                f"top:K of `directions` must ask for at most {encoder.embedding_dim}, the embedding size; got {asked}."
+            )
+        check_radius(self.regional, self.ball_norm, math.prod(encoder.input_shape), "regional")
+
+    def usual_targets(self, images: ImageSet, load: Load) -> tuple[ImageSet, ImageSet]:
+        """Return the next image of the set as the target of each; for a single image, a built-in photo."""
+        if len(images) > 1:
+            return images, images
+        other = BUILTIN_PHOTOS.index("cat" if images.ids[0] == "coffee" else "coffee")
+        return images, load("builtin").select([other])
+
+    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
+        """Return the settings of this verb, with defaults filled in."""
+        kinds = parse_directions(self.directions or DIRECTIONS)
+        if self.directions is None:  # no more than a small embedding has, of which two may be structural zeros
+            rows = max(1, encoder.embedding_dim - 2)
+            kinds = {kind: min(n, rows) if kind in ("top", "row") else n for kind, n in kinds.items()}
+        return self.listed(items) | {
+            "directions": kinds,
+            "radii": list(self.radii or RADII),
+            "regional": self.regional,
+            "norm": None if self.regional is None else self.ball_norm,
+            "linearity": self.linearity,
+            **({"solver": "lbfgs", "rtol": self.rtol} if "match" in kinds else {}),
+        }
+
+    def item_bytes(self, encoder: Encoder, settings: Row) -> int:
+        """Return the bytes of the image, which is in every row, and of the float images."""
+        size = math.prod(encoder.input_shape)
+        return size * (1 + encoder.dtype.itemsize) * sum(settings["directions"].values())
+
+
+def parse_directions(text: str) -> dict[str, int]:
+    """Read kinds with their counts; `gradient`, `toward` and `match` have none.
+
+    Returns:
+        Kind to count, in the order given.
+
+    Raises:
+        ValueError: an unknown kind, a missing or bad count, a kind given twice.
+
+    Example:
+        >>> parse_directions("random:4,gradient")
+        {'random': 4, 'gradient': 1}
+    """
+    kinds: dict[str, int] = {}
+    for item in text.split(","):
+        name, colon, count = item.strip().partition(":")
+        single = name in SINGLE
+        if name not in COUNTED and not single:
+            raise ValueError(
+                "`directions` must be a list of random:N, top:N, row:N, null:N, gradient, toward, match; "
+                f"got {item.strip()!r}."
+            )
+        if name in kinds or (single and colon) or (not single and not (count.isdecimal() and int(count) > 0)):
+            raise ValueError(
+                "`directions` must name each kind once, with a count as in random:64 (none for gradient, toward and "
+                f"match); got {text!r}."
+            )
+        kinds[name] = int(count) if count else 1
+    return kinds
+
+
+def image_rows(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+    """Make the rows of one image, one for each direction."""
+    encoder, settings = plan.encoder, plan.settings
+    # float images: the target, its match, and the place and direction of the largest constant in the ball
+    name, image, target = one.item.name, one.image, one.target
+    floats: dict[str, Tensor] = {} if target is None else {"toward": target}
+    match, evals, seconds = None, 0.0, 0.0
+    if "match" in settings["directions"] and target is not None:
+        match, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
+        floats["match"] = match
+    found, reach = measure_directions(encoder, image, target, settings, name, batch, tell, match)
+    results: list[LipschitzResult | LinearityResult | RegionalResult] = [found] if reach is None else [found, reach]
+    region: Row = {}
+    if settings["regional"] is not None:
+        tell("region", 0, 1)
+        ball = measure_region(encoder, image, settings, name)
+        results.append(ball)
+        region = {
+            "regional_lower_bound": finite(ball.lower_bound[0]),
+            "regional_at_center": finite(ball.at_center[0]),
+            "regional_clever": finite(ball.clever[0]),
+        }
+        floats |= {"place": ball.images[0], "direction": ball.directions[0]}
+    for result in results:
+        evals, seconds = evals + float(result.num_evals[0]), seconds + float(result.seconds[0])
+    rows = [row | region | {"num_evals": evals, "seconds": seconds} for row in rows_of(found, reach)]
+    return Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
 
 
 def directions_of_run(
     encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int = 32,
     match: Tensor | None = None,
 ) -> Directions:  # fmt: skip
-    """The directions at one image: they follow from the settings of the run, its seed and the image's id.
-
-    Args:
-        encoder: f.
-        image: (3, H, W).
-        target: image of the `toward` direction, (3, H, W); None if there is none.
-        settings: of the run, as in `run.json`.
-        image_id: its id.
-        batch: cotangents per backward pass.
-        match: image of the `match` direction, (3, H, W); None if there is none.
-
-    Returns:
-        The directions of one image, in the order of its rows.
-    """
+    """Make the directions at one image (3, H, W), in the order of its rows; settings, seed and image id fix them."""
     kinds: Mapping[str, int] = settings["directions"]
     return make_directions(
         encoder,
@@ -66,23 +210,7 @@ def measure_directions(
     encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int,
     tell: Stage, match: Tensor | None = None,
 ) -> tuple[LipschitzResult, LinearityResult | None]:  # fmt: skip
-    """Constants and, if asked for, linearity radii of the directions of one image.
-
-    The directions follow from the settings, the seed and the image's id, so that `verify` makes the same.
-
-    Args:
-        encoder: f.
-        image: (3, H, W).
-        target: image of the `toward` direction, (3, H, W); None if there is none.
-        settings: of the run.
-        image_id: its id.
-        batch: images and tangents per pass.
-        tell: told of progress.
-        match: image of the `match` direction, (3, H, W); None if there is none.
-
-    Returns:
-        The two results.
-    """
+    """Measure the constants and, if asked for, the linearity radii of the directions of one image (3, H, W)."""
     tell("directions", 0, 1)
     directions = directions_of_run(encoder, image, target, settings, image_id, batch, match)
     radii: Sequence[float] = settings["radii"]
@@ -99,50 +227,13 @@ def measure_directions(
 
 
 def measure_region(encoder: Any, image: Tensor, settings: Mapping[str, Any], image_id: str) -> RegionalResult:
-    """The largest constant found about one image (3, H, W), and the extreme-value estimate of the rest."""
+    """Find the largest constant about one image (3, H, W), with its extreme-value estimate."""
     generator = image_generator(settings["seed"], image_id)
     return regional_lipschitz(encoder, image[None], settings["regional"], settings["norm"], generator=generator)
 
 
-def lipschitz_rows(
-    encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int,
-    tell: Stage,
-) -> tuple[list[Row], dict[str, Tensor]]:  # fmt: skip
-    """The rows of one image, without image and provenance columns; arguments as `measure_directions`.
-
-    Returns:
-        A row for each direction; and, each (3, H, W), the target as `ID/toward`, its match as `ID/match`, and where the
-        regional constant was found, `ID/place` and `ID/direction`.
-
-    Raises:
-        RuntimeError: no match for the direction `match`, or an encoder that gives NaN.
-    """
-    floats: dict[str, Tensor] = {} if target is None else {f"{image_id}/toward": target}
-    match, evals, spent = None, 0.0, 0.0
-    if "match" in settings["directions"] and target is not None:
-        match, evals, spent = match_target(encoder, image, target, settings["rtol"], tell)
-        floats[f"{image_id}/match"] = match
-    found, reach = measure_directions(encoder, image, target, settings, image_id, batch, tell, match)
-    rows = rows_of(found, reach)
-    cost, seconds = evals + float(found.num_evals[0]), spent + float(found.seconds[0])
-    if reach is not None:
-        cost, seconds = cost + float(reach.num_evals[0]), seconds + float(reach.seconds[0])
-    region: Row = dict.fromkeys(("regional_lower_bound", "regional_at_center", "regional_clever"))
-    if settings["regional"] is not None:
-        tell("region", 0, 1)
-        ball = measure_region(encoder, image, settings, image_id)
-        cost, seconds = cost + float(ball.num_evals[0]), seconds + float(ball.seconds[0])
-        region = {
-            "regional_lower_bound": finite(ball.lower_bound[0]),
-            "regional_at_center": finite(ball.at_center[0]),
-            "regional_clever": finite(ball.clever[0]),
-        }
-        floats |= {f"{image_id}/place": ball.images[0], f"{image_id}/direction": ball.directions[0]}
-    return [row | region | {"num_evals": cost, "seconds": seconds} for row in rows], floats
-
-
 def rows_of(found: LipschitzResult, reach: LinearityResult | None) -> list[Row]:
-    """The columns that the results of one image give, a row for each direction."""
+    """Return the columns that the results of one image give, a row for each direction."""
     rows = []
     for k, (kind, index) in enumerate(zip(found.kinds, found.indices, strict=True)):
         plateau = found.plateau[0, k]
@@ -171,7 +262,7 @@ def _numbers(values: Tensor) -> list[float | None]:
     return [finite(v) for v in values.tolist()]
 
 
-def _lipschitz(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
+def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
     kinds: Row = {}
     for kind in dict.fromkeys(row["direction"] for row in rows):
         own = [row for row in rows if row["direction"] == kind]
@@ -179,19 +270,19 @@ def _lipschitz(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -
         kinds[kind] = {
             "count": len(own),
             "resolved": len(values),
-            "quantiles": _quantiles(values),
-            "largest_jvp": max((row["jvp"] for row in own if row["jvp"] is not None), default=None),
-            "linearity_radius": _median(row["linearity_radius"] for row in own),
+            "quantiles": quartiles_of(values),
+            "largest_jvp": largest(row["jvp"] for row in own),
+            "linearity_radius": median_of(row["linearity_radius"] for row in own),
         }
     firsts = {row["image_id"]: row for row in rows}.values()
     region = {
-        key: max((row[key] for row in firsts if row[key] is not None), default=None)
+        key: largest(row[key] for row in firsts)
         for key in ("regional_lower_bound", "regional_at_center", "regional_clever")
     }
-    return {"kinds": kinds, "regional": region, "verdict": _lipschitz_verdict(kinds, region, settings)}
+    return {"kinds": kinds, "regional": region, "verdict": _verdict(kinds, region, settings)}
 
 
-def _lipschitz_verdict(kinds: Row, region: Row, settings: Mapping[str, Any]) -> str:
+def _verdict(kinds: Row, region: Row, settings: Mapping[str, Any]) -> str:
     told = [f"{kind} {q['quantiles'][2]:.3g}" for kind, q in kinds.items() if q["quantiles"]]
     text = "Median local constants by kind of direction: " + ", ".join(told) + "." if told else ""
     if "null" in kinds:
@@ -211,13 +302,22 @@ def _lipschitz_verdict(kinds: Row, region: Row, settings: Mapping[str, Any]) -> 
     return text.strip() or "No direction has a constant above the float noise."
 
 
-def _quantiles(values: Sequence[float]) -> list[float] | None:
-    """0, 25, 50, 75 and 100 %."""
-    if not values:
-        return None
-    if len(values) == 1:
-        return [values[0]] * 5
-    return [min(values), *quantiles(values, n=4, method="inclusive"), max(values)]
+def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
+    """Draw the secants of one image and the constants of all."""
+    from hf_equiv.analyses import figures
+
+    return figures.lipschitz_figures(made.rows, plan.settings)
+
+
+VERB = Verb(
+    config=LipschitzConfig,
+    make_rows=one_by_one(image_rows),
+    summarize=by_image(_summarize),
+    figures=draw_figures,
+    succeeded=(Status.RESOLVED, Status.UNDETERMINED),  # the second is the right answer for null directions
+    batch="derivatives",
+    shown=0,
+)
 
 
 # How `verify` makes rows of constants again, and compares them (see `verify.rows.VERBS`).
@@ -247,7 +347,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     """Make the rows of one image again."""
     name, image, kinds = rows[0]["image_id"], rows[0]["image"], settings["directions"]
     try:
-        checks.check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
+        check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
     except (TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
         raise ValueError(f"`radii` must be a ladder; {error}") from error
     toward = floats[f"{name}/toward"] if {"toward", "match"} & set(kinds) else None

@@ -1,93 +1,195 @@
-"""One batch of a match run: match, refine, save as PNG, read back, measure; one row per pair."""
+"""Match pairs of images: turn each source into an image with the embedding of its target."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_equiv import formatting
 from hf_equiv.analyses import measures
-from hf_equiv.analyses.config import SOLVERS
-from hf_equiv.analyses.pairs import Pair
-from hf_equiv.analyses.plan import MatchPlan
+from hf_equiv.analyses.config import DTYPES, BaseConfig, Load, check_choice
+from hf_equiv.analyses.pairs import Item, Reader, name_pairs
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Verb
+from hf_equiv.checks import NORMS, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png
-from hf_equiv.formatting import one_line
+from hf_equiv.data.image_set import ImageSet
+from hf_equiv.data.sources import DEFAULT_PAIRS
+from hf_equiv.formatting import finite
+from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
-from hf_equiv.matching.stages import match_in_stages
+from hf_equiv.matching.solvers import Adam, GradientDescent
+from hf_equiv.matching.stages import HALF, Draft, match_in_stages
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Progress, Status
-from hf_equiv.runs import schema
 from hf_equiv.runs.execute import Observer, RunProgress
-from hf_equiv.runs.processes import PassSize, ran_out
 from hf_equiv.runs.schema import Row
 
-_Loaded = tuple[Pair, Tensor, Tensor]
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
+
+SOLVERS: dict[str, type[LBFGS] | type[Adam] | type[GradientDescent]] = {
+    "lbfgs": LBFGS,
+    "adam": Adam,
+    "gd": GradientDescent,
+}
+
+BASELINE_PAIRS = 64
+"""Pairs whose images make the baseline of unrelated images."""
+
+MATCH_EVALS = 2000
+"""Most evaluations of a match made on the way, by a walk or for the direction `match`."""
 
 
-def make_rows(
-    plan: MatchPlan, block: Sequence[Pair], errors: dict[str, str], tell: Observer, sizes: PassSize
-) -> tuple[list[Row], dict[str, Tensor], Row]:
-    """Rows of a block; a pair that cannot be read or computed gets a row of status `error` and the others go on.
+@dataclass(frozen=True)
+class MatchConfig(BaseConfig):
+    """Options of `match`; `dtype` may also be `bfloat16` (`bf16`) or `float16`, for the early iterations only.
 
-    When memory runs out, fewer pairs are matched at once, from then on.
-
-    Returns:
-        The rows in order; float matches, and what they cost, by pair id.
+    Attributes:
+        pairs: number of pairs to draw from `data`.
+        solver: `lbfgs`, `adam` or `gd`.
+        radius: half-width (linf) or radius (l2) of the ball about the source, pixels in [0, 1]; None for no ball.
+        norm: norm of the ball, `linf` or `l2`; None for `linf`, and without a ball.
+        rtol: embedding error ‖f(x)−z‖/‖z‖ at which a match is finished.
+        max_evals: evaluations allowed per image.
+        refine: refine the match on the 8-bit lattice; otherwise it is rounded.
+        labels: class names for zero-shot classification.
+        compile: match with the encoder compiled by `torch.compile`; every number is still that of the plain encoder.
     """
-    rows: dict[str, Row] = {}
-    floats: dict[str, Tensor] = {}
-    costs: Row = {}
-    loaded: list[_Loaded] = []
 
-    def fail(pair: Pair, why: str, images: tuple[Tensor, Tensor] | None = None) -> None:
-        errors[pair.pair_id] = why
-        rows[pair.pair_id] = _error_row(plan, pair, images)
-        tell(RunProgress("note", pair_ids=(pair.pair_id,), message=f"{pair.pair_id}: {why}"))
+    analysis: ClassVar[str] = "match"
 
-    def compute(part: Sequence[_Loaded]) -> None:
-        try:
-            made = list(_match_batch(plan, part, tell))
-        except (RuntimeError, ValueError, MemoryError) as error:  # or NaN, or a model that fails on one image
-            why, full = one_line(error), ran_out(error)
-        else:
-            for row, image, cost in made:
-                rows[row["pair_id"]], floats[row["pair_id"]], costs[row["pair_id"]] = row, image, cost
-            return
-        if len(part) == 1:  # here the failed attempt is gone, with the memory that its error kept alive
-            fail(part[0][0], f"out of memory with a single pair: {why}" if full else why, part[0][1:])
-            return
-        if full:
-            tell(RunProgress("info", message=sizes.halve(len(part))))
-        compute_all(part, sizes.images if full else 1)
+    pairs: int | None = None
+    solver: str = "lbfgs"
+    radius: float | None = None
+    norm: str | None = None
+    rtol: float = 1e-5
+    max_evals: int = 1000
+    refine: bool = True
+    labels: tuple[str, ...] | None = None
+    compile: bool = False
 
-    def compute_all(part: Sequence[_Loaded], size: int) -> None:
-        at = 0
-        while at < len(part):
-            few = part[at : at + min(size, sizes.images)]
-            compute(few)
-            at += len(few)
+    @property
+    def ball_norm(self) -> str:
+        """`norm`, or `linf` if none was stated."""
+        return self.norm or "linf"
 
-    for pair in block:
-        try:
-            loaded.append((pair, *plan.pixels(pair)))
-        except (ValueError, OSError) as error:
-            fail(pair, one_line(error))
-    compute_all(loaded, sizes.images)
-    return [rows[pair.pair_id] for pair in block], floats, costs
+    def check(self) -> None:
+        """Refuse options that no run can have, before a checkpoint is loaded."""
+        check_choice("solver", self.solver, SOLVERS)
+        check_choice("norm", self.ball_norm, NORMS)
+        check_choice("dtype", self.half or self.dtype, (*DTYPES, *HALF))
+        check_rtol(self.rtol)
+        check_count(self.max_evals, "max_evals")
+        super().check()
+        if self.norm is not None and self.radius is None:
+            raise ValueError(f"`norm` must come with `radius`; got {self.norm!r} alone. Add a radius or leave it out.")
+        if self.ball_norm == "linf":
+            check_radius(self.radius, self.ball_norm, 1)
+        elif self.radius is not None:  # its limit depends on the image size of the checkpoint
+            check_positive(self.radius, "radius")
+        if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
+        self._check_images()
+
+    def _check_images(self) -> None:
+        if self.data is not None and (self.source is not None or self.target is not None):
+            raise ValueError("`data` must not be combined with `source` and `target`. Give one or the other.")
+        if (self.source is None) != (self.target is None):
+            given, other = ("source", "target") if self.target is None else ("target", "source")
+            raise ValueError(
+                f"`{given}` must come with `{other}`; got `{given}` alone. Give both, or --data W --pairs N."
+            )
+        if self.pairs is not None and self.data is None:
+            raise ValueError("`pairs` must come with `data`: pairs are drawn from a set. Add --data W.")
+        if self.streaming and self.data is None:
+            raise ValueError("`streaming` must come with `data`, a Hub dataset of which to fetch the first images.")
+        if self.pairs is not None:
+            check_count(self.pairs, "pairs")
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        """Refuse options that do not fit the encoder."""
+        check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
+        if self.labels is not None:  # a model without text tower refuses at once
+            grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
+            with torch.no_grad():
+                encoder.classify(grey, self.labels)
+
+    def drafts(self, encoder: Encoder) -> tuple[Draft, ...]:
+        """Return the cheaper forms of the encoder: half precision first, then compiled."""
+        return drafts_of(encoder, self.half, compiled=self.compile)
+
+    def open_images(self, load: Load) -> tuple[ImageSet, ImageSet]:
+        """Open the set to draw from, or sources and targets."""
+        if self.data is not None:
+            most = max(100, 4 * (self.pairs or DEFAULT_PAIRS))
+            images = load(self.data, most=most, streaming=self.streaming)
+            return images, images
+        if self.source is not None and self.target is not None:
+            return load(self.source), load(self.target)
+        photos = load("builtin")
+        return photos.select([0]), photos.select([1])  # cat -> coffee
+
+    def settle(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
+        """Read each image once and list the pairs."""
+        drawn = self.data is not None
+        return name_pairs(reader, images, targets or images, drawn=drawn, n=self.pairs, seed=self.seed)
+
+    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
+        """Return the settings of this verb, with defaults filled in."""
+        from hf_equiv.models.zero_shot import PROMPT  # brings transformers along
+
+        start = ([f"{self.half} start"] if self.half else []) + (["compiled"] if self.compile else [])
+        return {
+            "drawn": self.data is not None,
+            "num_pairs": len(items),
+            "solver": ", ".join([self.solver, *start]),
+            "solver_parameters": json.dumps(asdict(SOLVERS[self.solver]()), sort_keys=True, default=str),
+            "radius": self.radius,
+            "norm": self.ball_norm,
+            "rtol": self.rtol,
+            "max_evals": self.max_evals,
+            "refine": self.refine,
+            "labels": list(self.labels) if self.labels else None,
+            **({"prompt": PROMPT} if self.labels else {}),
+        }
+
+    def item_bytes(self, encoder: Encoder, settings: Row) -> int:
+        """Return the bytes of three images and a float image."""
+        return math.prod(encoder.input_shape) * (3 + encoder.dtype.itemsize)
 
 
-def _match_batch(plan: MatchPlan, part: Sequence[_Loaded], tell: Observer) -> Iterator[tuple[Row, Tensor, Row]]:
+def drafts_of(encoder: Encoder, half: str | None, *, compiled: bool) -> tuple[Draft, ...]:
+    """Make the drafts of an encoder in the order of use: half precision (a key of `HALF`), then compiled."""
+    drafts = []
+    if half is not None:
+        dtype, rtol = HALF[half]
+        drafts.append(Draft(encoder.in_dtype(dtype), rtol, 0.2))
+    if compiled:
+        name = os.environ.get("CXX") or "g++"
+        if shutil.which(name) is None:
+            raise ValueError(
+                f"`compile` must have a C++ compiler; {name!r} was not found. Install one, name it in the environment "
+                "variable CXX, or leave `compile` out."
+            )
+        drafts.append(Draft(torch.compile(encoder.__call__), 0.0, 1.0))
+    return tuple(drafts)
+
+
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+    """Match all pairs at once, refine, save as PNG, read back and measure; one row per pair."""
     config, encoder = plan.config, plan.encoder
-    ids = tuple(pair.pair_id for pair, _, _ in part)
-    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-    # The images go through PNG before anything is computed, so that what is analysed is what is stored.
-    files = [(encode_png(source), encode_png(target)) for _, source, target in part]
-    source = torch.stack([decode_png(s, dtype) for s, _ in files]).to(encoder.device)
-    target = torch.stack([decode_png(t, dtype) for _, t in files]).to(encoder.device)
+    assert isinstance(config, MatchConfig)
+    ids = tuple(one.item.name for one in part)
+    source = torch.stack([one.image for one in part])
+    target = torch.stack([one.target for one in part if one.target is not None])
 
     def hook(stage: str) -> Callable[[Progress], None]:
         return lambda p: tell(RunProgress(stage, 0, 0, ids, p.errors, p.num_evals, p.active))
@@ -103,27 +205,30 @@ def _match_batch(plan: MatchPlan, part: Sequence[_Loaded], tell: Observer) -> It
         exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **ball)
         grid, refine_evals, refine_seconds = exact.images, exact.num_evals.tolist(), exact.seconds.tolist()
     else:
-        grid = torch.stack(
-            [round_into_ball(x, s, config.radius, config.ball_norm) for x, s in zip(found.images, source, strict=True)]
+        rounded = (
+            round_into_ball(x, s, config.radius, config.ball_norm) for x, s in zip(found.images, source, strict=True)
         )
+        grid = torch.stack(list(rounded))
         refine_evals = refine_seconds = [0.0] * len(part)
-    for i, (pair, _, _) in enumerate(part):
+    made = []
+    for i, one in enumerate(part):
         if found.status[i] is Status.ERROR:
-            raise RuntimeError(f"{found.status[i].advice}")
+            raise RuntimeError(found.status[i].advice)
         png = encode_png(grid[i])
-        measured = measures.measure_match(
-            encoder, decode_png(files[i][0], dtype), decode_png(png, dtype), decode_png(files[i][1], dtype),
-            seed=config.seed, pair_id=pair.pair_id, labels=config.labels,
+        row = measures.measure_match(
+            encoder, source[i], decode_png(png, source.dtype), target[i],
+            seed=config.seed, pair_id=one.item.name, labels=config.labels,
         )  # fmt: skip
-        evals = {"match": float(found.num_evals[i]), "refine": refine_evals[i]}  # one row column, both in the summary
-        row = {"source": files[i][0], "match": png, "target": files[i][1]} | pair.record() | measured
+        evals = {"match": float(found.num_evals[i]), "refine": refine_evals[i]}
         row |= {
+            "match": png,
             "status": str(found.status[i]),
-            "embedding_error": formatting.finite(found.errors[i]),
-            "num_evals": evals["match"],  # what --max-evals bounds
+            "embedding_error": finite(found.errors[i]),
+            "num_evals": evals["match"],  # the number that `max_evals` bounds
             "seconds": float(found.seconds[i]) + refine_seconds[i],
         }
-        yield row | plan.provenance, found.images[i], evals
+        made.append(Made([row], {one.item.name: found.images[i]}, evals))
+    return made
 
 
 def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:
@@ -152,38 +257,34 @@ def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: s
     return ((centre + step).clamp(0, 255) / 255).to(image.dtype)
 
 
-def _error_row(plan: MatchPlan, pair: Pair, images: tuple[Tensor, Tensor] | None) -> Row:
-    row: Row = dict.fromkeys((*schema.IMAGE_COLUMNS, *schema.ROW_FEATURES))
-    if images is not None:
-        row["source"], row["target"] = encode_png(images[0]), encode_png(images[1])
-    return row | pair.record() | {"status": str(Status.ERROR)} | plan.provenance
+def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+    """Sum up match rows, with the baseline of unrelated images and the median evaluations of refining."""
+    ends = []
+    dtype = torch.float64 if encoder is not None and encoder.dtype == torch.float64 else torch.float32
+    for row in made.shown if encoder is not None else ():
+        if row["status"] != Status.ERROR:
+            two = torch.stack([decode_png(row[column], dtype) for column in ("source", "target")])
+            with torch.no_grad(), no_tf32():
+                ends.append(encoder(two.to(encoder.device)).cpu())
+    z = torch.stack(ends) if ends else None
+    baseline = None if z is None else measures.random_pair_baseline(z[:, 0], z[:, 1])
+    summary = measures.summarize(made.rows, baseline, settings["rtol"])
+    summary["median"]["num_evals_refine"] = measures.median_of(cost["refine"] for cost in (made.costs or {}).values())
+    return summary
 
 
-# A match made on the way: what walks from a match start with, and where the direction `match` leads.
+def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
+    """Draw the first pairs."""
+    from hf_equiv.analyses import figures
 
-
-MATCH_EVALS = 2000
-"""Most evaluations of such a match."""
+    png = figures.pairs_figure(made.shown, summary["verdict"], plan.settings)
+    return {} if png is None else {"pairs.png": png}
 
 
 def match_target(
     encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
 ) -> tuple[Tensor, float, float]:
-    """Match an image with the embedding of another.
-
-    Args:
-        encoder: f.
-        source: image to start from, (3, H, W).
-        target: image whose embedding is wanted, (3, H, W).
-        rtol: embedding error ‖f(x)−f(t)‖/‖f(t)‖ to reach.
-        tell: told of progress.
-
-    Returns:
-        The match (3, H, W), its evaluations, its seconds.
-
-    Raises:
-        RuntimeError: it did not reach `rtol`.
-    """
+    """Match an image with the embedding of another, and return the match (3, H, W), its evaluations, its seconds."""
     with torch.no_grad(), no_tf32():
         z = encoder(target[None])
 
@@ -199,6 +300,17 @@ def match_target(
             f"{rtol:g} is wanted. Choose another image or target, or, for a walk, loosen `rtol`."
         )
     return found.images[0], float(found.num_evals[0]), float(found.seconds[0])
+
+
+VERB = Verb(
+    config=MatchConfig,
+    make_rows=make_rows,
+    summarize=summarize,
+    figures=draw_figures,
+    succeeded=(Status.CONVERGED,),
+    batch="items",
+    shown=BASELINE_PAIRS,
+)
 
 
 # How `verify` makes rows of matches again, and compares them (see `verify.rows.VERBS`).

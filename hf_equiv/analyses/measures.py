@@ -1,37 +1,37 @@
-"""What a match is worth: errors, distances, PSNR, SSIM and labels of the image as stored; summaries and a baseline.
+"""Measure a match: errors, distances, PSNR, SSIM and labels of the stored image; and sum up the rows of a run.
 
 Pixels are in [0, 1] and RGB; distances and PSNR are per image, over all N = 3·H·W values.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
+from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.analyses.plan import RunRows
 from hf_equiv.formatting import finite, short
 from hf_equiv.precision import no_tf32
+from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
+Rows = Sequence[Mapping[str, Any]]
+
 SSIM_WINDOW = 11
 """Side of the Gaussian window of SSIM (Wang et al. 2004); smaller images have none."""
 
-
 QUANTIZATION_DRAWS = 8
 
-
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)
-
 
 MEASURES = (
     "embedding_error_8bit", "target_quantization_error", "noise_floor",
@@ -39,7 +39,6 @@ MEASURES = (
     "source_label", "target_label", "match_label", "match_prob", "target_label_prob", "same_top1",
 )  # fmt: skip
 """The columns that `measure_match` computes from the three stored images alone."""
-
 
 _MEDIANS = (
     "embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor", "cosine_to_target",
@@ -49,69 +48,43 @@ _MEDIANS = (
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float | None:
-    """Peak signal-to-noise ratio in dB, 10·log₁₀(1 / mean (a−b)²), of two images (C, H, W) in [0, 1].
-
-    By hand, since torchmetrics takes the logarithm in float32 (1e-6 dB off).
-
-    Returns:
-        None for identical images, whose ratio is infinite.
-    """
+    """Return 10·log₁₀(1 / mean (a−b)²) in dB of two images (C, H, W) in [0, 1]; None for identical images."""
+    # torchmetrics takes this logarithm in float32, which is off by 1e-6 dB
     error = float((a.detach().double() - b.detach().double()).square().mean())
     return -10 * math.log10(error) if error > 0.0 and math.isfinite(error) else None
 
 
 def ssim(a: Tensor, b: Tensor) -> float | None:
-    """Structural similarity in [−1, 1] of two images (C, H, W) in [0, 1]: Gaussian window 11, σ = 1.5.
+    """Return the SSIM (Gaussian window 11, σ = 1.5) of two images (C, H, W) in [0, 1]; None for a side below 11."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # seconds to import
 
-    The mean is over windows that lie inside the image, as in Wang et al. 2004 and scikit-image (torchmetrics alone also
-    counts windows over a mirrored border).
-
-    Returns:
-        None for images with a side below 11.
-    """
     if min(a.shape[-2:]) < SSIM_WINDOW:
         return None
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     _, windows = structural_similarity_index_measure(a[None], b[None], data_range=1.0, return_full_image=True)
-    border = SSIM_WINDOW // 2
+    border = SSIM_WINDOW // 2  # windows that lie inside the image count, as in Wang et al. 2004 and scikit-image
     return finite(windows[..., border:-border, border:-border].mean())
 
 
 def relative_error(z: Tensor, reference: Tensor) -> float | None:
-    """‖z − reference‖ / ‖reference‖ of two vectors, in float64."""
+    """Return ‖z − reference‖ / ‖reference‖ of two vectors, in float64."""
     z, reference = z.detach().double(), reference.detach().double()
     return finite((z - reference).norm() / reference.norm())
 
 
 def cosine(a: Tensor, b: Tensor) -> float | None:
-    """Cosine similarity in [−1, 1] of two vectors, in float64."""
+    """Return the cosine similarity in [−1, 1] of two vectors, in float64."""
     a, b = a.detach().double(), b.detach().double()
     value = finite(torch.dot(a, b) / (a.norm() * b.norm()))
     return None if value is None else min(1.0, max(-1.0, value))
 
 
 def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed: int, pair_id: str) -> float | None:
-    """Median over 8 draws of ‖f(x_t + u) − f(x_t)‖ / ‖f(x_t)‖, u uniform in ±½/255 per value.
-
-    What rounding to 8 bit does to an image off the k/255 grid: a match cannot be asked to be nearer than this unless
-    its rounding is chosen. The draws depend on `seed` and `pair_id` alone.
-
-    Args:
-        encoder: f.
-        target: x_t, (3, H, W).
-        z: f(x_t), (D,).
-        seed: seed of the run.
-        pair_id: id of the row.
-
-    Returns:
-        The median, or None if f gives NaN.
-    """
-    digest = hashlib.sha256(f"{seed}:{pair_id}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    noise = torch.rand((QUANTIZATION_DRAWS, *target.shape), generator=generator) - 0.5
+    """Return the median over 8 draws of ‖f(x_t + u) − f(x_t)‖ / ‖f(x_t)‖, u uniform in ±½/255; None if f gives NaN."""
+    noise = torch.rand((QUANTIZATION_DRAWS, *target.shape), generator=image_generator(seed, pair_id)) - 0.5
     moved = encoder(target[None] + (noise / 255.0).to(target))
     errors = [relative_error(row, z) for row in moved]
-    return median(errors) if all(e is not None for e in errors) else None  # type: ignore[type-var]
+    return None if None in errors else median_of(errors)
 
 
 @torch.no_grad()
@@ -126,28 +99,28 @@ def measure_match(
     pair_id: str,
     labels: Sequence[str] | None = None,
 ) -> Row:
-    """Compute every column of a row that follows from the three stored images.
+    """Compute the columns `MEASURES` of a row from its three stored images, each (3, H, W) as read back from PNG.
 
-    Cost: about 16 forwards of one image, of which 2 in float64.
+    Cost: about 16 forwards of one image, of which 2 in float64. A column is None where it is not defined: PSNR of equal
+    images, SSIM below 11 px, labels without a head.
 
     Args:
         encoder: f.
-        source: image the match started from, (3, H, W), pixels k/255 as read back from its PNG.
-        match: the match, likewise.
-        target: the image whose embedding it has, likewise.
-        seed: seed of the run.
+        source: image the match started from.
+        match: the match.
+        target: the image whose embedding it has.
+        seed: seed of the run; with `pair_id` it seeds the noise on the target.
         pair_id: id of the row.
         labels: class names for zero-shot classification (CLIP, SigLIP); by default the checkpoint's head is used.
             Probabilities are a softmax over the classes or labels, also for SigLIP.
 
     Returns:
-        The columns `MEASURES`; None for what is not defined: PSNR of equal images, SSIM below 11 px, labels without a
-        head.
+        The columns.
     """
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     three = torch.stack([source, match, target])
     z_source, z_match, z_target = encoder(three)
-    # float32 holds k/255 to 3e-8 only: what is said of the pixels is said of the files' levels
+    # float32 holds k/255 to 3e-8 only: distances are those of the levels in the files
     near, far = ((x.double() * 255).round() for x in (match, source))
     gap = (near - far) / 255
     row: Row = {
@@ -183,17 +156,16 @@ _SAME = 1e-4
 
 
 def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
-    """How far apart unrelated images are: source i against the target of every other pair j ≠ i.
+    """Measure how far apart unrelated images are: source i against the target of every other pair j ≠ i.
 
-    A photo may be the source of one pair and the target of another; it is never compared with itself.
+    A photo that is the source of one pair and the target of another is never compared with itself.
 
     Args:
         sources: embeddings f(x_i), (B, D).
         targets: embeddings f(t_j), (B, D). With a single pair, its own source and target are compared.
 
     Returns:
-        `num_pairs`, and `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`, each with median, min and
-        max. None if all images are the same.
+        `num_pairs`, and median, min and max of `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`; None for equal images.
     """
     a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
     apart = ~torch.eye(len(a), dtype=torch.bool) if len(a) > 1 else torch.ones(1, 1, dtype=torch.bool)
@@ -209,31 +181,17 @@ def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
     }
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], baseline: Row | None, rtol: float) -> Row:
-    """Summarise match rows: counts by status, success rates, medians, labels, baseline, and a verdict in words.
-
-    Args:
-        rows: finished rows.
-        baseline: from `random_pair_baseline`, or None.
-        rtol: tolerance that the matches were asked to reach.
-
-    Returns:
-        Plain data, None for what does not exist.
-    """
+def summarize(rows: Rows, baseline: Row | None, rtol: float) -> Row:
+    """Sum up match rows: counts, success rates, medians, labels, the baseline given, and a verdict in words."""
     flips = [r for r in rows if r["same_top1"] is not None]
     changed = [r for r in flips if r["source_label"] != r["target_label"]]
+    errors = {"float": "embedding_error", "8bit": "embedding_error_8bit"}
     summary: Row = {
         "pairs": len(rows),
-        "counts": dict(sorted(Counter(str(r["status"]) for r in rows).items())),
-        "success": {
-            "float": {f"{t:.0e}": _share(rows, "embedding_error", t) for t in THRESHOLDS},
-            "8bit": {f"{t:.0e}": _share(rows, "embedding_error_8bit", t) for t in THRESHOLDS},
-        },
-        "median": {key: _median([r[key] for r in rows]) for key in _MEDIANS},
-        "worst": {
-            key: max((r[key] for r in rows if r[key] is not None), default=None)
-            for key in ("embedding_error", "embedding_error_8bit")
-        },
+        "counts": counts_of(rows),
+        "success": {kind: {f"{t:.0e}": _share(rows, key, t) for t in THRESHOLDS} for kind, key in errors.items()},
+        "median": {key: median_of(r[key] for r in rows) for key in _MEDIANS},
+        "worst": {key: largest(r[key] for r in rows) for key in errors.values()},
         "same_top1": sum(bool(r["same_top1"]) for r in flips) / len(flips) if flips else None,
         "source_labelled_otherwise": len(changed) if flips else None,
         "label_flipped_to_target": sum(bool(r["same_top1"]) for r in changed) if flips else None,
@@ -243,7 +201,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], baseline: Row | None, rtol: flo
     return summary
 
 
-def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> str:
+def _verdict(summary: Row, rows: Rows, rtol: float) -> str:
     n, middle = summary["pairs"], summary["median"]
     if not n or middle["embedding_error_8bit"] is None:
         return "No match was made."
@@ -253,7 +211,7 @@ def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> st
     apart = short(baseline["distance"]["median"]) if baseline and baseline["distance"]["median"] else None
     if n == 1:
         start = "The match embeds as the target" if hit else f"The match did not reach embedding error {short(rtol)}"
-        near = max(10 * rtol, rows[0]["target_quantization_error"] or 0.0)  # what 8 bits do to any image
+        near = max(10 * rtol, rows[0]["target_quantization_error"] or 0.0)  # the error of rounding any image to 8 bits
         if hit and middle["embedding_error_8bit"] > near:
             start = "The float match embeds as the target, its 8-bit PNG does not"
         before = "" if apart is None else f" (the source: {apart})"
@@ -275,19 +233,46 @@ def _verdict(summary: Row, rows: Sequence[Mapping[str, Any]], rtol: float) -> st
     return text
 
 
-def _share(rows: Sequence[Mapping[str, Any]], key: str, threshold: float) -> float | None:
+def _share(rows: Rows, key: str, threshold: float) -> float | None:
     return sum(r[key] is not None and r[key] <= threshold for r in rows) / len(rows) if rows else None
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
+def _spread(values: Sequence[float]) -> Row:
+    return {"median": finite(median_of(values)), "min": finite(min(values)), "max": finite(max(values))}
+
+
+def by_image(own: Callable[[Rows, Mapping[str, Any]], Row]) -> Callable[[Any, Mapping[str, Any], RunRows], Row]:
+    """Return a function that sums up rows of single images; `own` adds numbers and verdict of the good rows."""
+
+    def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+        rows = made.rows
+        summary = {"images": len({row["image_id"] for row in rows}), "rows": len(rows), "counts": counts_of(rows)}
+        good = [row for row in rows if row["status"] != Status.ERROR]
+        return summary | (own(good, settings) if good else {"verdict": "No image could be analysed."})
+
+    return summarize
+
+
+def counts_of(rows: Rows) -> dict[str, int]:
+    """Count the rows by status."""
+    return dict(sorted(Counter(str(row["status"]) for row in rows).items()))
+
+
+def median_of(values: Iterable[float | None]) -> float | None:
+    """Return the median of the numbers that exist; None if none does."""
+    known = [value for value in values if value is not None]
     return median(known) if known else None
 
 
-def _spread(values: list[float]) -> Row:
-    return {"median": finite(median(values)), "min": finite(min(values)), "max": finite(max(values))}
+def largest(values: Iterable[float | None]) -> float | None:
+    """Return the largest of the numbers that exist; None if none does."""
+    return max((value for value in values if value is not None), default=None)
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    there = [v for v in values if v is not None]
-    return median(there) if there else None
+def quartiles_of(values: Sequence[float]) -> list[float] | None:
+    """Return the quantiles 0, 25, 50, 75 and 100 %."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return [values[0]] * 5
+    return [min(values), *quantiles(values, n=4, method="inclusive"), max(values)]

@@ -1,4 +1,4 @@
-"""The pairs and images of a run: drawn or listed, each read once; named ones that are unusable are refused together."""
+"""Draw or list the pairs and images of a run, read each once, and refuse all bad ones that were named together."""
 
 from __future__ import annotations
 
@@ -16,187 +16,175 @@ from hf_equiv.data.sources import draw_pairs
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
-_SAME = "source and target must be different images; {!r} and {!r} are the same pixels for the model. Choose another."
+KEPT_BYTES = 256_000_000
+"""Most bytes of pixels (8 bit) that stay in memory between planning and the run; other images are read twice."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """One row to make: place in the list, ids and classes, and where the two images are in their sets."""
+class Item:
+    """One pair or image to work on.
 
-    index: int
-    pair_id: str
-    source: int
-    target: int
-    source_id: str
-    target_id: str
-    source_class: str | None
-    target_class: str | None
-    pixels: str | None = None
-    """SHA-256 over the two images as the encoder sees them; None if one could not be read when the run was planned."""
-    unusable: tuple[tuple[str, str], ...] = ()
-    """Id and reason of each of its images that could not be read then."""
-
-    def record(self) -> dict[str, Any]:
-        """The part of the pair that is written into rows."""
-        keys = ("pair_id", "source_id", "target_id", "source_class", "target_class")
-        return {key: getattr(self, key) for key in keys}
-
-    def entry(self) -> dict[str, Any]:
-        """The part that is written into `run.json`."""
-        return self.record() | {"pixels": self.pixels}
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """One image to analyse: place in the list, id and class, and the image it is set against, where there is one."""
-
-    index: int
-    image_id: str
-    image_class: str | None
-    target: int | None = None
-    target_id: str | None = None
-    pixels: str | None = None
-    """SHA-256 over the image, and the other one, as the encoder sees them; None if one could not be read."""
-    unusable: tuple[tuple[str, str], ...] = ()
-    """Id and reason of each of its images that could not be read."""
-
-    def record(self) -> dict[str, Any]:
-        """Ids and class."""
-        return {"image_id": self.image_id, "image_class": self.image_class, "target_id": self.target_id}
-
-    def entry(self) -> dict[str, Any]:
-        """The part that is written into `run.json`."""
-        return self.record() | {"pixels": self.pixels}
-
-
-def settle_subjects(
-    encoder: Encoder, images: ImageSet, targets: ImageSet | None, *, drawn: bool = False
-) -> tuple[Subject, ...]:
-    """List the images of a set, each with its target; all of them are read once.
-
-    Args:
-        encoder: whose pixels count.
-        images: the set.
-        targets: one for all, as many as images, or the same set: then each image has the next one, the last the first.
-        drawn: whether the images are of a data set, of which some may be unusable: they cost their own rows only.
-
-    Returns:
-        The images in order.
-
-    Raises:
-        ValueError: named images that cannot be used, or all of a data set; an image equal to its target, or counts that
-            do not fit.
+    Attributes:
+        index: place in the run's list.
+        name: `pair_id` or `image_id` of its rows.
+        columns: ids and classes as its rows state them.
+        source: place of the image in its set.
+        target: place of the target in its set, if there is one.
+        pixels: SHA-256 over the images as the encoder sees them; None if one could not be read at planning.
+        unusable: id and reason of each of its images that could not be read then.
     """
-    bad: dict[str, dict[str, None]] = {}
 
-    def digest(source: ImageSet, index: int) -> bytes | None:
-        try:
-            return hashlib.sha256(_pixels(encoder, source, index).numpy().tobytes()).digest()
-        except (ValueError, OSError) as error:
-            bad.setdefault(str(error), {})[source.ids[index]] = None
-            return None
+    index: int
+    name: str
+    columns: Mapping[str, str | None]
+    source: int
+    target: int | None
+    pixels: str | None
+    unusable: tuple[tuple[str, str], ...] = ()
 
-    own = [digest(images, i) for i in range(len(images))]
-    if targets is None:
-        places: list[int | None] = [None] * len(images)
-    elif targets is images:
-        places = [(i + 1) % len(images) for i in range(len(images))]
-    else:
-        places = [j for _, j in _given_pairs(images, targets)]
-    others = own if targets is images or targets is None else [digest(targets, j) for j in range(len(targets))]
-    if bad and (not drawn or not any(own) or (others is not own and not all(others))):
-        raise ValueError(_unusable(bad, drawn=drawn))
-    subjects = []
-    for i, j in enumerate(places):
-        named = None if targets is None or j is None else targets.ids[j]
-        if j is not None and own[i] is not None and own[i] == others[j]:
-            raise ValueError(_SAME.format(images.ids[i], named))
-        pixels = _joint(own[i]) if j is None else _joint(own[i], others[j])
-        unusable = _reasons(bad, images.ids[i], *([] if named is None else [named]))
-        subjects.append(Subject(i, images.ids[i], images.labels[i], j, named, pixels, unusable))
-    return tuple(subjects)
+    def record(self) -> dict[str, Any]:
+        """Return the ids and classes of its rows."""
+        return dict(self.columns)
+
+    def entry(self) -> dict[str, Any]:
+        """Return its entry in `run.json`."""
+        return self.record() | {"pixels": self.pixels}
+
+    # old names
+
+    @property
+    def pair_id(self) -> str:
+        """Return the name."""
+        return self.name
+
+    @property
+    def image_id(self) -> str:
+        """Return the name."""
+        return self.name
 
 
-def unusable_images(items: Sequence[Pair] | Sequence[Subject]) -> dict[str, str]:
-    """Images of a run that could not be read when it was planned: the reason by id. Each costs its own rows."""
+def unusable_images(items: Sequence[Item]) -> dict[str, str]:
+    """Return the reason, by id, of each image of a run that could not be read when it was planned."""
     return {image: why for item in items for image, why in item.unusable}
 
 
-def read_subject(encoder: Encoder, images: ImageSet, index: int) -> Tensor:
-    """An image as the encoder sees it, (3, H, W) on the k/255 grid, on the CPU; one that cannot be read raises."""
-    return _pixels(encoder, images, index)
+class Reader:
+    """Reads images as the encoder sees them, each once as long as they fit into `KEPT_BYTES`."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.bad: dict[str, dict[str, None]] = {}
+        """Ids of the images that could not be read, by reason."""
+        self._encoder = encoder
+        self._levels: dict[tuple[int, int], Tensor] = {}
+        self._digests: dict[tuple[int, int], bytes | None] = {}
+        self._room = KEPT_BYTES
+
+    def pixels(self, images: ImageSet, index: int) -> Tensor:
+        """Return an image of a set, (3, H, W) on the k/255 grid, on the CPU; one that cannot be read raises."""
+        levels = self._levels.get((id(images), index))
+        if levels is not None:
+            return levels.float() / 255
+        image = images[index].image
+        try:
+            pixels: Tensor = self._encoder.preprocess([image])[0].detach().cpu()
+        except MemoryError:
+            raise ValueError(f"image {images.ids[index]!r} does not fit into memory. Shrink it.") from None
+        if pixels.numel() <= self._room:  # a set stays alive as long as its plan, and so does its id
+            self._levels[id(images), index] = (pixels * 255).round().to(torch.uint8)
+            self._room -= pixels.numel()
+        return pixels
+
+    def digest(self, images: ImageSet, index: int) -> bytes | None:
+        """Return the SHA-256 of an image; None, with the reason in `bad`, if it cannot be read."""
+        key = (id(images), index)
+        if key not in self._digests:
+            self._digests[key] = None
+            try:
+                self._digests[key] = hashlib.sha256(self.pixels(images, index).numpy().tobytes()).digest()
+            except (ValueError, OSError) as error:
+                self.bad.setdefault(str(error), {})[images.ids[index]] = None
+        return self._digests[key]
+
+
+def name_pairs(
+    reader: Reader, sources: ImageSet, targets: ImageSet, *, drawn: bool, n: int | None, seed: int
+) -> tuple[Item, ...]:
+    """Draw `n` pairs of images of different pixels from a set, or put named sources and targets together."""
+
+    def differ(i: int, j: int) -> bool:
+        source = reader.digest(sources, i)
+        return source is None or source != reader.digest(targets, j)
+
+    places = draw_pairs(sources, n, seed, differ) if drawn else _given_pairs(sources, targets)
+    used: set[str] = set()
+    columns: list[dict[str, str | None]] = []
+    for index, (i, j) in enumerate(places):
+        name = f"{sources.ids[i]}->{targets.ids[j]}"
+        name += f"#{index}" if name in used else ""
+        used.add(name)
+        ids = {"pair_id": name, "source_id": sources.ids[i], "target_id": targets.ids[j]}
+        columns.append({**ids, "source_class": sources.labels[i], "target_class": targets.labels[j]})
+    return _settle(reader, sources, targets, places, columns, drawn=drawn)
+
+
+def name_images(reader: Reader, images: ImageSet, targets: ImageSet | None, *, drawn: bool = False) -> tuple[Item, ...]:
+    """List the images of a set with their targets: one for all, as many as images, or the next one of the same set."""
+    count = len(images)
+    if targets is None:
+        places: Sequence[tuple[int, int | None]] = [(i, None) for i in range(count)]
+    elif targets is images:
+        places = [(i, (i + 1) % count) for i in range(count)]
+    else:
+        places = _given_pairs(images, targets)
+    columns = [
+        {
+            "image_id": images.ids[i],
+            "image_class": images.labels[i],
+            "target_id": None if j is None or targets is None else targets.ids[j],
+        }
+        for i, j in places
+    ]
+    return _settle(reader, images, targets, places, columns, drawn=drawn)
+
+
+def _settle(
+    reader: Reader, images: ImageSet, targets: ImageSet | None, places: Sequence[tuple[int, int | None]],
+    columns: Sequence[dict[str, str | None]], *, drawn: bool,
+) -> tuple[Item, ...]:  # fmt: skip
+    """Read every image and make the items; refuse bad images that were named, or all images of a data set."""
+    own = [reader.digest(images, i) for i, _ in places]
+    others = [] if targets is None else [reader.digest(targets, j) for _, j in places if j is not None]
+    beside = targets is not images  # targets that are no part of the data set were named
+    usable = any(own) or (not beside and any(others))
+    if reader.bad and (not drawn or not usable or (beside and None in others)):
+        raise ValueError(_unusable(reader.bad, drawn=drawn))
+    items = []
+    for index, ((i, j), facts) in enumerate(zip(places, columns, strict=True)):
+        ids, digests = [images.ids[i]], [own[index]]
+        if targets is not None and j is not None:
+            ids.append(targets.ids[j])
+            digests.append(others[index])
+            refuse_equal(*ids, same=own[index] is not None and own[index] == others[index])
+        whole = None if None in digests else hashlib.sha256(b"".join(filter(None, digests))).hexdigest()
+        reasons = tuple((name, why) for name in ids for why, found in reader.bad.items() if name in found)
+        name = str(facts.get("pair_id", facts.get("image_id")))
+        items.append(Item(index, name, facts, i, j, whole, reasons))
+    return tuple(items)
+
+
+def refuse_equal(source_id: str, target_id: str, *, same: bool) -> None:
+    """Refuse a source and a target of equal pixels."""
+    if same:
+        raise ValueError(
+            f"source and target must be different images; {source_id!r} and {target_id!r} are the same pixels for the "
+            "model. Choose another."
+        )
 
 
 def image_generator(seed: int, image_id: str) -> torch.Generator:
-    """Random numbers that depend on the seed of the run and on the image alone."""
+    """Return random numbers that depend on the seed of the run and on the id of the image or pair alone."""
     digest = hashlib.sha256(f"{seed}:{image_id}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def settle_pairs(
-    encoder: Encoder, sources: ImageSet, targets: ImageSet, *, drawn: bool, n: int | None, seed: int
-) -> tuple[Pair, ...]:
-    """Draw pairs from a set, or put named sources and targets together; each image of them is read once.
-
-    Two photos of equal pixels are never drawn as a pair. A drawn photo that cannot be used costs its own rows only:
-    they get status `error`.
-
-    Args:
-        encoder: whose pixels count.
-        sources: images to start from.
-        targets: images whose embedding is wanted; the same set if the pairs are drawn.
-        drawn: whether pairs are drawn; otherwise there is one target, or the i-th source goes to the i-th target.
-        n: how many pairs to draw; None for 10, or all there are.
-        seed: seed of the draw.
-
-    Returns:
-        The pairs, named.
-
-    Raises:
-        ValueError: named images that cannot be used, or drawn ones if none can (all of them, each reason once), a named
-            source equal to its target, or counts that do not fit.
-    """
-    digests: dict[tuple[bool, int], bytes | None] = {}
-    bad: dict[str, dict[str, None]] = {}
-
-    def digest(images: ImageSet, index: int) -> bytes | None:
-        key = (images is sources, index)
-        if key not in digests:
-            digests[key] = None
-            try:
-                digests[key] = hashlib.sha256(_pixels(encoder, images, index).numpy().tobytes()).digest()
-            except (ValueError, OSError) as error:
-                bad.setdefault(str(error), {})[images.ids[index]] = None
-        return digests[key]
-
-    def differ(i: int, j: int) -> bool:
-        source, target = digest(sources, i), digest(targets, j)
-        return source is None or source != target
-
-    indices = draw_pairs(sources, n, seed, differ) if drawn else _given_pairs(sources, targets)
-    same = [(i, j) for i, j in indices if not differ(i, j)]
-    if bad and (not drawn or not any(digests.values())):
-        raise ValueError(_unusable(bad, drawn=drawn))
-    if same:
-        raise ValueError(_SAME.format(sources.ids[same[0][0]], targets.ids[same[0][1]]))
-    pixels = [_joint(digest(sources, i), digest(targets, j)) for i, j in indices]
-    unusable = [_reasons(bad, sources.ids[i], targets.ids[j]) for i, j in indices]
-    return _name_pairs(sources, targets, indices, pixels, unusable)
-
-
-def read_pair(encoder: Encoder, sources: ImageSet, targets: ImageSet, pair: Pair) -> tuple[Tensor, Tensor]:
-    """Source and target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU.
-
-    Returns:
-        The two images.
-
-    Raises:
-        ValueError: an image cannot be read, or the two are the same.
-    """
-    source, target = _pixels(encoder, sources, pair.source), _pixels(encoder, targets, pair.target)
-    if torch.equal(source, target):
-        raise ValueError(_SAME.format(pair.source_id, pair.target_id))
-    return source, target
 
 
 def _given_pairs(sources: ImageSet, targets: ImageSet) -> list[tuple[int, int]]:
@@ -210,37 +198,8 @@ def _given_pairs(sources: ImageSet, targets: ImageSet) -> list[tuple[int, int]]:
     )
 
 
-def _joint(*digests: bytes | None) -> str | None:
-    """One digest of all, if there are all."""
-    whole = b"".join(one for one in digests if one is not None)
-    return None if None in digests else hashlib.sha256(whole).hexdigest()
-
-
-def _reasons(bad: Mapping[str, Mapping[str, None]], *names: str) -> tuple[tuple[str, str], ...]:
-    """Which of these images cannot be used, and why."""
-    return tuple((name, why) for name in names for why, ids in bad.items() if name in ids)
-
-
-def _name_pairs(
-    sources: ImageSet,
-    targets: ImageSet,
-    indices: Sequence[tuple[int, int]],
-    pixels: Sequence[str | None],
-    unusable: Sequence[tuple[tuple[str, str], ...]],
-) -> tuple[Pair, ...]:
-    pairs, used = [], set()
-    for index, (i, j) in enumerate(indices):
-        name = f"{sources.ids[i]}->{targets.ids[j]}"
-        if name in used:
-            name += f"#{index}"
-        used.add(name)
-        ids, labels = (sources.ids[i], targets.ids[j]), (sources.labels[i], targets.labels[j])
-        pairs.append(Pair(index, name, i, j, *ids, *labels, pixels[index], unusable[index]))
-    return tuple(pairs)
-
-
 def _unusable(bad: Mapping[str, Mapping[str, None]], *, drawn: bool) -> str:
-    """One line for each reason, with the images it is about where the reason does not name them."""
+    """Say each reason on one line, with the images it is about where the reason does not name them."""
     lines = []
     for why, names in bad.items():
         ids = list(names)
@@ -250,11 +209,3 @@ def _unusable(bad: Mapping[str, Mapping[str, None]], *, drawn: bool) -> str:
     if len(lines) == 1:
         return lines[0]
     return "\n- ".join([f"{sum(map(len, bad.values()))} images cannot be used. {cure}", *lines])
-
-
-def _pixels(encoder: Encoder, images: ImageSet, index: int) -> Tensor:
-    image = images[index].image
-    try:
-        return encoder.preprocess([image])[0].detach().cpu()
-    except MemoryError:
-        raise ValueError(f"image {images.ids[index]!r} does not fit into memory. Shrink it.") from None

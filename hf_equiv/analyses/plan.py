@@ -1,260 +1,57 @@
-"""What a match run will do, settled before anything is computed: settings, pairs, and where the rows go."""
+"""Settle a run before anything is computed: encoder, images, settings, and the command that repeats it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
-import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_equiv import checks
-from hf_equiv.analyses.config import SOLVERS, AnalysisConfig, RunConfig, default_directions, parse_directions
-from hf_equiv.analyses.pairs import Pair, Subject, read_pair, read_subject, settle_pairs, settle_subjects
-from hf_equiv.checks import check_radius
+from hf_equiv.analyses.config import BaseConfig
+from hf_equiv.analyses.pairs import Item, Reader, refuse_equal
 from hf_equiv.data.image_set import ImageSet
-from hf_equiv.data.sources import BUILTIN_PHOTOS, DEFAULT_PAIRS, load_images
-from hf_equiv.geometry.levelset import STOP, TO_AN_IMAGE
-from hf_equiv.geometry.secants import RADII
-from hf_equiv.matching.stages import HALF, Draft
+from hf_equiv.data.sources import load_images
+from hf_equiv.matching.stages import Draft
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder, settings_hash
-from hf_equiv.runs.schema import LAYOUTS, Layout
+from hf_equiv.runs.execute import Observer, RunProgress
+from hf_equiv.runs.schema import LAYOUTS, Layout, Row
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
 
-def drafts_of(encoder: Encoder, half: str | None, *, compiled: bool) -> tuple[Draft, ...]:
-    """Make the drafts of an encoder: half precision first, then compiled.
-
-    Args:
-        encoder: f.
-        half: a key of `HALF`, or None.
-        compiled: whether to compile the encoder.
-
-    Returns:
-        The drafts in the order of use.
-
-    Raises:
-        ValueError: there is no C++ compiler to compile with.
-    """
-    drafts = []
-    if half is not None:
-        dtype, rtol = HALF[half]
-        drafts.append(Draft(encoder.in_dtype(dtype), rtol, 0.2))
-    if compiled:
-        name = os.environ.get("CXX") or "g++"
-        if shutil.which(name) is None:
-            raise ValueError(
-                f"`compile` must have a C++ compiler; {name!r} was not found. Install one, name it in the environment "
-                "variable CXX, or leave `compile` out."
-            )
-        drafts.append(Draft(torch.compile(encoder.__call__), 0.0, 1.0))
-    return tuple(drafts)
-
-
 @dataclass(frozen=True)
-class MatchPlan:
-    """A settled run: the encoder, the images, the list of pairs, and settings without any local path.
+class Plan:
+    """A settled run of any verb.
 
     Attributes:
+        config: the run as the user states it.
+        encoder: f.
+        images: the images to start from or to analyse.
+        targets: the images that they are set against, if any; may be the same set.
+        items: the pairs or images, in order.
         settings: everything that changes a number, with ids and revisions in place of paths; kept in `run.json`.
         provenance: the provenance columns, equal in every row.
+        reader: reads the images, and keeps those of the planning.
         drafts: cheaper forms of the encoder that matches start with.
     """
 
-    config: RunConfig
-    encoder: Encoder
-    sources: ImageSet
-    targets: ImageSet
-    pairs: tuple[Pair, ...]
-    settings: dict[str, Any]
-    provenance: dict[str, Any]
-    drafts: tuple[Draft, ...] = ()
-
-    @property
-    def hash8(self) -> str:
-        """First eight hex digits of the SHA-256 of the settings."""
-        return settings_hash(self.settings)
-
-    @property
-    def default_out(self) -> Path:
-        """`runs/match/MODEL-slug/HASH8`."""
-        return default_folder("match", self.settings)
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """A sentence on each thing about the images that was settled because nobody had named it."""
-        return tuple(dict.fromkeys(self.sources.choices + self.targets.choices))
-
-    def pixels(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Source and target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU.
-
-        Returns:
-            The two images.
-
-        Raises:
-            ValueError: an image cannot be read, or the two are the same.
-        """
-        return read_pair(self.encoder, self.sources, self.targets, pair)
-
-
-def make_plan(
-    config: RunConfig, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False
-) -> MatchPlan:
-    """Open the images, settle the pairs, and check everything that can be checked without matching.
-
-    Every image of the pairs is read once here. Named ones that are bad are refused before any work, all in one message;
-    one that was drawn from `data` costs its own rows only, which get status `error`. Drawn pairs never have two photos
-    of equal pixels.
-
-    Args:
-        config: the run as the user states it.
-        encoder: the loaded checkpoint.
-        cache_dir: where downloads are kept.
-        local_files_only: never ask the Hub.
-
-    Returns:
-        The plan, ready for `run_match`.
-
-    Raises:
-        ValueError: bad options or images, a named source equal to its target, or counts that do not fit.
-        FileNotFoundError: a path does not exist.
-    """
-    from hf_equiv.models.zero_shot import PROMPT  # brings transformers along
-
-    config.check()
-    channels, height, width = encoder.input_shape
-    check_radius(config.radius, config.ball_norm, channels * height * width)
-    if config.labels is not None:
-        _check_labels(encoder, config.labels)
-
-    def load(what: str) -> ImageSet:
-        return load_images(
-            what,
-            most=max(100, 4 * (config.pairs or DEFAULT_PAIRS)) if config.data is not None else None,
-            streaming=config.streaming,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-
-    if config.data is not None:
-        sources = targets = load(config.data)
-    elif config.source is not None and config.target is not None:
-        sources, targets = load(config.source), load(config.target)
-    else:
-        sources, targets = (load("builtin").select([k]) for k in (0, 1))  # cat -> coffee
-    refuse_columns(config.image_column, config.label_column, sources, targets)
-    pairs = settle_pairs(encoder, sources, targets, drawn=config.data is not None, n=config.pairs, seed=config.seed)
-    same = sources is targets or (sources.data_id, sources.data_revision) == (targets.data_id, targets.data_revision)
-    data_id = sources.data_id if same else f"{sources.data_id} + {targets.data_id}"
-    revision = sources.data_revision if same else f"{sources.data_revision} + {targets.data_revision}"
-    solver = SOLVERS[config.solver]()
-    known = {k: _text(v) for k, v in encoder.provenance.items()}
-    settings: dict[str, Any] = {
-        **encoder_settings(encoder, normalize=config.normalize),
-        "data_id": data_id,
-        "data_revision": revision,
-        "drawn": config.data is not None,
-        "num_pairs": len(pairs),
-        "image_column": config.image_column,
-        "label_column": config.label_column,
-        "solver": ", ".join(
-            [
-                config.solver,
-                *([f"{config.half} start"] if config.half else []),
-                *(["compiled"] if config.compile else []),
-            ]
-        ),
-        "solver_parameters": _text(asdict(solver)),
-        "radius": config.radius,
-        "norm": config.ball_norm,
-        "rtol": config.rtol,
-        "max_evals": config.max_evals,
-        "refine": config.refine,
-        "labels": list(config.labels) if config.labels else None,
-        **({"prompt": PROMPT} if config.labels else {}),
-        "seed": config.seed,
-        "schema_version": SCHEMA_VERSION,
-    }
-    shared = ("data_id", "data_revision", "norm", "radius", "rtol", "solver", "seed", "schema_version")
-    provenance = known | {key: settings[key] for key in shared}
-    drafts = drafts_of(encoder, config.half, compiled=config.compile)
-    return MatchPlan(config, encoder, sources, targets, pairs, settings, provenance, drafts)
-
-
-def encoder_settings(encoder: Encoder, *, normalize: bool = False) -> dict[str, Any]:
-    """What of the encoder changes a number; a readout that no pixel changes is refused."""
-    known = {k: _text(v) for k, v in encoder.provenance.items()}
-    _refuse_constant(encoder)
-    keys = ("model_id", "model_revision", "readout", "dtype", "attention", "processor")
-    return {**{k: known[k] for k in keys}, "normalize": normalize}
-
-
-def _refuse_constant(encoder: Encoder) -> None:
-    """Refuse a readout that no pixel changes."""
-    grey = torch.full((2, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype)
-    grey[1] += torch.linspace(-0.5, 0.5, grey[1].numel()).view_as(grey[1]).to(grey)
-    with torch.no_grad():
-        z = encoder(grey)
-    if torch.equal(z[0], z[1]):
-        raise ValueError(
-            f"`readout` must depend on the image; {encoder.readout!r} of '{encoder.model_id}' is the same for all (a "
-            "class token that no layer has changed yet). Use readout='auto'."
-        )
-
-
-def refuse_columns(image_column: str | None, label_column: str | None, *sets: ImageSet) -> None:
-    """Refuse columns where no set is a table."""
-    given = {"image_column": image_column, "label_column": label_column}
-    columns = [name for name, value in given.items() if value is not None]
-    if columns and not any(images.tabular for images in sets):
-        raise ValueError(
-            f"`{columns[0]}` must come with a parquet file or a dataset; {sets[0].data_id!r} has no columns. "
-            "Leave it out."
-        )
-
-
-def _check_labels(encoder: Encoder, labels: Sequence[str]) -> None:
-    """One zero-shot classification of a grey image, so that a model without text tower refuses at once."""
-    grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
-    with torch.no_grad():
-        encoder.classify(grey, labels)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-
-
-# What a spectrum, lipschitz or walk run will do, settled before anything is computed: images, options, folder.
-
-
-@dataclass(frozen=True)
-class AnalysisPlan:
-    """A settled run: the encoder, the images, and settings without any local path.
-
-    Attributes:
-        settings: everything that changes a number, with ids and revisions in place of paths; kept in `run.json`.
-        provenance: the provenance columns, equal in every row.
-    """
-
-    config: AnalysisConfig
+    config: BaseConfig
     encoder: Encoder
     images: ImageSet
     targets: ImageSet | None
-    subjects: tuple[Subject, ...]
-    settings: dict[str, Any]
-    provenance: dict[str, Any]
+    items: tuple[Item, ...]
+    settings: Row
+    provenance: Row
+    reader: Reader
+    drafts: tuple[Draft, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -273,35 +70,123 @@ class AnalysisPlan:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """A sentence on each thing about the images that was settled because nobody had named it."""
+        """A sentence on each default that was chosen for the images, such as the split."""
         return tuple(dict.fromkeys(self.images.choices + (self.targets.choices if self.targets else ())))
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of the images and float images of one subject, at most."""
-        config, size = self.config, math.prod(self.encoder.input_shape)
-        whole = size * self.encoder.dtype.itemsize
-        if config.analysis == "spectrum":
-            return size + whole * (config.k or 8) * config.vectors
-        if config.analysis == "lipschitz":
-            return (size + whole) * sum(self.settings["directions"].values())  # the image is in every row
-        return (size + whole) * (config.num_steps + 1) + 2 * whole
+        """Bytes of the images and float images of one item, at most."""
+        return self.config.item_bytes(self.encoder, self.settings)
 
-    def pixels(self, subject: Subject) -> tuple[Tensor, Tensor | None]:
-        """The image and its target as the encoder sees them, each (3, H, W) on the k/255 grid, on the CPU."""
-        target = None
-        if self.targets is not None and subject.target is not None:
-            target = read_subject(self.encoder, self.targets, subject.target)
-        return read_subject(self.encoder, self.images, subject.index), target
+    @property
+    def command(self) -> str:
+        """Command line that repeats the run, given the same images."""
+        return command_line(self)
+
+    def pixels(self, item: Item) -> tuple[Tensor, Tensor | None]:
+        """Return an image and its target, each (3, H, W) on the k/255 grid, on the CPU; unusable images raise."""
+        source = self.reader.pixels(self.images, item.source)
+        if self.targets is None or item.target is None:
+            return source, None
+        target = self.reader.pixels(self.targets, item.target)
+        refuse_equal(self.images.ids[item.source], self.targets.ids[item.target], same=torch.equal(source, target))
+        return source, target
+
+    # old names
+
+    @property
+    def pairs(self) -> tuple[Item, ...]:
+        """Return the items."""
+        return self.items
+
+    @property
+    def subjects(self) -> tuple[Item, ...]:
+        """Return the items."""
+        return self.items
 
 
-def make_analysis_plan(
-    config: AnalysisConfig, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False
-) -> AnalysisPlan:
-    """Open the images, read each once, and check everything that can be checked without computing.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An item with its images as PNG files, and their pixels (3, H, W) as read back, on the encoder's device."""
+
+    item: Item
+    png: bytes
+    image: Tensor
+    target_png: bytes | None = None
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The rows of one item, its float images by name, and the evaluations that no column states."""
+
+    rows: Sequence[Row]
+    floats: Mapping[str, Tensor]
+    cost: Row | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRows:
+    """The rows of a run in order, read back from disk: all without images, the first ones also with them."""
+
+    rows: tuple[Row, ...]
+    shown: tuple[Row, ...] = ()
+    costs: Mapping[str, Row] | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One of the four analyses.
+
+    Attributes:
+        config: class of its options, which also settle its plan.
+        make_rows: makes the rows of some items; takes plan, items, batch size and observer.
+        summarize: sums up the rows of a run; takes encoder, settings and rows.
+        figures: draws the figures of a run; takes plan, summary and rows; gives files by name.
+        succeeded: statuses of rows that are a success.
+        batch: unit of the batch size: `items`, `derivatives` of one item, or `nothing`.
+        shown: number of first items whose images summary and figures need.
+    """
+
+    config: type[BaseConfig]
+    make_rows: Callable[[Plan, Sequence[Loaded], int, Observer], list[Made]]
+    summarize: Callable[[Any, Mapping[str, Any], RunRows], Row]
+    figures: Callable[[Plan, Row, RunRows], dict[str, bytes]]
+    succeeded: tuple[str, ...]
+    batch: str
+    shown: int
+
+
+Stage = Callable[[str, int, int], None]
+"""A function that receives a stage of one item, the steps done and their number."""
+
+
+def one_by_one(
+    make: Callable[[Plan, Loaded, int, Stage], Made],
+) -> Callable[[Plan, Sequence[Loaded], int, Observer], list[Made]]:
+    """Return a function that makes the rows of several items, each by itself."""
+
+    def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+        def stage(one: Loaded) -> Stage:
+            ids = (one.item.name,)
+            return lambda name, step, steps: tell(RunProgress(name, pair_ids=ids, step=step, steps=steps))
+
+        return [make(plan, one, batch, stage(one)) for one in part]
+
+    return make_rows
+
+
+def make_plan(
+    config: BaseConfig, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False
+) -> Plan:
+    """Open the images, settle the items, and check everything that can be checked without computing.
+
+    Every image is read once here. Named images that are bad are refused before any work, all in one message; an
+    unreadable image of `data` fails only its own rows.
 
     Args:
-        config: the run as the user states it.
+        config: the run as the user states it: the class of the config says which analysis.
         encoder: the loaded checkpoint.
         cache_dir: where downloads are kept.
         local_files_only: never ask the Hub.
@@ -310,92 +195,115 @@ def make_analysis_plan(
         The plan, ready for `run_analysis`.
 
     Raises:
-        ValueError: bad options or images.
+        ValueError: bad options or images, an image equal to its target, or counts that do not fit.
         FileNotFoundError: a path does not exist.
     """
     config.check()
-    if config.k is not None and config.k > encoder.embedding_dim:
-        raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {config.k}.")
-    if config.analysis == "lipschitz" and config.directions is not None:
-        asked = parse_directions(config.directions).get("top", 0)
-        if asked > encoder.embedding_dim:
-            raise ValueError(
-                f"top:K of `directions` must ask for at most {encoder.embedding_dim}, the embedding size; got {asked}."
-            )
-    checks.check_radius(config.regional, config.ball_norm, math.prod(encoder.input_shape), "regional")
-
-    def load(what: str, limit: int | None = None, *, streaming: bool = False) -> ImageSet:
-        return load_images(
-            what, limit=limit, seed=config.seed, image_column=config.image_column, label_column=config.label_column,
-            cache_dir=cache_dir, local_files_only=local_files_only, streaming=streaming,
-        )  # fmt: skip
-
-    images = load(config.data or config.source or "builtin", config.limit, streaming=config.streaming)
-    targets: ImageSet | None = None
-    if config.target is not None:
-        targets = load(config.target)
-        if config.source is None and config.data is None and len(targets) == 1:
-            images = images.select([0])  # the cat
-    elif config.needs_target and config.analysis == "walk":
-        targets, images = images.select([1]), images.select([0])  # cat -> coffee
-    elif config.needs_target and len(images) == 1:
-        other = BUILTIN_PHOTOS.index("cat" if images.ids[0] == "coffee" else "coffee")
-        targets = load_images("builtin").select([other])
-    elif config.needs_target:
-        targets = images
-    refuse_columns(config.image_column, config.label_column, *(s for s in (images, targets) if s is not None))
-    subjects = settle_subjects(encoder, images, targets, drawn=config.data is not None)
-    same = targets is None or (targets.data_id, targets.data_revision) == (images.data_id, images.data_revision)
-    two = (images,) if same or targets is None else (images, targets)
-    own = _own_settings(config, encoder)
-    settings: dict[str, Any] = {
-        **encoder_settings(encoder, normalize=config.normalize),
-        "data_id": " + ".join(s.data_id for s in two),
-        "data_revision": " + ".join(s.data_revision for s in two),
-        "num_images": len(subjects),
-        "image_ids": _digest(s.image_id for s in subjects),
-        "target_ids": None if targets is None else _digest(s.target_id for s in subjects),
-        "image_column": config.image_column,
-        "label_column": config.label_column,
-        **own,
+    config.check_encoder(encoder)
+    _refuse_constant(encoder)
+    images, targets = config.open_images(
+        partial(
+            load_images,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    )
+    sets = [images] if targets is None or targets is images else [images, targets]
+    _refuse_columns(config, sets)
+    reader = Reader(encoder)
+    items = config.settle(reader, images, targets)
+    names = list(dict.fromkeys((one.data_id, one.data_revision) for one in sets))
+    known = {key: _text(value) for key, value in encoder.provenance.items()}
+    own = config.own_settings(encoder, items)
+    common: Row = {
+        "data_id": " + ".join(data_id for data_id, _ in names),
+        "data_revision": " + ".join(revision for _, revision in names),
         "seed": config.seed,
         "schema_version": SCHEMA_VERSION,
     }
-    provenance: dict[str, Any] = encoder_settings(encoder) | {"versions": encoder.provenance["versions"]}
-    provenance |= {key: settings[key] for key in ("data_id", "data_revision", "seed", "schema_version")}
-    provenance |= {
-        "norm": own.get("norm"),
-        "radius": own.get("regional"),
-        "rtol": own.get("rtol"),
-        "solver": own.get("solver"),
+    settings: Row = {
+        **{key: known[key] for key in ("model_id", "model_revision", "readout", "dtype", "attention", "processor")},
+        "normalize": config.normalize,
+        **common,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+        **own,
     }
-    del provenance["normalize"]
-    return AnalysisPlan(config, encoder, images, targets, subjects, settings, provenance)
+    shared: Row = {key: own.get(key) for key in ("norm", "rtol", "solver")}
+    shared["radius"] = own.get("radius", own.get("regional"))
+    provenance = known | common | shared
+    return Plan(config, encoder, images, targets, items, settings, provenance, reader, config.drafts(encoder))
 
 
-def _digest(names: Iterable[str | None]) -> str:
-    return hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()[:16]
+def _refuse_constant(encoder: Encoder) -> None:
+    """Refuse a readout that no pixel changes."""
+    grey = torch.full((2, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype)
+    grey[1] += torch.linspace(-0.5, 0.5, grey[1].numel()).view_as(grey[1]).to(grey)
+    with torch.no_grad():
+        z = encoder(grey)
+    if torch.equal(z[0], z[1]):
+        raise ValueError(
+            f"`readout` must depend on the image; {encoder.readout!r} of '{encoder.model_id}' is the same for all (a "
+            "class token that no layer has changed yet). Use readout='auto'."
+        )
 
 
-def _own_settings(config: AnalysisConfig, encoder: Encoder) -> dict[str, Any]:
-    """The options of this analysis, with defaults filled in."""
-    if config.analysis == "spectrum":
-        return {"k": config.k, "vectors": config.vectors}
-    if config.analysis == "lipschitz":
-        kinds = parse_directions(config.directions) if config.directions else default_directions(encoder)
-        return {
-            "directions": kinds,
-            "radii": list(config.radii or RADII),
-            "regional": config.regional,
-            "norm": None if config.regional is None else config.ball_norm,
-            "linearity": config.linearity,
-            **({"solver": "lbfgs", "rtol": config.rtol} if "match" in kinds else {}),
-        }
-    return {
-        "heading": config.heading,
-        "step": config.step,
-        "num_steps": config.num_steps,
-        "rtol": config.rtol,
-        **({"stop": config.stop or STOP} if config.heading in TO_AN_IMAGE else {}),
-        "solver": "lbfgs" if config.heading in ("nearest", "connect") else None,  # they start from a match
-    }
+def _refuse_columns(config: BaseConfig, sets: Sequence[ImageSet]) -> None:
+    """Refuse column options where no set is a table."""
+    given = [name for name in ("image_column", "label_column") if getattr(config, name) is not None]
+    if given and not any(images.tabular for images in sets):
+        raise ValueError(
+            f"`{given[0]}` must come with a parquet file or a dataset; {sets[0].data_id!r} has no columns. "
+            "Leave it out."
+        )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def command_line(plan: Plan) -> str:
+    """Build the command line that repeats a run, each local checkpoint, file or folder by its name without a path."""
+    config, settings = plan.config, plan.settings
+    revision = str(settings["model_revision"])
+    words = ["hf-equiv", config.analysis, str(settings["model_id"])]
+    words += [] if revision.startswith("sha256:") else ["--revision", revision]
+    targets = plan.targets or plan.images
+    stated = replace(  # the encoder is loaded before the config is read, so that it has the last word
+        config,
+        readout=settings["readout"],
+        dtype=config.half or settings["dtype"],
+        source=_public_name(config.source, plan.images),
+        target=_public_name(config.target, targets),
+        data=_public_name(config.data, plan.images),
+    )
+    for field in fields(stated):
+        value = getattr(stated, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if value == field.default or field.name in ("model", "revision"):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def _public_name(given: str | None, images: ImageSet) -> str | None:
+    """Return the option of a set of images with the name of the set in place of a local path."""
+    local = given is not None and given != "builtin" and Path(given).expanduser().exists()
+    return images.data_id if local else given
+
+
+# old names
+
+MatchPlan = AnalysisPlan = Plan
+make_analysis_plan = make_plan
+
+
+def __getattr__(name: str) -> Any:
+    from hf_equiv.analyses import config
+
+    return getattr(config, name)

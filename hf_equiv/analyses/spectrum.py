@@ -1,57 +1,94 @@
-"""Spectrum rows: one image, its singular values, and why some are zero."""
+"""Measure a spectrum: the singular values of the Jacobian at each image, and the causes of zeros among them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_equiv.analyses.config import AnalysisConfig
-from hf_equiv.analyses.measures import _median
+from hf_equiv.analyses.config import ImageConfig
+from hf_equiv.analyses.measures import Rows, by_image, median_of
+from hf_equiv.analyses.pairs import Item
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
+from hf_equiv.checks import check_count
+from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import finite, short
 from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
 from hf_equiv.geometry.zeros import Zero
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
+from hf_equiv.runs import shards
 from hf_equiv.runs.schema import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 KEPT_VECTORS = 8
 """Singular vectors kept with `vectors` where no `k` is given."""
 
+SHOWN = 6
+"""Images whose singular vectors are drawn."""
+
+
+@dataclass(frozen=True)
+class SpectrumConfig(ImageConfig):
+    """Options of `spectrum`.
+
+    Attributes:
+        k: number of singular values; None for all.
+        vectors: keep the singular vectors of the first `k`, or 8.
+    """
+
+    analysis: ClassVar[str] = "spectrum"
+    wants_target: ClassVar[str] = "the verb lipschitz or walk"
+
+    k: int | None = None
+    vectors: bool = False
+
+    def check(self) -> None:
+        """Refuse options that no run can have, before a checkpoint is loaded."""
+        super().check()
+        if self.k is not None:
+            check_count(self.k, "k")
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        """Refuse options that do not fit the encoder."""
+        if self.k is not None and self.k > encoder.embedding_dim:
+            raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {self.k}.")
+
+    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
+        """Return the settings of this verb."""
+        return self.listed(items) | {"k": self.k, "vectors": self.vectors}
+
+    def item_bytes(self, encoder: Encoder, settings: Row) -> int:
+        """Return the bytes of the image and of the vectors that are kept."""
+        size = math.prod(encoder.input_shape)
+        return size + size * encoder.dtype.itemsize * (self.k or KEPT_VECTORS) * self.vectors
+
+
+def image_row(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+    """Make the row of one image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
+    tell("jacobian", 0, 1)
+    k, vectors = plan.settings["k"], plan.settings["vectors"]
+    result = measure_spectrum(plan.encoder, one.image, k=k, vectors=vectors, batch=batch)
+    floats: dict[str, Tensor] = {}
+    if result.right is not None and result.left is not None:
+        kept = k or min(KEPT_VECTORS, result.right.shape[1])
+        floats = {"right": result.right[0, :kept].clone(), "left": result.left[0, :, :kept]}  # without the others
+    return Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()})
+
 
 def measure_spectrum(encoder: Any, image: Tensor, *, k: int | None, vectors: bool, batch: int) -> SpectrumResult:
-    """The spectrum at one image (3, H, W), as a run states it."""
+    """Return the spectrum at one image (3, H, W), as a run states it."""
     return jacobian_spectrum(encoder, image[None], k=k, vectors=vectors, batch=batch)
 
 
-def spectrum_rows(
-    config: AnalysisConfig, encoder: Any, image_id: str, image: Tensor, batch: int
-) -> tuple[list[Row], dict[str, Tensor]]:
-    """The row of one image, without image and provenance columns.
-
-    Args:
-        config: of the run.
-        encoder: f.
-        image_id: its id.
-        image: (3, H, W), on the encoder's device.
-        batch: cotangents per pass.
-
-    Returns:
-        The row, and its singular vectors if they are kept, `ID/right` (K, 3, H, W) and `ID/left` (D, K).
-    """
-    result = measure_spectrum(encoder, image, k=config.k, vectors=config.vectors, batch=batch)
-    floats: dict[str, Tensor] = {}
-    if result.right is not None and result.left is not None:
-        kept = config.k or min(KEPT_VECTORS, result.right.shape[1])
-        # a copy: the rest of a full set is large
-        floats = {f"{image_id}/right": result.right[0, :kept].clone(), f"{image_id}/left": result.left[0, :, :kept]}
-    return [row_of(result)], floats
-
-
 def row_of(result: SpectrumResult) -> Row:
-    """The columns that a spectrum of one image gives; None for what does not exist."""
+    """Return the columns that a spectrum of one image gives; None where there is no value."""
     whole = result.rank is not None and int(result.rank[0]) >= 0
     return {
         "singular_values": [finite(s) for s in result.singular_values[0].tolist()],
@@ -84,25 +121,25 @@ def _zeros(zeros: Sequence[Zero]) -> list[Row]:
     ]
 
 
-def _spectrum(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
+def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
     keys = ("sigma_max", "rank", "nullity", "effective_rank", "participation", "num_evals", "seconds")
-    middle = {key: _median(row[key] for row in rows) for key in keys}
+    middle = {key: median_of(row[key] for row in rows) for key in keys}
     zeros = {
         kind: {
             cause: {
                 "images": len(found),
                 "count": max(z["count"] for z in found),
-                "predicted": _median(z["predicted"] for z in found),
-                "measured": _median(z["measured"] for z in found),
+                "predicted": median_of(z["predicted"] for z in found),
+                "measured": median_of(z["measured"] for z in found),
             }
             for cause, found in _by_cause(rows, kind).items()
         }
         for kind in ("structural_zeros", "near_structural")
     }
-    return {"median": middle, **zeros, "verdict": _spectrum_verdict(rows, middle, zeros)}
+    return {"median": middle, **zeros, "verdict": _verdict(rows, middle, zeros)}
 
 
-def _by_cause(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Mapping[str, Any]]]:
+def _by_cause(rows: Rows, kind: str) -> dict[str, list[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         for zero in row[kind]:
@@ -110,7 +147,7 @@ def _by_cause(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[Ma
     return found
 
 
-def _spectrum_verdict(rows: Sequence[Mapping[str, Any]], middle: Row, zeros: Row) -> str:
+def _verdict(rows: Rows, middle: Row, zeros: Row) -> str:
     where = f"At {rows[0]['image_id']}" if len(rows) == 1 else f"At {len(rows)} images (medians)"
     text = f"{where} the embedding moves by at most {middle['sigma_max']:.4g} per unit of pixels (L2)"
     if middle["rank"] is None:
@@ -125,6 +162,30 @@ def _spectrum_verdict(rows: Sequence[Mapping[str, Any]], middle: Row, zeros: Row
     near = [f"{c} (predicted {short(z['predicted'])})" for c, z in zeros["near_structural"].items()]
     text += f" Zeros: {', '.join(exact)}." if exact else ""
     return text + (f" Nearly zero: {', '.join(near)}." if near else "")
+
+
+def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
+    """Draw the spectra and, if they are kept, the singular vectors of the first images."""
+    from hf_equiv.analyses import figures
+
+    images = {row["image_id"]: decode_png(row["image"]) for row in made.shown if row["image"] is not None}
+    floats: dict[str, Tensor] = {}
+    if plan.settings["vectors"] and made.folder is not None:
+        for path in sorted((made.folder / "float").glob("part-*.safetensors")):
+            floats |= shards.read_floats(path)[0] if shards.shard_index(path) < SHOWN else {}
+    vectors = {name: (x, floats[f"{name}/right"]) for name, x in images.items() if f"{name}/right" in floats}
+    return figures.spectrum_figures(made.rows, vectors, plan.settings)
+
+
+VERB = Verb(
+    config=SpectrumConfig,
+    make_rows=one_by_one(image_row),
+    summarize=by_image(_summarize),
+    figures=draw_figures,
+    succeeded=(Status.COMPLETED,),
+    batch="derivatives",
+    shown=SHOWN,
+)
 
 
 # How `verify` makes rows of spectra again, and compares them (see `verify.rows.VERBS`).

@@ -1,112 +1,172 @@
-"""Walk rows: one point of a walk along a level set, with its frame, drift, distances and label."""
+"""Walk through images that share an embedding, with drift, distances, label and frame of every point."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from statistics import median
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_equiv.analyses.config import ImageConfig, Load, check_choice
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import relative_error
-from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, relative_error
+from hf_equiv.analyses.pairs import Item, image_generator
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
+from hf_equiv.checks import check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite, short
 from hf_equiv.geometry.headings import Toward
-from hf_equiv.geometry.levelset import STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
+from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
+
 CHUNK = 16
 """Frames encoded at once."""
 
+SHOWN = 6
+"""Walks drawn one by one."""
 
-def walk_rows(
-    encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str,
-    tell: Callable[[str, int, int], None],
-) -> tuple[list[Row], dict[str, Tensor]]:  # fmt: skip
-    """Walk from one image; for `nearest` and `connect` from a match that starts at it.
+FROM_A_MATCH = ("nearest", "connect")
+"""Headings of walks that start from a match of the target."""
 
-    Args:
-        encoder: f.
-        image: (3, H, W).
-        target: image to head for or to match, (3, H, W); None if there is none.
-        settings: of the run.
-        image_id: its id.
-        tell: told of progress.
 
-    Returns:
-        A row for each point, with `frame` as PNG but without provenance columns; and the float images `ID/frames`
-        (S + 1, 3, H, W), `ID/origin` that distances are against, and `ID/target`.
+@dataclass(frozen=True)
+class WalkConfig(ImageConfig):
+    """Options of `walk`.
 
-    Raises:
-        RuntimeError: no match to start from, or an encoder that gives NaN.
+    Attributes:
+        heading: `random`, `away`, `toward`, `nearest` or `connect`.
+        step: longest step, L2 in pixel units.
+        num_steps: points after the start.
+        rtol: largest drift ‖f(x)−z‖/‖z‖.
+        stop: ‖P_null d‖/‖d‖ at which a walk to an image is over; None for 0.01, and for other headings.
     """
-    heading, rtol, steps = settings["heading"], settings["rtol"], settings["num_steps"]
-    start, cost, seconds = image, 0.0, 0.0
-    if settings["solver"] is not None and target is not None:
-        start, cost, seconds = match_target(encoder, image, target, rtol, tell)
+
+    analysis: ClassVar[str] = "walk"
+    wants_target: ClassVar[str] = "heading 'toward', 'nearest' or 'connect'"
+
+    heading: str = "random"
+    step: float = 1.0
+    num_steps: int = 100
+    rtol: float = 1e-5
+    stop: float | None = None
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the walk leads to an image, or starts from a match of one."""
+        return self.heading in TO_AN_IMAGE
+
+    def check(self) -> None:
+        """Refuse options that no run can have, before a checkpoint is loaded."""
+        check_choice("heading", self.heading, HEADINGS)
+        super().check()
+        check_count(self.num_steps, "num_steps")
+        check_positive(self.step, "step")
+        check_positive(self.rtol, "rtol")
+        if self.stop is not None:
+            check_positive(self.stop, "stop")
+            if self.stop >= 1:
+                raise ValueError(
+                    f"`stop` must be below 1; got {self.stop:g}. It is the share of the way that is left at the end."
+                )
+            if self.heading not in TO_AN_IMAGE:
+                raise ValueError(
+                    f"`stop` must come with heading {', '.join(map(repr, TO_AN_IMAGE))}; got {self.stop:g} with "
+                    f"{self.heading!r}, which has no end. Leave it out."
+                )
+        if self.target is None and self.needs_target and (self.source or self.data):
+            raise ValueError(f"`target` must come with heading {self.heading!r}. Add --target W, the image to go to.")
+
+    def usual_targets(self, images: ImageSet, load: Load) -> tuple[ImageSet, ImageSet]:
+        """Return the built-in cat and coffee."""
+        return images.select([0]), images.select([1])
+
+    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
+        """Return the settings of this verb, with defaults filled in."""
+        return self.listed(items) | {
+            "heading": self.heading,
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "rtol": self.rtol,
+            **({"stop": self.stop or STOP} if self.heading in TO_AN_IMAGE else {}),
+            "solver": "lbfgs" if self.heading in FROM_A_MATCH else None,
+        }
+
+    def item_bytes(self, encoder: Encoder, settings: Row) -> int:
+        """Return the bytes of all frames, of the origin and of the target."""
+        size, whole = math.prod(encoder.input_shape), math.prod(encoder.input_shape) * encoder.dtype.itemsize
+        return (size + whole) * (self.num_steps + 1) + 2 * whole
+
+
+def path_rows(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+    """Walk from one image, for `nearest` and `connect` from a match that starts at it; one row for each point."""
+    encoder, settings = plan.encoder, plan.settings
+    name, image, target = one.item.name, one.image, one.target
+    from_match, steps = settings["solver"] is not None, settings["num_steps"]
+    start, evals, seconds = image, 0.0, 0.0
+    if from_match and target is not None:
+        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
     walk = trace_level_set(
-        encoder,
-        start[None],
-        heading=heading,
-        step=settings["step"],
-        num_steps=steps,
-        rtol=rtol,
-        target=None if target is None else target[None],
-        stop=settings.get("stop", STOP),
-        origin=image[None] if settings["solver"] is not None else None,
-        generator=image_generator(settings["seed"], image_id),
-        keep_points=True,
-        progress=lambda point: tell("walk", point.step, steps),
-    )
+        encoder, start[None], heading=settings["heading"], step=settings["step"], num_steps=steps,
+        rtol=settings["rtol"], target=None if target is None else target[None], stop=settings.get("stop", STOP),
+        origin=image[None] if from_match else None, generator=image_generator(settings["seed"], name),
+        keep_points=True, progress=lambda point: tell("walk", point.step, steps),
+    )  # fmt: skip
     path, status = walk.paths[0], walk.status[0]
     if not path or status is Status.ERROR:
         raise RuntimeError(status.advice)
     frames = torch.stack([point.pixels for point in path if point.pixels is not None])
-    z = level(encoder, frames[0], target if settings["solver"] is not None else None)
+    z = level(encoder, frames[0], target if from_match else None)
+    whole: Row = {
+        "status": str(status),
+        "num_evals": evals + float(walk.num_evals[0]),
+        "seconds": seconds + float(walk.seconds[0]),
+    }
     labels = labels_of(encoder, frames)
-    rows = []
-    for point, frame, label in zip(path, frames, labels, strict=True):
-        png = encode_png(frame)
-        rows.append(
-            {
-                "frame": png,
-                **_measures(point),
-                **label,
-                "drift": drift(encoder, frame, z),  # of the frame alone, as whoever checks it computes it
-                "drift_8bit": drift(encoder, decode_png(png, frame.dtype).to(frame.device), z),
-                "status": str(status),
-                "heading": heading,
-                "num_evals": cost + float(walk.num_evals[0]),
-                "seconds": seconds + float(walk.seconds[0]),
-            }
-        )
-    origin = image if settings["solver"] is not None else frames[0].clone()  # no memory of the frames
-    floats = {f"{image_id}/frames": frames, f"{image_id}/origin": origin}
-    return rows, floats | ({} if target is None else {f"{image_id}/target": target})
+    rows = [
+        _measures(encoder, point, frame, z) | label | whole
+        for point, frame, label in zip(path, frames, labels, strict=True)
+    ]
+    origin = image if from_match else frames[0].clone()  # without the memory of the other frames
+    floats = {"frames": frames, "origin": origin} | ({} if target is None else {"target": target})
+    return Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
+
+
+def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:
+    """Return the frame as PNG with its numbers; the drift is that of the frame alone, as `verify` computes it."""
+    png = encode_png(frame)
+    numbers = {
+        key: finite(getattr(point, key)) for key in ("arc_length", "l2", "linf", "psnr_db", "remaining", "stationarity")
+    }
+    rounded = decode_png(png, frame.dtype).to(frame.device)
+    drifts = {"drift": drift(encoder, frame, z), "drift_8bit": drift(encoder, rounded, z)}
+    return {"frame": png, "step": point.step} | numbers | drifts
 
 
 def level(encoder: Any, start: Tensor, target: Tensor | None) -> Tensor:
-    """The embedding z (D,) of the level set: the target's for walks from a match, else that of the start."""
+    """Return the embedding z (D,) of the level set: the target's for walks from a match, else that of the start."""
     with torch.no_grad(), no_tf32():
         z: Tensor = encoder((start if target is None else target)[None])[0]
     return z
 
 
 def drift(encoder: Any, frame: Tensor, z: Tensor) -> float | None:
-    """‖f(x) − z‖ / ‖z‖ of one frame (3, H, W)."""
+    """Return ‖f(x) − z‖ / ‖z‖ of one frame (3, H, W)."""
     with torch.no_grad(), no_tf32():
         return relative_error(encoder(frame[None])[0], z)
 
 
 def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
-    """`label` and `prob` of each frame, both None without a head."""
+    """Return `label` and `prob` of each frame, both None without a head."""
     if not encoder.has_head:
         return [{"label": None, "prob": None} for _ in frames]
     with torch.no_grad(), no_tf32():
@@ -115,53 +175,36 @@ def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
     return [{"label": names[int(p.argmax())], "prob": finite(p.max())} for p in probs]
 
 
-def _measures(point: WalkPoint) -> Row:
-    return {
-        "step": point.step,
-        "arc_length": finite(point.arc_length),
-        "l2": finite(point.l2),
-        "linf": finite(point.linf),
-        "psnr_db": finite(point.psnr_db),
-        "remaining": finite(point.remaining),
-        "stationarity": finite(point.stationarity),
-    }
+def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
+    paths: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        paths.setdefault(row["image_id"], []).append(row)
+    walks = [
+        {
+            "image_id": name,
+            "status": path[0]["status"],
+            "steps": path[-1]["step"],
+            "start_l2": path[0]["l2"],
+            **{key: path[-1][key] for key in ("l2", "arc_length", "psnr_db", "remaining", "stationarity")},
+            "largest_drift": largest(row["drift"] for row in path),
+            "largest_drift_8bit": largest(row["drift_8bit"] for row in path),
+            "labels": list(dict.fromkeys(row["label"] for row in path if row["label"] is not None)),
+            "num_evals": path[0]["num_evals"],
+        }
+        for name, path in paths.items()
+    ]
+    return {"walks": walks, "verdict": _verdict(walks, settings)}
 
 
-def _walk(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
-    walks: list[Row] = []
-    for name in dict.fromkeys(row["image_id"] for row in rows):
-        path = [row for row in rows if row["image_id"] == name]
-        labels = list(dict.fromkeys(row["label"] for row in path if row["label"] is not None))
-        walks.append(
-            {
-                "image_id": name,
-                "status": path[0]["status"],
-                "steps": path[-1]["step"],
-                "start_l2": path[0]["l2"],
-                "l2": path[-1]["l2"],
-                "arc_length": path[-1]["arc_length"],
-                "psnr_db": path[-1]["psnr_db"],
-                "largest_drift": max(row["drift"] for row in path),
-                "largest_drift_8bit": max((d for row in path if (d := row["drift_8bit"]) is not None), default=None),
-                "remaining": path[-1]["remaining"],
-                "stationarity": path[-1]["stationarity"],
-                "labels": labels,
-                "num_evals": path[0]["num_evals"],
-            }
-        )
-    return {"walks": walks, "verdict": _walk_verdict(walks, settings)}
-
-
-def _walk_verdict(walks: Sequence[Row], settings: Mapping[str, Any]) -> str:
+def _verdict(walks: Sequence[Row], settings: Mapping[str, Any]) -> str:
     heading = settings["heading"]
-    drift = short(max(walk["largest_drift"] for walk in walks))
-    rounded = [walk["largest_drift_8bit"] for walk in walks if walk["largest_drift_8bit"] is not None]
-    kept = f"with drift at most {drift} at every point" + (
-        f" ({short(max(rounded))} for the frames rounded to 8 bit)." if rounded else "."
-    )
+    drift = short(largest(walk["largest_drift"] for walk in walks))
+    rounded = largest(walk["largest_drift_8bit"] for walk in walks)
+    kept = f"with drift at most {drift} at every point"
+    kept += "." if rounded is None else f" ({short(rounded)} for the frames rounded to 8 bit)."
     if len(walks) > 1:
         done = sum(walk["status"] == Status.COMPLETED for walk in walks)
-        ends = f"{median(w['l2'] for w in walks):.3g}"
+        ends = f"{median_of(w['l2'] for w in walks):.3g}"
         return f"{done} of {len(walks)} walks ({heading}) were completed; they end at L2 {ends} (median), {kept}"
     walk = walks[0]
     name, steps = walk["image_id"], walk["steps"]
@@ -185,7 +228,7 @@ def _walk_verdict(walks: Sequence[Row], settings: Mapping[str, Any]) -> str:
 
 
 def _rest(walk: Row, settings: Mapping[str, Any]) -> str:
-    """Why a walk to an image ended, and how much of the way on still leads along the level set."""
+    """Say why a walk to an image ended, and how much of the way on still leads along the level set."""
     left = walk["stationarity"]
     told = f"at most {left:.0%} of the way on leads along the level set"
     if left <= settings.get("stop", STOP):
@@ -195,6 +238,34 @@ def _rest(walk: Row, settings: Mapping[str, Any]) -> str:
     if walk["status"] == Status.COMPLETED:
         return f"No nearer point was found; {told}."
     return f"A nearer point could not be brought back to the level set; {told}."
+
+
+def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
+    """Draw the first walks, with the images that they lead to."""
+    from hf_equiv.analyses import figures
+
+    frames: dict[str, list[bytes]] = {}
+    for row in made.shown:
+        if row["step"] is not None:
+            frames.setdefault(row["image_id"], []).append(row["frame"])
+    ends: dict[str, Tensor] = {}
+    for item in plan.items[:SHOWN]:
+        if item.name in frames and plan.settings["heading"] in TO_AN_IMAGE:
+            image, target = plan.pixels(item)
+            end = image if plan.settings["heading"] == "nearest" else target
+            ends |= {} if end is None else {item.name: end}
+    return figures.walk_figures(made.rows, frames, ends, plan.settings)
+
+
+VERB = Verb(
+    config=WalkConfig,
+    make_rows=one_by_one(path_rows),
+    summarize=by_image(_summarize),
+    figures=draw_figures,
+    succeeded=(Status.COMPLETED,),
+    batch="nothing",
+    shown=SHOWN,
+)
 
 
 # How `verify` makes rows of walks again, and compares them (see `verify.rows.VERBS`).

@@ -19,13 +19,14 @@ def run(analysis: str, model: str, **given: Any) -> int:
 
 
 def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
-    from hf_equiv.analyses.config import AnalysisConfig
-    from hf_equiv.analyses.plan import make_analysis_plan
+    from hf_equiv.analyses.plan import make_plan
+    from hf_equiv.analyses.run import VERBS
     from hf_equiv.runs import resume
 
     as_json, quiet = given["as_json"], given["as_json"] or given["quiet"]
-    stated = {f.name: given[f.name] for f in fields(AnalysisConfig) if f.name in given}
-    config = AnalysisConfig(analysis=analysis, model=model, **stated)
+    of_verb = VERBS[analysis].config
+    stated = {f.name: given[f.name] for f in fields(of_verb) if f.name in given}
+    config = of_verb(model=model, **stated)
     config.check()
     if given["batch_size"] is not None and given["batch_size"] < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {given['batch_size']}.")
@@ -33,7 +34,7 @@ def _run(analysis: str, model: str, given: dict[str, Any], out: Any) -> int:
     where = {key: given[key] for key in ("cache_dir", "local_files_only")}
     options = {key: given[key] for key in ("revision", "readout", "normalize", "device", "dtype")}
     encoder = environment.load_encoder(model, **options, **where)
-    plan = make_analysis_plan(config, encoder, **where)
+    plan = make_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
     progress.say(plan.choices, quiet=quiet or given["dry_run"])
     if given["out"] is None:

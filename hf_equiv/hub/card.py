@@ -214,7 +214,7 @@ def _section(place: str, record: Mapping[str, Any]) -> str:
     parts = [f"### {run_name(record)}", summary["verdict"]]
     parts += [f"![{name.split('/')[-1].split('.')[0]}]({prefix}{name})" for name in figures]
     if analysis == MATCH.analysis:
-        made = card.run_card(settings, summary).splitlines()
+        made = card.run_card(MATCH, settings, summary, ()).splitlines()
         parts.append("\n".join(line for line in made if line.startswith("|")))
     else:
         parts.append("| | |\n| --- | --- |\n" + "\n".join(f"| {key} | {value} |" for key, value in _numbers(summary)))

@@ -125,7 +125,7 @@ def _own_card(run: LocalRun, figures: set[str], *, withheld: bool) -> bytes:
     if not withheld and run.record.get("card") != "dataset":
         return (run.folder / CARD).read_bytes()
     if run.layout is MATCH:
-        text = run_card.run_card(run.record["settings"], run.record["summary"])
+        text = run_card.run_card(MATCH, run.record["settings"], run.record["summary"], ["pairs.png"])
     else:
         shown = [PurePosixPath(n).name for n in run.record["files"] if n.startswith("figures/")]
         text = run_card.analysis_card(run.layout, run.record["settings"], run.record["summary"], sorted(shown))

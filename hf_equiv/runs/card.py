@@ -1,178 +1,120 @@
-"""The README.md of a run directory: a short dataset card that `datasets` and the dataset viewer understand."""
+"""Write the README.md of a run directory: a short dataset card that `datasets` and the dataset viewer understand."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from hf_equiv.runs.schema import Layout
+from pathlib import Path
 from typing import Any
 
-_ANALYSES = {
-    "spectrum": (
-        "Jacobian spectra",
-        "Each row holds an image and the singular values of J = ∂f/∂x at it, in embedding length per pixel length with "
-        "pixels in [0, 1]; an error bound for each value; the rank with its threshold; and the zeros that the "
-        "architecture causes, by name.",
-    ),
-    "lipschitz": (
-        "Directional Lipschitz constants",
-        "Each row holds an image and one direction in pixel space: the local constant `value` read from a ladder of "
-        "central secants (null unless it stands above the float noise), the exact `jvp` beside it, and the ladder with "
-        "its noise floor. `regional_*`, `num_evals` and `seconds` are of the image.",
-    ),
-    "walk": (
-        "Level-set walks",
-        "Each row holds one point of a walk through images that share an embedding: `frame` as 8-bit PNG, the drift "
-        "‖f(x)−z‖/‖z‖ of the float frame (`float/*.safetensors`), that of the PNG (`drift_8bit`), and distances, label "
-        "and probability of the float frame. `num_evals` and `seconds` are of the whole walk.",
-    ),
+import jinja2
+
+from hf_equiv.formatting import form
+from hf_equiv.runs.schema import MATCH, Layout
+
+_TITLES = {
+    "match": "Embedding matches",
+    "spectrum": "Jacobian spectra",
+    "lipschitz": "Directional Lipschitz constants",
+    "walk": "Level-set walks",
 }
+_OPTIONS = (
+    "solver", "k", "directions", "radii", "regional", "linearity", "heading", "step", "num_steps", "rtol", "radius",
+    "norm", "max_evals", "stop",
+)  # fmt: skip
+_ESCAPES = str.maketrans({"|": "&#124;", "<": "&lt;", ">": "&gt;", "`": "&#96;"})
 
 
 def one_line(text: str) -> str:
-    """A name on one line: line breaks and other control characters in a file's name would begin lines of a card."""
+    """Replace line breaks and other control characters, which would begin new lines of a card."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def analysis_card(
-    layout: Layout, settings: Mapping[str, Any], summary: Mapping[str, Any], figures: Sequence[str]
+def escape(value: Any) -> Any:
+    """Escape a value for Markdown, so that it cannot end a line, a table cell or a code span, or begin a tag or a link."""
+    if hasattr(value, "__html__"):
+        return value
+    return one_line(str(value)).translate(_ESCAPES).replace("](", "]&#40;")
+
+
+def markdown_template(name: str) -> jinja2.Template:
+    """Load a Markdown template of the package; it escapes every value that is not the result of `tojson`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
+        undefined=jinja2.StrictUndefined,
+        finalize=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    return environment.get_template(name)
+
+
+def run_card(
+    layout: Layout,
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    figures: Sequence[str],
+    command: str | None = None,
 ) -> str:
-    """Write the card of a spectrum, lipschitz or walk run.
+    """Write the card of a run.
 
     Args:
-        layout: of its rows.
-        settings: of the run, as in `run.json`.
-        summary: as from `summarize_analysis`.
+        layout: layout of its rows.
+        settings: settings of the run, as in `run.json`.
+        summary: summary of the run, as in `run.json`.
         figures: file names inside `figures/`.
+        command: command line of the run, if it is known.
 
     Returns:
         Markdown with the YAML header that declares the configuration.
     """
-    title, told = _ANALYSES[layout.analysis]
-    own = ("k", "directions", "radii", "regional", "linearity", "heading", "step", "num_steps", "rtol", "stop")
-    options = ", ".join(
-        f"{key.replace('_', ' ')} {_option(settings[key])}" for key in own if settings.get(key) not in (None, False)
+    return markdown_template("run_card.md.jinja").render(
+        title=_TITLES[layout.analysis],
+        pretty_name=one_line(f"{_TITLES[layout.analysis]} of {settings['model_id']}"),
+        layout=layout,
+        settings=settings,
+        summary=summary,
+        figures=figures,
+        numbers=match_numbers(summary) if layout is MATCH else [],
+        options=_options(settings),
+        command=command,
     )
-    data = one_line(settings["data_id"])
-    pictures = "\n\n".join(f"![{name.split('.')[0]}](figures/{name})" for name in figures)
-    counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items())
-    return f"""---
-pretty_name: {title} of {settings["model_id"]}
-task_categories:
-- image-classification
-tags:
-- hf_equiv
-- {layout.analysis}
-configs:
-- config_name: {layout.folder}
-  default: true
-  data_files:
-  - split: train
-    path: {layout.folder}/*.parquet
----
 
-# {title} of `{settings["model_id"]}`
 
-{told}
+analysis_card = run_card  # old name
 
-{summary["verdict"]}
 
-{pictures}
+def match_numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the table of a match run's card: names and numbers as text."""
+    middle, baseline = summary["median"], summary["baseline"]
+    unrelated = "distance of source and target" if summary["pairs"] == 1 else "median distance of unrelated images"
+    return [
+        ("pairs", str(summary["pairs"])),
+        ("converged", str(summary["counts"].get("converged", 0))),
+        ("median embedding error, float image", form(middle["embedding_error"], ".2e")),
+        ("median embedding error, 8-bit PNG read back", form(middle["embedding_error_8bit"], ".2e")),
+        ("median PSNR to the source [dB]", form(middle["psnr_db"], ".2f")),
+        ("share classified as the target", form(summary["same_top1"], ".3f")),
+        ("evaluations (forward + backward), median", form(middle["num_evals"], ".0f")),
+        ("evaluations of the 8-bit refinement, median", form(middle["num_evals_refine"], ".0f")),
+        (unrelated, form(baseline["distance"]["median"] if baseline else None, ".3g")),
+    ]
 
-{summary["rows"]} rows of {summary["images"]} images ({counts}). Model `{settings["model_id"]}` at
-`{settings["model_revision"]}`, readout `{settings["readout"]}`, {settings["dtype"]}; images from
-`{data}`{"; " + options if options else ""}. `run.json` holds the settings and the SHA-256 of every file.
 
-```python
-from datasets import load_dataset
-
-rows = load_dataset("PATH_OR_NAME_OF_THIS_DATASET", "{layout.folder}", split="train")
-```
-
-Recompute every row with `hf-equiv verify DIR`.
-"""
+def _options(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the options of a run that are in force, as text."""
+    bounded = settings.get("radius") is not None or settings.get("regional") is not None
+    return [
+        (key.replace("_", " "), _option(settings[key]))
+        for key in _OPTIONS
+        if settings.get(key) not in (None, False) and (key != "norm" or bounded)
+    ]
 
 
 def _option(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{k}:{n}" for k, n in value.items())
-    return f"{value[0]:g} to {value[-1]:g} ({len(value)})" if isinstance(value, list) else str(value)
-
-
-def run_card(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Write the card of a match run.
-
-    Args:
-        settings: of the run, as in `run.json`.
-        summary: as from `metrics.summarize`.
-
-    Returns:
-        Markdown with the YAML header that declares the configuration `matches`.
-    """
-    ball = "the pixel box only" if settings["radius"] is None else f"{settings['norm']} ball, {settings['radius']:.6g}"
-    middle, data = summary["median"], one_line(settings["data_id"])
-    lines = [
-        ("pairs", summary["pairs"]),
-        ("converged", summary["counts"].get("converged", 0)),
-        ("median embedding error, float image", _number(middle["embedding_error"], ".2e")),
-        ("median embedding error, 8-bit PNG read back", _number(middle["embedding_error_8bit"], ".2e")),
-        ("median PSNR to the source [dB]", _number(middle["psnr_db"], ".2f")),
-        ("share classified as the target", _number(summary["same_top1"], ".3f")),
-        ("evaluations (forward + backward), median", _number(middle["num_evals"], ".0f")),
-        ("evaluations of the 8-bit refinement, median", _number(middle["num_evals_refine"], ".0f")),
-        (_unrelated_name(summary), _number(_unrelated(summary), ".3g")),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in lines)
-    return f"""---
-pretty_name: Embedding matches of {settings["model_id"]}
-task_categories:
-- image-classification
-tags:
-- hf_equiv
-- embedding-matching
-configs:
-- config_name: matches
-  default: true
-  data_files:
-  - split: train
-    path: matches/*.parquet
----
-
-# Embedding matches of `{settings["model_id"]}`
-
-Each row holds a source image, a target image, and a match: an image made from the source whose embedding is the
-target's.
-
-{summary["verdict"]}
-
-![pairs](figures/pairs.png)
-
-| | |
-| --- | --- |
-{table}
-
-Model `{settings["model_id"]}` at `{settings["model_revision"]}`, readout `{settings["readout"]}`, {settings["dtype"]};
-images from `{data}`; solver `{settings["solver"]}`, tolerance {settings["rtol"]:g}, within {ball}.
-Embedding error is ‖f(x)−z‖/‖z‖. `embedding_error` is the float image's (`float/*.safetensors`); every other measure is
-of the stored PNG, read back. `num_evals` counts the float match; `seconds` is the whole row, refinement included.
-`run.json` holds the settings and the SHA-256 of every file.
-
-```python
-from datasets import load_dataset
-
-rows = load_dataset("PATH_OR_NAME_OF_THIS_DATASET", "matches", split="train")
-```
-
-Recompute every row from its images with `hf-equiv verify DIR`.
-"""
-
-
-def _unrelated_name(summary: Mapping[str, Any]) -> str:
-    return "distance of source and target" if summary["pairs"] == 1 else "median distance of unrelated images"
-
-
-def _unrelated(summary: Mapping[str, Any]) -> float | None:
-    return summary["baseline"]["distance"]["median"] if summary["baseline"] else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    if isinstance(value, list):
+        return f"{value[0]:g} to {value[-1]:g} ({len(value)})"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,45 +1,56 @@
-"""Rows and float images on disk: whole shards, written beside and renamed, read back and merged into one list.
+"""Read, write and merge shards: the files that hold the rows of a run and their float images.
 
-A shard of a match run is `matches/part-NNNNN.parquet` with `float/part-NNNNN.safetensors`, NNNNN being the place of its
-first pair in the run's list; other analyses have other folders and columns (`Layout`). The parquet file is renamed
-last: a shard exists when its parquet file does.
+A shard is `FOLDER/part-NNNNN.parquet` with `float/part-NNNNN.safetensors`, where NNNNN is the place of its first pair
+or image in the run's list. The parquet file is written last: a shard exists when its parquet file does.
+
+The shards of a finished run are merged into files of at most `FILE_ITEMS` pairs or images. A merged file is written
+under a hidden name, the shards that it replaces are deleted, then it gets its name. After a kill in between, the run
+shows each row at most once, and `settle` completes the exchange.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datasets
 import errno
 import hashlib
 import io
 import json
 import os
-import pyarrow.parquet as pq
 from collections.abc import Iterator, Mapping, Sequence
-from hf_equiv.runs import schema
-from hf_equiv.runs.schema import Layout, MATCH, PROVENANCE_FEATURES, Row
 from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row
+
+FILE_ITEMS = 500
+"""Most pairs or images of a merged file."""
+
+FILE_BYTES = 100_000_000
+"""Most bytes of images in a merged file and its float file, unless a single item has more."""
+
 _ERRORS = b"hf_equiv.errors"
+_STAGED = ".merged"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either whole or not there: beside, synced, renamed.
+    """Write a file that is either whole or not there: write a temporary file, sync it, rename it.
 
     Raises:
         OSError: the disk is full or cannot be written; no part of the file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as stream:
+        with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -51,7 +62,42 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def shard_path(folder: Path, index: int, layout: Layout = MATCH) -> Path:
+    """Return the parquet file of the shard that starts with pair or image `index`."""
+    return folder / layout.folder / f"part-{index:05d}.parquet"
+
+
+def float_file(shard: Path) -> Path:
+    """Return the float file that belongs to a parquet file."""
+    return shard.parents[1] / "float" / f"{shard.stem}.safetensors"
+
+
+def shard_index(path: Path) -> int:
+    """Return the place of a shard's first pair or image in the run's list, from a file name."""
+    return int(path.name.lstrip(".").removeprefix("part-").partition(".")[0])
+
+
+def shard_files(folder: Path, layout: Layout = MATCH) -> list[Path]:
+    """Return the parquet files of a run directory, sorted."""
+    return sorted(p for p in (folder / layout.folder).glob("*.parquet") if not p.name.startswith("."))
 
 
 def write_shard(
@@ -62,29 +108,26 @@ def write_shard(
     costs: Row,
     layout: Layout = MATCH,
     errors: Mapping[str, str] | None = None,
+    *,
+    staged: bool = False,
 ) -> None:
     """Write finished rows and their float images as one shard.
 
-    Args:
-        folder: run directory.
-        index: place of the first row's pair or image in the run's list.
-        rows: all columns; the images as PNG bytes.
-        floats: float match (3, H, W) by pair id; other analyses, which may have none, name theirs as they like.
-        costs: evaluations by pair id, {"match": …, "refine": …}, kept in the metadata of the float file.
-        layout: folder and columns.
-        errors: why rows are of status `error`, by id, kept in the metadata of the parquet file.
+    `index` is the place of the first row's pair or image in the run's list. Rows hold all columns, images as PNG bytes.
+    Float images are named by pair id in a match run and `IMAGE_ID/NAME` elsewhere. `costs` are the evaluations by pair
+    id, {"match": …, "refine": …}; `errors` are the reasons of rows of status `error`, by id. A `staged` shard has hidden
+    names, which `settle` replaces.
     """
-    float_file, shard = shard_paths(folder, index, layout)
+    shard = shard_path(folder, index, layout)
+    place = _hidden if staged else Path
     if floats or layout is MATCH:
-        write_atomic(float_file, float_bytes(floats, costs))
-    write_atomic(shard, shard_bytes(rows, layout, errors or {}))
+        write_atomic(place(float_file(shard)), float_bytes(floats, costs))
+    write_atomic(place(shard), shard_bytes(rows, layout, errors or {}))
 
 
 def shard_bytes(rows: Sequence[Row], layout: Layout, errors: Mapping[str, str]) -> bytes:
-    """The parquet file of rows; the same rows give the same bytes."""
-    features = datasets.Features(
-        {name: datasets.Image() for name in layout.images} | dict(layout.features) | PROVENANCE_FEATURES
-    )
+    """Return the parquet file of rows; the same rows give the same bytes."""
+    features = layout.all_features
     cells = [
         row | {c: None if row[c] is None else {"bytes": row[c], "path": None} for c in layout.images} for row in rows
     ]
@@ -99,24 +142,9 @@ def shard_bytes(rows: Sequence[Row], layout: Layout, errors: Mapping[str, str]) 
 
 
 def float_bytes(floats: Mapping[str, Tensor], costs: Row) -> bytes:
-    """The safetensors file of float images, with what they cost."""
+    """Return the safetensors file of float images and their evaluations."""
     tensors = {name: image.detach().cpu().contiguous() for name, image in floats.items()}
     return save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)})
-
-
-def shard_paths(folder: Path, index: int, layout: Layout = MATCH) -> tuple[Path, Path]:
-    """Return (float file, parquet file) of the shard that starts with pair or image `index`."""
-    return folder / "float" / f"part-{index:05d}.safetensors", folder / layout.folder / f"part-{index:05d}.parquet"
-
-
-def shard_index(path: Path) -> int:
-    """Place of a shard's first pair or image in the run's list, from the name of one of its files."""
-    return int(path.name.lstrip(".").removeprefix("part-").partition(".")[0])
-
-
-def shard_files(folder: Path, layout: Layout = MATCH) -> list[Path]:
-    """The parquet files of a run directory, sorted."""
-    return sorted(p for p in (folder / layout.folder).glob("*.parquet") if not p.name.startswith("."))
 
 
 def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> list[Row]:
@@ -144,101 +172,87 @@ def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> l
     return rows
 
 
+def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH, first: int | None = None) -> Iterator[Row]:
+    """Read all rows, shard by shard; with `first`, only shards that start before that place of the run's list."""
+    for path in shard_files(folder, layout):
+        if first is None or shard_index(path) < first:
+            yield from read_shard(path, images=images, layout=layout)
+
+
 def without_images(path: Path, layout: Layout = MATCH) -> bytes:
-    """The rows of a shard with nothing in their image columns, and no column of another kind, as a parquet file."""
+    """Return a shard with empty image columns and the columns of its layout only, as a parquet file."""
     rows = [row | dict.fromkeys(layout.images) for row in read_shard(path, layout=layout)]
     return shard_bytes(rows, layout, read_errors(path))
 
 
 def unknown_columns(path: Path, layout: Layout = MATCH) -> list[str]:
-    """Columns of a shard that no run of this layout has."""
+    """Return the columns of a shard that its layout does not have."""
     with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-    return [name for name in names if name not in {*layout.images, *layout.features, *PROVENANCE_FEATURES}]
-
-
-def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH, first: int | None = None) -> Iterator[Row]:
-    """Read all rows, shard by shard, in no particular order; with `first`, those of that many pairs or images."""
-    for path in shard_files(folder, layout):
-        if first is None or shard_index(path) < first:  # a few more than asked for
-            yield from read_shard(path, images=images, layout=layout)
+        return [name for name in file.schema_arrow.names if name not in layout.all_features]
 
 
 def read_errors(path: Path) -> dict[str, str]:
-    """Why rows of a shard are of status `error`, by id; only what was noted."""
+    """Return the stored reasons of a shard's rows of status `error`, by id."""
     with pq.ParquetFile(path) as file:
-        noted = (file.schema_arrow.metadata or {}).get(_ERRORS, b"{}")
-    return dict(json.loads(noted))
+        return dict(json.loads((file.schema_arrow.metadata or {}).get(_ERRORS, b"{}")))
 
 
 def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:
-    """Read a float file: the matches by pair id, and the evaluations of matching and refining by pair id.
+    """Read a float file.
 
     Returns:
-        Images (3, H, W), and {"match": …, "refine": …}, both by pair id.
+        Images (3, H, W) by name, and the evaluations {"match": …, "refine": …} by pair id.
 
     Raises:
         ValueError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            costs = json.loads((file.metadata() or {}).get("num_evals", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, costs
+            return {name: file.get_tensor(name) for name in file.keys()}, _costs(file.metadata())
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
 
 
 def read_costs(folder: Path) -> Row:
-    """Evaluations of matching and refining of all pairs, by pair id."""
+    """Return the evaluations of matching and refining, by pair id."""
     costs: Row = {}
     for shard in shard_files(folder):
-        float_file = folder / "float" / f"{shard.stem}.safetensors"
-        with safe_open(float_file, framework="pt") as file:
-            costs |= json.loads((file.metadata() or {}).get("num_evals", "{}"))
+        with safe_open(float_file(shard), framework="pt") as file:
+            costs |= _costs(file.metadata())
     return costs
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _costs(metadata: Mapping[str, str] | None) -> Row:
+    return dict(json.loads((metadata or {}).get("num_evals", "{}")))
 
 
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can sync a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def read_items(
+    paths: Sequence[Path], layout: Layout, names: Sequence[str]
+) -> tuple[list[Row], dict[str, Tensor], Row, dict[str, str]]:
+    """Read everything that shards hold of some pairs or images.
 
-
-# Put the small shards of a finished run into few files, the same whoever made the shards, and safe to kill.
-#
-# The rows of `file_items` consecutive pairs or images go into one file. It is written whole under a hidden name; then the
-# shards that it replaces are deleted; then it gets its name. Killed in between, the run directory shows each row at most
-# once, and `settle` completes the exchange: no row is lost or doubled.
-
-
-FILE_ITEMS = 500
-"""Most pairs or images of a merged file."""
-
-
-FILE_BYTES = 100_000_000
-"""Most bytes of a merged file and its float file, as far as images are counted, unless one item has more."""
-
-
-_STAGED = ".merged"
+    Returns:
+        Rows with images, in the order of `names`; float images; evaluations; reasons of errors.
+    """
+    rows: dict[str, list[Row]] = {name: [] for name in names}
+    floats: dict[str, Tensor] = {}
+    costs: Row = {}
+    errors: dict[str, str] = {}
+    for path in paths:
+        for row in read_shard(path, images=True, layout=layout):
+            if row[layout.item] in rows:
+                rows[row[layout.item]].append(row)
+        errors |= read_errors(path)
+        if float_file(path).is_file():
+            tensors, spent = read_floats(float_file(path))
+            floats, costs = floats | tensors, costs | spent
+    floats = {key: x for key, x in floats.items() if (key if layout is MATCH else key.rpartition("/")[0]) in rows}
+    costs, errors = ({key: value for key, value in of.items() if key in rows} for of in (costs, errors))
+    return [row for name in names for row in rows[name]], floats, costs, errors
 
 
 def items_per_file(item_bytes: int) -> int:
-    """How many pairs or images go into one file; it depends on their size alone, never on how they were made.
-
-    Args:
-        item_bytes: bytes of the images of one, at most.
-
-    Returns:
-        The number, at least 1.
+    """Return the number of pairs or images of a merged file, from the bytes of the images of one.
 
     Example:
         >>> items_per_file(1_000_000)
@@ -248,13 +262,9 @@ def items_per_file(item_bytes: int) -> int:
 
 
 def merge_shards(folder: Path, layout: Layout, names: Sequence[str], file_items: int) -> None:
-    """Merge the shards of a run whose rows are all there; what is merged already is left alone.
+    """Merge the shards of a run whose rows are all there into files of `file_items` pairs or images.
 
-    Args:
-        folder: run directory; nobody else may write into it.
-        layout: folder and columns.
-        names: ids of all pairs or images, in order.
-        file_items: how many of them go into one file.
+    The files do not depend on how the shards were cut. Only one process may do this, under the lock of the directory.
     """
     files: dict[int, list[Path]] = {}
     for path in shard_files(folder, layout):
@@ -264,9 +274,10 @@ def merge_shards(folder: Path, layout: Layout, names: Sequence[str], file_items:
         wanted = list(names[first : first + file_items])
         there = [name for path in parts for name in _ids(path, layout)]
         merged = len(parts) == 1 and shard_index(parts[0]) == first and there == wanted
-        if merged or sorted(there) != sorted(wanted):  # or cut by another version, at other places
+        if merged or sorted(there) != sorted(wanted):  # merged already, or cut elsewhere by another version
             continue
-        _stage(folder, layout, first, wanted, parts)
+        rows, floats, costs, errors = read_items(parts, layout, wanted)
+        write_shard(folder, first, rows, floats, costs, layout, errors, staged=True)
         settle(folder, layout)
 
 
@@ -278,33 +289,13 @@ def settle(folder: Path, layout: Layout) -> None:
             inside = first <= shard_index(path) < first + len(merged)
             if inside and merged.issuperset(_ids(path, layout)):
                 path.unlink()
-                (folder / "float" / f"{path.stem}.safetensors").unlink(missing_ok=True)
-        float_file, shard = shard_paths(folder, first, layout)
-        if (hidden := _hidden(float_file)).exists():
-            os.replace(hidden, float_file)
+                float_file(path).unlink(missing_ok=True)
+        shard = shard_path(folder, first, layout)
+        if (hidden := _hidden(float_file(shard))).exists():
+            os.replace(hidden, float_file(shard))
         os.replace(staged, shard)
     for leftover in (folder / "float").glob(f".part-*{_STAGED}"):  # its rows were never staged
         leftover.unlink()
-
-
-def _stage(folder: Path, layout: Layout, first: int, names: Sequence[str], parts: Sequence[Path]) -> None:
-    rows: dict[str, list[Row]] = {name: [] for name in names}
-    floats: dict[str, Tensor] = {}
-    costs: Row = {}
-    errors: dict[str, str] = {}
-    for path in parts:
-        for row in read_shard(path, images=True, layout=layout):
-            rows[row[layout.item]].append(row)
-        errors |= read_errors(path)
-        float_file = folder / "float" / f"{path.stem}.safetensors"
-        if float_file.is_file():
-            tensors, spent = read_floats(float_file)
-            floats, costs = floats | tensors, costs | spent
-    float_file, shard = shard_paths(folder, first, layout)
-    if floats or layout is schema.MATCH:
-        write_atomic(_hidden(float_file), float_bytes(floats, costs))
-    data = shard_bytes([row for name in names for row in rows[name]], layout, errors)
-    write_atomic(_hidden(shard), data)
 
 
 def _hidden(path: Path) -> Path:
@@ -312,5 +303,5 @@ def _hidden(path: Path) -> Path:
 
 
 def _ids(path: Path, layout: Layout) -> list[str]:
-    """Ids of the pairs or images of a shard, in order, each once."""
+    """Return the ids of the pairs or images of a shard, in order, each once."""
     return list(dict.fromkeys(row[layout.item] for row in read_shard(path, layout=layout)))

@@ -358,7 +358,7 @@ def _check_card(folder: Path, record: Row, summary: Row) -> Iterator[Problem]:
     if record["schema_version"] != SCHEMA_VERSION or not path.is_file():
         return
     there = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
-    for line in card.run_card(record["settings"], summary).splitlines():
+    for line in card.run_card(MATCH, record["settings"], summary, ()).splitlines():
         if line.startswith("| ") and line not in there and not line.startswith("| |"):
             told = f"the card does not say what the rows say: {line}"
             yield problem("README.md", None, subject(line), None, line, told)

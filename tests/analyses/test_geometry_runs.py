@@ -22,9 +22,10 @@ from fakes import SIZE, TinyEncoder
 from PIL import Image
 
 from hf_equiv.analyses import figures, lipschitz, run, spectrum
-from hf_equiv.analyses.config import AnalysisConfig, parse_directions
-from hf_equiv.analyses.plan import make_analysis_plan
-from hf_equiv.analyses.run import run_analysis, summarize_analysis
+from hf_equiv.analyses.config import ImageConfig
+from hf_equiv.analyses.lipschitz import LipschitzConfig, parse_directions
+from hf_equiv.analyses.plan import make_plan
+from hf_equiv.analyses.run import VERBS, run_analysis, summarize_analysis
 from hf_equiv.cli import environment
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.hub.card import command_of
@@ -55,12 +56,12 @@ OPTIONS = {
 every_analysis = pytest.mark.parametrize("analysis", OPTIONS)
 
 
-def config_of(analysis: str, photos: Path, **changes) -> AnalysisConfig:
-    return replace(AnalysisConfig(analysis, data=str(photos), limit=2, **OPTIONS[analysis]), **changes)
+def config_of(analysis: str, photos: Path, **changes) -> ImageConfig:
+    return replace(VERBS[analysis].config(data=str(photos), limit=2, **OPTIONS[analysis]), **changes)
 
 
 def finish(analysis: str, photos: Path, out: Path, **changes):
-    return run_analysis(make_analysis_plan(config_of(analysis, photos, **changes), TinyEncoder()), out)
+    return run_analysis(make_plan(config_of(analysis, photos, **changes), TinyEncoder()), out)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_a_killed_run_goes_on(analysis, finished, photo_folder, tmp_path):
         import os, signal
         from pathlib import Path
         from fakes import TinyEncoder
-        from hf_equiv.analyses.plan import make_analysis_plan
+        from hf_equiv.analyses.plan import make_plan
         from hf_equiv.analyses.run import run_analysis
         from test_geometry_runs import config_of
 
@@ -220,7 +221,7 @@ def test_a_killed_run_goes_on(analysis, finished, photo_folder, tmp_path):
             if progress.done == 1 and progress.stage != "saved":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        plan = make_analysis_plan(config_of({analysis!r}, Path({str(photo_folder)!r})), TinyEncoder())
+        plan = make_plan(config_of({analysis!r}, Path({str(photo_folder)!r})), TinyEncoder())
         run_analysis(plan, Path({str(out)!r}), observer=kill)
     """)
     here = [
@@ -250,27 +251,27 @@ def test_other_settings_are_refused_by_key(finished, photo_folder, tmp_path):
         finish("spectrum", photo_folder, finished["spectrum"], k=2)
     with pytest.raises(ValueError, match=r"other settings: analysis \(\"spectrum\" there, \"walk\" asked\)"):
         finish("walk", photo_folder, finished["spectrum"])
-    plan = make_analysis_plan(config_of("walk", photo_folder), TinyEncoder())
+    plan = make_plan(config_of("walk", photo_folder), TinyEncoder())
     assert plan.default_out == Path("runs") / "walk" / "builtin" / plan.hash8
     assert resume.refuse_early(finished["walk"], plan.settings, "missing", plan.layout) == 2
 
 
 def test_overwrite_replaces_a_run_of_another_kind(photos, tmp_path):
     finish("walk", photos, tmp_path / "out")
-    plan = make_analysis_plan(config_of("spectrum", photos), TinyEncoder())
+    plan = make_plan(config_of("spectrum", photos), TinyEncoder())
     assert run_analysis(plan, str(tmp_path / "out"), overwrite="always").out == tmp_path / "out"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"spectra", "figures", "README.md", "run.json"}
 
 
 def test_an_image_that_fails_costs_its_own_rows(photos, tmp_path, monkeypatch):
-    broken = spectrum.spectrum_rows
+    real, bad = spectrum.measure_spectrum, TinyEncoder().preprocess([Image.open(photos / "class0" / "photo0.png")])[0]
 
-    def fail(config, encoder, image_id, image, batch):
-        if image_id.endswith("photo0.png"):
+    def fail(encoder, image, **options):
+        if torch.equal(image, bad):
             raise RuntimeError("out of memory")
-        return broken(config, encoder, image_id, image, batch)
+        return real(encoder, image, **options)
 
-    monkeypatch.setattr(run, "spectrum_rows", fail)
+    monkeypatch.setattr(spectrum, "measure_spectrum", fail)
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     outcome = finish("spectrum", photos, tmp_path / "out", limit=6)
     assert sorted(row["status"] for row in outcome.rows) == ["completed"] * 5 + ["error"]
@@ -295,15 +296,15 @@ def test_a_torn_photo_of_a_data_set_costs_its_own_rows(analysis, photos, tmp_pat
 
 
 def test_smaller_passes_are_tried_when_memory_runs_out(photos, tmp_path, monkeypatch):
-    tried, real = [], spectrum.spectrum_rows
+    tried, real = [], spectrum.measure_spectrum
 
-    def full(config, encoder, image_id, image, batch):
+    def full(encoder, image, *, batch, **options):
         tried.append(batch)
         if batch > 10:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(config, encoder, image_id, image, batch)
+        return real(encoder, image, batch=batch, **options)
 
-    monkeypatch.setattr(run, "spectrum_rows", full)
+    monkeypatch.setattr(spectrum, "measure_spectrum", full)
     assert finish("spectrum", photos, tmp_path / "out").completed
     assert tried == [32, 16, 8, 8]
 
@@ -339,9 +340,10 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[m for _, m in BAD])
 def test_bad_input(changes, message, photos):
-    config = replace(AnalysisConfig("spectrum", data=str(photos)), **changes)
+    options = {"analysis": "spectrum", "data": str(photos)} | changes
+    config = VERBS[options.pop("analysis")].config(**options)
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        make_analysis_plan(config, TinyEncoder())
+        make_plan(config, TinyEncoder())
 
 
 def test_directions_are_read():
@@ -538,7 +540,7 @@ def test_a_walk_ends_where_so_little_of_the_way_is_left_as_was_asked(photos, tmp
     assert late.rows[-1]["stationarity"] <= 0.1
     assert len(early.rows) < len(late.rows)
     assert "It is as near as was asked: at most " in early.summary["verdict"]
-    settings = make_analysis_plan(config_of("walk", photos, **given), TinyEncoder()).settings
+    settings = make_plan(config_of("walk", photos, **given), TinyEncoder()).settings
 
     def told(status: str, num_steps: int) -> str:
         rows = [row | {"status": status} for row in early.rows]
@@ -550,7 +552,7 @@ def test_a_walk_ends_where_so_little_of_the_way_is_left_as_was_asked(photos, tmp
     record = json.loads((out / "run.json").read_text())
     assert (
         record["settings"]["stop"],
-        make_analysis_plan(config_of("walk", photos, **given), TinyEncoder()).settings["stop"],
+        make_plan(config_of("walk", photos, **given), TinyEncoder()).settings["stop"],
     ) == (0.3, 0.01)
     assert "--stop 0.3" in command_of(record)
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
@@ -668,7 +670,7 @@ def test_wrong_commands(arguments, message, place, capsys):
 
 def test_the_direction_to_a_match(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
-    monkeypatch.setattr(figures, "analysis_figures", lambda *_: {})
+    monkeypatch.setattr(figures, "lipschitz_figures", lambda *_: {})
     out = tmp_path / "out"
     outcome = finish("lipschitz", photos, out, limit=2, directions="toward,match,gradient", regional=None)
     assert [row["direction"] for row in outcome.rows] == ["gradient", "toward", "match"] * 2
@@ -689,7 +691,7 @@ def test_the_direction_to_a_match(photos, tmp_path, monkeypatch):
     told = [problem.message for problem in directory.verify_run(out).problems if problem.column == "match"]
     assert len(told) == 1
     assert "the embedding error of the stored match is 0." in told[0]
-    alone = AnalysisConfig("lipschitz", data=str(photos), limit=1, directions="match", target=str(photos / "x.png"))
+    alone = LipschitzConfig(data=str(photos), limit=1, directions="match", target=str(photos / "x.png"))
     alone.check()
     with pytest.raises(ValueError, match="none for gradient, toward and match"):
         replace(alone, directions="match:2").check()

@@ -1,4 +1,6 @@
 import errno
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,9 +14,8 @@ import torch
 from fakes import SIZE, TinyEncoder, draw_photo
 from PIL import Image
 
-from hf_equiv.analyses import run
-from hf_equiv.analyses.config import RunConfig
-from hf_equiv.analyses.match import round_into_ball
+from hf_equiv.analyses import figures, pairs, run
+from hf_equiv.analyses.match import MatchConfig, round_into_ball
 from hf_equiv.analyses.plan import make_plan
 from hf_equiv.runs import directory, processes, shards
 from hf_equiv.runs.schema import PROVENANCE_FEATURES, ROW_FEATURES
@@ -28,8 +29,8 @@ KEYS = (
 ).split()
 
 
-def config_of(photos: Path, **changes) -> RunConfig:
-    return replace(RunConfig(data=str(photos), pairs=5, max_evals=60), **changes)
+def config_of(photos: Path, **changes) -> MatchConfig:
+    return replace(MatchConfig(data=str(photos), pairs=5, max_evals=60), **changes)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def plan(photos, tiny):
 @pytest.fixture(autouse=True)
 def _no_figure(request, monkeypatch):
     if request.node.name != "test_rows_files_and_record":
-        monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
+        monkeypatch.setattr(figures, "pairs_figure", lambda *_: None)
 
 
 def same_rows(a, b) -> bool:
@@ -58,9 +59,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_rows_files_and_record(plan, tmp_path):
     out = tmp_path / "out"
-    outcome = run.run_match(plan, out, batch_size=2)
+    outcome = run.run_analysis(plan, out, batch_size=2)
     assert [list(row) for row in outcome.rows] == [KEYS] * 5 == [[*ROW_FEATURES, *PROVENANCE_FEATURES]] * 5
-    assert [row["pair_id"] for row in outcome.rows] == [pair.pair_id for pair in plan.pairs]
+    assert [row["pair_id"] for row in outcome.rows] == [pair.pair_id for pair in plan.items]
     assert sorted(p.name for p in (out / "matches").iterdir()) == ["part-00000.parquet"]
     assert sorted(p.name for p in (out / "float").iterdir()) == ["part-00000.safetensors"]
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "figures", "float", "matches", "run.json"]
@@ -78,13 +79,13 @@ def test_rows_files_and_record(plan, tmp_path):
 
 def test_a_directory_named_as_text(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome = run.run_match(plan, "out", batch_size=2)
+    outcome = run.run_analysis(plan, "out", batch_size=2)
     assert outcome.out == Path("out")
-    assert same_rows(outcome.rows, run.run_match(plan, tmp_path / "out").rows)
+    assert same_rows(outcome.rows, run.run_analysis(plan, tmp_path / "out").rows)
 
 
 def test_datasets_loads_it(plan, tmp_path):
-    run.run_match(plan, tmp_path / "out")
+    run.run_analysis(plan, tmp_path / "out")
     rows = datasets.load_dataset(str(tmp_path / "out"), "matches", split="train", cache_dir=str(tmp_path / "cache"))
     assert rows.column_names == ["source", "match", "target", *KEYS]
     assert rows[0]["match"].size == (SIZE, SIZE)
@@ -93,7 +94,7 @@ def test_datasets_loads_it(plan, tmp_path):
 
 def test_numbers_are_those_of_the_files(photos, tiny, tmp_path):
     plan = make_plan(config_of(photos, pairs=3, radius=24 / 255), tiny)
-    outcome = run.run_match(plan, tmp_path / "out")
+    outcome = run.run_analysis(plan, tmp_path / "out")
     stored = {row["pair_id"]: row for row in shards.read_rows(tmp_path / "out", images=True)}
     floats, costs = shards.read_floats(tmp_path / "out" / "float" / "part-00000.safetensors")
     for row in outcome.rows:
@@ -114,8 +115,6 @@ def test_numbers_are_those_of_the_files(photos, tiny, tmp_path):
 
 
 def _pixels(png: bytes) -> np.ndarray:
-    import io
-
     return np.asarray(Image.open(io.BytesIO(png))).transpose(2, 0, 1).astype(np.float64) / 255
 
 
@@ -134,15 +133,15 @@ def test_default_directory_and_hash(photos, tiny):
 
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_batch_size_changes_no_number(plan, tmp_path, size):
-    whole = run.run_match(plan, tmp_path / "a", batch_size=2).rows
-    assert same_rows(whole, run.run_match(plan, tmp_path / "b", batch_size=size).rows)
+    whole = run.run_analysis(plan, tmp_path / "a", batch_size=2).rows
+    assert same_rows(whole, run.run_analysis(plan, tmp_path / "b", batch_size=size).rows)
 
 
 def test_uninitialised_memory_is_never_used(plan, tmp_path):
-    plain = run.run_match(plan, tmp_path / "a").rows
+    plain = run.run_analysis(plan, tmp_path / "a").rows
     torch.use_deterministic_algorithms(True)  # which fills what torch.empty gives with NaN
     try:
-        filled = run.run_match(plan, tmp_path / "b").rows
+        filled = run.run_analysis(plan, tmp_path / "b").rows
     finally:
         torch.use_deterministic_algorithms(False)
     assert same_rows(plain, filled)
@@ -154,43 +153,43 @@ def test_interrupted_run_goes_on(plan, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.run_match(plan, tmp_path / "a", batch_size=2, observer=stop)
+        run.run_analysis(plan, tmp_path / "a", batch_size=2, observer=stop)
     kept = list(shards.read_rows(tmp_path / "a", images=True))
     assert not json.loads((tmp_path / "a" / "run.json").read_text())["complete"]
-    outcome = run.run_match(plan, tmp_path / "a", batch_size=3)
+    outcome = run.run_analysis(plan, tmp_path / "a", batch_size=3)
     after = snapshot(tmp_path / "a")
     assert len(kept) == 2
     assert list(shards.read_rows(tmp_path / "a", images=True))[:2] == kept  # not made again: `seconds` are the same
-    assert same_rows(outcome.rows, run.run_match(plan, tmp_path / "b").rows)
-    assert run.run_match(plan, tmp_path / "a").summary == outcome.summary
+    assert same_rows(outcome.rows, run.run_analysis(plan, tmp_path / "b").rows)
+    assert run.run_analysis(plan, tmp_path / "a").summary == outcome.summary
     assert snapshot(tmp_path / "a") == after  # nothing left to do, nothing touched
 
 
 def test_leftovers_of_a_kill_are_swept(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "FILE_ITEMS", 2)
     out = tmp_path / "out"
-    outcome = run.run_match(plan, out, batch_size=2)
+    outcome = run.run_analysis(plan, out, batch_size=2)
     (out / "matches" / "part-00002.parquet").unlink()  # its float file was renamed, its rows were not
     (out / "matches" / ".part-00002.parquet.77.tmp").write_bytes(b"half a file")
     (out / ".run.json.77.tmp").write_bytes(b"{")
-    again = run.run_match(plan, out, batch_size=2)
+    again = run.run_analysis(plan, out, batch_size=2)
     assert same_rows(outcome.rows, again.rows)
     assert not list(out.rglob("*.tmp"))
 
 
 def test_other_settings_are_refused_by_name(photos, tiny, tmp_path):
-    run.run_match(make_plan(config_of(photos), tiny), tmp_path / "out")
+    run.run_analysis(make_plan(config_of(photos), tiny), tmp_path / "out")
     before = snapshot(tmp_path / "out")
     other = make_plan(config_of(photos, rtol=1e-4, seed=1), tiny)
     with pytest.raises(
         ValueError, match=r"other settings: rtol \(1e-05 there, 0.0001 asked\), seed \(0 there, 1 asked\)"
     ):
-        run.run_match(other, tmp_path / "out")
+        run.run_analysis(other, tmp_path / "out")
     with pytest.raises(ValueError, match=r"--overwrite is never"):
-        run.run_match(other, tmp_path / "out", overwrite="never")
+        run.run_analysis(other, tmp_path / "out", overwrite="never")
     assert snapshot(tmp_path / "out") == before
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    assert run.run_match(other, tmp_path / "out", overwrite="always").rows[0]["rtol"] == 1e-4
+    assert run.run_analysis(other, tmp_path / "out", overwrite="always").rows[0]["rtol"] == 1e-4
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 
 
@@ -198,26 +197,26 @@ def test_other_settings_are_refused_by_name(photos, tiny, tmp_path):
 def test_a_folder_of_other_things_is_left_alone(plan, tmp_path, overwrite):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty and not a run directory"):
-        run.run_match(plan, tmp_path, overwrite=overwrite)
+        run.run_analysis(plan, tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_damaged_or_newer_record(plan, tmp_path):
     out = tmp_path / "out"
-    run.run_match(plan, out)
+    run.run_analysis(plan, out)
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps(record | {"schema_version": 99}))
     with pytest.raises(ValueError, match="schema_version 99; this version of hf_equiv knows up to"):
-        run.run_match(plan, out)
+        run.run_analysis(plan, out)
     (out / "run.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        run.run_match(plan, out)
+        run.run_analysis(plan, out)
 
 
 def test_two_runs_at_once(plan, tmp_path):
     with directory.locked(tmp_path / "out"), pytest.raises(ValueError, match=r"is being written by another run"):
-        run.run_match(plan, tmp_path / "out")
-    assert run.run_match(plan, tmp_path / "out").rows
+        run.run_analysis(plan, tmp_path / "out")
+    assert run.run_analysis(plan, tmp_path / "out").rows
     assert not (tmp_path / "out" / ".lock").exists()
 
 
@@ -245,22 +244,22 @@ def test_full_disk(plan, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match=r"no space left to write .* free some space and run the same command again"):
-        run.run_match(plan, tmp_path / "out", batch_size=2)
+        run.run_analysis(plan, tmp_path / "out", batch_size=2)
     monkeypatch.undo()
     assert not list((tmp_path / "out").rglob("*.tmp"))
     kept = [row["pair_id"] for row in shards.read_rows(tmp_path / "out")]
-    assert kept == [pair.pair_id for pair in plan.pairs[:2]]
-    assert len(run.run_match(plan, tmp_path / "out").rows) == 5
+    assert kept == [pair.pair_id for pair in plan.items[:2]]
+    assert len(run.run_analysis(plan, tmp_path / "out").rows) == 5
 
 
 def test_unwritable_directory(plan, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        run.run_match(plan, tmp_path / "file" / "out")
+        run.run_analysis(plan, tmp_path / "file" / "out")
     with pytest.raises(ValueError, match="`overwrite` must be one of"):
-        run.run_match(plan, tmp_path / "out", overwrite="perhaps")
+        run.run_analysis(plan, tmp_path / "out", overwrite="perhaps")
     with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
-        run.run_match(plan, tmp_path / "out", batch_size=-1)
+        run.run_analysis(plan, tmp_path / "out", batch_size=-1)
 
 
 # --- pairs and bad input ---
@@ -269,19 +268,19 @@ def test_unwritable_directory(plan, tmp_path):
 def test_one_target_for_many_and_zipped(photos, tiny, tmp_path):
     target = tmp_path / "t.png"
     draw_photo(20).save(target)
-    plan = make_plan(RunConfig(source=str(photos), target=str(target)), tiny)
-    assert len(plan.pairs) == 6
-    assert plan.pairs[0].pair_id == "class0/photo0.png->t.png"
+    plan = make_plan(MatchConfig(source=str(photos), target=str(target)), tiny)
+    assert len(plan.items) == 6
+    assert plan.items[0].pair_id == "class0/photo0.png->t.png"
     assert plan.settings["data_id"] == "photos + t.png"
     others = tmp_path / "others"
     others.mkdir()
     for k in range(6):
         draw_photo(30 + k).save(others / f"{k}.png")
-    plan = make_plan(RunConfig(source=str(photos), target=str(others)), tiny)
-    assert [(p.source, p.target) for p in plan.pairs] == [(i, i) for i in range(6)]
+    plan = make_plan(MatchConfig(source=str(photos), target=str(others)), tiny)
+    assert [(p.source, p.target) for p in plan.items] == [(i, i) for i in range(6)]
     (others / "0.png").unlink()
     with pytest.raises(ValueError, match=r"as many as sources; got 6 source\(s\) and 5 targets"):
-        make_plan(RunConfig(source=str(photos), target=str(others)), tiny)
+        make_plan(MatchConfig(source=str(photos), target=str(others)), tiny)
 
 
 def test_a_readout_that_no_pixel_changes_is_refused(photos):
@@ -305,22 +304,22 @@ def test_the_prompt_of_zero_shot_labels_is_recorded(photos):
 
 
 def test_default_is_cat_to_coffee(tiny):
-    assert [pair.pair_id for pair in make_plan(RunConfig(), tiny).pairs] == ["cat->coffee"]
+    assert [pair.pair_id for pair in make_plan(MatchConfig(), tiny).items] == ["cat->coffee"]
 
 
 def test_source_equal_to_target(photos, tiny, tmp_path):
     photo = str(photos / "class0" / "photo0.png")
     with pytest.raises(ValueError, match="source and target must be different images"):
-        make_plan(RunConfig(source=photo, target=photo), tiny)
+        make_plan(MatchConfig(source=photo, target=photo), tiny)
     with pytest.raises(ValueError, match=r"'class0/photo0\.png' and 'photo0\.png' are the same pixels"):
-        make_plan(RunConfig(source=str(photos), target=photo), tiny)
+        make_plan(MatchConfig(source=str(photos), target=photo), tiny)
 
 
 def test_named_bad_image_stops_at_the_door(photos, tiny, tmp_path):
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
     draw_photo(9).save(tmp_path / "t.png")
     with pytest.raises(ValueError, match=r"'class1/photo1\.png' must be an image"):
-        make_plan(RunConfig(source=str(photos), target=str(tmp_path / "t.png")), tiny)
+        make_plan(MatchConfig(source=str(photos), target=str(tmp_path / "t.png")), tiny)
 
 
 def test_bad_images_of_a_set_stop_at_the_door_together(photos, tiny, tmp_path):
@@ -328,7 +327,7 @@ def test_bad_images_of_a_set_stop_at_the_door_together(photos, tiny, tmp_path):
     (photos / "class0" / "photo3.png").write_bytes(b"")
     draw_photo(9).save(tmp_path / "t.png")
     with pytest.raises(ValueError, match=r"2 images cannot be used") as caught:
-        make_plan(RunConfig(source=str(photos), target=str(tmp_path / "t.png")), tiny)
+        make_plan(MatchConfig(source=str(photos), target=str(tmp_path / "t.png")), tiny)
     for name in ("class0/photo3.png", "class1/photo1.png"):
         assert str(caught.value).count(name) == 1
 
@@ -337,10 +336,10 @@ def test_bad_images_of_a_data_set_cost_their_own_rows(photos, tiny, tmp_path):
     good = make_plan(config_of(photos, pairs=12), tiny)
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
     plan = make_plan(config_of(photos, pairs=12), tiny)
-    assert [pair.pair_id for pair in plan.pairs] == [pair.pair_id for pair in good.pairs]
-    outcome = run.run_match(plan, tmp_path / "out")
+    assert [pair.pair_id for pair in plan.items] == [pair.pair_id for pair in good.pairs]
+    outcome = run.run_analysis(plan, tmp_path / "out")
     bad = {row["pair_id"] for row in outcome.rows if row["status"] == "error"}
-    assert bad == {pair.pair_id for pair in plan.pairs if "photo1" in pair.pair_id} == set(outcome.errors) != set()
+    assert bad == {pair.pair_id for pair in plan.items if "photo1" in pair.pair_id} == set(outcome.errors) != set()
     assert all("'class1/photo1.png' must be an image" in why for why in outcome.errors.values())
     for path in photos.rglob("*.png"):
         path.write_bytes(b"broken")
@@ -360,23 +359,25 @@ def test_one_reason_for_all_images_is_told_once(photos, tiny):
 def test_equal_photos_are_never_a_pair(photos, tiny):
     same = (photos / "class0" / "photo0.png").read_bytes()
     (photos / "class1" / "copy.png").write_bytes(same)
-    pairs = make_plan(config_of(photos, pairs=None), tiny).pairs
-    assert len(pairs) == 10
-    every = make_plan(config_of(photos, pairs=30), tiny).pairs  # 7·6 less 2 + 6 + 2 within a class, less the copy's 2
-    assert all({pair.source_id, pair.target_id} != {"class0/photo0.png", "class1/copy.png"} for pair in every)
+    assert len(make_plan(config_of(photos, pairs=None), tiny).items) == 10
+    every = make_plan(config_of(photos, pairs=30), tiny).items  # 7·6 less 2 + 6 + 2 within a class, less the copy's 2
+    assert not any({"class0/photo0.png", "class1/copy.png"} <= set(pair.columns.values()) for pair in every)
     with pytest.raises(ValueError, match=r"`pairs` must be at most 30"):
         make_plan(config_of(photos, pairs=31), tiny)
 
 
 @pytest.mark.parametrize("now", ["torn", "another photo"])
-def test_image_that_changes_after_planning_costs_its_rows_only(now, photos, tiny, tmp_path):
+def test_image_that_changes_after_planning_costs_its_rows_only(now, photos, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "KEPT_BYTES", 0)  # as in a run of more images than are kept
     plan = make_plan(config_of(photos, pairs=8), tiny)
     changed = photos / "class1" / "photo1.png"
     changed.write_bytes(b"broken") if now == "torn" else draw_photo(11).save(changed)
     notes = []
-    outcome = run.run_match(plan, tmp_path / "out", observer=lambda p: notes.append(p.message) if p.message else None)
+    outcome = run.run_analysis(
+        plan, tmp_path / "out", observer=lambda p: notes.append(p.message) if p.message else None
+    )
     failed = [row for row in outcome.rows if row["status"] == "error"]
-    assert {row["pair_id"] for row in failed} == {p.pair_id for p in plan.pairs if "photo1" in p.pair_id} != set()
+    assert {row["pair_id"] for row in failed} == {p.pair_id for p in plan.items if "photo1" in p.pair_id} != set()
     assert len(notes) == len(failed)
     assert "image file 'class1/photo1.png' must not change while it is used" in notes[0]
     assert "Put it back and run the same command again" in outcome.errors[failed[0]["pair_id"]]
@@ -388,14 +389,51 @@ def test_image_that_changes_after_planning_costs_its_rows_only(now, photos, tiny
     assert set(outcome.refine_evals) == {r["pair_id"] for r in outcome.rows} - set(outcome.errors)
 
 
-def test_a_named_image_that_changes_is_told(photos, tiny, tmp_path):
+def test_a_named_image_that_changes_is_told(photos, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "KEPT_BYTES", 0)
     two = {"data": None, "pairs": None, "source": str(photos / "class0" / "photo0.png")}
     plan = make_plan(config_of(photos, **two, target=str(photos / "class1" / "photo1.png")), tiny)
     draw_photo(11).save(photos / "class0" / "photo0.png")
-    outcome = run.run_match(plan, tmp_path / "out")
+    outcome = run.run_analysis(plan, tmp_path / "out")
     assert "image file 'photo0.png' must not change" in outcome.errors["photo0.png->photo1.png"]
     with pytest.raises(ValueError, match=r"image file 'photo0.png' must not change"):
-        plan.pixels(plan.pairs[0])
+        plan.pixels(plan.items[0])
+
+
+def test_each_image_is_read_once(photos, tiny, tmp_path, monkeypatch):
+    seen, real = [], tiny.preprocess
+    monkeypatch.setattr(tiny, "preprocess", lambda images: seen.append(images) or real(images))
+    plan = make_plan(config_of(photos, pairs=12), tiny)
+    for path in photos.rglob("*.png"):
+        draw_photo(11).save(path)  # the run has the photos that its plan and its data_revision name
+    whole = run.run_analysis(plan, tmp_path / "out")
+    assert whole.errors == {}
+    assert len(seen) == 6
+    digests = {tuple(pair.columns.values()): pair.pixels for pair in plan.items}
+    for row in shards.read_rows(tmp_path / "out", images=True):
+        two = [tiny.preprocess([Image.open(io.BytesIO(row[name]))])[0] for name in ("source", "target")]
+        both = b"".join(hashlib.sha256(x.numpy().tobytes()).digest() for x in two)
+        key = tuple(row[name] for name in plan.items[0].columns)
+        assert digests[key] == hashlib.sha256(both).hexdigest()
+
+
+def test_rows_are_read_back_once(plan, tmp_path, monkeypatch):
+    reads, before, real, close = [], [], shards.read_shard, run._close
+    monkeypatch.setattr(shards, "read_shard", lambda path, **how: reads.append(path) or real(path, **how))
+    monkeypatch.setattr(run, "_close", lambda *given: before.append(len(reads)) or close(*given))
+    assert len(run.run_analysis(plan, tmp_path / "out").rows) == 5
+    assert before == [len(reads)]  # summary, figures, card and outcome use the rows that were read before
+
+
+def test_the_command_repeats_the_run(photos, tiny, tmp_path):
+    plan = make_plan(config_of(photos, radius=8 / 255, norm="linf", refine=False, labels=None), tiny)
+    run.run_analysis(plan, tmp_path / "out")
+    command = json.loads((tmp_path / "out" / "run.json").read_text())["command"]
+    assert command == plan.command
+    assert command == (
+        "hf-equiv match builtin --readout cls --data photos --pairs 5 --radius 0.03137254901960784 --norm linf "
+        "--max-evals 60 --no-refine"
+    )
 
 
 def test_photos_that_changed_since_a_run_began_are_not_mixed_in(photos, tiny, tmp_path):
@@ -405,13 +443,13 @@ def test_photos_that_changed_since_a_run_began_are_not_mixed_in(photos, tiny, tm
 
     plan = make_plan(config_of(photos), tiny)
     with pytest.raises(KeyboardInterrupt):
-        run.run_match(plan, tmp_path / "out", batch_size=2, observer=stop)
+        run.run_analysis(plan, tmp_path / "out", batch_size=2, observer=stop)
     before = snapshot(tmp_path / "out")
     draw_photo(11).save(photos / "class2" / "photo5.png")
     later = make_plan(config_of(photos), tiny)
     assert later.default_out != plan.default_out
     with pytest.raises(ValueError, match=r"a run of other settings: the photos changed \(.* there, .* asked\)"):
-        run.run_match(later, tmp_path / "out")
+        run.run_analysis(later, tmp_path / "out")
     assert snapshot(tmp_path / "out") == before
 
 
@@ -425,8 +463,8 @@ def test_encoder_that_fails_on_one_image(photos, tmp_path):
     encoder = Fails()
     encoder.bad = torch.zeros(())
     plan = make_plan(config_of(photos), encoder)
-    encoder.bad = plan.pixels(plan.pairs[2])[1]
-    outcome = run.run_match(plan, tmp_path / "out")
+    encoder.bad = plan.pixels(plan.items[2])[1]
+    outcome = run.run_analysis(plan, tmp_path / "out")
     bad = [row["status"] == "error" for row in outcome.rows]
     assert bad[2]
     assert not all(bad)
@@ -464,7 +502,7 @@ BAD_OPTIONS = [
 @pytest.mark.parametrize(("changes", "message"), BAD_OPTIONS)
 def test_bad_options(tiny, changes, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(RunConfig(**changes), tiny)
+        make_plan(MatchConfig(**changes), tiny)
 
 
 # --- rounding inside the ball ---
@@ -497,7 +535,7 @@ def test_rounding_stays_inside(norm, radius):
 def test_run_without_refinement(photos, tiny, tmp_path):
     for norm, radius in (("linf", 5.5 / 255), ("l2", 1.1)):
         plan = make_plan(config_of(photos, pairs=2, refine=False, norm=norm, radius=radius), tiny)
-        rows = run.run_match(plan, tmp_path / norm).rows
+        rows = run.run_analysis(plan, tmp_path / norm).rows
         assert all(row[norm] <= radius + 1e-6 for row in rows)
 
 
@@ -518,20 +556,20 @@ class Small(TinyEncoder):
 def test_batches_are_halved_when_memory_runs_out(photos, tiny, tmp_path):
     told = []
     plan = make_plan(config_of(photos, pairs=20), Small())
-    outcome = run.run_match(plan, tmp_path / "a", batch_size=8, observer=lambda p: told.append(p.message))
+    outcome = run.run_analysis(plan, tmp_path / "a", batch_size=8, observer=lambda p: told.append(p.message))
     said = [text for text in told if text]
     assert [text.partition(";")[0] for text in said] == [
         "out of memory with 8 at once",
         "out of memory with 4 at once",
     ]
     assert "going on with 2 (--batch-size 2)" in said[-1]
-    assert same_rows(outcome.rows, run.run_match(make_plan(config_of(photos, pairs=20), tiny), tmp_path / "b").rows)
+    assert same_rows(outcome.rows, run.run_analysis(make_plan(config_of(photos, pairs=20), tiny), tmp_path / "b").rows)
 
 
 def test_a_pair_that_never_fits_is_an_error_row(photos, tmp_path, monkeypatch):
     plan = make_plan(config_of(photos, pairs=3), Small())
     monkeypatch.setattr(Small, "room", 0)
-    outcome = run.run_match(plan, tmp_path / "out", batch_size=2)
+    outcome = run.run_analysis(plan, tmp_path / "out", batch_size=2)
     assert {row["status"] for row in outcome.rows} == {"error"}
     assert all(
         why.startswith("out of memory with a single pair: CUDA out of memory") for why in outcome.errors.values()
@@ -554,8 +592,8 @@ def test_errors_of_memory_are_known(error, full):
 
 def test_overwrite_always_keeps_no_old_row(tmp_path):
     def made(rtol, overwrite):
-        config = RunConfig(data="builtin", pairs=2, max_evals=5, rtol=rtol)
-        return run.run_match(make_plan(config, TinyEncoder()), tmp_path / "run", overwrite=overwrite)
+        config = MatchConfig(data="builtin", pairs=2, max_evals=5, rtol=rtol)
+        return run.run_analysis(make_plan(config, TinyEncoder()), tmp_path / "run", overwrite=overwrite)
 
     made(1e-1, "missing")
     shutil.move(tmp_path / "run" / "matches", tmp_path / "elsewhere")
@@ -567,12 +605,12 @@ def test_overwrite_always_keeps_no_old_row(tmp_path):
 
 
 def test_rows_without_their_float_match_are_made_again(tmp_path):
-    plan = make_plan(RunConfig(data="builtin", pairs=2, max_evals=5), TinyEncoder())
-    before = run.run_match(plan, tmp_path / "run").rows
+    plan = make_plan(MatchConfig(data="builtin", pairs=2, max_evals=5), TinyEncoder())
+    before = run.run_analysis(plan, tmp_path / "run").rows
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"complete": False, "files": {}}))
     (float_file,) = (tmp_path / "run" / "float").iterdir()
     float_file.unlink()
-    after = run.run_match(plan, tmp_path / "run").rows
+    after = run.run_analysis(plan, tmp_path / "run").rows
     assert float_file.is_file()
     assert [row["embedding_error"] for row in after] == [row["embedding_error"] for row in before]

@@ -1,15 +1,11 @@
 """Small shards become few files, whatever they were cut like, and whenever the process is killed."""
 
-from runcases import KilledError, files_of, killed_after, rows_of
 import json
-import os
 import shutil
-from contextlib import contextmanager
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from fakes import TinyEncoder, save_photos
+from runcases import KilledError, files_of, killed_after, rows_of
 
 from hf_equiv.analyses import run
 from hf_equiv.analyses.config import RunConfig
@@ -17,10 +13,6 @@ from hf_equiv.analyses.plan import make_plan
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import MATCH
 from hf_equiv.verify.directory import verify_run
-
-
-
-
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +25,6 @@ def plan(tmp_path_factory):
 def _three_in_a_file(monkeypatch):
     monkeypatch.setattr(shards, "FILE_ITEMS", 3)
     monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
-
-
-
-
 
 
 @pytest.mark.parametrize("size", [1, 2, 64])

@@ -1,10 +1,8 @@
-"""Several processes on one run: the same rows for any number of them, and nobody waits for the dead."""
+"""Several processes on one run: the same rows for any number of them, also after a kill."""
 
-from runcases import free_ports, python
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakes import TinyEncoder, draw_photo, save_photos
+from runcases import free_ports, python
 
 from hf_equiv.analyses import run
 from hf_equiv.analyses.config import RunConfig
@@ -22,6 +21,7 @@ from hf_equiv.runs import processes, shards
 from hf_equiv.runs.schema import LAYOUTS
 
 ROOT = Path(__file__).parents[2]
+MAIN, OTHER = (SimpleNamespace(num_processes=2, is_main_process=main) for main in (True, False))
 
 SEVERAL = """
     import os, sys, traceback
@@ -71,10 +71,6 @@ SEVERAL = """
                 children.append(child)
             assert all(os.waitpid(child, 0)[1] == 0 for child in children), (verb, count)
 """
-
-
-
-
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +143,10 @@ HOLD = """
     from types import SimpleNamespace
     from hf_equiv.runs.processes import Claims
 
-    claims = Claims(Path(sys.argv[1]), SimpleNamespace(num_processes=2, is_main_process=sys.argv[2] == "main"))
-    claims.open()
-    print(claims.take(3), flush=True)
-    sys.stdin.readline()
-    claims.close()
+    state = SimpleNamespace(num_processes=2, is_main_process=sys.argv[2] == "main")
+    with Claims(Path(sys.argv[1]), state) as claims:
+        print(claims.take(3), flush=True)
+        sys.stdin.readline()
     print("closed", flush=True)
 """
 
@@ -166,49 +161,43 @@ def hold(folder: Path, role: str) -> subprocess.Popen:
 
 
 def test_a_block_whose_owner_was_killed_is_taken_over(tmp_path):
-    claims = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=True))
-    claims.open()
-    child = hold(tmp_path, "other")
-    assert claims.take(2)
-    assert not claims.take(3)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    claims.wait_for(3, lambda: None)
-    claims.close()
+    with processes.Claims(tmp_path, MAIN) as claims:
+        child = hold(tmp_path, "other")
+        assert claims.take(2)
+        assert not claims.take(3)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        claims.wait_for(3, lambda: None)
     assert not list(tmp_path.iterdir())
 
 
 def test_who_waits_for_a_main_process_that_was_killed_is_told(tmp_path):
     child = hold(tmp_path, "main")
-    claims = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=False))
-    claims.open()
-    assert not claims.take(3)
-    assert claims.take(4)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    with pytest.raises(RuntimeError, match=r"the main process has ended .* Its rows are kept: run the same command"):
-        claims.wait_for_close()
-    claims.close()
+    with processes.Claims(tmp_path, OTHER) as claims:
+        assert not claims.take(3)
+        assert claims.take(4)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        with pytest.raises(RuntimeError, match=r"the main process has ended .* Its rows are kept: run the same"):
+            claims.wait_for_close()
 
 
 def test_no_block_is_taken_once_the_list_is_closed(tmp_path):
     child = hold(tmp_path, "main")
-    other = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=False))
-    other.open()
-    assert other.take(0)
-    child.communicate("\n")
-    assert not other.take(1)
-    other.wait_for_close()
-    other.close()
+    with processes.Claims(tmp_path, OTHER) as other:
+        assert other.take(0)
+        child.communicate("\n")
+        assert not other.take(1)
+        other.wait_for_close()
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["no list", "list of an earlier launch"])
 def test_a_folder_that_is_not_that_of_the_main_process_is_told(stale, tmp_path):
     if stale:
         (tmp_path / ".claims").touch()
-    other = processes.Claims(tmp_path, SimpleNamespace(num_processes=2, is_main_process=False))
-    with pytest.raises(ValueError, match=r"`--out` must be one folder for all processes.* Give a path that all nodes"):
-        other.open()
+    told = r"`--out` must be one folder for all processes.* Give a path that all nodes"
+    with pytest.raises(ValueError, match=told), processes.Claims(tmp_path, OTHER):
+        pass
 
 
 def test_two_nodes_give_the_rows_of_one_process(tmp_path):

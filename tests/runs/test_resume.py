@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import TinyEncoder, draw_photo, save_photos
-from runcases import KilledError, files_of, killed_after, rows_of
-from runcases import free_ports, python
+from runcases import KilledError, files_of, free_ports, killed_after, python, rows_of
 
 from hf_equiv.analyses import figures, run
 from hf_equiv.analyses.config import AnalysisConfig, RunConfig

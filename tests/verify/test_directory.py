@@ -14,6 +14,7 @@ from fakes import SIZE, TinyEncoder, save_photos
 from PIL import Image
 from safetensors.torch import save_file
 
+from hf_equiv.analyses import pairs
 from hf_equiv.analyses.config import RunConfig
 from hf_equiv.analyses.plan import make_plan
 from hf_equiv.analyses.run import run_match
@@ -306,6 +307,7 @@ def test_missing_rows_are_counted(photos, tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "KEPT_BYTES", 0)  # the run reads the photos again
     plan = make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny)
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
     outcome = run_match(plan, tmp_path / "out")
@@ -317,6 +319,7 @@ def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_without_one_match_does_not_hold(photos, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pairs, "KEPT_BYTES", 0)  # the run reads the photos again
     plan = make_plan(RunConfig(data=str(photos), pairs=2, max_evals=20), tiny)
     for photo in photos.rglob("*.png"):
         photo.write_bytes(b"broken")
@@ -503,6 +506,7 @@ def test_a_reason_outlives_its_process(photos, tiny, tmp_path, monkeypatch):
         if progress.stage == "saved" and progress.done == 8:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(pairs, "KEPT_BYTES", 0)  # the run reads the photos again
     plan = make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny)
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
     with pytest.raises(KeyboardInterrupt):
