@@ -1,7 +1,7 @@
-"""Images that share an embedding: find them, make them 8-bit exact, verify them, for any vision checkpoint.
+"""Find images that share an embedding, make them 8-bit exact and verify them, for any vision checkpoint.
 
-The public names below are imported on first use, so `import hf_equiv` stays quick and loads neither torch nor
-transformers. Inside the package nothing imports from here.
+The public names are imported on first use: `import hf_equiv` is quick and loads neither torch nor transformers. Modules
+inside the package never import from here.
 """
 
 from importlib import import_module
@@ -9,32 +9,40 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_equiv.data.sources import draw_pairs, load_images
-    from hf_equiv.geometry.directions import (
+    from hf_equiv.data import draw_pairs, load_images
+    from hf_equiv.geometry import (
         Directions,
+        LinearityResult,
+        LipschitzResult,
+        RegionalResult,
         RowSpace,
+        SpectrumResult,
+        WalkResult,
+        directional_lipschitz,
+        jacobian_spectrum,
+        linearity_radius,
         make_directions,
         patch_null_space,
         principal_angles,
+        regional_lipschitz,
         row_space,
+        trace_level_set,
     )
-    from hf_equiv.geometry.levelset import WalkResult, trace_level_set
-    from hf_equiv.geometry.linearity import LinearityResult, linearity_radius
-    from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
-    from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
-    from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
-    from hf_equiv.hub.load import download_results, load_results
-    from hf_equiv.hub.publish import Published, publish_results
-    from hf_equiv.hub.space import SpaceDeployment, SpaceError, deploy_space
+    from hf_equiv.hub import (
+        Published,
+        SpaceDeployment,
+        SpaceError,
+        deploy_space,
+        download_results,
+        load_results,
+        publish_results,
+    )
     from hf_equiv.jacobian import Jacobian
-    from hf_equiv.matching.lbfgs import LBFGS
-    from hf_equiv.matching.match import match_embedding
-    from hf_equiv.matching.refine import refine_8bit
-    from hf_equiv.matching.solvers import Adam, GradientDescent
-    from hf_equiv.models.encoder import Encoder
-    from hf_equiv.report.page import Report, make_report
+    from hf_equiv.matching import LBFGS, Adam, GradientDescent, match_embedding, refine_8bit
+    from hf_equiv.models import Encoder
+    from hf_equiv.report import Report, make_report
     from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
-    from hf_equiv.verify.directory import verify_run
+    from hf_equiv.verify import verify_run
 
 try:
     __version__ = version("hf-equiv")
@@ -83,54 +91,29 @@ __all__ = [
     "verify_run",
 ]
 
-_HOMES = {
-    "Encoder": "models.encoder",
-    "LBFGS": "matching.lbfgs",
-    "Adam": "matching.solvers",
-    "GradientDescent": "matching.solvers",
-    "match_embedding": "matching.match",
-    "refine_8bit": "matching.refine",
-    "ConvergenceError": "results",
-    "MatchResult": "results",
-    "Progress": "results",
-    "Status": "results",
-    "draw_pairs": "data.sources",
-    "load_images": "data.sources",
-    "Jacobian": "jacobian",
-    "RowSpace": "geometry.directions",
-    "directional_lipschitz": "geometry.lipschitz",
-    "jacobian_spectrum": "geometry.spectrum",
-    "linearity_radius": "geometry.linearity",
-    "make_directions": "geometry.directions",
-    "patch_null_space": "geometry.directions",
-    "principal_angles": "geometry.directions",
-    "regional_lipschitz": "geometry.regional",
-    "row_space": "geometry.directions",
-    "trace_level_set": "geometry.levelset",
-    "LipschitzResult": "geometry.lipschitz",
-    "LinearityResult": "geometry.linearity",
-    "RegionalResult": "geometry.regional",
-    "SpectrumResult": "geometry.spectrum",
-    "WalkResult": "geometry.levelset",
-    "Directions": "geometry.directions",
-    "verify_run": "verify.directory",
-    "Published": "hub.publish",
-    "publish_results": "hub.publish",
-    "download_results": "hub.load",
-    "load_results": "hub.load",
-    "Report": "report.page",
-    "make_report": "report.page",
-    "SpaceDeployment": "hub.space",
-    "SpaceError": "hub.space",
-    "deploy_space": "hub.space",
+_NAMES = {
+    "data": "draw_pairs load_images",
+    "geometry": (
+        "Directions LinearityResult LipschitzResult RegionalResult RowSpace SpectrumResult WalkResult "
+        "directional_lipschitz jacobian_spectrum linearity_radius make_directions patch_null_space principal_angles "
+        "regional_lipschitz row_space trace_level_set"
+    ),
+    "hub": "Published SpaceDeployment SpaceError deploy_space download_results load_results publish_results",
+    "jacobian": "Jacobian",
+    "matching": "LBFGS Adam GradientDescent match_embedding refine_8bit",
+    "models": "Encoder",
+    "report": "Report make_report",
+    "results": "ConvergenceError MatchResult Progress Status",
+    "verify": "verify_run",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # the next access does not come here again
+    globals()[name] = value  # the next access does not come here
     return value
 
 

@@ -1,4 +1,4 @@
-"""`python -m hf_equiv`, the same as `hf-equiv`; what `accelerate launch -m hf_equiv` starts."""
+"""Run the command line as `python -m hf_equiv` or `accelerate launch -m hf_equiv`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Input rules, one function each, applied once at the door. Private to the package.
+"""Check user input, one function a rule, once at the entry of each public function.
 
 Messages follow one template: `` `name` must <requirement>; got <actual>. <What to do.> ``
 """
@@ -33,6 +33,13 @@ def check_images(images: Tensor, name: str = "images") -> None:
         raise ValueError(f"`{name}` must lie in [0, 1]; got values in [{low:.4g}, {high:.4g}]. {cure}")
 
 
+def check_like(images: Tensor, like: Tensor, name: str) -> None:
+    """Require images of the shape of `like` (B, C, H, W), or one of them."""
+    check_images(images, name)
+    if images.shape[0] not in (1, len(like)) or images.shape[1:] != like.shape[1:]:
+        raise ValueError(f"`{name}` must have the shape of `images` {tuple(like.shape)}; got {tuple(images.shape)}.")
+
+
 def check_target(target: Tensor, batch: int) -> None:
     """Require pixels (B or 1, C, H, W) or finite non-zero embeddings (B or 1, D)."""
     if not isinstance(target, Tensor):
@@ -54,9 +61,9 @@ def check_target(target: Tensor, batch: int) -> None:
 
 
 def check_embeddings(z: Tensor) -> None:
-    """Require finite embeddings that are not zero and can be squared: the error is relative to ‖z‖."""
+    """Require finite, non-zero embeddings whose squares neither overflow nor vanish: errors are relative to ‖z‖."""
     if not bool(torch.isfinite(z).all()):
-        raise ValueError("`target` embeddings must be finite; got NaN or infinity. Check f, if it gave them.")
+        raise ValueError("`target` embeddings must be finite; got NaN or infinity. Check `f` if they come from it.")
     largest = z.double().abs().amax(dim=1)
     if bool((largest == 0).any()):
         raise ValueError("`target` embeddings must have non-zero norm: the embedding error is relative to it.")
@@ -68,23 +75,22 @@ def check_embeddings(z: Tensor) -> None:
 
 
 def finite_embedding(z: Tensor, model_id: object) -> Tensor:
-    """Return the embedding z of a checkpoint's probe image; NaN or infinity in it is refused."""
+    """Return the embedding z of a checkpoint's probe image; refuse NaN and infinity."""
     if not bool(torch.isfinite(z).all()):
         raise ValueError(
-            f"'{model_id}' must give finite embeddings; that of a grey image holds NaN or infinity in "
-            f"{str(z.dtype).removeprefix('torch.')}. Check its weights, or use another dtype."
+            f"'{model_id}' must give finite embeddings; the embedding of a grey image holds NaN or infinity in "
+            f"{str(z.dtype).removeprefix('torch.')}. Check the weights, or use another dtype."
         )
     return z
 
 
 def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "radius") -> None:
-    """Require a radius None, or in (0, 1] for linf and (0, √N] for l2."""
+    """Require a radius in (0, 1] for linf or (0, √N] for l2, or None."""
     if norm not in NORMS:
         raise ValueError(f"`norm` must be one of {', '.join(NORMS)}; got {norm!r}.")
     if radius is None:
         return
-    if isinstance(radius, bool) or not isinstance(radius, int | float):
-        raise TypeError(f"`{name}` must be a number or None; got {type(radius).__name__}.")
+    _check_number(radius, name, "a number or None")
     limit = 1.0 if norm == "linf" else math.sqrt(num_pixels)
     if not math.isfinite(radius) or not 0.0 < radius <= limit:
         raise ValueError(
@@ -93,10 +99,14 @@ def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "
         )
 
 
+def _check_number(value: object, name: str, wanted: str = "a number") -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be {wanted}; got {type(value).__name__}.")
+
+
 def check_positive(value: float, name: str) -> None:
     """Require a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
+    _check_number(value, name)
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"`{name}` must be finite and above 0; got {value}.")
 
@@ -128,7 +138,7 @@ def check_count(value: int, name: str, least: int = 1) -> None:
 
 
 def check_rtol(rtol: float) -> None:
-    """Require an embedding error in (0, 1): an embedding of zeros has 1."""
+    """Require an embedding error in (0, 1); an embedding of zeros has the error 1."""
     check_positive(rtol, "rtol")
     if rtol >= 1:
         raise ValueError(f"`rtol` must be below 1, the error of an embedding of zeros; got {rtol}. Use 1e-5.")
@@ -136,8 +146,7 @@ def check_rtol(rtol: float) -> None:
 
 def check_range(value: float, name: str, low: float, high: float) -> None:
     """Require a number in [low, high)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number; got {type(value).__name__}.")
+    _check_number(value, name)
     if not low <= value < high:
         wanted = f"lie in [{low:g}, {high:g})" if high < math.inf else f"be at least {low:g} and finite"
         raise ValueError(f"`{name}` must {wanted}; got {value}.")
@@ -170,7 +179,7 @@ def check_radii(radii: Tensor) -> None:
 def check_directions(directions: Tensor, images: Tensor) -> None:
     """Require float, finite, non-zero directions (B, K, C, H, W) for images (B, C, H, W)."""
     if not isinstance(directions, Tensor) or not directions.is_floating_point():
-        raise TypeError("`directions` must be a float tensor, or what `make_directions` returns.")
+        raise TypeError("`directions` must be a float tensor or the result of `make_directions`.")
     wanted = (images.shape[0], "K", *images.shape[1:])
     fits = directions.ndim == 5 and directions.shape[0] == images.shape[0] and directions.shape[2:] == images.shape[1:]
     if not fits or directions.shape[1] == 0:
@@ -179,4 +188,4 @@ def check_directions(directions: Tensor, images: Tensor) -> None:
         )
     norms = directions.flatten(2).norm(dim=2)
     if not bool(torch.isfinite(norms).all()) or bool((norms == 0).any()):
-        raise ValueError("`directions` must be finite and not zero: a direction has no constant without a length.")
+        raise ValueError("`directions` must be finite and not zero: a zero vector has no direction.")

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: results on stdout, errors on stderr."""
+"""Format numbers, names and errors as short text for tables, cards and the terminal."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def form(value: float | None, spec: str) -> str:
-    """Format a number that may not exist."""
+    """Format a number; a missing one is a dash."""
     return "–" if value is None else format(value, spec)
 
 
 def cut(text: str, size: int) -> str:
-    """At most `size` characters, on one line."""
+    """Shorten text to `size` characters; unprintable characters become question marks."""
     text = "".join(sign if sign.isprintable() else "?" for sign in text)
     return text if len(text) <= size else text[: size - 1] + "…"
 
 
 def size(count: int) -> str:
-    """Bytes in words."""
+    """Format a number of bytes."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
@@ -30,12 +30,12 @@ def size(count: int) -> str:
 
 
 def cut_name(name: str, size: int) -> str:
-    """At most `size` characters of an image id: the last, in which those of one folder differ."""
+    """Shorten an image id to its last `size` characters: ids of one folder differ at the end."""
     return name if len(name) <= size else "…" + name[1 - size :]
 
 
 def finite(value: Tensor | float | None) -> float | None:
-    """Return a Python float, or None for NaN and infinity: JSON has neither."""
+    """Return a Python float, or None for NaN and infinity, which JSON does not have."""
     number = None if value is None else float(value)
     return number if number is not None and math.isfinite(number) else None
 
@@ -50,6 +50,11 @@ def short(value: float | None) -> str:
 _FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")
 
 
+def excerpt(error: Exception, size: int = 160) -> str:
+    """Return the first `size` characters of the message of an error, on one line."""
+    return " ".join(str(error).split())[:size]
+
+
 def one_line(error: Exception) -> str:
-    """What an error says, on one line, without the folders of this machine: it goes into the run's record."""
+    """Return the message of an error on one line without folder names of this machine, for the record of a run."""
     return _FOLDERS.sub("…/", " ".join(str(error).split())) or type(error).__name__

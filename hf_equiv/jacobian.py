@@ -1,4 +1,4 @@
-"""The Jacobian J = ∂f/∂x of an encoder at one image: matrix-free products with J and Jᵀ, or the matrix."""
+"""Compute with the Jacobian J = ∂f/∂x of an encoder at one image: matrix-free products with J and Jᵀ, or the matrix."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ class Jacobian:
     """J = ∂f/∂x at one image as a matrix-free map: products with J and Jᵀ, several vectors at once.
 
     z = f(x) (D,), J[d, n] = ∂z_d / ∂x_n (D, N) with N = C·H·W. `rmv` is reverse mode (VJP) through the graph of one
-    forward pass, made at construction and kept. `mv` is the transpose of that: u -> Jᵀu is linear, so its own VJP along
-    v is Jv (Townsend 2017), at the cost of a VJP and with no forward pass; its graph is made at the first call, with
-    the attention kernel that has second order. Where an operation has no second order, `mv` is forward mode (JVP),
-    which costs three times as much. TF32 and autocast are off in all. In float32 the products with J and Jᵀ differ by
-    the noise of the encoder, about 1e-5 ‖J‖.
+    forward pass, which the constructor makes and keeps. `mv` is its transpose: u -> Jᵀu is linear, so its own VJP along
+    v is Jv (Townsend 2017), at the cost of a VJP and without a forward pass. The first call builds that graph with the
+    attention kernel that has second order. If an operation has no second order, `mv` falls back to forward mode (JVP),
+    which costs three times as much. TF32 and autocast are off in all products. In float32 the products with J and Jᵀ
+    differ by the noise of the encoder, about 1e-5 ‖J‖.
 
-    Cost: a product of K vectors is counted as 2K/3 evaluations either way, the graph of `mv` as one. Memory: the
-    activations of one image, three times that from the first `mv` on, and `batch` times it during a product.
+    Cost: 2K/3 evaluations for a product of K vectors, either way, and one for the graph of `mv`. Memory: the
+    activations of one image, three times that after the first `mv`, and `batch` times that during a product.
 
     Args:
         f: the encoder, (1, C, H, W) -> (1, D).
         image: x, (C, H, W), pixels in [0, 1].
-        batch: most vectors per pass; lower it where memory is short. On a CPU no more than 8, which is fastest.
+        batch: most vectors per pass; lower it when memory is short. A CPU takes at most 8, which is fastest there.
 
     Attributes:
         image: x, (C, H, W).
         z: f(x), (D,), in the dtype of `image`.
         output: f(x), (D,), as f returned it.
         shape: (D, N).
-        eps: relative spacing of the coarser of the dtypes of `image` and of what f returns.
+        eps: relative spacing of the coarser of the dtypes of `image` and of f's output.
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.
 
     Raises:
-        ValueError: f returns no (1, D), or no gradient.
+        ValueError: f does not return (1, D), or its output has no gradient.
 
     Example:
         >>> import torch
@@ -48,6 +48,8 @@ class Jacobian:
         >>> J = Jacobian(lambda x: x.flatten(1) @ weight.T, torch.ones(3, 1, 1))
         >>> J.mv(torch.ones(1, 3, 1, 1)), J.rmv(torch.tensor([[1.0, 0.0]])).flatten(1)
         (tensor([[ 3., 12.]]), tensor([[0., 1., 2.]]))
+        >>> torch.equal(J.as_matrix(), weight)
+        True
 
     References:
         J. Townsend (2017), "A new trick for calculating Jacobian vector products".
@@ -127,21 +129,31 @@ class Jacobian:
             self._pull(cotangents[start : start + self._batch], products[start : start + self._batch])
         return products
 
-    def as_matrix(self) -> Tensor:
-        """Return J (D, N), from D cotangents. Memory: D·N numbers and `batch` times the activations of one image."""
+    def as_matrix(self, batch: int | None = None) -> Tensor:
+        """Form J from D cotangents, at a cost of 2D/3 evaluations.
+
+        Memory: D·N numbers and `batch` times the activations of one image.
+
+        Args:
+            batch: most cotangents per pass; None for that of the constructor. Without its limit on a CPU.
+
+        Returns:
+            J (D, N), in the dtype of `image`.
+        """
+        count = self._batch if batch is None else batch
         matrix = self.image.new_empty(self.shape)
-        unit = torch.zeros(min(self._batch, self.shape[0]), self.shape[0], dtype=self._z.dtype, device=self._z.device)
-        for start in range(0, self.shape[0], self._batch):
-            rows = unit[: min(self._batch, self.shape[0] - start)].zero_()
+        unit = torch.zeros(min(count, self.shape[0]), self.shape[0], dtype=self._z.dtype, device=self._z.device)
+        for start in range(0, self.shape[0], count):
+            rows = unit[: min(count, self.shape[0] - start)].zero_()
             rows.diagonal(start).fill_(1)
             self._pull(rows, matrix[start : start + len(rows)].view(-1, *self.image.shape))
         return matrix
 
     def check_deterministic(self) -> None:
-        """Require that f gives the same embedding again, up to its rounding.
+        """Require that a second call of f gives the same embedding up to rounding.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the embeddings differ.
         """
         with torch.no_grad():
             again = self._f(self.image[None])[0].to(self.z)
@@ -154,10 +166,10 @@ class Jacobian:
             )
 
     def check_memory(self) -> None:
-        """Require that the whole matrix and D×D work fit into the memory of the machine or GPU.
+        """Require that the matrix and D×D work fit into the memory of the machine or GPU.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they do not fit.
         """
         dim, size = self.shape
         need = dim * size * self.image.element_size() + 4 * 8 * dim * dim
@@ -193,10 +205,10 @@ class Jacobian:
         try:
             return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
         except (RuntimeError, NotImplementedError) as error:
-            raise RuntimeError(_no_forward_mode("f", error)) from error
+            raise RuntimeError(no_forward_mode("f", error)) from error
 
     def _transposed(self) -> tuple[Tensor, Tensor]:
-        """The pair u (D,), Jᵀu (1, C, H, W) with the graph between them."""
+        """Return u (D,) and Jᵀu (1, C, H, W) with the graph between them."""
         if self._transpose is None:
             with torch.enable_grad():
                 z = self._f(self._x)[0]
@@ -209,61 +221,19 @@ class Jacobian:
 
 
 def _grads(output: Tensor, variable: Tensor, cotangents: Tensor) -> Tensor:
-    """VJPs (K, *variable) of cotangents (K, *output); the graph is kept."""
+    """Return the VJPs (K, *variable) of cotangents (K, *output), and keep the graph."""
     if len(cotangents) == 1:
         return torch.autograd.grad(output, variable, cotangents[0], retain_graph=True)[0][None]
     return torch.autograd.grad(output, variable, cotangents, retain_graph=True, is_grads_batched=True)[0]
 
 
-def jacobian_matrix(f: Callable[[Tensor], Tensor], image: Tensor, *, chunk: int = 32) -> tuple[Tensor, Tensor]:
-    """Form J at one image from D cotangents, `chunk` at a time.
-
-    z = f(x) (D,), J[d, n] = ∂z_d / ∂x_n (D, N) with N = C·H·W. One forward pass and D backward passes: (1 + 2D)/3
-    evaluations. Memory: D·N numbers and `chunk` times the activations of one image.
-
-    Args:
-        f: the encoder, (1, C, H, W) -> (1, D).
-        image: x, (C, H, W), pixels in [0, 1].
-        chunk: cotangents per backward pass; lower it where memory is short.
-
-    Returns:
-        z (D,) and J (D, N), both in the dtype of `image`.
-
-    Raises:
-        ValueError: f returns no (1, D), or no gradient.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.jacobian import jacobian_matrix
-        >>> weight = torch.arange(6.0).view(2, 3)
-        >>> z, J = jacobian_matrix(lambda x: x.flatten(1) @ weight.T, torch.ones(3, 1, 1))
-        >>> torch.equal(J, weight)
-        True
-    """
-    x = image.detach()[None].requires_grad_(True)
-    with torch.enable_grad():
-        output = f(x.clone())  # a copy, so that an f which normalises in place may
-        check_output(output, 1)
-        if not output.requires_grad:
-            raise ValueError("`f` must be differentiable; got an output without a gradient. Drop no_grad or detach.")
-        z = output[0]
-    identity = torch.eye(z.shape[0], dtype=z.dtype, device=z.device)
-    matrix = image.new_empty((z.shape[0], image.numel()))
-    for start in range(0, z.shape[0], chunk):
-        cotangents = identity[start : start + chunk]
-        with no_autocast():
-            (rows,) = torch.autograd.grad(z, x, cotangents, is_grads_batched=True, retain_graph=True)
-        matrix[start : start + chunk] = rows.flatten(1)
-    return z.detach(), matrix
-
-
 def jacobian_cost(num_rows: int) -> float:
-    """Evaluations of one full Jacobian: one forward and `num_rows` cotangents, (1 + 2·num_rows) / 3."""
+    """Return the evaluations of a full Jacobian: one forward and `num_rows` cotangents, (1 + 2·num_rows) / 3."""
     return (1 + 2 * num_rows) / 3
 
 
 def require_forward_mode(f: Callable[[Tensor], Tensor], image: Tensor, name: str) -> None:
-    """Try one Jacobian–vector product of f at one image (1, C, H, W); `name` is what f is called if it fails.
+    """Require a finite Jacobian–vector product of f at one image (1, C, H, W); an error calls f `name`.
 
     Raises:
         RuntimeError: an operation of f has no forward-mode derivative, or the product is not finite.
@@ -272,12 +242,13 @@ def require_forward_mode(f: Callable[[Tensor], Tensor], image: Tensor, name: str
     try:
         moved = torch.func.jvp(f, (image,), (tangent,))[1]
     except (RuntimeError, NotImplementedError) as error:
-        raise RuntimeError(_no_forward_mode(name, error)) from error
+        raise RuntimeError(no_forward_mode(name, error)) from error
     if not bool(torch.isfinite(moved).all()):
         raise RuntimeError(f"the JVP of {name} must be finite; got NaN or infinity. Use float32 or float64.")
 
 
-def _no_forward_mode(name: str, error: Exception) -> str:
+def no_forward_mode(name: str, error: Exception) -> str:
+    """Return the message about an f, called `name`, without forward-mode derivatives."""
     return (
         f"`encoder` must have forward-mode derivatives for this; {name} does not "
         f"({' '.join(str(error).split())[:160]}). Use a method that needs gradients only, such as match_embedding, "

@@ -1,13 +1,13 @@
-"""Which kernels may compute a stated number: attention for derivatives, no TF32 and no autocast for float32.
+"""Control the kernels that compute a stated number: attention for derivatives, no TF32 and no autocast in float32.
 
-Scoped rules, each restored on exit. The fused attention kernels of PyTorch have no forward mode and no second order,
-and float64 is only float64 when the softmax runs in float64 too; the plain MATH kernel has all three. TF32 keeps 10
-bits of mantissa, so a "float32" convolution or matmul on CUDA is off by about 1e-3 while it is on; autocast to bfloat16
-keeps 7.
+Each rule is a context manager and restores the caller's settings. PyTorch's fused attention kernels have neither
+forward mode nor second order, and float64 needs a softmax in float64; the plain MATH kernel has all three. TF32 keeps
+10 bits of mantissa, so a "float32" convolution or matmul on CUDA is off by about 1e-3; autocast to bfloat16 keeps 7.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,9 +22,9 @@ _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 @contextmanager
 def exact_derivatives() -> Iterator[None]:
-    """Compute attention with the MATH kernel: forward mode, second order and float64 then hold.
+    """Compute attention with the MATH kernel, which supports forward mode, second order and float64.
 
-    Wrap every JVP, every double backward and every float64 evaluation. Plain forward + backward is better left to the
+    Wrap every JVP, every double backward and every float64 evaluation. Leave plain forward and backward passes to the
     fused kernels, which are faster and need less memory.
 
     Example:
@@ -37,9 +37,6 @@ def exact_derivatives() -> Iterator[None]:
         ...     _, tangent = torch.func.jvp(f, (q,), (q,))
         >>> tuple(tangent.shape)
         (1, 1, 4, 8)
-
-    References:
-        PyTorch, `torch.nn.attention.sdpa_kernel`.
     """
     with sdpa_kernel(SDPBackend.MATH):
         yield
@@ -47,9 +44,9 @@ def exact_derivatives() -> Iterator[None]:
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """Switch TF32 off for float32 matmuls and convolutions on CUDA; the caller's settings come back on exit.
+    """Switch TF32 off for float32 matmuls and convolutions on CUDA, and restore the caller's settings on exit.
 
-    Costs nothing on a CPU. On A100, H100 and H200 the default is TF32 for convolutions, and the patch embedding of a
+    It costs nothing on a CPU. A100, H100 and H200 use TF32 for convolutions by default, and the patch embedding of a
     vision transformer is one.
 
     Example:
@@ -65,23 +62,26 @@ def no_tf32() -> Iterator[None]:
     References:
         PyTorch, "CUDA semantics: TensorFloat-32 (TF32) on Ampere devices".
     """
-    switches = _tf32_switches()
-    before = [getattr(owner, name) for owner, name, _ in switches]
+    # The older `allow_tf32` flags raise when read while these differ between operators: never mix the two.
+    cudnn: Any = torch.backends.cudnn
+    owners: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [owner.fp32_precision for owner in owners]
     try:
-        for owner, name, off in switches:
-            setattr(owner, name, off)
+        for owner in owners:
+            owner.fp32_precision = "ieee"
         yield
     finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
+        for owner, value in zip(owners, before, strict=True):
+            owner.fp32_precision = value
 
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """Leave `torch.autocast` for the products inside: float32 stays float32 whatever the caller's block asks for.
+    """Leave `torch.autocast`: float32 products inside stay float32.
 
-    Wrap the library's own float32 products, and the backward pass of f: PyTorch casts that by the block it runs in, not
-    by the one f ran in. The call of f itself stays in the caller's block. Costs a microsecond where autocast is off.
+    Wrap the library's own float32 products and the backward pass of f; PyTorch casts a backward pass by the block that
+    runs it, not by the block of the forward pass. Calls of f stay in the caller's block. The rule costs a microsecond
+    when autocast is off.
 
     Example:
         >>> import torch
@@ -105,22 +105,7 @@ def no_autocast() -> Iterator[None]:
 
 
 def with_autocast(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Make f what it is here wherever it is called: under the `torch.autocast` that holds now, also in `no_autocast`.
-
-    Returns:
-        f itself where no autocast holds.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.precision import no_autocast, with_autocast
-        >>> def f(x):
-        ...     return x @ x
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
-        ...     same = with_autocast(f)
-        ...     with no_autocast():
-        ...         f(torch.ones(2, 2)).dtype, same(torch.ones(2, 2)).dtype
-        (torch.float32, torch.bfloat16)
-    """
+    """Bind f to the `torch.autocast` settings that hold now, so that it computes the same inside `no_autocast`."""
     held = [(device, torch.get_autocast_dtype(device)) for device in _DEVICES if torch.is_autocast_enabled(device)]
     if not held:
         return f
@@ -136,9 +121,9 @@ def with_autocast(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def float64_softmax() -> Iterator[None]:
-    """Keep a float64 softmax in float64: "eager" attention in transformers asks for float32 whatever the dtype.
+    """Keep a float64 softmax in float64: "eager" attention in transformers casts it to float32.
 
-    Needed only for models whose attention cannot be the fused or MATH kernel. Everything else is untouched.
+    Only models whose attention cannot use the fused or MATH kernel need it.
     """
     with _Float64Softmax():
         yield
@@ -153,29 +138,19 @@ class _Float64Softmax(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _tf32_switches() -> list[tuple[Any, str, Any]]:
-    """Return (owner, attribute, value that means off) for matmul and convolution, in this PyTorch's own terms."""
-    matmul: Any = torch.backends.cuda.matmul
-    conv: Any = getattr(torch.backends.cudnn, "conv", None)
-    if conv is not None and hasattr(conv, "fp32_precision"):
-        # Reading the older `allow_tf32` flags raises while the newer ones differ between operators: never mix the two.
-        return [(matmul, "fp32_precision", "ieee"), (conv, "fp32_precision", "ieee")]
-    return [(matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False)]
-
-
 def dot(a: Tensor, b: Tensor) -> float:
-    """The inner product of two images: along a row in their dtype, over the rows in float64.
-
-    A row is short, so the rounding of a float32 product stays near 1e-7·Σ|aᵢbᵢ|, at half the time of float64 copies.
-
-    Returns:
-        Σ aᵢbᵢ.
-    """
+    """Return the inner product Σ aᵢbᵢ of two images: along a row in their dtype, over the rows in float64."""
+    # A row is short: a float32 product keeps its rounding near 1e-7·Σ|aᵢbᵢ| and takes half the time of float64 copies.
     return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
 
 
+def power_of_two(value: float) -> float:
+    """Return a power of two near `value` ≥ 0, as a unit in which squares neither overflow nor vanish; 1 for 0."""
+    return math.ldexp(1.0, math.frexp(value)[1])
+
+
 def embedding_noise(f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image against the float64 twin of f, (B,), float64; one image at a time."""
+    """Measure ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image against the float64 twin of f, (B,) float64."""
     floors = []
     with torch.no_grad():
         for image in images.split(1):
@@ -185,13 +160,8 @@ def embedding_noise(f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tens
 
 
 def float64_twin(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
-    """Return the same function in float64 if f makes one, as an Encoder below float64 does.
-
-    A `torch.nn.Module` is never asked: its `double()` would convert the caller's own weights.
-
-    Returns:
-        The twin, or None.
-    """
+    """Return the same function in float64 if f offers one, as an Encoder below float64 does; else None."""
+    # `double()` of a `torch.nn.Module` is never called, because it converts the caller's own weights.
     make = None if isinstance(f, torch.nn.Module) else getattr(f, "double", None)
     twin = make() if callable(make) else None
     return twin if callable(twin) and twin is not f else None

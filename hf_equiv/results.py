@@ -1,7 +1,4 @@
-"""Result records: what a solver found, never how it is shown.
-
-Every public verb returns one frozen record, batch first, with one `Status` per image.
-"""
+"""Define the result records of the solvers: every public verb returns one frozen record with one `Status` per image."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 1
-"""Version of the row schema written to disk; it changes when a column changes its meaning."""
+"""Version of the rows written to disk; it changes when a column changes its meaning."""
 
 
 class Status(StrEnum):
-    """How the work on one image ended. The value goes into the row; `advice` is what to do about it."""
+    """Outcome of the work on one image. Rows store the value; `advice` gives its meaning and cure."""
 
     CONVERGED = "converged"
     STALLED = "stalled"
@@ -33,7 +30,7 @@ class Status(StrEnum):
 
     @property
     def advice(self) -> str:
-        """What the status means and what to try next, in one sentence."""
+        """State the meaning of the status and the next thing to try."""
         return _ADVICE[self]
 
 
@@ -43,17 +40,17 @@ _ADVICE = {
     "holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
     Status.MAX_EVALS: "The evaluations ran out. Raise `max_evals`, or loosen `rtol`.",
     Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
-    Status.COMPLETED: "The analysis was carried out in full.",
+    Status.COMPLETED: "The analysis is complete.",
     Status.RESOLVED: "The value was read from a plateau of the secants, above the float noise.",
     Status.UNDETERMINED: "Float noise or curvature hides the value at every radius. Use float64, or radii between the "
     "noise and the bend.",
     Status.DRIFT_EXCEEDED: "The corrector could not bring the embedding back within `rtol`. Make `step` smaller, "
     "loosen `rtol`, or use float64.",
-    Status.BOX_BLOCKED: "Every way on leaves the pixel range [0, 1]. Choose another heading, or start from an image "
-    "with fewer pixels at 0 and 1.",
-    Status.ERROR: "The image could not be worked on: it was unreadable or equal to its target, or the encoder "
-    "returned NaN or raised. The cause was printed, and a run keeps it in run.json under `errors`; the same "
-    "command tries again.",
+    Status.BOX_BLOCKED: "Every further step leaves the pixel range [0, 1]. Choose another heading, or start from an "
+    "image with fewer pixels at 0 and 1.",
+    Status.ERROR: "The image failed: it was unreadable or equal to its target, or the encoder returned NaN or raised "
+    "an exception. The cause was printed, and run.json of a run keeps it under `errors`. Run the same command again "
+    "to retry.",
 }
 
 
@@ -63,9 +60,9 @@ class MatchResult:
 
     Attributes:
         images: best iterates, (B, C, H, W), pixels in [0, 1], inside the feasible set.
-        errors: ‖f(x) − z‖ / ‖z‖ of those iterates, (B,), float64.
-        num_evals: cost spent on each image, (B,), float64: (forwards + 2·cotangents + 2·tangents) / 3.
-        seconds: wall time attributed to each image, (B,), float64; a batched step is shared equally among its images.
+        errors: embedding errors ‖f(x) − z‖ / ‖z‖ of these images, (B,), float64.
+        num_evals: evaluations spent on each image, (forwards + 2·cotangents + 2·tangents) / 3, (B,), float64.
+        seconds: wall time of each image, (B,), float64; the images of a batch share the time of a step equally.
         status: one `Status` per image.
         traces: per image the (num_evals, error) pairs at which the best error improved, in order.
     """
@@ -83,7 +80,7 @@ class MatchResult:
         return all(s is Status.CONVERGED for s in self.status)
 
     def __repr__(self) -> str:
-        """Say in one line how many images there are, how they ended, at which errors and cost."""
+        """State the number of images, their statuses, errors and cost in one line."""
         size = "×".join(map(str, self.images.shape[1:]))
         ends = ", ".join(f"{n} {status}" for status, n in Counter(map(str, self.status)).items())
         errors = " to ".join(dict.fromkeys(f"{e:.1e}" for e in (self.errors.min(), self.errors.max())))
@@ -93,13 +90,13 @@ class MatchResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a `progress` hook receives after every batched evaluation.
+    """State of a batch, passed to a `progress` hook after every batched evaluation.
 
     Attributes:
         images: best iterates so far, (B, C, H, W); a view, copy it before keeping it.
         errors: their embedding errors, (B,), float64.
         num_evals: evaluations spent so far on each image, (B,), float64.
-        active: whether the image is still being worked on, (B,), bool.
+        active: whether work on the image continues, (B,), bool.
     """
 
     images: Tensor
@@ -109,7 +106,7 @@ class Progress:
 
 
 class ConvergenceError(RuntimeError):
-    """Some images did not reach the tolerance; the partial result is kept in `.result`."""
+    """Report that some images missed the tolerance; `.result` holds the partial result."""
 
     def __init__(self, message: str, result: MatchResult) -> None:
         super().__init__(message)

@@ -1,21 +1,21 @@
-"""A match that can be watched while it is made, and stopped."""
+"""Computation that a visitor watches: a match while it is made, and steps along a direction."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_equiv import formatting
 from hf_equiv.analyses import measures
-from hf_equiv.checks import check_count, check_positive, check_radius, check_rtol
+from hf_equiv.checks import check_count, check_images, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.formatting import finite
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.precision import no_tf32
@@ -27,29 +27,21 @@ if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
 Row = dict[str, Any]
+Curve = tuple[tuple[str, float, float], ...]
+"""(stage, evaluations, embedding error) after every step; the evaluations of both stages are added up."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveMatch:
-    """A match as it is now.
+    """The state of a match; `png` is the image so far, and `source` and `target` are as the encoder sees them."""
 
-    Attributes:
-        stage: `match`, `refine`, `measure`, then `done`, or `stopped` if it was ended before.
-        png: the image so far, rounded to 8 bit, as the bytes of a PNG file.
-        curve: (stage, evaluations, embedding error) after every step, the evaluations of both stages added.
-        seconds: since the start.
-        source: the source as the encoder sees it, PNG.
-        target: the target, likewise.
-        row: at the end, the columns of a match row without the images; of a stopped match its measures only.
-    """
-
-    stage: str
+    stage: str  # `match`, `refine`, `measure`, then `done`, or `stopped` if it was ended before
     png: bytes
-    curve: tuple[tuple[str, float, float], ...]
+    curve: Curve
     seconds: float
     source: bytes
     target: bytes
-    row: Row | None = None
+    row: Row | None = None  # at the end the columns of a match row, of a stopped match only its measures
 
     @property
     def error(self) -> float:
@@ -62,23 +54,30 @@ class LiveMatch:
         return self.curve[-1][1] if self.curve else 0.0
 
 
-class _Enough(Exception):  # noqa: N818 (no error: somebody has seen enough)
-    """Raised in the solver's hook to end it."""
+class _Enough(Exception):  # noqa: N818 (not an error)
+    """Raised in the solver's progress hook to end it."""
 
 
 @dataclass
-class _State:
-    """What the working thread and the one that watches share."""
+class _Work:
+    """State shared by the thread that works and the one that watches; `now` is always replaced whole."""
 
-    image: Tensor
-    stage: str = "match"
-    curve: list[tuple[str, float, float]] = field(default_factory=list)
-    spent: float = 0.0
+    now: tuple[str, Tensor, Curve]
+    stop: threading.Event
+    start: float
+    time_limit: float
     row: Row | None = None
     error: BaseException | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
-    news: threading.Condition = field(default_factory=threading.Condition)
-    over: bool = False
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def hook(self, stage: str, spent: float = 0.0) -> Callable[[Progress], None]:
+        def note(p: Progress) -> None:
+            point = (stage, spent + float(p.num_evals[0]), float(p.errors[0]))
+            self.now = (stage, p.images[0].clone(), (*self.now[2], point))
+            if self.stop.is_set() or time.monotonic() - self.start > self.time_limit:
+                raise _Enough
+
+        return note
 
 
 def live_match(
@@ -86,148 +85,125 @@ def live_match(
     source: Image,
     target: Image,
     *,
-    radius: float | None = None,
+    radius: float | None = None,  # of the ball about the source
     norm: str = "linf",
     rtol: float = 1e-5,
-    max_evals: int = 400,
-    refine: bool = True,
-    time_limit: float | None = None,
-    every: float = 0.4,
+    max_evals: int = 400,  # the 8-bit refinement may take as many again
+    time_limit: float = math.inf,  # s, after which the match is stopped as it is
+    every: float = 0.4,  # s between two states
     stop: threading.Event | None = None,
-    source_id: str = "source",
-    target_id: str = "target",
 ) -> Iterator[LiveMatch]:
-    """Match two photos and yield the state of it until it is done: what `hf-equiv match` does with one pair.
-
-    The work is done in a thread of its own; closing the iterator ends it at its next evaluation. Two calls share
-    nothing but the encoder, which is only read.
-
-    Args:
-        encoder: f.
-        source: the photo to start from.
-        target: the photo whose embedding is wanted.
-        radius: of the ball about the source, pixels in [0, 1]; None for no ball.
-        norm: of the ball, `linf` or `l2`.
-        rtol: embedding error ‖f(x)−z‖/‖z‖ at which a match is finished.
-        max_evals: evaluations of the float match; the 8-bit refinement may take as many again.
-        refine: refine on the 8-bit grid; otherwise the match is rounded.
-        time_limit: seconds after which the match is stopped as it is.
-        every: seconds between two states, at least.
-        stop: set it to stop the match as it is.
-        source_id: name of the source in the row.
-        target_id: name of the target in the row.
-
-    Yields:
-        States; the last has stage `done` or `stopped`, and the row.
-
-    Raises:
-        ValueError: photos that are equal to the encoder, or a bad number.
-    """
+    """Match two photos as `hf-equiv match` does and yield its states; the last one is `done` or `stopped`."""
+    # A thread of its own does the work; closing the iterator ends it at its next evaluation. Calls share only the
+    # encoder, which they only read.
     check_rtol(rtol)
     check_count(max_evals, "max_evals")
     check_positive(every, "every")
     check_radius(radius, norm, math.prod(encoder.input_shape))
-    start = time.monotonic()
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
+    start = time.monotonic()
     files = [encode_png(x) for x in encoder.preprocess([source, target])]
     x, aim = (decode_png(png, dtype).to(encoder.device)[None] for png in files)
     if bool((x == aim).all()):
         raise ValueError("`source` and `target` must differ; the encoder sees the same pixels in both. Choose another.")
-    state = _State(image=x[0], stop=stop or threading.Event())
-    ball: dict[str, Any] = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals}
-    record = {
-        **encoder.provenance,
-        **{"pair_id": f"{source_id}->{target_id}", "source_id": source_id, "target_id": target_id},
-        **{"solver": "lbfgs", "radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals, "seed": 0},
-        "schema_version": SCHEMA_VERSION,
-    }
+    work = _Work(("match", x[0], ()), stop or threading.Event(), start, time_limit)
+    ball = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals}
 
-    def hook(stage: str) -> Callable[[Progress], None]:
-        def note(p: Progress) -> None:
-            with state.news:
-                state.stage, state.image = stage, p.images[0].clone()
-                state.curve.append((stage, state.spent + float(p.num_evals[0]), float(p.errors[0])))
-                state.news.notify()
-            if state.stop.is_set() or (time_limit is not None and time.monotonic() - start > time_limit):
-                raise _Enough
-
-        return note
-
-    def work() -> None:
+    def run() -> None:
         try:
-            _work(encoder, state, x, aim, files, ball, record, hook, refine=refine)
+            _make(encoder, work, x, aim, files, ball)
         except BaseException as error:  # raised again where the match is watched
-            state.error = error
+            work.error = error
         finally:
-            with state.news:
-                state.over = True
-                state.news.notify()
+            work.over.set()
 
-    worker = threading.Thread(target=work, daemon=True, name="live match")
+    def state() -> LiveMatch:
+        stage, image, curve = work.now
+        return LiveMatch(stage, encode_png(image), curve, time.monotonic() - start, *files, work.row)
+
+    worker = threading.Thread(target=run, daemon=True, name="live match")
     worker.start()
     try:
-        while not state.over:
-            with state.news:
-                state.news.wait_for(lambda: state.over or bool(state.curve), timeout=1.0)
-            if state.curve and not state.over:
-                yield _snapshot(state, start, files)
-                _pause(state, every)
+        while not work.over.wait(every):
+            if work.now[2]:
+                yield state()
     finally:
-        state.stop.set()
+        work.stop.set()
         worker.join()
-    if state.error is not None:
-        raise state.error
-    yield _snapshot(state, start, files)
+    if work.error is not None:
+        raise work.error
+    yield state()
 
 
-def _work(
-    encoder: Encoder,
-    state: _State,
-    x: Tensor,
-    aim: Tensor,
-    files: list[bytes],
-    ball: Row,
-    record: Row,
-    hook: Callable[[str], Callable[[Progress], None]],
-    *,
-    refine: bool,
-) -> None:
+def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[bytes], ball: Row) -> None:
     """Match, refine, measure."""
-    begin, whole, cost = time.monotonic(), False, 0.0
-    status, error = Status.MAX_EVALS, math.nan
+    made: Row | None = None
     try:
         with torch.no_grad(), no_tf32():
             z = encoder(aim)
-        found = match_embedding(encoder, x, z, raise_on_failure=False, progress=hook("match"), **ball)
-        status, error, cost = found.status[0], float(found.errors[0]), float(found.num_evals[0])
-        if status is Status.ERROR:
-            raise ValueError(status.advice)
-        state.image, state.spent = found.images[0], cost
-        if refine:
-            exact = refine_8bit(encoder, state.image[None], z, source=x, progress=hook("refine"), **ball)
-            state.image = exact.images[0]
-        whole = True
+        found = match_embedding(encoder, x, z, raise_on_failure=False, progress=work.hook("match"), **ball)
+        if found.status[0] is Status.ERROR:
+            raise ValueError(found.status[0].advice)
+        cost = float(found.num_evals[0])
+        work.now = ("refine", found.images[0], work.now[2])
+        exact = refine_8bit(encoder, found.images, z, source=x, progress=work.hook("refine", cost), **ball)
+        work.now = ("refine", exact.images[0], work.now[2])
+        made = {
+            **encoder.provenance, **ball, "pair_id": "source->target", "source_id": "source", "target_id": "target",
+            "solver": "lbfgs", "seed": 0, "schema_version": SCHEMA_VERSION, "status": str(found.status[0]),
+            "embedding_error": finite(found.errors[0]), "num_evals": cost, "seconds": time.monotonic() - work.start,
+        }  # fmt: skip
     except _Enough:
         pass
-    state.stage = "measure"
-    png = encode_png(state.image)
-    three = [decode_png(data, x.dtype) for data in (files[0], png, files[1])]
-    measured = measures.measure_match(encoder, *three, seed=0, pair_id=record["pair_id"])
-    if whole:
-        seconds = time.monotonic() - begin
-        made = {"status": str(status), "embedding_error": formatting.finite(torch.tensor(error))}
-        state.row = record | made | measured | {"num_evals": cost, "seconds": seconds}
-    else:
-        state.row = measured
-    state.stage = "done" if whole else "stopped"
+    _, image, curve = work.now
+    work.now = ("measure", image, curve)
+    three = [decode_png(png, x.dtype) for png in (files[0], encode_png(image), files[1])]
+    work.row = (made or {}) | measures.measure_match(encoder, *three, seed=0, pair_id="source->target")
+    work.now = ("done" if made else "stopped", image, curve)
 
 
-def _pause(state: _State, seconds: float) -> None:
-    with state.news:
-        state.news.wait_for(lambda: state.over, timeout=seconds)
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """One place x + h·v on a line, clipped to [0, 1]; `png` is rounded to 8 bit, the numbers are those before."""
+
+    step: float  # h, L2 in pixel units
+    distance: float | None  # ‖f(x + hv) − f(x)‖ / ‖f(x)‖
+    first_order: float | None  # |h|·‖Jv‖ / ‖f(x)‖, the prediction of the Jacobian at x
+    png: bytes
+    classes: tuple[tuple[str, float], ...]  # (name, probability), likeliest first; empty without a head
 
 
-def _snapshot(state: _State, start: float, files: list[bytes]) -> LiveMatch:
-    with state.news:
-        image, stage, curve = state.image, state.stage, tuple(state.curve)
-    return LiveMatch(stage, encode_png(image), curve, time.monotonic() - start, files[0], files[1], state.row)
+@torch.no_grad()
+@no_tf32()
+def stops_along(
+    encoder: Encoder, image: Tensor, direction: Tensor, steps: Sequence[float], *, jvp: float | None = None,
+    classes: int = 5,
+) -> tuple[Stop, ...]:  # fmt: skip
+    """Evaluate the encoder at x + h·v, (3, H, W), for each step h of the unit vector v; `jvp` is ‖Jv‖ at x."""
+    check_images(image[None], "image")
+    length = float(direction.double().norm())
+    if direction.shape != image.shape or not math.isclose(length, 1.0, rel_tol=1e-4):
+        raise ValueError(
+            f"`direction` must have the shape of `image` {tuple(image.shape)} and length 1; got "
+            f"{tuple(direction.shape)}, length {length:.4g}. Divide it by its norm."
+        )
+    image, direction = image.to(encoder.device), direction.to(encoder.device)
+    z = encoder(image[None]).double()
+    h = torch.tensor(list(steps), dtype=torch.float64, device=encoder.device).view(-1, 1, 1, 1)
+    places = (image.double() + h * direction.double()).clamp(0, 1).to(image.dtype)
+    moved = encoder(places).double()
+    likeliest: list[tuple[tuple[str, float], ...]] = [()] * len(places)
+    if encoder.has_head:
+        best = encoder.classify(places).double().softmax(dim=1).topk(min(classes, len(encoder.label_names or ())))
+        names = [[(encoder.label_names or ())[k] for k in row] for row in best.indices.tolist()]
+        likeliest = [tuple(zip(*row, strict=True)) for row in zip(names, best.values.tolist(), strict=True)]
+    return tuple(
+        Stop(
+            step=step,
+            distance=measures.relative_error(moved[k], z[0]),
+            first_order=None if jvp is None else abs(step) * jvp / float(z.norm()),
+            png=encode_png(places[k]),
+            classes=likeliest[k],
+        )
+        for k, step in enumerate(steps)
+    )

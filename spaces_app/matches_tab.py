@@ -9,9 +9,29 @@ from typing import Any
 from urllib.parse import urlencode
 
 import gradio as gr
+import shelf
 import views
-from shelf import BUILTIN_RESULTS, DATASET, HERE, LIVE, named_results, on_gpu, recorded_encoder, row_of, telling
-from showcase import Showcase, check_shown
+from shelf import BUILTIN_RESULTS, HIDDEN, named_results, refused, telling
+from showcase import Comparison, Row, Showcase, check_shown
+
+_NAMES = {
+    "embedding_error_8bit": "embedding error of the PNG",
+    "target_quantization_error": "half a grey level of noise",
+    "noise_floor": "float noise",
+    "cosine_to_target": "cosine to the target",
+    "cosine_to_source": "cosine to the source",
+    "cosine_source_target": "cosine of source and target",
+    "psnr_db": "PSNR to the source [dB]",
+    "ssim": "SSIM to the source",
+    "linf": "largest change of a pixel",
+    "l2": "L2 distance to the source",
+    "source_label": "class of the source",
+    "match_label": "class of the match",
+    "target_label": "class of the target",
+    "match_prob": "probability of the match's class",
+    "target_label_prob": "probability of the target's class",
+    "same_top1": "match and target in one class",
+}
 
 
 def list_matches(dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
@@ -37,7 +57,7 @@ def get_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
     Returns:
         The row without its pictures.
     """
-    return {k: v for k, v in row_of(dataset, key).items() if not isinstance(v, bytes)}
+    return {k: v for k, v in row_of(dataset, key).items() if k != "settings" and not isinstance(v, bytes)}
 
 
 def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
@@ -55,87 +75,107 @@ def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
     return {"holds": all(c.holds for c in found), "seconds": seconds, "numbers": numbers}
 
 
-@on_gpu
-def _check(key: str, dataset: str | None):
+def row_of(dataset: str | None, key: str) -> Row:
+    """Return one match by its key or pair."""
+    shown = named_results(dataset)
+    for column in ("key", "pair_id"):
+        for row in shown.matches:
+            if key == row[column]:
+                return row
+    raise refused(f"There is no match {str(key)[:200]!r} in {shown.name!r}.")
+
+
+@shelf.on_gpu
+def _check(key: str, dataset: str | None) -> tuple[tuple[Comparison, ...], float]:
     row, start = row_of(dataset, key), time.perf_counter()
-    settings = named_results(dataset).settings[row["key"]]
-    encoder = recorded_encoder(row, settings, dataset)
+    encoder = shelf.recorded_encoder(row, dataset)
     with telling(dataset):
-        found = check_shown(encoder, row, settings)
+        found = check_shown(encoder, row)
     return found, time.perf_counter() - start
 
 
-def check_view(key: str, dataset: str | None) -> str:
-    """The same as a table."""
-    return views.check_table(*_check(key, dataset))
+def check_view(key: str, dataset: str | None) -> tuple[str, Any]:
+    """Check a match and show the verdict and a table."""
+    found, seconds = _check(key, dataset)
+    told = views.html.verdict(sum(not c.holds for c in found), len(found), seconds)
+    rows = [[_NAMES[c.name], _text(c.stated), _text(c.now), "agrees" if c.holds else "differs"] for c in found]
+    return told, gr.Dataframe(rows, visible=True)
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else views.first_name(value)
 
 
 def match_shown(dataset: str | None, key: str) -> str:
-    """One match as the page shows it."""
+    """Show one match, with a link to it."""
     row = row_of(dataset, key)
     asked = {"pair": row["key"]} | ({"dataset": dataset} if dataset not in (None, "", BUILTIN_RESULTS) else {})
-    link = f"?{urlencode(asked)}"
     with telling(dataset):
-        return views.match_view(row["source"], row["match"], row["target"], row, link=link)
+        return views.match_view(row, link=f"?{urlencode(asked)}")
 
 
 @lru_cache(maxsize=32)
 def strip_of(dataset: str | None, key: str) -> str:
-    """The matches of a dataset to choose from."""
-    shown = named_results(dataset)
+    """Show the matches of a dataset as buttons with small pictures."""
     with telling(dataset):
-        return views.strip(shown.matches, key)
+        return views.html.strip(named_results(dataset).matches, key)
 
 
-def show_dataset(dataset: str | None):
-    """Gallery, first match and note of a dataset."""
+def show_dataset(dataset: str | None, pair: str | None = None) -> tuple[Any, ...]:
+    """Return the contents of the tab: gallery, key, one match, no verdict, no numbers, note."""
     shown = named_results(dataset)
     if not shown.matches:
-        raise gr.Error(f"{shown.name!r} holds no matches with pictures.", print_exception=False)
-    key = shown.matches[0]["key"]
-    return strip_of(dataset, key), key, match_shown(dataset, key), "", _note(shown)
+        raise refused(f"{shown.name!r} holds no matches with pictures.")
+    key = row_of(dataset, pair)["key"] if pair else shown.matches[0]["key"]
+    return strip_of(dataset, key), key, match_shown(dataset, key), "", gr.Dataframe(visible=False), note_of(shown)
 
 
-def _note(shown: Showcase) -> str:
+def note_of(shown: Showcase) -> str:
+    """Say how many matches there are and which checkpoints they are for."""
     made = sorted({escape(f"{row['model_id']} ({row['readout']})") for row in shown.matches})
     more = f"; {shown.withheld} more without pictures" if shown.withheld else ""
-    return f"{len(shown.matches)} matches{more}, made for {', '.join(made)}. The PNG files are shown as they are."
+    note = f"{len(shown.matches)} matches{more}, made for {', '.join(made)}. The PNG files are shown as they are."
+    missing = shelf.DATASET and shelf.home_of("matches") != shelf.DATASET
+    return note + (f" {escape(shelf.DATASET)} has no matches with pictures." if missing else "")
 
 
-def matches_tab() -> dict[str, Any]:
-    """Gallery, one match, Check it."""
-    offered = [BUILTIN_RESULTS, *([DATASET] if DATASET else [])]
+def _select(dataset: str, event: gr.EventData) -> tuple[Any, ...]:
+    key = str(event.key)
+    return key, match_shown(dataset, key), "", gr.Dataframe(visible=False)
+
+
+def _change(name: str, opened: str) -> tuple[Any, ...]:
+    if (name or BUILTIN_RESULTS) == opened:
+        return (gr.skip(),) * 8
+    try:
+        return gr.skip(), name or BUILTIN_RESULTS, *show_dataset(name)
+    except gr.Error as error:  # the results that are shown stay, and their name comes back
+        gr.Warning(escape(error.message))
+        return opened, *(gr.skip(),) * 7
+
+
+def matches_tab() -> list[Any]:
+    """Lay out the tab and return its parts: dataset, opened dataset, then those of `show_dataset`."""
+    offered = [BUILTIN_RESULTS, *([shelf.DATASET] if shelf.DATASET else [])]
     gr.HTML('<h2 class="block-title">Matches: each looks like the first photo and embeds as the second</h2>')
-    gallery = gr.HTML(elem_id="gallery", js_on_load=(HERE / "strip.js").read_text(encoding="utf-8"))
+    gallery = gr.HTML(elem_id="gallery", js_on_load=(shelf.HERE / "strip.js").read_text(encoding="utf-8"))
     key, opened = gr.State(""), gr.State(offered[-1])
     view = gr.HTML(elem_id="shown")
     with gr.Row(elem_classes="checkrow"):
         check = gr.Button("Check it", variant="primary", elem_id="check", scale=0, min_width=160)
-        gr.Markdown("Encodes the three PNG files above again, here and now, and compares with what is stated.")
-    verdict = gr.HTML(elem_id="verdict", js_on_load=LIVE)
+        gr.Markdown("Encodes the three PNG files above again, here and now, and compares the results with its numbers.")
+    verdict = gr.HTML(elem_id="verdict", js_on_load=shelf.LIVE)
+    numbers = gr.Dataframe(
+        headers=["number", "stated", "now", "verdict"], datatype="str", interactive=False, visible=False,
+        max_height=720, wrap=True, column_widths=["34%", "25%", "25%", "16%"], elem_id="numbers",
+    )  # fmt: skip
     dataset = gr.Dropdown(
         offered, value=offered[-1], label="Results", allow_custom_value=True, elem_id="dataset",
         info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",
     )  # fmt: skip
-    note = gr.HTML(elem_classes="small")  # no Markdown: the names in it are those of somebody's dataset
-
-    def select(dataset: str, event: gr.EventData):
-        key = str(event.key)
-        return key, match_shown(dataset, key), ""
-
-    def change(name: str, opened: str):
-        if (name or BUILTIN_RESULTS) == opened:
-            return (gr.skip(),) * 7
-        try:
-            return gr.skip(), name or BUILTIN_RESULTS, *show_dataset(name)
-        except gr.Error as error:  # what is shown stays, and so does its name
-            gr.Warning(escape(error.message))
-            return opened, *(gr.skip(),) * 6
-
-    parts = [dataset, opened, gallery, key, view, verdict, note]
-    dataset.change(change, [dataset, opened], parts, api_visibility="private", concurrency_limit=4)
-    gallery.click(
-        select, opened, [key, view, verdict], api_visibility="private", show_progress="hidden", concurrency_limit=8
-    )
-    check.click(check_view, [key, opened], verdict, api_visibility="private", concurrency_limit=2)
-    return dict(zip(("dataset", "opened", "gallery", "key", "view", "verdict", "note"), parts, strict=True))
+    note = gr.HTML(elem_classes="small")  # not Markdown, which would interpret the names of a stranger's dataset
+    parts = [dataset, opened, gallery, key, view, verdict, numbers, note]
+    dataset.change(_change, [dataset, opened], parts, api_visibility="private", concurrency_limit=4)
+    gallery.click(_select, opened, [key, view, verdict, numbers], concurrency_limit=8, **HIDDEN)
+    check.click(check_view, [key, opened], [verdict, numbers], api_visibility="private", concurrency_limit=2)
+    return parts

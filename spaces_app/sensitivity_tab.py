@@ -1,79 +1,29 @@
-"""The tab of sensitivity: spectrum, constants, the secants behind them, and a slider along a direction."""
+"""The tab of sensitivity: a slider along a direction, secants, constants and the spectrum."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import gradio as gr
-import torch
 import views
-from along import stops_along
-from shelf import home_of, on_gpu, recorded_encoder, results
+from charts import NARROW, Axis, Series, chart
+from live import Stop, stops_along
+from shelf import HIDDEN, home_of, on_gpu, recorded_encoder, refused, results
+from showcase import Row
+from torch import Tensor
 
 from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png
 
-
-def step_of(slider: float) -> float:
-    """A place of the slider, −100 … 100, as a step h: fine near zero, up to 16 at the ends."""
-    return 16.0 * (slider / 100.0) ** 3
-
-
-def _constants(image_id: str) -> list[dict[str, Any]]:
-    rows = [row for row in results(home_of("constants")).constants if row["key"] == image_id]
-    if not rows:
-        raise gr.Error(f"There are no constants of {image_id!r} here.", print_exception=False)
-    return rows
-
-
-def _direction(image_id: str, direction: str) -> dict[str, Any]:
-    for row in _constants(image_id):
-        if direction == f"{row['direction']} {row['index']}":
-            return row
-    raise gr.Error(f"There is no direction {direction!r} at {image_id!r}.", print_exception=False)
-
-
-def _encoder(row: dict[str, Any]):
-    home = home_of("constants")
-    return recorded_encoder(row, results(home).settings[f"lipschitz {row['key']}"], home)
-
-
-@lru_cache(maxsize=16)
-def _vectors(image_id: str) -> dict[str, torch.Tensor]:
-    shown = results(home_of("constants"))
-    rows = _constants(image_id)
-    settings = shown.settings[f"lipschitz {image_id}"]
-    encoder = _encoder(rows[0])
-    own = [row for row in shown.constants if shown.settings[f"lipschitz {row['key']}"] is settings]
-    images = {row["image_id"]: row["image"] for row in own}
-    toward = next((row["toward_id"] for row in rows if row["direction"] == "toward"), None)
-    image = decode_png(rows[0]["image"]).to(encoder.device)
-    target = decode_png(images[toward]).to(encoder.device) if toward in images else None
-    made = directions_of_run(encoder, image, target, settings, rows[0]["image_id"])
-    names = [f"{kind} {index}" for kind, index in zip(made.kinds, made.indices, strict=True)]
-    return dict(zip(names, made.vectors[0], strict=True))
-
-
-def _vector(image_id: str, direction: str) -> torch.Tensor:
-    made = _vectors(image_id)
-    if direction not in made:  # to a match of the run, which is not among its files
-        raise gr.Error(f"The direction {direction!r} cannot be made again here.", print_exception=False)
-    return made[direction]
-
-
-@lru_cache(maxsize=64)
-def _profile(image_id: str, direction: str):
-    """Distances over the whole slider, once."""
-    row = _direction(image_id, direction)
-    encoder, image = _encoder(row), decode_png(row["image"])
-    steps = [step_of(s) for s in range(-100, 101, 5)]
-    return stops_along(encoder, image, _vector(image_id, direction), steps, jvp=row["jvp"], classes=1)
+_STYLES = {"random": "one", "top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
+_UNRELATED = 2.1  # a chart reaches this relative distance at least: unrelated embeddings are 1 to 2 apart
 
 
 @on_gpu
 def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
-    """Move one of the four photos along a direction and see what the built-in encoder makes of it.
+    """Move one of the four photos along a direction and give the distance and classes that the encoder finds there.
 
     Args:
         image_id: cat, coffee, rocket or astronaut.
@@ -81,57 +31,176 @@ def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
         step: how far, L2 with pixels in [0, 1], from −16 to 16.
 
     Returns:
-        The distance of the embedding relative to its length, what the Jacobian foretells, and the likeliest classes.
-
-    Raises:
-        gradio.Error: no such photo or direction, or too far a step.
+        The distance of the embedding relative to its length, the prediction of the Jacobian, and the likeliest classes.
     """
-    if isinstance(step, bool) or not isinstance(step, int | float) or not -16 <= step <= 16:
-        raise gr.Error("`step` must be from −16 to 16.", print_exception=False)
-    stop = _stop(image_id, direction, step)
-    return {
-        "distance": stop.distance, "first_order": stop.first_order, "classes": [list(c) for c in stop.classes]
-    }  # fmt: skip
+    (stop,) = _stops(image_id, direction, [step])
+    return {"distance": stop.distance, "first_order": stop.first_order, "classes": [list(c) for c in stop.classes]}
 
 
-def _stop(image_id: str, direction: str, step: float):
-    row = _direction(image_id, direction)
-    image = decode_png(row["image"])
-    return stops_along(_encoder(row), image, _vector(image_id, direction), [step], jvp=row["jvp"])[0]
+def step_of(slider: float) -> float:
+    """Map a place of the slider, −100 … 100, to a step h: fine near zero, up to 16 at the ends."""
+    return 16.0 * (slider / 100.0) ** 3
+
+
+def _constants(image_id: str) -> list[Row]:
+    rows = [row for row in results(home_of("constants")).constants if row["key"] == image_id]
+    if not rows:
+        raise refused(f"There are no constants of {image_id!r} here.")
+    return rows
+
+
+def _name(row: Row) -> str:
+    return f"{row['direction']} {row['index']}"
+
+
+def _direction(image_id: str, direction: str) -> Row:
+    for row in _constants(image_id):
+        if direction == _name(row):
+            return row
+    raise refused(f"There is no direction {direction!r} at {image_id!r}.")
+
+
+@lru_cache(maxsize=16)
+def _vectors(image_id: str) -> dict[str, Tensor]:
+    """Make the directions of an image again; one to an image outside the results cannot be made."""
+    home, rows = home_of("constants"), _constants(image_id)
+    first, settings = rows[0], rows[0]["settings"]
+    encoder = recorded_encoder(first, home)
+    images = {row["image_id"]: row["image"] for row in results(home).constants if row["settings"] is settings}
+    toward = next((row["toward_id"] for row in rows if row["direction"] == "toward"), None)
+    target = decode_png(images[toward]).to(encoder.device) if toward in images else None
+    image = decode_png(first["image"]).to(encoder.device)
+    made = directions_of_run(encoder, image, target, settings, first["image_id"])
+    names = [f"{kind} {index}" for kind, index in zip(made.kinds, made.indices, strict=True)]
+    return dict(zip(names, made.vectors[0], strict=True))
+
+
+def _stops(image_id: str, direction: str, steps: Sequence[float]) -> tuple[Stop, ...]:
+    if any(isinstance(h, bool) or not isinstance(h, int | float) or not -16 <= h <= 16 for h in steps):
+        raise refused("`step` must be from −16 to 16.")
+    row, vectors = _direction(image_id, direction), _vectors(image_id)
+    if direction not in vectors:
+        raise refused(f"The direction {direction!r} cannot be made again here.")
+    encoder = recorded_encoder(row, home_of("constants"))
+    return stops_along(encoder, decode_png(row["image"]), vectors[direction], steps, jvp=row["jvp"])
+
+
+@lru_cache(maxsize=64)
+def _profile(image_id: str, direction: str) -> tuple[Stop, ...]:
+    """Evaluate the whole slider once."""
+    return _stops(image_id, direction, [step_of(slider) for slider in range(-100, 101, 5)])
 
 
 @on_gpu
-def along_view(image_id: str, direction: str, slider: float) -> str:
-    """The image at the slider, its classes, and how far the embedding has moved."""
-    if direction not in _vectors(image_id):  # towards an image that is not among the results
+def moved_view(image_id: str, direction: str, slider: float) -> str:
+    """Show the image at the slider, its classes, and the distance of its embedding."""
+    if direction not in _vectors(image_id):
         return '<p class="small">There is nothing to move along: this direction leads to an image that is not here.</p>'
-    stop, profile = _stop(image_id, direction, step_of(slider)), _profile(image_id, direction)
-    return views.along_view(stop, profile, f"{image_id} moved along {direction}")
+    (stop,) = _stops(image_id, direction, [step_of(slider)])
+    return along_view(stop, _profile(image_id, direction), f"{image_id} moved along {direction}")
 
 
-def facts_view(image_id: str, direction: str) -> tuple[str, str, str]:
-    """The ladder of one direction, the constants and the spectrum of one image."""
-    shown = results(home_of("constants"))
-    first = _constants(image_id)[0]
-    own = ("image_id", "model_revision", "readout", "image")  # of the same model and the same picture
-    spectrum = next((row for row in shown.spectra if all(row[key] == first[key] for key in own)), None)
-    return (
-        _titled("How its constant was read", views.ladder_view(_direction(image_id, direction))),
-        _titled("Constants by kind of direction", views.constants_view(_constants(image_id))),
-        "" if spectrum is None else _titled("Spectrum of the Jacobian", views.spectrum_view(spectrum)),
+def along_view(stop: Stop, profile: Sequence[Stop], name: str) -> str:
+    """Show the image at one step, its classes, and the distance of the embedding over the whole way."""
+    moved = stop.distance or 0.0
+    near = [(p.step, p.first_order) for p in profile if (p.first_order or 0.0) <= _UNRELATED]
+    way = [(p.step, p.distance) for p in profile]
+    curve = chart(
+        f"Distance of the embedding: {name}",
+        [Series(near, "prediction of the Jacobian", "limit"), Series(way, "distance of the embedding")],
+        Axis("step h (L2, pixels in [0, 1])", low=profile[0].step, high=profile[-1].step),
+        Axis("‖f(x+hv) − f(x)‖ / ‖f(x)‖", low=0.0, high=max(_UNRELATED, moved, *(p.distance or 0.0 for p in profile))),
+        mark=(stop.step, moved),
     )
+    predicted = f" (the Jacobian alone predicts {_share(stop.first_order)})" if stop.first_order else ""
+    text = f"h = {stop.step:.3g}: the embedding has moved by {_share(moved)} of its length{predicted}."
+    return views.html.along(stop, name, text, curve)
 
 
-def _titled(title: str, view: str) -> str:
-    return f'<h2 class="block-title">{title}</h2>{view}'
+def _share(share: float) -> str:
+    return f"{100 * share:,.0f} %" if share >= 10 else f"{100 * share:.3g} %"
 
 
-def sensitivity_tab() -> list[Any]:
-    """Spectrum, constants, ladder; and a slider along a direction."""
-    ids = list(dict.fromkeys(row["key"] for row in results(home_of("constants")).constants))
-    names = [f"{row['direction']} {row['index']}" for row in _constants(ids[0])]
-    made_for = dict.fromkeys(row["model_id"] for row in results(home_of("constants")).constants)
-    model = " and ".join("the built-in checkpoint" if name == "builtin" else f"`{name}`" for name in made_for)
+def ladder_view(row: Row) -> str:
+    """Draw the secants of one direction over the radii, with the float noise and the plateau."""
+    radii, secants = row["radii"], list(zip(row["radii"], row["secants"], strict=True))
+    series = [
+        Series(list(zip(radii, row["noise_floor"], strict=True)), "float noise", "quiet"),
+        Series([(r, row["jvp"]) for r in (radii[0], radii[-1])], "|Jv|", "limit"),
+        Series(secants, "secants", draw="line dots"),
+    ]
+    if row["plateau"]:
+        low, high = row["plateau"][0], row["plateau"][-1]
+        series.append(Series([(r, s) for r, s in secants if low <= r <= high], "plateau", "two", "line dots"))
+    if row["value"] is not None:
+        note = f"Resolved: the constant is {row['value']:.4g}, the exact derivative |Jv| {row['jvp']:.4g}."
+    else:
+        note = f"Undetermined: float noise hides it, so no number is given. The exact derivative is {row['jvp']:.1e}."
+    return chart(
+        f"Secants along {_name(row)} at {row['image_id']}", series, Axis("radius h (L2)", log=True),
+        Axis("‖f(x+hv) − f(x−hv)‖ / 2h", log=True), note=note, width=NARROW,
+    )  # fmt: skip
+
+
+def constants_view(rows: Sequence[Row]) -> str:
+    """Draw the constants of one image by kind of direction; rings where no constant can be read."""
+    kinds = list(dict.fromkeys(row["direction"] for row in rows))
+    known, unknown = [], []
+    for k, kind in enumerate(kinds):
+        own = [row for row in rows if row["direction"] == kind]
+        spread = 0.056 if len(own) > 1 else 0.0
+        places = [k + spread * ((7 * i) % 11 - 5) for i in range(len(own))]
+        dots = [(x, row["value"]) for x, row in zip(places, own, strict=True)]
+        known.append(Series(dots, style=_STYLES.get(kind, "one"), draw="dots"))
+        unknown += [(x, row["jvp"]) for x, row in zip(places, own, strict=True) if row["value"] is None]
+    rings = [Series(unknown, "|Jv| where noise hides the constant", "quiet", "rings")] if unknown else []
+    values = [row["value"] for row in rows if row["value"] is not None]
+    span = f"From {min(values):.2g} to {max(values):.3g}, by direction alone." if values else "None can be read."
+    return chart(
+        f"Lipschitz constants at {rows[0]['image_id']} by kind of direction", [*known, *rings],
+        Axis("kind of direction", names=kinds), Axis("constant", log=True), note=span, width=NARROW,
+    )  # fmt: skip
+
+
+def spectrum_view(row: Row) -> str:
+    """Draw the singular values of one image with the rank threshold and the named zeros."""
+    values, rank, threshold = row["singular_values"], row["rank"], row["rank_threshold"]
+    causes = ", ".join(zero["cause"] for zero in [*row["structural_zeros"], *row["near_structural"]])
+    ordered = list(enumerate(values, start=1))
+    series = [
+        Series([(1, threshold), (len(values), threshold)], "rank threshold", "limit"),
+        Series(ordered[:rank], "singular values"),
+    ]
+    if ordered[rank:]:
+        series.append(Series(ordered[rank:], f"zero: {causes}" if causes else "below it", "two", "dots"))
+    told = f"along {row['nullity']:,} pixel directions the embedding does not move, to first order."
+    return chart(
+        f"Singular values of the Jacobian at {row['image_id']}", series, Axis("number", low=0.0), Axis("σ", log=True),
+        note=f"Rank {rank} of {len(values)}: {told}", width=NARROW,
+    )  # fmt: skip
+
+
+def facts_view(image_id: str, direction: str) -> str:
+    """Show the secants of one direction, the constants and the spectrum of one image."""
+    rows = _constants(image_id)
+    same = ("image_id", "model_revision", "readout", "image")  # the same model and the same picture
+    facts = {
+        "How its constant was read": ladder_view(_direction(image_id, direction)),
+        "Constants by kind of direction": constants_view(rows),
+    }
+    for row in results(home_of("constants")).spectra:
+        if all(row[key] == rows[0][key] for key in same):
+            facts.setdefault("Spectrum of the Jacobian", spectrum_view(row))
+    return views.html.facts(facts.items())
+
+
+def sensitivity_tab(tab: gr.Tab) -> None:
+    """Lay out the tab."""
+    constants = results(home_of("constants")).constants
+    ids = list(dict.fromkeys(row["key"] for row in constants))
+    names = [_name(row) for row in _constants(ids[0])]
+    models = dict.fromkeys(row["model_id"] for row in constants)
+    model = " and ".join("the built-in checkpoint" if name == "builtin" else f"`{name}`" for name in models)
     gr.Markdown(
         "How fast does the embedding move when the pixels do, and along which directions not at all? Measured for "
         f"{model}. **top** directions move it most, **null** directions not at all, to first order; a **random** one "
@@ -142,25 +211,11 @@ def sensitivity_tab() -> list[Any]:
         first = "top 0" if "top 0" in names else names[0]
         direction = gr.Dropdown(names, value=first, label="Direction (kind and number)")
     slider = gr.Slider(-100, 100, value=30, step=1, label="Move along it (fine near the middle)", elem_id="along")
-    moved = gr.HTML(elem_id="moved")
-    with gr.Row():
-        with gr.Column(min_width=300):
-            ladder = gr.HTML()
-        with gr.Column(min_width=300):
-            constants = gr.HTML()
-        with gr.Column(min_width=300):
-            spectrum = gr.HTML()
-
-    def show(image: str, direction: str, slider: float):
-        return along_view(image, direction, slider), *facts_view(image, direction)
-
-    slider.input(
-        along_view, [image, direction, slider], moved, api_visibility="private", show_progress="hidden",
-        trigger_mode="always_last", concurrency_limit=2,
+    moved, facts = gr.HTML(elem_id="moved"), gr.HTML()
+    asked = [image, direction, slider]
+    slider.input(moved_view, asked, moved, trigger_mode="always_last", concurrency_limit=2, **HIDDEN)
+    gr.on(
+        [tab.select, image.change, direction.change],
+        lambda image, direction, slider: (moved_view(image, direction, slider), facts_view(image, direction)),
+        asked, [moved, facts], concurrency_limit=2, **HIDDEN,
     )  # fmt: skip
-    for control in (image, direction):
-        control.change(
-            show, [image, direction, slider], [moved, ladder, constants, spectrum], api_visibility="private",
-            show_progress="hidden", concurrency_limit=2,
-        )  # fmt: skip
-    return [show, [image, direction, slider], [moved, ladder, constants, spectrum]]

@@ -3,70 +3,62 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import views
+from charts import Axis, Series, chart
 from live import LiveMatch, live_match
-from shelf import LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu
+from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu, refused
 
 from hf_equiv import load_images
 from hf_equiv.data.image_file import open_image
 
 LARGEST_UPLOAD = 25 * 2**20
-
-
+MOST_PIXELS = 50_000_000
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
-
-
 EFFORTS = {"quick": 0.4, "normal": 1.0}
-
 
 _DOING = {
     "match": "Looking for pixels that embed as the target …",
     "refine": "Now as an 8-bit PNG: single steps of one grey level …",
     "measure": "Measuring …",
 }
+_JACOBIAN = 20  # evaluations between two points of a curve that need an explanation
+
+_running: dict[threading.Event, str] = {}
+"""Stop events of the matches that are being made, with the session of their visitor."""
 
 
-MOST_PIXELS = 50_000_000
-
-
-_stops: dict[str, set[threading.Event]] = {}
-"""Matches that are being made, by visitor: one may have several."""
-
-
-_changing = threading.Lock()
-
-
-def photo(value: str, **given: Any) -> gr.Image:
-    """An upload that reaches us as the path of a file: the library reads it, and says what is wrong with it."""
-    image = gr.Image(value, type="filepath", sources=["upload"], height=250, buttons=[], **given)
-    image.preprocess = lambda payload: payload.path if payload else None  # gradio would open it first
+def photo(value: Any, **given: Any) -> gr.Image:
+    """Make an upload that gives the path of its file unopened, so that the library reads it and explains errors."""
+    image = gr.Image(value, type="filepath", format="png", sources=["upload"], height=250, buttons=[], **given)
+    image.preprocess = lambda payload: payload.path if payload else None
     return image
 
 
 def read_upload(path: str | None, name: str):
-    """A visitor's file as an image without metadata, or a friendly error."""
+    """Open a visitor's file as an image without metadata."""
     if not path:
-        raise gr.Error(f"Choose a {name} photo first: upload one, or take one of the four.", print_exception=False)
+        raise refused(f"Choose a {name} photo first: upload one, or take one of the four.")
     if os.path.getsize(path) > LARGEST_UPLOAD:
-        raise gr.Error(f"The {name} photo is larger than 25 MB. Make it smaller.", print_exception=False)
+        raise refused(f"The {name} photo is larger than 25 MB. Make it smaller.")
     try:
         return open_image(Path(path).read_bytes(), f"the {name} photo", most_pixels=MOST_PIXELS)
     except (OSError, ValueError) as error:
-        said = str(error).replace(f"image 'the {name} photo'", f"The {name} photo")
-        raise gr.Error(said, print_exception=False) from error
+        raise refused(str(error).replace(f"image 'the {name} photo'", f"The {name} photo")) from error
 
 
 def accept(path: str | None, name: str) -> tuple[Any, None]:
-    """Say at once what is wrong with an upload, and put it away; nothing of the four is chosen any more."""
+    """Remove an upload that cannot be read and say why; in any case none of the four photos is chosen any more."""
     try:
         read_upload(path, name)
     except gr.Error as error:
@@ -75,54 +67,54 @@ def accept(path: str | None, name: str) -> tuple[Any, None]:
     return gr.skip(), None
 
 
+def _rtol(budget: str) -> float:
+    return RTOL if BUDGETS[budget] is None else 1e-4
+
+
 def _matching(source: str, target: str, model: str, budget: str, effort: str, session: str) -> Iterator[LiveMatch]:
-    """States of a match of two uploads, within the limits of this Space."""
+    """Yield the states of a match of two uploads, within the limits of this Space."""
     images = read_upload(source, "source"), read_upload(target, "target")
-    encoder = encoder_of(model)
-    stop = threading.Event()
-    with _changing:
-        _stops.setdefault(session, set()).add(stop)
+    encoder, stop = encoder_of(model), threading.Event()
+    _running[stop] = session
     try:
         yield from live_match(
             encoder, *images, radius=BUDGETS[budget], rtol=_rtol(budget), stop=stop, time_limit=TIME_LIMIT, every=0.3,
             max_evals=max(1, round(MAX_EVALS * EFFORTS[effort])),
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise refused(str(error)) from error
     finally:
-        with _changing:
-            _stops[session].discard(stop)
-            if not _stops[session]:
-                del _stops[session]
+        del _running[stop]
 
 
-def _rtol(budget: str) -> float:
-    return RTOL if BUDGETS[budget] is None else 1e-4
+def stop_match(request: gr.Request) -> None:
+    """Stop the matches of this visitor; a request without a session stops nothing, since it could be anybody's."""
+    for stop, session in list(_running.items()):
+        if session and session == request.session_hash:
+            stop.set()
 
 
 @on_gpu
 def watch_match(
     source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
 ) -> Iterator[tuple[Any, ...]]:
-    """Match two photos, and show it while it is made; a new stage is told to those who listen, once."""
-    stage = ""
+    """Match two photos and show the match while it is made: view, two downloads, words for screen readers."""
+    stage, rtol = "", _rtol(budget)
     for state in _matching(source, target, model, budget, effort, request.session_hash or ""):
-        if state.stage not in ("done", "stopped"):
-            told = gr.skip() if state.stage == stage else f"<p>{_DOING[state.stage]}</p>"
+        if state.stage in _DOING:
+            told = gr.skip() if state.stage == stage else f"<p>{_DOING[state.stage]}</p>"  # once a stage
             stage = state.stage
-            yield _live_view(state, _rtol(budget)), gr.skip(), gr.skip(), told
+            curve = curve_view(state.curve, rtol)
+            yield views.html.making(state, _DOING[stage], curve), gr.skip(), gr.skip(), told
     ended = ""
     if state.stage == "stopped":
         limit = f": the limit is {TIME_LIMIT:.0f} s" if state.seconds > TIME_LIMIT else ""
-        ended = f'<p class="verdict">Stopped after {state.num_evals:.0f} evaluations{limit}.</p>'
-    view = (
-        f"{ended}{views.match_view(state.source, state.png, state.target, state.row or {})}"
-        f'<div class="narrow"><h3 class="block-title">How it went ({state.seconds:.1f} s)</h3>'
-        f"{views.curve_view(state.curve, _rtol(budget))}</div>"
-    )
-    png, row = file_of(state.png, "match.png"), file_of(json.dumps(_record(state), indent=1).encode(), "row.json")
-    told = f"{ended}<p>{escape(views.match_headline(state.png, state.target, state.row or {}))}</p>"
-    yield view, gr.DownloadButton(value=png, visible=True), gr.DownloadButton(value=row, visible=True), told
+        ended = f"Stopped after {state.num_evals:.0f} evaluations{limit}."
+    row = {"source": state.source, "match": state.png, "target": state.target, **(state.row or {})}
+    view = views.html.made(ended, views.match_view(row), state.seconds, curve_view(state.curve, rtol))
+    files = file_of(state.png, "match.png"), file_of(json.dumps(_record(state), indent=1).encode(), "row.json")
+    downloads = [gr.DownloadButton(value=file, visible=True) for file in files]
+    yield view, *downloads, f"<p>{ended} {escape(views.headline(row))}</p>"
 
 
 @on_gpu
@@ -150,32 +142,36 @@ def _record(state: LiveMatch) -> dict[str, Any]:
     return {"stopped": state.stage == "stopped", **(state.row or {})}
 
 
-def _live_view(state: LiveMatch, rtol: float) -> str:
-    return (
-        f'<p class="verdict">{_DOING[state.stage]} error {state.error:.1e} after {state.num_evals:.0f} evaluations</p>'
-        f'<div class="live">{views.picture(state.png, "the match so far", "the match so far")}'
-        f"<div>{views.curve_view(state.curve, rtol)}</div></div>"
+def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
+    """Draw the embedding error against evaluations, the float match and its refinement apart."""
+    last = max((evals for _, evals, _ in curve), default=1.0)
+    series = [Series([(0.0, rtol), (max(last, 50.0), rtol)], "goal", "limit")]
+    for key, name, style in (("match", "float match", "one"), ("refine", "8-bit PNG", "two")):
+        if points := [(evals, error) for stage, evals, error in curve if stage == key]:
+            series.append(Series(points, name, style))
+    leap = max((b[1] - a[1] for a, b in pairwise(curve)), default=0.0)
+    note = (
+        f"Where it leaps, by up to {leap:.0f} evaluations, a whole Jacobian is computed." if leap >= _JACOBIAN else ""
     )
-
-
-def stop_match(request: gr.Request) -> None:
-    """Stop the matches of this visitor; who has no session could be anybody, and stops nothing."""
-    with _changing:
-        for event in _stops.get(request.session_hash, ()) if request.session_hash else ():
-            event.set()
+    return chart(
+        "Embedding error against evaluations", series, Axis("evaluations (forward + backward)", low=0.0),
+        Axis("embedding error", log=True, high=max([2.0, *(e for _, _, e in curve if e < math.inf)])), note=note,
+    )  # fmt: skip
 
 
 def try_tab() -> None:
-    """Two photos, a checkpoint, a budget; the match while it is made."""
-    photos = load_images("builtin")
-    paths = {item.id: file_of(_png(item.image), f"{item.id}.png", seconds=None) for item in photos}
+    """Lay out the tab."""
+    photos: list[gr.Image] = []
+    offered = {item.id: item.image for item in load_images("builtin")}
     with gr.Row():
-        with gr.Column(min_width=240):
-            source = photo(paths["cat"], label="Looks like this: the source", elem_id="source")
-            pick_source = gr.Dropdown(list(paths), value="cat", label="or one of these photos as the source")
-        with gr.Column(min_width=240):
-            target = photo(paths["coffee"], label="Embeds as this: the target", elem_id="target")
-            pick_target = gr.Dropdown(list(paths), value="coffee", label="or one of these photos as the target")
+        for name, chosen, label in (("source", "cat", "Looks like this"), ("target", "coffee", "Embeds as this")):
+            with gr.Column(min_width=240):
+                image = photo(offered[chosen], label=f"{label}: the {name}", elem_id=name)
+                pick = gr.Dropdown(list(offered), value=chosen, label=f"or one of these photos as the {name}")
+                pick.input(offered.get, pick, image, **HIDDEN)
+                image.clear(lambda: None, None, pick, **HIDDEN)
+                image.upload(partial(accept, name=name), image, [image, pick], **HIDDEN)
+                photos.append(image)
         with gr.Column(min_width=260):
             model = gr.Dropdown(list(MODELS), value="builtin", label="Checkpoint")
             budget = gr.Dropdown(list(BUDGETS), value="any change", label="How far each pixel may move")
@@ -188,23 +184,10 @@ def try_tab() -> None:
     with gr.Row():
         png = gr.DownloadButton("Download the PNG", visible=False, elem_id="png", size="sm")
         row = gr.DownloadButton("Download the numbers (JSON)", visible=False, elem_id="row", size="sm")
-    hidden = {"api_visibility": "private", "show_progress": "hidden"}
-    for image, pick, name in ((source, pick_source, "source"), (target, pick_target, "target")):
-        pick.input(paths.get, pick, image, **hidden)
-        image.clear(lambda: None, None, pick, **hidden)  # it is none of the four any more
-        image.upload(partial(accept, name=name), image, [image, pick], **hidden)
+    asked = [*photos, model, budget, effort]
     compute = {"concurrency_id": "compute", "concurrency_limit": WORKERS}
-    asked = [source, target, model, budget, effort]
     go.click(watch_match, asked, [view, png, row, told], api_visibility="private", show_progress="minimal", **compute)
-    # the same for programs: hidden, its answer a file and numbers
+    halt.click(stop_match, api_visibility="private", queue=False)
+    # programs call make_match by its name, and get a file and numbers
     answer = [gr.File(label="match", visible=False), gr.JSON(label="row", visible=False)]
     gr.Button(visible=False).click(make_match, asked, answer, api_name="make_match", **compute)
-    halt.click(stop_match, api_visibility="private", queue=False)
-
-
-def _png(image) -> bytes:
-    from io import BytesIO
-
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import gradio as gr
 import views
-from shelf import BUILTIN_RESULTS, HERE, RTOL, home_of, named_results, plain, results, telling
+from charts import Axis, Series, chart
+from shelf import BUILTIN_RESULTS, HERE, HIDDEN, home_of, named_results, refused, results, telling
+from showcase import Row
+
+_LEAST = 1e-7  # drift that a chart tells from zero, unless the drift allowed is as small
 
 
 def list_walks(dataset: str = BUILTIN_RESULTS) -> list[str]:
@@ -36,40 +41,54 @@ def get_walk(name: str, dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
     return [{key: row[key] for key in keys} for row in _path(name, dataset)]
 
 
-def _path(name: str, dataset: str | None):
+def _path(name: str, dataset: str | None) -> Sequence[Row]:
     paths = named_results(dataset).paths
     if name not in paths:
-        told = f"There is no walk {str(name)[:200]!r}; there are: {'; '.join(paths) or 'none'}."
-        raise gr.Error(plain(told), print_exception=False)
+        raise refused(f"There is no walk {str(name)[:200]!r}; there are: {'; '.join(paths) or 'none'}.")
     return paths[name]
 
 
 @lru_cache(maxsize=32)
 def walk_view(name: str, dataset: str | None = BUILTIN_RESULTS) -> str:
-    """A walk to play."""
-    rtol = named_results(dataset).settings.get(name, {}).get("rtol", RTOL)
+    """Show a walk to play."""
     path = _path(name, dataset)
     with telling(dataset):
-        return views.player(path, rtol)
+        return player(path, path[0]["settings"]["rtol"])
 
 
-def walk_tab() -> list[Any]:
-    """A walk as an animation, with the drift below."""
+def player(path: Sequence[Row], rtol: float) -> str:
+    """Show the frames of a walk with a slider, and their drift; player.js moves them."""
+    least = min(_LEAST, rtol / 100)
+    drift = [(row["arc_length"], max(row["drift"], least)) for row in path]
+    below = any(row["drift"] < least for row in path)
+    drawn = chart(
+        "Drift of the embedding against arc length",
+        [
+            Series([(length, rtol) for length, _ in drift], "largest drift allowed", "limit"),
+            Series(drift, "drift", draw="line dots"),
+        ],
+        Axis("arc length (L2, pixels in [0, 1])"),
+        Axis("drift", log=True, low=least, high=max(10 * rtol, *(row["drift"] for row in path))),
+        mark=drift[0],
+        note=f"Drawn at {least:.0e}: drift below it, and none at all." if below else "",
+    )
+    return views.html.player([(row["frame"], _told(row)) for row in path], drawn)
+
+
+def _told(row: Row) -> str:
+    seen = f", seen as {views.first_name(row['label'])} ({views.percent(row['prob'])})" if row["label"] else ""
+    return f"step {row['step']}: L2 {row['l2']:.1f} from the source, drift {row['drift']:.0e}{seen}"
+
+
+def walk_tab(tab: gr.Tab) -> None:
+    """Lay out the tab."""
     home = home_of("paths")
     names = list(results(home).paths)
-    story = (
-        " It starts at a match that looks like the cat and ends at the coffee itself; the classifier sees coffee all "
-        "the way."
-    )
-    gr.Markdown(
-        "A walk inside one level set: every image below has the same embedding, to within the drift shown."
-        + (story if home == BUILTIN_RESULTS else "")
-    )
+    story = "A walk inside one level set: every image below has the same embedding, to within the drift shown."
+    if home == BUILTIN_RESULTS:
+        story += " It starts at a match that looks like the cat and ends at the coffee itself; the classifier sees "
+        story += "coffee all the way."
+    gr.Markdown(story)
     name = gr.Dropdown(names, value=names[0], label="Walk", visible=len(names) > 1)
     view = gr.HTML(elem_id="walk", js_on_load=(HERE / "player.js").read_text(encoding="utf-8"))
-
-    def play(name: str) -> str:
-        return walk_view(name, home)
-
-    name.change(play, name, view, api_visibility="private", show_progress="hidden")
-    return [play, name, view]
+    gr.on([tab.select, name.change], lambda name: walk_view(name, home), name, view, **HIDDEN)

@@ -56,6 +56,8 @@ HOMES = {
     "torchmetrics": ["analyses/measures"],
     "matplotlib": ["analyses/figures", "report/figures"],
     "jinja2": ["runs/card", "hub/card", "report/render"],
+    "markupsafe": ["report/render"],
+    "scipy": ["report/statistics"],
     "click": ["cli"],
     "rich": ["cli"],
 }

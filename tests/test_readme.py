@@ -1,7 +1,8 @@
-"""The README tells the truth: its Python runs, its commands, flags, targets and links exist."""
+"""Run the Python of the README and the docs, and check that their commands, flags, targets and links exist."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -15,9 +16,12 @@ import pytest
 from hf_equiv.cli.main import cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
+NOTEBOOK = json.loads((ROOT / "docs" / "first_match.ipynb").read_text(encoding="utf-8"))
+PYTHON += ["\n".join("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")]
 COMMANDS = [
     shlex.split(line, comments=True)
     for language, text in BLOCKS
@@ -58,10 +62,26 @@ def test_scripts_and_extras_exist():
             if word.endswith(".py"):
                 assert (ROOT / word).is_file(), word
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    named = {extra for found in re.findall(r"(?:hf[-_]equiv|\.)\[([\w,]+)\]", README) for extra in found.split(",")}
+    named = {extra for found in re.findall(r"(?:hf[-_]equiv|\.)\[([\w,]+)\]", TEXT) for extra in found.split(",")}
     assert named <= set(extras)
 
 
-def test_links_into_the_repository_exist():
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert [link for link in links if link and not (ROOT / link).exists()] == []
+def test_the_readme_is_short():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_into_the_repository_exist(page):
+    """Files that links name exist; so do the headings after `#`."""
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -18,6 +18,7 @@ from hf_equiv.formatting import cut, form
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.run import AnalysisOutcome, RunOutcome
+    from hf_equiv.report.page import Report
     from hf_equiv.verify.dataset import DatasetReport
     from hf_equiv.verify.directory import VerifyReport
 
@@ -117,17 +118,17 @@ _SHOWN = 5
 """Missing rows that are named; an unfinished run may have thousands."""
 
 
-def print_summary(numbers: Mapping[str, Any], made: Mapping[str, str], out: Any) -> None:
+def print_summary(report: Report, made: Mapping[str, str], out: Any) -> None:
     """Print what a report says of each checkpoint in a few sentences, and where its files are."""
     from hf_equiv.report.claims import summary
 
     console = console_of(out)
-    for model in numbers["models"]:
-        console.print(cut(model["title"], 100), style="bold", highlight=False, markup=False)
+    for model in report.models:
+        console.print(cut(model.title, 100), style="bold", highlight=False, markup=False)
         for sentence in summary(model):
             console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=not console.is_terminal)
         console.print()
-    for problem in numbers["problems"]:
+    for problem in report.problems:
         console.print(f"not complete: {in_flags(problem)}", highlight=False, markup=False, soft_wrap=True)
     for name, value in made.items():
         console.print(f"{name + ':':<10}{value}", highlight=False, markup=False, soft_wrap=True)

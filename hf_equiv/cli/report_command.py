@@ -32,7 +32,7 @@ def run(paths: tuple[str, ...], **given: Any) -> int:
         if as_json:
             output.print_json({"analysis": "report", "out": str(path), **report.numbers}, out)
         elif not given["quiet"]:
-            output.print_summary(report.numbers, made, out)
+            output.print_summary(report, made, out)
         for problem in report.problems if quiet else ():
             output.to_stderr(f"not complete: {problem}")
         return 1 if report.problems else 0

@@ -1,6 +1,6 @@
-"""One image file: read it right or say what is wrong; write and read PNG on the k/255 grid.
+"""Read an image file as upright RGB, or name its fault; write and read PNG on the k/255 grid.
 
-Every reader of the package goes through `open_image`, so a photo gives the same pixels wherever it comes from.
+All images of the package are read by `open_image`, so a photo gives the same pixels wherever it comes from.
 """
 
 from __future__ import annotations
@@ -20,48 +20,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 178_956_970
-"""Most pixels that are decoded (0.7 GiB); Pillow refuses beyond this too. Larger JPEGs are decoded at reduced size."""
+"""Most pixels that are decoded (0.7 GiB), the limit of Pillow too. Larger JPEGs are decoded at reduced size."""
 
-
-IMAGE_SUFFIXES = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pnm",
-        ".avif",
-    }
-)
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .avif".split())
 """File endings that count as images inside a folder."""
-
 
 _LIMIT_LOCK = threading.Lock()
 
 
 def open_image(
-    source: str | os.PathLike[str] | bytes | Image.Image, name: str | None = None, *, sha256: str | None = None,
+    source: str | os.PathLike[str] | bytes | Image.Image,
+    name: str | None = None,
+    *,
+    sha256: str | None = None,
     most_pixels: int | None = None,
-) -> Image.Image:  # fmt: skip
+) -> Image.Image:
     """Read one image as upright 8-bit RGB.
 
     Grey, palette and CMYK become RGB; transparency is laid over white; 16-bit grey is scaled to 8 bit (value / 257,
-    rounded); the EXIF orientation is applied; of an animation the first frame is taken. A JPEG above `most_pixels` is
-    decoded at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded.
+    rounded); the EXIF orientation is applied; an animation gives its first frame. A JPEG above `most_pixels` is decoded
+    at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded.
 
     Args:
-        source: path, the bytes of a file, or an image that is open already.
-        name: what to call the image in messages; by default the file's name.
+        source: path, the bytes of a file, or an open image.
+        name: name of the image in messages; by default that of the file.
         sha256: hex SHA-256 that the file must have; None for any.
-        most_pixels: that are decoded; `MAX_PIXELS` by default.
+        most_pixels: most pixels that are decoded; `MAX_PIXELS` by default.
 
     Returns:
         A `PIL.Image.Image` of mode RGB, fully loaded, without metadata.
@@ -71,8 +55,27 @@ def open_image(
         ValueError: the file is no image, is empty, truncated, too large, of a kind that has no 8-bit meaning, or has
             another SHA-256.
     """
+    most, data = most_pixels or MAX_PIXELS, b""
     if isinstance(source, Image.Image):
-        return _read(source, name or "image", most_pixels or MAX_PIXELS)
+        name = name or "image"
+    else:
+        data, name = _read(source, name, sha256)
+    try:
+        if isinstance(source, Image.Image):
+            return _decode(source, name, most)
+        with _pillow_limit_off(), Image.open(io.BytesIO(data)) as image:
+            return _decode(image, name, most)
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else. "
+            "Convert it to PNG or JPEG."
+        ) from None
+    except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
+
+
+def _read(source: str | os.PathLike[str] | bytes, name: str | None, sha256: str | None) -> tuple[bytes, str]:
+    """Return the bytes of an image file and its name."""
     if isinstance(source, bytes | bytearray):
         name, data = name or "image", bytes(source)
     else:
@@ -88,21 +91,12 @@ def open_image(
             raise ValueError(f"image file {name!r} cannot be read: {error.strerror}. Check its permissions.") from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(
-            f"image file {name!r} must not change while it is used; it is another one than when the images were "
-            "listed. Put it back and run the same command again, or begin a new run with the photos as they are."
+            f"image file {name!r} must not change while it is used; it has changed since the images were listed. Put "
+            "it back and run the same command again, or begin a new run with the photos as they are."
         )
     if not data:
         raise ValueError(f"image {name!r} must hold an image; got an empty file (0 bytes). Copy or download it again.")
-    try:
-        with _pillow_limit_off(), Image.open(io.BytesIO(data)) as image:
-            return _read(image, name, most_pixels or MAX_PIXELS)
-    except UnidentifiedImageError:
-        raise ValueError(
-            f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else. "
-            "Convert it to PNG or JPEG."
-        ) from None
-    except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError) as error:
-        raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
+    return data, name
 
 
 def encode_png(pixels: Tensor) -> bytes:
@@ -134,7 +128,7 @@ def decode_png(data: bytes, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @contextmanager
 def _pillow_limit_off() -> Iterator[None]:
-    """Replace Pillow's own size limit (a warning, then an error at open) by the check in `_read`."""
+    """Replace Pillow's own size limit (a warning, then an error at open) by the check in `_decode`."""
     with _LIMIT_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -143,27 +137,22 @@ def _pillow_limit_off() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read(image: Image.Image, name: str, most: int) -> Image.Image:
+def _decode(image: Image.Image, name: str, most: int) -> Image.Image:
     width, height = image.size
-    if width * height > most:
-        if image.format == "JPEG":
-            scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= most), 8)
-            image.draft("RGB", (width // scale, height // scale))
-        if image.size[0] * image.size[1] > most:
-            raise ValueError(
-                f"image {name!r} must have at most {most:,} pixels; got {width} x {height}. "
-                "Shrink it first: encoders look at a few hundred pixels a side."
-            )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF and palette transparency: handled below
-            if getattr(image, "is_animated", False):
-                image.seek(0)
-            image.load()
-            turned = ImageOps.exif_transpose(image)
-            return _to_rgb(turned, name)
-    except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError) as error:
-        raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
+    if width * height > most and image.format == "JPEG":
+        scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= most), 8)
+        image.draft("RGB", (width // scale, height // scale))
+    if image.size[0] * image.size[1] > most:
+        raise ValueError(
+            f"image {name!r} must have at most {most:,} pixels; got {width} x {height}. "
+            "Shrink it first: encoders look at a few hundred pixels a side."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd EXIF and palette transparency, which are handled below
+        if getattr(image, "is_animated", False):
+            image.seek(0)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

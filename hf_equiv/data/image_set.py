@@ -1,4 +1,4 @@
-"""A set of images under one name, decoded one by one (see `hf_equiv.data`)."""
+"""A set of images under one name, decoded one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """One image of a set: its id (never an absolute path), upright RGB pixels, and its class where there is one."""
+    """One image of a set: its id (never an absolute path), upright RGB pixels, and its class or None."""
 
     id: str
     image: Image.Image
@@ -22,14 +22,14 @@ class ImageSet:
     """Images that are decoded one by one, when asked for.
 
     Attributes:
-        data_id: what the set is called: a file or folder name, `id:config:split` of the Hub, or `builtin`.
+        data_id: name of the set: a file or folder name, `id:config:split` of the Hub, or `builtin`.
         data_revision: the commit of the Hub dataset, or "sha256:…" over names, labels and contents of local files.
         ids: one id per image.
         labels: the class name of each image, None where there is none.
         read: decodes image `i` (used by indexing); a file that has changed since the set was opened is refused.
         tabular: whether the images come from a column of a table (parquet, Hub dataset).
         streamed: whether these are only the first images of a dataset.
-        choices: a sentence on each thing that was settled because nobody had named it, such as the split.
+        choices: a sentence on each choice that the user left open, such as the split.
     """
 
     data_id: str

@@ -1,10 +1,17 @@
-"""Hub datasets, and the image column of any table, read through `datasets` (private helper of `hf_equiv.data`)."""
+"""Read images from tables: local parquet files and Hub datasets, whole or streamed.
+
+A row of a parquet file or of a stream cannot be read alone: its row group, often 100 MB, comes along. So rows are
+copied once, a few at a time, into an Arrow file in the cache of `datasets`, from which each is read where it lies. The
+copy is named by its contents: the next call, or another process, finds it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,102 +19,86 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.table import table_cast
+from datasets.arrow_writer import ArrowWriter
 from datasets.utils.file_utils import xopen
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
 
 from hf_equiv.data.image_file import open_image
 from hf_equiv.data.image_set import ImageSet
-from hf_equiv.hub_client import hushed
+from hf_equiv.hub_client import api_of, explained, hushed
 
-# Local parquet files as one table on disk, whatever their size (private helper of `hf_equiv.data`).
-#
-# A row of a parquet file cannot be read alone: its row group, often 100 MB, comes along. So the rows are copied once, a
-# few at a time (at least a page: a megabyte in files that `datasets` wrote), into an Arrow file in the cache of
-# `datasets`, from which each is read where it lies. The copy is named by the contents: the next call, or another
-# process, finds it.
+LARGE = 5_000_000_000
+"""Bytes of a dataset's files above which it is streamed, if the number of images is known."""
 
+DEFAULT_SPLITS = ("validation", "test", "train")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
 _ROWS = 16
 """Rows that are copied at once."""
 
-
 _BUFFER = 1 << 20
 """Bytes of a column that are read at once."""
 
+_UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)  # pyarrow's errors are subclasses of these
+_UNLOADABLE = (*_UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError)
+
 
 def load_parquet(name: str, paths: Sequence[Path], revision: str, cache_dir: str | None) -> datasets.Dataset:
-    """Open parquet files as one dataset; memory grows with the pages of a file, not with its size.
+    """Open parquet files as one dataset, with images not decoded; memory grows with a page, not with the files.
 
     Args:
-        name: what the set is called in messages.
-        paths: of the files, in order.
+        name: name of the set in messages.
+        paths: the files, in order.
         revision: "sha256:…" of their contents.
-        cache_dir: where the copy is kept; by default the cache of `datasets`.
+        cache_dir: folder of the copy; by default the cache of `datasets`.
 
     Returns:
-        The dataset, images not decoded yet.
+        The dataset.
 
     Raises:
         ValueError: a file is damaged, the files do not fit together, or one is being written.
     """
-    place = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_equiv"
-    copy = place / f"{revision.removeprefix('sha256:')}.arrow"
+
+    def write(copy: Path) -> None:
+        before = [_state(path) for path in paths]
+        _copy(paths, copy)
+        if before != [_state(path) for path in paths]:
+            raise ValueError("it was written to while it was read")
+
     try:
-        if not copy.is_file():
-            before = [_state(path) for path in paths]
-            beside = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-                _copy(paths, beside)
-                if before != [_state(path) for path in paths]:
-                    raise ValueError("it was written to while it was read")
-                os.replace(beside, copy)
-            finally:
-                beside.unlink(missing_ok=True)
-        return datasets.Dataset.from_file(str(copy))
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's errors are subclasses of these
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"parquet data {name!r} cannot be read: {why}. Check the file.") from error
+        return _cached(revision.removeprefix("sha256:"), cache_dir, write)
+    except _UNREADABLE as error:
+        raise ValueError(f"parquet data {name!r} cannot be read: {_first_line(error)}. Check the file.") from error
 
 
-def refuse_swollen(path: Path, most: int) -> None:
-    """Refuse a parquet file whose columns are larger than `most` bytes once they are read, a few rows at a time.
-
-    Raises:
-        ValueError: it is larger, or damaged.
-    """
-    try:
-        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-            size = 0
-            for batch in file.iter_batches(batch_size=4):
-                size += batch.nbytes
-                if size > most:
-                    raise ValueError(f"it must be at most {most / 2**20:.0f} MiB once it is read")
-    except (OSError, ValueError, NotImplementedError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"{path.name} cannot be shown: {why}.") from error
+def _cached(key: str, cache_dir: str | None, write: Callable[[Path], None]) -> datasets.Dataset:
+    """Return the table in the cache under this key; `write` makes the file if it is not there."""
+    copy = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_equiv" / f"{key}.arrow"
+    if not copy.is_file():
+        temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, copy)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(copy))
 
 
 def _copy(paths: Sequence[Path], to: Path) -> None:
-    schema = _schema(paths[0])
-    with to.open("wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
-        for table in _tables(paths):
-            writer.write_table(table_cast(table, schema))
+    features = datasets.Features.from_arrow_schema(pq.read_schema(paths[0]))
+    with ArrowWriter(features=features, path=str(to)) as writer:
+        for path in paths:
+            for batch in _batches(path, _ROWS):
+                writer.write_table(pa.Table.from_batches([batch]))
+        writer.finalize()
 
 
-def _schema(path: Path) -> pa.Schema:
-    """Columns as `datasets` knows them, with its metadata."""
-    return datasets.Features.from_arrow_schema(pq.read_schema(path)).arrow_schema
-
-
-def _tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    for path in paths:
-        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=_ROWS):
-                yield pa.Table.from_batches([batch])
+def _batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        yield from file.iter_batches(batch_size=rows)
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -115,71 +106,16 @@ def _state(path: Path) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
-# The first rows of a large Hub dataset, without downloading the rest (private helper of `hf_equiv.data`).
-#
-# The encoded files go into the cache of `datasets` as one Arrow file, which is read from disk image by image: memory
-# does not grow with the number of images, and the next call, or another process, finds them there.
-
-
-_UNREAD = datasets.Image(decode=False)
-
-
-LARGE = 5_000_000_000
-"""Bytes of a dataset's files above which it is streamed, where a number of images was asked for."""
-
-
-def is_large(repo_id: str, config: str, revision: str) -> bool:
-    """Whether the dataset card or its files say that a split comes with more than `LARGE` bytes."""
-    info = datasets.load_dataset_builder(repo_id, config, revision=revision).info
-    return (info.download_size or 0) > LARGE
-
-
-def first_rows(
-    repo_id: str, config: str, revision: str, split: str, count: int, cache_dir: str | None
-) -> datasets.Dataset:
-    """Take the first `count` rows of a split, in its own order, with every image as the bytes of its file.
-
-    Returns:
-        The rows, on disk.
-    """
-    options = {"repo_id": repo_id, "config": config, "revision": revision, "split": split}
-    features = datasets.Features(
-        {k: _UNREAD if isinstance(v, datasets.Image) else v for k, v in _stream(**options).features.items()}
-    )
-    return datasets.Dataset.from_generator(
-        _rows, features=features, cache_dir=cache_dir, gen_kwargs=options | {"count": count}
-    )
-
-
-def _stream(repo_id: str, config: str, revision: str, split: str) -> datasets.IterableDataset:
-    stream = datasets.load_dataset(repo_id, config, split=split, revision=revision, streaming=True)
-    return stream if stream.features is not None else stream._resolve_features()  # of some formats, from a first row
-
-
-def _rows(repo_id: str, config: str, revision: str, split: str, count: int) -> Iterator[dict[str, Any]]:
-    stream = _stream(repo_id, config, revision, split)
-    images = [name for name, feature in stream.features.items() if isinstance(feature, datasets.Image)]
-    for row in islice(stream.decode(False), count):
-        yield row | {name: _with_bytes(row[name]) for name in images}
-
-
-def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The bytes of an image that is a file of its own on the Hub."""
-    if cell is None or cell.get("bytes") is not None or not cell.get("path"):
-        return cell
-    if "hf://" not in cell["path"]:  # a file of this machine or of elsewhere is none of the dataset
-        return {"bytes": None, "path": None}
-    with xopen(cell["path"], "rb") as stream:
-        return {"bytes": stream.read(), "path": None}
-
-
-Columns = tuple[tuple[str, ...], tuple[str | None, ...], Callable[[int], Image.Image], tuple[str, ...]]
-
-
-DEFAULT_SPLITS = ("validation", "test", "train")
-
-
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
+def refuse_swollen(path: Path, most: int) -> None:
+    """Refuse a parquet file that is damaged, or larger than `most` bytes once it is read; it is read in small parts."""
+    size = 0
+    try:
+        for batch in _batches(path, 4):
+            size += batch.nbytes
+            if size > most:
+                raise ValueError(f"it must be at most {most / 2**20:.0f} MiB once it is read")
+    except _UNREADABLE as error:
+        raise ValueError(f"{path.name} cannot be shown: {_first_line(error)}.") from error
 
 
 @hushed()
@@ -203,167 +139,184 @@ def load_hub_dataset(
     Raises:
         ValueError: unknown, private or gated dataset, configuration or split; no network.
     """
-    repo_id, _, rest = what.partition(":")
-    parts = rest.split(":") if rest else []
+    repo_id, *parts = what.split(":")
     if len(parts) > 2:
         raise ValueError(f"a dataset must be named id[:config][:split]; got {what!r}.")
     offline = local_files_only or constants.is_offline_mode()
+    if streaming and (offline or most is None):
+        raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
     revision = _cached_revision(repo_id, cache_dir) if offline else _current_revision(repo_id)
     config, split, choices = _choose(repo_id, revision, parts)
-    name = ":".join([repo_id, config, split])
+    name = f"{repo_id}:{config}:{split}"
     try:
-        if streaming or (most is not None and not offline and is_large(repo_id, config, revision)):
-            if offline or most is None:
-                raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
-            with _quiet():
-                rows = first_rows(repo_id, config, revision, split, most, cache_dir)
-            ids, labels, read, columns = columns_as_images(rows, name, image_column, label_column, _caches(cache_dir))
-            first = f"{name}[:{most}]"
-            told = choices + columns
-            return ImageSet(first, revision, ids, labels, read, tabular=True, streamed=True, choices=told)
-    except (OSError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"dataset {what!r} cannot be streamed: {_first_line(error.__cause__ or error)}") from error
-    mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
-    try:
-        with _quiet():
-            dataset = datasets.load_dataset(
-                repo_id, config, split=split, revision=revision, cache_dir=cache_dir, download_config=mode
-            )
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
-    ids, labels, read, columns = columns_as_images(dataset, name, image_column, label_column, _caches(cache_dir))
-    return ImageSet(name, revision, ids, labels, read, tabular=True, choices=choices + columns)
+        with _quiet(), explained(repo_id):
+            if most is not None and not offline and (streaming or is_large(repo_id, config, revision)):
+                rows, streaming = first_rows(repo_id, config, revision, split, most, cache_dir), True
+            else:
+                mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
+                rows = datasets.load_dataset(
+                    repo_id, config, split=split, revision=revision, cache_dir=cache_dir, download_config=mode
+                )
+    except _UNLOADABLE as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(cause or error)}") from error
+    caches = (cache_dir, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    inside = tuple(Path(place).resolve() for place in caches if place)
+    images = table_images(rows, name, revision, image_column, label_column, inside)
+    return replace(
+        images,
+        data_id=f"{name}[:{most}]" if streaming else name,
+        streamed=streaming,
+        choices=choices + images.choices,
+    )
 
 
-def _caches(cache_dir: str | None) -> tuple[Path, ...]:
-    """Where downloads are: the only files of this machine that a dataset of the Hub may point to."""
-    places = [cache_dir, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
-    return tuple(Path(place).resolve() for place in places if place)
+def is_large(repo_id: str, config: str, revision: str) -> bool:
+    """Tell whether the dataset card or its files state more than `LARGE` bytes."""
+    info = datasets.load_dataset_builder(repo_id, config, revision=revision).info
+    return (info.download_size or 0) > LARGE
 
 
-def columns_as_images(
+def first_rows(
+    repo_id: str, config: str, revision: str, split: str, count: int, cache_dir: str | None
+) -> datasets.Dataset:
+    """Fetch the first `count` rows of a split, in its own order, with every image as the bytes of its file."""
+
+    def write(copy: Path) -> None:
+        stream = datasets.load_dataset(repo_id, config, split=split, revision=revision, streaming=True)
+        if stream.features is None:  # some formats need a first row
+            stream = stream._resolve_features()
+        images = [name for name, feature in stream.features.items() if isinstance(feature, datasets.Image)]
+        features = datasets.Features(stream.features | dict.fromkeys(images, datasets.Image(decode=False)))
+        with ArrowWriter(features=features, path=str(copy), writer_batch_size=_ROWS) as writer:
+            for row in islice(stream.decode(False), count):
+                writer.write(features.encode_example(row | {name: _with_bytes(row[name]) for name in images}))
+            writer.finalize()
+
+    key = hashlib.sha256("\0".join([repo_id, config, revision, split, str(count)]).encode()).hexdigest()
+    return _cached(key, cache_dir, write)
+
+
+def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Fetch the bytes of an image that is a file of its own on the Hub."""
+    if cell is None or cell.get("bytes") is not None or not cell.get("path"):
+        return cell
+    if "hf://" not in cell["path"]:  # a file of this machine or of elsewhere does not belong to the dataset
+        return {"bytes": None, "path": None}
+    with xopen(cell["path"], "rb") as stream:
+        return {"bytes": stream.read(), "path": None}
+
+
+def table_images(
     dataset: datasets.Dataset,
     name: str,
+    revision: str,
     image_column: str | None,
     label_column: str | None,
     inside: tuple[Path, ...] | None = None,
-) -> Columns:
-    """Find the image and label columns; images are decoded by `open_image`, not by `datasets`.
+) -> ImageSet:
+    """Find the image and label columns of a table; `open_image` decodes the images, not `datasets`.
 
-    Cells may hold the path of a file; with `inside` only of one in these folders.
+    Cells may hold the path of a file; with `inside`, only of a file in these folders.
 
     Returns:
-        Ids, labels, a function that decodes image `i`, and a sentence if an image column was taken unasked.
+        The images, with a sentence in `choices` if nobody named one of several image columns.
 
     Raises:
         ValueError: there is no such column, or none that holds images.
     """
-    features = dataset.features
-    found = [k for k, v in features.items() if isinstance(v, datasets.Image)]
-    # what an image column is without the metadata of `datasets`
-    found = found or [k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}]
-    found = found or [k for k in ("image", "img", "jpg", "png") if k in features]
-    column = image_column or next(iter(found), None)
-    if column is None or column not in features:
-        raise ValueError(
-            f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}; it has "
-            f"{', '.join(features)}. Name one with --image-column."
-        )
-    if isinstance(features[column], datasets.List) and isinstance(features[column].feature, datasets.Value):
-        raise ValueError(
-            f"column {column!r} of {name!r} must hold images; got {features[column]}. Store files as binary, or pixels "
-            "as lists of rows."
-        )
+    column, found = _image_column(dataset, name, image_column)
     if len(dataset) == 0:
         raise ValueError(f"dataset {name!r} must hold images; it is empty.")
+    feature = dataset.features[column]
     try:
+        if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Value):
+            raise ValueError("a list of numbers has no rows")
         encoded = dataset.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"column {column!r} of {name!r} must hold images; got {features[column]}.") from error
-    labels = _labels(dataset, name, label_column)
-    choices: tuple[str, ...] = ()
-    if not image_column and len(found) > 1:
-        choices = (f"taking image column {column!r} of {_listed(found)}; `image_column` names another",)
+        raise ValueError(
+            f"column {column!r} of {name!r} must hold images; got {feature}. Store files as binary, or pixels as lists "
+            "of rows."
+        ) from error
 
     def read(index: int) -> Image.Image:
         cell = encoded[index][column] or {}
         where = f"{name} row {index}"
         if cell.get("bytes") is not None:
             return open_image(cell["bytes"], where)
-        if cell.get("path"):
-            file = Path(cell["path"]).resolve()
-            if inside is not None and not any(file.is_relative_to(folder) for folder in inside):
-                raise ValueError(
-                    f"{where} must hold an image of the dataset; got the path of another file. Leave it out."
-                )
-            return open_image(cell["path"], where)
-        raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or remove the row.")
+        if not cell.get("path"):
+            raise ValueError(
+                f"{where} must hold an image; column {column!r} is empty there. Fill it or remove the row."
+            )
+        file = Path(cell["path"]).resolve()
+        if inside is not None and not any(file.is_relative_to(folder) for folder in inside):
+            raise ValueError(f"{where} must hold an image of the dataset; got the path of another file. Leave it out.")
+        return open_image(cell["path"], where)
 
-    return tuple(str(i) for i in range(len(dataset))), labels, read, choices
+    ids = tuple(str(i) for i in range(len(dataset)))
+    choices: tuple[str, ...] = ()
+    if not image_column and len(found) > 1:
+        choices = (f"taking image column {column!r} of {_listed(found)}; `image_column` names another",)
+    return ImageSet(name, revision, ids, _labels(dataset, name, label_column), read, tabular=True, choices=choices)
+
+
+def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> tuple[str, list[str]]:
+    """Return the image column, and all that hold images by their type or else by their name."""
+    features = dataset.features
+    found = [k for k, v in features.items() if isinstance(v, datasets.Image)]
+    # the type of an image column without the metadata of `datasets`
+    found = found or [k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}]
+    found = found or [k for k in ("image", "img", "jpg", "png") if k in features]
+    column = wanted or next(iter(found), None)
+    if column is None or column not in features:
+        raise ValueError(
+            f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}; it has "
+            f"{', '.join(features)}. Name one with --image-column."
+        )
+    return column, found
 
 
 def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> tuple[str | None, ...]:
     features = dataset.features
     if label_column is not None and label_column not in features:
         raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {', '.join(features)}.")
-    column = label_column or next((k for k, v in features.items() if isinstance(v, datasets.ClassLabel)), None)
-    if column is None:
-        column = next((k for k in LABEL_COLUMNS if k in features), None)
+    classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
+    column = label_column or next((k for k in (*classes, *LABEL_COLUMNS) if k in features), None)
     if column is None:
         return (None,) * len(dataset)
-    feature, values = features[column], list(dataset.select_columns([column])[column])
-    names: list[str] | None = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    return tuple(_label(value, names) for value in values)
+    feature = features[column]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
 
+    def label(value: Any) -> str | None:
+        if value is None or isinstance(value, list | dict):
+            return None
+        if names is None:
+            return str(value)
+        return names[value] if 0 <= value < len(names) else None
 
-def _label(value: Any, names: list[str] | None) -> str | None:
-    if value is None or isinstance(value, list | dict):
-        return None
-    if names is None:
-        return str(value)
-    return names[value] if 0 <= value < len(names) else None
+    return tuple(map(label, dataset.select_columns([column])[column]))
 
 
 def _current_revision(repo_id: str) -> str:
     try:
-        sha = HfApi(library_name="hf_equiv").dataset_info(repo_id).sha
-    except GatedRepoError:
-        raise ValueError(
-            f"dataset {repo_id!r} is gated. Ask for access at {constants.ENDPOINT}/datasets/{repo_id} and log in "
-            "with `hf auth login`."
-        ) from None
-    except RepositoryNotFoundError:
-        raise ValueError(_unknown(repo_id)) from None
+        with explained(repo_id):
+            sha = api_of(None).dataset_info(repo_id).sha
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is neither a file or folder here nor a dataset name ({error}).") from None
-    except (HfHubHTTPError, OSError) as error:
-        if getattr(getattr(error, "response", None), "status_code", None) == 404:  # of one word, without an error code
-            raise ValueError(_unknown(repo_id)) from None
-        raise ValueError(
-            f"dataset {repo_id!r} cannot be looked up: {_first_line(error)}. Check the network, or use local images."
-        ) from error
-    except Exception as error:  # the HTTP client's own connection errors, whose classes differ between its versions
-        if "http" not in type(error).__module__:
-            raise
-        raise ValueError(
-            f"dataset {repo_id!r} cannot be looked up: no connection to {constants.ENDPOINT} ({_first_line(error)}). "
-            "Check the network, or use local images."
-        ) from error
+    except OSError as error:
+        unknown = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+        if unknown or getattr(getattr(error, "response", None), "status_code", None) == 404:  # without an error code
+            raise ValueError(
+                f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the "
+                "name; if it is private, log in with `hf auth login`."
+            ) from None
+        raise ValueError(f"dataset {repo_id!r} cannot be looked up: {error}") from error
     if not sha:
         raise ValueError(f"the Hub names no commit of dataset {repo_id!r}.")
     return sha
 
 
-def _unknown(repo_id: str) -> str:
-    return (
-        f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the name; if it "
-        "is private, log in with `hf auth login`."
-    )
-
-
 def _cached_revision(repo_id: str, cache_dir: str | None) -> str:
-    from pathlib import Path
-
     folder = "datasets--" + repo_id.replace("/", "--")
     ref = Path(cache_dir or constants.HF_HUB_CACHE) / folder / "refs" / "main"
     if not ref.is_file():
@@ -403,7 +356,7 @@ def _listed(names: list[str]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what `datasets` logs about a file before it raises: the error says it."""
+    """Silence the log of `datasets`: the error that follows says the same."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:

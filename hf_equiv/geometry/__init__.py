@@ -1,4 +1,4 @@
-"""Jacobians, local Lipschitz constants and level sets."""
+"""Analyse Jacobians, local Lipschitz constants and level sets."""
 
 from hf_equiv.geometry.directions import (
     Directions,

@@ -1,4 +1,4 @@
-"""Directions in pixel space to measure an encoder along, each kind by its name."""
+"""Make directions in pixel space to measure an encoder along, such as its row space and its null space."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hf_equiv.geometry.spectrum import rank_rtol_of
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import float64_twin, no_autocast, no_tf32
 
-# Row and null space of a Jacobian: projections, angles between them, and what the patch embedding discards.
+KINDS = ("random", "top", "row", "null", "gradient", "toward", "match")
+
+_COARSE = 1e-4  # relative spacing of bfloat16 and float16, in which a Jacobian has no meaningful rank
+_BLOCK = 4096  # pixels held in float64 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class RowSpace:
     def project_null(self, vectors: Tensor) -> Tensor:
         """Return the part (I − VᵀV) v of each v, which leaves the embedding, to first order.
 
-        Applied twice: what the rounding of the first leaves in the row space, the second takes away.
+        The projection is applied twice, to remove the remainder that rounding leaves in the row space.
 
         Args:
             vectors: v, (…, C, H, W).
@@ -69,7 +72,7 @@ class RowSpace:
         return rows.view(vectors.shape)
 
     def __repr__(self) -> str:
-        """Name its rank, the pixels and the range of σ."""
+        """State the rank, the number of pixels and the range of σ."""
         ends = "" if not self.rank else f", σ {self.singular_values[0]:.4g} to {self.singular_values[-1]:.4g}"
         return f"RowSpace({self.rank} of {self.basis.shape[1]} directions{ends}, threshold {self.threshold:.2g})"
 
@@ -90,7 +93,7 @@ def row_space(
         f: the encoder (1, C, H, W) -> (1, D), or its `Jacobian` at the image.
         image: x, (C, H, W), pixels in [0, 1]; None with a `Jacobian`.
         rank_rtol: threshold of the rank over σ₁; None for 1000 eps of the dtype (float32 1.2e-4, float64 2.2e-13).
-        matrix: J (D, N), if it is at hand, also with columns set to zero.
+        matrix: J (D, N), if it is known, also with columns set to zero.
         batch: most cotangents per pass.
 
     Returns:
@@ -136,13 +139,13 @@ def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
 
     Args:
         a: row space of one Jacobian.
-        b: of another, over the same N pixels; of any rank.
+        b: row space of another, over the same N pixels; of any rank.
 
     Returns:
         θ (min(R_a, R_b),), ascending, in [0, π/2], float64, radians.
 
     Raises:
-        ValueError: the two are of images of different size.
+        ValueError: the images of the two differ in size.
 
     References:
         Björck, Golub (1973), Math. Comp. 27:579.
@@ -153,23 +156,22 @@ def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
             "Use one image size."
         )
     cross = torch.zeros(a.rank, b.rank, dtype=torch.float64, device=a.basis.device)
-    step = 4096
-    for start in range(0, a.basis.shape[1], step):
-        cross.addmm_(a.basis[:, start : start + step].double(), b.basis[:, start : start + step].double().T)
+    for start in range(0, a.basis.shape[1], _BLOCK):
+        cross.addmm_(a.basis[:, start : start + _BLOCK].double(), b.basis[:, start : start + _BLOCK].double().T)
     Y, cosines, Zt = torch.linalg.svd(cross, full_matrices=False)
     gap = torch.zeros_like(cosines)
-    for start in range(0, a.basis.shape[1], step):
-        block = Zt @ b.basis[:, start : start + step].double()
-        block -= cosines[:, None] * (Y.T @ a.basis[:, start : start + step].double())
+    for start in range(0, a.basis.shape[1], _BLOCK):
+        block = Zt @ b.basis[:, start : start + _BLOCK].double()
+        block -= cosines[:, None] * (Y.T @ a.basis[:, start : start + _BLOCK].double())
         gap += block.square().sum(dim=1)
     return torch.atan2(gap.sqrt(), cosines)
 
 
 def patch_null_space(weight: Tensor) -> Tensor:
-    """Return the pixel patterns of one patch that the patch embedding maps to zero, at every image.
+    """Return the pixel patterns of one patch that the patch embedding maps to zero.
 
-    For z_patch = W p with W (D, C·p²) there are at least C·p² − D of them: closed form, free of drift, and part of the
-    null space at every image. Where W has full rank and C·p² ≤ D there are none.
+    For z_patch = W p with W (D, C·p²) there are at least C·p² − D of them, in closed form and without drift; they
+    belong to the null space at every image. If W has full rank and C·p² ≤ D there are none.
 
     Args:
         weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1]: divide by the standard deviations of the
@@ -189,21 +191,15 @@ def patch_null_space(weight: Tensor) -> Tensor:
     return Vh[rank:].view(-1, *weight.shape[1:])
 
 
-_COARSE = 1e-4  # relative spacing of a dtype from which a Jacobian has no rank to speak of: bfloat16 and float16
-
-
-KINDS = ("random", "top", "row", "null", "gradient", "toward", "match")
-
-
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """Unit directions of a batch of images, with what each of them is.
+    """Unit directions of a batch of images, with their kinds.
 
     Attributes:
         vectors: v, (B, K, C, H, W), unit L2 norm in pixel units.
-        kinds: the kind of each, K strings: random, top, row, null, gradient, toward or match.
-        indices: number of each within its kind, K integers from 0; for `top` and `row` that of the singular value, in
-            the row space of the first image.
+        kinds: kind of each, K strings: random, top, row, null, gradient, toward or match.
+        indices: number of each within its kind, K integers from 0; for `top` and `row` the index of the singular value,
+            in the row space of the first image.
     """
 
     vectors: Tensor
@@ -211,7 +207,7 @@ class Directions:
     indices: tuple[int, ...]
 
     def __len__(self) -> int:
-        """K, the directions of each image."""
+        """Return K, the directions of each image."""
         return len(self.kinds)
 
 
@@ -241,19 +237,18 @@ def make_directions(
         toward    (t − x) / ‖t − x‖
         match     (m − x) / ‖m − x‖ with m a match of another image, as `match_embedding` gives
 
-    A random direction is nearly null: its constant is σ₁/√N times a few, and says nothing about the largest one.
-
-    In bfloat16 and float16 J is that of the float64 twin of f.
+    A random direction is nearly null: its constant is a few times σ₁/√N and says nothing about the largest one. In
+    bfloat16 and float16, J is that of the float64 twin of f.
 
     Cost: `top`, `row` and `null` take one full Jacobian an image, `gradient` one cotangent. Memory: B·K images.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
         images: x, (B, C, H, W), pixels in [0, 1].
-        random: how many.
-        top: how many, at most the rank.
-        row: how many, at most the rank.
-        null: how many.
+        random: number of random directions.
+        top: number of top directions, at most the rank.
+        row: number of row directions, at most the rank.
+        null: number of null directions.
         gradient: whether to add the gradient.
         toward: images t, (B or 1, C, H, W), pixels in [0, 1].
         match: matches m, (B, C, H, W), pixels in [0, 1].
@@ -265,8 +260,8 @@ def make_directions(
 
     Raises:
         TypeError: `images`, `toward` or `match` is no float tensor, or a count no whole number.
-        ValueError: nothing asked for, more directions than the row space holds, no null space, images of other shapes,
-            an image that equals its `toward` or `match`, or an f of half precision without a float64 twin.
+        ValueError: no direction asked for, more directions than the row space holds, no null space, images of other
+            shapes, an image that equals its `toward` or `match`, or an f of half precision without a float64 twin.
 
     Example:
         >>> import torch
@@ -281,52 +276,77 @@ def make_directions(
     counts = {"random": random, "top": top, "row": row, "null": null}
     for name, count in counts.items():
         checks.check_count(count, name, least=0)
-    others = {"toward": toward, "match": match}
+    others = {name: other for name, other in (("toward", toward), ("match", match)) if other is not None}
     for name, other in others.items():
-        if other is not None:
-            _check_other(other, images, name)
-    if not any(counts.values()) and not gradient and toward is None and match is None:
-        raise ValueError(f"`make_directions` must be asked for some direction; got none. Kinds: {', '.join(KINDS)}.")
+        checks.check_like(other, images, name)
+    if not any(counts.values()) and not gradient and not others:
+        raise ValueError(f"`make_directions` must be asked for a direction; got none. Kinds: {', '.join(KINDS)}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     dtype = torch.promote_types(images.dtype, torch.float32)
-    rows = []
-    indices: list[int] = []
+    rows, indices = [], list[int]()
     for b, image in enumerate(images.detach()):
-        parts: list[Tensor] = [_gaussian(random, image, generator)]
-        numbers = list(range(random))
-        if top + row + null > 0 or gradient:
-            J = _jacobian(f, image, batch)
-            if top + row + null > 0:
-                space = row_space(J)
-                _check_rank(space, counts)
-                picks = [*range(top), *_spread(row, space.rank)]
-                parts.append(space.basis[picks].view(-1, *image.shape))
-                parts.append(space.project_null(_gaussian(null, image, generator)))
-                numbers += [*picks, *range(null)]
-            if gradient:
-                u = J.z if toward is None else _encode(f, toward[b % len(toward)].to(image)).to(J.z) - J.z
-                parts.append(J.rmv(u[None]))
-                numbers.append(0)
-        for other in (toward, match):
-            if other is not None:
-                parts.append((other[b % len(other)].to(image).double() - image.double())[None])
-                numbers.append(0)
+        aim = None if toward is None else toward[b % len(toward)].to(image)
+        parts, numbers = _from_jacobian(f, image, counts, generator, batch, gradient, aim)
+        for other in others.values():
+            parts.append((other[b % len(other)].to(image).double() - image.double())[None])
+            numbers.append(0)
         vectors = torch.cat([part.to(torch.float64) for part in parts])
-        norms = vectors.flatten(1).norm(dim=1)
-        if not bool((norms > 0).all()):
+        if not bool((vectors.flatten(1).norm(dim=1) > 0).all()):
             raise ValueError(
                 f"the directions of image {b} must not be zero: it equals its `toward` or `match`, or its gradient "
                 "vanishes. Leave that kind out."
             )
-        rows.append((vectors / norms.view(-1, 1, 1, 1)).to(dtype))
+        rows.append(unit_directions(vectors, dtype))
         indices = indices or numbers
-    kinds = [name for name, count in counts.items() for _ in range(count)]
-    kinds += ["gradient"] * gradient + [name for name, other in others.items() if other is not None]
+    kinds = [name for name, count in counts.items() for _ in range(count)] + ["gradient"] * gradient + [*others]
     return Directions(torch.stack(rows), tuple(kinds), tuple(indices))
 
 
+def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return directions (K, C, H, W) scaled to unit L2 norm, in `dtype`."""
+    wide = directions.double()
+    return (wide / wide.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(dtype)
+
+
+def as_directions(vectors: Directions | Tensor) -> Directions:
+    """Return directions unchanged, or a tensor (B, K, C, H, W) as directions of the kind `given`."""
+    if isinstance(vectors, Directions):
+        return vectors
+    count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
+    return Directions(vectors, ("given",) * count, tuple(range(count)))
+
+
+def _from_jacobian(
+    f: Callable[[Tensor], Tensor],
+    image: Tensor,
+    counts: dict[str, int],
+    generator: torch.Generator,
+    batch: int,
+    gradient: bool,
+    aim: Tensor | None,
+) -> tuple[list[Tensor], list[int]]:
+    """Return the random directions and those of J at one image, of any length, with their numbers."""
+    parts, numbers = [_gaussian(counts["random"], image, generator)], [*range(counts["random"])]
+    spectral = counts["top"] + counts["row"] + counts["null"] > 0
+    if not spectral and not gradient:
+        return parts, numbers
+    J = _jacobian(f, image, batch)
+    if spectral:
+        space = row_space(J)
+        _check_rank(space, counts)
+        picks = [*range(counts["top"]), *_spread(counts["row"], space.rank)]
+        parts.append(space.basis[picks].view(-1, *image.shape))
+        parts.append(space.project_null(_gaussian(counts["null"], image, generator)))
+        numbers += [*picks, *range(counts["null"])]
+    if gradient:
+        u = J.z if aim is None else _encode(f, aim).to(J.z) - J.z
+        parts.append(J.rmv(u[None]))
+        numbers.append(0)
+    return parts, numbers
+
+
 def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacobian:
-    """J of f, or of its float64 twin where f is too coarse to tell its row space from its null space."""
+    """Return J of f, or of its float64 twin if f is too coarse to tell row space and null space apart."""
     J = Jacobian(f, image, batch=batch)
     if J.eps < _COARSE:
         return J
@@ -349,17 +369,8 @@ def _encode(f: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 
 def _spread(count: int, total: int) -> list[int]:
-    """`count` whole numbers from 0 to total − 1, evenly spread, both ends included."""
+    """Return `count` whole numbers from 0 to total − 1, evenly spread, both ends included."""
     return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
-
-
-def _check_other(other: Tensor, images: Tensor, name: str) -> None:
-    checks.check_images(other, name)
-    if other.shape[1:] != images.shape[1:] or other.shape[0] not in (1, images.shape[0]):
-        raise ValueError(
-            f"`{name}` must hold 1 or {images.shape[0]} images of shape {tuple(images.shape[1:])}; "
-            f"got {tuple(other.shape)}."
-        )
 
 
 def _check_rank(space: RowSpace, counts: dict[str, int]) -> None:

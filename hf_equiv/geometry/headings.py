@@ -1,4 +1,9 @@
-"""Where a walk goes next: tangent directions of the level set, ahead or towards an image."""
+"""Choose the next tangent direction of a level set, ahead or towards an image.
+
+`Ahead` projects a fixed direction, or the direction away from an image, on the level set. `Toward` descends ½‖x −
+destination‖² inside it, by L-BFGS from afar and by Newton steps near a stationary point; `newton_step` solves their
+quadratic subproblem by conjugate gradients inside a ball.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,26 @@ from torch import Tensor
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import dot
 
-# The quadratic subproblem of Newton's method: conjugate gradients inside a ball.
-
-
 MAX_PRODUCTS = 40
-"""Products with the Hessian, at most."""
+"""Most products with the Hessian of one Newton step."""
+
+_MEMORY = 20  # secant pairs of the descent towards an image
+_SMALLEST = 1e-3  # least share of a wish that projection must leave
+_ROUNDS = 10  # most rows learnt at one point before its tangent is used as it is
+_ACTIVE = 60  # most Newton steps of a projection on the tangent cone
+_LEAST = 2.0**-20  # least step length of that projection
+_ROUNDING = 30  # eps times the length of a wish below which a tangent is rounding
+_CLOSE = 1.1  # ‖e‖ / ‖t‖ of a tangent that counts as true
+_EASY, _HARD, _FAIR = 8, 25, 16  # corrector trials of a step
+_NEAR = 0.12  # stationarity below which Newton steps are worth their products with the Hessian
+_PROBE = 0.01  # L2 length of the differences that replace products with the Hessian
+_ACCURACY = 0.2  # of a Newton step
+_POOR, _FINE = 0.4, 0.75  # shares of the promised gain below and above which the radius shrinks and grows
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step p with what the quadratic model says of it.
+    """A step p and its figures in the quadratic model.
 
     Attributes:
         step: p, of the shape of the gradient.
@@ -36,21 +51,15 @@ class Step:
     bound: bool
 
     def gain(self, share: float) -> float:
-        """What `share`·p gains in the model: share·⟨g, p⟩ − ½·share²·⟨p, H p⟩."""
+        """Return the gain of `share`·p in the model: share·⟨g, p⟩ − ½·share²·⟨p, H p⟩."""
         return share * self.slope - 0.5 * share**2 * self.curvature
 
 
 def newton_step(hessian: Callable[[Tensor], Tensor], gradient: Tensor, radius: float, accuracy: float) -> Step:
-    """Maximise ⟨g, p⟩ − ½⟨p, H p⟩ over ‖p‖ ≤ radius by truncated conjugate gradients.
+    """Maximise ⟨g, p⟩ − ½⟨p, H p⟩ over ‖p‖ ≤ radius by truncated conjugate gradients, never worse than a step along g.
 
-    Starting along g, which is never made worse. Ends where ‖g − H p‖ ≤ accuracy·‖g‖, on the sphere, or, where H bends
-    the other way, by going on to the sphere.
-
-    Args:
-        hessian: H, symmetric up to noise, in the space where g lies.
-        gradient: g, of any shape, not zero.
-        radius: of the ball.
-        accuracy: of the solution, relative.
+    The iteration ends where ‖g − H p‖ ≤ accuracy·‖g‖ or on the sphere; along directions of negative curvature it goes
+    on to the sphere. H maps the space of g to itself and is symmetric up to noise; g has any shape and is not zero.
 
     Returns:
         The step.
@@ -88,46 +97,10 @@ def newton_step(hessian: Callable[[Tensor], Tensor], gradient: Tensor, radius: f
 
 
 def _to_sphere(p: Tensor, v: Tensor, radius: float) -> float:
-    """The t ≥ 0 with ‖p + t v‖ = radius."""
+    """Return the t ≥ 0 with ‖p + t v‖ = radius."""
     a, b, c = dot(v, v), dot(p, v), dot(p, p) - radius**2
     root = math.sqrt(max(0.0, b * b - a * c))
     return (root - b) / a if b <= 0 else -c / (root + b)
-
-
-_MEMORY = 20  # secant pairs of the descent towards an image
-
-
-_SMALLEST = 1e-3  # share of a wish that must be left after projection
-
-
-_ROUNDS = 10  # rows learnt at one point before its tangent is taken as it is
-
-
-_ACTIVE = 60  # Newton steps of a projection on the tangent cone
-
-
-_LEAST = 2.0**-20  # share of one, below which there is no descent
-
-
-_ROUNDING = 30  # eps over the length of a wish, below which what is left of it is rounding
-
-
-_CLOSE = 1.1  # ‖e‖ / ‖t‖ at which it is true
-
-
-_EASY, _HARD, _FAIR = 8, 25, 16  # trials of the corrector for a step
-
-
-_NEAR = 0.12  # stationarity from which Newton steps are worth their products with the Hessian
-
-
-_PROBE = 0.01  # L2 length of the differences that stand for products with the Hessian
-
-
-_ACCURACY = 0.2  # of a Newton step
-
-
-_POOR, _FINE = 0.4, 0.75  # share of the promised gain below which the radius shrinks, above which it grows
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +108,9 @@ class Plan:
     """The next move from a point.
 
     Attributes:
-        direction: a tangent t (C, H, W) of unit length: A t = 0 on the free pixels. None where there is no way on.
-        length: the step that the heading would take if nothing else limited it.
-        stationarity: ‖P_null d‖ / ‖d‖, for d = destination − x an upper bound, for d = x − origin by the model; None
+        direction: a tangent t (C, H, W) of unit length: A t = 0 on the free pixels. None at the end of the way.
+        length: step that the heading would take without other limits.
+        stationarity: ‖P_null d‖ / ‖d‖: an upper bound for d = destination − x, by the model for d = x − origin; None
             for a fixed heading.
     """
 
@@ -147,23 +120,23 @@ class Plan:
 
 
 class Ahead:
-    """Along a fixed direction, or away from an image as fast as the distance grows: the projection of v.
+    """Follow the projection of a fixed direction v, or go away from an image as fast as the distance grows.
 
     Args:
-        direction: v, (C, H, W), for a fixed heading; the first v of the other.
+        direction: v, (C, H, W), of a fixed heading; the first v of the other.
         origin: v = x − origin once that is not zero; None for a fixed heading.
 
     Attributes:
-        spacing: share of the longest step that points are apart, at least; between them the walk takes shorter steps.
+        spacing: least distance of two points, over the longest step; the walk takes shorter steps between them.
     """
+
+    spacing = 0.0
 
     def __init__(self, direction: Tensor, origin: Tensor | None = None) -> None:
         self.direction, self.origin = direction, origin
 
-    spacing = 0.0
-
     def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
-        """Project the heading. A learns the row along the last drift, which is how the level set bends under it."""
+        """Project the heading, after A has learnt the row along the last drift: the bend of the level set there."""
         wish = self.direction
         if self.origin is not None and bool((at.image != self.origin).any()):
             wish = at.image - self.origin
@@ -175,38 +148,38 @@ class Ahead:
         return Plan(direction, math.inf, None if self.origin is None else share)
 
     def accepts(self, at: Place, there: Place) -> bool:
-        """Whether a corrected point is a step of this heading: any is, or any that is farther away."""
+        """Whether a corrected point is a step of this heading: any for a fixed direction, else a farther one."""
         if self.origin is None:
             return True
         moved = there.image - at.image
         return dot(moved, (at.image + there.image) / 2 - self.origin) > 0.0
 
     def pace(self, trials: int) -> float:
-        """How much longer the next step may be: a corrector that took many trials is at the edge of what A knows."""
+        """Return the factor for the next step: many corrector trials mean that A has reached its limits."""
         return 1.5 if trials <= _EASY else 0.7 if trials > _HARD else 1.0
 
     def reconsider(self) -> bool:
-        """Whether another plan may lead on where a step was rejected: a fixed direction has no other."""
+        """Whether another plan may help after a rejected step: a fixed direction has no other."""
         return False
 
 
 class Toward:
-    """Down ½‖x − destination‖² inside the level set: by L-BFGS from afar, by Newton steps near a stationary point.
+    """Descend ½‖x − destination‖² inside the level set: by L-BFGS from afar, by Newton steps near a stationary point.
 
     The gradient on the level set in the box is −P d with d = destination − x and P the projection on its tangent cone,
     {t : J t = 0, t inwards or zero at pixels at 0 and 1}. Once A has learnt the row along λ, e = d − Jᵀλ is exact, and
-    ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ whatever λ is (Moreau): so that over ‖d‖ certifies a stationary
-    point without the full Jacobian there.
+    ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ for any λ (Moreau): that over ‖d‖ certifies a stationary point
+    without the full Jacobian there.
 
     A point is off the level set by r = f(x) − z, and back on it ½‖d‖² would be λᵀr more, to first order. Near the end
-    that is as much as a step gains: it counts for what the Lagrangian ½‖d‖² + λᵀr gains.
+    that is as much as a step gains, so gains are measured in the Lagrangian ½‖d‖² + λᵀr.
 
-    How the level set bends decides how far is near: H = P (I + ∇²(λᵀf)) P is the Hessian of the Lagrangian. L-BFGS
-    learns it from the way so far; a Newton step asks for its products, as differences of Jᵀλ, an evaluation each.
+    The bend of the level set limits the step: H = P (I + ∇²(λᵀf)) P is the Hessian of the Lagrangian. L-BFGS learns it
+    from the steps so far; a Newton step computes its products, as differences of Jᵀλ, for an evaluation each.
 
     Args:
         destination: (C, H, W), pixels in [0, 1].
-        stop: ‖e‖/‖d‖ at which no nearer image is looked for.
+        stop: ‖e‖/‖d‖ at which the search for a nearer image ends.
 
     References:
         Nocedal, Wright (2006), Numerical Optimization, alg. 7.4 (L-BFGS), 7.2 (Newton steps), §18.1 (the Lagrangian).
@@ -224,7 +197,7 @@ class Toward:
         self.radius = math.inf
 
     def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
-        """Find the descent direction, or that there is none."""
+        """Find the descent direction, if there is one."""
         wish = self.destination - at.image
         distance, model = _norm(wish), corrector.model
         if distance == 0.0:
@@ -258,9 +231,9 @@ class Toward:
         return Plan(direction / length, length, bound)
 
     def accepts(self, at: Place, there: Place) -> bool:
-        """Whether a corrected point is nearer by a share of what was promised."""
+        """Whether a corrected point gains a share of the promise."""
         moved = there.image - at.image
-        # ½‖x − P‖² − ½‖y − P‖² = ⟨y − x, P − (x + y)/2⟩, without the difference of two large numbers
+        # ½‖x − P‖² − ½‖y − P‖² = ⟨y − x, P − (x + y)/2⟩ avoids the difference of two large numbers
         gain = dot(moved, self.destination - (at.image + there.image) / 2)
         gain -= float(self.multipliers @ (there.residual - at.residual))
         if self.newton is None:
@@ -275,11 +248,11 @@ class Toward:
         return ratio > 0.1
 
     def pace(self, trials: int) -> float:
-        """How much longer the next step may be, for about 16 trials a step."""
+        """Return the factor for the next step, for about 16 corrector trials a step."""
         return min(1.5, max(0.7, math.sqrt(_FAIR / max(1, trials))))
 
     def reconsider(self) -> bool:
-        """Whether another plan may lead on where a step was rejected: one without what the way so far has taught."""
+        """Whether another plan may help after a rejected step: one without the curvature learnt so far."""
         if self.newton is not None or not self.pairs:
             return False
         self.pairs.clear()
@@ -289,7 +262,7 @@ class Toward:
     def _newton(
         self, corrector: Corrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float
     ) -> Plan:
-        """Plan the step to where the quadratic model of the Lagrangian is stationary."""
+        """Plan the step to the stationary point of the quadratic model of the Lagrangian."""
         here = at.jacobian.rmv(multipliers[None].to(at.image))[0]
         corrector.num_evals += 2 / 3
 
@@ -310,7 +283,7 @@ class Toward:
             self.pairs = [*self.pairs[1 - _MEMORY :], (s, y, curvature)]
 
     def _descent(self, tangent: Tensor) -> Tensor:
-        """H·tangent by the two loops of L-BFGS."""
+        """Return H·tangent by the two loops of L-BFGS."""
         q, weights = tangent.clone(), []
         for s, y, curvature in reversed(self.pairs):
             weights.append(dot(s, q) / curvature)
@@ -326,18 +299,11 @@ Heading = Ahead | Toward
 
 
 def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
-    """The projection of a wish on the tangent cone of the level set in the box, and its multipliers λ.
-
-    t = C(wish − Aᵀλ), where C leaves out what leads outwards at pixels at 0 and 1, and λ is the minimum of the convex
-    ½‖C(wish − Aᵀλ)‖²: its gradient is −A t. Found by semismooth Newton steps λ + G_F⁺ A t with F the pixels that C lets
-    move, halved until they descend. They end when a whole step changes no such pixel: then t is exact.
-
-    Returns:
-        t (C, H, W), zero where it is rounding; and λ (D,).
-
-    References:
-        Qi, Sun (2006), SIAM J. Matrix Anal. Appl. 28:360 (projection on a cone by Newton steps on its dual).
-    """
+    """Project a wish on the tangent cone of the level set in the box; return the tangent t and multipliers λ (D,)."""
+    # t = C(wish − Aᵀλ), where C removes what leads outwards at pixels at 0 and 1, and λ minimises the convex ½‖C(wish −
+    # Aᵀλ)‖², whose gradient is −A t. Semismooth Newton steps λ + G_F⁺ A t, with F the pixels that C lets move, are
+    # halved until they descend (Qi, Sun 2006, SIAM J. Matrix Anal. Appl. 28:360). They end when a whole step changes no
+    # such pixel: then t is exact.
     x, model = at.image, corrector.model
     rest, multipliers = wish, wish.new_zeros(len(model.A), dtype=torch.float64)
     free, nothing = _inwards(x, wish), _ROUNDING * torch.finfo(x.dtype).eps * _norm(wish)
@@ -361,7 +327,7 @@ def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Ten
             break
     model.hold(free)
     tangent = model.project_null(rest)
-    blocked = free & ~_inwards(x, tangent)  # by rounding, or where the steps came to no end
+    blocked = free & ~_inwards(x, tangent)  # by rounding, or after unfinished steps
     if bool(blocked.any()):
         model.hold(free & ~blocked)
         tangent = model.project_null(rest)
@@ -370,7 +336,7 @@ def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Ten
 
 
 def _inwards(x: Tensor, step: Tensor) -> Tensor:
-    """Pixels that are off the bounds, or that a step leads off them."""
+    """Return the pixels off the bounds, and those that a step leads off them."""
     return ((x > 0) | (step > 0)) & ((x < 1) | (step < 0))
 
 

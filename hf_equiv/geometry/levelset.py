@@ -1,4 +1,10 @@
-"""`trace_level_set`: walks along the images that share an embedding, each point corrected back to f(x) = z."""
+"""Walk along the images that share an embedding, with every point corrected back to f(x) = z.
+
+A step has a predictor, along the tangent of the level set that a heading plans, and a corrector (`Corrector`). The
+length h is halved when the corrector fails or the heading rejects the point, and grows again after easy corrections.
+The linear model of the corrector learns single rows on the way; a full Jacobian is formed again only after failures
+that its age may explain.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,32 +23,30 @@ from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import no_autocast, no_tf32, with_autocast
 from hf_equiv.results import Status
 
-# The walk of one image along a level set: step-length control, and the record of its points.
+STOP = 0.01
+"""Default stationarity at which a walk to an image ends."""
 
+TO_AN_IMAGE = ("toward", "nearest", "connect")
+"""Headings that lead to an image."""
+
+HEADINGS = ("random", "away", *TO_AN_IMAGE)
+"""Names of the headings."""
 
 _MAX_FAILURES = 10  # halvings of one step
-
-
-_REFRESH_AFTER = 5  # of them, before a full Jacobian is formed anew
-
-
-_SHRUNK = 0.25  # of the longest step since the last Jacobian: so short, another is worth its cost
-
-
-_SNAP = 0.1  # of the step that would be allowed: so near, the descent has nothing to add
-
-
-_HOPS = 50  # steps between two points
+_REFRESH_AFTER = 5  # halvings before a full Jacobian is formed anew
+_SHRUNK = 0.25  # share of the longest step since the last Jacobian below which another is worth its cost
+_SNAP = 0.1  # share of the allowed step within which a walk jumps to its destination
+_HOPS = 50  # most steps between two points
 
 
 def at_rest(stop: float) -> float:
-    """The stationarity up to which a walk that finds no nearer point is complete: ten times `stop`, but at most 0.1."""
+    """Return the stationarity at which a walk without a nearer point is complete: ten times `stop`, at most 0.1."""
     return max(stop, min(10 * stop, 0.1))
 
 
 @dataclass(frozen=True, slots=True)
 class WalkPoint:
-    """One point of a walk: an image whose embedding is z up to `drift`.
+    """A point of a walk: an image whose embedding is z up to `drift`.
 
     Attributes:
         image: index in the batch.
@@ -52,9 +56,9 @@ class WalkPoint:
         l2: ‖x − origin‖₂.
         linf: ‖x − origin‖_∞.
         psnr_db: of x against the origin, −10 log₁₀ mean (x − origin)²; infinite at the origin.
-        remaining: L2 distance to the destination; None where there is none.
+        remaining: L2 distance to the destination; None without one.
         stationarity: ‖P_null d‖ / ‖d‖ with J on the free pixels: an upper bound for d = destination − x, the model's
-            value for d = x − origin; 0 where no better point is near. None for a fixed heading.
+            value for d = x − origin; 0 if no better point is near. None for a fixed heading.
         num_evals: evaluations spent on the walk so far.
         pixels: x, (C, H, W); None unless `keep_points`.
     """
@@ -72,136 +76,134 @@ class WalkPoint:
     pixels: Tensor | None
 
 
-def _left(plan: Plan, heading: Toward) -> bool:
-    """Whether so much of the way is left that a walk is not at rest."""
-    return (plan.stationarity or 0.0) > at_rest(heading.stop)
-
-
+@dataclass(eq=False)
 class Walk:
     """From one image, along one heading, by steps that the corrector can bring back.
 
-    Args:
-        index: of the image in its batch.
-        corrector: for the embedding to keep.
-        heading: where to go.
-        origin: the image that distances are against, (C, H, W).
-        step: longest step, L2 in pixel units.
-        keep_points: whether the points keep their pixels.
-        progress: called with every point.
-
-    Attributes:
-        path: the points so far.
-        at: the pixels of the last, (C, H, W).
-        status: how it ended.
-        seconds: wall time.
-        useless: whether the heading had no part in the null space, and not because of the box.
+    `path` holds the points so far, `at` the pixels of the last, and `status` the end. `useless` means that the heading
+    has no part in the null space, and not because of the box.
     """
 
-    def __init__(
-        self,
-        index: int,
-        corrector: Corrector,
-        heading: Heading,
-        origin: Tensor,
-        step: float,
-        keep_points: bool,
-        progress: Callable[[WalkPoint], None] | None,
-    ) -> None:
-        self.index, self.corrector, self.heading, self.origin, self.step = index, corrector, heading, origin, step
-        self.keep_points, self.progress = keep_points, progress
-        self.path: list[WalkPoint] = []
-        self.at = origin
-        self.seconds = 0.0
-        self.status = Status.ERROR
-        self.useless = False
-        self.end: Place | None = None  # the destination, where it lies on the level set
+    index: int  # of the image in its batch
+    corrector: Corrector
+    heading: Heading
+    origin: Tensor
+    step: float
+    keep_points: bool
+    progress: Callable[[WalkPoint], None] | None
+    path: list[WalkPoint] = field(default_factory=list)
+    seconds: float = 0.0
+    status: Status = Status.ERROR
+    useless: bool = False
+    end: Place | None = None  # the destination, if it lies on the level set
+    at: Tensor = field(init=False)
+    most: float = 0.0  # longest step
+    h: float = 0.0  # length of the next step
+    failures: int = 0
+    learnt: bool = False  # whether A changed since the last full Jacobian
+    longest: float = 0.0  # step since then
+    reconsidered: bool = False  # whether the heading has replaced its plan after a rejected step
 
     def run(self, start: Tensor, num_steps: int) -> None:
         """Walk, and set `status`."""
         began = time.perf_counter()
         self.at = start
-        self.status = self._walk(start, num_steps)
+        self.h = self.most = min(self.step, math.sqrt(start.numel()))  # no step is longer than the box
+        at = self._begin(start)
+        if isinstance(at, Place):
+            plan = self._plan(at)
+            self._record(at, plan)
+            if plan.direction is None and plan.stationarity is None:
+                self.useless = bool(((start > 0) & (start < 1)).all())
+            self.status = self._walk(at, plan, num_steps)
+        else:
+            self.status = at
         self.seconds = time.perf_counter() - began
         del self.corrector.model  # D·N numbers
 
-    def _walk(self, start: Tensor, num_steps: int) -> Status:
+    def _begin(self, start: Tensor) -> Place | Status:
+        """Return the start on the level set, or the status of a walk that cannot begin."""
         corrector, heading = self.corrector, self.heading
-        at: Place | None = corrector.look(start)
-        assert at is not None
+        at = corrector.look(start)
         corrector.refresh(at)
         if not (math.isfinite(at.drift) and corrector.model.finite):
             return Status.ERROR
         if at.drift > corrector.rtol:
-            at = corrector.correct(start, math.inf)
-            if at is None:
+            corrected = corrector.correct(start, math.inf)
+            if corrected is None:
                 return Status.DRIFT_EXCEEDED
+            at = corrected
         if isinstance(heading, Toward):
             end = corrector.look(heading.destination)
             self.end = end if end.drift <= corrector.rtol else None
-        most = min(self.step, math.sqrt(start.numel()))  # no step is longer than the box
-        h, failures, learnt = most, 0, False
-        plan = heading.plan(corrector, at, h)
-        self._record(at, plan)
-        if plan.direction is None and plan.stationarity is None:
-            self.useless = bool(((start > 0) & (start < 1)).all())
-        since, hops, longest, reconsidered = 0.0, 0, 0.0, False
+        return at
+
+    def _walk(self, at: Place, plan: Plan, num_steps: int) -> Status:
+        """Step from point to point until all points are made or the way ends."""
+        since, hops = 0.0, 0  # length and steps since the last point
         while len(self.path) <= num_steps:
-            if plan.direction is None and learnt and isinstance(heading, Ahead):  # as far as A knows
-                corrector.refresh(at)
-                learnt = False
-                plan = heading.plan(corrector, at, h)
+            if plan.direction is None and self.learnt and isinstance(self.heading, Ahead):  # by an A that may be wrong
+                plan = self._renew(at)
                 continue
             if plan.direction is None:
                 self._record(at, plan)
                 return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
-            if learnt and corrector.stale and h < min(plan.length, _SHRUNK * longest):  # for want of a fresh A
-                corrector.refresh(at)
-                learnt, longest = False, 0.0
-                plan = heading.plan(corrector, at, h)
+            if self.learnt and self.corrector.stale and self.h < min(plan.length, _SHRUNK * self.longest):
+                self.longest = 0.0
+                plan = self._renew(at)
                 continue
-            length = min(h, plan.length)
-            there, failure = self._try(at, plan, length, max(length, _SNAP * h))
-            if there is not None:
-                h *= heading.pace(corrector.trials)
-                h, failures, learnt, reconsidered = min(most, h), 0, True, False
-                longest = max(longest, length)
-                since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
-                at = there
-                plan = heading.plan(corrector, at, h)
-                if plan.direction is None or since >= heading.spacing * most or hops == _HOPS:
-                    if len(self.path) == num_steps and isinstance(heading, Toward) and _left(plan, heading):
-                        corrector.refresh(at)  # the last point: how much is left is worth knowing well
-                        plan = heading.plan(corrector, at, h)
-                    self._record(at, plan)
-                    since, hops = 0.0, 0
+            length = min(self.h, plan.length)
+            there, failure = self._try(at, plan, length, max(length, _SNAP * self.h))
+            if there is None:
+                plan, ended = self._fail(at, plan, length, failure)
+                if ended is not None:
+                    return ended
                 continue
-            if failure is Status.COMPLETED and not reconsidered and heading.reconsider():
-                reconsidered = True
-                plan = heading.plan(corrector, at, h)
-                continue
-            if failure is Status.DRIFT_EXCEEDED and learnt and corrector.stale:  # for want of a fresh A
-                corrector.refresh(at)
-                learnt = False
-                plan = heading.plan(corrector, at, h)
-                continue
-            h, failures = length / 2, failures + 1
-            if failures == _REFRESH_AFTER and learnt:
-                corrector.refresh(at)
-                learnt = False
-                plan = heading.plan(corrector, at, h)
-            if failures == _MAX_FAILURES:
+            self.h = min(self.most, self.h * self.heading.pace(self.corrector.trials))
+            self.failures, self.learnt, self.reconsidered = 0, True, False
+            self.longest = max(self.longest, length)
+            since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
+            at = there
+            plan = self._plan(at)
+            if plan.direction is None or since >= self.heading.spacing * self.most or hops == _HOPS:
+                if len(self.path) == num_steps and self._unfinished(plan):  # a last point deserves a good estimate
+                    plan = self._renew(at)
                 self._record(at, plan)
-                if failure is Status.COMPLETED and isinstance(heading, Toward) and _left(plan, heading):
-                    return Status.DRIFT_EXCEEDED  # there are nearer points, beyond what the noise of f lets through
-                return failure
+                since, hops = 0.0, 0
         return Status.COMPLETED
 
-    def _try(self, at: Place, plan: Plan, length: float, snap: float) -> tuple[Place | None, Status]:
-        """One step of the given length, or all the way to a destination on the level set that is nearer than `snap`.
+    def _plan(self, at: Place) -> Plan:
+        return self.heading.plan(self.corrector, at, self.h)
 
-        Returns:
-            The place, or None and what stood in the way.
-        """
+    def _renew(self, at: Place) -> Plan:
+        """Plan again with a full Jacobian."""
+        self.corrector.refresh(at)
+        self.learnt = False
+        return self._plan(at)
+
+    def _unfinished(self, plan: Plan) -> bool:
+        """Whether so much of the way to an image is left that the walk is not at rest."""
+        return isinstance(self.heading, Toward) and (plan.stationarity or 0.0) > at_rest(self.heading.stop)
+
+    def _fail(self, at: Place, plan: Plan, length: float, failure: Status) -> tuple[Plan, Status | None]:
+        """Return the plan after a failed step, and the status of the walk if it ends here."""
+        if failure is Status.COMPLETED and not self.reconsidered and self.heading.reconsider():
+            self.reconsidered = True
+            return self._plan(at), None
+        if failure is Status.DRIFT_EXCEEDED and self.learnt and self.corrector.stale:
+            return self._renew(at), None
+        self.h, self.failures = length / 2, self.failures + 1
+        if self.failures == _REFRESH_AFTER and self.learnt:
+            plan = self._renew(at)
+        if self.failures < _MAX_FAILURES:
+            return plan, None
+        self._record(at, plan)
+        if failure is Status.COMPLETED and self._unfinished(plan):
+            failure = Status.DRIFT_EXCEEDED  # nearer points exist, but the noise of f hides them
+        return plan, failure
+
+    def _try(self, at: Place, plan: Plan, length: float, snap: float) -> tuple[Place | None, Status]:
+        """Make one step, or jump to a destination within `snap`; return the place, or None and the reason."""
         assert plan.direction is not None
         if self.end is not None and float(torch.linalg.vector_norm(self.end.image - at.image)) <= snap:
             return self.end, Status.COMPLETED
@@ -211,11 +213,11 @@ class Walk:
         there = self.corrector.correct(guess, length)
         if there is None:
             return None, Status.DRIFT_EXCEEDED
-        # A heading that accepts no corrected point is at the end of its way, to the accuracy of f.
+        # A heading that rejects corrected points has arrived, to the accuracy of f.
         return (there if self.heading.accepts(at, there) else None), Status.COMPLETED
 
     def _record(self, at: Place, plan: Plan) -> None:
-        """Add a point; of one that is there, say what a newer plan knows of it."""
+        """Add a point; if it is there already, update its stationarity from a newer plan."""
         x = at.image
         if self.path and x is self.at:
             left, known = plan.stationarity, self.path[-1].stationarity
@@ -225,10 +227,7 @@ class Walk:
             return
         offset = (x - self.origin).double()
         l2 = float(torch.linalg.vector_norm(offset))
-        moved = float(torch.linalg.vector_norm((x - self.at).double())) if self.path else 0.0
-        remaining = None
-        if isinstance(self.heading, Toward):
-            remaining = float(torch.linalg.vector_norm((self.heading.destination - x).double()))
+        moved = _distance(x, self.at) if self.path else 0.0
         point = WalkPoint(
             image=self.index,
             step=len(self.path),
@@ -237,7 +236,7 @@ class Walk:
             l2=l2,
             linf=float(offset.abs().max()),
             psnr_db=10 * math.log10(x.numel() / l2**2) if l2 > 0 else math.inf,
-            remaining=remaining,
+            remaining=_distance(self.heading.destination, x) if isinstance(self.heading, Toward) else None,
             stationarity=plan.stationarity,
             num_evals=self.corrector.num_evals,
             pixels=x,
@@ -248,16 +247,8 @@ class Walk:
             self.progress(point)
 
 
-STOP = 0.01
-"""Stationarity at which a walk to an image is over by default."""
-
-
-TO_AN_IMAGE = ("toward", "nearest", "connect")
-"""The headings that lead to an image."""
-
-
-HEADINGS = ("random", "away", *TO_AN_IMAGE)
-"""Where a walk may go."""
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vector_norm((a - b).double()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +256,12 @@ class WalkResult:
     """Walks along level sets, one per image of the batch.
 
     Attributes:
-        images: the last point of each walk, (B, C, H, W); the start where no point was reached.
-        paths: the points of each walk in order; every one has drift ≤ rtol.
+        images: last point of each walk, (B, C, H, W); the start if no point was reached.
+        paths: points of each walk in order; every one has drift ≤ rtol.
         num_evals: cost of each walk, (B,), float64: (forwards + 2·cotangents) / 3, full Jacobians included.
         num_jacobians: full Jacobians among them, (B,), int64.
         seconds: wall time of each walk, (B,), float64.
-        status: per image: completed (all steps made, or none further is wanted), drift_exceeded, box_blocked, error.
+        status: per image: completed (all steps made, or no further one is wanted), drift_exceeded, box_blocked, error.
     """
 
     images: Tensor
@@ -282,11 +273,11 @@ class WalkResult:
 
     @property
     def completed(self) -> bool:
-        """Whether every walk was completed."""
+        """Whether every walk is complete."""
         return all(s is Status.COMPLETED for s in self.status)
 
     def __repr__(self) -> str:
-        """Say in one line how many walks there are, how they ended, how far and at which drift."""
+        """State the number of walks, their statuses, distance and drift in one line."""
         ends = ", ".join(f"{n} {status}" for status, n in Counter(map(str, self.status)).items())
         reach = max((path[-1].l2 for path in self.paths if path), default=0.0)
         drift = max((point.drift for path in self.paths for point in path), default=math.nan)
@@ -311,10 +302,10 @@ def trace_level_set(
     """Walk from each image through the images with the same embedding.
 
     The level set is {x in [0, 1]^N : f(x) = z}. Each step has a predictor, x + h·t with t = P_null v the part of the
-    heading v that J sends to zero, and a corrector back to ‖f(x) − z‖/‖z‖ ≤ rtol (see `Corrector`). Pixels at 0 or 1
-    that would leave the box are taken out of J. A point that cannot be brought back, or is no nearer to a destination,
-    is dropped and h halved; h grows again up to `step`. Walks to an image take many short steps, near the end
-    Newton steps; their points are `step`/4 apart or 50 steps.
+    heading v that J maps to zero, and a corrector back to ‖f(x) − z‖/‖z‖ ≤ rtol (see `Corrector`). Pixels at 0 or 1
+    that would leave the box are taken out of J. If a point cannot be brought back, or is no nearer to a destination, it
+    is dropped and h is halved; h grows again up to `step`. Walks to an image take many short steps, near the end Newton
+    steps; their points are `step`/4 apart or 50 steps.
 
         heading   v                 from          z                       ends early
         random    Gaussian, fixed   any image     f(images)               -
@@ -325,31 +316,29 @@ def trace_level_set(
         connect   target − x        a match       target's                no nearer image near, or there
 
     Cost: one full Jacobian, (1 + 2D)/3 evaluations; then, on a trained DeiT-Tiny, about 12 evaluations per unit of L2
-    length. Memory: D·N numbers, and 40 images for a destination. One image after another.
+    length. Memory: D·N numbers, and 40 images for a destination. Images are walked one after another.
 
-    Walks back to a source climb: on a trained DeiT-Tiny σ₁ grew from 90 at a match to 740 half-way, and J changed by
-    14 % over a Newton step of 0.1, a quarter of what rounding to 8 bit moves an image. A tangent step h drifts by 2h²
-    there, and `nearest` takes thousands of evaluations: from five matches to `stop` = 0.1, 4,400 to 14,900 with the
-    match, for L2 7.8 to 3.1, 2.2 to 0.8, 5.8 to 2.4. Near the end the float32 noise comes near `rtol` and steps become
-    short; on the one pair tried in both, not in float64. Where noise exceeds `rtol` the walk ends with
-    `drift_exceeded`.
+    Walks back to a source climb: on a trained DeiT-Tiny σ₁ grew from 90 at a match to 740 half-way, where a tangent
+    step h drifts by 2h². `nearest` then takes thousands of evaluations: from five matches to `stop` = 0.1, 4,400 to
+    14,900 with the match, for L2 7.8 to 3.1, 2.2 to 0.8, 5.8 to 2.4. Near the end the float32 noise approaches `rtol`
+    and steps become short; if it exceeds `rtol`, the walk ends with `drift_exceeded`.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D), differentiable in reverse mode.
-        images: where to start, (B, C, H, W), float32 or float64, pixels in [0, 1].
+        images: starting points, (B, C, H, W), float32 or float64, pixels in [0, 1].
         heading: "random", "away", "toward", "nearest" or "connect"; or directions (B or 1, C, H, W).
         step: longest predictor step, L2 in pixel units.
-        num_steps: points after the start, at most.
+        num_steps: most points after the start.
         rtol: largest drift of any point. Below about 5e-6 float32 noise ends most walks.
-        target: an image to go to (toward, connect), (B or 1, C, H, W); elsewhere the pixels or embedding (B or 1, D)
-            whose level set is meant, by default that of the start.
-        origin: the image that l2, linf and psnr_db are against, (B or 1, C, H, W); what `nearest` goes to and `away`
-            leaves. By default the start.
-        stop: ‖P_null d‖/‖d‖ at which a walk to an image is over: no nearer image of the level set is near. On a
-            trained ViT 0.1 is much, and 0.01 may be out of reach.
+        target: destination of toward and connect, (B or 1, C, H, W); for other headings the pixels or embedding (B or
+            1, D) whose level set is meant, by default that of the start.
+        origin: reference of l2, linf and psnr_db, (B or 1, C, H, W); destination of `nearest`, and the image that
+            `away` leaves. By default the start.
+        stop: ‖P_null d‖/‖d‖ at which a walk to an image ends: no nearer image of the level set is near. On a trained
+            ViT 0.1 is large, and 0.01 may be out of reach.
         generator: of the random heading.
         keep_points: whether the points keep their pixels.
-        progress: called with every `WalkPoint` (its pixels included); an exception raised in it ends the walks.
+        progress: called with every `WalkPoint` (with its pixels); an exception raised in it ends the walks.
 
     Returns:
         The points of every walk with its cost and status.
@@ -376,11 +365,11 @@ def trace_level_set(
     """
     checks.check_images(images)
     if images.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"`images` must be float32 or float64; got {images.dtype}. Walks need their accuracy.")
+        raise TypeError(f"`images` must be float32 or float64; got {images.dtype}. Walks need that accuracy.")
     for value, name in ((step, "step"), (rtol, "rtol"), (stop, "stop")):
         checks.check_positive(value, name)
     if stop >= 1:
-        raise ValueError(f"`stop` must be below 1; got {stop:g}. It is the share of the way that is left at the end.")
+        raise ValueError(f"`stop` must be below 1; got {stop:g}. It is the share of the way left at the end.")
     checks.check_count(num_steps, "num_steps")
     images = images.detach().clone(memory_format=torch.contiguous_format)
     home = images if origin is None else _pixels(origin, images, "origin")
@@ -425,14 +414,14 @@ def _aims(
     target: Tensor | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Per image the direction or the destination of its walk, (B, C, H, W)."""
+    """Return the direction or destination of each walk, (B, C, H, W)."""
     if isinstance(heading, Tensor):
         shape = heading.shape
         if heading.ndim != 4 or shape[0] not in (1, len(images)) or shape[1:] != images.shape[1:]:
             raise ValueError(f"`heading` must have the shape of `images` {tuple(images.shape)}; got {tuple(shape)}.")
         norms = heading.detach().flatten(1).norm(dim=1)
         if not bool((torch.isfinite(norms) & (norms > 0)).all()):
-            raise ValueError("`heading` must be finite and not zero: a direction has no way without a length.")
+            raise ValueError("`heading` must be finite and not zero: a zero vector has no direction.")
         return heading.detach().to(images).expand_as(images)
     if heading not in HEADINGS:
         raise ValueError(f"`heading` must be one of {', '.join(HEADINGS)}, or a tensor; got {heading!r}.")
@@ -451,14 +440,12 @@ def _aims(
 
 
 def _pixels(value: Tensor, images: Tensor, name: str) -> Tensor:
-    checks.check_images(value, name)
-    if value.shape[0] not in (1, len(images)) or value.shape[1:] != images.shape[1:]:
-        raise ValueError(f"`{name}` must have the shape of `images` {tuple(images.shape)}; got {tuple(value.shape)}.")
+    checks.check_like(value, images, name)
     return value.detach().to(images).expand_as(images)
 
 
 def _embeddings(f: Callable[[Tensor], Tensor], images: Tensor, target: Tensor | None) -> Tensor:
-    """The embeddings (B, D) to keep, float64, one image at a time."""
+    """Return the embeddings (B, D) to keep, float64, from one image at a time."""
     if target is not None:
         checks.check_target(target, len(images))
     if target is None or target.ndim == 4:

@@ -1,9 +1,8 @@
-"""`linearity_radius`: how far the first-order model of an encoder holds along given directions."""
+"""Find how far the first-order model of an encoder holds along given directions."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.geometry.directions import Directions
-from hf_equiv.geometry.lipschitz import Counted, as_directions, unit_directions
+from hf_equiv.geometry.directions import Directions, as_directions
+from hf_equiv.geometry.lipschitz import Counted, measure_directions
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import no_tf32
@@ -20,24 +19,21 @@ from hf_equiv.results import Status
 
 RELATIVE_TO = ("auto", "jvp", "embedding")
 
-
-_MARGIN = 4  # a residual is tested only where the bound is this many times the noise
-
-
-_LEAST = 1e-6  # first radius tried, unless noise asks for a larger one
+_MARGIN = 4  # the bound must be this many times the noise for a residual to be tested
+_LEAST = 1e-6  # first radius tried, unless the noise asks for a larger one
 
 
 @dataclass(frozen=True, slots=True)
 class LinearityResult:
-    """How far the first-order model holds, for B images along K directions each.
+    """Range of the first-order model, for B images along K directions each.
 
     Attributes:
         radii: h in pixel units (L2), (B, K), float64; NaN unless resolved.
         at_limit: whether the model still held at `max_radius`, so that the radius is a lower bound, (B, K), bool.
         jvp: the exact ‖Jv‖ in the dtype of f, (B, K), float64.
-        relative_to: "jvp" or "embedding" for each direction: what the residual was compared with, K strings.
+        relative_to: reference of the residual, "jvp" or "embedding", K strings.
         status: per image and direction `resolved`, `undetermined` (the bound lies in the float noise) or `error`.
-        kinds: the kind of each direction, K strings.
+        kinds: kind of each direction, K strings.
         indices: number of each direction within its kind, K integers.
         num_evals: cost of each image, (B,), float64: (forwards + 2·tangents) / 3.
         seconds: wall time of each image, (B,), float64.
@@ -66,18 +62,17 @@ def linearity_radius(
     batch: int = 32,
     progress: Counted | None = None,
 ) -> LinearityResult:
-    """Find how far f is linear along given directions: the honest form of "piecewise linear".
+    """Find how far f is linear along given directions: a test of "piecewise linear".
 
-    For each image x and unit direction v the largest h such that up to it
+    For each image x and unit direction v, the radius is the largest h such that up to it
 
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·h·‖Jv‖        (relative_to="jvp")
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·‖f(x)‖        (relative_to="embedding"; for null directions, where Jv = 0)
 
     bracketed by doubling h and then bisected. "Up to it" means at every doubling tried: a residual that leaves the
-    bound and comes back within one factor of two is not seen. v and −v have radii of their own. x + hv may step over
-    the edge of [0, 1].
-    Radii at which the bound is within four times the float noise of f are not tested, and where none is left the status
-    is `undetermined`.
+    bound and comes back within one factor of two is not seen. v and −v have separate radii. x + hv may step over the
+    edge of [0, 1]. Radii whose bound is within four times the float noise of f are not tested; if none is left, the
+    status is `undetermined`.
 
     Cost: per direction one JVP and about 20 + log₂(1/rtol) forward passes.
 
@@ -86,7 +81,7 @@ def linearity_radius(
         images: x, (B, C, H, W), pixels in [0, 1].
         directions: from `make_directions`, or (B, K, C, H, W) of any length above 0: only the direction counts.
         tau: τ, the residual allowed, relative.
-        relative_to: what τ is relative to; "auto" is "embedding" for the kind `null` and "jvp" for all others.
+        relative_to: reference of τ; "auto" is "embedding" for the kind `null` and "jvp" for all others.
         max_radius: largest h tried, in pixel units (L2); default √N, the diagonal of the box.
         rtol: relative width at which the bisection ends; the lower end is returned.
         batch: images per forward pass and tangents per JVP.
@@ -126,42 +121,21 @@ def linearity_radius(
     checks.check_positive(limit, "max_radius")
     auto = ["embedding" if kind == "null" else "jvp" for kind in given.kinds]
     against = tuple(auto if relative_to == "auto" else [relative_to] * len(given))
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    parts, done = [], 0
-    for image, own in zip(images.detach(), given.vectors.detach().to(images.device), strict=True):
-        start = time.perf_counter()
-        line = _Line(f, Jacobian(f, image, batch=batch), tau, limit)
-        line.J.check_deterministic()
-        chunks = []
-        for some, ends in zip(own.split(batch), torch.arange(len(given)).split(batch), strict=True):
-            flat = torch.tensor([against[k] == "embedding" for k in ends.tolist()], device=image.device)
-            chunks.append(line.measure(unit_directions(some, dtype), flat, rtol))
-            done += len(some)
-            if progress is not None:
-                progress(done, images.shape[0] * len(given))
-        parts.append(([torch.cat(column) for column in zip(*chunks, strict=True)], line, time.perf_counter() - start))
-    radii, at_limit, jvp, status = (
-        torch.stack(column).cpu() for column in zip(*(fields for fields, _, _ in parts), strict=True)
+    flat = torch.tensor([name == "embedding" for name in against], device=images.device)
+    (radii, at_limit, jvp), common, _ = measure_directions(
+        images, given, batch, progress, lambda image: _Line(f, Jacobian(f, image, batch=batch), tau, limit, flat, rtol)
     )
-    codes = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
-    return LinearityResult(
-        radii=radii,
-        at_limit=at_limit,
-        jvp=jvp,
-        relative_to=against,
-        status=tuple(tuple(codes[code] for code in row) for row in status.tolist()),
-        kinds=given.kinds,
-        indices=given.indices,
-        num_evals=torch.tensor([line.J.num_evals + line.forwards / 3 for _, line, _ in parts], dtype=torch.float64),
-        seconds=torch.tensor([seconds for _, _, seconds in parts], dtype=torch.float64),
-    )
+    return LinearityResult(radii=radii, at_limit=at_limit, jvp=jvp, relative_to=against, **common)
 
 
 class _Line:
-    """The residual of the first-order model at one image."""
+    """Residuals of the first-order model at one image."""
 
-    def __init__(self, f: Callable[[Tensor], Tensor], J: Jacobian, tau: float, limit: float) -> None:
-        self.f, self.J, self.tau, self.limit = f, J, tau, limit
+    def __init__(
+        self, f: Callable[[Tensor], Tensor], J: Jacobian, tau: float, limit: float, flat: Tensor, rtol: float
+    ) -> None:
+        self.f, self.J, self.tau, self.limit, self.rtol = f, J, tau, limit, rtol
+        self.flat = flat  # which directions, of all, are measured against the embedding
         one = torch.ones(1, dtype=torch.float64, device=J.image.device)
         floor, _, self.forwards = secant_noise(f, J.image, one)
         self.forwards += 1  # z below
@@ -169,8 +143,9 @@ class _Line:
         with torch.no_grad(), no_tf32():
             self.z = f(J.image[None])[0].double()  # the same pass as below: J.z may come from another kernel
 
-    def measure(self, unit: Tensor, flat: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Radius, whether it is the limit, ‖Jv‖ and status code, each (K,), of unit directions; `flat`: of the null."""
+    def measure(self, unit: Tensor, part: slice) -> tuple[Tensor, ...]:
+        """Return radius, whether it is the limit, ‖Jv‖ and status code of some directions, (K,) each."""
+        flat = self.flat[part]
         jv = self.J.mv(unit).double()
         jvp = jv.norm(dim=1)
         finite = jvp.isfinite() & self.z.isfinite().all() & math.isfinite(self.noise)
@@ -180,7 +155,6 @@ class _Line:
         testable = finite & (low < self.limit) & ((constant > _MARGIN * self.noise) | ~flat)
 
         def holds(h: Tensor, which: Tensor) -> Tensor:
-            """Whether the model holds at h[which], for the directions `which`."""
             with torch.no_grad(), no_tf32():
                 points = torch.addcmul(self.J.image.to(unit), unit[which], h[which].to(unit).view(-1, 1, 1, 1))
                 moved = self.f(points.to(self.J.image)).double() - self.z
@@ -202,7 +176,7 @@ class _Line:
             high[grown] = (2 * high[grown]).clamp_max(self.limit)
         at_limit = inside & (low >= self.limit)
         open_ = inside & ~at_limit
-        while bool((open_ := open_ & (high > low * (1 + rtol))).any()):
+        while bool((open_ := open_ & (high > low * (1 + self.rtol))).any()):
             which = open_.nonzero().flatten()
             middle = torch.where(open_, (low * high).sqrt(), low)
             stuck = (middle <= low) | (middle >= high)

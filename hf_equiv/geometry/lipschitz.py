@@ -1,17 +1,17 @@
-"""`directional_lipschitz`: local directional Lipschitz constants, with noise floor, plateau and status."""
+"""Measure local directional Lipschitz constants, with noise floor, plateau and status."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.geometry.directions import Directions
+from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, central_secants, read_secants, secant_noise
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
@@ -19,15 +19,19 @@ from hf_equiv.results import Status
 Counted = Callable[[int, int], None]
 """A progress hook: (directions done, directions in all)."""
 
+_STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
+
+_STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
+
 
 @dataclass(frozen=True, slots=True)
 class KindSummary:
-    """The directional constants of one kind over the whole batch.
+    """Directional constants of one kind over the whole batch.
 
     Attributes:
         count: directions of this kind, all images together.
-        resolved: how many have a resolved value.
-        quantiles: 0, 25, 50, 75 and 100 % of the resolved values, (5,), float64; NaN where there is none.
+        resolved: number of them with a resolved value.
+        quantiles: 0, 25, 50, 75 and 100 % of the resolved values, (5,), float64; NaN if there are none.
         largest_jvp: largest exact ‖Jv‖ of the kind.
     """
 
@@ -45,17 +49,16 @@ class LipschitzResult:
 
     Attributes:
         values: lim ‖f(x + hv) − f(x − hv)‖ / 2h read from the secants, (B, K), float64; NaN unless resolved.
-        errors: estimated absolute error of the reading, (B, K), float64; kept where nothing is resolved too.
+        errors: estimated absolute error of the reading, (B, K), float64; also for unresolved directions.
         jvp: the exact ‖Jv‖ in the dtype of f, (B, K), float64.
         radii: h, (R,), float64.
         secants: ‖f(x + hv) − f(x − hv)‖ / 2h, (B, K, R), float64.
-        noise_floor: what of a secant may be rounding, (B, K, R), float64, in the units of the secants.
+        noise_floor: part of a secant that rounding can explain, (B, K, R), float64, in the units of the secants.
         noise_method: "twin" or "ecnoise".
         plateau: lowest and highest radius of the plateau, (B, K, 2), float64; NaN unless resolved.
-        unit_factor: times a constant in pixel units gives it in normalised-pixel units, (B, K), float64: 1 / ‖v / std‖;
-            NaN where f has no std.
+        unit_factor: factor to normalised-pixel units, 1 / ‖v / std‖, (B, K), float64; NaN if f has no std.
         status: per image and direction `resolved`, `undetermined` or `error`.
-        kinds: the kind of each direction, K strings.
+        kinds: kind of each direction, K strings.
         indices: number of each direction within its kind, K integers.
         num_evals: cost of each image, (B,), float64: (forwards + 2·tangents) / 3.
         seconds: wall time of each image, (B,), float64.
@@ -77,10 +80,10 @@ class LipschitzResult:
     seconds: Tensor
 
     def by_kind(self) -> dict[str, KindSummary]:
-        """Summarise each kind of direction apart.
+        """Summarise the values of each kind of direction.
 
         Returns:
-            Kind to its count, number resolved, quantiles of the resolved values and largest ‖Jv‖.
+            For each kind its count, the number resolved, quantiles of the resolved values and the largest ‖Jv‖.
         """
         levels = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
         summaries = {}
@@ -93,15 +96,9 @@ class LipschitzResult:
         return summaries
 
     def __repr__(self) -> str:
-        """Say in one line how many directions there are and how many of each kind are resolved."""
-        counts = Counter(self.kinds)
-        good = self.values.isfinite().sum(dim=0).tolist()
-        parts = [
-            f"{kind} {sum(n for n, name in zip(good, self.kinds, strict=True) if name == kind)}"
-            f"/{counts[kind] * len(self.status)}"
-            for kind in counts
-        ]
-        return f"LipschitzResult({len(self.status)} images, resolved: {', '.join(parts)}; noise: {self.noise_method})"
+        """State the number of images and the resolved directions of each kind in one line."""
+        parts = ", ".join(f"{kind} {one.resolved}/{one.count}" for kind, one in self.by_kind().items())
+        return f"LipschitzResult({len(self.status)} images, resolved: {parts}; noise: {self.noise_method})"
 
 
 def directional_lipschitz(
@@ -117,12 +114,12 @@ def directional_lipschitz(
 ) -> LipschitzResult:
     """Measure the local Lipschitz constant of f along given directions, without being fooled by float noise.
 
-    For each image x and unit direction v the limit at h → 0 of the central secants
+    For each image x and unit direction v, the value is the limit at h → 0 of the central secants
 
         ‖s(h)‖ = ‖f(x + hv) − f(x − hv)‖ / 2h   →   ‖Jv‖,    J = ∂f/∂x (D, N),
 
     over a ladder of radii h. Small h drown in rounding (noise floor ∝ 1/h), large ones are curved (∝ h²); the value is
-    extrapolated from what lies between (`secants.read_secants`), never copied from autograd. Status of each direction:
+    extrapolated from the range between (`secants.read_secants`), never copied from autograd. Status of each direction:
 
         resolved      error estimate ≤ 1 % of the value; at least three radii in a row whose secants and noise floors
                       are within 2 %; and within 1 % (5 % in bfloat16 and float16) of the exact ‖Jv‖, computed apart by
@@ -130,18 +127,18 @@ def directional_lipschitz(
         undetermined  anything else: no number is given. All null directions end here, since their constant is zero
         error         f or its derivative is not finite
 
-    x ± hv may step over the edge of [0, 1], where f is defined too. Each image is worked on by itself.
+    x ± hv may step over the edge of [0, 1], where f is defined too. Images are measured independently.
 
     Limits: at a kink exactly at x, such as a maximum of equal numbers, central secants tend to the mean of the two
-    one-sided derivatives, and autograd may give it too: then it is resolved. Where f computes in bfloat16 or float16,
-    the exact ‖Jv‖ is rounded as well: of small random networks (1 to 64 outputs) 2 % of the resolved values were
-    further from the unrounded constant than `errors`, by up to 1.7 times, most of those with a single output.
+    one-sided derivatives, and autograd may give it too: then it is resolved. If f computes in bfloat16 or float16, the
+    exact ‖Jv‖ is rounded as well: in small random networks (1 to 64 outputs) 2 % of the resolved values were further
+    from the unrounded constant than `errors`, by up to 1.7 times, most of those with a single output.
 
-    Normalised-pixel units: with y = (x − mean)/std a step v has length ‖v/std‖, so the constant along v becomes
-    ‖Jv‖ / ‖v/std‖, the value times `unit_factor`.
+    Normalised-pixel units: with y = (x − mean)/std a step v has length ‖v/std‖, so the constant along v becomes ‖Jv‖ /
+    ‖v/std‖, the value times `unit_factor`.
 
-    Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise. On DeiT-Tiny in float32 what
-    was resolved of random, top and row directions down to σ₁₉₀ = σ₁/170 lay within 0.12 % of the float64 ‖Jv‖; σ₁₉₀
+    Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise. On DeiT-Tiny in float32 the
+    resolved values of random, top and row directions down to σ₁₉₀ = σ₁/170 lay within 0.12 % of the float64 ‖Jv‖; σ₁₉₀
     itself stays undetermined at some photos.
 
     Args:
@@ -149,7 +146,7 @@ def directional_lipschitz(
         images: x, (B, C, H, W), pixels in [0, 1].
         directions: from `make_directions`, or (B, K, C, H, W) of any length above 0: only the direction counts.
         radii: h in pixel units (L2), ascending, at least four a decade; default 21 from 1e-5 to 1.
-        noise: how the noise is measured: "twin", "ecnoise" or "auto" (`noise.secant_noise`).
+        noise: method for the noise floor: "twin", "ecnoise" or "auto" (`secants.secant_noise`).
         std: per-channel standard deviation that f normalises by, (C,); default that of the encoder.
         batch: images per forward pass and tangents per JVP.
         progress: called with (directions done, directions in all) after each batch of directions.
@@ -187,26 +184,10 @@ def directional_lipschitz(
     ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    parts, total, done = [], images.shape[0] * len(given), 0
-    for image, own in zip(images.detach(), given.vectors.detach(), strict=True):
-        start = time.perf_counter()
-        J = Jacobian(f, image, batch=batch)
-        J.check_deterministic()
-        floor, method, passes = secant_noise(f, image, ladder, method=noise)
-        chunks = []
-        for some in own.to(images.device).split(batch):
-            unit = unit_directions(some, dtype)
-            chunks.append((*_measure(f, J, unit, ladder, floor, batch), unit_factor(unit, scale)))
-            done += len(some)
-            if progress is not None:
-                progress(done, total)
-        fields = [torch.cat(column) for column in zip(*chunks, strict=True)]
-        forwards = passes + 2 * len(given) * len(ladder)
-        parts.append((fields, J.num_evals + forwards / 3, time.perf_counter() - start))
-    value, error, jvp, secants, noises, plateau, status, factor = (
-        torch.stack(column).cpu() for column in zip(*(fields for fields, _, _ in parts), strict=True)
+    columns, common, probe = measure_directions(
+        images, given, batch, progress, lambda image: _Ladder(f, Jacobian(f, image, batch=batch), ladder, noise, scale)
     )
+    value, error, jvp, secants, noises, plateau, factor = columns
     return LipschitzResult(
         values=value,
         errors=error,
@@ -214,60 +195,92 @@ def directional_lipschitz(
         radii=ladder.cpu(),
         secants=secants,
         noise_floor=noises,
-        noise_method=method,
+        noise_method=probe.noise_method,
         plateau=plateau,
         unit_factor=factor,
-        status=tuple(tuple(_STATUS[code] for code in row) for row in status.tolist()),
-        kinds=given.kinds,
-        indices=given.indices,
-        num_evals=torch.tensor([evals for _, evals, _ in parts], dtype=torch.float64),
-        seconds=torch.tensor([seconds for _, _, seconds in parts], dtype=torch.float64),
+        **common,
     )
 
 
-_STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
+def measure_directions(
+    images: Tensor, given: Directions, batch: int, progress: Counted | None, probe_at: Callable[[Tensor], Any]
+) -> tuple[list[Tensor], dict[str, Any], Any]:
+    """Measure the directions of each image in batches, by a probe with `J`, `forwards` and `measure(unit, part)`.
+
+    `measure` returns columns (K, …) of the unit directions at `part`, the last of them the index of each status.
+
+    Returns:
+        Columns (B, K, …), the common fields of a result, and the probe of the last image.
+    """
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    fields, evals, seconds, done = [], [], [], 0
+    for image, own in zip(images.detach(), given.vectors.detach().to(images.device), strict=True):
+        start = time.perf_counter()
+        probe = probe_at(image)
+        probe.J.check_deterministic()
+        chunks = []
+        for first in range(0, len(own), batch):
+            part = slice(first, first + batch)
+            chunks.append(probe.measure(unit_directions(own[part], dtype), part))
+            done += len(own[part])
+            if progress is not None:
+                progress(done, images.shape[0] * len(given))
+        fields.append([torch.cat(column) for column in zip(*chunks, strict=True)])
+        evals.append(probe.J.num_evals + probe.forwards / 3)
+        seconds.append(time.perf_counter() - start)
+    *columns, codes = (torch.stack(column).cpu() for column in zip(*fields, strict=True))
+    common = {
+        "status": tuple(tuple(_STATUS[code] for code in row) for row in codes.tolist()),
+        "kinds": given.kinds,
+        "indices": given.indices,
+        "num_evals": torch.tensor(evals, dtype=torch.float64),
+        "seconds": torch.tensor(seconds, dtype=torch.float64),
+    }
+    return columns, common, probe
 
 
-def _measure(
-    f: Callable[[Tensor], Tensor], J: Jacobian, unit: Tensor, radii: Tensor, floor: Tensor, batch: int
-) -> tuple[Tensor, ...]:
-    """Value, error, ‖Jv‖ (K,), secants, noise floors (K, R), plateau (K, 2) and status code (K,) of some directions."""
-    jvp = J.mv(unit).double().norm(dim=1)
-    secants, shares = central_secants(f, J.image, unit, radii, batch=batch)
-    norms = secants.norm(dim=2)
-    # A step that the dtype rounds away is a known error of the secant, in proportion to the constant itself.
-    lost = (1 - shares).abs() * jvp[:, None]
-    noise_floor = torch.hypot(floor.expand_as(lost), lost)
-    finite = norms.isfinite().all(dim=1) & jvp.isfinite() & noise_floor.isfinite().all(dim=1)
-    clean = torch.where(finite[:, None, None], secants, 0.0)
-    reading = read_secants(clean, radii, torch.where(finite[:, None], noise_floor, 1.0))
-    # What secants above the smallest radius cannot see, a kink near x, is the difference from the derivative at x.
-    apart = (reading.value - jvp).abs()
-    coarse = J.eps > torch.finfo(torch.float32).eps  # there ‖Jv‖ itself is worth no more than a few per cent
-    agrees = apart <= (JVP_RTOL if coarse else RTOL) * reading.value
-    error = torch.maximum(reading.error, apart)
-    resolved = finite & reading.resolved & agrees
-    nothing = reading.value.new_tensor(torch.nan)
-    return (
-        torch.where(resolved, reading.value, nothing),
-        torch.where(finite, error, nothing),
-        jvp,
-        norms,
-        noise_floor,
-        torch.where(resolved[:, None], reading.plateau, nothing),
-        torch.where(finite, (~resolved).long(), 2),
-    )
+class _Ladder:
+    """Secants over a ladder of radii at one image."""
+
+    def __init__(
+        self, f: Callable[[Tensor], Tensor], J: Jacobian, radii: Tensor, noise: str, std: Tensor | None
+    ) -> None:
+        self.f, self.J, self.radii, self.std = f, J, radii, std
+        self.floor, self.noise_method, self.forwards = secant_noise(f, J.image, radii, method=noise)
+
+    def measure(self, unit: Tensor, part: slice) -> tuple[Tensor, ...]:
+        """Return value, error, ‖Jv‖ (K,), secants, noise floors (K, R), plateau (K, 2), unit factor and status (K,)."""
+        jvp = self.J.mv(unit).double().norm(dim=1)
+        secants, shares = central_secants(self.f, self.J.image, unit, self.radii)
+        self.forwards += 2 * len(unit) * len(self.radii)
+        norms = secants.norm(dim=2)
+        # Steps that the dtype rounds away are a known error of the secant, proportional to the constant itself.
+        lost = (1 - shares).abs() * jvp[:, None]
+        noise_floor = torch.hypot(self.floor.expand_as(lost), lost)
+        finite = norms.isfinite().all(dim=1) & jvp.isfinite() & noise_floor.isfinite().all(dim=1)
+        clean = torch.where(finite[:, None, None], secants, 0.0)
+        reading = read_secants(clean, self.radii, torch.where(finite[:, None], noise_floor, 1.0))
+        # Secants above the smallest radius cannot see a kink near x; the difference from the derivative at x can.
+        apart = (reading.value - jvp).abs()
+        coarse = self.J.eps > torch.finfo(torch.float32).eps  # ‖Jv‖ itself is good to a few per cent there
+        agrees = apart <= (JVP_RTOL if coarse else RTOL) * reading.value
+        error = torch.maximum(reading.error, apart)
+        resolved = finite & reading.resolved & agrees
+        nothing = reading.value.new_tensor(torch.nan)
+        return (
+            torch.where(resolved, reading.value, nothing),
+            torch.where(finite, error, nothing),
+            jvp,
+            norms,
+            noise_floor,
+            torch.where(resolved[:, None], reading.plateau, nothing),
+            unit_factor(unit, self.std),
+            torch.where(finite, (~resolved).long(), 2),
+        )
 
 
 def pixel_std(f: object, images: Tensor, std: Tensor | Sequence[float] | None) -> Tensor | None:
-    """Find the per-channel standard deviation that f normalises by.
-
-    Returns:
-        `std` if given, else the encoder's `pixel_std`, (C,) float64; None where f has none.
-
-    Raises:
-        ValueError: `std` is not one positive number per channel.
-    """
+    """Return the per-channel standard deviation of f, (C,) float64: `std` if given, else the encoder's, else None."""
     values = getattr(f, "pixel_std", None) if std is None else std
     if values is None:
         return None
@@ -278,22 +291,8 @@ def pixel_std(f: object, images: Tensor, std: Tensor | Sequence[float] | None) -
 
 
 def unit_factor(directions: Tensor, std: Tensor | None) -> Tensor:
-    """1 / ‖v / std‖ of unit directions (K, C, H, W), (K,) float64; NaN without std."""
+    """Return 1 / ‖v / std‖ of unit directions (K, C, H, W), (K,) float64; NaN without std."""
     if std is None:
         return torch.full((len(directions),), torch.nan, dtype=torch.float64, device=directions.device)
     energy = directions.flatten(2).square().sum(dim=2, dtype=torch.float64)
     return (energy / std.square()).sum(dim=1).rsqrt()
-
-
-def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Directions (K, C, H, W) scaled to unit L2 norm, in `dtype`."""
-    wide = directions.double()
-    return (wide / wide.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(dtype)
-
-
-def as_directions(vectors: Directions | Tensor) -> Directions:
-    """Directions as they are, or those of a tensor (B, K, C, H, W) under the kind `given`."""
-    if isinstance(vectors, Directions):
-        return vectors
-    count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
-    return Directions(vectors, ("given",) * count, tuple(range(count)))

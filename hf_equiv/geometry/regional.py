@@ -1,4 +1,8 @@
-"""`regional_lipschitz`: the largest Lipschitz constant found inside a ball, and what extreme values say of the rest."""
+"""Find the largest Lipschitz constant inside a ball, and estimate the rest by extreme values.
+
+An ascent in point and direction gives a lower bound. CLEVER fits a reverse Weibull distribution to maxima over random
+points and extrapolates to its end point.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +16,28 @@ from torch import Tensor
 
 from hf_equiv import checks
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
-from hf_equiv.jacobian import Jacobian
+from hf_equiv.jacobian import Jacobian, no_forward_mode
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.precision import exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
 
-# Extreme-value fit: where the largest of many maxima would end (reverse Weibull, as CLEVER uses it).
-
-
-_SPAN = 1e4  # largest distance of the end point from the largest maximum tried, in spreads of the maxima
-
-
-_GRID = 161
-
-
-_ZOOMS = 6
+_SPAN = 1e4  # largest distance tried of the end point from the largest maximum, in spreads of the maxima
+_GRID, _ZOOMS = 161, 6  # points and refinements of the search for the end point
+_WARMUP = 20  # power iterations at the centre
+_SAMPLE_POWER = 2  # power iterations at a random point
+_STEP, _LEAST_STEP = 0.5, 1e-3  # first and last step of the ascent, over the radius
 
 
 def fit_reverse_weibull(maxima: Tensor) -> tuple[float, float, float]:
-    """Fit F(y) = exp(−((a − y)/b)^c), y ≤ a, to maxima by maximum likelihood, c ≥ 1; a is the end point.
+    """Fit F(y) = exp(−((a − y)/b)^c), y ≤ a, c ≥ 1, to at least 5 maxima by maximum likelihood; a is the end point.
 
     For a fixed a the distances a − y are Weibull distributed; b has a closed form and c the usual one-dimensional
     equation, solved by bisection. The likelihood is then searched over a > max y on a grid that is refined six times.
-    Below c = 1 it grows without bound as a → max y, so those fits are left out; where it is still growing as a → ∞ (the
-    tail has no end, as far as these maxima can tell) there is no estimate.
-
-    Args:
-        maxima: y, (M,), at least 5, finite.
+    For c < 1 it grows without bound as a → max y, so those fits are left out. If it still grows as a → ∞, the maxima
+    show no end of the tail and there is no estimate.
 
     Returns:
-        a, b, c; (max y, 0, ∞) where all maxima are equal to rounding, NaN where the likelihood has no maximum.
+        a, b, c; (max y, 0, ∞) if all maxima are equal to rounding, NaN if the likelihood has no maximum.
 
     Raises:
         ValueError: fewer than 5 maxima, or some not finite.
@@ -79,7 +75,7 @@ def fit_reverse_weibull(maxima: Tensor) -> tuple[float, float, float]:
 
 
 def _profile(distances: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest log-likelihood over (b, c) of Weibull distances (G, M), and the c that has it, (G,)."""
+    """Return the largest log-likelihood over (b, c) of Weibull distances (G, M), and its c, (G,) each."""
     logs = distances.log()
     mean = logs.mean(dim=1)
     low, high = torch.full_like(mean, 1e-3), torch.full_like(mean, 1e7)
@@ -93,18 +89,6 @@ def _profile(distances: Tensor) -> tuple[Tensor, Tensor]:
     return logs.shape[1] * (c.log() - scale + (c - 1) * mean - 1), c
 
 
-_WARMUP = 20  # power iterations at the centre
-
-
-_SAMPLE_POWER = 2  # power iterations at a random point
-
-
-_STEP = 0.5  # first step of the ascent over the radius
-
-
-_LEAST_STEP = 1e-3  # the ascent ends below this
-
-
 @dataclass(frozen=True, slots=True)
 class RegionalResult:
     """The largest constants found inside a ball about each of B images.
@@ -114,13 +98,12 @@ class RegionalResult:
     Attributes:
         lower_bound: largest ‖J(x′)v‖ found, (B,), float64: the Lipschitz constant of f in the ball is at least this.
         at_center: ‖J(x)v‖ at the image itself after power iterations, a lower bound of its σ₁, (B,), float64.
-        images: x′ where the bound was found, (B, C, H, W), in the ball and in [0, 1].
+        images: x′ of the bound, (B, C, H, W), in the ball and in [0, 1].
         directions: the unit v there, (B, C, H, W).
         clever: extreme-value estimate of the largest σ₁ in the ball, (B,), float64; neither an upper nor a lower bound;
-            NaN where the sample shows no end point, or none was asked for.
+            NaN if the sample shows no end point, or none was asked for.
         sample_maxima: largest constant of each batch of random points, (B, num_batches), float64.
-        unit_factor: times `lower_bound` gives the constant found in normalised-pixel units, (B,), float64; NaN without
-            std.
+        unit_factor: factor from `lower_bound` to normalised-pixel units, (B,), float64; NaN without std.
         status: per image `completed` or `error`.
         num_evals: cost of each image, (B,), float64: (forwards + 2·cotangents + 2·tangents) / 3.
         seconds: wall time of each image, (B,), float64.
@@ -157,16 +140,16 @@ def regional_lipschitz(
 
         L = max over x′ in B, ‖v‖₂ = 1 of ‖J(x′)v‖ ≥ the value found.
 
-    Ascent in x′ and v together: v ← JᵀJv/‖JᵀJv‖ (power iteration) and x′ ← P_B(x′ + α·g) with g = ∇ₓ½‖J(x′)v‖²,
-    normalised (its sign for "linf"); both come from one backward pass through a JVP. A step that does not increase
-    ‖J(x′)v‖ is undone and α halved. It starts at x and again at the largest random point, which also serves where J is
-    piecewise constant and g vanishes. All points stay in the ball and in the box.
+    The search ascends in x′ and v together: v ← JᵀJv/‖JᵀJv‖ (power iteration) and x′ ← P_B(x′ + α·g) with g =
+    ∇ₓ½‖J(x′)v‖², normalised (its sign for "linf"); both come from one backward pass through a JVP. A step that does not
+    increase ‖J(x′)v‖ is undone and α halved. The ascent starts at x and again at the largest random point, which also
+    serves where J is piecewise constant and g vanishes. All points stay in the ball and in the box.
 
-    Beside it CLEVER: `num_batches` times `batch_size` points, uniform in the ball (then put into the box), at each two
-    power iterations from the top direction of the centre; a reverse Weibull distribution is fitted to the maxima of the
-    batches and its end point is the estimate. It is an extrapolation and may be on either side of L. The original takes
-    500 batches of 1024 gradients of one output; here a point is a forward pass, three JVPs and two VJPs: 11/3
-    evaluations.
+    CLEVER draws `num_batches` times `batch_size` points, uniform in the ball (then put into the box), and takes two
+    power iterations from the top direction of the centre at each. It fits a reverse Weibull distribution to the maxima
+    of the batches and takes its end point as the estimate, an extrapolation that may be on either side of L. The
+    original takes 500 batches of 1024 gradients of one output; here a point is a forward pass, three JVPs and two VJPs:
+    11/3 evaluations.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D), twice differentiable by autograd.
@@ -181,7 +164,7 @@ def regional_lipschitz(
         progress: called with (images done, images in all).
 
     Returns:
-        Bounds, where they were found, and estimates.
+        Bounds with their points and directions, and estimates.
 
     Raises:
         TypeError: `images` is no float tensor, or a count no whole number.
@@ -233,15 +216,10 @@ def regional_lipschitz(
 
 
 class _Search:
-    """The largest ‖J(x′)v‖ found so far in one ball, and the way there."""
+    """The largest ‖J(x′)v‖ found so far in one ball, and its point and direction."""
 
     def __init__(
-        self,
-        f: Callable[[Tensor], Tensor],
-        image: Tensor,
-        radius: float,
-        norm: str,
-        generator: torch.Generator,
+        self, f: Callable[[Tensor], Tensor], image: Tensor, radius: float, norm: str, generator: torch.Generator
     ) -> None:
         self.f, self.center, self.radius, self.norm, self.generator = f, image, radius, norm, generator
         self.box = FeasibleSet.around(image, radius, norm)
@@ -275,7 +253,7 @@ class _Search:
         return self
 
     def _power(self, x: Tensor, v: Tensor, steps: int) -> tuple[Tensor, float]:
-        """The direction after some power iterations at x, and ‖Jv‖ there."""
+        """Return the direction after some power iterations at x, and ‖Jv‖ there."""
         J = Jacobian(self.f, x)
         for _ in range(steps):
             v = _unit(J.rmv(_unit(J.mv(v[None])[0])[None])[0], v)  # of unit length: squares might overflow
@@ -302,14 +280,8 @@ class _Search:
             trial = (self._inside(x + step * heading), _unit(power, v))
 
     def _slopes(self, x: Tensor, v: Tensor) -> tuple[float, Tensor, Tensor]:
-        """φ = ‖J(x)v‖, and its gradients in x and in v."""
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            exact_derivatives(),
-            no_tf32(),
-            no_autocast(),
-        ):
+        """Return φ = ‖J(x)v‖, and its gradients in x and in v."""
+        with torch.inference_mode(False), torch.enable_grad(), exact_derivatives(), no_tf32(), no_autocast():
             place, along = (t.clone()[None].requires_grad_(True) for t in (x, v))
             moved = _pushed(self.f, place, along)
             unit = _unit(moved.detach())  # of ½‖Jv‖² but for the length ‖Jv‖, which might overflow
@@ -323,7 +295,7 @@ class _Search:
             self.value, self.place, self.direction = value, x, v
 
     def _draw(self) -> Tensor:
-        """A uniform point of the ball, put into the box."""
+        """Return a uniform point of the ball, put into the box."""
         if self.norm == "linf":
             share = torch.rand(self.center.shape, generator=self.generator, dtype=torch.float64).to(self.center)
             return torch.clamp(torch.lerp(self.box.lower, self.box.upper, share), self.box.lower, self.box.upper)
@@ -331,7 +303,7 @@ class _Search:
         return self._inside(self.center + self.radius * length * _unit(self._gaussian()))
 
     def _inside(self, x: Tensor) -> Tensor:
-        """Draw x towards the centre into the ball, then put it into the box, which brings it nearer still."""
+        """Draw x towards the centre into the ball, then put it into the box, which only brings it nearer."""
         step = x.double() - self.center.double()
         length = math.inf if self.norm == "linf" else self.radius
         shrink = min(1.0, length / max(float(step.norm()), 1e-300))
@@ -346,25 +318,21 @@ class _Search:
 
 
 def _pushed(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """J v (1, D) at x, differentiable in both."""
+    """Return J v (1, D) at x, differentiable in both."""
     try:
         moved: Tensor = torch.func.jvp(f, (x,), (v,))[1]
     except (RuntimeError, NotImplementedError) as error:
-        told = " ".join(str(error).split())[:160]
-        raise RuntimeError(
-            f"`f` must have a forward-mode derivative for a regional constant; it has none ({told}). Use "
-            "directional_lipschitz along given directions with secants, or another checkpoint."
-        ) from error
+        raise RuntimeError(no_forward_mode("f", error)) from error
     if not moved.requires_grad:
         raise RuntimeError(
-            "`f` must be twice differentiable for a regional constant; its derivative has no gradient (is it rounded, "
-            "detached or piecewise constant?). Use an f that is smooth."
+            "`f` must be twice differentiable for a regional constant; its derivative has no gradient. Use a smooth f "
+            "without rounding or detach."
         )
     return moved
 
 
 def _unit(v: Tensor, otherwise: Tensor | None = None) -> Tensor:
-    """Return v / ‖v‖; where v is zero `otherwise`, or v itself."""
+    """Return v / ‖v‖; for a zero v `otherwise`, or v itself."""
     length = v.double().norm()
     if float(length) == 0.0:
         return v if otherwise is None else otherwise

@@ -1,4 +1,9 @@
-"""The secant ladder: central difference quotients over many radii, extrapolated to h = 0, and what they resolve."""
+"""Extrapolate central difference quotients to h = 0, and measure the float noise that limits them.
+
+Small radii drown in rounding, large ones bend. `central_secants` evaluates a ladder of radii, `secant_noise` measures
+its noise floor, against a float64 twin of f or from difference tables, and `read_secants` extrapolates the rest, with
+an error estimate and a plateau.
+"""
 
 from __future__ import annotations
 
@@ -11,88 +16,71 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_equiv.geometry.directions import unit_directions
 from hf_equiv.precision import exact_derivatives, float64_twin, no_tf32
 
 RADII = tuple(10 ** (-5 + i / 4) for i in range(21))
 """Default ladder: L2 in pixel units, four a decade from 1e-5 to 1."""
 
-
 RTOL = 0.01
-"""Estimated relative error up to which a value counts as resolved."""
-
+"""Largest estimated relative error of a resolved value."""
 
 PLATEAU_RTOL = 0.02
-"""How far a secant, and its noise floor, may be from the value on the plateau, relative to the value."""
-
+"""Largest distance from the value of a secant on the plateau, and largest noise floor, relative to the value."""
 
 PLATEAU_RADII = 3
-"""Radii in a row that make a plateau."""
-
+"""Fewest radii in a row that make a plateau."""
 
 JVP_RTOL = 0.05
-"""How far the value of the secants may be from ‖Jv‖ in bfloat16 and float16, relative to the value: both are noisy."""
+"""Largest distance of the value from ‖Jv‖ in bfloat16 and float16, relative to the value: both are noisy."""
 
+METHODS = ("auto", "twin", "ecnoise")
 
 _ORDERS = 5  # terms of the expansion in h² that are tried
-
-
 _SIGMAS = 2  # standard deviations of noise in an error bound
+_POINTS = 9  # of a difference table: orders up to 8, as Moré and Wild advise 6 to 8
+_TABLES = 3  # lines through x; their variances are averaged
+_COARSE = (1.0, 30.0, 300.0)  # steps of more tables, in units of the smallest radius
+_LOUDER = 3  # ratio to the noise of the fine tables that chance does not explain
+_ULPS = 4  # step of a table per pixel, in units of the spacing of the dtype: neighbours round independently
+_SEED = 0x5EED  # of the probe directions, so that the noise of an image never depends on other settings
 
 
 def central_secants(
-    f: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor, radii: Tensor, *, batch: int
+    f: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor, radii: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate s(h) = (f(x + hv) − f(x − hv)) / 2h for every direction and radius.
+    """Evaluate s(h) = (f(x + hv) − f(x − hv)) / 2h for unit directions v (K, C, H, W) and radii h (R,).
 
     x ± hv may leave [0, 1]: f is defined there, and a one-sided quotient would be curved to first order.
-
-    Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D).
-        image: x, (C, H, W), pixels in [0, 1].
-        directions: unit v, (K, C, H, W), float32 or float64.
-        radii: h, (R,), float64.
-        batch: images per forward pass.
 
     Returns:
         s (K, R, D) float64, and the share of each step that the dtype of f can represent, ⟨x₊ − x₋, v⟩ / 2h (K, R)
         float64: 1, unless the step is lost between two neighbouring numbers.
     """
     start = image.to(directions.dtype)
-    seen = getattr(f, "dtype", None)
-    seen = image.dtype if not isinstance(seen, torch.dtype) or _finer(seen, image.dtype) else seen
+    own = getattr(f, "dtype", image.dtype)
+    coarser = isinstance(own, torch.dtype) and torch.finfo(own).eps > torch.finfo(image.dtype).eps
+    seen = own if coarser else image.dtype  # f rounds its pixels to it
     secants, shares = [], []
     with torch.no_grad(), no_tf32():
-        for some in directions.split(batch):
-            for h in radii.tolist():
-                ends, points = [], []
-                for step in (h, -h):
-                    points.append(torch.add(start, some, alpha=step).to(seen))
-                    ends.append(f(points[-1].to(image.dtype)).double())
-                secants.append((ends[0] - ends[1]) / (2 * h))
-                moved = (points[0].to(some) - points[1].to(some)).flatten(1)
-                shares.append(torch.linalg.vecdot(moved, some.flatten(1)).double() / (2 * h))
-    return _by_direction(secants, len(radii)), _by_direction(shares, len(radii))
-
-
-def _finer(a: torch.dtype, b: torch.dtype) -> bool:
-    return torch.finfo(a).eps < torch.finfo(b).eps
-
-
-def _by_direction(parts: list[Tensor], num_radii: int) -> Tensor:
-    """Chunk-major, radius-minor list of (k, …) to one tensor (K, R, …)."""
-    chunks = [torch.stack(parts[i : i + num_radii], dim=1) for i in range(0, len(parts), num_radii)]
-    return torch.cat(chunks)
+        for h in radii.tolist():
+            points = [torch.add(start, directions, alpha=step).to(seen) for step in (h, -h)]
+            ends = [f(point.to(image.dtype)).double() for point in points]
+            secants.append((ends[0] - ends[1]) / (2 * h))
+            moved = (points[0].to(directions) - points[1].to(directions)).flatten(1)
+            shares.append(torch.linalg.vecdot(moved, directions.flatten(1)).double() / (2 * h))
+    return torch.stack(secants, dim=1), torch.stack(shares, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a ladder of secants says of ‖Jv‖ for each direction.
+    """Reading of ‖Jv‖ from a ladder of secants, for each direction.
 
     Attributes:
-        value: ‖s(0)‖, extrapolated, (K,), float64; a best guess also where nothing is resolved.
-        error: estimated absolute error of it, noise and curvature, (K,), float64.
-        plateau: lowest and highest radius of the plateau, (K, 2), float64; NaN where there is none.
-        resolved: whether the value is resolved by the secants alone, (K,), bool.
+        value: ‖s(0)‖, extrapolated, (K,), float64; a best guess if it is not resolved.
+        error: its estimated absolute error, noise and curvature, (K,), float64.
+        plateau: lowest and highest radius of the plateau, (K, 2), float64; NaN without one.
+        resolved: whether the secants alone resolve the value, (K,), bool.
     """
 
     value: Tensor
@@ -102,23 +90,18 @@ class Reading:
 
 
 def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading:
-    """Extrapolate central secants to h = 0 and say what is resolved.
+    """Extrapolate central secants (K, R, D) to h = 0 and tell which values are resolved.
 
     Since s(h) = Jv + c₁h² + c₂h⁴ + …, polynomials in h² of degree m = 0 … 4 are fitted to the vectors s(h) at the radii
-    up to each h_j, weighted by 1/noise². The (j, m) with the smallest noise + ‖s₀(j, m) − s₀(j, m + 1)‖ is taken:
+    up to each h_j, weighted by 1/noise². The (j, m) with the smallest noise + ‖s₀(j, m) − s₀(j, m + 1)‖ gives
 
         value = ‖s₀(j, m)‖,   error = 2·noise of s₀(j, m) + |‖s₀(j, m)‖ − ‖s₀(j, m + 1)‖|.
 
-    It is Ridders' rule with two changes: vectors are compared and not their norms, so that an accidental agreement
-    needs D coincidences; and the noise is known beforehand. Where the secants scatter about the fit by more than their
-    noise floors, the noise of s₀ is as much larger: along this direction the floor was too low. The
+    This is Ridders' rule with two changes: it compares vectors and not their norms, so that an accidental agreement
+    needs D coincidences; and the noise is known beforehand. If the secants scatter about the fit by more than their
+    noise floors (K, R), the floor was too low along this direction, and the noise of s₀ grows in proportion. The
     plateau is the longest run of radii whose ‖s(h)‖ is within 2 % of the value with a noise floor below 2 % of it.
-    Resolved: error ≤ 1 % and a plateau of at least three radii.
-
-    Args:
-        secants: s(h), (K, R, D), float64.
-        radii: h, (R,), float64, ascending.
-        noise_floor: rounding part of ‖s(h)‖, (K, R), float64, above 0.
+    Resolved means: error ≤ 1 % and a plateau of at least three radii.
 
     Returns:
         Value, error, plateau and whether it is resolved.
@@ -156,17 +139,7 @@ def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading
 
 
 def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor) -> Tensor:
-    """Find the longest run of radii whose secants and noise floors are within 2 % of the value.
-
-    Args:
-        norms: ‖s(h)‖, (K, R), float64.
-        radii: h, (R,), float64, ascending.
-        noise_floor: (K, R), float64.
-        value: ‖s(0)‖, (K,), float64.
-
-    Returns:
-        Its lowest and highest radius, (K, 2), float64; NaN where fewer than three are in a row.
-    """
+    """Return the ends (K, 2) of the longest run of secants and floors (K, R) within 2 % of the value, else NaN."""
     level = value[:, None]
     on = ((norms - level).abs() <= PLATEAU_RTOL * level) & (noise_floor <= PLATEAU_RTOL * level)
     plateau = torch.full((len(value), 2), torch.nan, dtype=radii.dtype, device=radii.device)
@@ -178,29 +151,16 @@ def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor)
 
 
 def least_error(noise_floor: Tensor) -> Tensor:
-    """Below what no error of a reading can be: two standard deviations of the best mean of all secants, (K,) float64.
-
-    No other fit has a smaller spread (Gauss–Markov), so this holds whichever was taken.
-
-    Args:
-        noise_floor: (K, R), float64, above 0.
-
-    Returns:
-        2 / (Σ_r noise_floor_r⁻²)^½.
-    """
-    least = noise_floor.amin(dim=1, keepdim=True)  # squares neither overflow nor vanish in units of it
+    """Return a lower bound of any error of a reading, (K,): two standard deviations of the best mean."""
+    # No fit has a smaller spread than 1 / (Σ_r noise_floor_r⁻²)^½ (Gauss–Markov). The least floor is a unit in which
+    # squares neither overflow nor vanish.
+    least = noise_floor.amin(dim=1, keepdim=True)
     return _SIGMAS * least[:, 0] / (least / noise_floor).norm(dim=1)
 
 
 def _fit(secants: Tensor, radii: Tensor, noise: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """s₀ (K, D) and its noise (K,): the intercept of the weighted least-squares fit of degree `order` in h².
-
-    Where the residuals of the fit are larger than the noise that is assumed, so is the noise of s₀, in proportion (the
-    Birge ratio); never smaller.
-
-    Returns:
-        The two.
-    """
+    """Return the intercept s₀ (K, D) of the weighted least-squares fit of degree `order` in h², and its noise (K,)."""
+    # If the residuals of the fit exceed the assumed noise, the noise of s₀ grows in proportion (the Birge ratio).
     powers = (radii / radii[-1])[:, None] ** (2 * torch.arange(order + 1, device=radii.device))
     precision = (noise.amin(dim=1, keepdim=True) / noise)[:, :, None]
     inverse = torch.linalg.pinv(precision * powers)
@@ -214,7 +174,7 @@ def _fit(secants: Tensor, radii: Tensor, noise: Tensor, order: int) -> tuple[Ten
 
 
 def _longest_run(row: list[bool]) -> tuple[int, int]:
-    """[low, high) of the longest run of True; the first one of several."""
+    """Return [low, high) of the longest run of True; the first of several."""
     best, start = (0, 0), 0
     for i, on in enumerate([*row, False]):
         if not on:
@@ -224,62 +184,32 @@ def _longest_run(row: list[bool]) -> tuple[int, int]:
     return best
 
 
-# Float noise of an encoder: how much of f(x + hv) − f(x − hv) is rounding, measured and not assumed.
-
-
-METHODS = ("auto", "twin", "ecnoise")
-
-
-_POINTS = 9  # of a difference table: orders up to 8, as Moré and Wild advise 6 to 8
-
-
-_TABLES = 3  # lines through x; their variances are averaged
-
-
-_COARSE = (1.0, 30.0, 300.0)  # steps of more tables, in units of the smallest radius
-
-
-_LOUDER = 3  # times as loud as in the fine ones: more than by chance
-
-
-_ULPS = 4  # step of a table per pixel, in units of the spacing of the dtype: neighbours round independently
-
-
-_SEED = 0x5EED  # of the probe directions: the noise of an image never depends on what else is asked
-
-
 def secant_noise(
     f: Callable[[Tensor], Tensor], image: Tensor, radii: Tensor, *, method: str = "auto"
 ) -> tuple[Tensor, str, int]:
-    """Measure the noise floor of central secants: the rounding part of ‖f(x + hv) − f(x − hv)‖ / 2h, at each radius h.
+    """Measure the noise floor of central secants, the rounding part of ‖f(x + hv) − f(x − hv)‖ / 2h, at radii h (R,).
 
     `twin`: at x ± hv for random unit v, f against its float64 twin f₆₄ at the same points before they are rounded:
 
         floor(h) = ‖(f − f₆₄)(x + hv) − (f − f₆₄)(x − hv)‖ / 2h,
 
-    so what the two ends have in common does not count, and the rounding of the pixels does. Every second radius is
-    measured, with a direction of its own, and floor(h)·h pooled with its neighbours. `ecnoise`: the standard deviation
-    ε of f(x) from difference tables of equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a
-    few units in the last place of the pixels, and with steps of 1, 30 and 300 times the smallest radius, where outputs
-    or activations that are rounded on purpose change at all; the largest that the differences agree on is taken.
-    Either way not below one rounding of the output, ‖z‖ times a quarter of the spacing of its dtype.
+    so errors that both ends share do not count, and the rounding of the pixels does. Every second radius is measured,
+    with a direction of its own, and floor(h)·h pooled with its neighbours. `ecnoise`: the standard deviation ε of f(x)
+    from difference tables of equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a few units
+    in the last place of the pixels, and with steps of 1, 30 and 300 times the smallest radius, which change outputs or
+    activations that are rounded on purpose; the largest that the differences agree on is taken. Neither is below one
+    rounding of the output, ‖z‖ times a quarter of the spacing of its dtype.
 
     On DeiT-Tiny in float32 floor(h)·h is 1.5e-5 ± 20 % from h = 1e-4 to 1 along random, row and null directions alike,
     0.4 of the error of a single embedding.
 
     Cost: `twin` two forward passes of f and of its twin for every second radius, `ecnoise` 54 forward passes.
 
-    Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D).
-        image: x, (C, H, W), pixels in [0, 1].
-        radii: h, (R,), float64, ascending, L2 norm in pixel units.
-        method: "twin" needs an Encoder below float64; "ecnoise" takes any callable; "auto" the first that can be had.
-
     Returns:
         The floor (R,) float64, in the units of the secants; the method used; the number of forward passes.
 
     Raises:
-        ValueError: an unknown method, or "twin" where f has no float64 twin.
+        ValueError: an unknown method, or "twin" for an f without float64 twin.
 
     Example:
         >>> import torch
@@ -315,7 +245,7 @@ def secant_noise(
 def _twin_noise(
     f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], image: Tensor, radii: Tensor
 ) -> tuple[Tensor, int]:
-    """floor(h)·h at each radius, (R,) float64."""
+    """Return floor(h)·h at each radius, (R,) float64, and the number of forward passes."""
     last = len(radii) - 1
     probed = sorted({*range(0, last, 2), last})
     measured, wide = [], image.double()
@@ -326,45 +256,38 @@ def _twin_noise(
         error = f(points.to(image.dtype)).double() - exact
         measured.append(float((error[0] - error[1]).norm()) / 2)
     errors = torch.tensor(measured, dtype=torch.float64, device=image.device)
-    # one direction each: the root mean square of three neighbours, then between them that of the nearest two
+    # One direction each: pool the root mean square of three neighbours, and interpolate between the nearest two.
     pooled = [errors[max(0, i - 1) : i + 2].square().mean().sqrt() for i in range(len(probed))]
     noise = [(pooled[bisect_right(probed, j) - 1] + pooled[bisect_left(probed, j)]) / 2 for j in range(len(radii))]
     return torch.stack(noise).to(image.device), 4 * len(probed)
 
 
 def _table_noise(f: Callable[[Tensor], Tensor], image: Tensor, eps: float, radius: float | None) -> tuple[Tensor, int]:
-    """ε, the standard deviation of f(x) as a vector, () float64."""
+    """Return ε, the standard deviation of f(x) as a vector, () float64, and the number of forward passes."""
     fine = min(_ULPS * eps, 1e-2) * math.sqrt(image.numel())
     steps = [fine] * _TABLES + ([] if radius is None else [share * radius for share in _COARSE])
     levels = []
     for step, v in zip(steps, _probes(image, len(steps)), strict=True):
         places = step * (torch.arange(_POINTS, dtype=torch.float64, device=image.device) - _POINTS // 2)
         points = image.double() + places[:, None, None, None] * v
-        levels.append(_levels(f(points.to(image.dtype)).double()))
+        levels.append(ecnoise(f(points.to(image.dtype)).double()))
     noise = torch.stack([level for level, _ in levels[:_TABLES]]).square().mean().sqrt()
-    for level, agreed in levels[_TABLES:]:  # where they do not agree, it is the function that bends
+    for level, agreed in levels[_TABLES:]:  # differences that disagree show the bend of the function
         noise = level if agreed and bool(level > _LOUDER * noise) else noise
     return noise, len(steps) * _POINTS
 
 
-def ecnoise(values: Tensor) -> Tensor:
-    """Noise of a function from its values at equally spaced points: ε = (Σ_d ε_d²)^½, the ECnoise of Moré and Wild.
+def ecnoise(values: Tensor) -> tuple[Tensor, bool]:
+    """Return the noise ε = (Σ_d ε_d²)^½ of a function from its values (m + 1, D) at equally spaced points.
 
-    With Δᵏ the k-th differences of m + 1 values, σ_k² = (k!)²/(2k)! · mean ‖Δᵏ‖² tends to the variance of the noise as
-    k grows, since differences of the smooth part vanish. The first k is taken at which σ_k, σ_{k+1}, σ_{k+2} agree
-    within a factor of four and most components change sign; without one, the largest k, which errs upwards.
-
-    Args:
-        values: f at equally spaced points, (m + 1, D), float64.
+    This is the ECnoise of Moré and Wild. With Δᵏ the k-th differences, σ_k² = (k!)²/(2k)! · mean ‖Δᵏ‖² tends to the
+    variance of the noise as k grows, since differences of the smooth part vanish. The first k is taken at which σ_k,
+    σ_{k+1}, σ_{k+2} agree within a factor of four and most components change sign; without one, the largest k, which
+    errs upwards.
 
     Returns:
-        ε, (), float64, in the units of f; 0 where all values are equal.
+        ε, (), float64, in the units of f, 0 if all values are equal; and whether the differences agreed on it.
     """
-    return _levels(values)[0]
-
-
-def _levels(values: Tensor) -> tuple[Tensor, bool]:
-    """The noise as by `ecnoise`, and whether the differences agreed on it."""
     differences, levels, changes = values, [], []
     for k in range(1, len(values) - 1):
         differences = differences.diff(dim=0)
@@ -380,7 +303,7 @@ def _levels(values: Tensor) -> tuple[Tensor, bool]:
 
 
 def _probes(image: Tensor, count: int) -> Tensor:
-    """Random unit directions (count, C, H, W), float64, always the same."""
+    """Return the same random unit directions (count, C, H, W), float64, at every call."""
     generator = torch.Generator().manual_seed(_SEED)
     probes = torch.randn(count, *image.shape, generator=generator, dtype=torch.float64)
-    return (probes / probes.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(image.device)
+    return unit_directions(probes, torch.float64).to(image.device)

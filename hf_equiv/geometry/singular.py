@@ -1,4 +1,36 @@
-"""Singular values of a Jacobian: all of them from the matrix, or the largest from products with J and Jᵀ."""
+"""Compute the singular values of a Jacobian: all of them from the matrix, or the largest from products with J and Jᵀ.
+
+*The matrix.* The Gram matrix JJᵀ squares the small values away, so it serves only those above a hundredth of the
+largest; the rest of J, U_restᵀJ, has a Gram matrix of its own scale, and so on down. Every σ is then within 100
+eps₆₄·σ₁, at about a thirtieth of the cost of making J (D = 192, N = 150,528), without a copy of J. The rest of a J in
+float32 or less (below σ₁/1000) is treated once, which brings it within 1e-10 σ₁.
+
+*Products.* Golub–Kahan bidiagonalisation with full re-orthogonalisation starts from u₁ = J·noise: JᵀU = V B with V
+orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up), measured from the products themselves.
+Some singular value lies within ‖r‖ of θ. The residuals are the coupling of JJᵀ between the Up and the rest of the
+space; if all but σ₁ … σ_m lie below α < θᵢ, i ≤ m, its Schur complement gives
+
+    σᵢ² ≤ θᵢ² + Σ_{j=i…m} θⱼ²‖rⱼ‖² / (θᵢ² − α²),
+
+which is far smaller: Kato–Temple for m = i, and valid for clusters with larger m. The bound is the smallest of all,
+with α the largest θ + ‖r‖ below.
+
+A Krylov space of one vector holds one vector of each multiple value, and may count values once that lie closer together
+than the residuals; all values below then move up. So once the bounds are small, the recursion starts anew from J·noise
+off the vectors found, until no value moves by more than rtol·σ₁ and the largest value that the second recursion may
+still find, (μ² + its residual)^½, is well below σ_k: below 0.8 of it after two passes, 0.94 after four, then any. This
+is no proof: the bounds hold for some singular values of J, and for the i-th unless a value has hardly a part in any
+start. The whole matrix has no such condition. A value whose vector has hardly a part in u₁ appears late, and until then
+the next lower one takes its place. So k + 1 values must converge, not k; the second start helps here as well.
+
+On the spectra of 14 photos (trained DeiT-Tiny, k = 8, rtol 1e-4) one of 4,200 runs stated a value outside its bound
+(off by 2.2e-5 σ₁, stated within 1.8e-5), in 22 passes (median; 95 % within 26). With one or all values made double or
+triple, 6 of 2,520 runs were wrong. The shares above were chosen on these spectra.
+
+References: Golub, Van Loan, "Matrix Computations", §8.6 (the Gram matrix squares the condition number). Golub, Kahan
+(1965), SIAM J. Numer. Anal. 2:205. Kato (1949), J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li (2005), Linear Algebra
+Appl. 395:183 (eigenvalues under a coupling that is small).
+"""
 
 from __future__ import annotations
 
@@ -11,50 +43,29 @@ import torch
 from torch import Tensor
 
 from hf_equiv.jacobian import Jacobian
-
-_BLOCK = 4096  # columns held in float64 at a time
-
-
-# σ/σ₁ down to which a Gram matrix in float64 is trusted: its error in σ is eps₆₄·σ₁²/σ. A float32 J deserves less.
-_SAFE = {torch.float64: 1e-2}
-
-
-_SAFE_SINGLE = 1e-3
-
-
-_NOTHING = 1e3  # eps over σ₁ below which a recursion has ended: what is left is the rounding of the products
-
-
-_NEXT = 1  # values below the k wanted that must have converged too
-
-
-# Share of the k-th value below which the largest of a second start tells, after 1, 2, … passes of it, that there is no
-# more; after still more passes any does.
-_NO_MORE = (0.0, 0.8, 0.88, 0.94)
-
+from hf_equiv.precision import power_of_two
 
 ACCURACY = 100 * torch.finfo(torch.float64).eps
 """Error of `left_singular` over σ₁."""
 
+Rows = Callable[[Tensor], Tensor]
+"""Cotangents (D, K), float64, to Jᵀu (K, N)."""
+
+_BLOCK = 4096  # columns held in float64 at a time
+_SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, of a float64 and of any other J
+_NOTHING = 1e3  # eps over σ₁ below which a recursion ends: the rest is the rounding of the products
+_NEXT = 1  # values below the k wanted that must have converged too
+_NO_MORE = (0.0, 0.8, 0.88, 0.94)  # of σ_k: limit of a new start after 1, 2, … passes that ends the search; then none
+_LEADING, _PROBES = 4, 2
+_UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
+
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and singular values of J = U diag(σ) Vᵀ (D, N), in float64, whatever the dtype of J.
-
-    The Gram matrix JJᵀ squares the small values away, so it is used for those above a hundredth of the largest only:
-    the rest of J, U_restᵀJ, has a Gram matrix of its own scale, and so on down. Every σ is then within 100 eps₆₄·σ₁,
-    at about a thirtieth of the cost of making J (D = 192, N = 150,528), and J is never copied. Of a J in float32 or
-    less the rest (below σ₁/1000) is gone through once: it is then within 1e-10 σ₁.
-
-    Returns:
-        U (D, D) and σ (D,), descending, float64. For D > N the last D − N values are zero.
-
-    References:
-        Golub, Van Loan, "Matrix Computations", §8.6 (the Gram matrix squares the condition number).
-    """
+    """Return U (D, D) and σ (D,), descending, of J (D, N), in float64; for D > N the last D − N values are zero."""
     dim = len(matrix)
-    # squares neither overflow nor vanish in units of a power of two near the largest number
     least, most = torch.aminmax(matrix)
-    unit = math.ldexp(1.0, math.frexp(max(-float(least), float(most)))[1])
+    unit = power_of_two(max(-float(least), float(most)))
+    safe = _SAFE if matrix.dtype == torch.float64 else _SAFE_SINGLE
     left = torch.eye(dim, dtype=torch.float64, device=matrix.device)
     sigma = torch.zeros(dim, dtype=torch.float64, device=matrix.device)
     start = 0
@@ -66,13 +77,13 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if not float(values[0]) > torch.finfo(torch.float64).eps * float(sigma[0]):
             break
         again = start > 0 and matrix.dtype != torch.float64
-        start = dim if again else start + int((values > _SAFE.get(matrix.dtype, _SAFE_SINGLE) * values[0]).sum())
+        start = dim if again else start + int((values > safe * values[0]).sum())
     order = sigma.argsort(descending=True)
     return left[:, order], sigma[order] * unit
 
 
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """The product J v (D, K) of v (N, K), accumulated in float64."""
+    """Return the product J v (D, K) of v (N, K), accumulated in float64."""
     total = torch.zeros(len(matrix), vectors.shape[1], dtype=torch.float64, device=matrix.device)
     for start in range(0, matrix.shape[1], _BLOCK):
         total.addmm_(matrix[:, start : start + _BLOCK].double(), vectors[start : start + _BLOCK].double())
@@ -80,7 +91,7 @@ def times(matrix: Tensor, vectors: Tensor) -> Tensor:
 
 
 def combine(matrix: Tensor, left: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The combinations of rows leftᵀ J (K, N) of left (D, K), each computed in float64."""
+    """Return the combinations of rows leftᵀ J (K, N) of left (D, K), each computed in float64."""
     out = torch.empty(left.shape[1], matrix.shape[1], dtype=dtype, device=matrix.device)
     for start in range(0, matrix.shape[1], _BLOCK):
         out[:, start : start + _BLOCK] = left.T @ matrix[:, start : start + _BLOCK].double()
@@ -88,7 +99,7 @@ def combine(matrix: Tensor, left: Tensor, dtype: torch.dtype = torch.float64) ->
 
 
 def _gram(matrix: Tensor, left: Tensor | None, unit: float) -> Tensor:
-    """The matrix (leftᵀJ)(leftᵀJ)ᵀ / unit² in float64: the lower half is computed, and mirrored."""
+    """Return (leftᵀJ)(leftᵀJ)ᵀ / unit² in float64: the lower half is computed and mirrored."""
     size = len(matrix) if left is None else left.shape[1]
     gram = torch.zeros(size, size, dtype=torch.float64, device=matrix.device)
     strip = max(48, -(-size // 8))
@@ -110,7 +121,7 @@ class TopSingular:
         bound: on the distance of each to a singular value of J, (k,), float64.
         left: (D, k), float64.
         right: (k, N), float64.
-        passes: products with Jᵀ; those with J are one more for each start, of which there are two or more.
+        passes: products with Jᵀ; products with J are one more for each start, of which there are two or more.
     """
 
     values: Tensor
@@ -121,118 +132,92 @@ class TopSingular:
 
 
 def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingular:
-    """Find the k largest singular values by Golub–Kahan bidiagonalisation with full re-orthogonalisation.
-
-    From u₁ = J·noise: JᵀU = V B with V orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up),
-    measured from the products themselves. Some singular value lies within ‖r‖ of θ. The residuals are the coupling of
-    JJᵀ between the Up and the rest of the space; where all but σ₁ … σ_m lie below α < θᵢ, i ≤ m, its Schur complement
-    gives
-
-        σᵢ² ≤ θᵢ² + Σ_{j=i…m} θⱼ²‖rⱼ‖² / (θᵢ² − α²),
-
-    which is far smaller: Kato–Temple for m = i, and for larger m true to clusters. The bound is the smallest of all, α
-    being the largest θ + ‖r‖ below.
-
-    A Krylov space of one vector holds one vector of each multiple value, and may count values once that lie closer
-    together than the residuals; all below them then move up. So once the bounds are small the recursion is begun anew
-    from J·noise off what was found, until no value moves by more than rtol·σ₁ and the largest that the second recursion
-    may have in what is left, (μ² + its residual)^½, is well below σ_k: after two passes below 0.8 of it, after four
-    0.94, then anything. It stays no proof: the bounds hold for some singular values of J, and for the i-th unless a
-    value has hardly a part in any start. The whole matrix has no such condition.
-
-    A value whose vector has hardly a part in u₁ appears late, and until then the next lower one stands in its place. So
-    k + 1 values must have converged, not k, and the second start helps here as well.
-
-    On the spectra of 14 photos (trained DeiT-Tiny, k = 8, rtol 1e-4) one of 4,200 runs stated a value that its bound
-    did not hold for (off by 2.2e-5 σ₁, said to be within 1.8e-5), in 22 passes (median; 95 % within 26). Made double or
-    triple, one value or all, they were stated wrong in 6 of 2,520 runs. The shares above were chosen on these spectra.
-
-    Cost: one JVP and one VJP a pass, and a JVP for each start.
-
-    Returns:
-        The triplets with their bounds.
-
-    References:
-        Golub, Kahan (1965), SIAM J. Numer. Anal. 2:205. Kato (1949), J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li
-        (2005), Linear Algebra Appl. 395:183 (eigenvalues under a coupling that is small).
-    """
+    """Find the k largest singular values by Golub–Kahan bidiagonalisation: one JVP and VJP a pass, one JVP a start."""
     dim, size = J.shape
-    device = J.image.device
-    generator = torch.Generator().manual_seed(seed)
-
-    def begin(basis: Tensor, scale: float) -> Tensor:
-        """A start off the basis in which every singular vector has a part in proportion to its value."""
-        noise = torch.randn(1, size, generator=generator, dtype=torch.float64).view(1, *J.image.shape)
-        start, _, length = _orthogonalise(J.mv(noise.to(J.image))[0].double(), basis)
-        if not length > _NOTHING * J.eps * scale:
-            start = torch.randn(dim, generator=generator, dtype=torch.float64).to(device)
-            start = _orthogonalise(start, basis)[0]
-        return start
-
-    U = torch.empty(0, dim, dtype=torch.float64, device=device)
-    V = torch.empty(0, size, dtype=torch.float64, device=device)
-    W = torch.empty(0, dim, dtype=torch.float64, device=device)  # rows J v
-    B = torch.zeros(0, 0, dtype=torch.float64, device=device)
-    scale, since, starts, tried = 0.0, 0, 1, False
-    u = begin(U, scale)
-    seen = torch.empty(0, dtype=torch.float64, device=device)  # the values at which the last recursion was left
-    for passes in range(1, min(dim, size) + 1):
-        U = torch.cat([U, u[None]])
-        g = J.rmv(u[None])[0].flatten().double()
-        v, coefficients, length = _orthogonalise(g, V)
-        scale = max(scale, float(g.norm()))
+    full = min(dim, size)
+    next_too = min(k + _NEXT, full)
+    basis = _Bidiagonal(J, seed)
+    u, since, starts, tried = basis.start(), 0, 1, False
+    seen = torch.empty(0, dtype=torch.float64, device=J.image.device)  # the values at the end of the last recursion
+    for passes in range(1, full + 1):
+        w, gain = basis.extend(u)
         since += 1
-        empty = since == 1 and not float(g.norm()) > _NOTHING * J.eps * scale  # a new start finds no more
-        if not length > J.eps * scale:  # the row space is exhausted: any v will do, its coefficient is zero
-            v, length = (
-                _orthogonalise(torch.randn(size, generator=generator, dtype=torch.float64).to(device), V)[0],
-                0.0,
-            )
-        B = torch.nn.functional.pad(B, (0, 1, 0, 1))
-        B[:-1, -1], B[-1, -1] = coefficients, length
-        V = torch.cat([V, v[None]])
-        w = J.mv(v.view(1, *J.image.shape).to(J.image))[0].double()
-        W = torch.cat([W, w[None]])
-        Q, theta, Pt = torch.linalg.svd(B)
-        rest = W.T @ Q - (U.T @ Pt.T) * theta
-        residual = rest.norm(dim=0)
-        bound = _bounds(theta, residual) + ACCURACY * theta[0]
-        u, _, length = _orthogonalise(w, U)
+        empty = since == 1 and not gain > basis.nothing  # a new start finds no more
+        Q, theta, Pt = torch.linalg.svd(basis.B)
+        rest = basis.W.T @ Q - (basis.U.T @ Pt.T) * theta
+        bound = _bounds(theta, rest.norm(dim=0)) + ACCURACY * theta[0]
+        u, _, length = _orthogonalise(w, basis.U)
         limit = rtol * float(theta[0])
-        next_too = min(k + _NEXT, dim, size)
         done = passes > next_too and float(bound[:next_too].max()) <= limit
-        ended = not length > _NOTHING * J.eps * scale
+        ended = not length > basis.nothing
         if starts > 1 and not tried and passes >= k:
-            tried = since > len(_NO_MORE) or _reach(B, since, length) < _NO_MORE[since - 1] * float(theta[k - 1])
+            tried = since > len(_NO_MORE) or _reach(basis.B, since, length) < _NO_MORE[since - 1] * float(theta[k - 1])
         news = len(seen) < next_too or float((theta[:next_too] - seen).abs().max()) > limit
-        if passes == min(dim, size) or (done and (empty or (tried and not ended and not news))):
+        if passes == full or (done and (empty or (tried and not ended and not news))):
             break
         if ended or (done and (starts == 1 or (tried and news))):
-            u, since, starts, tried, seen = begin(U, scale), 0, starts + 1, False, theta[:next_too]
-        elif tried:  # of several recursions, the one goes on whose value needs it most
-            worst, _, length = _orthogonalise(rest[:, int(bound[:next_too].argmax())], U)
-            u = worst if length > _NOTHING * J.eps * scale else u
-    return TopSingular(theta[:k], bound[:k], (U.T @ Pt[:k].T), Q[:, :k].T @ V, passes)
+            u, since, starts, tried, seen = basis.start(), 0, starts + 1, False, theta[:next_too]
+        elif tried:  # continue the recursion whose value needs it most
+            worst, _, length = _orthogonalise(rest[:, int(bound[:next_too].argmax())], basis.U)
+            u = worst if length > basis.nothing else u
+    return TopSingular(theta[:k], bound[:k], (basis.U.T @ Pt[:k].T), Q[:, :k].T @ basis.V, passes)
+
+
+class _Bidiagonal:
+    """JᵀU = V B with orthonormal rows of U and V, and W = J V."""
+
+    def __init__(self, J: Jacobian, seed: int) -> None:
+        self.J, self.scale = J, 0.0
+        self.generator = torch.Generator().manual_seed(seed)
+        dim, size = J.shape
+        self.U, self.V, self.W = (
+            torch.empty(0, length, dtype=torch.float64, device=J.image.device) for length in (dim, size, dim)
+        )
+        self.B = torch.zeros(0, 0, dtype=torch.float64, device=J.image.device)
+
+    @property
+    def nothing(self) -> float:
+        """Length below which a vector is the rounding of the products."""
+        return _NOTHING * self.J.eps * self.scale
+
+    def start(self) -> Tensor:
+        """Return a start off U in which every singular vector has a part in proportion to its value."""
+        noise = self._gaussian(self.J.shape[1]).view(1, *self.J.image.shape)
+        start, _, length = _orthogonalise(self.J.mv(noise.to(self.J.image))[0].double(), self.U)
+        if length > self.nothing:
+            return start
+        return _orthogonalise(self._gaussian(self.J.shape[0]).to(self.U.device), self.U)[0]
+
+    def extend(self, u: Tensor) -> tuple[Tensor, float]:
+        """Add u and its v; return J v and ‖Jᵀu‖."""
+        J = self.J
+        self.U = torch.cat([self.U, u[None]])
+        g = J.rmv(u[None])[0].flatten().double()
+        v, coefficients, length = _orthogonalise(g, self.V)
+        self.scale = max(self.scale, float(g.norm()))
+        if not length > J.eps * self.scale:  # the row space is exhausted: any v will do, its coefficient is zero
+            v, length = _orthogonalise(self._gaussian(J.shape[1]).to(self.U.device), self.V)[0], 0.0
+        self.B = torch.nn.functional.pad(self.B, (0, 1, 0, 1))
+        self.B[:-1, -1], self.B[-1, -1] = coefficients, length
+        self.V = torch.cat([self.V, v[None]])
+        w = J.mv(v.view(1, *J.image.shape).to(J.image))[0].double()
+        self.W = torch.cat([self.W, w[None]])
+        return w, float(g.norm())
+
+    def _gaussian(self, size: int) -> Tensor:
+        return torch.randn(size, generator=self.generator, dtype=torch.float64)
 
 
 def _reach(B: Tensor, since: int, length: float) -> float:
-    """The largest value that the last columns of B (those of one recursion) have, with its residual, as far as known.
-
-    Returns:
-        (μ² + β)^½ with μ = ‖Jᵀu‖ at most, over the last `since` vectors u, and β the coupling to the next.
-    """
+    """Return (μ² + β)^½, a limit of the values that the last `since` columns of B (one recursion) may reach."""
+    # μ = ‖Jᵀu‖ at most, over the last `since` vectors u, and β is the coupling to the next.
     most = float(torch.linalg.matrix_norm(B[:, -since:], 2))
     return math.sqrt(most**2 + abs(float(B[-1, -1])) * length)
 
 
 def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The unit vector off the rows of `basis`, its coefficients in them, and its length, by Gram–Schmidt sweeps.
-
-    Two sweeps are enough unless nearly all of the vector lies in the basis: then until a sweep takes nothing away.
-
-    Returns:
-        Vector, coefficients and length.
-    """
+    """Return the unit vector off the rows of `basis`, its coefficients in them and its length, by Gram–Schmidt."""
+    # Two sweeps are enough unless nearly all of the vector lies in the basis; then sweep until one takes nothing away.
     coefficients, rest, length = torch.zeros(len(basis)).to(basis), vector, float(vector.norm())
     for sweep in range(5):
         before, part = length, basis @ rest
@@ -244,9 +229,9 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float
 
 
 def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
-    """Bounds of the distance of each θ to a singular value, (K,), from θ (K,), descending, and ‖r‖ (K,)."""
+    """Return bounds of the distance of each θ (K,), descending, to a singular value, from its residuals ‖r‖ (K,)."""
     count = len(theta)
-    below = (theta + residual)[1:].flip(0).cummax(0).values.flip(0)  # [m] bounds what lies below θ₁ … θ_m
+    below = (theta + residual)[1:].flip(0).cummax(0).values.flip(0)  # [m] bounds all values below θ₁ … θ_m
     gap = theta[:, None].square() - below.square()  # (K, K − 1)
     coupling = (theta * residual).square()
     blocks = coupling[None].expand(count, count).triu().cumsum(1)[:, : count - 1]
@@ -255,41 +240,28 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
     return torch.cat([residual[:, None], quadratic], dim=1).amin(dim=1)
 
 
-# How far the singular values of a float Jacobian may be from those of the function in exact arithmetic.
-
-
-_LEADING, _PROBES = 4, 2
-
-
-_UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
-
-
-Rows = Callable[[Tensor], Tensor]
-"""Cotangents (D, K), float64, to Jᵀu (K, N)."""
-
-
 def derivative_noise(
     f: Callable[[Tensor], Tensor], J: Jacobian, rows: Rows, left: Tensor, sigma: Tensor, threshold: float
 ) -> tuple[Tensor, str, float]:
     """Bound |σ(J) − σ(J₆₄)| of each singular value, from a few rows of the difference E = J − J₆₄.
 
     The rounding of a backward pass is nearly proportional to its result: ‖Eᵀu_i‖ ≤ a(σ_i + σ₁/50) for the left singular
-    vectors, and then, by the minimax principle, the values differ by about as much. Measured are ‖Eᵀu‖ for the first
-    four (their own bound, times 1.5), and for Σ s_i u_i / (σ_i + σ₁/50) over the values above `threshold` with random
-    signs s, twice, whose mean square is that of the ratios. For the other values a is 3 times its root, or 1.5 times
-    the largest ratio of the four where that is more: E is concentrated in few directions. Those below the threshold
-    have 3 times ‖Eᵀ Σ s_i u_i‖. The reference is, in this order:
+    vectors, and by the minimax principle the values then differ by about as much. ‖Eᵀu‖ is measured for the first four
+    (their own bound, times 1.5), and for Σ s_i u_i / (σ_i + σ₁/50) over the values above `threshold` with random signs
+    s, twice; its mean square is that of the ratios. For the other values a is 3 times its root, or 1.5 times the
+    largest ratio of the four if that is more, because E is concentrated in few directions. Values below the threshold
+    get 3 times ‖Eᵀ Σ s_i u_i‖. The reference is the first available of:
 
-    * "float64 twin": f in float64: `f.double()` of an Encoder, a copy of an `nn.Module`, or f(float64 pixels) where
-      that returns float64;
-    * "perturbed input": f itself at the image with every pixel changed by one unit in the last place, which repeats all
+    * "float64 twin": f in float64: `f.double()` of an Encoder, a copy of an `nn.Module`, or f(float64 pixels) if that
+      returns float64;
+    * "perturbed input": f at the image with every pixel changed by one unit in the last place, which repeats all
       roundings at random (times 4, as systematic ones stay unseen). For float64, and for callables without twin.
 
     Returns:
         Bound (K,) in units of J, the method, and the evaluations spent.
     """
     reference, method = _reference(f, J)
-    unit = math.ldexp(1.0, math.frexp(float(sigma[0]))[1])  # squares neither overflow nor vanish in it
+    unit = power_of_two(float(sigma[0]))
     sigma, threshold = sigma / unit, threshold / unit
     generator = torch.Generator().manual_seed(0)
     signs = (torch.randint(0, 2, (len(sigma), _PROBES + 1), generator=generator) * 2 - 1).to(sigma)

@@ -1,11 +1,11 @@
-"""`jacobian_spectrum`: the singular values of ∂f/∂x, what they are worth, and why some are zero."""
+"""Compute the singular values of ∂f/∂x with error bounds, and explain the zeros among them."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,22 +23,22 @@ METHODS = ("auto", "full", "golub_kahan")
 class SpectrumResult:
     """Singular values of J = ∂f/∂x (D, N), N = C·H·W, at each image of the batch, in embedding per pixel in [0, 1].
 
-    What needs every singular value is None where only the largest were computed. An image whose status is `error` has
-    NaN values and rank −1.
+    Fields that need every singular value are None if only the largest were computed. An image whose status is `error`
+    has NaN values and rank −1.
 
     Attributes:
         singular_values: σ₁ ≥ σ₂ …, (B, K), float64; K = min(D, N), or `k`.
         error_bound: on the distance of each to that of the function in exact arithmetic, (B, K), float64.
-        noise_method: how the float noise in it was measured, per image: "float64 twin" or "perturbed input".
+        noise_method: measurement of its float noise, per image: "float64 twin" or "perturbed input".
         sigma_max: σ₁, (B,), float64.
-        rank: how many values exceed `rank_threshold`, (B,), int64, or None.
+        rank: number of values above `rank_threshold`, (B,), int64, or None.
         nullity: N − rank, (B,), int64, or None.
         rank_threshold: in the units of σ, (B,), float64.
         effective_rank: exp(−Σ p log p) with p = σ / Σσ (Roy & Vetterli 2007), (B,), float64, or None.
         participation: (Σσ²)² / Σσ⁴, (B,), float64, or None.
         structural_zeros: per image the exact zeros by cause, and the unexplained ones.
         near_structural: per image the values that would be exact zeros but for a small constant of the architecture.
-        patch_nullity: of the nullity, the pixel directions that the patch embedding discards at every image; or None.
+        patch_nullity: part of the nullity that the patch embedding discards at every image; or None.
         left: left singular vectors, (B, D, K), or None.
         right: right singular vectors as images, (B, K, C, H, W), or None.
         method: "full" or "golub_kahan", per image.
@@ -67,10 +67,10 @@ class SpectrumResult:
     status: tuple[Status, ...]
 
     def energy_share(self, k: int) -> Tensor:
-        """Σ_{i ≤ k} σ_i² / Σ σ_i², (B,), float64: of ‖Jv‖² averaged over all directions, what the first k carry.
+        """Return Σ_{i ≤ k} σ_i² / Σ σ_i²: the share of the first k in ‖Jv‖² averaged over all directions.
 
         Args:
-            k: how many of the largest values.
+            k: number of the largest values.
 
         Returns:
             (B,) float64, in [0, 1].
@@ -85,7 +85,7 @@ class SpectrumResult:
         return squares[:, :k].sum(dim=1) / squares.sum(dim=1)
 
     def __repr__(self) -> str:
-        """Say in one line how many images there are, how many values, σ₁ and rank."""
+        """State the number of images and values, σ₁ and rank in one line."""
         count = self.singular_values.shape[1]
         rank = "" if self.rank is None else f", rank {', '.join(map(str, self.rank.tolist()))}"
         largest = ", ".join(f"{s:.4g}" for s in self.sigma_max.tolist())
@@ -93,14 +93,9 @@ class SpectrumResult:
 
 
 def rank_rtol_of(eps: float) -> float:
-    """Default threshold of the numerical rank over σ₁ for numbers of relative spacing `eps`: 1000 eps, at most 0.1.
-
-    1.2e-4 for float32, 2.2e-13 for float64: above the noise of encoders of a dozen layers by a factor of two or more
-    (measured on DeiT-Tiny: float32 within 7e-5 of σ₁, its zeros within 1e-7).
-
-    Returns:
-        The threshold over σ₁.
-    """
+    """Return the default threshold of the rank over σ₁ for numbers of relative spacing `eps`: 1000 eps, at most 0.1."""
+    # It is 1.2e-4 for float32 and 2.2e-13 for float64: twice or more the noise of encoders of a dozen layers (DeiT-Tiny
+    # in float32 is within 7e-5 of σ₁, its zeros within 1e-7).
     return min(1000 * eps, 0.1)
 
 
@@ -116,12 +111,12 @@ def jacobian_spectrum(
     batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> SpectrumResult:
-    """Compute the singular values of J = ∂f/∂x at each image: how fast the embedding moves, and along how many ways.
+    """Compute the singular values of J = ∂f/∂x at each image: how far the embedding moves, along how many directions.
 
     J = U diag(σ) Vᵀ (D, N). The right vectors are the pixel directions that move the embedding, in order; the N − rank
     directions off them leave it, to first order. "full" forms J by chunked VJPs and takes all σ from it in float64
-    without squaring the small ones away; "golub_kahan" finds the top k from products with J and Jᵀ. "auto" takes the
-    quicker. With an Encoder, the zeros that its last LayerNorm, head or unit norm cause are named, in closed form.
+    without losing the small ones to squares; "golub_kahan" finds the top k from products with J and Jᵀ. "auto" takes
+    the quicker. For an Encoder, zeros that its last LayerNorm, head or unit norm cause are named, in closed form.
 
     Cost: full (1 + 2D)/3 evaluations an image and D·N numbers of memory; golub_kahan 4/3 a pass, about 2k + 7 passes.
     About 4 VJPs in float64 more for `error_bound`.
@@ -129,11 +124,11 @@ def jacobian_spectrum(
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
         images: (B, C, H, W), pixels in [0, 1].
-        k: how many singular values; None for all min(D, N).
+        k: number of singular values; None for all min(D, N).
         method: "auto", "full" or "golub_kahan".
         vectors: whether to return singular vectors.
-        rank_rtol: threshold of the rank over σ₁; None for 1000 eps (see `rank_rtol_of`), or twice the measured noise
-            where that is more.
+        rank_rtol: threshold of the rank over σ₁; None for 1000 eps (see `rank_rtol_of`), or twice the measured noise if
+            that is more.
         rtol: bound over σ₁ at which "golub_kahan" stops.
         batch: most cotangents per pass; memory grows with it.
         progress: called after each image with (images done, images in all).
@@ -172,11 +167,33 @@ def jacobian_spectrum(
         J = Jacobian(f, image, batch=batch)
         J.check_deterministic()
         one = _Settings(min(J.shape) if k is None else k, method, vectors, rank_rtol, rtol).run(f, J)
-        one["seconds"] = time.perf_counter() - start
+        one.seconds = time.perf_counter() - start
         found.append(one)
         if progress is not None:
             progress(index + 1, len(images))
-    return _collect(found, images)
+    return _collect(found, images[0].numel())
+
+
+@dataclass(slots=True)
+class _Image:
+    """The spectrum of one image; a field is None if it needs values that were not computed."""
+
+    values: Tensor
+    bound: Tensor
+    threshold: float
+    num_evals: float
+    status: Status = Status.COMPLETED
+    noise_method: str = ""
+    rank: int | None = None
+    effective_rank: float | None = None
+    participation: float | None = None
+    exact: tuple[Zero, ...] = ()
+    near: tuple[Zero, ...] = ()
+    left: Tensor | None = None
+    right: Tensor | None = None
+    method: str = ""
+    patch_nullity: int | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +204,7 @@ class _Settings:
     rank_rtol: float | None
     rtol: float
 
-    def run(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> dict[str, Any]:
+    def run(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
         if self.k > min(J.shape):
             raise ValueError(f"`k` must be at most min(D, N) = {min(J.shape)}; got {self.k}.")
         method = self.method
@@ -195,17 +212,20 @@ class _Settings:
             few = self.k < min(J.shape) and 2 * (2 * self.k + 6) < 0.8 * J.shape[0]
             method = "golub_kahan" if few else "full"
         one = self._full(f, J) if method == "full" else self._top(f, J)
-        return {**one, "method": method, "patch_nullity": _patch_nullity(f, J)}
+        one.method, one.patch_nullity = method, _patch_nullity(f, J)
+        return one
 
-    def _full(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> dict[str, Any]:
+    def _threshold(self, J: Jacobian, largest: Tensor) -> float:
+        return float(largest) * (rank_rtol_of(J.eps) if self.rank_rtol is None else self.rank_rtol)
+
+    def _full(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
         J.check_memory()
         matrix = J.as_matrix()
         if not bool(torch.isfinite(matrix).all()):
             return self._failed(J)
         left, sigma = left_singular(matrix)
         count = min(J.shape)
-        scale = float(sigma[0])
-        threshold = scale * (rank_rtol_of(J.eps) if self.rank_rtol is None else self.rank_rtol)
+        scale, threshold = float(sigma[0]), self._threshold(J, sigma[0])
         bound, noise, spent = derivative_noise(f, J, lambda u: combine(matrix, u), left, sigma, threshold)
         if self.rank_rtol is None and scale > 0:
             lost = float(sigma[-1]) <= max(threshold, float(bound[-1]))
@@ -213,107 +233,80 @@ class _Settings:
         predict = getattr(f, "left_relations", None)
         relations: tuple[LeftRelation, ...] = predict(J.image) if predict is not None else ()
         sigma, bound = sigma[:count], bound[:count]
-        wide = J.shape[0] > J.shape[1]  # of the left null vectors D − N are there for any f
+        wide = J.shape[0] > J.shape[1]  # any f has D − N left null vectors then
         exact, near = explain_zeros(matrix, left[:, :count], sigma, threshold, () if wide else relations)
         share = sigma / sigma.sum()
-        one = {
-            "rank": int((sigma > threshold).sum()),
-            "rank_threshold": threshold,
-            "effective_rank": float(torch.special.entr(share).sum().exp()) if scale > 0 else 0.0,
-            "participation": float(sigma.square().sum().square() / sigma.pow(4).sum()) if scale > 0 else 0.0,
-            "structural_zeros": exact,
-            "near_structural": near,
-        }
+        one = _Image(
+            values=sigma[: self.k],
+            bound=bound[: self.k],
+            threshold=threshold,
+            num_evals=J.num_evals + spent + (7 / 3 if relations else 0.0),
+            noise_method=noise,
+            rank=int((sigma > threshold).sum()),
+            effective_rank=float(torch.special.entr(share).sum().exp()) if scale > 0 else 0.0,
+            participation=float(sigma.square().sum().square() / sigma.pow(4).sum()) if scale > 0 else 0.0,
+            exact=exact,
+            near=near,
+        )
         if self.vectors:
-            kept = left[:, : self.k]
+            one.left = left[:, : self.k]
             values = sigma[: self.k, None]
-            one["left"] = kept
-            right = combine(matrix, kept) / values.where(values > ACCURACY * scale, 1.0)
-            one["right"] = right.view(-1, *J.image.shape).to(J.image)
-        return {
-            **one,
-            "singular_values": sigma[: self.k],
-            "error_bound": bound[: self.k],
-            "noise_method": noise,
-            "num_evals": J.num_evals + spent + (7 / 3 if relations else 0.0),
-            "status": Status.COMPLETED,
-        }
+            right = combine(matrix, one.left) / values.where(values > ACCURACY * scale, 1.0)
+            one.right = right.view(-1, *J.image.shape).to(J.image)
+        return one
 
-    def _top(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> dict[str, Any]:
+    def _top(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
         if not bool(torch.isfinite(J.rmv(torch.ones_like(J.z)[None])).all()):
             return self._failed(J)
         top = golub_kahan(J, self.k, self.rtol)
-        threshold = float(top.values[0]) * (rank_rtol_of(J.eps) if self.rank_rtol is None else self.rank_rtol)
+        threshold = self._threshold(J, top.values[0])
         noise, name, spent = derivative_noise(
             f, J, lambda u: J.rmv(u.T.to(J.image)).flatten(1).double(), top.left, top.values, threshold
         )
-        one: dict[str, Any] = {
-            "singular_values": top.values,
-            "error_bound": top.bound + noise,
-            "noise_method": name,
-            "rank": None,
-            "rank_threshold": threshold,
-            "effective_rank": None,
-            "participation": None,
-            "structural_zeros": (),
-            "near_structural": (),
-            "num_evals": J.num_evals + spent,
-            "status": Status.COMPLETED,
-        }
+        one = _Image(top.values, top.bound + noise, threshold, J.num_evals + spent, noise_method=name)
         if self.vectors:
-            one["left"], one["right"] = top.left, top.right.view(-1, *J.image.shape).to(J.image)
+            one.left, one.right = top.left, top.right.view(-1, *J.image.shape).to(J.image)
         return one
 
-    def _failed(self, J: Jacobian) -> dict[str, Any]:
+    def _failed(self, J: Jacobian) -> _Image:
         nan = torch.full((self.k,), torch.nan, dtype=torch.float64, device=J.image.device)
-        one: dict[str, Any] = {
-            "singular_values": nan,
-            "error_bound": nan,
-            "noise_method": "",
-            "rank": -1,
-            "rank_threshold": torch.nan,
-            "effective_rank": torch.nan,
-            "participation": torch.nan,
-            "structural_zeros": (),
-            "near_structural": (),
-            "num_evals": J.num_evals,
-            "status": Status.ERROR,
-        }
+        one = _Image(nan, nan, math.nan, J.num_evals, Status.ERROR, rank=-1)
         if self.vectors:
-            one["left"] = nan.expand(J.shape[0], -1)
-            one["right"] = torch.full((self.k, *J.image.shape), torch.nan).to(J.image)
+            one.left = nan.expand(J.shape[0], -1)
+            one.right = torch.full((self.k, *J.image.shape), torch.nan).to(J.image)
         return one
 
 
-def _collect(found: list[dict[str, Any]], images: Tensor) -> SpectrumResult:
-    def numbers(name: str) -> Tensor:
-        return torch.tensor([one[name] for one in found], dtype=torch.float64)
+def _collect(found: list[_Image], num_pixels: int) -> SpectrumResult:
+    def numbers(values: Iterable[float | None]) -> Tensor:
+        return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
 
-    def stacked(name: str) -> Tensor | None:
-        return torch.stack([one[name] for one in found]) if name in found[0] else None
+    def stacked(vectors: list[Tensor | None]) -> Tensor | None:
+        given = [one for one in vectors if one is not None]
+        return torch.stack(given) if given else None
 
-    values = torch.stack([one["singular_values"] for one in found])
-    full = found[0]["rank"] is not None or any(one["rank"] is not None and one["rank"] >= 0 for one in found)
-    rank = torch.tensor([-1 if one["rank"] is None else one["rank"] for one in found]) if full else None
+    values = torch.stack([one.values for one in found])
+    full = found[0].rank is not None or any(one.rank is not None and one.rank >= 0 for one in found)
+    rank = torch.tensor([-1 if one.rank is None else one.rank for one in found]) if full else None
     return SpectrumResult(
         singular_values=values,
-        error_bound=torch.stack([one["error_bound"] for one in found]),
-        noise_method=tuple(one["noise_method"] for one in found),
+        error_bound=torch.stack([one.bound for one in found]),
+        noise_method=tuple(one.noise_method for one in found),
         sigma_max=values[:, 0],
         rank=rank,
-        nullity=None if rank is None else torch.where(rank < 0, -1, images[0].numel() - rank),
-        rank_threshold=numbers("rank_threshold"),
-        effective_rank=numbers("effective_rank") if full else None,
-        participation=numbers("participation") if full else None,
-        structural_zeros=tuple(one["structural_zeros"] for one in found),
-        near_structural=tuple(one["near_structural"] for one in found),
-        patch_nullity=found[0]["patch_nullity"],
-        left=stacked("left"),
-        right=stacked("right"),
-        method=tuple(one["method"] for one in found),
-        num_evals=numbers("num_evals"),
-        seconds=numbers("seconds"),
-        status=tuple(one["status"] for one in found),
+        nullity=None if rank is None else torch.where(rank < 0, -1, num_pixels - rank),
+        rank_threshold=numbers(one.threshold for one in found),
+        effective_rank=numbers(one.effective_rank for one in found) if full else None,
+        participation=numbers(one.participation for one in found) if full else None,
+        structural_zeros=tuple(one.exact for one in found),
+        near_structural=tuple(one.near for one in found),
+        patch_nullity=found[0].patch_nullity,
+        left=stacked([one.left for one in found]),
+        right=stacked([one.right for one in found]),
+        method=tuple(one.method for one in found),
+        num_evals=numbers(one.num_evals for one in found),
+        seconds=numbers(one.seconds for one in found),
+        status=tuple(one.status for one in found),
     )
 
 

@@ -1,4 +1,4 @@
-"""Why singular values of an encoder's Jacobian are zero, or nearly so: names for what rounding alone cannot tell."""
+"""Name the causes of singular values that are zero or nearly so, which rounding alone cannot tell apart."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NEAR = 1e-3  # a predicted σ/σ₁ above this is a singular value like the oth
 
 @dataclass(frozen=True, slots=True)
 class LeftRelation:
-    """What the architecture says of J before J is known: leftᵀ J = rows.
+    """A property of J that follows from the architecture: leftᵀ J = rows.
 
     Attributes:
-        cause: why, in a few words.
+        cause: the reason, in a few words.
         left: (D, m), float64, linearly independent columns.
-        rows: (m, N), float64, in closed form; None where they are exactly zero.
+        rows: (m, N), float64, in closed form; None if they are exactly zero.
     """
 
     cause: str
@@ -33,9 +33,9 @@ class Zero:
 
     Attributes:
         cause: "LayerNorm centring", "LayerNorm epsilon", "head wider than its input", "unit norm", or "unexplained".
-        count: how many singular values.
+        count: number of singular values.
         predicted: their size in closed form, 0 for exact ones, in units of J; None without explanation.
-        measured: the largest of them as found, in units of J: float noise where the prediction lies below it.
+        measured: the largest of them as found, in units of J: float noise if the prediction lies below it.
         left: their left singular vectors in closed form (D, count), orthonormal, float64; as found if unexplained.
     """
 
@@ -49,22 +49,16 @@ class Zero:
 def explain_zeros(
     matrix: Tensor, left: Tensor, sigma: Tensor, threshold: float, relations: tuple[LeftRelation, ...]
 ) -> tuple[tuple[Zero, ...], tuple[Zero, ...]]:
-    """Tell the exact zeros from the near-structural ones and from those without explanation.
+    """Tell exact zeros from near-structural and unexplained ones, by the relations (m) known of the encoder.
 
-    J = U diag(σ) Vᵀ. An exact relation leftᵀJ = 0 is accepted if ‖leftᵀU diag(σ)‖ ≤ threshold. Of a relation wᵀJ = r
-    with small r the singular value is, to first order, the part of r that the rest of J cannot cancel:
+    J (D, N) = U diag(σ) Vᵀ with U (D, D) and σ (D,), descending. An exact relation leftᵀJ = 0 is accepted if ‖leftᵀU
+    diag(σ)‖ ≤ threshold. For a relation wᵀJ = r with small r the singular value is, to first order, the part of r that
+    the rest of J cannot cancel:
 
         σ ≈ ‖r − P_rest r‖ / ‖w − P_exact w‖,
 
     with P_rest the projector on the other rows of J and P_exact that on the exact left null vectors. It depends on the
     large singular values only, so it is as good in float32 as in float64, where σ itself drowns in the noise.
-
-    Args:
-        matrix: J, (D, N).
-        left: U, (D, D), float64.
-        sigma: σ (D,), float64, descending.
-        threshold: of the numerical rank, in units of J.
-        relations: what is known of the encoder; empty for a plain callable.
 
     Returns:
         Exact zeros with the unexplained ones, and near-structural ones.
@@ -101,7 +95,7 @@ def explain_zeros(
 
 
 def _off_rows(rows: Tensor, matrix: Tensor, left: Tensor, sigma: Tensor) -> Tensor:
-    """The rows (m, N) less their projection on span(leftᵀJ), whose singular values are `sigma`."""
+    """Return the rows (m, N) less their projection on span(leftᵀJ), whose singular values are `sigma`."""
     rest = rows.double().to(matrix.device)
     for _ in range(2):
         coefficients = (left.T @ times(matrix, rest.T)) / sigma[:, None].square()
@@ -110,7 +104,7 @@ def _off_rows(rows: Tensor, matrix: Tensor, left: Tensor, sigma: Tensor) -> Tens
 
 
 def _orthonormal(columns: Tensor, known: Tensor) -> Tensor:
-    """An orthonormal basis of the span of `columns` off the orthonormal `known`."""
+    """Return an orthonormal basis of the span of `columns` off the orthonormal `known`."""
     for _ in range(2):
         columns = columns - known @ (known.T @ columns)
     basis, lengths, _ = torch.linalg.svd(columns, full_matrices=False)

@@ -1,4 +1,4 @@
-"""May the photos of a run be published? From the licence of the images that it was made from."""
+"""Decide whether the photos of a run may be published, by the licence of the images that it was made from."""
 
 from __future__ import annotations
 
@@ -22,92 +22,71 @@ FREE = frozenset(
 )  # fmt: skip
 """Licences, by their names on the Hub, under which images may be shared and changed."""
 
-
 _CLOSED_SETS = re.compile(r"imagenet|ilsvrc|celeba|vggface|ms-?celeb", re.IGNORECASE)
-
-
-_BUILTIN = "CC0 or public domain"
-
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
 class PhotoRights:
-    """Whether the photos go along, and why.
-
-    Attributes:
-        published: whether they do.
-        license: identifier on the Hub, for the card; None if there is nothing to state.
-        why: the reason in words.
-        asked: whether the user asked to leave them out.
-    """
+    """The decision whether the photos of a run are published, and its reason."""
 
     published: bool
-    license: str | None
+    license: str | None  # identifier on the Hub, for the card; None if there is nothing to state
     why: str
-    asked: bool = False
+    asked: bool = False  # whether the user asked to leave the photos out
 
 
 def photo_rights(
     settings: Mapping[str, Any], *, license: str | None = None, i_have_the_right: bool = False, token: Any = None
 ) -> PhotoRights:
-    """Decide whether the photos of a run may be published.
-
-    Free are the built-in photos, and Hub datasets that are not gated and whose card names a licence of `FREE`. Of
-    folders, files and datasets without a licence in the card nothing is known: there the licence that the user names
-    counts. Gated sets, sets that are known to be restricted and all other licences need `i_have_the_right`.
-
-    Args:
-        settings: of the run, with `data_id` and `data_revision`.
-        license: what the user states of images whose licence is unknown.
-        i_have_the_right: the user takes the responsibility.
-        token: to read the cards of private datasets.
-
-    Returns:
-        The decision.
-    """
-    sources = _sources(settings)
-    known: dict[str, tuple[str | None, str | None]] = {}
-    for name, revision in sources:
+    """Decide whether the photos of a run with these settings may be published."""
+    # Free are the built-in photos, and Hub datasets that are not gated and whose card names a licence of `FREE`.
+    # Folders, files and datasets without a licence in the card have an unknown licence: the user's word counts.
+    # Gated sets, sets that are known to be restricted and all other licences need `i_have_the_right`.
+    free: dict[str, str] = {}
+    closed: dict[str, str] = {}
+    unknown: set[str] = set()
+    for name, revision in _sources(settings):
         found, why = _licence_of(name, revision, token)
-        if name in known:  # two sets of one name: the photos of the stricter one decide
-            before, closed_before = known[name]
-            found, why = (found if before is not None else None), closed_before or why
-        known[name] = found, why
-    stated = license.lower() if license else None
-    closed = {name: why for name, (found, why) in known.items() if why is not None}
-    unknown = sorted(name for name, (found, why) in known.items() if found is None and why is None)
-    free = {name: found for name, (found, why) in known.items() if found is not None and why is None}
-    told = "; ".join(f"{name}: {_BUILTIN if name == 'builtin' else found}" for name, found in sorted(free.items()))
+        if why is not None:
+            closed[name] = why
+        elif found is None:
+            unknown.add(name)
+        else:
+            free[name] = found
+    free = {name: found for name, found in free.items() if name not in unknown}  # a folder may be called `builtin`
+    unknown -= closed.keys()
+    stated, names = license.lower() if license else None, ", ".join(sorted(unknown))
     if not closed and (not unknown or stated in FREE):
-        named = told + ("; " if told and unknown else "") + (f"{', '.join(unknown)}: {license}" if unknown else "")
+        told = [f"{n}: {'CC0 or public domain' if n == 'builtin' else found}" for n, found in sorted(free.items())]
+        told += [f"{names}: {license}"] if unknown else []
         licences = {*free.values(), *([str(stated)] if unknown else [])}
-        return PhotoRights(True, licences.pop() if len(licences) == 1 else "other", f"free: {named}")
+        return PhotoRights(True, licences.pop() if len(licences) == 1 else "other", f"free: {'; '.join(told)}")
     reasons = [f"{name} {why}" for name, why in sorted(closed.items())]
-    if unknown and stated is not None and stated not in FREE:
+    if unknown and stated is None:
+        reasons.append(f"the licence of {', '.join(map(repr, sorted(unknown)))} is not known")
+    elif unknown and stated not in FREE:
         reasons.append(f"{license!r} is not among the licences that are known to be free")
-    elif unknown and stated is None:
-        reasons.append(f"the licence of {', '.join(repr(name) for name in unknown)} is not known")
     if i_have_the_right:
         return PhotoRights(True, stated or "other", f"the publisher states to have the right ({'; '.join(reasons)})")
     return PhotoRights(False, None, "; ".join(reasons))
 
 
 def how_to_change(rights: PhotoRights, *, stated: bool) -> str:
-    """What to pass for the other decision, in one sentence."""
+    """Return the arguments for the other decision, in a sentence; `stated` tells whether a licence was named."""
     if rights.published:
         return "To leave them out, pass `withhold_photos=True`."
+    if rights.asked:
+        return "To publish them, leave out `withhold_photos`. Earlier commits keep what they hold."
     cure = "With the right to publish them, pass `i_have_the_right=True`."
     if "is not known" in rights.why and not stated:
         return f"If they are free, name their licence, as in `license='cc-by-4.0'`. {cure}"
-    if rights.asked:
-        return "To publish them, leave out `withhold_photos`. Earlier commits keep what they hold."
     return cure
 
 
 def _sources(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and revision of the sets that the images come from; a folder may have the name of another set."""
+    """Return name and revision of each set that the images come from."""
     names, revisions = str(settings["data_id"]).split(" + "), str(settings["data_revision"]).split(" + ")
     if len(names) != len(revisions):  # a folder with a plus in its name
         return [(str(settings["data_id"]), "")]
@@ -115,7 +94,7 @@ def _sources(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _licence_of(name: str, revision: str, token: Any) -> tuple[str | None, str | None]:
-    """(licence or None, why the images are restricted or None)."""
+    """Return (licence or None, why the images are restricted or None)."""
     if name == "builtin" and revision == load_images("builtin").data_revision:
         return "cc0-1.0", None
     if _CLOSED_SETS.search(name):
@@ -126,7 +105,7 @@ def _licence_of(name: str, revision: str, token: Any) -> tuple[str | None, str |
         info = api_of(token).dataset_info(name.split(":")[0], revision=revision)
     except hub_errors.GatedRepoError:
         return None, "is gated"
-    except (OSError, httpx.HTTPError):  # gone, private, or out of reach: not known
+    except (OSError, httpx.HTTPError):  # gone, private, or out of reach
         return None, None
     if info.gated:
         return None, "is gated"

@@ -1,9 +1,10 @@
-"""Published results back from the Hub, or from a directory: files at one commit, and rows with decoded images."""
+"""Published results back from the Hub or from a directory: files at one commit, and rows with decoded images."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,11 @@ from hf_equiv.runs.shards import read_shard, shard_files
 
 CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}
 
-
 _WRITTEN = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Read `USER/NAME` or `USER/NAME@REVISION`.
-
-    Args:
-        name: of a dataset.
-        revision: the same in a flag of its own.
-
-    Returns:
-        The name and the revision.
-
-    Raises:
-        ValueError: it is no such name, or the revision is given twice.
-    """
+    """Read `USER/NAME` or `USER/NAME@REVISION`; the revision may also come from a flag of its own."""
     found = _WRITTEN.fullmatch(name)
     if found is None:
         raise ValueError(
@@ -66,12 +55,12 @@ def download_results(
         repo_id: `USER/NAME`.
         revision: branch, tag, commit or `refs/pr/N`; by default `main`.
         token: for private datasets; by default the one you are logged in with.
-        cache_dir: where downloads are kept; by default the Hub's cache.
-        local_files_only: use what is in the cache, and never ask the Hub.
+        cache_dir: folder of the downloads; by default the Hub's cache.
+        local_files_only: use only files in the cache, and never ask the Hub.
         with_float: fetch the float images too; they are most of the bytes.
 
     Returns:
-        The folder, and the commit that it is at.
+        The folder, and its commit.
 
     Raises:
         RepositoryNotFoundError: there is no such dataset, or it is private.
@@ -85,50 +74,43 @@ def download_results(
     """
     name = check_dataset_id(repo_id)
     folders = [folder for folder in OWN_FOLDERS if with_float or folder != "float"]
-    inside = [directory.RECORD, *(f"{folder}/*" for folder in folders)]
-    wanted = [CARD, *inside, *(f"{RUNS}/*/{pattern}" for pattern in [CARD, *inside])]
-    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
-    folder, commit = _snapshot(name, wanted, revision, token, cache_dir, local_files_only)
+    folder = _snapshot(name, revision, [CARD, *folders], token, cache_dir, local_files_only)
     runs = run_folders(folder)
     if not runs:
         raise ValueError(f"the dataset '{name}' holds no run of hf_equiv (no {directory.RECORD}). Check the name.")
-    for place, run in runs.items():
-        for file in directory.read_record(run)["files"] if local_files_only else ():
+    for run in runs.values() if local_files_only else ():
+        for file in directory.read_record(run)["files"]:
             if not (run / file).is_file() and (with_float or not file.startswith("float/")):
                 raise hub_errors.LocalEntryNotFoundError(
-                    f"of '{name}', {place}{'/' if place else ''}{file} is not in the cache and "
+                    f"{(run / file).relative_to(folder).as_posix()} of '{name}' is not in the cache and "
                     "`local_files_only=True`. Run once without it."
                 )
-    return folder, commit
+    return folder, folder.name
 
 
 @hushed()
 def _snapshot(
-    name: str, wanted: list[str], revision: str | None, token: Any, cache_dir: str | None, local_files_only: bool
-) -> tuple[Path, str]:
+    name: str, revision: str | None, parts: Sequence[str], token: Any, cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool = False,
+) -> Path:  # fmt: skip
+    """Fetch `run.json` and these parts (folders, or the card) of all runs; the folder has the name of the commit."""
+    inside = [directory.RECORD, *(part if part == CARD else f"{part}/*" for part in parts)]
     download = partial(
-        snapshot_download, name, repo_type="dataset", revision=revision, allow_patterns=wanted, cache_dir=cache_dir,
-        token=token, library_name="hf_equiv", library_version=version("hf_equiv"),
+        snapshot_download, name, repo_type="dataset", revision=revision, cache_dir=cache_dir, token=token,
+        allow_patterns=[*inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
+        local_files_only=local_files_only, library_name="hf_equiv", library_version=version("hf_equiv"),
     )  # fmt: skip
-    with explained(name, revision=revision, token=token):
+    with explained(name, revision=revision, token=token, local_files_only=local_files_only):
         if local_files_only:
-            folder = Path(download(local_files_only=True))
-            return folder, folder.name
-        api = api_of(token)  # asked first: without network, the download below takes what is in the cache and is silent
-        patiently(lambda: api.dataset_info(name, revision=revision), lambda _: None, "asking for the dataset")
-        folder = Path(patiently(download, lambda _: None, "downloading"))
-        return folder, folder.name
+            return Path(download())
+        # Without network the download takes the files in the cache and says nothing, so the dataset is asked for first.
+        ask = partial(api_of(token).dataset_info, name, revision=revision)
+        patiently(ask, lambda _: None, "asking for the dataset")
+        return Path(patiently(download, lambda _: None, "downloading"))
 
 
 def run_folders(folder: Path) -> dict[str, Path]:
-    """The runs of a dataset on disk: the one at its root, and those in `runs/`.
-
-    Args:
-        folder: a run directory or a downloaded dataset.
-
-    Returns:
-        Run directories by place: "" for the root, or `runs/NAME`.
-    """
+    """Return the run directories of a dataset on disk by place: "" for the root, or `runs/NAME`."""
     places = {"": folder} if (folder / directory.RECORD).is_file() else {}
     inside = sorted(path.parent for path in (folder / RUNS).glob(f"*/{directory.RECORD}"))
     return places | {f"{RUNS}/{path.name}": path for path in inside}
@@ -146,9 +128,9 @@ def load_results(
 ) -> datasets.Dataset:
     """Load the rows of a dataset or of a run directory, images decoded.
 
-    Rows of several runs are in one table. The columns of provenance tell model, readout and data; runs that differ in
-    other settings, such as `max_evals` or `refine`, are told apart by `run`. Where photos are withheld, images are
-    None.
+    Rows of several runs are in one table. The columns of provenance tell model, readout and data; pass `run` to tell
+    apart runs that differ in other settings, such as `max_evals` or `refine`. Images are None where photos are
+    withheld.
 
     Args:
         repo_id_or_dir: `USER/NAME` of the Hub, or a folder.
@@ -158,7 +140,7 @@ def load_results(
         with_float: add `match_float`, the match before it was rounded to 8 bit: a float tensor (3, H, W) with values in
             [0, 1], read from its file when the row is asked for; None where there is none. Only for `matches`.
         token: for private datasets; by default the one you are logged in with.
-        cache_dir: where downloads are kept; by default the Hub's cache.
+        cache_dir: folder of the downloads; by default the Hub's cache.
 
     Returns:
         One row for each pair, image, direction or step.
@@ -179,60 +161,58 @@ def load_results(
     if with_float and layout is not MATCH:
         raise ValueError(f"`with_float` must be False for {config!r}: only matches have float images to load.")
     name = os.fspath(repo_id_or_dir)
-    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
-    if Path(name).is_dir():
-        if revision is not None:
-            raise ValueError(f"`revision` must be None for a local folder; got {revision!r}.")
-        folder = Path(name)
-    elif name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"`repo_id_or_dir` must be a folder or a dataset USER/NAME; got {name!r}.")
-    else:
-        repo_id, revision = split_name(name, revision)
-        parts = [f"{layout.folder}/*", directory.RECORD, *(["float/*"] if with_float else [])]
-        wanted = [*parts, *(f"{RUNS}/*/{part}" for part in parts)]
-        folder, _ = _snapshot(repo_id, wanted, revision, token, cache_dir, False)
+    parts = [layout.folder, "float"] if with_float else [layout.folder]
+    folder = _local_folder(name, revision) or _snapshot(*split_name(name, revision), parts, token, cache_dir)
     runs = run_folders(folder) or {"": folder}
     if run is not None:
         if Path(name).is_dir() and list(runs) == [""]:
             raise ValueError(f"`run` must be None for a run directory; got {run!r}. It holds one run.")
-        runs = _one_run(name, runs, run)
-    return _rows(name, runs, layout, with_float=with_float, cache_dir=cache_dir)
+        runs = {"": _run_of_name(name, runs, run)}
+    return _rows(name, list(runs.values()), layout, None if cache_dir is None else os.fspath(cache_dir), with_float)
 
 
-def _one_run(name: str, runs: dict[str, Path], wanted: str) -> dict[str, Path]:
-    """The run of this name, at its place."""
-    named = {run_name(directory.read_record(run)) if place == "" else run.name: place for place, run in runs.items()
-             if (run / directory.RECORD).is_file()}  # fmt: skip
-    if wanted not in named:
-        there = f"it holds {', '.join(named)}" if named else "it holds none"
-        raise ValueError(f"`run` must be the name of a run of {name!r}; got {wanted!r}. Of runs {there}.")
-    return {named[wanted]: runs[named[wanted]]}
+def _local_folder(name: str, revision: str | None) -> Path | None:
+    """Return a folder on disk; None for the name of a dataset."""
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(f"`revision` must be None for a local folder; got {revision!r}.")
+        return Path(name)
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"`repo_id_or_dir` must be a folder or a dataset USER/NAME; got {name!r}.")
+    return None
 
 
-def _rows(
-    name: str, runs: dict[str, Path], layout: Layout, *, with_float: bool, cache_dir: str | None
-) -> datasets.Dataset:
-    files = [path for run in runs.values() for path in shard_files(run, layout)]
+def _rows(name: str, runs: Sequence[Path], layout: Layout, cache_dir: str | None, with_float: bool) -> datasets.Dataset:
+    files = [path for run in runs for path in shard_files(run, layout)]
     if not files:
-        there = sorted({c for run in runs.values() for c in CONFIGS if shard_files(run, CONFIGS[c])})
+        there = sorted({config for run in runs for config in CONFIGS if shard_files(run, CONFIGS[config])})
         raise ValueError(
             f"{name!r} must hold rows of {layout.folder!r}; it has {', '.join(there) or 'no rows'}. Choose another "
             "`config`."
         )
-    revision = content_hash([path.name for path in files], [file_digest(path) for path in files], [None] * len(files))
-    rows = load_parquet(name, files, revision, cache_dir)
+    content = content_hash([path.name for path in files], [file_digest(path) for path in files], [None] * len(files))
+    rows = load_parquet(name, files, content, cache_dir)
     if not with_float:
         return rows
     origin = [str(path.parents[1] / "float" / f"{path.stem}.safetensors") for path in files for _ in read_shard(path)]
     return rows.add_column("float_file", origin).with_transform(_decode_with_float)
 
 
+def _run_of_name(name: str, runs: dict[str, Path], wanted: str) -> Path:
+    named = {run_name(directory.read_record(run)) if place == "" else run.name: run for place, run in runs.items()
+             if (run / directory.RECORD).is_file()}  # fmt: skip
+    if wanted not in named:
+        there = f"it holds {', '.join(named)}" if named else "it holds none"
+        raise ValueError(f"`run` must be the name of a run of {name!r}; got {wanted!r}; {there}.")
+    return named[wanted]
+
+
 def _decode_with_float(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Add the float match to rows that are being read."""
     if "float_file" not in batch or "pair_id" not in batch:
         return batch
-    places = zip(batch["float_file"], batch["pair_id"], strict=True)
-    return batch | {"match_float": [_float(path, pair) for path, pair in places]}
+    pairs = zip(batch["float_file"], batch["pair_id"], strict=True)
+    return batch | {"match_float": [_float(path, pair) for path, pair in pairs]}
 
 
 def _float(path: str, pair_id: str) -> Any:

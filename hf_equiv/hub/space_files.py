@@ -1,13 +1,13 @@
 """The files of a Space: the app, the library that it needs, and the README.md that makes the repository a Space.
 
-Nothing here uses the network.
+This module does not use the network.
 """
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -15,57 +15,44 @@ from typing import Any
 
 from huggingface_hub import SpaceCardData
 
-from hf_equiv.hub.card import END, put_block, split_header
-from hf_equiv.hub.repository import StagedFile, bytes_file, text_file
+from hf_equiv.hub.card import END, around_block, joined, split_header
+from hf_equiv.hub.repository import StagedFile, staged
 from hf_equiv.runs.directory import CARD
 
 DATASET, MODELS = "HF_EQUIV_DATASET", "HF_EQUIV_MODELS"
-"""Variables that tell the app what to show and which checkpoints may be chosen."""
-
+"""Variables that tell the app the dataset to show and the checkpoints to offer."""
 
 TAG = "hf_equiv"
 """Marks a Space as one of ours."""
 
-
 APP, REQUIREMENTS = "app.py", "requirements.txt"
-
 
 LIBRARY = "hf_equiv"
 """Folder of the library in a Space that brings it along."""
 
-
 _PACKAGE = "hf-equiv"
-
 
 _INSIDE = "spaces_app"
 
-
 _START = "<!-- hf_equiv: from here to the end mark `hf-equiv space deploy` writes the text; text outside is kept -->"
 
-
 _TECHNICAL = ("sdk", "sdk_version", "python_version", "app_file")
-"""Keys of the header that follow the app; the others are their owner's once the Space is one of ours."""
-
+"""Keys of the header that follow the app; the owner sets the others once the Space is one of ours."""
 
 _INITIAL = {".gitattributes", ".gitignore", CARD}
-"""What a Space holds before there is an app."""
+"""Files of a Space without an app."""
 
 
 @dataclass(frozen=True)
 class App:
-    """The app and the library behind it.
+    """The app and the library behind it."""
 
-    Attributes:
-        files: content by path in the Space: the app's own, and those of the library where it is brought along.
-        library: the library in words.
-    """
-
-    files: Mapping[str, bytes]
-    library: str
+    files: Mapping[str, bytes]  # by path in the Space: the app's own, and the library's if it is brought along
+    library: str  # the source of the library in words
 
 
 def app_folder() -> Path:
-    """Where the app of this installation is: in the installed package, or beside it in a clone."""
+    """Return the folder of the app: in the installed package, or beside it in a clone."""
     here = Path(__file__).parents[1]
     for folder in (here / _INSIDE, here.parent / _INSIDE):
         if (folder / APP).is_file():
@@ -76,21 +63,9 @@ def app_folder() -> Path:
 
 
 def app_of(wheel: Path | None) -> App:
-    """Read the app and settle where a Space gets the library from.
-
-    A wheel that is required by path is not found when a Space is built, because only requirements.txt is seen then. So
-    where the library comes from no package index its files go into the Space, beside the app, which imports them.
-
-    Args:
-        wheel: of hf_equiv, to bring along; None for this installation: pinned if it came from a package index, else
-            brought along as it is here.
-
-    Returns:
-        The app.
-
-    Raises:
-        ValueError: the wheel is none of this library, or too old to have an app.
-    """
+    """Read the app, and the library from a wheel or from this installation; an installation from an index is pinned."""
+    # A wheel that requirements.txt names by its path is not found when a Space is built: only that file is seen then.
+    # So the library's files go into the Space, beside the app, which imports them.
     if wheel is not None:
         return _from_wheel(wheel)
     files = _read(app_folder())
@@ -102,11 +77,9 @@ def app_of(wheel: Path | None) -> App:
         ) from None
     if installed.read_text("direct_url.json") is None:
         pinned = f"{_PACKAGE}=={installed.version}"
-        files[REQUIREMENTS] = _requirements(files[REQUIREMENTS], [pinned])
-        return App(files, pinned)
-    facts = installed.read_text("METADATA") or ""
+        return App(files | {REQUIREMENTS: _requirements(files[REQUIREMENTS], [pinned])}, pinned)
     package = {f"{LIBRARY}/{name}": data for name, data in _read(Path(__file__).parents[1]).items()}
-    return _bring_along(files, package, facts, f"{_PACKAGE} {installed.version}, brought along as installed here")
+    return _bring_along(files, package, installed.read_text("METADATA") or "", "as installed here")
 
 
 def _from_wheel(wheel: Path) -> App:
@@ -116,7 +89,7 @@ def _from_wheel(wheel: Path) -> App:
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"`wheel` must be a wheel file; got {str(wheel)!r} ({type(error).__name__}).") from None
     facts = next((data.decode() for name, data in held.items() if name.endswith(".dist-info/METADATA")), "")
-    if _field(facts, "Name").replace("_", "-") != _PACKAGE:
+    if [name.replace("_", "-") for name in _fields(facts, "Name")] != [_PACKAGE]:
         raise ValueError(
             f"`wheel` must be a wheel of {_PACKAGE}; got {wheel.name!r}. Build one with `python -m build`."
         )
@@ -124,21 +97,22 @@ def _from_wheel(wheel: Path) -> App:
     app = {name.removeprefix(inside): data for name, data in held.items() if name.startswith(inside)}
     if not {APP, REQUIREMENTS, CARD} <= set(app):
         raise ValueError(f"`wheel` must hold the app of the Space; {wheel.name!r} does not. Build one of this version.")
-    package = {n: data for n, data in held.items() if n.startswith(f"{LIBRARY}/") and not n.startswith(inside)}
-    return _bring_along(app, package, facts, f"{_PACKAGE} {_field(facts, 'Version')}, brought along from {wheel.name}")
+    package = {name: data for name, data in held.items() if name.startswith(f"{LIBRARY}/")}
+    return _bring_along(app, package, facts, f"from {wheel.name}")
 
 
-def _bring_along(app: dict[str, bytes], package: Mapping[str, bytes], facts: str, told: str) -> App:
+def _bring_along(app: dict[str, bytes], package: Mapping[str, bytes], facts: str, source: str) -> App:
     """Lay the library beside the app as an installer would, so that its version is known there too."""
+    (version,) = _fields(facts, "Version")
     needed = [line for line in _fields(facts, "Requires-Dist") if not re.search(r"\bextra\s*==", line)]
-    app = app | {REQUIREMENTS: _requirements(app[REQUIREMENTS], needed)}
-    inside = {name: data for name, data in package.items() if not name.startswith(f"{LIBRARY}/{_INSIDE}/")}
-    place = f"hf_equiv-{_field(facts, 'Version')}.dist-info/METADATA"
-    return App({**app, **inside, place: facts.partition("\n\n")[0].encode() + b"\n"}, told)
+    requirements = {REQUIREMENTS: _requirements(app[REQUIREMENTS], needed)}
+    library = {name: data for name, data in package.items() if not name.startswith(f"{LIBRARY}/{_INSIDE}/")}
+    described = {f"hf_equiv-{version}.dist-info/METADATA": facts.partition("\n\n")[0].encode() + b"\n"}
+    return App(app | requirements | library | described, f"{_PACKAGE} {version}, brought along {source}")
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    """Path to content; without what running left there."""
+    """Return the files of a folder by path, without hidden ones and caches."""
     found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         inside.as_posix(): path.read_bytes()
@@ -148,21 +122,17 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 
 def _fields(facts: str, name: str) -> list[str]:
-    head = facts.partition("\n\n")[0]
-    return re.findall(rf"^{name}:\s*(.*?)\s*$", head, re.MULTILINE)
-
-
-def _field(facts: str, name: str) -> str:
-    return next(iter(_fields(facts, name)), "")
+    """Return the values of a field of a package's metadata."""
+    return re.findall(rf"^{name}:\s*(.*?)\s*$", facts.partition("\n\n")[0], re.MULTILINE)
 
 
 def _requirements(template: bytes, needed: Sequence[str]) -> bytes:
-    """The template with these lines in place of the library; what it names itself is not named twice."""
+    """Put lines in place of the library into the template; projects that it names itself are not named twice."""
     lines = template.decode().splitlines()
-    at = next(i for i, line in enumerate(lines) if _project(line) == _PACKAGE)
-    named = {_project(line) for line in lines}
-    added = [line for line in needed if _project(line) == _PACKAGE or _project(line) not in named]
-    return ("\n".join([*lines[:at], *added, *lines[at + 1 :]]) + "\n").encode()
+    named = {_project(line) for line in lines} - {_PACKAGE}
+    added = [line for line in needed if _project(line) not in named]
+    made = [new for line in lines for new in (added if _project(line) == _PACKAGE else [line])]
+    return ("\n".join(made) + "\n").encode()
 
 
 def _project(line: str) -> str:
@@ -174,77 +144,60 @@ def _project(line: str) -> str:
 
 
 def is_ours(readme: str | None) -> bool:
-    """Whether a README.md is that of a Space of hf_equiv."""
-    tags = split_header(readme or "", "the Space")[0].get("tags") or []
-    return TAG in ([tags] if isinstance(tags, str) else tags)
+    """Tell whether a README.md is that of a Space of hf_equiv."""
+    return TAG in joined(split_header(readme or "", "the Space")[0].get("tags"), [])
 
 
 def is_empty(paths: Mapping[str, str]) -> bool:
-    """Whether a Space is as it was made."""
+    """Tell whether a Space has no app yet."""
     return set(paths) <= _INITIAL
 
 
 def stage(
     app: App, readme: str | None, there: Mapping[str, str], variables: Mapping[str, str], before: Mapping[str, str]
 ) -> tuple[list[StagedFile], list[str]]:
-    """Settle what a deployment writes and what it removes.
+    """Return the files of a deployment, and the paths of an earlier copy of the library that go.
 
     Args:
-        app: to deploy.
+        app: the app.
         readme: README.md of the Space; None for one without an app.
         there: the paths of the Space.
-        variables: of the app, as they will be.
-        before: as they are.
+        variables: of the app afterwards.
+        before: of the app now.
 
     Returns:
-        The files, and the paths of an earlier copy of the library that are no longer part of it.
+        The files and the paths.
     """
-    files = [bytes_file(path, data) for path, data in app.files.items() if path != CARD]
-    files.append(text_file(CARD, space_card(app.files[CARD].decode(), readme, variables, before)))
+    files = [staged(path, data) for path, data in app.files.items() if path != CARD]
+    files.append(staged(CARD, _space_card(app.files[CARD].decode(), readme, variables, before)))
     wanted = {file.path for file in files}
     own = re.compile(rf"{LIBRARY}/|hf_equiv-[^/]*\.dist-info/")
-    return files, sorted(path for path in there if own.match(path) and path not in wanted)
+    return files, [path for path in there if own.match(path) and path not in wanted]
 
 
-def space_card(template: str, previous: str | None, variables: Mapping[str, str], before: Mapping[str, str]) -> str:
-    """Write the README.md of a Space.
-
-    Args:
-        template: README.md of the app.
-        previous: the one that is there: text outside the marks stays, and what its owner set once it is one of ours.
-        variables: of the app, as they will be: the dataset and the models in them are linked.
-        before: as they are: what was linked for their sake is linked no longer.
-
-    Returns:
-        Markdown with a YAML header.
-
-    Raises:
-        ValueError: the YAML header of the previous one cannot be read.
-    """
+def _space_card(template: str, previous: str | None, variables: Mapping[str, str], before: Mapping[str, str]) -> str:
+    """Write the README.md of a Space: text outside the marks and, if the Space is ours, the owner's settings stay."""
     made, body = split_header(template, "the app")
     there, text = split_header(previous or "", "the Space")
     facts: dict[str, Any] = {**there, **made}
     if is_ours(previous):
         facts |= {key: value for key, value in there.items() if key not in _TECHNICAL}
-    facts["tags"] = _joined(made["tags"], there.get("tags"), ())
-    for key, linked in (("datasets", datasets_in), ("models", models_in)):
-        facts[key] = _joined(linked(variables), there.get(key), linked(before))
-    facts = {key: value for key, value in facts.items() if value not in (None, [])}
-    text = put_block(text, f"{_START}\n\n{body.strip()}\n\n{END}", "the Space")
-    return f"---\n{SpaceCardData(**facts).to_yaml()}\n---\n{text}"
-
-
-def _joined(new: Sequence[str], old: Any, gone: Sequence[str]) -> list[str]:
-    earlier = [old] if isinstance(old, str) else list(old or [])
-    return [*new, *(name for name in earlier if name not in new and name not in gone)]
+    facts["tags"] = joined(made["tags"], joined(there.get("tags"), []))
+    linked: dict[str, Callable[[Mapping[str, str]], list[str]]] = {"datasets": datasets_in, "models": models_in}
+    for key, names_in in linked.items():
+        kept = [name for name in joined(there.get(key), []) if name not in names_in(before)]
+        facts[key] = joined(names_in(variables), kept)
+    header = SpaceCardData(**{key: value for key, value in facts.items() if value not in (None, [])}).to_yaml()
+    above, below = around_block(text, "the Space")
+    return f"---\n{header}\n---\n{above}{_START}\n\n{body.strip()}\n\n{END}{below}"
 
 
 def datasets_in(variables: Mapping[str, str]) -> list[str]:
-    """Ids of the datasets that the app shows."""
+    """Return the ids of the datasets that the app shows."""
     name = variables.get(DATASET, "").partition("@")[0]
     return [name] if name else []
 
 
 def models_in(variables: Mapping[str, str]) -> list[str]:
-    """Ids of the checkpoints that may be chosen, beside the built-in one."""
+    """Return the ids of the checkpoints that may be chosen, beside the built-in one."""
     return [name for name in variables.get(MODELS, "").split(",") if name and PurePosixPath(name).name != "builtin"]

@@ -1,4 +1,9 @@
-"""Back to the level set: the corrector of a walk, by adjoint Broyden steps inside the box."""
+"""Correct images back to a level set {x : f(x) = z} by adjoint Broyden steps inside the box.
+
+A `LinearModel` A ≈ J starts as the full Jacobian of one point and is restricted to the free pixels, those that may
+move. One VJP teaches it one row combination of J at a new point, so one Jacobian serves a whole walk. A `Corrector`
+takes the shortest step that A says removes the residual, and a rejected step tells it which row to learn next.
+"""
 
 from __future__ import annotations
 
@@ -12,48 +17,45 @@ from torch import Tensor
 from hf_equiv.checks import check_dimension
 from hf_equiv.jacobian import Jacobian
 
-# A linear model of f along a path: one Jacobian, kept true by single rows, restricted to the pixels that may move.
-
-
-# of σ₁: below it learnt rows hold noise (in float32 up to 5e-5 was seen), and no correction is asked of them
-_CUT, _CUT_SINGLE = 1e-5, 1e-4
-
-
+_CUT, _CUT_SINGLE = 1e-5, 1e-4  # of σ₁: learnt rows hold noise below it (up to 5e-5 in float32); no step follows them
 _LARGEST = 16 * 2**30  # bytes of A
-
-
 _COLUMNS = 8192  # columns of A held in float64 at a time
+_MAX_TRIALS = 40
+_MAX_REJECTED = 6
+_PATIENCE = 10  # Newton steps without progress
+_SHORTEST = 0.2  # least share of a correction that is tried: less cannot lower the drift enough
+_STALE = 3.0  # evaluations since the last full Jacobian, over its cost, that justify another after a failure
+_FAR = 10.0  # drift over that of the start that ends Newton steps
+_DECREASE = 0.9  # an accepted correction brings the drift below this share
 
 
 class LinearModel:
     """A (D, N) ≈ J near the current point, with its Gram matrix G = A_F A_Fᵀ (D, D) over the free pixels F.
 
-    A starts as the Jacobian of one point. After a move, `learn` makes the row combination uᵀA the true uᵀJ of the new
-    point, by one VJP, and changes nothing else: with ‖u‖ = 1
+    `learn` sets the row combination uᵀA to the true uᵀJ of another point and changes nothing else: with ‖u‖ = 1
 
         A ← A + u (Jᵀu − Aᵀu)ᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ,  w = (Jᵀu − Aᵀu) on F.
 
-    With u the residual this is the adjoint Broyden method: it replaces the rows that a correction needs, so one
-    Jacobian serves a whole walk. The products are summed and G is solved in float64, whatever the dtype of A.
-
-    Memory: D·N numbers in the dtype of the image. Each product with A costs about one forward pass of a small encoder.
+    With u the residual this is the adjoint Broyden method: it replaces the rows that a correction needs. Products are
+    summed and G is solved in float64, whatever the dtype of A. Memory: D·N numbers in the dtype of the image. A product
+    with A costs about one forward pass of a small encoder.
 
     Args:
-        at: the point whose Jacobian A starts from; costs a full Jacobian.
+        at: Jacobian at the starting point; its full matrix is formed.
 
     Raises:
         ValueError: A would take more than 16 GiB.
 
     References:
-        Schlenkrich, Griewank, Walther (2010), Math. Program. 121, 221–247, eq. 4 (adjoint Broyden updates). Hanke
-        (1997), Inverse Problems 13, 79–95, eq. 2.4 (Newton steps by the discrepancy principle).
+        Schlenkrich, Griewank, Walther (2010), Math. Program. 121, 221–247, eq. 4 (adjoint Broyden updates).
+        Hanke (1997), Inverse Problems 13, 79–95, eq. 2.4 (Newton steps by the discrepancy principle).
     """
 
     def __init__(self, at: Jacobian) -> None:
         size = at.shape[0] * at.shape[1] * at.image.element_size()
         if size > _LARGEST:
             raise ValueError(
-                f"the Jacobian must fit in {_LARGEST / 2**30:.0f} GiB; got {at.shape[0]} × {at.shape[1]} numbers, "
+                f"the Jacobian must fit in {_LARGEST / 2**30:.0f} GiB; got {at.shape[0]} × {at.shape[1]} numbers in "
                 f"{size / 2**30:.0f} GiB. Use a readout with fewer dimensions, such as 'cls' or 'mean'."
             )
         self.shape = at.image.shape
@@ -67,11 +69,11 @@ class LinearModel:
 
     @property
     def finite(self) -> bool:
-        """Whether no entry of A is NaN or infinite."""
+        """Whether A holds neither NaN nor infinity."""
         return bool(torch.isfinite(self._gram.diagonal()).all())
 
     def hold(self, free: Tensor) -> None:
-        """Let only the pixels where `free` (C, H, W) is true move; the columns of the others leave G."""
+        """Let only the pixels where `free` (C, H, W) is true move; remove the columns of the others from G."""
         free = free.flatten()
         changed = (free != self.free).nonzero().flatten()
         for index in changed.split(_COLUMNS):
@@ -81,11 +83,11 @@ class LinearModel:
         self.free = free
 
     def learn(self, at: Jacobian, u: Tensor) -> bool:
-        """Make the row combination uᵀA that of the Jacobian at another point, by one VJP; False if u is zero."""
+        """Set the row combination uᵀA to that of another Jacobian, by one VJP; return False if u is zero."""
         length = torch.linalg.vector_norm(u)
         if not bool(length > 0):
             return False
-        u = (u / length).to(self.A).double()  # as it will be written
+        u = (u / length).to(self.A).double()  # rounded as A stores it
         row = at.rmv(u[None])[0].flatten()
         change = row - self._rows(u)
         moving = change * self.free
@@ -97,38 +99,33 @@ class LinearModel:
         return True
 
     def apply(self, step: Tensor) -> Tensor:
-        """A s of a step s (C, H, W): the predicted change of the embedding, (D,), float64."""
+        """Return A s of a step s (C, H, W), the predicted change of the embedding, (D,) float64."""
         return self._apply(step.flatten())
 
     def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
-        """The shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if that is longer.
-
-        s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves so much (the discrepancy principle): what is left may
-        be noise, and to follow noise along the smallest singular values would be a long way.
-
-        Returns:
-            The step.
-        """
+        """Return the shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if it is less."""
+        # s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves `left` (the discrepancy principle): the rest may be
+        # noise, and following noise along the smallest singular values takes long steps.
         return -self.pull(self._solve(residual) if left == 0.0 else self._damped(residual, left))
 
     def multipliers(self, v: Tensor) -> Tensor:
-        """λ (D,) with A_Fᵀ λ the part of v (C, H, W) in the row space: the least-squares solution G⁺ A v_F."""
+        """Return λ (D,) = G⁺ A v_F, so that A_Fᵀ λ is the part of v (C, H, W) in the row space."""
         return self._solve(self.apply(self.restrict(v)))
 
     def restrict(self, v: Tensor) -> Tensor:
-        """v_F: v (C, H, W) with zeros on the held pixels."""
+        """Return v (C, H, W) with zeros on the held pixels."""
         return v * self.free.view(self.shape)
 
     def pull(self, u: Tensor) -> Tensor:
-        """A_Fᵀ u, (C, H, W)."""
+        """Return A_Fᵀ u, (C, H, W)."""
         return (self._rows(u) * self.free).view(self.shape)
 
     def transpose(self, u: Tensor) -> Tensor:
-        """Aᵀ u, (C, H, W), of all pixels."""
+        """Return Aᵀ u over all pixels, (C, H, W)."""
         return self._rows(u).view(self.shape)
 
     def project_null(self, v: Tensor) -> Tensor:
-        """The part of v (C, H, W) on the free pixels that A sends to zero: twice v ← v − A_Fᵀ G⁺ A v."""
+        """Return the part of v (C, H, W) on the free pixels that A maps to zero: twice v ← v − A_Fᵀ G⁺ A v."""
         v = self.restrict(v)
         for _ in range(2):
             v = v - self.pull(self.multipliers(v))
@@ -145,12 +142,12 @@ class LinearModel:
         return product
 
     def _solve(self, r: Tensor) -> Tensor:
-        """G⁺ r, the eigenvalues of G below the cut taken as zero."""
+        """Return G⁺ r; eigenvalues of G below the cut count as zero."""
         values, vectors = self._eigen()
         return vectors @ ((vectors.T @ r) / values)
 
     def _damped(self, r: Tensor, left: float) -> Tensor:
-        """(G + μ)⁻¹ r with μ such that ‖μ (G + μ)⁻¹ r‖ = left on the eigenvectors above the cut, by bisection."""
+        """Return (G + μ)⁻¹ r on the eigenvectors above the cut, with ‖μ (G + μ)⁻¹ r‖ = left by bisection."""
         values, vectors = self._eigen()
         part = vectors.T @ r
         if float(torch.linalg.vector_norm(part)) <= left:
@@ -163,7 +160,7 @@ class LinearModel:
         return vectors @ (part / (values + math.exp(low)))
 
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of G above the cut, ascending, and their eigenvectors."""
+        """Return the eigenvalues of G above the cut, ascending, and their eigenvectors."""
         if self._factor is None:
             values, vectors = torch.linalg.eigh(self._gram)
             cut = _CUT if self.A.dtype == torch.float64 else _CUT_SINGLE
@@ -172,33 +169,12 @@ class LinearModel:
         return self._factor
 
 
-_MAX_TRIALS = 40
-
-
-_MAX_REJECTED = 6
-
-
-_PATIENCE = 10
-
-
-_SHORTEST = 0.2  # share of a correction: below, it could not lower the drift enough
-
-
-_STALE = 3.0  # times the cost of a full Jacobian, after which one is worth forming where a correction failed
-
-
-_FAR = 10.0
-
-
-_DECREASE = 0.9  # a correction must bring the drift below this share of what it was
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One encoded image.
+    """An encoded image.
 
     Attributes:
-        jacobian: J at the image; its products use the graph of the one forward pass.
+        jacobian: J at the image; its products use the graph of one forward pass.
         residual: r = f(x) − z, (D,), float64.
         drift: ‖r‖ / ‖z‖.
     """
@@ -214,24 +190,24 @@ class Place:
 
 
 class Corrector:
-    """Brings images near {x : f(x) = z} onto it: ‖f(x) − z‖/‖z‖ ≤ rtol, pixels in [0, 1].
+    """Bring images near {x : f(x) = z} onto it: ‖f(x) − z‖/‖z‖ ≤ rtol, pixels in [0, 1].
 
-    With r = f(x) − z, repeats: the pixels at 0 and 1 are held; the model A learns the row rᵀJ(x) by one VJP;
-    x ← clip(x − A_Fᵀ(A_F A_Fᵀ)⁺ r) where that lowers ‖r‖; where not, A learns the row along its own error instead. One
-    evaluation a trial. What A has learnt stays, so one full Jacobian serves a walk.
+    With r = f(x) − z, repeat: hold the pixels at 0 and 1; let A learn the row rᵀJ(x) by one VJP; set x ← clip(x −
+    A_Fᵀ(A_F A_Fᵀ)⁺ r) if that lowers ‖r‖; otherwise let A learn the row along its own error. A trial costs one
+    evaluation.
 
     Args:
         f: the encoder, (1, C, H, W) -> (1, D).
         z: the embedding to keep, (D,), float64.
-        rtol: largest drift of a returned place. Half of it is aimed at, so that it holds in other float32 kernels too;
-            where a correction below rtol brings nothing, it may be noise, and rtol is enough.
+        rtol: largest drift of a returned place. The corrector aims at half of it, so that other float32 kernels agree;
+            if a correction below rtol does not help, the rest may be noise and rtol is enough.
 
     Attributes:
         model: the linear model A, made by `refresh`.
         num_evals: evaluations spent, (forwards + 2·cotangents) / 3.
         num_jacobians: full Jacobians among them.
-        bend: the residual of the last guess before it was corrected, (D,).
-        trials: how many corrections the last guess took.
+        bend: the residual of the last guess before its correction, (D,).
+        trials: corrections that the last guess took.
     """
 
     model: LinearModel
@@ -262,27 +238,27 @@ class Corrector:
 
     @property
     def stale(self) -> bool:
-        """Whether more than three times the cost of a full Jacobian was spent since the last."""
+        """Whether the evaluations since the last full Jacobian exceed three times its cost."""
         return self.num_evals - self._refreshed > _STALE * 2 * len(self.z) / 3
 
     def learn(self, at: Place, u: Tensor) -> None:
-        """Make the row combination uᵀA that of the Jacobian at a place."""
+        """Set the row combination uᵀA to that of the Jacobian at a place."""
         if self.model.learn(at.jacobian, u):
             self.num_evals += 2 / 3
 
     def pull_back(self, x: Tensor, u: Tensor) -> Tensor:
-        """Jᵀu at an image (C, H, W); one evaluation."""
+        """Return Jᵀu at an image (C, H, W), for one evaluation."""
         jacobian = Jacobian(self.f, x)
         self.num_evals += 1.0
         return jacobian.rmv(u[None])[0]
 
     def correct(self, guess: Tensor, longest: float) -> Place | None:
-        """Bring a guess (C, H, W) back to the level set by steps no longer than `longest`; None where that fails."""
+        """Bring a guess (C, H, W) back to the level set by steps no longer than `longest`; return None on failure."""
         at = self.look(guess.clamp(0, 1))
         self.bend, self.trials = at.residual, 0
         unknown, rejected, share = at.residual, 0, 1.0
         while at.drift > 0.5 * self.rtol and self.trials < _MAX_TRIALS:
-            if rejected >= (_MAX_REJECTED if at.drift > self.rtol else 1):  # below rtol it may be noise
+            if rejected >= (_MAX_REJECTED if at.drift > self.rtol else 1):  # below rtol the rest may be noise
                 break
             self.trials += 1
             self.model.hold((at.image > 0) & (at.image < 1))
@@ -301,15 +277,9 @@ class Corrector:
         return at if at.drift <= self.rtol else None
 
     def newton(self, start: Place, most: int) -> Place:
-        """At most so many Newton steps from a place at which the Jacobian was just formed.
-
-        x ← clip(x + s), s the shortest step that the model says leaves half of rtol; before each, the model learns the
-        row along the residual. Every step is taken, also one that raises the error: what it was wrong about is learnt
-        next. Ends at rtol, far off (ten times the error of the start), or when ten steps brought nothing.
-
-        Returns:
-            The nearest place.
-        """
+        """Take at most `most` Newton steps from a place with a fresh Jacobian; return the nearest place."""
+        # Every step is taken, even one that raises the error, since the next row learnt is the one it got wrong. The
+        # steps end at rtol, at ten times the error of the start, or after ten steps without progress.
         at = best = start
         since, self.trials = 0, 0
         while best.drift > self.rtol and since < _PATIENCE and self.trials < most:

@@ -1,4 +1,4 @@
-"""The 8-bit images near a source, and integer moves among them: a sparse integer least-squares problem."""
+"""Plan integer moves among the 8-bit images near a source: a sparse integer least-squares problem."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_equiv.precision import no_autocast
+from hf_equiv.precision import no_autocast, power_of_two
 
 _ROUNDED = 1e-6  # relative: a float32 radius of k/255 is k whole steps
-
-
 _CANDIDATES = 2048  # pixels considered at a time
-
-
-_PAIRED = 512  # of these, when two steps are made at once
+_PAIRED = 512  # of these, for pairs of steps
 
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
-    """The integers k (N,) with k/255 in the box and the L∞ ball; an L2 ball is a bound on the sum of squares.
+    """The integers k (N,) with k/255 in the box and the L∞ ball; an L2 ball bounds the sum of squares.
 
-    Where the centre is itself k/255 in its dtype, distances are counted in whole steps; elsewhere they are those of the
+    Pixels whose centre is k/255 in its dtype measure distance in whole steps. Elsewhere distances are those of the
     floats k/255, and none exceeds the radius.
 
     Attributes:
         lower, upper: range of each k, (N,) float64.
         center: 255·c, (N,) float64.
-        places: where each of the 256 levels lies: k itself, or 255 times the float k/255.
-        l2_budget: most (1/255)² of an L2 ball; infinite without.
+        places: position of each of the 256 levels: k itself, or 255 times the float k/255.
+        l2_budget: largest squared distance of an L2 ball, in (1/255)²; infinite without a ball.
     """
 
     lower: Tensor
@@ -41,7 +37,7 @@ class Lattice:
 
     @classmethod
     def around(cls, image: Tensor, center: Tensor | None, radius: float | None, norm: str) -> Lattice:
-        """The levels of `image`'s pixels allowed by the ball about `center`, in units of 1/255."""
+        """Return the levels of `image`'s pixels that the ball about `center` allows, in units of 1/255."""
         c = (image if center is None else center).detach().flatten()
         level = (c.double() * 255).round()
         on_grid = (level / 255).to(c.dtype) == c
@@ -49,7 +45,7 @@ class Lattice:
         lower, upper, budget = torch.zeros_like(middle), torch.full_like(middle, 255), math.inf
         places = torch.arange(256, dtype=torch.float64, device=c.device)
         if radius is not None and norm == "l2":
-            # Squares of whole steps are whole numbers: a hair more than the radius admits no further one.
+            # Squares of whole steps are whole numbers: a little more than the radius admits no further one.
             budget = (radius * 255) ** 2 * (1 + 1e-9)
             if not bool(on_grid.all()):
                 budget = (radius * 255) ** 2 * (1 - 1e-12)
@@ -62,26 +58,26 @@ class Lattice:
                 return torch.where(on_grid, (k - level).abs() > reach * (1 + _ROUNDED), gap > radius)
 
             lower, upper = (middle - reach).floor(), (middle + reach).ceil()
-            for _ in range(2):  # each is too far out by one at least, two where rounding is against it
+            for _ in range(2):  # both are too far out by one or, after adverse rounding, by two
                 lower, upper = lower + outside(lower), upper - outside(upper).double()
             lower, upper = lower.clamp(0, 255), upper.clamp(0, 255)
         return cls(lower, upper, middle, places, budget)
 
     def near(self, levels: Tensor, most: int) -> Lattice:
-        """The part of the lattice within `most` steps of `levels` in every pixel."""
+        """Return the part of the lattice within `most` steps of `levels` in every pixel."""
         return replace(
             self, lower=torch.maximum(self.lower, levels - most), upper=torch.minimum(self.upper, levels + most)
         )
 
     def round(self, image: Tensor) -> Tensor | None:
-        """The nearest lattice point (N,), drawn towards the centre until an L2 ball holds it; None if there is none."""
+        """Return the nearest lattice point (N,), drawn towards the centre into an L2 ball; None if there is none."""
         if bool((self.lower > self.upper).any()):
             return None
         levels = image.detach().flatten().double() * 255
         nearest = torch.minimum(torch.maximum(levels.round(), self.lower), self.upper)
         if self.used(nearest) <= self.l2_budget:
             return nearest
-        # Take back the roundings that cost most, one step towards the centre each, until the rest fits.
+        # Undo the most expensive roundings, by one step towards the centre each, until the rest fits.
         inward = (self.center - self._place(nearest)).sign()
         saved = -self.longer(nearest, inward, self.center)
         order = saved.argsort(descending=True)
@@ -95,11 +91,11 @@ class Lattice:
         return nearest
 
     def used(self, levels: Tensor) -> float:
-        """Squared distance to the centre, in (1/255)²; 0 where there is no L2 ball."""
+        """Return the squared distance to the centre, in (1/255)²; 0 without an L2 ball."""
         return 0.0 if self.l2_budget == math.inf else float((self._place(levels) - self.center).square().sum())
 
     def longer(self, levels: Tensor, steps: Tensor, center: Tensor) -> Tensor:
-        """What steps of some pixels add to their squared distances to `center`, each for itself."""
+        """Return how much a step of each pixel alone adds to its squared distance to `center`."""
         here, there = self._place(levels) - center, self._place((levels + steps).clamp(0, 255)) - center
         return there.square() - here.square()
 
@@ -109,19 +105,13 @@ class Lattice:
 
 @no_autocast()
 def left_geometry(jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    """Two (D, D) matrices from J = U S Vᵀ (D, N): what J can reach, and the damped whitening of its columns.
-
-    After a LayerNorm all embeddings lie on an ellipsoid, so r has a part across it, of second order in ‖r‖: no step
-    removes it, and it goes as the rest goes. In the whitened metric all directions of the embedding cost alike; in the
-    plain one the few that pixels hardly move (such as the score of the target's own class) stay behind. The unit of J
-    is free: it is brought near 1 by a power of two before it is squared.
-
-    Returns:
-        The projector U_k U_kᵀ for σ above 1e-4 σ₁, the float32 noise; and √μ·U (S² + μ)^(−1/2) Uᵀ with μ a hundredth of
-        the median σ².
-    """
-    unit = math.ldexp(1.0, -math.frexp(float(jacobian.abs().max()))[1])
-    scaled = jacobian * unit
+    """Return two (D, D) matrices from J = U S Vᵀ (D, N): a projector on its reach, and its damped whitening."""
+    # After a LayerNorm all embeddings lie on an ellipsoid, so r has a part across it, of second order in ‖r‖. No step
+    # removes that part, and it vanishes as the rest does: U_k U_kᵀ with σ above 1e-4 σ₁, the float32 noise, projects it
+    # away. In the whitened metric √μ·U (S² + μ)^(−1/2) Uᵀ, with μ a hundredth of the median σ², all directions of the
+    # embedding cost alike; in the plain one the few that pixels hardly move (such as the score of the target's own
+    # class) stay behind.
+    scaled = jacobian / power_of_two(float(jacobian.abs().max()))
     values, vectors = torch.linalg.eigh((scaled @ scaled.T).double())
     kept = vectors[:, values > 1e-8 * values[-1]]
     damping = 1e-2 * float(values.median())
@@ -133,7 +123,7 @@ def left_geometry(jacobian: Tensor) -> tuple[Tensor, Tensor]:
 def plan_moves(
     jacobian: Tensor, whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float, most: int
 ) -> Tensor:
-    """Moves (N,) that make ‖r + J·Δ‖ small: plain, and where that stops short, first in the whitened metric."""
+    """Return moves (N,) that make ‖r + J·Δ‖ small; if the plain metric stops short, try the whitened metric first."""
     moves = _integer_least_squares(jacobian, r, levels, lattice, goal, most)
     left = r + (jacobian @ moves.to(jacobian.dtype)).double()
     if float(left.norm()) <= max(goal, 0.2 * float(r.norm())):
@@ -148,15 +138,10 @@ def plan_moves(
 def _integer_least_squares(
     jacobian: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float, most: int
 ) -> Tensor:
-    """Integer moves Δ (N,) with ‖r + J·Δ‖ small, found greedily, by at most `most` steps; J is per 8-bit step.
-
-    The step s = ±1 of pixel n lowers ‖r‖² by −2s·(Jᵀr)ₙ − ‖Jₙ‖². The best few thousand pixels are taken aside, and
-    among them the best step is made again and again; when these are used up, all pixels are looked at afresh. When no
-    single step is left that lowers the norm, two are made at once: the difference of two columns is much shorter.
-
-    Returns:
-        Δ, float64 holding whole numbers, inside the lattice.
-    """
+    """Find integer moves Δ (N,) with small ‖r + J·Δ‖ greedily, by at most `most` steps; J is per 8-bit step."""
+    # The step s = ±1 of pixel n lowers ‖r‖² by −2s·(Jᵀr)ₙ − ‖Jₙ‖². The best steps among the best few thousand pixels
+    # are made until none is left; then all pixels are ranked afresh. If no single step lowers the norm, pairs are made:
+    # the difference of two columns is much shorter.
     moves = torch.zeros_like(levels)
     norms2 = jacobian.square().sum(dim=0)
     used = lattice.used(levels)

@@ -1,4 +1,4 @@
-"""The secant pairs of one image and the quasi-Newton direction that they give."""
+"""Descend by projected L-BFGS: the secant pairs of one image, their direction, and the solver built on them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SecantHistory:
     """The last `capacity` secant pairs (s, y) of one image and their inner products, for the L-BFGS direction.
 
     H = γI + [S, γY] M [S, γY]ᵀ, so a direction costs two passes over the stored vectors: their products with the
-    gradient, and their sum. The products with the newest y = g′ − g are the difference of those with g′ and with g.
-    Nothing else touches the long axis N.
+    gradient, and their sum. Products with the newest y = g′ − g are differences of those with g′ and with g. Nothing
+    else touches the long axis N.
     """
 
     def __init__(self, capacity: int, like: Tensor) -> None:
@@ -31,7 +31,7 @@ class SecantHistory:
         # sᵢ·yⱼ, valid for i not newer than j, and yᵢ·yⱼ
         self.sy, self.yy = torch.zeros((2, capacity, capacity), dtype=torch.float64, device="cpu")
         self.unsettled: list[int] = []  # slots whose products are still missing, oldest first
-        self.newest: tuple[Tensor, Tensor] | None = None  # the gradients whose difference the newest y is
+        self.newest: tuple[Tensor, Tensor] | None = None  # the two gradients of the newest y
         self.seen: tuple[Tensor, Tensor] | None = None  # the gradient of the last direction and its products
 
     def grow(self, limit: int) -> None:
@@ -42,11 +42,11 @@ class SecantHistory:
         self.sy, self.yy = grown
 
     def clear(self) -> None:
-        """Forget all pairs."""
+        """Drop all pairs."""
         self.order, self.unsettled, self.newest, self.seen = [], [], None, None
 
     def add(self, s: Tensor, before: Tensor, after: Tensor) -> None:
-        """Store the pair of a step s and the gradients at its ends, unless its curvature s·y is not safely positive."""
+        """Store a step s and the change y of the gradient, unless their curvature s·y is not safely positive."""
         y = after - before
         sy, yy, ss = dot(s, y), dot(y, y), dot(s, s)
         if not sy > 1e-10 * math.sqrt(ss * yy):
@@ -63,7 +63,7 @@ class SecantHistory:
         self.newest = (before, after)
 
     def direction(self, gradient: Tensor, free: Tensor) -> Tensor | None:
-        """−H·gradient on the free pixels, or None without a history or without descent."""
+        """Return −H·gradient on the free pixels, or None without a history or without descent."""
         if not self.order:
             return None
         products = self._products(gradient.flatten())
@@ -83,12 +83,11 @@ class SecantHistory:
         step = torch.addmv(g, self._flat().T, weights.flatten().to(g), beta=-gamma, alpha=-1).view(self.shape) * free
         return step if dot(step, gradient) < 0.0 else None
 
-    def _flat(self) -> Tensor:
-        """s₀, y₀, s₁, y₁, … as rows."""
+    def _flat(self) -> Tensor:  # rows s₀, y₀, s₁, y₁, …
         return self.pairs[: len(self.order)].view(2 * len(self.order), -1)
 
     def _products(self, v: Tensor) -> Tensor:
-        """(sᵢ·v, yᵢ·v) of every slot, (slots, 2), float64 on the CPU; of several columns v, (slots, 2, columns)."""
+        """Return (sᵢ·v, yᵢ·v) of every slot, float64 on the CPU: (slots, 2), or (slots, 2, columns) for several v."""
         return (self._flat() @ v).view(len(self.order), 2, *v.shape[1:]).to("cpu", torch.float64)
 
     def _settle(self, gradient: Tensor, products: Tensor) -> None:
@@ -111,7 +110,7 @@ class SecantHistory:
             self.sy[slot, slot], self.yy[slot, slot] = own
 
     def _without_held(self, products: Tensor, gradient: Tensor, g: Tensor, free: Tensor) -> Tensor:
-        """The products with g, the gradient on the free pixels, from those with all of it."""
+        """Return the products with g, the gradient on the free pixels, from those with the whole gradient."""
         held = (~free).flatten().nonzero().flatten()
         if len(held) == 0:
             return products
@@ -128,32 +127,33 @@ class LBFGS:
     1. *Start.* The source lies in a narrow, strongly curved valley, where a line search creeps. Polyak's step
        ½‖r‖²/‖g‖² (the minimum of the objective is known: 0), damped by momentum, is long enough to bounce across it and
        short enough to stay near the source: `warmup` evaluations bring the error from above 1 to about 0.3.
-    2. *Descent.* L-BFGS in the compact representation with backtracking along the projected path. The bounces of the
-       start already fill the history. Pixels at a bound that the step pushes outwards are held. Until the error falls
-       below `release`, the penalty ½λ‖x − source‖² with λ = proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
-    3. *End.* The line search accepts what rounding in f can hide, so that it does not stop at the float noise. Where
-       the rest would take long, `match_embedding` forms one Jacobian instead: see `newton`.
+    2. *Descent.* L-BFGS in the compact representation backtracks along the projected path, with the bounces of the
+       start in its history. Pixels at a bound that the step pushes outwards are held. Until the error falls below
+       `release`, the penalty ½λ‖x − source‖² with λ = proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
+    3. *End.* The line search accepts increases that rounding in f can explain, so it does not stop at the float noise.
+       If the rest would take long, `match_embedding` forms one Jacobian instead: see `newton`.
 
     In an L∞ ball matches lie near the corners, and the start goes there at once, by signed steps x ← P(x − α·sign(m)):
-    m is a running sum of the gradients, α = ‖r‖ / ‖∇‖r‖‖₁ Polyak's step for ‖r‖ in this norm. When it is less than
-    1 % of the radius, L-BFGS goes on, in w, x = m + h·sin(w) (`SineChart`): projected steps would hold pixel after
-    pixel at its bound and creep.
+    m is a running sum of the gradients, α = ‖r‖ / ‖∇‖r‖‖₁ Polyak's step for ‖r‖ in this norm. Once α is below 1 % of
+    the radius, L-BFGS continues in w, x = m + h·sin(w) (`SineChart`): projected steps would hold pixel after pixel at
+    its bound and creep.
 
     Args:
         history: most pairs kept; each costs two images of memory. The first 40 serve most images. The number doubles
             whenever the error has not halved in as many steps: the Jacobian's singular values span three decades, and
             where the slowest of them matter only a long history finishes.
-        warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball the start takes what it needs, at most
-            ten times as many.
+        warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball the start takes as many as it needs, at most
+            ten times this number.
         momentum: of the start, in [0, 1).
-        proximity: weight of staying near the source against the remaining error; 0 for none. More ends nearer to
-            the source and takes more evaluations.
+        proximity: weight of staying near the source against the remaining error; 0 for none. More ends nearer to the
+            source and takes more evaluations.
         release: embedding error below which the penalty is dropped.
-        newton: whether `match_embedding` may end a slow run, without a ball, by one full Jacobian and Newton steps.
+        newton: whether `match_embedding` may end a slow run without a ball by one full Jacobian and Newton steps.
 
     References:
-        Polyak (1987), *Introduction to Optimization*, §5.3. Byrd, Nocedal, Schnabel (1994), *Math. Program.* 63:129,
-        eq. 3.13 (compact representation). Bertsekas (1982), *SIAM J. Control Optim.* 20:221 (projected steps).
+        Polyak (1987), *Introduction to Optimization*, §5.3.
+        Byrd, Nocedal, Schnabel (1994), *Math. Program.* 63:129, eq. 3.13 (compact representation).
+        Bertsekas (1982), *SIAM J. Control Optim.* 20:221 (projected steps).
         Dong et al. (2018), arXiv:1710.06081, eq. 6–7 (signed steps with momentum).
     """
 
@@ -189,7 +189,7 @@ class LBFGS:
                 return
 
     def _signed(self, source: Tensor, feasible: FeasibleSet) -> Generator[Tensor, Evaluation, Tensor]:
-        """Signed steps with momentum, of Polyak's length for ‖r‖ in the L∞ norm; returns the best point."""
+        """Take signed steps with momentum, of Polyak's length for ‖r‖ in the L∞ norm; return the best point."""
         x = feasible.project(source)
         radius = 0.5 * float((feasible.upper - feasible.lower).max())
         run, best, least = torch.zeros_like(x), x, math.inf
@@ -208,7 +208,7 @@ class LBFGS:
         return best
 
     def _descend(self, source: Tensor, feasible: FeasibleSet, warmup: int) -> Iterates:
-        """Start and descent in one feasible set."""
+        """Run start and descent in one feasible set."""
         memory = SecantHistory(min(self.history, 40), source)
         x, raw = yield from self._polyak(source, feasible, memory, warmup)
         weight, slack, failures, steps, milestone = math.inf, 1.0, 0, 0, raw.error
@@ -221,7 +221,7 @@ class LBFGS:
                 memory.grow(self.history)
             steps += 1
             pull = self._pull(x, raw, feasible)
-            if pull < 0.5 * weight:  # rarely: a new weight is a new objective, to which the history does not belong
+            if pull < 0.5 * weight:  # rarely, because the history belongs to the old objective
                 weight = pull
             if weight != charged:
                 at, charged = _penalised(x, raw, feasible, weight), weight
@@ -234,9 +234,9 @@ class LBFGS:
                 direction = at.gradient * free * (-0.25 * at.objective / norm2)
             found = yield from _backtrack(x, at, direction, feasible, weight, slack)
             if found is None and weight > 0.0:
-                weight = 0.0  # the pull to the source, not the encoder, holds it here
+                weight = 0.0  # the penalty, not the encoder, stopped the descent
             elif found is None and slack < 30.0:
-                slack *= 6.0  # this encoder is noisier here than most
+                slack *= 6.0  # the encoder may be noisier here than most
             elif found is None:
                 failures = failures + 1 if memory.order else 3
                 memory.clear()
@@ -249,7 +249,7 @@ class LBFGS:
                 x, raw, at = moved, here, there
 
     def _pull(self, x: Tensor, at: Evaluation, feasible: FeasibleSet) -> float:
-        """The wanted weight λ = proximity·‖r‖²/‖x − source‖² of the penalty: ∞ at the source, 0 near the target."""
+        """Return the weight λ = proximity·‖r‖²/‖x − source‖² of the penalty: ∞ at the source, 0 near the target."""
         if at.error < self.release or self.proximity == 0.0:
             return 0.0
         offset = x - feasible.center
@@ -259,7 +259,7 @@ class LBFGS:
     def _polyak(
         self, source: Tensor, feasible: FeasibleSet, memory: SecantHistory, warmup: int
     ) -> Generator[Tensor, Evaluation, tuple[Tensor, Evaluation]]:
-        """Polyak steps with momentum; returns the best point and leaves the secants in `memory`."""
+        """Take Polyak steps with momentum; return the best point and leave the secants in `memory`."""
         x = feasible.project(source)
         at = yield x
         best, last, previous = (x, at), (x, at), x
@@ -267,7 +267,7 @@ class LBFGS:
             norm2 = dot(at.gradient, at.gradient)
             if norm2 == 0.0:
                 break
-            # A step over the diagonal of the box is a flat spot, not a distance to the minimum.
+            # A step beyond the diagonal of the box means a flat spot, not a distant minimum.
             step = min(at.objective / norm2, math.sqrt(x.numel() / norm2))
             moved = feasible.project(x - (1 - self.momentum) * step * at.gradient)
             x = feasible.project(moved + self.momentum * (moved - previous))
@@ -283,7 +283,7 @@ class LBFGS:
 
 
 def _penalised(x: Tensor, at: Evaluation, feasible: FeasibleSet, weight: float) -> Evaluation:
-    """The evaluation of ½‖r‖² + ½·weight·‖x − source‖²; an infinite weight stands for one not yet known."""
+    """Return the evaluation of ½‖r‖² + ½·weight·‖x − source‖²; an infinite weight is not yet known and adds nothing."""
     if weight in (0.0, math.inf):
         return at
     offset = x - feasible.center
@@ -294,7 +294,7 @@ def _penalised(x: Tensor, at: Evaluation, feasible: FeasibleSet, weight: float) 
 def _backtrack(
     x: Tensor, at: Evaluation, direction: Tensor, feasible: FeasibleSet, weight: float, slack: float
 ) -> Generator[Tensor, Evaluation, tuple[Tensor, Evaluation, Evaluation] | None]:
-    """Armijo backtracking along the projected path; None when no step decreases the objective."""
+    """Backtrack along the projected path to Armijo's condition; return None if no step decreases the objective."""
     step = 1.0
     for _ in range(8):
         trial = feasible.project(torch.add(x, direction, alpha=step))
@@ -308,7 +308,7 @@ def _backtrack(
         if there.objective == math.inf:
             step *= 0.1
             continue
-        # Minimum of the parabola through both values and the slope, kept within [0.1, 0.5] of the step.
+        # The minimum of the parabola through both values and the slope, within [0.1, 0.5] of the step.
         excess = there.objective - at.objective - slope
         step *= min(0.5, max(0.1, -0.5 * slope / excess))
     return None

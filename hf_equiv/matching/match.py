@@ -1,14 +1,14 @@
-"""`match_embedding`: images near a source whose embedding is the target's.
+"""Drive the solvers of `match_embedding`: find images near a source whose embedding is the target's.
 
-The driver of every solver: it batches the points that the unfinished images ask for, keeps each image's best iterate,
-counts, and decides when an image is done.
+The driver batches the points that unfinished images ask for, keeps the best iterate of each image, counts evaluations,
+and decides when an image is done.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,33 +20,22 @@ from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.solvers import Adam, Evaluation, GradientDescent, Iterates, Solver
-from hf_equiv.precision import no_autocast, no_tf32, with_autocast
+from hf_equiv.precision import no_autocast, no_tf32, power_of_two, with_autocast
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 
 Encoding = Callable[[Tensor], Tensor]
 """Pixels in [0, 1] (B, C, H, W) to embeddings (B, D), differentiable, each image for itself."""
 
-
-_NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
-"""Typical ‖f(x) in this dtype − f(x)‖ / ‖f(x)‖ per evaluation, for the line search."""
-
-
 ProgressHook = Callable[[Progress], None]
 
+_NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
+"""Typical ‖f(x) in this dtype − f(x)‖ / ‖f(x)‖ of one evaluation, for the line search."""
 
 _NEAR = 3e-3  # embedding error below which one Jacobian leads to the target
-
-
-_PACE = 30  # evaluations over which the pace of a run is taken
-
-
-_WORTH = 1.5  # how many Jacobians the rest of the way must seem to cost
-
-
+_PACE = 30  # evaluations over which the pace of a run is measured
+_WORTH = 1.5  # estimated cost of the rest, in Jacobians, that justifies one
 _STEPS = (10, 40)  # Newton steps: fewest worth a Jacobian, and most
-
-
-_LARGEST = 2**30  # bytes of a Jacobian that is formed unasked
+_LARGEST = 2**30  # bytes of the largest Jacobian formed unasked
 
 
 def match_embedding(
@@ -69,27 +58,26 @@ def match_embedding(
 
         xᵇ (C, H, W), z = f(target) or target (D,), error ‖f(xᵇ) − zᵇ‖ / ‖zᵇ‖ ≤ rtol.
 
-    Every iterate lies in the feasible set. The residual and the objective are held in float64; f runs in the dtype of
-    `source`, with TF32 off. Finished images leave the batch. Where f itself does not depend on the batch, neither does
-    the result of an image.
+    Every iterate lies in the feasible set. Residual and objective are float64; f runs in the dtype of `source`, with
+    TF32 off. Finished images leave the batch. If f does not depend on the batch, neither does the result of an image.
 
-    The default solver is helped at the end: below an error of 3e-3, without a ball, an image that would take longer
-    than a full Jacobian at its pace gets one (up to 1 GiB), and Newton steps from there (`Corrector.newton`).
+    Below an error of 3e-3 and without a ball, the default solver estimates the rest of the way. If that costs more than
+    a full Jacobian (of up to 1 GiB), it forms one and takes Newton steps from there (`Corrector.newton`).
 
     Cost: one evaluation is one forward and one backward pass of one image; the solvers add vector operations only. The
     default solver keeps 2·`history` images of memory per image of the batch. Encoding the target once is not counted.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
-        source: where to start and to stay near, (B, C, H, W), pixels in [0, 1]: photos, constants or noise.
+        source: starting images to stay near, (B, C, H, W), pixels in [0, 1]: photos, constants or noise.
         target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
-        solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) are there to compare.
+        solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) serve comparisons.
         radius: of the ball about the source, in pixel units; None for the box alone.
         norm: of the ball: "linf" or "l2".
         rtol: embedding error at which an image is done. Below about 3e-6 float32 noise ends most runs.
         max_evals: evaluations per image.
         raise_on_failure: raise if an image misses `rtol`; False returns it with its status.
-        start: an earlier result for the same images to go on from, of this f or of a cheaper form of it. Its
+        start: an earlier result for the same images to continue from, of this f or a cheaper form of it. Its
             evaluations and seconds count; `source` stays the centre of the ball.
         progress: called with a `Progress` after every batched evaluation; an exception raised in it ends the run.
 
@@ -130,7 +118,8 @@ def match_embedding(
         )
     with torch.inference_mode(False), no_tf32():
         source = source.detach().clone(memory_format=torch.contiguous_format)
-        z = target_embeddings(f, source, target.detach())
+        _check_different(source, target)
+        z = target_embeddings(f, source, target.detach(), "source")
         runs = []
         for i, (image, embedding) in enumerate(zip(source, z, strict=True)):
             feasible = FeasibleSet.around(image, radius, norm)
@@ -148,60 +137,70 @@ def match_embedding(
     return result
 
 
-def target_embeddings(f: Encoding, source: Tensor, target: Tensor) -> Tensor:
-    """The embeddings (B, D) to reach, float64: those of target pixels, or the target itself."""
-    batch = source.shape[0]
+def target_embeddings(f: Encoding, images: Tensor, target: Tensor, name: str) -> Tensor:
+    """Return the embeddings (B, D) to reach, float64: those of target pixels, or the target itself."""
     if target.ndim == 4:
-        if target.shape[1:] != source.shape[1:]:
+        if target.shape[1:] != images.shape[1:]:
             raise ValueError(
-                f"`target` must have the image shape of `source` {tuple(source.shape[1:])}; "
+                f"`target` must have the image shape of `{name}` {tuple(images.shape[1:])}; "
                 f"got {tuple(target.shape[1:])}. Preprocess both with the same encoder."
-            )
-        same = (source == target.to(source)).flatten(1).all(dim=1).nonzero().flatten().tolist()
-        if same:
-            raise ValueError(
-                f"`target` must differ from `source`; got the same pixels for {_listing('image', same)}. "
-                "Any image is a match of itself: pass another target."
             )
         count = target.shape[0]
         with torch.no_grad():
-            target = f(target.to(source, copy=True))
+            target = f(target.to(images, copy=True))
         checks.check_output(target, count)
         checks.check_embeddings(target)
-    return target.detach().to(source.device, torch.float64).expand(batch, -1)
+    return target.detach().to(images.device, torch.float64).expand(images.shape[0], -1)
+
+
+def _check_different(source: Tensor, target: Tensor) -> None:
+    if target.shape[1:] != source.shape[1:]:
+        return  # embeddings, or pixels that `target_embeddings` refuses
+    same = (source == target.to(source)).flatten(1).all(dim=1).nonzero().flatten().tolist()
+    if same:
+        raise ValueError(
+            f"`target` must differ from `source`; got the same pixels for {_listing('image', same)}. "
+            "Any image is a match of itself: pass another target."
+        )
 
 
 @dataclass(eq=False)
-class _Run:
-    """One image on its way: its solver, the point it waits for, and the best so far."""
+class Search:
+    """State of the search for one match: its best image so far, cost and status."""
 
-    iterates: Iterates
-    target: Tensor
     best: Tensor
-    bounds: FeasibleSet | None  # of a solver that is not known to keep to them
-    error: float = float("inf")
+    error: float = math.inf
     num_evals: float = 0.0
     seconds: float = 0.0
     status: Status | None = None
     trace: list[tuple[float, float]] = field(default_factory=list)
-    tried: float = math.inf  # the error at the last attempt by Newton steps
-    point: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scale = float(self.target.norm())
-        # The power of two next to ‖z‖: residuals and gradients in it neither overflow nor lose a bit.
-        self.unit = 2.0 ** math.frexp(self.scale)[1] if self.scale > 0.0 else 1.0
-        self.point = next(self.iterates)
 
     def offer(self, image: Tensor, error: float) -> None:
-        """Keep an image if it is the best so far; of an unknown solver a copy: it may go on in the same memory."""
+        """Keep an image if it is the best so far."""
         if error < self.error:
-            if self.bounds is not None:
-                if not torch.equal(self.bounds.project(image), image):
-                    raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
-                image = image.clone()
             self.error, self.best = error, image
             self.trace.append((self.num_evals, error))
+
+
+class _Run(Search):
+    """One image, its solver and the point to evaluate next."""
+
+    def __init__(self, iterates: Iterates, target: Tensor, start: Tensor, bounds: FeasibleSet | None) -> None:
+        super().__init__(start)
+        self.iterates, self.target = iterates, target
+        self.bounds = bounds  # of a solver from outside, which may leave them
+        self.tried = math.inf  # the error at the last attempt by Newton steps
+        self.scale = float(target.norm())
+        self.unit = power_of_two(self.scale)  # residuals and gradients in it neither overflow nor lose a bit
+        self.point = next(iterates)
+
+    def offer(self, image: Tensor, error: float) -> None:
+        """Keep an image if it is the best so far; check and copy that of an unknown solver, which may reuse it."""
+        if error < self.error and self.bounds is not None:
+            if not torch.equal(self.bounds.project(image), image):
+                raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
+            image = image.clone()
+        super().offer(image, error)
 
     def finish(self, status: Status) -> None:
         self.status = status
@@ -228,7 +227,7 @@ def _drive(
 
 
 def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:
-    """Residuals r = (f(x) − z)/unit (B, D) in float64, gradients Jᵀr/unit (B, C, H, W), and the relative noise of f."""
+    """Return residuals r = (f(x) − z)/unit (B, D), gradients Jᵀr/unit (B, C, H, W), and the relative noise of f."""
     points = torch.stack([run.point for run in runs]).requires_grad_(True)
     units = points.new_tensor([run.unit for run in runs], dtype=torch.float64)[:, None]
     with torch.enable_grad():
@@ -247,7 +246,7 @@ def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:
 
 
 def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: float, max_evals: int) -> None:
-    """Book one evaluation of one image and ask its solver for the next point."""
+    """Count one evaluation of an image and ask its solver for the next point."""
     run.num_evals += 1.0
     norm = float(residual.norm())
     error = norm * run.unit / run.scale
@@ -271,7 +270,7 @@ def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: 
 
 
 def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
-    """Whether a Jacobian is the shorter way: log error over the last evaluations is extrapolated to rtol."""
+    """Whether a Jacobian is the shorter way: extrapolate the log error of the last evaluations to rtol."""
     if run.status is not None or run.error > min(_NEAR, 0.1 * run.tried):
         return False
     jacobian = jacobian_cost(len(run.target))
@@ -286,7 +285,7 @@ def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
 
 
 def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
-    """Bring the best image of a run nearer to the target by a full Jacobian and Newton steps; the solver goes on."""
+    """Bring the best image of a run nearer to the target by a full Jacobian and Newton steps; the solver continues."""
     run.tried = run.error
     corrector = Corrector(f, run.target, rtol)
     start = corrector.look(run.best)
@@ -300,26 +299,30 @@ def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
         run.finish(Status.MAX_EVALS)
 
 
-def snapshot(runs: list[_Run]) -> Progress:
-    """The state of all images for a progress hook."""
+def snapshot(runs: Sequence[Search]) -> Progress:
+    """Return the state of all images for a progress hook."""
     return Progress(
         torch.stack([run.best for run in runs]),
-        torch.tensor([run.error for run in runs], dtype=torch.float64, device="cpu"),
-        torch.tensor([run.num_evals for run in runs], dtype=torch.float64, device="cpu"),
+        _column([run.error for run in runs]),
+        _column([run.num_evals for run in runs]),
         torch.tensor([run.status is None for run in runs], device="cpu"),
     )
 
 
-def collect(runs: list[_Run]) -> MatchResult:
-    """One frozen record of finished runs."""
+def collect(runs: Sequence[Search]) -> MatchResult:
+    """Return the record of finished searches."""
     return MatchResult(
         torch.stack([run.best for run in runs]),
-        torch.tensor([run.error for run in runs], dtype=torch.float64, device="cpu"),
-        torch.tensor([run.num_evals for run in runs], dtype=torch.float64, device="cpu"),
-        torch.tensor([run.seconds for run in runs], dtype=torch.float64, device="cpu"),
+        _column([run.error for run in runs]),
+        _column([run.num_evals for run in runs]),
+        _column([run.seconds for run in runs]),
         tuple(run.status or Status.ERROR for run in runs),
         tuple(tuple(run.trace) for run in runs),
     )
+
+
+def _column(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _describe_failure(result: MatchResult, rtol: float, max_evals: int) -> str:

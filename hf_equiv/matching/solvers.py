@@ -1,8 +1,8 @@
-"""Solvers for ½‖f(x) − z‖² inside a feasible set: frozen hyper-parameters, one image's algorithm as a generator.
+"""Minimise ½‖f(x) − z‖² inside a feasible set: solvers are hyper-parameters and a generator for one image.
 
 `solver.iterate(source, feasible)` yields points x to evaluate and is sent an `Evaluation` of each. It sees one image
-only, so each image has its own history, line search and end; `matching` puts the points of all unfinished images into
-one batch. A generator that returns has stalled.
+only, so each image has its own history, line search and end; `match_embedding` batches the points of all unfinished
+images. A generator that returns has stalled.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from hf_equiv.matching.feasible import FeasibleSet
 class Evaluation:
     """f at one point, for the residual r = (f(x) − z) / unit (D,).
 
-    Where f or its gradient is not finite: objective, noise and error are infinite, the gradient is zero.
+    If f or its gradient is not finite, objective, noise and error are infinite and the gradient is zero.
 
     Attributes:
         objective: ½‖r‖², float64.
         gradient: Jᵀr / unit, (C, H, W).
-        noise: what rounding in f may change the objective by: ‖r‖·ε·‖z‖ / unit, with ε the float noise of an encoder.
+        noise: change of the objective that rounding in f can explain: ‖r‖·ε·‖z‖ / unit, with ε the float noise of an
+            encoder.
         error: ‖f(x) − z‖ / ‖z‖.
-        unit: a power of two near ‖z‖, so that no solver sees the scale of the embedding.
+        unit: a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding.
     """
 
     objective: float
@@ -45,17 +46,17 @@ Iterates = Generator[Tensor, Evaluation, None]
 
 
 class Solver(Protocol):
-    """What `match_embedding` asks of a solver."""
+    """Interface of a solver for `match_embedding`."""
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
-        """Yield the points to evaluate for one image and be sent their evaluations.
+        """Yield the points to evaluate for one image and receive their evaluations.
 
         Args:
-            source: where to start, (C, H, W), pixels in [0, 1].
+            source: starting point, (C, H, W), pixels in [0, 1].
             feasible: the set that every point lies in.
 
         Returns:
-            A generator of points (C, H, W). It ends when the solver can get no further.
+            A generator of points (C, H, W). It ends when the solver makes no further progress.
         """
         ...
 
@@ -92,7 +93,9 @@ class GradientDescent:
 
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """Projected Adam on ½‖f(x) − z‖². Quick to a rough match, and far from the source: every pixel moves by about `lr`.
+    """Projected Adam on ½‖f(x) − z‖²: quick to a rough match, but far from the source.
+
+    Every pixel moves by about `lr` a step.
 
     Args:
         lr: step size, in pixels.

@@ -1,8 +1,8 @@
-"""A match in stages: a cheaper form of the encoder leads near the target, the encoder itself goes to the end.
+"""Match in stages: cheaper forms of the encoder lead near the target, and the encoder itself finishes.
 
-A draft is the encoder in half precision, which is fast on a GPU and too noisy to end with, or compiled by
-`torch.compile`. Whatever it claims, the last stage starts from its image with the encoder as it is, so every error that
-is stated is the encoder's own.
+A draft is the encoder in half precision, which is fast on a GPU but too noisy to finish with, or the encoder compiled
+by `torch.compile`. The last stage starts from the draft's image with the encoder as it is, so every stated error is the
+encoder's own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Draft:
 
     Attributes:
         f: pixels (B, 3, H, W) to embeddings (B, D), differentiable.
-        rtol: embedding error down to which it leads; 0 for as far as is asked.
-        share: of the evaluations allowed, in (0, 1].
+        rtol: embedding error at which its stage ends; 0 for the error asked of the match.
+        share: most of the allowed evaluations that it may spend, in (0, 1].
     """
 
     f: Callable[[Tensor], Tensor]
@@ -40,37 +40,29 @@ class Draft:
 
 def match_in_stages(
     encoder: Callable[[Tensor], Tensor], drafts: Sequence[Draft], source: Tensor, target: Tensor, solver: Solver, *,
-    rtol: float, max_evals: int, progress: ProgressHook, **ball: Any,
+    rtol: float, max_evals: int, progress: ProgressHook, **ball: Any
 ) -> MatchResult:  # fmt: skip
-    """Match with each draft in turn, each from where the last one ended, and with the encoder to the end.
+    """Match with each draft in turn from the end of the last one, then with the encoder.
 
-    Args:
-        encoder: f.
-        drafts: from `drafts_of`; none for a plain match.
-        source: as in `match_embedding`.
-        target: embeddings (B, D).
-        solver: of every stage; after the first, L-BFGS leaves its start out.
-        rtol: embedding error at which an image is done.
-        max_evals: evaluations per image, of all stages together.
-        progress: called after every batched evaluation.
-        **ball: radius and norm.
+    L-BFGS skips its start after the first stage, and only the last stage takes Newton steps. `ball` holds radius and
+    norm.
 
     Returns:
-        The result of the last stage; evaluations and seconds are of all.
+        The result of the last stage, with the evaluations and seconds of all.
     """
     found: MatchResult | None = None
 
-    def go_on(f: Callable[[Tensor], Tensor], rtol: float, most: int, *, newton: bool) -> MatchResult:
+    def run_stage(f: Callable[[Tensor], Tensor], rtol: float, most: int, *, newton: bool) -> MatchResult:
         own = solver
         if isinstance(solver, LBFGS):
             own = replace(solver, newton=solver.newton and newton, warmup=0 if found is not None else solver.warmup)
         return match_embedding(
             f, source, target, own, rtol=rtol, max_evals=most, raise_on_failure=False, start=found, progress=progress,
-            **ball,
+            **ball
         )  # fmt: skip
 
     for draft in drafts:
-        most = min(int(draft.share * max_evals), max_evals - 1)  # the encoder must look at the image once at least
+        most = min(int(draft.share * max_evals), max_evals - 1)  # the encoder needs one evaluation at least
         if most >= 1:
-            found = go_on(draft.f, max(rtol, draft.rtol), most, newton=False)
-    return go_on(encoder, rtol, max_evals, newton=True)
+            found = run_stage(draft.f, max(rtol, draft.rtol), most, newton=False)
+    return run_stage(encoder, rtol, max_evals, newton=True)

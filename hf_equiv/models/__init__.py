@@ -1,4 +1,4 @@
-"""A checkpoint by name as a map from pixels to an embedding."""
+"""Turn a checkpoint by name into a map from pixels to an embedding."""
 
 from hf_equiv.models.encoder import Encoder
 

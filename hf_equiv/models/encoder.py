@@ -1,4 +1,4 @@
-"""A Hub checkpoint as a function f from pixels in [0, 1] to an embedding."""
+"""Load a Hub checkpoint as a function f from pixels in [0, 1] to an embedding."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class Encoder:
     """f: [0, 1]^(3·H·W) → R^D, z = readout(model((x − mean) / std)): one checkpoint, frozen, in eval mode.
 
-    A plain callable: `z = encoder(pixels)` takes (B, 3, H, W) pixels in [0, 1] and gives (B, D). It normalises inside,
-    is differentiable in the pixels, and gives an image the same embedding whatever else is in the batch (to the bit on
-    a CPU). Build one with `Encoder.from_pretrained`.
+    A plain callable: `z = encoder(pixels)` maps (B, 3, H, W) pixels in [0, 1] to (B, D). It normalises inside, is
+    differentiable in the pixels, and gives an image the same embedding in every batch (to the bit on a CPU). Build one
+    with `Encoder.from_pretrained`.
 
     Attributes:
-        model_id: the Hub id, folder or "builtin" it was loaded from.
+        model_id: Hub id, folder or "builtin" that it was loaded from.
         revision: commit sha on the Hub, or "sha256:…" of the weights of a local folder.
         readout: the readout in use, never "auto".
-        readouts: every readout this checkpoint has.
+        readouts: every readout of this checkpoint.
         embedding_dim: D.
-        input_shape: (3, H, W) of preprocessed images; other sizes work where the model interpolates positions.
+        input_shape: (3, H, W) of preprocessed images; other sizes work if the model interpolates positions.
         normalize: whether embeddings are scaled to unit L2 norm.
         has_head: whether trained classification weights are in the checkpoint.
         label_names: class names of that head in logit order; None without a head.
         dtype: floating-point type of weights and embeddings.
-        device: where the weights are.
+        device: device of the weights.
 
     Example:
         >>> import torch
@@ -86,26 +86,25 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
     ) -> Encoder:
-        """Load the image encoder of a checkpoint: one model, with its classification head where the checkpoint has one.
+        """Load the image encoder of a checkpoint: one model, with its classification head if the checkpoint has one.
 
-        Any vision model of transformers that maps pixels to hidden states; the vision tower of CLIP and SigLIP. Weights
-        are read from safetensors only. The commit is resolved once and every file is of that commit.
+        It takes any vision model of transformers that maps pixels to hidden states, and the vision tower of CLIP and
+        SigLIP. Weights are read from safetensors only. The commit is resolved once and every file belongs to it.
 
         Args:
             model_id: Hub id, local folder, or "builtin" (a small ViT that ships with the package).
-            readout: which vector is the embedding: "cls", "mean", "pooler", "tokens", "logits", "hidden:K",
-                "projection", or "auto": the image embedding for CLIP and SigLIP; else the pooler if its weights are in
-                the checkpoint or it needs none; else the class token; else the mean.
+            readout: vector to use as embedding: "cls", "mean", "pooler", "tokens", "logits", "hidden:K", "projection",
+                or "auto": the image embedding for CLIP and SigLIP; else the pooler if its weights are in the checkpoint
+                or it needs none; else the class token; else the mean.
             normalize: whether to scale embeddings to unit L2 norm.
             revision: branch, tag or commit on the Hub; None for the default branch.
-            subfolder: folder inside the repository or `model_id` that holds the model.
+            subfolder: folder of the model inside the repository or `model_id`.
             token: Hub access token; None for the stored one.
-            cache_dir: where Hub files are cached; None for the usual place.
+            cache_dir: cache of Hub files; None for the usual place.
             local_files_only: whether to use cached files only.
             trust_remote_code: whether to run Python code that the checkpoint brings.
-            dtype: type of weights and embeddings. State numbers in float32 or float64; half precision moves an
-                embedding by far more than an 8-bit step of the image does.
-            device: where to run; None for CUDA if present, else the CPU.
+            dtype: of weights and embeddings; in half precision, rounding moves an embedding more than 8-bit steps do.
+            device: device to run on; None for CUDA if present, else the CPU.
 
         Returns:
             The encoder, frozen and in eval mode.
@@ -128,7 +127,7 @@ class Encoder:
         place = find_device(device)
         checkpoint = find_checkpoint(
             model_id, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only, trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only, trust_remote_code=trust_remote_code
         )  # fmt: skip
         network = Network(load_model(checkpoint, dtype), load_preprocessor(checkpoint), dtype, place)
         return cls(checkpoint, network, readout=readout, normalize=normalize)
@@ -136,10 +135,10 @@ class Encoder:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the embedding z = f(x) of each image, (B, D), differentiable in the pixels.
 
-        Float32 is float32 (TF32 and `torch.autocast` off during the call), and float64 and forward mode
-        (`torch.func.jvp`) use the attention kernel that has them. Of `hf_equiv.precision`, wrap a double backward in
-        `exact_derivatives` yourself, and a backward pass in `no_tf32` (on CUDA) and `no_autocast`. Values outside
-        [0, 1] are not refused: finite differences step over the edge.
+        Float32 is float32 (TF32 and `torch.autocast` are off during the call), and float64 and forward mode
+        (`torch.func.jvp`) use an attention kernel that supports them. Wrap a double backward in `exact_derivatives`
+        yourself, and a backward pass in `no_tf32` (on CUDA) and `no_autocast`, all of `hf_equiv.precision`. Values
+        outside [0, 1] are accepted, since finite differences step over the edge.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1], on the encoder's device; cast to its dtype.
@@ -165,10 +164,10 @@ class Encoder:
         return z / z.norm(dim=1, keepdim=True) if self.normalize else z
 
     def preprocess(self, images: Sequence[Image] | Image) -> Tensor:
-        """Return what the checkpoint's own image processor makes of photos, before it normalises: (B, 3, H, W).
+        """Return the output of the checkpoint's own image processor before it normalises, (B, 3, H, W).
 
-        Bit for bit the processor that transformers selects in this environment; recorded in `provenance`. Images are
-        converted to RGB first.
+        It equals bit for bit the processor that transformers selects in this environment; `provenance` records it.
+        Images are converted to RGB first.
 
         Args:
             images: one PIL image or a sequence of them.
@@ -179,7 +178,7 @@ class Encoder:
         Raises:
             TypeError: anything but PIL images.
             ValueError: this environment cannot run the processor (DINOv3's needs torchvision, and leaves the k/255
-                grid), or it cannot be split exactly.
+                grid), or cannot split it exactly.
 
         Example:
             >>> from PIL import Image
@@ -191,11 +190,11 @@ class Encoder:
         return self._network.preprocessor(images)
 
     def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
-        """Return class scores s(x) before the softmax, (B, num_classes).
+        """Return class scores s(x) before the softmax, (B, num_classes), for one forward pass.
 
-        Without `labels`, the scores of the checkpoint's own head, named by `label_names`. With `labels`, zero-shot:
-        s = scale · cos(image embedding, text embedding of "a photo of a {label}.") + bias, for CLIP and SigLIP; the
-        text encoder is loaded for it once per list of labels. Costs one forward pass.
+        Without `labels`, they are the scores of the checkpoint's own head, named by `label_names`. With `labels`,
+        zero-shot: s = scale · cos(image embedding, text embedding of "a photo of a {label}.") + bias, for CLIP and
+        SigLIP; the text encoder is loaded once per list of labels.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1].
@@ -235,13 +234,13 @@ class Encoder:
         return self._network(pixels, "logits")
 
     def double(self) -> Encoder:
-        """Return the same function in float64, made once. Weights are kept exactly, every operation has 53 bits."""
+        """Return the same function in float64, made once and with exactly the same weights."""
         if self.dtype != torch.float64 and self._twin is None:
             self._twin = self.in_dtype(torch.float64)
         return self._twin or self
 
     def in_dtype(self, dtype: torch.dtype) -> Encoder:
-        """Return the same function in another floating-point type, a copy with weights of its own.
+        """Return the same function in another floating-point type, with weights of its own.
 
         Args:
             dtype: of weights and embeddings.
@@ -253,10 +252,10 @@ class Encoder:
         return Encoder(self._checkpoint, network, readout=self.readout, normalize=self.normalize)
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
-        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image, (B,), float64: what rounding does to the embedding.
+        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: the effect of rounding on the embedding.
 
-        f₆₄ is the float64 twin at the same pixels. No embedding error below this means anything. One image at a time;
-        costs one forward pass in the encoder's dtype and one in float64 each. 0 for a float64 encoder.
+        f₆₄ is the float64 twin at the same pixels. Embedding errors below this are meaningless. One image at a time;
+        the cost is one forward pass in the encoder's dtype and one in float64 each. 0 for a float64 encoder.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1].
@@ -275,7 +274,7 @@ class Encoder:
         return embedding_noise(self, self.double(), pixels.to(self.dtype))
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
-        """Return which left vectors u of J = ∂f/∂x have uᵀJ in closed form, by the last LayerNorm and what follows it.
+        """Return the left vectors u of J = ∂f/∂x with uᵀJ in closed form, from the last LayerNorm onwards.
 
         Args:
             image: (3, H, W), in [0, 1].
@@ -292,11 +291,11 @@ class Encoder:
 
     @property
     def patch_weight(self) -> Tensor | None:
-        """Weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without."""
+        """Weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without one."""
         return patch_weight(self._network.loaded.model, self._network.std)
 
     def jvp_probe(self) -> bool:
-        """Try one Jacobian-vector product on a grey image; the answer is kept.
+        """Compute one Jacobian-vector product on a grey image, once.
 
         Returns:
             True: `torch.func.jvp` works on this encoder and is finite.
@@ -312,9 +311,9 @@ class Encoder:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What every row records of the encoder; `processor` and `versions` are JSON objects in a string.
+        """Record of the encoder for every row; `processor` and `versions` are JSON objects in a string.
 
-        Of a local folder the name is recorded, not the path: with the digest of the weights it says which model it was.
+        A local folder is recorded by its name, not its path; the digest of the weights identifies it.
         """
         return {
             "model_id": self._checkpoint.name,
@@ -324,34 +323,19 @@ class Encoder:
         }
 
     def __repr__(self) -> str:
-        """Name the checkpoint, the map it is and where it runs."""
+        """State the checkpoint, the map and the device in one line."""
         size, dtype = "×".join(map(str, self.input_shape)), str(self.dtype).removeprefix("torch.")
         readout = repr(self.readout) + (", normalize=True" if self.normalize else "")
         what = f"{self.model_id!r} @ {self.revision[:14]}: {size} -> {self.embedding_dim}"
         return f"Encoder({what}, readout={readout}, {dtype} on {self.device})"
 
 
-# The checkpoint that a run directory was made with.
-
-
 def load_recorded(
     settings: dict[str, Any], model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
 ) -> Encoder:
-    """Load the model of a run at its recorded revision, with its readout and dtype.
-
-    Args:
-        settings: of the run, as in `run.json`.
-        model: where the checkpoint is, if the recorded name does not find it (a local folder's path is not recorded).
-        device: where to compute; by default CUDA if there is one.
-        cache_dir: the Hub's cache.
-        local_files_only: never ask the Hub.
-
-    Returns:
-        The encoder; whether a named `model` is the recorded one is for the caller to check.
-
-    Raises:
-        ValueError: the run used a local checkpoint that is not in the current folder.
-    """
+    """Load the model of a run at its recorded revision, with its readout and dtype."""
+    # `model` locates the checkpoint if the recorded name does not, since the path of a local folder is not recorded.
+    # The caller checks that it is the recorded one.
     name, revision = settings["model_id"], settings["model_revision"]
     local = str(revision).startswith("sha256:") and name != "builtin"
     if model is None and local:

@@ -8,24 +8,21 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from hf_equiv.models.checkpoint import Checkpoint, HubFiles, no_safetensors, quiet, shard_names, weight_files
-
-# Absent from a checkpoint these may be: masked image modelling only, or named by a readout that is then refused.
-_OPTIONAL = ("mask_token", "pooler", "classifier", "cls_classifier", "distillation_classifier", "text_model")
-
+from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+# Weights that may be missing: those of masked image modelling, and of readouts that are then refused.
+_OPTIONAL = ("mask_token", "pooler", "text_model", *_HEADS)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """One model in eval mode with frozen parameters, and what its checkpoint held.
+    """One model in eval mode with frozen parameters.
 
     Attributes:
-        model: the whole model, with its classification head where the checkpoint has one.
+        model: the whole model, with its classification head if the checkpoint has one.
         backbone: the part that maps normalised pixels to hidden states.
         projection: CLIP's linear map from the pooled vision state to the image embedding; None if there is none.
         attention: "sdpa" or "eager".
@@ -56,14 +53,12 @@ class LoadedModel:
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
-    """Load the one model of `checkpoint` in `dtype`, frozen and in eval mode, on the CPU; refuse what is not whole."""
+    """Load the one model of `checkpoint` in `dtype`, frozen, in eval mode, on the CPU; refuse an incomplete one."""
     config = _read_config(checkpoint)
     model_class = _choose_class(config, checkpoint)
-    if checkpoint.hub is not None:
-        _fetch_weights(checkpoint.hub, checkpoint.model_id)
-    weight_files(checkpoint.folder, checkpoint.model_id)
+    checkpoint.weights()
     if config.model_type == "vit_mae":
-        config.mask_ratio = 0.0  # its embeddings drop a random 75 % of the patches otherwise
+        config.mask_ratio = 0.0  # its embeddings otherwise drop a random 75 % of the patches
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
     with quiet(), torch.random.fork_rng(devices=[]):
         try:
@@ -101,27 +96,14 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
             if isinstance(part, torch.nn.Module) and not isinstance(part, _PerImage):
                 setattr(owner, name, _PerImage(part))
     projection = getattr(model, "visual_projection", None)
-    if two_tower:  # the text encoder is loaded again when labels ask for it
+    if two_tower:  # labels load the text encoder when they need it
         model = backbone
     return LoadedModel(model, backbone, projection, attention, head, "pooler" not in parts, two_tower)
 
 
-def _fetch_weights(hub: HubFiles, model_id: str) -> None:
-    if hub.try_fetch("model.safetensors") is None:
-        index = hub.try_fetch("model.safetensors.index.json")
-        if index is None:
-            try:
-                hub.fetch("model.safetensors")  # again, to tell "not there" from "not cached and no network"
-            except RemoteEntryNotFoundError as error:
-                raise no_safetensors(model_id, hub.other_weights()) from error
-            return
-        for shard in shard_names(index):
-            hub.fetch(shard)
-
-
 def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    if checkpoint.trust_remote_code and checkpoint.hub is not None:
-        checkpoint.hub.fetch_matching((".py",))
+    if checkpoint.trust_remote_code:
+        checkpoint.fetch_matching((".py",))
     with quiet():
         try:
             return AutoConfig.from_pretrained(
@@ -134,8 +116,8 @@ def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 class _PerImage(torch.nn.Module):
     """Apply a head to one image at a time on the CPU.
 
-    A head sees one row per image. The BLAS multiplies a single row by another routine than several, and the two round
-    differently, so that an embedding would depend on whether its image came alone.
+    A head sees one row per image. BLAS multiplies a single row by another routine than several, and the two round
+    differently, so an embedding would depend on the size of its batch.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -170,7 +152,7 @@ def _choose_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
 def _backbone(model: PreTrainedModel) -> PreTrainedModel:
     for name in (model.base_model_prefix, "vision_model"):
         inner = getattr(model, name, None) if name else None
-        # DINOv3 calls its encoder "model" and its prefix too: that encoder alone takes no pixels.
+        # DINOv3 calls its encoder "model", like its prefix; that encoder alone takes no pixels.
         if isinstance(inner, PreTrainedModel) and (_is_classifier(model) or name == "vision_model"):
             return inner
     return model
@@ -192,7 +174,7 @@ def _not_an_image_encoder(checkpoint: Checkpoint, config: PreTrainedConfig) -> V
 
 
 def _load_error(error: Exception, checkpoint: Checkpoint) -> Exception:
-    """Turn what transformers and safetensors raise into one line with the cure."""
+    """Turn an error of transformers or safetensors into one line with the cure."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return ValueError(
@@ -217,7 +199,7 @@ def _load_error(error: Exception, checkpoint: Checkpoint) -> Exception:
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """Return the device that `device` names: None is CUDA if there is one, else the CPU."""
+    """Return the device named by `device`; None is CUDA if there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

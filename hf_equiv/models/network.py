@@ -1,4 +1,4 @@
-"""The network of a checkpoint as a map of raw pixels: normalisation inside, every readout, float32 that is float32."""
+"""Map raw pixels through the network of a checkpoint: normalisation inside, every readout, true float32."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
 class Network:
     """(x, readout) → z = readout(model((x − mean) / std)) for x (B, 3, H, W) in [0, 1], in one dtype on one device.
 
-    What makes of a model a function that can be analysed: an embedding does not depend on the batch, TF32 and autocast
-    are off, and float64 and forward mode use the attention kernel that has them.
+    It makes a model a function that can be analysed: an embedding does not depend on the batch, TF32 and autocast are
+    off, and float64 and forward mode use an attention kernel that supports them.
 
     Attributes:
         loaded: the model, frozen and in eval mode.
-        preprocessor: the checkpoint's image processor, whose `mean` and `std` these are.
+        preprocessor: the checkpoint's image processor, which has this `mean` and `std`.
         dtype: floating-point type of weights and embeddings.
         mean: per-channel mean, (1, 3, 1, 1).
         std: per-channel standard deviation, (1, 3, 1, 1).
-        layout: its readouts and where they are, found on a grey image.
+        layout: its readouts and their places, found on a grey image.
         grey: mid-grey (1, 3, H, W) of the size that the checkpoint's image processor makes.
     """
 
@@ -53,8 +53,8 @@ class Network:
     def __call__(self, pixels: Tensor, readout: str) -> Tensor:
         """Return the embeddings (B, D) of checked pixels (B, 3, H, W), differentiable in them."""
         exact = self.dtype == torch.float64
-        # All products but those of float32 round by their number of rows on the CPU: one image at a time, so that an
-        # embedding does not depend on the batch.
+        # On a CPU, products of all types but float32 round by their number of rows: embed one image at a time, so that
+        # an embedding does not depend on the batch.
         alone = self.dtype != torch.float32 or self.layout.alone
         if pixels.shape[0] > 1 and pixels.device.type == "cpu" and alone:
             return torch.cat([self(one, readout) for one in pixels.split(1)])
@@ -78,7 +78,7 @@ class Network:
 
     @property
     def record(self) -> dict[str, str]:
-        """What decides about the last digits: type, attention kernel, image processor, versions."""
+        """Facts that decide the last digits: type, attention kernel, image processor, versions."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.loaded.attention,
@@ -87,7 +87,7 @@ class Network:
         }
 
     def in_dtype(self, dtype: torch.dtype) -> Network:
-        """Return the same map in another type. In float64 weights are kept exactly, every operation has 53 bits."""
+        """Return the same map in another type; float64 keeps the weights exactly."""
         return Network(self.loaded.in_dtype(dtype), self.preprocessor, dtype, self.grey.device)
 
     def _interpolates(self, pixels: Tensor) -> bool:

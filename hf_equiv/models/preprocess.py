@@ -1,8 +1,8 @@
-"""From a PIL image to pixels in [0, 1], as the checkpoint's own image processor does it, and the normalisation after.
+"""Turn PIL images into pixels in [0, 1] with the checkpoint's own image processor, and normalise them.
 
-The processor is split in two: its resize and crop run as they are (on 8-bit values, not differentiable); its
-(x − mean) / std is computed here, differentiably, so that the encoder is a function of pixels in [0, 1]. On a probe
-image the two halves must give exactly what the whole processor gives, or `preprocess` refuses.
+The processor is split in two. Its resize and crop run unchanged, on 8-bit values and not differentiable; its (x − mean)
+/ std is computed here, differentiably, so that the encoder is a function of pixels in [0, 1]. On probe images the two
+halves must reproduce the whole processor exactly, or `preprocess` refuses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
+from hf_equiv.formatting import excerpt
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _FILE = "preprocessor_config.json"
-
-
 _CURE = "Pass pixels (B, 3, H, W) in [0, 1] to the encoder."
-
-
 _OFF_GRID = "DINOv3ViTImageProcessor"  # torchvision only; it rescales before it resizes, so its pixels are not k/255
-
-
 _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
 
 
@@ -41,7 +35,7 @@ class Preprocessor:
         mean: per-channel mean that the model expects to be subtracted, in units of pixels in [0, 1].
         std: per-channel standard deviation that it expects to be divided by.
         size: (H, W) of every preprocessed image; None if this environment cannot preprocess.
-        refusal: why `preprocess` cannot be done; empty if it can.
+        refusal: reason why `preprocess` is impossible; empty if it works.
         record: the processor's settings and backend as one JSON string.
         processor: the transformers image processor; None if it cannot be built here.
     """
@@ -54,7 +48,7 @@ class Preprocessor:
     processor: Any = None
 
     def __call__(self, images: Sequence[Image.Image] | Image.Image) -> Tensor:
-        """Return (B, 3, H, W) float32 pixels k/255 of the images."""
+        """Return the pixels k/255 of the images, (B, 3, H, W) float32."""
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, Sequence) and not images:
@@ -70,14 +64,7 @@ class Preprocessor:
 
 
 def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
-    """Read the image processor of `checkpoint`, build it as transformers does here, and check the split.
-
-    A FileNotFoundError names the file of a checkpoint that has no image processor: its normalisation is unknown. A
-    ValueError says that the file is damaged, or that it does not normalise per channel of pixels in [0, 1].
-
-    Returns:
-        The processor, with `refusal` set where `preprocess` cannot be done here.
-    """
+    """Read the image processor of `checkpoint`, build it as transformers does here, and check the split."""
     settings = _read_settings(checkpoint)
     name = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
     processor, refusal = None, ""
@@ -99,10 +86,9 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
                     "(B, 3, H, W) in [0, 1] to the encoder."
                 )
             else:
-                text = " ".join(str(error).split())[:160]
                 refusal = (
                     f"`preprocess` must run the checkpoint's own image processor; {name or _FILE} cannot be built here "
-                    f"({text}). {_CURE}"
+                    f"({excerpt(error)}). {_CURE}"
                 )
         mean, std = _normalisation(processor, settings, checkpoint)
         size = None
@@ -114,7 +100,7 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return (x − mean) / std with mean and std of shape (1, 3, 1, 1): what the image processor ends with."""
+    """Return (x − mean) / std with mean and std of shape (1, 3, 1, 1), the last step of the image processor."""
     return (pixels - mean) / std
 
 
@@ -135,14 +121,11 @@ def _run(processor: Any, image: Image.Image, **kwargs: Any) -> Any:
 def _check_split(
     processor: Any, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> tuple[tuple[int, int] | None, str]:
-    """Return the output size and "", or None and why `preprocess` must refuse."""
+    """Return the output size and "", or None and the reason to refuse."""
     kind = type(processor).__name__
     if not processor.do_rescale or abs(processor.rescale_factor - 1 / 255) > 1e-12:
         factor = processor.rescale_factor if processor.do_rescale else 1
-        return (
-            None,
-            f"the rescale factor of {kind} must be 1/255, so that pixels lie in [0, 1]; got {factor:.6g}. {_CURE}",
-        )
+        return None, f"the rescale factor of {kind} must be 1/255, for pixels in [0, 1]; got {factor:.6g}. {_CURE}"
     generator = np.random.default_rng(0)
     sizes = set()
     for width, height in ((61, 43), (37, 59)):
@@ -151,11 +134,8 @@ def _check_split(
             pixels = _to_pixels(processor, probe)
             whole = torch.as_tensor(np.asarray(_run(processor, probe)))
         except Exception as error:
-            text = " ".join(str(error).split())[:160]
-            return (
-                None,
-                f"`preprocess` must split {kind} into 8-bit resizing and normalisation; it cannot ({text}). {_CURE}",
-            )
+            told = f"`preprocess` must split {kind} into 8-bit resizing and normalisation; it cannot "
+            return None, f"{told}({excerpt(error)}). {_CURE}"
         if pixels.ndim != 3 or pixels.shape[0] != 3 or whole.shape != pixels.shape:
             return None, f"`preprocess` must get one image (3, H, W) from {kind}; got {tuple(whole.shape)}. {_CURE}"
         ours = normalise(pixels, _column(mean), _column(std))[0]
@@ -197,10 +177,8 @@ def _normalisation(
 
 def _read_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     for name in ("processor_config.json", _FILE):
-        path: Path | None = checkpoint.folder / name
-        if checkpoint.hub is not None:
-            path = checkpoint.hub.try_fetch(name)
-        if path is None or not path.is_file():
+        path = checkpoint.find(name)
+        if path is None:
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -209,8 +187,7 @@ def _read_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         if name == _FILE:
             return dict(content)
         if isinstance(content.get("image_processor"), dict):
-            if checkpoint.hub is not None:
-                checkpoint.hub.try_fetch(_FILE)
+            checkpoint.find(_FILE)  # transformers reads both
             return dict(content["image_processor"])
     raise FileNotFoundError(
         f"'{checkpoint.model_id}' must hold {_FILE}: without it the mean and standard deviation that the model expects "

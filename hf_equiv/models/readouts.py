@@ -1,10 +1,10 @@
-"""Readouts: which vector of a vision model is called its embedding.
+"""Read out the embedding of a vision model: name, place and availability of each readout.
 
 | readout | embedding z of one image |
 | --- | --- |
 | `cls` | the class token of the last hidden state, R^D |
 | `mean` | the mean over patch tokens (without class, distillation and register tokens), or over all positions |
-| `pooler` | the model's own pooled output, R^D, only where every weight of it is in the checkpoint |
+| `pooler` | the model's own pooled output, R^D, only if every weight of it is in the checkpoint |
 | `projection` | the image embedding of CLIP and SigLIP, before normalisation |
 | `tokens` | the whole last hidden state, flattened: R^{T·D} |
 | `logits` | the scores of the classification head, before the softmax |
@@ -24,34 +24,23 @@ from torch import Tensor
 
 from hf_equiv.models.loading import LoadedModel
 
-# Tokens before the patches. None: count them from the shape, as for models not listed.
+# Tokens before the patches; for models not listed they are counted from the shape.
 _CLASS_TOKEN = {
-    "vit": 1,
+    **dict.fromkeys(("vit", "beit", "data2vec-vision", "dinov2", "clip_vision_model", "vit_mae", "vit_msn"), 1),
+    **dict.fromkeys(("siglip_vision_model", "swin", "swinv2", "ijepa"), 0),
     "deit": 2,  # class, distillation
-    "beit": 1,
-    "data2vec-vision": 1,
-    "dinov2": 1,
-    "dinov2_with_registers": None,
-    "dinov3_vit": None,
-    "dinov3_convnext": 1,  # the pooled map is put before the positions
-    "clip_vision_model": 1,
-    "siglip_vision_model": 0,
-    "swin": 0,
-    "swinv2": 0,
-    "vit_mae": 1,
-    "vit_msn": 1,
-    "ijepa": 0,
+    "dinov3_convnext": 1,  # the pooled map comes before the positions
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What one forward pass of a checkpoint yields, found on a probe image.
+    """Outputs of one forward pass of a checkpoint, found on a probe image.
 
     Attributes:
         prefix: number of tokens before the patch tokens; the first of them is the class token.
-        patch: side of the square patches that make the tokens after the prefix; None for other models.
-        alone: whether images must be embedded one at a time on the CPU for their bits not to depend on the batch.
+        patch: side of the square patches behind the tokens after the prefix; None for other models.
+        alone: whether images must be embedded one at a time on the CPU so that their bits do not depend on the batch.
         num_hidden: length of `hidden_states`.
         available: the readouts of this checkpoint.
     """
@@ -86,23 +75,15 @@ def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tup
     if loaded.two_tower or loaded.projection is not None:
         available.append("projection")
     available += [f"hidden:{k}" for k in range(len(hidden))]
-    # Measured on the CPU: float32 matrix products of 16 rows an image and more round the same for any number of images,
-    # those of few rows do not; nor does the activation of half a tensor in DINOv2's SwiGLU.
+    # Measured on the CPU: float32 matrix products with 16 or more rows an image round the same in every batch; those
+    # with fewer rows do not, nor does the activation of half a tensor in DINOv2's SwiGLU.
     rows = min(state[0].numel() // state.shape[1 if state.ndim == 4 else -1] for state in (last, *hidden))
     alone = rows < 16 or bool(getattr(loaded.backbone.config, "use_swiglu_ffn", False))
     return Layout(prefix, patch, alone, len(hidden), tuple(available))
 
 
 def resolve_readout(readout: str, layout: Layout, model_id: str) -> str:
-    """Return the available readout that `readout` means ("auto", negative K), or say which there are.
-
-    Returns:
-        One of `layout.available`.
-
-    Raises:
-        TypeError: `readout` is no string.
-        ValueError: there is no such readout, or this checkpoint lacks it.
-    """
+    """Return the available readout that `readout` names ("auto" and negative K included), or refuse it."""
     if not isinstance(readout, str):
         raise TypeError(f"`readout` must be a string; got {type(readout).__name__}. Use readout='auto'.")
     default = next(name for name in ("projection", "pooler", "cls", "mean") if name in layout.available)
@@ -137,37 +118,33 @@ def embed(loaded: LoadedModel, layout: Layout, readout: str, pixel_values: Tenso
     deep = readout.startswith("hidden:")
     outputs = run(loaded.backbone, pixel_values, interpolate, output_hidden_states=deep)
     if readout == "pooler":
-        return outputs.pooler_output.flatten(1)  # of some convolutional networks (B, D, 1, 1)
+        return outputs.pooler_output.flatten(1)  # some convolutional networks give (B, D, 1, 1)
     if readout == "projection":
         pooled = outputs.pooler_output
         return pooled if loaded.projection is None else loaded.projection(pooled)
     if deep:
         state = outputs.hidden_states[int(readout.partition(":")[2])]
-        return _first(state) if layout.prefix and state.ndim == 3 else _mean(state, 0)
+        return state[:, 0] if layout.prefix and state.ndim == 3 else _mean(state, 0)
     state = outputs.last_hidden_state
     if readout == "cls":
-        return _first(state)
+        return state[:, 0]
     if readout == "mean":
         return _mean(state, layout.prefix)
     return state.flatten(1)  # tokens: (B, T, D) -> (B, T·D)
 
 
 def run(model: Any, pixel_values: Tensor, interpolate: bool, output_hidden_states: bool = False) -> Any:
-    """Call a transformers vision model; ask it to interpolate positions only when the size is not its own."""
+    """Call a transformers vision model; let it interpolate positions only if the size is not its own."""
     kwargs: dict[str, Any] = {"return_dict": True}
     if interpolate and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         kwargs["interpolate_pos_encoding"] = True
     if output_hidden_states:
         kwargs["output_hidden_states"] = True
-    if model.config.model_type == "vit_mae":  # it sorts its patches by a random number each: keep them in order
+    if model.config.model_type == "vit_mae":  # it sorts its patches by random numbers; keep their order
         patches = model.embeddings.patch_embeddings.projection.kernel_size
         count = (pixel_values.shape[2] // patches[0]) * (pixel_values.shape[3] // patches[1])
         kwargs["noise"] = torch.arange(float(count), device=pixel_values.device).expand(pixel_values.shape[0], -1)
     return model(pixel_values, **kwargs)
-
-
-def _first(state: Tensor) -> Tensor:
-    return state[:, 0]
 
 
 def _mean(state: Tensor, prefix: int) -> Tensor:
@@ -203,7 +180,7 @@ def probe(loaded: LoadedModel, pixel_values: Tensor, interpolate: bool) -> Mappi
 
 
 def native_size(loaded: LoadedModel) -> tuple[int, int] | None:
-    """Return the (H, W) the position embeddings were made for; None if the configuration names none."""
+    """Return the (H, W) of the position embeddings; None if the configuration does not state it."""
     size = getattr(loaded.backbone.config, "image_size", None)
     if isinstance(size, int):
         return size, size
@@ -215,11 +192,7 @@ def native_size(loaded: LoadedModel) -> tuple[int, int] | None:
 def check_size(
     loaded: LoadedModel, layout: Layout, size: tuple[int, int], native: tuple[int, ...], like: Tensor
 ) -> None:
-    """Require an image size (H, W) that the model takes, found by one forward pass of a zero image.
-
-    Raises:
-        ValueError: the size is no multiple of the patch, or the model cannot interpolate its positions to it.
-    """
+    """Require an image size (H, W) that the model takes, by one forward pass of a zero image."""
     got, made_for = f"{size[0]}×{size[1]}", f"{native[0]}×{native[1]}"
     patch = layout.patch
     if patch and size != native and (size[0] % patch or size[1] % patch):
@@ -237,12 +210,7 @@ def check_size(
 
 
 def check_pixels(pixels: Tensor, device: torch.device) -> None:
-    """Require a float tensor (B, 3, H, W) on `device`.
-
-    Raises:
-        TypeError: it is no float tensor.
-        ValueError: its shape or device does not fit.
-    """
+    """Require a float tensor (B, 3, H, W) on `device`."""
     if not isinstance(pixels, Tensor):
         raise TypeError(f"`pixels` must be a torch.Tensor; got {type(pixels).__name__}. Use `encoder.preprocess(...)`.")
     if pixels.ndim != 4 or pixels.shape[1] != 3:

@@ -1,8 +1,9 @@
-"""What the layers of a model say about its Jacobian beforehand: the last LayerNorm, and what follows it."""
+"""Derive properties of the Jacobian from the layers of a model: its last LayerNorm and the layers after it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,15 @@ Encoding = Callable[[Tensor], Tensor]
 
 
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
-    """The LayerNorm through whose output alone f(x) depends on the pixels; None where there is none.
-
-    Found, not looked up: the last LayerNorm of the graph of z is cut out of it, and then z must no longer depend on x.
-    A hidden state before the last LayerNorm fails that, by its residual connection. Cost: two forwards and a VJP.
-
-    Returns:
-        The module, for `left_relations`; the answer holds for every image.
-    """
+    """Return the LayerNorm that all dependence of f(x) on the pixels passes; None if there is none."""
+    # The last LayerNorm in the graph of z is tested: with its output detached, z must no longer depend on x. A hidden
+    # state before the last LayerNorm fails, by its residual connection.
     seen: dict[nn.Module, Tensor] = {}
 
     def record(module: nn.Module, _: object, output: Tensor) -> None:
         seen[module] = output
 
-    with _Hooks(model, record):
+    with _hooked(model, record):
         z, _ = _graph(f, image)
     used = torch.autograd.grad(z[0].sum(), list(seen.values()), allow_unused=True) if seen else ()
     last = [module for module, gradient in zip(seen, used, strict=True) if gradient is not None]
@@ -36,24 +32,23 @@ def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | 
     def cut(module: nn.Module, _: object, output: Tensor) -> Tensor | None:
         return output.detach() if module is last[-1] else None
 
-    with _Hooks(model, cut):
+    with _hooked(model, cut):
         z, x = _graph(f, image)
     bypassed = z.requires_grad and torch.autograd.grad(z[0].sum(), x, allow_unused=True)[0] is not None
     return None if bypassed else last[-1]
 
 
 def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRelation, ...]:
-    """The left vectors u with uᵀJ known in closed form, from z = T(y), y = γ (h − mean h)/√(var h + ε) + β.
+    """Return the left vectors u with uᵀJ in closed form, from z = T(y), y = γ (h − mean h)/√(var h + ε) + β.
 
-    y is the output of the last LayerNorm of `model`; without one through which all of f passes there are no relations.
-
-    With n = the unit vector along (h − mean h), κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
+    y is the output of the last LayerNorm of `model`; without one that all of f passes there are no relations. With n =
+    the unit vector along (h − mean h), κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
 
     * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
     * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
     * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns; "unit norm": Wᵀu = 0 along z.
 
-    Where T averages several tokens alike only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
+    If T averages several tokens alike, only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
 
     Returns:
         The relations that hold, exact ones first.
@@ -70,7 +65,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
         if module is norm:
             kept.append((inputs[0], output))
 
-    with _Hooks(norm, record):
+    with _hooked(norm, record):
         z, x = _graph(f, image)
     h, y = kept[-1]
     gamma, d = getattr(norm, "weight", None), h.shape[-1]
@@ -115,7 +110,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
 
 
 def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:
-    """The weight (D, 3, p, p) of the patch embedding per pixel in [0, 1]; None where no stride-p convolution is one."""
+    """Return the patch embedding (D, 3, p, p) per pixel in [0, 1]; None without a stride-p convolution."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             alone = module.kernel_size == module.stride and module.padding in ((0, 0), "valid") and module.groups == 1
@@ -126,11 +121,7 @@ def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:
 
 
 def _tail(z: Tensor, y: Tensor) -> tuple[Tensor | None, int | None]:
-    """∂z/∂y at the token that z reads, and the token.
-
-    Returns:
-        W (D, d) and the token; the token is None if z reads several alike, both if it reads several differently.
-    """
+    """Return W = ∂z/∂y (D, d) at the token that z reads, and the token; no token if z averages several alike."""
     generator = torch.Generator().manual_seed(0)
     d = y.shape[-1]
     probes = torch.randn(2, z.numel(), generator=generator).to(z)
@@ -159,16 +150,13 @@ def _graph(f: Encoding, image: Tensor) -> tuple[Tensor, Tensor]:
         return f(x), x
 
 
-class _Hooks:
-    """Forward hooks on every LayerNorm inside a module, removed on exit."""
-
-    def __init__(self, model: nn.Module, hook: Callable[..., Tensor | None]) -> None:
-        self._modules = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
-        self._hook = hook
-
-    def __enter__(self) -> None:
-        self._handles = [module.register_forward_hook(self._hook) for module in self._modules]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+@contextmanager
+def _hooked(model: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Call a forward hook on every LayerNorm inside a module."""
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
+    handles = [norm.register_forward_hook(hook) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Zero-shot labels: the text encoder of a CLIP or SigLIP checkpoint, loaded when labels ask for it."""
+"""Classify with zero-shot labels: embed them with the text encoder of a CLIP or SigLIP checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from hf_equiv.formatting import excerpt
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 PROMPT = "a photo of a {label}."
-"""The sentence each label is put into (Radford et al. 2021, arXiv:2103.00020, §3.1.4)."""
+"""Sentence around each label (Radford et al. 2021, arXiv:2103.00020, §3.1.4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class LabelEmbeddings:
     Attributes:
         features: (L, D), each row of norm 1.
         scale: factor on the cosine similarity.
-        bias: added after it; 0 for CLIP.
+        bias: added to the product; 0 for CLIP.
     """
 
     features: Tensor
@@ -39,31 +40,21 @@ class LabelEmbeddings:
 def embed_labels(
     checkpoint: Checkpoint, labels: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> LabelEmbeddings:
-    """Embed `labels`, each put into `PROMPT`, with the text encoder of `checkpoint`.
-
-    Returns:
-        Their unit embeddings, in `dtype` on `device`, with the logit scale and bias.
-
-    Raises:
-        TypeError: `labels` is one string, or holds something else than strings.
-        ValueError: `labels` is empty, or holds an empty label.
-        OSError: the checkpoint has no tokenizer that can be loaded here, or one that knows none of the words.
-    """
+    """Embed `labels`, each put into `PROMPT`, with the text encoder of `checkpoint`."""
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise TypeError("`labels` must be a sequence of strings; got something else. Pass ['cat', 'dog'].")
     if not labels or not all(label.strip() for label in labels):
         raise ValueError(f"`labels` must hold at least one label and no empty one; got {list(labels)!r}.")
-    checkpoint.fetch_tokenizer()
+    checkpoint.fetch_matching((".json", ".txt", ".model"))  # of the tokenizer
     with quiet(), torch.random.fork_rng(devices=[]):
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            text = " ".join(str(error).split())[:160]
             raise OSError(
                 f"`labels` must be tokenised, and '{checkpoint.model_id}' has no tokenizer that can be loaded here "
-                f"({text}). Copy the tokenizer's files beside its config.json."
+                f"({excerpt(error)}). Copy the tokenizer's files beside its config.json."
             ) from error
         _check_known(tokenizer, labels, checkpoint.model_id)
         model = AutoModel.from_pretrained(
@@ -88,7 +79,7 @@ def embed_labels(
 
 
 def _check_known(tokenizer: Any, labels: Sequence[str], model_id: str) -> None:
-    """Refuse labels without one known token: of a folder without its files, transformers makes an empty tokenizer."""
+    """Refuse labels without one known token: transformers makes an empty tokenizer if the files are missing."""
     unknown = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
     for label, tokens in zip(labels, tokenizer(list(labels), add_special_tokens=False)["input_ids"], strict=True):
         if unknown.issuperset(tokens):

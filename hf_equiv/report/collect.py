@@ -1,4 +1,4 @@
-"""The run directories a report is made from: found, read, and grouped by checkpoint."""
+"""Find the run directories of a report, read them, group them by checkpoint, and load the models."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
-_SETTINGS = ("model_id", "model_revision", "readout", "normalize", "dtype", "data_id", "data_revision", "seed")
-
-
+_ENCODER = ("model_id", "model_revision", "readout", "normalize", "dtype")
+_SETTINGS = (*_ENCODER, "data_id", "data_revision", "seed")
 _OWN_SETTINGS = {
     "match": ("solver", "radius", "norm", "rtol", "max_evals", "refine"),
     "spectrum": (),
     "lipschitz": ("regional",),
     "walk": ("heading", "rtol"),
 }
-"""What a report reads of the settings."""
+"""Settings that a report reads, by verb."""
+
+_FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # of a model that cannot be loaded; the rest is a bug
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Run:
     """One run directory, its rows without images.
 
     Attributes:
-        name: what the report calls it; never an absolute path.
+        name: name in the report; never an absolute path.
         folder: where it is.
         record: its `run.json`.
         layout: folder and columns of the rows.
-        rows: in the order of the list in the record; those of status `error` included, those of changed files left out.
-        changed: files of rows and float images that are missing, or are not as the record states (SHA-256): nothing is
-            read from them.
+        rows: rows in the order of the record's list, with those of status `error`, without those of changed files.
+        changed: files of rows and float images that are missing or differ from the record (SHA-256); nothing is read
+            from them.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Run:
 
     @property
     def listed(self) -> int:
-        """Pairs or images that the run is to have."""
+        """Pairs or images that the finished run has."""
         return len(self.record[self.layout.listed])
 
     @property
@@ -80,8 +81,22 @@ class Run:
 
     @property
     def left_out(self) -> int:
-        """Pairs or images that count nowhere, since the file of their rows is not as recorded."""
+        """Pairs or images left out because the file of their rows is not as recorded."""
         return self.listed - self.there if self.changed else 0
+
+    @property
+    def item(self) -> str:
+        """The noun for one entry of the list: pair or image."""
+        return "pair" if self.layout.listed == "pairs" else "image"
+
+    @property
+    def left_out_note(self) -> str:
+        """What a report leaves out of a run with changed files."""
+        if not self.rows:
+            return f"the run is left out of every number: none of its {self.listed} {self.item}s is as recorded"
+        if self.left_out:
+            return f"{self.left_out} of {self.listed} {self.item}s are left out of every number"
+        return f"nothing is read from {'it' if len(self.changed) == 1 else 'them'}"
 
     @property
     def partial(self) -> bool:
@@ -91,15 +106,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One encoder, as a map from pixels to embeddings, and everything that was run on it.
+    """One encoder, as a map from pixels to embeddings, and its runs.
 
     Attributes:
         title: model id; with readout or revision where another checkpoint of the report has the same id.
         model_id: Hub id, folder name or `builtin`.
         revision: commit, or SHA-256 of the weights.
-        readout: which output is the embedding.
+        readout: the output that is the embedding.
         normalize: whether embeddings are scaled to length 1.
-        dtype: that the numbers are stated in, float32 or float64.
+        dtype: float32 or float64.
         runs: match runs first.
     """
 
@@ -112,40 +127,34 @@ class Checkpoint:
     runs: tuple[Run, ...]
 
     def of(self, analysis: str) -> tuple[Run, ...]:
-        """The runs of one verb."""
+        """Return the runs of one verb."""
         return tuple(run for run in self.runs if run.analysis == analysis)
 
     @property
     def matches(self) -> tuple[Run, ...]:
         """Match runs with at least one match: without a ball first, then by falling radius, then by falling size."""
-        usable = [run for run in self.of(MATCH.analysis) if run.good]
 
         def order(run: Run) -> tuple[bool, float, int, str]:
             radius = run.settings["radius"]
             return radius is not None, -(radius or 0.0), -len(run.good), run.name
 
-        return tuple(sorted(usable, key=order))
-
-    @property
-    def settings(self) -> Row:
-        """The settings of the first run: what the encoder is loaded by."""
-        return (self.matches or self.runs)[0].settings
+        return tuple(sorted((run for run in self.of(MATCH.analysis) if run.good), key=order))
 
 
 def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
-    """Read every run directory in some folders, each once.
+    """Read every run directory in some folders once.
 
-    A folder with a `run.json` is a run, and so are those in its `runs/` (a published dataset); of another folder all
-    run directories at any depth are taken.
+    A folder with a `run.json` is a run, and so are those in its `runs/` (a published dataset). In any other folder all
+    run directories at any depth are read.
 
     Args:
-        paths: (what to call it, folder).
+        paths: (name in the report, folder).
 
     Returns:
         The runs, in the order of the folders, sorted inside each.
 
     Raises:
-        ValueError: no run in a folder, a damaged one, or one that was written by a newer version.
+        ValueError: a folder without a run, with a damaged one, or with one that was written by a newer version.
     """
     found: dict[Path, Run] = {}
     for name, folder in paths:
@@ -166,24 +175,11 @@ def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
         for place in inside:
             below = place.relative_to(folder).as_posix()
             if place.resolve() not in found:
-                found[place.resolve()] = read_run(place, name if below == "." else f"{name.rstrip('/')}/{below}")
+                found[place.resolve()] = _read_run(place, name if below == "." else f"{name.rstrip('/')}/{below}")
     return tuple(found.values())
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """Read one run directory.
-
-    Args:
-        folder: where it is.
-        name: what to call it.
-
-    Returns:
-        The run, its rows without images. Rows of a finished run are left out where their file is not as its `run.json`
-        states.
-
-    Raises:
-        ValueError: it is damaged, of an unknown kind, or was written by a newer version.
-    """
+def _read_run(folder: Path, name: str) -> Run:
     record = directory.read_record(folder)
     analysis = record.get("analysis", MATCH.analysis)
     if analysis not in LAYOUTS:
@@ -199,7 +195,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise ValueError(f"{name + '/' + directory.RECORD!r} is damaged ({told}).") from error
     changed = _changed(folder, layout, digests) if complete else ()
     try:
-        whole = (p for p in shards.shard_files(folder, layout) if _inside(folder, p) not in changed)
+        whole = (path for path in shards.shard_files(folder, layout) if _inside(folder, path) not in changed)
         rows = [row for path in whole for row in shards.read_shard(path, layout=layout)]
     except ValueError as error:
         raise ValueError(f"{name!r} is damaged: {error} hf-equiv verify names every problem.") from error
@@ -213,60 +209,23 @@ def read_run(folder: Path, name: str) -> Run:
     return Run(name, folder, record, layout, tuple(rows), changed)
 
 
-def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
-    """Group runs by encoder: model, revision, readout, whether embeddings are scaled, and dtype.
-
-    Args:
-        runs: as from `find_runs`.
-
-    Returns:
-        The checkpoints, in the order in which they appear.
-    """
-    groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        s = run.settings
-        key = (s["model_id"], s["model_revision"], s["readout"], s["normalize"], s["dtype"])
-        groups.setdefault(key, []).append(run)
-    order = list(LAYOUTS)
-    made = []
-    for key, own in groups.items():
-        model, revision, readout, normalize, dtype = key
-        others = [other for other in groups if other[0] == model and other != key]
-        title = str(model)
-        if any(other[1] != revision for other in others):
-            title += f" @ {str(revision).removeprefix('sha256:')[:8]}"
-        apart = [f"{readout}{', normalised' if normalize else ''}"] if any(o[2:4] != key[2:4] for o in others) else []
-        apart += [str(dtype)] if any(other[4] != dtype for other in others) else []
-        title += f" ({', '.join(apart)})" if apart else ""
-        own = _once(own)
-        own.sort(key=lambda run: order.index(run.analysis))
-        made.append(Checkpoint(title, model, revision, readout, normalize, dtype, tuple(own)))
-    return tuple(made)
+def _inside(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
-def _once(runs: Sequence[Run]) -> list[Run]:
-    """Leave out copies: of runs of equal settings the one with most rows, of those the first."""
-    best: dict[str, Run] = {}
-    for run in runs:
-        mark = json.dumps([run.analysis, run.settings], sort_keys=True, default=str)
-        if mark not in best or len(run.rows) > len(best[mark].rows):
-            best[mark] = run
-    return list(best.values())
+def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str, ...]:
+    """Name the files of rows and float images that are not as recorded; a report reads no other files."""
+    names = {name for name in digests if name.endswith((".parquet", ".safetensors"))}
+    names |= {_inside(folder, path) for path in shards.shard_files(folder, layout)}
+    names |= {_inside(folder, path) for path in (folder / "float").glob("[!.]*.safetensors")}
+    return tuple(
+        name for name in sorted(names)
+        if not (folder / name).is_file() or shards.sha256_file(folder / name) != digests.get(name)
+    )  # fmt: skip
 
 
 def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iterator[tuple[Row, Tensor | None]]:
-    """Read rows with their images as PNG bytes, shard by shard, and the float match where asked for.
-
-    Files that are not as recorded are left out.
-
-    Args:
-        run: a match run.
-        ids: of the pairs.
-        floats: also read `float/`; a file that is not there counts as no float match.
-
-    Yields:
-        (row, float match (3, H, W) or None), in the order of the shards.
-    """
+    """Yield rows with their images as PNG bytes, and the float match (3, H, W) if it is asked for and stored."""
     wanted = set(ids)
     for path in shards.shard_files(run.folder, run.layout):
         if _inside(run.folder, path) in run.changed:
@@ -279,36 +238,39 @@ def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iter
                 yield row, tensors.get(row[run.layout.item])
 
 
-def _inside(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
+def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
+    """Group runs by model, revision, readout, scaling and dtype; of runs with equal settings the largest is kept."""
+    groups: dict[tuple[Any, ...], dict[str, Run]] = {}
+    for run in runs:
+        own = groups.setdefault(tuple(run.settings[key] for key in _ENCODER), {})
+        mark = json.dumps([run.analysis, run.settings], sort_keys=True, default=str)
+        if mark not in own or len(run.rows) > len(own[mark].rows):
+            own[mark] = run
+    verbs = list(LAYOUTS)
+    made = []
+    for key, own in groups.items():
+        ordered = tuple(sorted(own.values(), key=lambda run: verbs.index(run.analysis)))
+        model, revision, readout, normalize, dtype = key
+        title = _title(key, list(groups))
+        made.append(Checkpoint(title, model, revision, readout, normalize, dtype, ordered))
+    return tuple(made)
 
 
-def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str, ...]:
-    """Rows and float files that are not as the record states; the card and the figures hold no number of a report."""
-    names = {name for name in digests if name.endswith((".parquet", ".safetensors"))}
-    names |= {_inside(folder, path) for path in shards.shard_files(folder, layout)}
-    names |= {_inside(folder, path) for path in (folder / "float").glob("[!.]*.safetensors")}
-    return tuple(
-        name for name in sorted(names)
-        if not (folder / name).is_file() or shards.sha256_file(folder / name) != digests.get(name)
-    )  # fmt: skip
+def _title(key: tuple[Any, ...], groups: Sequence[tuple[Any, ...]]) -> str:
+    """Name a checkpoint by its model, and by what distinguishes it from others of the same model."""
+    model, revision, readout, normalize, dtype = key
+    others = [other for other in groups if other[0] == model and other != key]
+    title = str(model)
+    if any(other[1] != revision for other in others):
+        title += f" @ {str(revision).removeprefix('sha256:')[:8]}"
+    apart = [f"{readout}{', normalised' if normalize else ''}"] if any(o[2:4] != key[2:4] for o in others) else []
+    apart += [str(dtype)] if any(other[4] != dtype for other in others) else []
+    return title + (f" ({', '.join(apart)})" if apart else "")
 
 
-# Where a report finds things: run directories by name or folder, the checkpoints of runs, and other checkpoints.
-
-
-_FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # of a model that cannot be loaded; the rest is a bug
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Place:
-    """Where models and data are looked for, and where is computed.
-
-    Attributes:
-        device: by default CUDA if there is one.
-        cache_dir: the Hub's cache.
-        local_files_only: never ask the Hub.
-    """
+    """Where models and data are looked for, and the device (by default CUDA if there is one)."""
 
     device: str | None = None
     cache_dir: str | None = None
@@ -316,15 +278,7 @@ class Place:
 
 
 def locate(name: str, place: Place) -> tuple[str, Path]:
-    """Find a folder, or download the dataset USER/NAME or USER/NAME@REVISION where there is no such folder.
-
-    Args:
-        name: a path or a dataset.
-        place: where to look.
-
-    Returns:
-        What the report calls it, never an absolute path, a dataset with its commit; and the folder.
-    """
+    """Return the name in the report and the folder of a path, or of a dataset USER/NAME[@REVISION], downloaded."""
     path = Path(name).expanduser()
     dataset = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?", name)
     if dataset and not path.exists():
@@ -336,21 +290,13 @@ def locate(name: str, place: Place) -> tuple[str, Path]:
 
 
 def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tuple[Encoder | None, str]:
-    """Load the encoder of a checkpoint's runs.
-
-    Args:
-        checkpoint: whose.
-        models: where local checkpoints are; the one of the recorded revision is taken.
-        place: where to look.
-
-    Returns:
-        The encoder, or None and why not.
-    """
+    """Load the encoder of a checkpoint's runs; without one, say why. Of local `models` the recorded one is used."""
+    settings = (checkpoint.matches or checkpoint.runs)[0].settings
     reasons: list[str] = []
     local = checkpoint.revision.startswith("sha256:") and checkpoint.model_id != "builtin"
     for model in [*models, None] if local else [None]:
         try:
-            encoder = load_recorded(checkpoint.settings, model, place.device, place.cache_dir, place.local_files_only)
+            encoder = load_recorded(settings, model, place.device, place.cache_dir, place.local_files_only)
         except _FAILURES as error:
             reasons.append(_one_line(error))
             continue
@@ -375,27 +321,17 @@ def load_other(name: str, place: Place) -> Encoder | str:
         return f"transfer to {Path(name).name if Path(name).is_dir() else name}: {_one_line(error)}"
 
 
-def default_out(paths: Sequence[str | Path]) -> Path:
-    """Name the page after the models of the runs: `reports/MODEL.html` in the current folder.
-
-    Args:
-        paths: of the report.
-
-    Returns:
-        The path; `reports/report.html` where no model is known.
-
-    Raises:
-        ValueError: a damaged run directory.
-    """
-    slugs: dict[str, None] = {}
-    for path in map(Path, paths):
-        for record in sorted(path.rglob(directory.RECORD)) if path.is_dir() else ():
-            name = str(directory.read_record(record.parent)["settings"]["model_id"])
-            slugs[re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".-") or "model"] = None
-        if not path.exists():
-            slugs[re.sub(r"[^A-Za-z0-9._-]+", "--", str(path).split("@")[0]).strip(".-")] = None
-    return Path("reports") / f"{'-and-'.join(list(slugs)[:4])[:120] or 'report'}.html"
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def default_out(paths: Sequence[str | Path]) -> Path:
+    """Name the page after the models of the runs: `reports/MODEL.html`, or `reports/report.html` without any."""
+    names: list[str] = []
+    for path in map(Path, paths):
+        for record in sorted(path.rglob(directory.RECORD)) if path.is_dir() else ():
+            names.append(str(directory.read_record(record.parent)["settings"]["model_id"]))
+        if not path.exists():
+            names.append(str(path).split("@")[0])
+    slugs = dict.fromkeys(re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".-") or "model" for name in names)
+    return Path("reports") / f"{'-and-'.join(list(slugs)[:4])[:120] or 'report'}.html"

@@ -1,4 +1,4 @@
-"""Figures of a report: small enough to be read on a phone, in colours that are told apart without hue.
+"""Draw the figures of a report: small enough for a phone, in colours that differ in brightness too.
 
 Nothing here touches matplotlib's global state.
 """
@@ -6,6 +6,7 @@ Nothing here touches matplotlib's global state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,330 +16,338 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_equiv.analyses.figures import INK, KINDS, QUIET, RULE, STYLE, png_of
-from hf_equiv.report.statistics import ecdf
-
-Row = Mapping[str, Any]
-
+from hf_equiv.formatting import short
+from hf_equiv.report.collect import Checkpoint
+from hf_equiv.report.numbers import all_rows
+from hf_equiv.report.records import BudgetNumbers, CheckpointNumbers
+from hf_equiv.report.render import ball, number, tenth, three
+from hf_equiv.report.statistics import Estimate
+from hf_equiv.runs.schema import Row
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#9a4f96"  # Okabe & Ito 2008, the last one darkened
-
-
 FIGURE_STYLE = STYLE | {"font.size": 10, "legend.fontsize": 9, "legend.frameon": False}
-
-
-FIGURE_SIZE = (6.2, 3.9)
-
-
 _FLOOR = 1e-8  # an error of exactly 0 is drawn here
 
 
-def errors_figure(curves: Mapping[str, Sequence[float | None]], rtol: float) -> bytes | None:
-    """Draw the distribution of each kind of error: the share of pairs that are at most as far.
+@dataclass(frozen=True)
+class Picture:
+    """A figure or image as a PNG file; `alt` describes it to readers who cannot see it."""
 
-    Args:
-        curves: values by name; the first two are the match's own, the others are controls.
-        rtol: that the matches were asked to reach.
+    name: str
+    png: bytes = field(repr=False)
+    alt: str
 
-    Returns:
-        PNG bytes; None without a value.
-    """
-    drawn = {name: ecdf(values) for name, values in curves.items() if any(v is not None for v in values)}
-    if not drawn:
+
+def draw_figures(
+    checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: Row | None, prefix: str
+) -> dict[str, Picture | None]:
+    """Draw all figures of one checkpoint, by name (`errors`, `budget-linf`, …); None where there is nothing to draw."""
+    made = {"errors": _errors(checkpoint, measured), "nearness": _nearness(checkpoint, numbers)}
+    made |= {f"budget-{norm}": _budget(numbers.budgets, norm) for norm in sorted({b.norm for b in numbers.budgets})}
+    made |= {"survival": _survival(numbers), "spectrum": _spectrum(checkpoint, numbers)}
+    made |= {"constants": _constants(checkpoint, numbers), "proportion": _proportion(checkpoint, numbers)}
+    made |= {"walks": _walks(checkpoint, numbers)}
+    return {what: Picture(f"{prefix}-{what}.png", *one) if one else None for what, one in made.items()}
+
+
+Drawn = tuple[bytes, str] | None  # PNG and alternative text
+
+
+def _errors(checkpoint: Checkpoint, measured: Row | None) -> Drawn:
+    """Draw the share of pairs at most as far as each distance: two curves of the match, three controls."""
+    if not checkpoint.matches:
+        return None
+    run = checkpoint.matches[0]
+    unrelated = measured["unrelated"]["curve"] if measured and measured["unrelated"] else []
+    curves = {
+        "float match": [row["embedding_error"] for row in run.good],
+        "8-bit PNG match": [row["embedding_error_8bit"] for row in run.good],
+        "control: half-level noise": [row["target_quantization_error"] for row in run.good],
+        "control: random step": [pair["random_error"] for pair in measured["pairs"]] if measured else [],
+        "control: unrelated photos": unrelated,
+    }
+    known = {name: np.array([v for v in values if v is not None]) for name, values in curves.items()}
+    known = {name: values for name, values in known.items() if len(values)}
+    if not known:
         return None
     looks = ((BLUE, "-", 2.2), (ORANGE, "-", 2.2), (GREEN, "--", 1.5), (PURPLE, "-.", 1.5), (INK, ":", 1.8))
     with rc_context(FIGURE_STYLE):
-        figure, axes = panel((6.2, 4.3), bottom=0.33)
-        for (name, (x, y)), (color, line, width) in zip(drawn.items(), looks, strict=False):
-            x = np.maximum(x, _FLOOR)
-            axes.step([x[0], *x], [0, *y], where="post", color=color, ls=line, lw=width, label=name)
+        figure, axes = _panel(4.3, bottom=1.42)
+        for (name, values), (color, line, width) in zip(known.items(), looks, strict=False):
+            axes.ecdf(np.maximum(values, _FLOOR), color=color, ls=line, lw=width, label=name)
+        rtol = run.settings["rtol"]
         axes.axvline(rtol, color=QUIET, lw=0.9)
-        axes.text(rtol, 1.03, f"rtol {rtol:g}", color=QUIET, fontsize=9, ha="center", transform=_above(axes))
+        place = axes.get_xaxis_transform()
+        axes.text(rtol, 1.03, f"rtol {rtol:g}", color=QUIET, fontsize=9, ha="center", transform=place)
         axes.set_xscale("log")
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel("relative embedding distance (1 = length of the embedding)")
-        axes.set_ylabel("share of pairs")
+        axes.set(
+            ylim=(0, 1.02), ylabel="share of pairs", xlabel="relative embedding distance (1 = length of the embedding)"
+        )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
         axes.grid(color=RULE, lw=0.6)
         axes.legend(loc="upper left", bbox_to_anchor=(-0.06, -0.22), ncols=2, columnspacing=1.2)
-        return png_of(figure)
+        png = png_of(figure)
+    return png, f"Distribution of embedding errors; medians: {_medians(known)}."
 
 
-def budget_figure(budgets: Sequence[Row], norm: str) -> bytes | None:
-    """Draw error against the radius of the ball, float image and PNG, with intervals; the run without a ball last.
+def _medians(values: Mapping[str, Sequence[float] | np.ndarray]) -> str:
+    return "; ".join(f"{name} {short(float(np.median(own)))}" for name, own in values.items())
 
-    Args:
-        budgets: of `checkpoint_numbers`.
-        norm: of the ball; others are left out.
 
-    Returns:
-        PNG bytes; None for fewer than two radii.
-    """
-    rows = [b for b in budgets if b["embedding_error_8bit"] and (b["radius"] is None or b["norm"] == norm)]
-    if len({b["radius"] for b in rows}) < 2:
+def _budget(budgets: Sequence[BudgetNumbers], norm: str) -> Drawn:
+    """Draw error against the radius of the ball, float image and PNG, with intervals; the run without a ball last."""
+    rows = [b for b in budgets if b.embedding_error_8bit and (b.radius is None or b.norm == norm)]
+    if len({b.radius for b in rows}) < 2:
         return None
-    scale = 255 if norm == "linf" else 1
-    rows = sorted(rows, key=lambda b: (b["radius"] is None, b["radius"] or 0.0))
-    places = {r: float(k) for k, r in enumerate(dict.fromkeys(b["radius"] for b in rows))}
-    one = len({(b["data_id"], b["data_revision"]) for b in rows}) == 1  # no curve through runs of different photos
+    rows = sorted(rows, key=lambda b: (b.radius is None, b.radius or 0.0))
+    places = {r: float(k) for k, r in enumerate(dict.fromkeys(b.radius for b in rows))}
+    one = len({(b.data_id, b.data_revision) for b in rows}) == 1  # no curve through runs of different photos
     with rc_context(FIGURE_STYLE):
-        figure, axes = panel(FIGURE_SIZE, bottom=0.16)
+        figure, axes = _panel(3.9)
         for key, color, mark, told, shift in (
             ("embedding_error", BLUE, "o", "float image", -0.05),
             ("embedding_error_8bit", ORANGE, "s", "8-bit PNG, read back", 0.05),
         ):
-            own = [b for b in rows if b[key]]
-            x = [places[b["radius"]] + shift for b in own]
-            _bars(axes, x, [b[key] for b in own], color, mark, told, line=one)
-        apart = sorted({(places[b["radius"]], b["unrelated"]) for b in rows if b["unrelated"]})
+            own = {places[b.radius] + shift: getattr(b, key) for b in rows if getattr(b, key)}
+            _bars(axes, list(own), list(own.values()), color, mark, told, line=one)
+        apart = sorted({(places[b.radius], b.unrelated) for b in rows if b.unrelated})
         if len({level for _, level in apart}) == 1:
             axes.axhline(apart[0][1], color=INK, lw=1.4, ls=":", label="unrelated images")
         else:
             told = "unrelated images of the same data"
-            for place, level in apart:
-                axes.plot((place - 0.4, place + 0.4), (level, level), color=INK, lw=1.4, ls=":", label=told)
-                told = ""
-        axes.set_yscale("log")
-        axes.set_xticks(list(places.values()), [_ball(r, scale) for r in places])
-        axes.set_xlim(-0.4, len(places) - 0.6)
+            for k, (place, level) in enumerate(apart):
+                axes.plot((place - 0.4, place + 0.4), [level] * 2, color=INK, lw=1.4, ls=":", label="" if k else told)
+        names = [ball(radius, norm).removeprefix("L2 ").removeprefix("ε = ") for radius in places]
         unit = "largest change of a pixel value allowed" if norm == "linf" else "L2 distance allowed, pixels in [0, 1]"
-        axes.set_xlabel(f"budget ε: {unit}")
-        axes.set_ylabel("embedding error, median")
+        axes.set_yscale("log")
+        axes.set_xticks(list(places.values()), names)
+        axes.set(xlim=(-0.4, len(places) - 0.6), xlabel=f"budget ε: {unit}", ylabel="embedding error, median")
         axes.grid(axis="y", color=RULE, lw=0.6)
         axes.legend(loc="best")
-        return png_of(figure)
+        png = png_of(figure)
+    told = "; ".join(f"{ball(b.radius, b.norm)}: {_value(b.embedding_error_8bit)}" for b in budgets)
+    return png, f"Median PNG error by budget: {told}."
 
 
-def _ball(radius: float | None, scale: int) -> str:
-    if radius is None:
-        return "no ball"
-    return f"{radius * scale:.3g}/255" if scale != 1 else f"{radius:.3g}"
+def _value(estimate: Estimate | None) -> str:
+    return short(estimate.value if estimate else None)
 
 
-def nearness_figure(runs: Sequence[tuple[str, Sequence[Row]]]) -> bytes | None:
-    """Draw PSNR and SSIM of each match to its source, a mark for each budget.
-
-    Args:
-        runs: (name of the budget, its rows).
-
-    Returns:
-        PNG bytes; None where no match has both.
-    """
-    kept = [(name, [r for r in rows if r["psnr_db"] is not None and r["ssim"] is not None]) for name, rows in runs]
-    kept = [(name, rows) for name, rows in kept if rows]
-    if not kept:
-        return None
+def _nearness(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
+    """Draw PSNR and SSIM of each match to its source, a mark for each budget."""
     looks = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (INK, "v"), (QUIET, "P"))
+    kept = [
+        (run, [r for r in run.good if r["psnr_db"] is not None and r["ssim"] is not None]) for run in checkpoint.matches
+    ]
+    kept = [(run, rows) for run, rows in kept if rows]
+    if not kept or numbers.match is None:
+        return None
     with rc_context(FIGURE_STYLE):
-        figure, axes = panel(FIGURE_SIZE, bottom=0.17)
-        for (name, rows), (color, mark) in zip(kept, looks, strict=False):
+        figure, axes = _panel(3.9)
+        for (run, rows), (color, mark) in zip(kept, looks, strict=False):
             axes.scatter(
-                [r["psnr_db"] for r in rows], [r["ssim"] for r in rows], s=34, marker=mark, facecolor=color,
-                edgecolor="white", linewidth=0.6, alpha=0.85, label=name, zorder=3,
+                [r["psnr_db"] for r in rows], [r["ssim"] for r in rows], s=34, marker=mark, facecolor=color, alpha=0.85,
+                edgecolor="white", linewidth=0.6, label=ball(run.settings["radius"], run.settings["norm"]), zorder=3,
             )  # fmt: skip
-        axes.set_xlabel("PSNR to the source [dB]")
-        axes.set_ylabel("SSIM to the source")
+        axes.set(xlabel="PSNR to the source [dB]", ylabel="SSIM to the source")
         axes.grid(color=RULE, lw=0.6)
         axes.set_ylim(top=1.02)
         axes.legend(loc="lower right")
-        return png_of(figure)
+        png = png_of(figure)
+    median = number(numbers.match.psnr_db, tenth, " dB")
+    return png, f"PSNR and SSIM of each match to its source; median PSNR {median} in the first run."
 
 
-def survival_figure(rows: Sequence[tuple[str, Row, Row | None]], unrelated: float | None) -> bytes | None:
-    """Draw what each transform leaves of the matches, and of the targets themselves.
+def survival_lines(numbers: CheckpointNumbers) -> list[tuple[str, Estimate, Estimate | None]]:
+    """Return (name, match, control) for the stored match, the rounded one, and each transform."""
+    match, found = numbers.match, numbers.survival
+    if match is None or found is None:
+        return []
+    lines = [
+        ("as stored (8-bit PNG)", match.embedding_error_8bit, None),
+        ("float, rounded to 8 bit", match.rounded_error, match.target_quantization_error),
+        *((name, one.error, one.control) for name, one in found.items()),
+    ]
+    return [(name, error, control) for name, error, control in lines if error]
 
-    Args:
-        rows: (name, estimate of the match, estimate of the target or None), first above.
-        unrelated: median distance of unrelated images.
 
-    Returns:
-        PNG bytes; None without rows.
-    """
+def _survival(numbers: CheckpointNumbers) -> Drawn:
+    """Draw the distance from the target after each transform, of the match and of the target itself."""
+    rows = survival_lines(numbers)
     if not rows:
         return None
     with rc_context(FIGURE_STYLE):
-        height = 1.2 + 0.4 * len(rows)
-        figure, axes = panel((6.2, height), left=0.33, bottom=0.62 / height, top=1 - 0.45 / height)
+        figure, axes = _list_panel([name for name, _, _ in rows], 0.4, left=0.33, top=0.45)
         y = np.arange(len(rows))[::-1]
-        _bars(axes, [k + 0.12 for k in y], [row[1] for row in rows], ORANGE, "s", "the match, changed", flat=True)
-        control = [(k, row[2]) for k, row in zip(y, rows, strict=True) if row[2]]
+        _bars(axes, list(y + 0.12), [error for _, error, _ in rows], ORANGE, "s", "the match, changed", flat=True)
+        control = {float(k) - 0.12: other for k, (_, _, other) in zip(y, rows, strict=True) if other}
         if control:
-            places = [k - 0.12 for k, _ in control]
-            _bars(axes, places, [e for _, e in control], BLUE, "o", "control: the target, changed", flat=True)
-        if unrelated:
-            axes.axvline(unrelated, color=INK, lw=1.4, ls=":", label="unrelated images")
-        axes.set_xscale("log")
-        axes.set_yticks(y, [row[0] for row in rows])
-        axes.tick_params(axis="y", labelcolor=INK, length=0)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
+            _bars(axes, list(control), list(control.values()), BLUE, "o", "control: the target, changed", flat=True)
+        if numbers.match and numbers.match.unrelated:
+            axes.axvline(numbers.match.unrelated.median, color=INK, lw=1.4, ls=":", label="unrelated images")
         axes.set_xlabel("distance from the target's embedding, median")
-        axes.grid(axis="x", color=RULE, lw=0.6)
         figure.legend(loc="upper left", ncols=3, bbox_to_anchor=(0.0, 1.0), columnspacing=1.0, handletextpad=0.4)
-        return png_of(figure)
+        png = png_of(figure)
+    told = "; ".join(f"{name}: {_value(error)}, control {_value(control)}" for name, error, control in rows)
+    return png, f"Distance from the target after handling: {told}."
 
 
-def panel(
-    size: tuple[float, float], *, left: float = 0.15, right: float = 0.96, bottom: float = 0.17, top: float = 0.92
-) -> tuple[Figure, Axes]:
-    """A figure of this size in inches with one pair of axes, whose edges are given in parts of it."""
-    figure = Figure(figsize=size, dpi=140, facecolor="white")
-    return figure, figure.add_axes((left, bottom, right - left, top - bottom))
-
-
-def _bars(
-    axes: Axes, places: Sequence[float], estimates: Sequence[Row], color: str, mark: str, told: str, *,
-    line: bool = False, flat: bool = False,
-) -> None:  # fmt: skip
-    """Medians with their intervals, upright or flat; a median of exactly 0 stands at the floor."""
-    middle = np.maximum([e["value"] for e in estimates], _FLOOR)
-    low = np.maximum([e["value"] if e["low"] is None else e["low"] for e in estimates], _FLOOR)
-    high = np.maximum([e["value"] if e["high"] is None else e["high"] for e in estimates], _FLOOR)
-    spans = np.stack([np.maximum(middle - low, 0), np.maximum(high - middle, 0)])
-    look: dict[str, Any] = {"color": color, "marker": mark, "ms": 5.5, "capsize": 3, "label": told, "elinewidth": 1.3}
-    look["ls"] = "-" if line else "none"
-    if flat:
-        axes.errorbar(middle, places, xerr=spans, **look)
-    else:
-        axes.errorbar(places, middle, yerr=spans, **look)
-
-
-def _above(axes: Axes) -> Any:
-    return axes.get_xaxis_transform()
-
-
-# Figures of a report on geometry: singular values, constants, lengths, walks; drawn as those of `reportfigures`.
-
-
-def spectrum_figure(rows: Sequence[Row]) -> bytes | None:
-    """Draw the singular values of every image, and the range of the rank threshold.
-
-    Args:
-        rows: spectrum rows.
-
-    Returns:
-        PNG bytes; None without rows.
-    """
-    if not rows:
+def _spectrum(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
+    """Draw the singular values of every image, and the range of the rank threshold."""
+    rows, found = all_rows(checkpoint.of("spectrum")), numbers.spectrum
+    if not rows or found is None:
         return None
     with rc_context(FIGURE_STYLE):
-        figure, axes = panel(FIGURE_SIZE, bottom=0.17)
-        alpha = max(0.15, min(0.9, 6 / len(rows)))
-        low = np.inf
-        for k, row in enumerate(rows):
-            sigma = np.array([np.nan if not v or v <= 0 else v for v in row["singular_values"]])
-            low = min(low, float(np.nanmin(sigma)))
-            many = f"{len(rows)} image{'s' if len(rows) > 1 else ''}"
-            axes.plot(np.arange(1, len(sigma) + 1), sigma, color=BLUE, lw=1.3, alpha=alpha, label="" if k else many)
+        figure, axes = _panel(3.9)
+        curves = [np.array([np.nan if not v or v <= 0 else v for v in row["singular_values"]]) for row in rows]
+        for k, sigma in enumerate(curves):
+            label = "" if k else f"{len(rows)} image{'s' if len(rows) > 1 else ''}"
+            alpha = max(0.15, min(0.9, 6 / len(rows)))
+            axes.plot(np.arange(1, len(sigma) + 1), sigma, color=BLUE, lw=1.3, alpha=alpha, label=label)
         marks = [row["rank_threshold"] for row in rows]
         axes.axhspan(min(marks), max(marks), color=ORANGE, alpha=0.25, lw=0)
         axes.axhline(max(marks), color=ORANGE, lw=1.2, ls="--", label="rank threshold: float noise below")
         axes.set_yscale("log")
-        axes.set_ylim(bottom=min(low, min(marks)) / 3)
-        axes.set_xlabel("index i")
-        axes.set_ylabel("singular value σᵢ")
+        axes.set_ylim(bottom=min(*marks, *(float(np.nanmin(sigma)) for sigma in curves)) / 3)
+        axes.set(xlabel="index i", ylabel="singular value σᵢ")
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axes.grid(axis="y", color=RULE, lw=0.6)
         axes.legend(loc="best")
-        return png_of(figure)
+        png = png_of(figure)
+    rank = f", rank {found.rank_range}" if found.ranks else ""
+    return png, f"Singular values of the Jacobian, largest {_value(found.sigma_max)}{rank}."
 
 
-def constants_figure(kinds: Mapping[str, Sequence[Row]]) -> bytes | None:
-    """Draw the local constants of each kind of direction; hollow where only ‖Jv‖ is known.
-
-    Args:
-        kinds: lipschitz rows by kind.
-
-    Returns:
-        PNG bytes; None without a number.
-    """
+def _constants(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
+    """Draw the local constants of each kind of direction; hollow where only ‖Jv‖ is known."""
+    kinds: dict[str, list[Row]] = {}
+    for row in all_rows(checkpoint.of("lipschitz")):
+        kinds.setdefault(row["direction"], []).append(row)
     order = [k for k in KINDS if k in kinds] + sorted(set(kinds) - set(KINDS))
-    if not any(row["value"] or row["jvp"] for rows in kinds.values() for row in rows):
+    if numbers.lipschitz is None or not any(row["value"] or row["jvp"] for rows in kinds.values() for row in rows):
         return None
     generator = np.random.default_rng(0)
     with rc_context(FIGURE_STYLE):
-        height = 1.1 + 0.5 * len(order)
-        figure, axes = panel((6.2, height), left=0.15, bottom=0.62 / height, top=1 - 0.15 / height, right=0.83)
+        figure, axes = _list_panel(order, 0.5, right=0.83)
         for y, kind in enumerate(order[::-1]):
-            rows, color = kinds[kind], KINDS.get(kind, INK)
-            known = np.array([row["value"] for row in rows if row["value"]])
-            other = np.array([row["jvp"] for row in rows if not row["value"] and row["jvp"] and row["jvp"] > 0])
+            known = [row["value"] for row in kinds[kind] if row["value"]]
+            other = [row["jvp"] for row in kinds[kind] if not row["value"] and row["jvp"] and row["jvp"] > 0]
+            color = KINDS.get(kind, INK)
             for values, face in ((known, color), (other, "none")):
-                jitter = y + 0.5 * (generator.random(len(values)) - 0.5) * min(1, len(values) / 8)
-                axes.scatter(values, jitter, s=18, facecolor=face, edgecolor=color, linewidth=0.8, alpha=0.7)
-            if len(known):
+                _scatter(axes, y, values, generator, facecolor=face, edgecolor=color, linewidth=0.8, alpha=0.7)
+            if known:
                 axes.plot([np.median(known)] * 2, (y - 0.33, y + 0.33), color=INK, lw=1.8)
-            told = f"{len(known)} of {len(rows)}"
+            told = f"{len(known)} of {len(kinds[kind])}"
             axes.text(1.02, y, told, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=QUIET)
-        axes.set_xscale("log")
-        axes.set_ylim(-0.6, len(order) - 0.4)
-        axes.set_yticks(range(len(order)), order[::-1])
-        axes.tick_params(axis="y", labelcolor=INK, length=0)
         axes.set_xlabel("local constant (embedding length per pixel length)")
-        axes.grid(axis="x", color=RULE, lw=0.6)
-        return png_of(figure)
+        png = png_of(figure)
+    told = "; ".join(f"{kind} {_value(one.value)}" for kind, one in numbers.lipschitz.kinds.items())
+    return png, f"Local constants by kind of direction; medians: {told}."
 
 
-def proportion_figure(bands: Sequence[tuple[str, str, Sequence[float]]]) -> bytes | None:
-    """Draw lengths in pixel space on one axis: how far the linear model holds, and how far the matches lie.
-
-    Args:
-        bands: (name, kind of direction or "", values); first above.
-
-    Returns:
-        PNG bytes; None for fewer than two bands.
-    """
+def _proportion(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
+    """Draw lengths in pixel space on one axis: reach of the linear model, matches, and ends of walks."""
+    found = numbers.lipschitz
+    kinds = [kind for kind, one in found.kinds.items() if one.linearity] if found else []
+    rows = all_rows(checkpoint.of("lipschitz"))
+    bands = [
+        (f"linear: {kind}", kind, [r["linearity_radius"] for r in rows if r["direction"] == kind]) for kind in kinds
+    ]
+    if bands and checkpoint.matches:
+        bands.append(("matches", "", [row["l2"] for row in checkpoint.matches[0].good]))
+    if bands and numbers.walk:
+        bands.append(("ends of walks", "", [walk["l2"] for walk in numbers.walk.walks]))
+    bands = [(name, kind, [v for v in values if v]) for name, kind, values in bands]
     bands = [band for band in bands if band[2]]
     if len(bands) < 2:
         return None
     generator = np.random.default_rng(0)
     with rc_context(FIGURE_STYLE):
-        height = 1.1 + 0.42 * len(bands)
-        figure, axes = panel((6.2, height), left=0.33, bottom=0.62 / height, top=1 - 0.12 / height)
+        figure, axes = _list_panel([name for name, _, _ in bands], 0.42, left=0.33)
         for y, (_, kind, values) in zip(range(len(bands))[::-1], bands, strict=True):
             color = KINDS.get(kind, INK)
-            jitter = y + 0.4 * (generator.random(len(values)) - 0.5) * min(1, len(values) / 8)
-            axes.scatter(values, jitter, s=18, color=color, alpha=0.6, linewidth=0)
+            _scatter(axes, y, values, generator, color=color, alpha=0.6, linewidth=0)
             axes.plot([np.median(values)] * 2, (y - 0.33, y + 0.33), color=color, lw=2)
-        axes.set_xscale("log")
-        axes.set_ylim(-0.6, len(bands) - 0.4)
-        axes.set_yticks(range(len(bands))[::-1], [name for name, _, _ in bands])
-        axes.tick_params(axis="y", labelcolor=INK, length=0)
         axes.set_xlabel("L2 distance from the image, pixels in [0, 1]")
-        axes.grid(axis="x", color=RULE, lw=0.6)
-        return png_of(figure)
+        png = png_of(figure)
+    return png, f"Lengths in pixel space, medians: {_medians({name: values for name, _, values in bands})}."
 
 
-def walks_figure(paths: Mapping[str, Sequence[Row]], rtol: float) -> bytes | None:
-    """Draw distance reached and drift of walks over the length of the path.
-
-    Args:
-        paths: rows of each walk, by name.
-        rtol: largest drift that was asked for.
-
-    Returns:
-        PNG bytes; None without a step.
-    """
+def _walks(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
+    """Draw distance reached and drift of walks over the length of the path."""
+    paths: dict[str, list[Row]] = {}
+    for run in checkpoint.of("walk"):
+        for row in run.good:
+            paths.setdefault(f"{row['image_id']} ({row['heading']})", []).append(row)
     paths = {name: rows for name, rows in paths.items() if len(rows) > 1}
-    if not any(row["drift"] for rows in paths.values() for row in rows):
+    drifts = [row["drift"] for rows in paths.values() for row in rows if row["drift"]]
+    if not drifts or numbers.walk is None:
         return None
+    rtol = max(run.settings["rtol"] for run in checkpoint.of("walk"))
     lines = (BLUE, ORANGE, GREEN, PURPLE, INK, QUIET)
     with rc_context(FIGURE_STYLE):
-        figure, axes = panel((6.2, 4.4), bottom=0.56, top=0.93)
+        figure, axes = _panel(4.4, bottom=2.46)
         below = figure.add_axes((0.15, 0.13, 0.81, 0.37), sharex=axes)
         for k, (name, rows) in enumerate(paths.items()):
             color, length = lines[k % len(lines)], [row["arc_length"] for row in rows]
             axes.plot(length, [row["l2"] for row in rows], color=color, lw=1.5)
-            drift = [row["drift"] or np.nan for row in rows]
-            below.plot(length, drift, color=color, lw=1.2, label=name if k < len(lines) else "")
+            drift, label = [row["drift"] or np.nan for row in rows], name.replace("$", r"\$") if k < len(lines) else ""
+            below.plot(length, drift, color=color, lw=1.2, label=label)
         axes.set_ylabel("L2 from origin")
         axes.set_ylim(bottom=0)
         axes.tick_params(labelbottom=False)
         below.set_yscale("log")
-        below.set_ylabel("drift")
-        below.set_xlabel("length of the path (L2, pixels in [0, 1])")
+        below.set(ylabel="drift", xlabel="length of the path (L2, pixels in [0, 1])")
         below.axhline(rtol, color=INK, lw=0.9, ls="--", label=f"rtol {rtol:g}")
-        seen = [d for rows in paths.values() for row in rows if (d := row["drift"])]
-        below.set_ylim(10 ** np.floor(np.log10(min(seen) / 1.5)), 10 ** np.ceil(np.log10(max([*seen, rtol]) * 1.5)))
+        ends = np.log10([min(drifts) / 1.5, max(*drifts, rtol) * 1.5])
+        below.set_ylim(10 ** np.floor(ends[0]), 10 ** np.ceil(ends[1]))
         for one in (axes, below):
             one.grid(color=RULE, lw=0.6)
         below.legend(loc="lower right", ncols=2, fontsize=8)
-        return png_of(figure)
+        png = png_of(figure)
+    told = f"Walks end at L2 {number(numbers.walk.l2, three)} from their origin"
+    return png, f"{told}, with drift at most {short(numbers.walk.largest_drift)}."
+
+
+def _panel(
+    height: float, *, left: float = 0.15, right: float = 0.96, bottom: float = 0.66, top: float = 0.31
+) -> tuple[Figure, Axes]:
+    """Make a figure 6.2 inches wide; left and right edges are parts of it, lower and upper margins are inches."""
+    figure = Figure(figsize=(6.2, height), dpi=140, facecolor="white")
+    return figure, figure.add_axes((left, bottom / height, right - left, 1 - (bottom + top) / height))
+
+
+def _list_panel(
+    names: Sequence[str], line: float, *, left: float = 0.15, right: float = 0.96, top: float = 0.15
+) -> tuple[Figure, Axes]:
+    """Make a figure with a line for each name, the first above, and a logarithmic axis below."""
+    figure, axes = _panel(1.1 + line * len(names), left=left, right=right, bottom=0.62, top=top)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_yticks(range(len(names))[::-1], [name.replace("$", r"\$") for name in names])
+    axes.tick_params(axis="y", labelcolor=INK, length=0)
+    axes.grid(axis="x", color=RULE, lw=0.6)
+    return figure, axes
+
+
+def _scatter(axes: Axes, y: float, values: Sequence[float], generator: np.random.Generator, **look: Any) -> None:
+    """Draw values on one line, spread a little in height so that they do not hide each other."""
+    jitter = y + 0.45 * (generator.random(len(values)) - 0.5) * min(1, len(values) / 8)
+    axes.scatter(values, jitter, s=18, **look)
+
+
+def _bars(
+    axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], color: str, mark: str, told: str, *,
+    line: bool = False, flat: bool = False,
+) -> None:  # fmt: skip
+    """Draw medians with their intervals, upright or flat; a median of exactly 0 is drawn at the floor."""
+    middle, low, high = (
+        np.maximum([e.value if getattr(e, end) is None else getattr(e, end) for e in estimates], _FLOOR)
+        for end in ("value", "low", "high")
+    )
+    spans = np.maximum(np.stack([middle - low, high - middle]), 0)
+    look: dict[str, Any] = {"color": color, "marker": mark, "ms": 5.5, "capsize": 3, "label": told, "elinewidth": 1.3}
+    if flat:
+        axes.errorbar(middle, places, xerr=spans, ls="none", **look)
+    else:
+        axes.errorbar(places, middle, yerr=spans, ls="-" if line else "none", **look)

@@ -1,6 +1,7 @@
-"""What a report measures anew with the encoder: controls, survival, transfer.
+"""Measure with the encoder what the rows of a match run do not hold: controls, survival, transfer, retrieval, probe.
 
-Errors are relative, ‖f(a) − f(b)‖ / ‖f(b)‖, in float64 of float32 embeddings; similarity is the cosine.
+Errors are relative, ‖f(a) − f(b)‖ / ‖f(b)‖, in float64 of float32 embeddings; similarity is the cosine. Pixels are
+(3, H, W) in [0, 1], on the grid k/255.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,21 +27,24 @@ from hf_equiv.precision import no_tf32
 from hf_equiv.report import search
 from hf_equiv.report.collect import Run, read_pictures
 from hf_equiv.report.statistics import spread
-from hf_equiv.runs import schema, shards
+from hf_equiv.runs import shards
+from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
-# What usual image handling does to a match: JPEG, resizing, blur. Pixels are (3, H, W) in [0, 1], on k/255.
+Tell = Callable[[int, int], None]
+
+MEASURED_PAIRS = 200
+"""Pairs of a run that are measured anew, the first of its list."""
+
+LABELLED_PHOTOS = 2000
+"""Photos of `label_data` that are used, drawn with seed 0."""
+
+RANDOM_DRAWS = 4
+_VERSION = 2  # raise it when a stored number changes its meaning
+_CURVE = 400  # points of a stored distribution
 
 
 def jpeg(pixels: Tensor, quality: int) -> Tensor:
-    """Save as JPEG (Pillow, its usual 4:2:0 chroma) and read back.
-
-    Args:
-        pixels: (3, H, W).
-        quality: 1 to 95.
-
-    Returns:
-        (3, H, W) on k/255.
-    """
+    """Save as JPEG (Pillow, its usual 4:2:0 chroma) and read back."""
     buffer = io.BytesIO()
     _to_image(pixels).save(buffer, "JPEG", quality=quality)
     with Image.open(io.BytesIO(buffer.getvalue())) as image:
@@ -46,7 +52,7 @@ def jpeg(pixels: Tensor, quality: int) -> Tensor:
 
 
 def resize_and_back(pixels: Tensor, factor: float) -> Tensor:
-    """Resize by `factor` (bicubic, Pillow's antialiasing) and back to the size it had."""
+    """Resize by `factor` (bicubic, Pillow's antialiasing) and back to the first size."""
     image = _to_image(pixels)
     small = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     again = image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
@@ -70,7 +76,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "resize to 50 % and back": lambda x: resize_and_back(x, 0.5),
     "Gaussian blur, σ = 1 px": lambda x: blur(x, 1.0),
 }
-"""By the name that the report gives them."""
+"""Image handling, by the name that the report gives it."""
 
 
 def _to_image(pixels: Tensor) -> Image.Image:
@@ -84,27 +90,18 @@ def _to_pixels(image: Image.Image, like: Tensor) -> Tensor:
     return made.to(like)
 
 
-Row = dict[str, Any]
-
-
-Embed = Callable[[Tensor], Tensor]
-
-
-RANDOM_DRAWS = 4
-
-
 @torch.no_grad()
 @no_tf32()
 def measure_pair(
     encoder: Any, source: Tensor, match: Tensor, target: Tensor, *, seed: int, pair_id: str,
     float_match: Tensor | None = None, labels: Sequence[str] | None = None, survival: bool = True,
 ) -> tuple[Row, Tensor]:  # fmt: skip
-    """Set one match against its controls.
+    """Measure the controls and the survival of one match.
 
-    `moved` is how far the embedding has gone from the source's, `random_moved` the same for random steps of the same
-    L2 length (median of 4, rounded to 8 bit), `random_error` what is then left to the target. `survival` holds for
-    each transform T the error of T(match) (`error`), that of T(target) (`control`), the distance of T(match) from the
-    source (`to_source`), and whether the head gives T(match) and T(target) the target's label.
+    `moved` is the distance of the match's embedding from the source's, `random_moved` the same for random steps of
+    equal L2 length (median of 4, rounded to 8 bit), `random_error` their distance from the target. `survival` holds
+    for each transform T the error of T(match) (`error`), that of T(target) (`control`), the distance of T(match) from
+    the source (`to_source`), and whether the head gives T(match) and T(target) the target's label.
 
     Cost: about 22 forwards of one image, 38 with a head.
 
@@ -113,14 +110,14 @@ def measure_pair(
         source: (3, H, W), pixels k/255.
         match: likewise, as read back from its PNG.
         target: likewise.
-        seed: of the run.
-        pair_id: id of the row; the random steps depend on the two alone.
-        float_match: the match before it went to 8 bit, where it is kept.
+        seed: seed of the run.
+        pair_id: id of the row; the random steps depend on seed and id alone.
+        float_match: the match before rounding to 8 bit, where it is stored.
         labels: class names for zero-shot classification.
         survival: whether to try the transforms.
 
     Returns:
-        Plain numbers, None for what does not exist; and the embedding of the match, (D,).
+        Plain numbers, None where there is none; and the embedding of the match, (D,).
     """
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     z_source, z_match, z_target = encoder(torch.stack([source, match, target]))
@@ -144,25 +141,35 @@ def measure_pair(
         rounded = round_8bit(float_match.to(match))
         row["rounded_error"] = relative_error(encoder(rounded[None])[0], z_target)
     if survival:
-        wanted = classes_of(encoder, target[None], labels)
-        for name, change in TRANSFORMS.items():
-            two = torch.stack([change(x.cpu()) for x in (match, target)]).to(match)
-            a, b = encoder(two)
-            seen = classes_of(encoder, two, labels)
-            row["survival"][name] = {
-                "error": relative_error(a, z_target),
-                "control": relative_error(b, z_target),
-                "to_source": relative_error(a, z_source),
-                "label": None if seen is None or wanted is None else seen[0] == wanted[0],
-                "control_label": None if seen is None or wanted is None else seen[1] == wanted[0],
-            }
+        row["survival"] = _survival(encoder, (match, target), (z_source, z_target), labels)
     return row, z_match.detach().double().cpu()
+
+
+def _survival(
+    encoder: Any, pixels: tuple[Tensor, Tensor], embeddings: tuple[Tensor, Tensor], labels: Sequence[str] | None
+) -> dict[str, Row]:
+    """Apply each transform to match and target, and compare with the embeddings of source and target."""
+    (match, target), (z_source, z_target) = pixels, embeddings
+    wanted = classes_of(encoder, target[None], labels)
+    found = {}
+    for name, change in TRANSFORMS.items():
+        both = torch.stack([change(x.cpu()) for x in pixels]).to(match)
+        z_changed, z_control = encoder(both)
+        seen = classes_of(encoder, both, labels)
+        found[name] = {
+            "error": relative_error(z_changed, z_target),
+            "control": relative_error(z_control, z_target),
+            "to_source": relative_error(z_changed, z_source),
+            "label": None if seen is None or wanted is None else seen[0] == wanted[0],
+            "control_label": None if seen is None or wanted is None else seen[1] == wanted[0],
+        }
+    return found
 
 
 @torch.no_grad()
 @no_tf32()
 def classes_of(encoder: Any, pixels: Tensor, labels: Sequence[str] | None = None) -> list[int] | None:
-    """Top-1 class of each image (B, 3, H, W), by the head or zero-shot; None for an encoder with neither."""
+    """Return the top-1 class of each image (B, 3, H, W), by the head or zero-shot; None without either."""
     if labels:
         return [int(k) for k in encoder.classify(pixels, list(labels)).argmax(dim=1)]
     return [int(k) for k in encoder.classify(pixels).argmax(dim=1)] if encoder.has_head else None
@@ -171,20 +178,10 @@ def classes_of(encoder: Any, pixels: Tensor, labels: Sequence[str] | None = None
 @torch.no_grad()
 @no_tf32()
 def transfer_pair(other: Any, images: Sequence[Tensor]) -> tuple[Row, Tensor, Tensor]:
-    """Ask another encoder g whether it, too, gives match and target one embedding.
-
-    Args:
-        other: g.
-        images: source, match, target as g is to see them, each (3, H, W).
-
-    Returns:
-        `error` ‖g(match) − g(target)‖ / ‖g(target)‖ and `distance`, the same of the source; `moved` ‖g(match) −
-        g(source)‖ / ‖g(source)‖; cosines; the labels that g gives; and g of source and target, (D,).
-    """
+    """Measure how another encoder g embeds source, match and target, (3, H, W) each."""
     three = torch.stack(list(images)).to(other.device)
     z_source, z_match, z_target = other(three)
     seen = classes_of(other, three)
-    names = None if seen is None else [other.label_names[k] for k in seen]
     row = {
         "error": relative_error(z_match, z_target),
         "distance": relative_error(z_source, z_target),
@@ -192,22 +189,15 @@ def transfer_pair(other: Any, images: Sequence[Tensor]) -> tuple[Row, Tensor, Te
         "cosine_to_target": cosine(z_match, z_target),
         "cosine_to_source": cosine(z_match, z_source),
         "cosine_source_target": cosine(z_source, z_target),
-        "labels": names,
+        "labels": None if seen is None else [other.label_names[k] for k in seen],
     }
     return row, z_source.detach().double().cpu(), z_target.detach().double().cpu()
 
 
 def pair_distances(sources: Tensor, targets: Tensor) -> list[float]:
-    """‖f(a) − f(b)‖ / ‖f(b)‖ of source i and target j of different pairs; of its own for a single pair.
+    """Return ‖f(a) − f(b)‖ / ‖f(b)‖ of sources and targets (B, D) of different pairs; of a single pair its own.
 
-    Photos that embed alike to 1e-4 count as one photo and are left out, and so is what has no finite distance.
-
-    Args:
-        sources: (B, D).
-        targets: (B, D).
-
-    Returns:
-        The distances.
+    Photos whose embeddings agree to 1e-4 count as one photo and are left out, and so are infinite distances.
     """
     apart = ~torch.eye(len(sources), dtype=torch.bool) if len(sources) > 1 else torch.ones(1, 1, dtype=torch.bool)
     distance = torch.cdist(sources, targets, compute_mode="donot_use_mm_for_euclid_dist") / targets.norm(dim=1)
@@ -215,11 +205,11 @@ def pair_distances(sources: Tensor, targets: Tensor) -> list[float]:
 
 
 def _random_step(source: Tensor, length: Tensor, name: str) -> Tensor:
-    """The source, a step of this L2 length in a random direction away, inside the box and on k/255."""
+    """Move the source by this L2 length in a random direction, inside the box and on k/255."""
     digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     v = torch.randn(source.shape, generator=generator, dtype=torch.float64)
-    # clipping and rounding shorten or lengthen the step: a few corrections bring it to the length asked for
+    # Clipping and rounding change the length of the step; a few corrections bring it to the length asked for.
     scale, moved = float(length) / float(v.norm()), source.double().cpu()
     for _ in range(6):
         moved = round_8bit(source.double().cpu() + scale * v)
@@ -231,142 +221,74 @@ def _random_step(source: Tensor, length: Tensor, name: str) -> Tensor:
 
 
 def _middle(values: Sequence[float | None]) -> float | None:
-    known = sorted(v for v in values if v is not None)
-    return (known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2 if known else None
-
-
-def collect(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[float | None]:
-    """The values under nested keys, one per row."""
-    values: list[Any] = list(rows)
-    for key in keys:
-        values = [None if value is None else value.get(key) for value in values]
-    return values
-
-
-# Measure anew what the rows of a match run do not say: each part once, kept beside the report.
-
-
-Tell = Callable[[int, int], None]
-
-
-MEASURED_PAIRS = 200
-"""Pairs of a run that are measured anew, the first of its list."""
-
-
-LABELLED_PHOTOS = 2000
-"""Photos of `label_data` that are used, drawn with seed 0."""
-
-
-_VERSION = 2  # of what is measured: raise it when a number changes its meaning
-
-
-_CURVE = 400  # points of a stored distribution
-
-
-def measured_ids(run: Run) -> list[str]:
-    """The pairs that are measured anew."""
-    return [row["pair_id"] for row in run.good][:MEASURED_PAIRS]
+    known = [v for v in values if v is not None]
+    return median(known) if known else None
 
 
 def measure_run(
     run: Run, encoder: Any, *, survival: bool, labelled: ImageSet | None, cache: Path | None, tell: Tell
 ) -> Row:
-    """Measure a match run with its own encoder: controls, survival, retrieval, and the kNN probe.
-
-    Args:
-        run: with at least one match.
-        encoder: f, as recorded.
-        survival: whether to try the transforms.
-        labelled: photos with classes for the probe, also part of the retrieval database.
-        cache: folder for what was measured; None to measure in any case.
-        tell: called with (images done, images in all).
-
-    Returns:
-        `pairs` as from `measure_pair`, `unrelated` distances, `retrieval`, `probe`, `withheld` (pairs without their
-        photos), `dim` and `pixels`.
-
-    Raises:
-        ValueError: a stored image is damaged, or a photo of `labelled` cannot be read.
-    """
+    """Measure a match run with its own encoder: controls, survival, retrieval and probe; kept in `cache`."""
     data = None if labelled is None else [labelled.data_id, labelled.data_revision, len(labelled)]
     key = [*_identity(run, encoder), "pairs", survival, data]
     return _kept(cache, key, lambda: _measure_run(run, encoder, survival, labelled, tell))
 
 
 def measure_transfer(run: Run, other: Any, *, cache: Path | None, tell: Tell) -> Row:
-    """Measure the matches of a run with another encoder.
-
-    The stored images are given to it as they are where its input has their size; otherwise through its own image
-    processor.
-
-    Args:
-        run: with at least one match.
-        other: the other encoder.
-        cache: folder for what was measured.
-        tell: called with (pairs done, pairs in all).
-
-    Returns:
-        `model`, `revision`, `readout`, `same_size`, `pairs` as from `transfer_pair`, and `unrelated` distances.
-    """
+    """Measure a match run with another encoder, through its image processor if its input has another size."""
     key = [*_identity(run, other), "transfer"]
     return _kept(cache, key, lambda: _measure_transfer(run, other, tell))
 
 
 def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | None, tell: Tell) -> Row:
-    ids, dtype = measured_ids(run), _dtype(encoder)
-    photos = search.Gallery()
-    total, done = len(ids) + (0 if labelled is None else len(labelled)), 0
-    tell(done, total)
-
-    def embed(x: Tensor) -> Tensor:
-        with torch.no_grad(), no_tf32():
-            z: Tensor = encoder(x.to(encoder.device))
-        return z
-
+    ids, dtype = _measured_ids(run), _dtype(encoder)
+    photos = search.Gallery(lambda x: _embed(encoder, x))
+    total, done, withheld = len(ids) + (0 if labelled is None else len(labelled)), 0, 0
     made: dict[str, tuple[Row, int, int, Tensor]] = {}
-    withheld = 0
+    tell(done, total)
     for row, exact in read_pictures(run, ids, floats=True):
         done += 1
-        if any(row[name] is None for name in schema.IMAGE_COLUMNS):
+        if any(row[name] is None for name in IMAGE_COLUMNS):
             withheld += 1
         else:
-            source, match, target = (decode_png(row[name], dtype) for name in schema.IMAGE_COLUMNS)
+            source, match, target = (decode_png(row[name], dtype) for name in IMAGE_COLUMNS)
             numbers, z = measure_pair(
                 encoder, source, match, target, seed=run.settings["seed"], pair_id=row["pair_id"],
                 float_match=exact, labels=run.settings.get("labels"), survival=survival,
             )  # fmt: skip
-            places = (
-                photos.add(row["source_id"], source, embed, row["source_class"]),
-                photos.add(row["target_id"], target, embed, row["target_class"]),
-            )
+            places = photos.add(source, row["source_class"]), photos.add(target, row["target_class"])
             made[row["pair_id"]] = numbers, *places, z
         tell(done, total)
     pairs = [made[name] for name in ids if name in made]
     for item in labelled or ():
-        photos.add(item.id, encoder.preprocess([item.image])[0].to(dtype), embed, item.label)
+        photos.add(encoder.preprocess([item.image])[0].to(dtype), item.label)
         done += 1
         tell(done, total)
-    found: Row = {
+    unrelated = None
+    if pairs:
+        sources, targets = (photos.matrix[[pair[k] for pair in pairs]] for k in (1, 2))
+        unrelated = _distribution(pair_distances(sources, targets))
+    return {
         "pairs": [numbers for numbers, *_ in pairs],
         "withheld": withheld,
         "dim": int(encoder.embedding_dim),
         "pixels": int(torch.tensor(encoder.input_shape).prod()),
         "size": list(encoder.input_shape[1:]),
-        "unrelated": None,
-        "retrieval": None,
-        "probe": None,
+        "unrelated": unrelated,
+        "retrieval": _retrieval(pairs, photos.matrix) if pairs else None,
+        "probe": search.probe([pair[1:] for pair in pairs], photos) if pairs else None,
     }
-    if pairs:
-        matrix = photos.matrix
-        sources, targets = (matrix[[pair[k] for pair in pairs]] for k in (1, 2))
-        found["unrelated"] = _distribution(pair_distances(sources, targets))
-        found["retrieval"] = _retrieval(pairs, matrix)
-        found["probe"] = search.probe([pair[1:] for pair in pairs], photos)
-    return found
+
+
+@torch.no_grad()
+@no_tf32()
+def _embed(encoder: Any, pixels: Tensor) -> Tensor:
+    z: Tensor = encoder(pixels.to(encoder.device))
+    return z
 
 
 def _retrieval(pairs: Sequence[tuple[Row, int, int, Tensor]], matrix: Tensor) -> Row | None:
-    """Neighbours compared: 10, or a third of a small database, so that agreement by chance stays below a half."""
+    """Compare 10 neighbours, or a third of a small database, so that agreement by chance stays below a half."""
     others = len(matrix) - 2
     if others < 2:
         return None
@@ -376,16 +298,16 @@ def _retrieval(pairs: Sequence[tuple[Row, int, int, Tensor]], matrix: Tensor) ->
 
 
 def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
-    ids, dtype = measured_ids(run), _dtype(other)
+    ids, dtype = _measured_ids(run), _dtype(other)
     made: dict[str, tuple[Row, Tensor, Tensor]] = {}
     same = True
     tell(0, len(ids))
     for count, (row, _) in enumerate(read_pictures(run, ids), 1):
-        if all(row[name] is not None for name in schema.IMAGE_COLUMNS):
-            images = [decode_png(row[name], dtype) for name in schema.IMAGE_COLUMNS]
+        if all(row[name] is not None for name in IMAGE_COLUMNS):
+            images = [decode_png(row[name], dtype) for name in IMAGE_COLUMNS]
             same = tuple(images[0].shape) == tuple(other.input_shape)
             if not same:
-                images = list(other.preprocess([open_image(row[name]) for name in schema.IMAGE_COLUMNS]))
+                images = list(other.preprocess([open_image(row[name]) for name in IMAGE_COLUMNS]))
             made[row["pair_id"]] = transfer_pair(other, images)
         tell(count, len(ids))
     pairs = [made[name] for name in ids if name in made]
@@ -404,12 +326,14 @@ def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
 
 
 def _distribution(values: Sequence[float]) -> Row | None:
-    """Spread and a curve of at most 400 points."""
+    """Return the spread and a curve of about 400 points."""
     found, ordered = spread(values), sorted(values)
-    if found is None:
-        return None
-    places = range(len(ordered)) if len(ordered) <= _CURVE else range(0, len(ordered), len(ordered) // _CURVE)
-    return found | {"curve": [ordered[i] for i in places]}
+    step = max(1, len(ordered) // _CURVE)
+    return None if found is None else asdict(found) | {"curve": ordered[::step]}
+
+
+def _measured_ids(run: Run) -> list[str]:
+    return [row["pair_id"] for row in run.good][:MEASURED_PAIRS]
 
 
 def _dtype(encoder: Any) -> torch.dtype:
@@ -417,7 +341,7 @@ def _dtype(encoder: Any) -> torch.dtype:
 
 
 def _identity(run: Run, encoder: Any) -> list[Any]:
-    """What the numbers depend on: the files, the encoder, where it runs, and this code."""
+    """List everything that changes a number: the files, the encoder, the device, and this code."""
     files = [
         [path.relative_to(run.folder).as_posix(), shards.sha256_file(path)]
         for name in (run.layout.folder, "float")
@@ -425,7 +349,7 @@ def _identity(run: Run, encoder: Any) -> list[Any]:
         if not path.name.startswith(".") and path.relative_to(run.folder).as_posix() not in run.changed
     ]
     provenance = {key: encoder.provenance.get(key) for key in ("model_id", "model_revision", "readout", "dtype")}
-    return [_VERSION, MEASURED_PAIRS, files, measured_ids(run), provenance, encoder.normalize, str(encoder.device),
+    return [_VERSION, MEASURED_PAIRS, files, _measured_ids(run), provenance, encoder.normalize, str(encoder.device),
             torch.__version__]  # fmt: skip
 
 
@@ -438,9 +362,8 @@ def _kept(cache: Path | None, key: Sequence[Any], make: Callable[[], Row]) -> Ro
             if stored["key"] == digest:
                 return dict(stored["measured"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # damaged: measured again
-    found = make()
-    text = json.dumps({"key": digest, "measured": found}, allow_nan=False)
+            pass  # A damaged file is measured again.
+    text = json.dumps({"key": digest, "measured": make()}, allow_nan=False)
     if path is not None:
         shards.write_atomic(path, text.encode())
     return dict(json.loads(text)["measured"])  # the same whether it was kept or not

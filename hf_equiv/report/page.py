@@ -3,60 +3,50 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from hf_equiv.analyses.figures import difference
+from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
-from hf_equiv.report.claims import RULES
-from hf_equiv.report.collect import Checkpoint, Place, find_runs, group_runs, load_other, load_own, locate
-from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer
-from hf_equiv.report.numbers import checkpoint_numbers
-from hf_equiv.report.render import Block, Bullets, Heading, Page, Text, code, plain, to_html, to_markdown
-from hf_equiv.report.sections import (
-    Material,
-    comparison,
-    gallery_section,
-    heads_section,
-    left_out,
-    linearity_section,
-    lipschitz_section,
-    made_section,
-    matching_section,
-    near_section,
-    probe_section,
-    retrieval_section,
-    spectrum_section,
-    summary_section,
-    survival_section,
-    transfer_section,
-    walks_section,
+from hf_equiv.formatting import short
+from hf_equiv.hub.card import command_of
+from hf_equiv.report import claims, render
+from hf_equiv.report.collect import (
+    Checkpoint,
+    Place,
+    Run,
+    find_runs,
+    group_runs,
+    load_other,
+    load_own,
+    locate,
+    read_pictures,
 )
+from hf_equiv.report.figures import Picture, draw_figures, survival_lines
+from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer
+from hf_equiv.report.numbers import MATCHED, checkpoint_numbers
+from hf_equiv.report.records import CheckpointNumbers
+from hf_equiv.report.render import ball
 from hf_equiv.report.statistics import RESAMPLES
 from hf_equiv.runs import shards
+from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
-Row = dict[str, Any]
-
-
 Tell = Callable[[str, int, int], None]
 
-
-SECTIONS: tuple[Callable[[Material], list[Block]], ...] = (
-    summary_section, matching_section, gallery_section, near_section, heads_section, survival_section,
-    transfer_section, retrieval_section, probe_section, spectrum_section, lipschitz_section, linearity_section,
-    walks_section, made_section,
-)  # fmt: skip
-"""Of one checkpoint, in their order."""
-
+SHOWN = 4
+"""Matches shown as pictures."""
 
 WITHHELD = "the photos are withheld from this data set"
-
-
 PAPER = "Salman, Shams and Liu (2024), Intriguing Equivalence Structures of the Embedding Space of Vision Transformers"
 
 
@@ -68,8 +58,8 @@ class Report:
         html: the page as one file that loads nothing from elsewhere.
         markdown: the same as Markdown, with its pictures beside it.
         pictures: those pictures, PNG bytes by file name.
-        folder: what their folder is called.
-        numbers: every number of the page: `models`, one for each checkpoint, with intervals and n.
+        folder: name of the folder of the pictures.
+        models: every number of the page as records, one for each checkpoint.
         problems: parts that could not be measured, and files that are not as recorded.
     """
 
@@ -77,8 +67,13 @@ class Report:
     markdown: str
     pictures: dict[str, bytes] = field(repr=False)
     folder: str
-    numbers: Row
+    models: tuple[CheckpointNumbers, ...] = field(repr=False)
     problems: tuple[str, ...]
+
+    @property
+    def numbers(self) -> Row:
+        """Every number of the page as plain data (`models`, with intervals and n), and `problems`."""
+        return {"models": [model.to_json() for model in self.models], "problems": list(self.problems)}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the page, the Markdown beside it, and the pictures into their folder; each file whole or not at all.
@@ -86,7 +81,7 @@ class Report:
         Pictures of an earlier page at the same place are removed where this one has none of the name.
 
         Args:
-            path: of the page; `out` of `make_report`, so that the Markdown finds its pictures.
+            path: path of the page; `out` of `make_report`, so that the Markdown finds its pictures.
         """
         path = Path(path)
         for old in (path.parent / self.folder).glob("model*-*.png"):
@@ -96,6 +91,25 @@ class Report:
             shards.write_atomic(path.parent / self.folder / name, png)
         shards.write_atomic(path.with_suffix(".md"), self.markdown.encode())
         shards.write_atomic(path, self.html.encode())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured anew, with which models, and the folder that keeps it; `others` may hold why one is missing."""
+
+    place: Place
+    models: Sequence[str]
+    others: Mapping[str, Encoder | str]
+    survival: bool
+    labelled: ImageSet | None
+    cache: Path | None
+    tell: Tell
+
+    @property
+    def transfer_note(self) -> str:
+        """Why no other encoder was asked."""
+        failed = "; ".join(other.rstrip(".") for other in self.others.values() if isinstance(other, str))
+        return failed or "transfer: the model named is the one that the matches were made for"
 
 
 def make_report(
@@ -111,31 +125,29 @@ def make_report(
     local_files_only: bool = False,
     observer: Tell | None = None,
 ) -> Report:
-    """Report what the runs of one or several checkpoints say of the paper's claims, with intervals and controls.
+    """Report what the runs of one or several checkpoints say about the paper's claims, with intervals and controls.
 
-    Runs are grouped by model, revision, readout and dtype. Numbers come from the rows; controls, survival, transfer,
-    retrieval and the kNN probe are measured anew with the recorded model, on the match run without a ball (or of the
-    largest one). Where a model cannot be loaded, these parts say so and the rest is reported.
-
-    Rows and float images of files that are not as the `run.json` of a finished run states count nowhere; the page says
-    how many.
+    Runs are grouped by model, revision, readout and dtype. Numbers come from the rows. Controls, survival, transfer,
+    retrieval and the kNN probe are measured anew with the recorded model, on the match run without a ball (or with the
+    largest one). Where a model cannot be loaded, these parts say so and the rest is reported. Rows and float images
+    whose files differ from the `run.json` of a finished run are left out; the page says how many.
 
     Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo.
 
     Args:
         paths: a run directory, a folder of them, a dataset USER/NAME on the Hub; or several of these.
-        transfer: other models that are asked whether the matches match there, too.
+        transfer: names of other models that see the same matches.
         label_data: photos with classes for the kNN probe; see `load_images`.
         survival: whether to try JPEG, resizing and blur.
-        model: where local checkpoints are, whose paths runs do not record; the one of the recorded revision is used.
-        out: where the page will be: names the folder of its pictures, where measurements are kept.
-        device: where to compute; by default CUDA if there is one.
+        model: local checkpoints, whose paths runs do not record; the one of the recorded revision is used.
+        out: path of the page; measurements are kept in the folder of its pictures.
+        device: device of the encoder; by default CUDA if there is one.
         cache_dir: the Hub's cache.
         local_files_only: never ask the Hub.
         observer: called with (what is measured, done, in all).
 
     Returns:
-        The report; the same for the same runs and options, to the byte.
+        The report; equal runs and options give equal bytes.
 
     Raises:
         ValueError: a path is no run directory, is damaged, or was written by a newer version; no file of rows is as
@@ -148,11 +160,44 @@ def make_report(
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568.
     """
+    place = Place(device, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
+    runs = _runs(_several(paths), place)
+    labelled = None if label_data is None else _labelled(label_data, place)
+    others: dict[str, Encoder | str] = {name: load_other(name, place) for name in dict.fromkeys(transfer)}
+    folder = f"{'report' if out is None else Path(out).stem}_files"
+    cache = None if out is None else Path(out).parent / folder
     tell = observer or (lambda what, done, total: None)
-    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
-    out = None if out is None else Path(out)
-    place = Place(device, cache_dir, local_files_only)
-    paths = _several(paths)
+    return _report(runs, Asked(place, _several(model), others, survival, labelled, cache, tell), folder)
+
+
+def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
+    checkpoints = group_runs(runs)
+    prefixes = ["model"] if len(checkpoints) == 1 else [f"model{k}" for k, _ in enumerate(checkpoints, 1)]
+    pages = [_model_page(checkpoint, asked, prefix) for checkpoint, prefix in zip(checkpoints, prefixes, strict=True)]
+    problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {run.left_out_note}" for run in runs
+                if run.changed]  # fmt: skip
+    problems += [other for other in asked.others.values() if isinstance(other, str)]
+    problems += [f"{page['title']}: {page['reason']}" for page in pages if page["reason"] not in ("", WITHHELD)]
+    whole = {
+        "title": f"Images that share an embedding: {', '.join(page['title'] for page in pages)}",
+        "models": pages, "several": len(pages) > 1, "same": _alike(checkpoints), "labelled": asked.labelled,
+        "paper": PAPER, "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": render.ALIKE_DB,
+    }  # fmt: skip
+    return Report(
+        html=render.to_html(whole),
+        markdown=render.to_markdown(whole, folder),
+        pictures={one.name: one.png for page in pages for one in page["pictures"]},
+        folder=folder,
+        models=tuple(page["numbers"] for page in pages),
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+def _several(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    return tuple(os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given))
+
+
+def _runs(paths: Sequence[str], place: Place) -> tuple[Run, ...]:
     if not paths:
         raise ValueError("`paths` must name a run directory. Make one with hf-equiv match MODEL.")
     runs = find_runs([locate(path, place) for path in paths])
@@ -161,144 +206,163 @@ def make_report(
             f"`paths` must hold rows that are as recorded; in {', '.join(run.name for run in runs if run.changed)} no "
             "file of rows is as run.json states (SHA-256). hf-equiv verify names every problem."
         )
-    checkpoints = group_runs(runs)
-    labelled = None
-    if label_data is not None:
-        labelled = load_images(
-            label_data, limit=LABELLED_PHOTOS, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        if not any(label is not None for label in labelled.labels):
-            raise ValueError(f"`label_data` must hold photos with classes; {labelled.data_id!r} has none.")
-    folder = pictures_folder(out)
-    keep = None if out is None else out.parent / folder
-    models = _several(model)
-    others: dict[str, Encoder | str] = {name: load_other(name, place) for name in dict.fromkeys(transfer)}
-    problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {left_out(run)}" for run in runs
-                if run.changed]  # fmt: skip
-    problems += [other for other in others.values() if isinstance(other, str)]
-    materials: list[Material] = []
-    for k, checkpoint in enumerate(checkpoints, 1):
-        measured, moved, reason = _measure(checkpoint, models, others, place, survival, labelled, keep, tell)
-        if reason not in ("", WITHHELD):
-            problems.append(f"{checkpoint.title}: {reason}")
-        prefix = "model" if len(checkpoints) == 1 else f"model{k}"
-        note = "; ".join(other.rstrip(".") for other in others.values() if isinstance(other, str))
-        if transfer and not note:
-            note = "transfer: the model named is the one that the matches were made for"
-        asked = None if labelled is None else labelled.data_id
-        numbers = checkpoint_numbers(checkpoint, measured, moved)
-        materials.append(Material(checkpoint, numbers, measured, reason, survival, bool(transfer), asked, prefix, note))
-    page = _page(materials, labelled)
-    markdown, pictures = to_markdown(page, folder)
-    told = {"models": [m.numbers for m in materials], "problems": list(dict.fromkeys(problems))}
-    return Report(to_html(page), markdown, pictures, folder, told, tuple(dict.fromkeys(problems)))
+    return runs
 
 
-def _several(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
-    """One path or several, as text."""
-    return tuple(os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given))
+def _labelled(label_data: str | os.PathLike[str], place: Place) -> ImageSet:
+    found = load_images(
+        label_data, limit=LABELLED_PHOTOS, cache_dir=place.cache_dir, local_files_only=place.local_files_only
+    )
+    if not any(label is not None for label in found.labels):
+        raise ValueError(f"`label_data` must hold photos with classes; {found.data_id!r} has none.")
+    return found
 
 
-def pictures_folder(out: Path | None) -> str:
-    """What the folder of the pictures is called beside the page."""
-    return f"{out.stem if out is not None else 'report'}_files"
-
-
-def _measure(
-    checkpoint: Checkpoint, models: Sequence[str], others: Mapping[str, Encoder | str], place: Place, survival: bool,
-    labelled: ImageSet | None, keep: Path | None, tell: Tell,
-) -> tuple[Row | None, list[Row], str]:  # fmt: skip
-    """Measure the first match run of a checkpoint: with its own encoder, with others, and why not where it fails."""
+def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row], str]:
+    """Measure the first match run with its own encoder and with others; the last value says why that failed."""
     if not checkpoint.matches:
         return None, [], ""
     run = checkpoint.matches[0]
-    encoder, reason = load_own(checkpoint, models, place)
+    encoder, reason = load_own(checkpoint, asked.models, asked.place)
     if encoder is None:
         return None, [], reason
 
-    def count(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: tell(what, done, total)
+    def tell(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: asked.tell(what, done, total)
 
-    measured = measure_run(run, encoder, survival=survival, labelled=labelled, cache=keep, tell=count(checkpoint.title))
+    measured = measure_run(
+        run, encoder, survival=asked.survival, labelled=asked.labelled, cache=asked.cache, tell=tell(checkpoint.title)
+    )
     if not measured["pairs"]:
         return measured, [], WITHHELD
     moved = [
-        measure_transfer(run, other, cache=keep, tell=count(f"{checkpoint.title} in {name}"))
-        for name, other in others.items()
+        measure_transfer(run, other, cache=asked.cache, tell=tell(f"{checkpoint.title} in {name}"))
+        for name, other in asked.others.items()
         if not isinstance(other, str) and _differ(other, encoder)
     ]
     return measured, moved, ""
 
 
 def _differ(other: Encoder, encoder: Encoder) -> bool:
-    """Whether another encoder is not the very one that the matches were made for."""
     return (other.revision, other.readout, other.normalize) != (encoder.revision, encoder.readout, encoder.normalize)
 
 
-def _page(materials: Sequence[Material], labelled: ImageSet | None) -> Page:
-    titles = [plain(m.checkpoint.title) for m in materials]
-    several = len(materials) > 1
-    blocks: list[Block] = [
-        Text(
-            "An image encoder turns a photo into a list of numbers, its embedding, and whatever is built on it (a "
-            "classifier, an image search) sees only the embedding. This page reports how far two photos can differ and "
-            "still have the same embedding, how little has to change to get another photo's embedding, and why.",
-            "lead",
-        ),
-        Text(
-            f"It checks the claims of {PAPER} (arXiv:2401.15568) on "
-            f"{'these checkpoints' if several else 'one checkpoint'}. A match is a photo, changed by a solver until "
-            "its "
-            "embedding is that of another photo, the target. Distances between embeddings are relative: 0 is the same "
-            "embedding, 1 the length of the target's, and two unrelated photos are often further apart than 1."
-        ),
+# What the templates print, apart from the numbers.
+
+
+def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
+    measured, moved, reason = _measure(checkpoint, asked)
+    numbers = checkpoint_numbers(checkpoint, measured, moved)
+    figures = draw_figures(checkpoint, numbers, measured, prefix)
+    gallery = _gallery(checkpoint, numbers, prefix) if checkpoint.matches else None
+    tiles = [tile.picture for strip, _ in gallery["strips"] for tile in strip] if gallery else []
+    versions = sorted({str(row["versions"]) for run in checkpoint.runs for row in run.rows if row["versions"]})
+    return {
+        "title": checkpoint.title,
+        "prefix": prefix,
+        "asked": asked,
+        "reason": reason,
+        "numbers": numbers,
+        "near": claims.near_budget(numbers),
+        "measured": bool(measured and measured["pairs"]),
+        "runs": checkpoint.runs,
+        "all_failed": any(run.rows for run in checkpoint.of("match")),
+        "summary": claims.summary(numbers),
+        "claims": claims.claims(numbers),
+        "against": claims.disagreements(numbers),
+        "consequences": claims.consequences(numbers),
+        "limits": claims.limits(numbers),
+        "statuses": _statuses(checkpoint.matches[0]) if checkpoint.matches else "",
+        "budget_names": _budget_names(numbers),
+        "several_data": _several_data(numbers),
+        "survival_lines": survival_lines(numbers),
+        "gallery": gallery,
+        "figures": figures,
+        "budget_curves": [one for what, one in figures.items() if what.startswith("budget-") and one],
+        "pictures": [*(one for one in figures.values() if one), *tiles],
+        "commands": [command_of({"analysis": run.analysis, "settings": run.settings}) for run in checkpoint.runs],
+        "checks": list(dict.fromkeys(_check(run) for run in checkpoint.runs)),
+        "versions": "; ".join(versions).replace('"', "").strip("{}"),
+    }
+
+
+def _statuses(run: Run) -> str:
+    tally = Counter(str(row["status"]) for row in run.rows)
+    return ", ".join(f"{n} {status}" for status, n in sorted(tally.items()))
+
+
+def _several_data(numbers: CheckpointNumbers) -> bool:
+    return len({(b.data_id, b.data_revision) for b in numbers.budgets}) > 1
+
+
+def _budget_names(numbers: CheckpointNumbers) -> list[str]:
+    """Name each budget, with its data or run where others have the same."""
+    several = _several_data(numbers)
+    names = [ball(b.radius, b.norm) + (f", {b.data_id}" if several else "") for b in numbers.budgets]
+    return [
+        name if names.count(name) == 1 else f"{name} ({b.run})" for b, name in zip(numbers.budgets, names, strict=True)
     ]
-    if several:
-        blocks += comparison(materials)
-        blocks.append(
-            Text(
-                "The paper calls its claims generic: true of any model and any photos. "
-                f"This page has {len(materials)} checkpoints; the claims tables below give a verdict for each.",
-                "quiet",
-            )
-        )
-    for m in materials:
-        blocks.append(Heading(plain(m.checkpoint.title), 2, m.prefix))
-        for section in SECTIONS:
-            blocks += section(m)
-    blocks += [
-        Heading("How to read the numbers", 2, "method"),
-        Bullets(
-            (
-                f"Medians have 95 % percentile bootstrap intervals: {RESAMPLES:,} resamples of the pairs (photos, "
-                "walks, "
-                "directions), seed 0. Shares have Wilson's 95 % score interval. A single value has no interval.",
-                "Unrelated photos: the source of one pair against the target of every other.",
-                "Random step: the source moved by the L2 length of its match in a random direction, rounded to 8 bit; "
-                "median of 4.",
-                "Half-level noise: uniform within half an 8-bit level on every pixel value of the target; median of 8.",
-                "Resizing is bicubic with antialiasing, JPEG is Pillow's with its usual chroma subsampling, the blur "
-                "has a "
-                "standard deviation of one pixel.",
-                *RULES,
-            )
-        ),
-        Text(
-            "The verdicts are about these photos and this checkpoint. They do not show that a claim holds in general. "
-            "The page contains photos of the data sets it names: see to their licence before you pass it on.",
-        ),
-        Heading("How to cite", 2, "cite"),
-        Text(
-            f"The paper: {PAPER}, arXiv:2401.15568. The measurements: hf_equiv, with the model revision, the data "
-            "revision and the seed given above. All numbers of this page: " + code("hf-equiv report … --json") + "."
-        ),
+
+
+def _check(run: Run) -> str:
+    """Return the command that recomputes the rows; one command checks all runs of a dataset on the Hub."""
+    local = run.settings["model_revision"].startswith("sha256:") and run.settings["model_id"] != "builtin"
+    return f"hf-equiv verify {run.name.split('@')[0]}" + (" --model PATH" if local else "")
+
+
+class Tile(NamedTuple):
+    """An image of the gallery and the lines below it."""
+
+    picture: Picture
+    lines: tuple[str, ...]
+
+
+def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) -> Row:
+    """Show the first matches at the smallest budget that is enough, else of the first run."""
+    near = claims.near_budget(numbers)
+    run = next((one for one in checkpoint.matches if near and one.name == near.run), checkpoint.matches[0])
+    ids = [row["pair_id"] for row in run.good][:SHOWN]
+    rows = {row["pair_id"]: row for row, _ in read_pictures(run, ids)}
+    kept = [rows[name] for name in ids if all(rows[name][column] is not None for column in IMAGE_COLUMNS)]
+    return {
+        "budget": ball(run.settings["radius"], run.settings["norm"]),
+        "strips": [
+            (_tiles(row, f"{prefix}-pair{k}"), f"{row['source_id']} made to embed as {row['target_id']}")
+            for k, row in enumerate(kept, 1)
+        ],
+        "other": checkpoint.matches[0].name if run is not checkpoint.matches[0] else "",
+    }
+
+
+def _tiles(row: Row, prefix: str) -> list[Tile]:
+    source, match = (decode_png(row[name]).numpy() for name in ("source", "match"))
+    pixels, gain = difference(source, match)
+    size = "identical to the source" if row["psnr_db"] is None else f"PSNR {row['psnr_db']:.1f} dB"
+    size += "" if row["ssim"] is None else f", SSIM {row['ssim']:.3f}"
+    error = f"error {short(row['embedding_error_8bit'])} as PNG, {short(row['embedding_error'])} float"
+    images = {
+        "source": (row["source"], _seen(row, "source"), _class(row, "source")),
+        "match": (row["match"], _seen(row, "match"), error),
+        "difference": (encode_png(torch.from_numpy(pixels)), f"(match − source) × {gain}", size),
+        "target": (row["target"], _seen(row, "target"), _class(row, "target")),
+    }
+    return [
+        Tile(Picture(f"{prefix}-{name}.png", png, f"{name} of {row['pair_id']}"), tuple(line for line in lines if line))
+        for name, (png, *lines) in images.items()
     ]
-    if labelled is not None:
-        blocks.append(
-            Text(
-                f"Labelled photos: {plain(labelled.data_id)} at {plain(labelled.data_revision)[:19]}, "
-                f"{len(labelled)} photos.",
-                "quiet",
-            )
-        )
-    return Page(f"Images that share an embedding: {', '.join(titles)}", tuple(blocks))
+
+
+def _seen(row: Row, role: str) -> str:
+    label = row[f"{role}_label"]
+    return role if label is None else f"{role}, seen as {label.split(',')[0]}"
+
+
+def _class(row: Row, role: str) -> str:
+    return "" if row[f"{role}_class"] is None else f"class {row[f'{role}_class']}"
+
+
+def _alike(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether the checkpoints were measured on the same pairs with the same budget."""
+    settings = ("data_revision", "seed", "radius", "norm", "solver", "max_evals", "rtol", "refine")
+    firsts = [checkpoint.matches[0] for checkpoint in checkpoints if checkpoint.matches]
+    return len({(len(run.good), *(run.settings.get(key) for key in settings)) for run in firsts}) <= 1

@@ -1,7 +1,7 @@
-"""Photos found by their embeddings: a database, ranks in it, neighbours, and a classifier by their votes.
+"""Find photos by their embeddings: a database, ranks in it, neighbours, and a classifier by their votes.
 
-Similarity is the cosine, in float64. An embedding that is zero or not finite has no direction: it is compared with
-nothing, has no rank and no neighbours.
+Similarity is the cosine, in float64. An embedding that is zero or not finite has no direction: it has no similarity to
+any other, no rank and no neighbours.
 """
 
 from __future__ import annotations
@@ -9,16 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Row = dict[str, Any]
-
-
-Embed = Callable[[Tensor], Tensor]
-
+from hf_equiv.runs.schema import Row
 
 NEIGHBOURS = 5
 """Neighbours that vote in the kNN probe."""
@@ -26,20 +21,19 @@ NEIGHBOURS = 5
 
 @dataclass
 class Gallery:
-    """Embeddings of distinct photos, by the digest of their pixels, with a class where one is known."""
+    """Embeddings of distinct photos, with a class where one is known; a photo is known by the digest of its pixels."""
 
-    ids: list[str] = field(default_factory=list)
+    embed: Callable[[Tensor], Tensor]
     vectors: list[Tensor] = field(default_factory=list)
     classes: list[str | None] = field(default_factory=list)
     places: dict[bytes, int] = field(default_factory=dict)
 
-    def add(self, name: str, pixels: Tensor, embed: Embed, label: str | None = None) -> int:
-        """Put in a photo (3, H, W) unless the same pixels are there already; returns its place."""
+    def add(self, pixels: Tensor, label: str | None = None) -> int:
+        """Add a photo (3, H, W) unless the same pixels are there already; return its place."""
         key = hashlib.sha256((pixels.double() * 255).round().to(torch.uint8).cpu().numpy().tobytes()).digest()
         if key not in self.places:
-            self.places[key] = len(self.ids)
-            self.ids.append(name)
-            self.vectors.append(embed(pixels[None])[0].detach().double().cpu())
+            self.places[key] = len(self.vectors)
+            self.vectors.append(self.embed(pixels[None])[0].detach().double().cpu())
             self.classes.append(label)
         elif self.classes[self.places[key]] is None:
             self.classes[self.places[key]] = label
@@ -51,79 +45,57 @@ class Gallery:
         return torch.stack(self.vectors)
 
 
-def rank_of(query: Tensor, database: Tensor, wanted: int) -> int | None:
-    """Place of one photo among a database, by cosine similarity to a query: 1 for the nearest.
-
-    Args:
-        query: (D,).
-        database: (M, D).
-        wanted: index of the photo.
-
-    Returns:
-        1 + the number of photos that are strictly nearer; None where the two cannot be compared.
-    """
-    near = similarities(query, database)
-    return 1 + int((near > near[wanted]).sum()) if near[wanted] > -torch.inf else None
-
-
 def similarities(query: Tensor, database: Tensor) -> Tensor:
-    """Cosine similarity of a query (D,) to each of (M, D), float64; −∞ where an embedding is zero or not finite."""
+    """Return the cosine of a query (D,) with each of (M, D), float64; −∞ where an embedding is zero or not finite."""
     query, database = query.double(), database.double()
     near = (database @ query) / (database.norm(dim=1) * query.norm())
     return torch.where(near.isfinite(), near, -torch.inf)
 
 
+def rank_of(query: Tensor, database: Tensor, wanted: int) -> int | None:
+    """Return 1 + the number of photos (M, D) nearer to a query (D,) than the wanted one; None without a cosine."""
+    near = similarities(query, database)
+    return 1 + int((near > near[wanted]).sum()) if near[wanted] > -torch.inf else None
+
+
 def nearest(query: Tensor, database: Tensor, k: int, without: Sequence[int] = ()) -> list[int]:
-    """Indices of the k photos most similar to a query, nearest first, leaving some out; ties go to the lower index."""
+    """Return the indices of the k photos nearest to a query, leaving some out; ties go to the lower index."""
     near = similarities(query, database)
     near[list(without)] = -torch.inf
     order = torch.sort(near, descending=True, stable=True)
-    # what cannot be compared with the query is not near it
     return [i for i, value in zip(order.indices.tolist(), order.values.tolist(), strict=True) if value > -torch.inf][:k]
 
 
 def retrieve(z_match: Tensor, source: int, target: int, database: Tensor, k: int) -> Row:
-    """Query a database with a match, and with its source as the control.
+    """Query a database (M, D) with a match, and with its source (left out of the database) as the control.
 
     Args:
         z_match: embedding of the match, (D,).
         source: place of the source in the database.
         target: place of the target.
         database: (M, D).
-        k: neighbours that are compared; source and target themselves are left out of them.
+        k: neighbours that are compared; source and target are left out of them.
 
     Returns:
-        `rank` of the target for the match and `source_rank` for the source (the source itself left out of the
-        database), and the share of the target's k neighbours that are also the match's (`overlap`) and the source's
-        (`source_overlap`); None where an embedding is zero or not finite, which has no neighbours.
+        `rank` of the target, and `overlap`: the share of the target's k neighbours that are also the match's;
+        `source_rank` and `source_overlap` likewise. None where an embedding is zero or not finite.
     """
-    without = (source, target)
-    own = set(nearest(database[target], database, k, without))
-    there = {
-        "overlap": set(nearest(z_match, database, k, without)),
-        "source_overlap": set(nearest(database[source], database, k, without)),
-    }
+    own, match_near, source_near = (
+        set(nearest(query, database, k, (source, target))) for query in (database[target], z_match, database[source])
+    )
     others = torch.arange(len(database)) != source
-    place = int(others[:target].sum())
-    row: Row = {
+    return {
         "rank": rank_of(z_match, database, target),
-        "source_rank": rank_of(database[source], database[others], place),
+        "source_rank": rank_of(database[source], database[others], int(others[:target].sum())),
+        "overlap": len(own & match_near) / len(own) if own and match_near else None,
+        "source_overlap": len(own & source_near) / len(own) if own and source_near else None,
     }
-    return row | {name: len(own & found) / len(own) if own and found else None for name, found in there.items()}
 
 
 def vote(query: Tensor, database: Tensor, classes: Sequence[str], k: int, without: Sequence[int] = ()) -> str | None:
-    """Class of a query by its k nearest neighbours; a tie goes to the class whose votes are nearer in sum.
+    """Return the class of a query by its k nearest neighbours; None where it has none.
 
-    Args:
-        query: (D,).
-        database: (M, D).
-        classes: of the database, M names.
-        k: neighbours that vote.
-        without: places that do not vote.
-
-    Returns:
-        The class; None where the query has no neighbours.
+    A tie goes to the class whose votes are nearer in sum.
     """
     near = similarities(query, database)
     tally: dict[str, tuple[int, float]] = {}
@@ -134,16 +106,14 @@ def vote(query: Tensor, database: Tensor, classes: Sequence[str], k: int, withou
 
 
 def probe(pairs: Sequence[tuple[int, int, Tensor]], gallery: Gallery) -> Row | None:
-    """A kNN classifier on the embeddings of labelled photos: what it makes of sources, matches and targets.
-
-    The two photos of a pair do not vote on it.
+    """Classify sources, matches and targets by the nearest labelled photos; the two photos of a pair do not vote on it.
 
     Args:
         pairs: place of the source, place of the target, embedding of the match (D,).
         gallery: the photos; those without a class do not vote.
 
     Returns:
-        `photos`, `classes`, `k`, `accuracy` of leave-one-out on the photos, and for each pair what it gives `source`,
+        `photos`, `classes`, `k`, `accuracy` of leave-one-out on the photos, and for each pair the class of `source`,
         `match` and `target`; None unless two classes have two photos or more.
     """
     voters = [i for i, name in enumerate(gallery.classes) if name is not None]

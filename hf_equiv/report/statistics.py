@@ -1,38 +1,30 @@
-"""Estimates with intervals: bootstrap of a median or mean, Wilson's interval of a share, empirical distributions."""
+"""Estimates with 95 % intervals, from SciPy: the bootstrap of a median or mean, Wilson's interval of a share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 10_000
-
-
 LEVEL = 0.95
-
-
-_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
-
-
 _CHUNK = 4_000_000  # values drawn at once
-
-
 _STATISTICS: dict[str, Any] = {"median": np.median, "mean": np.mean}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Estimate:
     """A number with its 95 % interval.
 
     Attributes:
         value: the estimate.
-        low: lower end of the interval; None where there is none (a single value).
+        low: lower end of the interval; None for a single value, which has no interval.
         high: upper end.
-        n: values it is of.
+        n: number of values behind the estimate.
     """
 
     value: float
@@ -40,122 +32,90 @@ class Estimate:
     high: float | None
     n: int
 
-    def to_json(self) -> dict[str, Any]:
-        """The estimate as plain data."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Share(Estimate):
+    """A share `hits` / `n` with Wilson's interval."""
+
+    hits: int
 
 
-def bootstrap(
-    values: Iterable[float | None], statistic: str = "median", *, seed: int = 0, resamples: int = RESAMPLES
-) -> Estimate | None:
+@dataclass(frozen=True)
+class Spread:
+    """The distribution of values that depend on each other, so that no interval is stated."""
+
+    median: float
+    q05: float | None
+    q95: float | None
+    min: float
+    max: float
+    n: int
+
+
+def estimate(values: Iterable[float | None], statistic: str = "median", *, seed: int = 0) -> Estimate | None:
     """Estimate a median or mean with the 95 % percentile bootstrap interval (Efron 1979).
 
-    Resamples of size n with replacement, the statistic of each, and the 2.5 % and 97.5 % quantiles of those. The
-    interval is too narrow for small n and says nothing of pairs that share an image.
+    The interval is too narrow for small n and ignores that pairs may share an image. Absent and infinite values are
+    left out.
 
     Args:
-        values: of the pairs or images; None counts as absent.
+        values: one for each pair or image.
         statistic: `median` or `mean`.
-        seed: of the resampling.
-        resamples: how many.
+        seed: seed of the resampling.
 
     Returns:
-        The estimate; without an interval for a single value; None where there is no value.
+        The estimate, without an interval for a single value; None where there is no value.
 
     Raises:
-        ValueError: another statistic.
+        ValueError: unknown statistic.
 
     Example:
-        >>> bootstrap([1.0, 2.0, 3.0, 4.0, 5.0]).value
+        >>> estimate([1.0, 2.0, 3.0, 4.0, 5.0]).value
         3.0
     """
     if statistic not in _STATISTICS:
         raise ValueError(f"`statistic` must be one of {', '.join(_STATISTICS)}; got {statistic!r}.")
-    measure = _STATISTICS[statistic]
-    known = _finite(values)
-    n = len(known)
-    if n == 0:
+    measure, known = _STATISTICS[statistic], _finite(values)
+    if not len(known):
         return None
-    middle = float(measure(known, axis=0))
-    if n == 1:
-        return Estimate(middle, None, None, 1)
-    generator = np.random.default_rng(seed)
-    found = np.empty(resamples)
-    step = max(1, _CHUNK // n)
-    for start in range(0, resamples, step):
-        stop = min(start + step, resamples)
-        found[start:stop] = measure(known[generator.integers(0, n, (stop - start, n))], axis=1)
-    low, high = np.quantile(found, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Estimate(middle, float(low), float(high), n)
+    value = float(measure(known))
+    if len(known) == 1:
+        return Estimate(value, None, None, 1)
+    interval = stats.bootstrap(
+        (known,), measure, n_resamples=RESAMPLES, batch=max(1, _CHUNK // len(known)), confidence_level=LEVEL,
+        method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Estimate(value, float(interval.low), float(interval.high), len(known))
 
 
-def wilson(hits: int, n: int) -> Estimate | None:
-    """Estimate a share with Wilson's 95 % score interval, which stays in [0, 1] and is of use for small n.
+def share(flags: Iterable[Any]) -> Share | None:
+    """Estimate the share of true flags with Wilson's 95 % score interval (Wilson 1927).
 
     Args:
-        hits: how many.
-        n: of how many.
+        flags: one for each pair; those that are None are left out.
 
     Returns:
-        The share; None for n = 0; without an interval for n = 1, where there is nothing to infer from.
-
-    Raises:
-        ValueError: more hits than n, or a negative number.
+        The share, without an interval for a single flag; None where there is none.
 
     Example:
-        >>> wilson(6, 6).value, round(wilson(6, 6).low, 2)
-        (1.0, 0.61)
-
-    References:
-        Wilson (1927), J. Am. Stat. Assoc. 22:209.
+        >>> share([True] * 6).hits, round(share([True] * 6).low, 2)
+        (6, 0.61)
     """
-    if not 0 <= hits <= n:
-        raise ValueError(f"`hits` must lie between 0 and n = {n}; got {hits}.")
-    if n == 0:
-        return None
-    share = hits / n
-    if n == 1:
-        return Estimate(share, None, None, 1)
-    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), n)
-
-
-def estimate(values: Iterable[float | None], statistic: str = "median") -> dict[str, Any] | None:
-    """Median or mean with its bootstrap interval, as plain data."""
-    found = bootstrap(values, statistic)
-    return None if found is None else found.to_json()
-
-
-def share(flags: Iterable[Any]) -> dict[str, Any] | None:
-    """Share of what is true with Wilson's interval, and the count as `hits`; None counts as absent."""
     known = [bool(flag) for flag in flags if flag is not None]
-    found = wilson(sum(known), len(known))
-    return None if found is None else found.to_json() | {"hits": sum(known)}
+    n, hits = len(known), sum(known)
+    if n < 2:
+        return Share(float(hits), None, None, 1, hits) if known else None
+    interval = stats.binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
+    return Share(hits / n, float(interval.low), float(interval.high), n, hits)
 
 
-def ecdf(values: Iterable[float | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the empirical distribution: sorted values, and the share that is at most each.
-
-    Example:
-        >>> x, y = ecdf([3.0, 1.0])
-        >>> x.tolist(), y.tolist()
-        ([1.0, 3.0], [0.5, 1.0])
-    """
-    known = np.sort(_finite(values))
-    return known, np.arange(1, len(known) + 1) / max(len(known), 1)
-
-
-def spread(values: Iterable[float | None]) -> dict[str, Any] | None:
-    """Median, 5 % and 95 % quantiles, extremes and count of values that depend on each other; None without any."""
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Return median, 5 % and 95 % quantiles, extremes and count of values; None without any."""
     known = _finite(values)
     if not len(known):
         return None
     low, middle, high = (float(q) for q in np.quantile(known, (0.05, 0.5, 0.95)))
-    return {
-        "median": middle, "q05": low, "q95": high, "min": float(known.min()), "max": float(known.max()),
-        "n": len(known),
-    }  # fmt: skip
+    return Spread(middle, low, high, float(known.min()), float(known.max()), len(known))
 
 
 def _finite(values: Iterable[float | None]) -> np.ndarray:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,21 +186,19 @@ def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
 def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
     """Check that the generated part of the card, and its configurations, are those of the runs."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    generated = hub_card.generated_text(text)
-    if generated is None:
-        wanted = "the part that publishing writes"
-        yield problem(CARD, None, "card", wanted, None, f"{wanted} is gone")
-        return
     try:
-        named = re.search(r'load_dataset\("([^"\n]+)"', generated)  # a copy may have another name than the dataset
-        made = _lines(hub_card.card_text(named[1] if named else "", records))
+        compared = hub_card.differences(text, records)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
         yield problem(CARD, None, "card", "what the runs say", None, told)
         return
-    for line in (made - _lines(generated)).elements():
+    if compared is None:
+        wanted = "the part that publishing writes"
+        yield problem(CARD, None, "card", wanted, None, f"{wanted} is gone")
+        return
+    for line in compared[0]:
         yield problem(CARD, None, subject(line), None, line, f"the card does not say what the runs say: {line}")
-    for line in (_lines(generated) - made).elements():
+    for line in compared[1]:
         yield problem(CARD, None, subject(line), line, None, f"the card says what no run says: {line}")
     configs = {item["config_name"]: item for item in hub_card.header(text).get("configs") or []}
     own = {config["config_name"]: config for config in hub_card.configs_of(records)}
@@ -212,8 +208,3 @@ def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
     for name, config in configs.items():
         if config.get("default") and name != next(iter(own)):
             yield differs(CARD, None, f"configs.{name}.default", True, None, "the default must be that of a run")
-
-
-def _lines(text: str) -> Counter[str]:
-    """Count the lines of the generated part of a card, without its marks."""
-    return Counter(line for line in text.splitlines() if line.strip() and not line.startswith("<!-- hf_equiv"))

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import arrow_writer
 from fakes import draw_photo
 
 from hf_equiv.data import tables
@@ -48,7 +49,7 @@ def test_rows_are_those_that_datasets_reads(tmp_path, monkeypatch):
 
 
 def test_memory_is_that_of_a_few_rows(tmp_path, monkeypatch):
-    rng, held, real = np.random.default_rng(0), [], tables.table_cast
+    rng, held, real = np.random.default_rng(0), [], arrow_writer.table_cast
     cells = [{"bytes": rng.bytes(50_000), "path": None} for _ in range(400)]
     # a single row group, of pages of 16 rows: a page is the least that can be read
     pq.write_table(pa.table({"image": cells}), tmp_path / "one.parquet", compression="none", write_batch_size=16)
@@ -59,7 +60,7 @@ def test_memory_is_that_of_a_few_rows(tmp_path, monkeypatch):
         held.append(pa.total_allocated_bytes() - before)
         return real(table, schema)
 
-    monkeypatch.setattr(tables, "table_cast", cast)
+    monkeypatch.setattr(arrow_writer, "table_cast", cast)
     images = load_images(str(tmp_path / "one.parquet"), cache_dir=str(tmp_path / "cache"))
     assert len(images) == 400
     assert len(held) == 25

@@ -73,14 +73,14 @@ def test_the_same_seed_gives_the_same_directions():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ValueError, "must be asked for some direction"),
+        ({}, ValueError, "must be asked for a direction"),
         ({"top": 13}, ValueError, "`top` must be at most the rank 12"),
         ({"row": 13}, ValueError, "`row` must be at most the rank 12"),
         ({"random": -1}, ValueError, "`random` must be at least 0"),
         ({"null": 1.5}, TypeError, "`null` must be a whole number"),
         ({"toward": images(1)}, ValueError, "must not be zero"),
-        ({"toward": torch.zeros(3, *SHAPE)}, ValueError, "`toward` must hold 1 or 1 images"),
-        ({"match": torch.zeros(1, 3, 4, 4)}, ValueError, "`match` must hold"),
+        ({"toward": torch.zeros(3, *SHAPE)}, ValueError, "`toward` must have the shape of `images`"),
+        ({"match": torch.zeros(1, 3, 4, 4)}, ValueError, "`match` must have the shape of `images`"),
         ({"toward": images(1) + 2}, ValueError, r"`toward` must lie in \[0, 1\]"),
     ],
 )

@@ -19,7 +19,7 @@ from torch.func import jacrev
 
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import trace_level_set
-from hf_equiv.jacobian import Jacobian, jacobian_cost, jacobian_matrix
+from hf_equiv.jacobian import Jacobian, jacobian_cost
 from hf_equiv.matching import corrector
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.models.encoder import Encoder
@@ -520,7 +520,7 @@ def test_a_match_of_a_tiny_vit_slides(vit, heading):
     if heading == "nearest":
         assert walk.paths[0][-1].stationarity <= 0.01
         d = (start - walk.images)[0].double()
-        J = jacobian_matrix(encoder, walk.images[0])[1]
+        J = Jacobian(encoder, walk.images[0]).as_matrix()
         free = ((walk.images > 0) & (walk.images < 1)).flatten()
         J, d = J[:, free], d.flatten()[free]
         left = d - torch.linalg.pinv(J, rtol=1e-5) @ (J @ d)

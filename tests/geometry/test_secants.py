@@ -64,7 +64,7 @@ def test_secants_of_a_linear_map():
     x = images(1, dtype=torch.float64)[0]
     v = torch.randn(5, *x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = v.flatten(1) @ linear().A.T
-    secants, shares = central_secants(linear(), x, v, RADII, batch=2)
+    secants, shares = central_secants(linear(), x, v, RADII)
     torch.testing.assert_close(secants, exact[:, None].expand(-1, 17, -1), rtol=0, atol=1e-9)
     torch.testing.assert_close(shares, v.flatten(1).square().sum(1)[:, None].expand(-1, 17), rtol=1e-9, atol=0)
 
@@ -72,6 +72,6 @@ def test_secants_of_a_linear_map():
 def test_steps_that_the_dtype_rounds_away_are_seen():
     x = images(1)[0].bfloat16()
     v = torch.ones(1, *x.shape) / x.numel() ** 0.5
-    _, shares = central_secants(lambda y: y.flatten(1)[:, :3], x, v, RADII, batch=8)
+    _, shares = central_secants(lambda y: y.flatten(1)[:, :3], x, v, RADII)
     assert float(shares[0, 0]) == 0
     assert float(shares[0, -1]) == pytest.approx(1, abs=0.05)

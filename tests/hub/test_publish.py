@@ -33,7 +33,7 @@ from hf_equiv.analyses.plan import make_plan
 from hf_equiv.analyses.run import run_match
 from hf_equiv.cli import progress
 from hf_equiv.hub import licences, load, repository
-from hf_equiv.hub.card import END, START, command_of, dataset_card, header
+from hf_equiv.hub.card import END, START, dataset_card, header
 from hf_equiv.hub.licences import photo_rights
 from hf_equiv.hub.load import download_results, load_results
 from hf_equiv.hub.publish import publish_results
@@ -337,7 +337,7 @@ def test_the_card_says_what_is_there(hub, runs):
     }  # fmt: skip
     for told in (
         "https://arxiv.org/abs/2401.15568", "| converged |", "![pairs](figures/pairs.png)", "hf-equiv verify",
-        'load_dataset("alice/results", "matches", split="train")', "seed 0", "torch ", "hf-equiv match builtin",
+        'load_dataset("alice/results", "matches", split="train")', "seed 0", "torch ",
     ):  # fmt: skip
         assert told in text
 
@@ -380,11 +380,47 @@ def test_a_run_directory_that_was_uploaded_by_hand(hub, runs):
     assert text.count("# Embedding matches") == 0  # its own card has become a part of the dataset's
 
 
-def test_the_command_that_makes_a_run_again(runs):
-    record = json.loads((runs["seed"] / "run.json").read_text())
-    assert command_of(record) == "hf-equiv match builtin --data builtin --pairs 2 --readout cls --max-evals 40 --seed 1"
-    assert "--directions random:1,top:1" in command_of(json.loads((runs["lipschitz"] / "run.json").read_text()))
-    assert dataset_card("a/b", {"": record}) == dataset_card("a/b", {"": record})
+def test_the_command_of_a_run_or_its_settings(hub, runs, tmp_path):
+    """The card shows the recorded command; older runs have recorded none."""
+    out = Path(shutil.copytree(runs["seed"], tmp_path / "out"))
+    record = json.loads((out / "run.json").read_text())
+    record.pop("command", None)
+    (out / "run.json").write_text(json.dumps(record))
+    card = publish_results(out, NAME).card
+    assert "| max_evals | 40 |" in card
+    assert "```bash" not in card
+    assert verify_results(NAME).problems == ()
+    record["command"] = "hf-equiv match builtin --data 'my photos' --source a/b"
+    (out / "run.json").write_text(json.dumps(record))
+    card = publish_results(out, NAME).card
+    assert "\n```bash\nhf-equiv match builtin --data 'my photos' --source a/b\n```\n" in card
+    assert "| max_evals | 40 |" not in card
+    assert verify_results(NAME).problems == ()
+
+
+def test_names_of_strangers_mean_nothing_in_the_card(runs):
+    record = json.loads((runs["match"] / "run.json").read_text()) | {"versions": None, "rights": "[a](b) <b>"}
+    record["settings"] |= {"data_id": "a|b`c\n# d [e](f) <script>", "model_id": "m`|\n## n"}
+    text = dataset_card("a/b", {"": record})
+    assert "| a&#124;b&#96;c # d [e]&#40;f) &lt;script&gt; |" in text
+    assert "`m&#96;&#124; ## n`" in text
+    assert "[a]&#40;b) &lt;b&gt;" in text
+    assert not [line for line in text.splitlines() if line.startswith(("# d", "## n"))]
+    assert dataset_card("a/b", {"": record}) == text
+
+
+def test_the_card_of_an_earlier_version_is_checked_by_its_numbers(hub, runs):
+    publish_results(runs["match"], NAME)
+    card = hub.files("datasets", NAME)["README.md"].decode()
+    early = START.replace("`hf-equiv publish` writes the text (card 2)", "the text is replaced by `hf-equiv publish`")
+    sentence, number = ("recomputes the rows", "makes them anew"), ("| pairs | 2 |", "| pairs | 2e9 |")
+    for (old, new), holds in ((sentence, True), (number, False)):
+        text = card.replace(START, early).replace(old, new)
+        assert text.count(early) == text.count(new) == 1
+        hub.add("datasets", NAME, hub.files("datasets", NAME) | {"README.md": text.encode()})
+        assert verify_results(NAME).holds is holds
+    publish_results(runs["match"], NAME)
+    assert hub.files("datasets", NAME)["README.md"].decode() == card
 
 
 # --- the photos ---
@@ -534,7 +570,7 @@ def test_the_rows_of_one_run(hub, runs):
     assert len(load_results(folder, run=done["seed"].run)) == 2
     for place in (NAME, folder):
         with pytest.raises(
-            ValueError, match=rf"`run` must be .* got 'other'\. .* {done['match'].run}, .*{done['walk'].run}"
+            ValueError, match=rf"`run` must be .* got 'other'; .* {done['match'].run}, .*{done['walk'].run}"
         ):
             load_results(place, run="other")
     with pytest.raises(ValueError, match=r"it has paths"):

@@ -232,12 +232,12 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, 
     assert offline[0] == ["", sha, total, "acme/vit"]
     assert offline[1] == [
         "ConnectionError",
-        "'acme/other' is no folder here; of the Hub's 'acme/other', 'config.json' is not in the cache and "
-        "HF_HUB_OFFLINE=1 is set. Unset it once to fetch the checkpoint, or pass a local folder or 'builtin'.",
+        "'acme/other' is no folder here, its file 'config.json' is not in the cache, and HF_HUB_OFFLINE=1 is set. "
+        "Unset it, or pass a local folder or 'builtin'.",
     ]
     unreachable = client(closed, home, [{"id": "acme/other"}])
     assert unreachable[0][0] == "ConnectionError"
-    assert f"{closed} cannot be reached. Check the network, or pass a local folder" in unreachable[0][1]
+    assert f"{closed} cannot be reached. Check the network and try again, or pass a local folder" in unreachable[0][1]
 
 
 @pytest.mark.parametrize(
@@ -246,14 +246,14 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, 
         (
             "unknown",
             "RepositoryNotFoundError",
-            "'acme/nothing' is no folder here, and on the Hub it does not exist or is private. Check",
+            "'acme/nothing' is no folder here, and on the Hub there is no such model or it is private. Check",
         ),
-        ("private", "RepositoryNotFoundError", "for a private one log in with `hf auth login` or pass `token`"),
+        ("private", "RepositoryNotFoundError", "for a private one log in with `hf auth login`, or set HF_TOKEN"),
         ("gated", "GatedRepoError", "'acme/gated' is gated. Ask for access at http://127.0.0.1"),
-        ("revision", "RevisionNotFoundError", "`revision` must exist in 'acme/vit'; got 'v9'."),
+        ("revision", "RevisionNotFoundError", "`revision` must exist in the model 'acme/vit'; got 'v9'."),
         ("pickled", "FileNotFoundError", "weights as safetensors; 'acme/pickled' has only pytorch_model.bin"),
         ("subfolder", "RemoteEntryNotFoundError", "has no file 'config.json'. Check the id and `subfolder`"),
-        ("local", "ConnectionError", "is not in the cache and `local_files_only=True`. Run once without it"),
+        ("local", "ConnectionError", "is not in the cache, and `local_files_only=True`. Run once without it"),
     ],
 )
 def test_what_the_hub_refuses(case: str, kind: str, message: str, hub: tuple[str, Path, Path, str]) -> None:

@@ -25,9 +25,22 @@ from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import short
 from hf_equiv.geometry import spectrum
 from hf_equiv.report import collect, figures, measure, page, render
-from hf_equiv.report.claims import NO, OPEN, PARTLY, UNDECIDED, YES, claims, disagreements, summary
+from hf_equiv.report.claims import (
+    NO,
+    OPEN,
+    PARTLY,
+    UNDECIDED,
+    YES,
+    claims,
+    consequences,
+    disagreements,
+    near_budget,
+    summary,
+)
 from hf_equiv.report.collect import default_out, find_runs, group_runs
 from hf_equiv.report.page import Report, make_report
+from hf_equiv.report.records import CheckpointNumbers
+from hf_equiv.report.statistics import Estimate, Share
 from hf_equiv.runs import directory, schema, shards
 
 OPTIONS = {
@@ -58,8 +71,7 @@ def made(tmp_path_factory) -> Path:
 def _undrawn(request, monkeypatch):
     """Figures are made and not drawn, which is most of the time of a report; but in tests that ask for `drawn`."""
     if "drawn" not in request.fixturenames:
-        for module in (figures, figures):
-            monkeypatch.setattr(module, "png_of", blank)
+        monkeypatch.setattr(figures, "png_of", blank)
 
 
 @pytest.fixture
@@ -128,8 +140,8 @@ def test_everything_is_there(runs, drawn, tmp_path):
     make_report([runs / "free"], survival=False).write(tmp_path / "report.html")
     assert len(list((tmp_path / "report_files").iterdir())) < len(report.pictures)
     assert json.loads(json.dumps(report.numbers, allow_nan=False)) == report.numbers
-    assert len(summary(model)) == 5
-    assert len(claims(model)) == 7
+    assert len(summary(report.models[0])) == 5
+    assert len(claims(report.models[0])) == 7
     assert not any("prove" in line.lower() for line in (report.html, report.markdown))
 
 
@@ -220,10 +232,15 @@ def test_controls_mean_what_they_say(runs):
 
 def test_data_ids_cannot_run(runs):
     nasty = '<script>alert(1)</script>|`x` & "y"'
-    edit(runs / "free", lambda row: row | {"source_id": nasty, "source_label": nasty, "source_class": nasty})
+    named = dict.fromkeys(("source_id", "target_id", "source_label", "match_label", "source_class", "versions"), nasty)
+    edit(runs / "free", lambda row: row | named)
+    update(
+        runs / "free", lambda record: record | {"settings": record["settings"] | {"data_id": nasty, "solver": nasty}}
+    )
     page = make_report([runs])
-    assert "alert(1)" in words_of(page)
-    assert not [line for line in page.markdown.splitlines() if "<script" in line.replace("\\<", "")]
+    assert words_of(page).count("alert(1)") > 10
+    lines = [line for line in page.markdown.splitlines() if not line.startswith("    ")]  # those are code
+    assert not [line for line in lines if "<" in line.replace("\\<", "")]
     for table in tables_of(page.markdown):
         assert len({len(row) for row in table}) == 1, table
 
@@ -271,7 +288,7 @@ def test_one_pair_has_no_interval(runs, drawn):
     assert match["embedding_error"]["low"] is None
     assert match["converged"]["low"] is None
     assert match["unrelated"]["n"] == 1
-    assert all(c.verdict != YES for c in claims(report.numbers["models"][0]) if not c.claim.startswith("Null"))
+    assert all(c.verdict != YES for c in claims(report.models[0]) if not c.claim.startswith("Null"))
 
 
 def _digests_of(folder: Path) -> dict[str, str]:
@@ -332,7 +349,7 @@ def test_a_spectrum_of_the_largest_values_has_no_rank(tmp_path, monkeypatch):
     assert re.search(r"Singular values of the Jacobian, largest [\d.]+\.\"", report.html)
     text = words_of(report)
     assert "Not measured: rank and nullity. To add it: hf-equiv spectrum MODEL without --k" in text
-    (null,) = (claim for claim in claims(report.numbers["models"][0]) if claim.claim.startswith("Null space"))
+    (null,) = (claim for claim in claims(report.models[0]) if claim.claim.startswith("Null space"))
     assert (null.measured, null.verdict) == (
         "the spectrum has no rank; run hf-equiv spectrum without --k to add it", OPEN,
     )  # fmt: skip
@@ -508,84 +525,80 @@ def test_a_dataset_by_name(runs, tmp_path, monkeypatch):
 # --- verdicts ---
 
 
-def numbers_of(runs: Path, **changes) -> dict:
-    (model,) = make_report([runs]).numbers["models"]
-    return model | changes
+def numbers_of(runs: Path) -> CheckpointNumbers:
+    return make_report([runs]).models[0]
 
 
 def test_verdicts_follow_their_rules(runs):
     model = numbers_of(runs)
 
     def verdict(start: str, **changes) -> str:
-        return next(c.verdict for c in claims(model | changes) if c.claim.startswith(start))
+        return next(c.verdict for c in claims(replace(model, **changes)) if c.claim.startswith(start))
 
-    good, few, none = ({"value": hits / n, "low": low, "high": 1.0, "n": n, "hits": hits}
-                       for hits, n, low in ((50, 50, 0.93), (5, 5, 0.57), (2, 50, 0.01)))  # fmt: skip
+    good, few, none = (
+        Share(hits / n, low, 1.0, n, hits) for hits, n, low in ((50, 50, 0.93), (5, 5, 0.57), (2, 50, 0.01))
+    )
     for share, expected in ((good, YES), (few, PARTLY), (none, NO)):
-        assert verdict("Matching", match=model["match"] | {"matched": share}) == expected
-        assert verdict("Downstream", heads=model["heads"] | {"flipped": share}, probe=None) == expected
+        assert verdict("Matching", match=replace(model.match, matched=share)) == expected
+        assert verdict("Downstream", heads=replace(model.heads, flipped=share), probe=None) == expected
     assert verdict("Matching", match=None) == OPEN
-    near = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 20}
-    kinds = model["lipschitz"]["kinds"]
-    bent = model["lipschitz"] | {"kinds": kinds | {"null": kinds["null"] | {"linearity": near}}}
-    far = {"value": 5.0, "low": 4.0, "high": 6.0, "n": 20}
-    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far}) == NO
-    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": far | {"low": 0.55}}) == PARTLY
-    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": near}) == PARTLY
-    close, many = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 20}, bent | {"images": 20}
-    assert verdict("Locally", lipschitz=many, match=model["match"] | {"l2": close}) == YES
-    assert verdict("Locally", lipschitz=bent, match=model["match"] | {"l2": close}) == PARTLY  # four photos
-    lone = {"value": 0.1, "low": None, "high": None, "n": 1}
-    assert verdict("Locally", lipschitz=many, match=model["match"] | {"l2": lone}) == PARTLY
-    assert verdict("Null", spectrum=model["spectrum"] | {"full": 20}) == YES
-    assert verdict("Null", spectrum=model["spectrum"]) == PARTLY
-    assert verdict("Null", spectrum=model["spectrum"] | {"full": 20, "nullity": 0}) == NO
+    assert verdict("Equivalence", match=replace(model.match, psnr_match_target=Estimate(30.0, 29.0, 31.0, 9))) == NO
+    near, far = Estimate(0.5, 0.4, 0.6, 20), Estimate(5.0, 4.0, 6.0, 20)
+    close, lone = Estimate(0.2, 0.1, 0.3, 20), Estimate(0.1, None, None, 1)
+    kinds = model.lipschitz.kinds
+    bent = replace(model.lipschitz, kinds=kinds | {"null": replace(kinds["null"], linearity=near)})
+    many = replace(bent, images=20)
+    for geometry, distance, expected in (
+        (bent, far, NO),
+        (bent, replace(far, low=0.55), PARTLY),
+        (bent, near, PARTLY),
+        (many, close, YES),
+        (bent, close, PARTLY),  # four photos
+        (many, lone, PARTLY),
+    ):
+        assert verdict("Locally", lipschitz=geometry, match=replace(model.match, l2=distance)) == expected
     assert verdict("Locally", lipschitz=None) == OPEN
-    told = disagreements(model | {"lipschitz": bent, "match": model["match"] | {"l2": far}})
+    assert verdict("Null", spectrum=replace(model.spectrum, full=20)) == YES
+    assert verdict("Null", spectrum=model.spectrum) == PARTLY
+    assert verdict("Null", spectrum=replace(model.spectrum, full=20, nullity=0)) == NO
+    told = disagreements(replace(model, lipschitz=bent, match=replace(model.match, l2=far)))
     assert any("no exactly linear region" in text and "beyond it" in text for text in told)
 
 
 def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
     model = numbers_of(runs)
-    first, second = model["budgets"]
-    psnr = {"value": 29.97, "low": 29.0, "high": 30.5, "n": 50}
-    nearer = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 50, "hits": 45}
-    near = second | {"psnr_db": psnr, "nearer": nearer}
-    far = first | {"psnr_db": psnr | {"value": 21.0}}
+    first, second = model.budgets
+    psnr = Estimate(29.97, 29.0, 30.5, 50)
+    near = replace(second, psnr_db=psnr, nearer=Share(0.9, 0.8, 0.95, 50, 45))
+    far = replace(first, psnr_db=replace(psnr, value=21.0))
 
     def claim(*budgets):
-        return next(c for c in claims(model | {"budgets": list(budgets)}) if c.claim.startswith("Look-alikes"))
+        return next(c for c in claims(replace(model, budgets=budgets)) if c.claim.startswith("Look-alikes"))
 
-    short = claim(far, near)
-    assert short.verdict == UNDECIDED
-    assert "ε = 16/255, PSNR 29.97 dB to the source, short of the 30 dB of the rule: 45 of 50" in short.measured
-    assert claim(far, near | {"psnr_db": psnr | {"value": 30.0}}).verdict == YES
-    assert claim(near | {"psnr_db": None}).verdict == OPEN
-    assert "29.97 dB" in words_of_summary(model | {"budgets": [far, near]})
-
-
-def words_of_summary(model) -> str:
-    return " ".join(summary(model))
+    short_of = claim(far, near)
+    assert short_of.verdict == UNDECIDED
+    assert "ε = 16/255, PSNR 29.97 dB to the source, short of the 30 dB of the rule: 45 of 50" in short_of.measured
+    assert claim(far, replace(near, psnr_db=replace(psnr, value=30.0))).verdict == YES
+    assert claim(replace(near, psnr_db=None)).verdict == OPEN
+    assert "29.97 dB" in " ".join(summary(replace(model, budgets=(far, near))))
 
 
 def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
     config = RunConfig(data="builtin", pairs=3, max_evals=60, radius=64 / 255)
     run_match(make_plan(config, TinyEncoder()), tmp_path / "runs" / "elsewhere", batch_size=3)
-    (model,) = (report := make_report([runs], survival=False)).numbers["models"]
-    free, wide, near = model["budgets"]
-    stated = json.loads((runs / "elsewhere" / directory.RECORD).read_text())["summary"]["baseline"]["distance"][
-        "median"
-    ]
-    assert free["unrelated"] == near["unrelated"] == model["match"]["unrelated"]["median"]
-    assert wide["unrelated"] == stated != free["unrelated"]
+    (model,) = (report := make_report([runs], survival=False)).models
+    free, wide, near = model.budgets
+    stated = json.loads((runs / "elsewhere" / directory.RECORD).read_text())["summary"]["baseline"]["distance"]
+    assert free.unrelated == near.unrelated == model.match.unrelated.median
+    assert wide.unrelated == stated["median"] != free.unrelated
     assert "The budgets are of different photos" in words_of(report)
     assert "ε = 64/255, builtin" in words_of(report)
-    error = {"value": 0.05, "low": 0.04, "high": 0.06, "n": 5}
-    for apart, enough in ((0.6, True), (0.4, False)):  # a tenth of its own distance, whatever that of the first run is
-        budget = wide | {"embedding_error_8bit": error, "unrelated": apart}
-        assert (render.near_budget(model | {"budgets": [free, budget]}) is not None) is enough
-    told = disagreements(model | {"budgets": [wide | {"embedding_error_8bit": error, "unrelated": 4.0}]})
+    wide = replace(wide, embedding_error_8bit=Estimate(0.05, 0.04, 0.06, 5))
+    for apart, enough in ((0.6, True), (0.4, False)):  # a tenth of the distance in its own data, not in the first run's
+        budgets = (free, replace(wide, unrelated=apart))
+        assert (near_budget(replace(model, budgets=budgets)) is not None) is enough
+    told = disagreements(replace(model, budgets=(replace(wide, unrelated=4.0),)))
     assert any(f"with {short(4.0)} between unrelated photos" in text for text in told)
 
 
@@ -595,14 +608,20 @@ def test_fractions_of_an_evaluation_are_explained(runs):
 
 def test_words_for_numbers():
     assert render.number(None) == "–"
-    assert render.count({"hits": 5, "n": 6, "value": 5 / 6, "low": 0.4365, "high": 0.97}) == (
-        "5 of 6 (95 % CI 44 % to 97 %)"
-    )
-    assert render.number({"value": 1.2e-5, "low": 1e-5, "high": 2e-5, "n": 9}) == (
-        "1.2e-5 (95 % CI 1e-5 to 2e-5, n = 9)"
-    )
+    assert render.count(Share(5 / 6, 0.4365, 0.97, 6, 5)) == "5 of 6 (95 % CI 44 % to 97 %)"
+    assert render.number(Estimate(1.2e-5, 1e-5, 2e-5, 9)) == "1.2e-5 (95 % CI 1e-5 to 2e-5, n = 9)"
     assert render.ball(8 / 255, "linf") == "ε = 8/255"
     assert render.ball(2.0, "l2") == "L2 ε = 2"
+
+
+def test_what_it_means_follows_from_the_verdict(runs):
+    model = numbers_of(runs)
+    good, none = Share(1.0, 0.93, 1.0, 50, 50), Share(0.04, 0.01, 0.13, 50, 2)
+    for share, told in ((good, "no proof of equal content"), (none, "found few matches")):
+        text = " ".join(consequences(replace(model, match=replace(model.match, matched=share))))
+        assert told in text
+        assert f"{share.hits} of 50" in text
+    assert "match your own photos first" in " ".join(consequences(replace(model, match=None, heads=None)))
 
 
 # --- the command ---

@@ -40,12 +40,11 @@ def test_votes_and_ties():
 
 def red_and_blue() -> search.Gallery:
     """Eight photos, embedded as how red and how blue they are; the odd ones are red."""
-    gallery = search.Gallery()
-    encoder = Known(lambda x: torch.stack([x[0].mean(), x[2].mean()]))
+    gallery = search.Gallery(Known(lambda x: torch.stack([x[0].mean(), x[2].mean()])))
     for k in range(8):
         colour = torch.zeros(3, 4, 4)
         colour[0 if k % 2 else 2] = 0.5 + k / 20
-        gallery.add(f"p{k}", colour, encoder, "red" if k % 2 else "blue")
+        gallery.add(colour, "red" if k % 2 else "blue")
     return gallery
 
 
@@ -60,12 +59,12 @@ def test_probe_follows_the_embedding():
 
 
 def test_probe_needs_two_classes_of_two():
-    gallery, encoder = search.Gallery(), TinyEncoder()
+    gallery = search.Gallery(TinyEncoder())
     for k in range(4):
-        gallery.add(str(k), pixels_of_photo(k), encoder, str(k))
+        gallery.add(pixels_of_photo(k), str(k))
     assert search.probe([], gallery) is None
-    assert gallery.add("again", pixels_of_photo(0), encoder) == 0
-    assert len(gallery.ids) == 4
+    assert gallery.add(pixels_of_photo(0)) == 0
+    assert len(gallery.vectors) == 4
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
@@ -93,8 +92,8 @@ def test_an_embedding_without_a_direction_has_no_rank(bad):
     pairs = [{"rank": 1, "source_rank": 2, "overlap": 1.0, "source_overlap": 0.0}] * 2
     pairs += [{"rank": None, "source_rank": 3, "overlap": None, "source_overlap": 0.0}]
     told = numbers._retrieval({"retrieval": {"photos": 9, "k": 2, "chance": 0.1, "pairs": pairs}})
-    assert (told["first"]["hits"], told["first"]["n"], told["unranked"]) == (2, 2, 1)
-    assert (told["rank"]["n"], told["source_rank"]["n"]) == (2, 3)
+    assert (told.first.hits, told.first.n, told.unranked) == (2, 2, 1)
+    assert (told.rank.n, told.source_rank.n) == (2, 3)
 
 
 def test_a_match_without_a_direction_gets_no_class():
@@ -103,4 +102,4 @@ def test_a_match_without_a_direction_gets_no_class():
     found = search.probe([(1, 2, lost), (1, 2, gallery.vectors[2])], gallery)
     assert [pair["match"] for pair in found["pairs"]] == [None, "blue"]
     told = numbers._probe({"probe": found})
-    assert (told["flipped"]["hits"], told["flipped"]["n"], told["kept"]["hits"]) == (1, 1, 0)
+    assert (told.flipped.hits, told.flipped.n, told.kept.hits) == (1, 1, 0)

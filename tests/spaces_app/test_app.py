@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from appserver import served
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from hf_equiv.cli.space_command import load_app
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.hub.publish import publish_results
 from hf_equiv.models.encoder import Encoder
@@ -180,19 +177,6 @@ def test_visitors_are_not_mixed_up_and_others_can_browse(url, client):
     seen = {name: answer["match_label"] for name, answer in answers.items()}
     assert seen == {"coffee": "espresso", "rocket": "beacon", "astronaut": "sports car"}
     assert len({answer["png"] for answer in answers.values()}) == 3
-
-
-def test_files_of_visitors_go_away():
-    load_app()
-    shelf = sys.modules["shelf"]
-    kept, gone = (Path(shelf.file_of(b"x", "match.png", seconds=after)) for after in (None, 0.2))
-    assert kept.read_bytes() == gone.read_bytes() == b"x"
-    end = time.monotonic() + 20
-    while gone.parent.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not gone.parent.exists()
-    assert kept.exists()
-    shutil.rmtree(kept.parent)
 
 
 def test_no_token_and_no_path_is_told(client):

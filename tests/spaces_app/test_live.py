@@ -1,4 +1,4 @@
-"""Matches that are watched: the states, the row at the end, stopping, and two at once."""
+"""Live matches: the states, the row at the end, stopping, and two at once."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_states_come_in_order_and_the_error_falls(whole):
     curve = whole[-1].curve
     assert all(a[1] <= b[1] for a, b in pairwise(curve)), "evaluations never go back"
     match = [error for stage, _, error in curve if stage == "match"]
-    assert all(b <= a for a, b in pairwise(match)), "of a stage the best so far is told"
+    assert all(b <= a for a, b in pairwise(match)), "each stage states the best error so far"
     assert whole[0].error > 100 * whole[-1].error
-    assert len(whole) > 4, "it can be watched"
+    assert len(whole) > 4, "there are several states to watch"
 
 
-def test_stopping_keeps_what_there_is(encoder, photos):
+def test_stopping_keeps_the_image_so_far(encoder, photos):
     stop = threading.Event()
     states = []
     for state in live_match(encoder, photos["cat"], photos["coffee"], every=0.01, stop=stop):
@@ -75,7 +75,7 @@ def test_stopping_keeps_what_there_is(encoder, photos):
     last = states[-1]
     assert last.stage == "stopped"
     assert last.num_evals < 100
-    assert "status" not in last.row, "no row of a run"
+    assert "status" not in last.row, "a stopped match has no row of a run"
     assert 0.001 < last.row["embedding_error_8bit"] < states[0].error
 
 
@@ -112,7 +112,7 @@ def test_equal_photos_are_refused(encoder, photos):
         list(live_match(encoder, photos["cat"], photos["cat"]))
 
 
-def test_what_goes_wrong_inside_is_raised_outside(encoder, photos, monkeypatch):
+def test_errors_of_the_thread_are_raised_in_the_caller(encoder, photos, monkeypatch):
     monkeypatch.setattr("live.refine_8bit", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(live_match(encoder, photos["cat"], photos["coffee"]))

@@ -1,4 +1,4 @@
-"""Parts of the app that no visitor should be able to bend: whose files are opened, whose weights, whose match stops."""
+"""Limits of the app: a visitor opens no files, loads no weights and stops no matches of somebody else."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def parts():
     """The modules of the app."""
     sys.path.insert(0, str(APP))
     try:
-        import matchestab
+        import matches_tab
         import shelf
-        import trytab
+        import try_tab
 
-        yield SimpleNamespace(shelf=shelf, trytab=trytab, matchestab=matchestab)
+        yield SimpleNamespace(shelf=shelf, try_tab=try_tab, matches_tab=matches_tab)
     finally:
         sys.path.remove(str(APP))
 
@@ -69,7 +69,7 @@ def test_no_folder_is_named_to_a_visitor(parts, tmp_path):
     assert str(tmp_path) not in caught.value.message
 
 
-def test_what_is_no_path_of_this_machine_is_told(parts):
+def test_addresses_of_the_hub_stay_in_messages(parts):
     told = "see https://huggingface.co/datasets/a/b, of 'me/data' at refs/pr/1"
     with pytest.raises(gr.Error) as caught, parts.shelf.telling("a/b"):
         raise ValueError(told)
@@ -81,42 +81,42 @@ def test_weights_of_a_pull_request_are_not_loaded(parts, monkeypatch):
     monkeypatch.setattr(parts.shelf, "MODELS", {"builtin": "builtin", "org/model": "org/model"})
     monkeypatch.setattr(parts.shelf, "_load", lambda *given: asked.append(given))
     row = {"model_id": "org/model", "model_revision": "5" * 40, "readout": "cls", "dtype": "float64"}
-    parts.shelf.recorded_encoder(row, {"normalize": True}, "evil/data")
+    parts.shelf.recorded_encoder(row | {"settings": {"normalize": True}}, "evil/data")
     assert asked[0][:2] == ("org/model", None)
     assert asked[0][3] is True
     assert str(asked[0][4]) == "torch.float64"
     monkeypatch.setattr(parts.shelf, "DATASET", "me/data")
-    parts.shelf.recorded_encoder(row, {"normalize": False}, "me/data")
+    parts.shelf.recorded_encoder(row | {"settings": {"normalize": False}}, "me/data")
     assert asked[1][:2] == ("org/model", "5" * 40)
 
 
 def test_stop_stops_the_matches_of_one_visitor(parts, monkeypatch):
-    trytab, events = parts.trytab, []
+    try_tab, events = parts.try_tab, []
 
     def forever(*_, stop, **__):
         events.append(stop)
         while True:
             yield None
 
-    monkeypatch.setattr(trytab, "live_match", forever)
-    monkeypatch.setattr(trytab, "read_upload", lambda *_: None)
-    monkeypatch.setattr(trytab, "encoder_of", lambda *_: None)
-    made = [trytab._matching("a", "b", "builtin", "any change", "quick", who) for who in ("x", "x", "y", "", "")]
+    monkeypatch.setattr(try_tab, "live_match", forever)
+    monkeypatch.setattr(try_tab, "read_upload", lambda *_: None)
+    monkeypatch.setattr(try_tab, "encoder_of", lambda *_: None)
+    made = [try_tab._matching("a", "b", "builtin", "any change", "quick", who) for who in ("x", "x", "y", "", "")]
     for match in made:
         next(match)
-    trytab.stop_match(SimpleNamespace(session_hash=None))
-    trytab.stop_match(SimpleNamespace(session_hash=""))
+    try_tab.stop_match(SimpleNamespace(session_hash=None))
+    try_tab.stop_match(SimpleNamespace(session_hash=""))
     assert not any(event.is_set() for event in events)
     made[0].close()
-    trytab.stop_match(SimpleNamespace(session_hash="x"))
+    try_tab.stop_match(SimpleNamespace(session_hash="x"))
     assert [event.is_set() for event in events] == [False, True, False, False, False]
     for match in made:
         match.close()
-    assert not trytab._stops
+    assert not try_tab._running
     assert isinstance(events[0], threading.Event)
 
 
-def test_files_for_visitors_go_after_a_while(parts):
+def test_files_for_visitors_are_deleted_after_a_while(parts):
     first = Path(parts.shelf.file_of(b"1", "a.png", seconds=0.05))
     second = Path(parts.shelf.file_of(b"2", "a.png"))
     end = time.monotonic() + 20
@@ -130,10 +130,10 @@ def test_files_for_visitors_go_after_a_while(parts):
 def test_a_link_holds_any_name(parts, monkeypatch):
     shown = open_showcase(APP / "results")
     row = shown.matches[0] | {"key": "0.a&dataset=evil/x#b+c->d", "model_id": "![](https://evil)<b>"}
-    monkeypatch.setattr(parts.matchestab, "row_of", lambda *_: row)
-    page = parts.matchestab.match_shown("me/data", row["key"])
+    monkeypatch.setattr(parts.matches_tab, "row_of", lambda *_: row)
+    page = parts.matches_tab.match_shown("me/data", row["key"])
     assert 'href="?pair=0.a%26dataset%3Devil%2Fx%23b%2Bc-%3Ed&amp;dataset=me%2Fdata"' in page
-    assert "<b>" not in parts.matchestab._note(Showcase("x", matches=(row,)))
+    assert "<b>" not in parts.matches_tab.note_of(Showcase("x", matches=(row,)))
 
 
 def test_pictures_of_other_sizes_are_refused_unopened(tmp_path):
@@ -150,7 +150,7 @@ def _png() -> bytes:
     return open_showcase(APP / "results").matches[0]["source"]
 
 
-def test_files_that_swell_are_refused(tmp_path):
+def test_files_that_expand_in_memory_are_refused(tmp_path):
     shard = next(copy_run(tmp_path / "a", source=_png()).glob("matches/*.parquet"))
     refuse_swollen(shard, 2**20)
     with pytest.raises(ValueError, match="once it is read"):
@@ -163,12 +163,12 @@ def test_runs_that_share_names_are_kept_apart(tmp_path):
         copy_run(tmp_path / "all" / f"{name}-2", name, {"rtol": 0.5, "seed": 7})
     shown = open_showcase(tmp_path / "all")
     assert len(shown.paths) == 2
-    assert [shown.settings[name]["rtol"] for name in shown.paths] == [1e-5, 0.5]
+    assert [path[0]["settings"]["rtol"] for path in shown.paths.values()] == [1e-5, 0.5]
     ids = {row["image_id"] for row in shown.constants}
-    keys = dict.fromkeys(row["key"] for row in shown.constants)
-    assert len(keys) == 2 * len(ids)
-    assert {shown.settings[f"lipschitz {key}"]["seed"] for key in ids} == {0}
-    assert {shown.settings[f"lipschitz {key}"]["seed"] for key in keys if key not in ids} == {7}
+    seeds = {row["key"]: row["settings"]["seed"] for row in shown.constants}
+    assert len(seeds) == 2 * len(ids)
+    assert {seeds[key] for key in ids} == {0}
+    assert {seeds[key] for key in seeds if key not in ids} == {7}
 
 
 def test_a_pair_that_is_there_twice_is_refused(tmp_path):
@@ -179,14 +179,14 @@ def test_a_pair_that_is_there_twice_is_refused(tmp_path):
 def test_the_eye_is_asked_about_match_and_target():
     shown = open_showcase(APP / "results")
     row = shown.matches[0] | {"embedding_error_8bit": 1e-6, "psnr_db": 70.0}
-    unlike = views.match_view(row["source"], row["source"], row["target"], row)
-    same = views.match_view(row["source"], row["target"], row["target"], row)
+    unlike = views.match_view(row | {"match": row["source"]})
+    same = views.match_view(row | {"match": row["target"]})
     assert "Your eye can." in unlike
     assert "Neither can you, at a glance." in same
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.999, "over 99 %"), (1.0, "100 %"), (1e-5, "under 1 %"), (0.5, "50 %")])
-def test_no_class_is_certain_that_is_not(share, said):
+def test_only_certain_classes_are_called_certain(share, said):
     assert views.percent(share) == said
 
 
@@ -195,7 +195,7 @@ def test_an_upload_has_a_limit_of_its_own():
         open_image(Image.new("RGB", (10, 10)), most_pixels=99)
 
 
-def test_the_files_of_a_visitors_dataset_go(parts, monkeypatch):
+def test_the_files_of_a_visitors_dataset_are_deleted(parts, monkeypatch):
     given = {}
 
     def opened(name, **options):

@@ -1,4 +1,4 @@
-"""Results to look at: what is opened, what a check finds, moves along directions, words and charts."""
+"""Results to look at: opening, checks, steps along directions, words and charts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import views
-from along import Stop, stops_along
+from charts import Axis, Series, chart
+from live import Stop, stops_along
+from matches_tab import strip_of
+from sensitivity_tab import along_view, constants_view, ladder_view, spectrum_view
 from showcase import check_shown, open_showcase
-from views import Axis, Series, chart
+from try_tab import curve_view
+from walk_tab import player
 
 from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png, encode_png
@@ -62,7 +66,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 
 def test_a_check_holds(encoder, shown):
     row = shown.matches[0]
-    found = check_shown(encoder, row, shown.settings[row["key"]])
+    found = check_shown(encoder, row)
     assert all(c.holds for c in found)
     assert {c.name for c in found} >= {"embedding_error_8bit", "psnr_db", "match_label", "match_prob"}
 
@@ -71,28 +75,28 @@ def test_a_check_finds_one_changed_pixel(encoder, shown):
     row = shown.matches[0]
     image = decode_png(row["match"])
     image[0, 32, 32] = 1.0 - image[0, 32, 32].round()
-    found = check_shown(encoder, row, shown.settings[row["key"]], match=encode_png(image))
+    found = check_shown(encoder, row | {"match": encode_png(image)})
     assert not {c.name: c.holds for c in found}["embedding_error_8bit"]
 
 
 @pytest.mark.parametrize(("column", "value"), [("psnr_db", 60.0), ("cosine_to_target", None), ("match_label", "lion")])
 def test_a_check_finds_a_changed_number(encoder, shown, column, value):
     row = shown.matches[0]
-    found = check_shown(encoder, row | {column: value}, shown.settings[row["key"]])
+    found = check_shown(encoder, row | {column: value})
     assert [c.name for c in found if not c.holds] == [column]
 
 
 def test_another_model_is_refused(encoder, shown):
     row = shown.matches[0]
     with pytest.raises(ValueError, match="model_revision of the row"):
-        check_shown(encoder, row | {"model_revision": "sha256:0"}, shown.settings[row["key"]])
+        check_shown(encoder, row | {"model_revision": "sha256:0"})
 
 
 def test_directions_are_those_of_the_rows(encoder, shown):
     rows = [row for row in shown.constants if row["image_id"] == "cat"]
     images = {row["image_id"]: decode_png(row["image"]) for row in shown.constants}
     toward = next(row["toward_id"] for row in rows if row["direction"] == "toward")
-    made = directions_of_run(encoder, images["cat"], images[toward], shown.settings["lipschitz cat"], "cat")
+    made = directions_of_run(encoder, images["cat"], images[toward], rows[0]["settings"], "cat")
     assert [(r["direction"], r["index"]) for r in rows] == list(zip(made.kinds, made.indices, strict=True))
     for row, v in zip(rows, made.vectors[0], strict=True):
         if row["direction"] in ("top", "random", "toward"):
@@ -141,33 +145,34 @@ def test_never_more_alike_than_measured(error, said):
     [(1e-5, "The model cannot tell"), (0.02, "To the model the match is nearly"), (0.5, "This did not")],
 )
 def test_the_headline_goes_with_the_error(shown, error, start):
-    assert views.headline(shown.matches[0] | {"embedding_error_8bit": error}, 9.0).startswith(start)
+    assert views.headline(shown.matches[0] | {"embedding_error_8bit": error}).startswith(start)
 
 
 def test_a_match_near_its_source_is_still_told_from_its_target(shown):
-    said = views.headline(shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0}, 9.0)
+    said = views.headline(shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0})
     assert said.endswith("Your eye can.")
 
 
 def test_a_leap_and_a_drift_of_none_are_explained(shown):
     leaping = [("match", 1.0, 0.5), ("match", 131.0, 1e-5)]
-    assert "by up to 130 evaluations" in views.curve_view(leaping, 1e-5)
-    assert "leaps" not in views.curve_view([("match", float(k), 0.5) for k in range(1, 40)], 1e-5)
+    assert "by up to 130 evaluations" in curve_view(leaping, 1e-5)
+    assert "leaps" not in curve_view([("match", float(k), 0.5) for k in range(1, 40)], 1e-5)
     (path,) = shown.paths.values()
     assert path[-1]["drift"] == 0.0
-    assert "Drawn at 1e-07" in views.player(path, 1e-5)
-    assert "Drawn at" not in views.player(path[:-1], 1e-5)
+    assert "Drawn at 1e-07" in player(path, 1e-5)
+    assert "Drawn at" not in player(path[:-1], 1e-5)
 
 
 def test_shares_are_written_out():
     stop = Stop(step=16.0, distance=1.13, first_order=22.6, png=encode_png(torch.zeros(3, 4, 4)), classes=())
-    assert "113 %" in (view := views.along_view(stop, [replace(stop, step=0.0), stop], "x"))
+    assert "113 %" in (view := along_view(stop, [replace(stop, step=0.0), stop], "x"))
     assert "2,260 %" in view
 
 
-def test_names_cannot_become_markup(shown):
+def test_names_cannot_become_markup(shown, monkeypatch):
     row = shown.matches[0] | {"source_id": "<script>x</script>", "key": '"><b>', "match_label": "<i>cat</i>"}
-    page = views.strip([row], "") + views.match_view(row["source"], row["match"], row["target"], row)
+    monkeypatch.setattr("matches_tab.named_results", lambda _: replace(shown, matches=(row,)))
+    page = strip_of("somebody/else", "") + views.match_view(row)
     assert not re.search(r"<script|<b>|<i>", page)
 
 
@@ -175,12 +180,12 @@ def test_charts_are_well_formed(shown):
     rows = [row for row in shown.constants if row["image_id"] == "cat"]
     (path,) = shown.paths.values()
     pages = [
-        views.constants_view(rows),
-        views.spectrum_view(shown.spectra[0]),
-        *(views.ladder_view(row) for row in rows),
-        views.curve_view([("match", 1.0, 0.5), ("match", 9.0, 1e-3), ("refine", 20.0, 1e-4)], 1e-5),
-        views.curve_view([], 1e-5),
-        views.player(path, 1e-5),
+        constants_view(rows),
+        spectrum_view(shown.spectra[0]),
+        *(ladder_view(row) for row in rows),
+        curve_view([("match", 1.0, 0.5), ("match", 9.0, 1e-3), ("refine", 20.0, 1e-4)], 1e-5),
+        curve_view([], 1e-5),
+        player(path, 1e-5),
     ]
     for page in pages:
         for drawn in re.findall(r"<svg.*?</svg>", page, re.S):
@@ -188,8 +193,8 @@ def test_charts_are_well_formed(shown):
             assert "nan" not in drawn.lower()
 
 
-def test_a_point_is_drawn_where_it_is():
-    drawn = chart("x", [Series("", [(0, 1.0), (5, 10.0), (10, 100.0)])], Axis("a", low=0, high=10), Axis("b", log=True))
+def test_a_point_is_drawn_in_its_place():
+    drawn = chart("x", [Series([(0, 1.0), (5, 10.0), (10, 100.0)])], Axis("a", low=0, high=10), Axis("b", log=True))
     points = re.search(r'points="([^"]*)"', drawn).group(1).split()
     (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, p.split(","))) for p in points)
     assert x1 == pytest.approx((x0 + x2) / 2)
@@ -198,16 +203,18 @@ def test_a_point_is_drawn_where_it_is():
     assert y2 < y0, "larger is higher"
 
 
-def test_what_has_no_place_on_an_axis_is_left_out():
-    drawn = chart("x", [Series("", [(1, 0.0), (2, float("nan")), (3, 1.0), (4, 2.0)])], Axis("a"), Axis("b", log=True))
+def test_points_without_a_place_on_an_axis_are_left_out():
+    drawn = chart(
+        "x", [Series([(1, 0.0), (2, float("nan")), (3, 1.0), (4, 2.0), (5, None)])], Axis("a"), Axis("b", log=True)
+    )
     assert len(re.search(r'points="([^"]*)"', drawn).group(1).split()) == 2
 
 
 def test_an_undetermined_direction_states_no_number(shown):
     row = next(row for row in shown.constants if row["direction"] == "null")
     assert row["value"] is None
-    assert "Undetermined" in views.ladder_view(row)
-    assert "the constant is" not in views.ladder_view(row)
+    assert "Undetermined" in ladder_view(row)
+    assert "the constant is" not in ladder_view(row)
 
 
 @pytest.mark.parametrize(
@@ -215,16 +222,16 @@ def test_an_undetermined_direction_states_no_number(shown):
     [("noise_floor", 1e-12), ("target_quantization_error", 0.9), ("ssim", 0.999), ("target_label_prob", 0.1),
      ("same_top1", False), ("linf", 0.0)],
 )  # fmt: skip
-def test_a_check_looks_at_every_number_that_is_shown(encoder, shown, column, value):
+def test_a_check_covers_every_number_that_is_shown(encoder, shown, column, value):
     row = shown.matches[0]
-    found = check_shown(encoder, row | {column: value}, shown.settings[row["key"]])
+    found = check_shown(encoder, row | {column: value})
     assert [c.name for c in found if not c.holds] == [column]
 
 
 def test_labels_without_a_classifier_do_not_hold(encoder, shown, monkeypatch):
     row = shown.matches[0]
     monkeypatch.setattr(encoder, "has_head", False)
-    found = check_shown(encoder, row, shown.settings[row["key"]])
+    found = check_shown(encoder, row)
     assert "match_label" in {c.name for c in found if not c.holds}
 
 
@@ -232,10 +239,10 @@ def test_labels_without_a_classifier_do_not_hold(encoder, shown, monkeypatch):
     ("column", "value"), [("model_id", "somebody/else"), ("dtype", "float64"), ("normalize", True)]
 )
 def test_another_precision_scale_or_name_is_refused(encoder, shown, column, value):
-    row, key = shown.matches[0], shown.matches[0]["key"]
-    other = {"normalize": True} if column == "normalize" else {}
+    row = shown.matches[0]
+    other = {"settings": row["settings"] | {column: value}} if column == "normalize" else {column: value}
     with pytest.raises(ValueError, match=f"{column} of the row"):
-        check_shown(encoder, row | ({} if other else {column: value}), shown.settings[key] | other)
+        check_shown(encoder, row | other)
 
 
 def _heights(page: str, style: str) -> list[float]:
@@ -244,15 +251,15 @@ def _heights(page: str, style: str) -> list[float]:
     return [float(point.split(",")[1]) for point in points]
 
 
-def test_a_drift_beyond_what_is_allowed_is_drawn_where_it_is(shown):
+def test_a_drift_beyond_the_limit_is_drawn_in_its_place(shown):
     (path,) = shown.paths.values()
     far = [row | {"drift": 10.0 ** -(2 + k % 2)} for k, row in enumerate(path)]
-    (limit, *_), one = _heights(views.player(far, 1e-5), "limit"), _heights(views.player(far, 1e-5), "one")
+    (limit, *_), one = _heights(player(far, 1e-5), "limit"), _heights(player(far, 1e-5), "one")
     decade = one[1] - one[0]
     assert limit - one[0] == pytest.approx(3 * decade, abs=0.5)
 
 
 def test_a_walk_of_very_small_drift_is_drawn(shown):
     (path,) = shown.paths.values()
-    page = views.player([row | {"drift": 1e-11} for row in path], 1e-10)
+    page = player([row | {"drift": 1e-11} for row in path], 1e-10)
     assert min(_heights(page, "one")) > max(_heights(page, "limit"))

@@ -1,0 +1,172 @@
+"""The files of a dataset: one run at its root, and any number of others in `runs/NAME/`, with or without photos.
+
+The local run directory is never changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hf_equiv.hub import card
+from hf_equiv.hub.licences import PhotoRights
+from hf_equiv.hub.repository import Remote, StagedFile, staged
+from hf_equiv.results import SCHEMA_VERSION
+from hf_equiv.runs import card as run_card
+from hf_equiv.runs import directory, shards
+from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, WITHHELD, LocalRun, analysis_of, is_withheld, run_name
+from hf_equiv.runs.schema import LAYOUTS, Row
+
+_OWNERS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
+"""Files at the root that a dataset may hold beside its runs."""
+
+_WITHOUT_PHOTOS = {"spectra.png", "secants.png", "constants.png", "drift.png"}
+"""Figures that show no photo."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A dataset as it is at a commit."""
+
+    head: str | None = None  # None for a dataset that is yet to be made
+    files: Mapping[str, str] = field(default_factory=dict)  # as from `Remote.files`
+    runs: Mapping[str, Row] = field(default_factory=dict)  # records by place: "" for the root, or `runs/NAME`
+    card: str | None = None
+    proposed: tuple[str, str] | None = None  # (commit, address) of an open pull request with the run
+
+
+def read_dataset(remote: Remote, head: str) -> Dataset:
+    """Read the tree, the records of all runs and the card at a commit; refuse a repository that holds other things."""
+    files = remote.files(head)
+    runs: dict[str, Row] = {}
+    for path in files:
+        place = place_of_file(path)
+        if place is not None and path.endswith(directory.RECORD):
+            runs[place] = _record(remote.repo_id, path, remote.text(path, head))
+    _check_dataset(remote.repo_id, files, runs)
+    return Dataset(head, files, runs, remote.text(CARD, head) if CARD in files else None)
+
+
+def place_of_file(path: str) -> str | None:
+    """Return the place of the run that a file of a dataset belongs to; None if it belongs to none."""
+    parts = PurePosixPath(path).parts
+    place = ""
+    if parts[0] == RUNS and len(parts) > 2:
+        place, parts = f"{RUNS}/{parts[1]}", parts[2:]
+    own = (len(parts) > 1 and parts[0] in OWN_FOLDERS) or parts == (directory.RECORD,) or (place and parts == (CARD,))
+    return place if own else None
+
+
+def _record(repo_id: str, path: str, text: str) -> Row:
+    try:
+        record = json.loads(text)
+        int(record["schema_version"]), str(record["settings"]["model_id"]), dict(record["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} of '{repo_id}' is damaged ({type(error).__name__}). Restore it on the Hub, or publish to a new "
+            "name."
+        ) from None
+    return dict(record)
+
+
+def _check_dataset(repo_id: str, paths: Iterable[str], runs: Mapping[str, Row]) -> None:
+    foreign = [path for path in sorted(paths) if path not in _OWNERS and place_of_file(path) not in runs]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ValueError(
+            f"'{repo_id}' must be empty or hold runs of hf_equiv; it holds {', '.join(foreign[:3])}{more}. Publish to "
+            "a new name."
+        )
+    for place, record in runs.items():
+        if int(record["schema_version"]) > SCHEMA_VERSION or analysis_of(record) not in LAYOUTS:
+            raise ValueError(
+                f"'{repo_id}' holds a run of a newer hf_equiv ({place or 'at its root'}, schema_version "
+                f"{record['schema_version']}). Upgrade hf_equiv, or publish to a new name."
+            )
+
+
+def place_of(record: Mapping[str, Any], runs: Mapping[str, Row]) -> str:
+    """Return the place of a run: that of a run with its settings, the root of a dataset without runs, or a new one."""
+    name = run_name(record)
+    there = next((place for place, other in runs.items() if run_name(other) == name), None)
+    if there is not None:
+        return there
+    return f"{RUNS}/{name}" if "" in runs else ""
+
+
+def withheld(run: LocalRun, rights: PhotoRights) -> bool:
+    """Tell whether the run is published without its photos."""
+    return not rights.published or is_withheld(run.record)
+
+
+def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights) -> tuple[list[StagedFile], list[str]]:
+    """Return the files of a publication, and the paths of an earlier version of the run that go; others stay."""
+    place = place_of(run.record, there.runs)
+    if place in there.runs and not is_withheld(there.runs[place]) and not rights.published and not rights.asked:
+        raise ValueError(
+            f"the photos of this run are in '{repo_id}', and as it is called now they would be removed "
+            f"({rights.why}). Pass `license` or `i_have_the_right` as before, or `withhold_photos=True` to remove them."
+        )
+    record, files = _staged_run(run, place, rights)
+    runs = {**there.runs, place: record}
+    previous, root = there.card, there.runs.get("")
+    if root is not None and root.get("card") != "dataset":  # a run directory that was uploaded as it was
+        if previous is not None and staged(CARD, previous).sha256 == root["files"].get(CARD):
+            previous = None  # it is the card of the run, which nobody has edited
+        if place:
+            hashes = {name: digest for name, digest in root["files"].items() if name != CARD}
+            runs[""] = {**root, "card": "dataset", "files": hashes}
+            files.append(staged(directory.RECORD, _record_text(runs[""])))
+    files.append(staged(CARD, card.dataset_card(repo_id, runs, previous, there.runs)))
+    wanted = {file.path for file in files}
+    earlier = {_inside(place, name) for name in there.runs.get(place, {}).get("files", ())}
+    return files, [path for path in there.files if path in earlier - wanted]
+
+
+def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, list[StagedFile]]:
+    """Return the `run.json` to publish, and all files of the run but the card of the dataset."""
+    hidden = withheld(run, rights)
+    record = {key: value for key, value in run.record.items() if key != "card"}
+    record |= {"photos": WITHHELD if hidden else "published", "license": rights.license, "rights": rights.why}
+    record |= {"versions": run.versions} | ({} if place else {"card": "dataset"})
+    if hidden:  # the hashes of the pixels would tell the pictures
+        listed = record[run.layout.listed]
+        record[run.layout.listed] = [{k: v for k, v in item.items() if k != "pixels"} for item in listed]
+    files = [file for name, digest in run.record["files"].items() if name != CARD
+             for file in _staged_file(run, place, name, digest, hidden=hidden)]  # fmt: skip
+    if place:
+        files.append(staged(_inside(place, CARD), _own_card(run, files, hidden=hidden)))
+    cut = len(_inside(place, ""))
+    record["files"] = {file.path[cut:]: file.sha256 for file in files}
+    return record, [*files, staged(_inside(place, directory.RECORD), _record_text(record))]
+
+
+def _inside(place: str, name: str) -> str:
+    return f"{place}/{name}" if place else name
+
+
+def _record_text(record: Row) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _staged_file(run: LocalRun, place: str, name: str, digest: str, *, hidden: bool) -> list[StagedFile]:
+    """Return a file of the run as it is published; none if it shows photos that are withheld."""
+    path, parts = run.folder / name, PurePosixPath(name).parts
+    if not hidden or (parts[0] == "figures" and parts[-1] in _WITHOUT_PHOTOS):
+        return [staged(_inside(place, name), path, digest)]
+    if parts[0] == run.layout.folder:
+        return [staged(_inside(place, name), shards.without_images(path, run.layout))]
+    return []
+
+
+def _own_card(run: LocalRun, files: list[StagedFile], *, hidden: bool) -> str | Path:
+    """Return the card of a run in `runs/NAME`: its own, or a new one without the figures that are left out."""
+    if not hidden and run.record.get("card") != "dataset":
+        return run.folder / CARD
+    settings, summary = run.record["settings"], run.record["summary"]
+    shown = sorted(Path(file.path).name for file in files if "figures" in PurePosixPath(file.path).parts)
+    text = run_card.run_card(run.layout, settings, summary, shown, run.record.get("command"))
+    return text + ("\nThe photos are withheld: image columns are empty.\n" if hidden else "")

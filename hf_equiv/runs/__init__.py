@@ -1,0 +1,1 @@
+"""Run directories: columns, shards, records and the processes that fill them."""

@@ -1,0 +1,95 @@
+"""Small charts as SVG that takes the colours of the page.
+
+gradio's plots were tried: LinePlot has no logarithmic axis and gives every chart the same name for screen readers; Plot
+sends a matplotlib figure as a bitmap that stays white on a dark page and takes 0.2 to 0.5 s to draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import views
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+WIDTH, NARROW = 640, 440
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 16, 254  # the right margin, and places of the other sides
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points (x, y) in one style; a point without a place on its axes is left out."""
+
+    points: Sequence[tuple[float, float | None]]
+    name: str = ""  # in the legend
+    style: str = "one"  # class of the style sheet: `one` to `four`, `quiet` or `limit`
+    draw: str = "line"  # or `dots`, `rings`, `line dots`
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis; its ends are those of the points where none are given, and its numbers may have names."""
+
+    label: str
+    log: bool = False
+    low: float | None = None
+    high: float | None = None
+    names: Sequence[str] = ()  # of 0, 1, 2, …
+
+    def holds(self, value: float | None) -> bool:
+        """Return whether a value has a place."""
+        return value is not None and math.isfinite(value) and not (self.log and value <= 0)
+
+
+def chart(
+    title: str, series: Sequence[Series], x: Axis, y: Axis, *, mark: tuple[float, float] | None = None, note: str = "",
+    width: int = WIDTH,
+) -> str:  # fmt: skip
+    """Draw series over two axes, with a note below; screen readers read `title`, and `mark` stands out."""
+    shown = [[(a, b) for a, b in s.points if x.holds(a) and y.holds(b)] for s in series]
+    points = [point for own in shown for point in own] + ([mark] if mark else [])
+    across = _Scale(x, [a for a, _ in points], _LEFT, width - _RIGHT)
+    up = _Scale(y, [b for _, b in points], _BOTTOM, _TOP)
+    placed = [(s, [(across.at(a), up.at(b)) for a, b in own]) for s, own in zip(series, shown, strict=True)]
+    return views.html.chart(title, across, up, placed, mark, note)
+
+
+class _Scale:
+    """Maps the values of an axis to places between two ends of the drawing."""
+
+    def __init__(self, axis: Axis, values: Sequence[float], start: int, end: int) -> None:
+        self.axis, self.start, self.end = axis, start, end
+        seen = [*values, *(v for v in (axis.low, axis.high) if v is not None)] or [1.0]
+        low = min(seen) if axis.low is None else axis.low
+        high = max(seen) if axis.high is None else axis.high
+        if axis.names:
+            low, high = -0.5, len(axis.names) - 0.5
+        self.low, self.high = (math.log10(low), math.log10(high)) if axis.log else (low, high)
+        if not self.high > self.low:
+            self.low, self.high = self.low - 0.5, self.high + 0.5
+        room = 0.0 if axis.names else 0.04 * (self.high - self.low)
+        self.low -= room if axis.low is None else 0.0
+        self.high += room if axis.high is None else 0.0
+
+    def at(self, value: float) -> float:
+        value = math.log10(value) if self.axis.log else value
+        share = min(1.02, max(-0.02, (value - self.low) / (self.high - self.low)))
+        return round(self.start + share * (self.end - self.start), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        log, low, high = self.axis.log, self.low, self.high
+        if self.axis.names:
+            return list(enumerate(self.axis.names))
+        decades = log and high - low > 1.2
+        low, high = (10**low, 10**high) if log else (low, high)
+        locator = LogLocator(numticks=6) if decades else MaxNLocator(5, steps=[1, 2, 5, 10])
+        slack = 1e-9 * (high - low)
+        values = [float(v) for v in locator.tick_values(low, high) if low - slack <= v <= high + slack]
+        long = decades and not all(0.005 < v < 5000 for v in values)
+        return [(v, _power(v) if long else f"{v:.6g}") for v in values]
+
+
+def _power(value: float) -> str:
+    power = round(math.log10(value))
+    return f"10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}" if power else "1"
