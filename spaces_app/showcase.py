@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_equiv.analyses import match as matches
 from hf_equiv.analyses import measures
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.data.tables import refuse_swollen
@@ -18,7 +19,7 @@ from hf_equiv.hub_client import api_of, explained
 from hf_equiv.runs import directory
 from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS
 from hf_equiv.runs.shards import read_rows, shard_files
-from hf_equiv.verify.rows import LABELS, same_floor, tolerances
+from hf_equiv.verify.rows import agrees
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -150,17 +151,13 @@ def check_shown(encoder: Encoder, row: Row) -> tuple[Comparison, ...]:
     if labels and not (isinstance(labels, list) and len(labels) <= _MOST_LABELS):
         raise ValueError(f"`labels` must be a list of at most {_MOST_LABELS} names.")
     made = measures.measure_match(encoder, *three, seed=settings["seed"], pair_id=row["pair_id"], labels=labels)
-    near = tolerances(made["noise_floor"])
+    limits = matches.tolerances(made, settings)
     found = []
     for key in measures.MEASURES:
         stated, now = row[key], made[key]
         if stated is None and now is None:
             continue
-        if key in LABELS or stated is None or now is None:
-            holds = stated == now
-        else:
-            holds = abs(stated - now) <= near[key]  # NaN does not agree
-        found.append(Comparison(key, stated, now, holds and (key != "noise_floor" or same_floor(stated, now))))
+        found.append(Comparison(key, stated, now, agrees(stated, now, limits.get(key))))
     return tuple(found)
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, Load
-from hf_equiv.analyses.match import match_target
+from hf_equiv.analyses.match import match_target, outside_ball
 from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, quartiles_of
 from hf_equiv.analyses.pairs import Item, image_generator
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
+from hf_equiv.analyses.walk import drift, level
 from hf_equiv.checks import check_positive, check_radii, check_radius
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import BUILTIN_PHOTOS
@@ -23,7 +24,8 @@ from hf_equiv.geometry.directions import Directions, make_directions
 from hf_equiv.geometry.linearity import LinearityResult, linearity_radius
 from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
-from hf_equiv.geometry.secants import RADII
+from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, least_error, plateau_of
+from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
@@ -316,3 +318,106 @@ VERB = Verb(
     batch="derivatives",
     shown=0,
 )
+
+
+# How `verify` makes rows of constants again, and compares them (see `verify.rows.VERBS`).
+
+
+_BATCH = 32  # images and tangents per pass
+
+
+_REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
+
+
+def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
+    """Return the status that fits the stated value, and the plateau of the stated secants about it."""
+    made = []
+    for row in rows:
+        ladder, value, plateau = _ladder(row), row["value"], None
+        status = Status.ERROR if ladder is None or row["jvp"] is None else Status.UNDETERMINED
+        if value is not None and ladder is not None:
+            secants, radii, floors = ladder
+            about = torch.tensor([value], dtype=torch.float64)
+            plateau = plateau_of(secants[None], radii, floors[None], about)[0].tolist()
+        made.append({"status": str(status if value is None else Status.RESOLVED), "plateau": plateau})
+    return made
+
+
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
+    """Make the rows of one image again."""
+    name, image, kinds = rows[0]["image_id"], rows[0]["image"], settings["directions"]
+    try:
+        check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
+    except (TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
+        raise ValueError(f"`radii` must be a ladder; {error}") from error
+    toward = floats[f"{name}/toward"] if {"toward", "match"} & set(kinds) else None
+    match, faults = None, []
+    if "match" in kinds:
+        match = floats[f"{name}/match"]
+        reached = drift(encoder, match, level(encoder, match, toward))
+        noise = max(3 * float(encoder.noise_floor(match[None])[0]), 1e-6)
+        if reached is None or not reached <= settings["rtol"] + noise:
+            told = f"the embedding error of the stored match is {reached}"
+            faults.append(("match", f"an image of the target's embedding, to {settings['rtol']:g}", told))
+    found, reach = measure_directions(encoder, image, toward, settings, name, _BATCH, lambda *_: None, match)
+    region: Row = dict.fromkeys(_REGION)
+    if settings["regional"] is not None:
+        place, v = floats[f"{name}/place"], floats[f"{name}/direction"]
+        faults += outside_ball(_REGION[0], place, image, settings["regional"], settings["norm"])
+        moved = Jacobian(encoder, place).mv((v / v.double().norm()).to(place)[None])[0]
+        ball = measure_region(encoder, image, settings, name)
+        constants = (moved.double().norm(), ball.at_center[0], ball.clever[0])
+        region = dict(zip(_REGION, map(finite, constants), strict=True))
+    made = rows_of(found, reach)
+    common = {"image_id": name, "image": image, "largest": max((row["jvp"] or 0.0 for row in made), default=0.0)}
+    stated = {(row["direction"], row["index"]): row for row in rows}
+    made = [_beside(stated.get((row["direction"], row["index"])), row | region | common) for row in made]
+    made[0]["faults"] = faults
+    return made
+
+
+def _beside(row: Row | None, made: Row) -> Row:
+    """Add the least error that the stated floors and ‖Jv‖ allow; at the edge of `resolved`, take the stated side."""
+    made["least_error"] = 0.0
+    if row is None:
+        return made
+    ladder = _ladder(row)
+    if ladder is not None and len(ladder[2]) and float(ladder[2].min()) > 0:
+        made["least_error"] = 0.99 * float(least_error(ladder[2][None])[0])  # rounding of a sum
+    if row["value"] is not None and row["jvp"] is not None:
+        made["least_error"] = max(made["least_error"], 0.99 * abs(row["value"] - row["jvp"]))
+    size = made["value"] or made["jvp"] or 0.0
+    if 0.5 * RTOL * size <= (made["value_error"] or 0.0) <= 2 * RTOL * size:
+        made["value"] = None if row["value"] is None else made["value"] or made["jvp"]
+    return made
+
+
+def _ladder(row: Row) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The stated secants, radii and noise floors, if there are as many of each."""
+    columns = [row["secants"] or [], row["radii"] or [], row["noise_floor"] or []]
+    if any(None in column for column in columns) or len({len(column) for column in columns}) > 1:
+        return None
+    secants, radii, floors = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    return secants, radii, floors
+
+
+def tolerances(made: Row, settings: Row) -> Row:
+    """Say how far columns of a lipschitz row may be from those made again: by the noise floors, which vary fivefold."""
+    coarse = settings["dtype"] in ("bfloat16", "float16")
+    noise = (1e-12 if settings["dtype"] == "float64" else 1e-6) * made["largest"]
+    floors, secants = ([n or 0.0 for n in made[key]] for key in ("noise_floor", "secants"))
+    jvp, value, error = (made[key] or 0.0 for key in ("jvp", "value", "value_error"))
+    beside_jvp = made["value"] == made["jvp"]  # undetermined here, by a little
+    return {
+        "jvp": 1e-3 * jvp + 30 * noise,
+        "radii": [1e-12 * h for h in made["radii"]],
+        "noise_floor": [(0.2 * floor, 5 * floor) for floor in floors],
+        "secants": [4 * floor + 1e-3 * secant + noise for floor, secant in zip(floors, secants, strict=True)],
+        "value": 2 * (JVP_RTOL if coarse else RTOL) * jvp if beside_jvp else 2 * error + 1e-4 * value,
+        "value_error": (made["least_error"], 5 * error + noise),
+        "unit_factor": 1e-5 * (made["unit_factor"] or 0.0),
+        "linearity_radius": 1e-2 * (made["linearity_radius"] or 0.0),
+        "regional_lower_bound": 1e-4 * (made["regional_lower_bound"] or 0.0),
+        "regional_at_center": 1e-2 * (made["regional_at_center"] or 0.0),
+        "regional_clever": 0.1 * (made["regional_clever"] or 0.0),  # a fit to maxima: rounding counts for more
+    }

@@ -311,3 +311,80 @@ VERB = Verb(
     batch="items",
     shown=BASELINE_PAIRS,
 )
+
+
+# How `verify` makes rows of matches again, and compares them (see `verify.rows.VERBS`).
+
+
+_REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
+
+
+def outside_ball(column: str, image: Tensor, source: Tensor, radius: float, norm: str) -> list[tuple[str, str, str]]:
+    """Name the fault of an image (3, H, W) that is outside the ball about the source."""
+    gap = image.double() - source.double()
+    distance = float(gap.abs().max() if norm == "linf" else gap.norm())
+    if distance <= radius * (1 + 1e-6) + 1e-7:
+        return []
+    return [(column, f"within {norm} distance {radius:g}", f"it is outside the ball, at {distance:g}")]
+
+
+def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
+    """Return the status that fits the stated error and evaluations; None for every number of rows of status `error`."""
+    made = []
+    for row in rows:
+        if row["status"] == Status.ERROR:
+            made.append(dict.fromkeys(("match", "embedding_error", *measures.MEASURES, "num_evals", "seconds")))
+            continue
+        reached, status = row["embedding_error"], row["status"]
+        missed = {Status.STALLED, Status.INFEASIBLE}
+        missed |= {Status.MAX_EVALS} if (row["num_evals"] or 0.0) > settings["max_evals"] - 1 else set()
+        if reached is not None and reached <= settings["rtol"]:
+            status = Status.CONVERGED
+        elif status not in missed:
+            status = Status.STALLED
+        other = row["match_label"] != row["target_label"]
+        made.append({"status": str(status)} | ({"same_top1": False} if other else {}))
+    return made
+
+
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
+    """Make a match row again from its three PNG images, the float match and what that cost."""
+    (row,) = rows
+    image, source, match, target = floats[row["pair_id"]], row["source"], row["match"], row["target"]
+    made = measures.measure_match(
+        encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
+    )
+    with torch.no_grad(), no_tf32():
+        z, z_target = encoder(torch.stack([image.to(target), target]))
+    faults = []
+    if (radius := settings["radius"]) is not None:
+        for picture in (match, image):
+            faults += outside_ball("match", picture, source, radius, settings["norm"])
+    far = float((match.double() - image.double()).square().mean().sqrt())
+    if not settings["refine"]:
+        rounded = round_into_ball(image, source, radius, settings["norm"])
+        made["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
+    elif not far <= _REFINED:
+        faults.append(("match", f"an image within {_REFINED:.3f} of its float match", f"it is {far:.3f} off"))
+    return [
+        made
+        | {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target), "faults": faults}
+        | {"num_evals": (row["cost"] or {}).get("match")}
+    ]
+
+
+def tolerances(made: Row, settings: Row) -> Row:
+    """Say how far columns of a match row may be from those made again: noise floors by a factor of ten."""
+    floor = made["noise_floor"] or 0.0
+    near = max(3 * floor, 1e-6)  # so that rows made on a GPU verify on a CPU
+    errors = ("embedding_error", "embedding_error_8bit", "target_quantization_error")
+    return {
+        **dict.fromkeys((*errors, "cosine_to_target", "cosine_to_source", "cosine_source_target"), near),
+        **dict.fromkeys(("match_prob", "target_label_prob"), max(100 * near, 1e-4)),
+        "noise_floor": (max(0.1 * floor, floor - near), min(10 * floor, floor + near)),
+        "psnr_db": 1e-8,
+        "ssim": 1e-5,
+        "linf": 1e-9,
+        "l2": 1e-9,
+        "match": 1.01 / 255 if settings["norm"] == "l2" else 1e-6,  # equal gains may be rounded in another order
+    }

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig
@@ -18,6 +19,7 @@ from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import finite, short
 from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
 from hf_equiv.geometry.zeros import Zero
+from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import Row
@@ -184,3 +186,63 @@ VERB = Verb(
     batch="derivatives",
     shown=SHOWN,
 )
+
+
+# How `verify` makes rows of spectra again, and compares them (see `verify.rows.VERBS`).
+
+
+_BATCH = 32  # cotangents per pass
+
+
+def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
+    """Return the status of rows with numbers, and the largest of the stated singular values."""
+    return [
+        {"status": str(Status.COMPLETED if row["sigma_max"] is not None else Status.ERROR)}
+        | {"sigma_max": max((s for s in row["singular_values"] or [] if s is not None), default=None)}
+        for row in rows
+    ]
+
+
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
+    """Make a spectrum row again; what is counted or summed over all singular values, from the stated ones."""
+    (row,) = rows
+    made = row_of(measure_spectrum(encoder, row["image"], k=settings["k"], vectors=False, batch=_BATCH))
+    sigma = [s or 0.0 for s in row["singular_values"] or []]
+    values, whole = torch.tensor(sigma, dtype=torch.float64), made["rank"] is not None and settings["k"] is None
+    if whole and len(sigma) == len(made["singular_values"]) and sigma[0] > 0:
+        rank = sum(s > (row["rank_threshold"] or 0.0) for s in sigma)  # one near the threshold may be on either side
+        made |= {
+            "rank": rank,
+            "nullity": made["nullity"] + made["rank"] - rank,
+            "effective_rank": finite(torch.special.entr(values / values.sum()).sum().exp()),
+            "participation": finite(values.square().sum().square() / values.pow(4).sum()),
+        }
+    faults = []
+    if settings["vectors"]:
+        right = floats[f"{row['image_id']}/right"]
+        lengths = Jacobian(encoder, row["image"], batch=_BATCH).mv(right).double().norm(dim=1).tolist()
+        off = max(abs(s - length) for s, length in zip([*sigma, *[0.0] * len(lengths)], lengths, strict=False))
+        if not off <= 1e-3 * max(lengths):
+            faults = [("right", "the vectors of the stated singular values", f"‖Jv‖ differs by {off:.3g}")]
+    return [made | {key: row[key] for key in ("image_id", "num_evals", "seconds")} | {"faults": faults}]
+
+
+def tolerances(made: Row, settings: Row) -> Row:
+    """Say how far columns of a spectrum row may be from those made again: singular values by their error bounds."""
+    bounds = [bound or 0.0 for bound in made["error_bound"]]
+    top = max((s or 0.0 for s in made["singular_values"]), default=0.0)
+    share = 1e-9 if settings["k"] is None else 1e-3
+    zeros = {
+        kind: [
+            {"measured": 2 * max(bounds) + 1e-7 * top, "predicted": 1e-2 * (zero["predicted"] or 0.0) + 1e-12}
+            for zero in made[kind]
+        ]
+        for kind in ("structural_zeros", "near_structural")
+    }
+    return zeros | {
+        "singular_values": [2 * bound + 1e-7 * top for bound in bounds],
+        "error_bound": [(0.2 * bound, 3 * bound + 1e-12 * top) for bound in bounds],
+        "rank_threshold": 0.5 * (made["rank_threshold"] or 0.0),
+        "effective_rank": share * (made["effective_rank"] or 0.0),
+        "participation": share * (made["participation"] or 0.0),
+    }

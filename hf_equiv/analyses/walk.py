@@ -19,7 +19,9 @@ from hf_equiv.checks import check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite, short
-from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, trace_level_set
+from hf_equiv.geometry.headings import Toward
+from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
+from hf_equiv.matching.corrector import Corrector
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
@@ -264,3 +266,81 @@ VERB = Verb(
     batch="nothing",
     shown=SHOWN,
 )
+
+
+# How `verify` makes rows of walks again, and compares them (see `verify.rows.VERBS`).
+
+
+def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
+    """Return the status that fits the number of steps: the same in all rows."""
+    status, steps = rows[-1]["status"], max(row["step"] or 0 for row in rows)
+    ends = {Status.DRIFT_EXCEEDED, Status.BOX_BLOCKED}
+    ends |= set() if settings["heading"] == "random" else {Status.COMPLETED}
+    if steps == settings["num_steps"]:
+        status = Status.COMPLETED
+    elif status not in ends:
+        status = Status.DRIFT_EXCEEDED
+    return [{"status": str(status)} for _ in rows]
+
+
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
+    """Make the rows of one walk again from its float frames."""
+    name, heading = rows[0]["image_id"], settings["heading"]
+    frames, matched = floats[f"{name}/frames"], settings["solver"] is not None
+    origin = floats[f"{name}/origin"] if matched else frames[0]
+    target = None if rows[0]["target_id"] is None else floats[f"{name}/target"]
+    z = level(encoder, frames[0], target if matched else None)
+    floor = float(encoder.noise_floor(frames[[0, -1]]).max())
+    aim = origin if heading == "nearest" else target
+    made: list[Row] = []
+    for step, (frame, label) in enumerate(zip(frames, labels_of(encoder, frames), strict=True)):
+        picture = decode_png(encode_png(frame), frame.dtype).to(frame.device)
+        gap, moved = frame.double() - origin.double(), frame.double() - frames[max(0, step - 1)].double()
+        l2 = float(gap.norm())
+        made.append({
+            "image_id": name,
+            "step": step,
+            "frame": picture,
+            **label,
+            "drift": drift(encoder, frame, z),
+            "drift_8bit": drift(encoder, picture, z),
+            "arc_length": (made[-1]["arc_length"] if made else 0.0) + float(moved.norm()),
+            "l2": l2,
+            "linf": float(gap.abs().max()),
+            "psnr_db": 10 * math.log10(gap.numel() / l2**2) if l2 > 0 else None,
+            "remaining": None if aim is None else float((aim.double() - frame.double()).norm()),
+            "noise_floor": floor,
+        } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
+    if heading in TO_AN_IMAGE and aim is not None:
+        made[-1]["stationarity"] = _left(encoder, frames[-1], aim, z, settings["rtol"])
+        early = made[-1]["step"] < settings["num_steps"] and rows[-1]["status"] == Status.COMPLETED
+        made[-1]["most_left"] = at_rest(settings.get("stop", STOP)) if early else 1.0 + 1e-6
+    return made
+
+
+def _left(encoder: Any, frame: Tensor, aim: Tensor, z: Tensor, rtol: float) -> float | None:
+    """The share of the way to an image that leads along the level set, by the Jacobian at the frame."""
+    corrector = Corrector(encoder, z.double(), rtol)
+    with no_tf32():
+        at = corrector.look(frame)
+        corrector.refresh(at)
+        return Toward(aim.to(frame), stop=math.inf).plan(corrector, at, 1.0).stationarity
+
+
+def tolerances(made: Row, settings: Row) -> Row:
+    """Say how far columns of a walk row may be from those made again."""
+    near = max(3 * made["noise_floor"], 1e-12 if settings["dtype"] == "float64" else 1e-6)
+    drift = made["drift"] or 0.0
+    limits: Row = {
+        "drift": (drift - near, min(drift, settings["rtol"]) + near),
+        "drift_8bit": near,
+        "arc_length": 1e-5 * (1 + made["arc_length"]),
+        "l2": 1e-5,
+        "linf": 1e-6,
+        "psnr_db": 1e-3,
+        "remaining": 1e-5,
+        "prob": max(100 * near, 1e-4),
+    }
+    if "most_left" in made:  # an upper bound is stated, which a walk that was completed early had to bring low
+        limits["stationarity"] = (0.95 * (made["stationarity"] or 0.0) - 1e-3, made["most_left"])
+    return limits

@@ -263,6 +263,8 @@ def print_report(report: VerifyReport, directory: str, out: Any) -> None:
         worst = short(report.worst_embedding_error), short(report.worst_embedding_error_8bit)
         told.append(f"worst {measure} {worst[0]}, as PNG {worst[1]}")
     console.print("; ".join(told) + ".")
+    if report.holds and report.verified:
+        console.print(f"Not verified: {', '.join(report.unverified)}.")
 
 
 # --- what goes to the Hub ---

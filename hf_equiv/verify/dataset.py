@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from hf_equiv.hub.load import download_results, run_folders, split_name
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
 from hf_equiv.runs.schema import Row
-from hf_equiv.verify.directory import VerifyReport, verify_run
-from hf_equiv.verify.rows import Findings, Problem
+from hf_equiv.verify.directory import VerifyReport, subject, verify_run
+from hf_equiv.verify.rows import Problem, differs, problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,88 +136,75 @@ def verify_results(
         >>> verify_results("me/matches").holds  # doctest: +SKIP
         True
     """
-    repo_id = commit = None
-    if Path(where).is_dir():
-        if revision is not None:
-            raise ValueError(f"`revision` must be None for a folder; got {revision!r}.")
-        folder = Path(where)
-    else:
-        repo_id, revision = split_name(os.fspath(where), revision)
-        folder, commit = download_results(
-            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+    folder, repo_id, commit = _open(where, revision, token, cache_dir, local_files_only)
     places = run_folders(folder) or {"": folder}  # a folder that is no run is refused by name
     records = {place: directory.read_record(path) for place, path in places.items()}
     runs: list[RunReport] = []
     for place, path in places.items():
-        settings = records[place]["settings"]
-        named = model if len(places) == 1 or _is_local(settings) else None
+        model_id, revision_of = (str(records[place]["settings"][key]) for key in ("model_id", "model_revision"))
+        is_local = revision_of.startswith("sha256:") and model_id != "builtin"
         report = verify_run(
-            path, model=named, device=device, cache_dir=cache_dir, local_files_only=local_files_only,
-            allow_withheld=allow_withheld, observer=observer,
+            path, model=model if len(places) == 1 or is_local else None, device=device, cache_dir=cache_dir,
+            local_files_only=local_files_only, allow_withheld=allow_withheld, observer=observer,
         )  # fmt: skip
-        revision_of = str(settings["model_revision"])
-        name = run_name(records[place])
-        runs.append(RunReport(name, place, settings["model_id"], revision_of, _inside(report, place)))
-    found = Findings()
-    if len(places) > 1 or records[next(iter(places))].get("card") == "dataset":
-        _check_dataset(folder, records, found)
-    return DatasetReport(tuple(runs), tuple(found.problems), repo_id, commit)
+        inside = f"{place}/" if place else ""  # files are named inside the dataset
+        named = tuple(replace(p, file=inside + p.file, message=inside + p.message) for p in report.problems)
+        report = replace(report, problems=named)
+        runs.append(RunReport(run_name(records[place]), place, model_id, revision_of, report))
+    several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
+    card_problems = (*_check_folders(folder, records), *_check_card(folder / CARD, records)) if several else ()
+    return DatasetReport(tuple(runs), card_problems, repo_id, commit)
 
 
-def _is_local(settings: Row) -> bool:
-    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
+def _open(
+    where: str | os.PathLike[str], revision: str | None, token: str | bool | None, cache_dir: str | None, offline: bool
+) -> tuple[Path, str | None, str | None]:
+    """Return the folder, and of a dataset on the Hub its name and commit."""
+    if not Path(where).is_dir():
+        repo_id, revision = split_name(os.fspath(where), revision)
+        folder, commit = download_results(
+            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
+        )
+        return folder, repo_id, commit
+    if revision is not None:
+        raise ValueError(f"`revision` must be None for a folder; got {revision!r}.")
+    return Path(where), None, None
 
 
-def _inside(report: VerifyReport, place: str) -> VerifyReport:
-    """The same, files named inside the dataset."""
-    if not place:
-        return report
-    problems = (
-        replace(p, file=f"{place}/{p.file}", message=f"{place}/{p.message}") for p in report.problems
-    )  # fmt: skip
-    return replace(report, problems=tuple(problems))
-
-
-def _check_dataset(folder: Path, records: dict[str, Row], found: Findings) -> None:
-    """The card must have the numbers and configurations that follow from the runs; folders in `runs/` must be runs."""
+def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
+    """Check that the folders in `runs/` are runs, named by their settings."""
     for path in sorted((folder / RUNS).glob("*")):
-        if f"{RUNS}/{path.name}" not in records:
-            name = f"{RUNS}/{path.name}"
-            found.say(name, None, "file", directory.RECORD, None, f"this is no run: it has no {directory.RECORD}")
+        if (name := f"{RUNS}/{path.name}") not in records:
+            yield problem(name, None, "file", directory.RECORD, None, f"this is no run: it has no {directory.RECORD}")
     for place, record in records.items():
-        if place and place != f"{RUNS}/{run_name(record)}":
-            told = f"its settings are those of {run_name(record)}"
-            found.say(f"{place}/{directory.RECORD}", None, "settings", place, run_name(record), told)
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        name = run_name(record)
+        if place and place != f"{RUNS}/{name}":
+            told = f"its settings are those of {name}"
+            yield problem(f"{place}/{directory.RECORD}", None, "settings", place, name, told)
+
+
+def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
+    """Check that the generated part of the card, and its configurations, are those of the runs."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     try:
         compared = hub_card.differences(text, records)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
-        found.say(CARD, None, "card", "what the runs say", None, told)
+        yield problem(CARD, None, "card", "what the runs say", None, told)
         return
     if compared is None:
-        found.say(
-            CARD, None, "card", "the part that publishing writes", None, "the part that publishing writes is gone"
-        )
+        wanted = "the part that publishing writes"
+        yield problem(CARD, None, "card", wanted, None, f"{wanted} is gone")
         return
     for line in compared[0]:
-        told = f"the card does not say what the runs say: {line}"
-        found.say(CARD, None, _subject(line), None, line, told)
+        yield problem(CARD, None, subject(line), None, line, f"the card does not say what the runs say: {line}")
     for line in compared[1]:
-        found.say(CARD, None, _subject(line), line, None, f"the card says what no run says: {line}")
+        yield problem(CARD, None, subject(line), line, None, f"the card says what no run says: {line}")
     configs = {item["config_name"]: item for item in hub_card.header(text).get("configs") or []}
-    own = hub_card.configs_of(records)
-    for config in own:
-        name = config["config_name"]
+    own = {config["config_name"]: config for config in hub_card.configs_of(records)}
+    for name, config in own.items():
         if configs.get(name) != config:
-            found.add(CARD, None, f"configs.{name}", configs.get(name), config)
+            yield differs(CARD, None, f"configs.{name}", configs.get(name), config)
     for name, config in configs.items():
-        if config.get("default") and name != own[0]["config_name"]:
-            found.add(CARD, None, f"configs.{name}.default", True, None, "the default is that of a run")
-
-
-def _subject(line: str) -> str:
-    """What a line of a table is about; another line as it is."""
-    return line.split(" | ")[0].removeprefix("| ")
+        if config.get("default") and name != next(iter(own)):
+            yield differs(CARD, None, f"configs.{name}.default", True, None, "the default must be that of a run")

@@ -1,65 +1,56 @@
-"""Check one stored row against what its images give (private helper of `hf_equiv.verify`)."""
+"""Check stored rows: make them again from their images and compare every column, or name it in `UNVERIFIED`."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_equiv import checks, formatting
-from hf_equiv.analyses import measures
-from hf_equiv.analyses.lipschitz import measure_directions, measure_region, rows_of
-from hf_equiv.analyses.spectrum import measure_spectrum, row_of
-from hf_equiv.analyses.walk import drift, labels_of, level
+from hf_equiv.analyses import lipschitz, match, spectrum, walk
 from hf_equiv.data.image_file import decode_png
-from hf_equiv.geometry.headings import Toward
-from hf_equiv.geometry.levelset import STOP, TO_AN_IMAGE, at_rest
-from hf_equiv.geometry.secants import JVP_RTOL, RTOL, least_error, plateau_of
-from hf_equiv.jacobian import Jacobian
-from hf_equiv.matching.corrector import Corrector
-from hf_equiv.precision import no_tf32
+from hf_equiv.formatting import one_line
 from hf_equiv.results import SCHEMA_VERSION, Status
-from hf_equiv.runs import schema
-from hf_equiv.runs.schema import Row, row_name
+from hf_equiv.runs.directory import is_withheld
+from hf_equiv.runs.schema import PROVENANCE_FEATURES, ROW_KEYS, Layout, Row, row_name
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
-_RELATIVE = ("embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor")
+VERBS: Mapping[str, Any] = {"match": match, "spectrum": spectrum, "lipschitz": lipschitz, "walk": walk}
+"""By verb, the functions that `verify` needs.
+
+`follow(settings, rows)` gives the columns that follow from other columns of the rows of one pair or image.
+`remake(encoder, settings, rows, floats)` makes the rows again; `faults` of such a row are a column, a requirement and
+what was found, of images that do not fit.
+`tolerances(made, settings)` says how far the columns of a row may be from those made again (see `agrees`).
+"""
 
 
-_COSINES = ("cosine_to_target", "cosine_to_source", "cosine_source_target")
+NAMES = (
+    "pair_id", "image_id", "source_id", "target_id", "toward_id", "source_class", "target_class", "image_class",
+)  # fmt: skip
 
 
-_PROBS = ("match_prob", "target_label_prob")
+UNVERIFIED = (*NAMES, "data_id", "data_revision", "attention", "solver", "versions", "num_evals", "seconds",
+              "stationarity before the last point")  # fmt: skip
+"""Columns that no stored image can show. Names and provenance must agree with `run.json`, as far as it states them."""
 
 
-_STATUSES = (Status.CONVERGED, Status.STALLED, Status.MAX_EVALS, Status.INFEASIBLE, Status.ERROR)
-
-
-LABELS = ("source_label", "target_label", "match_label", "same_top1")
-"""Columns of a match row that must be as they are recomputed, to the letter."""
-
-
-_PIXELS = {"psnr_db": 1e-8, "ssim": 1e-5, "linf": 1e-9, "l2": 1e-9}
-"""Tolerances of what follows from pixels alone: dB, none, pixels in [0, 1], pixels in [0, 1]."""
-
-
-_RANGES = {
-    **dict.fromkeys(_RELATIVE, (0.0, math.inf)),
-    **dict.fromkeys(_COSINES, (-1.0, 1.0)),
-    **dict.fromkeys(_PROBS, (0.0, 1.0)),
+RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("embedding_error", "embedding_error_8bit", "target_quantization_error"), (0.0, math.inf)),
+    **dict.fromkeys(("cosine_to_target", "cosine_to_source", "cosine_source_target"), (-1.0, 1.0)),
+    **dict.fromkeys(("match_prob", "target_label_prob", "prob"), (0.0, 1.0)),
+    **dict.fromkeys(("drift", "drift_8bit", "seconds", "remaining", "arc_length"), (0.0, math.inf)),
+    "stationarity": (0.0, 1.0 + 1e-6),
     "num_evals": (1.0, math.inf),
 }
-
-
-_REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG, at most; seldom above 1/255
+"""Ranges of the numbers of every row, also of rows that cannot be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,561 +74,202 @@ class Problem:
     message: str
 
 
-@dataclass
-class Findings:
-    """Collects problems, the rows they are about, and the worst errors, while the directory is gone through."""
-
-    problems: list[Problem] = field(default_factory=list)
-    bad_rows: set[str] = field(default_factory=set)
-    worst: dict[str, float] = field(default_factory=dict)
-
-    def add(self, file: str, pair_id: str | None, column: str, stated: Any, recomputed: Any, why: str = "") -> None:
-        """Note one problem of a value; `why` is added to what is stated and what was recomputed."""
-        what = (f"row {pair_id!r}, " if pair_id else "") + column
-        message = f"{what} states {_show(stated)}, recomputed {_show(recomputed)}" + (f" ({why})" if why else "")
-        self.say(file, pair_id, column, stated, recomputed, message)
-
-    def say(self, file: str, pair_id: str | None, column: str, stated: Any, recomputed: Any, message: str) -> None:
-        """Note one problem in words of its own."""
-        message = f"{file}: {message}"
-        self.problems.append(Problem(file, pair_id, column, stated, recomputed, message))
-        if pair_id is not None:
-            self.bad_rows.add(pair_id)
-
-    def note_worst(self, row: Row) -> None:
-        """Keep the largest recomputed errors."""
-        for key in ("embedding_error", "embedding_error_8bit"):
-            if row[key] is not None:
-                self.worst[key] = max(row[key], self.worst.get(key, 0.0))
+def problem(file: str, name: str | None, column: str, stated: Any, recomputed: Any, message: str) -> Problem:
+    """Make a problem whose values can be written as JSON."""
+    return Problem(file, name, column, _plain(stated), _plain(recomputed), f"{file}: {message}")
 
 
-def check_stated(
-    file: str, row: Row, settings: Row, pair: Row | None, found: Findings, name: str | None = None
-) -> None:
-    """Check the columns that must equal what `run.json` states of the run and of a pair or image."""
-    what = "pair" if name is None else "image"
-    name = name or row["pair_id"]
-    if pair is None:
-        found.say(file, name, f"{what}_id", name, None, f"row {name!r}: run.json does not list this {what}")
-    version = row["schema_version"]
-    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
-        found.add(file, name, "schema_version", version, SCHEMA_VERSION, "a newer hf_equiv wrote this row")
-    for key, expected in {**settings, **(pair or {})}.items():
-        if key in row and row[key] != expected and key != "schema_version":
-            found.add(file, name, key, row[key], expected, "run.json states another")
-    for key in ("num_evals", "seconds"):
-        if row["status"] != Status.ERROR and not (row[key] is not None and 0 <= row[key] < math.inf):
-            found.add(file, name, key, row[key] and _plain(row[key]), None, "must be 0 or more")
+def differs(file: str, name: str | None, column: str, stated: Any, recomputed: Any, why: str = "") -> Problem:
+    """Make the problem of a value that is not the one recomputed; `why` is added in brackets."""
+    where = (f"row {name!r}, " if name else "") + column
+    told = f"{where} states {_show(stated)}, recomputed {_show(recomputed)}" + (f" ({why})" if why else "")
+    return problem(file, name, column, stated, recomputed, told)
 
 
-def tolerances(noise_floor: float | None) -> dict[str, float]:
-    """How far each number of a match row may be from what its images give, by the noise floor as recomputed."""
-    near = max(3 * (noise_floor or 0.0), 1e-6)
-    return {
-        **dict.fromkeys((*_RELATIVE, *_COSINES), near),
-        **_PIXELS,
-        **dict.fromkeys(_PROBS, max(100 * near, 1e-4)),
-    }
+def check_stated(file: str, layout: Layout, record: Row, item: Row | None, rows: Sequence[Row]) -> Iterator[Problem]:
+    """Check the columns that must equal what `run.json` states of the run and of the pair or image, and the ranges."""
+    settings = record["settings"]
+    wanted = dict.fromkeys(("norm", "rtol", "solver")) | {"radius": settings.get("regional")}
+    wanted |= {key: settings[key] for key in (*PROVENANCE_FEATURES, "heading") if key in settings}
+    wanted |= {"toward_id": item.get("target_id")} | item if item is not None else {}
+    wanted |= dict.fromkeys(layout.images) if is_withheld(record) else {}
+    wanted.pop("schema_version", None)
+    ranges = {**RANGES, "num_evals": (1.0, float(settings.get("max_evals", math.inf)))}
+    for row in rows:
+        name, what = row_name(layout.analysis, row), layout.item.removesuffix("_id")
+        if item is None:
+            told = f"row {name!r}: run.json does not list this {what}"
+            yield problem(file, name, layout.item, row[layout.item], None, told)
+        version = row["schema_version"]
+        if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+            yield differs(file, name, "schema_version", version, SCHEMA_VERSION, "a newer hf_equiv wrote this row")
+        for key, value in wanted.items():
+            if key in row and row[key] != value:
+                yield differs(file, name, key, row[key], value, "run.json states another")
+        for key, (least, most) in ranges.items():
+            value = row.get(key)
+            if value is None and key in ("num_evals", "seconds") and row["status"] != Status.ERROR:
+                yield differs(file, name, key, None, None, "there must be a number")
+            elif value is not None and not (math.isfinite(value) and least - 1e-12 <= value <= most + 1e-12):
+                nearest = min(max(value, least), most) if math.isfinite(value) else None
+                yield differs(file, name, key, value, nearest, _limit((least, most)))
 
 
-def same_floor(stated: float, made: float) -> bool:
-    """Whether two noise floors, which are estimates, are within a factor of ten."""
-    return 0.1 * made <= stated <= 10 * made
+def check_item(
+    file: str, layout: Layout, encoder: Encoder | None, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
+) -> tuple[list[Row], list[Problem]]:
+    """Make the rows of one pair or image again, and compare them column by column.
+
+    Without an encoder, and where images are missing, only what follows from the stated columns is compared.
+
+    Returns:
+        The rows made again, without images; problems.
+    """
+    own = [key for key in layout.features if key not in (*NAMES, "status", "heading")]
+    if len(rows) == 1 and rows[0]["status"] == Status.ERROR and all(rows[0][key] in (None, []) for key in own):
+        return [], []
+    made: list[Row] = []
+    found: list[Problem] = []
+    if encoder is not None:
+        images, found = _float_images(file, layout, encoder, rows[0], floats)
+        opened, unreadable = _open_images(file, layout, encoder, rows)
+        found += unreadable
+        if not found:
+            rows = opened
+            made, found = _make_again(file, layout, encoder, settings, rows, images)
+    found += _compare(file, layout, settings, rows, made)
+    return [{key: value for key, value in row.items() if key not in layout.images} for row in made], found
 
 
-def check_row(
-    file: str, row: Row, image: Tensor | None, cost: Row | None, encoder: Encoder, settings: Row, found: Findings
-) -> None:
-    """Recompute one row from its images, its float match and what that cost, and note what does not agree."""
-    name = row["pair_id"]
-    if row["status"] == Status.ERROR:
-        check_empty(file, row, found)
-        return
+def _float_images(
+    file: str, layout: Layout, encoder: Encoder, row: Row, floats: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Problem]]:
+    """Return the float images of one pair or image, on the encoder's device, and problems."""
+    item, name, found = row[layout.item], row_name(layout.analysis, row), list[Problem]()
+    own = {key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")}
+    for key, values in own.items():
+        column = key.removeprefix(item).lstrip("/") or "match"
+        right = tuple(values.shape[-3:]) == tuple(encoder.input_shape) and bool(torch.isfinite(values).all())
+        pixels = column not in ("right", "direction")
+        right = right and len(values) > 0 and (not pixels or 0 <= float(values.min()) <= float(values.max()) <= 1)
+        if column != "left" and not right:
+            told = f"row {name!r}, {column}: the float image has shape {tuple(values.shape)}, or values outside [0, 1]"
+            found.append(problem(float_name(file), name, column, "pixels in [0, 1]", None, told))
+    return {key: values.to(encoder.device) for key, values in own.items()}, found
+
+
+def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row]) -> tuple[list[Row], list[Problem]]:
+    """Return the rows with pixels in place of PNG bytes, and problems."""
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-    images: dict[str, Tensor] = {}
-    for column in schema.IMAGE_COLUMNS:
-        try:
-            images[column] = decode_png(row[column] or b"", dtype)
-        except ValueError as error:
-            found.say(file, name, column, "a PNG image", None, f"row {name!r}, {column}: {error}")
-            return
-        if tuple(images[column].shape) != tuple(encoder.input_shape):
-            found.add(file, name, column, list(images[column].shape), list(encoder.input_shape), "wrong size")
-            return
-    made = measures.measure_match(
-        encoder, images["source"], images["match"], images["target"],
-        seed=settings["seed"], pair_id=name, labels=settings["labels"],
-    )  # fmt: skip
-    near = tolerances(made["noise_floor"])
-    made["embedding_error"] = _float_error(file, name, image, images, encoder, settings, found)
-    found.note_worst(made)
-    floor, own = row["noise_floor"], made["noise_floor"]
-    if floor is not None and own is not None and not same_floor(floor, own):
-        found.add(file, name, "noise_floor", floor, own, "within a factor of ten")
-    for key, limit in near.items():
-        if image is not None or key != "embedding_error":
-            _compare(file, row, key, made[key], limit, found)
-    for key in LABELS:
-        if row[key] != made[key]:
-            found.add(file, name, key, row[key], made[key])
-    _check_ball(file, name, "match", images["match"], images["source"], settings, found)
-    if image is not None and (cost is None or cost.get("match") != row["num_evals"]):
-        found.add(file, name, "num_evals", row["num_evals"], (cost or {}).get("match"), "the float file states another")
-    check_limits(file, row, settings, found)
+    opened, found = [dict(row) for row in rows], list[Problem]()
+    for row in opened:
+        name = row_name(layout.analysis, row)
+        for column in layout.images:
+            try:
+                row[column] = decode_png(row[column] or b"", dtype).to(encoder.device)
+            except ValueError as error:
+                found.append(problem(file, name, column, "a PNG image", None, f"row {name!r}, {column}: {error}"))
+                continue
+            if row[column].shape != tuple(encoder.input_shape):
+                sizes = list(row[column].shape), list(encoder.input_shape)
+                found.append(differs(file, name, column, *sizes, "wrong size"))
+    return opened, found
 
 
-def check_empty(file: str, row: Row, found: Findings) -> None:
-    """A row of status `error` must hold nothing."""
-    for key in ("match", "embedding_error", *measures.MEASURES, "num_evals", "seconds"):
-        if row[key] is not None:
-            stated = "an image" if key == "match" else row[key]
-            found.add(file, row["pair_id"], key, stated, None, "a row of status error holds no match and no numbers")
+def _make_again(
+    file: str, layout: Layout, encoder: Encoder, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
+) -> tuple[list[Row], list[Problem]]:
+    name = row_name(layout.analysis, rows[0])
+    try:
+        return VERBS[layout.analysis].remake(encoder, settings, rows, floats), []
+    except KeyError as error:
+        told = f"the float image {error} of row {name!r} is missing"
+        return [], [problem(float_name(file), name, "float", "a float image", None, told)]
+    except ValueError as error:  # settings that do not fit; the message begins with the name of one
+        column = re.match(r"`(\w+)`", str(error))
+        told = f"row {name!r} cannot be made again: {one_line(error)}"
+        return [], [problem(file, name, column[1] if column else layout.item, "a row", None, told)]
 
 
-def check_limits(file: str, row: Row, settings: Row, found: Findings) -> None:
-    """Check what a row must be whatever its images: numbers in their ranges, and a status that fits them."""
-    name = row["pair_id"]
-    if row["status"] not in _STATUSES:
-        found.add(file, name, "status", row["status"], None, f"must be one of {', '.join(_STATUSES)}")
-    for key, (least, most) in _RANGES.items():
-        if row[key] is not None and not least - 1e-12 <= row[key] <= most + 1e-12:
-            found.add(file, name, key, _plain(row[key]), None, f"must be from {least:g} to {most:g}")
-    spent, most = row["num_evals"], settings["max_evals"]
-    if spent is not None and (spent > most or (row["status"] == Status.MAX_EVALS and spent <= most - 1)):
-        found.add(file, name, "num_evals", spent, most, f"max_evals, with status {row['status']}")
-    reached, rtol = row["embedding_error"], settings["rtol"]
-    if reached is not None and (row["status"] == Status.CONVERGED) != (reached <= rtol):
-        found.add(file, name, "status", row["status"], reached, f"an embedding error; rtol is {rtol:g}")
+def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made: Sequence[Row]) -> Iterator[Problem]:
+    verb, keys = VERBS[layout.analysis], ROW_KEYS[layout.analysis]
+    again = {tuple(row[key] for key in keys): row for row in made}
+    for row, following in zip(rows, verb.follow(settings, rows), strict=True):
+        name, own = row_name(layout.analysis, row), again.pop(tuple(row[key] for key in keys), None)
+        if made and own is None:
+            yield problem(file, name, keys[-1], name, None, f"row {name!r} is not one that the settings ask for")
+        limits = verb.tolerances(own, settings) if own is not None else {}
+        for column, wanted, actual in (own or {}).get("faults", ()):
+            yield problem(file, name, column, wanted, None, f"row {name!r}, {column} must be {wanted}; {actual}")
+        for column, value in ((own or {}) | following).items():
+            limit = limits.get(column)
+            if column in row and not agrees(row[column], value, limit):
+                yield _difference(file, name, column, row[column], value, limit)
+    for missing in again.values():
+        name = row_name(layout.analysis, missing)
+        yield problem(file, name, keys[-1], "a row", None, f"row {name!r} is missing")
 
 
-def _float_error(
-    file: str, name: str, image: Tensor | None, images: Mapping[str, Tensor], encoder: Encoder, settings: Row,
-    found: Findings,
-) -> float | None:  # fmt: skip
-    float_file = f"float/{Path(file).stem}.safetensors"
-    if image is None:
-        found.say(float_file, name, "match", "a float match", None, f"the float match of row {name!r} is missing")
-        return None
-    inside = bool(torch.isfinite(image).all()) and 0 <= float(image.min()) and float(image.max()) <= 1
-    if not inside or image.shape != images["source"].shape:
-        found.add(float_file, name, "match", "pixels in [0, 1]", None, f"shape {tuple(image.shape)} or range is wrong")
-        return None
-    _check_ball(float_file, name, "match", image, images["source"], settings, found)
-    gap = images["match"].double() - image.double()
-    if settings["refine"] and not float(gap.square().mean().sqrt()) <= _REFINED:
-        far = float(gap.square().mean().sqrt())
-        found.add(float_file, name, "match", f"an image within {_REFINED:.3f} of its PNG", far, "root mean square")
-    if not settings["refine"] and settings["radius"] is None and not float(gap.abs().max()) <= 0.5 / 255 + 1e-6:
-        found.add(float_file, name, "match", "the image whose rounding is the PNG", float(gap.abs().max()), "farthest")
-    two = torch.stack([image.to(images["target"].dtype), images["target"]]).to(encoder.device)
-    with torch.no_grad(), no_tf32():
-        z, z_target = encoder(two)
-    return measures.relative_error(z, z_target)
+def agrees(stated: Any, made: Any, limit: Any = None) -> bool:
+    """Whether a stated value is as close to the one made again as `limit` says.
+
+    Args:
+        stated: of the row: a number, text, image, or a list or mapping of such.
+        made: made again.
+        limit: a tolerance, or the least and most allowed, of numbers; of an image the largest difference of a pixel;
+            None for equality. Of lists and mappings a limit for each element.
+
+    Returns:
+        False also where one of them is None or NaN.
+    """
+    if isinstance(stated, Tensor) and isinstance(made, Tensor):
+        return float((stated.double() - made.double()).abs().max()) <= (limit or 0.0)
+    if isinstance(stated, list) and isinstance(made, list):
+        limits = limit if isinstance(limit, list) else [limit] * len(made)
+        return len(stated) == len(made) and all(map(agrees, stated, made, limits))
+    if isinstance(stated, dict) and isinstance(made, dict):
+        return stated.keys() == made.keys() and all(agrees(stated[k], made[k], (limit or {}).get(k)) for k in made)
+    if limit is None or stated is None or made is None:
+        return bool(stated == made)
+    if isinstance(limit, tuple):
+        return bool(limit[0] <= stated <= limit[1])
+    return bool(abs(stated - made) <= limit)
 
 
-def _check_ball(
-    file: str, name: str, column: str, image: Tensor, source: Tensor, settings: Row, found: Findings
-) -> None:
-    radius, norm = settings["radius"], settings["norm"]
-    if radius is None:
-        return
-    gap = image.double() - source.double()
-    distance = float(gap.abs().max() if norm == "linf" else gap.norm())
-    if distance > radius * (1 + 1e-6) + 1e-7:
-        found.add(file, name, column, f"{norm} distance at most {radius:g}", distance, "outside the ball")
+def float_name(file: str) -> str:
+    """Name the float file of a shard."""
+    return f"float/{file.rpartition('/')[2].removesuffix('.parquet')}.safetensors"
 
 
-def _compare(file: str, row: Row, key: str, made: float | None, tolerance: float, found: Findings) -> None:
-    stated = row[key]
-    if stated is None or made is None:
-        if stated is not made:
-            found.add(file, row["pair_id"], key, stated, made)
-    elif not abs(stated - made) <= tolerance:  # written so that NaN is a problem
-        found.add(file, row["pair_id"], key, _plain(stated), made, f"tolerance {tolerance:.1e}")
+def _difference(file: str, name: str, column: str, stated: Any, made: Any, limit: Any) -> Problem:
+    """Name the first element of a list that differs, or the value as a whole."""
+    place = ""
+    if isinstance(stated, Tensor) and isinstance(made, Tensor):
+        place = f"pixels differ by up to {float((stated - made).abs().max()):.3g}"
+    if isinstance(stated, list) and isinstance(made, list) and len(stated) == len(made):
+        limits = limit if isinstance(limit, list) else [limit] * len(made)
+        pairs = list(zip(stated, made, limits, strict=True))
+        i = next(i for i, pair in enumerate(pairs) if not agrees(*pair))
+        place, (stated, made, limit) = f"number {i + 1} of {len(pairs)}", pairs[i]
+    return differs(file, name, column, stated, made, "; ".join(filter(None, (place, _limit(limit)))))
 
 
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+def _limit(limit: Any) -> str:
+    if isinstance(limit, tuple):
+        return f"must be at least {limit[0]:.4g} and at most {limit[1]:.4g}"
+    return f"tolerance {limit:.1e}" if isinstance(limit, float) else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes | Tensor):
+        return "an image"
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _show(value: Any) -> str:
+    value = _plain(value)
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-# The rows of one image of an analysis, and how their columns are compared (private to `verify`).
-
-
-class Columns:
-    """Compares columns with what was recomputed, and notes what does not agree.
-
-    Args:
-        analysis: `spectrum`, `lipschitz` or `walk`.
-        file: where the rows are.
-        encoder: f.
-        settings: of the run.
-        floats: of the shard.
-        found: collects what does not hold.
-    """
-
-    def __init__(
-        self, analysis: str, file: str, encoder: Encoder, settings: Row, floats: Mapping[str, Tensor], found: Findings
-    ) -> None:
-        self.analysis, self.file, self.encoder, self.settings = analysis, file, encoder, settings
-        self.floats, self.found = floats, found
-        self.dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-
-    def name(self, row: Row) -> str:
-        """What a row is called in messages."""
-        return row_name(self.analysis, row)
-
-    def say(self, row: Row, column: str, wanted: str, why: str) -> None:
-        """Note a problem that is no number."""
-        name = self.name(row)
-        self.found.say(self.file, name, column, wanted, None, f"row {name!r}, {column}: {why}")
-
-    def near(self, row: Row, column: str, made: float | None, tolerance: float, stated: Any = ...) -> None:
-        """Note a number that is off by more than `tolerance`."""
-        value = row[column] if stated is ... else stated
-        if value is None or made is None:
-            if value is not made:
-                self.found.add(self.file, self.name(row), column, value, made)
-        elif not abs(value - made) <= tolerance:  # written so that NaN is a problem
-            self.found.add(self.file, self.name(row), column, value, made, f"tolerance {tolerance:.1e}")
-
-    def same(self, row: Row, column: str, made: Any) -> None:
-        """Note what is not the same."""
-        if row[column] != made:
-            self.found.add(self.file, self.name(row), column, row[column], made)
-
-    def ladder(self, row: Row, column: str, made: Sequence[float | None], tolerances: Sequence[float]) -> None:
-        """Note the first number of a list that is off."""
-        stated = row[column]
-        if stated is None or len(stated) != len(made):
-            self.same(row, column, list(made))
-            return
-        for i, (value, own, tolerance) in enumerate(zip(stated, made, tolerances, strict=True)):
-            both = value is not None and own is not None
-            if (both and not abs(value - own) <= tolerance) or (not both and value is not own):
-                told = f"number {i + 1} of {len(made)}; tolerance {tolerance:.1e}"
-                self.found.add(self.file, self.name(row), column, value, own, told)
-                return
-
-
-# Check the stored rows of one walk along a level set (private to `verify`).
-
-
-def check_walk(columns: Columns, rows: Sequence[Row], pictures: Sequence[Tensor]) -> None:
-    """Check the rows of one walk against its float frames, and the PNG files against these."""
-    name, found = rows[0]["image_id"], columns.found
-    frames, origin = columns.floats.get(f"{name}/frames"), columns.floats.get(f"{name}/origin")
-    target = columns.floats.get(f"{name}/target")
-    if frames is None or origin is None or (target is None) != (rows[0]["target_id"] is None):
-        columns.say(rows[0], "frames", "float frames", f"the float frames of {name!r} are missing")
-        return
-    if [row["step"] for row in rows] != list(range(len(frames))):
-        columns.say(rows[0], "step", f"steps 0 to {len(frames) - 1}", "steps are missing or out of order")
-        return
-    if not (bool(torch.isfinite(frames).all()) and 0 <= float(frames.min()) and float(frames.max()) <= 1):
-        columns.say(rows[0], "frames", "pixels in [0, 1]", "the float frames leave [0, 1]")
-        return
-    heading = columns.settings["heading"]
-    place, matched = columns.encoder.device, columns.settings["solver"] is not None
-    z = level(columns.encoder, frames[0].to(place), target.to(place) if matched and target is not None else None)
-    noise = float(columns.encoder.noise_floor(frames[[0, -1]].to(place)).max())
-    tolerance = max(3 * noise, 1e-6 if columns.dtype == torch.float32 else 1e-12)
-    length = 0.0
-    labels = labels_of(columns.encoder, frames.to(place))
-    for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
-        frame, before = frames[i], frames[max(0, i - 1)]
-        made = drift(columns.encoder, frame.to(place), z)
-        rounded = drift(columns.encoder, picture.to(frame).to(place), z)
-        columns.near(row, "drift", made, tolerance)
-        columns.near(row, "drift_8bit", rounded, tolerance)
-        for key, worst in (("embedding_error", made), ("embedding_error_8bit", rounded)):
-            if worst is not None:
-                found.worst[key] = max(worst, found.worst.get(key, 0.0))
-        if float((picture.double() - frame.double()).abs().max()) > 0.5 / 255 + 1e-6:
-            columns.say(row, "frame", "the rounded float frame", "the PNG is not the float frame, rounded")
-        length += float((frame.double() - before.double()).norm())
-        gap = frame.double() - origin.double()
-        l2 = float(gap.norm())
-        columns.near(row, "arc_length", length, 1e-5 * (1 + length))
-        columns.near(row, "l2", l2, 1e-5)
-        columns.near(row, "linf", float(gap.abs().max()), 1e-6)
-        columns.near(row, "psnr_db", 10 * math.log10(gap.numel() / l2**2) if l2 > 0 else None, 1e-3)
-        _destination(columns, row, frame, origin, target)
-        columns.same(row, "label", labels[i]["label"])
-        columns.near(row, "prob", labels[i]["prob"], max(100 * tolerance, 1e-4))
-        columns.same(row, "heading", columns.settings["heading"])
-        if made is not None and made > columns.settings["rtol"] + tolerance:
-            found.add(columns.file, columns.name(row), "drift", columns.settings["rtol"], made, "above rtol")
-    _end(columns, rows[-1], frames[-1].to(place), origin if heading == "nearest" or target is None else target, z)
-
-
-def _end(columns: Columns, row: Row, frame: Tensor, target: Tensor, z: Tensor) -> None:
-    """Check the status, and how near to stationary the walk ended: what is stated is an upper bound."""
-    heading, most = columns.settings["heading"], columns.settings["num_steps"]
-    early = row["step"] < most
-    if not early and row["status"] != Status.COMPLETED:
-        columns.same(row, "status", str(Status.COMPLETED))
-    if early and heading == "random" and row["status"] == Status.COMPLETED:
-        columns.say(row, "status", f"{most} steps", f"completed states {most} steps; there are {row['step']}")
-    if (row["stationarity"] is None) != (heading == "random"):
-        columns.say(row, "stationarity", "a number but for `random`", f"it does not fit heading {heading}")
-    if heading not in TO_AN_IMAGE or row["stationarity"] is None:
-        return
-    most_left = at_rest(columns.settings.get("stop", STOP))
-    if early and row["status"] == Status.COMPLETED and row["stationarity"] > most_left:
-        columns.found.add(
-            columns.file, columns.name(row), "stationarity", row["stationarity"], most_left, "completed states at most"
-        )
-    corrector = Corrector(columns.encoder, z.double(), columns.settings["rtol"])
-    with no_tf32():
-        at = corrector.look(frame)
-        corrector.refresh(at)
-        made = Toward(target.to(frame), stop=math.inf).plan(corrector, at, 1.0).stationarity
-    if made is None or not 0.95 * made - 1e-3 <= row["stationarity"] <= 1 + 1e-6:
-        columns.found.add(columns.file, columns.name(row), "stationarity", row["stationarity"], made, "at least")
-
-
-def _destination(columns: Columns, row: Row, frame: Tensor, origin: Tensor, target: Tensor | None) -> None:
-    aim = origin if columns.settings["heading"] == "nearest" else target
-    made = None if aim is None else float((aim.double() - frame.double()).norm())
-    columns.near(row, "remaining", made, 1e-5)
-
-
-# Check the stored rows of one image of an analysis against what the image gives (private to `verify`).
-
-
-_BATCH = 32
-
-
-_ANALYSIS_STATUSES = {
-    "spectrum": (Status.COMPLETED,),
-    "lipschitz": (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR),
-    "walk": (Status.COMPLETED, Status.DRIFT_EXCEEDED, Status.BOX_BLOCKED),
-}
-
-
-class ImageCheck(Columns):
-    """Checks all rows of one image; arguments as `Columns`."""
-
-    def run(self, rows: Sequence[Row]) -> None:
-        """Check the rows of one image; one that was not analysed must hold no numbers."""
-        first = rows[0]
-        lone = len(rows) == 1 and first["status"] == Status.ERROR
-        if lone and not any(first.get(key) for key in ("singular_values", "secants", "drift")):
-            return
-        column = "frame" if self.analysis == "walk" else "image"
-        for row in rows:
-            if row["status"] not in _ANALYSIS_STATUSES[self.analysis]:
-                told = f"must be one of {', '.join(_ANALYSIS_STATUSES[self.analysis])}"
-                self.found.add(self.file, self.name(row), "status", row["status"], None, told)
-            if row[column] != first[column] and self.analysis != "walk":
-                self.say(row, column, "one image in all rows of an id", "another image")
-        try:
-            images = [
-                decode_png(row[column] or b"", self.dtype) for row in (rows if self.analysis == "walk" else [first])
-            ]
-        except ValueError as error:
-            self.say(first, column, "a PNG image", str(error))
-            return
-        if any(tuple(image.shape) != tuple(self.encoder.input_shape) for image in images):
-            self.say(first, column, f"shape {list(self.encoder.input_shape)}", "wrong size")
-            return
-        image = images[0].to(self.encoder.device)
-        if self.analysis == "spectrum":
-            self._spectrum(first, image)
-        elif self.analysis == "lipschitz":
-            self._lipschitz(rows, image)
-        else:
-            check_walk(self, rows, images)
-
-    # --- spectrum ---
-
-    def _spectrum(self, row: Row, image: Tensor) -> None:
-        made = row_of(measure_spectrum(self.encoder, image, k=self.settings["k"], vectors=False, batch=_BATCH))
-        top = made["sigma_max"] or 0.0
-        bounds = [b or 0.0 for b in made["error_bound"]]
-        noise = [2 * b + 1e-7 * top for b in bounds]
-        self.ladder(row, "singular_values", made["singular_values"], noise)
-        self.ladder(row, "error_bound", made["error_bound"], [2 * b + 1e-12 * top for b in bounds])
-        stated = [b or 0.0 for b in row["error_bound"] or []]
-        if len(stated) == len(bounds) and any(b < 0.2 * own for b, own in zip(stated, bounds, strict=True)):
-            self.say(row, "error_bound", "bounds as large as the noise", "it is less than a fifth of what was found")
-        self.same(row, "method", made["method"])
-        self.same(row, "status", made["status"])
-        self.near(row, "rank_threshold", made["rank_threshold"], 0.5 * (made["rank_threshold"] or 0.0))
-        self.same(row, "patch_nullity", made["patch_nullity"])
-        for key in ("structural_zeros", "near_structural"):
-            stated = [(z["cause"], z["count"]) for z in row[key]]
-            if stated != [(z["cause"], z["count"]) for z in made[key]]:
-                self.same(row, key, made[key])
-                continue
-            for there, here in zip(row[key], made[key], strict=True):
-                self.near(row, key, here["measured"], 2 * max(bounds) + 1e-7 * top, there["measured"])
-                self.near(row, key, here["predicted"], 1e-2 * (here["predicted"] or 0.0) + 1e-12, there["predicted"])
-        sigma = row["singular_values"]
-        if sigma and all(s is not None for s in sigma):
-            self._derived(row, sigma, made)
-        right = self.floats.get(f"{row['image_id']}/right")
-        if self.settings["vectors"] and right is None:
-            self.say(row, "right", "singular vectors", "the singular vectors are missing from float/")
-        elif right is not None and len(right) <= len(sigma):
-            J = Jacobian(self.encoder, image, batch=_BATCH)
-            lengths = J.mv(right.to(image)).double().norm(dim=1).tolist()
-            self.ladder(row, "singular_values", lengths + sigma[len(lengths) :], [1e-3 * top] * len(sigma))
-
-    def _derived(self, row: Row, sigma: list[float], made: Row) -> None:
-        """What follows from the stated values alone."""
-        self.near(row, "sigma_max", sigma[0], 0.0)
-        if made["rank"] is None:
-            for key in ("rank", "nullity", "effective_rank", "participation"):
-                self.same(row, key, None)
-            return
-        if len(sigma) < min(self.encoder.embedding_dim, math.prod(self.encoder.input_shape)):  # of all the values
-            self.same(row, "rank", made["rank"])
-            self.same(row, "nullity", made["nullity"])
-            self.near(row, "effective_rank", made["effective_rank"], 1e-3 * (made["effective_rank"] or 0.0))
-            self.near(row, "participation", made["participation"], 1e-3 * (made["participation"] or 0.0))
-            return
-        self.same(row, "rank", sum(s > (row["rank_threshold"] or 0.0) for s in sigma))
-        self.same(row, "nullity", math.prod(self.encoder.input_shape) - (row["rank"] or 0))
-        values = torch.tensor(sigma, dtype=torch.float64)
-        share = values / values.sum()
-        self.near(row, "effective_rank", formatting.finite(torch.special.entr(share).sum().exp()), 1e-6 * len(sigma))
-        ratio = formatting.finite(values.square().sum().square() / values.pow(4).sum())
-        self.near(row, "participation", ratio, 1e-6 * len(sigma))
-
-    # --- lipschitz ---
-
-    def _lipschitz(self, rows: Sequence[Row], image: Tensor) -> None:
-        name = rows[0]["image_id"]
-        toward = self.floats.get(f"{name}/toward")
-        if "toward" in self.settings["directions"] and toward is None:
-            self.say(rows[0], "toward", "an image", "the image of the direction `toward` is missing from float/")
-            return
-        match = self.floats.get(f"{name}/match")
-        if "match" in self.settings["directions"] and not self._matches(rows[0], match, toward, image):
-            return
-        try:
-            checks.check_radii(torch.tensor(self.settings["radii"] or [], dtype=torch.float64))
-        except (ValueError, TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
-            self.say(rows[0], "radii", "a ladder", str(error))
-            return
-        found, reach = measure_directions(
-            self.encoder, image, None if toward is None else toward.to(image), self.settings, name, _BATCH,
-            lambda *_: None, None if match is None else match.to(image),
-        )  # fmt: skip
-        made = {(row["direction"], row["index"]): row for row in rows_of(found, reach)}
-        top = max((row["jvp"] or 0.0 for row in made.values()), default=0.0)
-        for row in rows:
-            own = made.pop((row["direction"], row["index"]), None)
-            if own is None:
-                self.say(row, "direction", "a direction of the settings", "the settings ask for no such direction")
-            else:
-                self._direction(row, own, top)
-        for kind, index in made:
-            what = f"{name} {kind} {index}"
-            self.found.say(self.file, what, "direction", "a row", None, f"row {what!r} is missing")
-        self._region(rows, image)
-
-    def _matches(self, row: Row, match: Tensor | None, target: Tensor | None, like: Tensor) -> bool:
-        """The stored match must have the embedding of the stored target."""
-        if match is None or target is None or match.shape != like.shape or target.shape != like.shape:
-            self.say(row, "match", "an image", "the images of the direction `match` are missing from float/")
-            return False
-        match, rtol = match.to(like), self.settings["rtol"]
-        error = drift(self.encoder, match, level(self.encoder, target.to(like), None))
-        noise = max(3 * float(self.encoder.noise_floor(match[None])[0]), 1e-6)
-        if error is None or error > rtol + noise:
-            told = f"the embedding error of the stored match is {error}"
-            self.say(row, "match", f"an image of the target's embedding, to {rtol:g}", told)
-        if not 0 <= float(match.min()) <= float(match.max()) <= 1:
-            self.say(row, "match", "pixels in [0, 1]", "pixels of the stored match are outside")
-        return True
-
-    def _direction(self, row: Row, own: Row, top: float) -> None:
-        noise = 1e-6 * top if self.dtype == torch.float32 else 1e-12 * top
-        self.near(row, "jvp", own["jvp"], 1e-3 * (own["jvp"] or 0.0) + 30 * noise)
-        floors = [f or 0.0 for f in own["noise_floor"]]
-        secants = [s or 0.0 for s in own["secants"]]
-        self.ladder(row, "radii", own["radii"], [1e-12 * r for r in own["radii"]])
-        self.ladder(row, "noise_floor", own["noise_floor"], [4 * f for f in floors])
-        stated = [f or 0.0 for f in row["noise_floor"] or []]
-        if len(stated) == len(floors) and any(f < 0.2 * o for f, o in zip(stated, floors, strict=True)):
-            self.say(row, "noise_floor", "floors as high as the noise", "it is less than a fifth of what was found")
-        self.same(row, "noise_method", own["noise_method"])
-        tolerances = [4 * f + 1e-3 * s + noise for f, s in zip(floors, secants, strict=True)]
-        self.ladder(row, "secants", own["secants"], tolerances)
-        error = own["value_error"] or 0.0
-        level_ = own["value"] or own["jvp"] or 0.0
-        borderline = 0.5 * RTOL * level_ <= error <= 2 * RTOL * level_
-        if row["status"] != own["status"] and not borderline:
-            self.same(row, "status", own["status"])
-        if (row["value"] is None) != (row["status"] != Status.RESOLVED):
-            self.say(row, "value", "a value where resolved, null elsewhere", f"it does not fit status {row['status']}")
-        elif row["value"] is not None and own["value"] is not None:
-            self.near(row, "value", own["value"], 2 * error + 1e-4 * own["value"])
-        elif row["value"] is not None:  # borderline: resolved there, within this of the exact ‖Jv‖, and not here
-            coarse = self.encoder.dtype in (torch.float16, torch.bfloat16)
-            self.near(row, "value", own["jvp"], 2 * (JVP_RTOL if coarse else RTOL) * (own["jvp"] or 0.0))
-        self.near(row, "value_error", own["value_error"], 4 * error + noise)
-        self.near(row, "unit_factor", own["unit_factor"], 1e-5 * (own["unit_factor"] or 0.0))
-        reach = own["linearity_radius"]
-        if (row["linearity_radius"] is None) != (reach is None):
-            self.same(row, "linearity_radius", reach)
-        elif reach is not None:
-            self.near(row, "linearity_radius", reach, 1e-2 * reach)
-        self.same(row, "linearity_at_limit", own["linearity_at_limit"])
-        self._reading(row)
-
-    def _reading(self, row: Row) -> None:
-        """What a value was read from must be in its row: a plateau of the secants, and an error not below the noise."""
-        value, error = row["value"], row["value_error"]
-        columns = [row["secants"] or [], row["radii"] or [], row["noise_floor"] or []]
-        if None in [n for column in columns for n in column] or len({len(column) for column in columns}) > 1:
-            return  # told above, or an error row
-        secants, radii, floors = (torch.tensor(column, dtype=torch.float64) for column in columns)
-        plateau = None
-        if value is not None:
-            low, high = plateau_of(secants[None], radii, floors[None], torch.tensor([value], dtype=torch.float64))[0]
-            plateau = [float(low), float(high)]
-        self.same(row, "plateau", plateau)
-        if error is None or not len(floors) or not float(floors.min()) > 0:
-            return
-        least = 0.99 * float(least_error(floors[None])[0])  # rounding of a sum
-        if value is not None and row["jvp"] is not None:
-            least = max(least, 0.99 * abs(value - row["jvp"]))
-        if not error >= least:
-            self.say(
-                row, "value_error", "an error not below noise and ‖Jv‖", f"{error:.3g} must be at least {least:.3g}"
-            )
-
-    def _region(self, rows: Sequence[Row], image: Tensor) -> None:
-        """The largest constant must be that of the stored place and direction, inside the ball and the box."""
-        radius, name = self.settings["regional"], rows[0]["image_id"]
-        keys = ("regional_lower_bound", "regional_at_center", "regional_clever")
-        for row in rows:
-            for key in keys:
-                self.same(row, key, None if radius is None else rows[0][key])
-        if radius is None:
-            return
-        place, v = (self.floats.get(f"{name}/{what}") for what in ("place", "direction"))
-        if place is None or v is None:
-            self.say(rows[0], keys[0], "a stored place", "the place of the largest constant is missing from float/")
-            return
-        place, v = place.to(image), v.to(image)
-        norm, gap = self.settings["norm"], place.double() - image.double()
-        distance = float(gap.abs().max() if norm == "linf" else gap.norm())
-        inside = 0 <= float(place.min()) and float(place.max()) <= 1
-        if distance > radius * (1 + 1e-6) or not inside:
-            self.say(rows[0], keys[0], f"a place within {radius:g} and the box", f"it was found at {norm} {distance:g}")
-        made = float(Jacobian(self.encoder, place).mv((v / v.double().norm()).to(image)[None])[0].double().norm())
-        self.near(rows[0], keys[0], made, 1e-4 * made)
-        again = measure_region(self.encoder, image, self.settings, name)
-        clever = formatting.finite(again.clever[0])
-        self.near(rows[0], keys[1], formatting.finite(again.at_center[0]), 1e-2 * float(again.at_center[0]))
-        self.near(rows[0], keys[2], clever, 0.1 * (clever or 0.0))  # a fit to maxima: rounding counts for more

@@ -32,7 +32,7 @@ from hf_equiv.hub.card import command_of
 from hf_equiv.runs import resume, shards
 from hf_equiv.runs.schema import LAYOUTS, PROVENANCE_FEATURES
 from hf_equiv.runs.shards import sha256_file
-from hf_equiv.verify import directory, rows
+from hf_equiv.verify import directory
 
 main = importlib.import_module("hf_equiv.cli.main")  # `hf_equiv.cli.main` is the function
 
@@ -446,7 +446,7 @@ def test_a_borderline_value_is_held_against_the_derivative(copied, monkeypatch):
         rows[0] |= {"value": 3 * rows[0]["value"]}
 
     tamper(out, change)
-    monkeypatch.setattr(rows, "rows_of", borderline)
+    monkeypatch.setattr(lipschitz, "rows_of", borderline)
     named = [p.pair_id for p in directory.verify_run(out).problems if p.column == "value"]
     assert len(named) == 2
     assert all(name.endswith("random 0") for name in named)
@@ -570,8 +570,8 @@ def test_missing_frames_and_rows_are_named(copied, photo_folder, tmp_path, monke
     (out / "paths" / "part-00000.parquet").unlink()
     messages = " ".join(problem.message for problem in directory.verify_run(out).problems)
     assert "is missing" in messages
-    assert "the float frames of" in messages
-    assert "is listed and its rows are missing from paths/" in messages
+    assert "/frames' of row" in messages
+    assert "is listed and missing from paths/" in messages
 
 
 # --- the command line ---

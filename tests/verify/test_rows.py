@@ -1,0 +1,105 @@
+"""Every column of a row is compared, or named in `UNVERIFIED`."""
+
+from typing import Any
+
+import pytest
+import torch
+from fakes import TinyEncoder, save_photos
+
+from hf_equiv.analyses.config import AnalysisConfig, RunConfig
+from hf_equiv.analyses.plan import make_analysis_plan, make_plan
+from hf_equiv.analyses.run import run_analysis, run_match
+from hf_equiv.runs import shards
+from hf_equiv.runs.directory import read_record
+from hf_equiv.runs.schema import LAYOUTS, PROVENANCE_FEATURES
+from hf_equiv.verify.rows import UNVERIFIED, agrees, check_item, check_stated, float_name
+
+OPTIONS = {
+    "spectrum": {},
+    "lipschitz": {"directions": "random:1,null:1,toward", "linearity": True, "regional": 0.5},
+    "walk": {"num_steps": 2, "step": 0.3, "heading": "toward"},
+}
+COLUMNS = [
+    (analysis, column)
+    for analysis, layout in LAYOUTS.items()
+    for column in (*layout.images, *layout.features, *PROVENANCE_FEATURES)
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple]:
+    """For each verb: layout, run.json, what it lists, and the rows of one pair or image with their floats."""
+    place = tmp_path_factory.mktemp("runs")
+    photos = save_photos(place / "photos")
+    run_match(make_plan(RunConfig(data=str(photos), pairs=1, max_evals=60), TinyEncoder()), place / "match")
+    for analysis, options in OPTIONS.items():
+        more = {} if analysis == "spectrum" else {"target": str(photos / "class1" / "photo1.png")}
+        config = AnalysisConfig(analysis, source=str(photos / "class0" / "photo0.png"), **options, **more)
+        run_analysis(make_analysis_plan(config, TinyEncoder()), place / analysis)
+    found = {}
+    for analysis, layout in LAYOUTS.items():
+        record = read_record(place / analysis)
+        (path,) = shards.shard_files(place / analysis, layout)
+        floats, costs = {}, {}
+        if (place / analysis / float_name(path.name)).exists():
+            floats, costs = shards.read_floats(place / analysis / float_name(path.name))
+        rows = shards.read_shard(path, images=True, layout=layout)
+        rows = [row | {"cost": costs.get(row[layout.item])} for row in rows]
+        found[analysis] = (layout, record, record[layout.listed][0], rows, floats)
+    return found
+
+
+def problems_of(run: tuple, rows: list[dict[str, Any]]) -> list:
+    layout, record, item, _, floats = run
+    found = check_item("rows.parquet", layout, TinyEncoder(), record["settings"], rows, floats)[1]
+    listed = item if all(row[layout.item] == item[layout.item] for row in rows) else None
+    return [*check_stated("rows.parquet", layout, record, listed, rows), *found]
+
+
+def changed(value: Any, feature: Any) -> Any:
+    """Another value of the same kind, by a little."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else 1.5 * value + 0.1
+    if isinstance(value, str):
+        return value + "!"
+    if isinstance(value, bytes):
+        return b""
+    if isinstance(value, list):
+        return [*value[:-1], changed(value[-1], feature)] if value else [1.0]
+    return "!" if getattr(feature, "dtype", "") == "string" else 1.0
+
+
+@pytest.mark.parametrize("analysis", LAYOUTS)
+def test_rows_that_are_as_they_were_made(analysis, runs):
+    assert problems_of(runs[analysis], runs[analysis][3]) == []
+
+
+@pytest.mark.parametrize(("analysis", "column"), COLUMNS, ids=["-".join(case) for case in COLUMNS])
+def test_every_column_is_compared_or_named(analysis, column, runs):
+    layout, _, _, rows, _ = run = runs[analysis]
+    last = rows[-1] | {column: changed(rows[-1][column], (layout.features | PROVENANCE_FEATURES).get(column))}
+    found = {problem.column for problem in problems_of(run, [*rows[:-1], last])}
+    if column in ("seconds", "num_evals", "versions") and (analysis, column) != ("match", "num_evals"):
+        assert not found
+        assert column in UNVERIFIED
+    else:
+        assert found & {column, layout.item, "step", "index"}, found
+
+
+@pytest.mark.parametrize(
+    ("stated", "made", "limit", "holds"),
+    [
+        (1.0, 1.05, 0.1, True), (1.0, 1.2, 0.1, False), (1.0, 1.2, None, False), (float("nan"), 1.0, 0.1, False),
+        (None, None, 0.1, True), (None, 1.0, 0.1, False), (0.0, None, (0.0, 1.0), False), (0.5, 9.0, (0.0, 1.0), True),
+        (1.5, 0.5, (0.0, 1.0), False), ("cat", "cat", None, True), ("cat", "dog", None, False),
+        ([1.0, 2.0], [1.0, 2.1], [0.0, 0.2], True), ([1.0, 2.0], [1.0, 2.1], 0.05, False),
+        ([1.0], [1.0, 2.0], 9, False),
+        ([{"a": 1.0, "b": "x"}], [{"a": 1.1, "b": "x"}], [{"a": 0.2}], True),
+        ([{"a": 1.0, "b": "x"}], [{"a": 1.1, "b": "y"}], [{"a": 0.2}], False),
+        (torch.zeros(3), torch.full((3,), 0.1), 0.2, True), (torch.zeros(3), torch.full((3,), 0.1), None, False),
+    ],
+)  # fmt: skip
+def test_agrees(stated, made, limit, holds):
+    assert agrees(stated, made, limit) is holds
