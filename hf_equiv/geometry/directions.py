@@ -57,8 +57,6 @@ class RowSpace:
     def project_null(self, vectors: Tensor) -> Tensor:
         """Return the part (I − VᵀV) v of each v, which leaves the embedding, to first order.
 
-        The projection is applied twice, to remove the remainder that rounding leaves in the row space.
-
         Args:
             vectors: v, (…, C, H, W).
 
@@ -134,8 +132,8 @@ def row_space(
 def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
     """Return the principal angles between two row spaces: of two images, or of two encoders at one image.
 
-    cos θ_i are the singular values of V_a V_bᵀ (Björck & Golub 1973); θ = atan2(sin, cos) with sin θ_i the length of
-    the i-th principal vector of b off that of a, so that small angles are exact too.
+    cos θ_i are the singular values of V_a V_bᵀ; θ = atan2(sin, cos) with sin θ_i the length of the i-th principal
+    vector of b off that of a, so that small angles are exact too.
 
     Args:
         a: row space of one Jacobian.
@@ -170,12 +168,11 @@ def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
 def patch_null_space(weight: Tensor) -> Tensor:
     """Return the pixel patterns of one patch that the patch embedding maps to zero.
 
-    For z_patch = W p with W (D, C·p²) there are at least C·p² − D of them, in closed form and without drift; they
-    belong to the null space at every image. If W has full rank and C·p² ≤ D there are none.
+    They belong to the null space at every image: at least C·p² − D for W (D, C·p²), none if W has full rank and C·p² ≤
+    D.
 
     Args:
-        weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1]: divide by the standard deviations of the
-            normalisation, as `Encoder.patch_weight` does.
+        weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1], as `Encoder.patch_weight`.
 
     Returns:
         (M, C, p, p), orthonormal, float64.
@@ -229,7 +226,7 @@ def make_directions(
 
     With J (D, N) at x, its right singular vectors v₁, v₂, … and its row space (the rows above the rank threshold):
 
-        random    g / ‖g‖ with g standard normal in R^N
+        random    g / ‖g‖ with g standard normal in R^N: nearly null, so it says nothing about the largest constant
         top       v₁ … v_k, the directions the embedding is most sensitive to
         row       k of the right singular vectors of the row space, evenly spread from v₁ to v_rank (k = rank: all)
         null      P_null g / ‖P_null g‖: to first order the embedding does not move
@@ -237,13 +234,10 @@ def make_directions(
         toward    (t − x) / ‖t − x‖
         match     (m − x) / ‖m − x‖ with m a match of another image, as `match_embedding` gives
 
-    A random direction is nearly null: its constant is a few times σ₁/√N and says nothing about the largest one. In
-    bfloat16 and float16, J is that of the float64 twin of f.
-
     Cost: `top`, `row` and `null` take one full Jacobian an image, `gradient` one cotangent. Memory: B·K images.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D).
+        f: the encoder, or any callable (B, C, H, W) -> (B, D). In half precision its float64 twin gives J.
         images: x, (B, C, H, W), pixels in [0, 1].
         random: number of random directions.
         top: number of top directions, at most the rank.
@@ -259,18 +253,15 @@ def make_directions(
         The directions, float32 (float64 for float64 images), those of one kind side by side.
 
     Raises:
-        TypeError: `images`, `toward` or `match` is no float tensor, or a count no whole number.
-        ValueError: no direction asked for, more directions than the row space holds, no null space, images of other
-            shapes, an image that equals its `toward` or `match`, or an f of half precision without a float64 twin.
+        ValueError: no direction asked for, more than the row space holds, no null space, images of other shapes, or an
+            image that equals its `toward` or `match`.
 
     Example:
         >>> import torch
-        >>> from hf_equiv.geometry.directions import make_directions
-        >>> weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
-        >>> images = torch.full((2, 3, 4, 4), 0.5)
-        >>> directions = make_directions(lambda x: x.flatten(1) @ weight.T, images, top=2, null=1)
-        >>> tuple(directions.vectors.shape), directions.kinds
-        ((2, 3, 3, 4, 4), ('top', 'top', 'null'))
+        >>> from hf_equiv import make_directions
+        >>> weight, x = torch.randn(4, 48, generator=torch.Generator().manual_seed(0)), torch.full((2, 3, 4, 4), 0.5)
+        >>> make_directions(lambda x: x.flatten(1) @ weight.T, x, top=2, null=1).kinds
+        ('top', 'top', 'null')
     """
     checks.check_images(images)
     counts = {"random": random, "top": top, "row": row, "null": null}

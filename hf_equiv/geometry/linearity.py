@@ -69,10 +69,9 @@ def linearity_radius(
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·h·‖Jv‖        (relative_to="jvp")
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·‖f(x)‖        (relative_to="embedding"; for null directions, where Jv = 0)
 
-    bracketed by doubling h and then bisected. "Up to it" means at every doubling tried: a residual that leaves the
-    bound and comes back within one factor of two is not seen. v and −v have separate radii. x + hv may step over the
-    edge of [0, 1]. Radii whose bound is within four times the float noise of f are not tested; if none is left, the
-    status is `undetermined`.
+    h is doubled, then bisected: a residual that leaves the bound and comes back within a factor of two is not seen. v
+    and −v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the
+    float noise are not tested; if none is left, the status is `undetermined`.
 
     Cost: per direction one JVP and about 20 + log₂(1/rtol) forward passes.
 
@@ -91,20 +90,16 @@ def linearity_radius(
         The radii with their statuses.
 
     Raises:
-        TypeError: `images` or `directions` of a wrong type.
         ValueError: pixels outside [0, 1], a zero or non-finite direction, or a bad number.
         RuntimeError: f has no forward-mode derivative.
 
     Example:
         >>> import torch
-        >>> from hf_equiv.geometry.linearity import linearity_radius
-        >>> def encode(x):  # slope 1 up to 0.25 above x = 0, then 3: residual 2(h − 0.25), and 2(h − 0.25) = h/2 at 1/3
-        ...     y = x.flatten(1)
-        ...     return y + 2 * torch.relu(y - 0.25)
-        >>> along = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
-        >>> x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-        >>> round(float(linearity_radius(encode, x, along, tau=0.5, rtol=1e-9).radii), 8)
-        0.33333333
+        >>> from hf_equiv import linearity_radius
+        >>> x, along = torch.zeros(1, 1, 1, 1).double(), torch.ones(1, 1, 1, 1, 1).double()
+        >>> result = linearity_radius(lambda x: x.flatten(1) + 2 * torch.relu(x.flatten(1) - 0.25), x, along, tau=0.5)
+        >>> round(float(result.radii), 2)  # 2(h − 0.25) = h/2
+        0.33
 
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568, §5 ("locally linear" equivalence sets, tested here).

@@ -1,7 +1,13 @@
 """Find the largest Lipschitz constant inside a ball, and estimate the rest by extreme values.
 
-An ascent in point and direction gives a lower bound. CLEVER fits a reverse Weibull distribution to maxima over random
-points and extrapolates to its end point.
+An ascent in point and direction gives a lower bound: v ← JᵀJv/‖JᵀJv‖ (power iteration) and x′ ← P_B(x′ + α·g) with g =
+∇ₓ½‖J(x′)v‖², normalised (its sign for "linf"); both come from one backward pass through a JVP. A step that does not
+increase ‖J(x′)v‖ is undone and α halved. The ascent starts at x and again at the largest random point, which also
+serves where J is piecewise constant and g vanishes. All points stay in the ball and in the box.
+
+CLEVER takes two power iterations from the top direction of the centre at random points, uniform in the ball (then put
+into the box), fits a reverse Weibull distribution to the maxima of batches and extrapolates to its end point. The
+original takes 500 batches of 1024 gradients of one output; here a point is a forward pass, three JVPs and two VJPs.
 """
 
 from __future__ import annotations
@@ -29,31 +35,12 @@ _STEP, _LEAST_STEP = 0.5, 1e-3  # first and last step of the ascent, over the ra
 
 
 def fit_reverse_weibull(maxima: Tensor) -> tuple[float, float, float]:
-    """Fit F(y) = exp(−((a − y)/b)^c), y ≤ a, c ≥ 1, to at least 5 maxima by maximum likelihood; a is the end point.
-
-    For a fixed a the distances a − y are Weibull distributed; b has a closed form and c the usual one-dimensional
-    equation, solved by bisection. The likelihood is then searched over a > max y on a grid that is refined six times.
-    For c < 1 it grows without bound as a → max y, so those fits are left out. If it still grows as a → ∞, the maxima
-    show no end of the tail and there is no estimate.
-
-    Returns:
-        a, b, c; (max y, 0, ∞) if all maxima are equal to rounding, NaN if the likelihood has no maximum.
-
-    Raises:
-        ValueError: fewer than 5 maxima, or some not finite.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.geometry.regional import fit_reverse_weibull
-        >>> u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-        >>> a, b, c = fit_reverse_weibull(5 - 2 * (-u.log()) ** (1 / 3))
-        >>> round(a, 1), round(b, 1), round(c, 1)
-        (5.0, 2.0, 3.0)
-
-    References:
-        Weng et al. (2018), "Evaluating the robustness of neural networks: an extreme value theory approach",
-        arXiv:1801.10578, §4 (CLEVER). Smith (1985), *Biometrika* 72:67 (likelihoods with an unknown end point).
-    """
+    """Fit F(y) = exp(−((a − y)/b)^c), y ≤ a, c ≥ 1, to at least 5 maxima by maximum likelihood; return a, b, c."""
+    # For a fixed end point a the distances a − y are Weibull distributed; b has a closed form and c the usual
+    # one-dimensional equation, solved by bisection. The likelihood is then searched over a > max y on a grid that is
+    # refined six times. For c < 1 it grows without bound as a → max y, so those fits are left out. If all maxima are
+    # equal to rounding, the result is (max y, 0, ∞); if the likelihood still grows as a → ∞, the maxima show no end of
+    # the tail and it is NaN. Smith (1985), Biometrika 72:67 (likelihoods with an unknown end point).
     y = maxima.detach().double().flatten().cpu()
     if len(y) < 5 or not bool(torch.isfinite(y).all()):
         raise ValueError(f"`maxima` must be at least 5 finite numbers; got {len(y)}. Draw more batches.")
@@ -140,23 +127,17 @@ def regional_lipschitz(
 
         L = max over x′ in B, ‖v‖₂ = 1 of ‖J(x′)v‖ ≥ the value found.
 
-    The search ascends in x′ and v together: v ← JᵀJv/‖JᵀJv‖ (power iteration) and x′ ← P_B(x′ + α·g) with g =
-    ∇ₓ½‖J(x′)v‖², normalised (its sign for "linf"); both come from one backward pass through a JVP. A step that does not
-    increase ‖J(x′)v‖ is undone and α halved. The ascent starts at x and again at the largest random point, which also
-    serves where J is piecewise constant and g vanishes. All points stay in the ball and in the box.
+    The search ascends in x′ and v together. The CLEVER estimate extrapolates from random points and may be on either
+    side of L.
 
-    CLEVER draws `num_batches` times `batch_size` points, uniform in the ball (then put into the box), and takes two
-    power iterations from the top direction of the centre at each. It fits a reverse Weibull distribution to the maxima
-    of the batches and takes its end point as the estimate, an extrapolation that may be on either side of L. The
-    original takes 500 batches of 1024 gradients of one output; here a point is a forward pass, three JVPs and two VJPs:
-    11/3 evaluations.
+    Cost: 5/3 evaluations a step of each of two ascents, 11/3 a random point.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D), twice differentiable by autograd.
         images: x, (B, C, H, W), pixels in [0, 1].
         radius: of the ball, in pixel units of `norm`.
         norm: "l2" or "linf".
-        num_steps: steps of each ascent; a step is one JVP and its backward pass, 5/3 evaluations.
+        num_steps: steps of each ascent.
         num_batches: maxima for the extreme-value fit, 0 for none, else at least 5.
         batch_size: random points behind each maximum.
         std: per-channel standard deviation that f normalises by, (C,); default that of the encoder.
@@ -167,22 +148,18 @@ def regional_lipschitz(
         Bounds with their points and directions, and estimates.
 
     Raises:
-        TypeError: `images` is no float tensor, or a count no whole number.
         ValueError: pixels outside [0, 1], a bad radius, norm or count.
         RuntimeError: f has no forward-mode or no second derivative.
 
     Example:
         >>> import torch
-        >>> from hf_equiv.geometry.regional import regional_lipschitz
-        >>> def encode(x):  # |slope| = 2|x|, so 1.4 is the largest for x in [0.3, 0.7]
-        ...     return x.flatten(1).square()
-        >>> x = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
-        >>> round(float(regional_lipschitz(encode, x, 0.2).lower_bound), 10)
+        >>> from hf_equiv import regional_lipschitz
+        >>> x = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)  # |slope| = 2|x|, at most 1.4 for x in [0.3, 0.7]
+        >>> round(float(regional_lipschitz(lambda x: x.flatten(1).square(), x, 0.2).lower_bound), 10)
         1.4
 
     References:
-        Weng et al. (2018), arXiv:1801.10578, §4 and Algorithm 1 (CLEVER).
-        Jordan, Dimakis (2020), arXiv:2003.01219, eq. 3 (L as the largest norm of J).
+        Weng et al. (2018), arXiv:1801.10578, §4 (CLEVER). Jordan, Dimakis (2020), arXiv:2003.01219, eq. 3 (L).
     """
     checks.check_images(images)
     checks.check_radius(radius, norm, images[0].numel())

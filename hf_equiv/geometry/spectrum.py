@@ -114,21 +114,18 @@ def jacobian_spectrum(
     """Compute the singular values of J = ∂f/∂x at each image: how far the embedding moves, along how many directions.
 
     J = U diag(σ) Vᵀ (D, N). The right vectors are the pixel directions that move the embedding, in order; the N − rank
-    directions off them leave it, to first order. "full" forms J by chunked VJPs and takes all σ from it in float64
-    without losing the small ones to squares; "golub_kahan" finds the top k from products with J and Jᵀ. "auto" takes
-    the quicker. For an Encoder, zeros that its last LayerNorm, head or unit norm cause are named, in closed form.
+    directions off them leave it, to first order. "full" forms J and takes all σ from it in float64; "golub_kahan" finds
+    the top k from products with J and Jᵀ. For an Encoder, zeros of known cause are named.
 
     Cost: full (1 + 2D)/3 evaluations an image and D·N numbers of memory; golub_kahan 4/3 a pass, about 2k + 7 passes.
-    About 4 VJPs in float64 more for `error_bound`.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
         images: (B, C, H, W), pixels in [0, 1].
         k: number of singular values; None for all min(D, N).
-        method: "auto", "full" or "golub_kahan".
+        method: "full", "golub_kahan", or "auto" for the quicker.
         vectors: whether to return singular vectors.
-        rank_rtol: threshold of the rank over σ₁; None for 1000 eps (see `rank_rtol_of`), or twice the measured noise if
-            that is more.
+        rank_rtol: threshold of the rank over σ₁; None for 1000 eps, or twice the measured noise if that is more.
         rtol: bound over σ₁ at which "golub_kahan" stops.
         batch: most cotangents per pass; memory grows with it.
         progress: called after each image with (images done, images in all).
@@ -137,15 +134,13 @@ def jacobian_spectrum(
         The spectrum of each image.
 
     Raises:
-        TypeError: `images` is no float tensor.
-        ValueError: pixels outside [0, 1], a bad `k`, `method` or tolerance, an f that is not differentiable or not
-            deterministic, or a Jacobian too large for the memory.
+        ValueError: pixels outside [0, 1], a bad argument, an f that is not differentiable or not deterministic, or a
+            Jacobian too large for the memory.
 
     Example:
         >>> import torch
-        >>> from hf_equiv.geometry.spectrum import jacobian_spectrum
-        >>> weight = torch.diag(torch.tensor([3.0, 2.0, 0.0]))
-        >>> result = jacobian_spectrum(lambda x: x.flatten(1) @ weight, torch.full((1, 3, 1, 1), 0.5))
+        >>> from hf_equiv import jacobian_spectrum
+        >>> result = jacobian_spectrum(lambda x: x.flatten(1) * torch.tensor([3, 2, 0]), torch.full((1, 3, 1, 1), 0.5))
         >>> result.singular_values.tolist(), result.rank.tolist(), result.structural_zeros[0][0].cause
         ([[3.0, 2.0, 0.0]], [2], 'unexplained')
 

@@ -24,21 +24,13 @@ class Evaluation:
     """f at one point, for the residual r = (f(x) − z) / unit (D,).
 
     If f or its gradient is not finite, objective, noise and error are infinite and the gradient is zero.
-
-    Attributes:
-        objective: ½‖r‖², float64.
-        gradient: Jᵀr / unit, (C, H, W).
-        noise: change of the objective that rounding in f can explain: ‖r‖·ε·‖z‖ / unit, with ε the float noise of an
-            encoder.
-        error: ‖f(x) − z‖ / ‖z‖.
-        unit: a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding.
     """
 
-    objective: float
-    gradient: Tensor
-    noise: float
-    error: float
-    unit: float = 1.0
+    objective: float  # ½‖r‖², float64
+    gradient: Tensor  # Jᵀr / unit, (C, H, W)
+    noise: float  # change of the objective that rounding in f can explain: ‖r‖·ε·‖z‖ / unit, ε the float noise of f
+    error: float  # ‖f(x) − z‖ / ‖z‖
+    unit: float = 1.0  # a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding
 
 
 Iterates = Generator[Tensor, Evaluation, None]
@@ -93,9 +85,7 @@ class GradientDescent:
 
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """Projected Adam on ½‖f(x) − z‖²: quick to a rough match, but far from the source.
-
-    Every pixel moves by about `lr` a step.
+    """Projected Adam on ½‖f(x) − z‖²: quick to a rough match, but far from the source. Each step is about `lr`.
 
     Args:
         lr: step size, in pixels.

@@ -76,21 +76,13 @@ class HubFiles:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The files of one checkpoint at one revision.
+    """The files of one checkpoint at one revision."""
 
-    Attributes:
-        model_id: the user's Hub id, folder or "builtin"; only loading uses it, see `name`.
-        folder: folder of config and weights on this machine.
-        revision: commit sha on the Hub, or "sha256:…" of the weights of a local folder.
-        trust_remote_code: whether Python files of the checkpoint may be executed.
-        hub: source of further files of the same commit; None for a folder.
-    """
-
-    model_id: str
-    folder: Path
-    revision: str
-    trust_remote_code: bool = False
-    hub: HubFiles | None = None
+    model_id: str  # the user's Hub id, folder or "builtin"; only loading uses it, see `name`
+    folder: Path  # folder of config and weights on this machine
+    revision: str  # commit sha on the Hub, or "sha256:…" of the weights of a local folder
+    trust_remote_code: bool = False  # whether Python files of the checkpoint may be executed
+    hub: HubFiles | None = None  # source of further files of the same commit; None for a folder
 
     @property
     def name(self) -> str:

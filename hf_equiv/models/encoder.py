@@ -93,9 +93,9 @@ class Encoder:
 
         Args:
             model_id: Hub id, local folder, or "builtin" (a small ViT that ships with the package).
-            readout: vector to use as embedding: "cls", "mean", "pooler", "tokens", "logits", "hidden:K", "projection",
-                or "auto": the image embedding for CLIP and SigLIP; else the pooler if its weights are in the checkpoint
-                or it needs none; else the class token; else the mean.
+            readout: "cls", "mean", "pooler", "tokens", "logits", "hidden:K", "projection", or "auto": the image
+                embedding for CLIP and SigLIP; else the pooler if its weights are in the checkpoint; else the class
+                token; else the mean.
             normalize: whether to scale embeddings to unit L2 norm.
             revision: branch, tag or commit on the Hub; None for the default branch.
             subfolder: folder of the model inside the repository or `model_id`.
@@ -113,14 +113,7 @@ class Encoder:
             TypeError: `dtype` is no floating-point type.
             ValueError: no image encoder, no such readout or device, or weights missing from the checkpoint.
             FileNotFoundError: the folder, its safetensors or its image processor file is absent.
-            OSError: a file is damaged; or the Hub's own RepositoryNotFoundError (unknown or private), GatedRepoError,
-                RevisionNotFoundError, ConnectionError (no network, or HF_HUB_OFFLINE=1).
-
-        Example:
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin", readout="cls")
-            >>> encoder.input_shape
-            (3, 64, 64)
+            OSError: a damaged file, or the Hub's own error (RepositoryNotFoundError, GatedRepoError, no network).
         """
         if dtype not in _DTYPES:
             raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
@@ -135,29 +128,15 @@ class Encoder:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the embedding z = f(x) of each image, (B, D), differentiable in the pixels.
 
-        Float32 is float32 (TF32 and `torch.autocast` are off during the call), and float64 and forward mode
-        (`torch.func.jvp`) use an attention kernel that supports them. Wrap a double backward in `exact_derivatives`
-        yourself, and a backward pass in `no_tf32` (on CUDA) and `no_autocast`, all of `hf_equiv.precision`. Values
-        outside [0, 1] are accepted, since finite differences step over the edge.
+        Float32 is float32 (TF32 and autocast are off), and float64 and forward mode use an attention kernel that
+        supports them. Wrap a double backward in `precision.exact_derivatives` yourself, and a backward pass in
+        `no_tf32` and `no_autocast`. Values outside [0, 1] are accepted, since finite differences step over the edge.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1], on the encoder's device; cast to its dtype.
 
         Returns:
             (B, D) in the encoder's dtype; of unit L2 norm with `normalize=True`.
-
-        Raises:
-            TypeError: `pixels` is no float tensor.
-            ValueError: a shape, size or device that does not fit.
-
-        Example:
-            >>> import torch
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin")
-            >>> x = torch.rand(1, *encoder.input_shape, requires_grad=True)
-            >>> encoder(x).square().sum().backward()
-            >>> x.grad.shape == x.shape
-            True
         """
         self._network.check(pixels)
         z = self._network(pixels, self.readout)
@@ -167,25 +146,16 @@ class Encoder:
         """Return the output of the checkpoint's own image processor before it normalises, (B, 3, H, W).
 
         It equals bit for bit the processor that transformers selects in this environment; `provenance` records it.
-        Images are converted to RGB first.
 
         Args:
-            images: one PIL image or a sequence of them.
+            images: one PIL image or a sequence of them; converted to RGB first.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1], every value k/255.
 
         Raises:
-            TypeError: anything but PIL images.
-            ValueError: this environment cannot run the processor (DINOv3's needs torchvision, and leaves the k/255
-                grid), or cannot split it exactly.
-
-        Example:
-            >>> from PIL import Image
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin")
-            >>> encoder.preprocess(Image.new("RGB", (100, 80))).shape == (1, *encoder.input_shape)
-            True
+            ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or cannot split it
+                exactly.
         """
         return self._network.preprocessor(images)
 
@@ -194,26 +164,17 @@ class Encoder:
 
         Without `labels`, they are the scores of the checkpoint's own head, named by `label_names`. With `labels`,
         zero-shot: s = scale · cos(image embedding, text embedding of "a photo of a {label}.") + bias, for CLIP and
-        SigLIP; the text encoder is loaded once per list of labels.
+        SigLIP.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1].
             labels: class names for zero-shot classification; None for the head.
 
         Returns:
-            (B, num_classes) in the encoder's dtype, differentiable in the pixels. SigLIP's scores belong to a sigmoid
-            per label, all others to a softmax over the labels.
+            (B, num_classes), differentiable; SigLIP's scores belong to a sigmoid per label, all others to a softmax.
 
         Raises:
             ValueError: the checkpoint has no head (without `labels`) or no text encoder (with `labels`).
-
-        Example:
-            >>> import torch
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin")
-            >>> scores = encoder.classify(torch.zeros(1, *encoder.input_shape))
-            >>> encoder.label_names[int(scores.argmax())] in encoder.label_names
-            True
 
         References:
             Radford et al. 2021, arXiv:2103.00020, §3.1; Zhai et al. 2023, arXiv:2303.15343.
@@ -252,23 +213,15 @@ class Encoder:
         return Encoder(self._checkpoint, network, readout=self.readout, normalize=self.normalize)
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
-        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: the effect of rounding on the embedding.
+        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: embedding errors below this are meaningless.
 
-        f₆₄ is the float64 twin at the same pixels. Embedding errors below this are meaningless. One image at a time;
-        the cost is one forward pass in the encoder's dtype and one in float64 each. 0 for a float64 encoder.
+        The cost is one forward pass in the encoder's dtype and one of its float64 twin each. 0 for a float64 encoder.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1].
 
         Returns:
             (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
-
-        Example:
-            >>> import torch
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin")
-            >>> bool(encoder.noise_floor(torch.rand(1, *encoder.input_shape)) < 1e-4)
-            True
         """
         self._network.check(pixels)
         return embedding_noise(self, self.double(), pixels.to(self.dtype))
@@ -295,14 +248,7 @@ class Encoder:
         return patch_weight(self._network.loaded.model, self._network.std)
 
     def jvp_probe(self) -> bool:
-        """Compute one Jacobian-vector product on a grey image, once.
-
-        Returns:
-            True: `torch.func.jvp` works on this encoder and is finite.
-
-        Raises:
-            RuntimeError: an operation of this model has no forward-mode derivative, or its value is not finite.
-        """
+        """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
         if not self._jvp_works:
             attention = self._network.loaded.attention
             require_forward_mode(self, self._network.grey, f"'{self.model_id}' with {attention} attention")
@@ -311,10 +257,7 @@ class Encoder:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Record of the encoder for every row; `processor` and `versions` are JSON objects in a string.
-
-        A local folder is recorded by its name, not its path; the digest of the weights identifies it.
-        """
+        """Record of the encoder for every row, with the name of a local folder and the digest of its weights."""
         return {
             "model_id": self._checkpoint.name,
             "model_revision": self.revision,

@@ -23,15 +23,6 @@ class Network:
 
     It makes a model a function that can be analysed: an embedding does not depend on the batch, TF32 and autocast are
     off, and float64 and forward mode use an attention kernel that supports them.
-
-    Attributes:
-        loaded: the model, frozen and in eval mode.
-        preprocessor: the checkpoint's image processor, which has this `mean` and `std`.
-        dtype: floating-point type of weights and embeddings.
-        mean: per-channel mean, (1, 3, 1, 1).
-        std: per-channel standard deviation, (1, 3, 1, 1).
-        layout: its readouts and their places, found on a grey image.
-        grey: mid-grey (1, 3, H, W) of the size that the checkpoint's image processor makes.
     """
 
     def __init__(

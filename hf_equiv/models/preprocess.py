@@ -29,23 +29,14 @@ _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
 
 @dataclass(frozen=True, slots=True)
 class Preprocessor:
-    """The image processor of one checkpoint.
+    """The image processor of one checkpoint."""
 
-    Attributes:
-        mean: per-channel mean that the model expects to be subtracted, in units of pixels in [0, 1].
-        std: per-channel standard deviation that it expects to be divided by.
-        size: (H, W) of every preprocessed image; None if this environment cannot preprocess.
-        refusal: reason why `preprocess` is impossible; empty if it works.
-        record: the processor's settings and backend as one JSON string.
-        processor: the transformers image processor; None if it cannot be built here.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    size: tuple[int, int] | None
-    refusal: str
-    record: str
-    processor: Any = None
+    mean: tuple[float, float, float]  # per channel, that the model expects to be subtracted, pixels in [0, 1]
+    std: tuple[float, float, float]  # per channel, that it expects to be divided by
+    size: tuple[int, int] | None  # (H, W) of every preprocessed image; None if this environment cannot preprocess
+    refusal: str  # reason why `preprocess` is impossible; empty if it works
+    record: str  # the processor's settings and backend as one JSON string
+    processor: Any = None  # the transformers image processor; None if it cannot be built here
 
     def __call__(self, images: Sequence[Image.Image] | Image.Image) -> Tensor:
         """Return the pixels k/255 of the images, (B, 3, H, W) float32."""

@@ -35,21 +35,13 @@ _CLASS_TOKEN = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Outputs of one forward pass of a checkpoint, found on a probe image.
+    """Outputs of one forward pass of a checkpoint, found on a probe image."""
 
-    Attributes:
-        prefix: number of tokens before the patch tokens; the first of them is the class token.
-        patch: side of the square patches behind the tokens after the prefix; None for other models.
-        alone: whether images must be embedded one at a time on the CPU so that their bits do not depend on the batch.
-        num_hidden: length of `hidden_states`.
-        available: the readouts of this checkpoint.
-    """
-
-    prefix: int
-    patch: int | None
-    alone: bool
-    num_hidden: int
-    available: tuple[str, ...]
+    prefix: int  # number of tokens before the patch tokens; the first of them is the class token
+    patch: int | None  # side of the square patches behind the tokens after the prefix; None for other models
+    alone: bool  # whether images are embedded one by one on the CPU, so that bits do not depend on the batch
+    num_hidden: int  # length of `hidden_states`
+    available: tuple[str, ...]  # the readouts of this checkpoint
 
 
 def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tuple[int, int]) -> Layout:

@@ -19,17 +19,11 @@ PROMPT = "a photo of a {label}."
 
 @dataclass(frozen=True, slots=True)
 class LabelEmbeddings:
-    """Text embeddings of some labels, of unit length, with the model's logit scale and bias.
+    """Text embeddings of some labels, of unit length, with the model's logit scale and bias."""
 
-    Attributes:
-        features: (L, D), each row of norm 1.
-        scale: factor on the cosine similarity.
-        bias: added to the product; 0 for CLIP.
-    """
-
-    features: Tensor
-    scale: float
-    bias: float
+    features: Tensor  # (L, D), each row of norm 1
+    scale: float  # factor on the cosine similarity
+    bias: float  # added to the product; 0 for CLIP
 
     def logits(self, image_features: Tensor) -> Tensor:
         """Return scale · cos(image, label) + bias, (B, L), for image embeddings (B, D)."""
