@@ -104,11 +104,13 @@ def _check_number(value: object, name: str, wanted: str = "a number") -> None:
         raise TypeError(f"`{name}` must be {wanted}; got {type(value).__name__}.")
 
 
-def check_positive(value: float, name: str) -> None:
-    """Require a finite number above zero."""
+def check_positive(value: float, name: str, below: float = math.inf, *, or_zero: bool = False) -> None:
+    """Require a finite number above 0, or 0 itself with `or_zero`, and below a limit."""
     _check_number(value, name)
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"`{name}` must be finite and above 0; got {value}.")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
+        raise ValueError(f"`{name}` must be finite and {'at least' if or_zero else 'above'} 0; got {value}.")
+    if value >= below:
+        raise ValueError(f"`{name}` must be below {below:g}; got {value}.")
 
 
 def check_output(z: Tensor, batch: int) -> None:
@@ -144,19 +146,22 @@ def check_rtol(rtol: float) -> None:
         raise ValueError(f"`rtol` must be below 1, the error of an embedding of zeros; got {rtol}. Use 1e-5.")
 
 
-def check_range(value: float, name: str, low: float, high: float) -> None:
-    """Require a number in [low, high)."""
-    _check_number(value, name)
-    if not low <= value < high:
-        wanted = f"lie in [{low:g}, {high:g})" if high < math.inf else f"be at least {low:g} and finite"
-        raise ValueError(f"`{name}` must {wanted}; got {value}.")
-
-
 def check_solver(solver: object) -> None:
     """Require an object with an `iterate` method, such as `LBFGS()`."""
     if isinstance(solver, type) or not callable(getattr(solver, "iterate", None)):
         got = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
         raise TypeError(f"`solver` must be a solver such as LBFGS(), Adam() or GradientDescent(); got {got}.")
+
+
+def check_match(
+    images: Tensor, name: str, target: Tensor, radius: float | None, norm: str, rtol: float, max_evals: int
+) -> None:
+    """Require the arguments that matching and refinement share."""
+    check_images(images, name)
+    check_target(target, len(images))
+    check_radius(radius, norm, images[0].numel())
+    check_rtol(rtol)
+    check_count(max_evals, "max_evals")
 
 
 def check_radii(radii: Tensor) -> None:

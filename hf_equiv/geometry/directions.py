@@ -115,7 +115,7 @@ def row_space(
         J = Jacobian(f, image, batch=batch)
         J.check_deterministic()
     if rank_rtol is not None:
-        checks.check_range(rank_rtol, "rank_rtol", 0.0, 1.0)
+        checks.check_positive(rank_rtol, "rank_rtol", 1, or_zero=True)
     if matrix is None:
         matrix = J.as_matrix()
     if not bool(torch.isfinite(matrix).all()):
@@ -299,12 +299,15 @@ def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
     return (wide / wide.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(dtype)
 
 
-def as_directions(vectors: Directions | Tensor) -> Directions:
-    """Return directions unchanged, or a tensor (B, K, C, H, W) as directions of the kind `given`."""
-    if isinstance(vectors, Directions):
-        return vectors
-    count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
-    return Directions(vectors, ("given",) * count, tuple(range(count)))
+def as_directions(vectors: Directions | Tensor, images: Tensor, batch: int) -> Directions:
+    """Return checked directions of checked images; a tensor (B, K, C, H, W) gets the kind `given`."""
+    checks.check_images(images)
+    checks.check_count(batch, "batch")
+    if not isinstance(vectors, Directions):
+        count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
+        vectors = Directions(vectors, ("given",) * count, tuple(range(count)))
+    checks.check_directions(vectors.vectors, images)
+    return vectors
 
 
 def _from_jacobian(
@@ -330,7 +333,10 @@ def _from_jacobian(
         parts.append(space.project_null(_gaussian(counts["null"], image, generator)))
         numbers += [*picks, *range(counts["null"])]
     if gradient:
-        u = J.z if aim is None else _encode(f, aim).to(J.z) - J.z
+        u = J.z
+        if aim is not None:
+            with torch.no_grad():
+                u = f(aim[None])[0].to(J.z) - J.z
         parts.append(J.rmv(u[None]))
         numbers.append(0)
     return parts, numbers
@@ -352,11 +358,6 @@ def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacob
 
 def _gaussian(count: int, image: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(count, *image.shape, generator=generator, dtype=torch.float64).to(image.device)
-
-
-def _encode(f: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    with torch.no_grad():
-        return f(image[None])[0]
 
 
 def _spread(count: int, total: int) -> list[int]:

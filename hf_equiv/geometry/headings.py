@@ -17,9 +17,7 @@ from torch import Tensor
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import dot
 
-MAX_PRODUCTS = 40
-"""Most products with the Hessian of one Newton step."""
-
+MAX_PRODUCTS = 40  # most products with the Hessian of one Newton step
 _MEMORY = 20  # secant pairs of the descent towards an image
 _SMALLEST = 1e-3  # least share of a wish that projection must leave
 _ROUNDS = 10  # most rows learnt at one point before its tangent is used as it is

@@ -27,15 +27,9 @@ from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import no_autocast, no_tf32, with_autocast
 from hf_equiv.results import Status
 
-STOP = 0.01
-"""Default stationarity at which a walk to an image ends."""
-
-TO_AN_IMAGE = ("toward", "nearest", "connect")
-"""Headings that lead to an image."""
-
-HEADINGS = ("random", "away", *TO_AN_IMAGE)
-"""Names of the headings."""
-
+STOP = 0.01  # default stationarity at which a walk to an image ends
+TO_AN_IMAGE = ("toward", "nearest", "connect")  # headings that lead to an image
+HEADINGS = ("random", "away", *TO_AN_IMAGE)  # names of the headings
 _MAX_FAILURES = 10  # halvings of one step
 _REFRESH_AFTER = 5  # halvings before a full Jacobian is formed anew
 _SHRUNK = 0.25  # share of the longest step since the last Jacobian below which another is worth its cost
@@ -322,6 +316,7 @@ def trace_level_set(
         The points of every walk with its cost and status.
 
     Raises:
+        TypeError: `images` is no float32 or float64 tensor.
         ValueError: an unknown heading, a missing target or origin, a heading without a part in the null space, or a
             Jacobian too large to hold.
 
@@ -338,10 +333,9 @@ def trace_level_set(
     checks.check_images(images)
     if images.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"`images` must be float32 or float64; got {images.dtype}. Walks need that accuracy.")
-    for value, name in ((step, "step"), (rtol, "rtol"), (stop, "stop")):
-        checks.check_positive(value, name)
-    if stop >= 1:
-        raise ValueError(f"`stop` must be below 1; got {stop:g}. It is the share of the way left at the end.")
+    checks.check_positive(step, "step")
+    checks.check_positive(rtol, "rtol")
+    checks.check_positive(stop, "stop", 1)
     checks.check_count(num_steps, "num_steps")
     images = images.detach().clone(memory_format=torch.contiguous_format)
     home = images if origin is None else _pixels(origin, images, "origin")

@@ -10,6 +10,7 @@ constant than `errors`, by up to 1.7 times. On DeiT-Tiny in float32 the resolved
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,7 @@ from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, central_secants, re
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
 
-Counted = Callable[[int, int], None]
-"""A progress hook: (directions done, directions in all)."""
-
-_STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
+Counted = Callable[[int, int], None]  # A progress hook: (directions done, directions in all)
 
 _STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
 
@@ -149,39 +147,24 @@ def directional_lipschitz(
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568, §4. Moré, Wild (2011), *SIAM J. Sci. Comput.* 33:1292 (noise).
     """
-    checks.check_images(images)
-    checks.check_count(batch, "batch")
-    given = as_directions(directions)
-    checks.check_directions(given.vectors, images)
+    given = as_directions(directions, images, batch)
     ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
-    columns, common, probe = measure_directions(
+    fields, probe = measure_directions(
         images, given, batch, progress, lambda image: _Ladder(f, Jacobian(f, image, batch=batch), ladder, noise, scale)
     )
-    value, error, jvp, secants, noises, plateau, factor = columns
-    return LipschitzResult(
-        values=value,
-        errors=error,
-        jvp=jvp,
-        radii=ladder.cpu(),
-        secants=secants,
-        noise_floor=noises,
-        noise_method=probe.noise_method,
-        plateau=plateau,
-        unit_factor=factor,
-        **common,
-    )
+    return LipschitzResult(radii=ladder.cpu(), noise_method=probe.noise_method, **fields)
 
 
 def measure_directions(
     images: Tensor, given: Directions, batch: int, progress: Counted | None, probe_at: Callable[[Tensor], Any]
-) -> tuple[list[Tensor], dict[str, Any], Any]:
+) -> tuple[dict[str, Any], Any]:
     """Measure the directions of each image in batches; return fields of a result and the probe of the last image."""
-    # A probe has `J`, `forwards` and `measure(unit, part)`, which returns one column (K, …) a field and the `codes` of
-    # `_STATUS`, for the unit directions at `part`.
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    fields, evals, seconds, done = [], [], [], 0
+    # A probe has `J`, `forwards` and `measure(unit, part)`: columns (K, …) by name for the unit directions at `part`;
+    # the column `codes` holds the index of each status.
+    dtype, done = torch.promote_types(images.dtype, torch.float32), 0
+    columns: dict[str, list[Tensor]] = defaultdict(list)  # an entry for each image
     for image, own in zip(images.detach(), given.vectors.detach().to(images.device), strict=True):
         start = time.perf_counter()
         probe = probe_at(image)
@@ -193,18 +176,13 @@ def measure_directions(
             done += len(own[part])
             if progress is not None:
                 progress(done, images.shape[0] * len(given))
-        fields.append([torch.cat(column) for column in zip(*chunks, strict=True)])
-        evals.append(probe.J.num_evals + probe.forwards / 3)
-        seconds.append(time.perf_counter() - start)
-    *columns, codes = (torch.stack(column).cpu() for column in zip(*fields, strict=True))
-    common = {
-        "status": tuple(tuple(_STATUS[code] for code in row) for row in codes.tolist()),
-        "kinds": given.kinds,
-        "indices": given.indices,
-        "num_evals": torch.tensor(evals, dtype=torch.float64),
-        "seconds": torch.tensor(seconds, dtype=torch.float64),
-    }
-    return columns, common, probe
+        for name in chunks[0]:
+            columns[name].append(torch.cat([chunk[name] for chunk in chunks]))
+        columns["num_evals"].append(torch.tensor(probe.J.num_evals + probe.forwards / 3, dtype=torch.float64))
+        columns["seconds"].append(torch.tensor(time.perf_counter() - start, dtype=torch.float64))
+    fields: dict[str, Any] = {name: torch.stack(column).cpu() for name, column in columns.items()}
+    status = tuple(tuple(_STATUS[code] for code in row) for row in fields.pop("codes").tolist())
+    return {**fields, "status": status, "kinds": given.kinds, "indices": given.indices}, probe
 
 
 class _Ladder:
@@ -216,8 +194,7 @@ class _Ladder:
         self.f, self.J, self.radii, self.std = f, J, radii, std
         self.floor, self.noise_method, self.forwards = secant_noise(f, J.image, radii, method=noise)
 
-    def measure(self, unit: Tensor, part: slice) -> tuple[Tensor, ...]:
-        """Return value, error, ‖Jv‖ (K,), secants, noise floors (K, R), plateau (K, 2), unit factor and status (K,)."""
+    def measure(self, unit: Tensor, part: slice) -> dict[str, Tensor]:
         jvp = self.J.mv(unit).double().norm(dim=1)
         secants, shares = central_secants(self.f, self.J.image, unit, self.radii)
         self.forwards += 2 * len(unit) * len(self.radii)
@@ -235,16 +212,16 @@ class _Ladder:
         error = torch.maximum(reading.error, apart)
         resolved = finite & reading.resolved & agrees
         nothing = reading.value.new_tensor(torch.nan)
-        return (
-            torch.where(resolved, reading.value, nothing),
-            torch.where(finite, error, nothing),
-            jvp,
-            norms,
-            noise_floor,
-            torch.where(resolved[:, None], reading.plateau, nothing),
-            unit_factor(unit, self.std),
-            torch.where(finite, (~resolved).long(), 2),
-        )
+        return {
+            "values": torch.where(resolved, reading.value, nothing),
+            "errors": torch.where(finite, error, nothing),
+            "jvp": jvp,
+            "secants": norms,
+            "noise_floor": noise_floor,
+            "plateau": torch.where(resolved[:, None], reading.plateau, nothing),
+            "unit_factor": unit_factor(unit, self.std),
+            "codes": torch.where(finite, (~resolved).long(), 2),
+        }
 
 
 def pixel_std(f: object, images: Tensor, std: Tensor | Sequence[float] | None) -> Tensor | None:

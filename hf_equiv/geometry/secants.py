@@ -18,21 +18,11 @@ from torch import Tensor
 from hf_equiv.geometry.directions import unit_directions
 from hf_equiv.precision import exact_derivatives, float64_twin, no_tf32
 
-RADII = tuple(10 ** (-5 + i / 4) for i in range(21))
-"""Default ladder: L2 in pixel units, four a decade from 1e-5 to 1."""
-
-RTOL = 0.01
-"""Largest estimated relative error of a resolved value."""
-
-PLATEAU_RTOL = 0.02
-"""Largest distance from the value of a secant on the plateau, and largest noise floor, relative to the value."""
-
-PLATEAU_RADII = 3
-"""Fewest radii in a row that make a plateau."""
-
-JVP_RTOL = 0.05
-"""Largest distance of the value from ‖Jv‖ in bfloat16 and float16, relative to the value: both are noisy."""
-
+RADII = tuple(10 ** (-5 + i / 4) for i in range(21))  # default ladder: L2 in pixel units, four a decade from 1e-5 to 1
+RTOL = 0.01  # largest estimated relative error of a resolved value
+PLATEAU_RTOL = 0.02  # largest distance of a secant on the plateau, and largest noise floor, relative to the value
+PLATEAU_RADII = 3  # fewest radii in a row that make a plateau
+JVP_RTOL = 0.05  # largest distance of the value from ‖Jv‖ in half precision, relative to the value: both are noisy
 METHODS = ("auto", "twin", "ecnoise")
 
 _ORDERS = 5  # terms of the expansion in h² that are tried

@@ -39,11 +39,9 @@ from torch import Tensor
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import power_of_two
 
-ACCURACY = 100 * torch.finfo(torch.float64).eps
-"""Error of `left_singular` over σ₁."""
+ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of `left_singular` over σ₁
 
-Rows = Callable[[Tensor], Tensor]
-"""Cotangents (D, K), float64, to Jᵀu (K, N)."""
+Rows = Callable[[Tensor], Tensor]  # cotangents (D, K), float64, to Jᵀu (K, N)
 
 _BLOCK = 4096  # columns held in float64 at a time
 _SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, of a float64 and of any other J

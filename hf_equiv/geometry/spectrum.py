@@ -149,23 +149,12 @@ def jacobian_spectrum(
     """
     checks.check_images(images)
     checks.check_count(batch, "batch")
-    checks.check_positive(rtol, "rtol")
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
-    if rank_rtol is not None:
-        checks.check_range(rank_rtol, "rank_rtol", 0.0, 1.0)
-    if k is not None:
-        checks.check_count(k, "k")
+    settings = _Settings(k, method, vectors, rank_rtol, rtol)
     found = []
-    for index, image in enumerate(images.detach()):
-        start = time.perf_counter()
-        J = Jacobian(f, image, batch=batch)
-        J.check_deterministic()
-        one = _Settings(min(J.shape) if k is None else k, method, vectors, rank_rtol, rtol).run(f, J)
-        one.seconds = time.perf_counter() - start
-        found.append(one)
+    for image in images.detach():
+        found.append(settings.run(f, image, batch))
         if progress is not None:
-            progress(index + 1, len(images))
+            progress(len(found), len(images))
     return _collect(found, images[0].numel())
 
 
@@ -193,31 +182,45 @@ class _Image:
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    k: int
+    k: int | None
     method: str
     vectors: bool
     rank_rtol: float | None
     rtol: float
 
-    def run(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
-        if self.k > min(J.shape):
-            raise ValueError(f"`k` must be at most min(D, N) = {min(J.shape)}; got {self.k}.")
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        checks.check_positive(self.rtol, "rtol")
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {self.method!r}.")
+        if self.rank_rtol is not None:
+            checks.check_positive(self.rank_rtol, "rank_rtol", 1, or_zero=True)
+        if self.k is not None:
+            checks.check_count(self.k, "k")
+
+    def run(self, f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> _Image:
+        start = time.perf_counter()
+        J = Jacobian(f, image, batch=batch)
+        J.check_deterministic()
+        size = min(J.shape)
+        k = size if self.k is None else self.k
+        if k > size:
+            raise ValueError(f"`k` must be at most min(D, N) = {size}; got {k}.")
         method = self.method
         if method == "auto":  # a pass costs about two VJPs; forming J costs D of them
-            few = self.k < min(J.shape) and 2 * (2 * self.k + 6) < 0.8 * J.shape[0]
-            method = "golub_kahan" if few else "full"
-        one = self._full(f, J) if method == "full" else self._top(f, J)
-        one.method, one.patch_nullity = method, _patch_nullity(f, J)
+            method = "golub_kahan" if k < size and 2 * (2 * k + 6) < 0.8 * J.shape[0] else "full"
+        one = self._full(f, J, k) if method == "full" else self._top(f, J, k)
+        one.method, one.patch_nullity, one.seconds = method, _patch_nullity(f, J), time.perf_counter() - start
         return one
 
     def _threshold(self, J: Jacobian, largest: Tensor) -> float:
         return float(largest) * (rank_rtol_of(J.eps) if self.rank_rtol is None else self.rank_rtol)
 
-    def _full(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
+    def _full(self, f: Callable[[Tensor], Tensor], J: Jacobian, k: int) -> _Image:
         J.check_memory()
         matrix = J.as_matrix()
         if not bool(torch.isfinite(matrix).all()):
-            return self._failed(J)
+            return self._failed(J, k)
         left, sigma = left_singular(matrix)
         count = min(J.shape)
         scale, threshold = float(sigma[0]), self._threshold(J, sigma[0])
@@ -232,8 +235,8 @@ class _Settings:
         exact, near = explain_zeros(matrix, left[:, :count], sigma, threshold, () if wide else relations)
         share = sigma / sigma.sum()
         one = _Image(
-            values=sigma[: self.k],
-            bound=bound[: self.k],
+            values=sigma[:k],
+            bound=bound[:k],
             threshold=threshold,
             num_evals=J.num_evals + spent + (7 / 3 if relations else 0.0),
             noise_method=noise,
@@ -244,16 +247,16 @@ class _Settings:
             near=near,
         )
         if self.vectors:
-            one.left = left[:, : self.k]
-            values = sigma[: self.k, None]
+            one.left = left[:, :k]
+            values = sigma[:k, None]
             right = combine(matrix, one.left) / values.where(values > ACCURACY * scale, 1.0)
             one.right = right.view(-1, *J.image.shape).to(J.image)
         return one
 
-    def _top(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
+    def _top(self, f: Callable[[Tensor], Tensor], J: Jacobian, k: int) -> _Image:
         if not bool(torch.isfinite(J.rmv(torch.ones_like(J.z)[None])).all()):
-            return self._failed(J)
-        top = golub_kahan(J, self.k, self.rtol)
+            return self._failed(J, k)
+        top = golub_kahan(J, k, self.rtol)
         threshold = self._threshold(J, top.values[0])
         noise, name, spent = derivative_noise(
             f, J, lambda u: J.rmv(u.T.to(J.image)).flatten(1).double(), top.left, top.values, threshold
@@ -263,12 +266,12 @@ class _Settings:
             one.left, one.right = top.left, top.right.view(-1, *J.image.shape).to(J.image)
         return one
 
-    def _failed(self, J: Jacobian) -> _Image:
-        nan = torch.full((self.k,), torch.nan, dtype=torch.float64, device=J.image.device)
+    def _failed(self, J: Jacobian, k: int) -> _Image:
+        nan = torch.full((k,), torch.nan, dtype=torch.float64, device=J.image.device)
         one = _Image(nan, nan, math.nan, J.num_evals, Status.ERROR, rank=-1)
         if self.vectors:
             one.left = nan.expand(J.shape[0], -1)
-            one.right = torch.full((self.k, *J.image.shape), torch.nan).to(J.image)
+            one.right = torch.full((k, *J.image.shape), torch.nan).to(J.image)
         return one
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import check_count, check_range
+from hf_equiv.checks import check_count, check_positive
 from hf_equiv.matching.feasible import FeasibleSet, SineChart
 from hf_equiv.matching.solvers import Evaluation, Iterates
 from hf_equiv.precision import dot
@@ -162,9 +162,9 @@ class LBFGS:
         """Check the hyper-parameters."""
         check_count(self.history, "history")
         check_count(self.warmup, "warmup", 0)
-        check_range(self.momentum, "momentum", 0.0, 1.0)
-        check_range(self.proximity, "proximity", 0.0, math.inf)
-        check_range(self.release, "release", 0.0, math.inf)
+        check_positive(self.momentum, "momentum", 1, or_zero=True)
+        check_positive(self.proximity, "proximity", or_zero=True)
+        check_positive(self.release, "release", or_zero=True)
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""

@@ -23,9 +23,7 @@ from hf_equiv.matching.solvers import Adam, Evaluation, GradientDescent, Iterate
 from hf_equiv.precision import no_autocast, no_tf32, power_of_two, with_autocast
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 
-Encoding = Callable[[Tensor], Tensor]
-"""Pixels in [0, 1] (B, C, H, W) to embeddings (B, D), differentiable, each image for itself."""
-
+Encoding = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) to embeddings (B, D), each image for itself
 ProgressHook = Callable[[Progress], None]
 
 _NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
@@ -96,11 +94,7 @@ def match_embedding(
         Salman, Shams, Liu (2024), arXiv:2401.15568, §3. Mahendran, Vedaldi (2015), arXiv:1412.0035, eq. 1.
         Sabour et al. (2016), arXiv:1511.05122, eq. 1–2 (matching inside an L∞ ball).
     """
-    checks.check_images(source, "source")
-    checks.check_target(target, source.shape[0])
-    checks.check_radius(radius, norm, source[0].numel())
-    checks.check_rtol(rtol)
-    checks.check_count(max_evals, "max_evals")
+    checks.check_match(source, "source", target, radius, norm, rtol, max_evals)
     solver = LBFGS() if solver is None else solver
     checks.check_solver(solver)
     if start is not None and start.images.shape != source.shape:

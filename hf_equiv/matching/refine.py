@@ -4,7 +4,11 @@ Rounding a match moves its embedding by 3e-3 to 8e-2, a hundred to ten thousand 
 8-bit step of one pixel is small, and there are N ≫ D of them: the Jacobian at the rounded image tells which few steps
 cancel the rounding error, as a sparse integer least-squares problem (`lattice`). A round changes some hundred pixels by
 one level; one that does not lower the error still updates J, and is undone unless the whitened error fell, since the
-next round easily repairs such a rise. After three such rounds J is computed afresh.
+next round easily repairs such a rise. After three such rounds J is computed afresh. Pixels stay within 3 of the rounded
+255·images, unless that leaves too few to move.
+
+Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
+Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3 (the natural monotonicity test).
 """
 
 from __future__ import annotations
@@ -52,8 +56,6 @@ def refine_8bit(
 
         minimise ‖r + J·Δ/255‖ over integer Δ, greedily;   k ← k + Δ;   r ← f(k/255) − z;   J ← Broyden's update.
 
-    Every pixel stays within 3 of the rounded 255·images, unless that leaves too few pixels to move.
-
     Cost: (1 + 2D)/3 evaluations for J, a third of one for every round. Memory: D·N numbers.
 
     Args:
@@ -77,32 +79,18 @@ def refine_8bit(
     Example:
         >>> import torch
         >>> from hf_equiv import refine_8bit
-        >>> weight = torch.randn(4, 192, generator=torch.Generator().manual_seed(0))
-        >>> image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        >>> refine_8bit(lambda x: x.flatten(1) @ weight.T, image, image.flatten(1) @ weight.T, rtol=1e-3).converged
+        >>> image = torch.linspace(0, 1, 192).view(1, 3, 8, 8)
+        >>> refine_8bit(lambda x: x.mean((2, 3)), image, image.mean((2, 3)), rtol=1e-3).converged
         True
-
-    References:
-        Broyden (1965), *Math. Comp.* 19:577. Mallat, Zhang (1993), *IEEE Trans. Signal Process.* 41:3397 (greedy
-        pursuit).
-        Deuflhard (2004), *Newton Methods for Nonlinear Problems*, §3.3 (the natural monotonicity test).
     """
-    checks.check_images(images, "images")
-    checks.check_target(target, images.shape[0])
-    checks.check_radius(radius, norm, images[0].numel())
-    checks.check_rtol(rtol)
-    checks.check_count(max_evals, "max_evals")
+    checks.check_match(images, "images", target, radius, norm, rtol, max_evals)
     if radius is not None and source is None:
         raise ValueError("`source` must be given with `radius`; got None. Pass the centre of the ball.")
     if source is not None:
-        checks.check_images(source, "source")
-        if source.shape != images.shape:
-            raise ValueError(
-                f"`source` must have the shape of `images` {tuple(images.shape)}; got {tuple(source.shape)}."
-            )
+        checks.check_like(source, images, "source")
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
-        centers = [None] * len(images) if source is None else source.detach().clone().unbind()
+        centers = [None] * len(images) if source is None else source.detach().clone().expand_as(images)
         z = target_embeddings(f, images, target, "images")
         runs = [_Refinement(f, image, embedding) for image, embedding in zip(images, z, strict=True)]
         for run, center in zip(runs, centers, strict=True):

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import check_positive, check_range
+from hf_equiv.checks import check_positive
 from hf_equiv.matching.feasible import FeasibleSet
 
 
@@ -33,8 +33,7 @@ class Evaluation:
     unit: float = 1.0  # a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding
 
 
-Iterates = Generator[Tensor, Evaluation, None]
-"""Points out, evaluations in."""
+Iterates = Generator[Tensor, Evaluation, None]  # points out, evaluations in
 
 
 class Solver(Protocol):
@@ -104,8 +103,8 @@ class Adam:
         """Check the hyper-parameters."""
         check_positive(self.lr, "lr")
         for beta in self.betas:
-            check_range(beta, "betas", 0.0, 1.0)
-        check_range(self.eps, "eps", 0.0, math.inf)
+            check_positive(beta, "betas", 1, or_zero=True)
+        check_positive(self.eps, "eps", or_zero=True)
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""

@@ -13,8 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from hf_equiv.formatting import excerpt
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
-PROMPT = "a photo of a {label}."
-"""Sentence around each label (Radford et al. 2021, arXiv:2103.00020, §3.1.4)."""
+PROMPT = "a photo of a {label}."  # sentence around each label (Radford et al. 2021, arXiv:2103.00020, §3.1.4)
 
 
 @dataclass(frozen=True, slots=True)
