@@ -13,16 +13,20 @@ from torch import Tensor
 NORMS = ("linf", "l2")
 
 
-def check_images(images: Tensor, name: str = "images") -> None:
-    """Require a float tensor (B, C, H, W) of finite pixels in [0, 1]."""
+def check_tensor(images: Tensor, name: str, channels: str = "C") -> None:
+    """Require a float tensor (B, C, H, W), with three channels for "3"."""
     if not isinstance(images, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(images).__name__}. Use `encoder.preprocess(...)`.")
-    if images.ndim != 4:
-        raise ValueError(
-            f"`{name}` must have shape (B, C, H, W); got {tuple(images.shape)}. Add a batch axis with `{name}[None]`."
-        )
+    if images.ndim != 4 or (channels == "3" and images.shape[1] != 3):
+        cure = f"Add a batch axis with `{name}[None]`." if images.ndim == 3 else "Use `encoder.preprocess(...)`."
+        raise ValueError(f"`{name}` must have shape (B, {channels}, H, W); got {tuple(images.shape)}. {cure}")
     if not images.is_floating_point():
         raise TypeError(f"`{name}` must be a float tensor in [0, 1]; got dtype {images.dtype}. Divide uint8 by 255.")
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    """Require a float tensor (B, C, H, W) of finite pixels in [0, 1]."""
+    check_tensor(images, name)
     if images.shape[0] == 0:
         raise ValueError(f"`{name}` must hold at least one image; got an empty batch {tuple(images.shape)}.")
     if not bool(torch.isfinite(images).all()):

@@ -273,24 +273,19 @@ def make_directions(
     if not any(counts.values()) and not gradient and not others:
         raise ValueError(f"`make_directions` must be asked for a direction; got none. Kinds: {', '.join(KINDS)}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    rows, indices = [], list[int]()
+    rows, indices = [], tuple[int, ...]()
     for b, image in enumerate(images.detach()):
-        aim = None if toward is None else toward[b % len(toward)].to(image)
-        parts, numbers = _from_jacobian(f, image, counts, generator, batch, gradient, aim)
-        for other in others.values():
-            parts.append((other[b % len(other)].to(image).double() - image.double())[None])
-            numbers.append(0)
-        vectors = torch.cat([part.to(torch.float64) for part in parts])
-        if not bool((vectors.flatten(1).norm(dim=1) > 0).all()):
+        aims = {name: other[b % len(other)].to(image) for name, other in others.items()}
+        parts, numbers = _at_image(f, image, counts, generator, batch, gradient, aims)
+        indices = indices or numbers
+        if not bool((parts.flatten(1).norm(dim=1) > 0).all()):
             raise ValueError(
                 f"the directions of image {b} must not be zero: it equals its `toward` or `match`, or its gradient "
                 "vanishes. Leave that kind out."
             )
-        rows.append(unit_directions(vectors, dtype))
-        indices = indices or numbers
+        rows.append(unit_directions(parts, torch.promote_types(images.dtype, torch.float32)))
     kinds = [name for name, count in counts.items() for _ in range(count)] + ["gradient"] * gradient + [*others]
-    return Directions(torch.stack(rows), tuple(kinds), tuple(indices))
+    return Directions(torch.stack(rows), tuple(kinds), indices)
 
 
 def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -310,36 +305,33 @@ def as_directions(vectors: Directions | Tensor, images: Tensor, batch: int) -> D
     return vectors
 
 
-def _from_jacobian(
-    f: Callable[[Tensor], Tensor],
-    image: Tensor,
-    counts: dict[str, int],
-    generator: torch.Generator,
-    batch: int,
-    gradient: bool,
-    aim: Tensor | None,
-) -> tuple[list[Tensor], list[int]]:
-    """Return the random directions and those of J at one image, of any length, with their numbers."""
+def _at_image(
+    f: Callable[[Tensor], Tensor], image: Tensor, counts: dict[str, int], generator: torch.Generator, batch: int,
+    gradient: bool, aims: dict[str, Tensor]
+) -> tuple[Tensor, tuple[int, ...]]:  # fmt: skip
+    """Return the directions at one image, of any length, float64, and the number of each within its kind."""
     parts, numbers = [_gaussian(counts["random"], image, generator)], [*range(counts["random"])]
     spectral = counts["top"] + counts["row"] + counts["null"] > 0
-    if not spectral and not gradient:
-        return parts, numbers
-    J = _jacobian(f, image, batch)
-    if spectral:
+    J = _jacobian(f, image, batch) if spectral or gradient else None
+    if J is not None and spectral:
         space = row_space(J)
         _check_rank(space, counts)
-        picks = [*range(counts["top"]), *_spread(counts["row"], space.rank)]
+        spread = [round(i * (space.rank - 1) / max(1, counts["row"] - 1)) for i in range(counts["row"])]
+        picks = [*range(counts["top"]), *spread]
         parts.append(space.basis[picks].view(-1, *image.shape))
         parts.append(space.project_null(_gaussian(counts["null"], image, generator)))
         numbers += [*picks, *range(counts["null"])]
-    if gradient:
+    if J is not None and gradient:
         u = J.z
-        if aim is not None:
+        if "toward" in aims:
             with torch.no_grad():
-                u = f(aim[None])[0].to(J.z) - J.z
+                u = f(aims["toward"][None])[0].to(J.z) - J.z
         parts.append(J.rmv(u[None]))
         numbers.append(0)
-    return parts, numbers
+    for aim in aims.values():
+        parts.append((aim.double() - image.double())[None])
+        numbers.append(0)
+    return torch.cat([part.to(torch.float64) for part in parts]), tuple(numbers)
 
 
 def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacobian:
@@ -358,11 +350,6 @@ def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacob
 
 def _gaussian(count: int, image: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(count, *image.shape, generator=generator, dtype=torch.float64).to(image.device)
-
-
-def _spread(count: int, total: int) -> list[int]:
-    """Return `count` whole numbers from 0 to total − 1, evenly spread, both ends included."""
-    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def _check_rank(space: RowSpace, counts: dict[str, int]) -> None:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from hf_equiv.checks import finite_embedding
+from hf_equiv.checks import check_tensor, finite_embedding
 from hf_equiv.geometry.zeros import LeftRelation
+from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
-from hf_equiv.models.checkpoint import Checkpoint, find_checkpoint
-from hf_equiv.models.loading import find_device, load_model
-from hf_equiv.models.network import Network
-from hf_equiv.models.preprocess import load_preprocessor
-from hf_equiv.models.readouts import resolve_readout
+from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
+from hf_equiv.models.loading import LoadedModel, find_device, load_model
+from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
+from hf_equiv.models.readouts import check_size, embed, find_layout, native_size, probe, resolve_readout
 from hf_equiv.models.structure import left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
-from hf_equiv.precision import embedding_noise
+from hf_equiv.precision import embedding_noise, exact_derivatives, float64_softmax, no_autocast, no_tf32
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
 
 
 class Encoder:
@@ -54,17 +58,31 @@ class Encoder:
         True
     """
 
-    def __init__(self, checkpoint: Checkpoint, network: Network, *, readout: str, normalize: bool) -> None:
-        self._checkpoint, self._network = checkpoint, network
+    def __init__(
+        self, checkpoint: Checkpoint, loaded: LoadedModel, preprocessor: Preprocessor, device: torch.device,
+        dtype: torch.dtype, *, readout: str, normalize: bool
+    ) -> None:  # fmt: skip
+        loaded.to(device)
+        self._checkpoint, self._loaded, self._preprocessor = checkpoint, loaded, preprocessor
         self.model_id, self.revision, self.normalize = checkpoint.model_id, checkpoint.revision, normalize
-        self.dtype, self.device = network.dtype, network.grey.device
-        self.input_shape = (3, int(network.grey.shape[2]), int(network.grey.shape[3]))
-        self.readouts = network.layout.available
-        self.readout = resolve_readout(readout, network.layout, self.model_id)
+        self.dtype, self.device = dtype, device
+        self._mean, self._std = (
+            torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
+            for values in (preprocessor.mean, preprocessor.std)
+        )
+        self._native = native_size(loaded)
+        size = preprocessor.size or self._native or (224, 224)
+        self._sizes = {size}
+        self.input_shape = (3, *size)
+        self._grey = torch.full((1, 3, *size), 0.5, dtype=dtype, device=device)
+        outputs = probe(loaded, normalise(self._grey, self._mean, self._std), self._interpolates(self._grey))
+        self._layout = find_layout(loaded, outputs, size)
+        self.readouts = self._layout.available
+        self.readout = resolve_readout(readout, self._layout, self.model_id)
         with torch.no_grad():
-            self.embedding_dim = int(finite_embedding(self(network.grey), self.model_id).shape[1])
-        names = getattr(network.loaded.model.config, "id2label", None) or {}
-        self.has_head = network.loaded.has_head
+            self.embedding_dim = int(finite_embedding(self(self._grey), self.model_id).shape[1])
+        names = getattr(loaded.model.config, "id2label", None) or {}
+        self.has_head = loaded.has_head
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
         self._twin: Encoder | None = None
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
@@ -118,12 +136,11 @@ class Encoder:
         if dtype not in _DTYPES:
             raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
         place = find_device(device)
-        checkpoint = find_checkpoint(
-            model_id, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only, trust_remote_code=trust_remote_code
-        )  # fmt: skip
-        network = Network(load_model(checkpoint, dtype), load_preprocessor(checkpoint), dtype, place)
-        return cls(checkpoint, network, readout=readout, normalize=normalize)
+        cache = None if cache_dir is None else os.fspath(cache_dir)
+        hub = HubFiles(os.fspath(model_id), "", subfolder, token, cache, local_files_only)
+        checkpoint = find_checkpoint(hub, revision, trust_remote_code)
+        loaded, preprocessor = load_model(checkpoint, dtype), load_preprocessor(checkpoint)
+        return cls(checkpoint, loaded, preprocessor, place, dtype, readout=readout, normalize=normalize)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the embedding z = f(x) of each image, (B, D), differentiable in the pixels.
@@ -138,9 +155,41 @@ class Encoder:
         Returns:
             (B, D) in the encoder's dtype; of unit L2 norm with `normalize=True`.
         """
-        self._network.check(pixels)
-        z = self._network(pixels, self.readout)
+        self._check(pixels)
+        z = self._embed(pixels, self.readout)
         return z / z.norm(dim=1, keepdim=True) if self.normalize else z
+
+    def _embed(self, pixels: Tensor, readout: str) -> Tensor:
+        exact = self.dtype == torch.float64
+        # On a CPU, products of all types but float32 round by their number of rows: embed one image at a time, so that
+        # an embedding does not depend on the batch.
+        alone = self.dtype != torch.float32 or self._layout.alone
+        if pixels.shape[0] > 1 and pixels.device.type == "cpu" and alone:
+            return torch.cat([self._embed(one, readout) for one in pixels.split(1)])
+        with ExitStack() as rules:
+            rules.enter_context(no_tf32())
+            rules.enter_context(no_autocast())
+            if exact or forward_ad.unpack_dual(pixels).tangent is not None:
+                rules.enter_context(exact_derivatives())
+            if exact and self._loaded.attention == "eager":
+                rules.enter_context(float64_softmax())
+            x = normalise(pixels.to(self.dtype), self._mean, self._std)
+            return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
+
+    def _check(self, pixels: Tensor) -> None:
+        """Require a float tensor (B, 3, H, W) on this device, of a size that the model takes."""
+        check_tensor(pixels, "pixels", "3")
+        if pixels.device != self.device:
+            raise ValueError(
+                f"`pixels` must be on {self.device}; got {pixels.device}. Use `pixels.to(encoder.device)`."
+            )
+        size = (int(pixels.shape[2]), int(pixels.shape[3]))
+        if size not in self._sizes:
+            check_size(self._loaded, self._layout, size, self._native or self.input_shape[1:], self._mean)
+            self._sizes.add(size)
+
+    def _interpolates(self, pixels: Tensor) -> bool:
+        return self._native is not None and tuple(pixels.shape[2:]) != self._native
 
     def preprocess(self, images: Sequence[Image] | Image) -> Tensor:
         """Return the output of the checkpoint's own image processor before it normalises, (B, 3, H, W).
@@ -157,7 +206,7 @@ class Encoder:
             ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or cannot split it
                 exactly.
         """
-        return self._network.preprocessor(images)
+        return self._preprocessor(images)
 
     def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
         """Return class scores s(x) before the softmax, (B, num_classes), for one forward pass.
@@ -179,8 +228,8 @@ class Encoder:
         References:
             Radford et al. 2021, arXiv:2103.00020, §3.1; Zhai et al. 2023, arXiv:2303.15343.
         """
-        self._network.check(pixels)
-        two_tower = self._network.loaded.two_tower
+        self._check(pixels)
+        two_tower = self._loaded.two_tower
         if labels is not None:
             if not two_tower:
                 advice = "Leave it out: the checkpoint has a head." if self.has_head else "Use CLIP or SigLIP."
@@ -188,11 +237,11 @@ class Encoder:
             key = tuple(labels)
             if isinstance(labels, str) or key not in self._labels:
                 self._labels[key] = embed_labels(self._checkpoint, labels, self.dtype, self.device)
-            return self._labels[key].logits(self._network(pixels, "projection"))
+            return self._labels[key].logits(self._embed(pixels, "projection"))
         if not self.has_head:
             advice = "Pass `labels`." if two_tower else "Use a checkpoint fine-tuned for classification."
             raise ValueError(f"`classify` must have a classification head; '{self.model_id}' has none. {advice}")
-        return self._network(pixels, "logits")
+        return self._embed(pixels, "logits")
 
     def double(self) -> Encoder:
         """Return the same function in float64, made once and with exactly the same weights."""
@@ -209,8 +258,11 @@ class Encoder:
         Returns:
             The copy, on the same device.
         """
-        network = self._network.in_dtype(dtype)
-        return Encoder(self._checkpoint, network, readout=self.readout, normalize=self.normalize)
+        loaded = self._loaded.in_dtype(dtype)
+        return Encoder(
+            self._checkpoint, loaded, self._preprocessor, self.device, dtype, readout=self.readout,
+            normalize=self.normalize
+        )  # fmt: skip
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
         """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: embedding errors below this are meaningless.
@@ -223,7 +275,7 @@ class Encoder:
         Returns:
             (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
         """
-        self._network.check(pixels)
+        self._check(pixels)
         return embedding_noise(self, self.double(), pixels.to(self.dtype))
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
@@ -235,23 +287,23 @@ class Encoder:
         Returns:
             The relations, exact zeros first.
         """
-        return left_relations(self, self._network.loaded.model, image)
+        return left_relations(self, self._loaded.model, image)
 
     @property
     def pixel_std(self) -> Tensor:
         """Standard deviation (3,) that the checkpoint divides each channel by: one normalised-pixel unit in [0, 1]."""
-        return self._network.std.flatten()
+        return self._std.flatten()
 
     @property
     def patch_weight(self) -> Tensor | None:
         """Weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without one."""
-        return patch_weight(self._network.loaded.model, self._network.std)
+        return patch_weight(self._loaded.model, self._std)
 
     def jvp_probe(self) -> bool:
         """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
         if not self._jvp_works:
-            attention = self._network.loaded.attention
-            require_forward_mode(self, self._network.grey, f"'{self.model_id}' with {attention} attention")
+            attention = self._loaded.attention
+            require_forward_mode(self, self._grey, f"'{self.model_id}' with {attention} attention")
             self._jvp_works = True
         return True
 
@@ -262,7 +314,10 @@ class Encoder:
             "model_id": self._checkpoint.name,
             "model_revision": self.revision,
             "readout": self.readout,
-            **self._network.record,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self._loaded.attention,
+            "processor": self._preprocessor.record,
+            "versions": json.dumps({name: version(name) for name in _PACKAGES}),
         }
 
     def __repr__(self) -> str:
