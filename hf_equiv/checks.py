@@ -13,16 +13,20 @@ from torch import Tensor
 NORMS = ("linf", "l2")
 
 
-def check_images(images: Tensor, name: str = "images") -> None:
-    """Require a float tensor (B, C, H, W) of finite pixels in [0, 1]."""
+def check_tensor(images: Tensor, name: str, channels: str = "C") -> None:
+    """Require a float tensor (B, C, H, W), with three channels for "3"."""
     if not isinstance(images, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(images).__name__}. Use `encoder.preprocess(...)`.")
-    if images.ndim != 4:
-        raise ValueError(
-            f"`{name}` must have shape (B, C, H, W); got {tuple(images.shape)}. Add a batch axis with `{name}[None]`."
-        )
+    if images.ndim != 4 or (channels == "3" and images.shape[1] != 3):
+        cure = f"Add a batch axis with `{name}[None]`." if images.ndim == 3 else "Use `encoder.preprocess(...)`."
+        raise ValueError(f"`{name}` must have shape (B, {channels}, H, W); got {tuple(images.shape)}. {cure}")
     if not images.is_floating_point():
         raise TypeError(f"`{name}` must be a float tensor in [0, 1]; got dtype {images.dtype}. Divide uint8 by 255.")
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    """Require a float tensor (B, C, H, W) of finite pixels in [0, 1]."""
+    check_tensor(images, name)
     if images.shape[0] == 0:
         raise ValueError(f"`{name}` must hold at least one image; got an empty batch {tuple(images.shape)}.")
     if not bool(torch.isfinite(images).all()):
@@ -104,11 +108,13 @@ def _check_number(value: object, name: str, wanted: str = "a number") -> None:
         raise TypeError(f"`{name}` must be {wanted}; got {type(value).__name__}.")
 
 
-def check_positive(value: float, name: str) -> None:
-    """Require a finite number above zero."""
+def check_positive(value: float, name: str, below: float = math.inf, *, or_zero: bool = False) -> None:
+    """Require a finite number above 0, or 0 itself with `or_zero`, and below a limit."""
     _check_number(value, name)
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"`{name}` must be finite and above 0; got {value}.")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
+        raise ValueError(f"`{name}` must be finite and {'at least' if or_zero else 'above'} 0; got {value}.")
+    if value >= below:
+        raise ValueError(f"`{name}` must be below {below:g}; got {value}.")
 
 
 def check_output(z: Tensor, batch: int) -> None:
@@ -144,19 +150,22 @@ def check_rtol(rtol: float) -> None:
         raise ValueError(f"`rtol` must be below 1, the error of an embedding of zeros; got {rtol}. Use 1e-5.")
 
 
-def check_range(value: float, name: str, low: float, high: float) -> None:
-    """Require a number in [low, high)."""
-    _check_number(value, name)
-    if not low <= value < high:
-        wanted = f"lie in [{low:g}, {high:g})" if high < math.inf else f"be at least {low:g} and finite"
-        raise ValueError(f"`{name}` must {wanted}; got {value}.")
-
-
 def check_solver(solver: object) -> None:
     """Require an object with an `iterate` method, such as `LBFGS()`."""
     if isinstance(solver, type) or not callable(getattr(solver, "iterate", None)):
         got = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
         raise TypeError(f"`solver` must be a solver such as LBFGS(), Adam() or GradientDescent(); got {got}.")
+
+
+def check_match(
+    images: Tensor, name: str, target: Tensor, radius: float | None, norm: str, rtol: float, max_evals: int
+) -> None:
+    """Require the arguments that matching and refinement share."""
+    check_images(images, name)
+    check_target(target, len(images))
+    check_radius(radius, norm, images[0].numel())
+    check_rtol(rtol)
+    check_count(max_evals, "max_evals")
 
 
 def check_radii(radii: Tensor) -> None:

@@ -16,14 +16,13 @@ class Jacobian:
     """J = ∂f/∂x at one image as a matrix-free map: products with J and Jᵀ, several vectors at once.
 
     z = f(x) (D,), J[d, n] = ∂z_d / ∂x_n (D, N) with N = C·H·W. `rmv` is reverse mode (VJP) through the graph of one
-    forward pass, which the constructor makes and keeps. `mv` is its transpose: u -> Jᵀu is linear, so its own VJP along
-    v is Jv (Townsend 2017), at the cost of a VJP and without a forward pass. The first call builds that graph with the
-    attention kernel that has second order. If an operation has no second order, `mv` falls back to forward mode (JVP),
-    which costs three times as much. TF32 and autocast are off in all products. In float32 the products with J and Jᵀ
-    differ by the noise of the encoder, about 1e-5 ‖J‖.
+    forward pass. `mv` is its transpose: u -> Jᵀu is linear, so its own VJP along v is Jv (Townsend 2017, "A new trick
+    for calculating Jacobian vector products"), at the cost of a VJP. If an operation has no second order, `mv` falls
+    back to forward mode (JVP), which costs three times as much. TF32 and autocast are off. In float32 the products with
+    J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
 
-    Cost: 2K/3 evaluations for a product of K vectors, either way, and one for the graph of `mv`. Memory: the
-    activations of one image, three times that after the first `mv`, and `batch` times that during a product.
+    Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. Memory: the activations of one
+    image, three times that after the first `mv`, and `batch` times that during a product.
 
     Args:
         f: the encoder, (1, C, H, W) -> (1, D).
@@ -32,8 +31,7 @@ class Jacobian:
 
     Attributes:
         image: x, (C, H, W).
-        z: f(x), (D,), in the dtype of `image`.
-        output: f(x), (D,), as f returned it.
+        z: f(x), (D,), in the dtype of `image`; `output` in that of f.
         shape: (D, N).
         eps: relative spacing of the coarser of the dtypes of `image` and of f's output.
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.
@@ -43,16 +41,10 @@ class Jacobian:
 
     Example:
         >>> import torch
-        >>> from hf_equiv.jacobian import Jacobian
+        >>> from hf_equiv import Jacobian
         >>> weight = torch.arange(6.0).view(2, 3)
-        >>> J = Jacobian(lambda x: x.flatten(1) @ weight.T, torch.ones(3, 1, 1))
-        >>> J.mv(torch.ones(1, 3, 1, 1)), J.rmv(torch.tensor([[1.0, 0.0]])).flatten(1)
-        (tensor([[ 3., 12.]]), tensor([[0., 1., 2.]]))
-        >>> torch.equal(J.as_matrix(), weight)
+        >>> torch.equal(Jacobian(lambda x: x.flatten(1) @ weight.T, torch.ones(3, 1, 1)).as_matrix(), weight)
         True
-
-    References:
-        J. Townsend (2017), "A new trick for calculating Jacobian vector products".
     """
 
     def __init__(self, f: Callable[[Tensor], Tensor], image: Tensor, *, batch: int = 32) -> None:
@@ -130,9 +122,7 @@ class Jacobian:
         return products
 
     def as_matrix(self, batch: int | None = None) -> Tensor:
-        """Form J from D cotangents, at a cost of 2D/3 evaluations.
-
-        Memory: D·N numbers and `batch` times the activations of one image.
+        """Form J from D cotangents, at a cost of 2D/3 evaluations and D·N numbers of memory.
 
         Args:
             batch: most cotangents per pass; None for that of the constructor. Without its limit on a CPU.
@@ -150,11 +140,7 @@ class Jacobian:
         return matrix
 
     def check_deterministic(self) -> None:
-        """Require that a second call of f gives the same embedding up to rounding.
-
-        Raises:
-            ValueError: the embeddings differ.
-        """
+        """Require that a second call of f gives the same embedding up to rounding."""
         with torch.no_grad():
             again = self._f(self.image[None])[0].to(self.z)
         self._spent += 1
@@ -166,11 +152,7 @@ class Jacobian:
             )
 
     def check_memory(self) -> None:
-        """Require that the matrix and D×D work fit into the memory of the machine or GPU.
-
-        Raises:
-            ValueError: they do not fit.
-        """
+        """Require that the matrix and D×D work fit into the memory of the machine or GPU."""
         dim, size = self.shape
         need = dim * size * self.image.element_size() + 4 * 8 * dim * dim
         if self.image.is_cuda:
@@ -233,11 +215,7 @@ def jacobian_cost(num_rows: int) -> float:
 
 
 def require_forward_mode(f: Callable[[Tensor], Tensor], image: Tensor, name: str) -> None:
-    """Require a finite Jacobian–vector product of f at one image (1, C, H, W); an error calls f `name`.
-
-    Raises:
-        RuntimeError: an operation of f has no forward-mode derivative, or the product is not finite.
-    """
+    """Require a finite Jacobian–vector product of f at one image (1, C, H, W); an error calls f `name`."""
     tangent = torch.linspace(-1, 1, image.numel(), dtype=image.dtype, device=image.device).view_as(image)
     try:
         moved = torch.func.jvp(f, (image,), (tangent,))[1]

@@ -26,17 +26,6 @@ def exact_derivatives() -> Iterator[None]:
 
     Wrap every JVP, every double backward and every float64 evaluation. Leave plain forward and backward passes to the
     fused kernels, which are faster and need less memory.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.precision import exact_derivatives
-        >>> q = torch.randn(1, 1, 4, 8)
-        >>> def f(x):
-        ...     return torch.nn.functional.scaled_dot_product_attention(x, x, x)
-        >>> with exact_derivatives():
-        ...     _, tangent = torch.func.jvp(f, (q,), (q,))
-        >>> tuple(tangent.shape)
-        (1, 1, 4, 8)
     """
     with sdpa_kernel(SDPBackend.MATH):
         yield
@@ -46,21 +35,7 @@ def exact_derivatives() -> Iterator[None]:
 def no_tf32() -> Iterator[None]:
     """Switch TF32 off for float32 matmuls and convolutions on CUDA, and restore the caller's settings on exit.
 
-    It costs nothing on a CPU. A100, H100 and H200 use TF32 for convolutions by default, and the patch embedding of a
-    vision transformer is one.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.precision import no_tf32
-        >>> before = torch.backends.cudnn.conv.fp32_precision
-        >>> with no_tf32():
-        ...     torch.backends.cudnn.conv.fp32_precision
-        'ieee'
-        >>> torch.backends.cudnn.conv.fp32_precision == before
-        True
-
-    References:
-        PyTorch, "CUDA semantics: TensorFloat-32 (TF32) on Ampere devices".
+    A100, H100 and H200 use TF32 for convolutions by default, and the patch embedding of a vision transformer is one.
     """
     # The older `allow_tf32` flags raise when read while these differ between operators: never mix the two.
     cudnn: Any = torch.backends.cudnn
@@ -80,22 +55,7 @@ def no_autocast() -> Iterator[None]:
     """Leave `torch.autocast`: float32 products inside stay float32.
 
     Wrap the library's own float32 products and the backward pass of f; PyTorch casts a backward pass by the block that
-    runs it, not by the block of the forward pass. Calls of f stay in the caller's block. The rule costs a microsecond
-    when autocast is off.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.precision import no_autocast
-        >>> a = torch.ones(2, 2)
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
-        ...     product = a @ a
-        ...     with no_autocast():
-        ...         exact = a @ a
-        >>> product.dtype, exact.dtype
-        (torch.bfloat16, torch.float32)
-
-    References:
-        PyTorch, "Automatic Mixed Precision package - torch.amp".
+    runs it, not by the block of the forward pass. Calls of f stay in the caller's block.
     """
     with ExitStack() as rules:
         for device in _DEVICES:

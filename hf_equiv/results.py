@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 1
-"""Version of the rows written to disk; it changes when a column changes its meaning."""
+SCHEMA_VERSION = 1  # version of the rows written to disk; it changes when a column changes its meaning
 
 
 class Status(StrEnum):

@@ -57,8 +57,6 @@ class RowSpace:
     def project_null(self, vectors: Tensor) -> Tensor:
         """Return the part (I − VᵀV) v of each v, which leaves the embedding, to first order.
 
-        The projection is applied twice, to remove the remainder that rounding leaves in the row space.
-
         Args:
             vectors: v, (…, C, H, W).
 
@@ -117,7 +115,7 @@ def row_space(
         J = Jacobian(f, image, batch=batch)
         J.check_deterministic()
     if rank_rtol is not None:
-        checks.check_range(rank_rtol, "rank_rtol", 0.0, 1.0)
+        checks.check_positive(rank_rtol, "rank_rtol", 1, or_zero=True)
     if matrix is None:
         matrix = J.as_matrix()
     if not bool(torch.isfinite(matrix).all()):
@@ -134,8 +132,8 @@ def row_space(
 def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
     """Return the principal angles between two row spaces: of two images, or of two encoders at one image.
 
-    cos θ_i are the singular values of V_a V_bᵀ (Björck & Golub 1973); θ = atan2(sin, cos) with sin θ_i the length of
-    the i-th principal vector of b off that of a, so that small angles are exact too.
+    cos θ_i are the singular values of V_a V_bᵀ; θ = atan2(sin, cos) with sin θ_i the length of the i-th principal
+    vector of b off that of a, so that small angles are exact too.
 
     Args:
         a: row space of one Jacobian.
@@ -170,12 +168,11 @@ def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
 def patch_null_space(weight: Tensor) -> Tensor:
     """Return the pixel patterns of one patch that the patch embedding maps to zero.
 
-    For z_patch = W p with W (D, C·p²) there are at least C·p² − D of them, in closed form and without drift; they
-    belong to the null space at every image. If W has full rank and C·p² ≤ D there are none.
+    They belong to the null space at every image: at least C·p² − D for W (D, C·p²), none if W has full rank and C·p² ≤
+    D.
 
     Args:
-        weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1]: divide by the standard deviations of the
-            normalisation, as `Encoder.patch_weight` does.
+        weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1], as `Encoder.patch_weight`.
 
     Returns:
         (M, C, p, p), orthonormal, float64.
@@ -229,7 +226,7 @@ def make_directions(
 
     With J (D, N) at x, its right singular vectors v₁, v₂, … and its row space (the rows above the rank threshold):
 
-        random    g / ‖g‖ with g standard normal in R^N
+        random    g / ‖g‖ with g standard normal in R^N: nearly null, so it says nothing about the largest constant
         top       v₁ … v_k, the directions the embedding is most sensitive to
         row       k of the right singular vectors of the row space, evenly spread from v₁ to v_rank (k = rank: all)
         null      P_null g / ‖P_null g‖: to first order the embedding does not move
@@ -237,13 +234,10 @@ def make_directions(
         toward    (t − x) / ‖t − x‖
         match     (m − x) / ‖m − x‖ with m a match of another image, as `match_embedding` gives
 
-    A random direction is nearly null: its constant is a few times σ₁/√N and says nothing about the largest one. In
-    bfloat16 and float16, J is that of the float64 twin of f.
-
     Cost: `top`, `row` and `null` take one full Jacobian an image, `gradient` one cotangent. Memory: B·K images.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D).
+        f: the encoder, or any callable (B, C, H, W) -> (B, D). In half precision its float64 twin gives J.
         images: x, (B, C, H, W), pixels in [0, 1].
         random: number of random directions.
         top: number of top directions, at most the rank.
@@ -259,18 +253,15 @@ def make_directions(
         The directions, float32 (float64 for float64 images), those of one kind side by side.
 
     Raises:
-        TypeError: `images`, `toward` or `match` is no float tensor, or a count no whole number.
-        ValueError: no direction asked for, more directions than the row space holds, no null space, images of other
-            shapes, an image that equals its `toward` or `match`, or an f of half precision without a float64 twin.
+        ValueError: no direction asked for, more than the row space holds, no null space, images of other shapes, or an
+            image that equals its `toward` or `match`.
 
     Example:
         >>> import torch
-        >>> from hf_equiv.geometry.directions import make_directions
-        >>> weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
-        >>> images = torch.full((2, 3, 4, 4), 0.5)
-        >>> directions = make_directions(lambda x: x.flatten(1) @ weight.T, images, top=2, null=1)
-        >>> tuple(directions.vectors.shape), directions.kinds
-        ((2, 3, 3, 4, 4), ('top', 'top', 'null'))
+        >>> from hf_equiv import make_directions
+        >>> weight, x = torch.randn(4, 48, generator=torch.Generator().manual_seed(0)), torch.full((2, 3, 4, 4), 0.5)
+        >>> make_directions(lambda x: x.flatten(1) @ weight.T, x, top=2, null=1).kinds
+        ('top', 'top', 'null')
     """
     checks.check_images(images)
     counts = {"random": random, "top": top, "row": row, "null": null}
@@ -282,24 +273,19 @@ def make_directions(
     if not any(counts.values()) and not gradient and not others:
         raise ValueError(f"`make_directions` must be asked for a direction; got none. Kinds: {', '.join(KINDS)}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    rows, indices = [], list[int]()
+    rows, indices = [], tuple[int, ...]()
     for b, image in enumerate(images.detach()):
-        aim = None if toward is None else toward[b % len(toward)].to(image)
-        parts, numbers = _from_jacobian(f, image, counts, generator, batch, gradient, aim)
-        for other in others.values():
-            parts.append((other[b % len(other)].to(image).double() - image.double())[None])
-            numbers.append(0)
-        vectors = torch.cat([part.to(torch.float64) for part in parts])
-        if not bool((vectors.flatten(1).norm(dim=1) > 0).all()):
+        aims = {name: other[b % len(other)].to(image) for name, other in others.items()}
+        parts, numbers = _at_image(f, image, counts, generator, batch, gradient, aims)
+        indices = indices or numbers
+        if not bool((parts.flatten(1).norm(dim=1) > 0).all()):
             raise ValueError(
                 f"the directions of image {b} must not be zero: it equals its `toward` or `match`, or its gradient "
                 "vanishes. Leave that kind out."
             )
-        rows.append(unit_directions(vectors, dtype))
-        indices = indices or numbers
+        rows.append(unit_directions(parts, torch.promote_types(images.dtype, torch.float32)))
     kinds = [name for name, count in counts.items() for _ in range(count)] + ["gradient"] * gradient + [*others]
-    return Directions(torch.stack(rows), tuple(kinds), tuple(indices))
+    return Directions(torch.stack(rows), tuple(kinds), indices)
 
 
 def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -308,41 +294,44 @@ def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
     return (wide / wide.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(dtype)
 
 
-def as_directions(vectors: Directions | Tensor) -> Directions:
-    """Return directions unchanged, or a tensor (B, K, C, H, W) as directions of the kind `given`."""
-    if isinstance(vectors, Directions):
-        return vectors
-    count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
-    return Directions(vectors, ("given",) * count, tuple(range(count)))
+def as_directions(vectors: Directions | Tensor, images: Tensor, batch: int) -> Directions:
+    """Return checked directions of checked images; a tensor (B, K, C, H, W) gets the kind `given`."""
+    checks.check_images(images)
+    checks.check_count(batch, "batch")
+    if not isinstance(vectors, Directions):
+        count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
+        vectors = Directions(vectors, ("given",) * count, tuple(range(count)))
+    checks.check_directions(vectors.vectors, images)
+    return vectors
 
 
-def _from_jacobian(
-    f: Callable[[Tensor], Tensor],
-    image: Tensor,
-    counts: dict[str, int],
-    generator: torch.Generator,
-    batch: int,
-    gradient: bool,
-    aim: Tensor | None,
-) -> tuple[list[Tensor], list[int]]:
-    """Return the random directions and those of J at one image, of any length, with their numbers."""
+def _at_image(
+    f: Callable[[Tensor], Tensor], image: Tensor, counts: dict[str, int], generator: torch.Generator, batch: int,
+    gradient: bool, aims: dict[str, Tensor]
+) -> tuple[Tensor, tuple[int, ...]]:  # fmt: skip
+    """Return the directions at one image, of any length, float64, and the number of each within its kind."""
     parts, numbers = [_gaussian(counts["random"], image, generator)], [*range(counts["random"])]
     spectral = counts["top"] + counts["row"] + counts["null"] > 0
-    if not spectral and not gradient:
-        return parts, numbers
-    J = _jacobian(f, image, batch)
-    if spectral:
+    J = _jacobian(f, image, batch) if spectral or gradient else None
+    if J is not None and spectral:
         space = row_space(J)
         _check_rank(space, counts)
-        picks = [*range(counts["top"]), *_spread(counts["row"], space.rank)]
+        spread = [round(i * (space.rank - 1) / max(1, counts["row"] - 1)) for i in range(counts["row"])]
+        picks = [*range(counts["top"]), *spread]
         parts.append(space.basis[picks].view(-1, *image.shape))
         parts.append(space.project_null(_gaussian(counts["null"], image, generator)))
         numbers += [*picks, *range(counts["null"])]
-    if gradient:
-        u = J.z if aim is None else _encode(f, aim).to(J.z) - J.z
+    if J is not None and gradient:
+        u = J.z
+        if "toward" in aims:
+            with torch.no_grad():
+                u = f(aims["toward"][None])[0].to(J.z) - J.z
         parts.append(J.rmv(u[None]))
         numbers.append(0)
-    return parts, numbers
+    for aim in aims.values():
+        parts.append((aim.double() - image.double())[None])
+        numbers.append(0)
+    return torch.cat([part.to(torch.float64) for part in parts]), tuple(numbers)
 
 
 def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacobian:
@@ -361,16 +350,6 @@ def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacob
 
 def _gaussian(count: int, image: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(count, *image.shape, generator=generator, dtype=torch.float64).to(image.device)
-
-
-def _encode(f: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    with torch.no_grad():
-        return f(image[None])[0]
-
-
-def _spread(count: int, total: int) -> list[int]:
-    """Return `count` whole numbers from 0 to total − 1, evenly spread, both ends included."""
-    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def _check_rank(space: RowSpace, counts: dict[str, int]) -> None:

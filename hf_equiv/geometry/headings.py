@@ -17,9 +17,7 @@ from torch import Tensor
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import dot
 
-MAX_PRODUCTS = 40
-"""Most products with the Hessian of one Newton step."""
-
+MAX_PRODUCTS = 40  # most products with the Hessian of one Newton step
 _MEMORY = 20  # secant pairs of the descent towards an image
 _SMALLEST = 1e-3  # least share of a wish that projection must leave
 _ROUNDS = 10  # most rows learnt at one point before its tangent is used as it is
@@ -36,19 +34,12 @@ _POOR, _FINE = 0.4, 0.75  # shares of the promised gain below and above which th
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step p and its figures in the quadratic model.
+    """A step p and its figures in the quadratic model."""
 
-    Attributes:
-        step: p, of the shape of the gradient.
-        slope: ⟨g, p⟩.
-        curvature: ⟨p, H p⟩.
-        bound: whether p ends on the sphere ‖p‖ = radius.
-    """
-
-    step: Tensor
-    slope: float
-    curvature: float
-    bound: bool
+    step: Tensor  # p, of the shape of the gradient
+    slope: float  # ⟨g, p⟩
+    curvature: float  # ⟨p, H p⟩
+    bound: bool  # whether p ends on the sphere ‖p‖ = radius
 
     def gain(self, share: float) -> float:
         """Return the gain of `share`·p in the model: share·⟨g, p⟩ − ½·share²·⟨p, H p⟩."""
@@ -56,24 +47,10 @@ class Step:
 
 
 def newton_step(hessian: Callable[[Tensor], Tensor], gradient: Tensor, radius: float, accuracy: float) -> Step:
-    """Maximise ⟨g, p⟩ − ½⟨p, H p⟩ over ‖p‖ ≤ radius by truncated conjugate gradients, never worse than a step along g.
-
-    The iteration ends where ‖g − H p‖ ≤ accuracy·‖g‖ or on the sphere; along directions of negative curvature it goes
-    on to the sphere. H maps the space of g to itself and is symmetric up to noise; g has any shape and is not zero.
-
-    Returns:
-        The step.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.geometry.headings import newton_step
-        >>> found = newton_step(lambda v: 4 * v, torch.tensor([2.0, 0.0]), 10.0, 0.1)
-        >>> found.step, found.gain(1.0), found.bound
-        (tensor([0.5000, 0.0000]), 0.5, False)
-
-    References:
-        Steihaug (1983), SIAM J. Numer. Anal. 20, 626–637. Nocedal, Wright (2006), Numerical Optimization, alg. 7.2.
-    """
+    """Maximise ⟨g, p⟩ − ½⟨p, H p⟩ over ‖p‖ ≤ radius by truncated conjugate gradients, at least as far as along g."""
+    # The iteration ends where ‖g − H p‖ ≤ accuracy·‖g‖ or on the sphere; along directions of negative curvature it goes
+    # on to the sphere. H is symmetric up to noise, and g is not zero. Steihaug (1983), SIAM J. Numer. Anal. 20,
+    # 626–637; Nocedal, Wright (2006), Numerical Optimization, alg. 7.2.
     p, image = torch.zeros_like(gradient), torch.zeros_like(gradient)
     residual = gradient.clone()
     search, size = residual.clone(), dot(residual, residual)
@@ -105,29 +82,17 @@ def _to_sphere(p: Tensor, v: Tensor, radius: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The next move from a point.
+    """The next move from a point."""
 
-    Attributes:
-        direction: a tangent t (C, H, W) of unit length: A t = 0 on the free pixels. None at the end of the way.
-        length: step that the heading would take without other limits.
-        stationarity: ‖P_null d‖ / ‖d‖: an upper bound for d = destination − x, by the model for d = x − origin; None
-            for a fixed heading.
-    """
-
-    direction: Tensor | None
-    length: float
-    stationarity: float | None = None
+    direction: Tensor | None  # tangent t (C, H, W) of unit length: A t = 0 on the free pixels; None at the end
+    length: float  # step that the heading would take without other limits
+    stationarity: float | None = None  # ‖P_null d‖ / ‖d‖, see `WalkPoint`
 
 
 class Ahead:
     """Follow the projection of a fixed direction v, or go away from an image as fast as the distance grows.
 
-    Args:
-        direction: v, (C, H, W), of a fixed heading; the first v of the other.
-        origin: v = x − origin once that is not zero; None for a fixed heading.
-
-    Attributes:
-        spacing: least distance of two points, over the longest step; the walk takes shorter steps between them.
+    With an `origin`, v = x − origin once that is not zero. Points are at least `spacing` longest steps apart.
     """
 
     spacing = 0.0
@@ -169,20 +134,12 @@ class Toward:
     The gradient on the level set in the box is −P d with d = destination − x and P the projection on its tangent cone,
     {t : J t = 0, t inwards or zero at pixels at 0 and 1}. Once A has learnt the row along λ, e = d − Jᵀλ is exact, and
     ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ for any λ (Moreau): that over ‖d‖ certifies a stationary point
-    without the full Jacobian there.
+    without the full Jacobian there, and below `stop` the search for a nearer image ends.
 
     A point is off the level set by r = f(x) − z, and back on it ½‖d‖² would be λᵀr more, to first order. Near the end
-    that is as much as a step gains, so gains are measured in the Lagrangian ½‖d‖² + λᵀr.
-
-    The bend of the level set limits the step: H = P (I + ∇²(λᵀf)) P is the Hessian of the Lagrangian. L-BFGS learns it
-    from the steps so far; a Newton step computes its products, as differences of Jᵀλ, for an evaluation each.
-
-    Args:
-        destination: (C, H, W), pixels in [0, 1].
-        stop: ‖e‖/‖d‖ at which the search for a nearer image ends.
-
-    References:
-        Nocedal, Wright (2006), Numerical Optimization, alg. 7.4 (L-BFGS), 7.2 (Newton steps), §18.1 (the Lagrangian).
+    that is as much as a step gains, so gains are measured in the Lagrangian ½‖d‖² + λᵀr (Nocedal, Wright 2006, §18.1).
+    L-BFGS learns its Hessian H = P (I + ∇²(λᵀf)) P from the steps so far; a Newton step computes products, as
+    differences of Jᵀλ, for an evaluation each.
     """
 
     spacing = 0.25

@@ -1,4 +1,9 @@
-"""Find how far the first-order model of an encoder holds along given directions."""
+"""Find how far the first-order model of an encoder holds along given directions (arXiv:2401.15568, §5).
+
+h is doubled, then bisected: a residual that leaves the bound and comes back within a factor of two is not seen. v and
+−v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the float noise
+are not tested; if none is left, the status is `undetermined`.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +74,6 @@ def linearity_radius(
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·h·‖Jv‖        (relative_to="jvp")
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·‖f(x)‖        (relative_to="embedding"; for null directions, where Jv = 0)
 
-    bracketed by doubling h and then bisected. "Up to it" means at every doubling tried: a residual that leaves the
-    bound and comes back within one factor of two is not seen. v and −v have separate radii. x + hv may step over the
-    edge of [0, 1]. Radii whose bound is within four times the float noise of f are not tested; if none is left, the
-    status is `undetermined`.
-
     Cost: per direction one JVP and about 20 + log₂(1/rtol) forward passes.
 
     Args:
@@ -91,41 +91,29 @@ def linearity_radius(
         The radii with their statuses.
 
     Raises:
-        TypeError: `images` or `directions` of a wrong type.
         ValueError: pixels outside [0, 1], a zero or non-finite direction, or a bad number.
         RuntimeError: f has no forward-mode derivative.
 
     Example:
         >>> import torch
-        >>> from hf_equiv.geometry.linearity import linearity_radius
-        >>> def encode(x):  # slope 1 up to 0.25 above x = 0, then 3: residual 2(h − 0.25), and 2(h − 0.25) = h/2 at 1/3
-        ...     y = x.flatten(1)
-        ...     return y + 2 * torch.relu(y - 0.25)
-        >>> along = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
-        >>> x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-        >>> round(float(linearity_radius(encode, x, along, tau=0.5, rtol=1e-9).radii), 8)
-        0.33333333
-
-    References:
-        Salman, Shams, Liu (2024), arXiv:2401.15568, §5 ("locally linear" equivalence sets, tested here).
+        >>> from hf_equiv import linearity_radius
+        >>> x, f = torch.zeros(1, 1, 1, 1).double(), lambda x: x.flatten(1) + 2 * torch.relu(x.flatten(1) - 0.25)
+        >>> linearity_radius(f, x, x[None] + 1, tau=0.5).radii.round(decimals=2).tolist()  # 2(h − 0.25) = h/2
+        [[0.33]]
     """
-    checks.check_images(images)
-    checks.check_count(batch, "batch")
-    checks.check_positive(tau, "tau")
-    checks.check_positive(rtol, "rtol")
+    given = as_directions(directions, images, batch)
+    limit = math.sqrt(images[0].numel()) if max_radius is None else max_radius
+    for name, value in (("tau", tau), ("rtol", rtol), ("max_radius", limit)):
+        checks.check_positive(value, name)
     if relative_to not in RELATIVE_TO:
         raise ValueError(f"`relative_to` must be one of {', '.join(RELATIVE_TO)}; got {relative_to!r}.")
-    given = as_directions(directions)
-    checks.check_directions(given.vectors, images)
-    limit = math.sqrt(images[0].numel()) if max_radius is None else max_radius
-    checks.check_positive(limit, "max_radius")
-    auto = ["embedding" if kind == "null" else "jvp" for kind in given.kinds]
-    against = tuple(auto if relative_to == "auto" else [relative_to] * len(given))
+    auto = tuple("embedding" if kind == "null" else "jvp" for kind in given.kinds)
+    against = auto if relative_to == "auto" else (relative_to,) * len(given)
     flat = torch.tensor([name == "embedding" for name in against], device=images.device)
-    (radii, at_limit, jvp), common, _ = measure_directions(
+    fields, _ = measure_directions(
         images, given, batch, progress, lambda image: _Line(f, Jacobian(f, image, batch=batch), tau, limit, flat, rtol)
     )
-    return LinearityResult(radii=radii, at_limit=at_limit, jvp=jvp, relative_to=against, **common)
+    return LinearityResult(relative_to=against, **fields)
 
 
 class _Line:
@@ -143,8 +131,7 @@ class _Line:
         with torch.no_grad(), no_tf32():
             self.z = f(J.image[None])[0].double()  # the same pass as below: J.z may come from another kernel
 
-    def measure(self, unit: Tensor, part: slice) -> tuple[Tensor, ...]:
-        """Return radius, whether it is the limit, ‖Jv‖ and status code of some directions, (K,) each."""
+    def measure(self, unit: Tensor, part: slice) -> dict[str, Tensor]:
         flat = self.flat[part]
         jv = self.J.mv(unit).double()
         jvp = jv.norm(dim=1)
@@ -185,4 +172,5 @@ class _Line:
             open_ = open_ & ~stuck
         resolved = finite & inside
         radii = torch.where(resolved, low, low.new_tensor(torch.nan))
-        return radii, resolved & at_limit, jvp, torch.where(finite, (~resolved).long(), 2)
+        codes = torch.where(finite, (~resolved).long(), 2)
+        return {"radii": radii, "at_limit": resolved & at_limit, "jvp": jvp, "codes": codes}

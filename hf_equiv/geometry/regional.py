@@ -1,7 +1,16 @@
 """Find the largest Lipschitz constant inside a ball, and estimate the rest by extreme values.
 
-An ascent in point and direction gives a lower bound. CLEVER fits a reverse Weibull distribution to maxima over random
-points and extrapolates to its end point.
+An ascent in point and direction gives a lower bound: v ← JᵀJv/‖JᵀJv‖ (power iteration) and x′ ← P_B(x′ + α·g) with g =
+∇ₓ½‖J(x′)v‖², normalised (its sign for "linf"); both come from one backward pass through a JVP. A step that does not
+increase ‖J(x′)v‖ is undone and α halved. The ascent starts at x and again at the largest random point, which also
+serves where J is piecewise constant and g vanishes. All points stay in the ball and in the box.
+
+CLEVER takes two power iterations from the top direction of the centre at random points, uniform in the ball (then put
+into the box), fits a reverse Weibull distribution to the maxima of batches and extrapolates to its end point. The
+original takes 500 batches of 1024 gradients of one output; here a point is a forward pass, three JVPs and two VJPs. The
+estimate may be on either side of L.
+
+Weng et al. (2018), arXiv:1801.10578, §4 (CLEVER). Jordan, Dimakis (2020), arXiv:2003.01219, eq. 3 (L).
 """
 
 from __future__ import annotations
@@ -29,31 +38,17 @@ _STEP, _LEAST_STEP = 0.5, 1e-3  # first and last step of the ascent, over the ra
 
 
 def fit_reverse_weibull(maxima: Tensor) -> tuple[float, float, float]:
-    """Fit F(y) = exp(−((a − y)/b)^c), y ≤ a, c ≥ 1, to at least 5 maxima by maximum likelihood; a is the end point.
-
-    For a fixed a the distances a − y are Weibull distributed; b has a closed form and c the usual one-dimensional
-    equation, solved by bisection. The likelihood is then searched over a > max y on a grid that is refined six times.
-    For c < 1 it grows without bound as a → max y, so those fits are left out. If it still grows as a → ∞, the maxima
-    show no end of the tail and there is no estimate.
-
-    Returns:
-        a, b, c; (max y, 0, ∞) if all maxima are equal to rounding, NaN if the likelihood has no maximum.
-
-    Raises:
-        ValueError: fewer than 5 maxima, or some not finite.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.geometry.regional import fit_reverse_weibull
-        >>> u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-        >>> a, b, c = fit_reverse_weibull(5 - 2 * (-u.log()) ** (1 / 3))
-        >>> round(a, 1), round(b, 1), round(c, 1)
-        (5.0, 2.0, 3.0)
-
-    References:
-        Weng et al. (2018), "Evaluating the robustness of neural networks: an extreme value theory approach",
-        arXiv:1801.10578, §4 (CLEVER). Smith (1985), *Biometrika* 72:67 (likelihoods with an unknown end point).
-    """
+    """Fit F(y) = exp(−((a − y)/b)^c), y ≤ a, c ≥ 1, to at least 5 maxima by maximum likelihood; return a, b, c."""
+    # For a fixed end point a the distances a − y are Weibull distributed; b has a closed form and c the usual
+    # one-dimensional equation, solved by bisection. The likelihood is then searched over a > max y on a grid that is
+    # refined six times. For c < 1 it grows without bound as a → max y, so those fits are left out. If all maxima are
+    # equal to rounding, the result is (max y, 0, ∞); if the likelihood still grows as a → ∞, the maxima show no end of
+    # the tail and it is NaN. Smith (1985), Biometrika 72:67 (likelihoods with an unknown end point).
+    # For a fixed end point a the distances a − y are Weibull distributed; b has a closed form and c the usual
+    # one-dimensional equation, solved by bisection. The likelihood is then searched over a > max y on a grid that is
+    # refined six times. For c < 1 it grows without bound as a → max y, so those fits are left out. If all maxima are
+    # equal to rounding, the result is (max y, 0, ∞); if the likelihood still grows as a → ∞, the maxima show no end of
+    # the tail and it is NaN. Smith (1985), Biometrika 72:67 (likelihoods with an unknown end point).
     y = maxima.detach().double().flatten().cpu()
     if len(y) < 5 or not bool(torch.isfinite(y).all()):
         raise ValueError(f"`maxima` must be at least 5 finite numbers; got {len(y)}. Draw more batches.")
@@ -140,23 +135,14 @@ def regional_lipschitz(
 
         L = max over x′ in B, ‖v‖₂ = 1 of ‖J(x′)v‖ ≥ the value found.
 
-    The search ascends in x′ and v together: v ← JᵀJv/‖JᵀJv‖ (power iteration) and x′ ← P_B(x′ + α·g) with g =
-    ∇ₓ½‖J(x′)v‖², normalised (its sign for "linf"); both come from one backward pass through a JVP. A step that does not
-    increase ‖J(x′)v‖ is undone and α halved. The ascent starts at x and again at the largest random point, which also
-    serves where J is piecewise constant and g vanishes. All points stay in the ball and in the box.
-
-    CLEVER draws `num_batches` times `batch_size` points, uniform in the ball (then put into the box), and takes two
-    power iterations from the top direction of the centre at each. It fits a reverse Weibull distribution to the maxima
-    of the batches and takes its end point as the estimate, an extrapolation that may be on either side of L. The
-    original takes 500 batches of 1024 gradients of one output; here a point is a forward pass, three JVPs and two VJPs:
-    11/3 evaluations.
+    Cost: 5/3 evaluations a step of each of two ascents, 11/3 a random point.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D), twice differentiable by autograd.
         images: x, (B, C, H, W), pixels in [0, 1].
         radius: of the ball, in pixel units of `norm`.
         norm: "l2" or "linf".
-        num_steps: steps of each ascent; a step is one JVP and its backward pass, 5/3 evaluations.
+        num_steps: steps of each ascent.
         num_batches: maxima for the extreme-value fit, 0 for none, else at least 5.
         batch_size: random points behind each maximum.
         std: per-channel standard deviation that f normalises by, (C,); default that of the encoder.
@@ -167,23 +153,27 @@ def regional_lipschitz(
         Bounds with their points and directions, and estimates.
 
     Raises:
-        TypeError: `images` is no float tensor, or a count no whole number.
         ValueError: pixels outside [0, 1], a bad radius, norm or count.
         RuntimeError: f has no forward-mode or no second derivative.
 
     Example:
         >>> import torch
-        >>> from hf_equiv.geometry.regional import regional_lipschitz
-        >>> def encode(x):  # |slope| = 2|x|, so 1.4 is the largest for x in [0.3, 0.7]
-        ...     return x.flatten(1).square()
-        >>> x = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
-        >>> round(float(regional_lipschitz(encode, x, 0.2).lower_bound), 10)
+        >>> from hf_equiv import regional_lipschitz
+        >>> x = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)  # |slope| = 2|x|, at most 1.4 for x in [0.3, 0.7]
+        >>> round(float(regional_lipschitz(lambda x: x.flatten(1).square(), x, 0.2).lower_bound), 10)
         1.4
-
-    References:
-        Weng et al. (2018), arXiv:1801.10578, §4 and Algorithm 1 (CLEVER).
-        Jordan, Dimakis (2020), arXiv:2003.01219, eq. 3 (L as the largest norm of J).
     """
+    _check(images, radius, norm, num_steps, num_batches, batch_size)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    scale, found = pixel_std(f, images, std), []
+    for image in images.detach():
+        found.append(_Search(f, image, radius, norm, generator).run(num_steps, num_batches, batch_size))
+        if progress is not None:
+            progress(len(found), len(images))
+    return _collect(found, scale, num_batches)
+
+
+def _check(images: Tensor, radius: float, norm: str, num_steps: int, num_batches: int, batch_size: int) -> None:
     checks.check_images(images)
     checks.check_radius(radius, norm, images[0].numel())
     if radius is None:
@@ -193,13 +183,9 @@ def regional_lipschitz(
     checks.check_count(num_batches, "num_batches", least=0)
     if 0 < num_batches < 5:
         raise ValueError(f"`num_batches` must be 0 or at least 5; got {num_batches}. The fit has three parameters.")
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    scale = pixel_std(f, images, std)
-    found = []
-    for b, image in enumerate(images.detach()):
-        found.append(_Search(f, image, radius, norm, generator).run(num_steps, num_batches, batch_size))
-        if progress is not None:
-            progress(b + 1, len(images))
+
+
+def _collect(found: list[_Search], std: Tensor | None, num_batches: int) -> RegionalResult:
     directions = torch.stack([s.direction for s in found])
     return RegionalResult(
         lower_bound=torch.tensor([s.value for s in found], dtype=torch.float64),
@@ -208,7 +194,7 @@ def regional_lipschitz(
         directions=directions,
         clever=torch.tensor([s.clever for s in found], dtype=torch.float64),
         sample_maxima=torch.tensor([s.maxima for s in found], dtype=torch.float64).view(len(found), num_batches),
-        unit_factor=unit_factor(directions, scale).cpu(),
+        unit_factor=unit_factor(directions, std).cpu(),
         status=tuple(Status.COMPLETED if math.isfinite(s.value) else Status.ERROR for s in found),
         num_evals=torch.tensor([s.num_evals for s in found], dtype=torch.float64),
         seconds=torch.tensor([s.seconds for s in found], dtype=torch.float64),

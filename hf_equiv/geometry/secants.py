@@ -1,8 +1,7 @@
 """Extrapolate central difference quotients to h = 0, and measure the float noise that limits them.
 
 Small radii drown in rounding, large ones bend. `central_secants` evaluates a ladder of radii, `secant_noise` measures
-its noise floor, against a float64 twin of f or from difference tables, and `read_secants` extrapolates the rest, with
-an error estimate and a plateau.
+its noise floor, and `read_secants` extrapolates the rest, with an error estimate and a plateau.
 """
 
 from __future__ import annotations
@@ -19,21 +18,11 @@ from torch import Tensor
 from hf_equiv.geometry.directions import unit_directions
 from hf_equiv.precision import exact_derivatives, float64_twin, no_tf32
 
-RADII = tuple(10 ** (-5 + i / 4) for i in range(21))
-"""Default ladder: L2 in pixel units, four a decade from 1e-5 to 1."""
-
-RTOL = 0.01
-"""Largest estimated relative error of a resolved value."""
-
-PLATEAU_RTOL = 0.02
-"""Largest distance from the value of a secant on the plateau, and largest noise floor, relative to the value."""
-
-PLATEAU_RADII = 3
-"""Fewest radii in a row that make a plateau."""
-
-JVP_RTOL = 0.05
-"""Largest distance of the value from ‖Jv‖ in bfloat16 and float16, relative to the value: both are noisy."""
-
+RADII = tuple(10 ** (-5 + i / 4) for i in range(21))  # default ladder: L2 in pixel units, four a decade from 1e-5 to 1
+RTOL = 0.01  # largest estimated relative error of a resolved value
+PLATEAU_RTOL = 0.02  # largest distance of a secant on the plateau, and largest noise floor, relative to the value
+PLATEAU_RADII = 3  # fewest radii in a row that make a plateau
+JVP_RTOL = 0.05  # largest distance of the value from ‖Jv‖ in half precision, relative to the value: both are noisy
 METHODS = ("auto", "twin", "ecnoise")
 
 _ORDERS = 5  # terms of the expansion in h² that are tried
@@ -49,14 +38,10 @@ _SEED = 0x5EED  # of the probe directions, so that the noise of an image never d
 def central_secants(
     f: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor, radii: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate s(h) = (f(x + hv) − f(x − hv)) / 2h for unit directions v (K, C, H, W) and radii h (R,).
-
-    x ± hv may leave [0, 1]: f is defined there, and a one-sided quotient would be curved to first order.
-
-    Returns:
-        s (K, R, D) float64, and the share of each step that the dtype of f can represent, ⟨x₊ − x₋, v⟩ / 2h (K, R)
-        float64: 1, unless the step is lost between two neighbouring numbers.
-    """
+    """Return s(h) = (f(x + hv) − f(x − hv)) / 2h (K, R, D) for unit v (K, C, H, W), and the steps over h (K, R)."""
+    # x ± hv may leave [0, 1]: f is defined there, and a one-sided quotient would be curved to first order. The share
+    # ⟨x₊ − x₋, v⟩ / 2h of a step that the dtype of f can represent is 1, unless the step is lost between two
+    # neighbouring numbers.
     start = image.to(directions.dtype)
     own = getattr(f, "dtype", image.dtype)
     coarser = isinstance(own, torch.dtype) and torch.finfo(own).eps > torch.finfo(image.dtype).eps
@@ -74,19 +59,12 @@ def central_secants(
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Reading of ‖Jv‖ from a ladder of secants, for each direction.
+    """Reading of ‖Jv‖ from a ladder of secants, for each direction."""
 
-    Attributes:
-        value: ‖s(0)‖, extrapolated, (K,), float64; a best guess if it is not resolved.
-        error: its estimated absolute error, noise and curvature, (K,), float64.
-        plateau: lowest and highest radius of the plateau, (K, 2), float64; NaN without one.
-        resolved: whether the secants alone resolve the value, (K,), bool.
-    """
-
-    value: Tensor
-    error: Tensor
-    plateau: Tensor
-    resolved: Tensor
+    value: Tensor  # ‖s(0)‖, extrapolated, (K,), float64; a best guess if it is not resolved
+    error: Tensor  # its estimated absolute error, noise and curvature, (K,), float64
+    plateau: Tensor  # lowest and highest radius of the plateau, (K, 2), float64; NaN without one
+    resolved: Tensor  # whether the secants alone resolve the value, (K,), bool
 
 
 def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading:
@@ -99,24 +77,14 @@ def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading
 
     This is Ridders' rule with two changes: it compares vectors and not their norms, so that an accidental agreement
     needs D coincidences; and the noise is known beforehand. If the secants scatter about the fit by more than their
-    noise floors (K, R), the floor was too low along this direction, and the noise of s₀ grows in proportion. The
-    plateau is the longest run of radii whose ‖s(h)‖ is within 2 % of the value with a noise floor below 2 % of it.
-    Resolved means: error ≤ 1 % and a plateau of at least three radii.
+    noise floors (K, R), the noise of s₀ grows in proportion (the Birge ratio). Resolved means: error ≤ 1 % and a
+    plateau.
 
     Returns:
         Value, error, plateau and whether it is resolved.
 
-    Example:
-        >>> import torch
-        >>> from hf_equiv.geometry.secants import read_secants
-        >>> h = torch.logspace(-3, 0, 13, dtype=torch.float64)
-        >>> reading = read_secants((3 + h**2).view(1, -1, 1), h, 1e-9 / h[None])
-        >>> round(float(reading.value), 9), bool(reading.resolved)
-        (3.0, True)
-
     References:
         Ridders (1982), "Accurate computation of F′(x) and F′(x)F″(x)", *Adv. Eng. Softw.* 4:75.
-        Richardson (1911), *Phil. Trans. R. Soc. A* 210:307. Birge (1932), *Phys. Rev.* 40:207 (errors from residuals).
     """
     count, num_radii = secants.shape[:2]
     least, error = secants.new_full((2, count), torch.inf)
@@ -194,34 +162,16 @@ def secant_noise(
         floor(h) = ‖(f − f₆₄)(x + hv) − (f − f₆₄)(x − hv)‖ / 2h,
 
     so errors that both ends share do not count, and the rounding of the pixels does. Every second radius is measured,
-    with a direction of its own, and floor(h)·h pooled with its neighbours. `ecnoise`: the standard deviation ε of f(x)
-    from difference tables of equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a few units
-    in the last place of the pixels, and with steps of 1, 30 and 300 times the smallest radius, which change outputs or
-    activations that are rounded on purpose; the largest that the differences agree on is taken. Neither is below one
-    rounding of the output, ‖z‖ times a quarter of the spacing of its dtype.
-
-    On DeiT-Tiny in float32 floor(h)·h is 1.5e-5 ± 20 % from h = 1e-4 to 1 along random, row and null directions alike,
-    0.4 of the error of a single embedding.
-
-    Cost: `twin` two forward passes of f and of its twin for every second radius, `ecnoise` 54 forward passes.
+    and floor(h)·h pooled with its neighbours. `ecnoise`: the standard deviation ε of f(x) from difference tables of
+    equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a few units in the last place of the
+    pixels, and of 1, 30 and 300 times the smallest radius, which change outputs or activations that are rounded on
+    purpose; the largest that the differences agree on is taken. Neither is below one rounding of the output.
 
     Returns:
         The floor (R,) float64, in the units of the secants; the method used; the number of forward passes.
 
     Raises:
         ValueError: an unknown method, or "twin" for an f without float64 twin.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.geometry.secants import secant_noise
-        >>> weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
-        >>> radii = torch.tensor([1e-3, 1e-2, 1e-1], dtype=torch.float64)
-        >>> floor, method, _ = secant_noise(lambda x: x.flatten(1) @ weight.T, torch.full((3, 4, 4), 0.5), radii)
-        >>> method, bool(1e-8 < floor[2] < 1e-5)
-        ('ecnoise', True)
-
-    References:
-        Moré, Wild (2011), "Estimating computational noise", *SIAM J. Sci. Comput.* 33:1292, §3 (ECnoise).
     """
     if method not in METHODS:
         raise ValueError(f"`noise` must be one of {', '.join(METHODS)}; got {method!r}.")
@@ -278,16 +228,11 @@ def _table_noise(f: Callable[[Tensor], Tensor], image: Tensor, eps: float, radiu
 
 
 def ecnoise(values: Tensor) -> tuple[Tensor, bool]:
-    """Return the noise ε = (Σ_d ε_d²)^½ of a function from its values (m + 1, D) at equally spaced points.
-
-    This is the ECnoise of Moré and Wild. With Δᵏ the k-th differences, σ_k² = (k!)²/(2k)! · mean ‖Δᵏ‖² tends to the
-    variance of the noise as k grows, since differences of the smooth part vanish. The first k is taken at which σ_k,
-    σ_{k+1}, σ_{k+2} agree within a factor of four and most components change sign; without one, the largest k, which
-    errs upwards.
-
-    Returns:
-        ε, (), float64, in the units of f, 0 if all values are equal; and whether the differences agreed on it.
-    """
+    """Return the noise (Σ_d ε_d²)^½ of f from its values (m + 1, D) at equally spaced points, and if it is sure."""
+    # This is the ECnoise of Moré and Wild (2011, SIAM J. Sci. Comput. 33:1292, §3). With Δᵏ the k-th differences, σ_k²
+    # = (k!)²/(2k)! · mean ‖Δᵏ‖² tends to the variance of the noise as k grows, since differences of the smooth part
+    # vanish. The first k is taken at which σ_k, σ_{k+1}, σ_{k+2} agree within a factor of four and most components
+    # change sign; without one, the largest k, which errs upwards.
     differences, levels, changes = values, [], []
     for k in range(1, len(values) - 1):
         differences = differences.diff(dim=0)

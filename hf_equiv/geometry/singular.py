@@ -2,34 +2,28 @@
 
 *The matrix.* The Gram matrix JJᵀ squares the small values away, so it serves only those above a hundredth of the
 largest; the rest of J, U_restᵀJ, has a Gram matrix of its own scale, and so on down. Every σ is then within 100
-eps₆₄·σ₁, at about a thirtieth of the cost of making J (D = 192, N = 150,528), without a copy of J. The rest of a J in
-float32 or less (below σ₁/1000) is treated once, which brings it within 1e-10 σ₁.
+eps₆₄·σ₁, at about a thirtieth of the cost of making J, without a copy of J. The rest of a J in float32 or less (below
+σ₁/1000) is treated once, which brings it within 1e-10 σ₁.
 
 *Products.* Golub–Kahan bidiagonalisation with full re-orthogonalisation starts from u₁ = J·noise: JᵀU = V B with V
 orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up), measured from the products themselves.
-Some singular value lies within ‖r‖ of θ. The residuals are the coupling of JJᵀ between the Up and the rest of the
-space; if all but σ₁ … σ_m lie below α < θᵢ, i ≤ m, its Schur complement gives
+Some singular value lies within ‖r‖ of θ. The residuals couple the Up to the rest of the space; if all but σ₁ … σ_m lie
+below α < θᵢ, i ≤ m, the Schur complement gives
 
     σᵢ² ≤ θᵢ² + Σ_{j=i…m} θⱼ²‖rⱼ‖² / (θᵢ² − α²),
 
-which is far smaller: Kato–Temple for m = i, and valid for clusters with larger m. The bound is the smallest of all,
-with α the largest θ + ‖r‖ below.
+which is far smaller: Kato–Temple for m = i, and valid for clusters with larger m. The bound is the smallest of all.
 
 A Krylov space of one vector holds one vector of each multiple value, and may count values once that lie closer together
-than the residuals; all values below then move up. So once the bounds are small, the recursion starts anew from J·noise
-off the vectors found, until no value moves by more than rtol·σ₁ and the largest value that the second recursion may
-still find, (μ² + its residual)^½, is well below σ_k: below 0.8 of it after two passes, 0.94 after four, then any. This
-is no proof: the bounds hold for some singular values of J, and for the i-th unless a value has hardly a part in any
-start. The whole matrix has no such condition. A value whose vector has hardly a part in u₁ appears late, and until then
-the next lower one takes its place. So k + 1 values must converge, not k; the second start helps here as well.
-
+than the residuals. So once the bounds are small, the recursion starts anew from J·noise off the vectors found, until no
+value moves by more than rtol·σ₁ and the largest value that the second recursion may still find is well below σ_k. This
+is no proof: a value whose vector has hardly a part in any start may be missed. The whole matrix has no such condition.
 On the spectra of 14 photos (trained DeiT-Tiny, k = 8, rtol 1e-4) one of 4,200 runs stated a value outside its bound
-(off by 2.2e-5 σ₁, stated within 1.8e-5), in 22 passes (median; 95 % within 26). With one or all values made double or
-triple, 6 of 2,520 runs were wrong. The shares above were chosen on these spectra.
+(off by 2.2e-5 σ₁, stated within 1.8e-5), in 22 passes (median). With values made double or triple, 6 of 2,520 runs were
+wrong.
 
-References: Golub, Van Loan, "Matrix Computations", §8.6 (the Gram matrix squares the condition number). Golub, Kahan
-(1965), SIAM J. Numer. Anal. 2:205. Kato (1949), J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li (2005), Linear Algebra
-Appl. 395:183 (eigenvalues under a coupling that is small).
+References: Golub, Van Loan, "Matrix Computations", §8.6. Golub, Kahan (1965), SIAM J. Numer. Anal. 2:205. Kato (1949),
+J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li (2005), Linear Algebra Appl. 395:183.
 """
 
 from __future__ import annotations
@@ -45,11 +39,9 @@ from torch import Tensor
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import power_of_two
 
-ACCURACY = 100 * torch.finfo(torch.float64).eps
-"""Error of `left_singular` over σ₁."""
+ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of `left_singular` over σ₁
 
-Rows = Callable[[Tensor], Tensor]
-"""Cotangents (D, K), float64, to Jᵀu (K, N)."""
+Rows = Callable[[Tensor], Tensor]  # cotangents (D, K), float64, to Jᵀu (K, N)
 
 _BLOCK = 4096  # columns held in float64 at a time
 _SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, of a float64 and of any other J
@@ -114,21 +106,13 @@ def _gram(matrix: Tensor, left: Tensor | None, unit: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TopSingular:
-    """The k largest singular triplets found.
+    """The k largest singular triplets found."""
 
-    Attributes:
-        values: σ (k,), descending, float64.
-        bound: on the distance of each to a singular value of J, (k,), float64.
-        left: (D, k), float64.
-        right: (k, N), float64.
-        passes: products with Jᵀ; products with J are one more for each start, of which there are two or more.
-    """
-
-    values: Tensor
-    bound: Tensor
-    left: Tensor
-    right: Tensor
-    passes: int
+    values: Tensor  # σ (k,), descending, float64
+    bound: Tensor  # on the distance of each to a singular value of J, (k,), float64
+    left: Tensor  # (D, k), float64
+    right: Tensor  # (k, N), float64
+    passes: int  # products with Jᵀ; products with J are one more for each start, of which there are two or more
 
 
 def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingular:
@@ -243,23 +227,15 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 def derivative_noise(
     f: Callable[[Tensor], Tensor], J: Jacobian, rows: Rows, left: Tensor, sigma: Tensor, threshold: float
 ) -> tuple[Tensor, str, float]:
-    """Bound |σ(J) − σ(J₆₄)| of each singular value, from a few rows of the difference E = J − J₆₄.
-
-    The rounding of a backward pass is nearly proportional to its result: ‖Eᵀu_i‖ ≤ a(σ_i + σ₁/50) for the left singular
-    vectors, and by the minimax principle the values then differ by about as much. ‖Eᵀu‖ is measured for the first four
-    (their own bound, times 1.5), and for Σ s_i u_i / (σ_i + σ₁/50) over the values above `threshold` with random signs
-    s, twice; its mean square is that of the ratios. For the other values a is 3 times its root, or 1.5 times the
-    largest ratio of the four if that is more, because E is concentrated in few directions. Values below the threshold
-    get 3 times ‖Eᵀ Σ s_i u_i‖. The reference is the first available of:
-
-    * "float64 twin": f in float64: `f.double()` of an Encoder, a copy of an `nn.Module`, or f(float64 pixels) if that
-      returns float64;
-    * "perturbed input": f at the image with every pixel changed by one unit in the last place, which repeats all
-      roundings at random (times 4, as systematic ones stay unseen). For float64, and for callables without twin.
-
-    Returns:
-        Bound (K,) in units of J, the method, and the evaluations spent.
-    """
+    """Bound |σ(J) − σ(J₆₄)| of each singular value, (K,); return also the method and the evaluations spent."""
+    # The rounding of a backward pass is nearly proportional to its result: ‖Eᵀu_i‖ ≤ a(σ_i + σ₁/50) with E = J − J₆₄
+    # for the left singular vectors, and by the minimax principle the values then differ by about as much. ‖Eᵀu‖ is
+    # measured for the first four (their own bound, times 1.5), and for Σ s_i u_i / (σ_i + σ₁/50) over the values above
+    # `threshold` with random signs s, twice. For the other values a is 3 times the root mean square of these, or 1.5
+    # times the largest ratio of the four if that is more, because E is concentrated in few directions. Values below the
+    # threshold get 3 times ‖Eᵀ Σ s_i u_i‖.
+    # The reference is f in float64, or f at the image with every pixel changed by one unit in the last place, which
+    # repeats all roundings at random (times 4, as systematic ones stay unseen).
     reference, method = _reference(f, J)
     unit = power_of_two(float(sigma[0]))
     sigma, threshold = sigma / unit, threshold / unit

@@ -114,21 +114,18 @@ def jacobian_spectrum(
     """Compute the singular values of J = ∂f/∂x at each image: how far the embedding moves, along how many directions.
 
     J = U diag(σ) Vᵀ (D, N). The right vectors are the pixel directions that move the embedding, in order; the N − rank
-    directions off them leave it, to first order. "full" forms J by chunked VJPs and takes all σ from it in float64
-    without losing the small ones to squares; "golub_kahan" finds the top k from products with J and Jᵀ. "auto" takes
-    the quicker. For an Encoder, zeros that its last LayerNorm, head or unit norm cause are named, in closed form.
+    directions off them leave it, to first order. "full" forms J and takes all σ from it in float64; "golub_kahan" finds
+    the top k from products with J and Jᵀ. For an Encoder, zeros of known cause are named.
 
     Cost: full (1 + 2D)/3 evaluations an image and D·N numbers of memory; golub_kahan 4/3 a pass, about 2k + 7 passes.
-    About 4 VJPs in float64 more for `error_bound`.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
         images: (B, C, H, W), pixels in [0, 1].
         k: number of singular values; None for all min(D, N).
-        method: "auto", "full" or "golub_kahan".
+        method: "full", "golub_kahan", or "auto" for the quicker.
         vectors: whether to return singular vectors.
-        rank_rtol: threshold of the rank over σ₁; None for 1000 eps (see `rank_rtol_of`), or twice the measured noise if
-            that is more.
+        rank_rtol: threshold of the rank over σ₁; None for 1000 eps, or twice the measured noise if that is more.
         rtol: bound over σ₁ at which "golub_kahan" stops.
         batch: most cotangents per pass; memory grows with it.
         progress: called after each image with (images done, images in all).
@@ -137,15 +134,13 @@ def jacobian_spectrum(
         The spectrum of each image.
 
     Raises:
-        TypeError: `images` is no float tensor.
-        ValueError: pixels outside [0, 1], a bad `k`, `method` or tolerance, an f that is not differentiable or not
-            deterministic, or a Jacobian too large for the memory.
+        ValueError: pixels outside [0, 1], a bad argument, an f that is not differentiable or not deterministic, or a
+            Jacobian too large for the memory.
 
     Example:
         >>> import torch
-        >>> from hf_equiv.geometry.spectrum import jacobian_spectrum
-        >>> weight = torch.diag(torch.tensor([3.0, 2.0, 0.0]))
-        >>> result = jacobian_spectrum(lambda x: x.flatten(1) @ weight, torch.full((1, 3, 1, 1), 0.5))
+        >>> from hf_equiv import jacobian_spectrum
+        >>> result = jacobian_spectrum(lambda x: x.flatten(1) * torch.tensor([3, 2, 0]), torch.full((1, 3, 1, 1), 0.5))
         >>> result.singular_values.tolist(), result.rank.tolist(), result.structural_zeros[0][0].cause
         ([[3.0, 2.0, 0.0]], [2], 'unexplained')
 
@@ -154,23 +149,12 @@ def jacobian_spectrum(
     """
     checks.check_images(images)
     checks.check_count(batch, "batch")
-    checks.check_positive(rtol, "rtol")
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
-    if rank_rtol is not None:
-        checks.check_range(rank_rtol, "rank_rtol", 0.0, 1.0)
-    if k is not None:
-        checks.check_count(k, "k")
+    settings = _Settings(k, method, vectors, rank_rtol, rtol)
     found = []
-    for index, image in enumerate(images.detach()):
-        start = time.perf_counter()
-        J = Jacobian(f, image, batch=batch)
-        J.check_deterministic()
-        one = _Settings(min(J.shape) if k is None else k, method, vectors, rank_rtol, rtol).run(f, J)
-        one.seconds = time.perf_counter() - start
-        found.append(one)
+    for image in images.detach():
+        found.append(settings.run(f, image, batch))
         if progress is not None:
-            progress(index + 1, len(images))
+            progress(len(found), len(images))
     return _collect(found, images[0].numel())
 
 
@@ -198,31 +182,45 @@ class _Image:
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    k: int
+    k: int | None
     method: str
     vectors: bool
     rank_rtol: float | None
     rtol: float
 
-    def run(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
-        if self.k > min(J.shape):
-            raise ValueError(f"`k` must be at most min(D, N) = {min(J.shape)}; got {self.k}.")
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        checks.check_positive(self.rtol, "rtol")
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {self.method!r}.")
+        if self.rank_rtol is not None:
+            checks.check_positive(self.rank_rtol, "rank_rtol", 1, or_zero=True)
+        if self.k is not None:
+            checks.check_count(self.k, "k")
+
+    def run(self, f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> _Image:
+        start = time.perf_counter()
+        J = Jacobian(f, image, batch=batch)
+        J.check_deterministic()
+        size = min(J.shape)
+        k = size if self.k is None else self.k
+        if k > size:
+            raise ValueError(f"`k` must be at most min(D, N) = {size}; got {k}.")
         method = self.method
         if method == "auto":  # a pass costs about two VJPs; forming J costs D of them
-            few = self.k < min(J.shape) and 2 * (2 * self.k + 6) < 0.8 * J.shape[0]
-            method = "golub_kahan" if few else "full"
-        one = self._full(f, J) if method == "full" else self._top(f, J)
-        one.method, one.patch_nullity = method, _patch_nullity(f, J)
+            method = "golub_kahan" if k < size and 2 * (2 * k + 6) < 0.8 * J.shape[0] else "full"
+        one = self._full(f, J, k) if method == "full" else self._top(f, J, k)
+        one.method, one.patch_nullity, one.seconds = method, _patch_nullity(f, J), time.perf_counter() - start
         return one
 
     def _threshold(self, J: Jacobian, largest: Tensor) -> float:
         return float(largest) * (rank_rtol_of(J.eps) if self.rank_rtol is None else self.rank_rtol)
 
-    def _full(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
+    def _full(self, f: Callable[[Tensor], Tensor], J: Jacobian, k: int) -> _Image:
         J.check_memory()
         matrix = J.as_matrix()
         if not bool(torch.isfinite(matrix).all()):
-            return self._failed(J)
+            return self._failed(J, k)
         left, sigma = left_singular(matrix)
         count = min(J.shape)
         scale, threshold = float(sigma[0]), self._threshold(J, sigma[0])
@@ -237,8 +235,8 @@ class _Settings:
         exact, near = explain_zeros(matrix, left[:, :count], sigma, threshold, () if wide else relations)
         share = sigma / sigma.sum()
         one = _Image(
-            values=sigma[: self.k],
-            bound=bound[: self.k],
+            values=sigma[:k],
+            bound=bound[:k],
             threshold=threshold,
             num_evals=J.num_evals + spent + (7 / 3 if relations else 0.0),
             noise_method=noise,
@@ -249,16 +247,16 @@ class _Settings:
             near=near,
         )
         if self.vectors:
-            one.left = left[:, : self.k]
-            values = sigma[: self.k, None]
+            one.left = left[:, :k]
+            values = sigma[:k, None]
             right = combine(matrix, one.left) / values.where(values > ACCURACY * scale, 1.0)
             one.right = right.view(-1, *J.image.shape).to(J.image)
         return one
 
-    def _top(self, f: Callable[[Tensor], Tensor], J: Jacobian) -> _Image:
+    def _top(self, f: Callable[[Tensor], Tensor], J: Jacobian, k: int) -> _Image:
         if not bool(torch.isfinite(J.rmv(torch.ones_like(J.z)[None])).all()):
-            return self._failed(J)
-        top = golub_kahan(J, self.k, self.rtol)
+            return self._failed(J, k)
+        top = golub_kahan(J, k, self.rtol)
         threshold = self._threshold(J, top.values[0])
         noise, name, spent = derivative_noise(
             f, J, lambda u: J.rmv(u.T.to(J.image)).flatten(1).double(), top.left, top.values, threshold
@@ -268,12 +266,12 @@ class _Settings:
             one.left, one.right = top.left, top.right.view(-1, *J.image.shape).to(J.image)
         return one
 
-    def _failed(self, J: Jacobian) -> _Image:
-        nan = torch.full((self.k,), torch.nan, dtype=torch.float64, device=J.image.device)
+    def _failed(self, J: Jacobian, k: int) -> _Image:
+        nan = torch.full((k,), torch.nan, dtype=torch.float64, device=J.image.device)
         one = _Image(nan, nan, math.nan, J.num_evals, Status.ERROR, rank=-1)
         if self.vectors:
             one.left = nan.expand(J.shape[0], -1)
-            one.right = torch.full((self.k, *J.image.shape), torch.nan).to(J.image)
+            one.right = torch.full((k, *J.image.shape), torch.nan).to(J.image)
         return one
 
 

@@ -14,55 +14,33 @@ _NEAR = 1e-3  # a predicted σ/σ₁ above this is a singular value like the oth
 
 @dataclass(frozen=True, slots=True)
 class LeftRelation:
-    """A property of J that follows from the architecture: leftᵀ J = rows.
+    """A property of J that follows from the architecture: leftᵀ J = rows."""
 
-    Attributes:
-        cause: the reason, in a few words.
-        left: (D, m), float64, linearly independent columns.
-        rows: (m, N), float64, in closed form; None if they are exactly zero.
-    """
-
-    cause: str
-    left: Tensor
-    rows: Tensor | None = None
+    cause: str  # the reason, in a few words
+    left: Tensor  # (D, m), float64, linearly independent columns
+    rows: Tensor | None = None  # (m, N), float64, in closed form; None if they are exactly zero
 
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """Singular values of J that are zero, or nearly so, for one reason.
+    """Singular values of J that are zero, or nearly so, for one reason."""
 
-    Attributes:
-        cause: "LayerNorm centring", "LayerNorm epsilon", "head wider than its input", "unit norm", or "unexplained".
-        count: number of singular values.
-        predicted: their size in closed form, 0 for exact ones, in units of J; None without explanation.
-        measured: the largest of them as found, in units of J: float noise if the prediction lies below it.
-        left: their left singular vectors in closed form (D, count), orthonormal, float64; as found if unexplained.
-    """
-
-    cause: str
-    count: int
-    predicted: float | None
-    measured: float
-    left: Tensor
+    cause: str  # "LayerNorm centring", "LayerNorm epsilon", "head wider than its input", "unit norm", or "unexplained"
+    count: int  # number of singular values
+    predicted: float | None  # their size in closed form, 0 for exact ones, in units of J; None without explanation
+    measured: float  # the largest of them as found, in units of J: float noise if the prediction lies below it
+    left: Tensor  # their left singular vectors in closed form (D, count), orthonormal, float64; as found if unexplained
 
 
 def explain_zeros(
     matrix: Tensor, left: Tensor, sigma: Tensor, threshold: float, relations: tuple[LeftRelation, ...]
 ) -> tuple[tuple[Zero, ...], tuple[Zero, ...]]:
-    """Tell exact zeros from near-structural and unexplained ones, by the relations (m) known of the encoder.
-
-    J (D, N) = U diag(σ) Vᵀ with U (D, D) and σ (D,), descending. An exact relation leftᵀJ = 0 is accepted if ‖leftᵀU
-    diag(σ)‖ ≤ threshold. For a relation wᵀJ = r with small r the singular value is, to first order, the part of r that
-    the rest of J cannot cancel:
-
-        σ ≈ ‖r − P_rest r‖ / ‖w − P_exact w‖,
-
-    with P_rest the projector on the other rows of J and P_exact that on the exact left null vectors. It depends on the
-    large singular values only, so it is as good in float32 as in float64, where σ itself drowns in the noise.
-
-    Returns:
-        Exact zeros with the unexplained ones, and near-structural ones.
-    """
+    """Tell exact zeros, with the unexplained ones, from near-structural ones, by the relations known of the encoder."""
+    # J (D, N) = U diag(σ) Vᵀ with U (D, D) and σ (D,), descending. An exact relation leftᵀJ = 0 is accepted if ‖leftᵀU
+    # diag(σ)‖ ≤ threshold. For a relation wᵀJ = r with small r the singular value is, to first order, the part of r
+    # that the rest of J cannot cancel, σ ≈ ‖r − P_rest r‖ / ‖w − P_exact w‖, with P_rest the projector on the other
+    # rows of J and P_exact that on the exact left null vectors. It depends on the large singular values only, so it is
+    # as good in float32 as in float64, where σ itself drowns in the noise.
     exact: list[Zero] = []
     near: list[Zero] = []
     known = left[:, :0]

@@ -36,19 +36,8 @@ class LinearModel:
 
         A ← A + u (Jᵀu − Aᵀu)ᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ,  w = (Jᵀu − Aᵀu) on F.
 
-    With u the residual this is the adjoint Broyden method: it replaces the rows that a correction needs. Products are
-    summed and G is solved in float64, whatever the dtype of A. Memory: D·N numbers in the dtype of the image. A product
-    with A costs about one forward pass of a small encoder.
-
-    Args:
-        at: Jacobian at the starting point; its full matrix is formed.
-
-    Raises:
-        ValueError: A would take more than 16 GiB.
-
-    References:
-        Schlenkrich, Griewank, Walther (2010), Math. Program. 121, 221–247, eq. 4 (adjoint Broyden updates).
-        Hanke (1997), Inverse Problems 13, 79–95, eq. 2.4 (Newton steps by the discrepancy principle).
+    With u the residual this is the adjoint Broyden method (Schlenkrich, Griewank, Walther 2010, Math. Program. 121, eq.
+    4). Products are summed and G is solved in float64, whatever the dtype of A. Memory: D·N numbers, at most 16 GiB.
     """
 
     def __init__(self, at: Jacobian) -> None:
@@ -171,17 +160,11 @@ class LinearModel:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An encoded image.
+    """An encoded image."""
 
-    Attributes:
-        jacobian: J at the image; its products use the graph of one forward pass.
-        residual: r = f(x) − z, (D,), float64.
-        drift: ‖r‖ / ‖z‖.
-    """
-
-    jacobian: Jacobian
-    residual: Tensor
-    drift: float
+    jacobian: Jacobian  # J at the image; its products use the graph of one forward pass
+    residual: Tensor  # r = f(x) − z, (D,), float64
+    drift: float  # ‖r‖ / ‖z‖
 
     @property
     def image(self) -> Tensor:
@@ -194,20 +177,8 @@ class Corrector:
 
     With r = f(x) − z, repeat: hold the pixels at 0 and 1; let A learn the row rᵀJ(x) by one VJP; set x ← clip(x −
     A_Fᵀ(A_F A_Fᵀ)⁺ r) if that lowers ‖r‖; otherwise let A learn the row along its own error. A trial costs one
-    evaluation.
-
-    Args:
-        f: the encoder, (1, C, H, W) -> (1, D).
-        z: the embedding to keep, (D,), float64.
-        rtol: largest drift of a returned place. The corrector aims at half of it, so that other float32 kernels agree;
-            if a correction below rtol does not help, the rest may be noise and rtol is enough.
-
-    Attributes:
-        model: the linear model A, made by `refresh`.
-        num_evals: evaluations spent, (forwards + 2·cotangents) / 3.
-        num_jacobians: full Jacobians among them.
-        bend: the residual of the last guess before its correction, (D,).
-        trials: corrections that the last guess took.
+    evaluation. The corrector aims at half of `rtol`, so that other float32 kernels agree; if a correction below rtol
+    does not help, the rest may be noise and rtol is enough.
     """
 
     model: LinearModel

@@ -63,12 +63,7 @@ class SineChart:
 
     In a small L∞ ball most pixels end near a bound. A projected step holds each of them on arrival, and the rest
     creeps; in w a pixel slows down before its bound and can come back. Among charts whose slope falls to zero at the
-    bounds this one falls slowest (dx/dw = √(h² − (x − m)²)); with tanh, pixels that arrive early lose their gradient
-    for good, and in a hard pair every pixel does.
-
-    Attributes:
-        center: w of the ball's centre.
-        space: all of R^N about `center`, as a feasible set.
+    bounds this one falls slowest; with tanh, pixels that arrive early lose their gradient for good.
     """
 
     def __init__(self, box: FeasibleSet) -> None:

@@ -21,19 +21,13 @@ class Lattice:
 
     Pixels whose centre is k/255 in its dtype measure distance in whole steps. Elsewhere distances are those of the
     floats k/255, and none exceeds the radius.
-
-    Attributes:
-        lower, upper: range of each k, (N,) float64.
-        center: 255·c, (N,) float64.
-        places: position of each of the 256 levels: k itself, or 255 times the float k/255.
-        l2_budget: largest squared distance of an L2 ball, in (1/255)²; infinite without a ball.
     """
 
-    lower: Tensor
-    upper: Tensor
-    center: Tensor
-    places: Tensor
-    l2_budget: float
+    lower: Tensor  # range of each k, (N,) float64
+    upper: Tensor  # range of each k, (N,) float64
+    center: Tensor  # 255·c, (N,) float64
+    places: Tensor  # position of each of the 256 levels: k itself, or 255 times the float k/255
+    l2_budget: float  # largest squared distance of an L2 ball, in (1/255)²; infinite without a ball
 
     @classmethod
     def around(cls, image: Tensor, center: Tensor | None, radius: float | None, norm: str) -> Lattice:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import check_count, check_range
+from hf_equiv.checks import check_count, check_positive
 from hf_equiv.matching.feasible import FeasibleSet, SineChart
 from hf_equiv.matching.solvers import Evaluation, Iterates
 from hf_equiv.precision import dot
@@ -125,35 +125,29 @@ class LBFGS:
     """Projected limited-memory BFGS on ½‖f(x) − z‖², started by Polyak steps and held near the source. The default.
 
     1. *Start.* The source lies in a narrow, strongly curved valley, where a line search creeps. Polyak's step
-       ½‖r‖²/‖g‖² (the minimum of the objective is known: 0), damped by momentum, is long enough to bounce across it and
-       short enough to stay near the source: `warmup` evaluations bring the error from above 1 to about 0.3.
-    2. *Descent.* L-BFGS in the compact representation backtracks along the projected path, with the bounces of the
-       start in its history. Pixels at a bound that the step pushes outwards are held. Until the error falls below
-       `release`, the penalty ½λ‖x − source‖² with λ = proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
+       ½‖r‖²/‖g‖², damped by momentum, bounces across it and stays near the source: `warmup` evaluations bring the error
+       to about 0.3.
+    2. *Descent.* L-BFGS in the compact representation backtracks along the projected path. Pixels at a bound that the
+       step pushes outwards are held. Until the error falls below `release`, the penalty ½λ‖x − source‖² with λ =
+       proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
     3. *End.* The line search accepts increases that rounding in f can explain, so it does not stop at the float noise.
-       If the rest would take long, `match_embedding` forms one Jacobian instead: see `newton`.
 
     In an L∞ ball matches lie near the corners, and the start goes there at once, by signed steps x ← P(x − α·sign(m)):
     m is a running sum of the gradients, α = ‖r‖ / ‖∇‖r‖‖₁ Polyak's step for ‖r‖ in this norm. Once α is below 1 % of
-    the radius, L-BFGS continues in w, x = m + h·sin(w) (`SineChart`): projected steps would hold pixel after pixel at
-    its bound and creep.
+    the radius, L-BFGS continues in w, x = m + h·sin(w) (`SineChart`).
 
     Args:
-        history: most pairs kept; each costs two images of memory. The first 40 serve most images. The number doubles
-            whenever the error has not halved in as many steps: the Jacobian's singular values span three decades, and
-            where the slowest of them matter only a long history finishes.
-        warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball the start takes as many as it needs, at most
-            ten times this number.
+        history: most pairs kept; each costs two images of memory. It starts at 40 and doubles whenever the error has
+            not halved in as many steps.
+        warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball at most ten times this number.
         momentum: of the start, in [0, 1).
-        proximity: weight of staying near the source against the remaining error; 0 for none. More ends nearer to the
-            source and takes more evaluations.
+        proximity: weight of staying near the source against the remaining error; more takes more evaluations.
         release: embedding error below which the penalty is dropped.
         newton: whether `match_embedding` may end a slow run without a ball by one full Jacobian and Newton steps.
 
     References:
-        Polyak (1987), *Introduction to Optimization*, §5.3.
+        Polyak (1987), *Introduction to Optimization*, §5.3. Bertsekas (1982), *SIAM J. Control Optim.* 20:221.
         Byrd, Nocedal, Schnabel (1994), *Math. Program.* 63:129, eq. 3.13 (compact representation).
-        Bertsekas (1982), *SIAM J. Control Optim.* 20:221 (projected steps).
         Dong et al. (2018), arXiv:1710.06081, eq. 6–7 (signed steps with momentum).
     """
 
@@ -168,9 +162,9 @@ class LBFGS:
         """Check the hyper-parameters."""
         check_count(self.history, "history")
         check_count(self.warmup, "warmup", 0)
-        check_range(self.momentum, "momentum", 0.0, 1.0)
-        check_range(self.proximity, "proximity", 0.0, math.inf)
-        check_range(self.release, "release", 0.0, math.inf)
+        check_positive(self.momentum, "momentum", 1, or_zero=True)
+        check_positive(self.proximity, "proximity", or_zero=True)
+        check_positive(self.release, "release", or_zero=True)
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""

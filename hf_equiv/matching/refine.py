@@ -2,7 +2,13 @@
 
 Rounding a match moves its embedding by 3e-3 to 8e-2, a hundred to ten thousand times the error of the match. But an
 8-bit step of one pixel is small, and there are N ≫ D of them: the Jacobian at the rounded image tells which few steps
-cancel the rounding error, as a sparse integer least-squares problem (`lattice`).
+cancel the rounding error, as a sparse integer least-squares problem (`lattice`). A round changes some hundred pixels by
+one level; one that does not lower the error still updates J, and is undone unless the whitened error fell, since the
+next round easily repairs such a rise. After three such rounds J is computed afresh. Pixels stay within 3 of the rounded
+255·images, unless that leaves too few to move.
+
+Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
+Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3 (the natural monotonicity test).
 """
 
 from __future__ import annotations
@@ -46,74 +52,45 @@ def refine_8bit(
 ) -> MatchResult:
     """Round matches to 8 bit and repair the embedding by single steps of ±1/255.
 
-    Finds k (C, H, W) integer in 0…255, inside the ball, with ‖f(k/255) − z‖ / ‖z‖ ≤ rtol. Every pixel stays within 3 of
-    the rounded 255·images; only if `images` is so far from a match that a tenth of its pixels get there do they move
-    further. In rounds:
+    Finds k (C, H, W) integer in 0…255, inside the ball, with ‖f(k/255) − z‖ / ‖z‖ ≤ rtol, in rounds:
 
         minimise ‖r + J·Δ/255‖ over integer Δ, greedily;   k ← k + Δ;   r ← f(k/255) − z;   J ← Broyden's update.
 
-    The greedy search always makes the single step that lowers the norm most. Early steps use the most sensitive pixels,
-    so a round changes some hundred pixels by one level, and the linear model is good to a few per cent. A round that
-    does not lower the error still updates J. It is undone unless the whitened error fell, since the next round easily
-    repairs such a rise. After three such rounds J is computed afresh.
-
-    Cost: (1 + 2D)/3 evaluations for J, a third of one for every round. If `max_evals` does not allow a Jacobian, the
-    result is the rounded image. Memory: D·N numbers. Images are refined one after the other.
+    Cost: (1 + 2D)/3 evaluations for J, a third of one for every round. Memory: D·N numbers.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
         images: matches to round, (B, C, H, W), pixels in [0, 1].
         target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
         source: centre of the ball, (B, C, H, W); needed with `radius`.
-        radius: of the ball about `source`, in pixel units; None for the box alone. Held exactly; in whole steps if the
-            source is on the grid k/255.
+        radius: of the ball about `source`, in pixel units, in whole steps if the source is k/255; None for the box
+            alone.
         norm: of the ball: "linf" or "l2".
         rtol: embedding error at which an image is done.
-        max_evals: evaluations per image.
+        max_evals: evaluations per image; too few for a Jacobian leave the rounded image.
         progress: called with a `Progress` after every round; an exception raised in it ends the run.
 
     Returns:
-        The refined images, each value k/255, with error, cost and status. `infeasible`: the ball holds no 8-bit image,
-        and the image is returned unchanged.
+        Images of values k/255 with error, cost and status; unchanged and `infeasible` if the ball holds no 8-bit image.
 
     Raises:
-        TypeError: `images`, `target` or `source` is no float tensor.
         ValueError: pixels outside [0, 1], shapes that do not fit, `radius` without `source`, or a bad number.
 
     Example:
         >>> import torch
         >>> from hf_equiv import refine_8bit
-        >>> weight = torch.randn(4, 192, generator=torch.Generator().manual_seed(0))
-        >>> def encode(x):
-        ...     return x.flatten(1) @ weight.T
-        >>> image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        >>> exact = refine_8bit(encode, image, encode(image), rtol=1e-3)
-        >>> levels = exact.images * 255
-        >>> bool((levels - levels.round()).abs().max() < 1e-4), exact.converged
-        (True, True)
-
-    References:
-        Broyden (1965), *Math. Comp.* 19:577 (the update of J).
-        Mallat, Zhang (1993), *IEEE Trans. Signal Process.* 41:3397 (greedy pursuit).
-        Deuflhard (2004), *Newton Methods for Nonlinear Problems*, §3.3 (the natural monotonicity test).
-        Lattice moves guided by a Jacobian: this library.
+        >>> image = torch.linspace(0, 1, 192).view(1, 3, 8, 8)
+        >>> refine_8bit(lambda x: x.mean((2, 3)), image, image.mean((2, 3)), rtol=1e-3).converged
+        True
     """
-    checks.check_images(images, "images")
-    checks.check_target(target, images.shape[0])
-    checks.check_radius(radius, norm, images[0].numel())
-    checks.check_rtol(rtol)
-    checks.check_count(max_evals, "max_evals")
+    checks.check_match(images, "images", target, radius, norm, rtol, max_evals)
     if radius is not None and source is None:
         raise ValueError("`source` must be given with `radius`; got None. Pass the centre of the ball.")
     if source is not None:
-        checks.check_images(source, "source")
-        if source.shape != images.shape:
-            raise ValueError(
-                f"`source` must have the shape of `images` {tuple(images.shape)}; got {tuple(source.shape)}."
-            )
+        checks.check_like(source, images, "source")
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
-        centers = [None] * len(images) if source is None else source.detach().clone().unbind()
+        centers = [None] * len(images) if source is None else source.detach().clone().expand_as(images)
         z = target_embeddings(f, images, target, "images")
         runs = [_Refinement(f, image, embedding) for image, embedding in zip(images, z, strict=True)]
         for run, center in zip(runs, centers, strict=True):

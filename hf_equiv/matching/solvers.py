@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import check_positive, check_range
+from hf_equiv.checks import check_positive
 from hf_equiv.matching.feasible import FeasibleSet
 
 
@@ -24,25 +24,16 @@ class Evaluation:
     """f at one point, for the residual r = (f(x) − z) / unit (D,).
 
     If f or its gradient is not finite, objective, noise and error are infinite and the gradient is zero.
-
-    Attributes:
-        objective: ½‖r‖², float64.
-        gradient: Jᵀr / unit, (C, H, W).
-        noise: change of the objective that rounding in f can explain: ‖r‖·ε·‖z‖ / unit, with ε the float noise of an
-            encoder.
-        error: ‖f(x) − z‖ / ‖z‖.
-        unit: a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding.
     """
 
-    objective: float
-    gradient: Tensor
-    noise: float
-    error: float
-    unit: float = 1.0
+    objective: float  # ½‖r‖², float64
+    gradient: Tensor  # Jᵀr / unit, (C, H, W)
+    noise: float  # change of the objective that rounding in f can explain: ‖r‖·ε·‖z‖ / unit, ε the float noise of f
+    error: float  # ‖f(x) − z‖ / ‖z‖
+    unit: float = 1.0  # a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding
 
 
-Iterates = Generator[Tensor, Evaluation, None]
-"""Points out, evaluations in."""
+Iterates = Generator[Tensor, Evaluation, None]  # points out, evaluations in
 
 
 class Solver(Protocol):
@@ -93,9 +84,7 @@ class GradientDescent:
 
 @dataclass(frozen=True, slots=True)
 class Adam:
-    """Projected Adam on ½‖f(x) − z‖²: quick to a rough match, but far from the source.
-
-    Every pixel moves by about `lr` a step.
+    """Projected Adam on ½‖f(x) − z‖²: quick to a rough match, but far from the source. Each step is about `lr`.
 
     Args:
         lr: step size, in pixels.
@@ -114,8 +103,8 @@ class Adam:
         """Check the hyper-parameters."""
         check_positive(self.lr, "lr")
         for beta in self.betas:
-            check_range(beta, "betas", 0.0, 1.0)
-        check_range(self.eps, "eps", 0.0, math.inf)
+            check_positive(beta, "betas", 1, or_zero=True)
+        check_positive(self.eps, "eps", or_zero=True)
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""

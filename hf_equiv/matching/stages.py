@@ -25,31 +25,19 @@ HALF = {"bfloat16": (torch.bfloat16, 1e-1), "float16": (torch.float16, 1e-2)}
 
 @dataclass(frozen=True)
 class Draft:
-    """A cheaper form of the encoder.
+    """A cheaper form of the encoder."""
 
-    Attributes:
-        f: pixels (B, 3, H, W) to embeddings (B, D), differentiable.
-        rtol: embedding error at which its stage ends; 0 for the error asked of the match.
-        share: most of the allowed evaluations that it may spend, in (0, 1].
-    """
-
-    f: Callable[[Tensor], Tensor]
-    rtol: float
-    share: float
+    f: Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) to embeddings (B, D), differentiable
+    rtol: float  # embedding error at which its stage ends; 0 for the error asked of the match
+    share: float  # most of the allowed evaluations that it may spend, in (0, 1]
 
 
 def match_in_stages(
     encoder: Callable[[Tensor], Tensor], drafts: Sequence[Draft], source: Tensor, target: Tensor, solver: Solver, *,
     rtol: float, max_evals: int, progress: ProgressHook, **ball: Any
 ) -> MatchResult:  # fmt: skip
-    """Match with each draft in turn from the end of the last one, then with the encoder.
-
-    L-BFGS skips its start after the first stage, and only the last stage takes Newton steps. `ball` holds radius and
-    norm.
-
-    Returns:
-        The result of the last stage, with the evaluations and seconds of all.
-    """
+    """Match with each draft in turn from the end of the last one, then with the encoder; add up the cost."""
+    # L-BFGS skips its start after the first stage, and only the last stage takes Newton steps.
     found: MatchResult | None = None
 
     def run_stage(f: Callable[[Tensor], Tensor], rtol: float, most: int, *, newton: bool) -> MatchResult:

@@ -35,14 +35,14 @@ _PICKLED = (".bin", ".h5", ".msgpack", ".ckpt", ".pt", ".pth")
 
 @dataclass(frozen=True, slots=True)
 class HubFiles:
-    """A model repository on the Hub, pinned to one commit (40 hex digits)."""
+    """A model repository on the Hub, pinned to one commit once it is found."""
 
     repo_id: str
-    commit: str
-    subfolder: str
-    token: str | bool | None
-    cache_dir: str | None
-    local_files_only: bool
+    commit: str = ""  # 40 hex digits
+    subfolder: str = ""
+    token: str | bool | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
 
     def fetch(self, name: str) -> Path:
         """Return a file on disk, and download it if it is not cached."""
@@ -76,21 +76,13 @@ class HubFiles:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The files of one checkpoint at one revision.
+    """The files of one checkpoint at one revision."""
 
-    Attributes:
-        model_id: the user's Hub id, folder or "builtin"; only loading uses it, see `name`.
-        folder: folder of config and weights on this machine.
-        revision: commit sha on the Hub, or "sha256:…" of the weights of a local folder.
-        trust_remote_code: whether Python files of the checkpoint may be executed.
-        hub: source of further files of the same commit; None for a folder.
-    """
-
-    model_id: str
-    folder: Path
-    revision: str
-    trust_remote_code: bool = False
-    hub: HubFiles | None = None
+    model_id: str  # the user's Hub id, folder or "builtin"; only loading uses it, see `name`
+    folder: Path  # folder of config and weights on this machine
+    revision: str  # commit sha on the Hub, or "sha256:…" of the weights of a local folder
+    trust_remote_code: bool = False  # whether Python files of the checkpoint may be executed
+    hub: HubFiles | None = None  # source of further files of the same commit; None for a folder
 
     @property
     def name(self) -> str:
@@ -160,25 +152,16 @@ def quiet() -> Iterator[None]:
             disable_progress_bars()
 
 
-def find_checkpoint(
-    model_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    subfolder: str = "",
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
-) -> Checkpoint:
-    """Resolve `model_id` to a folder with config.json at one revision; loading fetches the weights from the Hub."""
-    name = os.fspath(model_id)
+def find_checkpoint(hub: HubFiles, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Resolve a name to a folder with config.json at one revision; loading fetches the weights from the Hub."""
+    name = hub.repo_id  # or a folder, or "builtin"
     if not name:
         raise ValueError("`model_id` must be a Hub id, a folder or 'builtin'; got an empty string.")
     if name == BUILTIN or os.path.isdir(name) or _looks_like_a_path(name):
         if revision is not None:
             kind = "the built-in checkpoint" if name == BUILTIN else "a local folder"
             raise ValueError(f"`revision` must be None for {kind}; got {revision!r}. Only Hub ids have revisions.")
-        folder = (BUILTIN_FOLDER if name == BUILTIN else Path(name).expanduser()) / subfolder
+        folder = (BUILTIN_FOLDER if name == BUILTIN else Path(name).expanduser()) / hub.subfolder
         return _local(Checkpoint(name, folder, "", trust_remote_code))
     try:
         validate_repo_id(name)
@@ -187,16 +170,12 @@ def find_checkpoint(
             f"`model_id` must be a Hub id such as 'facebook/deit-tiny-patch16-224', a folder or 'builtin'; got "
             f"{name!r}. Check the spelling."
         ) from error
-    cache = None if cache_dir is None else os.fspath(cache_dir)
-    with explained(name, kind="model", revision=revision, file="config.json", local_files_only=local_files_only):
-        resolved = api_of(token).resolve_revision(
-            name,
-            revision=revision,
-            cache_dir=cache,
-            local_files_only=local_files_only or constants.HF_HUB_OFFLINE,  # else the client warns that it is offline
-            token=token,
+    offline = hub.local_files_only or constants.HF_HUB_OFFLINE  # else the client warns that it is offline
+    with explained(name, kind="model", revision=revision, file="config.json", local_files_only=hub.local_files_only):
+        resolved = api_of(hub.token).resolve_revision(
+            name, revision=revision, cache_dir=hub.cache_dir, local_files_only=offline, token=hub.token
         )
-    hub = HubFiles(name, resolved.resolved, subfolder, token, cache, local_files_only)
+    hub = replace(hub, commit=resolved.resolved)
     return Checkpoint(name, hub.fetch("config.json").parent, hub.commit, trust_remote_code, hub)
 
 

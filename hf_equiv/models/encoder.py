@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from hf_equiv.checks import finite_embedding
+from hf_equiv.checks import check_tensor, finite_embedding
 from hf_equiv.geometry.zeros import LeftRelation
+from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
-from hf_equiv.models.checkpoint import Checkpoint, find_checkpoint
-from hf_equiv.models.loading import find_device, load_model
-from hf_equiv.models.network import Network
-from hf_equiv.models.preprocess import load_preprocessor
-from hf_equiv.models.readouts import resolve_readout
+from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
+from hf_equiv.models.loading import LoadedModel, find_device, load_model
+from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
+from hf_equiv.models.readouts import check_size, embed, find_layout, native_size, probe, resolve_readout
 from hf_equiv.models.structure import left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
-from hf_equiv.precision import embedding_noise
+from hf_equiv.precision import embedding_noise, exact_derivatives, float64_softmax, no_autocast, no_tf32
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
 
 
 class Encoder:
@@ -54,17 +58,31 @@ class Encoder:
         True
     """
 
-    def __init__(self, checkpoint: Checkpoint, network: Network, *, readout: str, normalize: bool) -> None:
-        self._checkpoint, self._network = checkpoint, network
+    def __init__(
+        self, checkpoint: Checkpoint, loaded: LoadedModel, preprocessor: Preprocessor, device: torch.device,
+        dtype: torch.dtype, *, readout: str, normalize: bool
+    ) -> None:  # fmt: skip
+        loaded.to(device)
+        self._checkpoint, self._loaded, self._preprocessor = checkpoint, loaded, preprocessor
         self.model_id, self.revision, self.normalize = checkpoint.model_id, checkpoint.revision, normalize
-        self.dtype, self.device = network.dtype, network.grey.device
-        self.input_shape = (3, int(network.grey.shape[2]), int(network.grey.shape[3]))
-        self.readouts = network.layout.available
-        self.readout = resolve_readout(readout, network.layout, self.model_id)
+        self.dtype, self.device = dtype, device
+        self._mean, self._std = (
+            torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
+            for values in (preprocessor.mean, preprocessor.std)
+        )
+        self._native = native_size(loaded)
+        size = preprocessor.size or self._native or (224, 224)
+        self._sizes = {size}
+        self.input_shape = (3, *size)
+        self._grey = torch.full((1, 3, *size), 0.5, dtype=dtype, device=device)
+        outputs = probe(loaded, normalise(self._grey, self._mean, self._std), self._interpolates(self._grey))
+        self._layout = find_layout(loaded, outputs, size)
+        self.readouts = self._layout.available
+        self.readout = resolve_readout(readout, self._layout, self.model_id)
         with torch.no_grad():
-            self.embedding_dim = int(finite_embedding(self(network.grey), self.model_id).shape[1])
-        names = getattr(network.loaded.model.config, "id2label", None) or {}
-        self.has_head = network.loaded.has_head
+            self.embedding_dim = int(finite_embedding(self(self._grey), self.model_id).shape[1])
+        names = getattr(loaded.model.config, "id2label", None) or {}
+        self.has_head = loaded.has_head
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
         self._twin: Encoder | None = None
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
@@ -93,9 +111,9 @@ class Encoder:
 
         Args:
             model_id: Hub id, local folder, or "builtin" (a small ViT that ships with the package).
-            readout: vector to use as embedding: "cls", "mean", "pooler", "tokens", "logits", "hidden:K", "projection",
-                or "auto": the image embedding for CLIP and SigLIP; else the pooler if its weights are in the checkpoint
-                or it needs none; else the class token; else the mean.
+            readout: "cls", "mean", "pooler", "tokens", "logits", "hidden:K", "projection", or "auto": the image
+                embedding for CLIP and SigLIP; else the pooler if its weights are in the checkpoint; else the class
+                token; else the mean.
             normalize: whether to scale embeddings to unit L2 norm.
             revision: branch, tag or commit on the Hub; None for the default branch.
             subfolder: folder of the model inside the repository or `model_id`.
@@ -113,113 +131,105 @@ class Encoder:
             TypeError: `dtype` is no floating-point type.
             ValueError: no image encoder, no such readout or device, or weights missing from the checkpoint.
             FileNotFoundError: the folder, its safetensors or its image processor file is absent.
-            OSError: a file is damaged; or the Hub's own RepositoryNotFoundError (unknown or private), GatedRepoError,
-                RevisionNotFoundError, ConnectionError (no network, or HF_HUB_OFFLINE=1).
-
-        Example:
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin", readout="cls")
-            >>> encoder.input_shape
-            (3, 64, 64)
+            OSError: a damaged file, or the Hub's own error (RepositoryNotFoundError, GatedRepoError, no network).
         """
         if dtype not in _DTYPES:
             raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
         place = find_device(device)
-        checkpoint = find_checkpoint(
-            model_id, revision=revision, subfolder=subfolder, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only, trust_remote_code=trust_remote_code
-        )  # fmt: skip
-        network = Network(load_model(checkpoint, dtype), load_preprocessor(checkpoint), dtype, place)
-        return cls(checkpoint, network, readout=readout, normalize=normalize)
+        cache = None if cache_dir is None else os.fspath(cache_dir)
+        hub = HubFiles(os.fspath(model_id), "", subfolder, token, cache, local_files_only)
+        checkpoint = find_checkpoint(hub, revision, trust_remote_code)
+        loaded, preprocessor = load_model(checkpoint, dtype), load_preprocessor(checkpoint)
+        return cls(checkpoint, loaded, preprocessor, place, dtype, readout=readout, normalize=normalize)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the embedding z = f(x) of each image, (B, D), differentiable in the pixels.
 
-        Float32 is float32 (TF32 and `torch.autocast` are off during the call), and float64 and forward mode
-        (`torch.func.jvp`) use an attention kernel that supports them. Wrap a double backward in `exact_derivatives`
-        yourself, and a backward pass in `no_tf32` (on CUDA) and `no_autocast`, all of `hf_equiv.precision`. Values
-        outside [0, 1] are accepted, since finite differences step over the edge.
+        Float32 is float32 (TF32 and autocast are off), and float64 and forward mode use an attention kernel that
+        supports them. Wrap a double backward in `precision.exact_derivatives` yourself, and a backward pass in
+        `no_tf32` and `no_autocast`. Values outside [0, 1] are accepted, since finite differences step over the edge.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1], on the encoder's device; cast to its dtype.
 
         Returns:
             (B, D) in the encoder's dtype; of unit L2 norm with `normalize=True`.
-
-        Raises:
-            TypeError: `pixels` is no float tensor.
-            ValueError: a shape, size or device that does not fit.
-
-        Example:
-            >>> import torch
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin")
-            >>> x = torch.rand(1, *encoder.input_shape, requires_grad=True)
-            >>> encoder(x).square().sum().backward()
-            >>> x.grad.shape == x.shape
-            True
         """
-        self._network.check(pixels)
-        z = self._network(pixels, self.readout)
+        self._check(pixels)
+        z = self._embed(pixels, self.readout)
         return z / z.norm(dim=1, keepdim=True) if self.normalize else z
+
+    def _embed(self, pixels: Tensor, readout: str) -> Tensor:
+        exact = self.dtype == torch.float64
+        # On a CPU, products of all types but float32 round by their number of rows: embed one image at a time, so that
+        # an embedding does not depend on the batch.
+        alone = self.dtype != torch.float32 or self._layout.alone
+        if pixels.shape[0] > 1 and pixels.device.type == "cpu" and alone:
+            return torch.cat([self._embed(one, readout) for one in pixels.split(1)])
+        with ExitStack() as rules:
+            rules.enter_context(no_tf32())
+            rules.enter_context(no_autocast())
+            if exact or forward_ad.unpack_dual(pixels).tangent is not None:
+                rules.enter_context(exact_derivatives())
+            if exact and self._loaded.attention == "eager":
+                rules.enter_context(float64_softmax())
+            x = normalise(pixels.to(self.dtype), self._mean, self._std)
+            return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
+
+    def _check(self, pixels: Tensor) -> None:
+        """Require a float tensor (B, 3, H, W) on this device, of a size that the model takes."""
+        check_tensor(pixels, "pixels", "3")
+        if pixels.device != self.device:
+            raise ValueError(
+                f"`pixels` must be on {self.device}; got {pixels.device}. Use `pixels.to(encoder.device)`."
+            )
+        size = (int(pixels.shape[2]), int(pixels.shape[3]))
+        if size not in self._sizes:
+            check_size(self._loaded, self._layout, size, self._native or self.input_shape[1:], self._mean)
+            self._sizes.add(size)
+
+    def _interpolates(self, pixels: Tensor) -> bool:
+        return self._native is not None and tuple(pixels.shape[2:]) != self._native
 
     def preprocess(self, images: Sequence[Image] | Image) -> Tensor:
         """Return the output of the checkpoint's own image processor before it normalises, (B, 3, H, W).
 
         It equals bit for bit the processor that transformers selects in this environment; `provenance` records it.
-        Images are converted to RGB first.
 
         Args:
-            images: one PIL image or a sequence of them.
+            images: one PIL image or a sequence of them; converted to RGB first.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1], every value k/255.
 
         Raises:
-            TypeError: anything but PIL images.
-            ValueError: this environment cannot run the processor (DINOv3's needs torchvision, and leaves the k/255
-                grid), or cannot split it exactly.
-
-        Example:
-            >>> from PIL import Image
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin")
-            >>> encoder.preprocess(Image.new("RGB", (100, 80))).shape == (1, *encoder.input_shape)
-            True
+            ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or cannot split it
+                exactly.
         """
-        return self._network.preprocessor(images)
+        return self._preprocessor(images)
 
     def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
         """Return class scores s(x) before the softmax, (B, num_classes), for one forward pass.
 
         Without `labels`, they are the scores of the checkpoint's own head, named by `label_names`. With `labels`,
         zero-shot: s = scale · cos(image embedding, text embedding of "a photo of a {label}.") + bias, for CLIP and
-        SigLIP; the text encoder is loaded once per list of labels.
+        SigLIP.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1].
             labels: class names for zero-shot classification; None for the head.
 
         Returns:
-            (B, num_classes) in the encoder's dtype, differentiable in the pixels. SigLIP's scores belong to a sigmoid
-            per label, all others to a softmax over the labels.
+            (B, num_classes), differentiable; SigLIP's scores belong to a sigmoid per label, all others to a softmax.
 
         Raises:
             ValueError: the checkpoint has no head (without `labels`) or no text encoder (with `labels`).
 
-        Example:
-            >>> import torch
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin")
-            >>> scores = encoder.classify(torch.zeros(1, *encoder.input_shape))
-            >>> encoder.label_names[int(scores.argmax())] in encoder.label_names
-            True
-
         References:
             Radford et al. 2021, arXiv:2103.00020, §3.1; Zhai et al. 2023, arXiv:2303.15343.
         """
-        self._network.check(pixels)
-        two_tower = self._network.loaded.two_tower
+        self._check(pixels)
+        two_tower = self._loaded.two_tower
         if labels is not None:
             if not two_tower:
                 advice = "Leave it out: the checkpoint has a head." if self.has_head else "Use CLIP or SigLIP."
@@ -227,11 +237,11 @@ class Encoder:
             key = tuple(labels)
             if isinstance(labels, str) or key not in self._labels:
                 self._labels[key] = embed_labels(self._checkpoint, labels, self.dtype, self.device)
-            return self._labels[key].logits(self._network(pixels, "projection"))
+            return self._labels[key].logits(self._embed(pixels, "projection"))
         if not self.has_head:
             advice = "Pass `labels`." if two_tower else "Use a checkpoint fine-tuned for classification."
             raise ValueError(f"`classify` must have a classification head; '{self.model_id}' has none. {advice}")
-        return self._network(pixels, "logits")
+        return self._embed(pixels, "logits")
 
     def double(self) -> Encoder:
         """Return the same function in float64, made once and with exactly the same weights."""
@@ -248,29 +258,24 @@ class Encoder:
         Returns:
             The copy, on the same device.
         """
-        network = self._network.in_dtype(dtype)
-        return Encoder(self._checkpoint, network, readout=self.readout, normalize=self.normalize)
+        loaded = self._loaded.in_dtype(dtype)
+        return Encoder(
+            self._checkpoint, loaded, self._preprocessor, self.device, dtype, readout=self.readout,
+            normalize=self.normalize
+        )  # fmt: skip
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
-        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: the effect of rounding on the embedding.
+        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: embedding errors below this are meaningless.
 
-        f₆₄ is the float64 twin at the same pixels. Embedding errors below this are meaningless. One image at a time;
-        the cost is one forward pass in the encoder's dtype and one in float64 each. 0 for a float64 encoder.
+        The cost is one forward pass in the encoder's dtype and one of its float64 twin each. 0 for a float64 encoder.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1].
 
         Returns:
             (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
-
-        Example:
-            >>> import torch
-            >>> from hf_equiv import Encoder
-            >>> encoder = Encoder.from_pretrained("builtin")
-            >>> bool(encoder.noise_floor(torch.rand(1, *encoder.input_shape)) < 1e-4)
-            True
         """
-        self._network.check(pixels)
+        self._check(pixels)
         return embedding_noise(self, self.double(), pixels.to(self.dtype))
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
@@ -282,44 +287,37 @@ class Encoder:
         Returns:
             The relations, exact zeros first.
         """
-        return left_relations(self, self._network.loaded.model, image)
+        return left_relations(self, self._loaded.model, image)
 
     @property
     def pixel_std(self) -> Tensor:
         """Standard deviation (3,) that the checkpoint divides each channel by: one normalised-pixel unit in [0, 1]."""
-        return self._network.std.flatten()
+        return self._std.flatten()
 
     @property
     def patch_weight(self) -> Tensor | None:
         """Weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without one."""
-        return patch_weight(self._network.loaded.model, self._network.std)
+        return patch_weight(self._loaded.model, self._std)
 
     def jvp_probe(self) -> bool:
-        """Compute one Jacobian-vector product on a grey image, once.
-
-        Returns:
-            True: `torch.func.jvp` works on this encoder and is finite.
-
-        Raises:
-            RuntimeError: an operation of this model has no forward-mode derivative, or its value is not finite.
-        """
+        """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
         if not self._jvp_works:
-            attention = self._network.loaded.attention
-            require_forward_mode(self, self._network.grey, f"'{self.model_id}' with {attention} attention")
+            attention = self._loaded.attention
+            require_forward_mode(self, self._grey, f"'{self.model_id}' with {attention} attention")
             self._jvp_works = True
         return True
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Record of the encoder for every row; `processor` and `versions` are JSON objects in a string.
-
-        A local folder is recorded by its name, not its path; the digest of the weights identifies it.
-        """
+        """Record of the encoder for every row, with the name of a local folder and the digest of its weights."""
         return {
             "model_id": self._checkpoint.name,
             "model_revision": self.revision,
             "readout": self.readout,
-            **self._network.record,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self._loaded.attention,
+            "processor": self._preprocessor.record,
+            "versions": json.dumps({name: version(name) for name in _PACKAGES}),
         }
 
     def __repr__(self) -> str:

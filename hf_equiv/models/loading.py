@@ -19,25 +19,15 @@ _OPTIONAL = ("mask_token", "pooler", "text_model", *_HEADS)
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """One model in eval mode with frozen parameters.
+    """One model in eval mode with frozen parameters."""
 
-    Attributes:
-        model: the whole model, with its classification head if the checkpoint has one.
-        backbone: the part that maps normalised pixels to hidden states.
-        projection: CLIP's linear map from the pooled vision state to the image embedding; None if there is none.
-        attention: "sdpa" or "eager".
-        has_head: whether trained classification weights are in the checkpoint.
-        has_pooler: whether every weight of the pooler (if it has any) is in the checkpoint.
-        two_tower: whether the checkpoint also holds a text encoder.
-    """
-
-    model: PreTrainedModel
-    backbone: PreTrainedModel
-    projection: torch.nn.Module | None
-    attention: str
-    has_head: bool
-    has_pooler: bool
-    two_tower: bool
+    model: PreTrainedModel  # the whole model, with its classification head if the checkpoint has one
+    backbone: PreTrainedModel  # the part that maps normalised pixels to hidden states
+    projection: torch.nn.Module | None  # CLIP's linear map from the pooled state to the image embedding
+    attention: str  # "sdpa" or "eager"
+    has_head: bool  # whether trained classification weights are in the checkpoint
+    has_pooler: bool  # whether every weight of the pooler (if it has any) is in the checkpoint
+    two_tower: bool  # whether the checkpoint also holds a text encoder
 
     def to(self, device: torch.device) -> None:
         """Move every parameter to `device`."""

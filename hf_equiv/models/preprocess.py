@@ -22,6 +22,7 @@ from hf_equiv.formatting import excerpt
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _FILE = "preprocessor_config.json"
+_OR = "Or pass pixels (B, 3, H, W) in [0, 1] to the encoder."
 _CURE = "Pass pixels (B, 3, H, W) in [0, 1] to the encoder."
 _OFF_GRID = "DINOv3ViTImageProcessor"  # torchvision only; it rescales before it resizes, so its pixels are not k/255
 _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
@@ -29,23 +30,14 @@ _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
 
 @dataclass(frozen=True, slots=True)
 class Preprocessor:
-    """The image processor of one checkpoint.
+    """The image processor of one checkpoint."""
 
-    Attributes:
-        mean: per-channel mean that the model expects to be subtracted, in units of pixels in [0, 1].
-        std: per-channel standard deviation that it expects to be divided by.
-        size: (H, W) of every preprocessed image; None if this environment cannot preprocess.
-        refusal: reason why `preprocess` is impossible; empty if it works.
-        record: the processor's settings and backend as one JSON string.
-        processor: the transformers image processor; None if it cannot be built here.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    size: tuple[int, int] | None
-    refusal: str
-    record: str
-    processor: Any = None
+    mean: tuple[float, float, float]  # per channel, that the model expects to be subtracted, pixels in [0, 1]
+    std: tuple[float, float, float]  # per channel, that it expects to be divided by
+    size: tuple[int, int] | None  # (H, W) of every preprocessed image; None if this environment cannot preprocess
+    refusal: str  # reason why `preprocess` is impossible; empty if it works
+    record: str  # the processor's settings and backend as one JSON string
+    processor: Any = None  # the transformers image processor; None if it cannot be built here
 
     def __call__(self, images: Sequence[Image.Image] | Image.Image) -> Tensor:
         """Return the pixels k/255 of the images, (B, 3, H, W) float32."""
@@ -74,22 +66,15 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
                 checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
             )
         except Exception as error:
+            must = "`preprocess` must run the checkpoint's own image processor;"
             if "trust_remote_code" in str(error):
-                refusal = (
-                    f"`trust_remote_code` must be True for '{checkpoint.model_id}': its image processor is Python code "
-                    "of its own. Read that code first, or pass pixels (B, 3, H, W) in [0, 1] to the encoder."
-                )
+                must = f"`trust_remote_code` must be True for '{checkpoint.model_id}':"
+                refusal = f"{must} its image processor is Python code of its own. Read that code first. {_OR}"
             elif name.startswith(_OFF_GRID):
-                refusal = (
-                    "`preprocess` must run the checkpoint's own image processor; DINOv3's exists only for torchvision, "
-                    "which is not usable here. Install a torchvision that matches this PyTorch, or pass pixels "
-                    "(B, 3, H, W) in [0, 1] to the encoder."
-                )
+                must = f"{must} DINOv3's exists only for torchvision, which is not usable here."
+                refusal = f"{must} Install one for this PyTorch. {_OR}"
             else:
-                refusal = (
-                    f"`preprocess` must run the checkpoint's own image processor; {name or _FILE} cannot be built here "
-                    f"({excerpt(error)}). {_CURE}"
-                )
+                refusal = f"{must} {name or _FILE} cannot be built here ({excerpt(error)}). {_CURE}"
         mean, std = _normalisation(processor, settings, checkpoint)
         size = None
         if processor is not None:

@@ -24,32 +24,16 @@ from torch import Tensor
 
 from hf_equiv.models.loading import LoadedModel
 
-# Tokens before the patches; for models not listed they are counted from the shape.
-_CLASS_TOKEN = {
-    **dict.fromkeys(("vit", "beit", "data2vec-vision", "dinov2", "clip_vision_model", "vit_mae", "vit_msn"), 1),
-    **dict.fromkeys(("siglip_vision_model", "swin", "swinv2", "ijepa"), 0),
-    "deit": 2,  # class, distillation
-    "dinov3_convnext": 1,  # the pooled map comes before the positions
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Outputs of one forward pass of a checkpoint, found on a probe image.
+    """Outputs of one forward pass of a checkpoint, found on a probe image."""
 
-    Attributes:
-        prefix: number of tokens before the patch tokens; the first of them is the class token.
-        patch: side of the square patches behind the tokens after the prefix; None for other models.
-        alone: whether images must be embedded one at a time on the CPU so that their bits do not depend on the batch.
-        num_hidden: length of `hidden_states`.
-        available: the readouts of this checkpoint.
-    """
-
-    prefix: int
-    patch: int | None
-    alone: bool
-    num_hidden: int
-    available: tuple[str, ...]
+    prefix: int  # number of tokens before the patch tokens; the first of them is the class token
+    patch: int | None  # side of the square patches behind the tokens after the prefix; None for other models
+    alone: bool  # whether images are embedded one by one on the CPU, so that bits do not depend on the batch
+    num_hidden: int  # length of `hidden_states`
+    available: tuple[str, ...]  # the readouts of this checkpoint
 
 
 def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tuple[int, int]) -> Layout:
@@ -154,23 +138,16 @@ def _mean(state: Tensor, prefix: int) -> Tensor:
 
 
 def _prefix(loaded: LoadedModel, tokens: int, image_size: tuple[int, int]) -> int:
+    """Return the number of tokens that are no patches, if a class token is among them; else 0."""
     config = loaded.backbone.config
-    known = _CLASS_TOKEN.get(config.model_type)
-    if known is not None:
-        return known
-    if config.model_type in ("dinov2_with_registers", "dinov3_vit"):
-        return 1 + config.num_register_tokens
+    if config.model_type == "dinov3_convnext":
+        return 1  # the pooled map comes before the positions
     patch = getattr(config, "patch_size", None)
-    if isinstance(patch, int) and patch > 0:
-        extra = tokens - (image_size[0] // patch) * (image_size[1] // patch)
-        if extra == 0:
-            return 0
-        named = any(
-            re.search(r"cls_token|class_(embedding|token)", name) for name, _ in loaded.backbone.named_parameters()
-        )
-        if 0 < extra <= 16 and named:
-            return extra
-    return 0
+    if not isinstance(patch, int) or patch <= 0:
+        return 0
+    extra = tokens - (image_size[0] // patch) * (image_size[1] // patch)
+    names = (name for name, _ in loaded.backbone.named_parameters())
+    return extra if 0 < extra <= 16 and any(re.search(r"cls_token|class_(embedding|token)", n) for n in names) else 0
 
 
 def probe(loaded: LoadedModel, pixel_values: Tensor, interpolate: bool) -> Mapping[str, Any]:
@@ -207,17 +184,3 @@ def check_size(
             f"`pixels` must have a size this model takes; got {got}, but {type(loaded.backbone).__name__} was made for "
             f"{made_for} and does not interpolate its positions. Use `encoder.preprocess(...)`, or resize the images."
         ) from error
-
-
-def check_pixels(pixels: Tensor, device: torch.device) -> None:
-    """Require a float tensor (B, 3, H, W) on `device`."""
-    if not isinstance(pixels, Tensor):
-        raise TypeError(f"`pixels` must be a torch.Tensor; got {type(pixels).__name__}. Use `encoder.preprocess(...)`.")
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(
-            f"`pixels` must have shape (B, 3, H, W); got {tuple(pixels.shape)}. Use `encoder.preprocess(...)`."
-        )
-    if not pixels.is_floating_point():
-        raise TypeError(f"`pixels` must be a float tensor in [0, 1]; got dtype {pixels.dtype}. Divide uint8 by 255.")
-    if pixels.device != device:
-        raise ValueError(f"`pixels` must be on {device}; got {pixels.device}. Use `pixels.to(encoder.device)`.")

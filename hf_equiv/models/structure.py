@@ -39,23 +39,13 @@ def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | 
 
 
 def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRelation, ...]:
-    """Return the left vectors u with uᵀJ in closed form, from z = T(y), y = γ (h − mean h)/√(var h + ε) + β.
-
-    y is the output of the last LayerNorm of `model`; without one that all of f passes there are no relations. With n =
-    the unit vector along (h − mean h), κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
-
-    * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
-    * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
-    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns; "unit norm": Wᵀu = 0 along z.
-
-    If T averages several tokens alike, only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
-
-    Returns:
-        The relations that hold, exact ones first.
-
-    References:
-        Ba, Kiros, Hinton (2016), arXiv:1607.06450, eq. 4.
-    """
+    """Return the left vectors u with uᵀJ in closed form, exact ones first."""
+    # z = T(y), and y = γ (h − mean h)/√(var h + ε) + β is the output of the last LayerNorm (arXiv:1607.06450, eq. 4).
+    # With n the unit vector along h − mean h, κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
+    #    * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
+    #    * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
+    #    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns; "unit norm": Wᵀu = 0 along z.
+    # If T averages several tokens alike, only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
     norm = find_last_norm(f, model, image)
     if norm is None:
         return ()

@@ -13,23 +13,16 @@ from transformers import AutoModel, AutoTokenizer
 from hf_equiv.formatting import excerpt
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
-PROMPT = "a photo of a {label}."
-"""Sentence around each label (Radford et al. 2021, arXiv:2103.00020, §3.1.4)."""
+PROMPT = "a photo of a {label}."  # sentence around each label (Radford et al. 2021, arXiv:2103.00020, §3.1.4)
 
 
 @dataclass(frozen=True, slots=True)
 class LabelEmbeddings:
-    """Text embeddings of some labels, of unit length, with the model's logit scale and bias.
+    """Text embeddings of some labels, of unit length, with the model's logit scale and bias."""
 
-    Attributes:
-        features: (L, D), each row of norm 1.
-        scale: factor on the cosine similarity.
-        bias: added to the product; 0 for CLIP.
-    """
-
-    features: Tensor
-    scale: float
-    bias: float
+    features: Tensor  # (L, D), each row of norm 1
+    scale: float  # factor on the cosine similarity
+    bias: float  # added to the product; 0 for CLIP
 
     def logits(self, image_features: Tensor) -> Tensor:
         """Return scale · cos(image, label) + bias, (B, L), for image embeddings (B, D)."""

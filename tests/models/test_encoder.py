@@ -72,8 +72,8 @@ def reference(name: str, folder: Path, x: Tensor) -> dict[str, Tensor]:
     with quiet(), torch.no_grad():
         kind = transformers.ViTMAEModel if name == "vit_mae" else type(FAMILIES[name].make())
         model = kind.from_pretrained(folder, config=settings, attn_implementation=_attention(kind)).eval()
-        network = Encoder.from_pretrained(folder)._network
-        v = (x - network.mean) / network.std
+        encoder = Encoder.from_pretrained(folder)
+        v = (x - encoder._mean) / encoder._std
         extra = {"noise": torch.arange(16.0)[None]} if name == "vit_mae" else {}
         wanted: dict[str, Tensor] = {}
         if "ForImageClassification" in kind.__name__:
@@ -299,7 +299,7 @@ def test_zero_shot_is_the_two_tower_model(name: str, tmp_path: Path) -> None:
     )
     x = pixels(2)
     mask = {} if name == "siglip" else {"attention_mask": tokens.attention_mask}
-    v = (x - encoder._network.mean) / encoder._network.std
+    v = (x - encoder._mean) / encoder._std
     with torch.no_grad():
         own = model(input_ids=tokens.input_ids, pixel_values=v, **mask).logits_per_image
         scores = encoder.classify(x, labels=["cat", "dog"])
@@ -386,7 +386,7 @@ def test_autocast_leaves_float32_alone(name: str, tiny: Any) -> None:
 def test_jvp_probe_names_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with quiet():
         encoder = Encoder.from_pretrained(save("vit", tmp_path))
-    monkeypatch.setattr("hf_equiv.models.network.exact_derivatives", no_tf32)  # leave the fused kernel in place
+    monkeypatch.setattr("hf_equiv.models.encoder.exact_derivatives", no_tf32)  # leave the fused kernel in place
     with pytest.raises(RuntimeError, match=r"`encoder` must have forward-mode derivatives for this; .* with sdpa"):
         encoder.jvp_probe()
 

@@ -18,7 +18,7 @@ from loopback_hub import Hub
 from safetensors.torch import load_file, save_file
 from tiny_models import save
 
-from hf_equiv.models.checkpoint import find_checkpoint, quiet
+from hf_equiv.models.checkpoint import HubFiles, find_checkpoint, quiet
 from hf_equiv.models.encoder import Encoder
 
 
@@ -35,10 +35,10 @@ def edit(folder: Path, **settings: Any) -> None:
 
 def test_revision_of_a_folder_is_the_digest_of_its_weights(vit: Path) -> None:
     digest = hashlib.sha256((vit / "model.safetensors").read_bytes()).hexdigest()
-    assert find_checkpoint(vit).revision == f"sha256:{digest}"
-    assert find_checkpoint(vit.parent, subfolder="vit").revision == f"sha256:{digest}"
+    assert find_checkpoint(HubFiles(str(vit))).revision == f"sha256:{digest}"
+    assert find_checkpoint(HubFiles(str(vit.parent), subfolder="vit")).revision == f"sha256:{digest}"
     with pytest.raises(ValueError, match=r"`revision` must be None for a local folder; got 'main'"):
-        find_checkpoint(vit, revision="main")
+        find_checkpoint(HubFiles(str(vit)), revision="main")
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "~/no/such/folder"])

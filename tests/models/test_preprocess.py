@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import PROCESSORS, save
 from transformers import AutoImageProcessor
 
-from hf_equiv.models.checkpoint import Checkpoint, find_checkpoint, quiet
+from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint, quiet
 from hf_equiv.models.preprocess import load_preprocessor, normalise
 
 
@@ -43,7 +43,7 @@ def checkpoint(folder: Path, settings: dict[str, Any]) -> Checkpoint:
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (folder / "model.safetensors").write_bytes(b"")
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return find_checkpoint(folder)
+    return find_checkpoint(HubFiles(str(folder)))
 
 
 @pytest.mark.parametrize("name", [name for name in PROCESSORS if name != "dinov3"])
@@ -133,4 +133,4 @@ def test_only_pil_images(bad: Any, tmp_path: Path) -> None:
 def test_save_writes_what_from_pretrained_reads(tmp_path: Path) -> None:
     with quiet():
         save("deit", tmp_path)
-    assert load_preprocessor(find_checkpoint(tmp_path)).size == (32, 32)
+    assert load_preprocessor(find_checkpoint(HubFiles(str(tmp_path)))).size == (32, 32)
