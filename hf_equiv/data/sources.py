@@ -95,11 +95,9 @@ def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) ->
         raise FileNotFoundError(
             f"{what!r} does not exist, and patterns are not expanded. Name a folder: it stands for all images in it."
         )
-    if what.endswith(("/", "\\")):
-        raise FileNotFoundError(f"folder {what!r} does not exist. Check the path.")
     suffixes = IMAGE_SUFFIXES | {".parquet", ".csv", ".zip", ".heic", ".svg", ".pdf"}
-    slashes = what.split(":")[0].count("/")
-    if path.suffix.lower() in suffixes or what.startswith(("/", "./", "../", "~")) or "\\" in what or slashes > 1:
+    is_path = what.startswith(("/", "./", "../", "~")) or what.endswith("/") or "\\" in what
+    if is_path or path.suffix.lower() in suffixes or what.split(":")[0].count("/") > 1:
         raise FileNotFoundError(
             f"{what!r} does not exist. Check the path (Hub datasets are named id[:config][:split])."
         )

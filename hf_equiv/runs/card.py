@@ -27,18 +27,15 @@ def escape(value: Any) -> Any:
     return one_line(str(value)).translate(_ESCAPES).replace("](", "]&#40;")
 
 
-def markdown_template(name: str) -> jinja2.Template:
-    """Load a Markdown template of the package; it escapes every value that is not the result of `tojson`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
-        undefined=jinja2.StrictUndefined,
-        finalize=escape,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    return environment.get_template(name)
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
+    undefined=jinja2.StrictUndefined,
+    finalize=escape,  # every value that is not the result of `tojson`
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
 
 def run_card(
@@ -49,7 +46,7 @@ def run_card(
     command: str | None = None,
 ) -> str:
     """Return the card of a run from its settings and summary; `figures` are names of files inside `figures/`."""
-    return markdown_template("run_card.md.jinja").render(
+    return _TEMPLATES.get_template("run_card.md.jinja").render(
         model_id=one_line(settings["model_id"]),
         layout=layout,
         settings=settings,
