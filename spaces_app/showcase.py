@@ -103,18 +103,14 @@ def open_showcase(
 def _read_run(place: Path, most: int, most_bytes: int | None) -> tuple[str, list[Row]]:
     """Return the analysis of a run and its first rows, each with its settings."""
     record = directory.read_record(place)
-    analysis = record.get("analysis")
-    if analysis not in LAYOUTS:
-        raise ValueError(f"a run must be a {', '.join(LAYOUTS)}; got {analysis!r}.")
-    layout = LAYOUTS[analysis]
-    directory.check_record(place, record, layout)
+    layout = directory.check_record(place, record)
     if most_bytes is not None:
         for shard in shard_files(place, layout):
             refuse_swollen(shard, _EXPANSION * most_bytes)
     rows = list(read_rows(place, images=True, layout=layout, first=most))
     for row in rows:
         _check_pictures([row[column] for column in layout.images])
-    return analysis, [row | {"settings": record["settings"]} for row in rows]
+    return layout.analysis, [row | {"settings": record["settings"]} for row in rows]
 
 
 def _walks(rows: Sequence[Row]) -> dict[str, tuple[Row, ...]]:

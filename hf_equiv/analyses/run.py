@@ -112,10 +112,7 @@ def run_analysis(
         closed.append(_read_back(folder, plan, verb.shown))
         return _close(plan, verb, folder, closed[0])
 
-    job = Job(
-        layout, plan.encoder.device, plan.settings, plan.items, sizes.images if verb.batch == "items" else 1,
-        plan.item_bytes, make, finish, plan.command,
-    )  # fmt: skip
+    job = Job(plan, sizes.images if verb.batch == "items" else 1, make, finish)
     main = carry_out(job, folder, overwrite, observer or (lambda _: None))
     record = directory.read_record(folder)
     found = closed[0] if closed else _read_back(folder, plan, 0)

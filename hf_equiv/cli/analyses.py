@@ -207,15 +207,14 @@ def _run(name: str, given: dict[str, Any]) -> int:
         dtype = "float32" if config.half else config.dtype
         encoder = environment.load_encoder(given["model"], dtype=dtype, **options, **where)
         plan = make_plan(config, encoder, **where)
-        items = [item.entry() for item in plan.items]
         folder: Path = given["out"] or plan.default_out
         progress.say(plan.choices, quiet=quiet or given["dry_run"])
         if given["out"] is None:
-            progress.say(resume.other_states(folder, plan.settings, items, plan.layout), quiet=quiet)
+            progress.say(resume.other_states(folder, plan), quiet=quiet)
         if not given["dry_run"]:
             return _carry_out(plan, folder, given, out)
         if environment.is_first():
-            there = resume.refuse_early(folder, plan.settings, given["overwrite"], plan.layout, items)
+            there = resume.refuse_early(folder, plan, given["overwrite"])
             facts = _estimate(plan, folder, there, given["batch_size"])
             if given["as_json"]:
                 output.print_json(_result(plan, folder, [], None) | {"dry_run": facts}, out)
@@ -228,7 +227,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any], out: Any) -> int
     """Run a plan with progress, and print its rows, summary and verdict; returns the exit code."""
     from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import output, progress
-    from hf_equiv.runs import directory
+    from hf_equiv.runs import shards
 
     quiet, total = given["as_json"] or given["quiet"], len(plan.items)
     what, _, failed = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
@@ -237,7 +236,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any], out: Any) -> int
         with progress.run_progress(quiet=quiet, what=what) as observer:
             outcome = run_analysis(plan, folder, observer=observer, **how)
     except KeyboardInterrupt:
-        kept = len(directory.finished_ids(folder, plan.layout)) if folder.is_dir() else 0
+        kept = len(shards.ids_of(folder, plan.layout)) if folder.is_dir() else 0
         told = f"interrupted; {kept} of {total} {what} are kept in {folder}. {_how_to_go_on()}"
         raise KeyboardInterrupt(told) from None
     if not outcome.main:

@@ -96,7 +96,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 
 def _refuse_folder_of_runs(directory: Path, repo_id: str, given: Mapping[str, Any]) -> None:
     """Refuse a folder of several runs, with the command for each run."""
-    from hf_equiv.runs.directory import folder_of_runs, runs_inside
+    from hf_equiv.runs.directory import refuse_folder_of_runs
 
     flags: list[str] = []
     for name, value in given.items():
@@ -105,11 +105,7 @@ def _refuse_folder_of_runs(directory: Path, repo_id: str, given: Mapping[str, An
             flags += [] if value is None else ["--private" if value else "--public"]
         elif value:
             flags += [flag] if value is True else [flag, str(value)]
-    if inside := runs_inside(directory):
-        commands = (
-            shlex.join(["hf-equiv", "publish", path.as_posix(), repo_id, *flags]) + note for path, note in inside
-        )
-        raise ValueError(folder_of_runs(directory, inside) + " Publish each:\n- " + "\n- ".join(commands))
+    refuse_folder_of_runs(directory, lambda path: shlex.join(["hf-equiv", "publish", path, repo_id, *flags]))
 
 
 @click.command()

@@ -48,12 +48,11 @@ def open_image(
         most_pixels: most pixels that are decoded; `MAX_PIXELS` by default.
 
     Returns:
-        A `PIL.Image.Image` of mode RGB, fully loaded, without metadata.
+        The image, fully loaded, without metadata.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is empty, truncated, too large, of a kind that has no 8-bit meaning, or has
-            another SHA-256.
+        ValueError: the file is no image, damaged, too large, without 8-bit meaning, or has another SHA-256.
     """
     most, data = most_pixels or MAX_PIXELS, b""
     if isinstance(source, Image.Image):
@@ -75,7 +74,6 @@ def open_image(
 
 
 def _read(source: str | os.PathLike[str] | bytes, name: str | None, sha256: str | None) -> tuple[bytes, str]:
-    """Return the bytes of an image file and its name."""
     if isinstance(source, bytes | bytearray):
         name, data = name or "image", bytes(source)
     else:
@@ -108,14 +106,7 @@ def encode_png(pixels: Tensor) -> bytes:
 
 
 def decode_png(data: bytes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Read PNG bytes of mode RGB back to pixels.
-
-    Returns:
-        (3, H, W) of `dtype`, values k/255.
-
-    Raises:
-        ValueError: the bytes are no 8-bit RGB image.
-    """
+    """Read PNG bytes of mode RGB back to pixels (3, H, W) of `dtype`, values k/255."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode, levels = image.mode, np.array(image)
@@ -128,7 +119,7 @@ def decode_png(data: bytes, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @contextmanager
 def _pillow_limit_off() -> Iterator[None]:
-    """Replace Pillow's own size limit (a warning, then an error at open) by the check in `_decode`."""
+    # `_decode` checks the size; Pillow would refuse large JPEG files at opening, which are decoded smaller.
     with _LIMIT_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

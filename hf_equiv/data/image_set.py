@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from PIL import Image
 
@@ -63,3 +65,20 @@ class ImageSet:
             labels=tuple(self.labels[i] for i in chosen),
             read=lambda i: self.read(chosen[i]),
         )
+
+
+def file_digest(path: Path) -> str:
+    """Return the hex SHA-256 of a file, or "unreadable": reading it later gives the error."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return "unreadable"
+
+
+def content_hash(names: Sequence[str], digests: Sequence[str], labels: Sequence[str | None]) -> str:
+    """Return the revision of a set: "sha256:…" over the name, label and contents of every file."""
+    whole = hashlib.sha256()
+    for name, digest, label in zip(names, digests, labels, strict=True):
+        whole.update(f"{name}\0{label}\0{digest}\n".encode())
+    return "sha256:" + whole.hexdigest()

@@ -7,7 +7,6 @@ in a row is that of the pixels that were analysed.
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_equiv.data.image_file import IMAGE_SUFFIXES, open_image
-from hf_equiv.data.image_set import ImageSet
+from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 
 BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
 DEFAULT_PAIRS = 10
@@ -61,20 +60,20 @@ def load_images(
         >>> load_images("builtin").ids
         ('cat', 'coffee', 'rocket', 'astronaut')
     """
+    from hf_equiv.data import tables  # takes a second
+
     what = os.fspath(what) if isinstance(what, os.PathLike) else what
     cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     if not isinstance(what, str) or not what.strip():
         raise ValueError(f"images must be named by a file, a folder, a dataset or 'builtin'; got {what!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; got {limit}.")
-    images = _local(what, image_column, label_column, cache_dir)
+    columns = (image_column, label_column, cache_dir)
+    images = _local(what, lambda name, paths: tables.open_parquet(name, paths, *columns))
     if images is None:
-        from hf_equiv.data import tables
-
         images = tables.load_hub_dataset(
-            what, image_column, label_column, cache_dir, local_files_only=local_files_only, most=most or limit,
-            streaming=streaming,
-        )  # fmt: skip
+            what, *columns, local_files_only=local_files_only, most=most or limit, streaming=streaming
+        )
     elif streaming:
         raise ValueError(f"`streaming` must come with a Hub dataset; {what!r} is here already. Leave it out.")
     if limit is not None and limit < len(images):
@@ -82,27 +81,23 @@ def load_images(
     return images
 
 
-def _local(what: str, image_column: str | None, label_column: str | None, cache_dir: str | None) -> ImageSet | None:
+def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) -> ImageSet | None:
     """Open images of this machine, or return None for the name of a Hub dataset."""
     if what == "builtin":
         folder = Path(__file__).parents[1] / "assets" / "photos"
         return _image_files(what, [folder / f"{name}.jpg" for name in BUILTIN_PHOTOS], BUILTIN_PHOTOS, BUILTIN_PHOTOS)
     path = Path(what).expanduser()
     if path.is_dir():
-        return _folder(path, image_column, label_column, cache_dir)
+        return _folder(path, open_tables)
     if path.is_file():
-        if path.suffix.lower() == ".parquet":
-            return _parquet(path.name, [path], image_column, label_column, cache_dir)
-        return _single_photo(path)
+        return open_tables(path.name, [path]) if path.suffix.lower() == ".parquet" else _single_photo(path)
     if any(sign in what for sign in "*?["):
         raise FileNotFoundError(
             f"{what!r} does not exist, and patterns are not expanded. Name a folder: it stands for all images in it."
         )
-    if what.endswith(("/", "\\")):
-        raise FileNotFoundError(f"folder {what!r} does not exist. Check the path.")
     suffixes = IMAGE_SUFFIXES | {".parquet", ".csv", ".zip", ".heic", ".svg", ".pdf"}
-    slashes = what.split(":")[0].count("/")
-    if path.suffix.lower() in suffixes or what.startswith(("/", "./", "../", "~")) or "\\" in what or slashes > 1:
+    is_path = what.startswith(("/", "./", "../", "~")) or what.endswith("/") or "\\" in what
+    if is_path or path.suffix.lower() in suffixes or what.split(":")[0].count("/") > 1:
         raise FileNotFoundError(
             f"{what!r} does not exist. Check the path (Hub datasets are named id[:config][:split])."
         )
@@ -131,7 +126,7 @@ def _single_photo(path: Path) -> ImageSet:
     return _image_files(path.name, [path], [path.name], [None], "sha256:" + file_digest(path))
 
 
-def _folder(path: Path, image_column: str | None, label_column: str | None, cache_dir: str | None) -> ImageSet:
+def _folder(path: Path, open_tables: Callable[[str, Sequence[Path]], ImageSet]) -> ImageSet:
     """Open the image files of a folder, sorted by their path inside it, or else its parquet files."""
     inside = sorted(p for p in path.rglob("*") if p.is_file())
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -145,7 +140,7 @@ def _folder(path: Path, image_column: str | None, label_column: str | None, cach
         labels = [listed.get(key, listed.get(file.name, classes[key])) for key, file in photos.items()]
         return _image_files(name, list(photos.values()), list(photos), labels)
     if tables := [p for p in inside if p.suffix.lower() == ".parquet"]:
-        return _parquet(name, tables, image_column, label_column, cache_dir)
+        return open_tables(name, tables)
     raise ValueError(f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))}).")
 
 
@@ -159,33 +154,6 @@ def _read_labels(path: Path) -> dict[str, str]:
             raise ValueError(f"{path.name!r} must have columns file,label[,name]; got {','.join(columns)}.")
         column = "name" if "name" in columns else "label"
         return {row["file"]: row[column] for row in table if row["file"] and row[column]}
-
-
-def _parquet(
-    name: str, paths: list[Path], image_column: str | None, label_column: str | None, cache_dir: str | None
-) -> ImageSet:
-    from hf_equiv.data import tables
-
-    revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
-    dataset = tables.load_parquet(name, paths, revision, cache_dir)
-    return tables.table_images(dataset, name, revision, image_column, label_column)
-
-
-def file_digest(path: Path) -> str:
-    """Return the hex SHA-256 of a file, or "unreadable": reading it later gives the error."""
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError:
-        return "unreadable"
-
-
-def content_hash(names: Sequence[str], digests: Sequence[str], labels: Sequence[str | None]) -> str:
-    """Return the revision of a set: "sha256:…" over the name, label and contents of every file."""
-    whole = hashlib.sha256()
-    for name, digest, label in zip(names, digests, labels, strict=True):
-        whole.update(f"{name}\0{label}\0{digest}\n".encode())
-    return "sha256:" + whole.hexdigest()
 
 
 def draw_pairs(
@@ -248,18 +216,14 @@ def draw_pairs(
 
 def _refuse_pairs(images: ImageSet, drawn: int, wanted: int) -> NoReturn:
     if not drawn and len(set(images.labels)) == 1 and images.labels[0] is not None:
-        rule, label = "since pairs are of different classes", images.labels[0]
+        told = f"all of {images.data_id!r} are {images.labels[0]!r}. Add others, or name a source and a target."
         if images.streamed:
-            raise ValueError(
-                f"`data` must hold images of at least two classes, {rule}; the first {len(images)} images of the "
-                f"dataset, which are all that `streaming` fetches, are {label!r}: it is sorted by class. Leave "
-                "`streaming` out, name a split in mixed order, raise `pairs` (4 images are fetched for each), or "
-                "download it and name the folder."
+            told = (
+                f"the first {len(images)} images of the dataset, which are all that `streaming` fetches, are "
+                f"{images.labels[0]!r}: it is sorted by class. Leave `streaming` out, name a split in mixed order, "
+                "raise `pairs` (4 images are fetched for each), or download it and name the folder."
             )
-        raise ValueError(
-            f"`data` must hold images of at least two classes, {rule}; all of {images.data_id!r} are {label!r}. Add "
-            "others, or name a source and a target."
-        )
+        raise ValueError(f"`data` must hold images of two classes, since pairs are of different classes; {told}")
     raise ValueError(
         f"`pairs` must be at most {drawn} for {images.data_id!r} ({len(images)} images; source and target of "
         f"different classes and pixels); got {wanted}. Ask for fewer pairs or give more images."

@@ -26,7 +26,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from PIL import Image
 
 from hf_equiv.data.image_file import open_image
-from hf_equiv.data.image_set import ImageSet
+from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 from hf_equiv.hub_client import api_of, explained, hushed
 
 LARGE = 5_000_000_000
@@ -45,30 +45,28 @@ _UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)  # pyarrow's 
 _UNLOADABLE = (*_UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError)
 
 
-def load_parquet(name: str, paths: Sequence[Path], revision: str, cache_dir: str | None) -> datasets.Dataset:
-    """Open parquet files as one dataset, with images not decoded; memory grows with a page, not with the files.
+def open_parquet(
+    name: str, paths: Sequence[Path], image_column: str | None, label_column: str | None, cache_dir: str | None
+) -> ImageSet:
+    """Open the images of parquet files."""
+    return table_images(*load_parquet(name, paths, cache_dir), name, image_column, label_column)
 
-    Args:
-        name: name of the set in messages.
-        paths: the files, in order.
-        revision: "sha256:…" of their contents.
-        cache_dir: folder of the copy; by default the cache of `datasets`.
 
-    Returns:
-        The dataset.
+def load_parquet(name: str, paths: Sequence[Path], cache_dir: str | None) -> tuple[datasets.Dataset, str]:
+    """Open parquet files as one dataset, with images not decoded; return it with the revision of their contents."""
+    revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
 
-    Raises:
-        ValueError: a file is damaged, the files do not fit together, or one is being written.
-    """
+    def states() -> list[tuple[int, int]]:
+        return [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
     def write(copy: Path) -> None:
-        before = [_state(path) for path in paths]
+        before = states()
         _copy(paths, copy)
-        if before != [_state(path) for path in paths]:
+        if before != states():
             raise ValueError("it was written to while it was read")
 
     try:
-        return _cached(revision.removeprefix("sha256:"), cache_dir, write)
+        return _cached(revision.removeprefix("sha256:"), cache_dir, write), revision
     except _UNREADABLE as error:
         raise ValueError(f"parquet data {name!r} cannot be read: {_first_line(error)}. Check the file.") from error
 
@@ -101,11 +99,6 @@ def _batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
         yield from file.iter_batches(batch_size=rows)
 
 
-def _state(path: Path) -> tuple[int, int]:
-    facts = path.stat()
-    return facts.st_size, facts.st_mtime_ns
-
-
 def refuse_swollen(path: Path, most: int) -> None:
     """Refuse a parquet file that is damaged, or larger than `most` bytes once it is read; it is read in small parts."""
     size = 0
@@ -126,19 +119,10 @@ def load_hub_dataset(
     cache_dir: str | None,
     *,
     local_files_only: bool,
-    most: int | None = None,
-    streaming: bool = False,
+    most: int | None,
+    streaming: bool,
 ) -> ImageSet:
-    """Open `id[:config][:split]` at its current commit.
-
-    With `streaming`, or if the files are large, only the first `most` images are fetched; the name says so.
-
-    Returns:
-        The images.
-
-    Raises:
-        ValueError: unknown, private or gated dataset, configuration or split; no network.
-    """
+    """Open `id[:config][:split]` at its current commit; of a large or streamed one, only the first `most` images."""
     repo_id, *parts = what.split(":")
     if len(parts) > 2:
         raise ValueError(f"a dataset must be named id[:config][:split]; got {what!r}.")
@@ -162,13 +146,9 @@ def load_hub_dataset(
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(cause or error)}") from error
     caches = (cache_dir, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
     inside = tuple(Path(place).resolve() for place in caches if place)
-    images = table_images(rows, name, revision, image_column, label_column, inside)
-    return replace(
-        images,
-        data_id=f"{name}[:{most}]" if streaming else name,
-        streamed=streaming,
-        choices=choices + images.choices,
-    )
+    images = table_images(rows, revision, name, image_column, label_column, inside)
+    shown = f"{name}[:{most}]" if streaming else name
+    return replace(images, data_id=shown, streamed=streaming, choices=choices + images.choices)
 
 
 def is_large(repo_id: str, config: str, revision: str) -> bool:
@@ -198,7 +178,6 @@ def first_rows(
 
 
 def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Fetch the bytes of an image that is a file of its own on the Hub."""
     if cell is None or cell.get("bytes") is not None or not cell.get("path"):
         return cell
     if "hf://" not in cell["path"]:  # a file of this machine or of elsewhere does not belong to the dataset
@@ -209,29 +188,20 @@ def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def table_images(
     dataset: datasets.Dataset,
-    name: str,
     revision: str,
+    name: str,
     image_column: str | None,
     label_column: str | None,
     inside: tuple[Path, ...] | None = None,
 ) -> ImageSet:
-    """Find the image and label columns of a table; `open_image` decodes the images, not `datasets`.
-
-    Cells may hold the path of a file; with `inside`, only of a file in these folders.
-
-    Returns:
-        The images, with a sentence in `choices` if nobody named one of several image columns.
-
-    Raises:
-        ValueError: there is no such column, or none that holds images.
-    """
+    """Return the images of a table; cells may hold the path of a file, with `inside` only in these folders."""
     column, found = _image_column(dataset, name, image_column)
     if len(dataset) == 0:
         raise ValueError(f"dataset {name!r} must hold images; it is empty.")
     feature = dataset.features[column]
     try:
         if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Value):
-            raise ValueError("a list of numbers has no rows")
+            raise TypeError("a list of numbers has no rows")
         encoded = dataset.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
@@ -245,18 +215,16 @@ def table_images(
         if cell.get("bytes") is not None:
             return open_image(cell["bytes"], where)
         if not cell.get("path"):
-            raise ValueError(
-                f"{where} must hold an image; column {column!r} is empty there. Fill it or remove the row."
-            )
+            told = f"column {column!r} is empty there. Fill it or remove the row"
+            raise ValueError(f"{where} must hold an image; {told}.")
         file = Path(cell["path"]).resolve()
         if inside is not None and not any(file.is_relative_to(folder) for folder in inside):
             raise ValueError(f"{where} must hold an image of the dataset; got the path of another file. Leave it out.")
         return open_image(cell["path"], where)
 
-    ids = tuple(str(i) for i in range(len(dataset)))
-    choices: tuple[str, ...] = ()
-    if not image_column and len(found) > 1:
-        choices = (f"taking image column {column!r} of {_listed(found)}; `image_column` names another",)
+    ids = tuple(map(str, range(len(dataset))))
+    told = f"taking image column {column!r} of {_listed(found)}; `image_column` names another"
+    choices = (told,) if not image_column and len(found) > 1 else ()
     return ImageSet(name, revision, ids, _labels(dataset, name, label_column), read, tabular=True, choices=choices)
 
 
@@ -284,36 +252,27 @@ def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> t
     column = label_column or next((k for k in (*classes, *LABEL_COLUMNS) if k in features), None)
     if column is None:
         return (None,) * len(dataset)
-    feature = features[column]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-
-    def label(value: Any) -> str | None:
-        if value is None or isinstance(value, list | dict):
-            return None
-        if names is None:
-            return str(value)
-        return names[value] if 0 <= value < len(names) else None
-
-    return tuple(map(label, dataset.select_columns([column])[column]))
+    values = dataset.select_columns([column])[column]
+    if column in classes:
+        names = dict(enumerate(features[column].names))
+        return tuple(map(names.get, values))
+    return tuple(None if value is None or isinstance(value, list | dict) else str(value) for value in values)
 
 
 def _current_revision(repo_id: str) -> str:
     try:
         with explained(repo_id):
             sha = api_of(None).dataset_info(repo_id).sha
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is neither a file or folder here nor a dataset name ({error}).") from None
-    except OSError as error:
-        unknown = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-        if unknown or getattr(getattr(error, "response", None), "status_code", None) == 404:  # without an error code
+    except (OSError, HFValidationError) as error:
+        unknown = isinstance(error, RepositoryNotFoundError | HFValidationError)
+        unknown |= getattr(getattr(error, "response", None), "status_code", None) == 404  # without an error code
+        if unknown and not isinstance(error, GatedRepoError):
             raise ValueError(
                 f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the "
                 "name; if it is private, log in with `hf auth login`."
             ) from None
         raise ValueError(f"dataset {repo_id!r} cannot be looked up: {error}") from error
-    if not sha:
-        raise ValueError(f"the Hub names no commit of dataset {repo_id!r}.")
-    return sha
+    return str(sha)
 
 
 def _cached_revision(repo_id: str, cache_dir: str | None) -> str:

@@ -119,7 +119,7 @@ def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights)
         if place:
             hashes = {name: digest for name, digest in root["files"].items() if name != CARD}
             runs[""] = {**root, "card": "dataset", "files": hashes}
-            files.append(staged(directory.RECORD, _record_text(runs[""])))
+            files.append(staged(directory.RECORD, directory.record_text(runs[""])))
     files.append(staged(CARD, card.dataset_card(repo_id, runs, previous, there.runs)))
     wanted = {file.path for file in files}
     earlier = {_inside(place, name) for name in there.runs.get(place, {}).get("files", ())}
@@ -141,15 +141,11 @@ def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, li
         files.append(staged(_inside(place, CARD), _own_card(run, files, hidden=hidden)))
     cut = len(_inside(place, ""))
     record["files"] = {file.path[cut:]: file.sha256 for file in files}
-    return record, [*files, staged(_inside(place, directory.RECORD), _record_text(record))]
+    return record, [*files, staged(_inside(place, directory.RECORD), directory.record_text(record))]
 
 
 def _inside(place: str, name: str) -> str:
     return f"{place}/{name}" if place else name
-
-
-def _record_text(record: Row) -> str:
-    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _staged_file(run: LocalRun, place: str, name: str, digest: str, *, hidden: bool) -> list[StagedFile]:

@@ -14,7 +14,6 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from hf_equiv.data.sources import content_hash, file_digest
 from hf_equiv.data.tables import load_parquet
 from hf_equiv.hub_client import api_of, check_dataset_id, explained, hushed, patiently, version
 from hf_equiv.runs import directory
@@ -190,8 +189,7 @@ def _rows(name: str, runs: Sequence[Path], layout: Layout, cache_dir: str | None
             f"{name!r} must hold rows of {layout.folder!r}; it has {', '.join(there) or 'no rows'}. Choose another "
             "`config`."
         )
-    content = content_hash([path.name for path in files], [file_digest(path) for path in files], [None] * len(files))
-    rows = load_parquet(name, files, content, cache_dir)
+    rows, _ = load_parquet(name, files, cache_dir)
     if not with_float:
         return rows
     origin = [str(path.parents[1] / "float" / f"{path.stem}.safetensors") for path in files for _ in read_shard(path)]

@@ -11,16 +11,7 @@ import jinja2
 from hf_equiv.formatting import form
 from hf_equiv.runs.schema import MATCH, Layout
 
-_TITLES = {
-    "match": "Embedding matches",
-    "spectrum": "Jacobian spectra",
-    "lipschitz": "Directional Lipschitz constants",
-    "walk": "Level-set walks",
-}
-_OPTIONS = (
-    "solver", "k", "directions", "radii", "regional", "linearity", "heading", "step", "num_steps", "rtol", "radius",
-    "norm", "max_evals", "stop",
-)  # fmt: skip
+_OPTIONS = "solver k directions radii regional linearity heading step num_steps rtol radius norm max_evals stop".split()
 _ESCAPES = str.maketrans({"|": "&#124;", "<": "&lt;", ">": "&gt;", "`": "&#96;"})
 
 
@@ -36,18 +27,15 @@ def escape(value: Any) -> Any:
     return one_line(str(value)).translate(_ESCAPES).replace("](", "]&#40;")
 
 
-def markdown_template(name: str) -> jinja2.Template:
-    """Load a Markdown template of the package; it escapes every value that is not the result of `tojson`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
-        undefined=jinja2.StrictUndefined,
-        finalize=escape,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    return environment.get_template(name)
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
+    undefined=jinja2.StrictUndefined,
+    finalize=escape,  # every value that is not the result of `tojson`
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
 
 def run_card(
@@ -57,21 +45,9 @@ def run_card(
     figures: Sequence[str],
     command: str | None = None,
 ) -> str:
-    """Write the card of a run.
-
-    Args:
-        layout: layout of its rows.
-        settings: settings of the run, as in `run.json`.
-        summary: summary of the run, as in `run.json`.
-        figures: file names inside `figures/`.
-        command: command line of the run, if it is known.
-
-    Returns:
-        Markdown with the YAML header that declares the configuration.
-    """
-    return markdown_template("run_card.md.jinja").render(
-        title=_TITLES[layout.analysis],
-        pretty_name=one_line(f"{_TITLES[layout.analysis]} of {settings['model_id']}"),
+    """Return the card of a run from its settings and summary; `figures` are names of files inside `figures/`."""
+    return _TEMPLATES.get_template("run_card.md.jinja").render(
+        model_id=one_line(settings["model_id"]),
         layout=layout,
         settings=settings,
         summary=summary,
@@ -82,22 +58,19 @@ def run_card(
     )
 
 
-analysis_card = run_card  # old name
-
-
 def match_numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the table of a match run's card: names and numbers as text."""
-    middle, baseline = summary["median"], summary["baseline"]
+    median, baseline = summary["median"], summary["baseline"]
     unrelated = "distance of source and target" if summary["pairs"] == 1 else "median distance of unrelated images"
     return [
         ("pairs", str(summary["pairs"])),
         ("converged", str(summary["counts"].get("converged", 0))),
-        ("median embedding error, float image", form(middle["embedding_error"], ".2e")),
-        ("median embedding error, 8-bit PNG read back", form(middle["embedding_error_8bit"], ".2e")),
-        ("median PSNR to the source [dB]", form(middle["psnr_db"], ".2f")),
+        ("median embedding error, float image", form(median["embedding_error"], ".2e")),
+        ("median embedding error, 8-bit PNG read back", form(median["embedding_error_8bit"], ".2e")),
+        ("median PSNR to the source [dB]", form(median["psnr_db"], ".2f")),
         ("share classified as the target", form(summary["same_top1"], ".3f")),
-        ("evaluations (forward + backward), median", form(middle["num_evals"], ".0f")),
-        ("evaluations of the 8-bit refinement, median", form(middle["num_evals_refine"], ".0f")),
+        ("evaluations (forward + backward), median", form(median["num_evals"], ".0f")),
+        ("evaluations of the 8-bit refinement, median", form(median["num_evals_refine"], ".0f")),
         (unrelated, form(baseline["distance"]["median"] if baseline else None, ".3g")),
     ]
 

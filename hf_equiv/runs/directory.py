@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,16 @@ OWN_FOLDERS = (*(layout.folder for layout in LAYOUTS.values()), "float", "figure
 _LOCK = ".lock"
 
 _COMMON = ("model_id", "model_revision", "readout", "dtype", "normalize", "data_id", "data_revision", "seed")
-_ANY: tuple[type, ...] = ()
+_NUMBER = (int, float)
 _NONE = type(None)
 _SETTINGS: dict[str, dict[str, tuple[type, ...]]] = {
-    "match": dict.fromkeys(("rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"), _ANY),
+    "match": dict.fromkeys(("rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"), ()),
     "spectrum": {"k": (int, _NONE), "vectors": (bool,)},
-    "lipschitz": {
-        "directions": (dict,),
-        "regional": (int, float, _NONE),
-        "norm": (str, _NONE),
-        "linearity": (bool,),
-    },
-    "walk": {
-        "heading": (str,),
-        "step": (int, float),
-        "num_steps": (int,),
-        "rtol": (int, float),
-        "stop": (int, float),
-        "solver": (str, _NONE),
-    },
+    "lipschitz": {"directions": (dict,), "regional": (*_NUMBER, _NONE), "norm": (str, _NONE), "linearity": (bool,)},
+    "walk": {"heading": (str,), "num_steps": (int,), "solver": (str, _NONE)}
+    | dict.fromkeys(("step", "rtol", "stop"), _NUMBER),
 }
-"""The settings of each analysis with their types in `run.json`; `_ANY` allows all types."""
-
-_OPTIONAL = {"stop"}  # absent from early walks, and from walks that lead to no image
+"""The settings of each analysis with their types in `run.json`; none stands for any type."""
 
 
 def analysis_of(record: Mapping[str, Any]) -> str:
@@ -78,19 +65,11 @@ def run_name(record: Mapping[str, Any]) -> str:
 
 
 def read_record(folder: Path) -> Row:
-    """Read `run.json`.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: there is none, it is damaged, or it was written by a newer version.
-    """
+    """Read `run.json`; raise a ValueError if it is missing, damaged, or of a newer version."""
     path = folder / RECORD
-    if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} must be a run directory; it does not exist. Check the path.")
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} must be a run directory; it has no {RECORD}.")
+        why = f"it has no {RECORD}" if folder.is_dir() else "it does not exist. Check the path"
+        raise ValueError(f"{str(folder)!r} must be a run directory; {why}.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version, _ = int(record["schema_version"]), record["settings"]["model_id"]
@@ -104,76 +83,72 @@ def read_record(folder: Path) -> Row:
     return dict(record)
 
 
-def check_record(folder: Path, record: Row, layout: Layout) -> None:
-    """Refuse a `run.json` that lacks a key of every run; `read_record` asks for less, to let any run be replaced."""
+def check_record(folder: Path, record: Row) -> Layout:
+    """Return the layout of a run, and refuse a `run.json` of an unknown analysis or without a key of every run."""
+    layout = LAYOUTS.get(analysis_of(record))
+    if layout is None:
+        told = f"holds a run of {analysis_of(record)!r}, which this version of hf_equiv does not know"
+        raise ValueError(f"{str(folder)!r} {told}. Upgrade hf_equiv.")
     settings, kinds = record["settings"], _SETTINGS[layout.analysis]
-    wanted = [*_COMMON, *(key for key in kinds if key not in _OPTIONAL)]
-    missing = [f"settings.{key}" for key in wanted if key not in settings]
-    missing += [
-        f"a right settings.{key}" for key, types in kinds.items() if key in settings and not _is(settings[key], types)
-    ]
+    # `stop` is absent from early walks, and from walks that lead to no image.
+    missing = [f"settings.{key}" for key in (*_COMMON, *kinds) if key not in settings and key != "stop"]
+    missing += [f"a right settings.{k}" for k, types in kinds.items() if k in settings and not _is(settings[k], types)]
     missing += [key for key, kind in ((layout.listed, list), ("files", dict)) if not isinstance(record.get(key), kind)]
     if not missing and not all(isinstance(item, dict) and layout.item in item for item in record[layout.listed]):
         missing.append(f"{layout.listed}.{layout.item}")
-    if "complete" not in record:
-        missing.append("complete")
-    elif record["complete"] and "summary" not in record:
-        missing.append("summary")
+    missing += [key for key in ("complete", "summary") if key not in record]
     if missing:
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks {', '.join(missing)}.")
+    return layout
 
 
 def _is(value: Any, types: tuple[type, ...]) -> bool:
     whole = not isinstance(value, dict) or all(type(count) is int for count in value.values())
-    return types == _ANY or (type(value) in types and whole)  # `type`, since a bool is an int too
+    return not types or (type(value) in types and whole)  # `type`, since a bool is an int too
 
 
-def write_record(
-    folder: Path,
-    settings: Row,
-    items: Sequence[Row],
-    *,
-    complete: bool,
-    summary: Row | None = None,
-    errors: Mapping[str, str] | None = None,
-    layout: Layout = MATCH,
-    command: str | None = None,
-) -> None:
-    """Write `run.json`: settings, pairs or images, and for a complete run the summary and the SHA-256 of its files."""
-    files = {p.relative_to(folder).as_posix(): shards.sha256_file(p) for p in own_files(folder)} if complete else {}
+def write_record(folder: Path, plan: Any, summary: Row | None = None, errors: Mapping[str, str] | None = None) -> None:
+    """Write `run.json`: settings, pairs or images; with a summary, also the SHA-256 of the files of a finished run."""
+    files = own_files(folder) if summary is not None else []
     record = {
-        "analysis": layout.analysis,
+        "analysis": plan.layout.analysis,
         "schema_version": SCHEMA_VERSION,
-        "complete": complete,
-        **({} if command is None else {"command": command}),
-        "settings": settings,
-        layout.listed: list(items),
+        "complete": summary is not None,
+        "command": plan.command,
+        "settings": plan.settings,
+        plan.layout.listed: [item.entry() for item in plan.items],
         "summary": summary,
         "errors": dict(errors or {}),
-        "files": files,
+        "files": {path.relative_to(folder).as_posix(): shards.sha256_file(path) for path in files},
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    shards.write_atomic(folder / RECORD, text.encode())
+    save_record(folder, record)
+
+
+def record_text(record: Row) -> str:
+    """Return the text of `run.json`."""
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def save_record(folder: Path, record: Row) -> None:
+    """Write `run.json`."""
+    shards.write_atomic(folder / RECORD, record_text(record).encode())
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run directory, so that two runs never write into it at once."""
-    # The lock file is deleted at the end, which no library does safely: a lock on a deleted file is no lock.
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.fdopen(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644))
     except OSError as error:
         raise unwritable(folder, error) from error
-    try:
-        _flock(descriptor, folder)
+    with file:
+        _flock(file.fileno(), folder)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):  # Windows removes no open file
                 (folder / _LOCK).unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
 
 
 def _flock(descriptor: int, folder: Path) -> None:
@@ -197,11 +172,6 @@ def unwritable(folder: Path, error: OSError) -> ValueError:
     return ValueError(f"run directory {str(folder)!r} cannot be written: {error.strerror}. Give another --out.")
 
 
-def finished_ids(folder: Path, layout: Layout = MATCH) -> set[str]:
-    """Return the ids of the pairs or images whose rows are on disk."""
-    return {row[layout.item] for row in shards.read_rows(folder, layout=layout)}
-
-
 def own_files(folder: Path) -> list[Path]:
     """Return the files of a run directory except `run.json`: those of its folders, sorted, and the card."""
     inside = sorted(path for name in OWN_FOLDERS for path in (folder / name).rglob("*"))
@@ -216,16 +186,11 @@ def folders_in(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A finished run directory with the files that its `run.json` states.
-
-    Attributes:
-        folder: run directory.
-        record: its `run.json`.
-        versions: versions of the packages that made the rows; None where no row states them.
-    """
+    """A finished run directory with its `run.json`, and the versions of the packages that made its rows."""
 
     folder: Path
     record: Row
+    layout: Layout
     versions: str | None
 
     @property
@@ -233,66 +198,42 @@ class LocalRun:
         """`ANALYSIS-MODELSLUG-HASH8`."""
         return run_name(self.record)
 
-    @property
-    def layout(self) -> Layout:
-        """Layout of the rows."""
-        return LAYOUTS[analysis_of(self.record)]
-
 
 def read_run(folder: Path) -> LocalRun:
-    """Open a run directory that may be published.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: the folder is no run or a folder of runs; the run is not finished, made by a newer version, or its
-            files are not those of `run.json`.
-    """
-    if inside := runs_inside(folder):
-        items = "".join(f"\n- {path.as_posix()}{note}" for path, note in inside)
-        raise ValueError(f"{folder_of_runs(folder, inside)} Publish each by itself:{items}")
+    """Open a run directory; raise a ValueError unless it may be published: finished, with the files as recorded."""
+    refuse_folder_of_runs(folder)
     record = read_record(folder)
-    where, analysis = repr(str(folder)), analysis_of(record)
-    if analysis not in LAYOUTS:
-        raise ValueError(f"{where} holds a run of {analysis!r}, which this version of hf_equiv does not know.")
-    layout = LAYOUTS[analysis]
-    check_record(folder, record, layout)
+    layout = check_record(folder, record)
     if not record["complete"]:
         raise ValueError(
-            f"{where} must be a finished run; rows are missing. Run the same {analysis} command again: it makes the "
-            "missing rows."
+            f"{str(folder)!r} must be a finished run; rows are missing. Run the same {layout.analysis} command again: "
+            "it makes the missing rows."
         )
     if "verdict" not in (record["summary"] or ()):
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks summary.verdict.")
     _check_files(folder, record)
-    first = (row["versions"] for path in shards.shard_files(folder, layout)[:1]
-             for row in shards.read_shard(path, layout=layout))  # fmt: skip
-    return LocalRun(folder, record, next(first, None))
+    versions = (row["versions"] for row in shards.read_rows(folder, layout=layout))
+    return LocalRun(folder, record, layout, next(versions, None))
 
 
-def runs_inside(folder: Path) -> list[tuple[Path, str]]:
-    """Return the runs in a folder that is no run itself, each with a note in brackets if it cannot be published yet."""
+def refuse_folder_of_runs(folder: Path, command: Callable[[str], str] = str) -> None:
+    """Refuse a folder of runs that is no run itself, and list the runs; `command` makes a line of the path of each."""
     if (folder / RECORD).exists() or not folder.is_dir():
-        return []
-    found = []
+        return
+    lines = []
     for path in folders_in(folder):
         try:
             record = read_record(path)
             note = "" if record.get("complete") else f" (not finished: run the same {analysis_of(record)} command)"
         except ValueError:
             note = f" (its {RECORD} cannot be read)"
-        found.append((path, note))
-    return found
-
-
-def folder_of_runs(folder: Path, inside: Sequence[tuple[Path, str]]) -> str:
-    """Say why a folder of runs cannot be published."""
-    several = "1 run" if len(inside) == 1 else f"{len(inside)} runs"
-    return (
-        f"{folder.as_posix()!r} must be one run directory; it is a folder of {several}. A dataset takes any number of "
-        "runs, one after the other."
-    )
+        lines.append(f"\n- {command(path.as_posix())}{note}")
+    if lines:
+        raise ValueError(
+            f"{folder.as_posix()!r} must be one run directory; it is a folder of {len(lines)} "
+            f"run{'s' * (len(lines) > 1)}. A dataset takes any number of runs, one after the other. Publish each:"
+            + "".join(lines)
+        )
 
 
 def _check_files(folder: Path, record: Row) -> None:
@@ -303,8 +244,8 @@ def _check_files(folder: Path, record: Row) -> None:
         own.pop(CARD, None)
     wrong = [f"{name} is missing" for name in stated if name not in own]
     wrong += [f"{name} is not listed" for name in own if name not in stated]
-    wrong += [f"{name} has changed" for name, path in own.items()
-              if name in stated and stated[name] != shards.sha256_file(path)]  # fmt: skip
+    both = stated.keys() & own.keys()
+    wrong += [f"{name} has changed" for name in sorted(both) if stated[name] != shards.sha256_file(own[name])]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(

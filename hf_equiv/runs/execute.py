@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from hf_equiv.results import Status
 from hf_equiv.runs import directory, processes, resume, shards
 from hf_equiv.runs.processes import Block, Claims
-from hf_equiv.runs.schema import MATCH, Layout, Row
+from hf_equiv.runs.schema import MATCH, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +20,8 @@ class RunProgress:
     """The progress of a run, as its observer receives it.
 
     Attributes:
-        stage: `match`, `refine`, `saved` (a shard is on disk), `note` (a row of status `error`, see `message`) or
-            `info` (see `message`); in other analyses the stage of an image.
+        stage: `match`, `refine`, `saved` (a shard is on disk), `note` (a row of status `error`) or `info`; in other
+            analyses the stage of an image.
         done: rows on disk, of all processes.
         total: rows of the whole run.
         pair_ids: ids of the batch in work.
@@ -31,7 +29,7 @@ class RunProgress:
         num_evals: evaluations of that stage so far, (B,).
         active: images still in work, (B,).
         message: text of a note or of an info.
-        step: steps of the stage that are done, in an analysis of one image.
+        step: steps done of the stage of one image.
         steps: all steps of the stage.
         rank: rank of the process.
         processes: number of processes.
@@ -56,55 +54,23 @@ Observer = Callable[[RunProgress], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A run for `carry_out`: its layout, its work, and the way it is closed.
+    """A plan for `carry_out`, its work, and the way it is closed."""
 
-    Attributes:
-        layout: folder and columns of the rows.
-        device: device of the work.
-        settings: everything that changes a number.
-        items: the pairs or images in order, each with its place in the list as `index`, a `record()` and an `entry()`.
-        size: items of a block, which one process makes and writes as one shard.
-        item_bytes: most bytes of an item's images, as stored.
-        make: writes the shard of a block, reports progress, and collects messages of errors by id.
-        finish: writes figures and card once all rows are there; returns the summary.
-        command: command line of the run, for `run.json`.
-    """
-
-    layout: Layout
-    device: torch.device
-    settings: Row
-    items: Sequence[Any]
+    plan: Any
+    """Layout, settings, command, and items, each with `index` (its place), `name` and `entry()`."""
     size: int
-    item_bytes: int
-    make: Callable[[Path, Sequence[Any], dict[str, str], Observer], None]
+    """Items of a block, which one process makes and writes as one shard."""
+    make: Callable[[Path, Block, dict[str, str], Observer], None]
+    """Writes the shard of a block, reports progress, and collects reasons of errors by id."""
     finish: Callable[[Path], Row]
-    command: str | None = None
-
-    def name(self, item: Any) -> str:
-        """Id of an item."""
-        return str(item.record()[self.layout.item])
-
-    @property
-    def items_per_file(self) -> int:
-        """Items of a merged file."""
-        return shards.items_per_file(self.item_bytes)
+    """Writes figures and card once all rows are there, and returns the summary."""
 
 
 def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> bool:
-    """Make the missing rows and close the run: merged files, figures, card and `run.json`.
-
-    With several processes, each makes the blocks that it finds free.
-
-    Returns:
-        Whether this is the main process.
-
-    Raises:
-        ValueError: the directory holds another run, or is being written; or an unknown `overwrite`.
-        RuntimeError: the main process has ended before it closed the run.
-    """
+    """Make the missing rows together with the other processes, close the run, and tell whether this is the main one."""
     if overwrite not in directory.OVERWRITE:
         raise ValueError(f"`overwrite` must be one of {', '.join(directory.OVERWRITE)}; got {overwrite!r}.")
-    state = processes.join(job.device)
+    state = processes.join(job.plan.encoder.device)
 
     def tell(progress: RunProgress) -> None:
         observer(replace(progress, rank=state.process_index, processes=state.num_processes))
@@ -118,48 +84,48 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
             raise RuntimeError(processes.LEFT_ALONE)
         return False
     with directory.locked(folder):
-        entries = [item.entry() for item in job.items]
-        failed = resume.prepare(folder, job.settings, entries, overwrite, job.layout, job.command)
+        failed = resume.prepare(folder, job.plan, overwrite)
         with Claims(folder, state) as claims:
             if failed:
-                what = "pairs" if job.layout is MATCH else "images"
-                tell(RunProgress("info", message=f"{failed} {what} whose rows have status error are tried again"))
+                told = f"{failed} {job.plan.layout.listed} whose rows have status error are tried again"
+                tell(RunProgress("info", message=told))
             processes.meet(state)
             made = _make_rows(job, folder, tell, claims, state)
-            if made or not _is_closed(folder):
-                _close(job, folder, entries)
+            files = directory.read_record(folder)["files"]  # none before a run is closed
+            if made or not files or not all((folder / name).is_file() for name in files):
+                _close(job, folder)
     return True
 
 
 def _make_rows(job: Job, folder: Path, tell: Observer, claims: Claims, state: PartialState) -> bool:
-    """Make the missing rows together with the other processes, and return whether any was missing."""
+    """Make the missing rows, and return whether there were any."""
     # The main process returns when all rows are there. It makes the blocks of processes that have ended.
-    finished, total = directory.finished_ids(folder, job.layout), len(job.items)
+    layout, items = job.plan.layout, job.plan.items
+    finished = shards.ids_of(folder, layout)
     processes.meet(state)  # every process has read the same list before the first one writes
     if not state.is_main_process:
-        resume.refuse_other_settings(folder, job.settings, job.layout)  # images that changed in between
-    left = [item for item in job.items if job.name(item) not in finished]
-    blocks = processes.cut_blocks(left, job.size, state.num_processes, job.items_per_file)
+        resume.refuse_other_settings(folder, job.plan, mendable=False)  # images that changed in between
+    left = [item for item in items if item.name not in finished]
+    blocks = processes.cut_blocks(left, job.size, state.num_processes, shards.items_per_file(job.plan.item_bytes))
     done = -1
 
     def is_there(block: Block) -> bool:
-        return shards.shard_path(folder, block[0].index, job.layout).exists()
+        return shards.shard_path(folder, block[0].index, layout).exists()
 
     def count(names: tuple[str, ...] = ()) -> None:
-        """Count the rows of all processes, and report them if there are more than before."""
-        nonlocal done
+        nonlocal done  # report the rows of all processes if there are more than before
         now = len(finished) + sum(len(block) for block in blocks if is_there(block))
         if now != done:
             done = now
-            tell(RunProgress("saved", done, total, names))
+            tell(RunProgress("saved", done, len(items), names))
 
     def make(block: Block) -> None:
         if not is_there(block):
-            job.make(folder, block, {}, lambda progress: tell(replace(progress, done=done, total=total)))
-            count(tuple(map(job.name, block)))
+            job.make(folder, block, {}, lambda progress: tell(replace(progress, done=done, total=len(items))))
+            count(tuple(item.name for item in block))
 
-    if told := processes.describe(state, blocks, "rows" if job.layout is MATCH else "images"):
-        tell(RunProgress("info", len(finished), total, message=told))
+    if told := processes.describe(state, blocks, "rows" if layout is MATCH else "images"):
+        tell(RunProgress("info", len(finished), len(items), message=told))
     count()
     for number, block in enumerate(blocks):
         if not is_there(block) and claims.take(number):
@@ -173,30 +139,11 @@ def _make_rows(job: Job, folder: Path, tell: Observer, claims: Claims, state: Pa
     return bool(blocks)
 
 
-def _is_closed(folder: Path) -> bool:
-    record = directory.read_record(folder)
-    files = record["files"]
-    return bool(record["complete"] and files) and all((folder / name).is_file() for name in files)
-
-
-def _close(job: Job, folder: Path, entries: Sequence[Row]) -> None:
+def _close(job: Job, folder: Path) -> None:
     """Merge the shards, write figures and card, and last `run.json`, which has the hashes of the other files."""
-    names = [job.name(item) for item in job.items]
-    shards.merge_shards(folder, job.layout, names, job.items_per_file)
-    reasons = _reasons(folder, job.layout)
-    errors = {name: reasons[name] for name in names if name in reasons}
-    summary = job.finish(folder)
-    directory.write_record(
-        folder, job.settings, entries, complete=True, summary=summary, errors=errors, layout=job.layout,
-        command=job.command,
-    )  # fmt: skip
-
-
-def _reasons(folder: Path, layout: Layout) -> dict[str, str]:
-    """Return a reason for every row of status `error`, by id."""
-    reasons: dict[str, str] = {}
-    for path in shards.shard_files(folder, layout):
-        rows = [row[layout.item] for row in shards.read_shard(path, layout=layout) if row["status"] == Status.ERROR]
-        noted = shards.read_errors(path) if rows else {}
-        reasons |= {name: noted.get(name, "no reason was noted") for name in rows}
-    return reasons
+    layout, names = job.plan.layout, [item.name for item in job.plan.items]
+    shards.merge_shards(folder, layout, names, shards.items_per_file(job.plan.item_bytes))
+    failed = shards.ids_of(folder, layout, failed=True)
+    reasons = {k: v for path in shards.shard_files(folder, layout) for k, v in shards.read_errors(path).items()}
+    errors = {name: reasons.get(name, "no reason was noted") for name in names if name in failed}
+    directory.write_record(folder, job.plan, job.finish(folder), errors)

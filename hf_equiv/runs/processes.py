@@ -7,7 +7,6 @@ the process ends, also after a kill: then another process takes over its block.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import platform
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 try:
     import fcntl
@@ -38,14 +37,7 @@ _MAIN = 1 << 40  # the byte that the main process holds while it lives
 
 
 def join(device: torch.device) -> PartialState:
-    """Join the other processes of a launcher (torchrun, `accelerate launch`, `notebook_launcher`), if there are any.
-
-    Returns:
-        The rank of this process and the number of processes.
-
-    Raises:
-        ValueError: the launcher started more processes than see each other, or they cannot lock files.
-    """
+    """Join the other processes of a launcher (torchrun, `accelerate launch`, `notebook_launcher`), if there are any."""
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     state = PartialState(cpu=device.type == "cpu")
     if wanted != state.num_processes:
@@ -80,17 +72,11 @@ def describe(state: PartialState, blocks: Sequence[Block], what: str) -> str:
 
 
 def cut_blocks(items: Sequence[Any], size: int, processes: int, file_items: int) -> list[Block]:
-    """Cut a list into blocks of at most `size`.
-
-    With several processes the last blocks are smaller, so that all end soon. A block lies within one merged file, which
-    holds `file_items` of the run's whole list.
-
-    Returns:
-        The blocks, in order.
-    """
+    """Cut a list into blocks of at most `size`, each within one merged file of `file_items`."""
     blocks: list[Block] = []
     at = 0
     while at < len(items):
+        # with several processes the last blocks are smaller, so that all end soon
         fair = size if processes == 1 else max(1, min(size, (len(items) - at) // (2 * processes)))
         file = items[at].index // file_items
         block = [item for item in items[at : at + fair] if item.index // file_items == file]
@@ -103,15 +89,8 @@ class Claims:
     """The blocks of a run that this process may make, from `with` to the end of the block.
 
     The main process creates the file of claims before the others open it, and deletes it when it leaves: then nobody
-    takes a block any more. A single process needs no file.
-
-    Args:
-        folder: run directory.
-        state: from `join`.
-
-    Raises:
-        ValueError: the folder is not that of the main process, as on a node that does not share its disk, or its file
-            system has no locks.
+    takes a block any more. A single process needs no file. A ValueError says that the folder is not that of the main
+    process, as on a node that does not share its disk, or that its file system has no locks.
     """
 
     def __init__(self, folder: Path, state: PartialState) -> None:
@@ -184,25 +163,18 @@ class Claims:
 
 @dataclass
 class PassSize:
-    """The number of images, tangents or cotangents in one pass through the model; halved when memory runs out.
-
-    Attributes:
-        images: the present number.
-    """
+    """The number of images, tangents or cotangents in one pass through the model; halved when memory runs out."""
 
     images: int
 
     def halve(self, tried: int) -> str:
         """Go on with half of `tried`, free the memory of the failed pass, and return the message for the user."""
         self.images = max(1, min(self.images, tried // 2))
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
         return f"out of memory with {tried} at once; going on with {self.images} (--batch-size {self.images})"
 
 
 def ran_out(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out, on a GPU or a CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, Exception) and bool(should_reduce_batch_size(error))
-    )
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, Exception) and bool(should_reduce_batch_size(error)))

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_equiv.results import Status
+from hf_equiv.formatting import cut
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RECORD, analysis_of, read_record
 from hf_equiv.runs.schema import MATCH, Layout, Row
@@ -24,41 +24,27 @@ from hf_equiv.runs.schema import MATCH, Layout, Row
 _CHANGED = {"data_revision": "the photos changed", "model_revision": "the weights changed"}
 
 
-def prepare(
-    folder: Path,
-    settings: Row,
-    items: Sequence[Row],
-    overwrite: str,
-    layout: Layout = MATCH,
-    command: str | None = None,
-) -> int:
-    """Make a locked folder ready for a run of these settings, and return the number of pairs or images to try again."""
+def prepare(folder: Path, plan: Any, overwrite: str) -> int:
+    """Make a locked folder ready for a run, and return the number of pairs or images to try again."""
     # `missing` resumes a run of the same settings, `always` deletes an earlier run and nothing else, `never` refuses.
-    there = _check(folder, settings, overwrite, layout, items)
+    there, layout, revision = _holds_run(folder, plan, overwrite), plan.layout, plan.settings["data_revision"]
     if there and overwrite == "always":
         _delete_run(folder)
         there = False
     _sweep(folder, layout)
-
-    def write(settings: Row, items: Sequence[Row]) -> None:
-        directory.write_record(folder, settings, items, complete=False, layout=layout, command=command)
-
     if not there:
-        write(settings, items)
+        directory.write_record(folder, plan)
         return 0
-    before, failed = read_record(folder), failed_ids(folder, layout)
-    torn = not before["complete"] and _names_another(folder, layout, settings["data_revision"])
-    if failed or torn or before["settings"] != settings:
-        write(before["settings"], before[layout.listed])
-        places = {item[layout.item]: place for place, item in enumerate(items)}
-        take_out(folder, layout, places, settings["data_revision"])
-        write(settings, items)
+    before, failed = read_record(folder), shards.ids_of(folder, layout, failed=True)
+    stale = any(_is_stale(row, failed, layout, revision) for row in shards.read_rows(folder, layout=layout))
+    if stale or before["settings"] != plan.settings:
+        directory.save_record(folder, before | {"complete": False, "summary": None, "errors": {}, "files": {}})
+        take_out(folder, layout, {item.name: item.index for item in plan.items}, revision)
+        directory.write_record(folder, plan)
     return len(failed)
 
 
-def refuse_early(
-    folder: Path, settings: Row, overwrite: str, layout: Layout = MATCH, items: Sequence[Row] | None = None
-) -> int:
+def refuse_early(folder: Path, plan: Any, overwrite: str) -> int:
     """Apply the rules of `prepare` and `locked` without leaving a file, and return the number of rows to keep."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
@@ -66,12 +52,12 @@ def refuse_early(
             pass
     except OSError as error:
         raise directory.unwritable(folder, error) from error
-    if not _check(folder, settings, overwrite, layout, items) or overwrite == "always":
+    if not _holds_run(folder, plan, overwrite) or overwrite == "always":
         return 0
-    return len(directory.finished_ids(folder, layout) - failed_ids(folder, layout))
+    return len(shards.ids_of(folder, plan.layout) - shards.ids_of(folder, plan.layout, failed=True))
 
 
-def _check(folder: Path, settings: Row, overwrite: str, layout: Layout, items: Sequence[Row] | None) -> bool:
+def _holds_run(folder: Path, plan: Any, overwrite: str) -> bool:
     """Tell whether the folder holds a run, and refuse it where `overwrite` forbids to use it."""
     if not (folder / RECORD).exists():
         if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
@@ -80,60 +66,37 @@ def _check(folder: Path, settings: Row, overwrite: str, layout: Layout, items: S
     if overwrite == "never":
         raise ValueError(f"{str(folder)!r} holds a run already and --overwrite is never. Give another --out.")
     if overwrite == "missing":
-        refuse_other_settings(folder, settings, layout, items)
+        refuse_other_settings(folder, plan, mendable=True)
     return True
 
 
-def refuse_other_settings(folder: Path, settings: Row, layout: Layout, items: Sequence[Row] | None = None) -> None:
-    """Refuse a folder whose run has other settings than these, and name each.
-
-    Args:
-        folder: run directory.
-        settings: everything that changes a number.
-        layout: folder and columns.
-        items: the pairs or images as `run.json` would list them: those that could not be read may have changed. None
-            if no image may have changed.
-
-    Raises:
-        ValueError: a setting differs, or images have changed.
-    """
-    record = read_record(folder)
-    there, asked = record["settings"], settings
-    if analysis_of(record) != layout.analysis:
-        there, asked = {"analysis": analysis_of(record)}, {"analysis": layout.analysis}
+def refuse_other_settings(folder: Path, plan: Any, *, mendable: bool) -> None:
+    """Refuse a folder whose run has other settings or images; `mendable` ones could not be read before."""
+    record, listed = read_record(folder), plan.layout.listed
+    there, asked = record["settings"], plan.settings
+    if analysis_of(record) != plan.layout.analysis:
+        there, asked = {"analysis": analysis_of(record)}, {"analysis": plan.layout.analysis}
     other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
-    if other == ["data_revision"] and items is not None and _is_mended(record[layout.listed], items):
-        return
-    if other:
-        told = ", ".join(
-            f"{_CHANGED.get(key, key)} ({_short(there.get(key))} there, {_short(asked.get(key))} asked)"
-            for key in other
-        )
-        raise ValueError(
-            f"{str(folder)!r} holds a run of other settings: {told}. Give another --out, or --overwrite always to "
-            "replace it."
-        )
-    if items is not None and _have_changed(record[layout.listed], items, layout):
-        raise ValueError(
-            f"{str(folder)!r} holds a run of other images under the same names: the files have changed. Put them back, "
-            "give another --out, or --overwrite always to replace it."
-        )
+    told = ""
+    if other and not (mendable and other == ["data_revision"] and _is_mended(record[listed], plan)):
+        values = {k: [cut(json.dumps(of.get(k), ensure_ascii=False), 60) for of in (there, asked)] for k in other}
+        changes = (f"{_CHANGED.get(k, k)} ({old} there, {new} asked)" for k, (old, new) in values.items())
+        told = f"other settings: {', '.join(changes)}. Give"
+    elif not other and _have_changed(record[listed], plan):
+        told = "other images under the same names: the files have changed. Put them back, give"
+    if told:
+        raise ValueError(f"{str(folder)!r} holds a run of {told} another --out, or --overwrite always to replace it.")
 
 
-def other_states(folder: Path, settings: Row, items: Sequence[Row], layout: Layout) -> tuple[str, ...]:
-    """Find the latest earlier run next to a new one whose only difference is that the images changed.
-
-    The name of the default directory contains the revision of the images, so a mended photo begins another run.
-
-    Returns:
-        One sentence if there is such a run; none if `folder` holds a run already.
-    """
+def other_states(folder: Path, plan: Any) -> tuple[str, ...]:
+    """Return a sentence on the latest earlier run next to a new one that differs only by changed images."""
+    # The name of the default directory contains the revision of the images, so a mended photo begins another run.
     found: list[tuple[bool, float, Path]] = []
     for path in folder.parent.glob(f"*/{RECORD}") if not (folder / RECORD).exists() else ():
         try:
             record = read_record(path.parent)
-            if record["settings"] | {"data_revision": settings["data_revision"]} == settings:
-                found.append((_is_mended(record[layout.listed], items), path.stat().st_mtime, path.parent))
+            if record["settings"] | {"data_revision": plan.settings["data_revision"]} == plan.settings:
+                found.append((_is_mended(record[plan.layout.listed], plan), path.stat().st_mtime, path.parent))
         except (ValueError, KeyError, OSError):  # a damaged or deleted run does not concern the new one
             continue
     if not found:
@@ -143,43 +106,38 @@ def other_states(folder: Path, settings: Row, items: Sequence[Row], layout: Layo
     return (f"{place} holds the same run over another state of the data{cure}; this run begins anew",)
 
 
-def _is_mended(before: Sequence[Row], now: Sequence[Row]) -> bool:
+def _is_mended(before: Sequence[Row], plan: Any) -> bool:
     """Tell whether the only change is that images can be read now which could not when `run.json` listed them."""
+    now = [item.entry() for item in plan.items]
     if [item | {"pixels": None} for item in before] != [item | {"pixels": None} for item in now]:
         return False
     pixels = [(old.get("pixels", ""), new["pixels"]) for old, new in zip(before, now, strict=True)]
     return all(old in (None, new) for old, new in pixels) and any(old != new for old, new in pixels)
 
 
-def _have_changed(before: Sequence[Row], now: Sequence[Row], layout: Layout) -> bool:
+def _have_changed(before: Sequence[Row], plan: Any) -> bool:
     """Tell whether readable images have changed; a table of paths has the same revision whatever the files hold."""
-    old = {item[layout.item]: item.get("pixels") for item in before}
-    pixels = [(old.get(item[layout.item]), item["pixels"]) for item in now]
+    old = {item[plan.layout.item]: item.get("pixels") for item in before}
+    pixels = [(old.get(item.name), item.pixels) for item in plan.items]
     return any(None not in pair and pair[0] != pair[1] for pair in pixels)
 
 
-def failed_ids(folder: Path, layout: Layout) -> set[str]:
-    """Return the ids of the pairs or images with a row of status `error`."""
-    return {row[layout.item] for row in shards.read_rows(folder, layout=layout) if row["status"] == Status.ERROR}
-
-
-def _names_another(folder: Path, layout: Layout, data_revision: str) -> bool:
-    """Tell whether a row states another revision of the images: `take_out` was killed, and a file is torn again."""
-    return any(row["data_revision"] != data_revision for row in shards.read_rows(folder, layout=layout))
+def _is_stale(row: Row, failed: set[str], layout: Layout, data_revision: str) -> bool:
+    return row[layout.item] in failed or row["data_revision"] != data_revision
 
 
 def take_out(folder: Path, layout: Layout, places: Mapping[str, int], data_revision: str) -> None:
-    """Take the rows of failed pairs or images out of their shards, and state the revision of the images in the others.
+    """Take the rows of failed items out of their shards, and state the revision of the images in the others.
 
-    A shard without those rows takes the place in the run's list of its first pair or image, given by `places`. Only one
-    process may do this, under the lock of the directory.
+    A shard without those rows takes the place in the run's list of its first item, given by `places`. Only one process
+    may do this, under the lock of the directory.
     """
-    failed = failed_ids(folder, layout)
+    failed = shards.ids_of(folder, layout, failed=True)
     for path in shards.shard_files(folder, layout):
         rows = shards.read_shard(path, layout=layout)
-        kept = list(dict.fromkeys(row[layout.item] for row in rows if row[layout.item] not in failed))
-        if all(row[layout.item] not in failed and row["data_revision"] == data_revision for row in rows):
+        if not any(_is_stale(row, failed, layout, data_revision) for row in rows):
             continue
+        kept = list(dict.fromkeys(row[layout.item] for row in rows if row[layout.item] not in failed))
         if not kept:
             path.unlink()
             shards.float_file(path).unlink(missing_ok=True)
@@ -193,11 +151,6 @@ def take_out(folder: Path, layout: Layout, places: Mapping[str, int], data_revis
         shards.write_atomic(shard, shards.shard_bytes(rows, layout, {}))
         if shard != path or not floats:
             shards.float_file(path).unlink(missing_ok=True)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _delete_run(folder: Path) -> None:

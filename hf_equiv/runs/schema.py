@@ -11,88 +11,56 @@ import datasets
 Row = dict[str, Any]
 IMAGE_COLUMNS = ("source", "match", "target")
 
-_TEXT, _NUMBER, _WHOLE = datasets.Value("string"), datasets.Value("float64"), datasets.Value("int64")
+_TEXT, _NUMBER, _WHOLE, _FLAG = (datasets.Value(kind) for kind in ("string", "float64", "int64", "bool"))
 _NUMBERS = datasets.List(_NUMBER)
 _ZEROS = datasets.List({"cause": _TEXT, "count": _WHOLE, "predicted": _NUMBER, "measured": _NUMBER})
-_COST = {"image_class": _TEXT, "num_evals": _NUMBER, "seconds": _NUMBER}
-
-ROW_FEATURES: dict[str, Any] = {
-    **dict.fromkeys(("pair_id", "source_id", "target_id", "source_class", "target_class", "status"), _TEXT),
-    **dict.fromkeys(("embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor"), _NUMBER),
-    **dict.fromkeys(("cosine_to_target", "cosine_to_source", "cosine_source_target"), _NUMBER),
-    **dict.fromkeys(("psnr_db", "ssim", "linf", "l2", "num_evals", "seconds"), _NUMBER),
-    **dict.fromkeys(("source_label", "target_label", "match_label"), _TEXT),
-    **dict.fromkeys(("match_prob", "target_label_prob"), _NUMBER),
-    "same_top1": datasets.Value("bool"),
+_KINDS = {
+    "pair_id image_id source_id target_id toward_id source_class target_class image_class": _TEXT,
+    "source_label target_label match_label label status method noise_method direction heading": _TEXT,
+    "model_id model_revision data_id data_revision readout dtype attention norm solver versions processor": _TEXT,
+    "rank nullity patch_nullity index step seed schema_version": _WHOLE,
+    "same_top1 linearity_at_limit": _FLAG,
+    "singular_values error_bound radii secants plateau": _NUMBERS,
+    "structural_zeros near_structural": _ZEROS,
 }
+"""The types of columns; all others hold a number."""
+
+
+def _columns(names: str) -> dict[str, Any]:
+    kinds = {name: kind for some, kind in _KINDS.items() for name in some.split()}
+    return {name: kinds.get(name, _NUMBER) for name in names.split()}
+
+
+ROW_FEATURES = _columns(
+    "pair_id source_id target_id source_class target_class status embedding_error embedding_error_8bit "
+    "target_quantization_error noise_floor cosine_to_target cosine_to_source cosine_source_target psnr_db ssim linf l2 "
+    "num_evals seconds source_label target_label match_label match_prob target_label_prob same_top1"
+)
 """The columns of a match row, in order."""
 
-PROVENANCE_FEATURES: dict[str, Any] = {
-    **dict.fromkeys(("model_id", "model_revision", "data_id", "data_revision", "readout", "dtype"), _TEXT),
-    **dict.fromkeys(("attention", "norm"), _TEXT),
-    **dict.fromkeys(("radius", "rtol"), _NUMBER),
-    "solver": _TEXT,
-    "seed": _WHOLE,
-    "schema_version": _WHOLE,
-    "versions": _TEXT,
-    "processor": _TEXT,
-}
+PROVENANCE_FEATURES = _columns(
+    "model_id model_revision data_id data_revision readout dtype attention norm radius rtol solver seed schema_version "
+    "versions processor"
+)
 """The last columns of every row: the settings that make the row again."""
 
-SPECTRUM_FEATURES: dict[str, Any] = {
-    "image_id": _TEXT,
-    "singular_values": _NUMBERS,
-    "rank": _WHOLE,
-    "nullity": _WHOLE,
-    "structural_zeros": _ZEROS,
-    "near_structural": _ZEROS,
-    "effective_rank": _NUMBER,
-    "sigma_max": _NUMBER,
-    "rank_threshold": _NUMBER,
-    "method": _TEXT,
-    "error_bound": _NUMBERS,
-    "status": _TEXT,
-    "participation": _NUMBER,
-    "patch_nullity": _WHOLE,
-    "noise_method": _TEXT,
-    **_COST,
-}
+SPECTRUM_FEATURES = _columns(
+    "image_id singular_values rank nullity structural_zeros near_structural effective_rank sigma_max rank_threshold "
+    "method error_bound status participation patch_nullity noise_method image_class num_evals seconds"
+)
 """A spectrum row: one image. σ in embedding length per pixel length, pixels in [0, 1]."""
 
-LIPSCHITZ_FEATURES: dict[str, Any] = {
-    "image_id": _TEXT,
-    "direction": _TEXT,
-    "index": _WHOLE,
-    "value": _NUMBER,
-    "jvp": _NUMBER,
-    "radii": _NUMBERS,
-    "secants": _NUMBERS,
-    "noise_floor": _NUMBERS,
-    "noise_method": _TEXT,
-    "plateau": _NUMBERS,
-    "status": _TEXT,
-    "value_error": _NUMBER,
-    "unit_factor": _NUMBER,
-    "linearity_radius": _NUMBER,
-    "linearity_at_limit": datasets.Value("bool"),
-    **dict.fromkeys(("regional_lower_bound", "regional_at_center", "regional_clever"), _NUMBER),
-    "toward_id": _TEXT,
-    **_COST,
-}
+LIPSCHITZ_FEATURES = _columns(
+    "image_id direction index value jvp radii secants noise_floor noise_method plateau status value_error unit_factor "
+    "linearity_radius linearity_at_limit regional_lower_bound regional_at_center regional_clever toward_id image_class "
+    "num_evals seconds"
+) | {"noise_floor": _NUMBERS}
 """A lipschitz row: one direction at one image. `regional_*`, `num_evals` and `seconds` belong to the image."""
 
-WALK_FEATURES: dict[str, Any] = {
-    "image_id": _TEXT,
-    "step": _WHOLE,
-    **dict.fromkeys(("drift", "arc_length", "l2", "linf", "psnr_db"), _NUMBER),
-    "label": _TEXT,
-    "prob": _NUMBER,
-    "status": _TEXT,
-    **dict.fromkeys(("drift_8bit", "remaining", "stationarity"), _NUMBER),
-    "heading": _TEXT,
-    "target_id": _TEXT,
-    **_COST,
-}
+WALK_FEATURES = _columns(
+    "image_id step drift arc_length l2 linf psnr_db label prob status drift_8bit remaining stationarity heading "
+    "target_id image_class num_evals seconds"
+)
 """A walk row: one point. `drift` to `prob` belong to the float frame, `drift_8bit` to the PNG, `status` to the walk."""
 
 
@@ -132,7 +100,6 @@ LIPSCHITZ = Layout(
 )
 WALK = Layout("walk", "paths", "image_id", "images", ("frame",), WALK_FEATURES, ("image_id", "step"))
 LAYOUTS = {layout.analysis: layout for layout in (MATCH, SPECTRUM, LIPSCHITZ, WALK)}
-ROW_KEYS = {layout.analysis: layout.key for layout in LAYOUTS.values()}  # old name
 
 
 def row_name(analysis: str, row: Row) -> str:

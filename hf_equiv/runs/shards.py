@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hf_equiv.results import Status
 from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row
 
 FILE_ITEMS = 500
@@ -38,11 +39,7 @@ _STAGED = ".merged"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or not there: write a temporary file, sync it, rename it.
-
-    Raises:
-        OSError: the disk is full or cannot be written; no part of the file is left.
-    """
+    """Write a temporary file, sync it and rename it, so that the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -51,7 +48,12 @@ def write_atomic(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
@@ -63,15 +65,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def sha256_file(path: Path) -> str:
@@ -111,11 +104,10 @@ def write_shard(
     *,
     staged: bool = False,
 ) -> None:
-    """Write finished rows and their float images as one shard.
+    """Write finished rows, with images as PNG bytes, and their float images as one shard.
 
-    `index` is the place of the first row's pair or image in the run's list. Rows hold all columns, images as PNG bytes.
-    Float images are named by pair id in a match run and `IMAGE_ID/NAME` elsewhere. `costs` are the evaluations by pair
-    id, {"match": …, "refine": …}. `errors` are the reasons of rows of status `error`, by id. A `staged` shard has
+    `index` is the place of the first pair or image in the run's list. Float images are named by pair id in a match run
+    and `IMAGE_ID/NAME` elsewhere; `costs` and `errors` (reasons of rows of status `error`) by id. A `staged` shard has
     hidden names, which `settle` replaces.
     """
     shard = shard_path(folder, index, layout)
@@ -148,20 +140,11 @@ def float_bytes(floats: Mapping[str, Tensor], costs: Row) -> bytes:
 
 
 def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> list[Row]:
-    """Read the rows of one shard; with `images` the PNG files as bytes too.
-
-    Returns:
-        One dict per row.
-
-    Raises:
-        ValueError: the file is no shard of a run of this layout.
-    """
+    """Read the rows of one shard, with `images` also the PNG files; raise a ValueError if it is no such shard."""
+    columns = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
     try:
         with pq.ParquetFile(path) as file:
-            known = set(file.schema_arrow.names)
-            columns = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
-            missing = [c for c in columns if c not in known]
-            if missing:
+            if missing := [c for c in columns if c not in file.schema_arrow.names]:
                 raise ValueError(f"columns {', '.join(missing)} are missing")
             rows: list[Row] = file.read(columns=columns).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
@@ -177,6 +160,12 @@ def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH, fir
     for path in shard_files(folder, layout):
         if first is None or shard_index(path) < first:
             yield from read_shard(path, images=images, layout=layout)
+
+
+def ids_of(folder: Path, layout: Layout, *, failed: bool = False) -> set[str]:
+    """Return the ids of the pairs or images on disk, or only of those with a row of status `error`."""
+    rows = read_rows(folder, layout=layout)
+    return {row[layout.item] for row in rows if not failed or row["status"] == Status.ERROR}
 
 
 def without_images(path: Path, layout: Layout = MATCH) -> bytes:
@@ -198,14 +187,7 @@ def read_errors(path: Path) -> dict[str, str]:
 
 
 def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:
-    """Read a float file.
-
-    Returns:
-        Images (3, H, W) by name, and the evaluations {"match": …, "refine": …} by pair id.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
+    """Read a float file: images (3, H, W) by name, and the evaluations {"match": …, "refine": …} by pair id."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, _costs(file.metadata())
@@ -229,11 +211,7 @@ def _costs(metadata: Mapping[str, str] | None) -> Row:
 def read_items(
     paths: Sequence[Path], layout: Layout, names: Sequence[str]
 ) -> tuple[list[Row], dict[str, Tensor], Row, dict[str, str]]:
-    """Read everything that shards hold of some pairs or images.
-
-    Returns:
-        Rows with images, in the order of `names`; float images; evaluations; reasons of errors.
-    """
+    """Return the rows of some pairs or images in order, their float images, evaluations, and reasons of errors."""
     rows: dict[str, list[Row]] = {name: [] for name in names}
     floats: dict[str, Tensor] = {}
     costs: Row = {}
@@ -252,20 +230,12 @@ def read_items(
 
 
 def items_per_file(item_bytes: int) -> int:
-    """Return the number of pairs or images of a merged file, from the bytes of the images of one.
-
-    Example:
-        >>> items_per_file(1_000_000)
-        100
-    """
+    """Return the number of pairs or images of a merged file, from the bytes of the images of one."""
     return max(1, min(FILE_ITEMS, FILE_BYTES // max(1, item_bytes)))
 
 
 def merge_shards(folder: Path, layout: Layout, names: Sequence[str], file_items: int) -> None:
-    """Merge the shards of a run whose rows are all there into files of `file_items` pairs or images.
-
-    The files do not depend on how the shards were cut. Only one process may do this, under the lock of the directory.
-    """
+    """Merge the shards of a finished run into files of `file_items` items, however they were cut; under the lock."""
     files: dict[int, list[Path]] = {}
     for path in shard_files(folder, layout):
         files.setdefault(shard_index(path) // file_items, []).append(path)

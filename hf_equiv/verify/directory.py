@@ -19,7 +19,7 @@ from hf_equiv.models.encoder import load_recorded
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.directory import WITHHELD
-from hf_equiv.runs.schema import LAYOUTS, MATCH, PROVENANCE_FEATURES, ROW_KEYS, Layout, Row, row_name
+from hf_equiv.runs.schema import LAYOUTS, MATCH, PROVENANCE_FEATURES, Layout, Row, row_name
 from hf_equiv.verify import rows as checks
 from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, differs, problem
 
@@ -113,11 +113,7 @@ def verify_run(
     """
     folder = Path(folder)
     record = directory.read_record(folder)
-    settings, verb = record["settings"], directory.analysis_of(record)
-    if verb not in LAYOUTS:
-        raise ValueError(f"{str(folder)!r} holds a run of {verb!r}, which this version of hf_equiv does not know.")
-    layout = LAYOUTS[verb]
-    directory.check_record(folder, record, layout)
+    settings, layout = record["settings"], directory.check_record(folder, record)
     encoder, problems = None, list[Problem]()
     if not directory.is_withheld(record):
         checkpoint, cache = (None if path is None else os.fspath(path) for path in (model, cache_dir))
@@ -250,7 +246,7 @@ def _check_shards(
         problems += unreadable
         items: dict[str, list[Row]] = {}
         for row in shard:
-            name, key = row_name(layout.analysis, row), tuple(row[k] for k in ROW_KEYS[layout.analysis])
+            name, key = row_name(layout.analysis, row), tuple(row[k] for k in layout.key)
             if key in places:
                 told = f"row {name!r} is there twice; the other is in {places[key]}"
                 problems.append(problem(file, name, layout.item, "one row", "two rows", told))

@@ -17,7 +17,7 @@ from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import one_line
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs.directory import is_withheld
-from hf_equiv.runs.schema import PROVENANCE_FEATURES, ROW_KEYS, Layout, Row, row_name
+from hf_equiv.runs.schema import PROVENANCE_FEATURES, Layout, Row, row_name
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -192,7 +192,7 @@ def _make_again(
 
 
 def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made: Sequence[Row]) -> Iterator[Problem]:
-    verb, keys = VERBS[layout.analysis], ROW_KEYS[layout.analysis]
+    verb, keys = VERBS[layout.analysis], layout.key
     again = {tuple(row[key] for key in keys): row for row in made}
     for row, following in zip(rows, verb.follow(settings, rows), strict=True):
         name, own = row_name(layout.analysis, row), again.pop(tuple(row[key] for key in keys), None)

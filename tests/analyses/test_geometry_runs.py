@@ -253,7 +253,7 @@ def test_other_settings_are_refused_by_key(finished, photo_folder, tmp_path):
         finish("walk", photo_folder, finished["spectrum"])
     plan = make_plan(config_of("walk", photo_folder), TinyEncoder())
     assert plan.default_out == Path("runs") / "walk" / "builtin" / plan.hash8
-    assert resume.refuse_early(finished["walk"], plan.settings, "missing", plan.layout) == 2
+    assert resume.refuse_early(finished["walk"], plan, "missing") == 2
 
 
 def test_overwrite_replaces_a_run_of_another_kind(photos, tmp_path):

@@ -53,7 +53,7 @@ def with_errors(plan, tmp_path, monkeypatch):
 
 def test_rows_that_failed_are_made_once_the_cause_is_gone(plan, with_errors, tmp_path):
     before = {row["pair_id"]: row for row in shards.read_rows(with_errors)}
-    assert resume.refuse_early(with_errors, plan.settings, "missing") == 4
+    assert resume.refuse_early(with_errors, plan, "missing") == 4
     with pytest.raises(ValueError, match="--overwrite is never"):
         run.run_match(plan, with_errors, overwrite="never")
     told = []
@@ -84,7 +84,7 @@ def test_a_kill_at_every_step(tmp_path, monkeypatch):
         shutil.copytree(out, place)
         with killed_after(step, monkeypatch):
             try:
-                resume.prepare(place, plan.settings, [pair.entry() for pair in plan.pairs], "missing")
+                resume.prepare(place, plan, "missing")
                 break
             except KilledError:
                 pass
@@ -234,7 +234,7 @@ def test_a_photo_that_is_torn_again_leaves_no_other_revision(tmp_path, monkeypat
     run.run_match(make_plan(config, TinyEncoder()), out)
     before = rows_of(out)
     draw_photo(1).save(torn)
-    real, left = directory.write_record, iter(range(1))
+    real, left = directory.save_record, iter(range(1))
 
     def killed(*arguments, **options):
         if next(left, None) is None:
@@ -242,7 +242,7 @@ def test_a_photo_that_is_torn_again_leaves_no_other_revision(tmp_path, monkeypat
         real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(directory, "write_record", killed)
+        patch.setattr(directory, "save_record", killed)
         with pytest.raises(KilledError):
             run.run_match(make_plan(config, TinyEncoder()), out)
     torn.write_bytes(b"torn")
