@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import metadata
 from typing import Any, TypeVar
@@ -22,18 +22,19 @@ Say = Callable[[str], None]
 WAITS = (1.0, 2.0, 4.0, 8.0, 8.0, 16.0)
 """Seconds between tries."""
 
-NOT_ACCEPTED = "the Hub does not accept the token. Log in again with `hf auth login`, or set HF_TOKEN to a valid one."
+RevisionNotFoundError = hub_errors.RevisionNotFoundError
+"""Raised where a repository has no such revision."""
 
 _LONGEST_WAIT = 310.0
 """The longest wait for a rate limit, whose window is five minutes."""
 
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 
+_ANSWERED = (hub_errors.HfHubHTTPError, httpx.HTTPStatusError)
+
 _CUT = (httpx.TransportError, ConnectionError, TimeoutError)
 
 _WORDS = {"dataset": "dataset", "space": "Space", "model": "model"}
-
-_PAGES = {"dataset": "datasets/", "space": "spaces/", "model": ""}
 
 _PROPOSE = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`."
 
@@ -115,8 +116,11 @@ def patiently(call: Callable[[], T], say: Say, what: str) -> T:
 
 
 def pause(error: BaseException, wait: float, say: Say, what: str) -> None:
-    """Wait as long as the Hub asks, else `wait` seconds."""
-    seconds = min(max(wait, _asked_wait(error)), _LONGEST_WAIT)
+    """Wait as long as the Hub asks (`RateLimit: "api";r=0;t=37`, or `Retry-After: 37`), else `wait` seconds."""
+    answer = _answer(error)
+    limit, after = ("", "") if answer is None else (answer.headers.get(n, "") for n in ("RateLimit", "Retry-After"))
+    found = re.search(r"\bt=(\d+)", limit) or re.fullmatch(r"\s*(\d+)\s*", after)
+    seconds = min(max(wait, int(found[1]) + 1 if found else 0), _LONGEST_WAIT)
     say(f"{what}: {brief(error)}; again in {seconds:.0f} s")
     time.sleep(seconds)
 
@@ -124,7 +128,7 @@ def pause(error: BaseException, wait: float, say: Say, what: str) -> None:
 def passes(error: BaseException) -> bool:
     """Tell whether the same call may succeed at the next try."""
     for cause in _causes(error):
-        if isinstance(cause, hub_errors.HfHubHTTPError | httpx.HTTPStatusError):
+        if isinstance(cause, _ANSWERED):
             return cause.response.status_code in _PASSING
         if isinstance(cause, hub_errors.OfflineModeIsEnabled | hub_errors.LocalTokenNotFoundError):
             return False
@@ -150,26 +154,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _answer(error: BaseException) -> Any:
     """Return the response behind an error, or None."""
-    kinds = (hub_errors.HfHubHTTPError, httpx.HTTPStatusError)
-    return next((cause.response for cause in _causes(error) if isinstance(cause, kinds)), None)
-
-
-def _asked_wait(error: BaseException) -> float:
-    """Return the seconds that a rate limit asks for: `RateLimit: "api";r=0;t=37`, or `Retry-After: 37`."""
-    answer = _answer(error)
-    if answer is None:
-        return 0.0
-    limit, after = (answer.headers.get(name, "") for name in ("RateLimit", "Retry-After"))
-    found = re.search(r"\bt=(\d+)", limit) or re.fullmatch(r"\s*(\d+)\s*", after)
-    return float(found[1]) + 1 if found else 0.0
+    return next((cause.response for cause in _causes(error) if isinstance(cause, _ANSWERED)), None)
 
 
 # --- failures explained ---
-
-
-def is_missing_revision(error: BaseException) -> bool:
-    """Tell whether the Hub said that a repository has no such revision."""
-    return isinstance(error, hub_errors.RevisionNotFoundError)
 
 
 @contextmanager
@@ -183,59 +171,41 @@ def explained(
     except hub_errors.LocalTokenNotFoundError:
         raise
     except hub_errors.HfHubHTTPError as error:
-        if isinstance(error, hub_errors.GatedRepoError):
-            page = f"{constants.ENDPOINT}/{_PAGES[kind]}{repo_id}"
-            told = f"'{repo_id}' is gated. Ask for access at {page}, then log in with `hf auth login`."
-        elif isinstance(error, hub_errors.RepositoryNotFoundError):
-            told = _not_found(repo_id, kind, write=write)
-        elif isinstance(error, hub_errors.RevisionNotFoundError):
-            told = f"`revision` must exist in the {_WORDS[kind]} '{repo_id}'; got {revision!r}. Use a branch, tag or "
-            told += "commit."
-        elif isinstance(error, hub_errors.RemoteEntryNotFoundError) and kind == "model":
-            at = f" at revision '{revision}'" if revision else ""
-            told = f"`model_id` must hold a checkpoint; '{repo_id}'{at} has no file '{file}'. Check the id and "
-            told += "`subfolder`."
-        else:
-            told = _refused(repo_id, kind, error, token, write=write)
+        told = _refused(error, repo_id, kind, revision, file, token, write=write)
         raise type(error)(told, response=error.response) from error
-    except hub_errors.LocalEntryNotFoundError as error:
-        told = _unreachable(repo_id, kind, file, write=write, local_files_only=local_files_only)
-        raise hub_errors.LocalEntryNotFoundError(told) from error
-    except (hub_errors.RevisionResolutionError, hub_errors.OfflineModeIsEnabled, *_CUT) as error:
-        told = _unreachable(repo_id, kind, file, write=write, local_files_only=local_files_only)
-        raise ConnectionError(told) from error
-    except RuntimeError as error:  # the client raises it around the cause of a failed upload
-        if not passes(error):
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.RevisionResolutionError, RuntimeError, *_CUT) as error:
+        wrapped = isinstance(error, RuntimeError)  # by the client, around the cause of a failed upload
+        if wrapped and not passes(error):
             raise
-        raise ConnectionError(_unreachable(repo_id, kind, file, write=write, cause=brief(error))) from error
+        why = brief(error) if wrapped else f"{constants.ENDPOINT} cannot be reached"
+        told = _unreachable(repo_id, kind, file, why, write=write, local_files_only=local_files_only)
+        local = isinstance(error, hub_errors.LocalEntryNotFoundError)
+        raise (hub_errors.LocalEntryNotFoundError if local else ConnectionError)(told) from error
 
 
-def _not_found(repo_id: str, kind: str, *, write: bool) -> str:
-    if write:
-        return (
-            f"`repo_id` must be a {_WORDS[kind]} that you can see; the Hub shows you none at '{repo_id}'. Check the "
-            "name; for a private one log in with `hf auth login`."
-        )
-    for other in _WORDS:
-        try:
-            if other != kind and api_of(None).repo_exists(repo_id, repo_type=other):
-                return f"'{repo_id}' is a {_WORDS[other]} of the Hub, not a {kind}. Name a {kind}."
-        except (OSError, httpx.HTTPError):
-            break
-    return (
-        f"'{repo_id}' is no folder here, and on the Hub there is no such {kind} or it is private. Check the spelling; "
-        "for a private one log in with `hf auth login`, or set HF_TOKEN."
-    )
-
-
-def _refused(repo_id: str, kind: str, error: hub_errors.HfHubHTTPError, token: Any, *, write: bool) -> str:
-    status = error.response.status_code
+def _refused(
+    error: hub_errors.HfHubHTTPError, repo_id: str, kind: str, revision: str | None, file: str | None, token: Any, *,
+    write: bool,
+) -> str:  # fmt: skip
+    """Return the cure for an answer of the Hub."""
+    status, word = error.response.status_code, _WORDS[kind]
     said = " ".join((error.server_message or "").split()).rstrip(".")
     told = f"HTTP {status}: {said}" if said else f"HTTP {status}"
+    if isinstance(error, hub_errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{'' if kind == 'model' else f'{kind}s/'}{repo_id}"
+        return f"'{repo_id}' is gated. Ask for access at {page}, then log in with `hf auth login`."
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return f"`revision` must exist in the {word} '{repo_id}'; got {revision!r}. Use a branch, tag or commit."
+    missing_file = isinstance(error, hub_errors.RemoteEntryNotFoundError)
+    if missing_file and kind == "model":
+        at = f" at revision '{revision}'" if revision else ""
+        return f"`model_id` must hold a checkpoint; '{repo_id}'{at} has no file '{file}'. Check the id and `subfolder`."
+    if isinstance(error, hub_errors.RepositoryNotFoundError) or (status == 404 and not missing_file and not write):
+        return _not_found(repo_id, kind)
     if status == 401:
-        return NOT_ACCEPTED
+        return "the Hub does not accept the token. Log in again with `hf auth login`, or set HF_TOKEN to a valid one."
     if status == 403 and write:
-        return f"you may not write to '{repo_id}': {_why_forbidden(repo_id, kind, said, token)}"
+        return f"you may not write to '{repo_id}': {_why_forbidden(repo_id, kind, said or 'forbidden', token)}"
     if status == 402 and kind == "space":
         return (
             f"the Hub wants to be paid for '{repo_id}' ({told}). Free accounts get `hardware='cpu-basic'`, and some no "
@@ -246,13 +216,24 @@ def _refused(repo_id: str, kind: str, error: hub_errors.HfHubHTTPError, token: A
     return f"the Hub refused the request for '{repo_id}' ({told})."
 
 
+def _not_found(repo_id: str, kind: str) -> str:
+    for other in _WORDS.keys() - {kind}:
+        with suppress(OSError, httpx.HTTPError):
+            if api_of(None).repo_exists(repo_id, repo_type=other):
+                return f"'{repo_id}' is a {_WORDS[other]} of the Hub, not a {kind}. Name a {kind}."
+    return (
+        f"'{repo_id}' is no folder here, and on the Hub there is no such {kind} or it is private. Check the spelling; "
+        "for a private one log in with `hf auth login`, or set HF_TOKEN."
+    )
+
+
 def _why_forbidden(repo_id: str, kind: str, said: str, token: str | bool | None) -> str:
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
     try:
-        me = api_of(token).whoami()
+        why = why_not(repo_id, kind, api_of(token).whoami())
     except (OSError, httpx.HTTPError):
-        return f"the Hub says: {said or 'forbidden'}. {_PROPOSE if kind == 'dataset' else ''}".rstrip()
-    told = f"the token lacks that right ({said or 'forbidden'}). Make a write token at"
-    return why_not(repo_id, kind, me) or f"{told} {constants.ENDPOINT}/settings/tokens."
+        return f"the Hub says: {said}. {_PROPOSE if kind == 'dataset' else ''}".rstrip()
+    return why or f"the token lacks that right ({said}). Make a write token at {tokens}."
 
 
 def why_not(repo_id: str, kind: str, me: dict[str, Any]) -> str:
@@ -270,15 +251,12 @@ def why_not(repo_id: str, kind: str, me: dict[str, Any]) -> str:
     return f"'{owner}' is neither you nor an organisation of yours. {use} '{user}/NAME'.{propose}"
 
 
-def _unreachable(
-    repo_id: str, kind: str, file: str | None, *, write: bool, local_files_only: bool = False, cause: str = ""
-) -> str:
+def _unreachable(repo_id: str, kind: str, file: str | None, why: str, *, write: bool, local_files_only: bool) -> str:
+    cure = "Check the network and try again"
     if constants.HF_HUB_OFFLINE:
         why, cure = "HF_HUB_OFFLINE=1 is set", "Unset it"
     elif local_files_only:
         why, cure = "`local_files_only=True`", "Run once without it"
-    else:
-        why, cure = cause or f"{constants.ENDPOINT} cannot be reached", "Check the network and try again"
     if write:
         done = "deployed" if kind == "space" else "published"
         return f"'{repo_id}' was not {done}: {why}. {cure}; what was uploaded already is not sent twice."

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from datasets.arrow_writer import ArrowWriter
 from datasets.utils.file_utils import xopen
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
 from hf_equiv.data.image_file import open_image
@@ -262,17 +262,11 @@ def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> t
 def _current_revision(repo_id: str) -> str:
     try:
         with explained(repo_id):
-            sha = api_of(None).dataset_info(repo_id).sha
-    except (OSError, HFValidationError) as error:
-        unknown = isinstance(error, RepositoryNotFoundError | HFValidationError)
-        unknown |= getattr(getattr(error, "response", None), "status_code", None) == 404  # without an error code
-        if unknown and not isinstance(error, GatedRepoError):
-            raise ValueError(
-                f"{repo_id!r} is neither a file nor a folder here nor a dataset that the Hub shows you. Check the "
-                "name; if it is private, log in with `hf auth login`."
-            ) from None
-        raise ValueError(f"dataset {repo_id!r} cannot be looked up: {error}") from error
-    return str(sha)
+            return str(api_of(None).dataset_info(repo_id).sha)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no file or folder here, and no name of a dataset ({error}).") from None
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def _cached_revision(repo_id: str, cache_dir: str | None) -> str:

@@ -39,29 +39,15 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 
 
 def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: Runs | None = None) -> str:
-    """Write the card of a dataset.
-
-    Args:
-        repo_id: `USER/NAME`.
-        runs: its runs, by place.
-        previous: the card that is there: its text outside the marks, its tags and the owner's settings stay.
-        before: the runs of that card.
-
-    Returns:
-        Markdown with a YAML header that declares the configurations.
-
-    Raises:
-        ValueError: the YAML header of the previous card cannot be read, or one of its marks is missing.
-    """
-    there, owners = split_header(previous or "")
+    """Write the card of a dataset with these runs; `before` are the runs of the previous card."""
+    # Of the previous card, tags, text outside the marks and settings that do not follow from its runs stay.
+    there, text = split_header(previous or "")
     made, earlier = _facts(runs), _facts(before) if before else {}
-    facts = there | {key: value for key, value in made.items() if there.get(key) in (None, earlier.get(key))}
+    facts = made | {key: value for key, value in there.items() if value not in (None, earlier.get(key))}
     facts["tags"] = joined(there.get("tags"), made["tags"])
     own = {layout.folder for layout in LAYOUTS.values()}
     facts["configs"] = made["configs"] + [c for c in there.get("configs") or [] if c.get("config_name") not in own]
-    if "license" not in made and "license" in earlier and facts.get("license") == earlier["license"]:
-        del facts["license"]  # no run has it any more, and the owner did not set it
-    above, below = around_block(owners, "the dataset")
+    above, below = around_block(text, "the dataset")
     ordered = dict(sorted(runs.items()))
     config = made["configs"][0]["config_name"]
     place, record = [item for item in ordered.items() if LAYOUTS[analysis_of(item[1])].folder == config][-1]
@@ -98,31 +84,18 @@ def around_block(text: str, where: str) -> tuple[str, str]:
     return text.rstrip() + "\n\n" if text.strip() else "\n", "\n"
 
 
-def generated_text(content: str) -> str | None:
-    """Return the generated part of a card, or None if it has none."""
-    found = _BLOCK.search(content)
-    return None if found is None else found.group()
-
-
-def card_text(repo_id: str, runs: Runs) -> str:
-    """Return the generated part of the card of these runs: it follows from the records alone."""
-    return str(generated_text(dataset_card(repo_id, runs)))
-
-
 def differences(card: str, runs: Runs) -> tuple[list[str], list[str]] | None:
-    """Compare the generated part of a card with the one that follows from the runs.
+    """Return the lines that the generated part of a card lacks, and its lines that no run states; None without it.
 
     An earlier version wrote other sentences; in its cards only the numbers in the tables are compared.
-
-    Returns:
-        The lines that the card lacks, and its lines that no run states; None if the card has no generated part.
     """
-    there = generated_text(card)
-    if there is None:
+    found = _BLOCK.search(card)
+    if found is None:
         return None
-    named = re.search(r'load_dataset\("([^"\n]+)"', there)  # a copy may have another name than the dataset
-    stated, wanted = there.splitlines(), card_text(named[1] if named else "", runs).splitlines()
-    if there.startswith(START):
+    named = re.search(r'load_dataset\("([^"\n]+)"', found[0])  # a copy may have another name than the dataset
+    made = _BLOCK.search(dataset_card(named[1] if named else "", runs))
+    stated, wanted = found[0].splitlines(), made[0].splitlines() if made else []
+    if found[0].startswith(START):
         lacking, extra = Counter(wanted) - Counter(stated), Counter(stated) - Counter(wanted)
         return [x for x in lacking.elements() if x.strip()], [x for x in extra.elements() if x.strip()]
     known = Counter(number for line in wanted for number in _cells(line))
@@ -133,11 +106,6 @@ def _cells(line: str) -> list[str]:
     """Return the numbers among the cells of a line of a table."""
     cells = [cell.strip() for cell in line.split("|")] if line.startswith("|") else []
     return [cell for cell in cells if re.match(r"[-+]?\d", cell)]
-
-
-def header(content: str) -> dict[str, Any]:
-    """Return the YAML header of a card."""
-    return split_header(content)[0]
 
 
 def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, Any], str]:
@@ -213,8 +181,3 @@ def _numbers(path: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [(path.replace("_", " "), f"{value:.6g}")]
     return []
-
-
-def command_of(record: Mapping[str, Any]) -> str:  # old name
-    """Return the recorded command of a run."""
-    return str(record.get("command") or "")

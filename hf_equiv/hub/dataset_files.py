@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_equiv.hub import card
 from hf_equiv.hub.licences import PhotoRights
-from hf_equiv.hub.repository import Remote, StagedFile, staged
+from hf_equiv.hub.repository import Remote, Snapshot, StagedFile, staged
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import card as run_card
 from hf_equiv.runs import directory, shards
@@ -28,26 +28,27 @@ _WITHOUT_PHOTOS = {"spectra.png", "secants.png", "constants.png", "drift.png"}
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
+class Dataset(Snapshot):
     """A dataset as it is at a commit."""
 
-    head: str | None = None  # None for a dataset that is yet to be made
-    files: Mapping[str, str] = field(default_factory=dict)  # as from `Remote.files`
     runs: Mapping[str, Row] = field(default_factory=dict)  # records by place: "" for the root, or `runs/NAME`
-    card: str | None = None
-    proposed: tuple[str, str] | None = None  # (commit, address) of an open pull request with the run
 
 
 def read_dataset(remote: Remote, head: str) -> Dataset:
     """Read the tree, the records of all runs and the card at a commit; refuse a repository that holds other things."""
     files = remote.files(head)
-    runs: dict[str, Row] = {}
-    for path in files:
-        place = place_of_file(path)
-        if place is not None and path.endswith(directory.RECORD):
-            runs[place] = _record(remote.repo_id, path, remote.text(path, head))
-    _check_dataset(remote.repo_id, files, runs)
-    return Dataset(head, files, runs, remote.text(CARD, head) if CARD in files else None)
+    runs = {
+        place: _record(remote.repo_id, path, remote.text(path, head))
+        for path in files
+        if path.endswith(directory.RECORD) and (place := place_of_file(path)) is not None
+    }
+    if foreign := [path for path in sorted(files) if path not in _OWNERS and place_of_file(path) not in runs]:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ValueError(
+            f"'{remote.repo_id}' must be empty or hold runs of hf_equiv; it holds {', '.join(foreign[:3])}{more}. "
+            "Publish to a new name."
+        )
+    return Dataset(head, files, remote.text(CARD, head) if CARD in files else None, runs=runs)
 
 
 def place_of_file(path: str) -> str | None:
@@ -62,30 +63,19 @@ def place_of_file(path: str) -> str | None:
 
 def _record(repo_id: str, path: str, text: str) -> Row:
     try:
-        record = json.loads(text)
-        int(record["schema_version"]), str(record["settings"]["model_id"]), dict(record["files"])
+        record: Row = json.loads(text)
+        version, *_ = int(record["schema_version"]), record["settings"]["model_id"], dict(record["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} of '{repo_id}' is damaged ({type(error).__name__}). Restore it on the Hub, or publish to a new "
             "name."
         ) from None
-    return dict(record)
-
-
-def _check_dataset(repo_id: str, paths: Iterable[str], runs: Mapping[str, Row]) -> None:
-    foreign = [path for path in sorted(paths) if path not in _OWNERS and place_of_file(path) not in runs]
-    if foreign:
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+    if version > SCHEMA_VERSION or analysis_of(record) not in LAYOUTS:
         raise ValueError(
-            f"'{repo_id}' must be empty or hold runs of hf_equiv; it holds {', '.join(foreign[:3])}{more}. Publish to "
-            "a new name."
+            f"'{repo_id}' holds a run of a newer hf_equiv ({path}, schema_version {version}). Upgrade hf_equiv, or "
+            "publish to a new name."
         )
-    for place, record in runs.items():
-        if int(record["schema_version"]) > SCHEMA_VERSION or analysis_of(record) not in LAYOUTS:
-            raise ValueError(
-                f"'{repo_id}' holds a run of a newer hf_equiv ({place or 'at its root'}, schema_version "
-                f"{record['schema_version']}). Upgrade hf_equiv, or publish to a new name."
-            )
+    return record
 
 
 def place_of(record: Mapping[str, Any], runs: Mapping[str, Row]) -> str:
@@ -95,11 +85,6 @@ def place_of(record: Mapping[str, Any], runs: Mapping[str, Row]) -> str:
     if there is not None:
         return there
     return f"{RUNS}/{name}" if "" in runs else ""
-
-
-def withheld(run: LocalRun, rights: PhotoRights) -> bool:
-    """Tell whether the run is published without its photos."""
-    return not rights.published or is_withheld(run.record)
 
 
 def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights) -> tuple[list[StagedFile], list[str]]:
@@ -113,9 +98,9 @@ def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights)
     record, files = _staged_run(run, place, rights)
     runs = {**there.runs, place: record}
     previous, root = there.card, there.runs.get("")
-    if root is not None and root.get("card") != "dataset":  # a run directory that was uploaded as it was
+    if root is not None and root.get("card") != "dataset":  # a run directory that was uploaded by hand
         if previous is not None and staged(CARD, previous).sha256 == root["files"].get(CARD):
-            previous = None  # it is the card of the run, which nobody has edited
+            previous = None  # it is the unedited card of the run
         if place:
             hashes = {name: digest for name, digest in root["files"].items() if name != CARD}
             runs[""] = {**root, "card": "dataset", "files": hashes}
@@ -128,41 +113,41 @@ def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights)
 
 def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, list[StagedFile]]:
     """Return the `run.json` to publish, and all files of the run but the card of the dataset."""
-    hidden = withheld(run, rights)
+    hidden = not rights.published
     record = {key: value for key, value in run.record.items() if key != "card"}
     record |= {"photos": WITHHELD if hidden else "published", "license": rights.license, "rights": rights.why}
     record |= {"versions": run.versions} | ({} if place else {"card": "dataset"})
     if hidden:  # the hashes of the pixels would tell the pictures
         listed = record[run.layout.listed]
         record[run.layout.listed] = [{k: v for k, v in item.items() if k != "pixels"} for item in listed]
-    files = [file for name, digest in run.record["files"].items() if name != CARD
-             for file in _staged_file(run, place, name, digest, hidden=hidden)]  # fmt: skip
+    files = {}
+    for name, digest in run.record["files"].items():
+        content = _without_photos(run, name) if hidden else run.folder / name
+        if name != CARD and content is not None:
+            files[name] = staged(_inside(place, name), content, digest)
     if place:
-        files.append(staged(_inside(place, CARD), _own_card(run, files, hidden=hidden)))
-    cut = len(_inside(place, ""))
-    record["files"] = {file.path[cut:]: file.sha256 for file in files}
-    return record, [*files, staged(_inside(place, directory.RECORD), directory.record_text(record))]
+        files[CARD] = staged(_inside(place, CARD), _own_card(run, files, hidden=hidden))
+    record["files"] = {name: file.sha256 for name, file in files.items()}
+    return record, [*files.values(), staged(_inside(place, directory.RECORD), directory.record_text(record))]
 
 
 def _inside(place: str, name: str) -> str:
     return f"{place}/{name}" if place else name
 
 
-def _staged_file(run: LocalRun, place: str, name: str, digest: str, *, hidden: bool) -> list[StagedFile]:
-    """Return a file of the run as it is published; none if it shows photos that are withheld."""
-    path, parts = run.folder / name, PurePosixPath(name).parts
-    if not hidden or (parts[0] == "figures" and parts[-1] in _WITHOUT_PHOTOS):
-        return [staged(_inside(place, name), path, digest)]
-    if parts[0] == run.layout.folder:
-        return [staged(_inside(place, name), shards.without_images(path, run.layout))]
-    return []
+def _without_photos(run: LocalRun, name: str) -> Path | bytes | None:
+    """Return a file of the run with its image columns empty; None if the whole file shows photos."""
+    folder, path = name.split("/")[0], run.folder / name
+    if folder == run.layout.folder:
+        return shards.without_images(path, run.layout)
+    return path if folder == "figures" and path.name in _WITHOUT_PHOTOS else None
 
 
-def _own_card(run: LocalRun, files: list[StagedFile], *, hidden: bool) -> str | Path:
+def _own_card(run: LocalRun, files: Iterable[str], *, hidden: bool) -> str | Path:
     """Return the card of a run in `runs/NAME`: its own, or a new one without the figures that are left out."""
     if not hidden and run.record.get("card") != "dataset":
         return run.folder / CARD
     settings, summary = run.record["settings"], run.record["summary"]
-    shown = sorted(Path(file.path).name for file in files if "figures" in PurePosixPath(file.path).parts)
+    shown = sorted(Path(name).name for name in files if name.startswith("figures/"))
     text = run_card.run_card(run.layout, settings, summary, shown, run.record.get("command"))
     return text + ("\nThe photos are withheld: image columns are empty.\n" if hidden else "")

@@ -23,14 +23,23 @@ from hf_equiv.runs.shards import read_shard, shard_files
 
 CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}
 
-_WRITTEN = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_WRITTEN = re.compile(r"(?!\.{1,2}/)(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def local_folder(where: str | os.PathLike[str], revision: str | None) -> Path | None:
+    """Return a folder on disk; None for the name of a dataset."""
+    if not Path(where).is_dir():
+        return None
+    if revision is not None:
+        raise ValueError(f"`revision` must be None for a local folder; got {revision!r}.")
+    return Path(where)
 
 
 def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """Read `USER/NAME` or `USER/NAME@REVISION`; the revision may also come from a flag of its own."""
     found = _WRITTEN.fullmatch(name)
     if found is None:
-        raise ValueError(
+        raise FileNotFoundError(
             f"{name!r} must be a run directory; it does not exist. Check the path. (Datasets of the Hub are named "
             "USER/NAME or USER/NAME@REVISION.)"
         )
@@ -67,13 +76,10 @@ def download_results(
         ConnectionError: the Hub is out of reach.
         LocalEntryNotFoundError: with `local_files_only`, a file is not in the cache.
         ValueError: a bad name, or a dataset without a run.
-
-    Example:
-        >>> folder, commit = download_results("me/matches")  # doctest: +SKIP
     """
     name = check_dataset_id(repo_id)
-    folders = [folder for folder in OWN_FOLDERS if with_float or folder != "float"]
-    folder = _snapshot(name, revision, [CARD, *folders], token, cache_dir, local_files_only)
+    parts = [folder for folder in OWN_FOLDERS if with_float or folder != "float"]
+    folder = _snapshot(name, revision, parts, token, cache_dir, local_files_only)
     runs = run_folders(folder)
     if not runs:
         raise ValueError(f"the dataset '{name}' holds no run of hf_equiv (no {directory.RECORD}). Check the name.")
@@ -89,11 +95,11 @@ def download_results(
 
 @hushed()
 def _snapshot(
-    name: str, revision: str | None, parts: Sequence[str], token: Any, cache_dir: str | os.PathLike[str] | None,
+    name: str, revision: str | None, folders: Sequence[str], token: Any, cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool = False,
 ) -> Path:  # fmt: skip
-    """Fetch `run.json` and these parts (folders, or the card) of all runs; the folder has the name of the commit."""
-    inside = [directory.RECORD, *(part if part == CARD else f"{part}/*" for part in parts)]
+    """Fetch `run.json`, the card and these folders of all runs into a folder with the name of the commit."""
+    inside = [directory.RECORD, CARD, *(f"{folder}/*" for folder in folders)]
     download = partial(
         snapshot_download, name, repo_type="dataset", revision=revision, cache_dir=cache_dir, token=token,
         allow_patterns=[*inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
@@ -146,7 +152,7 @@ def load_results(
 
     Raises:
         FileNotFoundError: a folder that does not exist.
-        ValueError: an unknown configuration, or no rows of it; an unknown run, or one named for a run directory.
+        ValueError: an unknown configuration, or no rows of it; an unknown run.
         RepositoryNotFoundError: there is no such dataset, or it is private.
 
     Example:
@@ -160,25 +166,11 @@ def load_results(
     if with_float and layout is not MATCH:
         raise ValueError(f"`with_float` must be False for {config!r}: only matches have float images to load.")
     name = os.fspath(repo_id_or_dir)
-    parts = [layout.folder, "float"] if with_float else [layout.folder]
-    folder = _local_folder(name, revision) or _snapshot(*split_name(name, revision), parts, token, cache_dir)
-    runs = run_folders(folder) or {"": folder}
-    if run is not None:
-        if Path(name).is_dir() and list(runs) == [""]:
-            raise ValueError(f"`run` must be None for a run directory; got {run!r}. It holds one run.")
-        runs = {"": _run_of_name(name, runs, run)}
-    return _rows(name, list(runs.values()), layout, None if cache_dir is None else os.fspath(cache_dir), with_float)
-
-
-def _local_folder(name: str, revision: str | None) -> Path | None:
-    """Return a folder on disk; None for the name of a dataset."""
-    if Path(name).is_dir():
-        if revision is not None:
-            raise ValueError(f"`revision` must be None for a local folder; got {revision!r}.")
-        return Path(name)
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"`repo_id_or_dir` must be a folder or a dataset USER/NAME; got {name!r}.")
-    return None
+    folders = [layout.folder, "float"] if with_float else [layout.folder]
+    folder = local_folder(name, revision) or _snapshot(*split_name(name, revision), folders, token, cache_dir)
+    places = run_folders(folder) or {"": folder}
+    runs = list(places.values()) if run is None else [_run_of_name(name, places, run)]
+    return _rows(name, runs, layout, None if cache_dir is None else os.fspath(cache_dir), with_float)
 
 
 def _rows(name: str, runs: Sequence[Path], layout: Layout, cache_dir: str | None, with_float: bool) -> datasets.Dataset:
@@ -210,12 +202,9 @@ def _decode_with_float(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     if "float_file" not in batch or "pair_id" not in batch:
         return batch
     pairs = zip(batch["float_file"], batch["pair_id"], strict=True)
-    return batch | {"match_float": [_float(path, pair) for path, pair in pairs]}
-
-
-def _float(path: str, pair_id: str) -> Any:
-    file = _open(path)
-    return file.get_tensor(pair_id) if file is not None and pair_id in file.keys() else None
+    opened = ((_open(path), pair) for path, pair in pairs)
+    floats = [file.get_tensor(pair) if file and pair in file.keys() else None for file, pair in opened]
+    return batch | {"match_float": floats}
 
 
 @lru_cache(maxsize=16)

@@ -20,10 +20,10 @@ from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
-from hf_equiv.hub.dataset_files import Dataset, place_of, plan_files, read_dataset, withheld
+from hf_equiv.hub.dataset_files import Dataset, place_of, plan_files, read_dataset
 from hf_equiv.hub.licences import FREE, PhotoRights, how_to_change, photo_rights
 from hf_equiv.hub.repository import MAIN, Change, Progress, Remote, change_of, commit_until_done, send
-from hf_equiv.hub_client import NOT_ACCEPTED, api_of, check_dataset_id, explained, require_token, why_not
+from hf_equiv.hub_client import api_of, check_dataset_id, explained, require_token, why_not
 from hf_equiv.runs.directory import CARD, LocalRun, is_withheld, read_run
 
 _SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")
@@ -33,56 +33,30 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The result of `publish_results`, or with `dry_run` its plan.
-
-    Attributes:
-        repo_id: the dataset.
-        url: its page.
-        run: name of the run in it, ANALYSIS-MODELSLUG-HASH8.
-        place: "" for the root of the dataset, else `runs/NAME`.
-        changed: whether there was anything to commit.
-        commit: the commit that holds the run; None in a dry run.
-        revision: the branch, or the ref of the pull request, that holds the run.
-        pr_url: address of the pull request, if there is one.
-        private: visibility of the dataset afterwards; None if only its owner can know it.
-        photos: whether the photos are published.
-        license: identifier of their licence, if it is known.
-        why: the reason why the photos are published or withheld.
-        how_to_change: the arguments for the opposite.
-        files: number of files of the run, with the card.
-        bytes: their size.
-        uploaded: (path, bytes) of the files that were new or had changed.
-        deleted: paths of an earlier version that the commit removes.
-        card: text of the dataset's README.md.
-        collection: slug of the collection that the dataset was added to.
-        collection_private: whether only you can see that collection; a new one is private.
-        dry_run: whether nothing was written.
-        refused: in a dry run, the reason why the Hub would refuse the publication; None if no reason is known or there
-            is nothing to commit.
-    """
+    """The result of `publish_results`, or with `dry_run` its plan."""
 
     repo_id: str
-    url: str
-    run: str
-    place: str
-    changed: bool
-    commit: str | None
-    revision: str
-    pr_url: str | None
-    private: bool | None
-    photos: bool
-    license: str | None
-    why: str
-    how_to_change: str
-    files: int
-    bytes: int
-    uploaded: tuple[tuple[str, int], ...]
-    deleted: tuple[str, ...]
-    card: str
-    collection: str | None = None
-    collection_private: bool | None = None
-    dry_run: bool = False
-    refused: str | None = None
+    url: str  # page of the dataset
+    run: str  # name of the run in it, ANALYSIS-MODELSLUG-HASH8
+    place: str  # "" for the root of the dataset, else `runs/NAME`
+    changed: bool  # whether there was anything to commit
+    commit: str | None  # the commit that holds the run; None in a dry run
+    revision: str  # the branch, or the ref of the pull request, that holds the run
+    pr_url: str | None  # page of the pull request
+    private: bool | None  # visibility of the dataset afterwards; None if only its owner can know it
+    photos: bool  # whether the photos are published
+    license: str | None  # identifier of their licence, if it is known
+    why: str  # the reason why the photos are published or withheld
+    how_to_change: str  # the arguments for the opposite
+    files: int  # number of files of the run, with the card
+    bytes: int  # their size
+    uploaded: tuple[tuple[str, int], ...]  # (path, bytes) of the files that were new or had changed
+    deleted: tuple[str, ...]  # paths of an earlier version that the commit removes
+    card: str  # text of the dataset's README.md
+    collection: str | None = None  # slug of the collection that the dataset was added to
+    collection_private: bool | None = None  # whether only you can see that collection; a new one is private
+    dry_run: bool = False  # whether nothing was written
+    refused: str | None = None  # in a dry run, the reason why the Hub would refuse the commit, as far as it is known
 
 
 def publish_results(
@@ -134,7 +108,7 @@ def publish_results(
     remote.say("checking the run and its files")
     run = read_run(Path(folder))
     rights = _rights(run, license, i_have_the_right, withhold_photos, token)
-    job = Publication(remote, run, rights, license is not None, revision or MAIN, create_pr, message)
+    job = Publication(remote, run, rights, revision or MAIN, create_pr, message)
     with explained(remote.repo_id, revision=revision, write=True, token=token):
         if dry_run:
             return _plan_only(job, private)
@@ -150,7 +124,6 @@ class Publication:
     remote: Remote
     run: LocalRun
     rights: PhotoRights
-    stated: bool  # whether the user named a licence
     revision: str  # branch, or `refs/pr/N`
     create_pr: bool
     message: str | None
@@ -196,45 +169,28 @@ def _publish(job: Publication, private: bool | None) -> Published:
     return replace(result, changed=done.sent, commit=done.commit, pr_url=done.pr_url, revision=ref)
 
 
-# --- before the commit ---
-
-
 def _make_missing(job: Publication, private: bool | None) -> tuple[bool, bool]:
     """Make the dataset and the branch if they are missing; return (whether it was made, whether it is private)."""
     remote, api, info = job.remote, job.remote.api, job.remote.find()
     if info is None:
-        if job.create_pr and remote.repo_id.split("/")[0] not in _own_names(remote):
-            remote.info()  # there is nothing to propose to, and it is not the user's to make
         is_private = private is not False
         remote.say(f"making the {'private' if is_private else 'public'} dataset {remote.repo_id}")
-        remote.call(
-            lambda: api.create_repo(remote.repo_id, repo_type="dataset", private=is_private, exist_ok=True),
-            "making the dataset",
-        )
+        options = {"repo_type": "dataset", "private": is_private, "exist_ok": True}
+        remote.call("making the dataset", api.create_repo, remote.repo_id, **options)
     else:
         is_private = bool(info.private)
         if private and not is_private and not job.create_pr:
             remote.set_private(True)
             is_private = True
     if job.revision != MAIN and not job.revision.startswith("refs/pr/"):
-        refs = remote.call(lambda: api.list_repo_refs(remote.repo_id, repo_type="dataset"), "listing branches")
-        if job.revision in {ref.name for ref in refs.tags} - {ref.name for ref in refs.branches}:
+        refs = remote.call("listing branches", api.list_repo_refs, remote.repo_id, repo_type="dataset")
+        branches = {ref.name for ref in refs.branches}
+        if job.revision in {ref.name for ref in refs.tags} - branches:
             raise ValueError(f"`revision` must be a branch; '{job.revision}' is a tag of '{remote.repo_id}'.")
-        if job.revision not in {ref.name for ref in refs.branches}:
-            remote.call(
-                lambda: api.create_branch(remote.repo_id, branch=job.revision, repo_type="dataset", exist_ok=True),
-                "making the branch",
-            )
+        if job.revision not in branches:
+            options = {"branch": job.revision, "repo_type": "dataset", "exist_ok": True}
+            remote.call("making the branch", api.create_branch, remote.repo_id, **options)
     return info is None, is_private
-
-
-def _own_names(remote: Remote) -> dict[str, Any]:
-    """Return the names that the user publishes under, the user's own first, with the role in each organisation."""
-    me = remote.call(remote.api.whoami, "asking who you are")
-    return {me["name"]: "admin"} | {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
-
-
-# --- the commit ---
 
 
 def _look(job: Publication) -> Dataset:
@@ -246,16 +202,13 @@ def _look(job: Publication) -> Dataset:
 def _change(job: Publication, there: Dataset) -> Change:
     files, deleted = plan_files(there, job.remote.repo_id, job.run, job.rights)
     verb = "Update" if place_of(job.run.record, there.runs) in there.runs else "Add"
-    title = job.message or f"{verb} {job.run.name}"
-    return change_of(there.head, there.files, files, deleted, title, _mark(job), there.proposed)
+    return change_of(there, files, deleted, job.message or f"{verb} {job.run.name}", _mark(job))
 
 
 def _mark(job: Publication) -> str:
-    """Return a line that tells this content from any other, so that its pull request is found again."""
-    whole = hashlib.sha256(repr((job.run.name, job.rights)).encode())
-    for path, digest in sorted(job.run.record["files"].items()):
-        whole.update(f"{path}\0{digest}\n".encode())
-    return f"hf_equiv run {whole.hexdigest()}"
+    """Return a line that identifies this content, by which its pull request is found again."""
+    content = repr((job.run.name, job.rights, sorted(job.run.record["files"].items())))
+    return f"hf_equiv run {hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def _proposed(job: Publication) -> tuple[str, str] | None:
@@ -271,10 +224,7 @@ def _proposed(job: Publication) -> tuple[str, str] | None:
                     return commits[0].commit_id, f"{remote.url}/discussions/{found.num}"
         return None
 
-    return remote.call(find, "reading the pull requests")
-
-
-# --- after the commit, or instead of it ---
+    return remote.call("reading the pull requests", find)
 
 
 def _published(job: Publication, there: Dataset, change: Change, private: bool | None) -> Published:
@@ -282,8 +232,8 @@ def _published(job: Publication, there: Dataset, change: Change, private: bool |
     return Published(
         repo_id=job.remote.repo_id, url=job.remote.url, run=job.run.name, place=place_of(job.run.record, there.runs),
         changed=not change.empty, commit=None, revision=job.revision, pr_url=None, private=private,
-        photos=not withheld(job.run, job.rights), license=job.rights.license, why=job.rights.why,
-        how_to_change=how_to_change(job.rights, stated=job.stated), files=len(change.files),
+        photos=job.rights.published, license=job.rights.license, why=job.rights.why,
+        how_to_change=how_to_change(job.rights), files=len(change.files),
         bytes=sum(file.size for file in change.files),
         uploaded=tuple((file.path, file.size) for file in change.added), deleted=change.deleted,
         card=card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8"),
@@ -308,12 +258,11 @@ def _why_refused(job: Publication, *, exists: bool) -> str | None:
     """Return why the Hub would refuse to write, as far as it tells without a try."""
     remote = job.remote
     try:
-        require_token(remote.api.token)
-        me = remote.call(remote.api.whoami, "asking who you are")
-    except hub_errors.LocalTokenNotFoundError as error:
+        with explained(remote.repo_id, write=True):
+            require_token(remote.api.token)
+            me = remote.call("asking who you are", remote.api.whoami)
+    except (hub_errors.LocalTokenNotFoundError, hub_errors.HfHubHTTPError) as error:
         return str(error)
-    except hub_errors.HfHubHTTPError as error:
-        return NOT_ACCEPTED if error.response.status_code == 401 else None
     owner = remote.repo_id.split("/")[0]
     if any(org["name"] == owner and org.get("roleInOrg") == "contributor" for org in me.get("orgs", [])):
         return None  # contributors write to their own repositories, which the Hub does not list
@@ -322,24 +271,19 @@ def _why_refused(job: Publication, *, exists: bool) -> str | None:
 
 
 def _collect(remote: Remote, collection: str, done: Published) -> Published:
-    """Add the dataset to a collection; a missing one is made, private."""
-    api, slug = remote.api, collection
+    """Add the dataset to a collection; a missing one is made, private, by the dataset's owner or the proposer."""
+    api, slug, repo_id = remote.api, collection, remote.repo_id
     try:
-        with explained(remote.repo_id, write=True):
+        with explained(repo_id, write=True):
             if not _SLUG.fullmatch(collection):
-                owner, names = remote.repo_id.split("/")[0], _own_names(remote)
-                namespace = owner if names.get(owner, "read") != "read" else next(iter(names))
-                slug = remote.call(
-                    lambda: api.create_collection(collection, namespace=namespace, private=True, exists_ok=True),
-                    "making the collection",
-                ).slug
-            found = remote.call(
-                lambda: api.add_collection_item(slug, remote.repo_id, "dataset", exists_ok=True),
-                "adding to the collection",
-            )
+                options = {"namespace": None if done.pr_url else repo_id.split("/")[0], "private": True}
+                make = api.create_collection
+                slug = remote.call("making the collection", make, collection, exists_ok=True, **options).slug
+            add = api.add_collection_item
+            found = remote.call("adding to the collection", add, slug, repo_id, "dataset", exists_ok=True)
             return replace(done, collection=slug, collection_private=found.private)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"'{remote.repo_id}' is published, but it could not be added to the collection {collection!r}: {error} The "
-            "same command again adds it."
+            f"'{repo_id}' is published, but it could not be added to the collection {collection!r}: {error} The same "
+            "command again adds it."
         ) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,16 +19,14 @@ from hf_equiv.hub_client import WAITS, Say, passes, patiently, pause
 from hf_equiv.runs.shards import sha256_file
 
 T = TypeVar("T")
-S = TypeVar("S")
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes sent, bytes in total, what is being done)."""
 
 MAIN = "main"
 
-_GROUP = 24
 _GROUP_BYTES = 50_000_000
-"""Files, and bytes, that are uploaded between two reports of progress."""
+"""Bytes that are uploaded between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +47,17 @@ class Remote:
         """Report what is being done."""
         self.progress(0, 0, text)
 
-    def call(self, what: Callable[[], T], name: str) -> T:
-        """Return the result of a call that is safe to repeat."""
-        return patiently(what, self.say, name)
+    def call(self, what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Return the result of a call that is safe to repeat; `what` it does is reported when it is repeated."""
+        return patiently(partial(function, *arguments, **options), self.say, what)
 
     def info(self, revision: str | None = None) -> Any:
-        """Return what the Hub says of the repository at a revision."""
-        return self.call(
-            lambda: self.api.repo_info(self.repo_id, repo_type=self.kind, revision=revision), f"asking for {self.kind}"
-        )
+        """Return the description of the repository at a revision."""
+        ask = self.api.repo_info
+        return self.call(f"asking for {self.kind}", ask, self.repo_id, repo_type=self.kind, revision=revision)
 
     def find(self) -> Any | None:
-        """Return what the Hub says of the repository; None if there is none or it is not shown to the user."""
+        """Return the description of the repository; None if there is none or the user may not see it."""
         try:
             return self.info()
         except hub_errors.GatedRepoError:
@@ -69,10 +67,8 @@ class Remote:
 
     def set_private(self, private: bool) -> None:
         """Set the visibility."""
-        self.call(
-            lambda: self.api.update_repo_settings(self.repo_id, private=private, repo_type=self.kind),
-            "making private" if private else "making public",
-        )
+        what, change = ("making private" if private else "making public"), self.api.update_repo_settings
+        self.call(what, change, self.repo_id, private=private, repo_type=self.kind)
 
     def files(self, head: str) -> dict[str, str]:
         """Return the paths at a commit, each with the SHA-256 of an LFS object or the git id of a plain file."""
@@ -82,14 +78,23 @@ class Remote:
             files = [entry for entry in entries if isinstance(entry, RepoFile)]
             return {file.path: file.blob_id if file.lfs is None else file.lfs.sha256 for file in files}
 
-        return self.call(read, f"reading the {self.kind}")
+        return self.call(f"reading the {self.kind}", read)
 
     def text(self, path: str, head: str) -> str:
         """Return the text of a file at a commit."""
-        local = self.call(
-            lambda: self.api.hf_hub_download(self.repo_id, path, repo_type=self.kind, revision=head), f"reading {path}"
-        )
+        fetch: Callable[..., Any] = self.api.hf_hub_download
+        local = self.call(f"reading {path}", fetch, self.repo_id, path, repo_type=self.kind, revision=head)
         return Path(local).read_text(encoding="utf-8", errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A repository at a commit."""
+
+    head: str | None = None  # None for a repository that is yet to be made
+    files: Mapping[str, str] = field(default_factory=dict)  # as from `Remote.files`
+    card: str | None = None  # README.md
+    proposed: tuple[str, str] | None = None  # (commit, address) of an open pull request with the planned content
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +106,12 @@ class StagedFile:
     size: int
     sha256: str
 
-    def git_oid(self) -> str:
-        """Return the id that git gives to the content."""
-        return git_hash(self.content if isinstance(self.content, bytes) else self.content.read_bytes())
+    def is_in(self, there: Mapping[str, str]) -> bool:
+        """Tell whether the files of a repository hold it with this content."""
+        held = there.get(self.path)
+        if held is None or held == self.sha256:
+            return held is not None
+        return held == git_hash(self.content if isinstance(self.content, bytes) else self.content.read_bytes())
 
 
 def staged(path: str, content: Path | bytes | str, sha256: str | None = None) -> StagedFile:
@@ -118,13 +126,12 @@ def staged(path: str, content: Path | bytes | str, sha256: str | None = None) ->
 class Change:
     """One commit that brings a repository to the planned state."""
 
-    head: str | None  # the commit to build on; None for a repository that is yet to be made
+    head: str | None  # the commit to build on
     files: tuple[StagedFile, ...]  # all files of the planned state
     added: tuple[StagedFile, ...]  # those that the repository lacks or holds with another content
     deleted: tuple[str, ...]
     title: str
     note: str = ""  # text below the title
-    proposed: tuple[str, str] | None = None  # (commit, address) of an open pull request with this content
 
     @property
     def empty(self) -> bool:
@@ -133,17 +140,14 @@ class Change:
 
 
 def change_of(
-    head: str | None, there: Mapping[str, str], files: Sequence[StagedFile], deleted: Iterable[str], title: str,
-    note: str = "", proposed: tuple[str, str] | None = None,
-) -> Change:  # fmt: skip
-    """Compare the planned files with those that are there (see `Remote.files`)."""
+    there: Snapshot, files: Sequence[StagedFile], deleted: Iterable[str], title: str, note: str = ""
+) -> Change:
+    """Compare the planned files with those that are there."""
+    added = tuple(file for file in files if not file.is_in(there.files))
+    return Change(there.head, tuple(files), added, tuple(sorted(deleted)), title, note)
 
-    def is_there(file: StagedFile) -> bool:
-        held = there.get(file.path)
-        return held is not None and (held == file.sha256 or held == file.git_oid())
 
-    added = [file for file in files if not is_there(file)]
-    return Change(head, tuple(files), tuple(added), tuple(sorted(deleted)), title, note, proposed)
+S = TypeVar("S", bound=Snapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +174,8 @@ def commit_until_done(
         change = plan(there)
         if change.empty:
             return Done(there, tried or change, str(change.head), None, tried is not None)
-        if change.proposed is not None:
-            return Done(there, change, *change.proposed, tried is not None)
+        if there.proposed is not None:
+            return Done(there, change, *there.proposed, tried is not None)
         tried = change
         try:
             made = send(change)
@@ -213,7 +217,7 @@ def _groups(files: Iterable[StagedFile]) -> Iterator[list[StagedFile]]:
     group: list[StagedFile] = []
     for file in files:
         group.append(file)
-        if len(group) == _GROUP or sum(one.size for one in group) >= _GROUP_BYTES:
+        if sum(one.size for one in group) >= _GROUP_BYTES:
             yield group
             group = []
     if group:

@@ -5,9 +5,10 @@ This module does not use the network.
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -22,13 +23,13 @@ from hf_equiv.runs.directory import CARD
 DATASET, MODELS = "HF_EQUIV_DATASET", "HF_EQUIV_MODELS"
 """Variables that tell the app the dataset to show and the checkpoints to offer."""
 
-TAG = "hf_equiv"
-"""Marks a Space as one of ours."""
-
 APP, REQUIREMENTS = "app.py", "requirements.txt"
 
-LIBRARY = "hf_equiv"
-"""Folder of the library in a Space that brings it along."""
+INITIAL = {".gitattributes", ".gitignore", CARD}
+"""Files of a Space without an app."""
+
+_LIBRARY = "hf_equiv"
+"""Folder of the library in a Space that brings it along, and the tag that marks a Space as one of ours."""
 
 _PACKAGE = "hf-equiv"
 
@@ -38,9 +39,6 @@ _START = "<!-- hf_equiv: from here to the end mark `hf-equiv space deploy` write
 
 _TECHNICAL = ("sdk", "sdk_version", "python_version", "app_file")
 """Keys of the header that follow the app; the owner sets the others once the Space is one of ours."""
-
-_INITIAL = {".gitattributes", ".gitignore", CARD}
-"""Files of a Space without an app."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def app_of(wheel: Path | None) -> App:
     # So the library's files go into the Space, beside the app, which imports them.
     if wheel is not None:
         return _from_wheel(wheel)
-    files = _read(app_folder())
+    app = _read(app_folder())
     try:
         installed = metadata.distribution(_PACKAGE)
     except metadata.PackageNotFoundError:
@@ -77,38 +75,42 @@ def app_of(wheel: Path | None) -> App:
         ) from None
     if installed.read_text("direct_url.json") is None:
         pinned = f"{_PACKAGE}=={installed.version}"
-        return App(files | {REQUIREMENTS: _requirements(files[REQUIREMENTS], [pinned])}, pinned)
-    package = {f"{LIBRARY}/{name}": data for name, data in _read(Path(__file__).parents[1]).items()}
-    return _bring_along(files, package, installed.read_text("METADATA") or "", "as installed here")
+        return App(app | {REQUIREMENTS: _requirements(app[REQUIREMENTS], [pinned])}, pinned)
+    library = {f"{_LIBRARY}/{name}": data for name, data in _read(Path(__file__).parents[1]).items()}
+    return _bring_along(app, library, installed, "as installed here")
 
 
 def _from_wheel(wheel: Path) -> App:
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            held = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+        archive = zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"`wheel` must be a wheel file; got {str(wheel)!r} ({type(error).__name__}).") from None
-    facts = next((data.decode() for name, data in held.items() if name.endswith(".dist-info/METADATA")), "")
-    if [name.replace("_", "-") for name in _fields(facts, "Name")] != [_PACKAGE]:
+    held = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+    folder = next((name.split("/")[0] for name in held if name.endswith(".dist-info/METADATA")), "none")
+    described = metadata.PathDistribution(zipfile.Path(archive, f"{folder}/"))
+    named = described.read_text("METADATA") and described.metadata["Name"]
+    if named is None or named.replace("_", "-") != _PACKAGE:
         raise ValueError(
             f"`wheel` must be a wheel of {_PACKAGE}; got {wheel.name!r}. Build one with `python -m build`."
         )
-    inside = f"{LIBRARY}/{_INSIDE}/"
+    inside = f"{_LIBRARY}/{_INSIDE}/"
     app = {name.removeprefix(inside): data for name, data in held.items() if name.startswith(inside)}
     if not {APP, REQUIREMENTS, CARD} <= set(app):
         raise ValueError(f"`wheel` must hold the app of the Space; {wheel.name!r} does not. Build one of this version.")
-    package = {name: data for name, data in held.items() if name.startswith(f"{LIBRARY}/")}
-    return _bring_along(app, package, facts, f"from {wheel.name}")
+    return _bring_along(app, held, described, f"from {wheel.name}")
 
 
-def _bring_along(app: dict[str, bytes], package: Mapping[str, bytes], facts: str, source: str) -> App:
+def _bring_along(
+    app: dict[str, bytes], held: Mapping[str, bytes], described: metadata.Distribution, source: str
+) -> App:
     """Lay the library beside the app as an installer would, so that its version is known there too."""
-    (version,) = _fields(facts, "Version")
-    needed = [line for line in _fields(facts, "Requires-Dist") if not re.search(r"\bextra\s*==", line)]
-    requirements = {REQUIREMENTS: _requirements(app[REQUIREMENTS], needed)}
-    library = {name: data for name, data in package.items() if not name.startswith(f"{LIBRARY}/{_INSIDE}/")}
-    described = {f"hf_equiv-{version}.dist-info/METADATA": facts.partition("\n\n")[0].encode() + b"\n"}
-    return App(app | requirements | library | described, f"{_PACKAGE} {version}, brought along {source}")
+    needed = [line for line in described.requires or () if not re.search(r"\bextra\s*==", line)]
+    library = {name: data for name, data in held.items()
+               if name.startswith(f"{_LIBRARY}/") and not name.startswith(f"{_LIBRARY}/{_INSIDE}/")}  # fmt: skip
+    library[REQUIREMENTS] = _requirements(app[REQUIREMENTS], needed)
+    header = str(described.read_text("METADATA")).partition("\n\n")[0] + "\n"
+    library[f"hf_equiv-{described.version}.dist-info/METADATA"] = header.encode()
+    return App(app | library, f"{_PACKAGE} {described.version}, brought along {source}")
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -119,11 +121,6 @@ def _read(folder: Path) -> dict[str, bytes]:
         for inside, path in found.items()
         if not any(part.startswith((".", "__pycache__")) for part in inside.parts)
     }
-
-
-def _fields(facts: str, name: str) -> list[str]:
-    """Return the values of a field of a package's metadata."""
-    return re.findall(rf"^{name}:\s*(.*?)\s*$", facts.partition("\n\n")[0], re.MULTILINE)
 
 
 def _requirements(template: bytes, needed: Sequence[str]) -> bytes:
@@ -145,33 +142,17 @@ def _project(line: str) -> str:
 
 def is_ours(readme: str | None) -> bool:
     """Tell whether a README.md is that of a Space of hf_equiv."""
-    return TAG in joined(split_header(readme or "", "the Space")[0].get("tags"), [])
-
-
-def is_empty(paths: Mapping[str, str]) -> bool:
-    """Tell whether a Space has no app yet."""
-    return set(paths) <= _INITIAL
+    return _LIBRARY in joined(split_header(readme or "", "the Space")[0].get("tags"), [])
 
 
 def stage(
     app: App, readme: str | None, there: Mapping[str, str], variables: Mapping[str, str], before: Mapping[str, str]
 ) -> tuple[list[StagedFile], list[str]]:
-    """Return the files of a deployment, and the paths of an earlier copy of the library that go.
-
-    Args:
-        app: the app.
-        readme: README.md of the Space; None for one without an app.
-        there: the paths of the Space.
-        variables: of the app afterwards.
-        before: of the app now.
-
-    Returns:
-        The files and the paths.
-    """
+    """Return the files of a deployment, and the paths of an earlier copy of the library that go."""
     files = [staged(path, data) for path, data in app.files.items() if path != CARD]
     files.append(staged(CARD, _space_card(app.files[CARD].decode(), readme, variables, before)))
     wanted = {file.path for file in files}
-    own = re.compile(rf"{LIBRARY}/|hf_equiv-[^/]*\.dist-info/")
+    own = re.compile(rf"{_LIBRARY}/|hf_equiv-[^/]*\.dist-info/")
     return files, [path for path in there if own.match(path) and path not in wanted]
 
 
@@ -183,8 +164,7 @@ def _space_card(template: str, previous: str | None, variables: Mapping[str, str
     if is_ours(previous):
         facts |= {key: value for key, value in there.items() if key not in _TECHNICAL}
     facts["tags"] = joined(made["tags"], joined(there.get("tags"), []))
-    linked: dict[str, Callable[[Mapping[str, str]], list[str]]] = {"datasets": datasets_in, "models": models_in}
-    for key, names_in in linked.items():
+    for key, names_in in (("datasets", datasets_in), ("models", models_in)):
         kept = [name for name in joined(there.get(key), []) if name not in names_in(before)]
         facts[key] = joined(names_in(variables), kept)
     header = SpaceCardData(**{key: value for key, value in facts.items() if value not in (None, [])}).to_yaml()

@@ -16,7 +16,6 @@ from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.formatting import short
-from hf_equiv.hub.card import command_of
 from hf_equiv.report import claims, render
 from hf_equiv.report.collect import (
     Checkpoint,
@@ -280,7 +279,7 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
         "figures": figures,
         "budget_curves": [one for what, one in figures.items() if what.startswith("budget-") and one],
         "pictures": [*(one for one in figures.values() if one), *tiles],
-        "commands": [command_of({"analysis": run.analysis, "settings": run.settings}) for run in checkpoint.runs],
+        "commands": [run.record["command"] for run in checkpoint.runs if run.record.get("command")],
         "checks": list(dict.fromkeys(_check(run) for run in checkpoint.runs)),
         "versions": "; ".join(versions).replace('"', "").strip("{}"),
     }

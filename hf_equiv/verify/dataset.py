@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_equiv.hub import card as hub_card
-from hf_equiv.hub.load import download_results, run_folders, split_name
+from hf_equiv.hub.load import download_results, local_folder, run_folders, split_name
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
 from hf_equiv.runs.schema import Row
@@ -160,15 +160,14 @@ def _open(
     where: str | os.PathLike[str], revision: str | None, token: str | bool | None, cache_dir: str | None, offline: bool
 ) -> tuple[Path, str | None, str | None]:
     """Return the folder, and of a dataset on the Hub its name and commit."""
-    if not Path(where).is_dir():
-        repo_id, revision = split_name(os.fspath(where), revision)
-        folder, commit = download_results(
-            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
-        )
-        return folder, repo_id, commit
-    if revision is not None:
-        raise ValueError(f"`revision` must be None for a folder; got {revision!r}.")
-    return Path(where), None, None
+    folder = local_folder(where, revision)
+    if folder is not None:
+        return folder, None, None
+    repo_id, revision = split_name(os.fspath(where), revision)
+    folder, commit = download_results(
+        repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
+    )
+    return folder, repo_id, commit
 
 
 def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
@@ -200,7 +199,7 @@ def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
         yield problem(CARD, None, subject(line), None, line, f"the card does not say what the runs say: {line}")
     for line in compared[1]:
         yield problem(CARD, None, subject(line), line, None, f"the card says what no run says: {line}")
-    configs = {item["config_name"]: item for item in hub_card.header(text).get("configs") or []}
+    configs = {item["config_name"]: item for item in hub_card.split_header(text)[0].get("configs") or []}
     own = {config["config_name"]: config for config in hub_card.configs_of(records)}
     for name, config in own.items():
         if configs.get(name) != config:

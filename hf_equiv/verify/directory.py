@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_equiv.analyses import measures
 from hf_equiv.analyses.run import summarize_analysis, summarize_run
-from hf_equiv.hub_client import is_missing_revision
+from hf_equiv.hub_client import RevisionNotFoundError
 from hf_equiv.models.encoder import load_recorded
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs import card, directory, shards
@@ -132,9 +132,7 @@ def _load(
     """Load the model that the run states; where its commit is gone from the Hub, that is a problem."""
     try:
         encoder = load_recorded(settings, model, device, cache_dir, local_files_only)
-    except OSError as error:
-        if not is_missing_revision(error):
-            raise
+    except RevisionNotFoundError:
         told = f"model {settings['model_id']!r} has no revision {settings['model_revision']!r}: nothing was recomputed"
         return None, [problem("run.json", None, "model_revision", settings["model_revision"], None, told)]
     return encoder, [*_check_model(encoder, settings)]

@@ -28,7 +28,6 @@ from hf_equiv.analyses.plan import make_plan
 from hf_equiv.analyses.run import VERBS, run_analysis, summarize_analysis
 from hf_equiv.cli import environment
 from hf_equiv.data.image_file import decode_png
-from hf_equiv.hub.card import command_of
 from hf_equiv.runs import resume, shards
 from hf_equiv.runs.schema import LAYOUTS, PROVENANCE_FEATURES
 from hf_equiv.runs.shards import sha256_file
@@ -554,7 +553,7 @@ def test_a_walk_ends_where_so_little_of_the_way_is_left_as_was_asked(photos, tmp
         record["settings"]["stop"],
         make_plan(config_of("walk", photos, **given), TinyEncoder()).settings["stop"],
     ) == (0.3, 0.01)
-    assert "--stop 0.3" in command_of(record)
+    assert "--stop 0.3" in record["command"]
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     assert directory.verify_run(out).problems == ()
     record["settings"]["stop"] = 1e-4

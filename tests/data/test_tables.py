@@ -185,7 +185,7 @@ def test_datasets_that_cannot_be_used(hub, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'alice/texts:default:train' must have an image column; it has text"):
         load_images("alice/texts", cache_dir=str(tmp_path))
     push({"train.parquet": table()})
-    with pytest.raises(ValueError, match="'alice/none' is neither a file nor a folder here nor a dataset"):
+    with pytest.raises(ValueError, match="'alice/none' is no folder here, and on the Hub there is no such dataset"):
         load_images("alice/none", cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match="must have a column 'name'"):
         load_images("alice/photos", label_column="name", cache_dir=str(tmp_path))
@@ -202,7 +202,9 @@ def test_a_name_that_nothing_has(hub, monkeypatch, name, code):
         raise HubError(404, "Sorry, we can't find the page you are looking for.", code)
 
     monkeypatch.setattr(_Handler, "_route", refuse)
-    with pytest.raises(ValueError, match=rf"^'{name}' is neither a file nor a folder here nor a dataset .* the name"):
+    with pytest.raises(
+        ValueError, match=rf"^'{name}' is no folder here, and on the Hub there is no such dataset .* spelling"
+    ):
         load_images(name)
 
 

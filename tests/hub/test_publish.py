@@ -33,7 +33,7 @@ from hf_equiv.analyses.plan import make_plan
 from hf_equiv.analyses.run import run_match
 from hf_equiv.cli import progress
 from hf_equiv.hub import licences, load, repository
-from hf_equiv.hub.card import END, START, dataset_card, header
+from hf_equiv.hub.card import END, START, dataset_card, split_header
 from hf_equiv.hub.licences import photo_rights
 from hf_equiv.hub.load import download_results, load_results
 from hf_equiv.hub.publish import publish_results
@@ -52,6 +52,10 @@ def _encoder(monkeypatch):
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     monkeypatch.setattr(time, "sleep", lambda _: None)
     HfFileSystem.clear_instance_cache()
+
+
+def header(card: str) -> dict[str, Any]:
+    return split_header(card)[0]
 
 
 # --- what is published ---
@@ -260,22 +264,22 @@ def test_interrupted_while_it_uploads(hub, runs, capsys, monkeypatch):
 
 def test_progress_counts_what_has_gone(hub, runs, monkeypatch, capsys):
     told: list[tuple[int, int, str]] = []
-    monkeypatch.setattr(repository, "_GROUP", 2)
+    monkeypatch.setattr(repository, "_GROUP_BYTES", 1)
     done = publish_results(runs["match"], NAME, progress=lambda *report: told.append(report))
     total = sum(count for _, count in done.uploaded)
     sending = [(sent, whole) for sent, whole, what in told if what == "uploading 5 files"]
-    assert len(sending) == 3  # two, two, and the last one
+    assert len(sending) == len(done.uploaded) == 5
     assert sending == sorted(sending)
     assert {whole for _, whole in sending} == {total}
     assert sending[0][0] == 0 < sending[1][0] < sending[2][0] < total
     assert told[-2:] == [(total, total, "committing 5 files"), (0, 0, f"done: {done.url}")]
-    monkeypatch.setattr(repository, "_GROUP_BYTES", 1)
-    told.clear()
-    done = publish_results(runs["seed"], NAME, progress=lambda *report: told.append(report))
-    assert sum(what.startswith("uploading") for *_, what in told) == len(done.uploaded)
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     err = call(capsys, "publish", runs["walk"], NAME)[2]
     assert re.search(r"^uploading \d+ files, [\d.]+ kB of [\d.]+ kB$", err, re.MULTILINE)
+    monkeypatch.setattr(repository, "_GROUP_BYTES", 10**9)
+    told.clear()
+    done = publish_results(runs["seed"], NAME, progress=lambda *report: told.append(report))
+    assert sum(what.startswith("uploading") for *_, what in told) == 1
 
 
 def test_a_folder_of_runs_is_refused_with_the_command_for_each(hub, runs, tmp_path, capsys, monkeypatch):
@@ -575,7 +579,7 @@ def test_the_rows_of_one_run(hub, runs):
             load_results(place, run="other")
     with pytest.raises(ValueError, match=r"it has paths"):
         load_results(NAME, run=done["walk"].run)
-    with pytest.raises(ValueError, match=r"`run` must be None for a run directory; got 'match-x'"):
+    with pytest.raises(ValueError, match=r"`run` must be the name of a run .* got 'match-x'; it holds match-"):
         load_results(runs["match"], run="match-x")
 
 
@@ -584,7 +588,7 @@ def test_the_rows_of_one_run(hub, runs):
     [
         ((NAME, "nothing"), ValueError, r"`config` must be one of matches, spectra, lipschitz, paths; got 'nothing'"),
         ((NAME, "paths"), ValueError, r"must hold rows of 'paths'; it has matches"),
-        (("./nowhere",), FileNotFoundError, r"must be a folder or a dataset USER/NAME; got './nowhere'"),
+        (("./nowhere",), FileNotFoundError, r"'./nowhere' must be a run directory; it does not exist. .* USER/NAME"),
         (("alice/nothing",), errors.RepositoryNotFoundError, r"there is no such dataset or it is private"),
         (("alice/vit",), errors.RepositoryNotFoundError, r"'alice/vit' is a model of the Hub, not a dataset"),
         (("alice/app",), errors.RepositoryNotFoundError, r"'alice/app' is a Space of the Hub, not a dataset"),

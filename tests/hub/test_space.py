@@ -540,12 +540,11 @@ def test_for_people(hub, capsys):
         ("hf_alice", "datasets/alice/x", [], "`repo_id` must be the name of a Space, USER/NAME; got "
          "'datasets/alice/x'. That is a dataset: the app is deployed to a Space."),
         ("hf_alice", "app", [], "Put your user name or organisation before it."),
-        ("hf_alice", NAME, ["--dataset", "alice/none"], "`dataset` must be on the Hub; it shows you no dataset "
-         "'alice/none'"),
-        ("hf_alice", NAME, ["--dataset", "alice/results@v9"], "'alice/results' has no 'v9'"),
+        ("hf_alice", NAME, ["--dataset", "alice/none"], "there is no such dataset or it is private"),
+        ("hf_alice", NAME, ["--dataset", "alice/results@v9"], "`revision` must exist in the dataset 'alice/results'; "
+         "got 'v9'"),
         ("hf_alice", NAME, ["--dataset", "spaces/alice/x"], "`dataset` must be the name of a dataset"),
-        ("hf_alice", NAME, ["--model", "alice/none"], "`models` must be on the Hub; it shows you no model "
-         "'alice/none'"),
+        ("hf_alice", NAME, ["--model", "alice/none"], "there is no such model or it is private"),
         ("hf_alice", NAME, ["--model", "./folder"], "`models` must be the name of a model"),
         ("hf_alice", NAME, ["--wheel", "pyproject.toml"], "`wheel` must be a wheel file"),
     ],
