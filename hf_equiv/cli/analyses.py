@@ -7,6 +7,7 @@ import re
 import shlex
 import timeit
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
 
 _NORM = click.Choice(["linf", "l2"])
-_NO_NUMBER = (
-    "out", "overwrite", "batch_size", "device", "cache_dir", "local_files_only", "dry_run", "as_json", "quiet"
-)  # fmt: skip
-"""Options that change no number; all others are fields of the config."""
 
 _WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
 """Name of the items of a verb in messages, their number in a dry run, and their failure."""
@@ -159,7 +156,8 @@ def _run(name: str, given: dict[str, Any]) -> int:
 
     quiet = given["as_json"] or given["quiet"]
     with output.result_stream() as out:
-        config = VERBS[name].config(**{key: value for key, value in given.items() if key not in _NO_NUMBER})
+        kind = VERBS[name].config
+        config = kind(**{option.name: given[option.name] for option in fields(kind) if option.name in given})
         config.check()
         environment.calm(quiet=quiet)
         where = {key: given[key] for key in ("cache_dir", "local_files_only")}

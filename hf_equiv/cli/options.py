@@ -12,7 +12,10 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-IMAGES = "an image file, a folder, a parquet file, a Hub dataset id[:config][:split], or 'builtin'."
+IMAGES = (
+    "an image file, a folder, a parquet file, a Hub dataset id[:config][:split] (by default its validation split, else "
+    "test, else train), or 'builtin'."
+)
 COUNT = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(min=0, max=1, min_open=True, max_open=True)

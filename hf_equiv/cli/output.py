@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from hf_equiv.hub.space import SpaceDeployment
     from hf_equiv.report.page import Report
     from hf_equiv.verify.dataset import DatasetReport
-    from hf_equiv.verify.directory import VerifyReport
 
 MAX_ROWS = 20
-MAX_MISSING = 5
-"""Missing rows that are named; an unfinished run may have thousands."""
 
 
 @contextlib.contextmanager
@@ -68,7 +65,7 @@ def _print_text(template: str, out: Any, **values: Any) -> None:
         loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    texts.filters |= {"short": short, "size": size, "flags": _with_flags}
+    texts.filters |= {"short": short, "size": size, "flags": _with_flags, "plain": _plain}
     out.write(texts.get_template(f"{template}.txt.jinja").render(values))
 
 
@@ -129,11 +126,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
     "lipschitz": {
         "direction": lambda found: found["kind"],
         "resolved": lambda found: f"{found['resolved']} of {found['count']}",
-        "least": _quantile(0),
-        "25 %": _quantile(1),
-        "median": _quantile(2),
-        "75 %": _quantile(3),
-        "largest": _quantile(4),
+        **{name: _quantile(k) for k, name in enumerate(("least", "25 %", "median", "75 %", "largest"))},
         "largest |Jv|": lambda found: form(found["largest_jvp"], ".3g"),
         "linear to": lambda found: form(found["linearity_radius"], ".2g"),
     },
@@ -228,28 +221,9 @@ def print_summary(report: Report, path: Path, out: Any) -> None:
 # --- verify, publish, deploy ---
 
 
-def print_dataset_report(report: DatasetReport, where: str, out: Any) -> None:
+def print_verification(report: DatasetReport, where: str, out: Any) -> None:
     """Print the problems and the verdict of each run of a dataset, those of its card, and the verified commit."""
-    console, many = console_of(out), len(report.runs) > 1
-    for run in report.runs:
-        print_report(run.report, f"{where} ({run.name})" if many else where, out)
-    for problem in report.card_problems:
-        console.print(problem.message)
-    if many or report.card_problems:
-        held = sum(run.report.holds for run in report.runs)
-        card = "; its card does not" if report.card_problems else ""
-        console.print(f"{held} of {len(report.runs)} runs of {where} hold{card}.")
-    if report.commit is not None:
-        console.print(f"Verified at commit {report.commit}.")
-
-
-def print_report(report: VerifyReport, directory: str, out: Any) -> None:
-    """Print each problem of a run on a line, of missing rows the first few, and then the verdict."""
-    missing = [problem for problem in report.problems if problem.recomputed == "no row"]
-    shown = [problem for problem in report.problems if problem.recomputed != "no row"] + missing[:MAX_MISSING]
-    hidden = len(report.problems) - len(shown)
-    match = report.analysis == "match"
-    _print_text("verification", out, report=report, where=directory, problems=shown, hidden=hidden, match=match)
+    _print_text("verification", out, report=report, place=where)
 
 
 def print_publication(done: Published, out: Any) -> None:
@@ -273,31 +247,10 @@ def _sent(done: Published | SpaceDeployment) -> str:
     return told + (f", {len(done.deleted)} removed" if done.deleted else "")
 
 
-# --- facts ---
-
-_FACTS = {
-    "D": "embedding size D",
-    "N": "pixel values N",
-    "head": "classification head",
-    "jvp": "forward-mode (JVP)",
-    "jvp_error": "no JVP because",
-}
-"""Names of facts that do not explain themselves."""
-
-
 def print_facts(facts: Mapping[str, Mapping[str, Any]], out: Any) -> None:
     """Print nested facts as an indented list, each setting of the image processor on a line."""
-    console = console_of(out)
-    for head, values in facts.items():
-        console.print(head, style="bold")
-        for key, value in values.items():
-            if key == "jvp_error" and value is None:
-                continue
-            name = key if head == "versions" else _FACTS.get(key, key.replace("_", " "))
-            settings = json.loads(value) if key == "processor" else {}
-            console.print(f"  {name:<24}{'' if settings else _plain(value)}".rstrip())
-            for setting, chosen in settings.items():
-                console.print(f"    {setting:<22}{_plain(chosen)}")
+    processor = json.loads(facts.get("model", {}).get("processor", "{}"))
+    _print_text("facts", out, facts=facts, processor=processor)
 
 
 def _plain(value: Any) -> str:

@@ -39,7 +39,7 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
         if as_json:
             output.print_json(report.to_json(), out)
         elif not quiet or not report.holds:
-            output.print_dataset_report(report, where, out)
+            output.print_verification(report, where, out)
     return 0 if report.holds else 1
 
 
