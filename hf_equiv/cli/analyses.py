@@ -155,37 +155,36 @@ def _run(name: str, given: dict[str, Any]) -> int:
     from hf_equiv.runs import resume
 
     quiet = given["as_json"] or given["quiet"]
-    with output.result_stream() as out:
-        kind = VERBS[name].config
-        config = kind(**{option.name: given[option.name] for option in fields(kind) if option.name in given})
-        config.check()
-        environment.calm(quiet=quiet)
+    kind = VERBS[name].config
+    config = kind(**{option.name: given[option.name] for option in fields(kind) if option.name in given})
+    config.check()
+    with environment.calm(quiet=quiet):
         where = {key: given[key] for key in ("cache_dir", "local_files_only")}
         options = {key: given[key] for key in ("revision", "readout", "normalize", "device")}
         dtype = "float32" if config.half else config.dtype
         encoder = environment.load_encoder(given["model"], dtype=dtype, **options, **where)
         plan = make_plan(config, encoder, **where)
-        items = [item.entry() for item in plan.items]
-        folder: Path = given["out"] or plan.default_out
-        progress.say(plan.choices, quiet=quiet or given["dry_run"])
-        if given["out"] is None:
-            progress.say(resume.other_states(folder, plan.settings, items, plan.layout), quiet=quiet)
-        if not given["dry_run"]:
-            return _carry_out(plan, folder, given, out)
-        if environment.is_first():
-            there = resume.refuse_early(folder, plan.settings, given["overwrite"], plan.layout, items)
-            facts = _estimate(plan, folder, there, given["batch_size"])
-            if given["as_json"]:
-                output.print_json(_result(plan, folder, [], None) | {"dry_run": facts}, out)
-            else:
-                told = facts | {"unusable_images": output.some(facts["unusable_images"], 10)}
-                told["choices"] = "; ".join(plan.choices)
-                usual = ("_error", "_images", "choices")  # nothing to say where they are empty
-                output.print_facts({"would do": {k: v for k, v in told.items() if v or not k.endswith(usual)}}, out)
-        return 0
+    items = [item.entry() for item in plan.items]
+    folder: Path = given["out"] or plan.default_out
+    progress.say(plan.choices, quiet=quiet or given["dry_run"])
+    if given["out"] is None:
+        progress.say(resume.other_states(folder, plan.settings, items, plan.layout), quiet=quiet)
+    if not given["dry_run"]:
+        return _carry_out(plan, folder, given)
+    if environment.is_first():
+        there = resume.refuse_early(folder, plan.settings, given["overwrite"], plan.layout, items)
+        facts = _estimate(plan, folder, there, given["batch_size"])
+        if given["as_json"]:
+            output.print_json(_result(plan, folder, [], None) | {"dry_run": facts})
+        else:
+            told = facts | {"unusable_images": output.some(facts["unusable_images"], 10)}
+            told["choices"] = "; ".join(plan.choices)
+            usual = ("_error", "_images", "choices")  # nothing to say where they are empty
+            output.print_facts({"would do": {k: v for k, v in told.items() if v or not k.endswith(usual)}})
+    return 0
 
 
-def _carry_out(plan: Plan, folder: Path, given: dict[str, Any], out: Any) -> int:
+def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     """Run a plan with progress, and print its rows, summary and verdict; returns the exit code."""
     from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import environment, output, progress
@@ -195,7 +194,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any], out: Any) -> int
     what, _, failed = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
     how = {key: given[key] for key in ("overwrite", "batch_size")}
     try:
-        with progress.run_progress(quiet=quiet, what=what) as observer:
+        with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what) as observer:
             outcome = run_analysis(plan, folder, observer=observer, **how)
     except KeyboardInterrupt:
         kept = len(directory.finished_ids(folder, plan.layout)) if folder.is_dir() else 0
@@ -205,11 +204,11 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any], out: Any) -> int
         return 0
     failures = output.failures(outcome)
     if given["as_json"]:
-        output.print_json(_result(plan, folder, outcome.rows, outcome.summary), out)
+        output.print_json(_result(plan, folder, outcome.rows, outcome.summary))
     elif not quiet:
         local = plan.encoder.revision.startswith("sha256:") and given["model"] != "builtin"
         model = ["--model", given["model"]] if local else []  # a run records no path of a local checkpoint
-        output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]), out)
+        output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
     count = len({item for ids in failures.values() for item in ids})
     told = f"{count} of {total} {what} in {folder} {failed}."
     if quiet and failures:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -87,10 +89,13 @@ def is_launched() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def calm(*, quiet: bool) -> None:
-    """Silence warnings of libraries, and their progress bars where they would not be seen on a terminal."""
+@contextlib.contextmanager
+def calm(*, quiet: bool) -> Iterator[None]:
+    """Keep libraries off stdout, and silence their warnings, and their progress bars where there is no terminal."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if quiet or not sys.stderr.isatty():
         for module in ("huggingface_hub.utils", "datasets"):
             import_module(module).disable_progress_bars()
         import_module("transformers.utils.logging").disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

@@ -50,15 +50,11 @@ def env(model: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
     """Show versions and, for a MODEL, its embedding size, readouts, processor and head."""
     from hf_equiv.cli import output
 
-    with output.result_stream() as out:
-        environment.calm(quiet=as_json or quiet)
+    with environment.calm(quiet=as_json or quiet):
         facts: dict[str, Any] = {"versions": environment.versions(), "device": environment.device()}
         if model is not None:
             facts["model"] = environment.describe(environment.load_encoder(model, **given))
-        if as_json:
-            output.print_json(facts, out)
-        else:
-            output.print_facts(facts, out)
+    (output.print_json if as_json else output.print_facts)(facts)
     return 0
 
 

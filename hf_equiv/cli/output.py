@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +25,9 @@ if TYPE_CHECKING:
 MAX_ROWS = 20
 
 
-@contextlib.contextmanager
-def result_stream() -> Iterator[Any]:
-    """Send everything that libraries print to stderr, and hand out stdout for the result."""
-    out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        yield out
-
-
-def console_of(out: Any) -> Console:
+def _console() -> Console:
     """Return a console that prints text as it is; lines are as wide as they need to be."""
-    return Console(file=out, width=None if out.isatty() else 160, highlight=False, markup=False, soft_wrap=True)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, soft_wrap=True)
 
 
 def to_stderr(text: str) -> None:
@@ -45,9 +36,9 @@ def to_stderr(text: str) -> None:
     sys.stderr.flush()
 
 
-def print_json(value: Any, out: Any) -> None:
+def print_json(value: Any) -> None:
     """Print one JSON object; NaN is refused rather than written."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=out, flush=True)
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def some(names: Iterable[str], count: int) -> str:
@@ -56,7 +47,7 @@ def some(names: Iterable[str], count: int) -> str:
     return ", ".join(shown[:count] + (["…"] if len(shown) > count else []))
 
 
-def _print_text(template: str, out: Any, **values: Any) -> None:
+def _print_text(template: str, **values: Any) -> None:
     """Print a text template of the package."""
     import jinja2
 
@@ -66,7 +57,7 @@ def _print_text(template: str, out: Any, **values: Any) -> None:
         keep_trailing_newline=True,
     )  # fmt: skip
     texts.filters |= {"short": short, "size": size, "flags": _with_flags, "plain": _plain}
-    out.write(texts.get_template(f"{template}.txt.jinja").render(values))
+    click.echo(texts.get_template(f"{template}.txt.jinja").render(values), nl=False)
 
 
 def _with_flags(text: str) -> str:
@@ -157,11 +148,11 @@ def _lines(outcome: RunOutcome) -> list[Mapping[str, Any]]:
     return list(outcome.rows if analysis == "spectrum" else outcome.summary.get("walks", []))
 
 
-def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str, out: Any) -> None:
+def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) -> None:
     """Print a finished run: a table, the verdict, the failures, its files, and the command that verifies it."""
     from hf_equiv.runs.schema import LAYOUTS
 
-    console, lines = console_of(out), _lines(outcome)
+    console, lines = _console(), _lines(outcome)
     table, columns = Table(box=None, pad_edge=False, header_style="bold"), list[list[str]]()
     for name, cell in _COLUMNS[outcome.analysis].items():
         cells, text = [cell(line) for line in lines[:MAX_ROWS]], not columns or name.startswith(("seen as", "zeros"))
@@ -203,11 +194,11 @@ def reasons(failures: Mapping[str, list[str]]) -> list[str]:
     return [f"{why} ({len(ids)}: {some(ids, 3)})" for why, ids in failures.items()]
 
 
-def print_summary(report: Report, path: Path, out: Any) -> None:
+def print_summary(report: Report, path: Path) -> None:
     """Print a few sentences of a report on each checkpoint, and the files that it is in."""
     from hf_equiv.report.claims import summary
 
-    console = console_of(out)
+    console = _console()
     for model in report.models:
         console.print(cut(model.title, 100), style="bold")
         for sentence in summary(model):
@@ -221,22 +212,22 @@ def print_summary(report: Report, path: Path, out: Any) -> None:
 # --- verify, publish, deploy ---
 
 
-def print_verification(report: DatasetReport, where: str, out: Any) -> None:
+def print_verification(report: DatasetReport, where: str) -> None:
     """Print the problems and the verdict of each run of a dataset, those of its card, and the verified commit."""
-    _print_text("verification", out, report=report, place=where)
+    _print_text("verification", report=report, place=where)
 
 
-def print_publication(done: Published, out: Any) -> None:
+def print_publication(done: Published) -> None:
     """Print what was published, or what a dry run would publish."""
     from hf_equiv.runs.schema import LAYOUTS
 
     config = LAYOUTS[done.run.split("-")[0]].folder
-    _print_text("publication", out, done=done, sent=_sent(done), commit=str(done.commit)[:8], config=config)
+    _print_text("publication", done=done, sent=_sent(done), commit=str(done.commit)[:8], config=config)
 
 
-def print_deployment(done: SpaceDeployment, out: Any) -> None:
+def print_deployment(done: SpaceDeployment) -> None:
     """Print what was deployed, or what a dry run would deploy."""
-    _print_text("deployment", out, done=done, sent=_sent(done), commit=str(done.commit)[:8])
+    _print_text("deployment", done=done, sent=_sent(done), commit=str(done.commit)[:8])
 
 
 def _sent(done: Published | SpaceDeployment) -> str:
@@ -247,10 +238,10 @@ def _sent(done: Published | SpaceDeployment) -> str:
     return told + (f", {len(done.deleted)} removed" if done.deleted else "")
 
 
-def print_facts(facts: Mapping[str, Mapping[str, Any]], out: Any) -> None:
+def print_facts(facts: Mapping[str, Mapping[str, Any]]) -> None:
     """Print nested facts as an indented list, each setting of the image processor on a line."""
     processor = json.loads(facts.get("model", {}).get("processor", "{}"))
-    _print_text("facts", out, facts=facts, processor=processor)
+    _print_text("facts", facts=facts, processor=processor)
 
 
 def _plain(value: Any) -> str:

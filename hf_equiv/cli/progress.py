@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hf_equiv.cli.environment import is_first
+from hf_equiv.cli.environment import calm, is_first
 from hf_equiv.cli.output import to_stderr
 from hf_equiv.formatting import cut, size
 
@@ -148,17 +148,18 @@ def steps(*, quiet: bool, amount: Callable[[int, int], str]) -> Iterator[Callabl
             latest, last = step, time.monotonic()
             to_stderr(", ".join(filter(None, (step, amount(done, total)))))
 
-    if quiet:
-        yield lambda done, total, step: None
-    elif not sys.stderr.isatty():
-        yield line
-    else:
-        with _bars() as bars:
-            task = bars.add_task("", total=None, state="")
-            yield lambda done, total, step: bars.update(  # before anything is done the bar only shows activity
-                task, description=escape(cut(step, 60)), completed=done, total=total if done else None,
-                state=amount(done, total),
-            )  # fmt: skip
+    with calm(quiet=quiet or amount is sent):  # an upload has one bar, ours
+        if quiet:
+            yield lambda done, total, step: None
+        elif not sys.stderr.isatty():
+            yield line
+        else:
+            with _bars() as bars:
+                task = bars.add_task("", total=None, state="")
+                yield lambda done, total, step: bars.update(  # before anything is done the bar only shows activity
+                    task, description=escape(cut(step, 60)), completed=done, total=total if done else None,
+                    state=amount(done, total),
+                )  # fmt: skip
 
 
 def count(done: int, total: int) -> str:

@@ -28,18 +28,16 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
     named; the exit code is 1 if there is one. Rows whose photos are withheld cannot be recomputed, which counts as a
     problem unless --allow-withheld is given.
     """  # noqa: DOC201 (this is the help text)
-    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.cli import output, progress
 
-    with output.result_stream() as out:
+    with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
         from hf_equiv.verify.dataset import verify_results
 
-        environment.calm(quiet=as_json or quiet)
-        with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
-            report = verify_results(where, observer=lambda done, total: tell(done, total, "verifying"), **given)
-        if as_json:
-            output.print_json(report.to_json(), out)
-        elif not quiet or not report.holds:
-            output.print_verification(report, where, out)
+        report = verify_results(where, observer=lambda done, total: tell(done, total, "verifying"), **given)
+    if as_json:
+        output.print_json(report.to_json())
+    elif not quiet or not report.holds:
+        output.print_verification(report, where)
     return 0 if report.holds else 1
 
 
@@ -70,23 +68,21 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     hf-equiv publish runs/walk/builtin/5e6f7a8b me/matches --collection "Level sets"
     hf-equiv publish DIR somebody/matches --create-pr
     """  # noqa: D301, DOC201, DOC501 (this is the help text, and click looks for the backspace itself)
-    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.cli import output, progress
 
-    with output.result_stream() as out:
-        from hf_equiv.hub.publish import publish_results
+    _refuse_folder_of_runs(directory)
+    try:
+        with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
+            from hf_equiv.hub.publish import publish_results
 
-        _refuse_folder_of_runs(directory)
-        environment.calm(quiet=True)  # one bar, ours
-        try:
-            with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
-                done = publish_results(directory, repo_id, progress=tell, **given)
-        except KeyboardInterrupt:
-            told = "interrupted. The same command goes on: uploaded files are not sent again, and a finished commit is "
-            raise KeyboardInterrupt(told + "found.") from None
-        if as_json:
-            output.print_json(asdict(done), out)
-        elif not quiet:
-            output.print_publication(done, out)
+            done = publish_results(directory, repo_id, progress=tell, **given)
+    except KeyboardInterrupt:
+        told = "interrupted. The same command goes on: uploaded files are not sent again, and a finished commit is "
+        raise KeyboardInterrupt(told + "found.") from None
+    if as_json:
+        output.print_json(asdict(done))
+    elif not quiet:
+        output.print_publication(done)
     return 0
 
 
@@ -127,25 +123,23 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
 
     Exit code 1: a part that needs the model could not be measured, or a file is not as recorded; the page says which.
     """  # noqa: D301, DOC201
-    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.cli import output, progress
 
-    with output.result_stream() as stream:
+    with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
         from hf_equiv.report.collect import default_out
         from hf_equiv.report.page import make_report
 
         path = out or default_out(paths)
         _refuse_unwritable(path)
-        environment.calm(quiet=as_json or quiet)
-        with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
-            page = make_report(paths, out=path, observer=lambda step, done, total: tell(done, total, step), **given)
+        page = make_report(paths, out=path, observer=lambda step, done, total: tell(done, total, step), **given)
         page.write(path)
-        if as_json:
-            output.print_json({"analysis": "report", "out": str(path), **page.numbers}, stream)
-        elif not quiet:
-            output.print_summary(page, path, stream)
-        for problem in page.problems if as_json or quiet else ():
-            output.to_stderr(f"not complete: {problem}")
-        return 1 if page.problems else 0
+    if as_json:
+        output.print_json({"analysis": "report", "out": str(path), **page.numbers})
+    elif not quiet:
+        output.print_summary(page, path)
+    for problem in page.problems if as_json or quiet else ():
+        output.to_stderr(f"not complete: {problem}")
+    return 1 if page.problems else 0
 
 
 def _refuse_unwritable(path: Path) -> None:

@@ -86,22 +86,20 @@ def space_deploy(repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
 
     Exit code 1: deployed, but the Space does not run; the message says where the log is.
     """  # noqa: D301, DOC201 (this is the help text, and click looks for the backspace itself)
-    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.cli import output, progress
 
-    with output.result_stream() as out:
+    with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
         from hf_equiv.hub.space import SpaceError, deploy_space
 
-        environment.calm(quiet=True)  # one bar, ours
         failed: SpaceError | None = None
         try:
-            with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
-                done = deploy_space(repo_id, progress=tell, **given)
+            done = deploy_space(repo_id, progress=tell, **given)
         except SpaceError as error:
             failed, done = error, error.deployment
-        if as_json:
-            output.print_json(asdict(done) | {"error": None if failed is None else str(failed)}, out)
-        elif not quiet:
-            output.print_deployment(done, out)
-        if failed is not None:
-            output.to_stderr(f"error: {failed}")
+    if as_json:
+        output.print_json(asdict(done) | {"error": None if failed is None else str(failed)})
+    elif not quiet:
+        output.print_deployment(done)
+    if failed is not None:
+        output.to_stderr(f"error: {failed}")
     return 0 if failed is None else 1
