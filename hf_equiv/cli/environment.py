@@ -8,6 +8,8 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -64,25 +66,17 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 
 
 def load_encoder(model: str, *, dtype: str, device: str | None, **options: Any) -> Encoder:
-    """Load the encoder that the model options name."""
+    """Load the encoder that the model options name, on the GPU of this process where a launcher has started several."""
     import torch
 
+    from hf_equiv.analyses.config import DTYPES, check_choice
     from hf_equiv.models.encoder import Encoder
 
-    dtypes = {"float32": torch.float32, "float64": torch.float64}
-    if dtype not in dtypes:
-        raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}; got {dtype!r}.")
-    return Encoder.from_pretrained(model, dtype=dtypes[dtype], device=own_device(device), **options)
-
-
-def own_device(device: str | None) -> str | None:
-    """Return the GPU of this process, where a launcher has started several; otherwise `device`."""
-    import torch
-
+    check_choice("dtype", dtype, DTYPES)
     rank = os.environ.get("LOCAL_RANK", "")
-    if device not in (None, "cuda") or not rank.isdecimal() or not torch.cuda.is_available():
-        return device
-    return f"cuda:{rank}"
+    if device in (None, "cuda") and rank.isdecimal() and torch.cuda.is_available():
+        device = f"cuda:{rank}"
+    return Encoder.from_pretrained(model, dtype=DTYPES[dtype], device=device, **options)
 
 
 def is_first() -> bool:
@@ -90,14 +84,18 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def calm(*, quiet: bool) -> None:
-    """Silence warnings of libraries, and their progress bars where they would not be seen on a terminal."""
+def is_launched() -> bool:
+    """Return whether a launcher has started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+@contextlib.contextmanager
+def calm(*, quiet: bool) -> Iterator[None]:
+    """Keep libraries off stdout, and silence their warnings, and their progress bars where there is no terminal."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if quiet or not sys.stderr.isatty():
-        for module, switch in (
-            ("huggingface_hub.utils", "disable_progress_bars"),
-            ("datasets", "disable_progress_bars"),
-            ("transformers.utils.logging", "disable_progress_bar"),
-        ):
-            with contextlib.suppress(ImportError, AttributeError):
-                getattr(__import__(module, fromlist=[switch]), switch)()
+        for module in ("huggingface_hub.utils", "datasets"):
+            import_module(module).disable_progress_bars()
+        import_module("transformers.utils.logging").disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

@@ -27,15 +27,13 @@ def cli(context: click.Context) -> None:
     \b
     hf-equiv match builtin                          cat -> coffee with the built-in model
     hf-equiv match facebook/deit-tiny-patch16-224 --source dog.jpg --target car.jpg
-    hf-equiv spectrum builtin                       rank, null space and named zeros of the Jacobian
-    hf-equiv lipschitz builtin                      how fast the embedding moves, by kind of direction
-    hf-equiv walk builtin                           through images that share an embedding
     hf-equiv verify runs/match/builtin/1a2b3c4d     recompute every row from its PNG files
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches    to the Hub, as a private dataset
     hf-equiv report runs                            one page: the paper's claims, with intervals and controls
     hf-equiv space run                              try it in a browser, on this machine
-    hf-equiv space deploy me/same-embedding         the same as a Space on the Hub
-    hf-equiv env facebook/dinov2-small              embedding size, readouts and head of the checkpoint
+
+    MODEL is a Hub id, a folder or 'builtin'. Without images, an analysis takes the built-in photos. A run directory is
+    a dataset; the same command continues a stopped run.
 
     Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input; 130 stopped by
     Ctrl-C, after which the same command goes on.
@@ -52,15 +50,11 @@ def env(model: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
     """Show versions and, for a MODEL, its embedding size, readouts, processor and head."""
     from hf_equiv.cli import output
 
-    with output.result_stream() as out:
-        environment.calm(quiet=as_json or quiet)
+    with environment.calm(quiet=as_json or quiet):
         facts: dict[str, Any] = {"versions": environment.versions(), "device": environment.device()}
         if model is not None:
             facts["model"] = environment.describe(environment.load_encoder(model, **given))
-        if as_json:
-            output.print_json(facts, out)
-        else:
-            output.print_facts(facts, out)
+    (output.print_json if as_json else output.print_facts)(facts)
     return 0
 
 
@@ -74,9 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
-    debug = os.environ.get("HF_EQUIV_DEBUG", "") not in ("", "0")
+    typed = sys.argv[1:] if arguments is None else arguments
     try:
-        return int(cli.main(arguments, prog_name="hf-equiv", standalone_mode=False) or 0)
+        return int(cli.main(typed, prog_name="hf-equiv", standalone_mode=False, obj=typed) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
@@ -91,7 +85,7 @@ def _run(arguments: list[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if debug:
+        if os.environ.get("HF_EQUIV_DEBUG", "0") not in ("", "0"):
             raise
         message = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:

@@ -13,47 +13,42 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 IMAGES = (
-    "W is an image file, a folder, a parquet file, a Hub dataset id[:config][:split], or 'builtin'. Default split: "
-    "validation, else test, else train."
+    "an image file, a folder, a parquet file, a Hub dataset id[:config][:split] (by default its validation split, else "
+    "test, else train), or 'builtin'."
 )
 COUNT = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(min=0, max=1, min_open=True, max_open=True)
 
 
-class Radius(click.ParamType[float | None]):
-    """A number or a fraction such as 8/255; `none` for no ball."""
-
-    name = "R"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        """Parse the option."""
-        if not isinstance(value, str) or value.strip().lower() == "none":
-            return None if isinstance(value, str) else value
-        over, _, under = value.partition("/")
-        try:
-            return float(over) / float(under or 1)
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r} is not a number or a fraction such as 8/255.", param, ctx)
+def radius(text: str) -> float | None:
+    """Parse a number or a fraction such as 8/255; `none` is no ball."""
+    if text.strip().lower() == "none":
+        return None
+    over, _, under = text.partition("/")
+    try:
+        return float(over) / float(under or 1)
+    except (ValueError, ZeroDivisionError):
+        raise click.BadParameter(f"{text!r} is not a number or a fraction such as 8/255.") from None
 
 
-class Radii(click.ParamType[tuple[float, ...]]):
-    """Numbers a,b,c, or a range a:b with four numbers a decade."""
+def radii(text: str) -> tuple[float, ...]:
+    """Parse numbers a,b,c, or a range a:b with four numbers a decade."""
+    try:
+        if ":" not in text:
+            return tuple(float(item) for item in text.split(","))
+        low, high = (math.log10(float(end)) for end in text.split(":"))
+        steps = max(1, round(4 * (high - low)))
+        if low < high:
+            return tuple(10 ** (low + (high - low) * i / steps) for i in range(steps + 1))
+    except ValueError:
+        pass
+    raise click.BadParameter(f"{text!r} is not a list of numbers a,b,c or a range a:b with a below b.")
 
-    name = "LIST"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Parse the option."""
-        try:
-            if ":" not in value:
-                return tuple(float(item) for item in value.split(","))
-            low, high = (math.log10(float(end)) for end in value.split(":"))
-            steps = max(1, round(4 * (high - low)))
-            if low < high:
-                return tuple(10 ** (low + (high - low) * i / steps) for i in range(steps + 1))
-        except ValueError:
-            pass
-        self.fail(f"{value!r} is not a list of numbers a,b,c or a range a:b with a below b.", param, ctx)
+def names(text: str) -> tuple[str, ...]:
+    """Parse names a,b,c."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def once(context: click.Context, option: click.Parameter, values: tuple[Any, ...]) -> Any:
@@ -62,31 +57,41 @@ def once(context: click.Context, option: click.Parameter, values: tuple[Any, ...
         flags = " and ".join(option.opts + option.secondary_opts)
         raise click.UsageError(f"{flags} exclude each other; got both. Leave one out.")
     if len(set(values)) > 1:
-        given = ", ".join(values)
-        raise click.UsageError(
-            f"{option.opts[0]} may be given once; got {given}. Put the images into a folder and name that."
-        )
+        told = f"{option.opts[0]} may be given once; got {', '.join(values)}."
+        raise click.UsageError(f"{told} Put the images into a folder and name that.")
     return values[0] if values else None
 
 
 def flag_note(message: str, options: Iterable[click.Parameter]) -> str:
     """Return a note on the parameters in a message whose flags have other names; empty where there are none."""
     flags = {option.name: option.opts[0] for option in options}
-    names = dict.fromkeys(name for name in re.findall(r"`(\w+)", message) if flags.get(name, name).lstrip("-") != name)
-    return f" ({', '.join(f'`{name}` is {flags[name]}' for name in names)}.)" if names else ""
+    found = dict.fromkeys(name for name in re.findall(r"`(\w+)", message) if flags.get(name, name).lstrip("-") != name)
+    return f" ({', '.join(f'`{name}` is {flags[name]}' for name in found)}.)" if found else ""
 
 
-def images_option(flag: str, text: str) -> Callable[[F], F]:
+def option(
+    name: str, text: str, metavar: str | None = None, type: Any = None, default: Any = None, **more: Any
+) -> Callable[[F], F]:
+    """An option with a value, as a decorator."""
+    return click.option(name, help=text, metavar=metavar, type=type, default=default, **more)
+
+
+def flag(name: str, text: str) -> Callable[[F], F]:
+    """An option without a value, as a decorator."""
+    return click.option(name, is_flag=True, help=text)
+
+
+def images_option(name: str, text: str) -> Callable[[F], F]:
     """An option that names images."""
-    return click.option(flag, metavar="W", multiple=True, callback=once, help=text)
+    return option(name, text, "W", multiple=True, callback=once)
 
 
 def visibility(kind: str) -> Callable[[F], F]:
     """`--private/--public` as the keyword `private`: True, False, or None without a flag."""
+    text = f"Who sees it. Default: a new {kind} is private, an existing one is left as it is."
     return click.option(
-        "--private/--public", "private", is_flag=True, multiple=True, default=None, callback=once,
-        help=f"Who sees it. Default: a new {kind} is private, an existing one is left as it is.",
-    )  # fmt: skip
+        "--private/--public", "private", is_flag=True, multiple=True, default=None, callback=once, help=text
+    )
 
 
 def group(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -101,63 +106,40 @@ def group(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 place_options = group(
-    click.option("--device", metavar="DEV", help="cpu, cuda or cuda:K. Default: cuda if there is one."),
-    click.option("--cache-dir", metavar="DIR", help="Where Hub downloads are kept."),
-    click.option("--local-files-only", is_flag=True, help="Use cached files only; never ask the Hub."),
+    option("--device", "cpu, cuda or cuda:K. Default: cuda if there is one.", "DEV"),
+    option("--cache-dir", "Folder of Hub downloads.", "DIR"),
+    flag("--local-files-only", "Use cached files only; never ask the Hub."),
 )
-
-
 model_options = group(
-    click.option("--revision", metavar="REV", help="Commit, branch or tag of the model on the Hub."),
-    click.option(
-        "--readout", default="auto", metavar="NAME",
-        help="Output that is the embedding: auto, cls, mean, pooler, tokens, logits, hidden:K, projection.",
-    ),
-    click.option("--normalize", is_flag=True, help="Divide embeddings by their L2 norm."),
-    click.option(
-        "--dtype", default="float32", metavar="TYPE",
-        help="float32 or float64; match also takes bf16 and float16, for its early iterations only.",
-    ),
+    option("--revision", "Commit, branch or tag of the model on the Hub.", "REV"),
+    option("--readout", "auto, cls, mean, pooler, tokens, logits, hidden:K or projection.", "NAME", default="auto"),
+    flag("--normalize", "Divide embeddings by their L2 norm."),
+    option("--dtype", "float32, float64; match also: bf16, float16 for early iterations.", "TYPE", default="float32"),
     place_options,
-)  # fmt: skip
-
-
+)
 output_options = group(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
     click.option("-q", "--quiet", is_flag=True, help="No progress, no table; one line on stderr if something failed."),
 )
-
-
 analysis_options = group(
     model_options,
-    click.option(
-        "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. Default: runs/VERB/MODEL/HASH8."
+    option("--out", "Run directory. Default: runs/VERB/MODEL/HASH8.", "DIR", click.Path(path_type=Path)),
+    option(
+        "--overwrite",
+        "missing: make missing rows and rows of status error; always: replace an earlier run; never: refuse one.",
+        type=click.Choice(["missing", "always", "never"]),
+        default="missing",
     ),
-    click.option(
-        "--overwrite", type=click.Choice(["missing", "always", "never"]), default="missing",
-        help="missing: make missing rows and rows of status error; always: replace an earlier run; never: refuse "
-        "to touch one.",
-    ),
-    click.option("--seed", type=click.IntRange(min=0), metavar="N", default=0, help="Seed of all random draws."),
-    click.option(
-        "--batch-size", type=COUNT, metavar="B",
-        help="Pairs matched at once; on a GPU also derivatives per pass. Default: 8, on a GPU 32; halved when memory "
-        "runs out.",
-    ),
-    click.option(
-        "--streaming", is_flag=True,
-        help="Fetch only the first images of the Hub dataset in --data: --limit, or 4 per pair, at least 100. Default "
-        "above 5 GB.",
-    ),
-    click.option("--image-column", metavar="NAME", help="Image column of a parquet file or dataset."),
-    click.option("--label-column", metavar="NAME", help="Class column of a parquet file or dataset."),
-    click.option("--dry-run", is_flag=True, help="Show the plan and an estimate of the time; write nothing."),
+    option("--seed", "Seed of all random draws.", "N", click.IntRange(min=0), 0),
+    option("--batch-size", "Pairs, or on a GPU derivatives, in one pass. Default: 8, on a GPU 32.", "B", COUNT),
+    flag("--streaming", "Fetch only the first images of the Hub dataset in --data. Default above 5 GB."),
+    option("--image-column", "Image column of a parquet file or dataset.", "NAME"),
+    option("--label-column", "Class column of a parquet file or dataset.", "NAME"),
+    flag("--dry-run", "Show the plan and an estimate of the time; write nothing."),
     output_options,
-)  # fmt: skip
-
-
+)
 source_options = group(
-    images_option("--source", f"Images to analyse. {IMAGES}"),
+    images_option("--source", f"Images to analyse: {IMAGES}"),
     images_option("--data", "Set of images from which --limit images are drawn."),
-    click.option("--limit", type=COUNT, metavar="N", help="Number of images to draw from --data. Default: all."),
+    option("--limit", "Number of images to draw from --data. Default: all.", "N", COUNT),
 )

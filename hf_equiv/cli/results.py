@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hf_equiv.cli.options import output_options, place_options, visibility
+from hf_equiv.cli.options import flag, option, output_options, place_options, visibility
 
 
 @click.command()
 @click.argument("where", metavar="DIR|USER/NAME[@REV]")
-@click.option("--revision", metavar="REV", help="Branch, tag, commit or refs/pr/N of the dataset on the Hub.")
-@click.option("--model", metavar="PATH", help="Folder of the checkpoint, if the run used a local one.")
+@option("--revision", "Branch, tag, commit or refs/pr/N of the dataset on the Hub.", "REV")
+@option("--model", "Folder of the checkpoint, if the run used a local one.", "PATH")
 @place_options
-@click.option("--allow-withheld", is_flag=True, help="Accept rows whose photos are withheld.")
+@flag("--allow-withheld", "Accept rows whose photos are withheld.")
 @output_options
 def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
     """Recompute every row of a run directory, or of a dataset on the Hub, from its images.
@@ -29,18 +28,16 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
     named; the exit code is 1 if there is one. Rows whose photos are withheld cannot be recomputed, which counts as a
     problem unless --allow-withheld is given.
     """  # noqa: DOC201 (this is the help text)
-    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.cli import output, progress
 
-    with output.result_stream() as out:
+    with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
         from hf_equiv.verify.dataset import verify_results
 
-        environment.calm(quiet=as_json or quiet)
-        with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
-            report = verify_results(where, observer=lambda done, total: tell(done, total, "verifying"), **given)
-        if as_json:
-            output.print_json(report.to_json(), out)
-        elif not quiet or not report.holds:
-            output.print_dataset_report(report, where, out)
+        report = verify_results(where, observer=lambda done, total: tell(done, total, "verifying"), **given)
+    if as_json:
+        output.print_json(report.to_json())
+    elif not quiet or not report.holds:
+        output.print_verification(report, where)
     return 0 if report.holds else 1
 
 
@@ -48,14 +45,14 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="USER/NAME")
 @visibility("dataset")
-@click.option("--create-pr", is_flag=True, help="Open a pull request; you need not own the dataset.")
-@click.option("--revision", metavar="BRANCH", help="Branch to commit to, created if missing; or refs/pr/N.")
-@click.option("--dry-run", is_flag=True, help="List files, licence decision and card; write nothing.")
-@click.option("--license", metavar="ID", help="Licence of the images if unknown, such as cc-by-4.0.")
-@click.option("--i-have-the-right", is_flag=True, help="Publish photos whose licence is not known to be free.")
-@click.option("--withhold-photos", is_flag=True, help="Leave the photos out although they are free.")
-@click.option("--collection", metavar="T", help="Title or slug of a collection to add the dataset to.")
-@click.option("--message", metavar="M", help="Title of the commit.")
+@flag("--create-pr", "Open a pull request; you need not own the dataset.")
+@option("--revision", "Branch to commit to, created if missing; or refs/pr/N.", "BRANCH")
+@flag("--dry-run", "List files, licence decision and card; write nothing.")
+@option("--license", "Licence of the images if unknown, such as cc-by-4.0.", "ID")
+@flag("--i-have-the-right", "Publish photos whose licence is not known to be free.")
+@flag("--withhold-photos", "Leave the photos out although they are free.")
+@option("--collection", "Title or slug of a collection to add the dataset to.", "T")
+@option("--message", "Title of the commit.", "M")
 @output_options
 def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
     """Publish a run directory as a dataset on the Hub, in one commit.
@@ -68,61 +65,47 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 
     \b
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches --dry-run
-    hf-equiv publish runs/match/builtin/1a2b3c4d me/matches
     hf-equiv publish runs/walk/builtin/5e6f7a8b me/matches --collection "Level sets"
     hf-equiv publish DIR somebody/matches --create-pr
     """  # noqa: D301, DOC201, DOC501 (this is the help text, and click looks for the backspace itself)
-    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.cli import output, progress
 
-    with output.result_stream() as out:
-        from hf_equiv.hub.publish import publish_results
+    _refuse_folder_of_runs(directory)
+    try:
+        with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
+            from hf_equiv.hub.publish import publish_results
 
-        _refuse_folder_of_runs(directory, repo_id, given)
-        environment.calm(quiet=True)  # one bar, ours
-        try:
-            with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
-                done = publish_results(directory, repo_id, progress=tell, **given)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "interrupted. The same command goes on: uploaded files are not sent again, and a finished commit is "
-                "found."
-            ) from None
-        if as_json:
-            output.print_json(asdict(done), out)
-        elif not quiet:
-            output.print_publication(done, out)
+            done = publish_results(directory, repo_id, progress=tell, **given)
+    except KeyboardInterrupt:
+        told = "interrupted. The same command goes on: uploaded files are not sent again, and a finished commit is "
+        raise KeyboardInterrupt(told + "found.") from None
+    if as_json:
+        output.print_json(asdict(done))
+    elif not quiet:
+        output.print_publication(done)
     return 0
 
 
-def _refuse_folder_of_runs(directory: Path, repo_id: str, given: Mapping[str, Any]) -> None:
+def _refuse_folder_of_runs(directory: Path) -> None:
     """Refuse a folder of several runs, with the command for each run."""
     from hf_equiv.runs.directory import refuse_folder_of_runs
 
-    flags: list[str] = []
-    for name, value in given.items():
-        flag = "--" + name.replace("_", "-")
-        if name == "private":
-            flags += [] if value is None else ["--private" if value else "--public"]
-        elif value:
-            flags += [flag] if value is True else [flag, str(value)]
-    refuse_folder_of_runs(directory, lambda path: shlex.join(["hf-equiv", "publish", path, repo_id, *flags]))
+    typed: list[str] = click.get_current_context().obj or []
+
+    def command(path: str) -> str:
+        return shlex.join(["hf-equiv", *(path if Path(word) == directory else word for word in typed)])
+
+    refuse_folder_of_runs(directory, command)
 
 
 @click.command()
 @click.argument("paths", metavar="DIR|USER/NAME...", nargs=-1, required=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.html",
-    help="The page; FILE.md and FILE_files/ are written beside it. Default: reports/MODEL.html.",
-)  # fmt: skip
-@click.option(
-    "--transfer", metavar="MODEL2", multiple=True, help="Also test whether the matches match for this model; repeat."
-)
-@click.option("--label-data", metavar="W", help="Photos with classes for a nearest-neighbour probe of the embedding.")
+@option("--out", "The page. Default: reports/MODEL.html.", "FILE.html", click.Path(path_type=Path, dir_okay=False))
+@option("--transfer", "Also test whether the matches match for this model; repeat.", "MODEL2", multiple=True)
+@option("--label-data", "Photos with classes for a nearest-neighbour probe of the embedding.", "W")
 @click.option("--no-survival", "survival", flag_value=False, type=bool, default=True, show_default=False,
               help="Skip JPEG, resizing and blur (half of the time).")  # fmt: skip
-@click.option(
-    "--model", metavar="PATH", multiple=True, help="Folder of the checkpoint, if a run used a local one; repeat."
-)
+@option("--model", "Folder of the checkpoint, if a run used a local one; repeat.", "PATH", multiple=True)
 @place_options
 @output_options
 def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool, **given: Any) -> int:
@@ -130,7 +113,7 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
 
     Each DIR is a run directory or a folder of them, each USER/NAME a dataset on the Hub. Runs are grouped by
     checkpoint; several checkpoints are set side by side. Match runs with different --radius make a curve of error
-    against budget.
+    against budget. FILE.md and FILE_files/ are written beside FILE.html.
 
     \b
     hf-equiv report runs
@@ -139,34 +122,31 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
 
     Exit code 1: a part that needs the model could not be measured, or a file is not as recorded; the page says which.
     """  # noqa: D301, DOC201
-    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.cli import output, progress
 
-    with output.result_stream() as stream:
+    with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
         from hf_equiv.report.collect import default_out
         from hf_equiv.report.page import make_report
 
         path = out or default_out(paths)
         _refuse_unwritable(path)
-        environment.calm(quiet=as_json or quiet)
-        with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
-            page = make_report(paths, out=path, observer=lambda step, done, total: tell(done, total, step), **given)
+        page = make_report(paths, out=path, observer=lambda step, done, total: tell(done, total, step), **given)
         page.write(path)
-        if as_json:
-            output.print_json({"analysis": "report", "out": str(path), **page.numbers}, stream)
-        elif not quiet:
-            output.print_summary(page, {"report": str(path), "markdown": str(path.with_suffix(".md"))}, stream)
-        for problem in page.problems if as_json or quiet else ():
-            output.to_stderr(f"not complete: {problem}")
-        return 1 if page.problems else 0
+    if as_json:
+        output.print_json({"analysis": "report", "out": str(path), **page.numbers})
+    elif not quiet:
+        output.print_summary(page, path)
+    for problem in page.problems if as_json or quiet else ():
+        output.to_stderr(f"not complete: {problem}")
+    return 1 if page.problems else 0
 
 
 def _refuse_unwritable(path: Path) -> None:
     """Refuse a page that cannot be written, before anything is measured; leave nothing behind."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"`out` must be a file name ending in .html; got {str(path)!r}.")
-    there = next(place for place in path.absolute().parents if place.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".hf-equiv-", dir=there):
+        with tempfile.TemporaryFile(dir=next(place for place in path.absolute().parents if place.exists())):
             pass
     except OSError as error:
         raise ValueError(f"`out` {str(path)!r} cannot be written: {error.strerror}. Name another place.") from error

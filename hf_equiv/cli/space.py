@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from hf_equiv.cli.options import group, output_options, visibility
+from hf_equiv.cli.options import flag, group, option, output_options, visibility
 
 
 @click.group()
@@ -22,37 +22,23 @@ def space() -> None:
 
 
 _app_options = group(
-    click.option(
-        "--dataset", metavar="USER/NAME[@REV]", help="Published matches to show; in a Space, '' shows none."
-    ),
-    click.option(
-        "--model", "models", metavar="M", multiple=True,
-        help="Checkpoint to offer beside the built-in one; repeat for more.",
-    ),
-)  # fmt: skip
+    option("--dataset", "Published matches to show; in a Space, '' shows none.", "USER/NAME[@REV]"),
+    click.option("--model", "models", metavar="M", multiple=True, help="Checkpoint to offer beside builtin; repeat."),
+)
 
 
 @space.command("run")
-@click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all.")
-@click.option("--port", type=click.IntRange(0, 65535), metavar="N", default=7860, help="Port.")
+@option("--host", "Address to listen at; 0.0.0.0 for all.", default="127.0.0.1")
+@option("--port", "Port.", "N", click.IntRange(0, 65535), 7860)
 @_app_options
-@click.option("--share", is_flag=True, help="Also open a public link of Gradio, for 72 hours at most.")
+@flag("--share", "Also open a public link of Gradio, for 72 hours at most.")
 def space_run(host: str, port: int, dataset: str | None, models: tuple[str, ...], share: bool) -> int:
     """Serve the app on this machine until Ctrl-C; it needs pip install "hf_equiv[space]"."""
     from hf_equiv.hub.space_files import DATASET, MODELS
 
     if any("," in model for model in models):
         raise ValueError(f"`models` must be names without commas; got {', '.join(models)}. Repeat the flag.")
-    if dataset is not None:
-        os.environ[DATASET] = dataset
-    if models:
-        os.environ[MODELS] = ",".join(models)
-    _refuse_taken(host, port)
-    load_app().main(host=host, port=port, share=share)
-    return 0
-
-
-def _refuse_taken(host: str, port: int) -> None:
+    os.environ |= ({} if dataset is None else {DATASET: dataset}) | ({MODELS: ",".join(models)} if models else {})
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -60,17 +46,12 @@ def _refuse_taken(host: str, port: int) -> None:
         except OSError as error:
             why = error.strerror or error
             raise ValueError(f"`port` must be free; got {port} of {host}: {why}. Choose another.") from error
+    load_app().main(host=host, port=port, share=share)
+    return 0
 
 
 def load_app() -> ModuleType:
-    """Import the app of this installation.
-
-    Returns:
-        The module, with `build_demo` and `main`.
-
-    Raises:
-        ImportError: gradio is missing.
-    """
+    """Import the app of this installation, a module with `build_demo` and `main`."""
     from hf_equiv.hub.space_files import APP, app_folder
 
     if importlib.util.find_spec("gradio") is None:
@@ -85,23 +66,19 @@ def load_app() -> ModuleType:
 @click.argument("repo_id", metavar="USER/NAME")
 @_app_options
 @visibility("Space")
-@click.option("--hardware", metavar="H", help="cpu-basic (free), zero-a10g, … Default: unchanged.")
-@click.option(
-    "--wheel", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Upload hf_equiv from this wheel. Default: pin the version if it was installed from a package index, else "
-    "upload the installed files.",
-)  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace the app of a Space that holds another one.")
-@click.option("--dry-run", is_flag=True, help="List files, variables, visibility and hardware; write nothing.")
+@option("--hardware", "cpu-basic (free), zero-a10g, … Default: unchanged.", "H")
+@option("--wheel", "Upload hf_equiv from this wheel.", "FILE", click.Path(path_type=Path, dir_okay=False))
+@flag("--force", "Replace the app of a Space that holds another one.")
+@flag("--dry-run", "List files, variables, visibility and hardware; write nothing.")
 @click.option("--wait/--no-wait", default=True, help="Wait until the Space runs.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", default=600.0,
-              help="Seconds to wait.")  # fmt: skip
+@option("--timeout", "Seconds to wait.", "S", click.FloatRange(min=0), 600.0)
 @output_options
 def space_deploy(repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
     """Put the app into a Space on the Hub, in one commit, and wait until it runs.
 
     A new Space is private unless --public is given. An existing Space gets the current app and keeps the files and
-    text that its owner added. No secret is ever set: a private dataset needs a read token, which you add yourself.
+    text that its owner added. Without --wheel, hf_equiv is pinned if it was installed from a package index, else the
+    installed files are uploaded. No secret is ever set: a private dataset needs a read token, which you add yourself.
 
     \b
     hf-equiv space deploy me/same-embedding --dry-run
@@ -109,22 +86,20 @@ def space_deploy(repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
 
     Exit code 1: deployed, but the Space does not run; the message says where the log is.
     """  # noqa: D301, DOC201 (this is the help text, and click looks for the backspace itself)
-    from hf_equiv.cli import environment, output, progress
+    from hf_equiv.cli import output, progress
 
-    with output.result_stream() as out:
+    with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
         from hf_equiv.hub.space import SpaceError, deploy_space
 
-        environment.calm(quiet=True)  # one bar, ours
         failed: SpaceError | None = None
         try:
-            with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
-                done = deploy_space(repo_id, progress=tell, **given)
+            done = deploy_space(repo_id, progress=tell, **given)
         except SpaceError as error:
             failed, done = error, error.deployment
-        if as_json:
-            output.print_json(asdict(done) | {"error": None if failed is None else str(failed)}, out)
-        elif not quiet:
-            output.print_deployment(done, out)
-        if failed is not None:
-            output.to_stderr(f"error: {failed}")
+    if as_json:
+        output.print_json(asdict(done) | {"error": None if failed is None else str(failed)})
+    elif not quiet:
+        output.print_deployment(done)
+    if failed is not None:
+        output.to_stderr(f"error: {failed}")
     return 0 if failed is None else 1

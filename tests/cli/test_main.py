@@ -160,14 +160,13 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_equiv.matching.stages.match_embedding", stop)
-    monkeypatch.setattr(sys, "argv", ["hf-equiv", *PAIR, *again])
     code, out, err = call(capsys, *PAIR, "--out", "run", "-q", *again)
     assert code == 130
     assert out == ""
     assert err.lstrip() == (  # click ends the line of the ^C first
         "error: interrupted; 0 of 1 rows are kept in run. "
         f"{'Without --overwrite the same' if again else 'The same'} command goes on: "
-        "hf-equiv match builtin --source 1.png --target 2.png --max-evals 30\n"
+        "hf-equiv match builtin --source 1.png --target 2.png --max-evals 30 --out run -q\n"
     )
 
 

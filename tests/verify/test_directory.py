@@ -2,7 +2,6 @@ import io
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from hf_equiv.analyses.config import RunConfig
 from hf_equiv.analyses.plan import make_plan
 from hf_equiv.analyses.run import run_match
 from hf_equiv.cli.main import _run
-from hf_equiv.cli.output import print_report
 from hf_equiv.runs import shards
 from hf_equiv.verify import directory, rows
 
@@ -328,7 +326,8 @@ def test_a_run_without_one_match_does_not_hold(photos, tiny, tmp_path, monkeypat
     report = directory.verify_run(tmp_path / "out")
     assert not report.holds
     assert not report.problems
-    print_report(report, "out", sys.stdout)
+    monkeypatch.chdir(tmp_path)
+    assert _run(["verify", "out"]) == 1
     assert capsys.readouterr().out == (
         "Nothing in out can be checked; 2 of 2 rows are of status error and hold no match.\n"
     )
