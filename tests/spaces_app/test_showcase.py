@@ -20,7 +20,6 @@ from walk_tab import player
 
 from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png, encode_png
-from hf_equiv.models.encoder import Encoder
 from hf_equiv.verify.directory import verify_run
 
 RESULTS = Path(__file__).parents[2] / "spaces_app" / "results"
@@ -29,11 +28,6 @@ RESULTS = Path(__file__).parents[2] / "spaces_app" / "results"
 @pytest.fixture(scope="module")
 def shown():
     return open_showcase(RESULTS)
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder.from_pretrained("builtin")
 
 
 @pytest.mark.parametrize("run", ["match", "spectrum", "walk", pytest.param("lipschitz", marks=pytest.mark.slow)])
