@@ -29,7 +29,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis; its ends are those of the points where none are given, and its numbers may have names."""
+    """One axis; it ends at the outermost points where no ends are given, and its numbers may have names."""
 
     label: str
     log: bool = False
@@ -61,14 +61,11 @@ class _Scale:
     def __init__(self, axis: Axis, values: Sequence[float], start: int, end: int) -> None:
         self.axis, self.start, self.end = axis, start, end
         seen = [*values, *(v for v in (axis.low, axis.high) if v is not None)] or [1.0]
-        low = min(seen) if axis.low is None else axis.low
-        high = max(seen) if axis.high is None else axis.high
-        if axis.names:
-            low, high = -0.5, len(axis.names) - 0.5
-        self.low, self.high = (math.log10(low), math.log10(high)) if axis.log else (low, high)
+        ends = [min(seen) if axis.low is None else axis.low, max(seen) if axis.high is None else axis.high]
+        self.low, self.high = map(math.log10, ends) if axis.log else ends
         if not self.high > self.low:
             self.low, self.high = self.low - 0.5, self.high + 0.5
-        room = 0.0 if axis.names else 0.04 * (self.high - self.low)
+        room = 0.04 * (self.high - self.low)
         self.low -= room if axis.low is None else 0.0
         self.high += room if axis.high is None else 0.0
 
@@ -78,11 +75,10 @@ class _Scale:
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self) -> list[tuple[float, str]]:
-        log, low, high = self.axis.log, self.low, self.high
         if self.axis.names:
             return list(enumerate(self.axis.names))
-        decades = log and high - low > 1.2
-        low, high = (10**low, 10**high) if log else (low, high)
+        decades = self.axis.log and self.high - self.low > 1.2
+        low, high = (10**self.low, 10**self.high) if self.axis.log else (self.low, self.high)
         locator = LogLocator(numticks=6) if decades else MaxNLocator(5, steps=[1, 2, 5, 10])
         slack = 1e-9 * (high - low)
         values = [float(v) for v in locator.tick_values(low, high) if low - slack <= v <= high + slack]

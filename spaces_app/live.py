@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses import measures
-from hf_equiv.checks import check_count, check_images, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import finite
 from hf_equiv.matching.match import match_embedding
@@ -64,11 +64,8 @@ class _Work:
 
     now: tuple[str, Tensor, Curve]
     stop: threading.Event
-    start: float
     time_limit: float
-    row: Row | None = None
-    error: BaseException | None = None
-    over: threading.Event = field(default_factory=threading.Event)
+    start: float = field(default_factory=time.monotonic)
 
     def hook(self, stage: str, spent: float = 0.0) -> Callable[[Progress], None]:
         def note(p: Progress) -> None:
@@ -96,48 +93,39 @@ def live_match(
     """Match two photos as `hf-equiv match` does and yield its states; the last one is `done` or `stopped`."""
     # A thread of its own does the work; closing the iterator ends it at its next evaluation. Calls share only the
     # encoder, which they only read.
-    check_rtol(rtol)
-    check_count(max_evals, "max_evals")
-    check_positive(every, "every")
-    check_radius(radius, norm, math.prod(encoder.input_shape))
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-    start = time.monotonic()
     files = [encode_png(x) for x in encoder.preprocess([source, target])]
     x, aim = (decode_png(png, dtype).to(encoder.device)[None] for png in files)
     if bool((x == aim).all()):
         raise ValueError("`source` and `target` must differ; the encoder sees the same pixels in both. Choose another.")
-    work = _Work(("match", x[0], ()), stop or threading.Event(), start, time_limit)
+    work, row = _Work(("match", x[0], ()), stop or threading.Event(), time_limit), Future[Row]()
     ball = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals}
 
     def run() -> None:
         try:
-            _make(encoder, work, x, aim, files, ball)
+            row.set_result(_make(encoder, work, x, aim, files, ball))
         except BaseException as error:  # raised again where the match is watched
-            work.error = error
-        finally:
-            work.over.set()
+            row.set_exception(error)
 
-    def state() -> LiveMatch:
+    def state(row: Row | None = None) -> LiveMatch:
         stage, image, curve = work.now
-        return LiveMatch(stage, encode_png(image), curve, time.monotonic() - start, *files, work.row)
+        return LiveMatch(stage, encode_png(image), curve, time.monotonic() - work.start, *files, row)
 
     worker = threading.Thread(target=run, daemon=True, name="live match")
     worker.start()
     try:
-        while not work.over.wait(every):
+        while wait([row], every).not_done:
             if work.now[2]:
                 yield state()
     finally:
         work.stop.set()
         worker.join()
-    if work.error is not None:
-        raise work.error
-    yield state()
+    yield state(row.result())
 
 
-def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[bytes], ball: Row) -> None:
-    """Match, refine, measure."""
-    made: Row | None = None
+def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[bytes], ball: Row) -> Row:
+    """Match, refine, measure, and return the row."""
+    row: Row = {}
     try:
         with torch.no_grad(), no_tf32():
             z = encoder(aim)
@@ -148,7 +136,7 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
         work.now = ("refine", found.images[0], work.now[2])
         exact = refine_8bit(encoder, found.images, z, source=x, progress=work.hook("refine", cost), **ball)
         work.now = ("refine", exact.images[0], work.now[2])
-        made = {
+        row = {
             **encoder.provenance, **ball, "pair_id": "source->target", "source_id": "source", "target_id": "target",
             "solver": "lbfgs", "seed": 0, "schema_version": SCHEMA_VERSION, "status": str(found.status[0]),
             "embedding_error": finite(found.errors[0]), "num_evals": cost, "seconds": time.monotonic() - work.start,
@@ -158,8 +146,9 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
     _, image, curve = work.now
     work.now = ("measure", image, curve)
     three = [decode_png(png, x.dtype) for png in (files[0], encode_png(image), files[1])]
-    work.row = (made or {}) | measures.measure_match(encoder, *three, seed=0, pair_id="source->target")
-    work.now = ("done" if made else "stopped", image, curve)
+    measured = measures.measure_match(encoder, *three, seed=0, pair_id="source->target")
+    work.now = ("done" if row else "stopped", image, curve)
+    return row | measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +157,7 @@ class Stop:
 
     step: float  # h, L2 in pixel units
     distance: float | None  # ‖f(x + hv) − f(x)‖ / ‖f(x)‖
-    first_order: float | None  # |h|·‖Jv‖ / ‖f(x)‖, the prediction of the Jacobian at x
+    first_order: float  # |h|·‖Jv‖ / ‖f(x)‖, the prediction of the Jacobian at x
     png: bytes
     classes: tuple[tuple[str, float], ...]  # (name, probability), likeliest first; empty without a head
 
@@ -176,32 +165,24 @@ class Stop:
 @torch.no_grad()
 @no_tf32()
 def stops_along(
-    encoder: Encoder, image: Tensor, direction: Tensor, steps: Sequence[float], *, jvp: float | None = None,
-    classes: int = 5,
-) -> tuple[Stop, ...]:  # fmt: skip
+    encoder: Encoder, image: Tensor, direction: Tensor, steps: Sequence[float], jvp: float
+) -> tuple[Stop, ...]:
     """Evaluate the encoder at x + h·v, (3, H, W), for each step h of the unit vector v; `jvp` is ‖Jv‖ at x."""
-    check_images(image[None], "image")
-    length = float(direction.double().norm())
-    if direction.shape != image.shape or not math.isclose(length, 1.0, rel_tol=1e-4):
-        raise ValueError(
-            f"`direction` must have the shape of `image` {tuple(image.shape)} and length 1; got "
-            f"{tuple(direction.shape)}, length {length:.4g}. Divide it by its norm."
-        )
     image, direction = image.to(encoder.device), direction.to(encoder.device)
-    z = encoder(image[None]).double()
     h = torch.tensor(list(steps), dtype=torch.float64, device=encoder.device).view(-1, 1, 1, 1)
     places = (image.double() + h * direction.double()).clamp(0, 1).to(image.dtype)
-    moved = encoder(places).double()
+    z, moved = encoder(image[None])[0].double(), encoder(places).double()
     likeliest: list[tuple[tuple[str, float], ...]] = [()] * len(places)
     if encoder.has_head:
-        best = encoder.classify(places).double().softmax(dim=1).topk(min(classes, len(encoder.label_names or ())))
-        names = [[(encoder.label_names or ())[k] for k in row] for row in best.indices.tolist()]
-        likeliest = [tuple(zip(*row, strict=True)) for row in zip(names, best.values.tolist(), strict=True)]
+        names = encoder.label_names or ()
+        best = encoder.classify(places).double().softmax(dim=1).topk(min(5, len(names)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        likeliest = [tuple((names[i], p) for i, p in zip(*pair, strict=True)) for pair in pairs]
     return tuple(
         Stop(
             step=step,
-            distance=measures.relative_error(moved[k], z[0]),
-            first_order=None if jvp is None else abs(step) * jvp / float(z.norm()),
+            distance=measures.relative_error(moved[k], z),
+            first_order=abs(step) * jvp / float(z.norm()),
             png=encode_png(places[k]),
             classes=likeliest[k],
         )

@@ -14,25 +14,6 @@ import views
 from shelf import BUILTIN_RESULTS, HIDDEN, named_results, refused, telling
 from showcase import Comparison, Row, Showcase, check_shown
 
-_NAMES = {
-    "embedding_error_8bit": "embedding error of the PNG",
-    "target_quantization_error": "half a grey level of noise",
-    "noise_floor": "float noise",
-    "cosine_to_target": "cosine to the target",
-    "cosine_to_source": "cosine to the source",
-    "cosine_source_target": "cosine of source and target",
-    "psnr_db": "PSNR to the source [dB]",
-    "ssim": "SSIM to the source",
-    "linf": "largest change of a pixel",
-    "l2": "L2 distance to the source",
-    "source_label": "class of the source",
-    "match_label": "class of the match",
-    "target_label": "class of the target",
-    "match_prob": "probability of the match's class",
-    "target_label_prob": "probability of the target's class",
-    "same_top1": "match and target in one class",
-}
-
 
 def list_matches(dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
     """List the matches of a result dataset.
@@ -76,17 +57,16 @@ def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
 
 
 def row_of(dataset: str | None, key: str) -> Row:
-    """Return one match by its key or pair."""
+    """Return one match by its key."""
     shown = named_results(dataset)
-    for column in ("key", "pair_id"):
-        for row in shown.matches:
-            if key == row[column]:
-                return row
+    for row in shown.matches:
+        if row["key"] == key:
+            return row
     raise refused(f"There is no match {str(key)[:200]!r} in {shown.name!r}.")
 
 
 @shelf.on_gpu
-def _check(key: str, dataset: str | None) -> tuple[tuple[Comparison, ...], float]:
+def _check(key: str, dataset: str | None) -> tuple[list[Comparison], float]:
     row, start = row_of(dataset, key), time.perf_counter()
     encoder = shelf.recorded_encoder(row, dataset)
     with telling(dataset):
@@ -94,16 +74,10 @@ def _check(key: str, dataset: str | None) -> tuple[tuple[Comparison, ...], float
     return found, time.perf_counter() - start
 
 
-def check_view(key: str, dataset: str | None) -> tuple[str, Any]:
+def check_view(key: str, dataset: str | None) -> tuple[str, str]:
     """Check a match and show the verdict and a table."""
     found, seconds = _check(key, dataset)
-    told = views.html.verdict(sum(not c.holds for c in found), len(found), seconds)
-    rows = [[_NAMES[c.name], _text(c.stated), _text(c.now), "agrees" if c.holds else "differs"] for c in found]
-    return told, gr.Dataframe(rows, visible=True)
-
-
-def _text(value: Any) -> str:
-    return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else views.first_name(value)
+    return views.html.verdict(sum(not c.holds for c in found), len(found), seconds), views.html.checked(found)
 
 
 def match_shown(dataset: str | None, key: str) -> str:
@@ -127,7 +101,7 @@ def show_dataset(dataset: str | None, pair: str | None = None) -> tuple[Any, ...
     if not shown.matches:
         raise refused(f"{shown.name!r} holds no matches with pictures.")
     key = row_of(dataset, pair)["key"] if pair else shown.matches[0]["key"]
-    return strip_of(dataset, key), key, match_shown(dataset, key), "", gr.Dataframe(visible=False), note_of(shown)
+    return strip_of(dataset, key), key, match_shown(dataset, key), "", "", note_of(shown)
 
 
 def note_of(shown: Showcase) -> str:
@@ -141,7 +115,7 @@ def note_of(shown: Showcase) -> str:
 
 def _select(dataset: str, event: gr.EventData) -> tuple[Any, ...]:
     key = str(event.key)
-    return key, match_shown(dataset, key), "", gr.Dataframe(visible=False)
+    return key, match_shown(dataset, key), "", ""
 
 
 def _change(name: str, opened: str) -> tuple[Any, ...]:
@@ -165,10 +139,7 @@ def matches_tab() -> list[Any]:
         check = gr.Button("Check it", variant="primary", elem_id="check", scale=0, min_width=160)
         gr.Markdown("Encodes the three PNG files above again, here and now, and compares the results with its numbers.")
     verdict = gr.HTML(elem_id="verdict", js_on_load=shelf.LIVE)
-    numbers = gr.Dataframe(
-        headers=["number", "stated", "now", "verdict"], datatype="str", interactive=False, visible=False,
-        max_height=720, wrap=True, column_widths=["34%", "25%", "25%", "16%"], elem_id="numbers",
-    )  # fmt: skip
+    numbers = gr.HTML(elem_id="numbers")
     dataset = gr.Dropdown(
         offered, value=offered[-1], label="Results", allow_custom_value=True, elem_id="dataset",
         info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png
 
-_STYLES = {"random": "one", "top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
+_STYLES = {"top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
 _UNRELATED = 2.1  # a chart reaches this relative distance at least: unrelated embeddings are 1 to 2 apart
 
 
@@ -42,28 +42,25 @@ def step_of(slider: float) -> float:
     return 16.0 * (slider / 100.0) ** 3
 
 
-def _constants(image_id: str) -> list[Row]:
+def _constants(image_id: str) -> dict[str, Row]:
+    """Return the rows of an image by the name of the direction."""
     rows = [row for row in results(home_of("constants")).constants if row["key"] == image_id]
     if not rows:
         raise refused(f"There are no constants of {image_id!r} here.")
-    return rows
-
-
-def _name(row: Row) -> str:
-    return f"{row['direction']} {row['index']}"
+    return {f"{row['direction']} {row['index']}": row for row in rows}
 
 
 def _direction(image_id: str, direction: str) -> Row:
-    for row in _constants(image_id):
-        if direction == _name(row):
-            return row
-    raise refused(f"There is no direction {direction!r} at {image_id!r}.")
+    rows = _constants(image_id)
+    if direction not in rows:
+        raise refused(f"There is no direction {direction!r} at {image_id!r}.")
+    return rows[direction]
 
 
 @lru_cache(maxsize=16)
 def _vectors(image_id: str) -> dict[str, Tensor]:
     """Make the directions of an image again; one to an image outside the results cannot be made."""
-    home, rows = home_of("constants"), _constants(image_id)
+    home, rows = home_of("constants"), list(_constants(image_id).values())
     first, settings = rows[0], rows[0]["settings"]
     encoder = recorded_encoder(first, home)
     images = {row["image_id"]: row["image"] for row in results(home).constants if row["settings"] is settings}
@@ -71,8 +68,8 @@ def _vectors(image_id: str) -> dict[str, Tensor]:
     target = decode_png(images[toward]).to(encoder.device) if toward in images else None
     image = decode_png(first["image"]).to(encoder.device)
     made = directions_of_run(encoder, image, target, settings, first["image_id"])
-    names = [f"{kind} {index}" for kind, index in zip(made.kinds, made.indices, strict=True)]
-    return dict(zip(names, made.vectors[0], strict=True))
+    names = zip(made.kinds, made.indices, made.vectors[0], strict=True)
+    return {f"{kind} {index}": vector for kind, index, vector in names}
 
 
 def _stops(image_id: str, direction: str, steps: Sequence[float]) -> tuple[Stop, ...]:
@@ -82,7 +79,7 @@ def _stops(image_id: str, direction: str, steps: Sequence[float]) -> tuple[Stop,
     if direction not in vectors:
         raise refused(f"The direction {direction!r} cannot be made again here.")
     encoder = recorded_encoder(row, home_of("constants"))
-    return stops_along(encoder, decode_png(row["image"]), vectors[direction], steps, jvp=row["jvp"])
+    return stops_along(encoder, decode_png(row["image"]), vectors[direction], steps, row["jvp"])
 
 
 @lru_cache(maxsize=64)
@@ -103,7 +100,7 @@ def moved_view(image_id: str, direction: str, slider: float) -> str:
 def along_view(stop: Stop, profile: Sequence[Stop], name: str) -> str:
     """Show the image at one step, its classes, and the distance of the embedding over the whole way."""
     moved = stop.distance or 0.0
-    near = [(p.step, p.first_order) for p in profile if (p.first_order or 0.0) <= _UNRELATED]
+    near = [(p.step, p.first_order) for p in profile if p.first_order <= _UNRELATED]
     way = [(p.step, p.distance) for p in profile]
     curve = chart(
         f"Distance of the embedding: {name}",
@@ -136,29 +133,33 @@ def ladder_view(row: Row) -> str:
         note = f"Resolved: the constant is {row['value']:.4g}, the exact derivative |Jv| {row['jvp']:.4g}."
     else:
         note = f"Undetermined: float noise hides it, so no number is given. The exact derivative is {row['jvp']:.1e}."
+    title = f"Secants along {row['direction']} {row['index']} at {row['image_id']}"
     return chart(
-        f"Secants along {_name(row)} at {row['image_id']}", series, Axis("radius h (L2)", log=True),
-        Axis("‖f(x+hv) − f(x−hv)‖ / 2h", log=True), note=note, width=NARROW,
+        title, series, Axis("radius h (L2)", log=True), Axis("‖f(x+hv) − f(x−hv)‖ / 2h", log=True),
+        note=note, width=NARROW,
     )  # fmt: skip
 
 
 def constants_view(rows: Sequence[Row]) -> str:
     """Draw the constants of one image by kind of direction; rings where no constant can be read."""
     kinds = list(dict.fromkeys(row["direction"] for row in rows))
-    known, unknown = [], []
-    for k, kind in enumerate(kinds):
-        own = [row for row in rows if row["direction"] == kind]
-        spread = 0.056 if len(own) > 1 else 0.0
-        places = [k + spread * ((7 * i) % 11 - 5) for i in range(len(own))]
-        dots = [(x, row["value"]) for x, row in zip(places, own, strict=True)]
-        known.append(Series(dots, style=_STYLES.get(kind, "one"), draw="dots"))
-        unknown += [(x, row["jvp"]) for x, row in zip(places, own, strict=True) if row["value"] is None]
-    rings = [Series(unknown, "|Jv| where noise hides the constant", "quiet", "rings")] if unknown else []
+    places = [kinds.index(row["direction"]) + 0.056 * ((7 * row["index"] + 5) % 11 - 5) for row in rows]
+    dots: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    rings = []
+    for x, row in zip(places, rows, strict=True):
+        if row["value"] is None:
+            rings.append((x, row["jvp"]))
+        else:
+            dots[row["direction"]].append((x, row["value"]))
+    series = [Series(points, style=_STYLES.get(kind, "one"), draw="dots") for kind, points in dots.items()]
+    if rings:
+        series.append(Series(rings, "|Jv| where noise hides the constant", "quiet", "rings"))
     values = [row["value"] for row in rows if row["value"] is not None]
     span = f"From {min(values):.2g} to {max(values):.3g}, by direction alone." if values else "None can be read."
     return chart(
-        f"Lipschitz constants at {rows[0]['image_id']} by kind of direction", [*known, *rings],
-        Axis("kind of direction", names=kinds), Axis("constant", log=True), note=span, width=NARROW,
+        f"Lipschitz constants at {rows[0]['image_id']} by kind of direction", series,
+        Axis("kind of direction", low=-0.5, high=len(kinds) - 0.5, names=kinds), Axis("constant", log=True), note=span,
+        width=NARROW,
     )  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def spectrum_view(row: Row) -> str:
 
 def facts_view(image_id: str, direction: str) -> str:
     """Show the secants of one direction, the constants and the spectrum of one image."""
-    rows = _constants(image_id)
+    rows = list(_constants(image_id).values())
     same = ("image_id", "model_revision", "readout", "image")  # the same model and the same picture
     facts = {
         "How its constant was read": ladder_view(_direction(image_id, direction)),
@@ -198,7 +199,7 @@ def sensitivity_tab(tab: gr.Tab) -> None:
     """Lay out the tab."""
     constants = results(home_of("constants")).constants
     ids = list(dict.fromkeys(row["key"] for row in constants))
-    names = [_name(row) for row in _constants(ids[0])]
+    names = list(_constants(ids[0]))
     models = dict.fromkeys(row["model_id"] for row in constants)
     model = " and ".join("the built-in checkpoint" if name == "builtin" else f"`{name}`" for name in models)
     gr.Markdown(

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from hf_equiv.analyses import match as matches
-from hf_equiv.analyses import measures
+from hf_equiv.analyses import match, measures
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.data.tables import refuse_swollen
-from hf_equiv.hub.load import download_results, run_folders, split_name
+from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.hub_client import api_of, explained
 from hf_equiv.runs import directory
-from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS
+from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS, Layout
 from hf_equiv.runs.shards import read_rows, shard_files
 from hf_equiv.verify.rows import agrees
 
@@ -43,8 +42,7 @@ class Showcase:
     withheld: int = 0  # number of matches without pictures
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(NamedTuple):
     """One number of a row beside the one that the PNG files give now, and whether they agree as `verify` has it."""
 
     name: str
@@ -67,41 +65,34 @@ def open_showcase(
     if local and Path(name).is_dir():
         folder = Path(name)
         name = folder.name
-        places = list(run_folders(folder).values()) or sorted(p.parent for p in folder.glob(f"*/{directory.RECORD}"))
     else:
         name, revision = split_name(name)
         if most_bytes is not None:
             _refuse_large(name, revision, most_bytes, token)
         folder, _ = download_results(name, revision=revision, token=token, cache_dir=cache_dir, with_float=False)
-        places = list(run_folders(folder).values())
+    places = directory.folders_in(folder)
     if not places:
         raise ValueError(f"{name!r} must hold runs; got no run.json in it. Name a run directory, or a folder of them.")
     found: dict[str, list[Row]] = {analysis: [] for analysis in LAYOUTS}
     paths: dict[str, tuple[Row, ...]] = {}
     withheld = 0
     for number, place in enumerate(places):
-        analysis, rows = _read_run(place, most, most_bytes)
-        made = [row for row in rows if row["status"] != "error"]
-        if analysis == "walk":
-            for walk, points in _walks(made).items():
-                paths[_free(walk, paths, number)] = points
+        layout, rows = _read_run(place, most, most_bytes)
+        if layout.analysis == "walk":
+            paths |= {_free(walk, paths, number): points for walk, points in _walks(rows).items()}
             continue
-        shown = [row for row in made if all(row[column] for column in LAYOUTS[analysis].images)]
-        if analysis == "match":
-            withheld += len(made) - len(shown)
-            pairs = [row["pair_id"] for row in shown]
-            if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
-                raise ValueError(f"a run must have each pair once; got {twice[0]!r} twice.")
-            found[analysis] += [row | {"key": f"{number}.{row['pair_id']}"} for row in shown]
-        else:
-            taken = {row["key"] for row in found[analysis]}
-            found[analysis] += [row | {"key": _free(row["image_id"], taken, number)} for row in shown]
+        taken = {row["key"] for row in found[layout.analysis]}
+        shown = [row for row in rows if all(row[column] for column in layout.images)]
+        found[layout.analysis] += [row | {"key": _free(row[layout.item], taken, number)} for row in shown]
+        withheld += len(rows) - len(shown) if layout.analysis == "match" else 0
     matches = sorted(found["match"][:most], key=lambda row: -(row["psnr_db"] or 0.0))
+    if len({row["key"] for row in matches}) < len(matches):
+        raise ValueError("a run must have each pair once; got one twice.")
     return Showcase(name, tuple(matches), tuple(found["spectrum"]), tuple(found["lipschitz"]), paths, withheld)
 
 
-def _read_run(place: Path, most: int, most_bytes: int | None) -> tuple[str, list[Row]]:
-    """Return the analysis of a run and its first rows, each with its settings."""
+def _read_run(place: Path, most: int, most_bytes: int | None) -> tuple[Layout, list[Row]]:
+    """Return the layout of a run and its first rows without an error, each with its settings."""
     record = directory.read_record(place)
     layout = directory.check_record(place, record)
     if most_bytes is not None:
@@ -110,7 +101,7 @@ def _read_run(place: Path, most: int, most_bytes: int | None) -> tuple[str, list
     rows = list(read_rows(place, images=True, layout=layout, first=most))
     for row in rows:
         _check_pictures([row[column] for column in layout.images])
-    return layout.analysis, [row | {"settings": record["settings"]} for row in rows]
+    return layout, [row | {"settings": record["settings"]} for row in rows if row["status"] != "error"]
 
 
 def _walks(rows: Sequence[Row]) -> dict[str, tuple[Row, ...]]:
@@ -124,11 +115,11 @@ def _walks(rows: Sequence[Row]) -> dict[str, tuple[Row, ...]]:
     return {name: tuple(sorted(path, key=lambda row: row["step"])) for name, path in whole.items()}
 
 
-def _free(name: str, taken: Iterable[str], number: int) -> str:
+def _free(name: str, taken: Container[str], number: int) -> str:
     return f"{name} ({number})" if name in taken else name
 
 
-def check_shown(encoder: Encoder, row: Row) -> tuple[Comparison, ...]:
+def check_shown(encoder: Encoder, row: Row) -> list[Comparison]:
     """Encode the three PNG files of a match again and compare each number with its row, as `hf-equiv verify` does."""
     settings = row["settings"]
     own = {
@@ -140,21 +131,16 @@ def check_shown(encoder: Encoder, row: Row) -> tuple[Comparison, ...]:
         if stated != value:
             raise ValueError(f"`encoder` must have the {key} of the row, {stated!r}; got {value!r}.")
     dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-    three = [decode_png(row[column] or b"", dtype) for column in IMAGE_COLUMNS]
+    three = [decode_png(row[column], dtype) for column in IMAGE_COLUMNS]
     if any(tuple(image.shape) != tuple(encoder.input_shape) for image in three):
         raise ValueError(f"the pictures must be {encoder.input_shape[1]} × {encoder.input_shape[2]} pixels.")
     labels = settings["labels"]
     if labels and not (isinstance(labels, list) and len(labels) <= _MOST_LABELS):
         raise ValueError(f"`labels` must be a list of at most {_MOST_LABELS} names.")
     made = measures.measure_match(encoder, *three, seed=settings["seed"], pair_id=row["pair_id"], labels=labels)
-    limits = matches.tolerances(made, settings)
-    found = []
-    for key in measures.MEASURES:
-        stated, now = row[key], made[key]
-        if stated is None and now is None:
-            continue
-        found.append(Comparison(key, stated, now, agrees(stated, now, limits.get(key))))
-    return tuple(found)
+    limits = match.tolerances(made, settings)
+    keys = [key for key in measures.MEASURES if (row[key], made[key]) != (None, None)]
+    return [Comparison(key, row[key], made[key], agrees(row[key], made[key], limits.get(key))) for key in keys]
 
 
 def _refuse_large(name: str, revision: str | None, most_bytes: int, token: str | bool | None) -> None:

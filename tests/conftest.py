@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="session")
+def loopback() -> Hub:
+    """The loopback Hub as the last test left it, for fixtures that outlive a test."""
+    return HUB
+
+
 @pytest.fixture
 def hub():
     """The loopback Hub, empty."""

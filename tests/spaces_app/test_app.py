@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from PIL import Image
 
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.hub.publish import publish_results
-from hf_equiv.models.encoder import Encoder
 
 PHOTOS = Path(__file__).parents[2] / "hf_equiv" / "assets" / "photos"
 CAT, COFFEE = (str(PHOTOS / f"{name}.jpg") for name in ("cat", "coffee"))
@@ -24,24 +22,16 @@ NAMES = ["check_match", "get_match", "get_walk", "list_matches", "list_walks", "
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app")
-    model = folder / "my-model"
-    shutil.copytree(PHOTOS.parent / "builtin", model)
-    given = {"HF_EQUIV_TIME_LIMIT": "120", "HF_TOKEN": "hf_secret"}
-    with served(folder, "--model", str(model), **given) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
 def client(url):
     return Client(url, verbose=False)
 
 
-def make(client: Client, source: str, target: str = COFFEE, budget: str = "any change", effort: str = "quick"):
+def make(
+    client: Client, source: str, target: str = COFFEE, model: str = "builtin", budget: str = "any change",
+    effort: str = "quick",
+):  # fmt: skip
     """A match by its endpoint: the PNG's path and the row."""
-    given = [handle_file(source), handle_file(target), "builtin", budget, effort]
-    return client.predict(*given, api_name="/make_match")
+    return client.predict(handle_file(source), handle_file(target), model, budget, effort, api_name="/make_match")
 
 
 def test_every_action_has_a_named_endpoint_with_words(client):
@@ -60,26 +50,23 @@ def test_matches_can_be_listed_read_and_checked(client):
     assert check["numbers"]["embedding_error_8bit"]["now"] == pytest.approx(row["embedding_error_8bit"], abs=1e-6)
 
 
-def test_a_match_is_what_it_says(client):
-    png, row = client.predict(
-        handle_file(CAT), handle_file(COFFEE), "builtin", "any change", "normal", api_name="/make_match"
-    )
-    encoder = Encoder.from_pretrained("builtin")
+def test_a_match_is_what_it_says(client, encoder):
+    """By the checkpoint of a folder, which goes by its name and has the weights of the built-in one."""
+    png, row = make(client, CAT, COFFEE, "my-model", effort="normal")
     image = decode_png(Path(png).read_bytes())
     with torch.no_grad():
         z = encoder(image[None]).double()
         aim = encoder(encoder.preprocess([Image.open(COFFEE)])).double()
     assert float((z - aim).norm() / aim.norm()) == pytest.approx(row["embedding_error_8bit"], abs=1e-6)
     assert row["embedding_error_8bit"] < 1e-4
+    assert row["model_id"] == "my-model"
     assert row["match_label"] == row["target_label"] == "espresso"
     assert not row["stopped"]
 
 
-def test_a_budget_is_kept(client):
-    png, row = client.predict(
-        handle_file(CAT), handle_file(COFFEE), "builtin", "4 of 255", "quick", api_name="/make_match"
-    )
-    source = Encoder.from_pretrained("builtin").preprocess([Image.open(CAT)])[0]
+def test_a_budget_is_kept(client, encoder):
+    png, row = make(client, CAT, budget="4 of 255")
+    source = encoder.preprocess([Image.open(CAT)])[0]
     gap = (decode_png(Path(png).read_bytes()) - source).abs().max()
     assert 0 < float(gap) <= 4 / 255 + 1e-6
     assert row["linf"] == pytest.approx(float(gap), abs=1e-6)
@@ -146,15 +133,7 @@ def test_odd_uploads_that_are_images_are_used(client, tmp_path, kind):
 
 def test_other_checkpoints_are_refused(client):
     with pytest.raises(Exception, match=r"not in the list"):
-        client.predict(handle_file(CAT), handle_file(COFFEE), "/etc", "any change", "quick", api_name="/make_match")
-
-
-def test_a_checkpoint_of_a_folder_goes_by_its_name(client):
-    _, row = client.predict(
-        handle_file(CAT), handle_file(COFFEE), "my-model", "any change", "quick", api_name="/make_match"
-    )
-    assert row["model_id"] == "my-model"
-    assert row["embedding_error_8bit"] < 1e-3
+        make(client, CAT, model="/etc")
 
 
 def test_visitors_are_not_mixed_up_and_others_can_browse(url, client):

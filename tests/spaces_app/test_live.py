@@ -13,12 +13,6 @@ from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.sources import load_images
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
-from hf_equiv.models.encoder import Encoder
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder.from_pretrained("builtin")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +22,7 @@ def photos():
 
 @pytest.fixture(scope="module")
 def whole(encoder, photos):
-    return list(live_match(encoder, photos["cat"], photos["coffee"], every=0.05))
+    return list(live_match(encoder, photos["cat"], photos["coffee"], rtol=1e-3, every=0.05))
 
 
 def test_the_last_state_is_what_the_library_computes(encoder, photos, whole):
@@ -36,8 +30,8 @@ def test_the_last_state_is_what_the_library_computes(encoder, photos, whole):
     x = torch.stack([decode_png(encode_png(p)) for p in encoder.preprocess([photos["cat"], photos["coffee"]])])
     with torch.no_grad():
         z = encoder(x[1:])
-    found = match_embedding(encoder, x[:1], z, max_evals=400)
-    exact = refine_8bit(encoder, found.images, z, source=x[:1], max_evals=400)
+    found = match_embedding(encoder, x[:1], z, rtol=1e-3, max_evals=400)
+    exact = refine_8bit(encoder, found.images, z, source=x[:1], rtol=1e-3, max_evals=400)
     assert last.stage == "done"
     assert torch.equal(decode_png(last.png), (exact.images[0] * 255).round() / 255)
     assert last.row["num_evals"] == float(found.num_evals[0])
@@ -92,18 +86,19 @@ def test_closing_the_iterator_ends_the_work(encoder, photos):
     assert not [t for t in threading.enumerate() if t.name == "live match"]
 
 
-def test_two_at_once_do_not_mix(encoder, photos, whole):
-    states: dict[str, list] = {"rocket": [], "coffee": []}
-
+def test_two_at_once_do_not_mix(encoder, photos):
     def watch(name):
-        states[name] += live_match(encoder, photos["cat"], photos[name], every=0.01)
+        states[name] = list(live_match(encoder, photos["cat"], photos[name], max_evals=20, every=0.01))
 
-    threads = [threading.Thread(target=watch, args=(name,)) for name in states]
+    states: dict[str, list] = {}
+    watch("coffee")
+    alone = states["coffee"][-1].png
+    threads = [threading.Thread(target=watch, args=(name,)) for name in ("rocket", "coffee")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert states["coffee"][-1].png == whole[-1].png, "the same bytes as alone"
+    assert states["coffee"][-1].png == alone, "the same bytes as alone"
     assert states["rocket"][-1].row["target_label"] == "beacon"
 
 
@@ -113,6 +108,6 @@ def test_equal_photos_are_refused(encoder, photos):
 
 
 def test_errors_of_the_thread_are_raised_in_the_caller(encoder, photos, monkeypatch):
-    monkeypatch.setattr("live.refine_8bit", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("live.match_embedding", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(live_match(encoder, photos["cat"], photos["coffee"]))
