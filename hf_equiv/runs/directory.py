@@ -28,7 +28,7 @@ _COMMON = ("model_id", "model_revision", "readout", "dtype", "normalize", "data_
 _ANY: tuple[type, ...] = ()
 _NONE = type(None)
 _SETTINGS: dict[str, dict[str, tuple[type, ...]]] = {
-    "match": dict.fromkeys(("rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"), _ANY),
+    "match": dict.fromkeys(("solver", "rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"), _ANY),
     "spectrum": {"k": (int, _NONE), "vectors": (bool,)},
     "lipschitz": {
         "directions": (dict,),

@@ -38,8 +38,8 @@ from hf_equiv.report.claims import (
     summary,
 )
 from hf_equiv.report.collect import default_out, find_runs, group_runs
+from hf_equiv.report.numbers import CheckpointNumbers
 from hf_equiv.report.page import Report, make_report
-from hf_equiv.report.records import CheckpointNumbers
 from hf_equiv.report.statistics import Estimate, Share
 from hf_equiv.runs import directory, schema, shards
 
@@ -128,7 +128,15 @@ def test_everything_is_there(runs, drawn, tmp_path):
     for name in report.pictures:
         assert f"](report_files/{name})" in report.markdown
     assert "<" not in "".join(line for line in report.markdown.splitlines() if not line.startswith("    "))
-    for told in ("Where this disagrees with the paper", "JPEG 95", "control: random step", "How to cite", "rank"):
+    for told in (
+        "hf-equiv match builtin",
+        "hf-equiv verify runs/free",
+        "Where this disagrees with the paper",
+        "JPEG 95",
+        "control: random step",
+        "How to cite",
+        "rank",
+    ):
         assert told in text
     assert re.search(r"Singular values of the Jacobian, largest [\d.]+, rank \d+( to \d+)?\.", report.html)
     assert report.problems == ()
@@ -472,7 +480,7 @@ def test_side_by_side(runs, tmp_path, monkeypatch):
 def test_transfer(runs, monkeypatch):
     others = {"itself": TinyEncoder(), "same": TinyEncoder(), "stranger": TinyEncoder(3)}
     others["same"].revision = "the same function, under another revision"
-    monkeypatch.setattr(page, "load_other", lambda name, _: others[name])
+    monkeypatch.setattr(collect, "load_other", lambda name, _: others[name])
     report = make_report([runs / "free"], transfer=list(others), survival=False)
     same, stranger = report.numbers["models"][0]["transfer"]
     match = report.numbers["models"][0]["match"]
@@ -656,7 +664,7 @@ def _linked(markdown: str) -> list[str]:
         (["damaged"], "is damaged"),
         (["forged"], "in forged no file of rows is as run.json states (SHA-256)"),
         (["newer"], "Upgrade hf_equiv"),
-        (["without"], "KeyError: 'radius'"),
+        (["without"], "it lacks settings.radius"),
         (["runs", "--out", "runs/free/run.json/page.html"], "cannot be written"),
         (["runs", "--out", "page.pdf"], "must be a file name ending in .html"),
         (["runs", "--label-data", "nowhere.parquet"], "does not exist"),
