@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hf_equiv.formatting import short
-from hf_equiv.report.numbers import MATCHED
-from hf_equiv.report.records import BudgetNumbers, CheckpointNumbers
-from hf_equiv.report.render import ALIKE_DB, ball, decibels, interval, sentences, span, tenth, three
+from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
+from hf_equiv.report.render import ALIKE_DB, findings, interval, span, tenth, three
 from hf_equiv.report.statistics import Estimate, Share
 
 FEW = 10
@@ -23,14 +22,7 @@ UNDECIDED = "not decided"
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper beside the measurement.
-
-    Attributes:
-        claim: the claim in plain words.
-        measured: the numbers.
-        interval: interval of the number that decides.
-        verdict: `YES`, `PARTLY`, `NO`, `OPEN` or `UNDECIDED`.
-    """
+    """One claim of the paper beside the numbers measured, the interval of the number that decides, and the verdict."""
 
     claim: str
     measured: str = "–"
@@ -58,22 +50,23 @@ class Reach(NamedTuple):
 
 def near_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
     """Return the smallest ball whose median PNG ends within a tenth of the distance of unrelated images of its data."""
-    enough = [
-        b for b in numbers.budgets
-        if b.radius is not None and b.embedding_error_8bit and b.unrelated
-        and b.embedding_error_8bit.value <= ON_THE_WAY * b.unrelated
-    ]  # fmt: skip
+    enough = [b for b, error in _errors(numbers) if error <= ON_THE_WAY]
     return min(enough, key=lambda b: (b.norm != "linf", b.radius), default=None)
 
 
 def failed_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
     """Return the smallest ball whose median PNG does not match."""
-    failed = [
-        b for b in numbers.budgets
-        if b.radius is not None and b.embedding_error_8bit and b.unrelated
-        and b.embedding_error_8bit.value > MATCHED * b.unrelated
-    ]  # fmt: skip
+    failed = [b for b, error in _errors(numbers) if error > MATCHED]
     return min(failed, key=lambda b: b.radius or 0.0, default=None)
+
+
+def _errors(numbers: CheckpointNumbers) -> list[tuple[BudgetNumbers, float]]:
+    """List each ball with its median PNG error, as a part of the distance of unrelated images."""
+    return [
+        (b, b.embedding_error_8bit.value / b.unrelated)
+        for b in numbers.budgets
+        if b.radius is not None and b.embedding_error_8bit and b.unrelated
+    ]
 
 
 def look_alike(numbers: CheckpointNumbers) -> BudgetNumbers | None:
@@ -99,10 +92,9 @@ def linear_reach(numbers: CheckpointNumbers) -> Reach | None:
     return next((Reach(linear, match.l2, kind) for kind, linear in reaches if linear), None)
 
 
-def claims(numbers: CheckpointNumbers) -> tuple[Claim, ...]:
-    """Judge the paper's claims, in its order, by the runs of a checkpoint."""
-    judges = (_matching, _structure, _linear, _null, _alike, _normal, _downstream)
-    return tuple(judge(numbers) for judge in judges)
+# --- the rules: interval and verdict of each claim, None where it was not measured ---
+
+Judged = tuple[str, str] | None
 
 
 def _verdict(share: Share) -> str:
@@ -112,109 +104,83 @@ def _verdict(share: Share) -> str:
     return YES if share.n >= FEW and share.low is not None and share.low > 0.5 else PARTLY
 
 
-def _matching(numbers: CheckpointNumbers) -> Claim:
-    told = "Matching: from any photo, a small change gives an image with the embedding of any other photo."
-    match = numbers.match
-    if match is None or match.matched is None:
-        return Claim(told)
-    measured = (
-        f"{match.matched.hits} of {match.matched.n} PNG matches lie within {100 * MATCHED:.0f} % of the distance of "
-        f"unrelated images; median error {_short(match.embedding_error_8bit)}"
-    )
-    return Claim(told, measured, span(match.matched), _verdict(match.matched))
+def _matching(numbers: CheckpointNumbers) -> Judged:
+    matched = numbers.match.matched if numbers.match else None
+    return (span(matched), _verdict(matched)) if matched else None
 
 
-def _short(estimate: Estimate | None) -> str:
-    return short(estimate.value if estimate else None)
-
-
-def _structure(numbers: CheckpointNumbers) -> Claim:
-    told = "Equivalence structure: images that look different share one embedding."
+def _structure(numbers: CheckpointNumbers) -> Judged:
     match = numbers.match
     if match is None or match.psnr_match_target is None:
-        return Claim(told)
-    apart, likeness = match.psnr_match_target, match.ssim_match_target
-    measured = f"match and target differ by PSNR {tenth(apart.value)} dB"
-    measured += f", SSIM {likeness.value:.2f}" if likeness else ""
-    measured += f", at PNG error {_short(match.embedding_error_8bit)}"
+        return None
     verdict = _verdict(match.matched) if match.matched else OPEN
-    return Claim(told, measured, interval(apart, tenth), NO if apart.value >= ALIKE_DB else verdict)
+    return interval(match.psnr_match_target, tenth), NO if match.psnr_match_target.value >= ALIKE_DB else verdict
 
 
-def _linear(numbers: CheckpointNumbers) -> Claim:
-    told = "Locally linear sets: those images form large, locally linear sets."
+def _linear(numbers: CheckpointNumbers) -> Judged:
     reach = linear_reach(numbers)
     if reach is None or numbers.lipschitz is None:
-        return Claim(told)
-    measured = (
-        f"along {reach.kind} directions the first-order model holds to 10 % up to L2 {three(reach.linear.value)} "
-        f"(median); the matches lie at L2 {three(reach.match.value)}"
-    )
+        return None
     enough = min(reach.match.n, numbers.lipschitz.images) >= FEW
     verdict = NO if reach.falls_short else (YES if enough and reach.goes_beyond else PARTLY)
-    return Claim(told, measured, interval(reach.linear, three), verdict)
+    return interval(reach.linear, three), verdict
 
 
-def _null(numbers: CheckpointNumbers) -> Claim:
-    told = "Null space: almost all pixel directions leave the embedding where it is, to first order."
+def _null(numbers: CheckpointNumbers) -> Judged:
     found = numbers.spectrum
     if found is None:
-        return Claim(told)
+        return None
     if found.nullity is None or found.pixels is None:
-        return Claim(told, "the spectrum has no rank; run hf-equiv spectrum without --k to add it")
-    measured = f"rank {found.rank_range} of {found.dim}; {found.nullity:,} of {found.pixels:,} directions are null"
+        return "–", OPEN
     photos = f"{found.full} photo{'s' if found.full > 1 else ''}"
     if len(found.ranks) == 1 and found.full > 1:
         photos = f"the same at all {photos}"
     verdict = YES if found.full >= FEW else PARTLY
-    return Claim(told, measured, photos, verdict if found.nullity > found.pixels / 2 else NO)
+    return photos, verdict if found.nullity > found.pixels / 2 else NO
 
 
-def _alike(numbers: CheckpointNumbers) -> Claim:
-    told = "Look-alikes: images that look the same have very different embeddings."
+def _alike(numbers: CheckpointNumbers) -> Judged:
     enough = look_alike(numbers)
     near = enough or most_alike(numbers)
-    if near is None or near.nearer is None or near.psnr_db is None:
-        return Claim(told)
-    short_of = "" if enough else f", short of the {ALIKE_DB:.0f} dB of the rule"
-    cosines = [f"{one.value:.2f}" if one else "–" for one in (near.cosine_to_target, near.cosine_to_source)]
-    measured = (
-        f"{ball(near.radius, near.norm)}, PSNR {decibels(near.psnr_db.value)} dB to the source{short_of}: "
-        f"{near.nearer.hits} of {near.nearer.n} embeddings are nearer to another photo than to their own source "
-        f"(median cosine {cosines[0]} and {cosines[1]})"
-    )
-    return Claim(told, measured, span(near.nearer), _verdict(near.nearer) if enough else UNDECIDED)
+    if near is None or near.nearer is None:
+        return None
+    return span(near.nearer), _verdict(near.nearer) if enough else UNDECIDED
 
 
-def _normal(numbers: CheckpointNumbers) -> Claim:
-    told = "Normal space and Lipschitz constants: steps along a few directions move the embedding, others do not."
+def _normal(numbers: CheckpointNumbers) -> Judged:
     found = numbers.lipschitz
     top, random, null = ((found.kinds.get(kind) if found else None) for kind in ("top", "random", "null"))
     if not (found and top and random and top.value and random.value):
-        return Claim(told)
+        return None
     ratio = top.value.value / random.value.value
-    measured = (
-        f"median constant {three(top.value.value)} along top directions, {three(random.value.value)} along random"
-    )
-    measured += f"; above the float noise along null: {null.resolved} of {null.count}" if null else ""
     good = ratio >= 10 and (null is None or not null.resolved)
     enough = min(found.images, top.value.n, random.value.n) >= FEW
-    verdict = NO if ratio < 2 else (YES if good and enough else PARTLY)
-    return Claim(told, measured, interval(top.value, three), verdict)
+    return interval(top.value, three), NO if ratio < 2 else (YES if good and enough else PARTLY)
 
 
-def _downstream(numbers: CheckpointNumbers) -> Claim:
-    told = "Downstream: images that share an embedding are classified alike by every head on top."
-    shares: list[Share] = []
-    parts = []
-    for found, name, rest in ((numbers.heads, "head", " matches get the target's class"), (numbers.probe, "kNN", "")):
-        if found and found.flipped:
-            parts.append(f"{name}: {found.flipped.hits} of {found.flipped.n}{rest}")
-            shares.append(found.flipped)
+def _downstream(numbers: CheckpointNumbers) -> Judged:
+    shares = [found.flipped for found in (numbers.heads, numbers.probe) if found and found.flipped]
     if not shares:
-        return Claim(told)
+        return None
     verdict = min((_verdict(one) for one in shares), key=(NO, PARTLY, YES).index)
-    return Claim(told, "; ".join(parts), "; ".join(span(one) for one in shares), verdict)
+    return "; ".join(span(one) for one in shares), verdict
+
+
+RULES: dict[str, Callable[[CheckpointNumbers], Judged]] = {
+    "matching": _matching, "structure": _structure, "linear": _linear, "null": _null, "alike": _alike,
+    "normal": _normal, "downstream": _downstream,
+}  # fmt: skip
+"""The rule of each claim, in the paper's order."""
+
+
+def claims(numbers: CheckpointNumbers) -> tuple[Claim, ...]:
+    """Judge the paper's claims, in its order, by the runs of a checkpoint."""
+    text = _text(numbers)
+    found = ((text(f"claim_{name}"), text(f"measured_{name}"), rule(numbers)) for name, rule in RULES.items())
+    return tuple(Claim(told, measured, *judged) if judged else Claim(told) for told, measured, judged in found)
+
+
+# --- the findings, by the names of their texts in the template ---
 
 
 def summary(numbers: CheckpointNumbers) -> tuple[str, ...]:
@@ -240,7 +206,12 @@ def limits(numbers: CheckpointNumbers) -> tuple[str, ...]:
 
 
 def _say(numbers: CheckpointNumbers, *names: str) -> tuple[str, ...]:
-    return sentences(
-        names, n=numbers, near=near_budget(numbers), failed=failed_budget(numbers), alike=look_alike(numbers),
-        best=most_alike(numbers), reach=linear_reach(numbers), matched=_matching(numbers).verdict, ALIKE_DB=ALIKE_DB,
+    return tuple(text for text in map(_text(numbers), names) if text)
+
+
+def _text(numbers: CheckpointNumbers) -> Callable[[str], str]:
+    _, matched = _matching(numbers) or ("", OPEN)
+    return findings(
+        n=numbers, near=near_budget(numbers), failed=failed_budget(numbers), alike=look_alike(numbers),
+        best=most_alike(numbers), reach=linear_reach(numbers), matched=matched, ALIKE_DB=ALIKE_DB, MATCHED=MATCHED,
     )  # fmt: skip

@@ -5,46 +5,29 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from hf_equiv.hub.load import download_results
-from hf_equiv.models.encoder import load_recorded
+from hf_equiv.formatting import one_line
+from hf_equiv.hub.load import download_results, run_folders, split_name
+from hf_equiv.models.encoder import Encoder, load_recorded
 from hf_equiv.results import Status
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
 
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
 _ENCODER = ("model_id", "model_revision", "readout", "normalize", "dtype")
-_SETTINGS = (*_ENCODER, "data_id", "data_revision", "seed")
-_OWN_SETTINGS = {
-    "match": ("solver", "radius", "norm", "rtol", "max_evals", "refine"),
-    "spectrum": (),
-    "lipschitz": ("regional",),
-    "walk": ("heading", "rtol"),
-}
-"""Settings that a report reads, by verb."""
-
 _FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # of a model that cannot be loaded; the rest is a bug
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory, its rows without images.
+    """One run directory, with its rows (without images) in the order of its record.
 
-    Attributes:
-        name: name in the report; never an absolute path.
-        folder: where it is.
-        record: its `run.json`.
-        layout: folder and columns of the rows.
-        rows: rows in the order of the record's list, with those of status `error`, without those of changed files.
-        changed: files of rows and float images that are missing or differ from the record (SHA-256); nothing is read
-            from them.
+    `name` is the name in the report, never an absolute path. `changed` names the files of rows and float images that
+    are missing or differ from the record (SHA-256); nothing is read from them.
     """
 
     name: str
@@ -87,7 +70,7 @@ class Run:
     @property
     def item(self) -> str:
         """The noun for one entry of the list: pair or image."""
-        return "pair" if self.layout.listed == "pairs" else "image"
+        return self.layout.listed.removesuffix("s")
 
     @property
     def left_out_note(self) -> str:
@@ -106,24 +89,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One encoder, as a map from pixels to embeddings, and its runs.
+    """One encoder, as a map from pixels to embeddings, and its runs, match runs first.
 
-    Attributes:
-        title: model id; with readout or revision where another checkpoint of the report has the same id.
-        model_id: Hub id, folder name or `builtin`.
-        revision: commit, or SHA-256 of the weights.
-        readout: the output that is the embedding.
-        normalize: whether embeddings are scaled to length 1.
-        dtype: float32 or float64.
-        runs: match runs first.
+    `title` is the model id, with readout or revision where another checkpoint of the report has the same id.
     """
 
     title: str
-    model_id: str
-    revision: str
-    readout: str
-    normalize: bool
-    dtype: str
     runs: tuple[Run, ...]
 
     def of(self, analysis: str) -> tuple[Run, ...]:
@@ -142,30 +113,11 @@ class Checkpoint:
 
 
 def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
-    """Read every run directory in some folders once.
-
-    A folder with a `run.json` is a run, and so are those in its `runs/` (a published dataset). In any other folder all
-    run directories at any depth are read.
-
-    Args:
-        paths: (name in the report, folder).
-
-    Returns:
-        The runs, in the order of the folders, sorted inside each.
-
-    Raises:
-        ValueError: a folder without a run, with a damaged one, or with one that was written by a newer version.
-    """
+    """Read every run in folders given as (name in the report, folder) once: a run, a dataset, or runs at any depth."""
     found: dict[Path, Run] = {}
     for name, folder in paths:
-        if not folder.is_dir():
-            raise ValueError(
-                f"{name!r} must be a run directory, a folder of them, or a dataset USER/NAME; it does not exist. Check "
-                "the name."
-            )
-        if (folder / directory.RECORD).is_file():
-            inside = [folder, *sorted(p.parent for p in folder.glob(f"runs/*/{directory.RECORD}"))]
-        else:
+        inside = list(run_folders(folder).values())
+        if folder not in inside:
             inside = directory.folders_in(folder)
         if not inside:
             raise ValueError(
@@ -181,30 +133,23 @@ def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
 
 def _read_run(folder: Path, name: str) -> Run:
     record = directory.read_record(folder)
-    analysis = record.get("analysis", MATCH.analysis)
+    analysis = directory.analysis_of(record)
     if analysis not in LAYOUTS:
         raise ValueError(f"{name!r} holds a run of {analysis!r}, which this version of hf_equiv does not know.")
     layout = LAYOUTS[analysis]
+    directory.check_record(folder, record, layout)
+    order = {item[layout.item]: k for k, item in enumerate(record[layout.listed])}
+    changed = _changed(folder, layout, record["files"]) if record["complete"] else ()
+    once: dict[str, Row] = {}
     try:
-        order = {item[layout.item]: k for k, item in enumerate(record[layout.listed])}
-        complete, digests = bool(record["complete"]), dict(record.get("files") or {})
-        for key in (*_SETTINGS, *_OWN_SETTINGS[analysis]):
-            record["settings"][key]
-    except (KeyError, TypeError, ValueError) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name + '/' + directory.RECORD!r} is damaged ({told}).") from error
-    changed = _changed(folder, layout, digests) if complete else ()
-    try:
-        whole = (path for path in shards.shard_files(folder, layout) if _inside(folder, path) not in changed)
-        rows = [row for path in whole for row in shards.read_shard(path, layout=layout)]
+        for path in shards.shard_files(folder, layout):
+            for row in shards.read_shard(path, layout=layout) if _inside(folder, path) not in changed else ():
+                once.setdefault(row_name(analysis, row), row)  # a doubled row counts once
     except ValueError as error:
         raise ValueError(f"{name!r} is damaged: {error} hf-equiv verify names every problem.") from error
-    unlisted = sorted({str(row[layout.item]) for row in rows} - set(order))
+    unlisted = sorted({str(row[layout.item]) for row in once.values()} - set(order))
     if unlisted:
         raise ValueError(f"{name!r} is damaged: row {unlisted[0]!r} is not listed in its {directory.RECORD}.")
-    once: dict[str, Row] = {}
-    for row in rows:
-        once.setdefault(row_name(analysis, row), row)  # a doubled row counts once
     rows = sorted(once.values(), key=lambda row: order[row[layout.item]])
     return Run(name, folder, record, layout, tuple(rows), changed)
 
@@ -215,13 +160,12 @@ def _inside(folder: Path, path: Path) -> str:
 
 def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str, ...]:
     """Name the files of rows and float images that are not as recorded; a report reads no other files."""
-    names = {name for name in digests if name.endswith((".parquet", ".safetensors"))}
-    names |= {_inside(folder, path) for path in shards.shard_files(folder, layout)}
-    names |= {_inside(folder, path) for path in (folder / "float").glob("[!.]*.safetensors")}
+    paths = [*shards.shard_files(folder, layout), *(folder / "float").glob("[!.]*.safetensors")]
+    there = {_inside(folder, path): path for path in paths}
+    names = {name for name in digests if name.endswith((".parquet", ".safetensors"))} | set(there)
     return tuple(
-        name for name in sorted(names)
-        if not (folder / name).is_file() or shards.sha256_file(folder / name) != digests.get(name)
-    )  # fmt: skip
+        name for name in sorted(names) if name not in there or shards.sha256_file(there[name]) != digests.get(name)
+    )
 
 
 def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iterator[tuple[Row, Tensor | None]]:
@@ -247,13 +191,8 @@ def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
         if mark not in own or len(run.rows) > len(own[mark].rows):
             own[mark] = run
     verbs = list(LAYOUTS)
-    made = []
-    for key, own in groups.items():
-        ordered = tuple(sorted(own.values(), key=lambda run: verbs.index(run.analysis)))
-        model, revision, readout, normalize, dtype = key
-        title = _title(key, list(groups))
-        made.append(Checkpoint(title, model, revision, readout, normalize, dtype, ordered))
-    return tuple(made)
+    ordered = {key: sorted(own.values(), key=lambda run: verbs.index(run.analysis)) for key, own in groups.items()}
+    return tuple(Checkpoint(_title(key, list(groups)), tuple(own)) for key, own in ordered.items())
 
 
 def _title(key: tuple[Any, ...], groups: Sequence[tuple[Any, ...]]) -> str:
@@ -280,49 +219,42 @@ class Place:
 def locate(name: str, place: Place) -> tuple[str, Path]:
     """Return the name in the report and the folder of a path, or of a dataset USER/NAME[@REVISION], downloaded."""
     path = Path(name).expanduser()
-    dataset = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?", name)
-    if dataset and not path.exists():
-        folder, commit = download_results(
-            dataset[1], revision=dataset[2], cache_dir=place.cache_dir, local_files_only=place.local_files_only
-        )
-        return f"{dataset[1]}@{commit[:8]}", Path(folder)
-    return (path.resolve().name if path.is_absolute() or ".." in path.parts or name == "." else path.as_posix()), path
+    if path.exists():
+        outside = path.is_absolute() or ".." in path.parts or name == "."
+        return (path.resolve().name if outside else path.as_posix()), path
+    repo, revision = split_name(name)
+    folder, commit = download_results(
+        repo, revision=revision, cache_dir=place.cache_dir, local_files_only=place.local_files_only
+    )
+    return f"{repo}@{commit[:8]}", folder
 
 
 def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tuple[Encoder | None, str]:
     """Load the encoder of a checkpoint's runs; without one, say why. Of local `models` the recorded one is used."""
     settings = (checkpoint.matches or checkpoint.runs)[0].settings
+    revision = settings["model_revision"]
     reasons: list[str] = []
-    local = checkpoint.revision.startswith("sha256:") and checkpoint.model_id != "builtin"
+    local = revision.startswith("sha256:") and settings["model_id"] != "builtin"
     for model in [*models, None] if local else [None]:
         try:
             encoder = load_recorded(settings, model, place.device, place.cache_dir, place.local_files_only)
         except _FAILURES as error:
-            reasons.append(_one_line(error))
+            reasons.append(one_line(error))
             continue
-        if encoder.revision == checkpoint.revision:
+        if encoder.revision == revision:
             return encoder, ""
-        reasons.append(
-            f"the weights of {encoder.model_id!r} have the revision {encoder.revision[:19]}; the run used "
-            f"{checkpoint.revision[:19]}"
-        )
+        other = encoder.revision[:19]
+        reasons.append(f"the weights of {encoder.model_id!r} have the revision {other}; the run used {revision[:19]}")
     return None, f"its model could not be loaded: {reasons[0].rstrip('.')}"
 
 
 def load_other(name: str, place: Place) -> Encoder | str:
     """Load another checkpoint by name; if that fails, say why."""
-    from hf_equiv.models.encoder import Encoder
-
     try:
-        return Encoder.from_pretrained(
-            name, device=place.device, cache_dir=place.cache_dir, local_files_only=place.local_files_only
-        )
+        return Encoder.from_pretrained(name, **asdict(place))
     except _FAILURES as error:
-        return f"transfer to {Path(name).name if Path(name).is_dir() else name}: {_one_line(error)}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        told = one_line(error).rstrip(".")
+        return f"transfer to {Path(name).name if Path(name).is_dir() else name}: {told}"
 
 
 def default_out(paths: Sequence[str | Path]) -> Path:

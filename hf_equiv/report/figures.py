@@ -18,8 +18,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from hf_equiv.analyses.figures import INK, KINDS, QUIET, RULE, STYLE, png_of
 from hf_equiv.formatting import short
 from hf_equiv.report.collect import Checkpoint
-from hf_equiv.report.numbers import all_rows
-from hf_equiv.report.records import BudgetNumbers, CheckpointNumbers
+from hf_equiv.report.geometry import all_rows
+from hf_equiv.report.numbers import BudgetNumbers, CheckpointNumbers
 from hf_equiv.report.render import ball, number, tenth, three
 from hf_equiv.report.statistics import Estimate
 from hf_equiv.runs.schema import Row
@@ -42,15 +42,24 @@ def draw_figures(
     checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: Row | None, prefix: str
 ) -> dict[str, Picture | None]:
     """Draw all figures of one checkpoint, by name (`errors`, `budget-linf`, …); None where there is nothing to draw."""
-    made = {"errors": _errors(checkpoint, measured), "nearness": _nearness(checkpoint, numbers)}
-    made |= {f"budget-{norm}": _budget(numbers.budgets, norm) for norm in sorted({b.norm for b in numbers.budgets})}
-    made |= {"survival": _survival(numbers), "spectrum": _spectrum(checkpoint, numbers)}
-    made |= {"constants": _constants(checkpoint, numbers), "proportion": _proportion(checkpoint, numbers)}
-    made |= {"walks": _walks(checkpoint, numbers)}
-    return {what: Picture(f"{prefix}-{what}.png", *one) if one else None for what, one in made.items()}
+    budgets = sorted({b.norm for b in numbers.budgets})
+    with rc_context(FIGURE_STYLE):
+        made = {
+            "errors": _errors(checkpoint, measured),
+            "nearness": _nearness(checkpoint, numbers),
+            **{f"budget-{norm}": _budget(numbers.budgets, norm) for norm in budgets},
+            "survival": _survival(numbers),
+            "spectrum": _spectrum(checkpoint, numbers),
+            "constants": _constants(checkpoint, numbers),
+            "proportion": _proportion(checkpoint, numbers),
+            "walks": _walks(checkpoint, numbers),
+        }
+        return {
+            what: Picture(f"{prefix}-{what}.png", png_of(one[0]), one[1]) if one else None for what, one in made.items()
+        }
 
 
-Drawn = tuple[bytes, str] | None  # PNG and alternative text
+Drawn = tuple[Figure, str] | None  # and alternative text
 
 
 def _errors(checkpoint: Checkpoint, measured: Row | None) -> Drawn:
@@ -71,23 +80,21 @@ def _errors(checkpoint: Checkpoint, measured: Row | None) -> Drawn:
     if not known:
         return None
     looks = ((BLUE, "-", 2.2), (ORANGE, "-", 2.2), (GREEN, "--", 1.5), (PURPLE, "-.", 1.5), (INK, ":", 1.8))
-    with rc_context(FIGURE_STYLE):
-        figure, axes = _panel(4.3, bottom=1.42)
-        for (name, values), (color, line, width) in zip(known.items(), looks, strict=False):
-            axes.ecdf(np.maximum(values, _FLOOR), color=color, ls=line, lw=width, label=name)
-        rtol = run.settings["rtol"]
-        axes.axvline(rtol, color=QUIET, lw=0.9)
-        place = axes.get_xaxis_transform()
-        axes.text(rtol, 1.03, f"rtol {rtol:g}", color=QUIET, fontsize=9, ha="center", transform=place)
-        axes.set_xscale("log")
-        axes.set(
-            ylim=(0, 1.02), ylabel="share of pairs", xlabel="relative embedding distance (1 = length of the embedding)"
-        )
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
-        axes.grid(color=RULE, lw=0.6)
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.06, -0.22), ncols=2, columnspacing=1.2)
-        png = png_of(figure)
-    return png, f"Distribution of embedding errors; medians: {_medians(known)}."
+    figure, axes = _panel(4.3, bottom=1.42)
+    for (name, values), (color, line, width) in zip(known.items(), looks, strict=False):
+        axes.ecdf(np.maximum(values, _FLOOR), color=color, ls=line, lw=width, label=name)
+    rtol = run.settings["rtol"]
+    axes.axvline(rtol, color=QUIET, lw=0.9)
+    place = axes.get_xaxis_transform()
+    axes.text(rtol, 1.03, f"rtol {rtol:g}", color=QUIET, fontsize=9, ha="center", transform=place)
+    axes.set_xscale("log")
+    axes.set(
+        ylim=(0, 1.02), ylabel="share of pairs", xlabel="relative embedding distance (1 = length of the embedding)"
+    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+    axes.grid(color=RULE, lw=0.6)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.06, -0.22), ncols=2, columnspacing=1.2)
+    return figure, f"Distribution of embedding errors; medians: {_medians(known)}."
 
 
 def _medians(values: Mapping[str, Sequence[float] | np.ndarray]) -> str:
@@ -102,31 +109,26 @@ def _budget(budgets: Sequence[BudgetNumbers], norm: str) -> Drawn:
     rows = sorted(rows, key=lambda b: (b.radius is None, b.radius or 0.0))
     places = {r: float(k) for k, r in enumerate(dict.fromkeys(b.radius for b in rows))}
     one = len({(b.data_id, b.data_revision) for b in rows}) == 1  # no curve through runs of different photos
-    with rc_context(FIGURE_STYLE):
-        figure, axes = _panel(3.9)
-        for key, color, mark, told, shift in (
-            ("embedding_error", BLUE, "o", "float image", -0.05),
-            ("embedding_error_8bit", ORANGE, "s", "8-bit PNG, read back", 0.05),
-        ):
-            own = {places[b.radius] + shift: getattr(b, key) for b in rows if getattr(b, key)}
-            _bars(axes, list(own), list(own.values()), color, mark, told, line=one)
-        apart = sorted({(places[b.radius], b.unrelated) for b in rows if b.unrelated})
-        if len({level for _, level in apart}) == 1:
-            axes.axhline(apart[0][1], color=INK, lw=1.4, ls=":", label="unrelated images")
-        else:
-            told = "unrelated images of the same data"
-            for k, (place, level) in enumerate(apart):
-                axes.plot((place - 0.4, place + 0.4), [level] * 2, color=INK, lw=1.4, ls=":", label="" if k else told)
-        names = [ball(radius, norm).removeprefix("L2 ").removeprefix("ε = ") for radius in places]
-        unit = "largest change of a pixel value allowed" if norm == "linf" else "L2 distance allowed, pixels in [0, 1]"
-        axes.set_yscale("log")
-        axes.set_xticks(list(places.values()), names)
-        axes.set(xlim=(-0.4, len(places) - 0.6), xlabel=f"budget ε: {unit}", ylabel="embedding error, median")
-        axes.grid(axis="y", color=RULE, lw=0.6)
-        axes.legend(loc="best")
-        png = png_of(figure)
+    figure, axes = _panel(3.9)
+    for key, color, mark, told, shift in (
+        ("embedding_error", BLUE, "o", "float image", -0.05),
+        ("embedding_error_8bit", ORANGE, "s", "8-bit PNG, read back", 0.05),
+    ):
+        own = {places[b.radius] + shift: getattr(b, key) for b in rows if getattr(b, key)}
+        _bars(axes, list(own), list(own.values()), color, mark, told, line=one)
+    apart = sorted({(places[b.radius], b.unrelated) for b in rows if b.unrelated})
+    for k, (place, level) in enumerate(apart):
+        told = "" if k else "unrelated images of the same data"
+        axes.plot((place - 0.5, place + 0.5), [level] * 2, color=INK, lw=1.4, ls=":", label=told)
+    names = [ball(radius, norm).removeprefix("L2 ").removeprefix("ε = ") for radius in places]
+    unit = "largest change of a pixel value allowed" if norm == "linf" else "L2 distance allowed, pixels in [0, 1]"
+    axes.set_yscale("log")
+    axes.set_xticks(list(places.values()), names)
+    axes.set(xlim=(-0.4, len(places) - 0.6), xlabel=f"budget ε: {unit}", ylabel="embedding error, median")
+    axes.grid(axis="y", color=RULE, lw=0.6)
+    axes.legend(loc="best")
     told = "; ".join(f"{ball(b.radius, b.norm)}: {_value(b.embedding_error_8bit)}" for b in budgets)
-    return png, f"Median PNG error by budget: {told}."
+    return figure, f"Median PNG error by budget: {told}."
 
 
 def _value(estimate: Estimate | None) -> str:
@@ -136,26 +138,24 @@ def _value(estimate: Estimate | None) -> str:
 def _nearness(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
     """Draw PSNR and SSIM of each match to its source, a mark for each budget."""
     looks = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (INK, "v"), (QUIET, "P"))
-    kept = [
-        (run, [r for r in run.good if r["psnr_db"] is not None and r["ssim"] is not None]) for run in checkpoint.matches
-    ]
-    kept = [(run, rows) for run, rows in kept if rows]
+    kept = []
+    for run in checkpoint.matches:
+        rows = [row for row in run.good if row["psnr_db"] is not None and row["ssim"] is not None]
+        kept += [(run, rows)] if rows else []
     if not kept or numbers.match is None:
         return None
-    with rc_context(FIGURE_STYLE):
-        figure, axes = _panel(3.9)
-        for (run, rows), (color, mark) in zip(kept, looks, strict=False):
-            axes.scatter(
-                [r["psnr_db"] for r in rows], [r["ssim"] for r in rows], s=34, marker=mark, facecolor=color, alpha=0.85,
-                edgecolor="white", linewidth=0.6, label=ball(run.settings["radius"], run.settings["norm"]), zorder=3,
-            )  # fmt: skip
-        axes.set(xlabel="PSNR to the source [dB]", ylabel="SSIM to the source")
-        axes.grid(color=RULE, lw=0.6)
-        axes.set_ylim(top=1.02)
-        axes.legend(loc="lower right")
-        png = png_of(figure)
+    figure, axes = _panel(3.9)
+    for (run, rows), (color, mark) in zip(kept, looks, strict=False):
+        axes.scatter(
+            [r["psnr_db"] for r in rows], [r["ssim"] for r in rows], s=34, marker=mark, facecolor=color, alpha=0.85,
+            edgecolor="white", linewidth=0.6, label=ball(run.settings["radius"], run.settings["norm"]), zorder=3,
+        )  # fmt: skip
+    axes.set(xlabel="PSNR to the source [dB]", ylabel="SSIM to the source")
+    axes.grid(color=RULE, lw=0.6)
+    axes.set_ylim(top=1.02)
+    axes.legend(loc="lower right")
     median = number(numbers.match.psnr_db, tenth, " dB")
-    return png, f"PSNR and SSIM of each match to its source; median PSNR {median} in the first run."
+    return figure, f"PSNR and SSIM of each match to its source; median PSNR {median} in the first run."
 
 
 def survival_lines(numbers: CheckpointNumbers) -> list[tuple[str, Estimate, Estimate | None]]:
@@ -176,20 +176,18 @@ def _survival(numbers: CheckpointNumbers) -> Drawn:
     rows = survival_lines(numbers)
     if not rows:
         return None
-    with rc_context(FIGURE_STYLE):
-        figure, axes = _list_panel([name for name, _, _ in rows], 0.4, left=0.33, top=0.45)
-        y = np.arange(len(rows))[::-1]
-        _bars(axes, list(y + 0.12), [error for _, error, _ in rows], ORANGE, "s", "the match, changed", flat=True)
-        control = {float(k) - 0.12: other for k, (_, _, other) in zip(y, rows, strict=True) if other}
-        if control:
-            _bars(axes, list(control), list(control.values()), BLUE, "o", "control: the target, changed", flat=True)
-        if numbers.match and numbers.match.unrelated:
-            axes.axvline(numbers.match.unrelated.median, color=INK, lw=1.4, ls=":", label="unrelated images")
-        axes.set_xlabel("distance from the target's embedding, median")
-        figure.legend(loc="upper left", ncols=3, bbox_to_anchor=(0.0, 1.0), columnspacing=1.0, handletextpad=0.4)
-        png = png_of(figure)
+    figure, axes = _list_panel([name for name, _, _ in rows], 0.4, left=0.33, top=0.45)
+    y = np.arange(len(rows))[::-1]
+    _bars(axes, list(y + 0.12), [error for _, error, _ in rows], ORANGE, "s", "the match, changed", flat=True)
+    control = {float(k) - 0.12: other for k, (_, _, other) in zip(y, rows, strict=True) if other}
+    if control:
+        _bars(axes, list(control), list(control.values()), BLUE, "o", "control: the target, changed", flat=True)
+    if numbers.match and numbers.match.unrelated:
+        axes.axvline(numbers.match.unrelated.median, color=INK, lw=1.4, ls=":", label="unrelated images")
+    axes.set_xlabel("distance from the target's embedding, median")
+    figure.legend(loc="upper left", ncols=3, bbox_to_anchor=(0.0, 1.0), columnspacing=1.0, handletextpad=0.4)
     told = "; ".join(f"{name}: {_value(error)}, control {_value(control)}" for name, error, control in rows)
-    return png, f"Distance from the target after handling: {told}."
+    return figure, f"Distance from the target after handling: {told}."
 
 
 def _spectrum(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
@@ -197,25 +195,23 @@ def _spectrum(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
     rows, found = all_rows(checkpoint.of("spectrum")), numbers.spectrum
     if not rows or found is None:
         return None
-    with rc_context(FIGURE_STYLE):
-        figure, axes = _panel(3.9)
-        curves = [np.array([np.nan if not v or v <= 0 else v for v in row["singular_values"]]) for row in rows]
-        for k, sigma in enumerate(curves):
-            label = "" if k else f"{len(rows)} image{'s' if len(rows) > 1 else ''}"
-            alpha = max(0.15, min(0.9, 6 / len(rows)))
-            axes.plot(np.arange(1, len(sigma) + 1), sigma, color=BLUE, lw=1.3, alpha=alpha, label=label)
-        marks = [row["rank_threshold"] for row in rows]
-        axes.axhspan(min(marks), max(marks), color=ORANGE, alpha=0.25, lw=0)
-        axes.axhline(max(marks), color=ORANGE, lw=1.2, ls="--", label="rank threshold: float noise below")
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=min(*marks, *(float(np.nanmin(sigma)) for sigma in curves)) / 3)
-        axes.set(xlabel="index i", ylabel="singular value σᵢ")
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        axes.grid(axis="y", color=RULE, lw=0.6)
-        axes.legend(loc="best")
-        png = png_of(figure)
+    figure, axes = _panel(3.9)
+    curves = [np.array([np.nan if not v or v <= 0 else v for v in row["singular_values"]]) for row in rows]
+    for k, sigma in enumerate(curves):
+        label = "" if k else f"{len(rows)} image{'s' if len(rows) > 1 else ''}"
+        alpha = max(0.15, min(0.9, 6 / len(rows)))
+        axes.plot(np.arange(1, len(sigma) + 1), sigma, color=BLUE, lw=1.3, alpha=alpha, label=label)
+    marks = [row["rank_threshold"] for row in rows]
+    axes.axhspan(min(marks), max(marks), color=ORANGE, alpha=0.25, lw=0)
+    axes.axhline(max(marks), color=ORANGE, lw=1.2, ls="--", label="rank threshold: float noise below")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=min(*marks, *(float(np.nanmin(sigma)) for sigma in curves)) / 3)
+    axes.set(xlabel="index i", ylabel="singular value σᵢ")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.grid(axis="y", color=RULE, lw=0.6)
+    axes.legend(loc="best")
     rank = f", rank {found.rank_range}" if found.ranks else ""
-    return png, f"Singular values of the Jacobian, largest {_value(found.sigma_max)}{rank}."
+    return figure, f"Singular values of the Jacobian, largest {_value(found.sigma_max)}{rank}."
 
 
 def _constants(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
@@ -227,22 +223,20 @@ def _constants(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
     if numbers.lipschitz is None or not any(row["value"] or row["jvp"] for rows in kinds.values() for row in rows):
         return None
     generator = np.random.default_rng(0)
-    with rc_context(FIGURE_STYLE):
-        figure, axes = _list_panel(order, 0.5, right=0.83)
-        for y, kind in enumerate(order[::-1]):
-            known = [row["value"] for row in kinds[kind] if row["value"]]
-            other = [row["jvp"] for row in kinds[kind] if not row["value"] and row["jvp"] and row["jvp"] > 0]
-            color = KINDS.get(kind, INK)
-            for values, face in ((known, color), (other, "none")):
-                _scatter(axes, y, values, generator, facecolor=face, edgecolor=color, linewidth=0.8, alpha=0.7)
-            if known:
-                axes.plot([np.median(known)] * 2, (y - 0.33, y + 0.33), color=INK, lw=1.8)
-            told = f"{len(known)} of {len(kinds[kind])}"
-            axes.text(1.02, y, told, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=QUIET)
-        axes.set_xlabel("local constant (embedding length per pixel length)")
-        png = png_of(figure)
+    figure, axes = _list_panel(order, 0.5, right=0.83)
+    for y, kind in enumerate(order[::-1]):
+        known = [row["value"] for row in kinds[kind] if row["value"]]
+        other = [row["jvp"] for row in kinds[kind] if not row["value"] and row["jvp"] and row["jvp"] > 0]
+        color = KINDS.get(kind, INK)
+        for values, face in ((known, color), (other, "none")):
+            _scatter(axes, y, values, generator, facecolor=face, edgecolor=color, linewidth=0.8, alpha=0.7)
+        if known:
+            axes.plot([np.median(known)] * 2, (y - 0.33, y + 0.33), color=INK, lw=1.8)
+        told = f"{len(known)} of {len(kinds[kind])}"
+        axes.text(1.02, y, told, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=QUIET)
+    axes.set_xlabel("local constant (embedding length per pixel length)")
     told = "; ".join(f"{kind} {_value(one.value)}" for kind, one in numbers.lipschitz.kinds.items())
-    return png, f"Local constants by kind of direction; medians: {told}."
+    return figure, f"Local constants by kind of direction; medians: {told}."
 
 
 def _proportion(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
@@ -262,15 +256,13 @@ def _proportion(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
     if len(bands) < 2:
         return None
     generator = np.random.default_rng(0)
-    with rc_context(FIGURE_STYLE):
-        figure, axes = _list_panel([name for name, _, _ in bands], 0.42, left=0.33)
-        for y, (_, kind, values) in zip(range(len(bands))[::-1], bands, strict=True):
-            color = KINDS.get(kind, INK)
-            _scatter(axes, y, values, generator, color=color, alpha=0.6, linewidth=0)
-            axes.plot([np.median(values)] * 2, (y - 0.33, y + 0.33), color=color, lw=2)
-        axes.set_xlabel("L2 distance from the image, pixels in [0, 1]")
-        png = png_of(figure)
-    return png, f"Lengths in pixel space, medians: {_medians({name: values for name, _, values in bands})}."
+    figure, axes = _list_panel([name for name, _, _ in bands], 0.42, left=0.33)
+    for y, (_, kind, values) in zip(range(len(bands))[::-1], bands, strict=True):
+        color = KINDS.get(kind, INK)
+        _scatter(axes, y, values, generator, color=color, alpha=0.6, linewidth=0)
+        axes.plot([np.median(values)] * 2, (y - 0.33, y + 0.33), color=color, lw=2)
+    axes.set_xlabel("L2 distance from the image, pixels in [0, 1]")
+    return figure, f"Lengths in pixel space, medians: {_medians({name: values for name, _, values in bands})}."
 
 
 def _walks(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
@@ -285,28 +277,26 @@ def _walks(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Drawn:
         return None
     rtol = max(run.settings["rtol"] for run in checkpoint.of("walk"))
     lines = (BLUE, ORANGE, GREEN, PURPLE, INK, QUIET)
-    with rc_context(FIGURE_STYLE):
-        figure, axes = _panel(4.4, bottom=2.46)
-        below = figure.add_axes((0.15, 0.13, 0.81, 0.37), sharex=axes)
-        for k, (name, rows) in enumerate(paths.items()):
-            color, length = lines[k % len(lines)], [row["arc_length"] for row in rows]
-            axes.plot(length, [row["l2"] for row in rows], color=color, lw=1.5)
-            drift, label = [row["drift"] or np.nan for row in rows], name.replace("$", r"\$") if k < len(lines) else ""
-            below.plot(length, drift, color=color, lw=1.2, label=label)
-        axes.set_ylabel("L2 from origin")
-        axes.set_ylim(bottom=0)
-        axes.tick_params(labelbottom=False)
-        below.set_yscale("log")
-        below.set(ylabel="drift", xlabel="length of the path (L2, pixels in [0, 1])")
-        below.axhline(rtol, color=INK, lw=0.9, ls="--", label=f"rtol {rtol:g}")
-        ends = np.log10([min(drifts) / 1.5, max(*drifts, rtol) * 1.5])
-        below.set_ylim(10 ** np.floor(ends[0]), 10 ** np.ceil(ends[1]))
-        for one in (axes, below):
-            one.grid(color=RULE, lw=0.6)
-        below.legend(loc="lower right", ncols=2, fontsize=8)
-        png = png_of(figure)
+    figure, axes = _panel(4.4, bottom=2.46)
+    below = figure.add_axes((0.15, 0.13, 0.81, 0.37), sharex=axes)
+    for k, (name, rows) in enumerate(paths.items()):
+        color, length = lines[k % len(lines)], [row["arc_length"] for row in rows]
+        axes.plot(length, [row["l2"] for row in rows], color=color, lw=1.5)
+        drift, label = [row["drift"] or np.nan for row in rows], name.replace("$", r"\$") if k < len(lines) else ""
+        below.plot(length, drift, color=color, lw=1.2, label=label)
+    axes.set_ylabel("L2 from origin")
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelbottom=False)
+    below.set_yscale("log")
+    below.set(ylabel="drift", xlabel="length of the path (L2, pixels in [0, 1])")
+    below.axhline(rtol, color=INK, lw=0.9, ls="--", label=f"rtol {rtol:g}")
+    ends = np.log10([min(drifts) / 1.5, max(*drifts, rtol) * 1.5])
+    below.set_ylim(10 ** np.floor(ends[0]), 10 ** np.ceil(ends[1]))
+    for one in (axes, below):
+        one.grid(color=RULE, lw=0.6)
+    below.legend(loc="lower right", ncols=2, fontsize=8)
     told = f"Walks end at L2 {number(numbers.walk.l2, three)} from their origin"
-    return png, f"{told}, with drift at most {short(numbers.walk.largest_drift)}."
+    return figure, f"{told}, with drift at most {short(numbers.walk.largest_drift)}."
 
 
 def _panel(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -43,51 +45,38 @@ _VERSION = 2  # raise it when a stored number changes its meaning
 _CURVE = 400  # points of a stored distribution
 
 
-def jpeg(pixels: Tensor, quality: int) -> Tensor:
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
     """Save as JPEG (Pillow, its usual 4:2:0 chroma) and read back."""
     buffer = io.BytesIO()
-    _to_image(pixels).save(buffer, "JPEG", quality=quality)
-    with Image.open(io.BytesIO(buffer.getvalue())) as image:
-        return _to_pixels(image.convert("RGB"), pixels)
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
 
 
-def resize_and_back(pixels: Tensor, factor: float) -> Tensor:
+def resize_and_back(image: Image.Image, factor: float) -> Image.Image:
     """Resize by `factor` (bicubic, Pillow's antialiasing) and back to the first size."""
-    image = _to_image(pixels)
     small = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    again = image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
-    return _to_pixels(again, pixels)
+    return image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
 
 
-def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Blur with a Gaussian of standard deviation `sigma` pixels (Pillow's approximation by box filters)."""
-    return _to_pixels(_to_image(pixels).filter(ImageFilter.GaussianBlur(sigma)), pixels)
+TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "JPEG 95": lambda image: jpeg(image, 95),
+    "JPEG 75": lambda image: jpeg(image, 75),
+    "resize to 90 % and back": lambda image: resize_and_back(image, 0.9),
+    "resize to 50 % and back": lambda image: resize_and_back(image, 0.5),
+    "Gaussian blur, σ = 1 px": lambda image: image.filter(ImageFilter.GaussianBlur(1.0)),
+}
+"""Image handling, by the name that the report gives it."""
+
+
+def handle(pixels: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Apply a change of an image to pixels (3, H, W)."""
+    levels = np.asarray(change(open_image(encode_png(pixels))))
+    return (torch.from_numpy(levels.copy()).permute(2, 0, 1).to(pixels.dtype) / 255).to(pixels.device)
 
 
 def round_8bit(pixels: Tensor) -> Tensor:
     """Round to the nearest k/255."""
     return (pixels.clamp(0, 1) * 255).round() / 255
-
-
-TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "JPEG 95": lambda x: jpeg(x, 95),
-    "JPEG 75": lambda x: jpeg(x, 75),
-    "resize to 90 % and back": lambda x: resize_and_back(x, 0.9),
-    "resize to 50 % and back": lambda x: resize_and_back(x, 0.5),
-    "Gaussian blur, σ = 1 px": lambda x: blur(x, 1.0),
-}
-"""Image handling, by the name that the report gives it."""
-
-
-def _to_image(pixels: Tensor) -> Image.Image:
-    return Image.open(io.BytesIO(encode_png(pixels))).convert("RGB")
-
-
-def _to_pixels(image: Image.Image, like: Tensor) -> Tensor:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=0)
-    made = decode_png(buffer.getvalue(), torch.float64 if like.dtype == torch.float64 else torch.float32)
-    return made.to(like)
 
 
 @torch.no_grad()
@@ -96,28 +85,14 @@ def measure_pair(
     encoder: Any, source: Tensor, match: Tensor, target: Tensor, *, seed: int, pair_id: str,
     float_match: Tensor | None = None, labels: Sequence[str] | None = None, survival: bool = True,
 ) -> tuple[Row, Tensor]:  # fmt: skip
-    """Measure the controls and the survival of one match.
-
-    `moved` is the distance of the match's embedding from the source's, `random_moved` the same for random steps of
-    equal L2 length (median of 4, rounded to 8 bit), `random_error` their distance from the target. `survival` holds
-    for each transform T the error of T(match) (`error`), that of T(target) (`control`), the distance of T(match) from
-    the source (`to_source`), and whether the head gives T(match) and T(target) the target's label.
-
-    Cost: about 22 forwards of one image, 38 with a head.
-
-    Args:
-        encoder: f.
-        source: (3, H, W), pixels k/255.
-        match: likewise, as read back from its PNG.
-        target: likewise.
-        seed: seed of the run.
-        pair_id: id of the row; the random steps depend on seed and id alone.
-        float_match: the match before rounding to 8 bit, where it is stored.
-        labels: class names for zero-shot classification.
-        survival: whether to try the transforms.
+    """Measure the controls and the survival of one match, images (3, H, W) on k/255, in about 22 forwards.
 
     Returns:
-        Plain numbers, None where there is none; and the embedding of the match, (D,).
+        Plain numbers, None where there is none, and the embedding of the match, (D,). `moved` is the distance of the
+        match's embedding from the source's, `random_moved` the same for random steps of equal L2 length (median of 4,
+        rounded to 8 bit), `random_error` their distance from the target. `survival` holds for each transform T the
+        error of T(match) (`error`), that of T(target) (`control`), the distance of T(match) from the source
+        (`to_source`), and whether the head gives T(match) and T(target) the target's label.
     """
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     z_source, z_match, z_target = encoder(torch.stack([source, match, target]))
@@ -149,11 +124,11 @@ def _survival(
     encoder: Any, pixels: tuple[Tensor, Tensor], embeddings: tuple[Tensor, Tensor], labels: Sequence[str] | None
 ) -> dict[str, Row]:
     """Apply each transform to match and target, and compare with the embeddings of source and target."""
-    (match, target), (z_source, z_target) = pixels, embeddings
-    wanted = classes_of(encoder, target[None], labels)
+    z_source, z_target = embeddings
+    wanted = classes_of(encoder, pixels[1][None], labels)
     found = {}
     for name, change in TRANSFORMS.items():
-        both = torch.stack([change(x.cpu()) for x in pixels]).to(match)
+        both = torch.stack([handle(x, change) for x in pixels])
         z_changed, z_control = encoder(both)
         seen = classes_of(encoder, both, labels)
         found[name] = {
@@ -166,8 +141,6 @@ def _survival(
     return found
 
 
-@torch.no_grad()
-@no_tf32()
 def classes_of(encoder: Any, pixels: Tensor, labels: Sequence[str] | None = None) -> list[int] | None:
     """Return the top-1 class of each image (B, 3, H, W), by the head or zero-shot; None without either."""
     if labels:
@@ -240,51 +213,43 @@ def measure_transfer(run: Run, other: Any, *, cache: Path | None, tell: Tell) ->
     return _kept(cache, key, lambda: _measure_transfer(run, other, tell))
 
 
-def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | None, tell: Tell) -> Row:
-    ids, dtype = _measured_ids(run), _dtype(encoder)
-    photos = search.Gallery(lambda x: _embed(encoder, x))
-    total, done, withheld = len(ids) + (0 if labelled is None else len(labelled)), 0, 0
-    made: dict[str, tuple[Row, int, int, Tensor]] = {}
-    tell(done, total)
-    for row, exact in read_pictures(run, ids, floats=True):
-        done += 1
-        if any(row[name] is None for name in IMAGE_COLUMNS):
-            withheld += 1
-        else:
-            source, match, target = (decode_png(row[name], dtype) for name in IMAGE_COLUMNS)
-            numbers, z = measure_pair(
-                encoder, source, match, target, seed=run.settings["seed"], pair_id=row["pair_id"],
-                float_match=exact, labels=run.settings.get("labels"), survival=survival,
-            )  # fmt: skip
-            places = photos.add(source, row["source_class"]), photos.add(target, row["target_class"])
-            made[row["pair_id"]] = numbers, *places, z
-        tell(done, total)
-    pairs = [made[name] for name in ids if name in made]
-    for item in labelled or ():
-        photos.add(encoder.preprocess([item.image])[0].to(dtype), item.label)
-        done += 1
-        tell(done, total)
-    unrelated = None
-    if pairs:
-        sources, targets = (photos.matrix[[pair[k] for pair in pairs]] for k in (1, 2))
-        unrelated = _distribution(pair_distances(sources, targets))
-    return {
-        "pairs": [numbers for numbers, *_ in pairs],
-        "withheld": withheld,
-        "dim": int(encoder.embedding_dim),
-        "pixels": int(torch.tensor(encoder.input_shape).prod()),
-        "size": list(encoder.input_shape[1:]),
-        "unrelated": unrelated,
-        "retrieval": _retrieval(pairs, photos.matrix) if pairs else None,
-        "probe": search.probe([pair[1:] for pair in pairs], photos) if pairs else None,
-    }
+def _read(run: Run, dtype: torch.dtype, tell: Callable[[int], None]) -> Iterator[tuple[Row, list[Tensor], Any]]:
+    """Yield row, source, match and target, and the float match, of the measured pairs whose photos are there."""
+    for done, (row, exact) in enumerate(read_pictures(run, _measured_ids(run), floats=True), 1):
+        if all(row[name] is not None for name in IMAGE_COLUMNS):
+            yield row, [decode_png(row[name], dtype) for name in IMAGE_COLUMNS], exact
+        tell(done)
 
 
 @torch.no_grad()
 @no_tf32()
-def _embed(encoder: Any, pixels: Tensor) -> Tensor:
-    z: Tensor = encoder(pixels.to(encoder.device))
-    return z
+def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | None, tell: Tell) -> Row:
+    ids, dtype = _measured_ids(run), _dtype(encoder)
+    photos = search.Gallery(lambda x: encoder(x.to(encoder.device)))
+    total = len(ids) + (0 if labelled is None else len(labelled))
+    made: dict[str, tuple[Row, int, int, Tensor]] = {}
+    tell(0, total)
+    for row, (source, match, target), exact in _read(run, dtype, lambda done: tell(done, total)):
+        numbers, z = measure_pair(
+            encoder, source, match, target, seed=run.settings["seed"], pair_id=row["pair_id"],
+            float_match=exact, labels=run.settings.get("labels"), survival=survival,
+        )  # fmt: skip
+        places = photos.add(source, row["source_class"]), photos.add(target, row["target_class"])
+        made[row["pair_id"]] = numbers, *places, z
+    for done, item in enumerate(labelled or (), len(ids) + 1):
+        photos.add(encoder.preprocess([item.image])[0].to(dtype), item.label)
+        tell(done, total)
+    pairs = [made[name] for name in ids if name in made]
+    size = {"dim": int(encoder.embedding_dim), "pixels": math.prod(encoder.input_shape)}
+    if not pairs:
+        return size | {"pairs": [], "unrelated": None, "retrieval": None, "probe": None}
+    sources, targets = (photos.matrix[[pair[k] for pair in pairs]] for k in (1, 2))
+    return size | {
+        "pairs": [numbers for numbers, *_ in pairs],
+        "unrelated": _distribution(pair_distances(sources, targets)),
+        "retrieval": _retrieval(pairs, photos.matrix),
+        "probe": search.probe([pair[1:] for pair in pairs], photos),
+    }
 
 
 def _retrieval(pairs: Sequence[tuple[Row, int, int, Tensor]], matrix: Tensor) -> Row | None:
@@ -298,23 +263,19 @@ def _retrieval(pairs: Sequence[tuple[Row, int, int, Tensor]], matrix: Tensor) ->
 
 
 def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
-    ids, dtype = _measured_ids(run), _dtype(other)
+    ids = _measured_ids(run)
     made: dict[str, tuple[Row, Tensor, Tensor]] = {}
     same = True
     tell(0, len(ids))
-    for count, (row, _) in enumerate(read_pictures(run, ids), 1):
-        if all(row[name] is not None for name in IMAGE_COLUMNS):
-            images = [decode_png(row[name], dtype) for name in IMAGE_COLUMNS]
-            same = tuple(images[0].shape) == tuple(other.input_shape)
-            if not same:
-                images = list(other.preprocess([open_image(row[name]) for name in IMAGE_COLUMNS]))
-            made[row["pair_id"]] = transfer_pair(other, images)
-        tell(count, len(ids))
+    for row, images, _ in _read(run, _dtype(other), lambda done: tell(done, len(ids))):
+        same = tuple(images[0].shape) == tuple(other.input_shape)
+        if not same:
+            images = list(other.preprocess([open_image(row[name]) for name in IMAGE_COLUMNS]))
+        made[row["pair_id"]] = transfer_pair(other, images)
     pairs = [made[name] for name in ids if name in made]
     distances: list[float] = []
     if pairs:
-        sources, targets = torch.stack([a for _, a, _ in pairs]), torch.stack([b for _, _, b in pairs])
-        distances = pair_distances(sources, targets)
+        distances = pair_distances(torch.stack([a for _, a, _ in pairs]), torch.stack([b for _, _, b in pairs]))
     return {
         "model": other.provenance["model_id"],
         "revision": other.revision,
@@ -342,12 +303,9 @@ def _dtype(encoder: Any) -> torch.dtype:
 
 def _identity(run: Run, encoder: Any) -> list[Any]:
     """List everything that changes a number: the files, the encoder, the device, and this code."""
-    files = [
-        [path.relative_to(run.folder).as_posix(), shards.sha256_file(path)]
-        for name in (run.layout.folder, "float")
-        for path in sorted((run.folder / name).glob("*.*"))
-        if not path.name.startswith(".") and path.relative_to(run.folder).as_posix() not in run.changed
-    ]
+    paths = [path for name in (run.layout.folder, "float") for path in sorted((run.folder / name).glob("[!.]*.*"))]
+    names = ((path.relative_to(run.folder).as_posix(), path) for path in paths)
+    files = [[name, shards.sha256_file(path)] for name, path in names if name not in run.changed]
     provenance = {key: encoder.provenance.get(key) for key in ("model_id", "model_revision", "readout", "dtype")}
     return [_VERSION, MEASURED_PAIRS, files, _measured_ids(run), provenance, encoder.normalize, str(encoder.device),
             torch.__version__]  # fmt: skip

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,30 +14,16 @@ from hf_equiv.analyses.figures import difference
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
-from hf_equiv.formatting import short
-from hf_equiv.report import claims, render
-from hf_equiv.report.collect import (
-    Checkpoint,
-    Place,
-    Run,
-    find_runs,
-    group_runs,
-    load_other,
-    load_own,
-    locate,
-    read_pictures,
-)
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.report import claims, collect, render
+from hf_equiv.report.collect import Checkpoint, Place, Run
 from hf_equiv.report.figures import Picture, draw_figures, survival_lines
 from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer
-from hf_equiv.report.numbers import MATCHED, checkpoint_numbers
-from hf_equiv.report.records import CheckpointNumbers
+from hf_equiv.report.numbers import MATCHED, CheckpointNumbers, checkpoint_numbers
 from hf_equiv.report.render import ball
 from hf_equiv.report.statistics import RESAMPLES
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 Tell = Callable[[str, int, int], None]
 
@@ -46,7 +31,6 @@ SHOWN = 4
 """Matches shown as pictures."""
 
 WITHHELD = "the photos are withheld from this data set"
-PAPER = "Salman, Shams and Liu (2024), Intriguing Equivalence Structures of the Embedding Space of Vision Transformers"
 
 
 @dataclass(frozen=True)
@@ -75,12 +59,9 @@ class Report:
         return {"models": [model.to_json() for model in self.models], "problems": list(self.problems)}
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the page, the Markdown beside it, and the pictures into their folder; each file whole or not at all.
+        """Write the page to `path`, the `out` of `make_report`; the Markdown beside it; the pictures into their folder.
 
-        Pictures of an earlier page at the same place are removed where this one has none of the name.
-
-        Args:
-            path: path of the page; `out` of `make_report`, so that the Markdown finds its pictures.
+        Each file is written whole or not at all. Pictures that only an earlier page had are removed.
         """
         path = Path(path)
         for old in (path.parent / self.folder).glob("model*-*.png"):
@@ -104,12 +85,6 @@ class Asked:
     cache: Path | None
     tell: Tell
 
-    @property
-    def transfer_note(self) -> str:
-        """Why no other encoder was asked."""
-        failed = "; ".join(other.rstrip(".") for other in self.others.values() if isinstance(other, str))
-        return failed or "transfer: the model named is the one that the matches were made for"
-
 
 def make_report(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -126,10 +101,10 @@ def make_report(
 ) -> Report:
     """Report what the runs of one or several checkpoints say about the paper's claims, with intervals and controls.
 
-    Runs are grouped by model, revision, readout and dtype. Numbers come from the rows. Controls, survival, transfer,
+    Runs are grouped by model, revision, readout and dtype. Numbers come from the rows; controls, survival, transfer,
     retrieval and the kNN probe are measured anew with the recorded model, on the match run without a ball (or with the
-    largest one). Where a model cannot be loaded, these parts say so and the rest is reported. Rows and float images
-    whose files differ from the `run.json` of a finished run are left out; the page says how many.
+    largest one). If a model cannot be loaded, these parts say so. Rows whose files differ from the `run.json` of a
+    finished run are left out; the page says how many.
 
     Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo.
 
@@ -155,14 +130,11 @@ def make_report(
     Example:
         >>> report = make_report("runs")  # doctest: +SKIP
         >>> report.write("report.html")  # doctest: +SKIP
-
-    References:
-        Salman, Shams, Liu (2024), arXiv:2401.15568.
     """
     place = Place(device, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
     runs = _runs(_several(paths), place)
     labelled = None if label_data is None else _labelled(label_data, place)
-    others: dict[str, Encoder | str] = {name: load_other(name, place) for name in dict.fromkeys(transfer)}
+    others: dict[str, Encoder | str] = {name: collect.load_other(name, place) for name in dict.fromkeys(transfer)}
     folder = f"{'report' if out is None else Path(out).stem}_files"
     cache = None if out is None else Path(out).parent / folder
     tell = observer or (lambda what, done, total: None)
@@ -170,7 +142,7 @@ def make_report(
 
 
 def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
-    checkpoints = group_runs(runs)
+    checkpoints = collect.group_runs(runs)
     prefixes = ["model"] if len(checkpoints) == 1 else [f"model{k}" for k, _ in enumerate(checkpoints, 1)]
     pages = [_model_page(checkpoint, asked, prefix) for checkpoint, prefix in zip(checkpoints, prefixes, strict=True)]
     problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {run.left_out_note}" for run in runs
@@ -180,7 +152,7 @@ def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
     whole = {
         "title": f"Images that share an embedding: {', '.join(page['title'] for page in pages)}",
         "models": pages, "several": len(pages) > 1, "same": _alike(checkpoints), "labelled": asked.labelled,
-        "paper": PAPER, "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": render.ALIKE_DB,
+        "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": render.ALIKE_DB,
     }  # fmt: skip
     return Report(
         html=render.to_html(whole),
@@ -199,7 +171,7 @@ def _several(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -
 def _runs(paths: Sequence[str], place: Place) -> tuple[Run, ...]:
     if not paths:
         raise ValueError("`paths` must name a run directory. Make one with hf-equiv match MODEL.")
-    runs = find_runs([locate(path, place) for path in paths])
+    runs = collect.find_runs([collect.locate(path, place) for path in paths])
     if any(run.changed for run in runs) and not any(run.rows for run in runs):
         raise ValueError(
             f"`paths` must hold rows that are as recorded; in {', '.join(run.name for run in runs if run.changed)} no "
@@ -222,20 +194,17 @@ def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row
     if not checkpoint.matches:
         return None, [], ""
     run = checkpoint.matches[0]
-    encoder, reason = load_own(checkpoint, asked.models, asked.place)
+    encoder, reason = collect.load_own(checkpoint, asked.models, asked.place)
     if encoder is None:
         return None, [], reason
-
-    def tell(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: asked.tell(what, done, total)
-
     measured = measure_run(
-        run, encoder, survival=asked.survival, labelled=asked.labelled, cache=asked.cache, tell=tell(checkpoint.title)
-    )
+        run, encoder, survival=asked.survival, labelled=asked.labelled, cache=asked.cache,
+        tell=partial(asked.tell, checkpoint.title),
+    )  # fmt: skip
     if not measured["pairs"]:
         return measured, [], WITHHELD
     moved = [
-        measure_transfer(run, other, cache=asked.cache, tell=tell(f"{checkpoint.title} in {name}"))
+        measure_transfer(run, other, cache=asked.cache, tell=partial(asked.tell, f"{checkpoint.title} in {name}"))
         for name, other in asked.others.items()
         if not isinstance(other, str) and _differ(other, encoder)
     ]
@@ -254,7 +223,7 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
     numbers = checkpoint_numbers(checkpoint, measured, moved)
     figures = draw_figures(checkpoint, numbers, measured, prefix)
     gallery = _gallery(checkpoint, numbers, prefix) if checkpoint.matches else None
-    tiles = [tile.picture for strip, _ in gallery["strips"] for tile in strip] if gallery else []
+    shown = [one for shot in gallery["shots"] for one in shot["pictures"].values()] if gallery else []
     versions = sorted({str(row["versions"]) for run in checkpoint.runs for row in run.rows if row["versions"]})
     return {
         "title": checkpoint.title,
@@ -271,23 +240,18 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
         "against": claims.disagreements(numbers),
         "consequences": claims.consequences(numbers),
         "limits": claims.limits(numbers),
-        "statuses": _statuses(checkpoint.matches[0]) if checkpoint.matches else "",
+        "first": checkpoint.matches[0] if checkpoint.matches else None,
         "budget_names": _budget_names(numbers),
         "several_data": _several_data(numbers),
         "survival_lines": survival_lines(numbers),
         "gallery": gallery,
         "figures": figures,
         "budget_curves": [one for what, one in figures.items() if what.startswith("budget-") and one],
-        "pictures": [*(one for one in figures.values() if one), *tiles],
+        "pictures": [*(one for one in figures.values() if one), *shown],
         "commands": [run.record["command"] for run in checkpoint.runs if run.record.get("command")],
         "checks": list(dict.fromkeys(_check(run) for run in checkpoint.runs)),
         "versions": "; ".join(versions).replace('"', "").strip("{}"),
     }
-
-
-def _statuses(run: Run) -> str:
-    tally = Counter(str(row["status"]) for row in run.rows)
-    return ", ".join(f"{n} {status}" for status, n in sorted(tally.items()))
 
 
 def _several_data(numbers: CheckpointNumbers) -> bool:
@@ -309,55 +273,24 @@ def _check(run: Run) -> str:
     return f"hf-equiv verify {run.name.split('@')[0]}" + (" --model PATH" if local else "")
 
 
-class Tile(NamedTuple):
-    """An image of the gallery and the lines below it."""
-
-    picture: Picture
-    lines: tuple[str, ...]
-
-
 def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) -> Row:
     """Show the first matches at the smallest budget that is enough, else of the first run."""
     near = claims.near_budget(numbers)
     run = next((one for one in checkpoint.matches if near and one.name == near.run), checkpoint.matches[0])
     ids = [row["pair_id"] for row in run.good][:SHOWN]
-    rows = {row["pair_id"]: row for row, _ in read_pictures(run, ids)}
+    rows = {row["pair_id"]: row for row, _ in collect.read_pictures(run, ids)}
     kept = [rows[name] for name in ids if all(rows[name][column] is not None for column in IMAGE_COLUMNS)]
-    return {
-        "budget": ball(run.settings["radius"], run.settings["norm"]),
-        "strips": [
-            (_tiles(row, f"{prefix}-pair{k}"), f"{row['source_id']} made to embed as {row['target_id']}")
-            for k, row in enumerate(kept, 1)
-        ],
-        "other": checkpoint.matches[0].name if run is not checkpoint.matches[0] else "",
+    return {"run": run, "shots": [_shot(row, f"{prefix}-pair{k}") for k, row in enumerate(kept, 1)]}
+
+
+def _shot(row: Row, prefix: str) -> Row:
+    pixels, gain = difference(*(decode_png(row[name]).numpy() for name in ("source", "match")))
+    images = {"source": row["source"], "match": row["match"], "difference": encode_png(torch.from_numpy(pixels)),
+              "target": row["target"]}  # fmt: skip
+    pictures = {
+        name: Picture(f"{prefix}-{name}.png", png, f"{name} of {row['pair_id']}") for name, png in images.items()
     }
-
-
-def _tiles(row: Row, prefix: str) -> list[Tile]:
-    source, match = (decode_png(row[name]).numpy() for name in ("source", "match"))
-    pixels, gain = difference(source, match)
-    size = "identical to the source" if row["psnr_db"] is None else f"PSNR {row['psnr_db']:.1f} dB"
-    size += "" if row["ssim"] is None else f", SSIM {row['ssim']:.3f}"
-    error = f"error {short(row['embedding_error_8bit'])} as PNG, {short(row['embedding_error'])} float"
-    images = {
-        "source": (row["source"], _seen(row, "source"), _class(row, "source")),
-        "match": (row["match"], _seen(row, "match"), error),
-        "difference": (encode_png(torch.from_numpy(pixels)), f"(match − source) × {gain}", size),
-        "target": (row["target"], _seen(row, "target"), _class(row, "target")),
-    }
-    return [
-        Tile(Picture(f"{prefix}-{name}.png", png, f"{name} of {row['pair_id']}"), tuple(line for line in lines if line))
-        for name, (png, *lines) in images.items()
-    ]
-
-
-def _seen(row: Row, role: str) -> str:
-    label = row[f"{role}_label"]
-    return role if label is None else f"{role}, seen as {label.split(',')[0]}"
-
-
-def _class(row: Row, role: str) -> str:
-    return "" if row[f"{role}_class"] is None else f"class {row[f'{role}_class']}"
+    return {"row": row, "gain": gain, "pictures": pictures}
 
 
 def _alike(checkpoints: Sequence[Checkpoint]) -> bool:

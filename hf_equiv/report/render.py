@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,23 +37,19 @@ def interval(estimate: Estimate | None, form: Callable[[float], str] = short) ->
 
 
 def brief(estimate: Estimate | None, form: Callable[[float], str] = short) -> str:
-    """Write a median with its interval in brackets, for wide tables whose caption names both."""
+    """Write a median or a count with its interval in brackets, for wide tables whose caption names both."""
+    if isinstance(estimate, Share):
+        return count(estimate).replace("95 % CI ", "")
     if estimate is None or estimate.low is None or estimate.high is None:
         return "–" if estimate is None else form(estimate.value)
     return f"{form(estimate.value)} ({form(estimate.low)} to {form(estimate.high)})"
-
-
-def brief_count(share: Share | None) -> str:
-    """Write a count with its interval in brackets, for the same tables."""
-    return count(share).replace("95 % CI ", "")
 
 
 def count(share: Share | None) -> str:
     """Write a share as a count with Wilson's interval: `6 of 6 (95 % CI 61 % to 100 %)`."""
     if share is None:
         return "–"
-    told = f"{share.hits} of {share.n}"
-    return told if share.low is None else f"{told} ({span(share)})"
+    return f"{share.hits} of {share.n}" + ("" if share.low is None else f" ({span(share)})")
 
 
 def span(share: Share | None) -> str:
@@ -110,32 +106,18 @@ def to_markdown(page: Mapping[str, Any], folder: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def sentences(names: Sequence[str], **values: Any) -> tuple[str, ...]:
-    """Render findings as plain text: one string for each named macro that has something to say."""
+def findings(**values: Any) -> Callable[[str], str]:
+    """Return a function that renders a finding by its name as plain text, empty where there is nothing to say."""
     template = _environment("text").get_template("report_findings.txt.jinja").make_module(values)
-    texts = (" ".join(str(getattr(template, name)()).split()) for name in names)
-    return tuple(text for text in texts if text)
+    return lambda name: " ".join(str(getattr(template, name)()).split())
 
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 _FORMATS: dict[str, Callable[..., Any]] = {
-    form.__name__: form
-    for form in (
-        number,
-        interval,
-        brief,
-        brief_count,
-        count,
-        span,
-        tenth,
-        thousandth,
-        three,
-        short,
-        decibels,
-        ball,
-        many,
-    )
-}
+    "number": number, "interval": interval, "brief": brief, "count": count, "span": span,
+    "tenth": tenth, "thousandth": thousandth, "three": three, "short": short, "decibels": decibels, "ball": ball,
+    "many": many,
+}  # fmt: skip
 _SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
 _WHOLE = re.compile(rf"\({_SPAN}\)|95 % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
 _SIGNS = re.compile(r"([\\`*_<>\[\]|#~&])")
@@ -145,20 +127,18 @@ _SHORT_CODE = 32  # characters of code that stay on one line
 @cache
 def _environment(kind: str) -> Environment:
     """Return the templates of one format: `html`, `markdown` or `text`."""
-    print_value, code = {"html": (_html, _html_code), "markdown": (_markdown, _markdown_code), "text": (plain, plain)}[
-        kind
-    ]
+    forms = {"html": (_html, _html_code), "markdown": (_markdown, _markdown_code), "text": (plain, plain)}
+    print_value, code = forms[kind]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=kind != "text", undefined=StrictUndefined, finalize=print_value,
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.do"],
     )  # fmt: skip
-    environment.filters |= _FORMATS | {"code": code, "plain": plain, "quoted": _quoted, "flat": _flat, "data": _data}
-    environment.filters |= {"raw": Markup, "value": lambda estimate: estimate.value if estimate else None}
-    environment.filters |= {"headings": _headings, "stem": lambda name: str(name).split(",")[0]}
-    environment.globals["zip"] = zip
-    environment.globals |= {
-        form: _FORMATS[form] for form in ("tenth", "thousandth", "three", "decibels", "ball", "many")
-    }
+    environment.globals |= _FORMATS | {"zip": zip}
+    environment.filters |= _FORMATS | {
+        "code": code, "plain": plain, "quoted": lambda text: escape(plain(text)), "flat": _flat, "data": _data,
+        "raw": Markup, "value": lambda estimate: estimate.value if estimate else None, "headings": _headings,
+        "stem": lambda name: str(name).split(",")[0],
+    }  # fmt: skip
     return environment
 
 
@@ -174,11 +154,6 @@ def _html(value: object) -> Markup:
     if isinstance(value, Markup):
         return value
     return Markup(_WHOLE.sub(r'<span class="whole">\g<0></span>', str(escape(plain(value)))))
-
-
-def _quoted(value: object) -> Markup:
-    """Escape for an attribute."""
-    return escape(plain(value))
 
 
 def _html_code(value: object) -> Markup:

@@ -62,23 +62,17 @@ def nearest(query: Tensor, database: Tensor, k: int, without: Sequence[int] = ()
     """Return the indices of the k photos nearest to a query, leaving some out; ties go to the lower index."""
     near = similarities(query, database)
     near[list(without)] = -torch.inf
-    order = torch.sort(near, descending=True, stable=True)
-    return [i for i, value in zip(order.indices.tolist(), order.values.tolist(), strict=True) if value > -torch.inf][:k]
+    order = near.argsort(descending=True, stable=True)
+    return [i for i in order.tolist() if near[i] > -torch.inf][:k]
 
 
 def retrieve(z_match: Tensor, source: int, target: int, database: Tensor, k: int) -> Row:
     """Query a database (M, D) with a match, and with its source (left out of the database) as the control.
 
-    Args:
-        z_match: embedding of the match, (D,).
-        source: place of the source in the database.
-        target: place of the target.
-        database: (M, D).
-        k: neighbours that are compared; source and target are left out of them.
-
     Returns:
         `rank` of the target, and `overlap`: the share of the target's k neighbours that are also the match's;
-        `source_rank` and `source_overlap` likewise. None where an embedding is zero or not finite.
+        `source_rank` and `source_overlap` likewise. Neighbours are counted without source and target. None where an
+        embedding is zero or not finite.
     """
     own, match_near, source_near = (
         set(nearest(query, database, k, (source, target))) for query in (database[target], z_match, database[source])
@@ -108,13 +102,9 @@ def vote(query: Tensor, database: Tensor, classes: Sequence[str], k: int, withou
 def probe(pairs: Sequence[tuple[int, int, Tensor]], gallery: Gallery) -> Row | None:
     """Classify sources, matches and targets by the nearest labelled photos; the two photos of a pair do not vote on it.
 
-    Args:
-        pairs: place of the source, place of the target, embedding of the match (D,).
-        gallery: the photos; those without a class do not vote.
-
     Returns:
-        `photos`, `classes`, `k`, `accuracy` of leave-one-out on the photos, and for each pair the class of `source`,
-        `match` and `target`; None unless two classes have two photos or more.
+        `photos`, `classes`, `k`, `accuracy` of leave-one-out on the photos, and for each pair (source, target, match)
+        the class of `source`, `match` and `target`; None unless two classes have two photos or more.
     """
     voters = [i for i, name in enumerate(gallery.classes) if name is not None]
     names = [str(gallery.classes[i]) for i in voters]

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import stats
 
+Rows = Sequence[Mapping[str, Any]]
+Record = TypeVar("Record")
+
 RESAMPLES = 10_000
 LEVEL = 0.95
 _CHUNK = 4_000_000  # values drawn at once
-_STATISTICS: dict[str, Any] = {"median": np.median, "mean": np.mean}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval.
-
-    Attributes:
-        value: the estimate.
-        low: lower end of the interval; None for a single value, which has no interval.
-        high: upper end.
-        n: number of values behind the estimate.
-    """
+    """A number with its 95 % interval and the number of values behind it; a single value has no interval."""
 
     value: float
     low: float | None
@@ -52,30 +47,12 @@ class Spread:
     n: int
 
 
-def estimate(values: Iterable[float | None], statistic: str = "median", *, seed: int = 0) -> Estimate | None:
-    """Estimate a median or mean with the 95 % percentile bootstrap interval (Efron 1979).
-
-    The interval is too narrow for small n and ignores that pairs may share an image. Absent and infinite values are
-    left out.
-
-    Args:
-        values: one for each pair or image.
-        statistic: `median` or `mean`.
-        seed: seed of the resampling.
-
-    Returns:
-        The estimate, without an interval for a single value; None where there is no value.
-
-    Raises:
-        ValueError: unknown statistic.
-
-    Example:
-        >>> estimate([1.0, 2.0, 3.0, 4.0, 5.0]).value
-        3.0
-    """
-    if statistic not in _STATISTICS:
-        raise ValueError(f"`statistic` must be one of {', '.join(_STATISTICS)}; got {statistic!r}.")
-    measure, known = _STATISTICS[statistic], _finite(values)
+def estimate(
+    values: Iterable[float | None], measure: Callable[..., Any] = np.median, *, seed: int = 0
+) -> Estimate | None:
+    """Estimate a median or mean with the 95 % percentile bootstrap interval (Efron 1979); None without a value."""
+    # The interval is too narrow for small n and ignores that pairs may share an image.
+    known = _finite(values)
     if not len(known):
         return None
     value = float(measure(known))
@@ -89,18 +66,7 @@ def estimate(values: Iterable[float | None], statistic: str = "median", *, seed:
 
 
 def share(flags: Iterable[Any]) -> Share | None:
-    """Estimate the share of true flags with Wilson's 95 % score interval (Wilson 1927).
-
-    Args:
-        flags: one for each pair; those that are None are left out.
-
-    Returns:
-        The share, without an interval for a single flag; None where there is none.
-
-    Example:
-        >>> share([True] * 6).hits, round(share([True] * 6).low, 2)
-        (6, 0.61)
-    """
+    """Estimate the share of true flags with Wilson's 95 % score interval (1927); None where no flag is known."""
     known = [bool(flag) for flag in flags if flag is not None]
     n, hits = len(known), sum(known)
     if n < 2:
@@ -120,3 +86,15 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 def _finite(values: Iterable[float | None]) -> np.ndarray:
     return np.array([v for v in values if v is not None and math.isfinite(v)], dtype=np.float64)
+
+
+def column(rows: Rows, key: str) -> list[Any]:
+    """Return one column of rows; None where a row does not have it."""
+    return [row.get(key) for row in rows]
+
+
+def fill(record: type[Record], rows: Rows, stated: Mapping[str, Any], /, **given: Any) -> Record:
+    """Fill each field of a dataclass as given, else as stated, else with the median of the column of that name."""
+    known = {**stated, **given}
+    names = [one.name for one in fields(record)]  # type: ignore[arg-type]
+    return record(**{name: known[name] if name in known else estimate(column(rows, name)) for name in names})

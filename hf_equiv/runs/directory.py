@@ -28,7 +28,7 @@ _COMMON = ("model_id", "model_revision", "readout", "dtype", "normalize", "data_
 _NUMBER = (int, float)
 _NONE = type(None)
 _SETTINGS: dict[str, dict[str, tuple[type, ...]]] = {
-    "match": dict.fromkeys(("rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"), ()),
+    "match": dict.fromkeys(("solver", "rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"), ()),
     "spectrum": {"k": (int, _NONE), "vectors": (bool,)},
     "lipschitz": {"directions": (dict,), "regional": (*_NUMBER, _NONE), "norm": (str, _NONE), "linearity": (bool,)},
     "walk": {"heading": (str,), "num_steps": (int,), "solver": (str, _NONE)}

@@ -26,7 +26,7 @@ def page(*cells: str, title: str = NASTY) -> dict:
         "reason": "",
     }  # fmt: skip
     return {
-        "title": title, "models": [model], "several": False, "same": True, "labelled": None, "paper": "the paper",
+        "title": title, "models": [model], "several": False, "same": True, "labelled": None,
         "resamples": 10_000, "few": 10, "matched": 0.01, "alike_db": 30.0,
     }  # fmt: skip
 

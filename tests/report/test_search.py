@@ -91,7 +91,7 @@ def test_an_embedding_without_a_direction_has_no_rank(bad):
     assert search.rank_of(database[3], broken, 3) == 1
     pairs = [{"rank": 1, "source_rank": 2, "overlap": 1.0, "source_overlap": 0.0}] * 2
     pairs += [{"rank": None, "source_rank": 3, "overlap": None, "source_overlap": 0.0}]
-    told = numbers._retrieval({"retrieval": {"photos": 9, "k": 2, "chance": 0.1, "pairs": pairs}})
+    told = numbers._retrieval({"photos": 9, "k": 2, "chance": 0.1, "pairs": pairs})
     assert (told.first.hits, told.first.n, told.unranked) == (2, 2, 1)
     assert (told.rank.n, told.source_rank.n) == (2, 3)
 
@@ -101,5 +101,5 @@ def test_a_match_without_a_direction_gets_no_class():
     lost = torch.zeros(2, dtype=torch.float64)
     found = search.probe([(1, 2, lost), (1, 2, gallery.vectors[2])], gallery)
     assert [pair["match"] for pair in found["pairs"]] == [None, "blue"]
-    told = numbers._probe({"probe": found})
+    told = numbers._probe(found)
     assert (told.flipped.hits, told.flipped.n, told.kept.hits) == (1, 1, 0)

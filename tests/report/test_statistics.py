@@ -32,7 +32,7 @@ def test_a_share_of_little():
 def test_the_bootstrap_by_hand(statistic):
     """Resample with another seed and take the quantiles."""
     values = np.random.default_rng(3).lognormal(size=41)
-    found, measure = estimate(values, statistic, seed=1), getattr(np, statistic)
+    found, measure = estimate(values, getattr(np, statistic), seed=1), getattr(np, statistic)
     again = measure(values[np.random.default_rng(7).integers(0, 41, (10_000, 41))], axis=1)
     low, high = np.quantile(again, (0.025, 0.975))
     assert found.value == measure(values)
@@ -51,7 +51,7 @@ def test_bootstrap_covers_the_mean_of_a_known_distribution(monkeypatch):
     """Of 200 samples of 30 normal values, the 95 % interval of the mean holds 0 about 93 % of the time (z for t)."""
     monkeypatch.setattr(statistics, "RESAMPLES", 1000)
     generator = np.random.default_rng(0)
-    found = [estimate(generator.normal(size=30), "mean") for _ in range(200)]
+    found = [estimate(generator.normal(size=30), np.mean) for _ in range(200)]
     assert 0.87 <= np.mean([e.low <= 0 <= e.high for e in found]) <= 0.98
 
 
@@ -62,8 +62,6 @@ def test_an_estimate_of_little():
     assert (one.value, one.low, one.high, one.n) == (2.5, None, None, 1)
     same = estimate([1.0, 1.0, 1.0])
     assert (same.low, same.high) == (1.0, 1.0)
-    with pytest.raises(ValueError, match="must be one of median, mean; got 'mode'"):
-        estimate([1.0], "mode")
 
 
 def test_bootstrap_is_the_same_again_also_in_chunks(monkeypatch):
