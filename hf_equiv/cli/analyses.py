@@ -199,7 +199,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
 
     quiet = given["as_json"] or given["quiet"]
     with output.result_stream() as out:
-        config = VERBS[name].config(**{key: value for key, value in given.items() if key not in _NO_NUMBER})
+        config = VERBS[name].CONFIG(**{key: value for key, value in given.items() if key not in _NO_NUMBER})
         config.check()
         environment.calm(quiet=quiet)
         where = {key: given[key] for key in ("cache_dir", "local_files_only")}
@@ -284,8 +284,6 @@ def _how_to_go_on() -> str:
 
 def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
     """Return the facts of a dry run; the time comes from a timed evaluation and a rough count of them."""
-    from hf_equiv.analyses.pairs import unusable_images
-
     encoder, settings, items = plan.encoder, plan.settings, plan.items
     match = plan.config.analysis == "match"
     what, to_do, _ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
@@ -300,7 +298,7 @@ def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> d
         f"{what}_there": there,
         to_do: left,
         f"{what}_of_status_error": failing,
-        "unusable_images": unusable_images(items),
+        "unusable_images": {image: why for item in items for image, why in item.unusable},
         "choices": list(plan.choices),
         "out": str(folder),
         "batch_size": batch_size or (8 if encoder.device.type == "cpu" else 32),

@@ -219,11 +219,11 @@ def print_dataset_report(report: DatasetReport, where: str, out: Any) -> None:
     """Print the problems and the verdict of each run of a dataset, those of its card, and the verified commit."""
     console, many = console_of(out), len(report.runs) > 1
     for run in report.runs:
-        print_report(run.report, f"{where} ({run.name})" if many else where, out)
+        print_report(run, f"{where} ({run.name})" if many else where, out)
     for problem in report.card_problems:
         console.print(problem.message)
     if many or report.card_problems:
-        held = sum(run.report.holds for run in report.runs)
+        held = sum(run.holds for run in report.runs)
         card = "; its card does not" if report.card_problems else ""
         console.print(f"{held} of {len(report.runs)} runs of {where} hold{card}.")
     if report.commit is not None:

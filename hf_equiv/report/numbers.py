@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from hf_equiv.analyses.run import summarize_analysis
+from hf_equiv.analyses import spectrum, walk
+from hf_equiv.analyses.plan import RunRows
 from hf_equiv.report.collect import Checkpoint, Run
 from hf_equiv.report.records import (
     BudgetNumbers,
@@ -256,7 +257,7 @@ def _spectrum(runs: Sequence[Run]) -> SpectrumNumbers | None:
     if not rows:
         return None
     full = [row for row in rows if row["rank"] is not None]
-    summary = summarize_analysis("spectrum", rows, {})
+    summary = spectrum.summarize(None, {}, RunRows(rows))
     smallest = [min((v for v in row["singular_values"] if v is not None and v > row["rank_threshold"]), default=None)
                 for row in full]  # fmt: skip
     return SpectrumNumbers(
@@ -323,7 +324,7 @@ def _walk(runs: Sequence[Run]) -> WalkNumbers | None:
     walks: list[Row] = []
     for run in runs:
         if run.good:
-            made = summarize_analysis("walk", run.good, run.settings)["walks"]
+            made = walk.summarize(None, run.settings, RunRows(run.good))["walks"]
             walks += [walk | {"heading": run.settings["heading"], "run": run.name} for walk in made]
     if not walks:
         return None

@@ -62,7 +62,7 @@ class Job:
         layout: folder and columns of the rows.
         device: device of the work.
         settings: everything that changes a number.
-        items: the pairs or images in order, each with its place in the list as `index`, a `record()` and an `entry()`.
+        items: the pairs or images in order, each with its place in the list as `index`, a `name` and an `entry()`.
         size: items of a block, which one process makes and writes as one shard.
         item_bytes: most bytes of an item's images, as stored.
         make: writes the shard of a block, reports progress, and collects messages of errors by id.
@@ -82,7 +82,7 @@ class Job:
 
     def name(self, item: Any) -> str:
         """Id of an item."""
-        return str(item.record()[self.layout.item])
+        return str(item.name)
 
     @property
     def items_per_file(self) -> int:

@@ -132,7 +132,6 @@ LIPSCHITZ = Layout(
 )
 WALK = Layout("walk", "paths", "image_id", "images", ("frame",), WALK_FEATURES, ("image_id", "step"))
 LAYOUTS = {layout.analysis: layout for layout in (MATCH, SPECTRUM, LIPSCHITZ, WALK)}
-ROW_KEYS = {layout.analysis: layout.key for layout in LAYOUTS.values()}  # old name
 
 
 def row_name(analysis: str, row: Row) -> str:
