@@ -27,7 +27,6 @@ from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
-from hf_equiv.precision import no_tf32
 from hf_equiv.results import Progress, Status
 from hf_equiv.runs.execute import Observer, RunProgress
 from hf_equiv.runs.schema import Row
@@ -190,8 +189,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) ->
     def hook(stage: str) -> Callable[[Progress], None]:
         return lambda p: tell(RunProgress(stage, 0, 0, ids, p.errors, p.num_evals, p.active))
 
-    with torch.no_grad(), no_tf32():
-        z = encoder(target)
+    z = measures.embed(encoder, target)
     ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm}
     goal = ball | {"rtol": config.rtol}
     found = match_in_stages(
@@ -248,14 +246,9 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     """Sum up match rows, with the baseline of unrelated images and the median evaluations of refining."""
     baseline = made.baseline
     if encoder is not None:
-        dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-        ends = []
-        for row in made.shown:
-            if row["status"] != Status.ERROR:
-                two = torch.stack([decode_png(row[column], dtype) for column in ("source", "target")])
-                with torch.no_grad(), no_tf32():
-                    ends.append(encoder(two.to(encoder.device)).cpu())
-        z = torch.stack(ends) if ends else None
+        good = [row for row in made.shown if row["status"] != Status.ERROR]
+        pairs = [[measures.open_png(encoder, row[column]) for column in ("source", "target")] for row in good]
+        z = torch.stack([measures.embed(encoder, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
         baseline = None if z is None else measures.random_pair_baseline(z[:, 0], z[:, 1])
     summary = measures.summarize(made.rows, baseline, settings["rtol"])
     summary["median"]["num_evals_refine"] = measures.median_of(cost["refine"] for cost in (made.costs or {}).values())
@@ -274,8 +267,7 @@ def match_target(
     encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
 ) -> tuple[Tensor, float, float]:
     """Match an image with the embedding of another, and return the match (3, H, W), its evaluations, its seconds."""
-    with torch.no_grad(), no_tf32():
-        z = encoder(target[None])
+    z = measures.embed(encoder, target[None])
 
     def hook(progress: Progress) -> None:
         tell("match", min(int(progress.num_evals.max()), MATCH_EVALS - 1), MATCH_EVALS)
@@ -329,8 +321,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     made = measures.measure_match(
         encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
     )
-    with torch.no_grad(), no_tf32():
-        z, z_target = encoder(torch.stack([image.to(target), target]))
+    z, z_target = measures.embed(encoder, torch.stack([image.to(target), target]))
     faults = []
     if (radius := settings["radius"]) is not None:
         for picture in (match, image):
@@ -341,11 +332,8 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         made["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
     elif not far <= _REFINED:
         faults.append(("match", f"an image within {_REFINED:.3f} of its float match", f"it is {far:.3f} off"))
-    return [
-        made
-        | {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target), "faults": faults}
-        | {"num_evals": (row["cost"] or {}).get("match")}
-    ]
+    made |= {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target), "faults": faults}
+    return [made | {"num_evals": (row["cost"] or {}).get("match")}]
 
 
 def tolerances(made: Row, settings: Row) -> Row:

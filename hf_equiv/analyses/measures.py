@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import RunRows
+from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import finite, form, short
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
@@ -46,6 +47,18 @@ _MEDIANS = (
     "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2", "num_evals", "seconds",
     "match_prob", "target_label_prob",
 )  # fmt: skip
+
+
+def embed(encoder: Encoder, images: Tensor) -> Tensor:
+    """Return f(images), (B, D), without gradients and without TF32."""
+    with torch.no_grad(), no_tf32():
+        z: Tensor = encoder(images)
+    return z
+
+
+def open_png(encoder: Encoder, png: bytes) -> Tensor:
+    """Return the pixels of a PNG file (3, H, W), on the device of the encoder, in float64 for one in float64."""
+    return decode_png(png, torch.float64 if encoder.dtype == torch.float64 else torch.float32).to(encoder.device)
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float | None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses import lipschitz, match, spectrum, walk
+from hf_equiv.analyses.measures import open_png
 from hf_equiv.analyses.pairs import Item
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
-from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import one_line
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
@@ -200,11 +201,10 @@ class _Block:
 
 def _load(plan: Plan, item: Item) -> Loaded:
     """Read the images of an item and put them through PNG, so that the pixels analysed are those stored."""
-    dtype = torch.float64 if plan.encoder.dtype == torch.float64 else torch.float32
 
     def stored(pixels: Tensor) -> tuple[bytes, Tensor]:
         png = encode_png(pixels)
-        return png, decode_png(png, dtype).to(plan.encoder.device)
+        return png, open_png(plan.encoder, png)
 
     source, target = plan.pixels(item)
     return Loaded(item, *stored(source), *(() if target is None else stored(target)))

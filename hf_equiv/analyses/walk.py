@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, Load, check_choice
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, relative_error, verdict
+from hf_equiv.analyses.measures import Rows, by_image, embed, largest, median_of, relative_error, verdict
 from hf_equiv.analyses.pairs import Item, image_generator
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, stages_of
 from hf_equiv.checks import check_count, check_positive
@@ -161,15 +161,12 @@ def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:
 
 def level(encoder: Any, start: Tensor, target: Tensor | None) -> Tensor:
     """Return the embedding z (D,) of the level set: the target's for walks from a match, else that of the start."""
-    with torch.no_grad(), no_tf32():
-        z: Tensor = encoder((start if target is None else target)[None])[0]
-    return z
+    return embed(encoder, (start if target is None else target)[None])[0]
 
 
 def drift(encoder: Any, frame: Tensor, z: Tensor) -> float | None:
     """Return ‖f(x) − z‖ / ‖z‖ of one frame (3, H, W)."""
-    with torch.no_grad(), no_tf32():
-        return relative_error(encoder(frame[None])[0], z)
+    return relative_error(embed(encoder, frame[None])[0], z)
 
 
 def labels_of(encoder: Any, frames: Tensor) -> list[Row]:

@@ -75,7 +75,7 @@ class VerifyReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain data; rows of status `error` are those that are neither verified nor failed."""
         keys = ("rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems")
-        data = asdict(self)
+        data = asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
         return {key: data[key] for key in (*keys, *(["withheld"] if self.withheld else []))}
 
 

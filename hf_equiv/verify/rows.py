@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_equiv.analyses.measures import open_png
 from hf_equiv.analyses.run import VERBS
-from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import one_line
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs.directory import is_withheld
@@ -150,13 +150,12 @@ def _check_floats(file: str, name: str, item: str, encoder: Encoder, floats: Map
 
 def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row]) -> tuple[list[Row], list[Problem]]:
     """Return the rows with pixels in place of PNG bytes, and problems."""
-    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     opened, found = [dict(row) for row in rows], list[Problem]()
     for row in opened:
         name = row_name(layout.analysis, row)
         for column in layout.images:
             try:
-                row[column] = decode_png(row[column] or b"", dtype).to(encoder.device)
+                row[column] = open_png(encoder, row[column] or b"")
             except ValueError as error:
                 found.append(problem(file, name, column, "a PNG image", None, f"row {name!r}, {column}: {error}"))
                 continue
