@@ -781,9 +781,9 @@ def test_files_of_others_stay(hub, runs):
 
 def test_no_path_of_this_machine_is_published(hub, tmp_path):
     place = save_photos(tmp_path / "photos")
-    plan = make_plan(MatchConfig(data=str(place), pairs=3, max_evals=5), TinyEncoder())
     for path in sorted(place.rglob("*.png"))[:2]:
-        path.unlink()
+        path.write_bytes(b"torn")
+    plan = make_plan(MatchConfig(data=str(place), pairs=3, max_evals=5), TinyEncoder())
     run_analysis(plan, tmp_path / "run")
     publish_results(tmp_path / "run", NAME)
     assert record_of(hub)["errors"]
