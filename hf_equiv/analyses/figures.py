@@ -238,8 +238,8 @@ def sheet(title: str, told: Sequence[str], lines: Sequence[Sequence[Tile]], side
 
 
 def png_of(figure: Figure, legend: Axes | None = None) -> bytes:
-    """Return the figure as PNG bytes, with a legend of the given axes."""
-    if legend is not None:
+    """Return the figure as PNG bytes, with a legend of the given axes if they name anything."""
+    if legend is not None and legend.get_legend_handles_labels()[0]:
         legend.legend(loc="best", frameon=False, fontsize=8)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
