@@ -90,7 +90,8 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         axes.set(xlabel="index i", ylabel="singular value σᵢ")
         axes.grid(axis="y", color=RULE, lw=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-        return png_of(figure, axes)
+        _add_legend(axes)
+        return png_of(figure)
 
 
 def _name_zeros(axes: Axes, row: Mapping[str, Any], count: int, floor: float) -> None:
@@ -150,7 +151,8 @@ def secants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         axes.set(xscale="log", yscale="log", xlim=(radii[0], radii[-1]), ylim=(bottom, 2 * float(np.nanmax(every))))
         axes.set(xlabel="radius h (L2, pixels in [0, 1])", ylabel="secant (embedding per pixel length)")
         axes.grid(color=RULE, lw=0.5)
-        return png_of(figure, axes)
+        _add_legend(axes)
+        return png_of(figure)
 
 
 def constants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
@@ -181,7 +183,8 @@ def constants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
         axes.set(xscale="log", ylim=(-0.6, len(names) - 0.3), yticks=range(len(names)), yticklabels=names)
         axes.set_xlabel("constant (embedding length per pixel length, pixels in [0, 1])")
         axes.grid(axis="x", color=RULE, lw=0.5)
-        return png_of(figure, axes)
+        _add_legend(axes)
+        return png_of(figure)
 
 
 def _present(rows: Rows) -> list[str]:
@@ -237,10 +240,13 @@ def sheet(title: str, told: Sequence[str], lines: Sequence[Sequence[Tile]], side
         return png_of(figure)
 
 
-def png_of(figure: Figure, legend: Axes | None = None) -> bytes:
-    """Return the figure as PNG bytes, with a legend of the given axes if they name anything."""
-    if legend is not None and legend.get_legend_handles_labels()[0]:
-        legend.legend(loc="best", frameon=False, fontsize=8)
+def _add_legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", frameon=False, fontsize=8)
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return the figure as PNG bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
@@ -383,7 +389,8 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
         for one in (axes, below):
             one.grid(color=RULE, lw=0.5)
             one.margins(x=0.01)
-        return png_of(figure, axes)
+        _add_legend(axes)
+        return png_of(figure)
 
 
 def animation(frames: Sequence[bytes]) -> bytes:
