@@ -10,9 +10,8 @@ from typing import Any
 from fakes import TinyEncoder, save_photos
 from loopback_hub import Hub
 
-from hf_equiv.analyses.config import AnalysisConfig, RunConfig
-from hf_equiv.analyses.plan import make_analysis_plan, make_plan
-from hf_equiv.analyses.run import run_analysis, run_match
+from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli.main import _run
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import read_run
@@ -27,7 +26,7 @@ def make_runs(folder: Path) -> dict[str, Path]:
 
     def match(name: str, **options: Any) -> None:
         made[name] = folder / name
-        run_match(make_plan(RunConfig(max_evals=40, **options), TinyEncoder()), made[name], batch_size=1)
+        run_analysis(make_plan(MatchConfig(max_evals=40, **options), TinyEncoder()), made[name], batch_size=1)
 
     match("match", data="builtin", pairs=2)
     match("seed", data="builtin", pairs=2, seed=1)
@@ -38,8 +37,8 @@ def make_runs(folder: Path) -> dict[str, Path]:
         "lipschitz": {"directions": "random:1,top:1"},
     }.items():
         made[analysis] = folder / analysis
-        config = AnalysisConfig(analysis, data="builtin", limit=2, **options)
-        run_analysis(make_analysis_plan(config, TinyEncoder()), made[analysis])
+        config = VERBS[analysis].CONFIG(data="builtin", limit=2, **options)
+        run_analysis(make_plan(config, TinyEncoder()), made[analysis])
     return made
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -154,12 +153,9 @@ class ImageConfig(BaseConfig):
 
     def listed(self, items: Sequence[Item]) -> Row:
         """Return the settings that name the images of the run."""
-        targets = [item.columns["target_id"] for item in items]
-        return {
-            "num_images": len(items),
-            "image_ids": _digest([item.name for item in items]),
-            "target_ids": _digest(targets) if self.needs_target else None,
-        }
+        names, targets = [item.name for item in items], [item.columns["target_id"] for item in items]
+        target_ids = _digest(targets) if self.needs_target else None
+        return {"num_images": len(items), "image_ids": _digest(names), "target_ids": target_ids}
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str] | dict[str, Any]) -> None:
@@ -170,23 +166,3 @@ def check_choice(name: str, value: str, allowed: Sequence[str] | dict[str, Any])
 
 def _digest(names: Sequence[str | None]) -> str:
     return hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()[:16]
-
-
-# old names
-
-
-def AnalysisConfig(analysis: str, **given: Any) -> Any:  # noqa: N802
-    """Return the config of one of the verbs spectrum, lipschitz and walk."""
-    return getattr(import_module(f"hf_equiv.analyses.{analysis}"), f"{analysis.title()}Config")(**given)
-
-
-def __getattr__(name: str) -> Any:
-    homes = {
-        "RunConfig": ("match", "MatchConfig"),
-        "drafts_of": ("match", "drafts_of"),
-        "SINGLE": ("lipschitz", "SINGLE"),
-    }
-    if name not in homes:
-        raise AttributeError(name)
-    module, new = homes[name]
-    return getattr(import_module(f"hf_equiv.analyses.{module}"), new)

@@ -65,21 +65,18 @@ def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, byte
 def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
     """Draw σ_i over i on a logarithmic axis: rank threshold, error bound, and the zeros by name."""
     shown, first = rows[:MAX_IMAGES], rows[0]
+    count, bound = len(first["singular_values"]), _positive(first["error_bound"])
+    sigmas = [_positive(row["singular_values"]) for row in shown]
+    floor = min(float(np.nanmin(values)) for values in (*sigmas, bound)) / 4
     with rc_context(STYLE):
         figure, axes = panel(
             f"Singular values of ∂f/∂x, {cut(str(settings['model_id']), 60)}",
             f"readout {settings['readout']}, {settings['dtype']} · embedding length per pixel length, pixels in [0, 1]",
         )
-        for row, color in zip(shown, LINES, strict=False):
-            sigma = _positive(row["singular_values"])
-            label = cut_name(row["image_id"], 28)
-            axes.plot(np.arange(1, len(sigma) + 1), sigma, color=color, lw=1.4, label=label, zorder=3)
-        count, bound = len(first["singular_values"]), _positive(first["error_bound"])
-        places = np.arange(1, count + 1)
-        low = float(np.nanmin([np.nanmin(_positive(r["singular_values"])) for r in shown]))
-        floor = min(low, float(np.nanmin(bound))) / 4
+        for row, sigma, color in zip(shown, sigmas, LINES, strict=False):
+            axes.plot(np.arange(1, len(sigma) + 1), sigma, color=color, lw=1.4, label=cut_name(row["image_id"], 28))
+        places, of = np.arange(1, count + 1), "" if len(shown) == 1 else f", of {cut_name(first['image_id'], 28)}"
         axes.fill_between(places, floor, bound, color="#eceff2", lw=0, zorder=0)
-        of = "" if len(shown) == 1 else f", of {cut_name(first['image_id'], 28)}"
         kind = "" if first["rank"] is None else " (float noise below)"
         axes.plot(places, bound, color=QUIET, lw=0.9, ls=":", label=f"error bound{kind}{of}", zorder=1)
         if first["rank"] is not None:
@@ -87,35 +84,25 @@ def spectra_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
             span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
             label = f"rank threshold{of}; rank {span}"
             axes.axhline(first["rank_threshold"], color=INK, lw=0.9, ls="--", zorder=2, label=label)
-        high = 2.5 * max(max(_positive(r["singular_values"])) for r in shown)
-        axes.set(yscale="log", xlim=(1 - 0.02 * count, count * 1.02 + 0.2), ylim=(floor, high))
+        if first["singular_values"][-1] <= first["rank_threshold"]:  # with fewer values than D they are off the figure
+            _name_zeros(axes, first, count, floor)
+        axes.set(yscale="log", ylim=(floor, 2.5 * max(map(np.nanmax, sigmas))))
         axes.set(xlabel="index i", ylabel="singular value σᵢ")
         axes.grid(axis="y", color=RULE, lw=0.6)
-        if first["singular_values"][-1] <= first["rank_threshold"]:  # with fewer values than D they are off the figure
-            _name_zeros(axes, first, count)
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-        axes.legend(loc="best", frameon=False, fontsize=8)
+        _add_legend(axes)
         return png_of(figure)
 
 
-def _name_zeros(axes: Axes, row: Mapping[str, Any], count: int) -> None:
-    """Mark the named zeros of one image at the right end of its spectrum; the text stands to their left."""
-    marks: list[tuple[float, float, str]] = []
-    for zero in (*row["structural_zeros"], *row["near_structural"]):
+def _name_zeros(axes: Axes, row: Mapping[str, Any], count: int, floor: float) -> None:
+    """Mark the zeros of one image at the right end of its spectrum, and name them in the legend."""
+    for marker, zero in zip("osD^v", (*row["structural_zeros"], *row["near_structural"]), strict=False):
         many = f" × {zero['count']}" if zero["count"] > 1 else ""
         size = "no closed form" if zero["predicted"] is None else f"predicted {zero['predicted']:.1e}"
         size = "exactly 0" if zero["predicted"] == 0 else size
-        marks.append((count, zero["measured"], f"{zero['cause']}{many}: {size}, measured {zero['measured']:.1e}"))
+        label = f"{zero['cause']}{many}: {size}, measured {zero['measured']:.1e}"
+        axes.plot([count], [max(zero["measured"], floor)], marker, mfc="none", mec="#b42318", ls="", label=label)
         count -= zero["count"]
-    low, high = axes.get_ylim()
-    top = float(np.log(max([low, *(m[1] for m in marks)]) / low) / np.log(high / low))
-    for n, (x, y, text) in enumerate(marks):
-        axes.plot([x], [max(y, low)], "o", ms=6, mfc="none", mec="#b42318", mew=1.3, zorder=5)
-        axes.annotate(
-            text, (x, max(y, low)), xytext=(0.92, top + 0.065 * (len(marks) - n)), textcoords="axes fraction",
-            ha="right", va="center", color="#b42318", fontsize=8, zorder=6,
-            arrowprops={"arrowstyle": "-", "color": "#b42318", "lw": 0.6, "shrinkB": 4, "relpos": (1, 0.5)},
-        )  # fmt: skip
 
 
 def vectors_figure(rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings: Mapping[str, Any]) -> bytes:
@@ -139,67 +126,50 @@ def secants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
     name = rows[0]["image_id"]
     rows = [row for row in rows if row["image_id"] == name]
     radii = np.array(rows[0]["radii"])
+    floor = np.nanmedian([_positive(row["noise_floor"]) for row in rows], axis=0)
+    every = np.array([_positive(row["secants"]) for row in rows])
+    bottom = min(float(np.nanmin(every)), float(np.nanmin(floor))) / 3
     with rc_context(STYLE):
         figure, axes = panel(
             f"Secants along directions at {cut_name(name, 40)}, {cut(str(settings['model_id']), 44)}",
             "‖f(x + hv) − f(x − hv)‖ / 2h: median and range of each kind; thick on the plateau that gives the value",
-            right=0.86,
         )
-        floor = np.nanmedian([_positive(row["noise_floor"]) for row in rows], axis=0)
-        ladders = {
-            kind: np.array([_positive(row["secants"]) for row in rows if row["direction"] == kind])
-            for kind in _present(rows)
-        }
-        low, high = (float(f([f(ladder) for ladder in ladders.values()])) for f in (np.nanmin, np.nanmax))
-        bottom = min(low, float(np.nanmin(floor))) / 3
         axes.fill_between(radii, bottom, floor, color="#eceff2", lw=0, zorder=0)
-        axes.plot(radii, floor, color=QUIET, lw=1, ls=":", zorder=1)
-        axes.text(radii[0] * 1.2, bottom * 1.3, "below: float noise", color=QUIET, fontsize=8, va="bottom")
-        ends = []
-        for kind, ladder in ladders.items():
-            color, middle = KINDS.get(kind, INK), np.nanmedian(ladder, axis=0)
-            least, most = np.nanmin(ladder, axis=0), np.nanmax(ladder, axis=0)
-            axes.fill_between(radii, least, most, color=color, alpha=0.13, lw=0)
-            axes.plot(radii, middle, color=color, lw=1.1, marker="o", ms=2.4, zorder=3)
+        axes.plot(radii, floor, color=QUIET, lw=1, ls=":", zorder=1, label="below: float noise")
+        for kind in _present(rows):
+            ladder, color = every[[row["direction"] == kind for row in rows]], KINDS.get(kind, INK)
+            middle = np.nanmedian(ladder, axis=0)
+            axes.fill_between(
+                radii, np.nanmin(ladder, axis=0), np.nanmax(ladder, axis=0), color=color, alpha=0.13, lw=0
+            )
             plateaus = [row["plateau"] for row in rows if row["direction"] == kind and row["plateau"]]
+            label = kind if plateaus else f"{kind}: no plateau"
+            axes.plot(radii, middle, color=color, lw=1.1, marker="o", ms=2.4, zorder=3, label=label)
             if plateaus:
                 on = (radii >= median(p[0] for p in plateaus)) & (radii <= median(p[1] for p in plateaus))
                 axes.plot(radii[on], middle[on], color=color, lw=4.5, alpha=0.5, solid_capstyle="round", zorder=2)
-            ends.append((float(middle[-1]), kind, f"{kind}{'' if plateaus else ': no plateau'}", color))
-        axes.set(xscale="log", yscale="log", xlim=(radii[0], radii[-1]), ylim=(bottom, high * 2))
+        axes.set(xscale="log", yscale="log", xlim=(radii[0], radii[-1]), ylim=(bottom, 2 * float(np.nanmax(every))))
         axes.set(xlabel="radius h (L2, pixels in [0, 1])", ylabel="secant (embedding per pixel length)")
         axes.grid(color=RULE, lw=0.5)
-        _label_ends(axes, ends)
+        _add_legend(axes)
         return png_of(figure)
-
-
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str, str]]) -> None:
-    """Name each line at its right end, apart from its neighbours by at least a line of text."""
-    low, high = (np.log(v) for v in axes.get_ylim())
-    last = -1.0
-    for value, _, text, color in sorted(ends):
-        place = max(float((np.log(value) - low) / (high - low)), last + 0.045)
-        axes.text(1.015, place, text, transform=axes.transAxes, color=color, fontsize=8.5, va="center")
-        last = place
 
 
 def constants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
     """Draw the constants of each kind of direction as points with a box; hollow points are ‖Jv‖ without a value."""
-    kinds = _present(rows)[::-1]
-    images = len({row["image_id"] for row in rows})
+    images, generator = len({row["image_id"] for row in rows}), np.random.default_rng(0)
     with rc_context(STYLE):
         figure, axes = panel(
             f"Local directional Lipschitz constants, {cut(str(settings['model_id']), 50)}",
             f"{images} image{'s' if images > 1 else ''}; filled: read from secants; hollow: no value (undetermined), "
             "the ‖Jv‖ of autograd is shown",
-            right=0.86,
         )
-        generator = np.random.default_rng(0)
-        for y, kind in enumerate(kinds):
-            own = [row for row in rows if row["direction"] == kind]
-            color = KINDS.get(kind, INK)
+        names = []
+        for y, kind in enumerate(_present(rows)[::-1]):
+            own, color = [row for row in rows if row["direction"] == kind], KINDS.get(kind, INK)
             values = np.array([row["value"] for row in own if row["value"] is not None])
             others = _positive([row["jvp"] for row in own if row["value"] is None])
+            names.append(f"{kind}\n{len(values)} of {len(own)}")
             for some, face in ((values, color), (others, "none")):
                 spread = y + 0.28 * (generator.random(len(some)) - 0.5) * min(1.0, len(some) / 8)
                 axes.scatter(some, spread, s=13, facecolor=face, edgecolor=color, linewidth=0.7, alpha=0.55, zorder=3)
@@ -207,18 +177,13 @@ def constants_figure(rows: Rows, settings: Mapping[str, Any]) -> bytes:
                 quarter, middle, upper = np.quantile(values, (0.25, 0.5, 0.75))
                 axes.fill_between((quarter, upper), y - 0.3, y + 0.3, color=color, alpha=0.14, lw=0, zorder=1)
                 axes.plot((middle, middle), (y - 0.3, y + 0.3), color=color, lw=2, zorder=4)
-            share = f"{len(values)} of {len(own)}\nresolved"
-            axes.text(1.015, y, share, transform=axes.get_yaxis_transform(), fontsize=8, color=color, va="center")
         tops = [row["jvp"] for row in rows if row["direction"] == "top" and row["index"] == 0]
         if tops:
-            axes.axvline(max(tops), color=INK, lw=0.9, ls="--", zorder=0)
-            told = f"largest σ₁ = {max(tops):.3g} "
-            axes.text(max(tops), len(kinds) - 0.45, told, ha="right", va="center", fontsize=8, color=INK)
-        axes.set(xscale="log", ylim=(-0.6, len(kinds) - 0.3), yticks=range(len(kinds)), yticklabels=kinds)
-        for tick, kind in zip(axes.get_yticklabels(), kinds, strict=True):
-            tick.set_color(KINDS.get(kind, INK))
+            axes.axvline(max(tops), color=INK, lw=0.9, ls="--", zorder=0, label=f"largest σ₁ = {max(tops):.3g}")
+        axes.set(xscale="log", ylim=(-0.6, len(names) - 0.3), yticks=range(len(names)), yticklabels=names)
         axes.set_xlabel("constant (embedding length per pixel length, pixels in [0, 1])")
         axes.grid(axis="x", color=RULE, lw=0.5)
+        _add_legend(axes)
         return png_of(figure)
 
 
@@ -227,29 +192,12 @@ def _present(rows: Rows) -> list[str]:
     return [*(kind for kind in KINDS if kind in there), *sorted(there - set(KINDS))]
 
 
-def panel(title: str, told: str, *, right: float = 0.97) -> tuple[Figure, Axes]:
+def panel(title: str, told: str) -> tuple[Figure, Axes]:
     """Return a figure with a title, a line of explanation and one set of axes."""
     figure = Figure(figsize=(8.6, 4.9), dpi=120, facecolor="white")
-    write(figure, 0.2, 0.14, title, 12, weight="bold")
-    write(figure, 0.2, 0.43, told, 8, QUIET)
-    return figure, figure.add_axes((0.095, 0.115, right - 0.095, 0.725))
-
-
-def write(figure: Figure, x: float, y: float, text: str, size: float, color: str = INK, weight: str = "normal") -> None:
-    """Write text at x, y inches from the upper left corner."""
-    width, height = figure.get_size_inches()
-    figure.text(x / width, 1 - y / height, text, size=size, color=color, weight=weight, va="top")
-
-
-def picture(figure: Figure, x: float, y: float, side: float, pixels: np.ndarray, edge: str = RULE) -> None:
-    """Show pixels (3, H, W) in a square of `side` inches, its upper left corner at x, y inches."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
-    smooth = "nearest" if pixels.shape[1] < 128 else "antialiased"
-    axes.imshow(np.clip(pixels, 0, 1).transpose(1, 2, 0), interpolation=smooth)
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(visible=True, color=edge, linewidth=0.8)
+    figure.text(0.02, 0.97, title, size=12, weight="bold", va="top")
+    figure.text(0.02, 0.91, told, size=8, color=QUIET, va="top")
+    return figure, figure.add_axes((0.1, 0.115, 0.87, 0.725))
 
 
 @dataclass(frozen=True)
@@ -264,24 +212,37 @@ class Tile:
 
 def sheet(title: str, told: Sequence[str], lines: Sequence[Sequence[Tile]], side: float) -> bytes:
     """Draw lines of pictures, each `side` inches wide, under a title and sentences."""
-    gap, left, step, small = 0.07 * side, 0.2, 0.155, 7 + 0.5 * side
-    width = max(6.5, 2 * left + max(map(len, lines)) * (side + gap))
+    columns, small = max(map(len, lines)), 7 + 0.5 * side
+    below = 0.35 + 0.155 * max(len(tile.below) for line in lines for tile in line)
+    wide = columns * 1.07 * side
+    width = max(6.5, 0.4 + wide)
     told = [part for sentence in told for part in textwrap.wrap(sentence, int(14 * width))]
     top = 0.6 + 0.16 * len(told)
-    below = 0.35 + step * max(len(tile.below) for line in lines for tile in line)
+    height = top + len(lines) * (side + below)
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, top + len(lines) * (side + below)), dpi=110, facecolor="white")
-        write(figure, left, 0.12, title, 12, weight="bold")
-        for n, sentence in enumerate(told):
-            write(figure, left, 0.44 + 0.16 * n, sentence, 8, QUIET)
-        for r, line in enumerate(lines):
-            for c, tile in enumerate(line):
-                x, y = left + c * (side + gap), top + r * (side + below)
-                picture(figure, x, y, side, tile.pixels, tile.edge)
-                write(figure, x, y + side + 0.05, tile.head, small, weight="bold")
-                for n, text in enumerate(tile.below):
-                    write(figure, x, y + side + 0.22 + step * n, text, small - 0.5, QUIET)
+        figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+        figure.text(0.2 / width, 1 - 0.12 / height, title, size=12, weight="bold", va="top")
+        figure.text(0.2 / width, 1 - 0.44 / height, "\n".join(told), size=8, color=QUIET, va="top")
+        grid = figure.subplots(len(lines), columns, squeeze=False)
+        figure.subplots_adjust(0.2 / width, below / height, (0.2 + wide) / width, 1 - top / height, 0.07, below / side)
+        for places, line in zip(grid, lines, strict=True):
+            for axes in places[len(line) :]:
+                axes.set_axis_off()
+            for axes, tile in zip(places, line, strict=False):
+                smooth = "nearest" if tile.pixels.shape[1] < 128 else "antialiased"
+                axes.imshow(np.clip(tile.pixels, 0, 1).transpose(1, 2, 0), interpolation=smooth)
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set(visible=True, color=tile.edge, linewidth=0.8)
+                for text, down, size, weight in (
+                    (tile.head, 0.05, small, "bold"), ("\n".join(tile.below), 0.22, small - 0.5, "normal")
+                ):  # fmt: skip
+                    axes.text(0, -down / side, text, size=size, weight=weight, va="top", transform=axes.transAxes)
         return png_of(figure)
+
+
+def _add_legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", frameon=False, fontsize=8)
 
 
 def png_of(figure: Figure) -> bytes:
@@ -428,7 +389,7 @@ def drift_figure(paths: Mapping[str, Rows], settings: Mapping[str, Any]) -> byte
         for one in (axes, below):
             one.grid(color=RULE, lw=0.5)
             one.margins(x=0.01)
-        axes.legend(loc="best", frameon=False, fontsize=8, ncols=len(paths) + 1)
+        _add_legend(axes)
         return png_of(figure)
 
 
@@ -445,6 +406,3 @@ def animation(frames: Sequence[bytes]) -> bytes:
     buffer = io.BytesIO()
     ring[0].save(buffer, "GIF", save_all=True, append_images=ring[1:], duration=pause, loop=0)
     return buffer.getvalue()
-
-
-analysis_figures = spectrum_figures  # old name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, Load
 from hf_equiv.analyses.match import match_target, outside_ball
-from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, quartiles_of
+from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, quartiles_of, verdict
 from hf_equiv.analyses.pairs import Item, image_generator
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, stages_of
 from hf_equiv.analyses.walk import drift, level
 from hf_equiv.checks import check_positive, check_radii, check_radius
 from hf_equiv.data.image_set import ImageSet
@@ -27,10 +28,14 @@ from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, least_error, plateau_of
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
+from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
+
+SUCCEEDED = (Status.RESOLVED, Status.UNDETERMINED)  # the second is the right answer for null directions
+BATCH, SHOWN = "derivatives", 0
 
 DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
 
@@ -38,6 +43,8 @@ SINGLE = ("gradient", "toward", "match")
 """Kinds of which there is one."""
 
 COUNTED = ("random", "top", "row", "null")
+
+_REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
 
 
 @dataclass(frozen=True)
@@ -126,18 +133,7 @@ class LipschitzConfig(ImageConfig):
 
 
 def parse_directions(text: str) -> dict[str, int]:
-    """Read kinds with their counts; `gradient`, `toward` and `match` have none.
-
-    Returns:
-        Kind to count, in the order given.
-
-    Raises:
-        ValueError: an unknown kind, a missing or bad count, a kind given twice.
-
-    Example:
-        >>> parse_directions("random:4,gradient")
-        {'random': 4, 'gradient': 1}
-    """
+    """Read kinds with their counts, in the order given: `random:4,gradient` is `{"random": 4, "gradient": 1}`."""
     kinds: dict[str, int] = {}
     for item in text.split(","):
         name, colon, count = item.strip().partition(":")
@@ -156,33 +152,34 @@ def parse_directions(text: str) -> dict[str, int]:
     return kinds
 
 
-def image_rows(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+CONFIG = LipschitzConfig
+
+
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
     """Make the rows of one image, one for each direction."""
-    encoder, settings = plan.encoder, plan.settings
+    (one,) = part
+    encoder, settings, stage = plan.encoder, plan.settings, stages_of(one, tell)
     # float images: the target, its match, and the place and direction of the largest constant in the ball
     name, image, target = one.item.name, one.image, one.target
     floats: dict[str, Tensor] = {} if target is None else {"toward": target}
     match, evals, seconds = None, 0.0, 0.0
     if "match" in settings["directions"] and target is not None:
-        match, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
+        match, evals, seconds = match_target(encoder, image, target, settings["rtol"], stage)
         floats["match"] = match
-    found, reach = measure_directions(encoder, image, target, settings, name, batch, tell, match)
+    found, reach = measure_directions(encoder, image, target, settings, name, batch, stage, match)
     results: list[LipschitzResult | LinearityResult | RegionalResult] = [found] if reach is None else [found, reach]
     region: Row = {}
     if settings["regional"] is not None:
-        tell("region", 0, 1)
+        stage("region", 0, 1)
         ball = measure_region(encoder, image, settings, name)
         results.append(ball)
-        region = {
-            "regional_lower_bound": finite(ball.lower_bound[0]),
-            "regional_at_center": finite(ball.at_center[0]),
-            "regional_clever": finite(ball.clever[0]),
-        }
+        constants = ball.lower_bound[0], ball.at_center[0], ball.clever[0]
+        region = dict(zip(_REGION, map(finite, constants), strict=True))
         floats |= {"place": ball.images[0], "direction": ball.directions[0]}
     for result in results:
         evals, seconds = evals + float(result.num_evals[0]), seconds + float(result.seconds[0])
     rows = [row | region | {"num_evals": evals, "seconds": seconds} for row in rows_of(found, reach)]
-    return Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
+    return [Made(rows, {f"{name}/{key}": value for key, value in floats.items()})]
 
 
 def directions_of_run(
@@ -191,19 +188,13 @@ def directions_of_run(
 ) -> Directions:  # fmt: skip
     """Make the directions at one image (3, H, W), in the order of its rows; settings, seed and image id fix them."""
     kinds: Mapping[str, int] = settings["directions"]
+    counts = {kind: kinds.get(kind, 0) for kind in COUNTED}
+    toward = target[None] if target is not None and "toward" in kinds else None
     return make_directions(
-        encoder,
-        image[None],
-        random=kinds.get("random", 0),
-        top=kinds.get("top", 0),
-        row=kinds.get("row", 0),
-        null=kinds.get("null", 0),
-        gradient="gradient" in kinds,
-        toward=target[None] if target is not None and "toward" in kinds else None,
-        match=match[None] if match is not None else None,
-        generator=image_generator(settings["seed"], image_id),
+        encoder, image[None], **counts, gradient="gradient" in kinds, toward=toward,
+        match=None if match is None else match[None], generator=image_generator(settings["seed"], image_id),
         batch=batch,
-    )
+    )  # fmt: skip
 
 
 def measure_directions(
@@ -212,18 +203,11 @@ def measure_directions(
 ) -> tuple[LipschitzResult, LinearityResult | None]:  # fmt: skip
     """Measure the constants and, if asked for, the linearity radii of the directions of one image (3, H, W)."""
     tell("directions", 0, 1)
-    directions = directions_of_run(encoder, image, target, settings, image_id, batch, match)
-    radii: Sequence[float] = settings["radii"]
-    found = directional_lipschitz(
-        encoder, image[None], directions, radii=radii, batch=batch,
-        progress=lambda done, total: tell("secants", done, total),
-    )  # fmt: skip
-    reach = None
-    if settings["linearity"]:
-        reach = linearity_radius(
-            encoder, image[None], directions, batch=batch, progress=lambda done, total: tell("linearity", done, total)
-        )
-    return found, reach
+    given = encoder, image[None], directions_of_run(encoder, image, target, settings, image_id, batch, match)
+    found = directional_lipschitz(*given, radii=settings["radii"], batch=batch, progress=partial(tell, "secants"))
+    if not settings["linearity"]:
+        return found, None
+    return found, linearity_radius(*given, batch=batch, progress=partial(tell, "linearity"))
 
 
 def measure_region(encoder: Any, image: Tensor, settings: Mapping[str, Any], image_id: str) -> RegionalResult:
@@ -237,24 +221,22 @@ def rows_of(found: LipschitzResult, reach: LinearityResult | None) -> list[Row]:
     rows = []
     for k, (kind, index) in enumerate(zip(found.kinds, found.indices, strict=True)):
         plateau = found.plateau[0, k]
-        rows.append(
-            {
-                "direction": kind,
-                "index": index,
-                "value": finite(found.values[0, k]),
-                "jvp": finite(found.jvp[0, k]),
-                "radii": found.radii.tolist(),
-                "secants": _numbers(found.secants[0, k]),
-                "noise_floor": _numbers(found.noise_floor[0, k]),
-                "noise_method": found.noise_method,
-                "plateau": plateau.tolist() if bool(torch.isfinite(plateau).all()) else None,
-                "status": str(found.status[0][k]),
-                "value_error": finite(found.errors[0, k]),
-                "unit_factor": finite(found.unit_factor[0, k]),
-                "linearity_radius": None if reach is None else finite(reach.radii[0, k]),
-                "linearity_at_limit": None if reach is None else bool(reach.at_limit[0, k]),
-            }
-        )
+        rows.append({
+            "direction": kind,
+            "index": index,
+            "value": finite(found.values[0, k]),
+            "jvp": finite(found.jvp[0, k]),
+            "radii": found.radii.tolist(),
+            "secants": _numbers(found.secants[0, k]),
+            "noise_floor": _numbers(found.noise_floor[0, k]),
+            "noise_method": found.noise_method,
+            "plateau": plateau.tolist() if bool(torch.isfinite(plateau).all()) else None,
+            "status": str(found.status[0][k]),
+            "value_error": finite(found.errors[0, k]),
+            "unit_factor": finite(found.unit_factor[0, k]),
+            "linearity_radius": None if reach is None else finite(reach.radii[0, k]),
+            "linearity_at_limit": None if reach is None else bool(reach.at_limit[0, k]),
+        })  # fmt: skip
     return rows
 
 
@@ -275,31 +257,13 @@ def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
             "linearity_radius": median_of(row["linearity_radius"] for row in own),
         }
     firsts = {row["image_id"]: row for row in rows}.values()
-    region = {
-        key: largest(row[key] for row in firsts)
-        for key in ("regional_lower_bound", "regional_at_center", "regional_clever")
-    }
-    return {"kinds": kinds, "regional": region, "verdict": _verdict(kinds, region, settings)}
+    region = {key: largest(row[key] for row in firsts) for key in _REGION}
+    told = verdict("lipschitz", kinds=kinds, regional=region, settings=settings)
+    told = told or "No direction has a constant above the float noise."
+    return {"kinds": kinds, "regional": region, "verdict": told}
 
 
-def _verdict(kinds: Row, region: Row, settings: Mapping[str, Any]) -> str:
-    told = [f"{kind} {q['quantiles'][2]:.3g}" for kind, q in kinds.items() if q["quantiles"]]
-    text = "Median local constants by kind of direction: " + ", ".join(told) + "." if told else ""
-    if "null" in kinds:
-        null = kinds["null"]
-        numbers = f"{null['resolved']} of {null['count']}" if null["resolved"] else f"none of {null['count']}"
-        text += f" A constant above the float noise along null directions: {numbers}."
-    found = region["regional_lower_bound"]
-    if found is not None:
-        norm = {"linf": "L∞ ", "l2": "L2 "}.get(settings.get("norm") or "", "")
-        ball = f"{norm}ball" + (f" of radius {settings['regional']:g}" if settings.get("regional") else "")
-        text += f" The largest constant found in the {ball} is {found:.4g} ({region['regional_at_center']:.4g} at the "
-        text += "image itself): a lower bound."
-        clever = region["regional_clever"]
-        if clever is not None:
-            text += f" The extreme-value estimate (CLEVER) is {clever:.4g}"
-            text += ", less than what is attained." if clever < found else "."
-    return text.strip() or "No direction has a constant above the float noise."
+summarize = by_image(_summarize)
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
@@ -309,24 +273,7 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     return figures.lipschitz_figures(made.rows, plan.settings)
 
 
-VERB = Verb(
-    config=LipschitzConfig,
-    make_rows=one_by_one(image_rows),
-    summarize=by_image(_summarize),
-    figures=draw_figures,
-    succeeded=(Status.RESOLVED, Status.UNDETERMINED),  # the second is the right answer for null directions
-    batch="derivatives",
-    shown=0,
-)
-
-
-# How `verify` makes rows of constants again, and compares them (see `verify.rows.VERBS`).
-
-
 _BATCH = 32  # images and tangents per pass
-
-
-_REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:

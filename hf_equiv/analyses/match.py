@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_equiv.analyses import measures
 from hf_equiv.analyses.config import DTYPES, BaseConfig, Load, check_choice
 from hf_equiv.analyses.pairs import Item, Reader, name_pairs
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Verb
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
 from hf_equiv.checks import NORMS, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
@@ -27,7 +27,6 @@ from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
-from hf_equiv.precision import no_tf32
 from hf_equiv.results import Progress, Status
 from hf_equiv.runs.execute import Observer, RunProgress
 from hf_equiv.runs.schema import Row
@@ -35,13 +34,11 @@ from hf_equiv.runs.schema import Row
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
-SOLVERS: dict[str, type[LBFGS] | type[Adam] | type[GradientDescent]] = {
-    "lbfgs": LBFGS,
-    "adam": Adam,
-    "gd": GradientDescent,
-}
+SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 
-BASELINE_PAIRS = 64
+SUCCEEDED, BATCH = (Status.CONVERGED,), "items"
+
+SHOWN = 64
 """Pairs whose images make the baseline of unrelated images."""
 
 MATCH_EVALS = 2000
@@ -124,7 +121,19 @@ class MatchConfig(BaseConfig):
 
     def drafts(self, encoder: Encoder) -> tuple[Draft, ...]:
         """Return the cheaper forms of the encoder: half precision first, then compiled."""
-        return drafts_of(encoder, self.half, compiled=self.compile)
+        drafts = []
+        if self.half is not None:
+            dtype, rtol = HALF[self.half]
+            drafts.append(Draft(encoder.in_dtype(dtype), rtol, 0.2))
+        if self.compile:
+            name = os.environ.get("CXX") or "g++"
+            if shutil.which(name) is None:
+                raise ValueError(
+                    f"`compile` must have a C++ compiler; {name!r} was not found. Install one, name it in the "
+                    "environment variable CXX, or leave `compile` out."
+                )
+            drafts.append(Draft(torch.compile(encoder.__call__), 0.0, 1.0))
+        return tuple(drafts)
 
     def open_images(self, load: Load) -> tuple[ImageSet, ImageSet]:
         """Open the set to draw from, or sources and targets."""
@@ -166,21 +175,7 @@ class MatchConfig(BaseConfig):
         return math.prod(encoder.input_shape) * (3 + encoder.dtype.itemsize)
 
 
-def drafts_of(encoder: Encoder, half: str | None, *, compiled: bool) -> tuple[Draft, ...]:
-    """Make the drafts of an encoder in the order of use: half precision (a key of `HALF`), then compiled."""
-    drafts = []
-    if half is not None:
-        dtype, rtol = HALF[half]
-        drafts.append(Draft(encoder.in_dtype(dtype), rtol, 0.2))
-    if compiled:
-        name = os.environ.get("CXX") or "g++"
-        if shutil.which(name) is None:
-            raise ValueError(
-                f"`compile` must have a C++ compiler; {name!r} was not found. Install one, name it in the environment "
-                "variable CXX, or leave `compile` out."
-            )
-        drafts.append(Draft(torch.compile(encoder.__call__), 0.0, 1.0))
-    return tuple(drafts)
+CONFIG = MatchConfig
 
 
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
@@ -194,31 +189,26 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) ->
     def hook(stage: str) -> Callable[[Progress], None]:
         return lambda p: tell(RunProgress(stage, 0, 0, ids, p.errors, p.num_evals, p.active))
 
-    with torch.no_grad(), no_tf32():
-        z = encoder(target)
-    ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
+    z = measures.embed(encoder, target)
+    ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm}
+    goal = ball | {"rtol": config.rtol}
     found = match_in_stages(
         encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
-        **ball,
+        **goal,
     )  # fmt: skip
     if config.refine:
-        exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **ball)
+        exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **goal)
         grid, refine_evals, refine_seconds = exact.images, exact.num_evals.tolist(), exact.seconds.tolist()
     else:
-        rounded = (
-            round_into_ball(x, s, config.radius, config.ball_norm) for x, s in zip(found.images, source, strict=True)
-        )
-        grid = torch.stack(list(rounded))
+        grid = torch.stack([round_into_ball(x, s, **ball) for x, s in zip(found.images, source, strict=True)])
         refine_evals = refine_seconds = [0.0] * len(part)
     made = []
     for i, one in enumerate(part):
         if found.status[i] is Status.ERROR:
             raise RuntimeError(found.status[i].advice)
         png = encode_png(grid[i])
-        row = measures.measure_match(
-            encoder, source[i], decode_png(png, source.dtype), target[i],
-            seed=config.seed, pair_id=one.item.name, labels=config.labels,
-        )  # fmt: skip
+        three = source[i], decode_png(png, source.dtype), target[i]
+        row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=one.item.name, labels=config.labels)
         evals = {"match": float(found.num_evals[i]), "refine": refine_evals[i]}
         row |= {
             "match": png,
@@ -232,14 +222,9 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) ->
 
 
 def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:
-    """Round pixels (3, H, W) to k/255 without leaving the ball about a source that lies on the grid.
-
-    Each value goes to the nearest level inside the linf ball; for l2, the values that rounding moved outwards at the
-    least gain go one level back, until the distance fits.
-
-    Returns:
-        Pixels k/255, (3, H, W).
-    """
+    """Round pixels (3, H, W) to k/255 without leaving the ball about a source that lies on the grid."""
+    # each value goes to the nearest level inside the linf ball; for l2, the values that rounding moved outwards at the
+    # least gain go one level back, until the distance fits
     levels, centre = image.double() * 255, (source.double() * 255).round()
     step = levels.round() - centre
     if radius is not None and norm == "linf":
@@ -259,15 +244,12 @@ def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: s
 
 def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     """Sum up match rows, with the baseline of unrelated images and the median evaluations of refining."""
-    ends = []
-    dtype = torch.float64 if encoder is not None and encoder.dtype == torch.float64 else torch.float32
-    for row in made.shown if encoder is not None else ():
-        if row["status"] != Status.ERROR:
-            two = torch.stack([decode_png(row[column], dtype) for column in ("source", "target")])
-            with torch.no_grad(), no_tf32():
-                ends.append(encoder(two.to(encoder.device)).cpu())
-    z = torch.stack(ends) if ends else None
-    baseline = None if z is None else measures.random_pair_baseline(z[:, 0], z[:, 1])
+    baseline = made.baseline
+    if encoder is not None:
+        good = [row for row in made.shown if row["status"] != Status.ERROR]
+        pairs = [[measures.open_png(encoder, row[column]) for column in ("source", "target")] for row in good]
+        z = torch.stack([measures.embed(encoder, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
+        baseline = None if z is None else measures.random_pair_baseline(z[:, 0], z[:, 1])
     summary = measures.summarize(made.rows, baseline, settings["rtol"])
     summary["median"]["num_evals_refine"] = measures.median_of(cost["refine"] for cost in (made.costs or {}).values())
     return summary
@@ -285,8 +267,7 @@ def match_target(
     encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
 ) -> tuple[Tensor, float, float]:
     """Match an image with the embedding of another, and return the match (3, H, W), its evaluations, its seconds."""
-    with torch.no_grad(), no_tf32():
-        z = encoder(target[None])
+    z = measures.embed(encoder, target[None])
 
     def hook(progress: Progress) -> None:
         tell("match", min(int(progress.num_evals.max()), MATCH_EVALS - 1), MATCH_EVALS)
@@ -300,20 +281,6 @@ def match_target(
             f"{rtol:g} is wanted. Choose another image or target, or, for a walk, loosen `rtol`."
         )
     return found.images[0], float(found.num_evals[0]), float(found.seconds[0])
-
-
-VERB = Verb(
-    config=MatchConfig,
-    make_rows=make_rows,
-    summarize=summarize,
-    figures=draw_figures,
-    succeeded=(Status.CONVERGED,),
-    batch="items",
-    shown=BASELINE_PAIRS,
-)
-
-
-# How `verify` makes rows of matches again, and compares them (see `verify.rows.VERBS`).
 
 
 _REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
@@ -354,8 +321,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     made = measures.measure_match(
         encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
     )
-    with torch.no_grad(), no_tf32():
-        z, z_target = encoder(torch.stack([image.to(target), target]))
+    z, z_target = measures.embed(encoder, torch.stack([image.to(target), target]))
     faults = []
     if (radius := settings["radius"]) is not None:
         for picture in (match, image):
@@ -366,11 +332,8 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         made["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
     elif not far <= _REFINED:
         faults.append(("match", f"an image within {_REFINED:.3f} of its float match", f"it is {far:.3f} off"))
-    return [
-        made
-        | {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target), "faults": faults}
-        | {"num_evals": (row["cost"] or {}).get("match")}
-    ]
+    made |= {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target), "faults": faults}
+    return [made | {"num_evals": (row["cost"] or {}).get("match")}]
 
 
 def tolerances(made: Row, settings: Row) -> Row:

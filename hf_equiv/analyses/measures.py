@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import torch
 from torch import Tensor
 
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import RunRows
-from hf_equiv.formatting import finite, short
+from hf_equiv.data.image_file import decode_png
+from hf_equiv.formatting import finite, form, short
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
@@ -45,6 +47,18 @@ _MEDIANS = (
     "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2", "num_evals", "seconds",
     "match_prob", "target_label_prob",
 )  # fmt: skip
+
+
+def embed(encoder: Encoder, images: Tensor) -> Tensor:
+    """Return f(images), (B, D), without gradients and without TF32."""
+    with torch.no_grad(), no_tf32():
+        z: Tensor = encoder(images)
+    return z
+
+
+def open_png(encoder: Encoder, png: bytes) -> Tensor:
+    """Return the pixels of a PNG file (3, H, W), on the device of the encoder, in float64 for one in float64."""
+    return decode_png(png, torch.float64 if encoder.dtype == torch.float64 else torch.float32).to(encoder.device)
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float | None:
@@ -90,33 +104,14 @@ def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed:
 @torch.no_grad()
 @no_tf32()
 def measure_match(
-    encoder: Encoder,
-    source: Tensor,
-    match: Tensor,
-    target: Tensor,
-    *,
-    seed: int,
-    pair_id: str,
+    encoder: Encoder, source: Tensor, match: Tensor, target: Tensor, *, seed: int, pair_id: str,
     labels: Sequence[str] | None = None,
-) -> Row:
-    """Compute the columns `MEASURES` of a row from its three stored images, each (3, H, W) as read back from PNG.
-
-    Cost: about 16 forwards of one image, of which 2 in float64. A column is None where it is not defined: PSNR of equal
-    images, SSIM below 11 px, labels without a head.
-
-    Args:
-        encoder: f.
-        source: image the match started from.
-        match: the match.
-        target: the image whose embedding it has.
-        seed: seed of the run; with `pair_id` it seeds the noise on the target.
-        pair_id: id of the row.
-        labels: class names for zero-shot classification (CLIP, SigLIP); by default the checkpoint's head is used.
-            Probabilities are a softmax over the classes or labels, also for SigLIP.
-
-    Returns:
-        The columns.
-    """
+) -> Row:  # fmt: skip
+    """Compute the columns `MEASURES` of a row from its three stored images, each (3, H, W) as read back from PNG."""
+    # `seed` and `pair_id` seed the noise on the target. `labels` are class names for zero-shot classification (CLIP,
+    # SigLIP), in place of the checkpoint's head; probabilities are a softmax over the classes or labels. A column is
+    # None where it is not defined: PSNR of equal images, SSIM below 11 px, labels without a head. Cost: about 16
+    # forwards of one image, of which 2 in float64.
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     three = torch.stack([source, match, target])
     z_source, z_match, z_target = encoder(three)
@@ -158,11 +153,8 @@ _SAME = 1e-4
 def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
     """Measure how far apart unrelated images are: source i against the target of every other pair j ≠ i.
 
-    A photo that is the source of one pair and the target of another is never compared with itself.
-
-    Args:
-        sources: embeddings f(x_i), (B, D).
-        targets: embeddings f(t_j), (B, D). With a single pair, its own source and target are compared.
+    A photo that is the source of one pair and the target of another is never compared with itself; of a single pair,
+    its own source and target are. `sources` and `targets` are embeddings, (B, D).
 
     Returns:
         `num_pairs`, and median, min and max of `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`; None for equal images.
@@ -190,47 +182,24 @@ def summarize(rows: Rows, baseline: Row | None, rtol: float) -> Row:
         "pairs": len(rows),
         "counts": counts_of(rows),
         "success": {kind: {f"{t:.0e}": _share(rows, key, t) for t in THRESHOLDS} for kind, key in errors.items()},
-        "median": {key: median_of(r[key] for r in rows) for key in _MEDIANS},
+        "median": medians_of(rows, _MEDIANS),
         "worst": {key: largest(r[key] for r in rows) for key in errors.values()},
         "same_top1": sum(bool(r["same_top1"]) for r in flips) / len(flips) if flips else None,
         "source_labelled_otherwise": len(changed) if flips else None,
         "label_flipped_to_target": sum(bool(r["same_top1"]) for r in changed) if flips else None,
         "baseline": baseline,
     }
-    summary["verdict"] = _verdict(summary, rows, rtol)
-    return summary
+    return summary | {"verdict": verdict("match", summary=summary, rows=rows, rtol=rtol)}
 
 
-def _verdict(summary: Row, rows: Rows, rtol: float) -> str:
-    n, middle = summary["pairs"], summary["median"]
-    if not n or middle["embedding_error_8bit"] is None:
-        return "No match was made."
-    error, png = short(middle["embedding_error"]), short(middle["embedding_error_8bit"])
-    hit = summary["counts"].get("converged", 0)
-    baseline = summary["baseline"]
-    apart = short(baseline["distance"]["median"]) if baseline and baseline["distance"]["median"] else None
-    if n == 1:
-        start = "The match embeds as the target" if hit else f"The match did not reach embedding error {short(rtol)}"
-        near = max(10 * rtol, rows[0]["target_quantization_error"] or 0.0)  # the error of rounding any image to 8 bits
-        if hit and middle["embedding_error_8bit"] > near:
-            start = "The float match embeds as the target, its 8-bit PNG does not"
-        before = "" if apart is None else f" (the source: {apart})"
-        text = f"{start}: error {error}{before}, and {png} as 8-bit PNG, read back."
-    else:
-        text = f"{hit} of {n} matches reached embedding error {short(rtol)}; as 8-bit PNG, read back, the median is "
-        text += f"{png}." + ("" if apart is None else f" Unrelated images are {apart} apart.")
-    if middle["psnr_db"] is not None:
-        text += f" {'PSNR' if n == 1 else 'Median PSNR'} to the source: {middle['psnr_db']:.1f} dB."
-    others, flipped = summary["source_labelled_otherwise"], summary["label_flipped_to_target"]
-    if others and n == 1:
-        source, match, target = (rows[0][key].split(",")[0] for key in ("source_label", "match_label", "target_label"))
-        like = "like" if flipped else f"not the {target} of"
-        text += f" The head sees {source} in the source and {match} in the match, {like} the target."
-    elif others:
-        one = others == 1
-        text += f" Of {others} source{'' if one else 's'} with another label than {'its' if one else 'their'} target, "
-        text += f"{flipped} became {'a match' if one else 'matches'} with its label."
-    return text
+def verdict(analysis: str, **values: Any) -> str:
+    """Say the result of a run in words, by the template."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"form": form, "short": short}
+    text = environment.get_template("verdict.txt.jinja").render(analysis=analysis, **values)
+    return " ".join(line.strip() for line in text.split("\n") if line.strip())
 
 
 def _share(rows: Rows, key: str, threshold: float) -> float | None:
@@ -258,21 +227,29 @@ def counts_of(rows: Rows) -> dict[str, int]:
     return dict(sorted(Counter(str(row["status"]) for row in rows).items()))
 
 
+def known(values: Iterable[float | None]) -> list[float]:
+    """Return the numbers that exist."""
+    return [value for value in values if value is not None]
+
+
 def median_of(values: Iterable[float | None]) -> float | None:
     """Return the median of the numbers that exist; None if none does."""
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
+    numbers = known(values)
+    return median(numbers) if numbers else None
+
+
+def medians_of(rows: Rows, keys: Iterable[str]) -> Row:
+    """Return the median of each column."""
+    return {key: median_of(row[key] for row in rows) for key in keys}
 
 
 def largest(values: Iterable[float | None]) -> float | None:
     """Return the largest of the numbers that exist; None if none does."""
-    return max((value for value in values if value is not None), default=None)
+    return max(known(values), default=None)
 
 
 def quartiles_of(values: Sequence[float]) -> list[float] | None:
     """Return the quantiles 0, 25, 50, 75 and 100 %."""
-    if not values:
-        return None
-    if len(values) == 1:
-        return [values[0]] * 5
+    if len(values) < 2:
+        return [*values] * 5 or None
     return [min(values), *quantiles(values, n=4, method="inclusive"), max(values)]

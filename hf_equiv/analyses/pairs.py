@@ -42,30 +42,9 @@ class Item:
     pixels: str | None
     unusable: tuple[tuple[str, str], ...] = ()
 
-    def record(self) -> dict[str, Any]:
-        """Return the ids and classes of its rows."""
-        return dict(self.columns)
-
     def entry(self) -> dict[str, Any]:
         """Return its entry in `run.json`."""
-        return self.record() | {"pixels": self.pixels}
-
-    # old names
-
-    @property
-    def pair_id(self) -> str:
-        """Return the name."""
-        return self.name
-
-    @property
-    def image_id(self) -> str:
-        """Return the name."""
-        return self.name
-
-
-def unusable_images(items: Sequence[Item]) -> dict[str, str]:
-    """Return the reason, by id, of each image of a run that could not be read when it was planned."""
-    return {image: why for item in items for image, why in item.unusable}
+        return dict(self.columns) | {"pixels": self.pixels}
 
 
 class Reader:
@@ -116,14 +95,12 @@ def name_pairs(
         return source is None or source != reader.digest(targets, j)
 
     places = draw_pairs(sources, n, seed, differ) if drawn else _given_pairs(sources, targets)
-    used: set[str] = set()
-    columns: list[dict[str, str | None]] = []
+    columns: dict[str, dict[str, str | None]] = {}
     for index, (i, j) in enumerate(places):
         name = f"{sources.ids[i]}->{targets.ids[j]}"
-        name += f"#{index}" if name in used else ""
-        used.add(name)
+        name += f"#{index}" if name in columns else ""
         ids = {"pair_id": name, "source_id": sources.ids[i], "target_id": targets.ids[j]}
-        columns.append({**ids, "source_class": sources.labels[i], "target_class": targets.labels[j]})
+        columns[name] = {**ids, "source_class": sources.labels[i], "target_class": targets.labels[j]}
     return _settle(reader, sources, targets, places, columns, drawn=drawn)
 
 
@@ -136,20 +113,16 @@ def name_images(reader: Reader, images: ImageSet, targets: ImageSet | None, *, d
         places = [(i, (i + 1) % count) for i in range(count)]
     else:
         places = _given_pairs(images, targets)
-    columns = [
-        {
-            "image_id": images.ids[i],
-            "image_class": images.labels[i],
-            "target_id": None if j is None or targets is None else targets.ids[j],
-        }
-        for i, j in places
-    ]
+    columns = {}
+    for i, j in places:
+        target = None if j is None or targets is None else targets.ids[j]
+        columns[images.ids[i]] = {"image_id": images.ids[i], "image_class": images.labels[i], "target_id": target}
     return _settle(reader, images, targets, places, columns, drawn=drawn)
 
 
 def _settle(
     reader: Reader, images: ImageSet, targets: ImageSet | None, places: Sequence[tuple[int, int | None]],
-    columns: Sequence[dict[str, str | None]], *, drawn: bool,
+    columns: Mapping[str, dict[str, str | None]], *, drawn: bool,
 ) -> tuple[Item, ...]:  # fmt: skip
     """Read every image and make the items; refuse bad images that were named, or all images of a data set."""
     own = [reader.digest(images, i) for i, _ in places]
@@ -159,15 +132,14 @@ def _settle(
     if reader.bad and (not drawn or not usable or (beside and None in others)):
         raise ValueError(_unusable(reader.bad, drawn=drawn))
     items = []
-    for index, ((i, j), facts) in enumerate(zip(places, columns, strict=True)):
+    for index, ((i, j), (name, facts)) in enumerate(zip(places, columns.items(), strict=True)):
         ids, digests = [images.ids[i]], [own[index]]
         if targets is not None and j is not None:
             ids.append(targets.ids[j])
             digests.append(others[index])
             refuse_equal(*ids, same=own[index] is not None and own[index] == others[index])
         whole = None if None in digests else hashlib.sha256(b"".join(filter(None, digests))).hexdigest()
-        reasons = tuple((name, why) for name in ids for why, found in reader.bad.items() if name in found)
-        name = str(facts.get("pair_id", facts.get("image_id")))
+        reasons = tuple((image, why) for image in ids for why, found in reader.bad.items() if image in found)
         items.append(Item(index, name, facts, i, j, whole, reasons))
     return tuple(items)
 

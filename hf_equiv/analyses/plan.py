@@ -19,7 +19,7 @@ from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.matching.stages import Draft
 from hf_equiv.results import SCHEMA_VERSION
-from hf_equiv.runs.directory import default_folder, settings_hash
+from hf_equiv.runs.directory import default_folder
 from hf_equiv.runs.execute import Observer, RunProgress
 from hf_equiv.runs.schema import LAYOUTS, Layout, Row
 
@@ -59,11 +59,6 @@ class Plan:
         return LAYOUTS[self.config.analysis]
 
     @property
-    def hash8(self) -> str:
-        """First eight hex digits of the SHA-256 of the settings."""
-        return settings_hash(self.settings)
-
-    @property
     def default_out(self) -> Path:
         """`runs/VERB/MODEL-slug/HASH8`."""
         return default_folder(self.config.analysis, self.settings)
@@ -74,14 +69,36 @@ class Plan:
         return tuple(dict.fromkeys(self.images.choices + (self.targets.choices if self.targets else ())))
 
     @property
-    def item_bytes(self) -> int:
-        """Bytes of the images and float images of one item, at most."""
-        return self.config.item_bytes(self.encoder, self.settings)
+    def command(self) -> str:
+        """Command line that repeats the run, each local checkpoint, file or folder by its name without a path."""
+        config, settings = self.config, self.settings
+        revision = str(settings["model_revision"])
+        words = ["hf-equiv", config.analysis, str(settings["model_id"])]
+        words += [] if revision.startswith("sha256:") else ["--revision", revision]
+        targets = self.targets or self.images
+        stated = replace(  # the encoder is loaded before the config is read, so that it has the last word
+            config,
+            readout=settings["readout"],
+            dtype=config.half or settings["dtype"],
+            source=_public_name(config.source, self.images),
+            target=_public_name(config.target, targets),
+            data=_public_name(config.data, self.images),
+        )
+        for field in fields(stated):
+            value = getattr(stated, field.name)
+            flag = "--" + field.name.replace("_", "-")
+            if value == field.default or field.name in ("model", "revision"):
+                continue
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        return shlex.join(words)
 
     @property
-    def command(self) -> str:
-        """Command line that repeats the run, given the same images."""
-        return command_line(self)
+    def item_bytes(self) -> int:
+        """Most bytes of the images and float images of one item."""
+        return self.config.item_bytes(self.encoder, self.settings)
 
     def pixels(self, item: Item) -> tuple[Tensor, Tensor | None]:
         """Return an image and its target, each (3, H, W) on the k/255 grid, on the CPU; unusable images raise."""
@@ -91,18 +108,6 @@ class Plan:
         target = self.reader.pixels(self.targets, item.target)
         refuse_equal(self.images.ids[item.source], self.targets.ids[item.target], same=torch.equal(source, target))
         return source, target
-
-    # old names
-
-    @property
-    def pairs(self) -> tuple[Item, ...]:
-        """Return the items."""
-        return self.items
-
-    @property
-    def subjects(self) -> tuple[Item, ...]:
-        """Return the items."""
-        return self.items
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,54 +132,25 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class RunRows:
-    """The rows of a run in order, read back from disk: all without images, the first ones also with them."""
+    """The rows of a run in order, read back from disk: all without images, the first ones also with them.
 
-    rows: tuple[Row, ...]
-    shown: tuple[Row, ...] = ()
-    costs: Mapping[str, Row] | None = None
-    folder: Path | None = None
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One of the four analyses.
-
-    Attributes:
-        config: class of its options, which also settle its plan.
-        make_rows: makes the rows of some items; takes plan, items, batch size and observer.
-        summarize: sums up the rows of a run; takes encoder, settings and rows.
-        figures: draws the figures of a run; takes plan, summary and rows; gives files by name.
-        succeeded: statuses of rows that are a success.
-        batch: unit of the batch size: `items`, `derivatives` of one item, or `nothing`.
-        shown: number of first items whose images summary and figures need.
+    `baseline` is that of unrelated images as the run states it, for lack of images to measure it by.
     """
 
-    config: type[BaseConfig]
-    make_rows: Callable[[Plan, Sequence[Loaded], int, Observer], list[Made]]
-    summarize: Callable[[Any, Mapping[str, Any], RunRows], Row]
-    figures: Callable[[Plan, Row, RunRows], dict[str, bytes]]
-    succeeded: tuple[str, ...]
-    batch: str
-    shown: int
+    rows: Sequence[Any]
+    shown: Sequence[Row] = ()
+    costs: Mapping[str, Row] | None = None
+    folder: Path | None = None
+    baseline: Row | None = None
 
 
 Stage = Callable[[str, int, int], None]
 """A function that receives a stage of one item, the steps done and their number."""
 
 
-def one_by_one(
-    make: Callable[[Plan, Loaded, int, Stage], Made],
-) -> Callable[[Plan, Sequence[Loaded], int, Observer], list[Made]]:
-    """Return a function that makes the rows of several items, each by itself."""
-
-    def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
-        def stage(one: Loaded) -> Stage:
-            ids = (one.item.name,)
-            return lambda name, step, steps: tell(RunProgress(name, pair_ids=ids, step=step, steps=steps))
-
-        return [make(plan, one, batch, stage(one)) for one in part]
-
-    return make_rows
+def stages_of(one: Loaded, tell: Observer) -> Stage:
+    """Return the function that reports the stages of one item."""
+    return lambda name, step, steps: tell(RunProgress(name, pair_ids=(one.item.name,), step=step, steps=steps))
 
 
 def make_plan(
@@ -201,17 +177,14 @@ def make_plan(
     config.check()
     config.check_encoder(encoder)
     _refuse_constant(encoder)
-    images, targets = config.open_images(
-        partial(
-            load_images,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-    )
+    columns: Row = {name: getattr(config, name) for name in ("image_column", "label_column")}
+    load = partial(load_images, **columns, cache_dir=cache_dir, local_files_only=local_files_only)
+    images, targets = config.open_images(load)
     sets = [images] if targets is None or targets is images else [images, targets]
-    _refuse_columns(config, sets)
+    given = [name for name, column in columns.items() if column is not None]
+    if given and not any(one.tabular for one in sets):
+        told = f"{images.data_id!r} has no columns. Leave it out."
+        raise ValueError(f"`{given[0]}` must come with a parquet file or a dataset; {told}")
     reader = Reader(encoder)
     items = config.settle(reader, images, targets)
     names = list(dict.fromkeys((one.data_id, one.data_revision) for one in sets))
@@ -227,8 +200,7 @@ def make_plan(
         **{key: known[key] for key in ("model_id", "model_revision", "readout", "dtype", "attention", "processor")},
         "normalize": config.normalize,
         **common,
-        "image_column": config.image_column,
-        "label_column": config.label_column,
+        **columns,
         **own,
     }
     shared: Row = {key: own.get(key) for key in ("norm", "rtol", "solver")}
@@ -250,60 +222,11 @@ def _refuse_constant(encoder: Encoder) -> None:
         )
 
 
-def _refuse_columns(config: BaseConfig, sets: Sequence[ImageSet]) -> None:
-    """Refuse column options where no set is a table."""
-    given = [name for name in ("image_column", "label_column") if getattr(config, name) is not None]
-    if given and not any(images.tabular for images in sets):
-        raise ValueError(
-            f"`{given[0]}` must come with a parquet file or a dataset; {sets[0].data_id!r} has no columns. "
-            "Leave it out."
-        )
-
-
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-
-
-def command_line(plan: Plan) -> str:
-    """Build the command line that repeats a run, each local checkpoint, file or folder by its name without a path."""
-    config, settings = plan.config, plan.settings
-    revision = str(settings["model_revision"])
-    words = ["hf-equiv", config.analysis, str(settings["model_id"])]
-    words += [] if revision.startswith("sha256:") else ["--revision", revision]
-    targets = plan.targets or plan.images
-    stated = replace(  # the encoder is loaded before the config is read, so that it has the last word
-        config,
-        readout=settings["readout"],
-        dtype=config.half or settings["dtype"],
-        source=_public_name(config.source, plan.images),
-        target=_public_name(config.target, targets),
-        data=_public_name(config.data, plan.images),
-    )
-    for field in fields(stated):
-        value = getattr(stated, field.name)
-        flag = "--" + field.name.replace("_", "-")
-        if value == field.default or field.name in ("model", "revision"):
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
 
 
 def _public_name(given: str | None, images: ImageSet) -> str | None:
     """Return the option of a set of images with the name of the set in place of a local path."""
     local = given is not None and given != "builtin" and Path(given).expanduser().exists()
     return images.data_id if local else given
-
-
-# old names
-
-MatchPlan = AnalysisPlan = Plan
-make_analysis_plan = make_plan
-
-
-def __getattr__(name: str) -> Any:
-    from hf_equiv.analyses import config
-
-    return getattr(config, name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,33 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses import lipschitz, match, spectrum, walk
+from hf_equiv.analyses.measures import open_png
 from hf_equiv.analyses.pairs import Item
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Verb
-from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
+from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import one_line
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.execute import Job, Observer, RunProgress, carry_out
 from hf_equiv.runs.processes import PassSize, ran_out
-from hf_equiv.runs.schema import Row
+from hf_equiv.runs.schema import Layout, Row
 
-VERBS: dict[str, Verb] = {verb.config.analysis: verb for verb in (match.VERB, spectrum.VERB, lipschitz.VERB, walk.VERB)}
-"""The four analyses by name."""
+VERBS: Mapping[str, Any] = {"match": match, "spectrum": spectrum, "lipschitz": lipschitz, "walk": walk}
+"""The four analyses. Each module holds:
+
+`CONFIG`, the class of its options, which also settle its plan;
+`SUCCEEDED`, the statuses of rows that are a success;
+`BATCH`, the unit of the batch size: `items`, `derivatives` of one item, or `nothing`;
+`SHOWN`, the number of first items whose images summary and figures need;
+`make_rows(plan, part, batch, tell)`, which makes the rows of some items, one item unless `BATCH` is `items`;
+`summarize(encoder, settings, made)`, which sums up the rows of a run;
+`draw_figures(plan, summary, made)`, which draws the figures of a run, as bytes by file name.
+
+For `verify`: `follow(settings, rows)` gives the columns that follow from other columns of the rows of one item;
+`remake(encoder, settings, rows, floats)` makes the rows again, where `faults` of a row are a column, a requirement and
+what was found, of images that do not fit; `tolerances(made, settings)` says how far the columns of a row may be from
+those made again (see `verify.rows.agrees`).
+"""
 
 BATCH, CPU_BATCH = 32, 8
 """Items in one pass through the model, on a GPU and on a CPU; derivatives in one pass are always `BATCH` on a CPU."""
@@ -55,17 +69,12 @@ class RunOutcome:
     @property
     def failed(self) -> tuple[Row, ...]:
         """The rows whose status is a failure."""
-        return tuple(row for row in self.rows if row["status"] not in VERBS[self.analysis].succeeded)
+        return tuple(row for row in self.rows if row["status"] not in VERBS[self.analysis].SUCCEEDED)
 
     @property
     def completed(self) -> bool:
         """Whether no row has a status that is a failure."""
         return not self.failed
-
-    @property
-    def converged(self) -> bool:  # old name
-        """Whether no row has a status that is a failure."""
-        return self.completed
 
 
 def run_analysis(
@@ -109,31 +118,31 @@ def run_analysis(
         shards.write_shard(folder, block[0].index, rows, floats, costs, layout, errors)
 
     def finish(folder: Path) -> Row:
-        closed.append(_read_back(folder, plan, verb.shown))
+        closed.append(read_back(folder, layout, [item.name for item in plan.items], verb.SHOWN))
         return _close(plan, verb, folder, closed[0])
 
-    job = Job(plan, sizes.images if verb.batch == "items" else 1, make, finish)
+    job = Job(plan, sizes.images if verb.BATCH == "items" else 1, make, finish)
     main = carry_out(job, folder, overwrite, observer or (lambda _: None))
     record = directory.read_record(folder)
-    found = closed[0] if closed else _read_back(folder, plan, 0)
+    found = closed[0] if closed else read_back(folder, layout, [item.name for item in plan.items], 0)
     refine_evals = {name: cost["refine"] for name, cost in (found.costs or {}).items()}
     errors = record.get("errors", {})
-    return RunOutcome(layout.analysis, folder, found.rows, record["summary"], errors, refine_evals, main)
+    return RunOutcome(layout.analysis, folder, tuple(found.rows), record["summary"], errors, refine_evals, main)
 
 
-def _batch_size(verb: Verb, device: torch.device, asked: int | None) -> int:
+def _batch_size(verb: Any, device: torch.device, asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise ValueError(f"`batch_size` must be at least 1; got {asked}.")
     if device.type != "cpu":
         return asked or BATCH
     # on a CPU the last bits of a derivative depend on how many there are in a pass, and rows must not
-    return asked or CPU_BATCH if verb.batch == "items" else BATCH
+    return asked or CPU_BATCH if verb.BATCH == "items" else BATCH
 
 
 class _Block:
     """Makes the rows of some items; when memory runs out, it works on fewer at once, also later."""
 
-    def __init__(self, plan: Plan, verb: Verb, sizes: PassSize, errors: dict[str, str], tell: Observer) -> None:
+    def __init__(self, plan: Plan, verb: Any, sizes: PassSize, errors: dict[str, str], tell: Observer) -> None:
         self.plan, self.verb, self.sizes, self.errors, self.tell = plan, verb, sizes, errors, tell
         self.made: dict[str, Made] = {}
 
@@ -163,10 +172,13 @@ class _Block:
             why, full = one_line(error), ran_out(error)
         else:
             for one, own in zip(part, made, strict=True):
-                self._keep(one, own)
+                base = _base_row(self.plan, one.item, one)
+                self.made[one.item.name] = Made([base | row for row in own.rows], own.floats, own.cost)
+                if any(row["status"] == Status.ERROR for row in own.rows):
+                    self._note(one.item, Status.ERROR.advice)
             return
         # here the failed attempt is gone, with the memory that its error kept alive
-        at_once = {"items": len(part), "derivatives": size}.get(self.verb.batch, 1)
+        at_once = {"items": len(part), "derivatives": size}.get(self.verb.BATCH, 1)
         if full and at_once > 1:
             self.tell(RunProgress("info", message=self.sizes.halve(at_once)))
             self._compute_all(part, self.sizes.images)
@@ -175,12 +187,6 @@ class _Block:
         else:
             what = self.plan.layout.item.removesuffix("_id")
             self._fail(part[0].item, f"out of memory with a single {what}: {why}" if full else why, part[0])
-
-    def _keep(self, one: Loaded, own: Made) -> None:
-        base = _base_row(self.plan, one.item, one)
-        self.made[one.item.name] = Made([base | row for row in own.rows], own.floats, own.cost)
-        if any(row["status"] == Status.ERROR for row in own.rows):
-            self._note(one.item, Status.ERROR.advice)
 
     def _fail(self, item: Item, why: str, one: Loaded | None = None) -> None:
         self.made[item.name] = Made([_base_row(self.plan, item, one) | {"status": str(Status.ERROR)}], {})
@@ -193,11 +199,10 @@ class _Block:
 
 def _load(plan: Plan, item: Item) -> Loaded:
     """Read the images of an item and put them through PNG, so that the pixels analysed are those stored."""
-    dtype = torch.float64 if plan.encoder.dtype == torch.float64 else torch.float32
 
     def stored(pixels: Tensor) -> tuple[bytes, Tensor]:
         png = encode_png(pixels)
-        return png, decode_png(png, dtype).to(plan.encoder.device)
+        return png, open_png(plan.encoder, png)
 
     source, target = plan.pixels(item)
     return Loaded(item, *stored(source), *(() if target is None else stored(target)))
@@ -205,7 +210,7 @@ def _load(plan: Plan, item: Item) -> Loaded:
 
 def _base_row(plan: Plan, item: Item, one: Loaded | None) -> Row:
     """Return the columns that all rows of an item share, the others empty."""
-    layout, ids = plan.layout, item.record()
+    layout, ids = plan.layout, dict(item.columns)
     row: Row = dict.fromkeys((*layout.images, *layout.features)) | ids | plan.provenance
     if one is not None:
         row[layout.images[0]] = one.png
@@ -214,58 +219,30 @@ def _base_row(plan: Plan, item: Item, one: Loaded | None) -> Row:
     return row | ({"heading": plan.settings["heading"]} if "heading" in layout.features else {})
 
 
-def _read_back(folder: Path, plan: Plan, shown: int) -> RunRows:
-    """Read the rows of a run, in the order of the items; those of the first `shown` items also with their images."""
-    order = {item.name: item.index for item in plan.items}
-    layout = plan.layout
+def read_back(folder: Path, layout: Layout, names: Sequence[str], shown: int) -> RunRows:
+    """Read the rows of a run, in the order of its items; those of the first `shown` items also with their images."""
+    order = {name: place for place, name in enumerate(names)}
 
     def place(row: Row) -> int:
         return order[row[layout.item]]
 
-    rows, pictures = [], []
+    rows: list[Row] = []
+    pictures: list[Row] = []
     for path in shards.shard_files(folder, layout):
         wanted = shards.shard_index(path) < shown
         for row in shards.read_shard(path, images=wanted, layout=layout):
             if wanted and place(row) < shown:
                 pictures.append(row)
             rows.append({key: value for key, value in row.items() if key not in layout.images})
-    costs = shards.read_costs(folder)
-    return RunRows(tuple(sorted(rows, key=place)), tuple(sorted(pictures, key=place)), costs, folder)
+    return RunRows(sorted(rows, key=place), sorted(pictures, key=place), shards.read_costs(folder), folder)
 
 
-def _close(plan: Plan, verb: Verb, folder: Path, made: RunRows) -> Row:
+def _close(plan: Plan, verb: Any, folder: Path, made: RunRows) -> Row:
     """Write figures and card, and return the summary."""
-    summary = verb.summarize(plan.encoder, plan.settings, made)
-    figures = verb.figures(plan, summary, made)
+    summary: Row = verb.summarize(plan.encoder, plan.settings, made)
+    figures = verb.draw_figures(plan, summary, made)
     for name, data in figures.items():
         shards.write_atomic(folder / "figures" / name, data)
     text = card.run_card(plan.layout, plan.settings, summary, sorted(figures), plan.command)
     shards.write_atomic(folder / "README.md", text.encode())
     return summary
-
-
-def summarize_run(encoder: Any, folder: Path, rows: Sequence[Row], rtol: float, pair_ids: Sequence[str]) -> Row:
-    """Sum up the rows of a match run, with the baseline from the stored images of its first pairs."""
-    order = {name: place for place, name in enumerate(pair_ids[: match.BASELINE_PAIRS])}
-    stored = shards.read_rows(folder, images=True, first=len(order))
-    shown = sorted((row for row in stored if row["pair_id"] in order), key=lambda row: order[row["pair_id"]])
-    made = RunRows(tuple(rows), tuple(shown), shards.read_costs(folder), folder)
-    return match.summarize(encoder, {"rtol": rtol}, made)
-
-
-def summarize_analysis(analysis: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Row:
-    """Sum up the rows of a spectrum, lipschitz or walk run, those of one image side by side."""
-    return VERBS[analysis].summarize(None, settings, RunRows(tuple(map(dict, rows))))
-
-
-# old names
-
-AnalysisOutcome = RunOutcome
-FAILED = {name: tuple(status for status in Status if status not in verb.succeeded) for name, verb in VERBS.items()}
-run_match = run_analysis
-
-
-def __getattr__(name: str) -> Any:
-    if name != "plots":
-        raise AttributeError(name)
-    return import_module("hf_equiv.analyses.figures")

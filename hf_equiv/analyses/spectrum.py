@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig
-from hf_equiv.analyses.measures import Rows, by_image, median_of
+from hf_equiv.analyses.measures import Rows, by_image, medians_of, verdict
 from hf_equiv.analyses.pairs import Item
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, stages_of
 from hf_equiv.checks import check_count
 from hf_equiv.data.image_file import decode_png
-from hf_equiv.formatting import finite, short
+from hf_equiv.formatting import finite
 from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
 from hf_equiv.geometry.zeros import Zero
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
+from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -30,8 +31,12 @@ if TYPE_CHECKING:
 KEPT_VECTORS = 8
 """Singular vectors kept with `vectors` where no `k` is given."""
 
+SUCCEEDED, BATCH = (Status.COMPLETED,), "derivatives"
+
 SHOWN = 6
 """Images whose singular vectors are drawn."""
+
+_ZEROS = ("structural_zeros", "near_structural")
 
 
 @dataclass(frozen=True)
@@ -70,21 +75,20 @@ class SpectrumConfig(ImageConfig):
         return size + size * encoder.dtype.itemsize * (self.k or KEPT_VECTORS) * self.vectors
 
 
-def image_row(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+CONFIG = SpectrumConfig
+
+
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
     """Make the row of one image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
-    tell("jacobian", 0, 1)
+    (one,) = part
+    stages_of(one, tell)("jacobian", 0, 1)
     k, vectors = plan.settings["k"], plan.settings["vectors"]
-    result = measure_spectrum(plan.encoder, one.image, k=k, vectors=vectors, batch=batch)
+    result = jacobian_spectrum(plan.encoder, one.image[None], k=k, vectors=vectors, batch=batch)
     floats: dict[str, Tensor] = {}
     if result.right is not None and result.left is not None:
         kept = k or min(KEPT_VECTORS, result.right.shape[1])
         floats = {"right": result.right[0, :kept].clone(), "left": result.left[0, :, :kept]}  # without the others
-    return Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()})
-
-
-def measure_spectrum(encoder: Any, image: Tensor, *, k: int | None, vectors: bool, batch: int) -> SpectrumResult:
-    """Return the spectrum at one image (3, H, W), as a run states it."""
-    return jacobian_spectrum(encoder, image[None], k=k, vectors=vectors, batch=batch)
+    return [Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()})]
 
 
 def row_of(result: SpectrumResult) -> Row:
@@ -123,45 +127,23 @@ def _zeros(zeros: Sequence[Zero]) -> list[Row]:
 
 def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
     keys = ("sigma_max", "rank", "nullity", "effective_rank", "participation", "num_evals", "seconds")
-    middle = {key: median_of(row[key] for row in rows) for key in keys}
-    zeros = {
-        kind: {
-            cause: {
-                "images": len(found),
-                "count": max(z["count"] for z in found),
-                "predicted": median_of(z["predicted"] for z in found),
-                "measured": median_of(z["measured"] for z in found),
-            }
-            for cause, found in _by_cause(rows, kind).items()
-        }
-        for kind in ("structural_zeros", "near_structural")
-    }
-    return {"median": middle, **zeros, "verdict": _verdict(rows, middle, zeros)}
+    middle, zeros = medians_of(rows, keys), {kind: _by_cause(rows, kind) for kind in _ZEROS}
+    return {"median": middle, **zeros, "verdict": verdict("spectrum", rows=rows, median=middle, **zeros)}
 
 
-def _by_cause(rows: Rows, kind: str) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
+summarize = by_image(_summarize)
+
+
+def _by_cause(rows: Rows, kind: str) -> Row:
+    found: dict[str, list[Row]] = {}
     for row in rows:
         for zero in row[kind]:
             found.setdefault(zero["cause"], []).append(zero)
-    return found
-
-
-def _verdict(rows: Rows, middle: Row, zeros: Row) -> str:
-    where = f"At {rows[0]['image_id']}" if len(rows) == 1 else f"At {len(rows)} images (medians)"
-    text = f"{where} the embedding moves by at most {middle['sigma_max']:.4g} per unit of pixels (L2)"
-    if middle["rank"] is None:
-        return text + f"; the {len(rows[0]['singular_values'])} largest singular values were computed."
-    rank, total = int(middle["rank"]), len(rows[0]["singular_values"])
-    many = f"{rank} of {total}" if total >= rank else str(rank)
-    text += (
-        f". {many} singular values are above the rank threshold, so that {int(middle['nullity']):,} of "
-        f"{int(middle['nullity']) + rank:,} pixel directions leave it, to first order."
-    )
-    exact = [f"{c} ({z['count']})" for c, z in zeros["structural_zeros"].items()]
-    near = [f"{c} (predicted {short(z['predicted'])})" for c, z in zeros["near_structural"].items()]
-    text += f" Zeros: {', '.join(exact)}." if exact else ""
-    return text + (f" Nearly zero: {', '.join(near)}." if near else "")
+    return {
+        cause: {"images": len(own), "count": max(zero["count"] for zero in own)}
+        | medians_of(own, ("predicted", "measured"))
+        for cause, own in found.items()
+    }
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
@@ -175,20 +157,6 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
             floats |= shards.read_floats(path)[0] if shards.shard_index(path) < SHOWN else {}
     vectors = {name: (x, floats[f"{name}/right"]) for name, x in images.items() if f"{name}/right" in floats}
     return figures.spectrum_figures(made.rows, vectors, plan.settings)
-
-
-VERB = Verb(
-    config=SpectrumConfig,
-    make_rows=one_by_one(image_row),
-    summarize=by_image(_summarize),
-    figures=draw_figures,
-    succeeded=(Status.COMPLETED,),
-    batch="derivatives",
-    shown=SHOWN,
-)
-
-
-# How `verify` makes rows of spectra again, and compares them (see `verify.rows.VERBS`).
 
 
 _BATCH = 32  # cotangents per pass
@@ -206,7 +174,7 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
     """Make a spectrum row again; what is counted or summed over all singular values, from the stated ones."""
     (row,) = rows
-    made = row_of(measure_spectrum(encoder, row["image"], k=settings["k"], vectors=False, batch=_BATCH))
+    made = row_of(jacobian_spectrum(encoder, row["image"][None], k=settings["k"], vectors=False, batch=_BATCH))
     sigma = [s or 0.0 for s in row["singular_values"] or []]
     values, whole = torch.tensor(sigma, dtype=torch.float64), made["rank"] is not None and settings["k"] is None
     if whole and len(sigma) == len(made["singular_values"]) and sigma[0] > 0:
@@ -237,7 +205,7 @@ def tolerances(made: Row, settings: Row) -> Row:
             {"measured": 2 * max(bounds) + 1e-7 * top, "predicted": 1e-2 * (zero["predicted"] or 0.0) + 1e-12}
             for zero in made[kind]
         ]
-        for kind in ("structural_zeros", "near_structural")
+        for kind in _ZEROS
     }
     return zeros | {
         "singular_values": [2 * bound + 1e-7 * top for bound in bounds],

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, Load, check_choice
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, relative_error
+from hf_equiv.analyses.measures import Rows, by_image, embed, largest, median_of, relative_error, verdict
 from hf_equiv.analyses.pairs import Item, image_generator
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, Verb, one_by_one
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, stages_of
 from hf_equiv.checks import check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
-from hf_equiv.formatting import finite, short
+from hf_equiv.formatting import finite
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
+from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 CHUNK = 16
 """Frames encoded at once."""
+
+SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
 
 SHOWN = 6
 """Walks drawn one by one."""
@@ -107,19 +110,23 @@ class WalkConfig(ImageConfig):
         return (size + whole) * (self.num_steps + 1) + 2 * whole
 
 
-def path_rows(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
+CONFIG = WalkConfig
+
+
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
     """Walk from one image, for `nearest` and `connect` from a match that starts at it; one row for each point."""
-    encoder, settings = plan.encoder, plan.settings
+    (one,) = part
+    encoder, settings, stage = plan.encoder, plan.settings, stages_of(one, tell)
     name, image, target = one.item.name, one.image, one.target
     from_match, steps = settings["solver"] is not None, settings["num_steps"]
     start, evals, seconds = image, 0.0, 0.0
     if from_match and target is not None:
-        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
+        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], stage)
     walk = trace_level_set(
         encoder, start[None], heading=settings["heading"], step=settings["step"], num_steps=steps,
         rtol=settings["rtol"], target=None if target is None else target[None], stop=settings.get("stop", STOP),
         origin=image[None] if from_match else None, generator=image_generator(settings["seed"], name),
-        keep_points=True, progress=lambda point: tell("walk", point.step, steps),
+        keep_points=True, progress=lambda point: stage("walk", point.step, steps),
     )  # fmt: skip
     path, status = walk.paths[0], walk.status[0]
     if not path or status is Status.ERROR:
@@ -138,7 +145,7 @@ def path_rows(plan: Plan, one: Loaded, batch: int, tell: Stage) -> Made:
     ]
     origin = image if from_match else frames[0].clone()  # without the memory of the other frames
     floats = {"frames": frames, "origin": origin} | ({} if target is None else {"target": target})
-    return Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
+    return [Made(rows, {f"{name}/{key}": value for key, value in floats.items()})]
 
 
 def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:
@@ -154,15 +161,12 @@ def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:
 
 def level(encoder: Any, start: Tensor, target: Tensor | None) -> Tensor:
     """Return the embedding z (D,) of the level set: the target's for walks from a match, else that of the start."""
-    with torch.no_grad(), no_tf32():
-        z: Tensor = encoder((start if target is None else target)[None])[0]
-    return z
+    return embed(encoder, (start if target is None else target)[None])[0]
 
 
 def drift(encoder: Any, frame: Tensor, z: Tensor) -> float | None:
     """Return ‖f(x) − z‖ / ‖z‖ of one frame (3, H, W)."""
-    with torch.no_grad(), no_tf32():
-        return relative_error(encoder(frame[None])[0], z)
+    return relative_error(embed(encoder, frame[None])[0], z)
 
 
 def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
@@ -193,51 +197,16 @@ def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
         }
         for name, path in paths.items()
     ]
-    return {"walks": walks, "verdict": _verdict(walks, settings)}
+    told = verdict(
+        "walk", settings=settings, walks=walks, l2=median_of(walk["l2"] for walk in walks),
+        drift=largest(walk["largest_drift"] for walk in walks),
+        drift_8bit=largest(walk["largest_drift_8bit"] for walk in walks),
+        stop=settings.get("stop", STOP) if settings["heading"] in TO_AN_IMAGE else None,
+    )  # fmt: skip
+    return {"walks": walks, "verdict": told}
 
 
-def _verdict(walks: Sequence[Row], settings: Mapping[str, Any]) -> str:
-    heading = settings["heading"]
-    drift = short(largest(walk["largest_drift"] for walk in walks))
-    rounded = largest(walk["largest_drift_8bit"] for walk in walks)
-    kept = f"with drift at most {drift} at every point"
-    kept += "." if rounded is None else f" ({short(rounded)} for the frames rounded to 8 bit)."
-    if len(walks) > 1:
-        done = sum(walk["status"] == Status.COMPLETED for walk in walks)
-        ends = f"{median_of(w['l2'] for w in walks):.3g}"
-        return f"{done} of {len(walks)} walks ({heading}) were completed; they end at L2 {ends} (median), {kept}"
-    walk = walks[0]
-    name, steps = walk["image_id"], walk["steps"]
-    if settings["solver"] is not None:
-        way = f"from a match of the target ({heading}): L2 {walk['start_l2']:.3g} from {name} before, "
-        way += f"{walk['l2']:.3g} after"
-    else:
-        way = f"from {name} ({heading}): L2 {walk['l2']:.3g} from it"
-    text = f"{steps} steps {way}, along a path of {walk['arc_length']:.3g}, {kept}"
-    if steps == 0:
-        text = f"No step was made from {name} ({heading})."
-    if heading in ("toward", "connect") and walk["remaining"] is not None:
-        reached = walk["remaining"] < 1e-3
-        text += " The target itself was reached." if reached else f" The target is still {walk['remaining']:.3g} away."
-    if heading in TO_AN_IMAGE and walk["stationarity"] is not None and (walk["remaining"] or 0.0) >= 1e-3:
-        text += " " + _rest(walk, settings)
-    if walk["labels"]:
-        seen = " then ".join(name.split(",")[0] for name in walk["labels"])
-        text += f" The head sees {seen} all the way." if len(walk["labels"]) == 1 else f" The head sees {seen}."
-    return text
-
-
-def _rest(walk: Row, settings: Mapping[str, Any]) -> str:
-    """Say why a walk to an image ended, and how much of the way on still leads along the level set."""
-    left = walk["stationarity"]
-    told = f"at most {left:.0%} of the way on leads along the level set"
-    if left <= settings.get("stop", STOP):
-        return f"It is as near as was asked: {told}."
-    if walk["steps"] == settings["num_steps"]:
-        return f"All steps that were asked are made; {told}."
-    if walk["status"] == Status.COMPLETED:
-        return f"No nearer point was found; {told}."
-    return f"A nearer point could not be brought back to the level set; {told}."
+summarize = by_image(_summarize)
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
@@ -255,20 +224,6 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
             end = image if plan.settings["heading"] == "nearest" else target
             ends |= {} if end is None else {item.name: end}
     return figures.walk_figures(made.rows, frames, ends, plan.settings)
-
-
-VERB = Verb(
-    config=WalkConfig,
-    make_rows=one_by_one(path_rows),
-    summarize=by_image(_summarize),
-    figures=draw_figures,
-    succeeded=(Status.COMPLETED,),
-    batch="nothing",
-    shown=SHOWN,
-)
-
-
-# How `verify` makes rows of walks again, and compares them (see `verify.rows.VERBS`).
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:

@@ -155,7 +155,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
     from hf_equiv.runs import resume
 
     quiet = given["as_json"] or given["quiet"]
-    kind = VERBS[name].config
+    kind = VERBS[name].CONFIG
     config = kind(**{option.name: given[option.name] for option in fields(kind) if option.name in given})
     config.check()
     with environment.calm(quiet=quiet):
@@ -241,8 +241,6 @@ def _how_to_go_on() -> str:
 
 def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
     """Return the facts of a dry run; the time comes from a timed evaluation and a rough count of them."""
-    from hf_equiv.analyses.pairs import unusable_images
-
     encoder, settings, items = plan.encoder, plan.settings, plan.items
     match = plan.config.analysis == "match"
     what, to_do, _ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
@@ -257,7 +255,7 @@ def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> d
         f"{what}_there": there,
         to_do: left,
         f"{what}_of_status_error": failing,
-        "unusable_images": unusable_images(items),
+        "unusable_images": {image: why for item in items for image, why in item.unusable},
         "choices": list(plan.choices),
         "out": str(folder),
         "batch_size": batch_size or (8 if encoder.device.type == "cpu" else 32),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from hf_equiv.analyses.run import summarize_analysis
+from hf_equiv.analyses import spectrum, walk
+from hf_equiv.analyses.plan import RunRows
 from hf_equiv.report.collect import Run
 from hf_equiv.report.statistics import Estimate, Rows, Share, Spread, column, estimate, fill, share, spread
 from hf_equiv.runs.schema import Row, row_name
@@ -58,7 +59,7 @@ def spectrum_numbers(runs: Sequence[Run]) -> SpectrumNumbers | None:
     full = [row for row in rows if row["rank"] is not None]
     smallest = [min((v for v in row["singular_values"] if v is not None and v > row["rank_threshold"]), default=None)
                 for row in full]  # fmt: skip
-    zeros = summarize_analysis("spectrum", rows, {})
+    zeros = spectrum.summarize(None, {}, RunRows(rows))
     return fill(
         SpectrumNumbers, rows, {key: zeros[key] for key in ("structural_zeros", "near_structural")},
         images=len(rows),
@@ -161,7 +162,7 @@ def walk_numbers(runs: Sequence[Run]) -> WalkNumbers | None:
     walks: list[Row] = []
     for run in runs:
         if run.good:
-            made = summarize_analysis("walk", run.good, run.settings)["walks"]
+            made = walk.summarize(None, run.settings, RunRows(run.good))["walks"]
             walks += [walk | {"heading": run.settings["heading"], "run": run.name} for walk in made]
     if not walks:
         return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hf_equiv.analyses.measures import largest
 from hf_equiv.hub import card as hub_card
 from hf_equiv.hub.load import download_results, local_folder, run_folders, split_name
 from hf_equiv.runs import directory
@@ -18,36 +19,17 @@ from hf_equiv.verify.rows import Problem, differs, problem
 
 
 @dataclass(frozen=True, slots=True)
-class RunReport:
-    """What `verify_run` found of one run of a dataset.
-
-    Attributes:
-        name: ANALYSIS-MODELSLUG-HASH8.
-        place: "" for the root of the dataset, else `runs/NAME`.
-        model: the recorded checkpoint.
-        revision: its recorded revision.
-        report: the findings; files are named inside the dataset.
-    """
-
-    name: str
-    place: str
-    model: str
-    revision: str
-    report: VerifyReport
-
-
-@dataclass(frozen=True, slots=True)
 class DatasetReport:
     """What `verify_results` found.
 
     Attributes:
-        runs: of each run.
+        runs: the findings of each run; files are named inside the dataset.
         card_problems: of the dataset's card, and of what belongs to no run.
         repo_id: the dataset on the Hub; None for a folder.
         commit: the commit that was verified; None for a folder.
     """
 
-    runs: tuple[RunReport, ...]
+    runs: tuple[VerifyReport, ...]
     card_problems: tuple[Problem, ...]
     repo_id: str | None = None
     commit: str | None = None
@@ -55,32 +37,21 @@ class DatasetReport:
     @property
     def holds(self) -> bool:
         """Whether every run holds, and the card says what they say."""
-        return bool(self.runs) and not self.card_problems and all(run.report.holds for run in self.runs)
+        return bool(self.runs) and not self.card_problems and all(run.holds for run in self.runs)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Everything that does not hold."""
-        return (*(problem for run in self.runs for problem in run.report.problems), *self.card_problems)
+        return (*(problem for run in self.runs for problem in run.problems), *self.card_problems)
 
     @property
     def total(self) -> VerifyReport:
         """All runs as one: counts added, the worst error of any."""
-        reports = [run.report for run in self.runs]
-
-        def worst(key: str) -> float | None:
-            return max((value for r in reports if (value := getattr(r, key)) is not None), default=None)
-
-        return VerifyReport(
-            rows=sum(r.rows for r in reports),
-            verified=sum(r.verified for r in reports),
-            failed=sum(r.failed for r in reports),
-            worst_embedding_error=worst("worst_embedding_error"),
-            worst_embedding_error_8bit=worst("worst_embedding_error_8bit"),
-            problems=self.problems,
-            error_rows=sum(r.error_rows for r in reports),
-            withheld=sum(r.withheld for r in reports),
-            analysis=reports[0].analysis if len({r.analysis for r in reports}) == 1 else "",
-        )
+        counts = ("rows", "verified", "failed", "error_rows", "withheld")
+        added: dict[str, Any] = {key: sum(getattr(run, key) for run in self.runs) for key in counts}
+        errors = ("worst_embedding_error", "worst_embedding_error_8bit")
+        added |= {key: largest(getattr(run, key) for run in self.runs) for key in errors}
+        return VerifyReport(**added, problems=self.problems)
 
     def to_json(self) -> dict[str, Any]:
         """The totals as of one run; with the name and commit on the Hub, and the runs if there are several."""
@@ -89,8 +60,8 @@ class DatasetReport:
             data |= {"dataset": self.repo_id, "commit": self.commit}
         if len(self.runs) > 1:
             data["runs"] = [
-                {"run": run.name, "path": run.place, "analysis": run.report.analysis, "model": run.model,
-                 "revision": run.revision} | run.report.to_json()
+                {"run": run.name, "path": run.place, "analysis": run.analysis, "model": run.model,
+                 "revision": run.revision} | run.to_json()
                 for run in self.runs
             ]  # fmt: skip
         return data
@@ -139,18 +110,17 @@ def verify_results(
     folder, repo_id, commit = _open(where, revision, token, cache_dir, local_files_only)
     places = run_folders(folder) or {"": folder}  # a folder that is no run is refused by name
     records = {place: directory.read_record(path) for place, path in places.items()}
-    runs: list[RunReport] = []
+    runs: list[VerifyReport] = []
     for place, path in places.items():
-        model_id, revision_of = (str(records[place]["settings"][key]) for key in ("model_id", "model_revision"))
-        is_local = revision_of.startswith("sha256:") and model_id != "builtin"
+        settings = records[place]["settings"]
+        is_local = str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
         report = verify_run(
             path, model=model if len(places) == 1 or is_local else None, device=device, cache_dir=cache_dir,
             local_files_only=local_files_only, allow_withheld=allow_withheld, observer=observer,
         )  # fmt: skip
-        inside = f"{place}/" if place else ""  # files are named inside the dataset
+        inside = f"{place}/" if place else ""
         named = tuple(replace(p, file=inside + p.file, message=inside + p.message) for p in report.problems)
-        report = replace(report, problems=named)
-        runs.append(RunReport(run_name(records[place]), place, model_id, revision_of, report))
+        runs.append(replace(report, place=place, problems=named))
     several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
     card_problems = (*_check_folders(folder, records), *_check_card(folder / CARD, records)) if several else ()
     return DatasetReport(tuple(runs), card_problems, repo_id, commit)

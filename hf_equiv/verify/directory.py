@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hf_equiv.analyses import measures
-from hf_equiv.analyses.run import summarize_analysis, summarize_run
+from hf_equiv.analyses.measures import largest
+from hf_equiv.analyses.run import VERBS, read_back
 from hf_equiv.hub_client import RevisionNotFoundError
 from hf_equiv.models.encoder import load_recorded
 from hf_equiv.results import SCHEMA_VERSION, Status
@@ -25,8 +25,6 @@ from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, differs, problem
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
-
-Floats = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,11 @@ class VerifyReport:
         worst_embedding_error: largest recomputed error of a float match, or drift of a frame; None elsewhere.
         worst_embedding_error_8bit: the same of the stored PNG.
         problems: everything that does not hold, of rows and of files.
-        analysis: the verb of the run: match, spectrum, lipschitz or walk; not in the JSON form.
+        analysis: the verb of the run, match, spectrum, lipschitz or walk; like all that follows not in the JSON form.
+        name: ANALYSIS-MODELSLUG-HASH8.
+        place: "" for the root of a dataset, else `runs/NAME`.
+        model: the recorded checkpoint.
+        revision: its recorded revision.
     """
 
     rows: int
@@ -54,6 +56,10 @@ class VerifyReport:
     error_rows: int = 0
     withheld: int = 0
     analysis: str = MATCH.analysis
+    name: str = ""
+    place: str = ""
+    model: str = ""
+    revision: str = ""
 
     @property
     def holds(self) -> bool:
@@ -68,9 +74,9 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data; rows of status `error` are those that are neither verified nor failed."""
+        keys = ("rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems")
         data = asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
-        left_out = {"error_rows", "analysis"} | ({"withheld"} if not self.withheld else set())
-        return {key: value for key, value in data.items() if key not in left_out}
+        return {key: data[key] for key in (*keys, *(["withheld"] if self.withheld else []))}
 
 
 def verify_run(
@@ -113,16 +119,16 @@ def verify_run(
     """
     folder = Path(folder)
     record = directory.read_record(folder)
-    settings, layout = record["settings"], directory.check_record(folder, record)
+    layout = directory.check_record(folder, record)
     encoder, problems = None, list[Problem]()
     if not directory.is_withheld(record):
         checkpoint, cache = (None if path is None else os.fspath(path) for path in (model, cache_dir))
-        encoder, problems = _load(settings, checkpoint, cache, device, local_files_only)
+        encoder, problems = _load(record["settings"], checkpoint, cache, device, local_files_only)
     problems += _check_files(folder, record)
     rows, made, found = _check_shards(folder, record, layout, encoder, observer)
     problems += [*found, *_check_list(record, layout, rows)]
     if record["complete"] and not any(problem.pair_id is not None for problem in problems):
-        problems += _check_summary(encoder, folder, record, layout, rows)
+        problems += _check_summary(encoder, folder, record, layout)
     return _report(record, layout, rows, made, problems, allow_withheld)
 
 
@@ -130,12 +136,22 @@ def _load(
     settings: Row, model: str | None, cache_dir: str | None, device: str | None, local_files_only: bool
 ) -> tuple[Encoder | None, list[Problem]]:
     """Load the model that the run states; where its commit is gone from the Hub, that is a problem."""
+    stated = settings["model_revision"]
     try:
         encoder = load_recorded(settings, model, device, cache_dir, local_files_only)
     except RevisionNotFoundError:
-        told = f"model {settings['model_id']!r} has no revision {settings['model_revision']!r}: nothing was recomputed"
-        return None, [problem("run.json", None, "model_revision", settings["model_revision"], None, told)]
-    return encoder, [*_check_model(encoder, settings)]
+        told = f"model {settings['model_id']!r} has no revision {stated!r}: nothing was recomputed"
+        return None, [problem("run.json", None, "model_revision", stated, None, told)]
+    loaded, problems = encoder.provenance["model_revision"], []
+    if loaded != stated:
+        told = f"other weights were loaded: {loaded}; the run states {stated}"
+        problems.append(problem("run.json", None, "model_revision", stated, loaded, told))
+    scaling, here = (json.loads(text) for text in (settings["processor"], encoder.provenance["processor"]))
+    for key in ("image_mean", "image_std"):
+        a, b = scaling.get(key), here.get(key)
+        if a != b:
+            problems.append(differs("run.json", None, f"processor.{key}", a, b, "pixels are scaled by another"))
+    return encoder, problems
 
 
 def _report(
@@ -148,99 +164,83 @@ def _report(
     if withheld and not allow_withheld:
         told = f"{withheld} of {len(rows)} rows cannot be recomputed: photos are withheld"
         problems = [*problems, problem("run.json", None, "photos", WITHHELD, None, told)]
+    plain, png = ("drift", "drift_8bit") if layout.analysis == "walk" else ("embedding_error", "embedding_error_8bit")
     return VerifyReport(
         rows=len(rows),
         verified=len((names & again) - bad - empty),
         failed=len(bad if withheld else bad | (names - again - empty)),
-        worst_embedding_error=_worst(made, "embedding_error", "drift"),
-        worst_embedding_error_8bit=_worst(made, "embedding_error_8bit", "drift_8bit"),
+        worst_embedding_error=largest(row.get(plain) for row in made),
+        worst_embedding_error_8bit=largest(row.get(png) for row in made),
         problems=tuple(problems),
         error_rows=len(empty),
         withheld=withheld,
         analysis=layout.analysis,
+        name=directory.run_name(record),
+        model=str(record["settings"]["model_id"]),
+        revision=str(record["settings"]["model_revision"]),
     )
-
-
-def _worst(made: Sequence[Row], *keys: str) -> float | None:
-    return max((row[key] for row in made for key in keys if row.get(key) is not None), default=None)
-
-
-def _check_model(encoder: Encoder, settings: Row) -> Iterator[Problem]:
-    """Check that the weights and the scaling of pixels are those that the run states."""
-    stated, loaded = settings["model_revision"], encoder.provenance["model_revision"]
-    if loaded != stated:
-        told = f"other weights were loaded: {loaded}; the run states {stated}"
-        yield problem("run.json", None, "model_revision", stated, loaded, told)
-    processor, here = (json.loads(text) for text in (settings["processor"], encoder.provenance["processor"]))
-    for key in ("image_mean", "image_std"):
-        if processor.get(key) != here.get(key):
-            why = "pixels are scaled by another"
-            yield differs("run.json", None, f"processor.{key}", processor.get(key), here.get(key), why)
 
 
 def _check_files(folder: Path, record: Row) -> Iterator[Problem]:
     """Check that every file has the stated SHA-256, and that a finished run states one for every file."""
-    stated: Mapping[str, str] = record["files"]
+    stated: dict[str, str] = record["files"]
     for name, digest in stated.items():
+        path, now = folder / name, None
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            yield problem(name, None, "sha256", digest, None, "the file is outside the run directory")
+            how = "is outside the run directory"
+        elif not path.is_file():
+            how = "is missing"
+        elif (now := shards.sha256_file(path)) != digest:
+            how = "changed: its SHA-256 is not what run.json states"
+        else:
             continue
-        path = folder / name
-        now = shards.sha256_file(path) if path.is_file() else None
-        if now != digest:
-            how = "is missing" if now is None else "changed: its SHA-256 is not what run.json states"
-            yield problem(name, None, "sha256", digest, now, f"the file {how}")
+        yield problem(name, None, "sha256", digest, now, f"the file {how}")
+    edited = {"README.md"} if record.get("card") == "dataset" else set()  # by its owner; its numbers are checked
     for path in sorted(directory.own_files(folder)) if record["complete"] else ():
         name = path.relative_to(folder).as_posix()
-        edited = (
-            name == "README.md" and record.get("card") == "dataset"
-        )  # the owner may edit it; its numbers are checked
-        if name not in stated and not edited:
+        if name not in {*stated, *edited}:
             yield problem(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
 
 
-def _shards(folder: Path, record: Row, layout: Layout) -> Iterator[tuple[str, list[Row], Floats, list[Problem]]]:
-    """Read each shard: its rows, with the `cost` that the float file states, its float images, and problems."""
-    for path in shards.shard_files(folder, layout):
-        file, rows, problems = path.relative_to(folder).as_posix(), list[Row](), list[Problem]()
-        float_file = checks.float_name(file)
-        floats: Floats = {}
-        costs: Row = {}
-        try:
-            for name in shards.unknown_columns(path, layout):
-                told = f"column {name!r} is not one of a {layout.analysis} run"
-                problems.append(problem(file, None, name, None, name, told))
-            rows = shards.read_shard(path, images=True, layout=layout)
-        except ValueError as error:
-            problems.append(problem(file, None, "file", "a shard of rows", None, str(error)))
-        try:
-            if (folder / float_file).is_file() or float_file in record["files"]:
-                floats, costs = shards.read_floats(folder / float_file)
-        except ValueError as error:
-            problems.append(problem(float_file, None, "file", "float images", None, str(error)))
-        ids = {row[layout.item] for row in rows}
-        for name in sorted({*floats, *costs} if rows else ()):
-            if name not in ids and name.rpartition("/")[0] not in ids:
-                told = f"{name!r} belongs to no row of {file}"
-                problems.append(problem(float_file, name, layout.images[0], None, "a float image", told))
-        yield file, [row | {"cost": costs.get(row[layout.item])} for row in rows], floats, problems
+def _read_shard(
+    folder: Path, path: Path, record: Row, layout: Layout
+) -> tuple[list[Row], dict[str, Tensor], list[Problem]]:
+    """Return the rows of a shard, with the `cost` that the float file states, its float images, and problems."""
+    file, rows, problems = path.relative_to(folder).as_posix(), list[Row](), list[Problem]()
+    float_file, floats, costs = checks.float_name(file), dict[str, Tensor](), Row()
+    try:
+        for name in shards.unknown_columns(path, layout):
+            told = f"column {name!r} is not one of a {layout.analysis} run"
+            problems.append(problem(file, None, name, None, name, told))
+        rows = shards.read_shard(path, images=True, layout=layout)
+    except ValueError as error:
+        problems.append(problem(file, None, "file", "a shard of rows", None, str(error)))
+    try:
+        if (folder / float_file).is_file() or float_file in record["files"]:
+            floats, costs = shards.read_floats(folder / float_file)
+    except ValueError as error:
+        problems.append(problem(float_file, None, "file", "float images", None, str(error)))
+    ids = {row[layout.item] for row in rows}
+    for name in sorted({*floats, *costs} if rows else ()):
+        if name not in ids and name.rpartition("/")[0] not in ids:
+            told = f"{name!r} belongs to no row of {file}"
+            problems.append(problem(float_file, name, layout.images[0], None, "a float image", told))
+    return [row | {"cost": costs.get(row[layout.item])} for row in rows], floats, problems
 
 
 def _check_shards(
     folder: Path, record: Row, layout: Layout, encoder: Encoder | None, observer: Callable[[int, int], None] | None
 ) -> tuple[list[Row], list[Row], list[Problem]]:
-    """Go through the shards, pair by pair or image by image.
-
-    Returns:
-        The rows, each once; those that could be made again; both without images; problems.
-    """
+    """Return the rows, each once, and those that could be made again, both without images; and problems."""
     settings, done = record["settings"], 0
     listed = {item[layout.item]: item for item in record[layout.listed]}
     rows: list[Row] = []
     made: list[Row] = []
     problems: list[Problem] = []
     places: dict[tuple[Any, ...], str] = {}
-    for file, shard, floats, unreadable in _shards(folder, record, layout):
+    for path in shards.shard_files(folder, layout):
+        file = path.relative_to(folder).as_posix()
+        shard, floats, unreadable = _read_shard(folder, path, record, layout)
         problems += unreadable
         items: dict[str, list[Row]] = {}
         for row in shard:
@@ -256,8 +256,8 @@ def _check_shards(
                 settings = settings | {"radii": own[0]["radii"]}
             problems += checks.check_stated(file, layout, record, listed.get(name), own)
             again, found = checks.check_item(file, layout, encoder, settings, own, floats)
-            made += again
             problems += found
+            made += again
             rows += [{key: value for key, value in row.items() if key not in layout.images} for row in own]
             done += 1
             if observer is not None:
@@ -277,11 +277,11 @@ def _check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Pr
             yield problem("run.json", name, layout.item, "a row", "no row", told)
         if count > 1:
             yield problem("run.json", name, layout.item, "once", "twice", f"{name!r} is listed {count} times")
-    total = len(record[layout.listed])
-    asked = record["settings"].get(f"num_{layout.listed}", total)
+    total, key = len(record[layout.listed]), f"num_{layout.listed}"
+    asked = record["settings"].get(key, total)
     if asked != total:
         told = f"the settings ask for {asked} {layout.listed}; {total} are listed"
-        yield problem("run.json", None, f"settings.num_{layout.listed}", asked, total, told)
+        yield problem("run.json", None, f"settings.{key}", asked, total, told)
     version = record["settings"].get("schema_version", record["schema_version"])
     if version != record["schema_version"] or not 1 <= version <= SCHEMA_VERSION:
         yield differs("run.json", None, "settings.schema_version", version, record["schema_version"])
@@ -297,15 +297,10 @@ def _check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Pr
         yield problem("run.json", name, "errors", name not in failed, name in failed, f"run.json {told}: {name!r}")
 
 
-def _check_summary(
-    encoder: Encoder | None, folder: Path, record: Row, layout: Layout, rows: Sequence[Row]
-) -> Iterator[Problem]:
+def _check_summary(encoder: Encoder | None, folder: Path, record: Row, layout: Layout) -> Iterator[Problem]:
     """Check that the summary follows from the rows, and the numbers of the card from the summary."""
-    order = {item[layout.item]: index for index, item in enumerate(record[layout.listed])}
-    rows = sorted(rows, key=lambda row: order[row[layout.item]])
-    stated = record["summary"] if isinstance(record["summary"], dict) else {}
-    made, right = _summarize(encoder, folder, record, layout, rows, stated), True
-    for path, a, b in _leaves("summary", stated, made):
+    stated, right = record["summary"] if isinstance(record["summary"], dict) else {}, True
+    for path, a, b in _leaves("summary", stated, _summarize(encoder, folder, record, layout, stated)):
         if not _near(path, a, b):
             right = False
             yield differs("run.json", None, path, a, b)
@@ -313,21 +308,17 @@ def _check_summary(
         yield from _check_card(folder, record, stated)
 
 
-def _summarize(
-    encoder: Encoder | None, folder: Path, record: Row, layout: Layout, rows: Sequence[Row], stated: Row
-) -> Row:
+def _summarize(encoder: Encoder | None, folder: Path, record: Row, layout: Layout, stated: Row) -> Row:
     """Make the summary again, with the stated baseline where that is right or cannot be recomputed."""
-    rtol, baseline = record["settings"].get("rtol"), stated.get("baseline")
+    verb, settings, baseline = VERBS[layout.analysis], record["settings"], stated.get("baseline")
+    rows = read_back(folder, layout, [item[layout.item] for item in record[layout.listed]], verb.SHOWN)
+    made: Row = verb.summarize(encoder, settings, rows)
     if layout is not MATCH:
-        return summarize_analysis(layout.analysis, rows, record["settings"])
-    refining = (stated.get("median") or {}).get("num_evals_refine")
-    if encoder is not None:
-        made = summarize_run(encoder, folder, rows, rtol, [pair["pair_id"] for pair in record["pairs"]])
-        refining = made["median"]["num_evals_refine"]
-        if not all(_near(*leaf) for leaf in _leaves("summary.baseline", baseline, made["baseline"])):
-            baseline = made["baseline"]
-    made = measures.summarize(rows, baseline, rtol)  # so that noise of the baseline changes no digit of the verdict
-    made["median"]["num_evals_refine"] = refining
+        return made
+    if encoder is None or all(_near(*leaf) for leaf in _leaves("summary.baseline", baseline, made["baseline"])):
+        made = verb.summarize(None, settings, replace(rows, baseline=baseline))  # its noise changes no digit in words
+    if encoder is None:  # evaluations of refining are in the float files, which may be withheld
+        made["median"]["num_evals_refine"] = (stated.get("median") or {}).get("num_evals_refine")
     return made
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_equiv.analyses import lipschitz, match, spectrum, walk
-from hf_equiv.data.image_file import decode_png
+from hf_equiv.analyses.measures import open_png
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import one_line
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs.directory import is_withheld
@@ -21,16 +21,6 @@ from hf_equiv.runs.schema import PROVENANCE_FEATURES, Layout, Row, row_name
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
-
-VERBS: Mapping[str, Any] = {"match": match, "spectrum": spectrum, "lipschitz": lipschitz, "walk": walk}
-"""By verb, the functions that `verify` needs.
-
-`follow(settings, rows)` gives the columns that follow from other columns of the rows of one pair or image.
-`remake(encoder, settings, rows, floats)` makes the rows again; `faults` of such a row are a column, a requirement and
-what was found, of images that do not fit.
-`tolerances(made, settings)` says how far the columns of a row may be from those made again (see `agrees`).
-"""
-
 
 NAMES = (
     "pair_id", "image_id", "source_id", "target_id", "toward_id", "source_class", "target_class", "image_class",
@@ -118,55 +108,54 @@ def check_stated(file: str, layout: Layout, record: Row, item: Row | None, rows:
 def check_item(
     file: str, layout: Layout, encoder: Encoder | None, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
 ) -> tuple[list[Row], list[Problem]]:
-    """Make the rows of one pair or image again, and compare them column by column.
-
-    Without an encoder, and where images are missing, only what follows from the stated columns is compared.
-
-    Returns:
-        The rows made again, without images; problems.
-    """
+    """Make the rows of one pair or image again, without images, and compare them column by column."""
+    # without an encoder, and where images are missing, only what follows from the stated columns is compared
     own = [key for key in layout.features if key not in (*NAMES, "status", "heading")]
     if len(rows) == 1 and rows[0]["status"] == Status.ERROR and all(rows[0][key] in (None, []) for key in own):
         return [], []
     made: list[Row] = []
     found: list[Problem] = []
     if encoder is not None:
-        images, found = _float_images(file, layout, encoder, rows[0], floats)
+        item, name = rows[0][layout.item], row_name(layout.analysis, rows[0])
+        floats = {key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")}
+        found = [*_check_floats(float_name(file), name, item, encoder, floats)]
         opened, unreadable = _open_images(file, layout, encoder, rows)
         found += unreadable
         if not found:
-            rows = opened
-            made, found = _make_again(file, layout, encoder, settings, rows, images)
+            rows, floats = opened, {key: values.to(encoder.device) for key, values in floats.items()}
+            try:
+                made = VERBS[layout.analysis].remake(encoder, settings, rows, floats)
+            except KeyError as error:
+                told = f"the float image {error} of row {name!r} is missing"
+                found.append(problem(float_name(file), name, "float", "a float image", None, told))
+            except ValueError as error:  # settings that do not fit; the message begins with the name of one
+                column = re.match(r"`(\w+)`", str(error))
+                told = f"row {name!r} cannot be made again: {one_line(error)}"
+                found.append(problem(file, name, column[1] if column else layout.item, "a row", None, told))
     found += _compare(file, layout, settings, rows, made)
     return [{key: value for key, value in row.items() if key not in layout.images} for row in made], found
 
 
-def _float_images(
-    file: str, layout: Layout, encoder: Encoder, row: Row, floats: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[Problem]]:
-    """Return the float images of one pair or image, on the encoder's device, and problems."""
-    item, name, found = row[layout.item], row_name(layout.analysis, row), list[Problem]()
-    own = {key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")}
-    for key, values in own.items():
+def _check_floats(file: str, name: str, item: str, encoder: Encoder, floats: Mapping[str, Tensor]) -> Iterator[Problem]:
+    """Check shape and range of the float images of one pair or image."""
+    for key, values in floats.items():
         column = key.removeprefix(item).lstrip("/") or "match"
         right = tuple(values.shape[-3:]) == tuple(encoder.input_shape) and bool(torch.isfinite(values).all())
         pixels = column not in ("right", "direction")
         right = right and len(values) > 0 and (not pixels or 0 <= float(values.min()) <= float(values.max()) <= 1)
         if column != "left" and not right:
             told = f"row {name!r}, {column}: the float image has shape {tuple(values.shape)}, or values outside [0, 1]"
-            found.append(problem(float_name(file), name, column, "pixels in [0, 1]", None, told))
-    return {key: values.to(encoder.device) for key, values in own.items()}, found
+            yield problem(file, name, column, "pixels in [0, 1]", None, told)
 
 
 def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row]) -> tuple[list[Row], list[Problem]]:
     """Return the rows with pixels in place of PNG bytes, and problems."""
-    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     opened, found = [dict(row) for row in rows], list[Problem]()
     for row in opened:
         name = row_name(layout.analysis, row)
         for column in layout.images:
             try:
-                row[column] = decode_png(row[column] or b"", dtype).to(encoder.device)
+                row[column] = open_png(encoder, row[column] or b"")
             except ValueError as error:
                 found.append(problem(file, name, column, "a PNG image", None, f"row {name!r}, {column}: {error}"))
                 continue
@@ -174,21 +163,6 @@ def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row
                 sizes = list(row[column].shape), list(encoder.input_shape)
                 found.append(differs(file, name, column, *sizes, "wrong size"))
     return opened, found
-
-
-def _make_again(
-    file: str, layout: Layout, encoder: Encoder, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
-) -> tuple[list[Row], list[Problem]]:
-    name = row_name(layout.analysis, rows[0])
-    try:
-        return VERBS[layout.analysis].remake(encoder, settings, rows, floats), []
-    except KeyError as error:
-        told = f"the float image {error} of row {name!r} is missing"
-        return [], [problem(float_name(file), name, "float", "a float image", None, told)]
-    except ValueError as error:  # settings that do not fit; the message begins with the name of one
-        column = re.match(r"`(\w+)`", str(error))
-        told = f"row {name!r} cannot be made again: {one_line(error)}"
-        return [], [problem(file, name, column[1] if column else layout.item, "a row", None, told)]
 
 
 def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made: Sequence[Row]) -> Iterator[Problem]:
@@ -211,17 +185,9 @@ def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made
 
 
 def agrees(stated: Any, made: Any, limit: Any = None) -> bool:
-    """Whether a stated value is as close to the one made again as `limit` says.
-
-    Args:
-        stated: of the row: a number, text, image, or a list or mapping of such.
-        made: made again.
-        limit: a tolerance, or the least and most allowed, of numbers; of an image the largest difference of a pixel;
-            None for equality. Of lists and mappings a limit for each element.
-
-    Returns:
-        False also where one of them is None or NaN.
-    """
+    """Return whether a stated value is as close to the one made again as `limit` says; not where one is None or NaN."""
+    # limit: a tolerance, or the least and most allowed, of numbers; of an image the largest difference of a pixel;
+    # None for equality; of lists and mappings a limit for each element
     if isinstance(stated, Tensor) and isinstance(made, Tensor):
         return float((stated.double() - made.double()).abs().max()) <= (limit or 0.0)
     if isinstance(stated, list) and isinstance(made, list):

@@ -27,9 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_equiv.analyses.config import AnalysisConfig, RunConfig
-from hf_equiv.analyses.plan import make_analysis_plan, make_plan
-from hf_equiv.analyses.run import run_analysis, run_match
+from hf_equiv.analyses import MatchConfig, WalkConfig, make_plan, run_analysis
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import LAYOUTS
@@ -193,13 +191,13 @@ def make_run(photos: Path, pairs: int, analysis: str):
     """A quick run of the built-in checkpoint."""
     encoder = Encoder.from_pretrained("builtin", device="cpu")
     if analysis == "match":
-        return make_plan(RunConfig(data=str(photos), pairs=pairs, max_evals=8, refine=False), encoder)
-    return make_analysis_plan(AnalysisConfig("walk", data=str(photos), limit=pairs, num_steps=2, step=0.3), encoder)
+        return make_plan(MatchConfig(data=str(photos), pairs=pairs, max_evals=8, refine=False), encoder)
+    return make_plan(WalkConfig(data=str(photos), limit=pairs, num_steps=2, step=0.3), encoder)
 
 
 def carry_out(plan, out: Path) -> None:
     """Make the run."""
-    run_match(plan, out, batch_size=2) if isinstance(plan.config, RunConfig) else run_analysis(plan, out)
+    run_analysis(plan, out, batch_size=2) if isinstance(plan.config, MatchConfig) else run_analysis(plan, out)
 
 
 def save_photos(folder: Path, count: int = 12) -> Path:

@@ -26,9 +26,7 @@ import datasets
 import torch
 from kills import finish, save_photos, start_processes
 
-from hf_equiv.analyses.config import RunConfig
-from hf_equiv.analyses.plan import make_plan
-from hf_equiv.analyses.run import run_match
+from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.runs import shards
 
@@ -47,7 +45,7 @@ def main() -> int:
         place = Path(folder)
         encoder = Encoder.from_pretrained(given.model, device="cpu")
         data = str(save_photos(place / "photos"))
-        plan = make_plan(RunConfig(data=data, pairs=given.pairs, max_evals=given.max_evals), encoder)
+        plan = make_plan(MatchConfig(data=data, pairs=given.pairs, max_evals=given.max_evals), encoder)
         if "speed" not in given.skip:
             speed(plan, place)
         if "overhead" not in given.skip:
@@ -65,7 +63,7 @@ def speed(plan, place: Path) -> None:
         start = time.monotonic()
         assert finish(start_processes(plan, place / f"by{count}", count)) == [0] * count
         seconds[count] = time.monotonic() - start
-    print(f"{len(plan.pairs)} pairs: 1 process {seconds[1]:.1f} s, 2 processes {seconds[2]:.1f} s: "
+    print(f"{len(plan.items)} pairs: 1 process {seconds[1]:.1f} s, 2 processes {seconds[2]:.1f} s: "
           f"{seconds[1] / seconds[2]:.2f} x")  # fmt: skip
 
 
@@ -73,10 +71,10 @@ def overhead(plan, place: Path) -> None:
     """Compare all the time of a run with that inside the matching."""
     out = place / "alone"
     start = time.monotonic()
-    run_match(plan, out)
+    run_analysis(plan, out)
     whole = time.monotonic() - start
     bare = sum(row["seconds"] for row in shards.read_rows(out))
-    print(f"{len(plan.pairs)} pairs by one process: {whole:.1f} s, of which matching and refining {bare:.1f} s: "
+    print(f"{len(plan.items)} pairs by one process: {whole:.1f} s, of which matching and refining {bare:.1f} s: "
           f"overhead {100 * (whole / bare - 1):.1f} %")  # fmt: skip
 
 
@@ -90,9 +88,9 @@ def memory(encoder, place: Path) -> None:
         child = os.fork()
         if child == 0:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            config = RunConfig(data=str(path), pairs=4, max_evals=10, refine=False)
+            config = MatchConfig(data=str(path), pairs=4, max_evals=10, refine=False)
             cache = str(place / f"cache{count}")
-            run_match(make_plan(config, encoder, cache_dir=cache), place / f"out{count}")
+            run_analysis(make_plan(config, encoder, cache_dir=cache), place / f"out{count}")
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             print(f"{count} photos ({path.stat().st_size / 1e6:.0f} MB): {before / 1024:.0f} MiB after the imports, "
                   f"{peak / 1024:.0f} MiB at most", flush=True)  # fmt: skip

@@ -21,11 +21,11 @@ import torch
 from fakes import SIZE, TinyEncoder
 from PIL import Image
 
-from hf_equiv.analyses import figures, lipschitz, run, spectrum
+from hf_equiv.analyses import figures, lipschitz, make_plan, run, run_analysis, spectrum
 from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.lipschitz import LipschitzConfig, parse_directions
-from hf_equiv.analyses.plan import make_plan
-from hf_equiv.analyses.run import VERBS, run_analysis, summarize_analysis
+from hf_equiv.analyses.plan import RunRows
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli import environment
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.runs import resume, shards
@@ -56,7 +56,7 @@ every_analysis = pytest.mark.parametrize("analysis", OPTIONS)
 
 
 def config_of(analysis: str, photos: Path, **changes) -> ImageConfig:
-    return replace(VERBS[analysis].config(data=str(photos), limit=2, **OPTIONS[analysis]), **changes)
+    return replace(VERBS[analysis].CONFIG(data=str(photos), limit=2, **OPTIONS[analysis]), **changes)
 
 
 def finish(analysis: str, photos: Path, out: Path, **changes):
@@ -212,8 +212,8 @@ def test_a_killed_run_goes_on(analysis, finished, photo_folder, tmp_path):
         import os, signal
         from pathlib import Path
         from fakes import TinyEncoder
-        from hf_equiv.analyses.plan import make_plan
-        from hf_equiv.analyses.run import run_analysis
+        from hf_equiv.analyses import make_plan
+        from hf_equiv.analyses import run_analysis
         from test_geometry_runs import config_of
 
         def kill(progress):
@@ -251,7 +251,7 @@ def test_other_settings_are_refused_by_key(finished, photo_folder, tmp_path):
     with pytest.raises(ValueError, match=r"other settings: analysis \(\"spectrum\" there, \"walk\" asked\)"):
         finish("walk", photo_folder, finished["spectrum"])
     plan = make_plan(config_of("walk", photo_folder), TinyEncoder())
-    assert plan.default_out == Path("runs") / "walk" / "builtin" / plan.hash8
+    assert plan.default_out.parent == Path("runs") / "walk" / "builtin"
     assert resume.refuse_early(finished["walk"], plan, "missing") == 2
 
 
@@ -263,14 +263,14 @@ def test_overwrite_replaces_a_run_of_another_kind(photos, tmp_path):
 
 
 def test_an_image_that_fails_costs_its_own_rows(photos, tmp_path, monkeypatch):
-    real, bad = spectrum.measure_spectrum, TinyEncoder().preprocess([Image.open(photos / "class0" / "photo0.png")])[0]
+    real, bad = spectrum.jacobian_spectrum, TinyEncoder().preprocess([Image.open(photos / "class0" / "photo0.png")])[0]
 
     def fail(encoder, image, **options):
-        if torch.equal(image, bad):
+        if torch.equal(image[0], bad):
             raise RuntimeError("out of memory")
         return real(encoder, image, **options)
 
-    monkeypatch.setattr(spectrum, "measure_spectrum", fail)
+    monkeypatch.setattr(spectrum, "jacobian_spectrum", fail)
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     outcome = finish("spectrum", photos, tmp_path / "out", limit=6)
     assert sorted(row["status"] for row in outcome.rows) == ["completed"] * 5 + ["error"]
@@ -295,7 +295,7 @@ def test_a_torn_photo_of_a_data_set_costs_its_own_rows(analysis, photos, tmp_pat
 
 
 def test_smaller_passes_are_tried_when_memory_runs_out(photos, tmp_path, monkeypatch):
-    tried, real = [], spectrum.measure_spectrum
+    tried, real = [], spectrum.jacobian_spectrum
 
     def full(encoder, image, *, batch, **options):
         tried.append(batch)
@@ -303,7 +303,7 @@ def test_smaller_passes_are_tried_when_memory_runs_out(photos, tmp_path, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(encoder, image, batch=batch, **options)
 
-    monkeypatch.setattr(spectrum, "measure_spectrum", full)
+    monkeypatch.setattr(spectrum, "jacobian_spectrum", full)
     assert finish("spectrum", photos, tmp_path / "out").completed
     assert tried == [32, 16, 8, 8]
 
@@ -340,7 +340,7 @@ BAD = [
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[m for _, m in BAD])
 def test_bad_input(changes, message, photos):
     options = {"analysis": "spectrum", "data": str(photos)} | changes
-    config = VERBS[options.pop("analysis")].config(**options)
+    config = VERBS[options.pop("analysis")].CONFIG(**options)
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make_plan(config, TinyEncoder())
 
@@ -543,7 +543,7 @@ def test_a_walk_ends_where_so_little_of_the_way_is_left_as_was_asked(photos, tmp
 
     def told(status: str, num_steps: int) -> str:
         rows = [row | {"status": status} for row in early.rows]
-        return summarize_analysis("walk", rows, settings | {"num_steps": num_steps})["verdict"]
+        return VERBS["walk"].summarize(None, settings | {"num_steps": num_steps}, RunRows(rows))["verdict"]
 
     assert "All steps that were asked are made; at most " in told("completed", len(early.rows) - 1)
     assert "No nearer point was found; at most " in told("completed", 60)

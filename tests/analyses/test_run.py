@@ -14,9 +14,8 @@ import torch
 from fakes import SIZE, TinyEncoder, draw_photo
 from PIL import Image
 
-from hf_equiv.analyses import figures, pairs, run
+from hf_equiv.analyses import figures, make_plan, pairs, run
 from hf_equiv.analyses.match import MatchConfig, round_into_ball
-from hf_equiv.analyses.plan import make_plan
 from hf_equiv.runs import directory, processes, shards
 from hf_equiv.runs.schema import PROVENANCE_FEATURES, ROW_FEATURES
 
@@ -61,7 +60,7 @@ def test_rows_files_and_record(plan, tmp_path):
     out = tmp_path / "out"
     outcome = run.run_analysis(plan, out, batch_size=2)
     assert [list(row) for row in outcome.rows] == [KEYS] * 5 == [[*ROW_FEATURES, *PROVENANCE_FEATURES]] * 5
-    assert [row["pair_id"] for row in outcome.rows] == [pair.pair_id for pair in plan.items]
+    assert [row["pair_id"] for row in outcome.rows] == [pair.name for pair in plan.items]
     assert sorted(p.name for p in (out / "matches").iterdir()) == ["part-00000.parquet"]
     assert sorted(p.name for p in (out / "float").iterdir()) == ["part-00000.safetensors"]
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "figures", "float", "matches", "run.json"]
@@ -120,12 +119,12 @@ def _pixels(png: bytes) -> np.ndarray:
 
 def test_default_directory_and_hash(photos, tiny):
     plan = make_plan(config_of(photos), tiny)
-    assert plan.default_out == Path("runs") / "match" / "builtin" / plan.hash8
-    assert make_plan(config_of(photos), tiny).hash8 == plan.hash8
+    assert plan.default_out.parent == Path("runs") / "match" / "builtin"
+    assert make_plan(config_of(photos), tiny).default_out == plan.default_out
     for change in ({"seed": 1}, {"rtol": 1e-4}, {"radius": 0.1}, {"max_evals": 61}, {"pairs": 4}, {"refine": False}):
-        assert make_plan(config_of(photos, **change), tiny).hash8 != plan.hash8
+        assert make_plan(config_of(photos, **change), tiny).default_out != plan.default_out
     draw_photo(12).save(photos / "class0" / "photo0.png")
-    assert make_plan(config_of(photos), tiny).hash8 != plan.hash8
+    assert make_plan(config_of(photos), tiny).default_out != plan.default_out
 
 
 # --- going on, and refusing to ---
@@ -248,7 +247,7 @@ def test_full_disk(plan, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not list((tmp_path / "out").rglob("*.tmp"))
     kept = [row["pair_id"] for row in shards.read_rows(tmp_path / "out")]
-    assert kept == [pair.pair_id for pair in plan.items[:2]]
+    assert kept == [pair.name for pair in plan.items[:2]]
     assert len(run.run_analysis(plan, tmp_path / "out").rows) == 5
 
 
@@ -270,7 +269,7 @@ def test_one_target_for_many_and_zipped(photos, tiny, tmp_path):
     draw_photo(20).save(target)
     plan = make_plan(MatchConfig(source=str(photos), target=str(target)), tiny)
     assert len(plan.items) == 6
-    assert plan.items[0].pair_id == "class0/photo0.png->t.png"
+    assert plan.items[0].name == "class0/photo0.png->t.png"
     assert plan.settings["data_id"] == "photos + t.png"
     others = tmp_path / "others"
     others.mkdir()
@@ -304,7 +303,7 @@ def test_the_prompt_of_zero_shot_labels_is_recorded(photos):
 
 
 def test_default_is_cat_to_coffee(tiny):
-    assert [pair.pair_id for pair in make_plan(MatchConfig(), tiny).items] == ["cat->coffee"]
+    assert [pair.name for pair in make_plan(MatchConfig(), tiny).items] == ["cat->coffee"]
 
 
 def test_source_equal_to_target(photos, tiny, tmp_path):
@@ -336,10 +335,10 @@ def test_bad_images_of_a_data_set_cost_their_own_rows(photos, tiny, tmp_path):
     good = make_plan(config_of(photos, pairs=12), tiny)
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
     plan = make_plan(config_of(photos, pairs=12), tiny)
-    assert [pair.pair_id for pair in plan.items] == [pair.pair_id for pair in good.pairs]
+    assert [pair.name for pair in plan.items] == [pair.name for pair in good.items]
     outcome = run.run_analysis(plan, tmp_path / "out")
     bad = {row["pair_id"] for row in outcome.rows if row["status"] == "error"}
-    assert bad == {pair.pair_id for pair in plan.items if "photo1" in pair.pair_id} == set(outcome.errors) != set()
+    assert bad == {pair.name for pair in plan.items if "photo1" in pair.name} == set(outcome.errors) != set()
     assert all("'class1/photo1.png' must be an image" in why for why in outcome.errors.values())
     for path in photos.rglob("*.png"):
         path.write_bytes(b"broken")
@@ -377,11 +376,11 @@ def test_image_that_changes_after_planning_costs_its_rows_only(now, photos, tiny
         plan, tmp_path / "out", observer=lambda p: notes.append(p.message) if p.message else None
     )
     failed = [row for row in outcome.rows if row["status"] == "error"]
-    assert {row["pair_id"] for row in failed} == {p.pair_id for p in plan.items if "photo1" in p.pair_id} != set()
+    assert {row["pair_id"] for row in failed} == {p.name for p in plan.items if "photo1" in p.name} != set()
     assert len(notes) == len(failed)
     assert "image file 'class1/photo1.png' must not change while it is used" in notes[0]
     assert "Put it back and run the same command again" in outcome.errors[failed[0]["pair_id"]]
-    assert not outcome.converged
+    assert not outcome.completed
     assert failed[0]["embedding_error"] is None
     assert failed[0]["model_id"] == "builtin"
     record = json.loads((tmp_path / "out" / "run.json").read_text())

@@ -13,9 +13,7 @@ from huggingface_hub import HfApi
 from loopback_hub import HubError, _Handler
 from PIL import Image
 
-from hf_equiv.analyses import run
-from hf_equiv.analyses.config import AnalysisConfig, RunConfig
-from hf_equiv.analyses.plan import make_analysis_plan, make_plan
+from hf_equiv.analyses import MatchConfig, SpectrumConfig, WalkConfig, make_plan, run
 from hf_equiv.cli import environment
 from hf_equiv.data import tables
 from hf_equiv.data.sources import draw_pairs, load_images
@@ -121,9 +119,9 @@ def test_a_dataset_like_coco(hub, tmp_path):
     assert images.labels == (None,) * 4
     assert [item.image.size for item in images] == sizes
     assert {item.image.mode for item in images} == {"RGB"}
-    plan = make_plan(RunConfig(data="alice/photos", pairs=6), TinyEncoder(), cache_dir=str(tmp_path))
-    assert len(plan.pairs) == 6
-    assert plan.pixels(plan.pairs[0])[0].shape == (3, SIZE, SIZE)
+    plan = make_plan(MatchConfig(data="alice/photos", pairs=6), TinyEncoder(), cache_dir=str(tmp_path))
+    assert len(plan.items) == 6
+    assert plan.pixels(plan.items[0])[0].shape == (3, SIZE, SIZE)
     labelled = load_images("alice/photos", label_column="width", cache_dir=str(tmp_path))
     assert labelled.labels == ("40", "64", "17", "33")
 
@@ -139,8 +137,8 @@ def test_a_torn_image_in_the_middle_marks_its_rows(hub, tmp_path):
     rows = [{"image": png(k)} for k in range(5)]
     rows[2] = {"image": {"bytes": b"\x89PNG torn", "path": None}}
     push({"train.parquet": datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()}))})
-    config = RunConfig(data="alice/photos", pairs=10, max_evals=5, refine=False)
-    outcome = run.run_match(make_plan(config, TinyEncoder(), cache_dir=str(tmp_path)), tmp_path / "out")
+    config = MatchConfig(data="alice/photos", pairs=10, max_evals=5, refine=False)
+    outcome = run.run_analysis(make_plan(config, TinyEncoder(), cache_dir=str(tmp_path)), tmp_path / "out")
     bad = {row["pair_id"] for row in outcome.rows if row["status"] == "error"}
     assert bad == {row["pair_id"] for row in outcome.rows if "2" in (row["source_id"], row["target_id"])} != set()
     assert len(bad) < 10
@@ -236,25 +234,23 @@ def test_a_stream_that_is_sorted_by_class_is_told(hub, tmp_path):
 
 
 def test_a_run_over_a_stream_goes_on_without_asking_again(shards_on_hub, tmp_path, monkeypatch):
-    config = RunConfig(data="alice/photos", pairs=4, streaming=True, max_evals=5, refine=False)
+    config = MatchConfig(data="alice/photos", pairs=4, streaming=True, max_evals=5, refine=False)
     plan = make_plan(config, TinyEncoder(), cache_dir=str(tmp_path))
     assert plan.settings["data_id"] == "alice/photos:default:train[:100]"
     again = make_plan(config, TinyEncoder(), cache_dir=str(tmp_path))
     assert again.settings == plan.settings
-    assert again.pairs == plan.pairs
-    assert run.run_match(plan, tmp_path / "out").rows
+    assert again.items == plan.items
+    assert run.run_analysis(plan, tmp_path / "out").rows
 
 
 def test_large_datasets_are_streamed_unasked_where_a_number_is_known(shards_on_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "is_large", lambda *_: True)
-    config = AnalysisConfig("spectrum", data="alice/photos", limit=3, k=2)
-    plan = make_analysis_plan(config, TinyEncoder(), cache_dir=str(tmp_path))
+    config = SpectrumConfig(data="alice/photos", limit=3, k=2)
+    plan = make_plan(config, TinyEncoder(), cache_dir=str(tmp_path))
     assert plan.settings["data_id"] == "alice/photos:default:train[:3]"
-    assert [subject.image_id for subject in plan.subjects] == ["0", "1", "2"]
-    plan = make_analysis_plan(
-        AnalysisConfig("spectrum", data="alice/photos", k=2), TinyEncoder(), cache_dir=str(tmp_path)
-    )
-    assert len(plan.subjects) == 20
+    assert [subject.name for subject in plan.items] == ["0", "1", "2"]
+    plan = make_plan(SpectrumConfig(data="alice/photos", k=2), TinyEncoder(), cache_dir=str(tmp_path))
+    assert len(plan.items) == 20
 
 
 def test_the_size_comes_from_the_card(hub, monkeypatch):
@@ -282,12 +278,11 @@ def test_photos_that_are_files_of_their_own_are_streamed(hub, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RunConfig(streaming=True), "`streaming` must come with `data`"),
-        (RunConfig(data="builtin", streaming=True), "'builtin' is here already. Leave it out"),
-        (AnalysisConfig("walk", data="a/b", streaming=True), "`streaming` must come with `data` and `limit`"),
+        (MatchConfig(streaming=True), "`streaming` must come with `data`"),
+        (MatchConfig(data="builtin", streaming=True), "'builtin' is here already. Leave it out"),
+        (WalkConfig(data="a/b", streaming=True), "`streaming` must come with `data` and `limit`"),
     ],
 )
 def test_streaming_of_what_is_no_stream(config, message):
-    make = make_plan if isinstance(config, RunConfig) else make_analysis_plan
     with pytest.raises(ValueError, match=message):
-        make(config, TinyEncoder())
+        make_plan(config, TinyEncoder())

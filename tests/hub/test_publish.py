@@ -28,9 +28,7 @@ from loopback_hub import Hub
 from tiny_models import save
 
 from hf_equiv import formatting, hub_client
-from hf_equiv.analyses.config import RunConfig
-from hf_equiv.analyses.plan import make_plan
-from hf_equiv.analyses.run import run_match
+from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
 from hf_equiv.cli import progress
 from hf_equiv.hub import licences, load, repository
 from hf_equiv.hub.card import END, START, dataset_card, split_header
@@ -663,7 +661,7 @@ def test_the_recorded_model_is_loaded_by_name_at_its_revision(tmp_path, monkeypa
     first = hub.add("models", "acme/vit", tmp_path / "vit").at("main").sha
     monkeypatch.undo()  # the real loader
     encoder = Encoder.from_pretrained("acme/vit", device="cpu")
-    run_match(make_plan(RunConfig(model="acme/vit", max_evals=20), encoder), tmp_path / "out")
+    run_analysis(make_plan(MatchConfig(model="acme/vit", max_evals=20), encoder), tmp_path / "out")
     assert publish_results(tmp_path / "out", "alice/named").run.startswith("match-acme--vit-")
     report = verify_results("alice/named")
     assert report.holds
@@ -750,10 +748,10 @@ def test_a_folder_that_is_called_builtin_is_not_the_builtin_photos(hub, tmp_path
     for path in sorted(save_photos(tmp_path / "builtin").rglob("*.png"))[4:]:
         path.unlink()
     monkeypatch.chdir(tmp_path)
-    plan = make_plan(RunConfig(source="./builtin", target="builtin", max_evals=5), TinyEncoder())
+    plan = make_plan(MatchConfig(source="./builtin", target="builtin", max_evals=5), TinyEncoder())
     assert plan.settings["data_id"] == "builtin + builtin"
     assert not photo_rights(plan.settings).published
-    plan = make_plan(RunConfig(source="builtin", target="./builtin", max_evals=5), TinyEncoder())
+    plan = make_plan(MatchConfig(source="builtin", target="./builtin", max_evals=5), TinyEncoder())
     assert not photo_rights(plan.settings).published
 
 
@@ -789,8 +787,8 @@ def test_no_path_of_this_machine_is_published(hub, tmp_path):
     place = save_photos(tmp_path / "photos")
     for path in sorted(place.rglob("*.png"))[:2]:
         path.write_bytes(b"torn")
-    plan = make_plan(RunConfig(data=str(place), pairs=3, max_evals=5), TinyEncoder())
-    run_match(plan, tmp_path / "run")
+    plan = make_plan(MatchConfig(data=str(place), pairs=3, max_evals=5), TinyEncoder())
+    run_analysis(plan, tmp_path / "run")
     publish_results(tmp_path / "run", NAME)
     assert record_of(hub)["errors"]
     assert all(str(tmp_path).encode() not in data for data in hub.files("datasets", NAME).values())

@@ -6,9 +6,8 @@ import pytest
 import torch
 from fakes import TinyEncoder
 
-from hf_equiv.analyses import plan, run
-from hf_equiv.analyses.config import AnalysisConfig, RunConfig
-from hf_equiv.analyses.plan import make_plan
+from hf_equiv.analyses import MatchConfig, make_plan, run
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.models.encoder import Encoder
@@ -24,20 +23,20 @@ class Tiny(TinyEncoder):
 
 @pytest.fixture(autouse=True)
 def _no_figure(monkeypatch):
-    monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
+    monkeypatch.setattr("hf_equiv.analyses.figures.pairs_figure", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", ["bf16", "bfloat16", "float16"])
 @pytest.mark.parametrize("radius", [None, 90 / 255])
 def test_half_precision_leads_and_float32_ends(photos, tmp_path, monkeypatch, name, radius):
-    config = RunConfig(data=str(photos), pairs=4, dtype=name, radius=radius)
+    config = MatchConfig(data=str(photos), pairs=4, dtype=name, radius=radius)
     plan = make_plan(config, Tiny())
     assert plan.settings["dtype"] == plan.provenance["dtype"] == "float32"
     full = "float16" if name == "float16" else "bfloat16"
     assert plan.settings["solver"] == f"lbfgs, {full} start"
-    assert plan.hash8 != make_plan(RunConfig(data=str(photos), pairs=4, radius=radius), Tiny()).hash8
-    outcome = run.run_match(plan, tmp_path / "out")
-    assert outcome.converged
+    assert plan.default_out != make_plan(MatchConfig(data=str(photos), pairs=4, radius=radius), Tiny()).default_out
+    outcome = run.run_analysis(plan, tmp_path / "out")
+    assert outcome.completed
     assert all(row["embedding_error"] <= 1e-5 and row["solver"] == f"lbfgs, {full} start" for row in outcome.rows)
     monkeypatch.setattr(directory, "load_recorded", lambda *_: Tiny())
     assert directory.verify_run(tmp_path / "out").holds
@@ -45,14 +44,14 @@ def test_half_precision_leads_and_float32_ends(photos, tmp_path, monkeypatch, na
 
 def test_a_draft_counts_and_keeps_to_the_budget(photos, tmp_path):
     for most in (1, 2, 7, 30):
-        plan = make_plan(RunConfig(data=str(photos), pairs=4, dtype="bf16", max_evals=most), Tiny())
-        rows = run.run_match(plan, tmp_path / str(most)).rows
+        plan = make_plan(MatchConfig(data=str(photos), pairs=4, dtype="bf16", max_evals=most), Tiny())
+        rows = run.run_analysis(plan, tmp_path / str(most)).rows
         assert all(0 < row["num_evals"] <= most for row in rows)
 
 
 def test_rows_do_not_depend_on_the_batch(photos, tmp_path):
-    plan = make_plan(RunConfig(data=str(photos), pairs=5, dtype="bf16", max_evals=60), Tiny())
-    one, all_ = (run.run_match(plan, tmp_path / str(size), batch_size=size).rows for size in (1, 5))
+    plan = make_plan(MatchConfig(data=str(photos), pairs=5, dtype="bf16", max_evals=60), Tiny())
+    one, all_ = (run.run_analysis(plan, tmp_path / str(size), batch_size=size).rows for size in (1, 5))
     assert [row | {"seconds": 0} for row in one] == [row | {"seconds": 0} for row in all_]
 
 
@@ -94,24 +93,24 @@ def test_half_precision_is_refused_for_derivatives(analysis, name):
     with pytest.raises(
         ValueError, match=rf"got '{name}'\. Half precision is for the early iterations of `match` alone"
     ):
-        AnalysisConfig(analysis, dtype=name).check()
+        VERBS[analysis].CONFIG(dtype=name).check()
 
 
 def test_compiling_needs_a_compiler(photos, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"`compile` must have a C\+\+ compiler; 'no-such-compiler' was not found"):
-        make_plan(RunConfig(data=str(photos), pairs=2, compile=True), Tiny())
+        make_plan(MatchConfig(data=str(photos), pairs=2, compile=True), Tiny())
 
 
 def test_a_compiled_match_is_ended_and_stated_by_the_plain_encoder(photos, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda f: made.append(f) or (lambda x: f(x) * (1 + 1e-3)))  # off by far
     monkeypatch.setenv("CXX", shutil.which("python3") or "sh")
-    plan = make_plan(RunConfig(data=str(photos), pairs=3, compile=True), Tiny())
+    plan = make_plan(MatchConfig(data=str(photos), pairs=3, compile=True), Tiny())
     assert plan.settings["solver"] == "lbfgs, compiled"
-    outcome = run.run_match(plan, tmp_path / "out")
+    outcome = run.run_analysis(plan, tmp_path / "out")
     assert len(made) == 1
-    assert outcome.converged
+    assert outcome.completed
     monkeypatch.setattr(directory, "load_recorded", lambda *_: Tiny())
     assert directory.verify_run(tmp_path / "out").holds
 
@@ -120,6 +119,6 @@ def test_a_compiled_match_is_ended_and_stated_by_the_plain_encoder(photos, tmp_p
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_torch_compile(tmp_path):
     encoder = Encoder.from_pretrained("builtin", device="cpu")
-    drafts = plan.drafts_of(encoder, None, compiled=True)
+    drafts = MatchConfig(compile=True).drafts(encoder)
     pixels = encoder.preprocess([item.image for item in _builtin()])
     assert torch.allclose(drafts[0].f(pixels), encoder(pixels), rtol=1e-4, atol=1e-4)

@@ -13,12 +13,10 @@ from click.testing import CliRunner
 from fakes import TinyEncoder, save_photos
 from pages import checked, tables_of
 
+from hf_equiv.analyses import MatchConfig, SpectrumConfig, make_plan, run_analysis
 from hf_equiv.analyses import figures as run_figures
-from hf_equiv.analyses import run
 from hf_equiv.analyses import spectrum as spectrum_analysis
-from hf_equiv.analyses.config import AnalysisConfig, RunConfig
-from hf_equiv.analyses.plan import make_analysis_plan, make_plan
-from hf_equiv.analyses.run import run_analysis, run_match
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli.main import cli
 from hf_equiv.cli.main import main as command
 from hf_equiv.data.image_file import encode_png
@@ -56,14 +54,14 @@ def made(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("made")
     photos = save_photos(place / "photos")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.plots, "pairs_figure", lambda *_: None)
+        patch.setattr("hf_equiv.analyses.figures.pairs_figure", lambda *_: None)
         patch.setattr(run_figures, "png_of", blank)
         for name, radius in (("free", None), ("near", 16 / 255)):
-            config = RunConfig(data=str(photos), pairs=5, max_evals=60, radius=radius)
-            run_match(make_plan(config, TinyEncoder()), place / "runs" / name, batch_size=2)
+            config = MatchConfig(data=str(photos), pairs=5, max_evals=60, radius=radius)
+            run_analysis(make_plan(config, TinyEncoder()), place / "runs" / name, batch_size=2)
         for analysis, options in OPTIONS.items():
-            config = AnalysisConfig(analysis, data=str(photos), limit=2, **options)
-            run_analysis(make_analysis_plan(config, TinyEncoder()), place / "runs" / analysis)
+            config = VERBS[analysis].CONFIG(data=str(photos), limit=2, **options)
+            run_analysis(make_plan(config, TinyEncoder()), place / "runs" / analysis)
     return place / "runs"
 
 
@@ -350,7 +348,7 @@ def test_only_geometry_or_only_a_match(runs, drawn):
 def test_a_spectrum_of_the_largest_values_has_no_rank(tmp_path, monkeypatch):
     topmost = partial(spectrum.jacobian_spectrum, method="golub_kahan")  # unasked only of larger models
     monkeypatch.setattr(spectrum_analysis, "jacobian_spectrum", topmost)
-    plan = make_analysis_plan(AnalysisConfig("spectrum", data="builtin", limit=2, k=2), TinyEncoder())
+    plan = make_plan(SpectrumConfig(data="builtin", limit=2, k=2), TinyEncoder())
     run_analysis(plan, tmp_path / "runs")
     report = make_report(tmp_path / "runs")
     assert "rank []" not in report.html + report.markdown
@@ -462,10 +460,10 @@ def test_a_run_with_no_row_as_recorded_is_left_out(runs):
 
 
 def test_side_by_side(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
+    monkeypatch.setattr("hf_equiv.analyses.figures.pairs_figure", lambda *_: None)
     photos = save_photos(tmp_path / "photos")
-    config = RunConfig(data=str(photos), pairs=5, max_evals=60)
-    run_match(make_plan(config, TinyEncoder(1)), tmp_path / "other")
+    config = MatchConfig(data=str(photos), pairs=5, max_evals=60)
+    run_analysis(make_plan(config, TinyEncoder(1)), tmp_path / "other")
     report = make_report([runs, "other"], transfer=["builtin"])
     checked(report.html)
     first, second = report.numbers["models"]
@@ -594,9 +592,9 @@ def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
 
 
 def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
-    config = RunConfig(data="builtin", pairs=3, max_evals=60, radius=64 / 255)
-    run_match(make_plan(config, TinyEncoder()), tmp_path / "runs" / "elsewhere", batch_size=3)
+    monkeypatch.setattr("hf_equiv.analyses.figures.pairs_figure", lambda *_: None)
+    config = MatchConfig(data="builtin", pairs=3, max_evals=60, radius=64 / 255)
+    run_analysis(make_plan(config, TinyEncoder()), tmp_path / "runs" / "elsewhere", batch_size=3)
     (model,) = (report := make_report([runs], survival=False)).models
     free, wide, near = model.budgets
     stated = json.loads((runs / "elsewhere" / directory.RECORD).read_text())["summary"]["baseline"]["distance"]

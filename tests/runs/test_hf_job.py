@@ -24,11 +24,10 @@ NOTEBOOK = """
 
     def work(photos, out):
         from fakes import TinyEncoder
-        from hf_equiv.analyses.plan import RunConfig, make_plan
-        from hf_equiv.analyses.run import run_match
+        from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
 
-        plan = make_plan(RunConfig(data=photos, pairs=6, max_evals=20), TinyEncoder(delay=0.01))
-        outcome = run_match(plan, Path(out), batch_size=1)
+        plan = make_plan(MatchConfig(data=photos, pairs=6, max_evals=20), TinyEncoder(delay=0.01))
+        outcome = run_analysis(plan, Path(out), batch_size=1)
         assert len(outcome.rows) == 6
         print("main" if outcome.main else "other", flush=True)
 

@@ -14,9 +14,7 @@ import torch
 from fakes import TinyEncoder, draw_photo, save_photos
 from runcases import free_ports, python
 
-from hf_equiv.analyses import run
-from hf_equiv.analyses.config import RunConfig
-from hf_equiv.analyses.plan import make_plan
+from hf_equiv.analyses import MatchConfig, make_plan, run
 from hf_equiv.runs import processes, shards
 from hf_equiv.runs.schema import LAYOUTS
 
@@ -29,14 +27,11 @@ SEVERAL = """
     import torch
     from fakes import TinyEncoder
     from hf_equiv.cli.progress import run_progress
-    from hf_equiv.analyses.plan import AnalysisConfig, make_analysis_plan
-    from hf_equiv.analyses.run import run_analysis
-    from hf_equiv.analyses.plan import RunConfig, make_plan
-    from hf_equiv.analyses import figures
-    from hf_equiv.analyses.run import run_match
+    from hf_equiv.analyses import MatchConfig, figures, make_plan, run_analysis
+    from hf_equiv.analyses.run import VERBS
 
     figures.pairs_figure = lambda *_: None  # a second each
-    figures.analysis_figures = figures.walk_figures = lambda *_: {}
+    figures.spectrum_figures = figures.walk_figures = lambda *_: {}
     torch.set_num_threads(1)
     photos, place, *ports = sys.argv[1:]
     options = {"spectrum": {}, "walk": {"num_steps": 3, "step": 0.3},
@@ -44,12 +39,12 @@ SEVERAL = """
 
     def make(verb, out):
         if verb == "match":
-            plan = make_plan(RunConfig(data=photos, pairs=7, max_evals=12), TinyEncoder())
+            plan = make_plan(MatchConfig(data=photos, pairs=7, max_evals=12), TinyEncoder())
         else:
-            plan = make_analysis_plan(AnalysisConfig(verb, data=photos, limit=4, **options[verb]), TinyEncoder())
+            plan = make_plan(VERBS[verb].CONFIG(data=photos, limit=4, **options[verb]), TinyEncoder())
         with run_progress(quiet=False, what="rows" if verb == "match" else "images") as tell:
             if verb == "match":
-                return run_match(plan, out, batch_size=2, observer=tell)
+                return run_analysis(plan, out, batch_size=2, observer=tell)
             return run_analysis(plan, out, batch_size=(5, 7, 32)[int(out.name[-1]) - 1], observer=tell)
 
     for verb in ("match", "spectrum", "lipschitz", "walk"):
@@ -267,11 +262,11 @@ def test_torchrun_and_accelerate_launch(verb, tmp_path):
 
 def test_a_process_that_sees_other_photos_makes_no_row(tmp_path, monkeypatch):
     photos, out = save_photos(tmp_path / "photos"), tmp_path / "out"
-    config = RunConfig(data=str(photos), pairs=2, max_evals=5, refine=False)
-    run.run_match(make_plan(config, TinyEncoder()), out)
+    config = MatchConfig(data=str(photos), pairs=2, max_evals=5, refine=False)
+    run.run_analysis(make_plan(config, TinyEncoder()), out)
     draw_photo(11).save(photos / "class0" / "photo0.png")  # between the planning of one process and of another
     hold(out, "main")
     other = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None)
     monkeypatch.setattr(processes, "join", lambda _: other)
     with pytest.raises(ValueError, match="other settings: the photos changed"):
-        run.run_match(make_plan(config, TinyEncoder()), out)
+        run.run_analysis(make_plan(config, TinyEncoder()), out)

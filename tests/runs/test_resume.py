@@ -10,9 +10,9 @@ import pytest
 from fakes import TinyEncoder, draw_photo, save_photos
 from runcases import KilledError, files_of, free_ports, killed_after, python, rows_of
 
-from hf_equiv.analyses import figures, run
-from hf_equiv.analyses.config import AnalysisConfig, RunConfig
-from hf_equiv.analyses.plan import MatchPlan, make_analysis_plan, make_plan
+from hf_equiv.analyses import LipschitzConfig, MatchConfig, figures, make_plan, run
+from hf_equiv.analyses.plan import Plan
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.runs import directory, resume, shards
 from hf_equiv.runs.schema import LAYOUTS
 from hf_equiv.verify.directory import verify_run
@@ -24,20 +24,20 @@ TORN = (0, 1, 4)
 @pytest.fixture(autouse=True)
 def _three_in_a_file(monkeypatch):
     monkeypatch.setattr(shards, "FILE_ITEMS", 3)
-    monkeypatch.setattr(run.plots, "pairs_figure", lambda *_: None)
-    monkeypatch.setattr(figures, "analysis_figures", lambda *_: {})
+    monkeypatch.setattr("hf_equiv.analyses.figures.pairs_figure", lambda *_: None)
+    monkeypatch.setattr(figures, "spectrum_figures", lambda *_: {})
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     photos = save_photos(tmp_path_factory.mktemp("photos"))
-    return make_plan(RunConfig(data=str(photos), pairs=7, max_evals=3, refine=False), TinyEncoder())
+    return make_plan(MatchConfig(data=str(photos), pairs=7, max_evals=3, refine=False), TinyEncoder())
 
 
 @pytest.fixture
 def with_errors(plan, tmp_path, monkeypatch):
     """A closed run in which some pairs have failed."""
-    real = MatchPlan.pixels
+    real = Plan.pixels
 
     def pixels(self, pair):
         if pair.index in TORN:
@@ -45,9 +45,9 @@ def with_errors(plan, tmp_path, monkeypatch):
         return real(self, pair)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MatchPlan, "pixels", pixels)
-        run.run_match(plan, tmp_path / "out", batch_size=2)
-        assert len(run.run_match(plan, tmp_path / "out").errors) == 3  # they were tried, and failed, again
+        patch.setattr(Plan, "pixels", pixels)
+        run.run_analysis(plan, tmp_path / "out", batch_size=2)
+        assert len(run.run_analysis(plan, tmp_path / "out").errors) == 3  # they were tried, and failed, again
     return tmp_path / "out"
 
 
@@ -55,11 +55,11 @@ def test_rows_that_failed_are_made_once_the_cause_is_gone(plan, with_errors, tmp
     before = {row["pair_id"]: row for row in shards.read_rows(with_errors)}
     assert resume.refuse_early(with_errors, plan, "missing") == 4
     with pytest.raises(ValueError, match="--overwrite is never"):
-        run.run_match(plan, with_errors, overwrite="never")
+        run.run_analysis(plan, with_errors, overwrite="never")
     told = []
-    outcome = run.run_match(plan, with_errors, batch_size=2, observer=lambda p: told.append(p.message))
+    outcome = run.run_analysis(plan, with_errors, batch_size=2, observer=lambda p: told.append(p.message))
     assert "3 pairs whose rows have status error are tried again" in told
-    run.run_match(plan, tmp_path / "whole")
+    run.run_analysis(plan, tmp_path / "whole")
     assert rows_of(with_errors) == rows_of(tmp_path / "whole")
     assert files_of(with_errors) == files_of(tmp_path / "whole")
     assert outcome.errors == {}
@@ -72,13 +72,13 @@ def test_a_kill_at_every_step(tmp_path, monkeypatch):
     photos, out, whole = save_photos(tmp_path / "photos"), tmp_path / "out", tmp_path / "whole"
     torn = photos / "class1" / "photo1.png"
     torn.write_bytes(b"torn")
-    config = RunConfig(data=str(photos), pairs=7, max_evals=3, refine=False)
-    before = run.run_match(make_plan(config, TinyEncoder()), out)
+    config = MatchConfig(data=str(photos), pairs=7, max_evals=3, refine=False)
+    before = run.run_analysis(make_plan(config, TinyEncoder()), out)
     good = {row["pair_id"] for row in before.rows if row["status"] != "error"}
     assert 1 < len(good) < 6
     draw_photo(1).save(torn)
     plan = make_plan(config, TinyEncoder())
-    run.run_match(plan, whole)
+    run.run_analysis(plan, whole)
     for step in range(200):
         place = tmp_path / f"at{step}"
         shutil.copytree(out, place)
@@ -93,7 +93,7 @@ def test_a_kill_at_every_step(tmp_path, monkeypatch):
         assert all(rows[name]["status"] == "error" for name in set(rows) - good)
         assert json.loads((place / "run.json").read_text())["complete"] == (step == 0)
         if step % 2 == 0:  # half of them, to be quick
-            run.run_match(plan, place, batch_size=3)
+            run.run_analysis(plan, place, batch_size=3)
             assert rows_of(place) == rows_of(whole)
             assert files_of(place) == files_of(whole)
     assert step > 8
@@ -105,8 +105,7 @@ SEVERAL = """
     from pathlib import Path
     from fakes import TinyEncoder, draw_photo, save_photos
     from hf_equiv.analyses import figures
-    from hf_equiv.analyses.plan import RunConfig, make_plan
-    from hf_equiv.analyses.run import run_match
+    from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
 
     figures.pairs_figure = lambda *_: None
     place, port = Path(sys.argv[1]), sys.argv[2]
@@ -114,8 +113,8 @@ SEVERAL = """
     torn.write_bytes(b"torn")
 
     def make(tell=None):
-        plan = make_plan(RunConfig(data=str(photos), pairs=12, max_evals=10, refine=False), TinyEncoder())
-        return run_match(plan, place / "out", batch_size=1, observer=tell)
+        plan = make_plan(MatchConfig(data=str(photos), pairs=12, max_evals=10, refine=False), TinyEncoder())
+        return run_analysis(plan, place / "out", batch_size=1, observer=tell)
 
     def kill(progress):
         if progress.stage == "match":
@@ -149,8 +148,8 @@ def test_a_mended_photo_two_processes_and_a_kill(tmp_path, monkeypatch):
     failed, ends = told.stdout.splitlines()
     assert 1 < int(failed) < 12, told.stderr
     assert ends in (f"0 {-signal.SIGKILL}", "0 0"), told.stderr  # 0 0: the first process was quicker
-    config = RunConfig(data=str(tmp_path / "photos"), pairs=12, max_evals=10, refine=False)
-    run.run_match(make_plan(config, TinyEncoder()), tmp_path / "whole")
+    config = MatchConfig(data=str(tmp_path / "photos"), pairs=12, max_evals=10, refine=False)
+    run.run_analysis(make_plan(config, TinyEncoder()), tmp_path / "whole")
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole")  # the new revision is in every row
     monkeypatch.setattr("hf_equiv.models.encoder.Encoder.from_pretrained", lambda *_, **__: TinyEncoder())
     assert verify_run(tmp_path / "out").holds
@@ -158,19 +157,19 @@ def test_a_mended_photo_two_processes_and_a_kill(tmp_path, monkeypatch):
 
 def test_a_set_that_changed_elsewhere_is_refused_all_the_same(tmp_path):
     photos = save_photos(tmp_path / "photos")
-    config = RunConfig(data=str(photos), pairs=12, max_evals=10, refine=False)
+    config = MatchConfig(data=str(photos), pairs=12, max_evals=10, refine=False)
     torn = photos / "class1" / "photo1.png"
     torn.write_bytes(b"torn")
-    run.run_match(make_plan(config, TinyEncoder()), tmp_path / "out")
+    run.run_analysis(make_plan(config, TinyEncoder()), tmp_path / "out")
     before = rows_of(tmp_path / "out")
     draw_photo(1).save(torn)
     draw_photo(12).save(photos / "class0" / "photo0.png")
     with pytest.raises(ValueError, match="other settings: the photos changed"):
-        run.run_match(make_plan(config, TinyEncoder()), tmp_path / "out")
+        run.run_analysis(make_plan(config, TinyEncoder()), tmp_path / "out")
     draw_photo(0).save(photos / "class0" / "photo0.png")
     draw_photo(13).save(photos / "class9.png")  # a new one: other pairs would be drawn
     with pytest.raises(ValueError, match="other settings: the photos changed"):
-        run.run_match(make_plan(config, TinyEncoder()), tmp_path / "out")
+        run.run_analysis(make_plan(config, TinyEncoder()), tmp_path / "out")
     assert rows_of(tmp_path / "out") == before
 
 
@@ -186,8 +185,8 @@ def test_images_that_failed_are_analysed_again(analysis, tmp_path):
     photo.write_bytes(b"torn")
 
     def make(out):
-        config = AnalysisConfig(analysis, data=str(photos), **options[analysis])
-        return run.run_analysis(make_analysis_plan(config, TinyEncoder()), tmp_path / out)
+        config = VERBS[analysis].CONFIG(data=str(photos), **options[analysis])
+        return run.run_analysis(make_plan(config, TinyEncoder()), tmp_path / out)
 
     def rows(out):
         found = shards.read_rows(tmp_path / out, images=True, layout=layout)
@@ -206,15 +205,15 @@ def test_images_that_failed_are_analysed_again(analysis, tmp_path):
 
 def test_nothing_of_a_failed_row_stays(tmp_path):
     photos, layout = save_photos(tmp_path / "photos", 3), LAYOUTS["lipschitz"]
-    config = AnalysisConfig("lipschitz", data=str(photos), directions="random:1,toward")
-    plan, out = make_analysis_plan(config, TinyEncoder()), tmp_path / "out"
+    config = LipschitzConfig(data=str(photos), directions="random:1,toward")
+    plan, out = make_plan(config, TinyEncoder()), tmp_path / "out"
     run.run_analysis(plan, out)
     (path,) = shards.shard_files(out, layout)
     found = shards.read_shard(path, images=True, layout=layout)
     name = found[0]["image_id"]
     found[1]["status"] = "error"  # of one direction alone: all of the image are made again
     path.write_bytes(shards.shard_bytes(found, layout, {}))
-    places = {subject.image_id: subject.index for subject in plan.subjects}
+    places = {subject.name: subject.index for subject in plan.items}
     resume.take_out(out, layout, places, plan.settings["data_revision"])
     (path,) = shards.shard_files(out, layout)
     assert path.name == "part-00001.parquet"
@@ -230,8 +229,8 @@ def test_a_photo_that_is_torn_again_leaves_no_other_revision(tmp_path, monkeypat
     photos, out = save_photos(tmp_path / "photos"), tmp_path / "out"
     torn = photos / "class1" / "photo1.png"
     torn.write_bytes(b"torn")
-    config = RunConfig(data=str(photos), pairs=7, max_evals=3, refine=False)
-    run.run_match(make_plan(config, TinyEncoder()), out)
+    config = MatchConfig(data=str(photos), pairs=7, max_evals=3, refine=False)
+    run.run_analysis(make_plan(config, TinyEncoder()), out)
     before = rows_of(out)
     draw_photo(1).save(torn)
     real, left = directory.save_record, iter(range(1))
@@ -244,9 +243,9 @@ def test_a_photo_that_is_torn_again_leaves_no_other_revision(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(directory, "save_record", killed)
         with pytest.raises(KilledError):
-            run.run_match(make_plan(config, TinyEncoder()), out)
+            run.run_analysis(make_plan(config, TinyEncoder()), out)
     torn.write_bytes(b"torn")
-    run.run_match(make_plan(config, TinyEncoder()), out)
+    run.run_analysis(make_plan(config, TinyEncoder()), out)
     assert rows_of(out) == before
 
 
@@ -256,14 +255,14 @@ def test_a_run_does_not_go_on_with_other_images_of_the_same_names(tmp_path):
     for k, name in enumerate(names):
         draw_photo(k).save(name)
     pq.write_table(pa.table({"image": names}), tmp_path / "paths.parquet")
-    config = RunConfig(data=str(tmp_path / "paths.parquet"), pairs=3, max_evals=3, refine=False)
+    config = MatchConfig(data=str(tmp_path / "paths.parquet"), pairs=3, max_evals=3, refine=False)
 
     def stop(progress):
         if progress.done > 0:
             raise KilledError
 
     with pytest.raises(KilledError):
-        run.run_match(
+        run.run_analysis(
             make_plan(config, TinyEncoder(), cache_dir=str(tmp_path / "cache")),
             tmp_path / "out",
             batch_size=1,
@@ -274,6 +273,6 @@ def test_a_run_does_not_go_on_with_other_images_of_the_same_names(tmp_path):
         draw_photo(k + 20).save(name)
     plan = make_plan(config, TinyEncoder(), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="other images under the same names"):
-        run.run_match(plan, tmp_path / "out")
+        run.run_analysis(plan, tmp_path / "out")
     assert rows_of(tmp_path / "out") == before
-    assert len(run.run_match(plan, tmp_path / "out", overwrite="always").rows) == 3
+    assert len(run.run_analysis(plan, tmp_path / "out", overwrite="always").rows) == 3

@@ -13,10 +13,7 @@ from fakes import SIZE, TinyEncoder, save_photos
 from PIL import Image
 from safetensors.torch import save_file
 
-from hf_equiv.analyses import pairs
-from hf_equiv.analyses.config import RunConfig
-from hf_equiv.analyses.plan import make_plan
-from hf_equiv.analyses.run import run_match
+from hf_equiv.analyses import MatchConfig, make_plan, pairs, run_analysis
 from hf_equiv.cli.main import _run
 from hf_equiv.runs import shards
 from hf_equiv.verify import directory, rows
@@ -31,10 +28,10 @@ MEASURED = [
 def finished(tmp_path_factory) -> Path:
     """A finished run of four rows in two shards."""
     folder = tmp_path_factory.mktemp("finished")
-    config = RunConfig(data=str(save_photos(folder / "photos")), pairs=4, max_evals=60, radius=60 / 255)
+    config = MatchConfig(data=str(save_photos(folder / "photos")), pairs=4, max_evals=60, radius=60 / 255)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "FILE_ITEMS", 2)
-        run_match(make_plan(config, TinyEncoder()), folder / "out", batch_size=2)
+        run_analysis(make_plan(config, TinyEncoder()), folder / "out", batch_size=2)
     return folder / "out"
 
 
@@ -279,9 +276,9 @@ def interrupt(photos, encoder, out, *, pairs: int, after: int) -> None:
         if progress.done == after:
             raise KeyboardInterrupt
 
-    plan = make_plan(RunConfig(data=str(photos), pairs=pairs, max_evals=20), encoder)
+    plan = make_plan(MatchConfig(data=str(photos), pairs=pairs, max_evals=20), encoder)
     with pytest.raises(KeyboardInterrupt):
-        run_match(plan, out, batch_size=after, observer=stop)
+        run_analysis(plan, out, batch_size=after, observer=stop)
 
 
 def test_unfinished_run(photos, tiny, tmp_path, monkeypatch):
@@ -306,9 +303,9 @@ def test_missing_rows_are_counted(photos, tiny, tmp_path, monkeypatch, capsys):
 
 def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "KEPT_BYTES", 0)  # the run reads the photos again
-    plan = make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny)
+    plan = make_plan(MatchConfig(data=str(photos), pairs=8, max_evals=20), tiny)
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
-    outcome = run_match(plan, tmp_path / "out")
+    outcome = run_analysis(plan, tmp_path / "out")
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     report = directory.verify_run(tmp_path / "out")
     assert report.holds
@@ -318,10 +315,10 @@ def test_rows_of_status_error_hold(photos, tiny, tmp_path, monkeypatch):
 
 def test_a_run_without_one_match_does_not_hold(photos, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pairs, "KEPT_BYTES", 0)  # the run reads the photos again
-    plan = make_plan(RunConfig(data=str(photos), pairs=2, max_evals=20), tiny)
+    plan = make_plan(MatchConfig(data=str(photos), pairs=2, max_evals=20), tiny)
     for photo in photos.rglob("*.png"):
         photo.write_bytes(b"broken")
-    run_match(plan, tmp_path / "out")
+    run_analysis(plan, tmp_path / "out")
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     report = directory.verify_run(tmp_path / "out")
     assert not report.holds
@@ -342,7 +339,8 @@ def test_other_normalisation_is_named(out, monkeypatch):
 
 def test_float64_run_holds(photos, tmp_path, monkeypatch):
     encoder = TinyEncoder(dtype=torch.float64)
-    run_match(make_plan(RunConfig(data=str(photos), pairs=2, max_evals=40, dtype="float64"), encoder), tmp_path / "out")
+    config = MatchConfig(data=str(photos), pairs=2, max_evals=40, dtype="float64")
+    run_analysis(make_plan(config, encoder), tmp_path / "out")
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder(dtype=torch.float64))
     assert directory.verify_run(tmp_path / "out").holds
 
@@ -357,7 +355,7 @@ def test_not_a_run(tmp_path):
 def test_local_checkpoint_must_be_named(photos, tmp_path, monkeypatch):
     encoder = TinyEncoder()
     encoder.provenance["model_id"] = "my-model"
-    run_match(make_plan(RunConfig(data=str(photos), pairs=1, max_evals=5), encoder), tmp_path / "out")
+    run_analysis(make_plan(MatchConfig(data=str(photos), pairs=1, max_evals=5), encoder), tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"local checkpoint 'my-model' .* Name it with --model PATH"):
         directory.verify_run("out")
@@ -374,7 +372,7 @@ def edit_record(out: Path, change) -> None:
 
 
 def test_a_float_match_that_is_no_match(photos, tmp_path, monkeypatch):
-    run_match(make_plan(RunConfig(data=str(photos), pairs=2, max_evals=40), TinyEncoder()), tmp_path / "out")
+    run_analysis(make_plan(MatchConfig(data=str(photos), pairs=2, max_evals=40), TinyEncoder()), tmp_path / "out")
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     path = tmp_path / "out" / "float" / "part-00000.safetensors"
     tensors, costs = shards.read_floats(path)
@@ -388,8 +386,8 @@ def test_a_float_match_that_is_no_match(photos, tmp_path, monkeypatch):
 
 
 def test_a_png_that_is_not_the_rounded_match(photos, tmp_path, monkeypatch):
-    config = RunConfig(data=str(photos), pairs=1, max_evals=40, refine=False)
-    run_match(make_plan(config, TinyEncoder()), tmp_path / "out")
+    config = MatchConfig(data=str(photos), pairs=1, max_evals=40, refine=False)
+    run_analysis(make_plan(config, TinyEncoder()), tmp_path / "out")
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     assert directory.verify_run(tmp_path / "out").holds
     path = tmp_path / "out" / "float" / "part-00000.safetensors"
@@ -506,11 +504,11 @@ def test_a_reason_outlives_its_process(photos, tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(pairs, "KEPT_BYTES", 0)  # the run reads the photos again
-    plan = make_plan(RunConfig(data=str(photos), pairs=8, max_evals=20), tiny)
+    plan = make_plan(MatchConfig(data=str(photos), pairs=8, max_evals=20), tiny)
     (photos / "class1" / "photo1.png").write_bytes(b"broken")
     with pytest.raises(KeyboardInterrupt):
-        run_match(plan, tmp_path / "out", observer=stop)
-    outcome = run_match(plan, tmp_path / "out")
+        run_analysis(plan, tmp_path / "out", observer=stop)
+    outcome = run_analysis(plan, tmp_path / "out")
     assert {why.partition("'")[2][:17] for why in outcome.errors.values()} == {"class1/photo1.png"}
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     assert directory.verify_run(tmp_path / "out").holds

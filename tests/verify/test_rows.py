@@ -6,9 +6,8 @@ import pytest
 import torch
 from fakes import TinyEncoder, save_photos
 
-from hf_equiv.analyses.config import AnalysisConfig, RunConfig
-from hf_equiv.analyses.plan import make_analysis_plan, make_plan
-from hf_equiv.analyses.run import run_analysis, run_match
+from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import read_record
 from hf_equiv.runs.schema import LAYOUTS, PROVENANCE_FEATURES
@@ -31,11 +30,11 @@ def runs(tmp_path_factory) -> dict[str, tuple]:
     """For each verb: layout, run.json, what it lists, and the rows of one pair or image with their floats."""
     place = tmp_path_factory.mktemp("runs")
     photos = save_photos(place / "photos")
-    run_match(make_plan(RunConfig(data=str(photos), pairs=1, max_evals=60), TinyEncoder()), place / "match")
+    run_analysis(make_plan(MatchConfig(data=str(photos), pairs=1, max_evals=60), TinyEncoder()), place / "match")
     for analysis, options in OPTIONS.items():
         more = {} if analysis == "spectrum" else {"target": str(photos / "class1" / "photo1.png")}
-        config = AnalysisConfig(analysis, source=str(photos / "class0" / "photo0.png"), **options, **more)
-        run_analysis(make_analysis_plan(config, TinyEncoder()), place / analysis)
+        config = VERBS[analysis].CONFIG(source=str(photos / "class0" / "photo0.png"), **options, **more)
+        run_analysis(make_plan(config, TinyEncoder()), place / analysis)
     found = {}
     for analysis, layout in LAYOUTS.items():
         record = read_record(place / analysis)
