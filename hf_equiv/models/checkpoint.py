@@ -17,7 +17,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
+from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
     validate_repo_id,

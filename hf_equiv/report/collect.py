@@ -133,18 +133,14 @@ def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
 
 def _read_run(folder: Path, name: str) -> Run:
     record = directory.read_record(folder)
-    analysis = directory.analysis_of(record)
-    if analysis not in LAYOUTS:
-        raise ValueError(f"{name!r} holds a run of {analysis!r}, which this version of hf_equiv does not know.")
-    layout = LAYOUTS[analysis]
-    directory.check_record(folder, record, layout)
+    layout = directory.check_record(folder, record)
     order = {item[layout.item]: k for k, item in enumerate(record[layout.listed])}
     changed = _changed(folder, layout, record["files"]) if record["complete"] else ()
     once: dict[str, Row] = {}
     try:
         for path in shards.shard_files(folder, layout):
             for row in shards.read_shard(path, layout=layout) if _inside(folder, path) not in changed else ():
-                once.setdefault(row_name(analysis, row), row)  # a doubled row counts once
+                once.setdefault(row_name(layout.analysis, row), row)  # a doubled row counts once
     except ValueError as error:
         raise ValueError(f"{name!r} is damaged: {error} hf-equiv verify names every problem.") from error
     unlisted = sorted({str(row[layout.item]) for row in once.values()} - set(order))

@@ -31,7 +31,7 @@ SEVERAL = """
     from hf_equiv.analyses.run import VERBS
 
     figures.pairs_figure = lambda *_: None  # a second each
-    figures.spectrum_figures = figures.walk_figures = lambda *_: {}
+    figures.spectrum_figures = figures.lipschitz_figures = figures.walk_figures = lambda *_, **__: {}
     torch.set_num_threads(1)
     photos, place, *ports = sys.argv[1:]
     options = {"spectrum": {}, "walk": {"num_steps": 3, "step": 0.3},
