@@ -196,10 +196,10 @@ def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:
 
 
 def read_costs(folder: Path) -> Row:
-    """Return the evaluations of matching and refining, by pair id."""
+    """Return the evaluations of matching and refining, by pair id; none where the float files are withheld."""
     costs: Row = {}
-    for shard in shard_files(folder):
-        with safe_open(float_file(shard), framework="pt") as file:
+    for path in filter(Path.is_file, map(float_file, shard_files(folder))):
+        with safe_open(path, framework="pt") as file:
             costs |= _costs(file.metadata())
     return costs
 
