@@ -176,7 +176,8 @@ def load_results(
 def _rows(name: str, runs: Sequence[Path], layout: Layout, cache_dir: str | None, with_float: bool) -> datasets.Dataset:
     files = [path for run in runs for path in shard_files(run, layout)]
     if not files:
-        there = sorted({config for run in runs for config in CONFIGS if shard_files(run, CONFIGS[config])})
+        stated = [directory.read_record(run) for run in runs if (run / directory.RECORD).is_file()]
+        there = sorted({LAYOUTS[directory.analysis_of(record)].folder for record in stated})
         raise ValueError(
             f"{name!r} must hold rows of {layout.folder!r}; it has {', '.join(there) or 'no rows'}. Choose another "
             "`config`."
