@@ -37,10 +37,10 @@ def check_images(images: Tensor, name: str = "images") -> None:
         raise ValueError(f"`{name}` must lie in [0, 1]; got values in [{low:.4g}, {high:.4g}]. {cure}")
 
 
-def check_like(images: Tensor, like: Tensor, name: str) -> None:
-    """Require images of the shape of `like` (B, C, H, W), or one of them."""
+def check_like(images: Tensor, like: Tensor, name: str, *, one: bool = True) -> None:
+    """Require images of the shape of `like` (B, C, H, W), or a single one unless `one` is false."""
     check_images(images, name)
-    if images.shape[0] not in (1, len(like)) or images.shape[1:] != like.shape[1:]:
+    if images.shape[0] not in (1 if one else len(like), len(like)) or images.shape[1:] != like.shape[1:]:
         raise ValueError(f"`{name}` must have the shape of `images` {tuple(like.shape)}; got {tuple(images.shape)}.")
 
 

@@ -87,10 +87,10 @@ def refine_8bit(
     if radius is not None and source is None:
         raise ValueError("`source` must be given with `radius`; got None. Pass the centre of the ball.")
     if source is not None:
-        checks.check_like(source, images, "source")
+        checks.check_like(source, images, "source", one=False)
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
-        centers = [None] * len(images) if source is None else source.detach().clone().expand_as(images)
+        centers = [None] * len(images) if source is None else source.detach().clone()
         z = target_embeddings(f, images, target, "images")
         runs = [_Refinement(f, image, embedding) for image, embedding in zip(images, z, strict=True)]
         for run, center in zip(runs, centers, strict=True):
