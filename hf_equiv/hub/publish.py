@@ -33,30 +33,55 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The result of `publish_results`, or with `dry_run` its plan."""
+    """The result of `publish_results`, or with `dry_run` its plan.
+
+    Attributes:
+        repo_id: the dataset, USER/NAME.
+        url: page of the dataset.
+        run: name of the run in it, ANALYSIS-MODELSLUG-HASH8.
+        place: "" for the root of the dataset, else `runs/NAME`.
+        changed: whether there was anything to commit.
+        commit: the commit that holds the run; None in a dry run.
+        revision: the branch, or the ref of the pull request, that holds the run.
+        pr_url: page of the pull request.
+        private: visibility of the dataset afterwards; None if only its owner can know it.
+        photos: whether the photos are published.
+        license: identifier of their licence, if it is known.
+        why: the reason why the photos are published or withheld.
+        how_to_change: the arguments for the opposite.
+        files: number of files of the run, with the card.
+        bytes: their size.
+        uploaded: (path, bytes) of the files that were new or had changed.
+        deleted: paths of an earlier version that the commit removes.
+        card: text of the dataset's README.md.
+        collection: slug of the collection that the dataset was added to.
+        collection_private: whether only you can see that collection; a new one is private.
+        dry_run: whether nothing was written.
+        refused: in a dry run, the reason why the Hub would refuse the commit, as far as it is known.
+    """
 
     repo_id: str
-    url: str  # page of the dataset
-    run: str  # name of the run in it, ANALYSIS-MODELSLUG-HASH8
-    place: str  # "" for the root of the dataset, else `runs/NAME`
-    changed: bool  # whether there was anything to commit
-    commit: str | None  # the commit that holds the run; None in a dry run
-    revision: str  # the branch, or the ref of the pull request, that holds the run
-    pr_url: str | None  # page of the pull request
-    private: bool | None  # visibility of the dataset afterwards; None if only its owner can know it
-    photos: bool  # whether the photos are published
-    license: str | None  # identifier of their licence, if it is known
-    why: str  # the reason why the photos are published or withheld
-    how_to_change: str  # the arguments for the opposite
-    files: int  # number of files of the run, with the card
-    bytes: int  # their size
-    uploaded: tuple[tuple[str, int], ...]  # (path, bytes) of the files that were new or had changed
-    deleted: tuple[str, ...]  # paths of an earlier version that the commit removes
-    card: str  # text of the dataset's README.md
-    collection: str | None = None  # slug of the collection that the dataset was added to
-    collection_private: bool | None = None  # whether only you can see that collection; a new one is private
-    dry_run: bool = False  # whether nothing was written
-    refused: str | None = None  # in a dry run, the reason why the Hub would refuse the commit, as far as it is known
+    url: str
+    run: str
+    place: str
+    changed: bool
+    commit: str | None
+    revision: str
+    pr_url: str | None
+    private: bool | None
+    photos: bool
+    license: str | None
+    why: str
+    how_to_change: str
+    files: int
+    bytes: int
+    uploaded: tuple[tuple[str, int], ...]
+    deleted: tuple[str, ...]
+    card: str
+    collection: str | None = None
+    collection_private: bool | None = None
+    dry_run: bool = False
+    refused: str | None = None
 
 
 def publish_results(

@@ -42,23 +42,41 @@ _GRACE = 20.0
 
 @dataclass(frozen=True, slots=True)
 class SpaceDeployment:
-    """The result of `deploy_space`, or with `dry_run` its plan."""
+    """The result of `deploy_space`, or with `dry_run` its plan.
+
+    Attributes:
+        repo_id: the Space, USER/NAME.
+        url: page of the Space.
+        made: whether it is new.
+        changed: whether there was anything to commit or to set.
+        commit: the commit that holds the app; None in a dry run.
+        private: visibility afterwards.
+        hardware: the hardware that was asked for, now or earlier; None if the Hub does not say.
+        variables: the variables of the app afterwards.
+        library: the source of hf_equiv in the Space, in words.
+        files: number of files of the deployment.
+        uploaded: (path, bytes) of the files that were new or had changed.
+        deleted: paths of an earlier copy of the library that the commit removes.
+        warnings: sets and models that the Space cannot read, and the cure.
+        stage: the last stage that was seen; None in a dry run and without waiting.
+        dry_run: whether nothing was written.
+    """
 
     repo_id: str
-    url: str  # page of the Space
-    made: bool  # whether it is new
-    changed: bool  # whether there was anything to commit or to set
-    commit: str | None  # the commit that holds the app; None in a dry run
-    private: bool  # visibility afterwards
-    hardware: str | None  # the hardware that was asked for, now or earlier; None if the Hub does not say
-    variables: dict[str, str]  # the variables of the app afterwards
-    library: str  # the source of hf_equiv in the Space, in words
-    files: int  # number of files of the deployment
-    uploaded: tuple[tuple[str, int], ...]  # (path, bytes) of the files that were new or had changed
-    deleted: tuple[str, ...]  # paths of an earlier copy of the library that the commit removes
-    warnings: tuple[str, ...]  # sets and models that the Space cannot read, and the cure
-    stage: str | None = None  # the last stage that was seen; None in a dry run and without waiting
-    dry_run: bool = False  # whether nothing was written
+    url: str
+    made: bool
+    changed: bool
+    commit: str | None
+    private: bool
+    hardware: str | None
+    variables: dict[str, str]
+    library: str
+    files: int
+    uploaded: tuple[tuple[str, int], ...]
+    deleted: tuple[str, ...]
+    warnings: tuple[str, ...]
+    stage: str | None = None
+    dry_run: bool = False
 
 
 class SpaceError(OSError):

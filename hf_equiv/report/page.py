@@ -59,9 +59,12 @@ class Report:
         return {"models": [model.to_json() for model in self.models], "problems": list(self.problems)}
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the page to `path`, the `out` of `make_report`; the Markdown beside it; the pictures into their folder.
+        """Write the page, the Markdown beside it, and the pictures into their folder.
 
         Each file is written whole or not at all. Pictures that only an earlier page had are removed.
+
+        Args:
+            path: file of the page, the `out` of `make_report`.
         """
         path = Path(path)
         for old in (path.parent / self.folder).glob("model*-*.png"):
