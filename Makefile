@@ -1,6 +1,6 @@
 # make demo   install into .venv, then match two of the built-in photos
-# make test   install with the development tools, then run every test that needs no network, GPU or outside file; those
-#             that drive a browser are skipped where there is no Chromium
+# make test   install with the development tools, then run every test that needs no network, GPU or outside file, a
+#             process per core; those that drive a browser are skipped where there is no Chromium
 # make check  lint, types, tests
 PYTHON ?= python3
 VENV   := .venv
@@ -14,13 +14,13 @@ demo: $(VENV)/.installed
 	$(BIN)/hf-equiv match builtin
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(MAKE) test
 
 # The stamps lie inside the environment: whoever removes it removes them too.
 $(VENV)/.installed: $(SETUP) | $(BIN)/python

@@ -23,6 +23,8 @@ os.environ |= {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
 }
+if "PYTEST_XDIST_WORKER" in os.environ:  # one test process per core: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
