@@ -68,11 +68,11 @@ def load_images(
         raise ValueError(f"images must be named by a file, a folder, a dataset or 'builtin'; got {what!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; got {limit}.")
-    columns = (image_column, label_column, cache_dir)
-    images = _local(what, lambda name, paths: tables.open_parquet(name, paths, *columns))
+    columns = (image_column, label_column)
+    images = _local(what, lambda n, paths: tables.table_images(*tables.load_parquet(n, paths, cache_dir), n, *columns))
     if images is None:
         images = tables.load_hub_dataset(
-            what, *columns, local_files_only=local_files_only, most=most or limit, streaming=streaming
+            what, *columns, cache_dir, local_files_only=local_files_only, most=most or limit, streaming=streaming
         )
     elif streaming:
         raise ValueError(f"`streaming` must come with a Hub dataset; {what!r} is here already. Leave it out.")
@@ -108,13 +108,9 @@ def _image_files(
     data_id: str, files: Sequence[Path], ids: Sequence[str], labels: Sequence[str | None], revision: str | None = None
 ) -> ImageSet:
     digests = [file_digest(file) for file in files]
-    return ImageSet(
-        data_id,
-        revision or content_hash(ids, digests, labels),
-        tuple(ids),
-        tuple(labels),
-        lambda i: open_image(files[i], ids[i], sha256=digests[i]),
-    )
+    revision = revision or content_hash(ids, digests, labels)
+    read = lambda i: open_image(files[i], ids[i], sha256=digests[i])  # noqa: E731
+    return ImageSet(data_id, revision, tuple(ids), tuple(labels), read)
 
 
 def _single_photo(path: Path) -> ImageSet:

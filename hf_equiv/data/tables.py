@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,31 +29,18 @@ from hf_equiv.data.image_file import open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 from hf_equiv.hub_client import api_of, explained, hushed
 
-LARGE = 5_000_000_000
-"""Bytes of a dataset's files above which it is streamed, if the number of images is known."""
-
+LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if the number of images is known
 DEFAULT_SPLITS = ("validation", "test", "train")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
-_ROWS = 16
-"""Rows that are copied at once."""
-
-_BUFFER = 1 << 20
-"""Bytes of a column that are read at once."""
-
+_ROWS = 16  # copied at once
+_BUFFER = 1 << 20  # bytes of a column that are read at once
 _UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)  # pyarrow's errors are subclasses of these
 _UNLOADABLE = (*_UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError)
 
 
-def open_parquet(
-    name: str, paths: Sequence[Path], image_column: str | None, label_column: str | None, cache_dir: str | None
-) -> ImageSet:
-    """Open the images of parquet files."""
-    return table_images(*load_parquet(name, paths, cache_dir), name, image_column, label_column)
-
-
 def load_parquet(name: str, paths: Sequence[Path], cache_dir: str | None) -> tuple[datasets.Dataset, str]:
-    """Open parquet files as one dataset, with images not decoded; return it with the revision of their contents."""
+    """Open parquet files as one dataset; return it with the revision of their contents."""
     revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
 
     def states() -> list[tuple[int, int]]:
@@ -129,11 +116,13 @@ def load_hub_dataset(
     offline = local_files_only or constants.is_offline_mode()
     if streaming and (offline or most is None):
         raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
-    revision = _cached_revision(repo_id, cache_dir) if offline else _current_revision(repo_id)
+    revision = _revision(repo_id, cache_dir, offline)
     config, split, choices = _choose(repo_id, revision, parts)
     name = f"{repo_id}:{config}:{split}"
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says the same
     try:
-        with _quiet(), explained(repo_id):
+        with explained(repo_id):
             if most is not None and not offline and (streaming or is_large(repo_id, config, revision)):
                 rows, streaming = first_rows(repo_id, config, revision, split, most, cache_dir), True
             else:
@@ -144,6 +133,8 @@ def load_hub_dataset(
     except _UNLOADABLE as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(cause or error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     caches = (cache_dir, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
     inside = tuple(Path(place).resolve() for place in caches if place)
     images = table_images(rows, revision, name, image_column, label_column, inside)
@@ -210,15 +201,12 @@ def table_images(
         ) from error
 
     def read(index: int) -> Image.Image:
-        cell = encoded[index][column] or {}
-        where = f"{name} row {index}"
+        cell, where = encoded[index][column] or {}, f"{name} row {index}"
         if cell.get("bytes") is not None:
             return open_image(cell["bytes"], where)
         if not cell.get("path"):
-            told = f"column {column!r} is empty there. Fill it or remove the row"
-            raise ValueError(f"{where} must hold an image; {told}.")
-        file = Path(cell["path"]).resolve()
-        if inside is not None and not any(file.is_relative_to(folder) for folder in inside):
+            raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or drop the row.")
+        if inside is not None and not any(Path(cell["path"]).resolve().is_relative_to(folder) for folder in inside):
             raise ValueError(f"{where} must hold an image of the dataset; got the path of another file. Leave it out.")
         return open_image(cell["path"], where)
 
@@ -259,25 +247,16 @@ def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> t
     return tuple(None if value is None or isinstance(value, list | dict) else str(value) for value in values)
 
 
-def _current_revision(repo_id: str) -> str:
+def _revision(repo_id: str, cache_dir: str | None, offline: bool) -> str:
+    """Return the current commit of a dataset, or the one in the cache."""
+    find = partial(api_of(None).resolve_revision, repo_type="dataset", cache_dir=cache_dir, local_files_only=offline)
     try:
-        with explained(repo_id):
-            return str(api_of(None).dataset_info(repo_id).sha)
+        with explained(repo_id, local_files_only=offline):
+            return find(repo_id).resolved
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no file or folder here, and no name of a dataset ({error}).") from None
     except OSError as error:
         raise ValueError(str(error)) from error
-
-
-def _cached_revision(repo_id: str, cache_dir: str | None) -> str:
-    folder = "datasets--" + repo_id.replace("/", "--")
-    ref = Path(cache_dir or constants.HF_HUB_CACHE) / folder / "refs" / "main"
-    if not ref.is_file():
-        raise ValueError(
-            f"{repo_id!r} is neither a file nor a folder here, and as a Hub dataset it is not in the cache while the "
-            "Hub is switched off (--local-files-only or HF_HUB_OFFLINE=1). Check the name or allow the network."
-        )
-    return ref.read_text().strip()
 
 
 def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tuple[str, ...]]:
@@ -305,17 +284,6 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the log of `datasets`: the error that follows says the same."""
-    before = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(before)
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,20 +21,15 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 START = "<!-- hf_equiv: from here to the end mark `hf-equiv publish` writes the text (card 2); text outside is kept -->"
 END = "<!-- hf_equiv: end -->"
-
 _BLOCK = re.compile(r"<!-- hf_equiv: from here .*?-->.*?<!-- hf_equiv: end -->", re.DOTALL)
-
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "dataset_card.md.jinja"
-
 _TAGS = {"match": "embedding-matching", "spectrum": "jacobian", "lipschitz": "lipschitz", "walk": "level-set"}
-
 _TITLES = {
     "match": "Images that share an embedding",
     "spectrum": "Jacobian spectra",
     "lipschitz": "Directional Lipschitz constants",
     "walk": "Walks through images that share an embedding",
 }
-
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**12, "1M<n<10M"))
 
 
@@ -48,17 +43,16 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
     own = {layout.folder for layout in LAYOUTS.values()}
     facts["configs"] = made["configs"] + [c for c in there.get("configs") or [] if c.get("config_name") not in own]
     above, below = around_block(text, "the dataset")
-    ordered = dict(sorted(runs.items()))
     config = made["configs"][0]["config_name"]
-    place, record = [item for item in ordered.items() if LAYOUTS[analysis_of(item[1])].folder == config][-1]
+    place, record = max(item for item in runs.items() if LAYOUTS[analysis_of(item[1])].folder == config)
     return str(
         DatasetCard.from_template(
             DatasetCardData(**facts),
             template_path=str(_TEMPLATE),
-            md=run_card.escape, before=above, after=below, start=START, end=END,
-            title=made["pretty_name"], repo_id=repo_id, config=config,
-            runs=[_shown(*item) for item in ordered.items()],
-            configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
+            md=run_card.escape, one_line=run_card.one_line, run_name=run_name, analysis_of=analysis_of,
+            is_withheld=is_withheld, rows_of=_rows, numbers_of=_numbers, versions_of=_versions, before=above,
+            after=below, start=START, end=END, title=made["pretty_name"], repo_id=repo_id, config=config,
+            runs=sorted(runs.items()), configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
             data_files=f"{place}/{config}/*.parquet" if place else f"{config}/*.parquet",
             run_of_config=run_name(record),
         )
@@ -154,30 +148,24 @@ def _facts(runs: Runs) -> dict[str, Any]:
 
 
 def _rows(record: Mapping[str, Any]) -> int:
-    summary = record.get("summary") or {}
+    summary = record["summary"] or {}
     return int(summary.get("pairs") or summary.get("rows") or 0)
 
 
-def _shown(place: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the template says of a run."""
-    settings, summary, name = record["settings"], record["summary"], run_name(record)
-    prefix = f"{place}/" if place else ""
-    versions = json.loads(record["versions"]) if record.get("versions") else {}
-    match = analysis_of(record) == MATCH.analysis
-    return {
-        "name": name, "link": f"[{name}]({prefix}README.md)" if place else name, "analysis": analysis_of(record),
-        "settings": settings, "rows": _rows(record), "verdict": summary["verdict"], "withheld": is_withheld(record),
-        "figures": sorted(prefix + file for file in record["files"] if file.startswith("figures/")),
-        "numbers": run_card.match_numbers(summary) if match else _numbers("", summary),
-        "versions": ", ".join(f"{package} {number}" for package, number in versions.items() if number),
-        "command": run_card.one_line(record.get("command") or ""), "rights": record.get("rights") or "not stated",
-    }  # fmt: skip
+def _versions(record: Mapping[str, Any]) -> str:
+    versions = json.loads(record.get("versions") or "{}")
+    return ", ".join(f"{package} {number}" for package, number in versions.items() if number)
 
 
-def _numbers(path: str, value: Any) -> list[tuple[str, str]]:
+def _numbers(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    is_match = analysis_of(record) == MATCH.analysis
+    return run_card.match_numbers(record["summary"]) if is_match else _named("", record["summary"])
+
+
+def _named(path: str, value: Any) -> list[tuple[str, str]]:
     """Return the numbers of a summary, named by their path."""
     if isinstance(value, Mapping):
-        return [pair for key, part in value.items() for pair in _numbers(f"{path} {key}".strip(), part)]
+        return [pair for key, part in value.items() for pair in _named(f"{path} {key}".strip(), part)]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [(path.replace("_", " "), f"{value:.6g}")]
     return []

@@ -21,7 +21,6 @@ FREE = frozenset(
 """Licences, by their names on the Hub, under which images may be shared and changed."""
 
 _CLOSED_SETS = re.compile(r"imagenet|ilsvrc|celeba|vggface|ms-?celeb", re.IGNORECASE)
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -48,10 +47,8 @@ def photo_rights(
         found, why = _licence_of(name, revision, token)
         if why is not None:
             reasons.append(f"{name} {why}")
-        elif found is None and stated is None:
-            reasons.append(f"the licence of {name!r} is not known")
         elif found is None and stated not in FREE:
-            reasons.append(f"{license!r} is not among the licences that are known to be free")
+            reasons.append(f"the licence of {name!r} is not known")
         else:
             licences.add(found or stated)
             free.append(f"{name}: {found or license}")

@@ -1,12 +1,4 @@
-"""Publish a run directory as a dataset on the Hub, whole or not at all, in one commit.
-
-The first run of a dataset lies at its root, others in `runs/NAME/`. A run of the same settings replaces its earlier
-version, and files that are no longer part of it go. If nothing has changed, nothing is committed.
-
-Failures that may pass are tried again: 409, 412, 429 (after the wait that the Hub asks for), 5xx and cut connections.
-After each failed commit the dataset is read anew: a commit whose answer was lost is found, and a commit of somebody
-else is built upon. Files that were uploaded before an interruption are not sent twice.
-"""
+"""Publish a run directory as a dataset on the Hub, whole or not at all, in one commit."""
 
 from __future__ import annotations
 
@@ -22,12 +14,11 @@ from huggingface_hub import errors as hub_errors
 
 from hf_equiv.hub.dataset_files import Dataset, place_of, plan_files, read_dataset
 from hf_equiv.hub.licences import FREE, PhotoRights, how_to_change, photo_rights
-from hf_equiv.hub.repository import MAIN, Change, Progress, Remote, change_of, commit_until_done, send
+from hf_equiv.hub.repository import MAIN, Change, Progress, Remote, commit_until_done, send
 from hf_equiv.hub_client import api_of, check_dataset_id, explained, require_token, why_not
 from hf_equiv.runs.directory import CARD, LocalRun, is_withheld, read_run
 
 _SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -101,6 +92,9 @@ def publish_results(
     progress: Progress | None = None,
 ) -> Published:
     """Publish a finished run directory as a dataset, in one commit; the local directory is never altered.
+
+    The first run of a dataset lies at its root, others in `runs/NAME/`; a run of the same settings is replaced. If
+    nothing has changed, nothing is committed. Files that were uploaded before an interruption are not sent twice.
 
     Photos are published if they are free: the built-in ones, or those of a Hub dataset whose card names a free licence.
     Otherwise rows and ids are published without pictures, unless `license` or `i_have_the_right` says more.
@@ -178,43 +172,36 @@ def _rights(run: LocalRun, license: str | None, right: bool, withhold: bool, tok
 
 def _publish(job: Publication, private: bool | None) -> Published:
     made, is_private = _make_missing(job, private)
-    done = commit_until_done(
-        partial(_look, job),
-        partial(_change, job),
-        lambda change: send(job.remote, change, revision=job.revision, create_pr=job.create_pr),
-        job.remote.say,
-    )
+    sending = partial(send, job.remote, revision=job.revision, create_pr=job.create_pr)
+    done = commit_until_done(partial(_look, job), partial(_change, job), sending, job.remote.say)
     if private is False and is_private and not job.create_pr:
         job.remote.set_private(False)
         is_private = False
     told = "done" if done.sent else "nothing to commit, it is there already"
     job.remote.say(f"{told}: {done.pr_url or job.remote.url}")
     ref = job.revision if done.pr_url is None else f"refs/pr/{done.pr_url.rstrip('/').rsplit('/', 1)[-1]}"
-    result = _published(job, done.there, done.change, None if job.create_pr and not made else is_private)
+    result = _published(job, done.change, None if job.create_pr and not made else is_private)
     return replace(result, changed=done.sent, commit=done.commit, pr_url=done.pr_url, revision=ref)
 
 
 def _make_missing(job: Publication, private: bool | None) -> tuple[bool, bool]:
     """Make the dataset and the branch if they are missing; return (whether it was made, whether it is private)."""
     remote, api, info = job.remote, job.remote.api, job.remote.find()
+    repo = partial(remote.call, repo_id=remote.repo_id, repo_type="dataset")
+    is_private = private is not False if info is None else bool(info.private)
     if info is None:
-        is_private = private is not False
         remote.say(f"making the {'private' if is_private else 'public'} dataset {remote.repo_id}")
-        options = {"repo_type": "dataset", "private": is_private, "exist_ok": True}
-        remote.call("making the dataset", api.create_repo, remote.repo_id, **options)
-    else:
-        is_private = bool(info.private)
-        if private and not is_private and not job.create_pr:
-            remote.set_private(True)
-            is_private = True
+        repo("making the dataset", api.create_repo, private=is_private, exist_ok=True)
+    elif private and not is_private and not job.create_pr:
+        remote.set_private(True)
+        is_private = True
     if job.revision != MAIN and not job.revision.startswith("refs/pr/"):
-        refs = remote.call("listing branches", api.list_repo_refs, remote.repo_id, repo_type="dataset")
+        refs = repo("listing branches", api.list_repo_refs)
         branches = {ref.name for ref in refs.branches}
         if job.revision in {ref.name for ref in refs.tags} - branches:
             raise ValueError(f"`revision` must be a branch; '{job.revision}' is a tag of '{remote.repo_id}'.")
         if job.revision not in branches:
-            options = {"branch": job.revision, "repo_type": "dataset", "exist_ok": True}
-            remote.call("making the branch", api.create_branch, remote.repo_id, **options)
+            repo("making the branch", api.create_branch, branch=job.revision, exist_ok=True)
     return info is None, is_private
 
 
@@ -224,10 +211,10 @@ def _look(job: Publication) -> Dataset:
     return replace(there, proposed=_proposed(job)) if job.create_pr else there
 
 
-def _change(job: Publication, there: Dataset) -> Change:
+def _change(job: Publication, there: Dataset) -> Change[Dataset]:
     files, deleted = plan_files(there, job.remote.repo_id, job.run, job.rights)
     verb = "Update" if place_of(job.run.record, there.runs) in there.runs else "Add"
-    return change_of(there, files, deleted, job.message or f"{verb} {job.run.name}", _mark(job))
+    return Change(there, files, sorted(deleted), job.message or f"{verb} {job.run.name}", _mark(job))
 
 
 def _mark(job: Publication) -> str:
@@ -252,16 +239,15 @@ def _proposed(job: Publication) -> tuple[str, str] | None:
     return remote.call("reading the pull requests", find)
 
 
-def _published(job: Publication, there: Dataset, change: Change, private: bool | None) -> Published:
-    card = next(file.content for file in change.files if file.path == CARD)
+def _published(job: Publication, change: Change[Dataset], private: bool | None) -> Published:
+    (card,) = (file.data.decode() for file in change.files if file.path == CARD)
     return Published(
-        repo_id=job.remote.repo_id, url=job.remote.url, run=job.run.name, place=place_of(job.run.record, there.runs),
-        changed=not change.empty, commit=None, revision=job.revision, pr_url=None, private=private,
-        photos=job.rights.published, license=job.rights.license, why=job.rights.why,
-        how_to_change=how_to_change(job.rights), files=len(change.files),
-        bytes=sum(file.size for file in change.files),
-        uploaded=tuple((file.path, file.size) for file in change.added), deleted=change.deleted,
-        card=card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8"),
+        repo_id=job.remote.repo_id, url=job.remote.url, run=job.run.name,
+        place=place_of(job.run.record, change.there.runs), changed=not change.empty, commit=None,
+        revision=job.revision, pr_url=None, private=private, photos=job.rights.published, license=job.rights.license,
+        why=job.rights.why, how_to_change=how_to_change(job.rights), files=len(change.files),
+        bytes=sum(file.size for file in change.files), deleted=tuple(change.deleted), card=card,
+        uploaded=tuple((file.path, file.size) for file in change.added),
     )  # fmt: skip
 
 
@@ -276,7 +262,7 @@ def _plan_only(job: Publication, private: bool | None) -> Published:
             there = _look(replace(job, revision=MAIN))
     change = _change(job, replace(there, proposed=None))
     refused = None if change.empty else _why_refused(job, exists=info is not None)
-    return replace(_published(job, there, change, is_private), dry_run=True, refused=refused)
+    return replace(_published(job, change, is_private), dry_run=True, refused=refused)
 
 
 def _why_refused(job: Publication, *, exists: bool) -> str | None:
@@ -301,11 +287,11 @@ def _collect(remote: Remote, collection: str, done: Published) -> Published:
     try:
         with explained(repo_id, write=True):
             if not _SLUG.fullmatch(collection):
-                options = {"namespace": None if done.pr_url else repo_id.split("/")[0], "private": True}
-                make = api.create_collection
-                slug = remote.call("making the collection", make, collection, exists_ok=True, **options).slug
-            add = api.add_collection_item
-            found = remote.call("adding to the collection", add, slug, repo_id, "dataset", exists_ok=True)
+                owner = None if done.pr_url else repo_id.split("/")[0]
+                make = partial(api.create_collection, collection, namespace=owner, private=True, exists_ok=True)
+                slug = remote.call("making the collection", make).slug
+            add = partial(api.add_collection_item, slug, repo_id, "dataset", exists_ok=True)
+            found = remote.call("adding to the collection", add)
             return replace(done, collection=slug, collection_private=found.private)
     except (OSError, ValueError) as error:
         raise ValueError(
