@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -71,9 +70,6 @@ def check_repo_id(repo_id: str, kind: str, *, otherwise: str, argument: str = "r
     if name.count("/") != 1:
         raise ValueError(f"{wanted} Put your user name or organisation before it.")
     return name
-
-
-check_dataset_id = partial(check_repo_id, kind="dataset", otherwise="results are published as datasets")
 
 
 def require_token(token: str | bool | None, what: str = "publishing") -> None:

@@ -32,10 +32,8 @@ def open_image(
         with _pillow_limit_off(), Image.open(io.BytesIO(data)) as image:
             return _decode(image, name, most_pixels or MAX_PIXELS)
     except UnidentifiedImageError:
-        raise ValueError(
-            f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else. "
-            "Convert it to PNG or JPEG."
-        ) from None
+        told = f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else"
+        raise ValueError(f"{told}. Convert it to PNG or JPEG.") from None
     except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError) as error:
         raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
 
@@ -101,10 +99,8 @@ def _decode(image: Image.Image, name: str, most: int) -> Image.Image:
         scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= most), 8)
         image.draft("RGB", (width // scale, height // scale))
     if image.size[0] * image.size[1] > most:
-        raise ValueError(
-            f"image {name!r} must have at most {most:,} pixels; got {width} x {height}. "
-            "Shrink it first: encoders look at a few hundred pixels a side."
-        )
+        told = f"image {name!r} must have at most {most:,} pixels; got {width} x {height}"
+        raise ValueError(f"{told}. Shrink it first: encoders look at a few hundred pixels a side.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd EXIF and palette transparency, which are handled below
         image.load()
@@ -117,10 +113,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            raise ValueError(
-                f"image {name!r} must have values from 0 to 65535; got {low} to {high} (mode {mode}). "
-                "Scale it to 8 or 16 bit first."
-            )
+            told = f"image {name!r} must have values from 0 to 65535; got {low} to {high} (mode {mode})"
+            raise ValueError(f"{told}. Scale it to 8 or 16 bit first.")
         levels = np.rint(values.astype(np.float64) / 257.0).astype(np.uint8)
         return Image.fromarray(levels, mode="L").convert("RGB")
     if mode == "F":

@@ -100,15 +100,9 @@ def refuse_swollen(path: Path, most: int) -> None:
 
 @hushed()
 def load_hub_dataset(
-    what: str,
-    image_column: str | None,
-    label_column: str | None,
-    cache_dir: str | None,
-    *,
-    local_files_only: bool,
-    most: int | None,
-    streaming: bool,
-) -> ImageSet:
+    what: str, image_column: str | None, label_column: str | None, cache_dir: str | None, *,
+    local_files_only: bool, most: int | None, streaming: bool,
+) -> ImageSet:  # fmt: skip
     """Open `id[:config][:split]` at its current commit; of a large or streamed one, only the first `most` images."""
     repo_id, *parts = what.split(":")
     if len(parts) > 2:
@@ -178,13 +172,9 @@ def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def table_images(
-    dataset: datasets.Dataset,
-    revision: str,
-    name: str,
-    image_column: str | None,
-    label_column: str | None,
+    dataset: datasets.Dataset, revision: str, name: str, image_column: str | None, label_column: str | None,
     inside: tuple[Path, ...] | None = None,
-) -> ImageSet:
+) -> ImageSet:  # fmt: skip
     """Return the images of a table; cells may hold the path of a file, with `inside` only in these folders."""
     column, found = _image_column(dataset, name, image_column)
     if len(dataset) == 0:
@@ -195,10 +185,8 @@ def table_images(
             raise TypeError("a list of numbers has no rows")
         encoded = dataset.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(
-            f"column {column!r} of {name!r} must hold images; got {feature}. Store files as binary, or pixels as lists "
-            "of rows."
-        ) from error
+        told = f"column {column!r} of {name!r} must hold images; got {feature}"
+        raise ValueError(f"{told}. Store files as binary, or pixels as lists of rows.") from error
 
     def read(index: int) -> Image.Image:
         cell, where = encoded[index][column] or {}, f"{name} row {index}"
@@ -225,10 +213,8 @@ def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> t
     found = found or [k for k in ("image", "img", "jpg", "png") if k in features]
     column = wanted or next(iter(found), None)
     if column is None or column not in features:
-        raise ValueError(
-            f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}; it has "
-            f"{', '.join(features)}. Name one with --image-column."
-        )
+        told = f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}"
+        raise ValueError(f"{told}; it has {', '.join(features)}. Name one with --image-column.")
     return column, found
 
 
@@ -269,10 +255,8 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
         raise ValueError(f"dataset {repo_id!r} cannot be opened: {_first_line(error)}") from error
     wanted = [p for p in parts if p != config]
     if len(wanted) > 1 or (wanted and wanted[0] not in splits):
-        raise ValueError(
-            f"dataset {repo_id!r} has no {':'.join(parts)!r}; configurations: {', '.join(configs)}; "
-            f"splits of {config!r}: {', '.join(splits)}."
-        )
+        told = f"dataset {repo_id!r} has no {':'.join(parts)!r}; configurations: {', '.join(configs)}"
+        raise ValueError(f"{told}; splits of {config!r}: {', '.join(splits)}.")
     split = next((s for s in (*wanted, *DEFAULT_SPLITS) if s in splits), splits[0])
     choices = []
     if config not in parts and len(configs) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from hf_equiv.runs import card as run_card
 from hf_equiv.runs.directory import RUNS, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH
 
-Runs = Mapping[str, Mapping[str, Any]]
-"""Records by place: "" for the root, or `runs/NAME`."""
+Runs = Mapping[str, Mapping[str, Any]]  # records by place: "" for the root, or `runs/NAME`
 
 START = "<!-- hf_equiv: from here to the end mark `hf-equiv publish` writes the text (card 2); text outside is kept -->"
 END = "<!-- hf_equiv: end -->"
@@ -59,7 +58,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
     )  # fmt: skip
 
 
-def joined(first: Any, then: list[str]) -> list[str]:
+def joined(first: Any, then: Iterable[str] = ()) -> list[str]:
     """Return two lists of a header as one, each entry once; the first may be absent or a single entry."""
     entries = [first] if isinstance(first, str) else list(first or [])
     return [*entries, *(entry for entry in then if entry not in entries)]
@@ -68,10 +67,8 @@ def joined(first: Any, then: list[str]) -> list[str]:
 def around_block(text: str, where: str) -> tuple[str, str]:
     """Return the text before and after the generated part; a text without that part gets it at the end."""
     if text.count("<!-- hf_equiv: from here ") != text.count(END):
-        raise ValueError(
-            f"README.md of {where} must have as many end marks as start marks of the part that is written anew "
-            f"({END}). Restore the missing one on the Hub, then publish again."
-        )
+        must = f"README.md of {where} must have as many end marks as start marks of the part that is written anew"
+        raise ValueError(f"{must} ({END}). Restore the missing one on the Hub, then publish again.")
     found = _BLOCK.search(text)
     if found is not None:
         return text[: found.start()], text[found.end() :]
@@ -79,10 +76,7 @@ def around_block(text: str, where: str) -> tuple[str, str]:
 
 
 def differences(card: str, runs: Runs) -> tuple[list[str], list[str]] | None:
-    """Return the lines that the generated part of a card lacks, and its lines that no run states; None without it.
-
-    An earlier version wrote other sentences; in its cards only the numbers in the tables are compared.
-    """
+    """Return the lines that the generated part of a card lacks, and its lines that no run states; None without it."""
     found = _BLOCK.search(card)
     if found is None:
         return None
@@ -92,6 +86,7 @@ def differences(card: str, runs: Runs) -> tuple[list[str], list[str]] | None:
     if found[0].startswith(START):
         lacking, extra = Counter(wanted) - Counter(stated), Counter(stated) - Counter(wanted)
         return [x for x in lacking.elements() if x.strip()], [x for x in extra.elements() if x.strip()]
+    # An earlier version wrote other sentences: only the numbers in its tables are compared.
     known = Counter(number for line in wanted for number in _cells(line))
     return [], [line for line in stated if Counter(_cells(line)) - known]
 
@@ -109,10 +104,8 @@ def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, An
     try:
         parsed = DatasetCard(content)
     except Exception as error:  # the YAML reader has errors of many classes
-        raise ValueError(
-            f"the YAML header of README.md in {where} cannot be read ({type(error).__name__}). Correct it on the Hub, "
-            "then publish again."
-        ) from None
+        told = f"the YAML header of README.md in {where} cannot be read ({type(error).__name__})"
+        raise ValueError(f"{told}. Correct it on the Hub, then publish again.") from None
     return parsed.data.to_dict(), parsed.text
 
 

@@ -18,7 +18,7 @@ from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, WITHHELD, LocalRun,
 from hf_equiv.runs.schema import LAYOUTS, Row
 
 _BESIDE_RUNS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
-_FIGURES_WITHOUT_PHOTOS = {"spectra.png", "secants.png", "constants.png", "drift.png"}
+_FIGURES_WITHOUT_PHOTOS = {f"figures/{name}.png" for name in ("spectra", "secants", "constants", "drift")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,9 @@ def read_dataset(remote: Remote, head: str) -> Dataset:
         if path.endswith(directory.RECORD) and (place := place_of_file(path)) is not None
     }
     if foreign := [path for path in sorted(files) if path not in _BESIDE_RUNS and place_of_file(path) not in runs]:
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise ValueError(
-            f"'{remote.repo_id}' must be empty or hold runs of hf_equiv; it holds {', '.join(foreign[:3])}{more}. "
-            "Publish to a new name."
-        )
+        told = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        must = f"'{remote.repo_id}' must be empty or hold runs of hf_equiv"
+        raise ValueError(f"{must}; it holds {told}. Publish to a new name.")
     return Dataset(head, files, remote.text(CARD, head) if CARD in files else None, runs=runs)
 
 
@@ -95,13 +93,14 @@ def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights)
             files.append(staged(directory.RECORD, directory.record_text(runs[""])))
     files.append(staged(CARD, card.dataset_card(repo_id, runs, previous, there.runs)))
     wanted = {file.path for file in files}
-    earlier = {_inside(place, name) for name in there.runs.get(place, {}).get("files", ())}
+    inside = f"{place}/" if place else ""
+    earlier = {inside + name for name in there.runs.get(place, {}).get("files", ())}
     return files, [path for path in there.files if path in earlier - wanted]
 
 
 def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, list[StagedFile]]:
     """Return the `run.json` to publish, and all files of the run but the card of the dataset."""
-    hidden = not rights.published
+    hidden, inside = not rights.published, f"{place}/" if place else ""
     record = {key: value for key, value in run.record.items() if key != "card"}
     record |= {"photos": WITHHELD if hidden else "published", "license": rights.license, "rights": rights.why}
     record |= {"versions": run.versions} | ({} if place else {"card": "dataset"})
@@ -110,25 +109,15 @@ def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, li
         record[run.layout.listed] = [{k: v for k, v in item.items() if k != "pixels"} for item in listed]
     files = {}
     for name, digest in run.record["files"].items():
-        content = _without_photos(run, name) if hidden else run.folder / name
-        if name != CARD and content is not None:
-            files[name] = staged(_inside(place, name), content, digest)
+        path = run.folder / name
+        if hidden and name.startswith(f"{run.layout.folder}/"):
+            files[name] = staged(inside + name, shards.without_images(path, run.layout))
+        elif name in _FIGURES_WITHOUT_PHOTOS or not (hidden or name == CARD):
+            files[name] = staged(inside + name, path, digest)
     if place:
-        files[CARD] = staged(_inside(place, CARD), _own_card(run, files, hidden=hidden))
+        files[CARD] = staged(inside + CARD, _own_card(run, files, hidden=hidden))
     record["files"] = {name: file.sha256 for name, file in files.items()}
-    return record, [*files.values(), staged(_inside(place, directory.RECORD), directory.record_text(record))]
-
-
-def _inside(place: str, name: str) -> str:
-    return f"{place}/{name}" if place else name
-
-
-def _without_photos(run: LocalRun, name: str) -> Path | bytes | None:
-    """Return a file of the run with its image columns empty; None if the whole file shows photos."""
-    folder, path = name.split("/")[0], run.folder / name
-    if folder == run.layout.folder:
-        return shards.without_images(path, run.layout)
-    return path if folder == "figures" and path.name in _FIGURES_WITHOUT_PHOTOS else None
+    return record, [*files.values(), staged(inside + directory.RECORD, directory.record_text(record))]
 
 
 def _own_card(run: LocalRun, files: Iterable[str], *, hidden: bool) -> str | Path:

@@ -19,9 +19,7 @@ from hf_equiv.hub_client import WAITS, Say, passes, patiently, pause
 from hf_equiv.runs.shards import sha256_file
 
 T = TypeVar("T")
-
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes sent, bytes in total, what is being done)."""
+Progress = Callable[[int, int, str], None]  # of (bytes sent, bytes in total, what is being done)
 
 MAIN = "main"
 _GROUP_BYTES = 50_000_000  # uploaded between two reports of progress
@@ -120,9 +118,7 @@ class StagedFile:
         """Return the operation that uploads the file; refuse a file that is no longer as it was planned."""
         made = CommitOperationAdd(self.path, self.content if isinstance(self.content, bytes) else str(self.content))
         if made.upload_info.sha256.hex() != self.sha256:
-            raise ValueError(
-                f"{self.path} changed while it was published. Wait until nothing writes it, then try again."
-            )
+            raise ValueError(f"{self.path} changed while it was published. Wait until nothing writes it; try again.")
         return made
 
 

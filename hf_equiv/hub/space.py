@@ -17,6 +17,7 @@ from hf_equiv.hub.space_files import DATASET, INITIAL, MODELS, App, app_of, data
 from hf_equiv.hub_client import api_of, brief, check_repo_id, explained, passes, require_token
 from hf_equiv.runs.directory import CARD
 
+# Stages that do not change by themselves, each with the rest of the sentence about the Space.
 _FAILED = {
     "BUILD_ERROR": "could not be built (BUILD_ERROR{said}). The log is at {url}?logs=build.",
     "CONFIG_ERROR": "has no valid configuration (CONFIG_ERROR{said}). The log is at {url}?logs=build.",
@@ -26,8 +27,6 @@ _FAILED = {
     "STOPPED": "is stopped, so it does not run. See {url}.",
     "DELETING": "is deleting, so it does not run. See {url}.",
 }
-"""Stages that do not change by themselves, each with the rest of the sentence about the Space."""
-
 _POLL = 3.0  # seconds between looks
 _GRACE = 20.0  # seconds in which the stage may still be that of the commit before
 
@@ -220,10 +219,9 @@ def _look(job: Deployment) -> Space:
     if not is_ours(card) and set(files) <= INITIAL:
         card = None
     elif not is_ours(card) and not job.force:
-        raise ValueError(
-            f"`repo_id` must be a new Space or one that hf_equiv has deployed; '{remote.repo_id}' holds another "
-            f"app (sdk {info.sdk}). Choose another name, or pass `force=True` to replace its app."
-        )
+        found = f"'{remote.repo_id}' holds another app (sdk {info.sdk})"
+        cure = "Choose another name, or pass `force=True` to replace its app."
+        raise ValueError(f"`repo_id` must be a new Space or one that hf_equiv has deployed; {found}. {cure}")
     kept: Mapping[str, Any] = {}
     try:
         kept = remote.call("reading the variables", remote.api.get_space_variables, remote.repo_id)
@@ -284,18 +282,18 @@ def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -
     """Look at the Space until it runs the commit, or cannot; a Space that sleeps is woken."""
     # Right after a commit the stage may be that of the commit before, which `HfApi.wait_for_space` would return. Here
     # an end is believed when the Space names the new commit, after another stage, or after `_GRACE` seconds.
-    waited, woken, url = 0.0, False, remote.url
-    seen: list[str] = []
+    waited, url, asleep = 0.0, remote.url, {"SLEEPING", "STOPPED"}
+    seen: set[str] = set()
     while True:
         runtime = remote.call("asking whether it runs", remote.api.get_space_runtime, remote.repo_id)
         stage = str(runtime.stage)
         now = replace(done, stage=stage)
         if stage not in seen:
             remote.say(stage.lower().replace("_", " "))
-            seen.append(stage)
+        wake = stage in asleep and not asleep & seen
+        seen.add(stage)
         fresh = not done.changed or runtime.raw.get("sha") == done.commit or len(seen) > 1 or waited >= _GRACE
-        if stage in ("SLEEPING", "STOPPED") and not woken:
-            woken = True
+        if wake:
             remote.call("waking the Space", remote.api.restart_space, remote.repo_id)
         elif stage == "RUNNING" and fresh:
             return now

@@ -17,8 +17,8 @@ from hf_equiv.hub.card import END, around_block, joined, split_header
 from hf_equiv.hub.repository import StagedFile, staged
 from hf_equiv.runs.directory import CARD
 
+# Variables that tell the app the dataset to show and the checkpoints to offer.
 DATASET, MODELS = "HF_EQUIV_DATASET", "HF_EQUIV_MODELS"
-"""Variables that tell the app the dataset to show and the checkpoints to offer."""
 
 APP, REQUIREMENTS = "app.py", "requirements.txt"
 
@@ -29,8 +29,8 @@ _PACKAGE = "hf-equiv"
 _HERE = Path(__file__).parents[1]
 _INSIDE = "spaces_app"
 _START = "<!-- hf_equiv: from here to the end mark `hf-equiv space deploy` writes the text; text outside is kept -->"
+# Keys of the header that follow the app; the owner sets the others once the Space is one of ours.
 _TECHNICAL = ("sdk", "sdk_version", "python_version", "app_file")
-"""Keys of the header that follow the app; the owner sets the others once the Space is one of ours."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,8 @@ def app_of(wheel: Path | None) -> App:
     try:
         installed = metadata.distribution(_PACKAGE)
     except metadata.PackageNotFoundError:
-        raise ValueError(
-            "hf_equiv must be installed to be deployed; its metadata is missing here. Install it, or pass `wheel`."
-        ) from None
+        told = "hf_equiv must be installed to be deployed; its metadata is missing here"
+        raise ValueError(f"{told}. Install it, or pass `wheel`.") from None
     if installed.read_text("direct_url.json") is not None:
         return _bring_along(app_folder(), _HERE, installed, "as installed here")
     app, pinned = _read(app_folder()), f"{_PACKAGE}=={installed.version}"
@@ -79,9 +78,7 @@ def _from_wheel(wheel: Path) -> App:
         found = (one for one in metadata.distributions(path=[unpacked]) if one.read_text("METADATA"))
         described = next(found, None)
         if described is None or _project(str(described.name)) != _PACKAGE:
-            raise ValueError(
-                f"`wheel` must be a wheel of {_PACKAGE}; got {wheel.name!r}. Build one with `python -m build`."
-            )
+            raise ValueError(f"`wheel` must be a wheel of {_PACKAGE}; got {wheel.name!r}. Make one: `python -m build`.")
         library = Path(unpacked, _LIBRARY)
         if not all((library / _INSIDE / name).is_file() for name in (APP, REQUIREMENTS, CARD)):
             told = f"`wheel` must hold the app of the Space; {wheel.name!r} does not"
@@ -127,7 +124,7 @@ def _project(line: str) -> str:
 
 def is_ours(readme: str | None) -> bool:
     """Tell whether a README.md is that of a Space of hf_equiv."""
-    return _LIBRARY in joined(split_header(readme or "", "the Space")[0].get("tags"), [])
+    return _LIBRARY in joined(split_header(readme or "", "the Space")[0].get("tags"))
 
 
 def stage(
@@ -148,9 +145,9 @@ def _space_card(template: str, previous: str | None, variables: Mapping[str, str
     facts: dict[str, Any] = {**there, **made}
     if is_ours(previous):
         facts |= {key: value for key, value in there.items() if key not in _TECHNICAL}
-    facts["tags"] = joined(made["tags"], joined(there.get("tags"), []))
+    facts["tags"] = joined(made["tags"], joined(there.get("tags")))
     for key, names_in in (("datasets", datasets_in), ("models", models_in)):
-        kept = [name for name in joined(there.get(key), []) if name not in names_in(before)]
+        kept = [name for name in joined(there.get(key)) if name not in names_in(before)]
         facts[key] = joined(names_in(variables), kept)
     header = SpaceCardData(**{key: value for key, value in facts.items() if value not in (None, [])}).to_yaml()
     above, below = around_block(text, "the Space")
