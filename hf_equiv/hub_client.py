@@ -3,62 +3,45 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import httpx, parse_ratelimit_headers, validate_repo_id
 
 T = TypeVar("T")
-
 Say = Callable[[str], None]
 
-WAITS = (1.0, 2.0, 4.0, 8.0, 8.0, 16.0)
-"""Seconds between tries."""
+WAITS = (1.0, 2.0, 4.0, 8.0, 8.0, 16.0)  # seconds between tries
+RevisionNotFoundError = hub_errors.RevisionNotFoundError  # for rooms that do not import the client
 
-RevisionNotFoundError = hub_errors.RevisionNotFoundError
-"""Raised where a repository has no such revision."""
-
-_LONGEST_WAIT = 310.0
-"""The longest wait for a rate limit, whose window is five minutes."""
-
+_LONGEST_WAIT = 310.0  # seconds; the window of a rate limit is five minutes
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
-
 _ANSWERED = (hub_errors.HfHubHTTPError, httpx.HTTPStatusError)
-
 _CUT = (httpx.TransportError, ConnectionError, TimeoutError)
-
 _WORDS = {"dataset": "dataset", "space": "Space", "model": "model"}
-
 _PROPOSE = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`."
-
+_WRITE_TOKEN = f"Make a write token at {constants.ENDPOINT}/settings/tokens"
 _STRAY = ("Repo card metadata block was not found.", "No files matched allow_patterns=")
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Leave out two warnings of the Hub client: a card without metadata, and patterns that match no file.
-
-    The user can mend neither, and the second is followed by an error of its own. Other warnings stay.
-    """
+    """Leave out two warnings that the user cannot mend: a card without metadata, and patterns that match no file."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(_STRAY)
 
     loggers = [logging.getLogger(f"huggingface_hub.{name}") for name in ("repocard", "_snapshot_download")]
-    for logger in loggers:
-        logger.addFilter(wanted)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for logger in loggers:
-            logger.removeFilter(wanted)
+            logger.addFilter(wanted)
+            stack.callback(logger.removeFilter, wanted)
+        yield
 
 
 def version(package: str) -> str:
@@ -89,18 +72,12 @@ def check_repo_id(repo_id: str, kind: str, *, otherwise: str, argument: str = "r
     return name
 
 
-check_dataset_id = partial(check_repo_id, kind="dataset", otherwise="results are published as datasets")
-
-
 def require_token(token: str | bool | None, what: str = "publishing") -> None:
     """Raise `LocalTokenNotFoundError` if there is no token to write with."""
     if token is False or (not isinstance(token, str) and get_token() is None):
         raise hub_errors.LocalTokenNotFoundError(
             f"{what} needs a token of the Hub and there is none. Log in with `hf auth login`, or set HF_TOKEN."
         )
-
-
-# --- failures that pass ---
 
 
 def patiently(call: Callable[[], T], say: Say, what: str) -> T:
@@ -118,9 +95,10 @@ def patiently(call: Callable[[], T], say: Say, what: str) -> T:
 def pause(error: BaseException, wait: float, say: Say, what: str) -> None:
     """Wait as long as the Hub asks (`RateLimit: "api";r=0;t=37`, or `Retry-After: 37`), else `wait` seconds."""
     answer = _answer(error)
-    limit, after = ("", "") if answer is None else (answer.headers.get(n, "") for n in ("RateLimit", "Retry-After"))
-    found = re.search(r"\bt=(\d+)", limit) or re.fullmatch(r"\s*(\d+)\s*", after)
-    seconds = min(max(wait, int(found[1]) + 1 if found else 0), _LONGEST_WAIT)
+    headers = {} if answer is None else answer.headers
+    limit, after = parse_ratelimit_headers(headers), headers.get("Retry-After", "").strip()
+    asked = limit.reset_in_seconds if limit else int(after) if after.isdecimal() else 0
+    seconds = min(max(wait, asked + 1), _LONGEST_WAIT)
     say(f"{what}: {brief(error)}; again in {seconds:.0f} s")
     time.sleep(seconds)
 
@@ -152,12 +130,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _answer(error: BaseException) -> Any:
-    """Return the response behind an error, or None."""
+def _answer(error: BaseException) -> Any | None:
     return next((cause.response for cause in _causes(error) if isinstance(cause, _ANSWERED)), None)
-
-
-# --- failures explained ---
 
 
 @contextmanager
@@ -228,12 +202,11 @@ def _not_found(repo_id: str, kind: str) -> str:
 
 
 def _why_forbidden(repo_id: str, kind: str, said: str, token: str | bool | None) -> str:
-    tokens = f"{constants.ENDPOINT}/settings/tokens"
     try:
         why = why_not(repo_id, kind, api_of(token).whoami())
     except (OSError, httpx.HTTPError):
         return f"the Hub says: {said}. {_PROPOSE if kind == 'dataset' else ''}".rstrip()
-    return why or f"the token lacks that right ({said}). Make a write token at {tokens}."
+    return why or f"the token lacks that right ({said}). {_WRITE_TOKEN}."
 
 
 def why_not(repo_id: str, kind: str, me: dict[str, Any]) -> str:
@@ -242,8 +215,7 @@ def why_not(repo_id: str, kind: str, me: dict[str, Any]) -> str:
     owner, user = repo_id.split("/")[0], me["name"]
     roles = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        tokens = f"{constants.ENDPOINT}/settings/tokens"
-        return f"the token can only read. Make a write token at {tokens} and log in with it: `hf auth login`."
+        return f"the token can only read. {_WRITE_TOKEN} and log in with it: `hf auth login`."
     if owner == user or roles.get(owner) in ("write", "admin"):
         return ""
     if owner in roles:

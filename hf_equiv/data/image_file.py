@@ -1,13 +1,9 @@
-"""Read an image file as upright RGB, or name its fault; write and read PNG on the k/255 grid.
-
-All images of the package are read by `open_image`, so a photo gives the same pixels wherever it comes from.
-"""
+"""Read an image file as upright RGB, or name its fault; write and read PNG on the k/255 grid."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,63 +15,32 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-MAX_PIXELS = 178_956_970
-"""Most pixels that are decoded (0.7 GiB), the limit of Pillow too. Larger JPEGs are decoded at reduced size."""
-
+MAX_PIXELS = 178_956_970  # that are decoded (0.7 GiB), the limit of Pillow too
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .avif".split())
-"""File endings that count as images inside a folder."""
-
 _LIMIT_LOCK = threading.Lock()
 
 
 def open_image(
-    source: str | os.PathLike[str] | bytes | Image.Image,
-    name: str | None = None,
-    *,
-    sha256: str | None = None,
-    most_pixels: int | None = None,
+    source: str | Path | bytes, name: str | None = None, *, sha256: str | None = None, most_pixels: int | None = None
 ) -> Image.Image:
-    """Read one image as upright 8-bit RGB.
-
-    Grey, palette and CMYK become RGB; transparency is laid over white; 16-bit grey is scaled to 8 bit (value / 257,
-    rounded); the EXIF orientation is applied; an animation gives its first frame. A JPEG above `most_pixels` is decoded
-    at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded.
-
-    Args:
-        source: path, the bytes of a file, or an open image.
-        name: name of the image in messages; by default that of the file.
-        sha256: hex SHA-256 that the file must have; None for any.
-        most_pixels: most pixels that are decoded; `MAX_PIXELS` by default.
-
-    Returns:
-        The image, fully loaded, without metadata.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image, damaged, too large, without 8-bit meaning, or has another SHA-256.
-    """
-    most, data = most_pixels or MAX_PIXELS, b""
-    if isinstance(source, Image.Image):
-        name = name or "image"
-    else:
-        data, name = _read(source, name, sha256)
+    """Read a file, or the bytes of one, as upright 8-bit RGB without metadata; `name` is its name in messages."""
+    # Grey, palette and CMYK become RGB; transparency is laid over white; 16-bit grey is scaled to 8 bit (value / 257,
+    # rounded); the EXIF orientation is applied; an animation gives its first frame. A JPEG above `most_pixels` is
+    # decoded at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded.
+    data, name = _read(source, name, sha256)
     try:
-        if isinstance(source, Image.Image):
-            return _decode(source, name, most)
         with _pillow_limit_off(), Image.open(io.BytesIO(data)) as image:
-            return _decode(image, name, most)
+            return _decode(image, name, most_pixels or MAX_PIXELS)
     except UnidentifiedImageError:
-        raise ValueError(
-            f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else. "
-            "Convert it to PNG or JPEG."
-        ) from None
+        told = f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else"
+        raise ValueError(f"{told}. Convert it to PNG or JPEG.") from None
     except (OSError, SyntaxError, EOFError, IndexError, ArithmeticError) as error:
         raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
 
 
-def _read(source: str | os.PathLike[str] | bytes, name: str | None, sha256: str | None) -> tuple[bytes, str]:
-    if isinstance(source, bytes | bytearray):
-        name, data = name or "image", bytes(source)
+def _read(source: str | Path | bytes, name: str | None, sha256: str | None) -> tuple[bytes, str]:
+    if isinstance(source, bytes):
+        name, data = name or "image", source
     else:
         path = Path(source)
         name = name or path.name
@@ -134,14 +99,10 @@ def _decode(image: Image.Image, name: str, most: int) -> Image.Image:
         scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= most), 8)
         image.draft("RGB", (width // scale, height // scale))
     if image.size[0] * image.size[1] > most:
-        raise ValueError(
-            f"image {name!r} must have at most {most:,} pixels; got {width} x {height}. "
-            "Shrink it first: encoders look at a few hundred pixels a side."
-        )
+        told = f"image {name!r} must have at most {most:,} pixels; got {width} x {height}"
+        raise ValueError(f"{told}. Shrink it first: encoders look at a few hundred pixels a side.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd EXIF and palette transparency, which are handled below
-        if getattr(image, "is_animated", False):
-            image.seek(0)
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), name)
 
@@ -152,10 +113,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            raise ValueError(
-                f"image {name!r} must have values from 0 to 65535; got {low} to {high} (mode {mode}). "
-                "Scale it to 8 or 16 bit first."
-            )
+            told = f"image {name!r} must have values from 0 to 65535; got {low} to {high} (mode {mode})"
+            raise ValueError(f"{told}. Scale it to 8 or 16 bit first.")
         levels = np.rint(values.astype(np.float64) / 257.0).astype(np.uint8)
         return Image.fromarray(levels, mode="L").convert("RGB")
     if mode == "F":

@@ -21,27 +21,16 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that are decoded one by one, when asked for.
+    """Images that are decoded one by one, when asked for."""
 
-    Attributes:
-        data_id: name of the set: a file or folder name, `id:config:split` of the Hub, or `builtin`.
-        data_revision: the commit of the Hub dataset, or "sha256:…" over names, labels and contents of local files.
-        ids: one id per image.
-        labels: the class name of each image, None where there is none.
-        read: decodes image `i` (used by indexing); a file that has changed since the set was opened is refused.
-        tabular: whether the images come from a column of a table (parquet, Hub dataset).
-        streamed: whether these are only the first images of a dataset.
-        choices: a sentence on each choice that the user left open, such as the split.
-    """
-
-    data_id: str
-    data_revision: str
+    data_id: str  # a file or folder name, `id:config:split` of the Hub, or `builtin`
+    data_revision: str  # the commit of the Hub dataset, or "sha256:…" over names, labels and contents of local files
     ids: tuple[str, ...]
-    labels: tuple[str | None, ...]
-    read: Callable[[int], Image.Image]
-    tabular: bool = False
-    streamed: bool = False
-    choices: tuple[str, ...] = ()
+    labels: tuple[str | None, ...]  # the class name of each image, None where there is none
+    read: Callable[[int], Image.Image]  # refuses a file that has changed since the set was opened
+    tabular: bool = False  # whether the images come from a column of a table (parquet, Hub dataset)
+    streamed: bool = False  # whether these are only the first images of a dataset
+    choices: tuple[str, ...] = ()  # a sentence on each choice that the user left open, such as the split
 
     def __len__(self) -> int:
         """Number of images."""

@@ -1,8 +1,4 @@
-"""Open images by name (a file, a folder, a table, a Hub dataset, the built-in photos) and draw pairs from them.
-
-The SHA-256 of every image file is kept when a set is opened, and a file that has changed since is refused: the revision
-in a row is that of the pixels that were analysed.
-"""
+"""Open images by name (a file, a folder, a table, a Hub dataset, the built-in photos) and draw pairs from them."""
 
 from __future__ import annotations
 
@@ -68,11 +64,11 @@ def load_images(
         raise ValueError(f"images must be named by a file, a folder, a dataset or 'builtin'; got {what!r}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; got {limit}.")
-    columns = (image_column, label_column, cache_dir)
-    images = _local(what, lambda name, paths: tables.open_parquet(name, paths, *columns))
+    columns = (image_column, label_column)
+    images = _local(what, lambda n, paths: tables.table_images(*tables.load_parquet(n, paths, cache_dir), n, *columns))
     if images is None:
         images = tables.load_hub_dataset(
-            what, *columns, local_files_only=local_files_only, most=most or limit, streaming=streaming
+            what, *columns, cache_dir, local_files_only=local_files_only, most=most or limit, streaming=streaming
         )
     elif streaming:
         raise ValueError(f"`streaming` must come with a Hub dataset; {what!r} is here already. Leave it out.")
@@ -92,15 +88,13 @@ def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) ->
     if path.is_file():
         return open_tables(path.name, [path]) if path.suffix.lower() == ".parquet" else _single_photo(path)
     if any(sign in what for sign in "*?["):
-        raise FileNotFoundError(
-            f"{what!r} does not exist, and patterns are not expanded. Name a folder: it stands for all images in it."
-        )
+        told = f"{what!r} does not exist, and patterns are not expanded"
+        raise FileNotFoundError(f"{told}. Name a folder: it stands for all images in it.")
     suffixes = IMAGE_SUFFIXES | {".parquet", ".csv", ".zip", ".heic", ".svg", ".pdf"}
     is_path = what.startswith(("/", "./", "../", "~")) or what.endswith("/") or "\\" in what
     if is_path or path.suffix.lower() in suffixes or what.split(":")[0].count("/") > 1:
-        raise FileNotFoundError(
-            f"{what!r} does not exist. Check the path (Hub datasets are named id[:config][:split])."
-        )
+        hint = "Hub datasets are named id[:config][:split]"
+        raise FileNotFoundError(f"{what!r} does not exist. Check the path ({hint}).")
     return None
 
 
@@ -108,12 +102,9 @@ def _image_files(
     data_id: str, files: Sequence[Path], ids: Sequence[str], labels: Sequence[str | None], revision: str | None = None
 ) -> ImageSet:
     digests = [file_digest(file) for file in files]
+    revision = revision or content_hash(ids, digests, labels)
     return ImageSet(
-        data_id,
-        revision or content_hash(ids, digests, labels),
-        tuple(ids),
-        tuple(labels),
-        lambda i: open_image(files[i], ids[i], sha256=digests[i]),
+        data_id, revision, tuple(ids), tuple(labels), lambda i: open_image(files[i], ids[i], sha256=digests[i])
     )
 
 
@@ -186,10 +177,8 @@ def draw_pairs(
     if wanted < 1:
         raise ValueError(f"`pairs` must be at least 1; got {n}.")
     if size < 2:
-        raise ValueError(
-            f"`data` must hold at least 2 images to draw pairs; {images.data_id!r} holds {size}. "
-            "Name more images, or a source and a target."
-        )
+        told = f"`data` must hold at least 2 images to draw pairs; {images.data_id!r} holds {size}"
+        raise ValueError(f"{told}. Name more images, or a source and a target.")
 
     def usable(i: int, j: int) -> bool:
         apart = i != j and (labels[i] is None or labels[j] is None or labels[i] != labels[j])

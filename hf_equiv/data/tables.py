@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,31 +29,18 @@ from hf_equiv.data.image_file import open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 from hf_equiv.hub_client import api_of, explained, hushed
 
-LARGE = 5_000_000_000
-"""Bytes of a dataset's files above which it is streamed, if the number of images is known."""
-
+LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if the number of images is known
 DEFAULT_SPLITS = ("validation", "test", "train")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
-_ROWS = 16
-"""Rows that are copied at once."""
-
-_BUFFER = 1 << 20
-"""Bytes of a column that are read at once."""
-
+_ROWS = 16  # copied at once
+_BUFFER = 1 << 20  # bytes of a column that are read at once
 _UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)  # pyarrow's errors are subclasses of these
 _UNLOADABLE = (*_UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError)
 
 
-def open_parquet(
-    name: str, paths: Sequence[Path], image_column: str | None, label_column: str | None, cache_dir: str | None
-) -> ImageSet:
-    """Open the images of parquet files."""
-    return table_images(*load_parquet(name, paths, cache_dir), name, image_column, label_column)
-
-
 def load_parquet(name: str, paths: Sequence[Path], cache_dir: str | None) -> tuple[datasets.Dataset, str]:
-    """Open parquet files as one dataset, with images not decoded; return it with the revision of their contents."""
+    """Open parquet files as one dataset; return it with the revision of their contents."""
     revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
 
     def states() -> list[tuple[int, int]]:
@@ -113,15 +100,9 @@ def refuse_swollen(path: Path, most: int) -> None:
 
 @hushed()
 def load_hub_dataset(
-    what: str,
-    image_column: str | None,
-    label_column: str | None,
-    cache_dir: str | None,
-    *,
-    local_files_only: bool,
-    most: int | None,
-    streaming: bool,
-) -> ImageSet:
+    what: str, image_column: str | None, label_column: str | None, cache_dir: str | None, *,
+    local_files_only: bool, most: int | None, streaming: bool,
+) -> ImageSet:  # fmt: skip
     """Open `id[:config][:split]` at its current commit; of a large or streamed one, only the first `most` images."""
     repo_id, *parts = what.split(":")
     if len(parts) > 2:
@@ -129,11 +110,13 @@ def load_hub_dataset(
     offline = local_files_only or constants.is_offline_mode()
     if streaming and (offline or most is None):
         raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
-    revision = _cached_revision(repo_id, cache_dir) if offline else _current_revision(repo_id)
+    revision = _revision(repo_id, cache_dir, offline)
     config, split, choices = _choose(repo_id, revision, parts)
     name = f"{repo_id}:{config}:{split}"
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says the same
     try:
-        with _quiet(), explained(repo_id):
+        with explained(repo_id):
             if most is not None and not offline and (streaming or is_large(repo_id, config, revision)):
                 rows, streaming = first_rows(repo_id, config, revision, split, most, cache_dir), True
             else:
@@ -144,6 +127,8 @@ def load_hub_dataset(
     except _UNLOADABLE as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(cause or error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     caches = (cache_dir, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
     inside = tuple(Path(place).resolve() for place in caches if place)
     images = table_images(rows, revision, name, image_column, label_column, inside)
@@ -187,13 +172,9 @@ def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def table_images(
-    dataset: datasets.Dataset,
-    revision: str,
-    name: str,
-    image_column: str | None,
-    label_column: str | None,
+    dataset: datasets.Dataset, revision: str, name: str, image_column: str | None, label_column: str | None,
     inside: tuple[Path, ...] | None = None,
-) -> ImageSet:
+) -> ImageSet:  # fmt: skip
     """Return the images of a table; cells may hold the path of a file, with `inside` only in these folders."""
     column, found = _image_column(dataset, name, image_column)
     if len(dataset) == 0:
@@ -204,21 +185,16 @@ def table_images(
             raise TypeError("a list of numbers has no rows")
         encoded = dataset.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(
-            f"column {column!r} of {name!r} must hold images; got {feature}. Store files as binary, or pixels as lists "
-            "of rows."
-        ) from error
+        told = f"column {column!r} of {name!r} must hold images; got {feature}"
+        raise ValueError(f"{told}. Store files as binary, or pixels as lists of rows.") from error
 
     def read(index: int) -> Image.Image:
-        cell = encoded[index][column] or {}
-        where = f"{name} row {index}"
+        cell, where = encoded[index][column] or {}, f"{name} row {index}"
         if cell.get("bytes") is not None:
             return open_image(cell["bytes"], where)
         if not cell.get("path"):
-            told = f"column {column!r} is empty there. Fill it or remove the row"
-            raise ValueError(f"{where} must hold an image; {told}.")
-        file = Path(cell["path"]).resolve()
-        if inside is not None and not any(file.is_relative_to(folder) for folder in inside):
+            raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or drop the row.")
+        if inside is not None and not any(Path(cell["path"]).resolve().is_relative_to(folder) for folder in inside):
             raise ValueError(f"{where} must hold an image of the dataset; got the path of another file. Leave it out.")
         return open_image(cell["path"], where)
 
@@ -237,10 +213,8 @@ def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> t
     found = found or [k for k in ("image", "img", "jpg", "png") if k in features]
     column = wanted or next(iter(found), None)
     if column is None or column not in features:
-        raise ValueError(
-            f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}; it has "
-            f"{', '.join(features)}. Name one with --image-column."
-        )
+        told = f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}"
+        raise ValueError(f"{told}; it has {', '.join(features)}. Name one with --image-column.")
     return column, found
 
 
@@ -259,25 +233,16 @@ def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> t
     return tuple(None if value is None or isinstance(value, list | dict) else str(value) for value in values)
 
 
-def _current_revision(repo_id: str) -> str:
+def _revision(repo_id: str, cache_dir: str | None, offline: bool) -> str:
+    """Return the current commit of a dataset, or the one in the cache."""
+    find = partial(api_of(None).resolve_revision, repo_type="dataset", cache_dir=cache_dir, local_files_only=offline)
     try:
-        with explained(repo_id):
-            return str(api_of(None).dataset_info(repo_id).sha)
+        with explained(repo_id, local_files_only=offline):
+            return find(repo_id).resolved
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no file or folder here, and no name of a dataset ({error}).") from None
     except OSError as error:
         raise ValueError(str(error)) from error
-
-
-def _cached_revision(repo_id: str, cache_dir: str | None) -> str:
-    folder = "datasets--" + repo_id.replace("/", "--")
-    ref = Path(cache_dir or constants.HF_HUB_CACHE) / folder / "refs" / "main"
-    if not ref.is_file():
-        raise ValueError(
-            f"{repo_id!r} is neither a file nor a folder here, and as a Hub dataset it is not in the cache while the "
-            "Hub is switched off (--local-files-only or HF_HUB_OFFLINE=1). Check the name or allow the network."
-        )
-    return ref.read_text().strip()
 
 
 def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tuple[str, ...]]:
@@ -290,10 +255,8 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
         raise ValueError(f"dataset {repo_id!r} cannot be opened: {_first_line(error)}") from error
     wanted = [p for p in parts if p != config]
     if len(wanted) > 1 or (wanted and wanted[0] not in splits):
-        raise ValueError(
-            f"dataset {repo_id!r} has no {':'.join(parts)!r}; configurations: {', '.join(configs)}; "
-            f"splits of {config!r}: {', '.join(splits)}."
-        )
+        told = f"dataset {repo_id!r} has no {':'.join(parts)!r}; configurations: {', '.join(configs)}"
+        raise ValueError(f"{told}; splits of {config!r}: {', '.join(splits)}.")
     split = next((s for s in (*wanted, *DEFAULT_SPLITS) if s in splits), splits[0])
     choices = []
     if config not in parts and len(configs) > 1:
@@ -305,17 +268,6 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the log of `datasets`: the error that follows says the same."""
-    before = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(before)
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,19 @@ from hf_equiv.runs import card as run_card
 from hf_equiv.runs.directory import RUNS, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH
 
-Runs = Mapping[str, Mapping[str, Any]]
-"""Records by place: "" for the root, or `runs/NAME`."""
+Runs = Mapping[str, Mapping[str, Any]]  # records by place: "" for the root, or `runs/NAME`
 
 START = "<!-- hf_equiv: from here to the end mark `hf-equiv publish` writes the text (card 2); text outside is kept -->"
 END = "<!-- hf_equiv: end -->"
-
 _BLOCK = re.compile(r"<!-- hf_equiv: from here .*?-->.*?<!-- hf_equiv: end -->", re.DOTALL)
-
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "dataset_card.md.jinja"
-
 _TAGS = {"match": "embedding-matching", "spectrum": "jacobian", "lipschitz": "lipschitz", "walk": "level-set"}
-
 _TITLES = {
     "match": "Images that share an embedding",
     "spectrum": "Jacobian spectra",
     "lipschitz": "Directional Lipschitz constants",
     "walk": "Walks through images that share an embedding",
 }
-
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**12, "1M<n<10M"))
 
 
@@ -48,24 +42,23 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
     own = {layout.folder for layout in LAYOUTS.values()}
     facts["configs"] = made["configs"] + [c for c in there.get("configs") or [] if c.get("config_name") not in own]
     above, below = around_block(text, "the dataset")
-    ordered = dict(sorted(runs.items()))
     config = made["configs"][0]["config_name"]
-    place, record = [item for item in ordered.items() if LAYOUTS[analysis_of(item[1])].folder == config][-1]
+    place, record = max(item for item in runs.items() if LAYOUTS[analysis_of(item[1])].folder == config)
     return str(
         DatasetCard.from_template(
             DatasetCardData(**facts),
             template_path=str(_TEMPLATE),
-            md=run_card.escape, before=above, after=below, start=START, end=END,
-            title=made["pretty_name"], repo_id=repo_id, config=config,
-            runs=[_shown(*item) for item in ordered.items()],
-            configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
+            md=run_card.escape, one_line=run_card.one_line, run_name=run_name, analysis_of=analysis_of,
+            is_withheld=is_withheld, rows_of=_rows, numbers_of=_numbers, versions_of=_versions, before=above,
+            after=below, start=START, end=END, title=made["pretty_name"], repo_id=repo_id, config=config,
+            runs=sorted(runs.items()), configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
             data_files=f"{place}/{config}/*.parquet" if place else f"{config}/*.parquet",
             run_of_config=run_name(record),
         )
     )  # fmt: skip
 
 
-def joined(first: Any, then: list[str]) -> list[str]:
+def joined(first: Any, then: Iterable[str] = ()) -> list[str]:
     """Return two lists of a header as one, each entry once; the first may be absent or a single entry."""
     entries = [first] if isinstance(first, str) else list(first or [])
     return [*entries, *(entry for entry in then if entry not in entries)]
@@ -74,10 +67,8 @@ def joined(first: Any, then: list[str]) -> list[str]:
 def around_block(text: str, where: str) -> tuple[str, str]:
     """Return the text before and after the generated part; a text without that part gets it at the end."""
     if text.count("<!-- hf_equiv: from here ") != text.count(END):
-        raise ValueError(
-            f"README.md of {where} must have as many end marks as start marks of the part that is written anew "
-            f"({END}). Restore the missing one on the Hub, then publish again."
-        )
+        must = f"README.md of {where} must have as many end marks as start marks of the part that is written anew"
+        raise ValueError(f"{must} ({END}). Restore the missing one on the Hub, then publish again.")
     found = _BLOCK.search(text)
     if found is not None:
         return text[: found.start()], text[found.end() :]
@@ -85,10 +76,7 @@ def around_block(text: str, where: str) -> tuple[str, str]:
 
 
 def differences(card: str, runs: Runs) -> tuple[list[str], list[str]] | None:
-    """Return the lines that the generated part of a card lacks, and its lines that no run states; None without it.
-
-    An earlier version wrote other sentences; in its cards only the numbers in the tables are compared.
-    """
+    """Return the lines that the generated part of a card lacks, and its lines that no run states; None without it."""
     found = _BLOCK.search(card)
     if found is None:
         return None
@@ -98,6 +86,7 @@ def differences(card: str, runs: Runs) -> tuple[list[str], list[str]] | None:
     if found[0].startswith(START):
         lacking, extra = Counter(wanted) - Counter(stated), Counter(stated) - Counter(wanted)
         return [x for x in lacking.elements() if x.strip()], [x for x in extra.elements() if x.strip()]
+    # An earlier version wrote other sentences: only the numbers in its tables are compared.
     known = Counter(number for line in wanted for number in _cells(line))
     return [], [line for line in stated if Counter(_cells(line)) - known]
 
@@ -115,10 +104,8 @@ def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, An
     try:
         parsed = DatasetCard(content)
     except Exception as error:  # the YAML reader has errors of many classes
-        raise ValueError(
-            f"the YAML header of README.md in {where} cannot be read ({type(error).__name__}). Correct it on the Hub, "
-            "then publish again."
-        ) from None
+        told = f"the YAML header of README.md in {where} cannot be read ({type(error).__name__})"
+        raise ValueError(f"{told}. Correct it on the Hub, then publish again.") from None
     return parsed.data.to_dict(), parsed.text
 
 
@@ -154,30 +141,24 @@ def _facts(runs: Runs) -> dict[str, Any]:
 
 
 def _rows(record: Mapping[str, Any]) -> int:
-    summary = record.get("summary") or {}
+    summary = record["summary"] or {}
     return int(summary.get("pairs") or summary.get("rows") or 0)
 
 
-def _shown(place: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the template says of a run."""
-    settings, summary, name = record["settings"], record["summary"], run_name(record)
-    prefix = f"{place}/" if place else ""
-    versions = json.loads(record["versions"]) if record.get("versions") else {}
-    match = analysis_of(record) == MATCH.analysis
-    return {
-        "name": name, "link": f"[{name}]({prefix}README.md)" if place else name, "analysis": analysis_of(record),
-        "settings": settings, "rows": _rows(record), "verdict": summary["verdict"], "withheld": is_withheld(record),
-        "figures": sorted(prefix + file for file in record["files"] if file.startswith("figures/")),
-        "numbers": run_card.match_numbers(summary) if match else _numbers("", summary),
-        "versions": ", ".join(f"{package} {number}" for package, number in versions.items() if number),
-        "command": run_card.one_line(record.get("command") or ""), "rights": record.get("rights") or "not stated",
-    }  # fmt: skip
+def _versions(record: Mapping[str, Any]) -> str:
+    versions = json.loads(record.get("versions") or "{}")
+    return ", ".join(f"{package} {number}" for package, number in versions.items() if number)
 
 
-def _numbers(path: str, value: Any) -> list[tuple[str, str]]:
+def _numbers(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    is_match = analysis_of(record) == MATCH.analysis
+    return run_card.match_numbers(record["summary"]) if is_match else _named("", record["summary"])
+
+
+def _named(path: str, value: Any) -> list[tuple[str, str]]:
     """Return the numbers of a summary, named by their path."""
     if isinstance(value, Mapping):
-        return [pair for key, part in value.items() for pair in _numbers(f"{path} {key}".strip(), part)]
+        return [pair for key, part in value.items() for pair in _named(f"{path} {key}".strip(), part)]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [(path.replace("_", " "), f"{value:.6g}")]
     return []

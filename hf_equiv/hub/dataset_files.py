@@ -1,7 +1,4 @@
-"""The files of a dataset: one run at its root, and any number of others in `runs/NAME/`, with or without photos.
-
-The local run directory is never changed.
-"""
+"""The files of a dataset: one run at its root, and any number of others in `runs/NAME/`, with or without photos."""
 
 from __future__ import annotations
 
@@ -20,11 +17,8 @@ from hf_equiv.runs import directory, shards
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, WITHHELD, LocalRun, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, Row
 
-_OWNERS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
-"""Files at the root that a dataset may hold beside its runs."""
-
-_WITHOUT_PHOTOS = {"spectra.png", "secants.png", "constants.png", "drift.png"}
-"""Figures that show no photo."""
+_BESIDE_RUNS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
+_FIGURES_WITHOUT_PHOTOS = {f"figures/{name}.png" for name in ("spectra", "secants", "constants", "drift")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +36,10 @@ def read_dataset(remote: Remote, head: str) -> Dataset:
         for path in files
         if path.endswith(directory.RECORD) and (place := place_of_file(path)) is not None
     }
-    if foreign := [path for path in sorted(files) if path not in _OWNERS and place_of_file(path) not in runs]:
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise ValueError(
-            f"'{remote.repo_id}' must be empty or hold runs of hf_equiv; it holds {', '.join(foreign[:3])}{more}. "
-            "Publish to a new name."
-        )
+    if foreign := [path for path in sorted(files) if path not in _BESIDE_RUNS and place_of_file(path) not in runs]:
+        told = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        must = f"'{remote.repo_id}' must be empty or hold runs of hf_equiv"
+        raise ValueError(f"{must}; it holds {told}. Publish to a new name.")
     return Dataset(head, files, remote.text(CARD, head) if CARD in files else None, runs=runs)
 
 
@@ -66,25 +58,19 @@ def _record(repo_id: str, path: str, text: str) -> Row:
         record: Row = json.loads(text)
         version, *_ = int(record["schema_version"]), record["settings"]["model_id"], dict(record["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} of '{repo_id}' is damaged ({type(error).__name__}). Restore it on the Hub, or publish to a new "
-            "name."
-        ) from None
+        told = f"{path} of '{repo_id}' is damaged ({type(error).__name__})"
+        raise ValueError(f"{told}. Restore it on the Hub, or publish to a new name.") from None
     if version > SCHEMA_VERSION or analysis_of(record) not in LAYOUTS:
-        raise ValueError(
-            f"'{repo_id}' holds a run of a newer hf_equiv ({path}, schema_version {version}). Upgrade hf_equiv, or "
-            "publish to a new name."
-        )
+        told = f"'{repo_id}' holds a run of a newer hf_equiv ({path}, schema_version {version})"
+        raise ValueError(f"{told}. Upgrade hf_equiv, or publish to a new name.")
     return record
 
 
 def place_of(record: Mapping[str, Any], runs: Mapping[str, Row]) -> str:
     """Return the place of a run: that of a run with its settings, the root of a dataset without runs, or a new one."""
     name = run_name(record)
-    there = next((place for place, other in runs.items() if run_name(other) == name), None)
-    if there is not None:
-        return there
-    return f"{RUNS}/{name}" if "" in runs else ""
+    same = (place for place, other in runs.items() if run_name(other) == name)
+    return next(same, f"{RUNS}/{name}" if "" in runs else "")
 
 
 def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights) -> tuple[list[StagedFile], list[str]]:
@@ -107,13 +93,14 @@ def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights)
             files.append(staged(directory.RECORD, directory.record_text(runs[""])))
     files.append(staged(CARD, card.dataset_card(repo_id, runs, previous, there.runs)))
     wanted = {file.path for file in files}
-    earlier = {_inside(place, name) for name in there.runs.get(place, {}).get("files", ())}
+    inside = f"{place}/" if place else ""
+    earlier = {inside + name for name in there.runs.get(place, {}).get("files", ())}
     return files, [path for path in there.files if path in earlier - wanted]
 
 
 def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, list[StagedFile]]:
     """Return the `run.json` to publish, and all files of the run but the card of the dataset."""
-    hidden = not rights.published
+    hidden, inside = not rights.published, f"{place}/" if place else ""
     record = {key: value for key, value in run.record.items() if key != "card"}
     record |= {"photos": WITHHELD if hidden else "published", "license": rights.license, "rights": rights.why}
     record |= {"versions": run.versions} | ({} if place else {"card": "dataset"})
@@ -122,25 +109,15 @@ def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, li
         record[run.layout.listed] = [{k: v for k, v in item.items() if k != "pixels"} for item in listed]
     files = {}
     for name, digest in run.record["files"].items():
-        content = _without_photos(run, name) if hidden else run.folder / name
-        if name != CARD and content is not None:
-            files[name] = staged(_inside(place, name), content, digest)
+        path = run.folder / name
+        if hidden and name.startswith(f"{run.layout.folder}/"):
+            files[name] = staged(inside + name, shards.without_images(path, run.layout))
+        elif name in _FIGURES_WITHOUT_PHOTOS or not (hidden or name == CARD):
+            files[name] = staged(inside + name, path, digest)
     if place:
-        files[CARD] = staged(_inside(place, CARD), _own_card(run, files, hidden=hidden))
+        files[CARD] = staged(inside + CARD, _own_card(run, files, hidden=hidden))
     record["files"] = {name: file.sha256 for name, file in files.items()}
-    return record, [*files.values(), staged(_inside(place, directory.RECORD), directory.record_text(record))]
-
-
-def _inside(place: str, name: str) -> str:
-    return f"{place}/{name}" if place else name
-
-
-def _without_photos(run: LocalRun, name: str) -> Path | bytes | None:
-    """Return a file of the run with its image columns empty; None if the whole file shows photos."""
-    folder, path = name.split("/")[0], run.folder / name
-    if folder == run.layout.folder:
-        return shards.without_images(path, run.layout)
-    return path if folder == "figures" and path.name in _WITHOUT_PHOTOS else None
+    return record, [*files.values(), staged(inside + directory.RECORD, directory.record_text(record))]
 
 
 def _own_card(run: LocalRun, files: Iterable[str], *, hidden: bool) -> str | Path:

@@ -11,17 +11,16 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import httpx
 
 from hf_equiv.data.sources import load_images
+from hf_equiv.hub.card import joined
 from hf_equiv.hub_client import api_of
 
+# Licences, by their names on the Hub, under which images may be shared and changed.
 FREE = frozenset(
     "apache-2.0 bsd bsd-2-clause bsd-3-clause bsl-1.0 cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-2.0 "
     "cc-by-sa-3.0 cc-by-sa-4.0 cdla-permissive-1.0 cdla-permissive-2.0 etalab-2.0 isc mit odbl odc-by pddl unlicense "
     "wtfpl zlib".split()
 )
-"""Licences, by their names on the Hub, under which images may be shared and changed."""
-
 _CLOSED_SETS = re.compile(r"imagenet|ilsvrc|celeba|vggface|ms-?celeb", re.IGNORECASE)
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -48,10 +47,8 @@ def photo_rights(
         found, why = _licence_of(name, revision, token)
         if why is not None:
             reasons.append(f"{name} {why}")
-        elif found is None and stated is None:
-            reasons.append(f"the licence of {name!r} is not known")
         elif found is None and stated not in FREE:
-            reasons.append(f"{license!r} is not among the licences that are known to be free")
+            reasons.append(f"the licence of {name!r} is not known")
         else:
             licences.add(found or stated)
             free.append(f"{name}: {found or license}")
@@ -97,9 +94,8 @@ def _licence_of(name: str, revision: str, token: Any) -> tuple[str | None, str |
         return None, None
     if info.gated:
         return None, "is gated"
-    found = info.card_data.get("license") if info.card_data else None
-    names = [found] if isinstance(found, str) else list(found or [])
-    bad = [item for item in names if str(item).lower() not in FREE]
+    names = joined(info.card_data.get("license") if info.card_data else None)
     if names in ([], ["unknown"]):
         return None, None
+    bad = [item for item in names if str(item).lower() not in FREE]
     return (None, f"has licence {', '.join(map(repr, bad))}") if bad else (" and ".join(names), None)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from hf_equiv.data.tables import load_parquet
-from hf_equiv.hub_client import api_of, check_dataset_id, explained, hushed, patiently, version
+from hf_equiv.hub_client import api_of, check_repo_id, explained, hushed, patiently
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
-from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout
-from hf_equiv.runs.shards import read_shard, shard_files
+from hf_equiv.runs.schema import LAYOUTS, MATCH
+from hf_equiv.runs.shards import float_file, read_shard, shard_files
 
-CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}
-
+_CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}
 _WRITTEN = re.compile(r"(?!\.{1,2}/)(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -39,10 +37,8 @@ def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]
     """Read `USER/NAME` or `USER/NAME@REVISION`; the revision may also come from a flag of its own."""
     found = _WRITTEN.fullmatch(name)
     if found is None:
-        raise FileNotFoundError(
-            f"{name!r} must be a run directory; it does not exist. Check the path. (Datasets of the Hub are named "
-            "USER/NAME or USER/NAME@REVISION.)"
-        )
+        hint = "(Datasets of the Hub are named USER/NAME or USER/NAME@REVISION.)"
+        raise FileNotFoundError(f"{name!r} must be a run directory; it does not exist. Check the path. {hint}")
     if found["revision"] and revision is not None and found["revision"] != revision:
         raise ValueError(f"`revision` must be given once; got {found['revision']!r} and {revision!r}.")
     return found["repo"], found["revision"] or revision
@@ -77,7 +73,7 @@ def download_results(
         LocalEntryNotFoundError: with `local_files_only`, a file is not in the cache.
         ValueError: a bad name, or a dataset without a run.
     """
-    name = check_dataset_id(repo_id)
+    name = check_repo_id(repo_id, "dataset", otherwise="results are published as datasets")
     parts = [folder for folder in OWN_FOLDERS if with_float or folder != "float"]
     folder = _snapshot(name, revision, parts, token, cache_dir, local_files_only)
     runs = run_folders(folder)
@@ -86,32 +82,28 @@ def download_results(
     for run in runs.values() if local_files_only else ():
         for file in directory.read_record(run)["files"]:
             if not (run / file).is_file() and (with_float or not file.startswith("float/")):
-                raise hub_errors.LocalEntryNotFoundError(
-                    f"{(run / file).relative_to(folder).as_posix()} of '{name}' is not in the cache and "
-                    "`local_files_only=True`. Run once without it."
-                )
+                told = f"{(run / file).relative_to(folder).as_posix()} of '{name}' is not in the cache"
+                raise hub_errors.LocalEntryNotFoundError(f"{told} and `local_files_only=True`. Run once without it.")
     return folder, folder.name
 
 
 @hushed()
 def _snapshot(
-    name: str, revision: str | None, folders: Sequence[str], token: Any, cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool = False,
-) -> Path:  # fmt: skip
+    name: str, revision: str | None, folders: Sequence[str], token: Any, cache_dir: Any, local_files_only: bool = False
+) -> Path:
     """Fetch `run.json`, the card and these folders of all runs into a folder with the name of the commit."""
-    inside = [directory.RECORD, CARD, *(f"{folder}/*" for folder in folders)]
-    download = partial(
-        snapshot_download, name, repo_type="dataset", revision=revision, cache_dir=cache_dir, token=token,
-        allow_patterns=[*inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
-        local_files_only=local_files_only, library_name="hf_equiv", library_version=version("hf_equiv"),
-    )  # fmt: skip
+    api, inside = api_of(token), [directory.RECORD, CARD, *(f"{folder}/*" for folder in folders)]
+
+    def fetch() -> str:
+        if not local_files_only:  # without network the download would take the files in the cache and say nothing
+            api.dataset_info(name, revision=revision)
+        return api.snapshot_download(
+            name, repo_type="dataset", revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
+            allow_patterns=[*inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
+        )  # fmt: skip
+
     with explained(name, revision=revision, token=token, local_files_only=local_files_only):
-        if local_files_only:
-            return Path(download())
-        # Without network the download takes the files in the cache and says nothing, so the dataset is asked for first.
-        ask = partial(api_of(token).dataset_info, name, revision=revision)
-        patiently(ask, lambda _: None, "asking for the dataset")
-        return Path(patiently(download, lambda _: None, "downloading"))
+        return Path(patiently(fetch, lambda _: None, "downloading"))
 
 
 def run_folders(folder: Path) -> dict[str, Path]:
@@ -160,46 +152,35 @@ def load_results(
         >>> rows[0]["match"].size, tuple(rows[0]["match_float"].shape)  # doctest: +SKIP
         ((224, 224), (3, 224, 224))
     """
-    layout = CONFIGS.get(config)
+    layout = _CONFIGS.get(config)
     if layout is None:
-        raise ValueError(f"`config` must be one of {', '.join(CONFIGS)}; got {config!r}.")
+        raise ValueError(f"`config` must be one of {', '.join(_CONFIGS)}; got {config!r}.")
     if with_float and layout is not MATCH:
         raise ValueError(f"`with_float` must be False for {config!r}: only matches have float images to load.")
-    name = os.fspath(repo_id_or_dir)
+    name, cache = os.fspath(repo_id_or_dir), None if cache_dir is None else os.fspath(cache_dir)
     folders = [layout.folder, "float"] if with_float else [layout.folder]
-    folder = local_folder(name, revision) or _snapshot(*split_name(name, revision), folders, token, cache_dir)
-    places = run_folders(folder) or {"": folder}
-    runs = list(places.values()) if run is None else [_run_of_name(name, places, run)]
-    return _rows(name, runs, layout, None if cache_dir is None else os.fspath(cache_dir), with_float)
-
-
-def _rows(name: str, runs: Sequence[Path], layout: Layout, cache_dir: str | None, with_float: bool) -> datasets.Dataset:
-    files = [path for run in runs for path in shard_files(run, layout)]
+    folder = local_folder(name, revision) or _snapshot(*split_name(name, revision), folders, token, cache)
+    places = run_folders(folder)
+    runs = list(places.values()) or [folder]
+    if run is not None:
+        named = {path.name if place else run_name(directory.read_record(path)): path for place, path in places.items()}
+        if run not in named:
+            there = ", ".join(named) or "none"
+            raise ValueError(f"`run` must be the name of a run of {name!r}; got {run!r}; it holds {there}.")
+        runs = [named[run]]
+    files = [path for place in runs for path in shard_files(place, layout)]
     if not files:
-        stated = [directory.read_record(run) for run in runs if (run / directory.RECORD).is_file()]
-        there = sorted({LAYOUTS[directory.analysis_of(record)].folder for record in stated})
-        raise ValueError(
-            f"{name!r} must hold rows of {layout.folder!r}; it has {', '.join(there) or 'no rows'}. Choose another "
-            "`config`."
-        )
-    rows, _ = load_parquet(name, files, cache_dir)
+        stated = [directory.read_record(place) for place in runs if places]
+        there = ", ".join(sorted({LAYOUTS[directory.analysis_of(record)].folder for record in stated})) or "no rows"
+        raise ValueError(f"{name!r} must hold rows of {config!r}; it has {there}. Choose another `config`.")
+    rows, _ = load_parquet(name, files, cache)
     if not with_float:
         return rows
-    origin = [str(path.parents[1] / "float" / f"{path.stem}.safetensors") for path in files for _ in read_shard(path)]
+    origin = [str(float_file(path)) for path in files for _ in read_shard(path)]
     return rows.add_column("float_file", origin).with_transform(_decode_with_float)
 
 
-def _run_of_name(name: str, runs: dict[str, Path], wanted: str) -> Path:
-    named = {run_name(directory.read_record(run)) if place == "" else run.name: run for place, run in runs.items()
-             if (run / directory.RECORD).is_file()}  # fmt: skip
-    if wanted not in named:
-        there = f"it holds {', '.join(named)}" if named else "it holds none"
-        raise ValueError(f"`run` must be the name of a run of {name!r}; got {wanted!r}; {there}.")
-    return named[wanted]
-
-
 def _decode_with_float(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Add the float match to rows that are being read."""
     if "float_file" not in batch or "pair_id" not in batch:
         return batch
     pairs = zip(batch["float_file"], batch["pair_id"], strict=True)

@@ -1,12 +1,4 @@
-"""Publish a run directory as a dataset on the Hub, whole or not at all, in one commit.
-
-The first run of a dataset lies at its root, others in `runs/NAME/`. A run of the same settings replaces its earlier
-version, and files that are no longer part of it go. If nothing has changed, nothing is committed.
-
-Failures that may pass are tried again: 409, 412, 429 (after the wait that the Hub asks for), 5xx and cut connections.
-After each failed commit the dataset is read anew: a commit whose answer was lost is found, and a commit of somebody
-else is built upon. Files that were uploaded before an interruption are not sent twice.
-"""
+"""Publish a run directory as a dataset on the Hub, whole or not at all, in one commit."""
 
 from __future__ import annotations
 
@@ -16,18 +8,16 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
 from hf_equiv.hub.dataset_files import Dataset, place_of, plan_files, read_dataset
 from hf_equiv.hub.licences import FREE, PhotoRights, how_to_change, photo_rights
-from hf_equiv.hub.repository import MAIN, Change, Progress, Remote, change_of, commit_until_done, send
-from hf_equiv.hub_client import api_of, check_dataset_id, explained, require_token, why_not
+from hf_equiv.hub.repository import MAIN, Change, Progress, Remote, commit_until_done, send
+from hf_equiv.hub_client import api_of, check_repo_id, explained, require_token, why_not
 from hf_equiv.runs.directory import CARD, LocalRun, is_withheld, read_run
 
 _SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -102,7 +92,8 @@ def publish_results(
 ) -> Published:
     """Publish a finished run directory as a dataset, in one commit; the local directory is never altered.
 
-    Photos are published if they are free: the built-in ones, or those of a Hub dataset whose card names a free licence.
+    The first run of a dataset lies at its root, others in `runs/NAME/`; a run of the same settings is replaced. Photos
+    are published if they are free: the built-in ones, or those of a Hub dataset whose card names a free licence.
     Otherwise rows and ids are published without pictures, unless `license` or `i_have_the_right` says more.
 
     Args:
@@ -128,13 +119,20 @@ def publish_results(
         HfHubHTTPError: no right to write, a token that is not accepted, or a failure that did not pass.
         ConnectionError: the Hub is out of reach.
     """
-    remote = Remote(api_of(token), check_dataset_id(repo_id), "dataset", progress or (lambda done, total, what: None))
+    name = check_repo_id(repo_id, "dataset", otherwise="results are published as datasets")
+    remote = Remote(api_of(token), name, "dataset", progress or (lambda done, total, what: None))
     _check_arguments(create_pr, revision, license, i_have_the_right)
     remote.say("checking the run and its files")
     run = read_run(Path(folder))
-    rights = _rights(run, license, i_have_the_right, withhold_photos, token)
+    if is_withheld(run.record):
+        rights = PhotoRights(False, None, "this run directory holds no photos")
+    elif withhold_photos:
+        rights = PhotoRights(False, None, "as asked for", asked=True)
+    else:
+        settings = run.record["settings"]
+        rights = photo_rights(settings, license=license, i_have_the_right=i_have_the_right, token=token)
     job = Publication(remote, run, rights, revision or MAIN, create_pr, message)
-    with explained(remote.repo_id, revision=revision, write=True, token=token):
+    with explained(name, revision=revision, write=True, token=token):
         if dry_run:
             return _plan_only(job, private)
         require_token(token)
@@ -162,60 +160,43 @@ def _check_arguments(create_pr: bool, revision: str | None, license: str | None,
     if license is not None and not re.fullmatch(r"[\w.+-]+", license):
         raise ValueError(f"`license` must be an identifier such as 'cc-by-4.0'; got {license!r}.")
     if license is not None and license.lower() not in FREE and not i_have_the_right:
-        raise ValueError(
-            f"`license` must be one that is known to be free; got {license!r}. Known are {', '.join(sorted(FREE))}; "
-            "for another pass `i_have_the_right` too."
-        )
-
-
-def _rights(run: LocalRun, license: str | None, right: bool, withhold: bool, token: Any) -> PhotoRights:
-    if is_withheld(run.record):
-        return PhotoRights(False, None, "this run directory holds no photos")
-    if withhold:
-        return PhotoRights(False, None, "as asked for", asked=True)
-    return photo_rights(run.record["settings"], license=license, i_have_the_right=right, token=token)
+        known = f"Known are {', '.join(sorted(FREE))}; for another pass `i_have_the_right` too."
+        raise ValueError(f"`license` must be one that is known to be free; got {license!r}. {known}")
 
 
 def _publish(job: Publication, private: bool | None) -> Published:
-    made, is_private = _make_missing(job, private)
-    done = commit_until_done(
-        partial(_look, job),
-        partial(_change, job),
-        lambda change: send(job.remote, change, revision=job.revision, create_pr=job.create_pr),
-        job.remote.say,
-    )
-    if private is False and is_private and not job.create_pr:
-        job.remote.set_private(False)
-        is_private = False
+    remote, info = job.remote, job.remote.find()
+    # Whether an existing dataset changes its visibility: to private before the commit, to public after it.
+    switch = info is not None and not job.create_pr and private not in (None, bool(info.private))
+    is_private = bool(info.private) if info is not None and not switch else private is not False
+    if info is None:
+        remote.say(f"making the {'private' if is_private else 'public'} dataset {remote.repo_id}")
+        make = partial(remote.api.create_repo, remote.repo_id, repo_type="dataset", private=is_private, exist_ok=True)
+        remote.call("making the dataset", make)
+    elif switch and is_private:
+        remote.set_private(True)
+    if job.revision != MAIN and not job.revision.startswith("refs/pr/"):
+        _make_branch(remote, job.revision)
+    sending = partial(send, remote, revision=job.revision, create_pr=job.create_pr)
+    done = commit_until_done(partial(_look, job), partial(_change, job), sending, remote.say)
+    if switch and not is_private:
+        remote.set_private(False)
     told = "done" if done.sent else "nothing to commit, it is there already"
-    job.remote.say(f"{told}: {done.pr_url or job.remote.url}")
+    remote.say(f"{told}: {done.pr_url or remote.url}")
     ref = job.revision if done.pr_url is None else f"refs/pr/{done.pr_url.rstrip('/').rsplit('/', 1)[-1]}"
-    result = _published(job, done.there, done.change, None if job.create_pr and not made else is_private)
+    result = _published(job, done.change, None if job.create_pr and info is not None else is_private)
     return replace(result, changed=done.sent, commit=done.commit, pr_url=done.pr_url, revision=ref)
 
 
-def _make_missing(job: Publication, private: bool | None) -> tuple[bool, bool]:
-    """Make the dataset and the branch if they are missing; return (whether it was made, whether it is private)."""
-    remote, api, info = job.remote, job.remote.api, job.remote.find()
-    if info is None:
-        is_private = private is not False
-        remote.say(f"making the {'private' if is_private else 'public'} dataset {remote.repo_id}")
-        options = {"repo_type": "dataset", "private": is_private, "exist_ok": True}
-        remote.call("making the dataset", api.create_repo, remote.repo_id, **options)
-    else:
-        is_private = bool(info.private)
-        if private and not is_private and not job.create_pr:
-            remote.set_private(True)
-            is_private = True
-    if job.revision != MAIN and not job.revision.startswith("refs/pr/"):
-        refs = remote.call("listing branches", api.list_repo_refs, remote.repo_id, repo_type="dataset")
-        branches = {ref.name for ref in refs.branches}
-        if job.revision in {ref.name for ref in refs.tags} - branches:
-            raise ValueError(f"`revision` must be a branch; '{job.revision}' is a tag of '{remote.repo_id}'.")
-        if job.revision not in branches:
-            options = {"branch": job.revision, "repo_type": "dataset", "exist_ok": True}
-            remote.call("making the branch", api.create_branch, remote.repo_id, **options)
-    return info is None, is_private
+def _make_branch(remote: Remote, branch: str) -> None:
+    api, name = remote.api, remote.repo_id
+    refs = remote.call("listing branches", api.list_repo_refs, name, repo_type="dataset")
+    branches = {ref.name for ref in refs.branches}
+    if branch in {ref.name for ref in refs.tags} - branches:
+        raise ValueError(f"`revision` must be a branch; '{branch}' is a tag of '{name}'.")
+    if branch not in branches:
+        make = partial(api.create_branch, name, branch=branch, repo_type="dataset", exist_ok=True)
+        remote.call("making the branch", make)
 
 
 def _look(job: Publication) -> Dataset:
@@ -224,10 +205,10 @@ def _look(job: Publication) -> Dataset:
     return replace(there, proposed=_proposed(job)) if job.create_pr else there
 
 
-def _change(job: Publication, there: Dataset) -> Change:
+def _change(job: Publication, there: Dataset) -> Change[Dataset]:
     files, deleted = plan_files(there, job.remote.repo_id, job.run, job.rights)
     verb = "Update" if place_of(job.run.record, there.runs) in there.runs else "Add"
-    return change_of(there, files, deleted, job.message or f"{verb} {job.run.name}", _mark(job))
+    return Change(there, files, sorted(deleted), job.message or f"{verb} {job.run.name}", _mark(job))
 
 
 def _mark(job: Publication) -> str:
@@ -252,21 +233,19 @@ def _proposed(job: Publication) -> tuple[str, str] | None:
     return remote.call("reading the pull requests", find)
 
 
-def _published(job: Publication, there: Dataset, change: Change, private: bool | None) -> Published:
-    card = next(file.content for file in change.files if file.path == CARD)
+def _published(job: Publication, change: Change[Dataset], private: bool | None) -> Published:
+    (card,) = (file.data.decode() for file in change.files if file.path == CARD)
     return Published(
-        repo_id=job.remote.repo_id, url=job.remote.url, run=job.run.name, place=place_of(job.run.record, there.runs),
-        changed=not change.empty, commit=None, revision=job.revision, pr_url=None, private=private,
-        photos=job.rights.published, license=job.rights.license, why=job.rights.why,
-        how_to_change=how_to_change(job.rights), files=len(change.files),
-        bytes=sum(file.size for file in change.files),
-        uploaded=tuple((file.path, file.size) for file in change.added), deleted=change.deleted,
-        card=card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8"),
+        repo_id=job.remote.repo_id, url=job.remote.url, run=job.run.name,
+        place=place_of(job.run.record, change.there.runs), changed=not change.empty, commit=None,
+        revision=job.revision, pr_url=None, private=private, photos=job.rights.published, license=job.rights.license,
+        why=job.rights.why, how_to_change=how_to_change(job.rights), files=len(change.files),
+        bytes=sum(file.size for file in change.files), deleted=tuple(change.deleted), card=card,
+        uploaded=tuple((file.path, file.size) for file in change.added),
     )  # fmt: skip
 
 
 def _plan_only(job: Publication, private: bool | None) -> Published:
-    """Return the plan of a publication; nothing is written."""
     info, there, is_private = job.remote.find(), Dataset(), private is not False
     if info is not None:
         is_private = bool(info.private) if private is None else private
@@ -276,7 +255,7 @@ def _plan_only(job: Publication, private: bool | None) -> Published:
             there = _look(replace(job, revision=MAIN))
     change = _change(job, replace(there, proposed=None))
     refused = None if change.empty else _why_refused(job, exists=info is not None)
-    return replace(_published(job, there, change, is_private), dry_run=True, refused=refused)
+    return replace(_published(job, change, is_private), dry_run=True, refused=refused)
 
 
 def _why_refused(job: Publication, *, exists: bool) -> str | None:
@@ -301,14 +280,12 @@ def _collect(remote: Remote, collection: str, done: Published) -> Published:
     try:
         with explained(repo_id, write=True):
             if not _SLUG.fullmatch(collection):
-                options = {"namespace": None if done.pr_url else repo_id.split("/")[0], "private": True}
-                make = api.create_collection
-                slug = remote.call("making the collection", make, collection, exists_ok=True, **options).slug
-            add = api.add_collection_item
-            found = remote.call("adding to the collection", add, slug, repo_id, "dataset", exists_ok=True)
+                owner = None if done.pr_url else repo_id.split("/")[0]
+                make = partial(api.create_collection, collection, namespace=owner, private=True, exists_ok=True)
+                slug = remote.call("making the collection", make).slug
+            add = partial(api.add_collection_item, slug, repo_id, "dataset", exists_ok=True)
+            found = remote.call("adding to the collection", add)
             return replace(done, collection=slug, collection_private=found.private)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"'{repo_id}' is published, but it could not be added to the collection {collection!r}: {error} The same "
-            "command again adds it."
-        ) from error
+        told = f"'{repo_id}' is published, but it could not be added to the collection {collection!r}"
+        raise ValueError(f"{told}: {error} The same command again adds it.") from error

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,14 +19,10 @@ from hf_equiv.hub_client import WAITS, Say, passes, patiently, pause
 from hf_equiv.runs.shards import sha256_file
 
 T = TypeVar("T")
-
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes sent, bytes in total, what is being done)."""
+Progress = Callable[[int, int, str], None]  # of (bytes sent, bytes in total, what is being done)
 
 MAIN = "main"
-
-_GROUP_BYTES = 50_000_000
-"""Bytes that are uploaded between two reports of progress."""
+_GROUP_BYTES = 50_000_000  # uploaded between two reports of progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +102,24 @@ class StagedFile:
     size: int
     sha256: str
 
+    @property
+    def data(self) -> bytes:
+        """The content."""
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+
     def is_in(self, there: Mapping[str, str]) -> bool:
         """Tell whether the files of a repository hold it with this content."""
         held = there.get(self.path)
         if held is None or held == self.sha256:
             return held is not None
-        return held == git_hash(self.content if isinstance(self.content, bytes) else self.content.read_bytes())
+        return held == git_hash(self.data)
+
+    def addition(self) -> CommitOperationAdd:
+        """Return the operation that uploads the file; refuse a file that is no longer as it was planned."""
+        made = CommitOperationAdd(self.path, self.content if isinstance(self.content, bytes) else str(self.content))
+        if made.upload_info.sha256.hex() != self.sha256:
+            raise ValueError(f"{self.path} changed while it was published. Wait until nothing writes it; try again.")
+        return made
 
 
 def staged(path: str, content: Path | bytes | str, sha256: str | None = None) -> StagedFile:
@@ -122,16 +130,23 @@ def staged(path: str, content: Path | bytes | str, sha256: str | None = None) ->
     return StagedFile(path, data, len(data), hashlib.sha256(data).hexdigest())
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+S = TypeVar("S", bound=Snapshot)
+
+
+@dataclass(frozen=True)
+class Change(Generic[S]):
     """One commit that brings a repository to the planned state."""
 
-    head: str | None  # the commit to build on
-    files: tuple[StagedFile, ...]  # all files of the planned state
-    added: tuple[StagedFile, ...]  # those that the repository lacks or holds with another content
-    deleted: tuple[str, ...]
+    there: S  # the repository that it was planned on
+    files: Sequence[StagedFile]  # all files of the planned state
+    deleted: Sequence[str]
     title: str
     note: str = ""  # text below the title
+
+    @cached_property
+    def added(self) -> tuple[StagedFile, ...]:
+        """The files that the repository lacks or holds with another content."""
+        return tuple(file for file in self.files if not file.is_in(self.there.files))
 
     @property
     def empty(self) -> bool:
@@ -139,43 +154,31 @@ class Change:
         return not self.added and not self.deleted
 
 
-def change_of(
-    there: Snapshot, files: Sequence[StagedFile], deleted: Iterable[str], title: str, note: str = ""
-) -> Change:
-    """Compare the planned files with those that are there."""
-    added = tuple(file for file in files if not file.is_in(there.files))
-    return Change(there.head, tuple(files), added, tuple(sorted(deleted)), title, note)
-
-
-S = TypeVar("S", bound=Snapshot)
-
-
 @dataclass(frozen=True, slots=True)
 class Done(Generic[S]):
     """The end of `commit_until_done`."""
 
-    there: S  # the repository as it was last read
-    change: Change
+    change: Change[S]
     commit: str  # the commit that holds the planned state
     pr_url: str | None
     sent: bool  # whether this call made the commit
 
 
 def commit_until_done(
-    look: Callable[[], S], plan: Callable[[S], Change], send: Callable[[Change], CommitInfo], say: Say
+    look: Callable[[], S], plan: Callable[[S], Change[S]], send: Callable[[Change[S]], CommitInfo], say: Say
 ) -> Done[S]:
     """Read the repository, plan the commit and send it, until the repository is as planned or all tries have failed."""
     # Each failure that may pass is followed by a new look and a new plan. So a commit whose answer was lost is found
     # and not repeated, and a commit of somebody else is built upon. `look` repeats its own requests.
-    tried: Change | None = None
+    tried: Change[S] | None = None
     waits = iter(WAITS)
     while True:
         there = look()
         change = plan(there)
         if change.empty:
-            return Done(there, tried or change, str(change.head), None, tried is not None)
+            return Done(tried or change, str(there.head), None, tried is not None)
         if there.proposed is not None:
-            return Done(there, change, *there.proposed, tried is not None)
+            return Done(change, *there.proposed, tried is not None)
         tried = change
         try:
             made = send(change)
@@ -185,16 +188,20 @@ def commit_until_done(
                 raise
             pause(error, wait, say, "committing")
         else:
-            return Done(there, change, made.oid, made.pr_url, True)
+            return Done(change, made.oid, made.pr_url, True)
 
 
-def send(remote: Remote, change: Change, *, revision: str = MAIN, create_pr: bool = False) -> CommitInfo:
+def send(remote: Remote, change: Change[Any], *, revision: str = MAIN, create_pr: bool = False) -> CommitInfo:
     """Upload the files of a change, then make its one commit on top of the commit that it was planned on."""
     told = _files(len(change.added))
     remote.progress(0, 0, f"preparing {told}")
-    additions = {file.path: _addition(file) for file in change.added}
+    additions = {file.path: file.addition() for file in change.added}
     total, sent = sum(file.size for file in change.added), 0
-    for group in _groups(change.added):
+    group: list[StagedFile] = []
+    for file in change.added:
+        group.append(file)
+        if sum(one.size for one in group) < _GROUP_BYTES and file is not change.added[-1]:
+            continue
         remote.progress(sent, total, f"uploading {told}")
         remote.api.preupload_lfs_files(
             remote.repo_id, [additions[file.path] for file in group], repo_type=remote.kind, revision=revision,
@@ -202,6 +209,7 @@ def send(remote: Remote, change: Change, *, revision: str = MAIN, create_pr: boo
             gitignore_content="",  # a .gitignore of the owner must not leave out a part of a run
         )  # fmt: skip
         sent += sum(file.size for file in group)
+        group = []
     remote.progress(total, total, f"committing {_files(len(change.added) + len(change.deleted))}")
     deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     with warnings.catch_warnings():  # the app of a Space comes with results to show
@@ -209,27 +217,9 @@ def send(remote: Remote, change: Change, *, revision: str = MAIN, create_pr: boo
         return remote.api.create_commit(
             remote.repo_id, [*additions.values(), *deletions], commit_message=change.title,
             commit_description=change.note, repo_type=remote.kind, revision=revision, create_pr=create_pr,
-            parent_commit=change.head,
+            parent_commit=change.there.head,
         )  # fmt: skip
-
-
-def _groups(files: Iterable[StagedFile]) -> Iterator[list[StagedFile]]:
-    group: list[StagedFile] = []
-    for file in files:
-        group.append(file)
-        if sum(one.size for one in group) >= _GROUP_BYTES:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
-
-
-def _addition(file: StagedFile) -> CommitOperationAdd:
-    made = CommitOperationAdd(file.path, file.content if isinstance(file.content, bytes) else str(file.content))
-    if made.upload_info.sha256.hex() != file.sha256:
-        raise ValueError(f"{file.path} changed while it was published. Wait until nothing writes it, then try again.")
-    return made

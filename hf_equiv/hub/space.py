@@ -1,9 +1,4 @@
-"""Make or update a Space that serves the app, whole or not at all, in one commit, and wait until it runs.
-
-A missing Space is made. In an existing one the app, its requirements and the marked part of README.md are brought up to
-date; other files, text outside the marks and the owner's settings in the header stay. If nothing has changed, nothing
-is committed. Failures that may pass are tried again, as in `publish_results`.
-"""
+"""Make or update a Space that serves the app, whole or not at all, in one commit, and wait until it runs."""
 
 from __future__ import annotations
 
@@ -17,11 +12,12 @@ from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
-from hf_equiv.hub.repository import Change, Progress, Remote, Snapshot, change_of, commit_until_done, send
+from hf_equiv.hub.repository import Change, Progress, Remote, Snapshot, commit_until_done, send
 from hf_equiv.hub.space_files import DATASET, INITIAL, MODELS, App, app_of, datasets_in, is_ours, models_in, stage
 from hf_equiv.hub_client import api_of, brief, check_repo_id, explained, passes, require_token
 from hf_equiv.runs.directory import CARD
 
+# Stages that do not change by themselves, each with the rest of the sentence about the Space.
 _FAILED = {
     "BUILD_ERROR": "could not be built (BUILD_ERROR{said}). The log is at {url}?logs=build.",
     "CONFIG_ERROR": "has no valid configuration (CONFIG_ERROR{said}). The log is at {url}?logs=build.",
@@ -31,13 +27,8 @@ _FAILED = {
     "STOPPED": "is stopped, so it does not run. See {url}.",
     "DELETING": "is deleting, so it does not run. See {url}.",
 }
-"""Stages that do not change by themselves, each with the rest of the sentence about the Space."""
-
-_POLL = 3.0
-"""Seconds between looks."""
-
-_GRACE = 20.0
-"""Seconds in which the stage may still be that of the commit before."""
+_POLL = 3.0  # seconds between looks
+_GRACE = 20.0  # seconds in which the stage may still be that of the commit before
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +95,9 @@ def deploy_space(
 ) -> SpaceDeployment:
     """Put the app into a Space on the Hub, in one commit; then wait until it runs. No secret is ever set.
 
+    A missing Space is made. In an existing one the app, its requirements and the marked part of README.md are brought
+    up to date; other files, text outside the marks and the owner's settings in the header stay.
+
     Args:
         repo_id: `USER/NAME` or `ORGANISATION/NAME`.
         dataset: published matches to show, `USER/NAME` or `USER/NAME@REVISION`. None keeps those of the Space, "" shows
@@ -132,16 +126,23 @@ def deploy_space(
     """
     name = check_repo_id(repo_id, "space", otherwise="the app is deployed to a Space")
     remote = Remote(api_of(token), name, "space", progress or (lambda done, total, what: None))
-    job = Deployment(remote, app_of(None if wheel is None else Path(wheel)), _given(dataset, models), hardware, force)
+    app = app_of(None if wheel is None else Path(wheel))
+    job = Deployment(remote, app, _given(dataset, models), private, hardware, force)
     if not dry_run:
         require_token(token, "deploying a Space")
     warnings = _warnings(job)
     with explained(name, kind="space", write=True, token=token):
         first = _look(job)
         if dry_run:
-            return replace(_result(job, first, _plan(job, first), private), warnings=warnings, dry_run=True)
-        done = replace(_carry_out(job, first, private), warnings=warnings)
-        return _wait_until_it_runs(remote, done, timeout) if wait else done
+            return replace(_result(job, first, _plan(job, first)), warnings=warnings, dry_run=True)
+        done = replace(_carry_out(job, first), warnings=warnings)
+        try:
+            return _wait_until_it_runs(remote, done, timeout) if wait else done
+        except Exception as error:
+            if not passes(error):
+                raise
+            told = f"'{name}' is deployed, but whether it runs could not be asked ({brief(error)}). See {remote.url}."
+            raise SpaceError(told, done) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +152,18 @@ class Deployment:
     remote: Remote
     app: App
     given: Mapping[str, str]  # variables that were asked for; an empty one is to be removed
+    private: bool | None
     hardware: str | None
     force: bool  # replace another app
+
+    def variables(self, there: Space) -> dict[str, str]:
+        """Return the variables that a Space is to have."""
+        return {key: value for key, value in {**there.variables, **self.given}.items() if value}
 
 
 @dataclass(frozen=True, slots=True)
 class Space(Snapshot):
-    """A Space as it is at a commit; without an app it has no card."""
+    """A Space as it is at a commit, or one that is yet to be made; without an app it has no card."""
 
     private: bool = True
     hardware: str | None = "cpu-basic"
@@ -165,7 +171,6 @@ class Space(Snapshot):
 
 
 def _given(dataset: str | None, models: Sequence[str]) -> dict[str, str]:
-    """Return the variables that were asked for."""
     given: dict[str, str] = {}
     if dataset is not None:
         name, at, revision = dataset.partition("@")
@@ -202,25 +207,21 @@ def _warnings(job: Deployment) -> tuple[str, ...]:
     return tuple(found)
 
 
-# --- the commit ---
-
-
-def _look(job: Deployment) -> Space | None:
-    """Return the Space as it is now; None if there is none. Variables that the user may not read count as unset."""
+def _look(job: Deployment) -> Space:
+    """Return the Space as it is now. Variables that the user may not read count as unset."""
     remote = job.remote
     info = remote.find()
     if info is None:
-        return None
+        return Space()
     head, hardware = str(info.sha), info.runtime and info.runtime.requested_hardware
     files = remote.files(head)
     card = remote.text(CARD, head) if CARD in files else None
     if not is_ours(card) and set(files) <= INITIAL:
         card = None
     elif not is_ours(card) and not job.force:
-        raise ValueError(
-            f"`repo_id` must be a new Space or one that hf_equiv has deployed; '{remote.repo_id}' holds another "
-            f"app (sdk {info.sdk}). Choose another name, or pass `force=True` to replace its app."
-        )
+        found = f"'{remote.repo_id}' holds another app (sdk {info.sdk})"
+        cure = "Choose another name, or pass `force=True` to replace its app."
+        raise ValueError(f"`repo_id` must be a new Space or one that hf_equiv has deployed; {found}. {cure}")
     kept: Mapping[str, Any] = {}
     try:
         kept = remote.call("reading the variables", remote.api.get_space_variables, remote.repo_id)
@@ -231,36 +232,30 @@ def _look(job: Deployment) -> Space | None:
     return Space(head, files, card, private=bool(info.private), hardware=hardware, variables=variables)
 
 
-def _wanted(job: Deployment, there: Space | None) -> dict[str, str]:
-    merged = {**(there.variables if there else {}), **job.given}
-    return {key: value for key, value in merged.items() if value}
+def _plan(job: Deployment, there: Space) -> Change[Space]:
+    files, deleted = stage(job.app, there.card, there.files, job.variables(there), there.variables)
+    title = f"{'Update' if there.card else 'Add'} the app of {job.app.library.split(',')[0]}"
+    return Change(there, files, sorted(deleted), title)
 
 
-def _plan(job: Deployment, there: Space | None) -> Change:
-    now = there or Space()
-    files, deleted = stage(job.app, now.card, now.files, _wanted(job, there), now.variables)
-    title = f"{'Update' if now.card else 'Add'} the app of {job.app.library.split(',')[0]}"
-    return change_of(now, files, deleted, title)
-
-
-def _result(job: Deployment, there: Space | None, change: Change, private: bool | None) -> SpaceDeployment:
+def _result(job: Deployment, first: Space, change: Change[Space]) -> SpaceDeployment:
     """Return the result of a change to a Space that was as given before."""
-    now, wanted = there or Space(), _wanted(job, there)
-    seen, hardware = now.private if private is None else private, job.hardware or now.hardware
-    before = (now.private, now.hardware, now.variables)
+    made, variables, hardware = first.head is None, job.variables(first), job.hardware or first.hardware
+    private = first.private if job.private is None else job.private
+    set_anew = (private, hardware, variables) != (first.private, first.hardware, first.variables)
     return SpaceDeployment(
-        repo_id=job.remote.repo_id, url=job.remote.url, made=there is None,
-        changed=not change.empty or there is None or (seen, hardware, wanted) != before, commit=None, private=seen,
-        hardware=hardware, variables=wanted, library=job.app.library, files=len(change.files),
-        uploaded=tuple((file.path, file.size) for file in change.added), deleted=change.deleted, warnings=(),
+        repo_id=job.remote.repo_id, url=job.remote.url, made=made, changed=not change.empty or made or set_anew,
+        commit=None, private=private, hardware=hardware, variables=variables, library=job.app.library,
+        files=len(change.files), uploaded=tuple((file.path, file.size) for file in change.added),
+        deleted=tuple(change.deleted), warnings=(),
     )  # fmt: skip
 
 
-def _carry_out(job: Deployment, first: Space | None, private: bool | None) -> SpaceDeployment:
+def _carry_out(job: Deployment, first: Space) -> SpaceDeployment:
     """Make the Space if it is missing, commit, then set what differs."""
-    remote, api, name = job.remote, job.remote.api, job.remote.repo_id
-    if first is None:
-        variables = [{"key": key, "value": value} for key, value in _wanted(job, None).items()]
+    remote, api, name, private = job.remote, job.remote.api, job.remote.repo_id, job.private
+    if first.head is None:
+        variables = [{"key": key, "value": value} for key, value in job.variables(first).items()]
         remote.call(
             "making the Space", api.create_repo, name, repo_type="space", space_sdk="gradio", exist_ok=True,
             private=private is not False, space_hardware=job.hardware, space_variables=variables or None,
@@ -268,45 +263,37 @@ def _carry_out(job: Deployment, first: Space | None, private: bool | None) -> Sp
     elif private and not first.private:
         remote.set_private(True)
 
-    def look() -> Space:
-        there = _look(job)
-        if there is None:
-            raise ValueError(f"the Space '{name}' has just been deleted. Deploy again.")
-        return there
-
-    done = commit_until_done(look, partial(_plan, job), partial(send, remote), remote.say)
-    there, wanted = done.there, _wanted(job, done.there)
+    done = commit_until_done(partial(_look, job), partial(_plan, job), partial(send, remote), remote.say)
+    there = done.change.there
+    wanted = job.variables(there)
     for key in (DATASET, MODELS):
         if key in wanted and wanted[key] != there.variables.get(key):
             remote.call("setting a variable", api.add_space_variable, name, key, wanted[key])
         elif key in there.variables and key not in wanted:
             remote.call("removing a variable", api.delete_space_variable, name, key)
-    if first is not None and job.hardware not in (None, there.hardware):
+    if first.head is not None and job.hardware not in (None, there.hardware):
         remote.call("asking for the hardware", api.request_space_hardware, name, job.hardware)
     if private is False and there.private:
         remote.set_private(False)
-    return replace(_result(job, first, done.change, private), commit=done.commit)
-
-
-# --- until it runs ---
+    return replace(_result(job, first, done.change), commit=done.commit)
 
 
 def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -> SpaceDeployment:
     """Look at the Space until it runs the commit, or cannot; a Space that sleeps is woken."""
     # Right after a commit the stage may be that of the commit before, which `HfApi.wait_for_space` would return. Here
     # an end is believed when the Space names the new commit, after another stage, or after `_GRACE` seconds.
-    waited, woken, url = 0.0, False, remote.url
-    seen: list[str] = []
+    waited, url, asleep = 0.0, remote.url, {"SLEEPING", "STOPPED"}
+    seen: set[str] = set()
     while True:
-        runtime = _runtime(remote, done)
+        runtime = remote.call("asking whether it runs", remote.api.get_space_runtime, remote.repo_id)
         stage = str(runtime.stage)
         now = replace(done, stage=stage)
         if stage not in seen:
             remote.say(stage.lower().replace("_", " "))
-            seen.append(stage)
+        wake = stage in asleep and not asleep & seen
+        seen.add(stage)
         fresh = not done.changed or runtime.raw.get("sha") == done.commit or len(seen) > 1 or waited >= _GRACE
-        if stage in ("SLEEPING", "STOPPED") and not woken:
-            woken = True
+        if wake:
             remote.call("waking the Space", remote.api.restart_space, remote.repo_id)
         elif stage == "RUNNING" and fresh:
             return now
@@ -323,16 +310,3 @@ def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -
         pause = min(_POLL, timeout - waited)
         time.sleep(pause)
         waited += pause
-
-
-def _runtime(remote: Remote, done: SpaceDeployment) -> Any:
-    try:
-        return remote.call("asking whether it runs", remote.api.get_space_runtime, remote.repo_id)
-    except Exception as error:
-        if not passes(error):
-            raise
-        raise SpaceError(
-            f"'{remote.repo_id}' is deployed, but whether it runs could not be asked ({brief(error)}). See "
-            f"{remote.url}.",
-            done,
-        ) from error

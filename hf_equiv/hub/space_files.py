@@ -1,12 +1,9 @@
-"""The files of a Space: the app, the library that it needs, and the README.md that makes the repository a Space.
-
-This module does not use the network.
-"""
+"""The files of a Space: the app, the library that it needs, and the README.md that makes the repository a Space."""
 
 from __future__ import annotations
 
-import io
 import re
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,25 +17,20 @@ from hf_equiv.hub.card import END, around_block, joined, split_header
 from hf_equiv.hub.repository import StagedFile, staged
 from hf_equiv.runs.directory import CARD
 
+# Variables that tell the app the dataset to show and the checkpoints to offer.
 DATASET, MODELS = "HF_EQUIV_DATASET", "HF_EQUIV_MODELS"
-"""Variables that tell the app the dataset to show and the checkpoints to offer."""
 
 APP, REQUIREMENTS = "app.py", "requirements.txt"
 
-INITIAL = {".gitattributes", ".gitignore", CARD}
-"""Files of a Space without an app."""
+INITIAL = {".gitattributes", ".gitignore", CARD}  # files of a Space without an app
 
-_LIBRARY = "hf_equiv"
-"""Folder of the library in a Space that brings it along, and the tag that marks a Space as one of ours."""
-
+_LIBRARY = "hf_equiv"  # folder of the library in a Space, and the tag that marks a Space as one of ours
 _PACKAGE = "hf-equiv"
-
+_HERE = Path(__file__).parents[1]
 _INSIDE = "spaces_app"
-
 _START = "<!-- hf_equiv: from here to the end mark `hf-equiv space deploy` writes the text; text outside is kept -->"
-
+# Keys of the header that follow the app; the owner sets the others once the Space is one of ours.
 _TECHNICAL = ("sdk", "sdk_version", "python_version", "app_file")
-"""Keys of the header that follow the app; the owner sets the others once the Space is one of ours."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +43,11 @@ class App:
 
 def app_folder() -> Path:
     """Return the folder of the app: in the installed package, or beside it in a clone."""
-    here = Path(__file__).parents[1]
-    for folder in (here / _INSIDE, here.parent / _INSIDE):
+    for folder in (_HERE / _INSIDE, _HERE.parent / _INSIDE):
         if (folder / APP).is_file():
             return folder
     raise FileNotFoundError(
-        f"the app of the Space is missing from this installation ({here / _INSIDE}). Install again."
+        f"the app of the Space is missing from this installation ({_HERE / _INSIDE}). Install again."
     )
 
 
@@ -66,51 +57,45 @@ def app_of(wheel: Path | None) -> App:
     # So the library's files go into the Space, beside the app, which imports them.
     if wheel is not None:
         return _from_wheel(wheel)
-    app = _read(app_folder())
     try:
         installed = metadata.distribution(_PACKAGE)
     except metadata.PackageNotFoundError:
-        raise ValueError(
-            "hf_equiv must be installed to be deployed; its metadata is missing here. Install it, or pass `wheel`."
-        ) from None
-    if installed.read_text("direct_url.json") is None:
-        pinned = f"{_PACKAGE}=={installed.version}"
-        return App(app | {REQUIREMENTS: _requirements(app[REQUIREMENTS], [pinned])}, pinned)
-    library = {f"{_LIBRARY}/{name}": data for name, data in _read(Path(__file__).parents[1]).items()}
-    return _bring_along(app, library, installed, "as installed here")
+        told = "hf_equiv must be installed to be deployed; its metadata is missing here"
+        raise ValueError(f"{told}. Install it, or pass `wheel`.") from None
+    if installed.read_text("direct_url.json") is not None:
+        return _bring_along(app_folder(), _HERE, installed, "as installed here")
+    app, pinned = _read(app_folder()), f"{_PACKAGE}=={installed.version}"
+    return App(app | {REQUIREMENTS: _requirements(app[REQUIREMENTS], [pinned])}, pinned)
 
 
 def _from_wheel(wheel: Path) -> App:
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"`wheel` must be a wheel file; got {str(wheel)!r} ({type(error).__name__}).") from None
-    held = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
-    folder = next((name.split("/")[0] for name in held if name.endswith(".dist-info/METADATA")), "none")
-    described = metadata.PathDistribution(zipfile.Path(archive, f"{folder}/"))
-    named = described.read_text("METADATA") and described.metadata["Name"]
-    if named is None or named.replace("_", "-") != _PACKAGE:
-        raise ValueError(
-            f"`wheel` must be a wheel of {_PACKAGE}; got {wheel.name!r}. Build one with `python -m build`."
-        )
-    inside = f"{_LIBRARY}/{_INSIDE}/"
-    app = {name.removeprefix(inside): data for name, data in held.items() if name.startswith(inside)}
-    if not {APP, REQUIREMENTS, CARD} <= set(app):
-        raise ValueError(f"`wheel` must hold the app of the Space; {wheel.name!r} does not. Build one of this version.")
-    return _bring_along(app, held, described, f"from {wheel.name}")
+    with tempfile.TemporaryDirectory() as unpacked:
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(unpacked)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"`wheel` must be a wheel file; got {str(wheel)!r} ({type(error).__name__}).") from None
+        found = (one for one in metadata.distributions(path=[unpacked]) if one.read_text("METADATA"))
+        described = next(found, None)
+        if described is None or _project(str(described.name)) != _PACKAGE:
+            raise ValueError(f"`wheel` must be a wheel of {_PACKAGE}; got {wheel.name!r}. Make one: `python -m build`.")
+        library = Path(unpacked, _LIBRARY)
+        if not all((library / _INSIDE / name).is_file() for name in (APP, REQUIREMENTS, CARD)):
+            told = f"`wheel` must hold the app of the Space; {wheel.name!r} does not"
+            raise ValueError(f"{told}. Build one of this version.")
+        return _bring_along(library / _INSIDE, library, described, f"from {wheel.name}")
 
 
-def _bring_along(
-    app: dict[str, bytes], held: Mapping[str, bytes], described: metadata.Distribution, source: str
-) -> App:
+def _bring_along(app_at: Path, library_at: Path, described: metadata.Distribution, source: str) -> App:
     """Lay the library beside the app as an installer would, so that its version is known there too."""
+    app = _read(app_at)
+    files = {f"{_LIBRARY}/{name}": data for name, data in _read(library_at).items()
+             if not name.startswith(f"{_INSIDE}/")}  # fmt: skip
     needed = [line for line in described.requires or () if not re.search(r"\bextra\s*==", line)]
-    library = {name: data for name, data in held.items()
-               if name.startswith(f"{_LIBRARY}/") and not name.startswith(f"{_LIBRARY}/{_INSIDE}/")}  # fmt: skip
-    library[REQUIREMENTS] = _requirements(app[REQUIREMENTS], needed)
+    files[REQUIREMENTS] = _requirements(app[REQUIREMENTS], needed)
     header = str(described.read_text("METADATA")).partition("\n\n")[0] + "\n"
-    library[f"hf_equiv-{described.version}.dist-info/METADATA"] = header.encode()
-    return App(app | library, f"{_PACKAGE} {described.version}, brought along {source}")
+    files[f"hf_equiv-{described.version}.dist-info/METADATA"] = header.encode()
+    return App(app | files, f"{_PACKAGE} {described.version}, brought along {source}")
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -137,12 +122,9 @@ def _project(line: str) -> str:
     return "" if found is None else re.sub(r"[-_.]+", "-", found[0]).lower()
 
 
-# --- the Space ---
-
-
 def is_ours(readme: str | None) -> bool:
     """Tell whether a README.md is that of a Space of hf_equiv."""
-    return _LIBRARY in joined(split_header(readme or "", "the Space")[0].get("tags"), [])
+    return _LIBRARY in joined(split_header(readme or "", "the Space")[0].get("tags"))
 
 
 def stage(
@@ -163,9 +145,9 @@ def _space_card(template: str, previous: str | None, variables: Mapping[str, str
     facts: dict[str, Any] = {**there, **made}
     if is_ours(previous):
         facts |= {key: value for key, value in there.items() if key not in _TECHNICAL}
-    facts["tags"] = joined(made["tags"], joined(there.get("tags"), []))
+    facts["tags"] = joined(made["tags"], joined(there.get("tags")))
     for key, names_in in (("datasets", datasets_in), ("models", models_in)):
-        kept = [name for name in joined(there.get(key), []) if name not in names_in(before)]
+        kept = [name for name in joined(there.get(key)) if name not in names_in(before)]
         facts[key] = joined(names_in(variables), kept)
     header = SpaceCardData(**{key: value for key, value in facts.items() if value not in (None, [])}).to_yaml()
     above, below = around_block(text, "the Space")

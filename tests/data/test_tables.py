@@ -81,6 +81,14 @@ def test_configurations_splits_and_the_commit(hub, tmp_path):
         load_images("alice/photos:tiny", cache_dir=str(tmp_path))
 
 
+def test_a_dataset_in_the_cache_is_opened_at_its_last_commit(hub, tmp_path):
+    sha = push({"train.parquet": table()})
+    load_images("alice/photos", cache_dir=str(tmp_path))
+    hub.fail("GET", "/api/datasets/alice/photos$", 503, times=99)
+    images = load_images("alice/photos", cache_dir=str(tmp_path), local_files_only=True)
+    assert (images.data_revision, len(images)) == (sha, 6)
+
+
 def test_a_split_that_nobody_named_is_said_aloud(hub, tmp_path, capsys, monkeypatch):
     push({"big/train.parquet": table(6), "small/train.parquet": table(4), "small/test.parquet": table(3)}, card=CONFIGS)
     monkeypatch.setattr(environment, "load_encoder", lambda *_, **__: TinyEncoder())

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+import torch
 import views
-from PIL import Image
 from showcase import Showcase, open_showcase
 
 from hf_equiv.data.image_file import decode_png, encode_png, open_image
@@ -192,7 +192,7 @@ def test_only_certain_classes_are_called_certain(share, said):
 
 def test_an_upload_has_a_limit_of_its_own():
     with pytest.raises(ValueError, match="at most 99 pixels"):
-        open_image(Image.new("RGB", (10, 10)), most_pixels=99)
+        open_image(encode_png(torch.zeros(3, 10, 10)), most_pixels=99)
 
 
 def test_the_files_of_a_visitors_dataset_are_deleted(parts, monkeypatch):
