@@ -37,7 +37,7 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
     if as_json:
         output.print_json(report.to_json())
     elif not quiet or not report.holds:
-        output.print_verification(report, where)
+        output.print_text("verification", report=report, place=where)
     return 0 if report.holds else 1
 
 
@@ -74,6 +74,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     try:
         with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
             from hf_equiv.hub.publish import publish_results
+            from hf_equiv.runs.schema import LAYOUTS
 
             done = publish_results(directory, repo_id, progress=tell, **given)
     except KeyboardInterrupt:
@@ -82,7 +83,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     if as_json:
         output.print_json(asdict(done))
     elif not quiet:
-        output.print_publication(done)
+        output.print_text("publication", done=done, config=LAYOUTS[done.run.split("-")[0]].folder)
     return 0
 
 
