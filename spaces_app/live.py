@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses import measures
-from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import finite
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
@@ -41,7 +41,7 @@ class LiveMatch:
     seconds: float
     source: bytes
     target: bytes
-    row: Row | None = None  # at the end the columns of a match row, of a stopped match only its measures
+    row: Row | None = None  # at the end whether it was `stopped`, and a match row; only measures if it was
 
     @property
     def error(self) -> float:
@@ -93,9 +93,8 @@ def live_match(
     """Match two photos as `hf-equiv match` does and yield its states; the last one is `done` or `stopped`."""
     # A thread of its own does the work; closing the iterator ends it at its next evaluation. Calls share only the
     # encoder, which they only read.
-    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     files = [encode_png(x) for x in encoder.preprocess([source, target])]
-    x, aim = (decode_png(png, dtype).to(encoder.device)[None] for png in files)
+    x, aim = (measures.open_png(encoder, png)[None] for png in files)
     if bool((x == aim).all()):
         raise ValueError("`source` and `target` must differ; the encoder sees the same pixels in both. Choose another.")
     work, row = _Work(("match", x[0], ()), stop or threading.Event(), time_limit), Future[Row]()
@@ -127,8 +126,7 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
     """Match, refine, measure, and return the row."""
     row: Row = {}
     try:
-        with torch.no_grad(), no_tf32():
-            z = encoder(aim)
+        z = measures.embed(encoder, aim)
         found = match_embedding(encoder, x, z, raise_on_failure=False, progress=work.hook("match"), **ball)
         if found.status[0] is Status.ERROR:
             raise ValueError(found.status[0].advice)
@@ -145,10 +143,10 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
         pass
     _, image, curve = work.now
     work.now = ("measure", image, curve)
-    three = [decode_png(png, x.dtype) for png in (files[0], encode_png(image), files[1])]
+    three = [measures.open_png(encoder, png) for png in (files[0], encode_png(image), files[1])]
     measured = measures.measure_match(encoder, *three, seed=0, pair_id="source->target")
     work.now = ("done" if row else "stopped", image, curve)
-    return row | measured
+    return {"stopped": not row, **row, **measured}
 
 
 @dataclass(frozen=True, slots=True)

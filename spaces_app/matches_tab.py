@@ -85,7 +85,7 @@ def match_shown(dataset: str | None, key: str) -> str:
     row = row_of(dataset, key)
     asked = {"pair": row["key"]} | ({"dataset": dataset} if dataset not in (None, "", BUILTIN_RESULTS) else {})
     with telling(dataset):
-        return views.match_view(row, link=f"?{urlencode(asked)}")
+        return views.html.match(row, f"?{urlencode(asked)}")
 
 
 @lru_cache(maxsize=32)
@@ -106,11 +106,8 @@ def show_dataset(dataset: str | None, pair: str | None = None) -> tuple[Any, ...
 
 def note_of(shown: Showcase) -> str:
     """Say how many matches there are and which checkpoints they are for."""
-    made = sorted({escape(f"{row['model_id']} ({row['readout']})") for row in shown.matches})
-    more = f"; {shown.withheld} more without pictures" if shown.withheld else ""
-    note = f"{len(shown.matches)} matches{more}, made for {', '.join(made)}. The PNG files are shown as they are."
-    missing = shelf.DATASET and shelf.home_of("matches") != shelf.DATASET
-    return note + (f" {escape(shelf.DATASET)} has no matches with pictures." if missing else "")
+    made = sorted({f"{row['model_id']} ({row['readout']})" for row in shown.matches})
+    return views.html.note(shown, made, "" if shelf.home_of("matches") == shelf.DATASET else shelf.DATASET)
 
 
 def _select(dataset: str, event: gr.EventData) -> tuple[Any, ...]:

@@ -72,12 +72,7 @@ def player(path: Sequence[Row], rtol: float) -> str:
         mark=drift[0],
         note=f"Drawn at {least:.0e}: drift below it, and none at all." if below else "",
     )
-    return views.html.player([(row["frame"], _told(row)) for row in path], drawn)
-
-
-def _told(row: Row) -> str:
-    seen = f", seen as {views.first_name(row['label'])} ({views.percent(row['prob'])})" if row["label"] else ""
-    return f"step {row['step']}: L2 {row['l2']:.1f} from the source, drift {row['drift']:.0e}{seen}"
+    return views.html.player(path, drawn)
 
 
 def walk_tab(tab: gr.Tab) -> None:

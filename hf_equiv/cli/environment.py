@@ -81,11 +81,6 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_launched() -> bool:
-    """Return whether a launcher has started several processes."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
 @contextlib.contextmanager
 def calm(*, quiet: bool) -> Iterator[None]:
     """Keep libraries off stdout, and silence their warnings, and their progress bars where there is no terminal."""

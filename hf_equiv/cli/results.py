@@ -69,8 +69,12 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     hf-equiv publish DIR somebody/matches --create-pr
     """  # noqa: D301, DOC201, DOC501 (this is the help text, and click looks for the backspace itself)
     from hf_equiv.cli import output, progress
+    from hf_equiv.runs.directory import refuse_folder_of_runs
 
-    _refuse_folder_of_runs(directory)
+    typed: list[str] = click.get_current_context().obj or []
+    refuse_folder_of_runs(
+        directory, lambda path: shlex.join(["hf-equiv", *(path if Path(word) == directory else word for word in typed)])
+    )
     try:
         with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
             from hf_equiv.hub.publish import publish_results
@@ -85,18 +89,6 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     elif not quiet:
         output.print_text("publication", done=done, config=LAYOUTS[done.run.split("-")[0]].folder)
     return 0
-
-
-def _refuse_folder_of_runs(directory: Path) -> None:
-    """Refuse a folder of several runs, with the command for each run."""
-    from hf_equiv.runs.directory import refuse_folder_of_runs
-
-    typed: list[str] = click.get_current_context().obj or []
-
-    def command(path: str) -> str:
-        return shlex.join(["hf-equiv", *(path if Path(word) == directory else word for word in typed)])
-
-    refuse_folder_of_runs(directory, command)
 
 
 @click.command()
