@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from hf_equiv.analyses import measures
@@ -18,13 +19,9 @@ from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import finite
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import SCHEMA_VERSION, Progress, Status
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from hf_equiv.models.encoder import Encoder
 
 Row = dict[str, Any]
 Curve = tuple[tuple[str, float, float], ...]

@@ -188,13 +188,7 @@ def sensitivity_tab(tab: gr.Tab) -> None:
     constants = results(home_of("constants")).constants
     ids = list(dict.fromkeys(row["key"] for row in constants))
     names = list(_constants(ids[0]))
-    models = dict.fromkeys(row["model_id"] for row in constants)
-    model = " and ".join("the built-in checkpoint" if name == "builtin" else f"`{name}`" for name in models)
-    gr.Markdown(
-        "How fast does the embedding move when the pixels do, and along which directions not at all? Measured for "
-        f"{model}. **top** directions move it most, **null** directions not at all, to first order; a **random** one "
-        "moves it little. The photo is moved by h times the direction, then clipped to [0, 1]."
-    )
+    gr.Markdown(views.html.about_directions(dict.fromkeys(row["model_id"] for row in constants)))
     with gr.Row():
         image = gr.Radio(ids, value=ids[0], label="Photo")
         first = "top 0" if "top 0" in names else names[0]

@@ -6,19 +6,17 @@ import os
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from hf_equiv.analyses import match, measures
 from hf_equiv.data.tables import refuse_swollen
 from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.hub_client import api_of, explained
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.runs import directory
 from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS, Layout
 from hf_equiv.runs.shards import read_rows, shard_files
 from hf_equiv.verify.rows import agrees
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 Row = dict[str, Any]
 
