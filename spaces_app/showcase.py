@@ -14,11 +14,9 @@ from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.hub_client import api_of, explained
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.runs import directory
-from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS, Layout
+from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS, Layout, Row
 from hf_equiv.runs.shards import read_rows, shard_files
 from hf_equiv.verify.rows import agrees
-
-Row = dict[str, Any]
 
 _EXPANSION = 2  # a dataset may be this many times larger in memory than on disk: PNG files are packed already
 _MOST_SIDE = 2048
