@@ -18,6 +18,7 @@ import torch
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from huggingface_hub.errors import RepositoryNotFoundError
+from jinja2 import TemplateError
 from showcase import Showcase, open_showcase
 
 from hf_equiv import Encoder
@@ -57,6 +58,7 @@ WORKERS = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1)
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 _DATASET_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, TemplateError)
 _loading = threading.Lock()
 
 
@@ -120,7 +122,7 @@ def telling(name: str | None) -> Iterator[None]:
         yield
     except RepositoryNotFoundError as error:
         raise refused(f"{name!r} cannot be shown: on the Hub there is no such dataset, or it is private.") from error
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise refused(f"{name!r} cannot be shown: {one_line(error)}") from error
 
 

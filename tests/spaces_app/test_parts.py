@@ -69,6 +69,14 @@ def test_no_folder_is_named_to_a_visitor(parts, tmp_path):
     assert str(tmp_path) not in caught.value.message
 
 
+@pytest.mark.parametrize("value", [None, 5])
+def test_rows_that_cannot_be_shown_are_refused_in_words(parts, monkeypatch, value):
+    row = open_showcase(APP / "results").matches[0] | {"source_id": value, "source_class": None}
+    monkeypatch.setattr(parts.matches_tab, "named_results", lambda _: Showcase("x", matches=(row,)))
+    with pytest.raises(gr.Error, match="'a/broken' cannot be shown"):
+        parts.matches_tab.strip_of("a/broken", "")
+
+
 def test_addresses_of_the_hub_stay_in_messages(parts):
     told = "see https://huggingface.co/datasets/a/b, of 'me/data' at refs/pr/1"
     with pytest.raises(gr.Error) as caught, parts.shelf.telling("a/b"):
