@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +123,7 @@ def live_match(
 def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[bytes], ball: Row) -> Row:
     """Match, refine, measure, and return the row."""
     row: Row = {}
-    try:
+    with suppress(_Enough):
         z = measures.embed(encoder, aim)
         found = match_embedding(encoder, x, z, raise_on_failure=False, progress=work.hook("match"), **ball)
         if found.status[0] is Status.ERROR:
@@ -136,8 +137,6 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
             "solver": "lbfgs", "seed": 0, "schema_version": SCHEMA_VERSION, "status": str(found.status[0]),
             "embedding_error": finite(found.errors[0]), "num_evals": cost, "seconds": time.monotonic() - work.start,
         }  # fmt: skip
-    except _Enough:
-        pass
     _, image, curve = work.now
     work.now = ("measure", image, curve)
     three = [measures.open_png(encoder, png) for png in (files[0], encode_png(image), files[1])]

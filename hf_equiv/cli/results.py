@@ -72,9 +72,11 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     from hf_equiv.runs.directory import refuse_folder_of_runs
 
     typed: list[str] = click.get_current_context().obj or []
-    refuse_folder_of_runs(
-        directory, lambda path: shlex.join(["hf-equiv", *(path if Path(word) == directory else word for word in typed)])
-    )
+
+    def same_for(run: str) -> str:
+        return shlex.join(["hf-equiv", *(run if Path(word) == directory else word for word in typed)])
+
+    refuse_folder_of_runs(directory, same_for)
     try:
         with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
             from hf_equiv.hub.publish import publish_results
