@@ -9,87 +9,23 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_equiv.data import draw_pairs, load_images
-    from hf_equiv.geometry import (
-        Directions,
-        LinearityResult,
-        LipschitzResult,
-        RegionalResult,
-        RowSpace,
-        SpectrumResult,
-        WalkResult,
-        directional_lipschitz,
-        jacobian_spectrum,
-        linearity_radius,
-        make_directions,
-        patch_null_space,
-        principal_angles,
-        regional_lipschitz,
-        row_space,
-        trace_level_set,
-    )
-    from hf_equiv.hub import (
-        Published,
-        SpaceDeployment,
-        SpaceError,
-        deploy_space,
-        download_results,
-        load_results,
-        publish_results,
-    )
-    from hf_equiv.jacobian import Jacobian
-    from hf_equiv.matching import LBFGS, Adam, GradientDescent, match_embedding, refine_8bit
-    from hf_equiv.models import Encoder
-    from hf_equiv.report import Report, make_report
-    from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
-    from hf_equiv.verify import verify_run
+    from hf_equiv.data import *  # noqa: F403
+    from hf_equiv.geometry import *  # noqa: F403
+    from hf_equiv.hub import *  # noqa: F403
+    from hf_equiv.jacobian import Jacobian as Jacobian
+    from hf_equiv.matching import *  # noqa: F403
+    from hf_equiv.models import *  # noqa: F403
+    from hf_equiv.report import *  # noqa: F403
+    from hf_equiv.results import ConvergenceError as ConvergenceError
+    from hf_equiv.results import MatchResult as MatchResult
+    from hf_equiv.results import Progress as Progress
+    from hf_equiv.results import Status as Status
+    from hf_equiv.verify import *  # noqa: F403
 
 try:
     __version__ = version("hf-equiv")
 except PackageNotFoundError:  # a source tree on sys.path, not installed
     __version__ = "0+unknown"
-
-__all__ = [
-    "LBFGS",
-    "Adam",
-    "ConvergenceError",
-    "Directions",
-    "Encoder",
-    "GradientDescent",
-    "Jacobian",
-    "LinearityResult",
-    "LipschitzResult",
-    "MatchResult",
-    "Progress",
-    "Published",
-    "RegionalResult",
-    "Report",
-    "RowSpace",
-    "SpaceDeployment",
-    "SpaceError",
-    "SpectrumResult",
-    "Status",
-    "WalkResult",
-    "deploy_space",
-    "directional_lipschitz",
-    "download_results",
-    "draw_pairs",
-    "jacobian_spectrum",
-    "linearity_radius",
-    "load_images",
-    "load_results",
-    "make_directions",
-    "make_report",
-    "match_embedding",
-    "patch_null_space",
-    "principal_angles",
-    "publish_results",
-    "refine_8bit",
-    "regional_lipschitz",
-    "row_space",
-    "trace_level_set",
-    "verify_run",
-]
 
 _NAMES = {
     "data": "draw_pairs load_images",
@@ -107,6 +43,8 @@ _NAMES = {
     "verify": "verify_run",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,16 +14,12 @@ from typing import Any
 
 import gradio as gr
 import shelf
+import views
 from matches_tab import check_match, get_match, list_matches, matches_tab, show_dataset
 from sensitivity_tab import look_along, sensitivity_tab
 from try_tab import LARGEST_UPLOAD, try_tab
 from walk_tab import get_walk, list_walks, walk_tab
 
-HEADER = """
-<div id="top"><h1>Two photos, one embedding</h1>
-<p>These images look like one thing to you and like another to the model. Drag the border, read the classes that the
-model sees, have every number checked, or make a match of your own.</p></div>
-"""
 THEME = gr.themes.Base(
     primary_hue="blue", neutral_hue="slate", font=["ui-sans-serif", "system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"], radius_size="md",
@@ -50,7 +46,7 @@ def build_demo() -> gr.Blocks:
     """Build the whole app."""
     title = "hf_equiv: two photos, one embedding"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as demo:
-        gr.HTML(HEADER)
+        gr.HTML(views.html.header())
         with gr.Tabs() as tabs:
             with gr.Tab("Two photos, one embedding", id="matches"):
                 parts = matches_tab()

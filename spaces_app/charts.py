@@ -19,7 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 16, 254  # the right margin, and places o
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points (x, y) in one style; a point without a place on its axes is left out."""
+    """Points (x, y) in one style; a point without a place on its axes is left out, and a series without points."""
 
     points: Sequence[tuple[float, float | None]]
     name: str = ""  # in the legend
@@ -47,11 +47,11 @@ def chart(
     width: int = WIDTH,
 ) -> str:  # fmt: skip
     """Draw series over two axes, with a note below; screen readers read `title`, and `mark` stands out."""
-    shown = [[(a, b) for a, b in s.points if x.holds(a) and y.holds(b)] for s in series]
-    points = [point for own in shown for point in own] + ([mark] if mark else [])
+    shown = [(s, [(a, b) for a, b in s.points if x.holds(a) and y.holds(b)]) for s in series]
+    points = [point for _, own in shown for point in own] + ([mark] if mark else [])
     across = _Scale(x, [a for a, _ in points], _LEFT, width - _RIGHT)
     up = _Scale(y, [b for _, b in points], _BOTTOM, _TOP)
-    placed = [(s, [(across.at(a), up.at(b)) for a, b in own]) for s, own in zip(series, shown, strict=True)]
+    placed = [(s, [(across.at(a), up.at(b)) for a, b in own]) for s, own in shown if own]
     return views.html.chart(title, across, up, placed, mark, note)
 
 

@@ -7,24 +7,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from hf_equiv.analyses import measures
-from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import finite
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import SCHEMA_VERSION, Progress, Status
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from hf_equiv.models.encoder import Encoder
 
 Row = dict[str, Any]
 Curve = tuple[tuple[str, float, float], ...]
@@ -41,7 +39,7 @@ class LiveMatch:
     seconds: float
     source: bytes
     target: bytes
-    row: Row | None = None  # at the end the columns of a match row, of a stopped match only its measures
+    row: Row | None = None  # at the end whether it was `stopped`, and a match row; only measures if it was
 
     @property
     def error(self) -> float:
@@ -93,9 +91,8 @@ def live_match(
     """Match two photos as `hf-equiv match` does and yield its states; the last one is `done` or `stopped`."""
     # A thread of its own does the work; closing the iterator ends it at its next evaluation. Calls share only the
     # encoder, which they only read.
-    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
     files = [encode_png(x) for x in encoder.preprocess([source, target])]
-    x, aim = (decode_png(png, dtype).to(encoder.device)[None] for png in files)
+    x, aim = (measures.open_png(encoder, png)[None] for png in files)
     if bool((x == aim).all()):
         raise ValueError("`source` and `target` must differ; the encoder sees the same pixels in both. Choose another.")
     work, row = _Work(("match", x[0], ()), stop or threading.Event(), time_limit), Future[Row]()
@@ -126,9 +123,8 @@ def live_match(
 def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[bytes], ball: Row) -> Row:
     """Match, refine, measure, and return the row."""
     row: Row = {}
-    try:
-        with torch.no_grad(), no_tf32():
-            z = encoder(aim)
+    with suppress(_Enough):
+        z = measures.embed(encoder, aim)
         found = match_embedding(encoder, x, z, raise_on_failure=False, progress=work.hook("match"), **ball)
         if found.status[0] is Status.ERROR:
             raise ValueError(found.status[0].advice)
@@ -141,14 +137,12 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
             "solver": "lbfgs", "seed": 0, "schema_version": SCHEMA_VERSION, "status": str(found.status[0]),
             "embedding_error": finite(found.errors[0]), "num_evals": cost, "seconds": time.monotonic() - work.start,
         }  # fmt: skip
-    except _Enough:
-        pass
     _, image, curve = work.now
     work.now = ("measure", image, curve)
-    three = [decode_png(png, x.dtype) for png in (files[0], encode_png(image), files[1])]
+    three = [measures.open_png(encoder, png) for png in (files[0], encode_png(image), files[1])]
     measured = measures.measure_match(encoder, *three, seed=0, pair_id="source->target")
     work.now = ("done" if row else "stopped", image, curve)
-    return row | measured
+    return {"stopped": not row, **row, **measured}
 
 
 @dataclass(frozen=True, slots=True)

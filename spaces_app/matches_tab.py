@@ -12,7 +12,7 @@ import gradio as gr
 import shelf
 import views
 from shelf import BUILTIN_RESULTS, HIDDEN, named_results, refused, telling
-from showcase import Comparison, Row, Showcase, check_shown
+from showcase import Row, Showcase, check_shown
 
 
 def list_matches(dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
@@ -41,6 +41,7 @@ def get_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
     return {k: v for k, v in row_of(dataset, key).items() if k != "settings" and not isinstance(v, bytes)}
 
 
+@shelf.on_gpu
 def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
     """Encode the three PNG files of a match again, now, and compare with what its row states.
 
@@ -51,9 +52,12 @@ def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
     Returns:
         Whether all numbers hold, and each number as stated and as computed now.
     """
-    found, seconds = _check(key, dataset)
+    row, start = row_of(dataset, key), time.perf_counter()
+    encoder = shelf.recorded_encoder(row, dataset)
+    with telling(dataset):
+        found = check_shown(encoder, row)
     numbers = {c.name: {"stated": c.stated, "now": c.now, "holds": c.holds} for c in found}
-    return {"holds": all(c.holds for c in found), "seconds": seconds, "numbers": numbers}
+    return {"holds": all(c.holds for c in found), "seconds": time.perf_counter() - start, "numbers": numbers}
 
 
 def row_of(dataset: str | None, key: str) -> Row:
@@ -65,19 +69,10 @@ def row_of(dataset: str | None, key: str) -> Row:
     raise refused(f"There is no match {str(key)[:200]!r} in {shown.name!r}.")
 
 
-@shelf.on_gpu
-def _check(key: str, dataset: str | None) -> tuple[list[Comparison], float]:
-    row, start = row_of(dataset, key), time.perf_counter()
-    encoder = shelf.recorded_encoder(row, dataset)
-    with telling(dataset):
-        found = check_shown(encoder, row)
-    return found, time.perf_counter() - start
-
-
-def check_view(key: str, dataset: str | None) -> tuple[str, str]:
+def check_view(key: str, dataset: str) -> tuple[str, str]:
     """Check a match and show the verdict and a table."""
-    found, seconds = _check(key, dataset)
-    return views.html.verdict(sum(not c.holds for c in found), len(found), seconds), views.html.checked(found)
+    found = check_match(key, dataset)
+    return views.html.verdict(found), views.html.checked(found)
 
 
 def match_shown(dataset: str | None, key: str) -> str:
@@ -85,7 +80,7 @@ def match_shown(dataset: str | None, key: str) -> str:
     row = row_of(dataset, key)
     asked = {"pair": row["key"]} | ({"dataset": dataset} if dataset not in (None, "", BUILTIN_RESULTS) else {})
     with telling(dataset):
-        return views.match_view(row, link=f"?{urlencode(asked)}")
+        return views.html.match(row, f"?{urlencode(asked)}")
 
 
 @lru_cache(maxsize=32)
@@ -106,11 +101,8 @@ def show_dataset(dataset: str | None, pair: str | None = None) -> tuple[Any, ...
 
 def note_of(shown: Showcase) -> str:
     """Say how many matches there are and which checkpoints they are for."""
-    made = sorted({escape(f"{row['model_id']} ({row['readout']})") for row in shown.matches})
-    more = f"; {shown.withheld} more without pictures" if shown.withheld else ""
-    note = f"{len(shown.matches)} matches{more}, made for {', '.join(made)}. The PNG files are shown as they are."
-    missing = shelf.DATASET and shelf.home_of("matches") != shelf.DATASET
-    return note + (f" {escape(shelf.DATASET)} has no matches with pictures." if missing else "")
+    made = sorted({f"{row['model_id']} ({row['readout']})" for row in shown.matches})
+    return views.html.note(shown, made, "" if shelf.home_of("matches") == shelf.DATASET else shelf.DATASET)
 
 
 def _select(dataset: str, event: gr.EventData) -> tuple[Any, ...]:

@@ -109,13 +109,7 @@ def along_view(stop: Stop, profile: Sequence[Stop], name: str) -> str:
         Axis("‖f(x+hv) − f(x)‖ / ‖f(x)‖", low=0.0, high=max(_UNRELATED, moved, *(p.distance or 0.0 for p in profile))),
         mark=(stop.step, moved),
     )
-    predicted = f" (the Jacobian alone predicts {_share(stop.first_order)})" if stop.first_order else ""
-    text = f"h = {stop.step:.3g}: the embedding has moved by {_share(moved)} of its length{predicted}."
-    return views.html.along(stop, name, text, curve)
-
-
-def _share(share: float) -> str:
-    return f"{100 * share:,.0f} %" if share >= 10 else f"{100 * share:.3g} %"
+    return views.html.along(stop, name, curve)
 
 
 def ladder_view(row: Row) -> str:
@@ -127,34 +121,29 @@ def ladder_view(row: Row) -> str:
         Series(secants, "secants", draw="line dots"),
     ]
     if row["plateau"]:
-        low, high = row["plateau"][0], row["plateau"][-1]
+        low, high = row["plateau"]
         series.append(Series([(r, s) for r, s in secants if low <= r <= high], "plateau", "two", "line dots"))
-    if row["value"] is not None:
-        note = f"Resolved: the constant is {row['value']:.4g}, the exact derivative |Jv| {row['jvp']:.4g}."
-    else:
-        note = f"Undetermined: float noise hides it, so no number is given. The exact derivative is {row['jvp']:.1e}."
     title = f"Secants along {row['direction']} {row['index']} at {row['image_id']}"
     return chart(
         title, series, Axis("radius h (L2)", log=True), Axis("‖f(x+hv) − f(x−hv)‖ / 2h", log=True),
-        note=note, width=NARROW,
+        note=views.html.reading(row), width=NARROW,
     )  # fmt: skip
 
 
 def constants_view(rows: Sequence[Row]) -> str:
     """Draw the constants of one image by kind of direction; rings where no constant can be read."""
     kinds = list(dict.fromkeys(row["direction"] for row in rows))
-    places = [kinds.index(row["direction"]) + 0.056 * ((7 * row["index"] + 5) % 11 - 5) for row in rows]
-    dots: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-    rings = []
-    for x, row in zip(places, rows, strict=True):
-        if row["value"] is None:
-            rings.append((x, row["jvp"]))
-        else:
-            dots[row["direction"]].append((x, row["value"]))
-    series = [Series(points, style=_STYLES.get(kind, "one"), draw="dots") for kind, points in dots.items()]
-    if rings:
-        series.append(Series(rings, "|Jv| where noise hides the constant", "quiet", "rings"))
     values = [row["value"] for row in rows if row["value"] is not None]
+
+    def place(row: Row) -> float:
+        return float(kinds.index(row["direction"]) + 0.056 * ((7 * row["index"] + 5) % 11 - 5))
+
+    series = []
+    for kind in kinds:
+        points = [(place(row), row["value"]) for row in rows if row["direction"] == kind]
+        series.append(Series(points, style=_STYLES.get(kind, "one"), draw="dots"))
+    hidden = [(place(row), row["jvp"]) for row in rows if row["value"] is None]
+    series.append(Series(hidden, "|Jv| where noise hides the constant", "quiet", "rings"))
     span = f"From {min(values):.2g} to {max(values):.3g}, by direction alone." if values else "None can be read."
     return chart(
         f"Lipschitz constants at {rows[0]['image_id']} by kind of direction", series,
@@ -171,9 +160,8 @@ def spectrum_view(row: Row) -> str:
     series = [
         Series([(1, threshold), (len(values), threshold)], "rank threshold", "limit"),
         Series(ordered[:rank], "singular values"),
+        Series(ordered[rank:], f"zero: {causes}" if causes else "below it", "two", "dots"),
     ]
-    if ordered[rank:]:
-        series.append(Series(ordered[rank:], f"zero: {causes}" if causes else "below it", "two", "dots"))
     told = f"along {row['nullity']:,} pixel directions the embedding does not move, to first order."
     return chart(
         f"Singular values of the Jacobian at {row['image_id']}", series, Axis("number", low=0.0), Axis("σ", log=True),
@@ -200,13 +188,7 @@ def sensitivity_tab(tab: gr.Tab) -> None:
     constants = results(home_of("constants")).constants
     ids = list(dict.fromkeys(row["key"] for row in constants))
     names = list(_constants(ids[0]))
-    models = dict.fromkeys(row["model_id"] for row in constants)
-    model = " and ".join("the built-in checkpoint" if name == "builtin" else f"`{name}`" for name in models)
-    gr.Markdown(
-        "How fast does the embedding move when the pixels do, and along which directions not at all? Measured for "
-        f"{model}. **top** directions move it most, **null** directions not at all, to first order; a **random** one "
-        "moves it little. The photo is moved by h times the direction, then clipped to [0, 1]."
-    )
+    gr.Markdown(views.html.about_directions(dict.fromkeys(row["model_id"] for row in constants)))
     with gr.Row():
         image = gr.Radio(ids, value=ids[0], label="Photo")
         first = "top 0" if "top 0" in names else names[0]

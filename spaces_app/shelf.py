@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,10 +15,14 @@ from typing import Any
 
 import gradio as gr
 import torch
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
 from huggingface_hub.errors import RepositoryNotFoundError
+from jinja2 import TemplateError
 from showcase import Showcase, open_showcase
 
 from hf_equiv import Encoder
+from hf_equiv.formatting import one_line
 
 try:
     import spaces
@@ -45,7 +48,6 @@ MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
 TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "120"))
 RTOL = 1e-5
 MAX_DOWNLOAD = 300 * 2**20  # bytes
-KEPT = 300.0  # s, a file for a visitor
 
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 """Options of an event that is not part of the API."""
@@ -56,6 +58,7 @@ WORKERS = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1)
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 _DATASET_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, TemplateError)
 _loading = threading.Lock()
 
 
@@ -119,9 +122,8 @@ def telling(name: str | None) -> Iterator[None]:
         yield
     except RepositoryNotFoundError as error:
         raise refused(f"{name!r} cannot be shown: on the Hub there is no such dataset, or it is private.") from error
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
-        text = re.sub(r"(?<![\w.:/])/(?:[^/'\"\s]+/)+", "", str(error))
-        raise refused(f"{name!r} cannot be shown: {text}") from error
+    except _DAMAGE as error:
+        raise refused(f"{name!r} cannot be shown: {one_line(error)}") from error
 
 
 def named_results(name: str | None) -> Showcase:
@@ -144,11 +146,6 @@ def home_of(kind: str) -> str:
     return BUILTIN_RESULTS
 
 
-def file_of(data: bytes, name: str, *, seconds: float = KEPT) -> str:
-    """Write a file that gradio copies and hands out; ours is deleted after `seconds`."""
-    folder = Path(tempfile.mkdtemp(prefix="hf_equiv_"))
-    (folder / name).write_bytes(data)
-    deletion = threading.Timer(seconds, shutil.rmtree, [folder], {"ignore_errors": True})
-    deletion.daemon = True
-    deletion.start()
-    return str(folder / name)
+def file_of(data: bytes, name: str) -> str:
+    """Write a file where gradio keeps those that it hands out and, as `delete_cache` of the app says, deletes."""
+    return save_bytes_to_cache(data, name, cache_dir=get_upload_folder())

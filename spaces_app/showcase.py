@@ -6,24 +6,17 @@ import os
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from hf_equiv.analyses import match, measures
-from hf_equiv.data.image_file import decode_png
 from hf_equiv.data.tables import refuse_swollen
 from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.hub_client import api_of, explained
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.runs import directory
-from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS, Layout
+from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS, Layout, Row
 from hf_equiv.runs.shards import read_rows, shard_files
 from hf_equiv.verify.rows import agrees
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
-Row = dict[str, Any]
 
 _EXPANSION = 2  # a dataset may be this many times larger in memory than on disk: PNG files are packed already
 _MOST_SIDE = 2048
@@ -122,16 +115,12 @@ def _free(name: str, taken: Container[str], number: int) -> str:
 def check_shown(encoder: Encoder, row: Row) -> list[Comparison]:
     """Encode the three PNG files of a match again and compare each number with its row, as `hf-equiv verify` does."""
     settings = row["settings"]
-    own = {
-        "model_id": encoder.model_id, "model_revision": encoder.revision, "readout": encoder.readout,
-        "dtype": str(encoder.dtype).removeprefix("torch."), "normalize": encoder.normalize,
-    }  # fmt: skip
-    for key, value in own.items():
-        stated = bool(settings[key]) if key == "normalize" else row[key]
-        if stated != value:
-            raise ValueError(f"`encoder` must have the {key} of the row, {stated!r}; got {value!r}.")
-    dtype = torch.float64 if encoder.dtype == torch.float64 else torch.float32
-    three = [decode_png(row[column], dtype) for column in IMAGE_COLUMNS]
+    own = encoder.provenance | {"normalize": encoder.normalize}
+    stated = row | {"normalize": bool(settings["normalize"])}
+    for key in ("model_id", "model_revision", "readout", "dtype", "normalize"):
+        if stated[key] != own[key]:
+            raise ValueError(f"`encoder` must have the {key} of the row, {stated[key]!r}; got {own[key]!r}.")
+    three = [measures.open_png(encoder, row[column]) for column in IMAGE_COLUMNS]
     if any(tuple(image.shape) != tuple(encoder.input_shape) for image in three):
         raise ValueError(f"the pictures must be {encoder.input_shape[1]} × {encoder.input_shape[2]} pixels.")
     labels = settings["labels"]

@@ -27,11 +27,6 @@ MOST_PIXELS = 50_000_000
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
 EFFORTS = {"quick": 0.4, "normal": 1.0}
 
-_DOING = {
-    "match": "Looking for pixels that embed as the target …",
-    "refine": "Now as an 8-bit PNG: single steps of one grey level …",
-    "measure": "Measuring …",
-}
 _JACOBIAN = 20  # evaluations between two points of a curve that need an explanation
 
 _running: dict[threading.Event, str] = {}
@@ -101,20 +96,16 @@ def watch_match(
     """Match two photos and show the match while it is made: view, two downloads, words for screen readers."""
     stage, rtol = "", _rtol(budget)
     for state in _matching(source, target, model, budget, effort, request.session_hash or ""):
-        if state.stage in _DOING:
-            told = gr.skip() if state.stage == stage else f"<p>{_DOING[state.stage]}</p>"  # once a stage
+        if state.stage not in ("done", "stopped"):
+            told = gr.skip() if state.stage == stage else f"<p>{views.html.doing(state.stage)}</p>"  # once a stage
             stage = state.stage
-            curve = curve_view(state.curve, rtol)
-            yield views.html.making(state, _DOING[stage], curve), gr.skip(), gr.skip(), told
-    ended = ""
-    if state.stage == "stopped":
-        limit = f": the limit is {TIME_LIMIT:.0f} s" if state.seconds > TIME_LIMIT else ""
-        ended = f"Stopped after {state.num_evals:.0f} evaluations{limit}."
+            yield views.html.making(state, curve_view(state.curve, rtol)), gr.skip(), gr.skip(), told
+    ended = views.html.ended(state, TIME_LIMIT)
     row = {"source": state.source, "match": state.png, "target": state.target, **(state.row or {})}
-    view = views.html.made(ended, views.match_view(row), state.seconds, curve_view(state.curve, rtol))
-    files = file_of(state.png, "match.png"), file_of(json.dumps(_record(state), indent=1).encode(), "row.json")
+    view = views.html.made(ended, row, state.seconds, curve_view(state.curve, rtol))
+    files = file_of(state.png, "match.png"), file_of(json.dumps(state.row, indent=1).encode(), "row.json")
     downloads = [gr.DownloadButton(value=file, visible=True) for file in files]
-    yield view, *downloads, f"<p>{ended} {escape(views.headline(row))}</p>"
+    yield view, *downloads, f"<p>{ended} {views.html.headline(row)}</p>"
 
 
 @on_gpu
@@ -135,27 +126,24 @@ def make_match(
         The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
     """
     *_, state = _matching(source, target, model, budget, effort, request.session_hash or "")
-    return file_of(state.png, "match.png"), _record(state)
-
-
-def _record(state: LiveMatch) -> dict[str, Any]:
-    return {"stopped": state.stage == "stopped", **(state.row or {})}
+    return file_of(state.png, "match.png"), state.row or {}
 
 
 def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
     """Draw the embedding error against evaluations, the float match and its refinement apart."""
     last = max((evals for _, evals, _ in curve), default=1.0)
-    series = [Series([(0.0, rtol), (max(last, 50.0), rtol)], "goal", "limit")]
-    for key, name, style in (("match", "float match", "one"), ("refine", "8-bit PNG", "two")):
-        if points := [(evals, error) for stage, evals, error in curve if stage == key]:
-            series.append(Series(points, name, style))
+    points = {key: [(evals, error) for stage, evals, error in curve if stage == key] for key in ("match", "refine")}
+    series = [
+        Series([(0.0, rtol), (max(last, 50.0), rtol)], "goal", "limit"),
+        Series(points["match"], "float match"),
+        Series(points["refine"], "8-bit PNG", "two"),
+    ]
     leap = max((b[1] - a[1] for a, b in pairwise(curve)), default=0.0)
-    note = (
-        f"Where it leaps, by up to {leap:.0f} evaluations, a whole Jacobian is computed." if leap >= _JACOBIAN else ""
-    )
+    note = f"Where it leaps, by up to {leap:.0f} evaluations, a whole Jacobian is computed."
     return chart(
         "Embedding error against evaluations", series, Axis("evaluations (forward + backward)", low=0.0),
-        Axis("embedding error", log=True, high=max([2.0, *(e for _, _, e in curve if e < math.inf)])), note=note,
+        Axis("embedding error", log=True, high=max([2.0, *(e for _, _, e in curve if e < math.inf)])),
+        note=note if leap >= _JACOBIAN else "",
     )  # fmt: skip
 
 

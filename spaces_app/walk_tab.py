@@ -72,23 +72,14 @@ def player(path: Sequence[Row], rtol: float) -> str:
         mark=drift[0],
         note=f"Drawn at {least:.0e}: drift below it, and none at all." if below else "",
     )
-    return views.html.player([(row["frame"], _told(row)) for row in path], drawn)
-
-
-def _told(row: Row) -> str:
-    seen = f", seen as {views.first_name(row['label'])} ({views.percent(row['prob'])})" if row["label"] else ""
-    return f"step {row['step']}: L2 {row['l2']:.1f} from the source, drift {row['drift']:.0e}{seen}"
+    return views.html.player(path, drawn)
 
 
 def walk_tab(tab: gr.Tab) -> None:
     """Lay out the tab."""
     home = home_of("paths")
     names = list(results(home).paths)
-    story = "A walk inside one level set: every image below has the same embedding, to within the drift shown."
-    if home == BUILTIN_RESULTS:
-        story += " It starts at a match that looks like the cat and ends at the coffee itself; the classifier sees "
-        story += "coffee all the way."
-    gr.Markdown(story)
+    gr.Markdown(views.html.about_walks(home == BUILTIN_RESULTS))
     name = gr.Dropdown(names, value=names[0], label="Walk", visible=len(names) > 1)
     view = gr.HTML(elem_id="walk", js_on_load=(HERE / "player.js").read_text(encoding="utf-8"))
     gr.on([tab.select, name.change], lambda name: walk_view(name, home), name, view, **HIDDEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import timeit
@@ -171,15 +172,15 @@ def _run(name: str, given: dict[str, Any]) -> int:
     if not given["dry_run"]:
         return _carry_out(plan, folder, given)
     if environment.is_first():
-        there = resume.refuse_early(folder, plan, given["overwrite"])
-        facts = _estimate(plan, folder, there, given["batch_size"])
+        facts = _estimate(plan, folder, resume.refuse_early(folder, plan, given["overwrite"]), given["batch_size"])
         if given["as_json"]:
             output.print_json(_result(plan, folder, [], None) | {"dry_run": facts})
         else:
             told = facts | {"unusable_images": output.some(facts["unusable_images"], 10)}
             told["choices"] = "; ".join(plan.choices)
             usual = ("_error", "_images", "choices")  # nothing to say where they are empty
-            output.print_facts({"would do": {k: v for k, v in told.items() if v or not k.endswith(usual)}})
+            shown = {key: value for key, value in told.items() if value or not key.endswith(usual)}
+            output.print_text("facts", facts={"would do": shown})
     return 0
 
 
@@ -212,7 +213,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     told = f"{count} of {total} {what} in {folder} {failed}."
     if quiet and failures:
         output.to_stderr(f"{told} {' '.join(output.reasons(failures))}")
-    if failures and environment.is_launched():
+    if failures and os.environ.get("WORLD_SIZE", "1") != "1":  # a launcher has started several processes
         told = f"exit code 1: {told} All rows are on disk; the launcher reports the code as a failure."
         progress.say([told], quiet=quiet)
     return 1 if failures else 0
@@ -241,11 +242,14 @@ def _how_to_go_on() -> str:
 
 def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
     """Return the facts of a dry run; the time comes from a timed evaluation and a rough count of them."""
+    import torch
+
     encoder, settings, items = plan.encoder, plan.settings, plan.items
     match = plan.config.analysis == "match"
     what, to_do, _ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
-    left, failing = len(items) - there, sum(bool(item.unusable) for item in items)
-    evaluations, seconds = _evaluations(plan), _seconds_per_evaluation(encoder)
+    left, failing, evaluations = len(items) - there, sum(bool(item.unusable) for item in items), _evaluations(plan)
+    x = torch.full((1, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype, requires_grad=True)
+    seconds = min(timeit.repeat(lambda: torch.autograd.grad(encoder(x).square().sum(), x), number=1, repeat=3))
     facts = {
         "model": settings["model_id"],
         "revision": settings["model_revision"],
@@ -285,15 +289,3 @@ def _evaluations(plan: Plan) -> float:
     point = {"random": 15, "away": 15, "nearest": 100}.get(settings["heading"], 30)  # at most
     start = 300 if settings["solver"] else 0
     return jacobian + settings["num_steps"] * point * min(1, settings["step"]) + start
-
-
-def _seconds_per_evaluation(encoder: Any) -> float:
-    """Time one forward and one backward of a grey image; the best of three."""
-    import torch
-
-    x = torch.full((1, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype, requires_grad=True)
-
-    def evaluate() -> None:
-        torch.autograd.grad(encoder(x).double().square().sum(), x)
-
-    return min(timeit.repeat(evaluate, number=1, repeat=3))

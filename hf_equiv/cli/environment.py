@@ -22,45 +22,42 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages in use; None for a missing one."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def device() -> dict[str, Any]:
-    """Return the devices that PyTorch finds here."""
+def machine() -> dict[str, dict[str, Any]]:
+    """Return the versions of Python and of the packages, None for a missing one, and the devices that PyTorch finds."""
     import torch
 
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"default": "cuda" if gpus else "cpu", "gpus": gpus, "cpu_threads": torch.get_num_threads()}
+    device = {"default": "cuda" if gpus else "cpu", "gpus": gpus, "cpu_threads": torch.get_num_threads()}
+    return {"versions": versions, "device": device}
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
     """Return the facts of a checkpoint as a map from pixels to embeddings."""
+    why = None
     try:
-        works, why = bool(encoder.jvp_probe()), None
+        encoder.jvp_probe()
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        works, why = False, " ".join(str(error).split())
-    names = encoder.label_names if encoder.has_head else None
+        why = " ".join(str(error).split())
+    record, names = encoder.provenance, encoder.label_names if encoder.has_head else None
     return {
-        "model_id": encoder.provenance["model_id"],
+        "model_id": record["model_id"],
         "revision": encoder.revision,
         "readout": encoder.readout,
         "readouts": list(encoder.readouts),
         "D": encoder.embedding_dim,
         "N": math.prod(encoder.input_shape),
         "input_shape": list(encoder.input_shape),
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "attention": encoder.provenance["attention"],
+        "dtype": record["dtype"],
+        "attention": record["attention"],
         "head": None if names is None else {"classes": len(names), "first": list(names[:3])},
-        "processor": encoder.provenance["processor"],
-        "jvp": works,
+        "processor": record["processor"],
+        "jvp": why is None,
         "jvp_error": why,
     }
 
@@ -82,11 +79,6 @@ def load_encoder(model: str, *, dtype: str, device: str | None, **options: Any) 
 def is_first() -> bool:
     """Return whether this process is the first of a launcher, or the only one."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def is_launched() -> bool:
-    """Return whether a launcher has started several processes."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextlib.contextmanager

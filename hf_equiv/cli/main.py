@@ -51,10 +51,13 @@ def env(model: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
     from hf_equiv.cli import output
 
     with environment.calm(quiet=as_json or quiet):
-        facts: dict[str, Any] = {"versions": environment.versions(), "device": environment.device()}
+        facts = environment.machine()
         if model is not None:
             facts["model"] = environment.describe(environment.load_encoder(model, **given))
-    (output.print_json if as_json else output.print_facts)(facts)
+    if as_json:
+        output.print_json(facts)
+    else:
+        output.print_text("facts", facts=facts)
     return 0
 
 

@@ -37,7 +37,7 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
     if as_json:
         output.print_json(report.to_json())
     elif not quiet or not report.holds:
-        output.print_verification(report, where)
+        output.print_text("verification", report=report, place=where)
     return 0 if report.holds else 1
 
 
@@ -69,11 +69,18 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     hf-equiv publish DIR somebody/matches --create-pr
     """  # noqa: D301, DOC201, DOC501 (this is the help text, and click looks for the backspace itself)
     from hf_equiv.cli import output, progress
+    from hf_equiv.runs.directory import refuse_folder_of_runs
 
-    _refuse_folder_of_runs(directory)
+    typed: list[str] = click.get_current_context().obj or []
+
+    def same_for(run: str) -> str:
+        return shlex.join(["hf-equiv", *(run if Path(word) == directory else word for word in typed)])
+
+    refuse_folder_of_runs(directory, same_for)
     try:
         with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
             from hf_equiv.hub.publish import publish_results
+            from hf_equiv.runs.schema import LAYOUTS
 
             done = publish_results(directory, repo_id, progress=tell, **given)
     except KeyboardInterrupt:
@@ -82,20 +89,8 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     if as_json:
         output.print_json(asdict(done))
     elif not quiet:
-        output.print_publication(done)
+        output.print_text("publication", done=done, config=LAYOUTS[done.run.split("-")[0]].folder)
     return 0
-
-
-def _refuse_folder_of_runs(directory: Path) -> None:
-    """Refuse a folder of several runs, with the command for each run."""
-    from hf_equiv.runs.directory import refuse_folder_of_runs
-
-    typed: list[str] = click.get_current_context().obj or []
-
-    def command(path: str) -> str:
-        return shlex.join(["hf-equiv", *(path if Path(word) == directory else word for word in typed)])
-
-    refuse_folder_of_runs(directory, command)
 
 
 @click.command()

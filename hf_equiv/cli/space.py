@@ -99,7 +99,7 @@ def space_deploy(repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
     if as_json:
         output.print_json(asdict(done) | {"error": None if failed is None else str(failed)})
     elif not quiet:
-        output.print_deployment(done)
+        output.print_text("deployment", done=done)
     if failed is not None:
         output.to_stderr(f"error: {failed}")
     return 0 if failed is None else 1

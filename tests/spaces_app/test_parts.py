@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import gradio as gr
 import pytest
 import torch
 import views
+from gradio.route_utils import delete_files_created_by_app
 from showcase import Showcase, open_showcase
 
 from hf_equiv.data.image_file import decode_png, encode_png, open_image
@@ -69,6 +69,14 @@ def test_no_folder_is_named_to_a_visitor(parts, tmp_path):
     assert str(tmp_path) not in caught.value.message
 
 
+@pytest.mark.parametrize("value", [None, 5])
+def test_rows_that_cannot_be_shown_are_refused_in_words(parts, monkeypatch, value):
+    row = open_showcase(APP / "results").matches[0] | {"source_id": value, "source_class": None}
+    monkeypatch.setattr(parts.matches_tab, "named_results", lambda _: Showcase("x", matches=(row,)))
+    with pytest.raises(gr.Error, match="'a/broken' cannot be shown"):
+        parts.matches_tab.strip_of("a/broken", "")
+
+
 def test_addresses_of_the_hub_stay_in_messages(parts):
     told = "see https://huggingface.co/datasets/a/b, of 'me/data' at refs/pr/1"
     with pytest.raises(gr.Error) as caught, parts.shelf.telling("a/b"):
@@ -116,15 +124,17 @@ def test_stop_stops_the_matches_of_one_visitor(parts, monkeypatch):
     assert isinstance(events[0], threading.Event)
 
 
-def test_files_for_visitors_are_deleted_after_a_while(parts):
-    first = Path(parts.shelf.file_of(b"1", "a.png", seconds=0.05))
-    second = Path(parts.shelf.file_of(b"2", "a.png"))
-    end = time.monotonic() + 20
-    while first.parent.exists() and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not first.parent.exists()
-    assert second.read_bytes() == b"2"
-    shutil.rmtree(second.parent)
+def test_files_for_visitors_are_among_those_that_gradio_deletes(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    first, second = (parts.shelf.file_of(data, "a.png") for data in (b"1", b"2"))
+    with gr.Blocks() as demo:
+        button = gr.DownloadButton()
+    for path in (first, second):
+        assert button.move_resource_to_block_cache(path) == path, "no copy is made"
+    delete_files_created_by_app(demo, age=60)
+    assert [Path(path).read_bytes() for path in (first, second)] == [b"1", b"2"]
+    delete_files_created_by_app(demo, age=-1)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_link_holds_any_name(parts, monkeypatch):
@@ -179,8 +189,8 @@ def test_a_pair_that_is_there_twice_is_refused(tmp_path):
 def test_the_eye_is_asked_about_match_and_target():
     shown = open_showcase(APP / "results")
     row = shown.matches[0] | {"embedding_error_8bit": 1e-6, "psnr_db": 70.0}
-    unlike = views.match_view(row | {"match": row["source"]})
-    same = views.match_view(row | {"match": row["target"]})
+    unlike = views.html.match(row | {"match": row["source"]})
+    same = views.html.match(row | {"match": row["target"]})
     assert "Your eye can." in unlike
     assert "Neither can you, at a glance." in same
 

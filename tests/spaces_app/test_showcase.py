@@ -137,11 +137,11 @@ def test_never_more_alike_than_measured(error, said):
     [(1e-5, "The model cannot tell"), (0.02, "To the model the match is nearly"), (0.5, "This did not")],
 )
 def test_the_headline_goes_with_the_error(shown, error, start):
-    assert views.headline(shown.matches[0] | {"embedding_error_8bit": error}).startswith(start)
+    assert views.html.headline(shown.matches[0] | {"embedding_error_8bit": error}).startswith(start)
 
 
 def test_a_match_near_its_source_is_still_told_from_its_target(shown):
-    said = views.headline(shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0})
+    said = views.html.headline(shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0})
     assert said.endswith("Your eye can.")
 
 
@@ -164,7 +164,7 @@ def test_shares_are_written_out():
 def test_names_cannot_become_markup(shown, monkeypatch):
     row = shown.matches[0] | {"source_id": "<script>x</script>", "key": '"><b>', "match_label": "<i>cat</i>"}
     monkeypatch.setattr("matches_tab.named_results", lambda _: replace(shown, matches=(row,)))
-    page = strip_of("somebody/else", "") + views.match_view(row)
+    page = strip_of("somebody/else", "") + views.html.match(row)
     assert not re.search(r"<script|<b>|<i>", page)
 
 
