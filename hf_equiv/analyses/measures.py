@@ -150,27 +150,26 @@ _SAME = 1e-4
 """Relative distance up to which two embeddings are of one photo: float32 noise, not two images."""
 
 
-def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
-    """Measure how far apart unrelated images are: source i against the target of every other pair j ≠ i.
+def pair_distances(sources: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:
+    """Return ‖f(a)−f(b)‖/‖f(b)‖ and cosine of unrelated images: source i against the target of every other pair j ≠ i.
 
     A photo that is the source of one pair and the target of another is never compared with itself; of a single pair,
     its own source and target are. `sources` and `targets` are embeddings, (B, D).
-
-    Returns:
-        `num_pairs`, and median, min and max of `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`; None for equal images.
     """
     a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
-    apart = ~torch.eye(len(a), dtype=torch.bool) if len(a) > 1 else torch.ones(1, 1, dtype=torch.bool)
+    apart = ~torch.eye(len(a), dtype=torch.bool) if len(a) > 1 else torch.ones(len(a), len(a), dtype=torch.bool)
     distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / b.norm(dim=1)
-    apart &= distance > _SAME
-    if not bool(apart.any()):
-        return None
     similarity = (a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1))
-    return {
-        "num_pairs": int(apart.sum()),
-        "distance": _spread(distance[apart].tolist()),
-        "cosine": _spread(similarity[apart].tolist()),
-    }
+    apart &= (distance > _SAME) & distance.isfinite()
+    return distance[apart].tolist(), similarity[apart].tolist()
+
+
+def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
+    """Sum up `pair_distances`: `num_pairs`, and median, min and max of `distance` and `cosine`; None without any."""
+    distances, cosines = pair_distances(sources, targets)
+    if not distances:
+        return None
+    return {"num_pairs": len(distances), "distance": _spread(distances), "cosine": _spread(cosines)}
 
 
 def summarize(rows: Rows, baseline: Row | None, rtol: float) -> Row:
