@@ -146,30 +146,27 @@ def measure_match(
     }
 
 
-_SAME = 1e-4
-"""Relative distance up to which two embeddings are of one photo: float32 noise, not two images."""
-
-
-def pair_distances(sources: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:
-    """Return ‖f(a)−f(b)‖/‖f(b)‖ and cosine of unrelated images: source i against the target of every other pair j ≠ i.
-
-    A photo that is the source of one pair and the target of another is never compared with itself; of a single pair,
-    its own source and target are. `sources` and `targets` are embeddings, (B, D).
-    """
-    a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
-    apart = ~torch.eye(len(a), dtype=torch.bool) if len(a) > 1 else torch.ones(len(a), len(a), dtype=torch.bool)
-    distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / b.norm(dim=1)
-    similarity = (a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1))
-    apart &= (distance > _SAME) & distance.isfinite()
-    return distance[apart].tolist(), similarity[apart].tolist()
+def distances_apart(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ‖f(a)−f(b)‖/‖f(b)‖ of every source and target (B, D), and which of them are of unrelated photos."""
+    # Unrelated are a source and the target of another pair, or of a single pair its own. Embeddings that agree to 1e-4
+    # are of one photo, which may be the source of one pair and the target of another.
+    apart = ~torch.eye(len(sources), dtype=torch.bool) if len(sources) > 1 else torch.ones(1, 1, dtype=torch.bool)
+    distance = torch.cdist(sources, targets, compute_mode="donot_use_mm_for_euclid_dist") / targets.norm(dim=1)
+    return distance, apart & (distance > 1e-4)
 
 
 def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
-    """Sum up `pair_distances`: `num_pairs`, and median, min and max of `distance` and `cosine`; None without any."""
-    distances, cosines = pair_distances(sources, targets)
-    if not distances:
+    """Measure how far apart unrelated images are, from the embeddings (B, D) of pairs; None for equal images."""
+    a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
+    distance, apart = distances_apart(a, b)
+    if not bool(apart.any()):
         return None
-    return {"num_pairs": len(distances), "distance": _spread(distances), "cosine": _spread(cosines)}
+    similarity = (a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1))
+    return {
+        "num_pairs": int(apart.sum()),
+        "distance": _spread(distance[apart].tolist()),
+        "cosine": _spread(similarity[apart].tolist()),
+    }
 
 
 def summarize(rows: Rows, baseline: Row | None, rtol: float) -> Row:

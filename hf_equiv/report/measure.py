@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from hf_equiv.analyses.measures import cosine, median_of, open_png, pair_distances, psnr_db, relative_error, ssim
+from hf_equiv.analyses.measures import cosine, distances_apart, median_of, open_png, psnr_db, relative_error, ssim
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.data.image_file import encode_png, open_image
 from hf_equiv.data.image_set import ImageSet
@@ -254,8 +254,11 @@ def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
 
 
 def _unrelated(pairs: Sequence[Sequence[Tensor]]) -> Row | None:
-    """Return the spread of the distances of sources and targets of different pairs, and a curve of about 400."""
-    values = sorted(pair_distances(*(torch.stack(list(z)) for z in zip(*pairs, strict=True)))[0]) if pairs else []
+    """Return the spread of the distances of unrelated photos, and a curve of about 400, from embeddings of pairs."""
+    if not pairs:
+        return None
+    distance, apart = distances_apart(*(torch.stack(list(z)) for z in zip(*pairs, strict=True)))
+    values = sorted(distance[apart & distance.isfinite()].tolist())
     found = spread(values)
     return None if found is None else asdict(found) | {"curve": values[:: max(1, len(values) // _CURVE)]}
 

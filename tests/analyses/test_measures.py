@@ -116,17 +116,6 @@ def test_baseline_never_compares_a_photo_with_itself():
     assert measures.random_pair_baseline(torch.stack([a, a]), torch.stack([a, a])) is None
 
 
-def test_distances_of_unrelated_images():
-    a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
-    distances, cosines = measures.pair_distances(a[:2], a[:2])
-    assert sorted(distances) == pytest.approx([5**0.5 / 2, 5**0.5])
-    assert cosines == [0.0, 0.0]
-    assert measures.pair_distances(a[:1], a[2:])[0] == pytest.approx([2**0.5])
-    none = torch.zeros(1, 2, dtype=torch.float64)  # nothing is so many times a length of zero away
-    for sources, targets in ((a[1:2], a[1:2]), (a[:1], none), (a[:1], none * torch.nan), (a[:0], a[:0])):
-        assert measures.pair_distances(sources, targets) == ([], [])
-
-
 def test_summary(tiny, three):
     measured = measures.measure_match(tiny, *three, seed=0, pair_id="p")
     good = measured | {

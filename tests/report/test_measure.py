@@ -113,3 +113,12 @@ def test_transfer_to_itself_and_to_a_stranger():
     assert own["labels"][1] == own["labels"][2]
     assert other["labels"] is None
     assert torch.allclose(z_source, source.flatten().double())
+
+
+def test_unrelated_distances():
+    a, b, c = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
+    assert measure._unrelated([(a, a), (b, b)])["curve"] == pytest.approx([5**0.5 / 2, 5**0.5])
+    assert measure._unrelated([(a, c)])["median"] == pytest.approx(2**0.5)
+    none = torch.zeros(2, dtype=torch.float64)  # nothing is so many times a length of zero away
+    for pairs in ([(b, b)], [(a, none)], [(a, none * torch.nan)], []):
+        assert measure._unrelated(pairs) is None
