@@ -20,18 +20,11 @@ from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import ball, cut, cut_name, form, short
 
 Rows = Sequence[Mapping[str, Any]]
-Band = tuple[str, str, Sequence[float], Sequence[float]]
-"""A line of `strips`: name, colour, filled values and hollow values."""
+Band = tuple[str, str, Sequence[float], Sequence[float]]  # of `strips`: name, colour, filled and hollow values
+Tile = tuple[bytes, str, Sequence[str]]  # of a sheet: a PNG file, a bold line above it and others below
 
-Tile = tuple[bytes, str, Sequence[str]]
-"""A PNG picture of a sheet, with a bold line above it and others below."""
-
-MAX_IMAGES, MAX_VECTORS, MAX_PAIRS = 6, 6, 8
-"""Images, singular vectors and pairs that are drawn."""
-
-GAINS = (1, 2, 5, 10, 20, 50, 100)
-"""Factors by which a difference may be enlarged: the largest that keeps 99 % of it within 0.4 of grey."""
-
+MAX_IMAGES, MAX_VECTORS, MAX_PAIRS = 6, 6, 8  # that are drawn
+GAINS = (1, 2, 5, 10, 20, 50, 100)  # of a difference: the largest is used that keeps 99 % of it within 0.4 of grey
 SHEET_FRAMES, GIF_FRAMES, GIF_SIDE, GIF_MS = 8, 60, 224, 90
 INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
 LINES = ("#0072b2", "#d55e00", "#009e73", "#9a4f96", "#a16207", "#0e7490")  # the first ones: Okabe & Ito 2008

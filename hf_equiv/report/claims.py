@@ -10,12 +10,8 @@ from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
 from hf_equiv.report.render import ALIKE_DB, findings, interval, many, tenth, three
 from hf_equiv.report.statistics import Estimate, Share
 
-FEW = 10
-"""Below this many pairs or photos no claim is called supported without a caveat."""
-
-ON_THE_WAY = 0.1
-"""A budget is enough if the median PNG ends within this part of the distance of unrelated images."""
-
+FEW = 10  # below this many pairs or photos no claim is called supported without a caveat
+ON_THE_WAY = 0.1  # a budget is enough if the median PNG ends within this part of the distance of unrelated images
 YES, PARTLY, NO, OPEN = "supported", "supported with a caveat", "not supported", "not measured"
 UNDECIDED = "not decided"
 

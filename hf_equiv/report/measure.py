@@ -35,12 +35,8 @@ from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 Tell = Callable[[int, int], None]
 
-MEASURED_PAIRS = 200
-"""Pairs of a run that are measured anew, the first of its list."""
-
-LABELLED_PHOTOS = 2000
-"""Photos of `label_data` that are used, drawn with seed 0."""
-
+MEASURED_PAIRS = 200  # pairs of a run that are measured anew, the first of its list
+LABELLED_PHOTOS = 2000  # photos of `label_data` that are used, drawn with seed 0
 RANDOM_DRAWS = 4
 _VERSION = 3  # raise it when a stored number changes its meaning
 _CURVE = 400  # points of a stored distribution

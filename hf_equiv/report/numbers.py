@@ -16,12 +16,8 @@ from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
 THRESHOLDS = (1e-2, 1e-3, 1e-4)
-
-IDENTICAL_DB = 100.0
-"""PSNR assigned to a match that equals its source; one grey level in one value of 150,528 gives 99.9 dB."""
-
-MATCHED = 0.01
-"""A PNG counts as matched within this part of the median distance of unrelated images."""
+IDENTICAL_DB = 100.0  # PSNR of a match that equals its source; one grey level in one value of 150,528 gives 99.9 dB
+MATCHED = 0.01  # a PNG counts as matched within this part of the median distance of unrelated images
 
 
 @dataclass(frozen=True)

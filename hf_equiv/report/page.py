@@ -23,9 +23,7 @@ from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 Tell = Callable[[str, int, int], None]
 
-SHOWN = 4
-"""Matches shown as pictures."""
-
+SHOWN = 4  # matches shown as pictures
 WITHHELD = "the photos are withheld from this data set"
 
 
@@ -154,11 +152,7 @@ def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
     prefixes = ["model"] if len(checkpoints) == 1 else [f"model{k}" for k, _ in enumerate(checkpoints, 1)]
     pages = [_model_page(checkpoint, asked, prefix) for checkpoint, prefix in zip(checkpoints, prefixes, strict=True)]
     say = render.findings()
-    problems = [
-        f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {say('left_out', run)}"
-        for run in runs
-        if run.changed
-    ]
+    problems = [say("changed_files", run) for run in runs if run.changed]
     problems += [other for other in asked.others.values() if isinstance(other, str)]
     problems += [f"{page['numbers'].title}: {page['reason']}" for page in pages if page["reason"] not in ("", WITHHELD)]
     whole = {

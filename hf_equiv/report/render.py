@@ -18,8 +18,7 @@ from markupsafe import Markup, escape
 from hf_equiv.formatting import ball, short
 from hf_equiv.report.statistics import Estimate, Share
 
-ALIKE_DB = 30.0
-"""PSNR from which a match is said to look like its source: the change is visible only on a close look."""
+ALIKE_DB = 30.0  # PSNR from which a match is said to look like its source: it differs only on a close look
 
 
 def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit: str = "") -> str:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hf_equiv.runs.schema import Row
 
-NEIGHBOURS = 5
-"""Neighbours that vote in the kNN probe."""
+NEIGHBOURS = 5  # that vote in the kNN probe
 
 
 @dataclass
