@@ -65,7 +65,8 @@ def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, byte
         return {}
     title = f"Local directional Lipschitz constants, {cut(str(settings['model_id']), 50)}"
     images = len({row["image_id"] for row in rows})
-    note = f"{images} image{'s' if images > 1 else ''}; pixels in [0, 1]; hollow: no value above the float noise, ‖Jv‖"
+    many = f"{images} image{'s' if images > 1 else ''}, pixels in [0, 1]"
+    note = f"{many} · hollow marks are ‖Jv‖ where no constant stands above the float noise"
     return {"secants.png": png_of(secants(rows, settings)), "constants.png": png_of(constants(rows, title, note))}
 
 
