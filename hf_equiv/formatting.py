@@ -47,6 +47,13 @@ def short(value: float | None) -> str:
     return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
+def ball(radius: float | None, norm: str | None) -> str:
+    """Format a limit on the change: `no limit`, `ε = 8/255`, `L2 ε = 2`."""
+    if radius is None:
+        return "no limit"
+    return f"ε = {radius * 255:.3g}/255" if norm == "linf" else f"L2 ε = {radius:.3g}"
+
+
 _FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")
 
 

@@ -88,7 +88,7 @@ class Known:
     def __call__(self, pixels):
         return torch.stack([self.f(x) for x in pixels])
 
-    def classify(self, pixels):
+    def classify(self, pixels, labels=None):
         return torch.stack([self.head(x) for x in pixels])
 
 

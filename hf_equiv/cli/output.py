@@ -154,12 +154,12 @@ def some(names: Iterable[str], count: int) -> str:
 
 def print_summary(report: Report, path: Path) -> None:
     """Print a few sentences of a report on each checkpoint, and the files that it is in."""
-    from hf_equiv.report.claims import summary
+    from hf_equiv.report.claims import say
 
     console = _console()
     for model in report.models:
         console.print(cut(model.title, 100), style="bold")
-        for sentence in summary(model):
+        for sentence in say("summary", model):
             console.print(f"- {sentence}", soft_wrap=not console.is_terminal)
         console.print()
     for problem in report.problems:

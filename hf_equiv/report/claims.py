@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
-from hf_equiv.report.render import ALIKE_DB, findings, interval, span, tenth, three
+from hf_equiv.report.render import ALIKE_DB, findings, interval, many, tenth, three
 from hf_equiv.report.statistics import Estimate, Share
 
-FEW = 10
-"""Below this many pairs or photos no claim is called supported without a caveat."""
-
-ON_THE_WAY = 0.1
-"""A budget is enough if the median PNG ends within this part of the distance of unrelated images."""
-
+FEW = 10  # below this many pairs or photos no claim is called supported without a caveat
+ON_THE_WAY = 0.1  # a budget is enough if the median PNG ends within this part of the distance of unrelated images
 YES, PARTLY, NO, OPEN = "supported", "supported with a caveat", "not supported", "not measured"
 UNDECIDED = "not decided"
 
@@ -36,16 +32,6 @@ class Reach(NamedTuple):
     linear: Estimate
     match: Estimate
     kind: str
-
-    @property
-    def falls_short(self) -> bool:
-        """Whether the linear model ends before the matches: the two intervals do not overlap."""
-        return self.linear.high is not None and self.match.low is not None and self.linear.high < self.match.low
-
-    @property
-    def goes_beyond(self) -> bool:
-        """Whether the linear model holds beyond the matches: the two intervals do not overlap."""
-        return self.linear.low is not None and self.match.high is not None and self.linear.low >= self.match.high
 
 
 def near_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
@@ -106,7 +92,7 @@ def _verdict(share: Share) -> str:
 
 def _matching(numbers: CheckpointNumbers) -> Judged:
     matched = numbers.match.matched if numbers.match else None
-    return (span(matched), _verdict(matched)) if matched else None
+    return (interval(matched), _verdict(matched)) if matched else None
 
 
 def _structure(numbers: CheckpointNumbers) -> Judged:
@@ -122,7 +108,8 @@ def _linear(numbers: CheckpointNumbers) -> Judged:
     if reach is None or numbers.lipschitz is None:
         return None
     enough = min(reach.match.n, numbers.lipschitz.images) >= FEW
-    verdict = NO if reach.falls_short else (YES if enough and reach.goes_beyond else PARTLY)
+    verdict = YES if enough and reach.match.is_below(reach.linear) else PARTLY
+    verdict = NO if reach.linear.is_below(reach.match) else verdict
     return interval(reach.linear, three), verdict
 
 
@@ -132,7 +119,7 @@ def _null(numbers: CheckpointNumbers) -> Judged:
         return None
     if found.nullity is None or found.pixels is None:
         return "–", OPEN
-    photos = f"{found.full} photo{'s' if found.full > 1 else ''}"
+    photos = many(found.full, "photo")
     if len(found.ranks) == 1 and found.full > 1:
         photos = f"the same at all {photos}"
     verdict = YES if found.full >= FEW else PARTLY
@@ -144,7 +131,7 @@ def _alike(numbers: CheckpointNumbers) -> Judged:
     near = enough or most_alike(numbers)
     if near is None or near.nearer is None:
         return None
-    return span(near.nearer), _verdict(near.nearer) if enough else UNDECIDED
+    return interval(near.nearer), _verdict(near.nearer) if enough else UNDECIDED
 
 
 def _normal(numbers: CheckpointNumbers) -> Judged:
@@ -163,7 +150,7 @@ def _downstream(numbers: CheckpointNumbers) -> Judged:
     if not shares:
         return None
     verdict = min((_verdict(one) for one in shares), key=(NO, PARTLY, YES).index)
-    return "; ".join(span(one) for one in shares), verdict
+    return "; ".join(interval(one) for one in shares), verdict
 
 
 RULES: dict[str, Callable[[CheckpointNumbers], Judged]] = {
@@ -175,41 +162,27 @@ RULES: dict[str, Callable[[CheckpointNumbers], Judged]] = {
 
 def claims(numbers: CheckpointNumbers) -> tuple[Claim, ...]:
     """Judge the paper's claims, in its order, by the runs of a checkpoint."""
-    text = _text(numbers)
+    text = texts(numbers)
     found = ((text(f"claim_{name}"), text(f"measured_{name}"), rule(numbers)) for name, rule in RULES.items())
     return tuple(Claim(told, measured, *judged) if judged else Claim(told) for told, measured, judged in found)
 
 
-# --- the findings, by the names of their texts in the template ---
+FINDINGS = {
+    "summary": ("matching", "nearness", "heads", "survival", "geometry"),
+    "against": ("not_linear", "not_random", "not_noise", "not_zeros", "not_saved", "not_small", "not_elsewhere"),
+    "consequences": ("trust", "retrain", "recompress", "second_model", "own_photos"),
+    "limits": ("few_pairs", "shared_photos", "first_pairs", "not_found", "scaled"),
+}
+"""The texts of the template: the answer, where it disagrees with the paper, what it means for a user, what is open."""
 
 
-def summary(numbers: CheckpointNumbers) -> tuple[str, ...]:
-    """Answer in five sentences: matching, nearness, heads, survival, geometry."""
-    return _say(numbers, "matching", "nearness", "heads", "survival", "geometry")
+def say(part: str, numbers: CheckpointNumbers) -> tuple[str, ...]:
+    """Write one part of `FINDINGS`, a text for each finding."""
+    return tuple(text for text in map(texts(numbers), FINDINGS[part]) if text)
 
 
-def disagreements(numbers: CheckpointNumbers) -> tuple[str, ...]:
-    """Say where the measurements do not agree with the paper, or with how it reads."""
-    return _say(
-        numbers, "not_linear", "not_random", "not_noise", "not_zeros", "not_saved", "not_small", "not_elsewhere"
-    )
-
-
-def consequences(numbers: CheckpointNumbers) -> tuple[str, ...]:
-    """Say what the measurements mean for a user of the checkpoint."""
-    return _say(numbers, "trust", "retrain", "recompress", "second_model", "own_photos")
-
-
-def limits(numbers: CheckpointNumbers) -> tuple[str, ...]:
-    """Say what the measurements leave open."""
-    return _say(numbers, "few_pairs", "shared_photos", "first_pairs", "not_found", "scaled")
-
-
-def _say(numbers: CheckpointNumbers, *names: str) -> tuple[str, ...]:
-    return tuple(text for text in map(_text(numbers), names) if text)
-
-
-def _text(numbers: CheckpointNumbers) -> Callable[[str], str]:
+def texts(numbers: CheckpointNumbers) -> Callable[..., str]:
+    """Return a function that writes a text of the template by its name."""
     _, matched = _matching(numbers) or ("", OPEN)
     return findings(
         n=numbers, near=near_budget(numbers), failed=failed_budget(numbers), alike=look_alike(numbers),

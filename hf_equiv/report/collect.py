@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_equiv.formatting import one_line
-from hf_equiv.hub.load import download_results, run_folders, split_name
+from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.models.encoder import Encoder, load_recorded
 from hf_equiv.results import Status
 from hf_equiv.runs import directory, shards
@@ -24,18 +25,14 @@ _FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # of a model that 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory, with its rows (without images) in the order of its record.
+    """One run directory, with its rows (without images) in the order of its record."""
 
-    `name` is the name in the report, never an absolute path. `changed` names the files of rows and float images that
-    are missing or differ from the record (SHA-256); nothing is read from them.
-    """
-
-    name: str
+    name: str  # in the report, never an absolute path
     folder: Path
     record: Row
     layout: Layout
     rows: tuple[Row, ...]
-    changed: tuple[str, ...]
+    changed: tuple[str, ...]  # files that are missing or not as recorded (SHA-256); nothing is read from them
 
     @property
     def analysis(self) -> str:
@@ -68,20 +65,6 @@ class Run:
         return self.listed - self.there if self.changed else 0
 
     @property
-    def item(self) -> str:
-        """The noun for one entry of the list: pair or image."""
-        return self.layout.listed.removesuffix("s")
-
-    @property
-    def left_out_note(self) -> str:
-        """What a report leaves out of a run with changed files."""
-        if not self.rows:
-            return f"the run is left out of every number: none of its {self.listed} {self.item}s is as recorded"
-        if self.left_out:
-            return f"{self.left_out} of {self.listed} {self.item}s are left out of every number"
-        return f"nothing is read from {'it' if len(self.changed) == 1 else 'them'}"
-
-    @property
     def partial(self) -> bool:
         """Whether the run is unfinished."""
         return not self.record["complete"] or (self.there < self.listed and not self.changed)
@@ -89,12 +72,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One encoder, as a map from pixels to embeddings, and its runs, match runs first.
+    """One encoder, as a map from pixels to embeddings, and its runs, match runs first."""
 
-    `title` is the model id, with readout or revision where another checkpoint of the report has the same id.
-    """
-
-    title: str
+    title: str  # the model id, with readout or revision where another checkpoint of the report has the same id
     runs: tuple[Run, ...]
 
     def of(self, analysis: str) -> tuple[Run, ...]:
@@ -104,21 +84,16 @@ class Checkpoint:
     @property
     def matches(self) -> tuple[Run, ...]:
         """Match runs with at least one match: without a ball first, then by falling radius, then by falling size."""
-
-        def order(run: Run) -> tuple[bool, float, int, str]:
-            radius = run.settings["radius"]
-            return radius is not None, -(radius or 0.0), -len(run.good), run.name
-
-        return tuple(sorted((run for run in self.of(MATCH.analysis) if run.good), key=order))
+        good = [run for run in self.of(MATCH.analysis) if run.good]
+        good.sort(key=lambda run: (-(run.settings["radius"] or math.inf), -len(run.good), run.name))
+        return tuple(good)
 
 
 def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
     """Read every run in folders given as (name in the report, folder) once: a run, a dataset, or runs at any depth."""
     found: dict[Path, Run] = {}
     for name, folder in paths:
-        inside = list(run_folders(folder).values())
-        if folder not in inside:
-            inside = directory.folders_in(folder)
+        inside = directory.folders_in(folder)
         if not inside:
             raise ValueError(
                 f"{name!r} must be a run directory or a folder of them; it has no {directory.RECORD}, nor has any "
@@ -165,17 +140,17 @@ def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str
 
 
 def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iterator[tuple[Row, Tensor | None]]:
-    """Yield rows with their images as PNG bytes, and the float match (3, H, W) if it is asked for and stored."""
-    wanted = set(ids)
+    """Yield rows in this order, with images as PNG bytes, and the float match (3, H, W) if asked for and stored."""
     for path in shards.shard_files(run.folder, run.layout):
         if _inside(run.folder, path) in run.changed:
             continue
-        beside = run.folder / "float" / f"{path.stem}.safetensors"
+        beside = shards.float_file(path)
         there = floats and beside.is_file() and _inside(run.folder, beside) not in run.changed
         tensors = shards.read_floats(beside)[0] if there else {}
-        for row in shards.read_shard(path, images=True, layout=run.layout):
-            if row[run.layout.item] in wanted:
-                yield row, tensors.get(row[run.layout.item])
+        rows = {row[run.layout.item]: row for row in shards.read_shard(path, images=True, layout=run.layout)}
+        for name in ids:
+            if name in rows:
+                yield rows[name], tensors.get(name)
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
@@ -186,20 +161,19 @@ def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
         mark = json.dumps([run.analysis, run.settings], sort_keys=True, default=str)
         if mark not in own or len(run.rows) > len(own[mark].rows):
             own[mark] = run
-    verbs = list(LAYOUTS)
-    ordered = {key: sorted(own.values(), key=lambda run: verbs.index(run.analysis)) for key, own in groups.items()}
-    return tuple(Checkpoint(_title(key, list(groups)), tuple(own)) for key, own in ordered.items())
+    ordered = [sorted(own.values(), key=lambda run: list(LAYOUTS).index(run.analysis)) for own in groups.values()]
+    return tuple(Checkpoint(_title(key, groups), tuple(own)) for key, own in zip(groups, ordered, strict=True))
 
 
-def _title(key: tuple[Any, ...], groups: Sequence[tuple[Any, ...]]) -> str:
+def _title(key: tuple[Any, ...], groups: Iterable[tuple[Any, ...]]) -> str:
     """Name a checkpoint by its model, and by what distinguishes it from others of the same model."""
     model, revision, readout, normalize, dtype = key
-    others = [other for other in groups if other[0] == model and other != key]
+    kin = [other for other in groups if other[0] == model]
     title = str(model)
-    if any(other[1] != revision for other in others):
-        title += f" @ {str(revision).removeprefix('sha256:')[:8]}"
-    apart = [f"{readout}{', normalised' if normalize else ''}"] if any(o[2:4] != key[2:4] for o in others) else []
-    apart += [str(dtype)] if any(other[4] != dtype for other in others) else []
+    if len({other[1] for other in kin}) > 1:
+        title += f" @ {revision.removeprefix('sha256:')[:8]}"
+    apart = [readout + (", normalised" if normalize else "")] if len({other[2:4] for other in kin}) > 1 else []
+    apart += [dtype] if len({other[4] for other in kin}) > 1 else []
     return title + (f" ({', '.join(apart)})" if apart else "")
 
 
@@ -207,9 +181,9 @@ def _title(key: tuple[Any, ...], groups: Sequence[tuple[Any, ...]]) -> str:
 class Place:
     """Where models and data are looked for, and the device (by default CUDA if there is one)."""
 
-    device: str | None = None
-    cache_dir: str | None = None
-    local_files_only: bool = False
+    device: str | None
+    cache_dir: str | None
+    local_files_only: bool
 
 
 def locate(name: str, place: Place) -> tuple[str, Path]:
@@ -239,8 +213,8 @@ def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tup
             continue
         if encoder.revision == revision:
             return encoder, ""
-        other = encoder.revision[:19]
-        reasons.append(f"the weights of {encoder.model_id!r} have the revision {other}; the run used {revision[:19]}")
+        told = f"the weights of {encoder.model_id!r} have the revision {encoder.revision[:19]}"
+        reasons.append(f"{told}; the run used {revision[:19]}")
     return None, f"its model could not be loaded: {reasons[0].rstrip('.')}"
 
 

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from hf_equiv.analyses import spectrum, walk
+from hf_equiv.analyses.figures import by_kind
 from hf_equiv.analyses.plan import RunRows
 from hf_equiv.report.collect import Run
 from hf_equiv.report.statistics import Estimate, Rows, Share, Spread, column, estimate, fill, share, spread
@@ -104,13 +105,10 @@ def lipschitz_numbers(runs: Sequence[Run]) -> LipschitzNumbers | None:
     rows = all_rows(runs)
     if not rows:
         return None
-    kinds: dict[str, list[Row]] = {}
-    for row in rows:
-        kinds.setdefault(row["direction"], []).append(row)
     radius, norm, balls = _regional(runs)
     return LipschitzNumbers(
         images=len({(row["image_id"], row["data_revision"]) for row in rows}),
-        kinds={kind: _direction(own) for kind, own in kinds.items()},
+        kinds={kind: _direction(own) for kind, own in by_kind(rows).items()},
         regional=spread(column(balls, "regional_lower_bound")),
         regional_at_center=spread(column(balls, "regional_at_center")),
         radius=radius,
@@ -139,9 +137,8 @@ def _regional(runs: Sequence[Run]) -> tuple[float | None, str | None, list[Row]]
         if run.settings["regional"]:
             own = balls.setdefault((run.settings["regional"], run.settings["norm"] or "l2"), {})
             own |= {(row["image_id"], row["data_revision"]): row for row in run.good}
-    if not balls:
-        return None, None, []
-    (radius, norm), rows = max(balls.items(), key=lambda one: (len(one[1]), one[0]))
+    none: tuple[Any, Any] = ((None, None), {})
+    (radius, norm), rows = max(balls.items(), key=lambda one: (len(one[1]), one[0]), default=none)
     return radius, norm, list(rows.values())
 
 

@@ -6,6 +6,7 @@ Errors are relative, ‖f(a) − f(b)‖ / ‖f(b)‖, in float64 of float32 emb
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,16 +14,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from hf_equiv.analyses.measures import cosine, psnr_db, relative_error, ssim
-from hf_equiv.data.image_file import decode_png, encode_png, open_image
+from hf_equiv.analyses.measures import cosine, distances_apart, median_of, open_png, psnr_db, relative_error, ssim
+from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.data.image_file import encode_png, open_image
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite
 from hf_equiv.precision import no_tf32
@@ -34,14 +35,10 @@ from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 Tell = Callable[[int, int], None]
 
-MEASURED_PAIRS = 200
-"""Pairs of a run that are measured anew, the first of its list."""
-
-LABELLED_PHOTOS = 2000
-"""Photos of `label_data` that are used, drawn with seed 0."""
-
+MEASURED_PAIRS = 200  # pairs of a run that are measured anew, the first of its list
+LABELLED_PHOTOS = 2000  # photos of `label_data` that are used, drawn with seed 0
 RANDOM_DRAWS = 4
-_VERSION = 2  # raise it when a stored number changes its meaning
+_VERSION = 3  # raise it when a stored number changes its meaning
 _CURVE = 400  # points of a stored distribution
 
 
@@ -54,8 +51,7 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 def resize_and_back(image: Image.Image, factor: float) -> Image.Image:
     """Resize by `factor` (bicubic, Pillow's antialiasing) and back to the first size."""
-    small = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    return image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
+    return ImageOps.scale(image, factor, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
 
 
 TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
@@ -85,45 +81,37 @@ def measure_pair(
     encoder: Any, source: Tensor, match: Tensor, target: Tensor, *, seed: int, pair_id: str,
     float_match: Tensor | None = None, labels: Sequence[str] | None = None, survival: bool = True,
 ) -> tuple[Row, Tensor]:  # fmt: skip
-    """Measure the controls and the survival of one match, images (3, H, W) on k/255, in about 22 forwards.
-
-    Returns:
-        Plain numbers, None where there is none, and the embedding of the match, (D,). `moved` is the distance of the
-        match's embedding from the source's, `random_moved` the same for random steps of equal L2 length (median of 4,
-        rounded to 8 bit), `random_error` their distance from the target. `survival` holds for each transform T the
-        error of T(match) (`error`), that of T(target) (`control`), the distance of T(match) from the source
-        (`to_source`), and whether the head gives T(match) and T(target) the target's label.
-    """
+    """Measure the controls and the survival of one match, images (3, H, W) on k/255, in about 22 forwards."""
+    # `moved` is the distance of the match's embedding from the source's, `random_moved` the same for random steps of
+    # equal L2 length, rounded to 8 bit, and `random_error` their distance from the target. The second value is z_match.
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     z_source, z_match, z_target = encoder(torch.stack([source, match, target]))
-    step = (match.double() - source.double()).norm()
-    draws = [_random_step(source, step, f"{seed}:{pair_id}:{k}") for k in range(RANDOM_DRAWS)]
+    step = float((match.double() - source.double()).norm())
+    generators = [image_generator(seed, f"{pair_id}:{k}") for k in range(RANDOM_DRAWS)]
+    draws = [_random_step(source, step, generator) for generator in generators]
     z_random = [encoder(x[None])[0] for x in draws]
     row: Row = {
         "pair_id": pair_id,
         "error": relative_error(z_match, z_target),
         "distance": relative_error(z_source, z_target),
         "moved": relative_error(z_match, z_source),
-        "random_moved": _middle([relative_error(z, z_source) for z in z_random]),
-        "random_error": _middle([relative_error(z, z_target) for z in z_random]),
-        "random_l2": _middle([finite((x.double() - source.double()).norm()) for x in draws]),
+        "random_moved": median_of(relative_error(z, z_source) for z in z_random),
+        "random_error": median_of(relative_error(z, z_target) for z in z_random),
+        "random_l2": median_of(finite((x.double() - source.double()).norm()) for x in draws),
         "psnr_match_target": psnr_db(match, target),
         "ssim_match_target": ssim(match, target),
         "rounded_error": None,
-        "survival": {},
+        "survival": _survival(encoder, (match, target), (z_source, z_target), labels) if survival else {},
     }
     if float_match is not None:
-        rounded = round_8bit(float_match.to(match))
-        row["rounded_error"] = relative_error(encoder(rounded[None])[0], z_target)
-    if survival:
-        row["survival"] = _survival(encoder, (match, target), (z_source, z_target), labels)
+        row["rounded_error"] = relative_error(encoder(round_8bit(float_match.to(match))[None])[0], z_target)
     return row, z_match.detach().double().cpu()
 
 
 def _survival(
     encoder: Any, pixels: tuple[Tensor, Tensor], embeddings: tuple[Tensor, Tensor], labels: Sequence[str] | None
 ) -> dict[str, Row]:
-    """Apply each transform to match and target, and compare with the embeddings of source and target."""
+    """Apply each transform T, and compare T(match) with target and source, and T(target) with target (`control`)."""
     z_source, z_target = embeddings
     wanted = classes_of(encoder, pixels[1][None], labels)
     found = {}
@@ -143,9 +131,9 @@ def _survival(
 
 def classes_of(encoder: Any, pixels: Tensor, labels: Sequence[str] | None = None) -> list[int] | None:
     """Return the top-1 class of each image (B, 3, H, W), by the head or zero-shot; None without either."""
-    if labels:
-        return [int(k) for k in encoder.classify(pixels, list(labels)).argmax(dim=1)]
-    return [int(k) for k in encoder.classify(pixels).argmax(dim=1)] if encoder.has_head else None
+    if not labels and not encoder.has_head:
+        return None
+    return [int(k) for k in encoder.classify(pixels, labels or None).argmax(dim=1)]
 
 
 @torch.no_grad()
@@ -167,35 +155,18 @@ def transfer_pair(other: Any, images: Sequence[Tensor]) -> tuple[Row, Tensor, Te
     return row, z_source.detach().double().cpu(), z_target.detach().double().cpu()
 
 
-def pair_distances(sources: Tensor, targets: Tensor) -> list[float]:
-    """Return ‖f(a) − f(b)‖ / ‖f(b)‖ of sources and targets (B, D) of different pairs; of a single pair its own.
-
-    Photos whose embeddings agree to 1e-4 count as one photo and are left out, and so are infinite distances.
-    """
-    apart = ~torch.eye(len(sources), dtype=torch.bool) if len(sources) > 1 else torch.ones(1, 1, dtype=torch.bool)
-    distance = torch.cdist(sources, targets, compute_mode="donot_use_mm_for_euclid_dist") / targets.norm(dim=1)
-    return [float(d) for d in distance[apart & (distance > 1e-4) & distance.isfinite()]]
-
-
-def _random_step(source: Tensor, length: Tensor, name: str) -> Tensor:
+def _random_step(source: Tensor, length: float, generator: torch.Generator) -> Tensor:
     """Move the source by this L2 length in a random direction, inside the box and on k/255."""
-    digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    v = torch.randn(source.shape, generator=generator, dtype=torch.float64)
+    v, start = torch.randn(source.shape, generator=generator, dtype=torch.float64), source.double().cpu()
     # Clipping and rounding change the length of the step; a few corrections bring it to the length asked for.
-    scale, moved = float(length) / float(v.norm()), source.double().cpu()
+    scale, moved = length / float(v.norm()), start
     for _ in range(6):
-        moved = round_8bit(source.double().cpu() + scale * v)
-        reached = float((moved - source.double().cpu()).norm())
-        if not reached or abs(reached / max(float(length), 1e-12) - 1) < 0.01:
+        moved = round_8bit(start + scale * v)
+        reached = float((moved - start).norm())
+        if not reached or abs(reached / max(length, 1e-12) - 1) < 0.01:
             break
-        scale *= float(length) / reached
+        scale *= length / reached
     return moved.to(source)
-
-
-def _middle(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return median(known) if known else None
 
 
 def measure_run(
@@ -213,41 +184,39 @@ def measure_transfer(run: Run, other: Any, *, cache: Path | None, tell: Tell) ->
     return _kept(cache, key, lambda: _measure_transfer(run, other, tell))
 
 
-def _read(run: Run, dtype: torch.dtype, tell: Callable[[int], None]) -> Iterator[tuple[Row, list[Tensor], Any]]:
+def _read(run: Run, encoder: Any, tell: Callable[[int], None]) -> Iterator[tuple[Row, list[Tensor], Any]]:
     """Yield row, source, match and target, and the float match, of the measured pairs whose photos are there."""
     for done, (row, exact) in enumerate(read_pictures(run, _measured_ids(run), floats=True), 1):
         if all(row[name] is not None for name in IMAGE_COLUMNS):
-            yield row, [decode_png(row[name], dtype) for name in IMAGE_COLUMNS], exact
+            yield row, [open_png(encoder, row[name]) for name in IMAGE_COLUMNS], exact
         tell(done)
 
 
 @torch.no_grad()
 @no_tf32()
 def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | None, tell: Tell) -> Row:
-    ids, dtype = _measured_ids(run), _dtype(encoder)
+    ids = _measured_ids(run)
     photos = search.Gallery(lambda x: encoder(x.to(encoder.device)))
     total = len(ids) + (0 if labelled is None else len(labelled))
-    made: dict[str, tuple[Row, int, int, Tensor]] = {}
+    pairs: list[tuple[Row, int, int, Tensor]] = []
     tell(0, total)
-    for row, (source, match, target), exact in _read(run, dtype, lambda done: tell(done, total)):
+    for row, (source, match, target), exact in _read(run, encoder, lambda done: tell(done, total)):
         numbers, z = measure_pair(
             encoder, source, match, target, seed=run.settings["seed"], pair_id=row["pair_id"],
             float_match=exact, labels=run.settings.get("labels"), survival=survival,
         )  # fmt: skip
-        places = photos.add(source, row["source_class"]), photos.add(target, row["target_class"])
-        made[row["pair_id"]] = numbers, *places, z
+        pairs.append((numbers, photos.add(source, row["source_class"]), photos.add(target, row["target_class"]), z))
     for done, item in enumerate(labelled or (), len(ids) + 1):
-        photos.add(encoder.preprocess([item.image])[0].to(dtype), item.label)
+        photos.add(encoder.preprocess([item.image])[0], item.label)
         tell(done, total)
-    pairs = [made[name] for name in ids if name in made]
     size = {"dim": int(encoder.embedding_dim), "pixels": math.prod(encoder.input_shape)}
     if not pairs:
         return size | {"pairs": [], "unrelated": None, "retrieval": None, "probe": None}
-    sources, targets = (photos.matrix[[pair[k] for pair in pairs]] for k in (1, 2))
+    embeddings = [(photos.vectors[source], photos.vectors[target]) for _, source, target, _ in pairs]
     return size | {
         "pairs": [numbers for numbers, *_ in pairs],
-        "unrelated": _distribution(pair_distances(sources, targets)),
-        "retrieval": _retrieval(pairs, photos.matrix),
+        "unrelated": _unrelated(embeddings),
+        "retrieval": _retrieval(pairs, torch.stack(photos.vectors)),
         "probe": search.probe([pair[1:] for pair in pairs], photos),
     }
 
@@ -263,42 +232,35 @@ def _retrieval(pairs: Sequence[tuple[Row, int, int, Tensor]], matrix: Tensor) ->
 
 
 def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
-    ids = _measured_ids(run)
-    made: dict[str, tuple[Row, Tensor, Tensor]] = {}
-    same = True
-    tell(0, len(ids))
-    for row, images, _ in _read(run, _dtype(other), lambda done: tell(done, len(ids))):
+    total, same, pairs = len(_measured_ids(run)), True, []
+    tell(0, total)
+    for row, images, _ in _read(run, other, lambda done: tell(done, total)):
         same = tuple(images[0].shape) == tuple(other.input_shape)
         if not same:
             images = list(other.preprocess([open_image(row[name]) for name in IMAGE_COLUMNS]))
-        made[row["pair_id"]] = transfer_pair(other, images)
-    pairs = [made[name] for name in ids if name in made]
-    distances: list[float] = []
-    if pairs:
-        distances = pair_distances(torch.stack([a for _, a, _ in pairs]), torch.stack([b for _, _, b in pairs]))
+        pairs.append(transfer_pair(other, images))
     return {
         "model": other.provenance["model_id"],
         "revision": other.revision,
         "readout": other.readout,
         "same_size": same,
         "pairs": [numbers for numbers, _, _ in pairs],
-        "unrelated": _distribution(distances),
+        "unrelated": _unrelated([embeddings for _, *embeddings in pairs]),
     }
 
 
-def _distribution(values: Sequence[float]) -> Row | None:
-    """Return the spread and a curve of about 400 points."""
-    found, ordered = spread(values), sorted(values)
-    step = max(1, len(ordered) // _CURVE)
-    return None if found is None else asdict(found) | {"curve": ordered[::step]}
+def _unrelated(pairs: Sequence[Sequence[Tensor]]) -> Row | None:
+    """Return the spread of the distances of unrelated photos, and a curve of about 400, from embeddings of pairs."""
+    if not pairs:
+        return None
+    distance, apart = distances_apart(*(torch.stack(list(z)) for z in zip(*pairs, strict=True)))
+    values = sorted(distance[apart & distance.isfinite()].tolist())
+    found = spread(values)
+    return None if found is None else asdict(found) | {"curve": values[:: max(1, len(values) // _CURVE)]}
 
 
 def _measured_ids(run: Run) -> list[str]:
     return [row["pair_id"] for row in run.good][:MEASURED_PAIRS]
-
-
-def _dtype(encoder: Any) -> torch.dtype:
-    return torch.float64 if encoder.dtype == torch.float64 else torch.float32
 
 
 def _identity(run: Run, encoder: Any) -> list[Any]:
@@ -315,13 +277,9 @@ def _kept(cache: Path | None, key: Sequence[Any], make: Callable[[], Row]) -> Ro
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = None if cache is None else cache / f"measured-{digest[:16]}.json"
     if path is not None and path.is_file():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["key"] == digest:
-                return dict(stored["measured"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # A damaged file is measured again.
-    text = json.dumps({"key": digest, "measured": make()}, allow_nan=False)
+        with contextlib.suppress(OSError, ValueError):  # a damaged file is measured again
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+    text = json.dumps(make(), allow_nan=False)
     if path is not None:
         shards.write_atomic(path, text.encode())
-    return dict(json.loads(text)["measured"])  # the same whether it was kept or not
+    return dict(json.loads(text))  # the same whether it was kept or not

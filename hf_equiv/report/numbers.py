@@ -1,7 +1,4 @@
-"""The numbers of a report as frozen records, and their computation from rows and new measurements.
-
-Each estimate has its interval and n; None stands where there is no data.
-"""
+"""The numbers of a report as frozen records, from rows and new measurements; None stands where there is no data."""
 
 from __future__ import annotations
 
@@ -19,12 +16,8 @@ from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
 THRESHOLDS = (1e-2, 1e-3, 1e-4)
-
-IDENTICAL_DB = 100.0
-"""PSNR assigned to a match that equals its source; one grey level in one value of 150,528 gives 99.9 dB."""
-
-MATCHED = 0.01
-"""A PNG counts as matched within this part of the median distance of unrelated images."""
+IDENTICAL_DB = 100.0  # PSNR of a match that equals its source; one grey level in one value of 150,528 gives 99.9 dB
+MATCHED = 0.01  # a PNG counts as matched within this part of the median distance of unrelated images
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class CheckpointNumbers:
     dtype: str
     dim: int | None
     pixels: int | None
-    runs: tuple[RunLine, ...]
+    runs: tuple[Row, ...]
     match: MatchNumbers | None
     budgets: tuple[BudgetNumbers, ...]
     heads: HeadNumbers | None
@@ -50,6 +43,19 @@ class CheckpointNumbers:
     spectrum: geometry.SpectrumNumbers | None
     lipschitz: geometry.LipschitzNumbers | None
     walk: geometry.WalkNumbers | None
+
+    @property
+    def survival_lines(self) -> list[tuple[str, Estimate, Estimate | None]]:
+        """Name, match and control for the stored match, the rounded one, and each transform."""
+        match, found = self.match, self.survival
+        if match is None or found is None:
+            return []
+        lines = [
+            ("as stored (8-bit PNG)", match.embedding_error_8bit, None),
+            ("float, rounded to 8 bit", match.rounded_error, match.target_quantization_error),
+            *((name, one.error, one.control) for name, one in found.items()),
+        ]
+        return [(name, error, control) for name, error, control in lines if error]
 
     def to_json(self) -> Row:
         """Return the numbers as plain data, as `--json` prints them."""
@@ -81,28 +87,19 @@ def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: S
     )
 
 
-@dataclass(frozen=True)
-class RunLine:
+def _run_line(run: Run) -> Row:
     """One run as the report lists it: how many of its pairs or images there are, and which files are left out."""
-
-    name: str
-    analysis: str
-    listed: int
-    there: int
-    error_rows: int
-    complete: bool
-    left_out: int
-    changed_files: tuple[str, ...]
-    data_id: str
-    data_revision: str
-    seed: int
-
-
-def _run_line(run: Run) -> RunLine:
-    return RunLine(
-        run.name, run.analysis, run.listed, run.there, len(run.rows) - len(run.good), not run.partial, run.left_out,
-        run.changed, **{key: run.settings[key] for key in ("data_id", "data_revision", "seed")},
-    )  # fmt: skip
+    return {
+        "name": run.name,
+        "analysis": run.analysis,
+        "listed": run.listed,
+        "there": run.there,
+        "error_rows": len(run.rows) - len(run.good),
+        "complete": not run.partial,
+        "left_out": run.left_out,
+        "changed_files": run.changed,
+        **{key: run.settings[key] for key in ("data_id", "data_revision", "seed")},
+    }
 
 
 # --- matching ---
@@ -133,11 +130,7 @@ class MatchRun:
 
 @dataclass(frozen=True)
 class MatchNumbers(MatchRun):
-    """The first match run; `distance` to `ssim_match_target` are new measurements.
-
-    Distances are relative to the length of the second embedding. `within` holds, for the float image and the PNG, the
-    share of pairs at or below each error.
-    """
+    """The first match run; `within` is the share of pairs at or below each error, `distance` and below are measured."""
 
     refine: bool
     noise_floor: Estimate | None
@@ -205,8 +198,8 @@ def _match_run(record: Any, run: Run, measured: Rows = (), **given: Any) -> Any:
     )  # fmt: skip
 
 
-def _at_most(errors: Sequence[float | None], limit: float) -> Share | None:
-    return share(None if error is None else error <= limit for error in errors)
+def _at_most(values: Sequence[float | None], limit: float) -> Share | None:
+    return share(None if value is None else value <= limit for value in values)
 
 
 def _less(a: float | None, b: float | None) -> bool | None:
@@ -218,11 +211,11 @@ def _unrelated(run: Run, measured: Row) -> Spread | None:
     if measured.get("unrelated"):
         return _distribution(measured["unrelated"])
     stated = (run.record.get("summary") or {}).get("baseline")
-    return Spread(**({"q05": None, "q95": None} | stated["distance"]), n=stated["num_pairs"]) if stated else None
+    return fill(Spread, (), stated["distance"], n=stated["num_pairs"]) if stated else None
 
 
 def _distribution(stored: Row | None) -> Spread | None:
-    return Spread(**{key: value for key, value in stored.items() if key != "curve"}) if stored else None
+    return fill(Spread, (), stored) if stored else None
 
 
 @dataclass(frozen=True)
@@ -240,14 +233,11 @@ class HeadNumbers:
 def _heads(run: Run) -> HeadNumbers:
     rows = [row for row in run.good if row["same_top1"] is not None]
     apart = [row for row in rows if row["source_label"] != row["target_label"]]
-    return HeadNumbers(
-        labelled=len(rows),
-        apart=len(apart),
+    return fill(
+        HeadNumbers, apart, {}, labelled=len(rows), apart=len(apart), zero_shot=bool(run.settings.get("labels")),
         flipped=share(row["same_top1"] for row in apart),
         kept=share(row["match_label"] == row["source_label"] for row in apart),
-        target_label_prob=estimate(column(apart, "target_label_prob")),
-        zero_shot=bool(run.settings.get("labels")),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -325,8 +315,7 @@ def _retrieval(stored: Row | None) -> RetrievalNumbers | None:
     columns = {key: column(stored["pairs"], key) for key in ("rank", "source_rank", "overlap", "source_overlap")}
     return fill(
         RetrievalNumbers, stored["pairs"], stored, unranked=columns["rank"].count(None),
-        first=share(None if rank is None else rank == 1 for rank in columns["rank"]),
-        source_first=share(None if rank is None else rank == 1 for rank in columns["source_rank"]),
+        first=_at_most(columns["rank"], 1), source_first=_at_most(columns["source_rank"], 1),
         overlap=estimate(columns["overlap"], np.mean), source_overlap=estimate(columns["source_overlap"], np.mean),
     )  # fmt: skip
 
@@ -349,11 +338,9 @@ def _probe(stored: Row | None) -> ProbeNumbers | None:
     if not stored:
         return None
     apart = [pair for pair in stored["pairs"] if None not in pair.values() and pair["source"] != pair["target"]]
-    return ProbeNumbers(
-        **{key: stored[key] for key in ("photos", "classes", "k")},
-        accuracy=share([True] * stored["hits"] + [False] * (stored["photos"] - stored["hits"])),
-        pairs=len(stored["pairs"]),
-        apart=len(apart),
+    return fill(
+        ProbeNumbers, (), stored, pairs=len(stored["pairs"]), apart=len(apart),
+        accuracy=share(k < stored["hits"] for k in range(stored["photos"])),
         flipped=share(pair["match"] == pair["target"] for pair in apart),
         kept=share(pair["match"] == pair["source"] for pair in apart),
-    )
+    )  # fmt: skip

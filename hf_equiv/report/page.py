@@ -8,29 +8,32 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from hf_equiv.analyses.figures import difference
-from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.analyses.figures import difference_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.report import claims, collect, render
 from hf_equiv.report.collect import Checkpoint, Place, Run
-from hf_equiv.report.figures import Picture, draw_figures, survival_lines
+from hf_equiv.report.figures import draw_figures
 from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer
 from hf_equiv.report.numbers import MATCHED, CheckpointNumbers, checkpoint_numbers
-from hf_equiv.report.render import ball
 from hf_equiv.report.statistics import RESAMPLES
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 Tell = Callable[[str, int, int], None]
 
-SHOWN = 4
-"""Matches shown as pictures."""
-
+SHOWN = 4  # matches shown as pictures
 WITHHELD = "the photos are withheld from this data set"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure or image as a PNG file; `alt` describes it to readers who cannot see it."""
+
+    name: str
+    png: bytes = field(repr=False)
+    alt: str
 
 
 @dataclass(frozen=True)
@@ -148,13 +151,13 @@ def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
     checkpoints = collect.group_runs(runs)
     prefixes = ["model"] if len(checkpoints) == 1 else [f"model{k}" for k, _ in enumerate(checkpoints, 1)]
     pages = [_model_page(checkpoint, asked, prefix) for checkpoint, prefix in zip(checkpoints, prefixes, strict=True)]
-    problems = [f"{run.name}: {', '.join(run.changed)} not as recorded (SHA-256); {run.left_out_note}" for run in runs
-                if run.changed]  # fmt: skip
+    say = render.findings()
+    problems = [say("changed_files", run) for run in runs if run.changed]
     problems += [other for other in asked.others.values() if isinstance(other, str)]
-    problems += [f"{page['title']}: {page['reason']}" for page in pages if page["reason"] not in ("", WITHHELD)]
+    problems += [f"{page['numbers'].title}: {page['reason']}" for page in pages if page["reason"] not in ("", WITHHELD)]
     whole = {
-        "title": f"Images that share an embedding: {', '.join(page['title'] for page in pages)}",
-        "models": pages, "several": len(pages) > 1, "same": _alike(checkpoints), "labelled": asked.labelled,
+        "title": f"Images that share an embedding: {', '.join(checkpoint.title for checkpoint in checkpoints)}",
+        "say": say, "models": pages, "several": len(pages) > 1, "same": _alike(checkpoints), "labelled": asked.labelled,
         "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": render.ALIKE_DB,
     }  # fmt: skip
     return Report(
@@ -224,56 +227,31 @@ def _differ(other: Encoder, encoder: Encoder) -> bool:
 def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
     measured, moved, reason = _measure(checkpoint, asked)
     numbers = checkpoint_numbers(checkpoint, measured, moved)
-    figures = draw_figures(checkpoint, numbers, measured, prefix)
+    text = claims.texts(numbers)
+    figures = {
+        name: Picture(f"{prefix}-{name}.png", png, text(f"alt_{name.split('-')[0]}"))
+        for name, png in draw_figures(checkpoint, numbers, measured).items()
+    }
     gallery = _gallery(checkpoint, numbers, prefix) if checkpoint.matches else None
     shown = [one for shot in gallery["shots"] for one in shot["pictures"].values()] if gallery else []
     versions = sorted({str(row["versions"]) for run in checkpoint.runs for row in run.rows if row["versions"]})
     return {
-        "title": checkpoint.title,
         "prefix": prefix,
         "asked": asked,
         "reason": reason,
         "numbers": numbers,
         "near": claims.near_budget(numbers),
-        "measured": bool(measured and measured["pairs"]),
         "runs": checkpoint.runs,
         "all_failed": any(run.rows for run in checkpoint.of("match")),
-        "summary": claims.summary(numbers),
         "claims": claims.claims(numbers),
-        "against": claims.disagreements(numbers),
-        "consequences": claims.consequences(numbers),
-        "limits": claims.limits(numbers),
+        **{part: claims.say(part, numbers) for part in claims.FINDINGS},
         "first": checkpoint.matches[0] if checkpoint.matches else None,
-        "budget_names": _budget_names(numbers),
-        "several_data": _several_data(numbers),
-        "survival_lines": survival_lines(numbers),
         "gallery": gallery,
         "figures": figures,
-        "budget_curves": [one for what, one in figures.items() if what.startswith("budget-") and one],
-        "pictures": [*(one for one in figures.values() if one), *shown],
+        "pictures": [*figures.values(), *shown],
         "commands": [run.record["command"] for run in checkpoint.runs if run.record.get("command")],
-        "checks": list(dict.fromkeys(_check(run) for run in checkpoint.runs)),
         "versions": "; ".join(versions).replace('"', "").strip("{}"),
     }
-
-
-def _several_data(numbers: CheckpointNumbers) -> bool:
-    return len({(b.data_id, b.data_revision) for b in numbers.budgets}) > 1
-
-
-def _budget_names(numbers: CheckpointNumbers) -> list[str]:
-    """Name each budget, with its data or run where others have the same."""
-    several = _several_data(numbers)
-    names = [ball(b.radius, b.norm) + (f", {b.data_id}" if several else "") for b in numbers.budgets]
-    return [
-        name if names.count(name) == 1 else f"{name} ({b.run})" for b, name in zip(numbers.budgets, names, strict=True)
-    ]
-
-
-def _check(run: Run) -> str:
-    """Return the command that recomputes the rows; one command checks all runs of a dataset on the Hub."""
-    local = run.settings["model_revision"].startswith("sha256:") and run.settings["model_id"] != "builtin"
-    return f"hf-equiv verify {run.name.split('@')[0]}" + (" --model PATH" if local else "")
 
 
 def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) -> Row:
@@ -281,19 +259,17 @@ def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) ->
     near = claims.near_budget(numbers)
     run = next((one for one in checkpoint.matches if near and one.name == near.run), checkpoint.matches[0])
     ids = [row["pair_id"] for row in run.good][:SHOWN]
-    rows = {row["pair_id"]: row for row, _ in collect.read_pictures(run, ids)}
-    kept = [rows[name] for name in ids if all(rows[name][column] is not None for column in IMAGE_COLUMNS)]
-    return {"run": run, "shots": [_shot(row, f"{prefix}-pair{k}") for k, row in enumerate(kept, 1)]}
-
-
-def _shot(row: Row, prefix: str) -> Row:
-    pixels, gain = difference(*(decode_png(row[name]).numpy() for name in ("source", "match")))
-    images = {"source": row["source"], "match": row["match"], "difference": encode_png(torch.from_numpy(pixels)),
-              "target": row["target"]}  # fmt: skip
-    pictures = {
-        name: Picture(f"{prefix}-{name}.png", png, f"{name} of {row['pair_id']}") for name, png in images.items()
-    }
-    return {"row": row, "gain": gain, "pictures": pictures}
+    shots: list[Row] = []
+    for row, _ in collect.read_pictures(run, ids):
+        if None not in (row[name] for name in IMAGE_COLUMNS):
+            difference, gain = difference_png(row["source"], row["match"])
+            files = {"source": row["source"], "match": row["match"], "difference": difference, "target": row["target"]}
+            place = f"{prefix}-pair{len(shots) + 1}"
+            pictures = {
+                name: Picture(f"{place}-{name}.png", png, f"{name} of {row['pair_id']}") for name, png in files.items()
+            }
+            shots.append({"row": row, "gain": gain, "pictures": pictures})
+    return {"run": run, "shots": shots}
 
 
 def _alike(checkpoints: Sequence[Checkpoint]) -> bool:

@@ -15,11 +15,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_equiv.formatting import short
+from hf_equiv.formatting import ball, short
 from hf_equiv.report.statistics import Estimate, Share
 
-ALIKE_DB = 30.0
-"""PSNR from which a match is said to look like its source: the change is visible only on a close look."""
+ALIKE_DB = 30.0  # PSNR from which a match is said to look like its source: it differs only on a close look
 
 
 def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit: str = "") -> str:
@@ -28,11 +27,13 @@ def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit
 
 
 def interval(estimate: Estimate | None, form: Callable[[float], str] = short) -> str:
-    """Write the interval and n alone."""
+    """Write the interval and n alone; Wilson's interval of a share in percent."""
     if estimate is None:
         return "–"
     if estimate.low is None or estimate.high is None:
         return f"n = {estimate.n}, no interval"
+    if isinstance(estimate, Share):
+        return f"95 % CI {100 * estimate.low:.0f} % to {100 * estimate.high:.0f} %"
     return f"95 % CI {form(estimate.low)} to {form(estimate.high)}, n = {estimate.n}"
 
 
@@ -49,26 +50,10 @@ def count(share: Share | None) -> str:
     """Write a share as a count with Wilson's interval: `6 of 6 (95 % CI 61 % to 100 %)`."""
     if share is None:
         return "–"
-    return f"{share.hits} of {share.n}" + ("" if share.low is None else f" ({span(share)})")
+    return f"{share.hits} of {share.n}" + ("" if share.low is None else f" ({interval(share)})")
 
 
-def span(share: Share | None) -> str:
-    """Write Wilson's interval in percent."""
-    if share is None:
-        return "–"
-    if share.low is None or share.high is None:
-        return f"n = {share.n}, no interval"
-    return f"95 % CI {100 * share.low:.0f} % to {100 * share.high:.0f} %"
-
-
-def tenth(value: float) -> str:
-    """Write one decimal."""
-    return f"{value:.1f}"
-
-
-def thousandth(value: float) -> str:
-    """Write three decimals."""
-    return f"{value:.3f}"
+tenth, thousandth = "{:.1f}".format, "{:.3f}".format
 
 
 def three(value: float) -> str:
@@ -81,13 +66,6 @@ def three(value: float) -> str:
 def decibels(psnr: float) -> str:
     """Write one decimal, or as many as distinguish the value from `ALIKE_DB`."""
     return next(text for n in range(1, 18) if float(text := f"{psnr:.{n}f}") != ALIKE_DB or psnr == ALIKE_DB)
-
-
-def ball(radius: float | None, norm: str | None) -> str:
-    """Write a limit on the change: `no limit`, `ε = 8/255`, `L2 ε = 2`."""
-    if radius is None:
-        return "no limit"
-    return f"ε = {radius * 255:.3g}/255" if norm == "linf" else f"L2 ε = {radius:.3g}"
 
 
 def many(n: int, noun: str) -> str:
@@ -106,36 +84,37 @@ def to_markdown(page: Mapping[str, Any], folder: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def findings(**values: Any) -> Callable[[str], str]:
+def findings(**values: Any) -> Callable[..., str]:
     """Return a function that renders a finding by its name as plain text, empty where there is nothing to say."""
     template = _environment("text").get_template("report_findings.txt.jinja").make_module(values)
-    return lambda name: " ".join(str(getattr(template, name)()).split())
+    return lambda name, *about: " ".join(str(getattr(template, name)(*about)).split())
 
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 _FORMATS: dict[str, Callable[..., Any]] = {
-    "number": number, "interval": interval, "brief": brief, "count": count, "span": span,
+    "number": number, "interval": interval, "brief": brief, "count": count,
     "tenth": tenth, "thousandth": thousandth, "three": three, "short": short, "decibels": decibels, "ball": ball,
     "many": many,
 }  # fmt: skip
 _SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
 _WHOLE = re.compile(rf"\({_SPAN}\)|95 % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
 _SIGNS = re.compile(r"([\\`*_<>\[\]|#~&])")
-_SHORT_CODE = 32  # characters of code that stay on one line
 
 
 @cache
 def _environment(kind: str) -> Environment:
     """Return the templates of one format: `html`, `markdown` or `text`."""
-    forms = {"html": (_html, _html_code), "markdown": (_markdown, _markdown_code), "text": (plain, plain)}
-    print_value, code = forms[kind]
+    print_value = {"html": _html, "markdown": _markdown, "text": plain}[kind]
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=kind != "text", undefined=StrictUndefined, finalize=print_value,
+        loader=FileSystemLoader(TEMPLATES), autoescape=kind != "text", undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else print_value(value),
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.do"],
     )  # fmt: skip
     environment.globals |= _FORMATS | {"zip": zip}
     environment.filters |= _FORMATS | {
-        "code": code, "plain": plain, "quoted": lambda text: escape(plain(text)), "flat": _flat, "data": _data,
+        "plain": plain, "quoted": lambda text: escape(plain(text)),
+        "flat": lambda text: Markup(" ".join(text.split())),
+        "data": lambda png: Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii")),
         "raw": Markup, "value": lambda estimate: estimate.value if estimate else None, "headings": _headings,
         "stem": lambda name: str(name).split(",")[0],
     }  # fmt: skip
@@ -151,32 +130,12 @@ def plain(value: object) -> Any:
 
 def _html(value: object) -> Markup:
     """Escape for HTML; an interval or a number with an exponent stays on one line."""
-    if isinstance(value, Markup):
-        return value
     return Markup(_WHOLE.sub(r'<span class="whole">\g<0></span>', str(escape(plain(value)))))
-
-
-def _html_code(value: object) -> Markup:
-    text = plain(value)
-    return Markup("<code{}>{}</code>").format(Markup(' class="whole"') if len(text) <= _SHORT_CODE else "", text)
 
 
 def _markdown(value: object) -> Markup:
     """Escape every sign that Markdown reads as its own."""
-    return value if isinstance(value, Markup) else Markup(_SIGNS.sub(r"\\\1", plain(value)))
-
-
-def _markdown_code(value: object) -> Markup:
-    return Markup(f"`{plain(value).replace('`', chr(39)).replace('|', '/')}`")
-
-
-def _flat(text: Markup) -> Markup:
-    """Put a paragraph on one line."""
-    return Markup(" ".join(str(text).split()))
-
-
-def _data(png: bytes) -> Markup:
-    return Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
+    return Markup(_SIGNS.sub(r"\\\1", plain(value)))
 
 
 def _headings(body: Markup) -> list[tuple[str, ...]]:

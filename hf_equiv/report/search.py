@@ -1,8 +1,4 @@
-"""Find photos by their embeddings: a database, ranks in it, neighbours, and a classifier by their votes.
-
-Similarity is the cosine, in float64. An embedding that is zero or not finite has no direction: it has no similarity to
-any other, no rank and no neighbours.
-"""
+"""Find photos by the cosine of their embeddings: a database, ranks in it, neighbours, and a classifier by votes."""
 
 from __future__ import annotations
 
@@ -15,8 +11,7 @@ from torch import Tensor
 
 from hf_equiv.runs.schema import Row
 
-NEIGHBOURS = 5
-"""Neighbours that vote in the kNN probe."""
+NEIGHBOURS = 5  # that vote in the kNN probe
 
 
 @dataclass
@@ -38,11 +33,6 @@ class Gallery:
         elif self.classes[self.places[key]] is None:
             self.classes[self.places[key]] = label
         return self.places[key]
-
-    @property
-    def matrix(self) -> Tensor:
-        """All embeddings, (M, D), float64."""
-        return torch.stack(self.vectors)
 
 
 def similarities(query: Tensor, database: Tensor) -> Tensor:
@@ -67,13 +57,8 @@ def nearest(query: Tensor, database: Tensor, k: int, without: Sequence[int] = ()
 
 
 def retrieve(z_match: Tensor, source: int, target: int, database: Tensor, k: int) -> Row:
-    """Query a database (M, D) with a match, and with its source (left out of the database) as the control.
-
-    Returns:
-        `rank` of the target, and `overlap`: the share of the target's k neighbours that are also the match's;
-        `source_rank` and `source_overlap` likewise. Neighbours are counted without source and target. None where an
-        embedding is zero or not finite.
-    """
+    """Query a database (M, D) with a match, and with its source (left out of the database) as the control."""
+    # `overlap` is the share of the target's k neighbours, without source and target, that are also the match's.
     own, match_near, source_near = (
         set(nearest(query, database, k, (source, target))) for query in (database[target], z_match, database[source])
     )
@@ -87,10 +72,7 @@ def retrieve(z_match: Tensor, source: int, target: int, database: Tensor, k: int
 
 
 def vote(query: Tensor, database: Tensor, classes: Sequence[str], k: int, without: Sequence[int] = ()) -> str | None:
-    """Return the class of a query by its k nearest neighbours; None where it has none.
-
-    A tie goes to the class whose votes are nearer in sum.
-    """
+    """Return the class of a query by its k nearest neighbours, a tie by the sum of their cosines; None without any."""
     near = similarities(query, database)
     tally: dict[str, tuple[int, float]] = {}
     for i in nearest(query, database, k, without):
@@ -100,17 +82,13 @@ def vote(query: Tensor, database: Tensor, classes: Sequence[str], k: int, withou
 
 
 def probe(pairs: Sequence[tuple[int, int, Tensor]], gallery: Gallery) -> Row | None:
-    """Classify sources, matches and targets by the nearest labelled photos; the two photos of a pair do not vote on it.
-
-    Returns:
-        `photos`, `classes`, `k`, `accuracy` of leave-one-out on the photos, and for each pair (source, target, match)
-        the class of `source`, `match` and `target`; None unless two classes have two photos or more.
-    """
+    """Classify photos and pairs by the nearest labelled photos; None unless two classes have two photos or more."""
+    # Neither a photo nor the two photos of a pair vote on themselves.
     voters = [i for i, name in enumerate(gallery.classes) if name is not None]
     names = [str(gallery.classes[i]) for i in voters]
     if sum(names.count(name) > 1 for name in set(names)) < 2:
         return None
-    matrix = gallery.matrix
+    matrix = torch.stack(gallery.vectors)
     database, place = matrix[voters], {i: n for n, i in enumerate(voters)}
     k = min(NEIGHBOURS, len(voters) - 2)
     hits = sum(vote(database[n], database, names, k, [n]) == names[n] for n in range(len(voters)))
@@ -119,7 +97,4 @@ def probe(pairs: Sequence[tuple[int, int, Tensor]], gallery: Gallery) -> Row | N
         without = [place[i] for i in (source, target) if i in place]
         three = {"source": matrix[source], "match": z_match, "target": matrix[target]}
         seen.append({name: vote(z, database, names, k, without) for name, z in three.items()})
-    return {
-        "photos": len(voters), "classes": len(set(names)), "k": k, "hits": hits, "accuracy": hits / len(voters),
-        "pairs": seen,
-    }  # fmt: skip
+    return {"photos": len(voters), "classes": len(set(names)), "k": k, "hits": hits, "pairs": seen}

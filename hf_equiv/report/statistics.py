@@ -27,6 +27,10 @@ class Estimate:
     high: float | None
     n: int
 
+    def is_below(self, other: Estimate) -> bool:
+        """Tell whether the interval ends before that of the other begins."""
+        return self.high is not None and other.low is not None and self.high < other.low
+
 
 @dataclass(frozen=True)
 class Share(Estimate):

@@ -116,10 +116,9 @@ def test_transfer_to_itself_and_to_a_stranger():
 
 
 def test_unrelated_distances():
-    a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
-    assert sorted(measure.pair_distances(a[:2], a[:2])) == pytest.approx([5**0.5 / 2, 5**0.5])
-    assert measure.pair_distances(a[:1], a[2:]) == pytest.approx([2**0.5])
-    assert measure.pair_distances(a[1:2], a[1:2]) == []
-    none = torch.zeros(1, 2, dtype=torch.float64)
-    assert measure.pair_distances(a[:1], none) == []  # nothing is so many times a length of zero away
-    assert measure.pair_distances(a[:1], none * torch.nan) == []
+    a, b, c = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
+    assert measure._unrelated([(a, a), (b, b)])["curve"] == pytest.approx([5**0.5 / 2, 5**0.5])
+    assert measure._unrelated([(a, c)])["median"] == pytest.approx(2**0.5)
+    none = torch.zeros(2, dtype=torch.float64)  # nothing is so many times a length of zero away
+    for pairs in ([(b, b)], [(a, none)], [(a, none * torch.nan)], []):
+        assert measure._unrelated(pairs) is None

@@ -20,21 +20,10 @@ from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli.main import cli
 from hf_equiv.cli.main import main as command
 from hf_equiv.data.image_file import encode_png
-from hf_equiv.formatting import short
+from hf_equiv.formatting import ball, short
 from hf_equiv.geometry import spectrum
-from hf_equiv.report import collect, figures, measure, page, render
-from hf_equiv.report.claims import (
-    NO,
-    OPEN,
-    PARTLY,
-    UNDECIDED,
-    YES,
-    claims,
-    consequences,
-    disagreements,
-    near_budget,
-    summary,
-)
+from hf_equiv.report import collect, measure, page, render
+from hf_equiv.report.claims import NO, OPEN, PARTLY, UNDECIDED, YES, claims, near_budget, say
 from hf_equiv.report.collect import default_out, find_runs, group_runs
 from hf_equiv.report.numbers import CheckpointNumbers
 from hf_equiv.report.page import Report, make_report
@@ -69,7 +58,7 @@ def made(tmp_path_factory) -> Path:
 def _undrawn(request, monkeypatch):
     """Figures are made and not drawn, which is most of the time of a report; but in tests that ask for `drawn`."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(figures, "png_of", blank)
+        monkeypatch.setattr(run_figures, "png_of", blank)
 
 
 @pytest.fixture
@@ -98,11 +87,11 @@ def edit(folder: Path, change, *, images: bool = True) -> None:
         floats, costs = shards.read_floats(folder / "float" / f"{path.stem}.safetensors")
         index = int(path.stem.split("-")[1])
         shards.write_shard(folder, index, [change(row) for row in rows], floats, costs)
-    update(folder, lambda record: record | {"files": dict.fromkeys(record["files"]) and _digests(folder, record)})
+    update(folder, lambda record: record | {"files": _digests_of(folder)})
 
 
-def _digests(folder: Path, record) -> dict[str, str]:
-    return {name: shards.sha256_file(folder / name) for name in record["files"]}
+def _digests_of(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): shards.sha256_file(p) for p in directory.own_files(folder)}
 
 
 def update(folder: Path, change) -> None:
@@ -146,7 +135,7 @@ def test_everything_is_there(runs, drawn, tmp_path):
     make_report([runs / "free"], survival=False).write(tmp_path / "report.html")
     assert len(list((tmp_path / "report_files").iterdir())) < len(report.pictures)
     assert json.loads(json.dumps(report.numbers, allow_nan=False)) == report.numbers
-    assert len(summary(report.models[0])) == 5
+    assert len(say("summary", report.models[0])) == 5
     assert len(claims(report.models[0])) == 7
     assert not any("prove" in line.lower() for line in (report.html, report.markdown))
 
@@ -295,10 +284,6 @@ def test_one_pair_has_no_interval(runs, drawn):
     assert match["converged"]["low"] is None
     assert match["unrelated"]["n"] == 1
     assert all(c.verdict != YES for c in claims(report.models[0]) if not c.claim.startswith("Null"))
-
-
-def _digests_of(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): shards.sha256_file(p) for p in directory.own_files(folder)}
 
 
 def test_rows_of_status_error_are_left_out_and_counted(runs, drawn):
@@ -569,7 +554,7 @@ def test_verdicts_follow_their_rules(runs):
     assert verdict("Null", spectrum=replace(model.spectrum, full=20)) == YES
     assert verdict("Null", spectrum=model.spectrum) == PARTLY
     assert verdict("Null", spectrum=replace(model.spectrum, full=20, nullity=0)) == NO
-    told = disagreements(replace(model, lipschitz=bent, match=replace(model.match, l2=far)))
+    told = say("against", replace(model, lipschitz=bent, match=replace(model.match, l2=far)))
     assert any("no exactly linear region" in text and "beyond it" in text for text in told)
 
 
@@ -588,7 +573,7 @@ def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
     assert "ε = 16/255, PSNR 29.97 dB to the source, short of the 30 dB of the rule: 45 of 50" in short_of.measured
     assert claim(far, replace(near, psnr_db=replace(psnr, value=30.0))).verdict == YES
     assert claim(replace(near, psnr_db=None)).verdict == OPEN
-    assert "29.97 dB" in " ".join(summary(replace(model, budgets=(far, near))))
+    assert "29.97 dB" in " ".join(say("summary", replace(model, budgets=(far, near))))
 
 
 def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypatch):
@@ -606,7 +591,7 @@ def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypa
     for apart, enough in ((0.6, True), (0.4, False)):  # a tenth of the distance in its own data, not in the first run's
         budgets = (free, replace(wide, unrelated=apart))
         assert (near_budget(replace(model, budgets=budgets)) is not None) is enough
-    told = disagreements(replace(model, budgets=(replace(wide, unrelated=4.0),)))
+    told = say("against", replace(model, budgets=(replace(wide, unrelated=4.0),)))
     assert any(f"with {short(4.0)} between unrelated photos" in text for text in told)
 
 
@@ -618,18 +603,18 @@ def test_words_for_numbers():
     assert render.number(None) == "–"
     assert render.count(Share(5 / 6, 0.4365, 0.97, 6, 5)) == "5 of 6 (95 % CI 44 % to 97 %)"
     assert render.number(Estimate(1.2e-5, 1e-5, 2e-5, 9)) == "1.2e-5 (95 % CI 1e-5 to 2e-5, n = 9)"
-    assert render.ball(8 / 255, "linf") == "ε = 8/255"
-    assert render.ball(2.0, "l2") == "L2 ε = 2"
+    assert ball(8 / 255, "linf") == "ε = 8/255"
+    assert ball(2.0, "l2") == "L2 ε = 2"
 
 
 def test_what_it_means_follows_from_the_verdict(runs):
     model = numbers_of(runs)
     good, none = Share(1.0, 0.93, 1.0, 50, 50), Share(0.04, 0.01, 0.13, 50, 2)
     for share, told in ((good, "no proof of equal content"), (none, "found few matches")):
-        text = " ".join(consequences(replace(model, match=replace(model.match, matched=share))))
+        text = " ".join(say("consequences", replace(model, match=replace(model.match, matched=share))))
         assert told in text
         assert f"{share.hits} of 50" in text
-    assert "match your own photos first" in " ".join(consequences(replace(model, match=None, heads=None)))
+    assert "match your own photos first" in " ".join(say("consequences", replace(model, match=None, heads=None)))
 
 
 # --- the command ---

@@ -17,12 +17,12 @@ def page(*cells: str, title: str = NASTY) -> dict:
     numbers = SimpleNamespace(
         match=None, survival=None, heads=None, retrieval=None, probe=None, spectrum=None, lipschitz=None, walk=None,
         transfer=(), runs=(), dim=None, pixels=None, model_id=NASTY, revision=NASTY, readout=NASTY, dtype="float32",
-        normalize=False,
+        normalize=False, title=title,
     )  # fmt: skip
     model = {
-        "title": title, "prefix": "model", "numbers": numbers, "near": None, "runs": (), "summary": cells,
+        "prefix": "model", "numbers": numbers, "near": None, "runs": (), "summary": cells,
         "claims": [Claim(cell, cell, cell, PARTLY) for cell in cells], "all_failed": False, "consequences": cells,
-        "against": cells, "limits": cells, "commands": cells, "checks": (), "versions": NASTY, "figures": {},
+        "against": cells, "limits": cells, "commands": [*cells], "versions": NASTY, "figures": {},
         "reason": "",
     }  # fmt: skip
     return {
@@ -60,11 +60,14 @@ def test_numbers_with_exponents_stay_whole():
 def test_values_and_code():
     assert render.plain("a\nb\x01\x02 c ") == "a b   c "
     assert render.plain(None) == "–"
-    for kind, told in (("html", '<code class="whole">a|`&lt;b</code>'), ("markdown", "`a/'<b`"), ("text", "a|`<b")):
-        assert render._environment(kind).from_string("{{ text|code }}").render(text="a|`<b") == told
+    html, markdown = (
+        render._environment(kind).get_template(f"report.{name}.jinja").make_module(page("1") | {"folder": "files"})
+        for kind, name in (("html", "html"), ("markdown", "md"))
+    )
+    assert html.code("a|`<b") == '<code class="whole">a|`&lt;b</code>'
+    assert markdown.code("a|`<b") == "`a/'<b`"
     assert render._environment("html").from_string("{{ x }}{{ x }}").render(x="<b>") == "&lt;b&gt;" * 2
-    long = render._environment("html").from_string("{{ text|code }}").render(text="y" * 40)
-    assert long == f"<code>{'y' * 40}</code>"  # may be broken
+    assert html.code("y" * 40) == f"<code>{'y' * 40}</code>"  # may be broken
 
 
 @pytest.mark.parametrize("kind", ["html", "markdown"])
