@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,15 +20,11 @@ from torch.overrides import TorchFunctionMode
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
-@contextmanager
-def exact_derivatives() -> Iterator[None]:
-    """Compute attention with the MATH kernel, which supports forward mode, second order and float64.
-
-    Wrap every JVP, every double backward and every float64 evaluation. Leave plain forward and backward passes to the
-    fused kernels, which are faster and need less memory.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+def exact_derivatives() -> AbstractContextManager[None]:
+    """Compute attention with the MATH kernel, which supports forward mode, second order and float64."""
+    # For every JVP, double backward and float64 evaluation. Plain forward and backward passes are left to the fused
+    # kernels, which are faster and need less memory.
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager
@@ -79,18 +75,11 @@ def with_autocast(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return call
 
 
-@contextmanager
-def float64_softmax() -> Iterator[None]:
-    """Keep a float64 softmax in float64: "eager" attention in transformers casts it to float32.
+class Float64Softmax(TorchFunctionMode):
+    """Keep a float64 softmax in float64: "eager" attention in transformers casts it to float32."""
 
-    Only models whose attention cannot use the fused or MATH kernel need it.
-    """
-    with _Float64Softmax():
-        yield
-
-
-class _Float64Softmax(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch; a softmax of float64 values stays in float64."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.softmax and kwargs.get("dtype") is torch.float32:
             if args[0].dtype is torch.float64:

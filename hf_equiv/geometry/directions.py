@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.geometry.singular import combine, left_singular
-from hf_equiv.geometry.spectrum import rank_rtol_of
+from hf_equiv.geometry.singular import combine, left_singular, rank_threshold, times
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import float64_twin, no_autocast, no_tf32
 
@@ -123,7 +122,7 @@ def row_space(
             "`f` must have a finite Jacobian; got NaN or infinity. Use float32 or float64, or another image."
         )
     left, sigma = left_singular(matrix)
-    threshold = float(sigma[0]) * (rank_rtol_of(J.eps) if rank_rtol is None else rank_rtol)
+    threshold = rank_threshold(J, sigma[0], rank_rtol)
     kept = sigma > threshold
     left, sigma = left[:, kept], sigma[kept]
     return RowSpace(combine(matrix, left / sigma, matrix.dtype), sigma, left, threshold)
@@ -153,10 +152,7 @@ def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
             f"`b` must be over the same pixels as `a`; got {b.basis.shape[1]} and {a.basis.shape[1]} of them. "
             "Use one image size."
         )
-    cross = torch.zeros(a.rank, b.rank, dtype=torch.float64, device=a.basis.device)
-    for start in range(0, a.basis.shape[1], _BLOCK):
-        cross.addmm_(a.basis[:, start : start + _BLOCK].double(), b.basis[:, start : start + _BLOCK].double().T)
-    Y, cosines, Zt = torch.linalg.svd(cross, full_matrices=False)
+    Y, cosines, Zt = torch.linalg.svd(times(a.basis, b.basis.T), full_matrices=False)
     gap = torch.zeros_like(cosines)
     for start in range(0, a.basis.shape[1], _BLOCK):
         block = Zt @ b.basis[:, start : start + _BLOCK].double()

@@ -110,9 +110,8 @@ def linearity_radius(
     auto = tuple("embedding" if kind == "null" else "jvp" for kind in given.kinds)
     against = auto if relative_to == "auto" else (relative_to,) * len(given)
     flat = torch.tensor([name == "embedding" for name in against], device=images.device)
-    fields, _ = measure_directions(
-        images, given, batch, progress, lambda image: _Line(f, Jacobian(f, image, batch=batch), tau, limit, flat, rtol)
-    )
+    fields = measure_directions(f, images, given, batch, progress, lambda J: _Line(f, J, tau, limit, flat, rtol))
+    del fields["noise_method"]
     return LinearityResult(relative_to=against, **fields)
 
 
@@ -125,7 +124,7 @@ class _Line:
         self.f, self.J, self.tau, self.limit, self.rtol = f, J, tau, limit, rtol
         self.flat = flat  # which directions, of all, are measured against the embedding
         one = torch.ones(1, dtype=torch.float64, device=J.image.device)
-        floor, _, self.forwards = secant_noise(f, J.image, one)
+        floor, self.noise_method, self.forwards = secant_noise(f, J.image, one)
         self.forwards += 1  # z below
         self.noise = 2 * float(floor)  # of a difference f(x + hv) − f(x): floor(h)·2h
         with torch.no_grad(), no_tf32():

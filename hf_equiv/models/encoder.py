@@ -24,7 +24,7 @@ from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalis
 from hf_equiv.models.readouts import check_size, embed, find_layout, native_size, probe, resolve_readout
 from hf_equiv.models.structure import left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
-from hf_equiv.precision import embedding_noise, exact_derivatives, float64_softmax, no_autocast, no_tf32
+from hf_equiv.precision import Float64Softmax, embedding_noise, exact_derivatives, no_autocast, no_tf32
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
@@ -172,7 +172,7 @@ class Encoder:
             if exact or forward_ad.unpack_dual(pixels).tangent is not None:
                 rules.enter_context(exact_derivatives())
             if exact and self._loaded.attention == "eager":
-                rules.enter_context(float64_softmax())
+                rules.enter_context(Float64Softmax())
             x = normalise(pixels.to(self.dtype), self._mean, self._std)
             return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
 
