@@ -78,16 +78,6 @@ def check_embeddings(z: Tensor) -> None:
         )
 
 
-def finite_embedding(z: Tensor, model_id: object) -> Tensor:
-    """Return the embedding z of a checkpoint's probe image; refuse NaN and infinity."""
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError(
-            f"'{model_id}' must give finite embeddings; the embedding of a grey image holds NaN or infinity in "
-            f"{str(z.dtype).removeprefix('torch.')}. Check the weights, or use another dtype."
-        )
-    return z
-
-
 def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "radius") -> None:
     """Require a radius in (0, 1] for linf or (0, √N] for l2, or None."""
     if norm not in NORMS:

@@ -248,10 +248,10 @@ def measure_images(
         columns["seconds"].append(time.perf_counter() - start)
         if progress is not None:
             progress(b + 1, len(images))
-    return {name: _stacked(column) for name, column in columns.items()}
+    return {name: stacked(column) for name, column in columns.items()}
 
 
-def _stacked(column: list[Any]) -> Any:
+def stacked(column: list[Any]) -> Any:
     """Return tensors as one tensor, floats as float64, missing values as None, and others as a tuple."""
     if isinstance(column[0], Tensor):
         return torch.stack(column)

@@ -98,16 +98,6 @@ def power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1])
 
 
-def embedding_noise(f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Measure ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image against the float64 twin of f, (B,) float64."""
-    floors = []
-    with torch.no_grad():
-        for image in images.split(1):
-            exact = twin(image.double())
-            floors.append((f(image).double() - exact).norm() / exact.norm())
-    return torch.stack(floors)
-
-
 def float64_twin(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
     """Return the same function in float64 if f offers one, as an Encoder below float64 does; else None."""
     # `double()` of a `torch.nn.Module` is never called, because it converts the caller's own weights.

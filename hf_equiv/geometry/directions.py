@@ -311,7 +311,13 @@ def _at_image(
     J = _jacobian(f, image, batch) if spectral or gradient else None
     if J is not None and spectral:
         space = row_space(J)
-        _check_rank(space, counts)
+        for name in ("top", "row"):
+            if counts[name] > space.rank:
+                told = f"`{name}` must be at most the rank {space.rank} of the Jacobian; got {counts[name]}."
+                raise ValueError(told)
+        if counts["null"] and space.rank >= image.numel():
+            told = f"`null` must be 0 where the Jacobian has full column rank {space.rank}; got {counts['null']}."
+            raise ValueError(told)
         spread = [round(i * (space.rank - 1) / max(1, counts["row"] - 1)) for i in range(counts["row"])]
         picks = [*range(counts["top"]), *spread]
         parts.append(space.basis[picks].view(-1, *image.shape))
@@ -346,12 +352,3 @@ def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacob
 
 def _gaussian(count: int, image: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(count, *image.shape, generator=generator, dtype=torch.float64).to(image.device)
-
-
-def _check_rank(space: RowSpace, counts: dict[str, int]) -> None:
-    rank, pixels = space.rank, space.basis.shape[1]
-    for name in ("top", "row"):
-        if counts[name] > rank:
-            raise ValueError(f"`{name}` must be at most the rank {rank} of the Jacobian; got {counts[name]}.")
-    if counts["null"] and rank >= pixels:
-        raise ValueError(f"`null` must be 0 where the Jacobian has full column rank {rank}; got {counts['null']}.")

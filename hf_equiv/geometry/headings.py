@@ -123,10 +123,6 @@ class Ahead:
         """Return the factor for the next step: many corrector trials mean that A has reached its limits."""
         return 1.5 if trials <= _EASY else 0.7 if trials > _HARD else 1.0
 
-    def reconsider(self) -> bool:
-        """Whether another plan may help after a rejected step: a fixed direction has no other."""
-        return False
-
 
 class Toward:
     """Descend ½‖x − destination‖² inside the level set: by L-BFGS from afar, by Newton steps near a stationary point.
@@ -176,7 +172,10 @@ class Toward:
         if bound <= self.stop or _norm(tangent) == 0.0:
             return Plan(None, 0.0, bound)
         if self.last is not None:
-            self._remember(at.image - self.last[0], self.last[1] - tangent)
+            s, y = at.image - self.last[0], self.last[1] - tangent
+            curvature = dot(s, y)
+            if curvature > 1e-8 * _norm(s) * _norm(y):
+                self.pairs = [*self.pairs[1 - _MEMORY :], (s, y, curvature)]
         self.last = at.image, tangent
         direction = model.project_null(self._descent(tangent))
         self.slope = dot(direction, tangent)
@@ -233,11 +232,6 @@ class Toward:
         self.newton = newton_step(hessian, tangent, min(reach, self.radius), _ACCURACY)
         length = _norm(self.newton.step)
         return Plan(self.newton.step / length, length, bound)
-
-    def _remember(self, s: Tensor, y: Tensor) -> None:
-        curvature = dot(s, y)
-        if curvature > 1e-8 * _norm(s) * _norm(y):
-            self.pairs = [*self.pairs[1 - _MEMORY :], (s, y, curvature)]
 
     def _descent(self, tangent: Tensor) -> Tensor:
         """Return H·tangent by the two loops of L-BFGS."""

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from hf_equiv import checks
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
+from hf_equiv.jacobian import stacked
 from hf_equiv.matching.corrector import Corrector, Place
+from hf_equiv.matching.match import target_embeddings
 from hf_equiv.precision import no_autocast, no_tf32, with_autocast
 from hf_equiv.results import Status
 
@@ -93,20 +95,12 @@ class Walk:
         began = time.perf_counter()
         self.at = start
         self.h = self.most = min(self.step, math.sqrt(start.numel()))  # no step is longer than the box
-        at = self._begin(start)
-        if isinstance(at, Place):
-            plan = self._plan(at)
-            self._record(at, plan)
-            if plan.direction is None and plan.stationarity is None:
-                self.useless = bool(((start > 0) & (start < 1)).all())
-            self.status = self._walk(at, plan, num_steps)
-        else:
-            self.status = at
+        self.status = self._walk(start, num_steps)
         self.seconds = time.perf_counter() - began
         del self.corrector.model  # D·N numbers
 
-    def _begin(self, start: Tensor) -> Place | Status:
-        """Return the start on the level set, or the status of a walk that cannot begin."""
+    def _walk(self, start: Tensor, num_steps: int) -> Status:
+        """Bring the start to the level set and step from point to point until all are made or the way ends."""
         corrector, heading = self.corrector, self.heading
         at = corrector.look(start)
         corrector.refresh(at)
@@ -120,19 +114,19 @@ class Walk:
         if isinstance(heading, Toward):
             end = corrector.look(heading.destination)
             self.end = end if end.drift <= corrector.rtol else None
-        return at
-
-    def _walk(self, at: Place, plan: Plan, num_steps: int) -> Status:
-        """Step from point to point until all points are made or the way ends."""
+        plan = self._plan(at)
+        self._record(at, plan)
+        if plan.direction is None and plan.stationarity is None:
+            self.useless = bool(((start > 0) & (start < 1)).all())
         since, hops = 0.0, 0  # length and steps since the last point
         while len(self.path) <= num_steps:
-            if plan.direction is None and self.learnt and isinstance(self.heading, Ahead):  # by an A that may be wrong
+            if plan.direction is None and self.learnt and isinstance(heading, Ahead):  # by an A that may be wrong
                 plan = self._renew(at)
                 continue
             if plan.direction is None:
                 self._record(at, plan)
                 return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
-            if self.learnt and self.corrector.stale and self.h < min(plan.length, _SHRUNK * self.longest):
+            if self.learnt and corrector.stale and self.h < min(plan.length, _SHRUNK * self.longest):
                 self.longest = 0.0
                 plan = self._renew(at)
                 continue
@@ -143,13 +137,13 @@ class Walk:
                 if ended is not None:
                     return ended
                 continue
-            self.h = min(self.most, self.h * self.heading.pace(self.corrector.trials))
+            self.h = min(self.most, self.h * heading.pace(corrector.trials))
             self.failures, self.learnt, self.reconsidered = 0, True, False
             self.longest = max(self.longest, length)
             since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
             at = there
             plan = self._plan(at)
-            if plan.direction is None or since >= self.heading.spacing * self.most or hops == _HOPS:
+            if plan.direction is None or since >= heading.spacing * self.most or hops == _HOPS:
                 if len(self.path) == num_steps and self._unfinished(plan):  # a last point deserves a good estimate
                     plan = self._renew(at)
                 self._record(at, plan)
@@ -171,9 +165,10 @@ class Walk:
 
     def _fail(self, at: Place, plan: Plan, length: float, failure: Status) -> tuple[Plan, Status | None]:
         """Return the plan after a failed step, and the status of the walk if it ends here."""
-        if failure is Status.COMPLETED and not self.reconsidered and self.heading.reconsider():
-            self.reconsidered = True
-            return self._plan(at), None
+        if failure is Status.COMPLETED and not self.reconsidered and isinstance(self.heading, Toward):
+            self.reconsidered = self.heading.reconsider()
+            if self.reconsidered:
+                return self._plan(at), None
         if failure is Status.DRIFT_EXCEEDED and self.learnt and self.corrector.stale:
             return self._renew(at), None
         self.h, self.failures = length / 2, self.failures + 1
@@ -337,12 +332,16 @@ def trace_level_set(
     checks.check_positive(rtol, "rtol")
     checks.check_positive(stop, "stop", 1)
     checks.check_count(num_steps, "num_steps")
+    if heading == "nearest" and origin is None:
+        raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
     images = images.detach().clone(memory_format=torch.contiguous_format)
     home = images if origin is None else _pixels(origin, images, "origin")
-    aims = _aims(heading, images, home, origin is None, target, generator)
+    aims = _aims(heading, images, home, target, generator)
+    goal = images if target is None or heading == "toward" else target  # of the embedding
+    checks.check_target(goal, len(images))
     with torch.inference_mode(False), no_tf32():
         f = with_autocast(f)
-        z = _embeddings(f, images, target if heading != "toward" else None)
+        z = target_embeddings(lambda x: torch.cat([f(one) for one in x.split(1)]), images, goal.detach(), "images")
         walks = []
         for b, start in enumerate(images):
             corrector = Corrector(f, z[b], rtol)
@@ -363,22 +362,17 @@ def trace_level_set(
                     "Directions in the row space change the embedding; with D ≥ N there may be no others."
                 )
     return WalkResult(
-        torch.stack([walk.at for walk in walks]),
+        stacked([walk.at for walk in walks]),
         tuple(tuple(walk.path) for walk in walks),
-        torch.tensor([walk.corrector.num_evals for walk in walks], dtype=torch.float64, device="cpu"),
+        stacked([walk.corrector.num_evals for walk in walks]),
         torch.tensor([walk.corrector.num_jacobians for walk in walks], device="cpu"),
-        torch.tensor([walk.seconds for walk in walks], dtype=torch.float64, device="cpu"),
+        stacked([walk.seconds for walk in walks]),
         tuple(walk.status for walk in walks),
     )
 
 
 def _aims(
-    heading: str | Tensor,
-    images: Tensor,
-    home: Tensor,
-    homeless: bool,
-    target: Tensor | None,
-    generator: torch.Generator | None,
+    heading: str | Tensor, images: Tensor, home: Tensor, target: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     """Return the direction or destination of each walk, (B, C, H, W)."""
     if isinstance(heading, Tensor):
@@ -392,13 +386,10 @@ def _aims(
     if heading not in HEADINGS:
         raise ValueError(f"`heading` must be one of {', '.join(HEADINGS)}, or a tensor; got {heading!r}.")
     if heading == "random":
-        draw = torch.randn(images.shape, generator=generator, dtype=torch.float64, device="cpu")
-        return draw.to(images)
+        return torch.randn(images.shape, generator=generator, dtype=torch.float64, device="cpu").to(images)
     if heading == "away":
         return torch.where(home <= 0.5, 1.0, -1.0).to(images)
     if heading == "nearest":
-        if homeless:
-            raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
         return home
     if target is None or target.ndim != 4:
         raise ValueError(f"`target` must be pixels (B, C, H, W) for heading {heading!r}. Pass the image to walk to.")
@@ -408,16 +399,3 @@ def _aims(
 def _pixels(value: Tensor, images: Tensor, name: str) -> Tensor:
     checks.check_like(value, images, name)
     return value.detach().to(images).expand_as(images)
-
-
-def _embeddings(f: Callable[[Tensor], Tensor], images: Tensor, target: Tensor | None) -> Tensor:
-    """Return the embeddings (B, D) to keep, float64, from one image at a time."""
-    if target is not None:
-        checks.check_target(target, len(images))
-    if target is None or target.ndim == 4:
-        pixels = images if target is None else _pixels(target, images, "target")
-        with torch.no_grad():
-            target = torch.cat([f(x[None].clone()) for x in pixels])
-        checks.check_output(target, len(images))
-    checks.check_embeddings(target)
-    return target.detach().to(images.device, torch.float64).expand(len(images), -1)

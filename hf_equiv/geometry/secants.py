@@ -68,24 +68,15 @@ class Reading:
 
 
 def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading:
-    """Extrapolate central secants (K, R, D) to h = 0 and tell which values are resolved.
-
-    Since s(h) = Jv + c₁h² + c₂h⁴ + …, polynomials in h² of degree m = 0 … 4 are fitted to the vectors s(h) at the radii
-    up to each h_j, weighted by 1/noise². The (j, m) with the smallest noise + ‖s₀(j, m) − s₀(j, m + 1)‖ gives
-
-        value = ‖s₀(j, m)‖,   error = 2·noise of s₀(j, m) + |‖s₀(j, m)‖ − ‖s₀(j, m + 1)‖|.
-
-    This is Ridders' rule with two changes: it compares vectors and not their norms, so that an accidental agreement
-    needs D coincidences; and the noise is known beforehand. If the secants scatter about the fit by more than their
-    noise floors (K, R), the noise of s₀ grows in proportion (the Birge ratio). Resolved means: error ≤ 1 % and a
-    plateau.
-
-    Returns:
-        Value, error, plateau and whether it is resolved.
-
-    References:
-        Ridders (1982), "Accurate computation of F′(x) and F′(x)F″(x)", *Adv. Eng. Softw.* 4:75.
-    """
+    """Extrapolate central secants (K, R, D) to h = 0 and tell which values are resolved."""
+    # Since s(h) = Jv + c₁h² + c₂h⁴ + …, polynomials in h² of degree m = 0 … 4 are fitted to the vectors s(h) at the
+    # radii up to each h_j, weighted by 1/noise². The (j, m) with the smallest noise + ‖s₀(j, m) − s₀(j, m + 1)‖ gives
+    #
+    #     value = ‖s₀(j, m)‖,   error = 2·noise of s₀(j, m) + |‖s₀(j, m)‖ − ‖s₀(j, m + 1)‖|.
+    #
+    # This is the rule of Ridders (1982, Adv. Eng. Softw. 4:75), but it compares vectors and not their norms, so that an
+    # accidental agreement needs D coincidences, and the noise is known beforehand. Resolved means: error ≤ 1 % and a
+    # plateau.
     count, num_radii = secants.shape[:2]
     least, error = secants.new_full((2, count), torch.inf)
     value = secants.new_zeros(count)
@@ -155,24 +146,16 @@ def _longest_run(row: list[bool]) -> tuple[int, int]:
 def secant_noise(
     f: Callable[[Tensor], Tensor], image: Tensor, radii: Tensor, *, method: str = "auto"
 ) -> tuple[Tensor, str, int]:
-    """Measure the noise floor of central secants, the rounding part of ‖f(x + hv) − f(x − hv)‖ / 2h, at radii h (R,).
-
-    `twin`: at x ± hv for random unit v, f against its float64 twin f₆₄ at the same points before they are rounded:
-
-        floor(h) = ‖(f − f₆₄)(x + hv) − (f − f₆₄)(x − hv)‖ / 2h,
-
-    so errors that both ends share do not count, and the rounding of the pixels does. Every second radius is measured,
-    and floor(h)·h pooled with its neighbours. `ecnoise`: the standard deviation ε of f(x) from difference tables of
-    equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a few units in the last place of the
-    pixels, and of 1, 30 and 300 times the smallest radius, which change outputs or activations that are rounded on
-    purpose; the largest that the differences agree on is taken. Neither is below one rounding of the output.
-
-    Returns:
-        The floor (R,) float64, in the units of the secants; the method used; the number of forward passes.
-
-    Raises:
-        ValueError: an unknown method, or "twin" for an f without float64 twin.
-    """
+    """Measure the rounding part of ‖f(x + hv) − f(x − hv)‖ / 2h at radii h; return it, the method and the passes."""
+    # `twin`: at x ± hv for random unit v, f against its float64 twin f₆₄ at the same points before they are rounded:
+    #
+    #     floor(h) = ‖(f − f₆₄)(x + hv) − (f − f₆₄)(x − hv)‖ / 2h,
+    #
+    # so errors that both ends share do not count, and the rounding of the pixels does. Every second radius is measured,
+    # and floor(h)·h pooled with its neighbours. `ecnoise`: the standard deviation ε of f(x) from difference tables of
+    # equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a few units in the last place of
+    # the pixels, and of 1, 30 and 300 times the smallest radius, which change outputs or activations that are rounded
+    # on purpose; the largest that the differences agree on is taken. Neither is below one rounding of the output.
     if method not in METHODS:
         raise ValueError(f"`noise` must be one of {', '.join(METHODS)}; got {method!r}.")
     twin = float64_twin(f)

@@ -78,9 +78,9 @@ class LinearModel:
             return False
         u = (u / length).to(self.A).double()  # rounded as A stores it
         row = at.rmv(u[None])[0].flatten()
-        change = row - self._rows(u)
+        change = row - self.transpose(u).flatten()
         moving = change * self.free
-        product = self._apply(moving)
+        product = self.apply(moving)
         self._gram += torch.outer(u, product) + torch.outer(product, u)
         self._gram += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
         self.A.addr_(u.to(self.A), change)
@@ -89,7 +89,12 @@ class LinearModel:
 
     def apply(self, step: Tensor) -> Tensor:
         """Return A s of a step s (C, H, W), the predicted change of the embedding, (D,) float64."""
-        return self._apply(step.flatten())
+        step = step.flatten()
+        product = step.new_zeros(len(self.A), dtype=torch.float64)
+        for start in range(0, len(step), _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            product += self.A[:, part].double() @ step[part].double()
+        return product
 
     def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
         """Return the shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if it is less."""
@@ -107,11 +112,11 @@ class LinearModel:
 
     def pull(self, u: Tensor) -> Tensor:
         """Return A_Fᵀ u, (C, H, W)."""
-        return (self._rows(u) * self.free).view(self.shape)
+        return self.restrict(self.transpose(u))
 
     def transpose(self, u: Tensor) -> Tensor:
         """Return Aᵀ u over all pixels, (C, H, W)."""
-        return self._rows(u).view(self.shape)
+        return (self.A.T @ u.to(self.A)).view(self.shape)
 
     def project_null(self, v: Tensor) -> Tensor:
         """Return the part of v (C, H, W) on the free pixels that A maps to zero: twice v ← v − A_Fᵀ G⁺ A v."""
@@ -119,16 +124,6 @@ class LinearModel:
         for _ in range(2):
             v = v - self.pull(self.multipliers(v))
         return v
-
-    def _rows(self, u: Tensor) -> Tensor:
-        return self.A.T @ u.to(self.A)
-
-    def _apply(self, v: Tensor) -> Tensor:
-        product = v.new_zeros(len(self.A), dtype=torch.float64)
-        for start in range(0, len(v), _COLUMNS):
-            part = slice(start, start + _COLUMNS)
-            product += self.A[:, part].double() @ v[part].double()
-        return product
 
     def _solve(self, r: Tensor) -> Tensor:
         """Return G⁺ r; eigenvalues of G below the cut count as zero."""

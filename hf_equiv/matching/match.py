@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.jacobian import jacobian_cost
+from hf_equiv.jacobian import jacobian_cost, stacked
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.matching.lbfgs import LBFGS
@@ -287,9 +287,9 @@ def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
 def snapshot(runs: Sequence[Search]) -> Progress:
     """Return the state of all images for a progress hook."""
     return Progress(
-        torch.stack([run.best for run in runs]),
-        _column([run.error for run in runs]),
-        _column([run.num_evals for run in runs]),
+        stacked([run.best for run in runs]),
+        stacked([run.error for run in runs]),
+        stacked([run.num_evals for run in runs]),
         torch.tensor([run.status is None for run in runs], device="cpu"),
     )
 
@@ -297,17 +297,13 @@ def snapshot(runs: Sequence[Search]) -> Progress:
 def collect(runs: Sequence[Search]) -> MatchResult:
     """Return the record of finished searches."""
     return MatchResult(
-        torch.stack([run.best for run in runs]),
-        _column([run.error for run in runs]),
-        _column([run.num_evals for run in runs]),
-        _column([run.seconds for run in runs]),
+        stacked([run.best for run in runs]),
+        stacked([run.error for run in runs]),
+        stacked([run.num_evals for run in runs]),
+        stacked([run.seconds for run in runs]),
         tuple(run.status or Status.ERROR for run in runs),
         tuple(tuple(run.trace) for run in runs),
     )
-
-
-def _column(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _describe_failure(result: MatchResult, rtol: float, max_evals: int) -> str:

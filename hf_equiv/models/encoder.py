@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hf_equiv.checks import check_tensor, finite_embedding
+from hf_equiv.checks import check_tensor
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
@@ -24,7 +24,7 @@ from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalis
 from hf_equiv.models.readouts import check_size, embed, find_layout, native_size, probe, resolve_readout
 from hf_equiv.models.structure import left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
-from hf_equiv.precision import Float64Softmax, embedding_noise, exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import Float64Softmax, exact_derivatives, no_autocast, no_tf32
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
@@ -80,13 +80,18 @@ class Encoder:
         self.readouts = self._layout.available
         self.readout = resolve_readout(readout, self._layout, self.model_id)
         with torch.no_grad():
-            self.embedding_dim = int(finite_embedding(self(self._grey), self.model_id).shape[1])
+            z = self(self._grey)
+        if not bool(torch.isfinite(z).all()):
+            raise ValueError(
+                f"'{self.model_id}' must give finite embeddings; that of a grey image holds NaN or infinity in "
+                f"{str(dtype).removeprefix('torch.')}. Check the weights, or use another dtype."
+            )
+        self.embedding_dim = int(z.shape[1])
         names = getattr(loaded.model.config, "id2label", None) or {}
         self.has_head = loaded.has_head
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
         self._twin: Encoder | None = None
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
-        self._jvp_works = False
 
     @classmethod
     def from_pretrained(
@@ -276,7 +281,12 @@ class Encoder:
             (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
         """
         self._check(pixels)
-        return embedding_noise(self, self.double(), pixels.to(self.dtype))
+        floors = []
+        with torch.no_grad():
+            for image in pixels.to(self.dtype).split(1):
+                exact = self.double()(image.double())
+                floors.append((self(image).double() - exact).norm() / exact.norm())
+        return torch.stack(floors)
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
         """Return the left vectors u of J = ∂f/∂x with uᵀJ in closed form, from the last LayerNorm onwards.
@@ -301,10 +311,7 @@ class Encoder:
 
     def jvp_probe(self) -> bool:
         """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
-        if not self._jvp_works:
-            attention = self._loaded.attention
-            require_forward_mode(self, self._grey, f"'{self.model_id}' with {attention} attention")
-            self._jvp_works = True
+        require_forward_mode(self, self._grey, f"'{self.model_id}' with {self._loaded.attention} attention")
         return True
 
     @property

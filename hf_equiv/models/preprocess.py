@@ -75,11 +75,11 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
                 refusal = f"{must} Install one for this PyTorch. {_OR}"
             else:
                 refusal = f"{must} {name or _FILE} cannot be built here ({excerpt(error)}). {_CURE}"
-        mean, std = _normalisation(processor, settings, checkpoint)
+        record = dict(settings if processor is None else processor.to_dict())
+        mean, std = _normalisation(record, checkpoint)
         size = None
         if processor is not None:
             size, refusal = _check_split(processor, mean, std)
-    record = dict(processor.to_dict() if processor is not None else settings)
     record["backend"] = str(getattr(processor, "backend", "none"))
     return Preprocessor(mean, std, size, refusal, json.dumps(record, sort_keys=True, default=str), processor)
 
@@ -139,15 +139,11 @@ def _column(values: tuple[float, float, float]) -> Tensor:
 
 
 def _normalisation(
-    processor: Any, settings: dict[str, Any], checkpoint: Checkpoint
+    settings: dict[str, Any], checkpoint: Checkpoint
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    def setting(key: str, default: Any) -> Any:
-        value = getattr(processor, key, None) if processor is not None else settings.get(key)
-        return default if value is None else value
-
-    if not setting("do_normalize", True):
+    if settings.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    mean, std = setting("image_mean", None), setting("image_std", None)
+    mean, std = settings.get("image_mean"), settings.get("image_std")
     if mean is None or std is None:
         raise ValueError(
             f"{_FILE} must state image_mean and image_std; that of '{checkpoint.model_id}' does not. Add them to it."
