@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_count, check_output
-from hf_equiv.precision import exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 
 
 class Jacobian:
@@ -49,7 +49,7 @@ class Jacobian:
         True
     """
 
-    def __init__(self, f: Callable[[Tensor], Tensor], image: Tensor, *, batch: int = 32) -> None:
+    def __init__(self, f: Encoding, image: Tensor, *, batch: int = 32) -> None:
         if image.ndim != 3 or not image.is_floating_point():
             raise ValueError(f"`image` must be a float tensor (C, H, W); got {image.dtype} {tuple(image.shape)}.")
         check_count(batch, "batch")
@@ -213,7 +213,7 @@ def jacobian_cost(num_rows: int) -> float:
     return (1 + 2 * num_rows) / 3
 
 
-def forward_mode(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, name: str = "f") -> Tensor:
+def forward_mode(f: Encoding, x: Tensor, v: Tensor, name: str = "f") -> Tensor:
     """Return J v at x, both (1, C, H, W), by forward mode; an error calls f `name`."""
     try:
         moved: Tensor = torch.func.jvp(f, (x,), (v,))[1]
@@ -226,7 +226,7 @@ def forward_mode(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, name: str 
     return moved
 
 
-def require_forward_mode(f: Callable[[Tensor], Tensor], image: Tensor, name: str) -> None:
+def require_forward_mode(f: Encoding, image: Tensor, name: str) -> None:
     """Require a finite Jacobian–vector product of f at one image (1, C, H, W); an error calls f `name`."""
     tangent = torch.linspace(-1, 1, image.numel(), dtype=image.dtype, device=image.device).view_as(image)
     if not bool(torch.isfinite(forward_mode(f, image, tangent, name)).all()):
@@ -234,7 +234,7 @@ def require_forward_mode(f: Callable[[Tensor], Tensor], image: Tensor, name: str
 
 
 def measure_images(
-    f: Callable[[Tensor], Tensor], images: Tensor, batch: int, measure: Callable[[Jacobian, int], dict[str, Any]],
+    f: Encoding, images: Tensor, batch: int, measure: Callable[[Jacobian, int], dict[str, Any]],
     progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """Return the fields of a result: those that `measure(J, b)` finds at each image b, and their seconds."""

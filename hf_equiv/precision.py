@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+Encoding = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) to embeddings (B, D)
+
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -60,7 +62,7 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
-def with_autocast(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def with_autocast(f: Encoding) -> Encoding:
     """Bind f to the `torch.autocast` settings that hold now, so that it computes the same inside `no_autocast`."""
     held = [(device, torch.get_autocast_dtype(device)) for device in _DEVICES if torch.is_autocast_enabled(device)]
     if not held:
@@ -98,7 +100,7 @@ def power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1])
 
 
-def float64_twin(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
+def float64_twin(f: Encoding) -> Encoding | None:
     """Return the same function in float64 if f offers one, as an Encoder below float64 does; else None."""
     # `double()` of a `torch.nn.Module` is never called, because it converts the caller's own weights.
     make = None if isinstance(f, torch.nn.Module) else getattr(f, "double", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from hf_equiv import checks
 from hf_equiv.geometry.singular import combine, left_singular, rank_threshold, times
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.precision import float64_twin, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, float64_twin, no_autocast, no_tf32
 
 KINDS = ("random", "top", "row", "null", "gradient", "toward", "match")
 
@@ -75,7 +74,7 @@ class RowSpace:
 
 
 def row_space(
-    f: Callable[[Tensor], Tensor] | Jacobian,
+    f: Encoding | Jacobian,
     image: Tensor | None = None,
     *,
     rank_rtol: float | None = None,
@@ -205,7 +204,7 @@ class Directions:
 
 
 def make_directions(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     *,
     random: int = 0,
@@ -302,7 +301,7 @@ def as_directions(vectors: Directions | Tensor, images: Tensor, batch: int) -> D
 
 
 def _at_image(
-    f: Callable[[Tensor], Tensor], image: Tensor, counts: dict[str, int], generator: torch.Generator, batch: int,
+    f: Encoding, image: Tensor, counts: dict[str, int], generator: torch.Generator, batch: int,
     gradient: bool, aims: dict[str, Tensor]
 ) -> tuple[Tensor, tuple[int, ...]]:  # fmt: skip
     """Return the directions at one image, of any length, float64, and the number of each within its kind."""
@@ -336,7 +335,7 @@ def _at_image(
     return torch.cat([part.to(torch.float64) for part in parts]), tuple(numbers)
 
 
-def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacobian:
+def _jacobian(f: Encoding, image: Tensor, batch: int) -> Jacobian:
     """Return J of f, or of its float64 twin if f is too coarse to tell row space and null space apart."""
     J = Jacobian(f, image, batch=batch)
     if J.eps < _COARSE:

@@ -1,9 +1,4 @@
-"""Choose the next tangent direction of a level set, ahead or towards an image.
-
-`Ahead` projects a fixed direction, or the direction away from an image, on the level set. `Toward` descends ½‖x −
-destination‖² inside it, by L-BFGS from afar and by Newton steps near a stationary point; `newton_step` solves their
-quadratic subproblem by conjugate gradients inside a ball.
-"""
+"""Choose the next tangent direction of a level set, ahead or towards an image."""
 
 from __future__ import annotations
 
@@ -132,10 +127,9 @@ class Toward:
     ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ for any λ (Moreau): that over ‖d‖ certifies a stationary point
     without the full Jacobian there, and below `stop` the search for a nearer image ends.
 
-    A point is off the level set by r = f(x) − z, and back on it ½‖d‖² would be λᵀr more, to first order. Near the end
-    that is as much as a step gains, so gains are measured in the Lagrangian ½‖d‖² + λᵀr (Nocedal, Wright 2006, §18.1).
-    L-BFGS learns its Hessian H = P (I + ∇²(λᵀf)) P from the steps so far; a Newton step computes products, as
-    differences of Jᵀλ, for an evaluation each.
+    A point is off the level set by r = f(x) − z, so gains are measured in the Lagrangian ½‖d‖² + λᵀr (Nocedal, Wright
+    2006, §18.1). L-BFGS learns its Hessian H = P (I + ∇²(λᵀf)) P from the steps so far; a Newton step computes products
+    with it as differences of Jᵀλ, for an evaluation each.
     """
 
     spacing = 0.25

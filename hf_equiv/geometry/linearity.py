@@ -2,13 +2,12 @@
 
 h is doubled, then bisected: a residual that leaves the bound and comes back within a factor of two is not seen. v and
 −v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the float noise
-are not tested; if none is left, the status is `undetermined`.
+are not tested.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from hf_equiv.geometry.directions import Directions, as_directions
 from hf_equiv.geometry.lipschitz import Counted, measure_directions
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.precision import no_tf32
+from hf_equiv.precision import Encoding, no_tf32
 from hf_equiv.results import Status
 
 RELATIVE_TO = ("auto", "jvp", "embedding")
@@ -56,7 +55,7 @@ class LinearityResult:
 
 
 def linearity_radius(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     directions: Directions | Tensor,
     *,
@@ -118,9 +117,7 @@ def linearity_radius(
 class _Line:
     """Residuals of the first-order model at one image."""
 
-    def __init__(
-        self, f: Callable[[Tensor], Tensor], J: Jacobian, tau: float, limit: float, flat: Tensor, rtol: float
-    ) -> None:
+    def __init__(self, f: Encoding, J: Jacobian, tau: float, limit: float, flat: Tensor, rtol: float) -> None:
         self.f, self.J, self.tau, self.limit, self.rtol = f, J, tau, limit, rtol
         self.flat = flat  # which directions, of all, are measured against the embedding
         one = torch.ones(1, dtype=torch.float64, device=J.image.device)

@@ -1,14 +1,12 @@
 """Find the largest Lipschitz constant inside a ball, and estimate the rest by extreme values.
 
-An ascent in point and direction gives a lower bound: v ← JᵀJv/‖JᵀJv‖ (power iteration) and x′ ← P_B(x′ + α·g) with g =
-∇ₓ½‖J(x′)v‖², normalised (its sign for "linf"); both come from one backward pass through a JVP. A step that does not
-increase ‖J(x′)v‖ is undone and α halved. The ascent starts at x and again at the largest random point, which also
-serves where J is piecewise constant and g vanishes. All points stay in the ball and in the box.
+An ascent in point and direction gives a lower bound: v ← JᵀJv/‖JᵀJv‖ and x′ ← P_B(x′ + α·g) with g = ∇ₓ½‖J(x′)v‖²,
+normalised (its sign for "linf"), both from one backward pass through a JVP. A step that does not increase ‖J(x′)v‖ is
+undone and α halved. It starts at x and at the largest random point, which also serves where J is piecewise constant.
 
 CLEVER takes two power iterations from the top direction of the centre at random points, uniform in the ball (then put
-into the box), fits a reverse Weibull distribution to the maxima of batches and extrapolates to its end point. The
-original takes 500 batches of 1024 gradients of one output; here a point is a forward pass, three JVPs and two VJPs. The
-estimate may be on either side of L.
+into the box), fits a reverse Weibull distribution to the maxima of batches and extrapolates to its end point, which may
+be on either side of L. The original takes 500 batches of 1024 gradients of one output.
 
 Weng et al. (2018), arXiv:1801.10578, §4 (CLEVER). Jordan, Dimakis (2020), arXiv:2003.01219, eq. 3 (L).
 """
@@ -27,7 +25,7 @@ from hf_equiv import checks
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
 from hf_equiv.jacobian import Jacobian, forward_mode, measure_images
 from hf_equiv.matching.feasible import FeasibleSet
-from hf_equiv.precision import exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
 
 _SPAN = 1e4  # largest distance tried of the end point from the largest maximum, in spreads of the maxima
@@ -112,7 +110,7 @@ class RegionalResult:
 
 
 def regional_lipschitz(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     radius: float,
     norm: str = "l2",
@@ -191,9 +189,7 @@ def regional_lipschitz(
 class _Search:
     """The largest ‖J(x′)v‖ found so far in one ball, and its point and direction."""
 
-    def __init__(
-        self, f: Callable[[Tensor], Tensor], at: Jacobian, radius: float, norm: str, generator: torch.Generator
-    ) -> None:
+    def __init__(self, f: Encoding, at: Jacobian, radius: float, norm: str, generator: torch.Generator) -> None:
         self.f, self.center, self.radius, self.norm, self.generator = f, at.image, radius, norm, generator
         self.box = FeasibleSet.around(self.center, radius, norm)
         self.place, self.value, self.num_evals = self.center, math.nan, at.num_evals

@@ -1,14 +1,9 @@
-"""Extrapolate central difference quotients to h = 0, and measure the float noise that limits them.
-
-Small radii drown in rounding, large ones bend. `central_secants` evaluates a ladder of radii, `secant_noise` measures
-its noise floor, and `read_secants` extrapolates the rest, with an error estimate and a plateau.
-"""
+"""Extrapolate central difference quotients to h = 0, and measure the float noise that limits them."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.geometry.directions import unit_directions
-from hf_equiv.precision import exact_derivatives, float64_twin, no_tf32
+from hf_equiv.precision import Encoding, exact_derivatives, float64_twin, no_tf32
 
 RADII = tuple(10 ** (-5 + i / 4) for i in range(21))  # default ladder: L2 in pixel units, four a decade from 1e-5 to 1
 RTOL = 0.01  # largest estimated relative error of a resolved value
@@ -35,9 +30,7 @@ _ULPS = 4  # step of a table per pixel, in units of the spacing of the dtype: ne
 _SEED = 0x5EED  # of the probe directions, so that the noise of an image never depends on other settings
 
 
-def central_secants(
-    f: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor, radii: Tensor
-) -> tuple[Tensor, Tensor]:
+def central_secants(f: Encoding, image: Tensor, directions: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
     """Return s(h) = (f(x + hv) − f(x − hv)) / 2h (K, R, D) for unit v (K, C, H, W), and the steps over h (K, R)."""
     # x ± hv may leave [0, 1]: f is defined there, and a one-sided quotient would be curved to first order. The share
     # ⟨x₊ − x₋, v⟩ / 2h of a step that the dtype of f can represent is 1, unless the step is lost between two
@@ -143,9 +136,7 @@ def _longest_run(row: list[bool]) -> tuple[int, int]:
     return best
 
 
-def secant_noise(
-    f: Callable[[Tensor], Tensor], image: Tensor, radii: Tensor, *, method: str = "auto"
-) -> tuple[Tensor, str, int]:
+def secant_noise(f: Encoding, image: Tensor, radii: Tensor, *, method: str = "auto") -> tuple[Tensor, str, int]:
     """Measure the rounding part of ‖f(x + hv) − f(x − hv)‖ / 2h at radii h; return it, the method and the passes."""
     # `twin`: at x ± hv for random unit v, f against its float64 twin f₆₄ at the same points before they are rounded:
     #
@@ -175,9 +166,7 @@ def secant_noise(
         return (noise / math.sqrt(2)).clamp_min(least) / radii, "ecnoise", passes + 1
 
 
-def _twin_noise(
-    f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], image: Tensor, radii: Tensor
-) -> tuple[Tensor, int]:
+def _twin_noise(f: Encoding, twin: Encoding, image: Tensor, radii: Tensor) -> tuple[Tensor, int]:
     """Return floor(h)·h at each radius, (R,) float64, and the number of forward passes."""
     last = len(radii) - 1
     probed = sorted({*range(0, last, 2), last})
@@ -195,7 +184,7 @@ def _twin_noise(
     return torch.stack(noise).to(image.device), 4 * len(probed)
 
 
-def _table_noise(f: Callable[[Tensor], Tensor], image: Tensor, eps: float, radius: float | None) -> tuple[Tensor, int]:
+def _table_noise(f: Encoding, image: Tensor, eps: float, radius: float | None) -> tuple[Tensor, int]:
     """Return ε, the standard deviation of f(x) as a vector, () float64, and the number of forward passes."""
     fine = min(_ULPS * eps, 1e-2) * math.sqrt(image.numel())
     steps = [fine] * _TABLES + ([] if radius is None else [share * radius for share in _COARSE])

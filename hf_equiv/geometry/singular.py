@@ -17,10 +17,8 @@ which is far smaller: Kato–Temple for m = i, and valid for clusters with large
 A Krylov space of one vector holds one vector of each multiple value, and may count values once that lie closer together
 than the residuals. So once the bounds are small, the recursion starts anew from J·noise off the vectors found, until no
 value moves by more than rtol·σ₁ and the largest value that the second recursion may still find is well below σ_k. This
-is no proof: a value whose vector has hardly a part in any start may be missed. The whole matrix has no such condition.
-On the spectra of 14 photos (trained DeiT-Tiny, k = 8, rtol 1e-4) one of 4,200 runs stated a value outside its bound
-(off by 2.2e-5 σ₁, stated within 1.8e-5), in 22 passes (median). With values made double or triple, 6 of 2,520 runs were
-wrong.
+is no proof (docs/benchmark.md has error rates): a value whose vector has hardly a part in any start may be missed. The
+whole matrix has no such condition.
 
 References: Golub, Van Loan, "Matrix Computations", §8.6. Golub, Kahan (1965), SIAM J. Numer. Anal. 2:205. Kato (1949),
 J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li (2005), Linear Algebra Appl. 395:183.
@@ -37,7 +35,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.precision import power_of_two
+from hf_equiv.precision import Encoding, power_of_two
 
 ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of `left_singular` over σ₁
 
@@ -232,7 +230,7 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 
 
 def derivative_noise(
-    f: Callable[[Tensor], Tensor], J: Jacobian, rows: Rows, left: Tensor, sigma: Tensor, threshold: float
+    f: Encoding, J: Jacobian, rows: Rows, left: Tensor, sigma: Tensor, threshold: float
 ) -> tuple[Tensor, str, float]:
     """Bound |σ(J) − σ(J₆₄)| of each singular value, (K,); return also the method and the evaluations spent."""
     # The rounding of a backward pass is nearly proportional to its result: ‖Eᵀu_i‖ ≤ a(σ_i + σ₁/50) with E = J − J₆₄
@@ -270,7 +268,7 @@ def derivative_noise(
     return (bound + floor * sigma[0]) * unit, method, reference.num_evals
 
 
-def _reference(f: Callable[[Tensor], Tensor], J: Jacobian) -> tuple[Jacobian, str]:
+def _reference(f: Encoding, J: Jacobian) -> tuple[Jacobian, str]:
     if J.eps > torch.finfo(torch.float64).eps:
         twin = getattr(f, "double", None)
         if isinstance(f, torch.nn.Module):  # its `double` works in place

@@ -14,6 +14,7 @@ from hf_equiv import checks
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rank_threshold
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
 from hf_equiv.jacobian import Jacobian, measure_images
+from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
 METHODS = ("auto", "full", "golub_kahan")
@@ -93,7 +94,7 @@ class SpectrumResult:
 
 
 def jacobian_spectrum(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     *,
     k: int | None = None,
@@ -165,7 +166,7 @@ def jacobian_spectrum(
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
 
 
-def _full(f: Callable[[Tensor], Tensor], J: Jacobian, k: int, vectors: bool, rank_rtol: float | None) -> dict[str, Any]:
+def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | None) -> dict[str, Any]:
     """Return the fields of one image from the matrix."""
     J.check_memory()
     matrix = J.as_matrix()
@@ -207,9 +208,7 @@ def _full(f: Callable[[Tensor], Tensor], J: Jacobian, k: int, vectors: bool, ran
     )
 
 
-def _top(
-    f: Callable[[Tensor], Tensor], J: Jacobian, k: int, vectors: bool, rank_rtol: float | None, rtol: float
-) -> dict[str, Any]:
+def _top(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | None, rtol: float) -> dict[str, Any]:
     """Return the fields of one image from products with J and Jᵀ."""
     if not bool(torch.isfinite(J.rmv(torch.ones_like(J.z)[None])).all()):
         return _failed(J, "golub_kahan", k, vectors)
@@ -219,7 +218,7 @@ def _top(
         f, J, lambda u: J.rmv(u.T.to(J.image)).flatten(1).double(), top.left, top.values, threshold
     )
     pair = (top.left, top.right) if vectors else (None, None)
-    more = {"noise_method": name, "num_evals": J.num_evals + spent}
+    more: dict[str, Any] = {"noise_method": name, "num_evals": J.num_evals + spent}
     return _fields(J, "golub_kahan", top.values, top.bound + noise, threshold, *pair, **more)
 
 
@@ -255,7 +254,7 @@ def _fields(
     }
 
 
-def _patch_nullity(f: Callable[[Tensor], Tensor], image: Tensor) -> int | None:
+def _patch_nullity(f: Encoding, image: Tensor) -> int | None:
     weight = getattr(f, "patch_weight", None)
     if not isinstance(weight, Tensor):
         return None

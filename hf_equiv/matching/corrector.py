@@ -1,14 +1,12 @@
 """Correct images back to a level set {x : f(x) = z} by adjoint Broyden steps inside the box.
 
-A `LinearModel` A ≈ J starts as the full Jacobian of one point and is restricted to the free pixels, those that may
-move. One VJP teaches it one row combination of J at a new point, so one Jacobian serves a whole walk. A `Corrector`
-takes the shortest step that A says removes the residual, and a rejected step tells it which row to learn next.
+A `LinearModel` A ≈ J starts as the full Jacobian of one point and learns one row combination of J for each VJP, so one
+Jacobian serves a whole walk. A `Corrector` takes the shortest step that A says removes the residual.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from hf_equiv.checks import check_dimension
 from hf_equiv.jacobian import Jacobian
+from hf_equiv.precision import Encoding
 
 _CUT, _CUT_SINGLE = 1e-5, 1e-4  # of σ₁: learnt rows hold noise below it (up to 5e-5 in float32); no step follows them
 _LARGEST = 16 * 2**30  # bytes of A
@@ -37,7 +36,7 @@ class LinearModel:
         A ← A + u (Jᵀu − Aᵀu)ᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ,  w = (Jᵀu − Aᵀu) on F.
 
     With u the residual this is the adjoint Broyden method (Schlenkrich, Griewank, Walther 2010, Math. Program. 121, eq.
-    4). Products are summed and G is solved in float64, whatever the dtype of A. Memory: D·N numbers, at most 16 GiB.
+    4). Products are summed and G is solved in float64. Memory: D·N numbers, at most 16 GiB.
     """
 
     def __init__(self, at: Jacobian) -> None:
@@ -172,13 +171,12 @@ class Corrector:
 
     With r = f(x) − z, repeat: hold the pixels at 0 and 1; let A learn the row rᵀJ(x) by one VJP; set x ← clip(x −
     A_Fᵀ(A_F A_Fᵀ)⁺ r) if that lowers ‖r‖; otherwise let A learn the row along its own error. A trial costs one
-    evaluation. The corrector aims at half of `rtol`, so that other float32 kernels agree; if a correction below rtol
-    does not help, the rest may be noise and rtol is enough.
+    evaluation. The corrector aims at half of `rtol`, so that other float32 kernels agree.
     """
 
     model: LinearModel
 
-    def __init__(self, f: Callable[[Tensor], Tensor], z: Tensor, rtol: float) -> None:
+    def __init__(self, f: Encoding, z: Tensor, rtol: float) -> None:
         self.f, self.z, self.rtol = f, z, rtol
         self.scale = float(torch.linalg.vector_norm(z))
         self.num_evals = 0.0

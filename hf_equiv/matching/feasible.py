@@ -62,8 +62,7 @@ class SineChart:
     """Chart of the inside of a box as all of R^N: x = m + h·sin(w), with m the middle and h the half-width of a pixel.
 
     In a small L∞ ball most pixels end near a bound. A projected step holds each of them on arrival, and the rest
-    creeps; in w a pixel slows down before its bound and can come back. Among charts whose slope falls to zero at the
-    bounds this one falls slowest; with tanh, pixels that arrive early lose their gradient for good.
+    creeps; in w a pixel slows down before its bound and can come back.
     """
 
     def __init__(self, box: FeasibleSet) -> None:

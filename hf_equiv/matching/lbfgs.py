@@ -19,8 +19,7 @@ class SecantHistory:
     """The last `capacity` secant pairs (s, y) of one image and their inner products, for the L-BFGS direction.
 
     H = γI + [S, γY] M [S, γY]ᵀ, so a direction costs two passes over the stored vectors: their products with the
-    gradient, and their sum. Products with the newest y = g′ − g are differences of those with g′ and with g. Nothing
-    else touches the long axis N.
+    gradient, and their sum. Products with the newest y = g′ − g are differences of those with g′ and with g.
     """
 
     def __init__(self, capacity: int, like: Tensor) -> None:

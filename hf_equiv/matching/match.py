@@ -1,8 +1,4 @@
-"""Drive the solvers of `match_embedding`: find images near a source whose embedding is the target's.
-
-The driver batches the points that unfinished images ask for, keeps the best iterate of each image, counts evaluations,
-and decides when an image is done.
-"""
+"""Drive the solvers of `match_embedding`: batch their points, keep the best iterates, and decide when to end."""
 
 from __future__ import annotations
 
@@ -20,10 +16,9 @@ from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.solvers import Adam, Evaluation, GradientDescent, Iterates, Solver
-from hf_equiv.precision import no_autocast, no_tf32, power_of_two, with_autocast
+from hf_equiv.precision import Encoding, no_autocast, no_tf32, power_of_two, with_autocast
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 
-Encoding = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) to embeddings (B, D), each image for itself
 ProgressHook = Callable[[Progress], None]
 
 _NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}

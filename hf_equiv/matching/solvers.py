@@ -1,8 +1,7 @@
 """Minimise ½‖f(x) − z‖² inside a feasible set: solvers are hyper-parameters and a generator for one image.
 
-`solver.iterate(source, feasible)` yields points x to evaluate and is sent an `Evaluation` of each. It sees one image
-only, so each image has its own history, line search and end; `match_embedding` batches the points of all unfinished
-images. A generator that returns has stalled.
+`solver.iterate(source, feasible)` yields points x to evaluate and is sent an `Evaluation` of each: every image has its
+own history and line search, and `match_embedding` batches the points. A generator that returns has stalled.
 """
 
 from __future__ import annotations

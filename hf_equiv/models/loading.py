@@ -69,7 +69,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
     backbone = model.vision_model if two_tower else _backbone(model)
     if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values":
         raise _not_an_image_encoder(checkpoint, config)
-    missing = [key for key in report["missing_keys"] if not (two_tower and _is_text(key))]
+    text = ("text_", "logit_scale", "logit_bias")
+    missing = [key for key in report["missing_keys"] if not (two_tower and key.startswith(text))]
     broken = [key for key in missing if not set(_OPTIONAL) & set(key.split("."))]
     broken += [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
     if broken:
@@ -150,10 +151,6 @@ def _backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 def _is_classifier(model: PreTrainedModel) -> bool:
     return "ForImageClassification" in type(model).__name__
-
-
-def _is_text(key: str) -> bool:
-    return key.startswith("text_") or key in ("logit_scale", "logit_bias")
 
 
 def _not_an_image_encoder(checkpoint: Checkpoint, config: PreTrainedConfig) -> ValueError:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_equiv.geometry.zeros import LeftRelation
-
-Encoding = Callable[[Tensor], Tensor]
+from hf_equiv.precision import Encoding
 
 
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
