@@ -160,8 +160,7 @@ class Jacobian:
         if self.image.is_cuda:
             free = int(torch.cuda.mem_get_info(self.image.device)[0])
         else:
-            names = os.sysconf_names
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else need
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if need > 0.8 * free:
             raise ValueError(
                 f"`images` must have a Jacobian that fits into memory; {dim}×{size} takes {need / 2**30:.0f} GiB of "

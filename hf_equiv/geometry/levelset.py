@@ -60,11 +60,7 @@ class WalkPoint:
 
 @dataclass(eq=False)
 class Walk:
-    """From one image, along one heading, by steps that the corrector can bring back.
-
-    `path` holds the points so far, `at` the pixels of the last, and `status` the end. `useless` means that the heading
-    has no part in the null space, and not because of the box.
-    """
+    """A walk from one image: `path` has the points so far, `at` the pixels of the last, and `status` the end."""
 
     index: int  # of the image in its batch
     corrector: Corrector
@@ -76,7 +72,6 @@ class Walk:
     path: list[WalkPoint] = field(default_factory=list)
     seconds: float = 0.0
     status: Status = Status.ERROR
-    useless: bool = False
     end: Place | None = None  # the destination, if it lies on the level set
     at: Tensor = field(init=False)
     most: float = 0.0  # longest step
@@ -113,7 +108,11 @@ class Walk:
         plan = self._plan(at)
         self._record(at, plan)
         if plan.direction is None and plan.stationarity is None:
-            self.useless = bool(((start > 0) & (start < 1)).all())
+            if bool(((start > 0) & (start < 1)).all()):  # else the box may be the cause
+                raise ValueError(
+                    "`heading` must have a part in the null space of J; got less than 0.1 % of it for image "
+                    f"{self.index}. Directions in the row space change the embedding; with D ≥ N there are no others."
+                )
         since, hops = 0.0, 0  # length and steps since the last point
         while len(self.path) <= num_steps:
             if plan.direction is None and self.learnt and isinstance(heading, Ahead):  # by an A that may be wrong
@@ -352,11 +351,6 @@ def trace_level_set(
             walks.append(Walk(b, corrector, way, home[b], step, keep_points, progress))
             with no_autocast():
                 walks[-1].run(start, num_steps)
-            if walks[-1].useless:
-                raise ValueError(
-                    f"`heading` must have a part in the null space of J; got less than 0.1 % of it for image {b}. "
-                    "Directions in the row space change the embedding; with D ≥ N there may be no others."
-                )
     return WalkResult(
         stacked([walk.at for walk in walks]),
         tuple(tuple(walk.path) for walk in walks),

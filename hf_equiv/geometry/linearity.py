@@ -21,8 +21,6 @@ from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding, no_tf32
 from hf_equiv.results import Status
 
-RELATIVE_TO = ("auto", "jvp", "embedding")
-
 _MARGIN = 4  # the bound must be this many times the noise for a residual to be tested
 _LEAST = 1e-6  # first radius tried, unless the noise asks for a larger one
 
@@ -104,8 +102,7 @@ def linearity_radius(
     limit = math.sqrt(images[0].numel()) if max_radius is None else max_radius
     for name, value in (("tau", tau), ("rtol", rtol), ("max_radius", limit)):
         checks.check_positive(value, name)
-    if relative_to not in RELATIVE_TO:
-        raise ValueError(f"`relative_to` must be one of {', '.join(RELATIVE_TO)}; got {relative_to!r}.")
+    checks.check_choice(relative_to, "relative_to", ("auto", "jvp", "embedding"))
     auto = tuple("embedding" if kind == "null" else "jvp" for kind in given.kinds)
     against = auto if relative_to == "auto" else (relative_to,) * len(given)
     flat = torch.tensor([name == "embedding" for name in against], device=images.device)

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_equiv.checks import check_choice
 from hf_equiv.geometry.directions import unit_directions
 from hf_equiv.precision import Encoding, exact_derivatives, float64_twin, no_tf32
 
@@ -18,7 +19,6 @@ RTOL = 0.01  # largest estimated relative error of a resolved value
 PLATEAU_RTOL = 0.02  # largest distance of a secant on the plateau, and largest noise floor, relative to the value
 PLATEAU_RADII = 3  # fewest radii in a row that make a plateau
 JVP_RTOL = 0.05  # largest distance of the value from ‖Jv‖ in half precision, relative to the value: both are noisy
-METHODS = ("auto", "twin", "ecnoise")
 
 _ORDERS = 5  # terms of the expansion in h² that are tried
 _SIGMAS = 2  # standard deviations of noise in an error bound
@@ -147,8 +147,7 @@ def secant_noise(f: Encoding, image: Tensor, radii: Tensor, *, method: str = "au
     # equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a few units in the last place of
     # the pixels, and of 1, 30 and 300 times the smallest radius, which change outputs or activations that are rounded
     # on purpose; the largest that the differences agree on is taken. Neither is below one rounding of the output.
-    if method not in METHODS:
-        raise ValueError(f"`noise` must be one of {', '.join(METHODS)}; got {method!r}.")
+    check_choice(method, "noise", ("auto", "twin", "ecnoise"))
     twin = float64_twin(f)
     if method == "twin" and twin is None:
         raise ValueError(

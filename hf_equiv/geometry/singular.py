@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +37,6 @@ from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding, power_of_two
 
 ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of `left_singular` over σ₁
-
-Rows = Callable[[Tensor], Tensor]  # cotangents (D, K), float64, to Jᵀu (K, N)
 
 _BLOCK = 4096  # columns held in float64 at a time
 _SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, of a float64 and of any other J
@@ -230,7 +227,7 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 
 
 def derivative_noise(
-    f: Encoding, J: Jacobian, rows: Rows, left: Tensor, sigma: Tensor, threshold: float
+    f: Encoding, J: Jacobian, rows: Encoding, left: Tensor, sigma: Tensor, threshold: float
 ) -> tuple[Tensor, str, float]:
     """Bound |σ(J) − σ(J₆₄)| of each singular value, (K,); return also the method and the evaluations spent."""
     # The rounding of a backward pass is nearly proportional to its result: ‖Eᵀu_i‖ ≤ a(σ_i + σ₁/50) with E = J − J₆₄

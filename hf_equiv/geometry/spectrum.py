@@ -17,8 +17,6 @@ from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
-METHODS = ("auto", "full", "golub_kahan")
-
 
 @dataclass(frozen=True, slots=True)
 class SpectrumResult:
@@ -144,8 +142,7 @@ def jacobian_spectrum(
     checks.check_images(images)
     checks.check_count(batch, "batch")
     checks.check_positive(rtol, "rtol")
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
+    checks.check_choice(method, "method", ("auto", "full", "golub_kahan"))
     if rank_rtol is not None:
         checks.check_positive(rank_rtol, "rank_rtol", 1, or_zero=True)
     if k is not None:

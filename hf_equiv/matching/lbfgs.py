@@ -16,29 +16,23 @@ from hf_equiv.precision import dot
 
 
 class SecantHistory:
-    """The last `capacity` secant pairs (s, y) of one image and their inner products, for the L-BFGS direction.
+    """The last `capacity`, at most `most`, secant pairs (s, y) of one image and their inner products, for L-BFGS.
 
     H = γI + [S, γY] M [S, γY]ᵀ, so a direction costs two passes over the stored vectors: their products with the
     gradient, and their sum. Products with the newest y = g′ − g are differences of those with g′ and with g.
     """
 
-    def __init__(self, capacity: int, like: Tensor) -> None:
+    def __init__(self, capacity: int, like: Tensor, most: int = 0) -> None:
         self.capacity = capacity
         self.shape = like.shape
         self.pairs = like.new_empty((0, 2, like.numel()))  # grows in blocks: memory follows use
         self.order: list[int] = []
         # sᵢ·yⱼ, valid for i not newer than j, and yᵢ·yⱼ
-        self.sy, self.yy = torch.zeros((2, capacity, capacity), dtype=torch.float64, device="cpu")
+        size = max(capacity, most)
+        self.sy, self.yy = torch.zeros((2, size, size), dtype=torch.float64, device="cpu")
         self.unsettled: list[int] = []  # slots whose products are still missing, oldest first
         self.newest: tuple[Tensor, Tensor] | None = None  # the two gradients of the newest y
         self.seen: tuple[Tensor, Tensor] | None = None  # the gradient of the last direction and its products
-
-    def grow(self, limit: int) -> None:
-        """Double the capacity, up to `limit`."""
-        size, self.capacity = self.capacity, min(2 * self.capacity, limit)
-        grown = torch.zeros((2, self.capacity, self.capacity), dtype=torch.float64, device="cpu")
-        grown[0, :size, :size], grown[1, :size, :size] = self.sy, self.yy
-        self.sy, self.yy = grown
 
     def clear(self) -> None:
         """Drop all pairs."""
@@ -202,7 +196,7 @@ class LBFGS:
 
     def _descend(self, source: Tensor, feasible: FeasibleSet, warmup: int) -> Iterates:
         """Run start and descent in one feasible set."""
-        memory = SecantHistory(min(self.history, 40), source)
+        memory = SecantHistory(min(self.history, 40), source, self.history)
         x, raw = yield from self._polyak(source, feasible, memory, warmup)
         weight, slack, failures, steps, milestone = math.inf, 1.0, 0, 0, raw.error
         at, charged = raw, weight  # the objective at x, and the weight of the penalty in it
@@ -210,8 +204,7 @@ class LBFGS:
             if raw.error < 0.5 * milestone:
                 steps, milestone = 0, raw.error
             elif steps == memory.capacity:
-                steps = 0
-                memory.grow(self.history)
+                steps, memory.capacity = 0, min(2 * memory.capacity, self.history)
             steps += 1
             pull = self._pull(x, raw, feasible)
             if pull < 0.5 * weight:  # rarely, because the history belongs to the old objective
