@@ -134,11 +134,9 @@ class Jacobian:
         """
         count = self._batch if batch is None else batch
         matrix = self.image.new_empty(self.shape)
-        unit = torch.zeros(min(count, self.shape[0]), self.shape[0], dtype=self._z.dtype, device=self._z.device)
-        for start in range(0, self.shape[0], count):
-            rows = unit[: min(count, self.shape[0] - start)].zero_()
-            rows.diagonal(start).fill_(1)
-            self._pull(rows, matrix[start : start + len(rows)].view(-1, *self.image.shape))
+        unit = torch.eye(self.shape[0], dtype=self._z.dtype, device=self._z.device)
+        for cotangents, rows in zip(unit.split(count), matrix.split(count), strict=True):
+            self._pull(cotangents, rows.view(-1, *self.image.shape))
         return matrix
 
     def check_deterministic(self) -> None:

@@ -22,8 +22,6 @@ _BLOCK = 4096  # pixels held in float64 at a time
 class RowSpace:
     """The row space of J = U diag(σ) Vᵀ above its rank threshold: the directions that move the embedding.
 
-    Its complement is the null space at this precision: P_null = I − VᵀV with the rows of V above the threshold.
-
     Attributes:
         basis: V, right singular vectors as rows, (R, N), orthonormal, in the dtype of the image.
         singular_values: σ of these rows, (R,), float64, descending.
@@ -163,8 +161,7 @@ def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
 def patch_null_space(weight: Tensor) -> Tensor:
     """Return the pixel patterns of one patch that the patch embedding maps to zero.
 
-    They belong to the null space at every image: at least C·p² − D for W (D, C·p²), none if W has full rank and C·p² ≤
-    D.
+    They belong to the null space at every image. There are C·p² − D of them, or more if W (D, C·p²) has lower rank.
 
     Args:
         weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1], as `Encoder.patch_weight`.
@@ -248,8 +245,7 @@ def make_directions(
         The directions, float32 (float64 for float64 images), those of one kind side by side.
 
     Raises:
-        ValueError: no direction asked for, more than the row space holds, no null space, images of other shapes, or an
-            image that equals its `toward` or `match`.
+        ValueError: no direction, more than J has, other shapes, or an image that equals its `toward` or `match`.
 
     Example:
         >>> import torch

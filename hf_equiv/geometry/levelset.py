@@ -293,10 +293,8 @@ def trace_level_set(
         step: longest predictor step, L2 in pixel units. Points of walks to an image are `step`/4 or 50 steps apart.
         num_steps: most points after the start.
         rtol: largest ‖f(x) − z‖/‖z‖ of any point. Below about 5e-6 float32 noise ends most walks (`drift_exceeded`).
-        target: destination of toward and connect, (B or 1, C, H, W); else the pixels or embedding whose level set is
-            meant.
-        origin: reference of l2, linf and psnr_db, (B or 1, C, H, W): `nearest` leads to it, `away` from it. Default:
-            start.
+        target: destination of toward and connect, (B or 1, C, H, W); else the pixels or embedding of the level set.
+        origin: reference of l2, linf and psnr_db, (B or 1, C, H, W); default: the start.
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
         generator: of the random heading.
         keep_points: whether the points keep their pixels.
@@ -307,8 +305,7 @@ def trace_level_set(
 
     Raises:
         TypeError: `images` is no float32 or float64 tensor.
-        ValueError: an unknown heading, a missing target or origin, a heading without a part in the null space, or a
-            Jacobian too large to hold.
+        ValueError: an unknown heading, one in the row space, no target or origin, or a Jacobian too large to hold.
 
     Example:
         >>> import torch

@@ -108,10 +108,10 @@ def directional_lipschitz(
 
         ‖s(h)‖ = ‖f(x + hv) − f(x − hv)‖ / 2h   →   ‖Jv‖,    J = ∂f/∂x (D, N).
 
-    Small h drown in rounding, large ones are curved; the value is extrapolated from the range between, never copied
-    from autograd. It is `resolved` if its error estimate and its distance from the exact ‖Jv‖ are at most 1 % (the
-    latter 5 % in half precision) and three radii in a row agree within 2 %; else `undetermined`, as all null directions
-    are, or `error` if f or its derivative is not finite. x ± hv may step over the edge of [0, 1].
+    The value is extrapolated from the range between rounding and curvature, never copied from autograd. It is
+    `resolved` if its error estimate and its distance from the exact ‖Jv‖ are at most 1 % (the latter 5 % in half
+    precision) and three radii in a row agree within 2 %; else `undetermined`, as all null directions are, or `error` if
+    f or its derivative is not finite. x ± hv may step over the edge of [0, 1].
 
     Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise.
 

@@ -169,19 +169,8 @@ def regional_lipschitz(
     scale = pixel_std(f, images, std)
 
     def measure(J: Jacobian, _: int) -> dict[str, Any]:
-        search = _Search(f, J, radius, norm, generator)
-        search.run(num_steps, num_batches, batch_size)
-        return {
-            "lower_bound": search.value,
-            "at_center": search.at_center,
-            "images": search.place,
-            "directions": search.direction,
-            "clever": search.clever,
-            "sample_maxima": torch.tensor(search.maxima, dtype=torch.float64, device="cpu"),
-            "unit_factor": unit_factor(search.direction[None], scale)[0].cpu(),
-            "status": Status.COMPLETED if math.isfinite(search.value) else Status.ERROR,
-            "num_evals": search.num_evals,
-        }
+        found = _Search(f, J, radius, norm, generator).run(num_steps, num_batches, batch_size)
+        return {**found, "unit_factor": unit_factor(found["directions"][None], scale)[0].cpu()}
 
     return RegionalResult(**measure_images(f, images, 32, measure, progress))
 
@@ -194,13 +183,12 @@ class _Search:
         self.box = FeasibleSet.around(self.center, radius, norm)
         self.place, self.value, self.num_evals = self.center, math.nan, at.num_evals
         self.direction = _unit(self._gaussian())
-        self.at_center = self.clever = math.nan
-        self.maxima: list[float] = []
 
-    def run(self, num_steps: int, num_batches: int, batch_size: int) -> None:
-        top, self.at_center = self._power(self.center, self.direction, _WARMUP)
+    def run(self, num_steps: int, num_batches: int, batch_size: int) -> dict[str, Any]:
+        top, at_center = self._power(self.center, self.direction, _WARMUP)
         self._ascend(self.center, top, num_steps)
         best: tuple[float, Tensor, Tensor] = (-math.inf, self.center, top)
+        maxima, clever = [], math.nan
         for _ in range(num_batches):
             largest = -math.inf
             for _ in range(batch_size):
@@ -208,11 +196,21 @@ class _Search:
                 v, constant = self._power(point, top, _SAMPLE_POWER)
                 largest = max(largest, constant)
                 best = max(best, (constant, point, v), key=lambda item: item[0])
-            self.maxima.append(largest if math.isfinite(largest) else math.nan)
+            maxima.append(largest if math.isfinite(largest) else math.nan)
         if num_batches:
             self._ascend(best[1], best[2], num_steps)
-            if all(map(math.isfinite, self.maxima)):
-                self.clever = fit_reverse_weibull(torch.tensor(self.maxima, dtype=torch.float64))[0]
+            if all(map(math.isfinite, maxima)):
+                clever = fit_reverse_weibull(torch.tensor(maxima, dtype=torch.float64))[0]
+        return {
+            "lower_bound": self.value,
+            "at_center": at_center,
+            "images": self.place,
+            "directions": self.direction,
+            "clever": clever,
+            "sample_maxima": torch.tensor(maxima, dtype=torch.float64, device="cpu"),
+            "status": Status.COMPLETED if math.isfinite(self.value) else Status.ERROR,
+            "num_evals": self.num_evals,
+        }
 
     def _power(self, x: Tensor, v: Tensor, steps: int) -> tuple[Tensor, float]:
         """Return the direction after some power iterations at x, and ‖Jv‖ there."""

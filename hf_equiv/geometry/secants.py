@@ -94,12 +94,11 @@ def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor)
     """Return the ends (K, 2) of the longest run of secants and floors (K, R) within 2 % of the value, else NaN."""
     level = value[:, None]
     on = ((norms - level).abs() <= PLATEAU_RTOL * level) & (noise_floor <= PLATEAU_RTOL * level)
-    plateau = torch.full((len(value), 2), torch.nan, dtype=radii.dtype, device=radii.device)
-    for k, row in enumerate(on.tolist()):
-        low, high = _longest_run(row)
-        if high - low >= PLATEAU_RADII:
-            plateau[k] = torch.stack([radii[low], radii[high - 1]])
-    return plateau
+    index = torch.arange(len(radii), device=radii.device)
+    lengths = index - torch.where(on, -1, index).cummax(dim=1).values  # of the run that ends at each radius
+    longest, last = lengths.max(dim=1)
+    plateau = torch.stack([radii[last - longest + 1], radii[last]], dim=1)
+    return torch.where((longest >= PLATEAU_RADII)[:, None], plateau, torch.nan)
 
 
 def least_error(noise_floor: Tensor) -> Tensor:
@@ -123,17 +122,6 @@ def _fit(secants: Tensor, radii: Tensor, noise: Tensor, order: int) -> tuple[Ten
         misfit = ((secants - powers @ terms) / noise[:, :, None]).flatten(1).norm(dim=1)
         spread = spread * (misfit / spare**0.5).clamp_min(1)
     return terms[:, 0], spread
-
-
-def _longest_run(row: list[bool]) -> tuple[int, int]:
-    """Return [low, high) of the longest run of True; the first of several."""
-    best, start = (0, 0), 0
-    for i, on in enumerate([*row, False]):
-        if not on:
-            if i - start > best[1] - best[0]:
-                best = (start, i)
-            start = i + 1
-    return best
 
 
 def secant_noise(f: Encoding, image: Tensor, radii: Tensor, *, method: str = "auto") -> tuple[Tensor, str, int]:

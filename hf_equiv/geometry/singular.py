@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.precision import Encoding, power_of_two
+from hf_equiv.precision import Encoding, float64_twin, power_of_two
 
 ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of `left_singular` over σ₁
 
@@ -267,11 +267,10 @@ def derivative_noise(
 
 def _reference(f: Encoding, J: Jacobian) -> tuple[Jacobian, str]:
     if J.eps > torch.finfo(torch.float64).eps:
-        twin = getattr(f, "double", None)
-        if isinstance(f, torch.nn.Module):  # its `double` works in place
-            twin = copy.deepcopy(f).double
         try:
-            reference = Jacobian(f if twin is None else twin(), J.image.double())
+            # `double` of a module works in place.
+            twin = copy.deepcopy(f).double() if isinstance(f, torch.nn.Module) else float64_twin(f) or f
+            reference = Jacobian(twin, J.image.double())
             if reference.eps == torch.finfo(torch.float64).eps:
                 return reference, "float64 twin"
         except (RuntimeError, TypeError, ValueError):

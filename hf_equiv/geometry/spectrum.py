@@ -105,9 +105,9 @@ def jacobian_spectrum(
 ) -> SpectrumResult:
     """Compute the singular values of J = ∂f/∂x at each image: how far the embedding moves, along how many directions.
 
-    J = U diag(σ) Vᵀ (D, N). The right vectors are the pixel directions that move the embedding, in order; the N − rank
-    directions off them leave it, to first order. "full" forms J and takes all σ from it in float64; "golub_kahan" finds
-    the top k from products with J and Jᵀ. For an Encoder, zeros of known cause are named.
+    J = U diag(σ) Vᵀ (D, N). The right vectors are the pixel directions that move the embedding, in order. "full" forms
+    J and takes all σ from it in float64; "golub_kahan" finds the top k from products with J and Jᵀ. For an Encoder,
+    zeros of known cause are named.
 
     Cost: full (1 + 2D)/3 evaluations an image and D·N numbers of memory; golub_kahan 4/3 a pass, about 2k + 7 passes.
 

@@ -50,8 +50,8 @@ class LinearModel:
         self.A = at.as_matrix()
         self.free = torch.ones(at.image.numel(), dtype=torch.bool, device=at.image.device)
         self._gram = self.A.new_zeros((len(self.A), len(self.A)), dtype=torch.float64)
-        for start in range(0, self.A.shape[1], _COLUMNS):
-            columns = self.A[:, start : start + _COLUMNS].double()
+        for part in self.A.split(_COLUMNS, dim=1):
+            columns = part.double()
             self._gram += columns @ columns.T
         self._factor: tuple[Tensor, Tensor] | None = None
 
@@ -88,11 +88,9 @@ class LinearModel:
 
     def apply(self, step: Tensor) -> Tensor:
         """Return A s of a step s (C, H, W), the predicted change of the embedding, (D,) float64."""
-        step = step.flatten()
         product = step.new_zeros(len(self.A), dtype=torch.float64)
-        for start in range(0, len(step), _COLUMNS):
-            part = slice(start, start + _COLUMNS)
-            product += self.A[:, part].double() @ step[part].double()
+        for columns, part in zip(self.A.split(_COLUMNS, dim=1), step.flatten().split(_COLUMNS), strict=True):
+            product += columns.double() @ part.double()
         return product
 
     def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:

@@ -117,9 +117,8 @@ class SecantHistory:
 class LBFGS:
     """Projected limited-memory BFGS on ½‖f(x) − z‖², started by Polyak steps and held near the source. The default.
 
-    1. *Start.* The source lies in a narrow, strongly curved valley, where a line search creeps. Polyak's step
-       ½‖r‖²/‖g‖², damped by momentum, bounces across it and stays near the source: `warmup` evaluations bring the error
-       to about 0.3.
+    1. *Start.* The source lies in a narrow, strongly curved valley. Polyak's step ½‖r‖²/‖g‖², damped by momentum,
+       bounces across it and stays near the source: `warmup` evaluations bring the error to about 0.3.
     2. *Descent.* L-BFGS in the compact representation backtracks along the projected path. Pixels at a bound that the
        step pushes outwards are held. Until the error falls below `release`, the penalty ½λ‖x − source‖² with λ =
        proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
@@ -130,8 +129,7 @@ class LBFGS:
     the radius, L-BFGS continues in w, x = m + h·sin(w) (`SineChart`).
 
     Args:
-        history: most pairs kept; each costs two images of memory. It starts at 40 and doubles whenever the error has
-            not halved in as many steps.
+        history: most pairs kept, two images each; they start at 40 and double if the error does not halve in as many.
         warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball at most ten times this number.
         momentum: of the start, in [0, 1).
         proximity: weight of staying near the source against the remaining error; more takes more evaluations.

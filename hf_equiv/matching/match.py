@@ -51,8 +51,7 @@ def match_embedding(
 
         xᵇ (C, H, W), z = f(target) or target (D,), error ‖f(xᵇ) − zᵇ‖ / ‖zᵇ‖ ≤ rtol.
 
-    Every iterate lies in the feasible set. f runs in the dtype of `source`, with TF32 off. If f does not depend on the
-    batch, neither does the result of an image.
+    f runs in the dtype of `source`, with TF32 off. If f does not depend on the batch, neither does the result.
 
     Cost: one evaluation is one forward and one backward pass of one image. The default solver keeps 2·`history` images
     of memory per image. Encoding the target once is not counted.

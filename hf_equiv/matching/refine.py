@@ -60,8 +60,7 @@ def refine_8bit(
         images: matches to round, (B, C, H, W), pixels in [0, 1].
         target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
         source: centre of the ball, (B, C, H, W); needed with `radius`.
-        radius: of the ball about `source`, in pixel units, in whole steps if the source is k/255; None for the box
-            alone.
+        radius: of the ball about `source`, in pixel units (whole steps if it is k/255); None for the box alone.
         norm: of the ball: "linf" or "l2".
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image; too few for a Jacobian leave the rounded image.

@@ -62,7 +62,6 @@ class Encoder:
         self, checkpoint: Checkpoint, loaded: LoadedModel, preprocessor: Preprocessor, device: torch.device,
         dtype: torch.dtype, *, readout: str, normalize: bool
     ) -> None:  # fmt: skip
-        loaded.to(device)
         self._checkpoint, self._loaded, self._preprocessor = checkpoint, loaded, preprocessor
         self.model_id, self.revision, self.normalize = checkpoint.model_id, checkpoint.revision, normalize
         self.dtype, self.device = dtype, device
@@ -112,7 +111,7 @@ class Encoder:
         """Load the image encoder of a checkpoint: one model, with its classification head if the checkpoint has one.
 
         It takes any vision model of transformers that maps pixels to hidden states, and the vision tower of CLIP and
-        SigLIP. Weights are read from safetensors only. The commit is resolved once and every file belongs to it.
+        SigLIP. Weights are read from safetensors only, and all files belong to one commit.
 
         Args:
             model_id: Hub id, local folder, or "builtin" (a small ViT that ships with the package).
@@ -144,7 +143,7 @@ class Encoder:
         cache = None if cache_dir is None else os.fspath(cache_dir)
         hub = HubFiles(os.fspath(model_id), "", subfolder, token, cache, local_files_only)
         checkpoint = find_checkpoint(hub, revision, trust_remote_code)
-        loaded, preprocessor = load_model(checkpoint, dtype), load_preprocessor(checkpoint)
+        loaded, preprocessor = load_model(checkpoint, dtype, place), load_preprocessor(checkpoint)
         return cls(checkpoint, loaded, preprocessor, place, dtype, readout=readout, normalize=normalize)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -171,9 +170,7 @@ class Encoder:
         alone = self.dtype != torch.float32 or self._layout.alone
         if pixels.shape[0] > 1 and pixels.device.type == "cpu" and alone:
             return torch.cat([self._embed(one, readout) for one in pixels.split(1)])
-        with ExitStack() as rules:
-            rules.enter_context(no_tf32())
-            rules.enter_context(no_autocast())
+        with ExitStack() as rules, no_tf32(), no_autocast():
             if exact or forward_ad.unpack_dual(pixels).tangent is not None:
                 rules.enter_context(exact_derivatives())
             if exact and self._loaded.attention == "eager":
@@ -208,8 +205,7 @@ class Encoder:
             (B, 3, H, W) float32 in [0, 1], every value k/255.
 
         Raises:
-            ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or cannot split it
-                exactly.
+            ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or split it exactly.
         """
         return self._preprocessor(images)
 
@@ -272,7 +268,7 @@ class Encoder:
     def noise_floor(self, pixels: Tensor) -> Tensor:
         """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: embedding errors below this are meaningless.
 
-        The cost is one forward pass in the encoder's dtype and one of its float64 twin each. 0 for a float64 encoder.
+        The cost is a forward pass of the encoder and one of its float64 twin. It is 0 for a float64 encoder.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1].

@@ -29,12 +29,6 @@ class LoadedModel:
     has_pooler: bool  # whether every weight of the pooler (if it has any) is in the checkpoint
     two_tower: bool  # whether the checkpoint also holds a text encoder
 
-    def to(self, device: torch.device) -> None:
-        """Move every parameter to `device`."""
-        self.model.to(device)
-        if self.projection is not None:
-            self.projection.to(device)
-
     def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
         """Return a copy whose parameters are of `dtype`; float64 keeps every float32 value exactly."""
         twin = copy.deepcopy((self.model, self.backbone, self.projection))  # together: shared parts stay shared
@@ -42,8 +36,8 @@ class LoadedModel:
         return replace(self, model=model, backbone=backbone, projection=projection)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
-    """Load the one model of `checkpoint` in `dtype`, frozen, in eval mode, on the CPU; refuse an incomplete one."""
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Load the one model of `checkpoint` in `dtype` on `device`, frozen, in eval mode; refuse an incomplete one."""
     config = _read_config(checkpoint)
     model_class = _choose_class(config, checkpoint)
     checkpoint.weights()
@@ -89,6 +83,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
     projection = getattr(model, "visual_projection", None)
     if two_tower:  # labels load the text encoder when they need it
         model = backbone
+    for part in (model, projection):
+        if part is not None:
+            part.to(device)
     return LoadedModel(model, backbone, projection, attention, head, "pooler" not in parts, two_tower)
 
 

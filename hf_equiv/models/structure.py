@@ -125,11 +125,9 @@ def _tail(z: Tensor, y: Tensor) -> tuple[Tensor | None, int | None]:
         if any(float((g - scale[:, None] * g[token]).norm()) > 1e-4 * float(g.norm()) for g in seen):
             return None, None
     rows = []
-    for start in range(0, z.numel(), 64):
-        eye = torch.zeros(min(64, z.numel() - start), z.numel(), dtype=z.dtype, device=z.device)
-        eye.diagonal(start).fill_(1)
-        (part,) = torch.autograd.grad(z, y, eye, retain_graph=True, is_grads_batched=True)
-        rows.append(part.reshape(len(eye), -1, d)[:, token].double())
+    for unit in torch.eye(z.numel(), dtype=z.dtype, device=z.device).split(64):
+        (part,) = torch.autograd.grad(z, y, unit, retain_graph=True, is_grads_batched=True)
+        rows.append(part.reshape(len(unit), -1, d)[:, token].double())
     return torch.cat(rows), None if several else token
 
 
