@@ -9,17 +9,17 @@ single rows on the way; a full Jacobian is formed again only after failures that
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv import checks
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
-from hf_equiv.jacobian import stacked
+from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.matching.match import target_embeddings
 from hf_equiv.precision import Encoding, no_autocast, no_tf32, with_autocast
@@ -70,7 +70,6 @@ class Walk:
     keep_points: bool
     progress: Callable[[WalkPoint], None] | None
     path: list[WalkPoint] = field(default_factory=list)
-    seconds: float = 0.0
     status: Status = Status.ERROR
     end: Place | None = None  # the destination, if it lies on the level set
     at: Tensor = field(init=False)
@@ -83,11 +82,9 @@ class Walk:
 
     def run(self, start: Tensor, num_steps: int) -> None:
         """Walk, and set `status`."""
-        began = time.perf_counter()
         self.at = start
         self.h = self.most = min(self.step, math.sqrt(start.numel()))  # no step is longer than the box
         self.status = self._walk(start, num_steps)
-        self.seconds = time.perf_counter() - began
         del self.corrector.model  # D·N numbers
 
     def _walk(self, start: Tensor, num_steps: int) -> Status:
@@ -111,7 +108,7 @@ class Walk:
             if bool(((start > 0) & (start < 1)).all()):  # else the box may be the cause
                 raise ValueError(
                     "`heading` must have a part in the null space of J; got less than 0.1 % of it for image "
-                    f"{self.index}. Directions in the row space change the embedding; with D ≥ N there are no others."
+                    f"{self.index}. Directions in the row space change the embedding; for D ≥ N there may be no others."
                 )
         since, hops = 0.0, 0  # length and steps since the last point
         while len(self.path) <= num_steps:
@@ -334,28 +331,27 @@ def trace_level_set(
     with torch.inference_mode(False), no_tf32():
         f = with_autocast(f)
         z = target_embeddings(lambda x: torch.cat([f(one) for one in x.split(1)]), images, goal.detach(), "images")
-        walks = []
-        for b, start in enumerate(images):
+
+        def measure(J: Jacobian, b: int) -> dict[str, Any]:
             corrector = Corrector(f, z[b], rtol)
-            corrector.look(start).jacobian.check_deterministic()
-            corrector.num_evals += 1 / 3
-            corrector.num_evals += 1 / 3 if target is None or target.ndim == 4 else 0.0  # of z
+            corrector.num_evals = J.num_evals + (1 / 3 if target is None or target.ndim == 4 else 0.0)  # with z
             way: Heading
             if heading in TO_AN_IMAGE:
                 way = Toward(aims[b], stop)
             else:
                 way = Ahead(aims[b], home[b] if heading == "away" else None)
-            walks.append(Walk(b, corrector, way, home[b], step, keep_points, progress))
+            walk = Walk(b, corrector, way, home[b], step, keep_points, progress)
             with no_autocast():
-                walks[-1].run(start, num_steps)
-    return WalkResult(
-        stacked([walk.at for walk in walks]),
-        tuple(tuple(walk.path) for walk in walks),
-        stacked([walk.corrector.num_evals for walk in walks]),
-        torch.tensor([walk.corrector.num_jacobians for walk in walks], device="cpu"),
-        stacked([walk.seconds for walk in walks]),
-        tuple(walk.status for walk in walks),
-    )
+                walk.run(images[b], num_steps)
+            return {
+                "images": walk.at,
+                "paths": tuple(walk.path),
+                "num_evals": corrector.num_evals,
+                "num_jacobians": torch.tensor(corrector.num_jacobians, device="cpu"),
+                "status": walk.status,
+            }
+
+        return WalkResult(**measure_images(f, images, 1, measure))
 
 
 def _aims(

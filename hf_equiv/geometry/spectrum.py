@@ -168,7 +168,7 @@ def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | No
     J.check_memory()
     matrix = J.as_matrix()
     if not bool(torch.isfinite(matrix).all()):
-        none, nan = torch.tensor(-1), math.nan
+        none, nan = torch.tensor(-1, device="cpu"), math.nan
         return _failed(J, "full", k, vectors, rank=none, nullity=none, effective_rank=nan, participation=nan)
     left, sigma = left_singular(matrix)
     count = min(J.shape)

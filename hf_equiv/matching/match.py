@@ -51,7 +51,8 @@ def match_embedding(
 
         xᵇ (C, H, W), z = f(target) or target (D,), error ‖f(xᵇ) − zᵇ‖ / ‖zᵇ‖ ≤ rtol.
 
-    f runs in the dtype of `source`, with TF32 off. If f does not depend on the batch, neither does the result.
+    Every iterate lies in the feasible set. f runs in the dtype of `source`, with TF32 off. If f does not depend on the
+    batch, neither does the result of an image.
 
     Cost: one evaluation is one forward and one backward pass of one image. The default solver keeps 2·`history` images
     of memory per image. Encoding the target once is not counted.
@@ -138,7 +139,7 @@ def _check_different(source: Tensor, target: Tensor) -> None:
     same = (source == target.to(source)).flatten(1).all(dim=1).nonzero().flatten().tolist()
     if same:
         raise ValueError(
-            f"`target` must differ from `source`; got the same pixels for {_listing('image', same)}. "
+            f"`target` must differ from `source`; got the same pixels for {_listing(same)}. "
             "Any image is a match of itself: pass another target."
         )
 
@@ -307,11 +308,11 @@ def _describe_failure(result: MatchResult, rtol: float, max_evals: int) -> str:
     advice = " ".join(status.advice for status in statuses)
     return (
         f"{len(missed)} of {len(result.status)} images did not reach rtol={rtol:g} in {max_evals} evaluations "
-        f"({_listing('image', missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "
+        f"({_listing(missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "
         "Or pass `raise_on_failure=False`."
     )
 
 
-def _listing(noun: str, indices: list[int]) -> str:
+def _listing(indices: list[int]) -> str:
     shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
-    return f"{noun}{'s' if len(indices) > 1 else ''} {shown}"
+    return f"image{'s' if len(indices) > 1 else ''} {shown}"
