@@ -1,8 +1,8 @@
 """Control the kernels that compute a stated number: attention for derivatives, no TF32 and no autocast in float32.
 
-Each rule is a context manager and restores the caller's settings. PyTorch's fused attention kernels have neither
-forward mode nor second order, and float64 needs a softmax in float64; the plain MATH kernel has all three. TF32 keeps
-10 bits of mantissa, so a "float32" convolution or matmul on CUDA is off by about 1e-3; autocast to bfloat16 keeps 7.
+PyTorch's fused attention kernels have neither forward mode nor second order, and float64 needs a softmax in float64;
+the plain MATH kernel has all three. TF32 keeps 10 bits of mantissa, so a "float32" convolution or matmul on CUDA is off
+by about 1e-3; autocast to bfloat16 keeps 7.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ def exact_derivatives() -> AbstractContextManager[None]:
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """Switch TF32 off for float32 matmuls and convolutions on CUDA, and restore the caller's settings on exit.
-
-    A100, H100 and H200 use TF32 for convolutions by default, and the patch embedding of a vision transformer is one.
-    """
-    # The older `allow_tf32` flags raise when read while these differ between operators: never mix the two.
+    """Switch TF32 off for float32 matmuls and convolutions on CUDA, and restore the caller's settings on exit."""
+    # A100, H100 and H200 use it for convolutions by default, and a patch embedding is one. The older `allow_tf32` flags
+    # raise when read while these differ between operators: never mix the two.
     cudnn: Any = torch.backends.cudnn
     owners: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
     before = [owner.fp32_precision for owner in owners]
@@ -50,11 +48,9 @@ def no_tf32() -> Iterator[None]:
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """Leave `torch.autocast`: float32 products inside stay float32.
-
-    Wrap the library's own float32 products and the backward pass of f; PyTorch casts a backward pass by the block that
-    runs it, not by the block of the forward pass. Calls of f stay in the caller's block.
-    """
+    """Leave `torch.autocast`: float32 products inside stay float32."""
+    # For the library's own float32 products and the backward pass of f; PyTorch casts a backward pass by the block that
+    # runs it, not by that of the forward pass. Calls of f stay in the caller's block.
     with ExitStack() as rules:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):

@@ -2,8 +2,7 @@
 
 *The matrix.* The Gram matrix JJᵀ squares the small values away, so it serves only those above a hundredth of the
 largest; the rest of J, U_restᵀJ, has a Gram matrix of its own scale, and so on down. Every σ is then within 100
-eps₆₄·σ₁, at about a thirtieth of the cost of making J, without a copy of J. The rest of a J in float32 or less (below
-σ₁/1000) is treated once, which brings it within 1e-10 σ₁.
+eps₆₄·σ₁. The rest of a J in float32 or less (below σ₁/1000) is treated once, which brings it within 1e-10 σ₁.
 
 *Products.* Golub–Kahan bidiagonalisation with full re-orthogonalisation starts from u₁ = J·noise: JᵀU = V B with V
 orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up), measured from the products themselves.

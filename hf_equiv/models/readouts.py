@@ -1,15 +1,4 @@
-"""Read out the embedding of a vision model: name, place and availability of each readout.
-
-| readout | embedding z of one image |
-| --- | --- |
-| `cls` | the class token of the last hidden state, R^D |
-| `mean` | the mean over patch tokens (without class, distillation and register tokens), or over all positions |
-| `pooler` | the model's own pooled output, R^D, only if every weight of it is in the checkpoint |
-| `projection` | the image embedding of CLIP and SigLIP, before normalisation |
-| `tokens` | the whole last hidden state, flattened: R^{T·D} |
-| `logits` | the scores of the classification head, before the softmax |
-| `hidden:K` | `hidden_states[K]`: its class token, else the mean; 0 is after the patch embedding |
-"""
+"""Read out the embedding of a vision model: name, place and availability of each readout (docs/guide.md)."""
 
 from __future__ import annotations
 
