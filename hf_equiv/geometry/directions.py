@@ -285,10 +285,9 @@ def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
     return (wide / wide.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(dtype)
 
 
-def as_directions(vectors: Directions | Tensor, images: Tensor, batch: int) -> Directions:
+def as_directions(vectors: Directions | Tensor, images: Tensor) -> Directions:
     """Return checked directions of checked images; a tensor (B, K, C, H, W) gets the kind `given`."""
     checks.check_images(images)
-    checks.check_count(batch, "batch")
     if not isinstance(vectors, Directions):
         count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
         vectors = Directions(vectors, ("given",) * count, tuple(range(count)))

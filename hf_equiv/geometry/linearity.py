@@ -98,7 +98,7 @@ def linearity_radius(
         >>> linearity_radius(f, x, x[None] + 1, tau=0.5).radii.round(decimals=2).tolist()  # 2(h − 0.25) = h/2
         [[0.33]]
     """
-    given = as_directions(directions, images, batch)
+    given = as_directions(directions, images)
     limit = math.sqrt(images[0].numel()) if max_radius is None else max_radius
     for name, value in (("tau", tau), ("rtol", rtol), ("max_radius", limit)):
         checks.check_positive(value, name)

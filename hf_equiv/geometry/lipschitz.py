@@ -143,7 +143,7 @@ def directional_lipschitz(
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568, §4. Moré, Wild (2011), *SIAM J. Sci. Comput.* 33:1292 (noise).
     """
-    given = as_directions(directions, images, batch)
+    given = as_directions(directions, images)
     ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)

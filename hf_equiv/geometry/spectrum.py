@@ -140,7 +140,6 @@ def jacobian_spectrum(
         Salman, Shams, Liu (2024), arXiv:2401.15568, §3. Roy, Vetterli (2007), EUSIPCO, "The effective rank".
     """
     checks.check_images(images)
-    checks.check_count(batch, "batch")
     checks.check_positive(rtol, "rtol")
     checks.check_choice(method, "method", ("auto", "full", "golub_kahan"))
     if rank_rtol is not None:
