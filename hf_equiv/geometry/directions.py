@@ -151,17 +151,16 @@ def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
         )
     Y, cosines, Zt = torch.linalg.svd(times(a.basis, b.basis.T), full_matrices=False)
     gap = torch.zeros_like(cosines)
-    for start in range(0, a.basis.shape[1], _BLOCK):
-        block = Zt @ b.basis[:, start : start + _BLOCK].double()
-        block -= cosines[:, None] * (Y.T @ a.basis[:, start : start + _BLOCK].double())
-        gap += block.square().sum(dim=1)
+    for first, second in zip(a.basis.split(_BLOCK, dim=1), b.basis.split(_BLOCK, dim=1), strict=True):
+        rest = Zt @ second.double() - cosines[:, None] * (Y.T @ first.double())
+        gap += rest.square().sum(dim=1)
     return torch.atan2(gap.sqrt(), cosines)
 
 
 def patch_null_space(weight: Tensor) -> Tensor:
     """Return the pixel patterns of one patch that the patch embedding maps to zero.
 
-    They belong to the null space at every image. There are C·p² − D of them, or more if W (D, C·p²) has lower rank.
+    They belong to the null space at every image. There are C·p² − rank W of them, W (D, C·p²).
 
     Args:
         weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1], as `Encoder.patch_weight`.
@@ -245,7 +244,7 @@ def make_directions(
         The directions, float32 (float64 for float64 images), those of one kind side by side.
 
     Raises:
-        ValueError: no direction, more than J has, other shapes, or an image that equals its `toward` or `match`.
+        ValueError: no direction or more than J has, images of other shapes, or one equal to its `toward` or `match`.
 
     Example:
         >>> import torch

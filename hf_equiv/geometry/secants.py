@@ -94,11 +94,14 @@ def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor)
     """Return the ends (K, 2) of the longest run of secants and floors (K, R) within 2 % of the value, else NaN."""
     level = value[:, None]
     on = ((norms - level).abs() <= PLATEAU_RTOL * level) & (noise_floor <= PLATEAU_RTOL * level)
+    nowhere = torch.full((len(value), 2), torch.nan, dtype=radii.dtype, device=radii.device)
+    if len(radii) < PLATEAU_RADII:
+        return nowhere
     index = torch.arange(len(radii), device=radii.device)
     lengths = index - torch.where(on, -1, index).cummax(dim=1).values  # of the run that ends at each radius
     longest, last = lengths.max(dim=1)
     plateau = torch.stack([radii[last - longest + 1], radii[last]], dim=1)
-    return torch.where((longest >= PLATEAU_RADII)[:, None], plateau, torch.nan)
+    return torch.where((longest >= PLATEAU_RADII)[:, None], plateau, nowhere)
 
 
 def least_error(noise_floor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
@@ -103,6 +104,11 @@ class Checkpoint:
         for name in [] if self.hub is None else self.hub.names():
             if name.endswith(endings) and not name.endswith(".index.json"):
                 self.find(name)
+
+    def load(self, kind: Any, **options: Any) -> Any:
+        """Load a part by an auto class of transformers, from the folder alone."""
+        own = self.trust_remote_code
+        return kind.from_pretrained(self.folder, local_files_only=True, trust_remote_code=own, **options)
 
     def weights(self) -> list[Path]:
         """Return the safetensors files on disk, downloaded if need be, or refuse a checkpoint without them."""

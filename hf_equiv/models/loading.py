@@ -94,9 +94,7 @@ def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         checkpoint.fetch_matching((".py",))
     with quiet():
         try:
-            return AutoConfig.from_pretrained(
-                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-            )
+            return checkpoint.load(AutoConfig)
         except Exception as error:
             raise _load_error(error, checkpoint) from error
 

@@ -58,9 +58,7 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
     processor, refusal = None, ""
     with quiet():
         try:
-            processor = AutoImageProcessor.from_pretrained(
-                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-            )
+            processor = checkpoint.load(AutoImageProcessor)
         except Exception as error:
             must = "`preprocess` must run the checkpoint's own image processor;"
             refusal = f"{must} {name or _FILE} cannot be built here ({excerpt(error)}). {_CURE}"
