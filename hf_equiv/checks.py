@@ -6,6 +6,7 @@ Messages follow one template: `` `name` must <requirement>; got <actual>. <What 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -78,20 +79,9 @@ def check_embeddings(z: Tensor) -> None:
         )
 
 
-def finite_embedding(z: Tensor, model_id: object) -> Tensor:
-    """Return the embedding z of a checkpoint's probe image; refuse NaN and infinity."""
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError(
-            f"'{model_id}' must give finite embeddings; the embedding of a grey image holds NaN or infinity in "
-            f"{str(z.dtype).removeprefix('torch.')}. Check the weights, or use another dtype."
-        )
-    return z
-
-
 def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "radius") -> None:
     """Require a radius in (0, 1] for linf or (0, √N] for l2, or None."""
-    if norm not in NORMS:
-        raise ValueError(f"`norm` must be one of {', '.join(NORMS)}; got {norm!r}.")
+    check_choice(norm, "norm", NORMS)
     if radius is None:
         return
     _check_number(radius, name, "a number or None")
@@ -101,6 +91,12 @@ def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "
             f"`{name}` must lie in (0, {limit:.6g}] for norm {norm!r} (pixels in [0, 1]); got {radius}. "
             f"Leave it out for no ball, or use a value such as {'8/255' if norm == 'linf' else '2.5'}."
         )
+
+
+def check_choice(value: str, name: str, allowed: Iterable[str]) -> None:
+    """Require one of several words."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
 
 
 def _check_number(value: object, name: str, wanted: str = "a number") -> None:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_count, check_output
-from hf_equiv.precision import exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 
 
 class Jacobian:
     """J = ∂f/∂x at one image as a matrix-free map: products with J and Jᵀ, several vectors at once.
 
-    z = f(x) (D,), J[d, n] = ∂z_d / ∂x_n (D, N) with N = C·H·W. `rmv` is reverse mode (VJP) through the graph of one
-    forward pass. `mv` is its transpose: u -> Jᵀu is linear, so its own VJP along v is Jv (Townsend 2017, "A new trick
-    for calculating Jacobian vector products"), at the cost of a VJP. If an operation has no second order, `mv` falls
-    back to forward mode (JVP), which costs three times as much. TF32 and autocast are off. In float32 the products with
-    J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
+    z = f(x) (D,), J[d, n] = ∂z_d / ∂x_n (D, N) with N = C·H·W. `rmv` is reverse mode (VJP). `mv` is its transpose:
+    u -> Jᵀu is linear, so its own VJP along v is Jv (Townsend 2017, "A new trick for calculating Jacobian vector
+    products"); without second order it falls back to forward mode (JVP), at three times the cost. TF32 and autocast
+    are off. In float32 the products with J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
 
     Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. Memory: the activations of one
     image, three times that after the first `mv`, and `batch` times that during a product.
@@ -47,7 +49,7 @@ class Jacobian:
         True
     """
 
-    def __init__(self, f: Callable[[Tensor], Tensor], image: Tensor, *, batch: int = 32) -> None:
+    def __init__(self, f: Encoding, image: Tensor, *, batch: int = 32) -> None:
         if image.ndim != 3 or not image.is_floating_point():
             raise ValueError(f"`image` must be a float tensor (C, H, W); got {image.dtype} {tuple(image.shape)}.")
         check_count(batch, "batch")
@@ -132,11 +134,9 @@ class Jacobian:
         """
         count = self._batch if batch is None else batch
         matrix = self.image.new_empty(self.shape)
-        unit = torch.zeros(min(count, self.shape[0]), self.shape[0], dtype=self._z.dtype, device=self._z.device)
-        for start in range(0, self.shape[0], count):
-            rows = unit[: min(count, self.shape[0] - start)].zero_()
-            rows.diagonal(start).fill_(1)
-            self._pull(rows, matrix[start : start + len(rows)].view(-1, *self.image.shape))
+        unit = torch.eye(self.shape[0], dtype=self._z.dtype, device=self._z.device)
+        for cotangents, rows in zip(unit.split(count), matrix.split(count), strict=True):
+            self._pull(cotangents, rows.view(-1, *self.image.shape))
         return matrix
 
     def check_deterministic(self) -> None:
@@ -158,8 +158,7 @@ class Jacobian:
         if self.image.is_cuda:
             free = int(torch.cuda.mem_get_info(self.image.device)[0])
         else:
-            names = os.sysconf_names
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else need
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if need > 0.8 * free:
             raise ValueError(
                 f"`images` must have a Jacobian that fits into memory; {dim}×{size} takes {need / 2**30:.0f} GiB of "
@@ -182,12 +181,9 @@ class Jacobian:
                 self._transpose, self._forward_mode = None, True
 
         def push(tangent: Tensor) -> Tensor:
-            return torch.func.jvp(self._f, (self._x.detach(),), (tangent[None],))[1][0]
+            return forward_mode(self._f, self._x.detach(), tangent[None])[0]
 
-        try:
-            return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
-        except (RuntimeError, NotImplementedError) as error:
-            raise RuntimeError(no_forward_mode("f", error)) from error
+        return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
 
     def _transposed(self) -> tuple[Tensor, Tensor]:
         """Return u (D,) and Jᵀu (1, C, H, W) with the graph between them."""
@@ -214,21 +210,48 @@ def jacobian_cost(num_rows: int) -> float:
     return (1 + 2 * num_rows) / 3
 
 
-def require_forward_mode(f: Callable[[Tensor], Tensor], image: Tensor, name: str) -> None:
+def forward_mode(f: Encoding, x: Tensor, v: Tensor, name: str = "f") -> Tensor:
+    """Return J v at x, both (1, C, H, W), by forward mode; an error calls f `name`."""
+    try:
+        moved: Tensor = torch.func.jvp(f, (x,), (v,))[1]
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(
+            f"`encoder` must have forward-mode derivatives for this; {name} does not "
+            f"({' '.join(str(error).split())[:160]}). Use a method that needs gradients only, such as match_embedding, "
+            "or another checkpoint."
+        ) from error
+    return moved
+
+
+def require_forward_mode(f: Encoding, image: Tensor, name: str) -> None:
     """Require a finite Jacobian–vector product of f at one image (1, C, H, W); an error calls f `name`."""
     tangent = torch.linspace(-1, 1, image.numel(), dtype=image.dtype, device=image.device).view_as(image)
-    try:
-        moved = torch.func.jvp(f, (image,), (tangent,))[1]
-    except (RuntimeError, NotImplementedError) as error:
-        raise RuntimeError(no_forward_mode(name, error)) from error
-    if not bool(torch.isfinite(moved).all()):
+    if not bool(torch.isfinite(forward_mode(f, image, tangent, name)).all()):
         raise RuntimeError(f"the JVP of {name} must be finite; got NaN or infinity. Use float32 or float64.")
 
 
-def no_forward_mode(name: str, error: Exception) -> str:
-    """Return the message about an f, called `name`, without forward-mode derivatives."""
-    return (
-        f"`encoder` must have forward-mode derivatives for this; {name} does not "
-        f"({' '.join(str(error).split())[:160]}). Use a method that needs gradients only, such as match_embedding, "
-        "or another checkpoint."
-    )
+def measure_images(
+    f: Encoding, images: Tensor, batch: int, measure: Callable[[Jacobian, int], dict[str, Any]],
+    progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Return the fields of a result: those that `measure(J, b)` finds at each image b, and their seconds."""
+    columns: dict[str, list[Any]] = defaultdict(list)
+    for b, image in enumerate(images.detach()):
+        start = time.perf_counter()
+        J = Jacobian(f, image, batch=batch)
+        J.check_deterministic()
+        for name, value in measure(J, b).items():
+            columns[name].append(value)
+        columns["seconds"].append(time.perf_counter() - start)
+        if progress is not None:
+            progress(b + 1, len(images))
+    return {name: stacked(column) for name, column in columns.items()}
+
+
+def stacked(column: list[Any]) -> Any:
+    """Return tensors as one tensor, floats as float64, missing values as None, and others as a tuple."""
+    if isinstance(column[0], Tensor):
+        return torch.stack(column)
+    if isinstance(column[0], float):
+        return torch.tensor(column, dtype=torch.float64, device="cpu")
+    return None if column[0] is None else tuple(column)

@@ -1,15 +1,15 @@
 """Control the kernels that compute a stated number: attention for derivatives, no TF32 and no autocast in float32.
 
-Each rule is a context manager and restores the caller's settings. PyTorch's fused attention kernels have neither
-forward mode nor second order, and float64 needs a softmax in float64; the plain MATH kernel has all three. TF32 keeps
-10 bits of mantissa, so a "float32" convolution or matmul on CUDA is off by about 1e-3; autocast to bfloat16 keeps 7.
+PyTorch's fused attention kernels have neither forward mode nor second order, and float64 needs a softmax in float64;
+the plain MATH kernel has all three. TF32 keeps 10 bits of mantissa, so a "float32" convolution or matmul on CUDA is off
+by about 1e-3; autocast to bfloat16 keeps 7.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,27 +17,23 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+Encoding = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) to embeddings (B, D)
+
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
-@contextmanager
-def exact_derivatives() -> Iterator[None]:
-    """Compute attention with the MATH kernel, which supports forward mode, second order and float64.
-
-    Wrap every JVP, every double backward and every float64 evaluation. Leave plain forward and backward passes to the
-    fused kernels, which are faster and need less memory.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+def exact_derivatives() -> AbstractContextManager[None]:
+    """Compute attention with the MATH kernel, which supports forward mode, second order and float64."""
+    # For every JVP, double backward and float64 evaluation. Plain forward and backward passes are left to the fused
+    # kernels, which are faster and need less memory.
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """Switch TF32 off for float32 matmuls and convolutions on CUDA, and restore the caller's settings on exit.
-
-    A100, H100 and H200 use TF32 for convolutions by default, and the patch embedding of a vision transformer is one.
-    """
-    # The older `allow_tf32` flags raise when read while these differ between operators: never mix the two.
+    """Switch TF32 off for float32 matmuls and convolutions on CUDA, and restore the caller's settings on exit."""
+    # A100, H100 and H200 use it for convolutions by default, and a patch embedding is one. The older `allow_tf32` flags
+    # raise when read while these differ between operators: never mix the two.
     cudnn: Any = torch.backends.cudnn
     owners: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
     before = [owner.fp32_precision for owner in owners]
@@ -52,11 +48,9 @@ def no_tf32() -> Iterator[None]:
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """Leave `torch.autocast`: float32 products inside stay float32.
-
-    Wrap the library's own float32 products and the backward pass of f; PyTorch casts a backward pass by the block that
-    runs it, not by the block of the forward pass. Calls of f stay in the caller's block.
-    """
+    """Leave `torch.autocast`: float32 products inside stay float32."""
+    # For the library's own float32 products and the backward pass of f; PyTorch casts a backward pass by the block that
+    # runs it, not by that of the forward pass. Calls of f stay in the caller's block.
     with ExitStack() as rules:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
@@ -64,7 +58,7 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
-def with_autocast(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def with_autocast(f: Encoding) -> Encoding:
     """Bind f to the `torch.autocast` settings that hold now, so that it computes the same inside `no_autocast`."""
     held = [(device, torch.get_autocast_dtype(device)) for device in _DEVICES if torch.is_autocast_enabled(device)]
     if not held:
@@ -79,18 +73,11 @@ def with_autocast(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return call
 
 
-@contextmanager
-def float64_softmax() -> Iterator[None]:
-    """Keep a float64 softmax in float64: "eager" attention in transformers casts it to float32.
+class Float64Softmax(TorchFunctionMode):
+    """Keep a float64 softmax in float64: "eager" attention in transformers casts it to float32."""
 
-    Only models whose attention cannot use the fused or MATH kernel need it.
-    """
-    with _Float64Softmax():
-        yield
-
-
-class _Float64Softmax(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch; a softmax of float64 values stays in float64."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.softmax and kwargs.get("dtype") is torch.float32:
             if args[0].dtype is torch.float64:
@@ -109,17 +96,7 @@ def power_of_two(value: float) -> float:
     return math.ldexp(1.0, math.frexp(value)[1])
 
 
-def embedding_noise(f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Measure ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image against the float64 twin of f, (B,) float64."""
-    floors = []
-    with torch.no_grad():
-        for image in images.split(1):
-            exact = twin(image.double())
-            floors.append((f(image).double() - exact).norm() / exact.norm())
-    return torch.stack(floors)
-
-
-def float64_twin(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
+def float64_twin(f: Encoding) -> Encoding | None:
     """Return the same function in float64 if f offers one, as an Encoder below float64 does; else None."""
     # `double()` of a `torch.nn.Module` is never called, because it converts the caller's own weights.
     make = None if isinstance(f, torch.nn.Module) else getattr(f, "double", None)

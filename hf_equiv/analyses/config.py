@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from hf_equiv.analyses.pairs import Item, Reader, name_images
-from hf_equiv.checks import check_count
+from hf_equiv.checks import check_choice, check_count
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.matching.stages import HALF, Draft
 from hf_equiv.runs.schema import Row
@@ -119,7 +119,7 @@ class ImageConfig(BaseConfig):
                 f"`dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}. Half precision is for the early "
                 "iterations of `match` alone: derivatives would drown in its rounding."
             )
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice(self.dtype, "dtype", DTYPES)
         super().check()
         if self.data is not None and self.source is not None:
             raise ValueError("`data` must not be combined with `source`. Give one or the other.")
@@ -156,12 +156,6 @@ class ImageConfig(BaseConfig):
         names, targets = [item.name for item in items], [item.columns["target_id"] for item in items]
         target_ids = _digest(targets) if self.needs_target else None
         return {"num_images": len(items), "image_ids": _digest(names), "target_ids": target_ids}
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str] | dict[str, Any]) -> None:
-    """Require one of several words."""
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
 
 
 def _digest(names: Sequence[str | None]) -> str:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses import measures
-from hf_equiv.analyses.config import DTYPES, BaseConfig, Load, check_choice
+from hf_equiv.analyses.config import DTYPES, BaseConfig, Load
 from hf_equiv.analyses.pairs import Item, Reader, name_pairs
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
-from hf_equiv.checks import NORMS, check_count, check_positive, check_radius, check_rtol
+from hf_equiv.checks import NORMS, check_choice, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import DEFAULT_PAIRS
@@ -80,9 +80,9 @@ class MatchConfig(BaseConfig):
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""
-        check_choice("solver", self.solver, SOLVERS)
-        check_choice("norm", self.ball_norm, NORMS)
-        check_choice("dtype", self.half or self.dtype, (*DTYPES, *HALF))
+        check_choice(self.solver, "solver", SOLVERS)
+        check_choice(self.ball_norm, "norm", NORMS)
+        check_choice(self.half or self.dtype, "dtype", (*DTYPES, *HALF))
         check_rtol(self.rtol)
         check_count(self.max_evals, "max_evals")
         super().check()

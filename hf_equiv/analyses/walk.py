@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_equiv.analyses.config import ImageConfig, Load, check_choice
+from hf_equiv.analyses.config import ImageConfig, Load
 from hf_equiv.analyses.match import match_target
 from hf_equiv.analyses.measures import Rows, by_image, embed, largest, median_of, relative_error, verdict
 from hf_equiv.analyses.pairs import Item, image_generator
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, stages_of
-from hf_equiv.checks import check_count, check_positive
+from hf_equiv.checks import check_choice, check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite
@@ -70,7 +70,7 @@ class WalkConfig(ImageConfig):
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""
-        check_choice("heading", self.heading, HEADINGS)
+        check_choice(self.heading, "heading", HEADINGS)
         super().check()
         check_count(self.num_steps, "num_steps")
         check_positive(self.step, "step")

@@ -66,10 +66,11 @@ def load_encoder(model: str, *, dtype: str, device: str | None, **options: Any) 
     """Load the encoder that the model options name, on the GPU of this process where a launcher has started several."""
     import torch
 
-    from hf_equiv.analyses.config import DTYPES, check_choice
+    from hf_equiv.analyses.config import DTYPES
+    from hf_equiv.checks import check_choice
     from hf_equiv.models.encoder import Encoder
 
-    check_choice("dtype", dtype, DTYPES)
+    check_choice(dtype, "dtype", DTYPES)
     rank = os.environ.get("LOCAL_RANK", "")
     if device in (None, "cuda") and rank.isdecimal() and torch.cuda.is_available():
         device = f"cuda:{rank}"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.geometry.singular import combine, left_singular
-from hf_equiv.geometry.spectrum import rank_rtol_of
+from hf_equiv.geometry.singular import combine, left_singular, rank_threshold, times
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.precision import float64_twin, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, float64_twin, no_autocast, no_tf32
 
 KINDS = ("random", "top", "row", "null", "gradient", "toward", "match")
 
@@ -23,8 +21,6 @@ _BLOCK = 4096  # pixels held in float64 at a time
 @dataclass(frozen=True, slots=True)
 class RowSpace:
     """The row space of J = U diag(σ) Vᵀ above its rank threshold: the directions that move the embedding.
-
-    Its complement is the null space at this precision: P_null = I − VᵀV with the rows of V above the threshold.
 
     Attributes:
         basis: V, right singular vectors as rows, (R, N), orthonormal, in the dtype of the image.
@@ -76,7 +72,7 @@ class RowSpace:
 
 
 def row_space(
-    f: Callable[[Tensor], Tensor] | Jacobian,
+    f: Encoding | Jacobian,
     image: Tensor | None = None,
     *,
     rank_rtol: float | None = None,
@@ -123,7 +119,7 @@ def row_space(
             "`f` must have a finite Jacobian; got NaN or infinity. Use float32 or float64, or another image."
         )
     left, sigma = left_singular(matrix)
-    threshold = float(sigma[0]) * (rank_rtol_of(J.eps) if rank_rtol is None else rank_rtol)
+    threshold = rank_threshold(J, sigma[0], rank_rtol)
     kept = sigma > threshold
     left, sigma = left[:, kept], sigma[kept]
     return RowSpace(combine(matrix, left / sigma, matrix.dtype), sigma, left, threshold)
@@ -153,23 +149,18 @@ def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
             f"`b` must be over the same pixels as `a`; got {b.basis.shape[1]} and {a.basis.shape[1]} of them. "
             "Use one image size."
         )
-    cross = torch.zeros(a.rank, b.rank, dtype=torch.float64, device=a.basis.device)
-    for start in range(0, a.basis.shape[1], _BLOCK):
-        cross.addmm_(a.basis[:, start : start + _BLOCK].double(), b.basis[:, start : start + _BLOCK].double().T)
-    Y, cosines, Zt = torch.linalg.svd(cross, full_matrices=False)
+    Y, cosines, Zt = torch.linalg.svd(times(a.basis, b.basis.T), full_matrices=False)
     gap = torch.zeros_like(cosines)
-    for start in range(0, a.basis.shape[1], _BLOCK):
-        block = Zt @ b.basis[:, start : start + _BLOCK].double()
-        block -= cosines[:, None] * (Y.T @ a.basis[:, start : start + _BLOCK].double())
-        gap += block.square().sum(dim=1)
+    for first, second in zip(a.basis.split(_BLOCK, dim=1), b.basis.split(_BLOCK, dim=1), strict=True):
+        rest = Zt @ second.double() - cosines[:, None] * (Y.T @ first.double())
+        gap += rest.square().sum(dim=1)
     return torch.atan2(gap.sqrt(), cosines)
 
 
 def patch_null_space(weight: Tensor) -> Tensor:
     """Return the pixel patterns of one patch that the patch embedding maps to zero.
 
-    They belong to the null space at every image: at least C·p² − D for W (D, C·p²), none if W has full rank and C·p² ≤
-    D.
+    They belong to the null space at every image. There are C·p² − rank W of them, W (D, C·p²).
 
     Args:
         weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1], as `Encoder.patch_weight`.
@@ -209,7 +200,7 @@ class Directions:
 
 
 def make_directions(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     *,
     random: int = 0,
@@ -253,8 +244,7 @@ def make_directions(
         The directions, float32 (float64 for float64 images), those of one kind side by side.
 
     Raises:
-        ValueError: no direction asked for, more than the row space holds, no null space, images of other shapes, or an
-            image that equals its `toward` or `match`.
+        ValueError: no direction or more than J has, images of other shapes, or one equal to its `toward` or `match`.
 
     Example:
         >>> import torch
@@ -294,10 +284,9 @@ def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
     return (wide / wide.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(dtype)
 
 
-def as_directions(vectors: Directions | Tensor, images: Tensor, batch: int) -> Directions:
+def as_directions(vectors: Directions | Tensor, images: Tensor) -> Directions:
     """Return checked directions of checked images; a tensor (B, K, C, H, W) gets the kind `given`."""
     checks.check_images(images)
-    checks.check_count(batch, "batch")
     if not isinstance(vectors, Directions):
         count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
         vectors = Directions(vectors, ("given",) * count, tuple(range(count)))
@@ -306,7 +295,7 @@ def as_directions(vectors: Directions | Tensor, images: Tensor, batch: int) -> D
 
 
 def _at_image(
-    f: Callable[[Tensor], Tensor], image: Tensor, counts: dict[str, int], generator: torch.Generator, batch: int,
+    f: Encoding, image: Tensor, counts: dict[str, int], generator: torch.Generator, batch: int,
     gradient: bool, aims: dict[str, Tensor]
 ) -> tuple[Tensor, tuple[int, ...]]:  # fmt: skip
     """Return the directions at one image, of any length, float64, and the number of each within its kind."""
@@ -315,7 +304,13 @@ def _at_image(
     J = _jacobian(f, image, batch) if spectral or gradient else None
     if J is not None and spectral:
         space = row_space(J)
-        _check_rank(space, counts)
+        for name in ("top", "row"):
+            if counts[name] > space.rank:
+                told = f"`{name}` must be at most the rank {space.rank} of the Jacobian; got {counts[name]}."
+                raise ValueError(told)
+        if counts["null"] and space.rank >= image.numel():
+            told = f"`null` must be 0 where the Jacobian has full column rank {space.rank}; got {counts['null']}."
+            raise ValueError(told)
         spread = [round(i * (space.rank - 1) / max(1, counts["row"] - 1)) for i in range(counts["row"])]
         picks = [*range(counts["top"]), *spread]
         parts.append(space.basis[picks].view(-1, *image.shape))
@@ -334,7 +329,7 @@ def _at_image(
     return torch.cat([part.to(torch.float64) for part in parts]), tuple(numbers)
 
 
-def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacobian:
+def _jacobian(f: Encoding, image: Tensor, batch: int) -> Jacobian:
     """Return J of f, or of its float64 twin if f is too coarse to tell row space and null space apart."""
     J = Jacobian(f, image, batch=batch)
     if J.eps < _COARSE:
@@ -350,12 +345,3 @@ def _jacobian(f: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> Jacob
 
 def _gaussian(count: int, image: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(count, *image.shape, generator=generator, dtype=torch.float64).to(image.device)
-
-
-def _check_rank(space: RowSpace, counts: dict[str, int]) -> None:
-    rank, pixels = space.rank, space.basis.shape[1]
-    for name in ("top", "row"):
-        if counts[name] > rank:
-            raise ValueError(f"`{name}` must be at most the rank {rank} of the Jacobian; got {counts[name]}.")
-    if counts["null"] and rank >= pixels:
-        raise ValueError(f"`null` must be 0 where the Jacobian has full column rank {rank}; got {counts['null']}.")

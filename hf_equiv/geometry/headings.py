@@ -1,9 +1,4 @@
-"""Choose the next tangent direction of a level set, ahead or towards an image.
-
-`Ahead` projects a fixed direction, or the direction away from an image, on the level set. `Toward` descends ½‖x −
-destination‖² inside it, by L-BFGS from afar and by Newton steps near a stationary point; `newton_step` solves their
-quadratic subproblem by conjugate gradients inside a ball.
-"""
+"""Choose the next tangent direction of a level set, ahead or towards an image."""
 
 from __future__ import annotations
 
@@ -123,10 +118,6 @@ class Ahead:
         """Return the factor for the next step: many corrector trials mean that A has reached its limits."""
         return 1.5 if trials <= _EASY else 0.7 if trials > _HARD else 1.0
 
-    def reconsider(self) -> bool:
-        """Whether another plan may help after a rejected step: a fixed direction has no other."""
-        return False
-
 
 class Toward:
     """Descend ½‖x − destination‖² inside the level set: by L-BFGS from afar, by Newton steps near a stationary point.
@@ -136,10 +127,9 @@ class Toward:
     ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ for any λ (Moreau): that over ‖d‖ certifies a stationary point
     without the full Jacobian there, and below `stop` the search for a nearer image ends.
 
-    A point is off the level set by r = f(x) − z, and back on it ½‖d‖² would be λᵀr more, to first order. Near the end
-    that is as much as a step gains, so gains are measured in the Lagrangian ½‖d‖² + λᵀr (Nocedal, Wright 2006, §18.1).
-    L-BFGS learns its Hessian H = P (I + ∇²(λᵀf)) P from the steps so far; a Newton step computes products, as
-    differences of Jᵀλ, for an evaluation each.
+    A point is off the level set by r = f(x) − z, so gains are measured in the Lagrangian ½‖d‖² + λᵀr (Nocedal, Wright
+    2006, §18.1). L-BFGS learns its Hessian H = P (I + ∇²(λᵀf)) P from the steps so far; a Newton step computes products
+    with it as differences of Jᵀλ, for an evaluation each.
     """
 
     spacing = 0.25
@@ -176,7 +166,10 @@ class Toward:
         if bound <= self.stop or _norm(tangent) == 0.0:
             return Plan(None, 0.0, bound)
         if self.last is not None:
-            self._remember(at.image - self.last[0], self.last[1] - tangent)
+            s, y = at.image - self.last[0], self.last[1] - tangent
+            curvature = dot(s, y)
+            if curvature > 1e-8 * _norm(s) * _norm(y):
+                self.pairs = [*self.pairs[1 - _MEMORY :], (s, y, curvature)]
         self.last = at.image, tangent
         direction = model.project_null(self._descent(tangent))
         self.slope = dot(direction, tangent)
@@ -233,11 +226,6 @@ class Toward:
         self.newton = newton_step(hessian, tangent, min(reach, self.radius), _ACCURACY)
         length = _norm(self.newton.step)
         return Plan(self.newton.step / length, length, bound)
-
-    def _remember(self, s: Tensor, y: Tensor) -> None:
-        curvature = dot(s, y)
-        if curvature > 1e-8 * _norm(s) * _norm(y):
-            self.pairs = [*self.pairs[1 - _MEMORY :], (s, y, curvature)]
 
     def _descent(self, tangent: Tensor) -> Tensor:
         """Return H·tangent by the two loops of L-BFGS."""

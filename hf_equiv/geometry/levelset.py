@@ -4,27 +4,25 @@ A step has a predictor x + h·t, with t = P_null v the part of the heading v tha
 (`Corrector`). Pixels at 0 or 1 that would leave the box are taken out of J. The length h is halved when the corrector
 fails or the heading rejects the point, and grows again after easy corrections. The linear model of the corrector learns
 single rows on the way; a full Jacobian is formed again only after failures that its age may explain.
-
-Walks back to a source climb: on a trained DeiT-Tiny σ₁ grew from 90 at a match to 740 half-way, where a tangent step h
-drifts by 2h². `nearest` then takes thousands of evaluations: from five matches to `stop` = 0.1, 4,400 to 14,900 with
-the match, for L2 7.8 to 3.1, 2.2 to 0.8, 5.8 to 2.4.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv import checks
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
+from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.matching.corrector import Corrector, Place
-from hf_equiv.precision import no_autocast, no_tf32, with_autocast
+from hf_equiv.matching.match import target_embeddings
+from hf_equiv.precision import Encoding, no_autocast, no_tf32, with_autocast
 from hf_equiv.results import Status
 
 STOP = 0.01  # default stationarity at which a walk to an image ends
@@ -62,11 +60,7 @@ class WalkPoint:
 
 @dataclass(eq=False)
 class Walk:
-    """From one image, along one heading, by steps that the corrector can bring back.
-
-    `path` holds the points so far, `at` the pixels of the last, and `status` the end. `useless` means that the heading
-    has no part in the null space, and not because of the box.
-    """
+    """A walk from one image: `path` has the points so far, `at` the pixels of the last, and `status` the end."""
 
     index: int  # of the image in its batch
     corrector: Corrector
@@ -76,9 +70,7 @@ class Walk:
     keep_points: bool
     progress: Callable[[WalkPoint], None] | None
     path: list[WalkPoint] = field(default_factory=list)
-    seconds: float = 0.0
     status: Status = Status.ERROR
-    useless: bool = False
     end: Place | None = None  # the destination, if it lies on the level set
     at: Tensor = field(init=False)
     most: float = 0.0  # longest step
@@ -90,23 +82,13 @@ class Walk:
 
     def run(self, start: Tensor, num_steps: int) -> None:
         """Walk, and set `status`."""
-        began = time.perf_counter()
         self.at = start
         self.h = self.most = min(self.step, math.sqrt(start.numel()))  # no step is longer than the box
-        at = self._begin(start)
-        if isinstance(at, Place):
-            plan = self._plan(at)
-            self._record(at, plan)
-            if plan.direction is None and plan.stationarity is None:
-                self.useless = bool(((start > 0) & (start < 1)).all())
-            self.status = self._walk(at, plan, num_steps)
-        else:
-            self.status = at
-        self.seconds = time.perf_counter() - began
+        self.status = self._walk(start, num_steps)
         del self.corrector.model  # D·N numbers
 
-    def _begin(self, start: Tensor) -> Place | Status:
-        """Return the start on the level set, or the status of a walk that cannot begin."""
+    def _walk(self, start: Tensor, num_steps: int) -> Status:
+        """Bring the start to the level set and step from point to point until all are made or the way ends."""
         corrector, heading = self.corrector, self.heading
         at = corrector.look(start)
         corrector.refresh(at)
@@ -120,19 +102,23 @@ class Walk:
         if isinstance(heading, Toward):
             end = corrector.look(heading.destination)
             self.end = end if end.drift <= corrector.rtol else None
-        return at
-
-    def _walk(self, at: Place, plan: Plan, num_steps: int) -> Status:
-        """Step from point to point until all points are made or the way ends."""
+        plan = self._plan(at)
+        self._record(at, plan)
+        if plan.direction is None and plan.stationarity is None:
+            if bool(((start > 0) & (start < 1)).all()):  # else the box may be the cause
+                raise ValueError(
+                    "`heading` must have a part in the null space of J; got less than 0.1 % of it for image "
+                    f"{self.index}. Directions in the row space change the embedding; for D ≥ N there may be no others."
+                )
         since, hops = 0.0, 0  # length and steps since the last point
         while len(self.path) <= num_steps:
-            if plan.direction is None and self.learnt and isinstance(self.heading, Ahead):  # by an A that may be wrong
+            if plan.direction is None and self.learnt and isinstance(heading, Ahead):  # by an A that may be wrong
                 plan = self._renew(at)
                 continue
             if plan.direction is None:
                 self._record(at, plan)
                 return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
-            if self.learnt and self.corrector.stale and self.h < min(plan.length, _SHRUNK * self.longest):
+            if self.learnt and corrector.stale and self.h < min(plan.length, _SHRUNK * self.longest):
                 self.longest = 0.0
                 plan = self._renew(at)
                 continue
@@ -143,13 +129,13 @@ class Walk:
                 if ended is not None:
                     return ended
                 continue
-            self.h = min(self.most, self.h * self.heading.pace(self.corrector.trials))
+            self.h = min(self.most, self.h * heading.pace(corrector.trials))
             self.failures, self.learnt, self.reconsidered = 0, True, False
             self.longest = max(self.longest, length)
             since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
             at = there
             plan = self._plan(at)
-            if plan.direction is None or since >= self.heading.spacing * self.most or hops == _HOPS:
+            if plan.direction is None or since >= heading.spacing * self.most or hops == _HOPS:
                 if len(self.path) == num_steps and self._unfinished(plan):  # a last point deserves a good estimate
                     plan = self._renew(at)
                 self._record(at, plan)
@@ -171,9 +157,10 @@ class Walk:
 
     def _fail(self, at: Place, plan: Plan, length: float, failure: Status) -> tuple[Plan, Status | None]:
         """Return the plan after a failed step, and the status of the walk if it ends here."""
-        if failure is Status.COMPLETED and not self.reconsidered and self.heading.reconsider():
-            self.reconsidered = True
-            return self._plan(at), None
+        if failure is Status.COMPLETED and not self.reconsidered and isinstance(self.heading, Toward):
+            self.reconsidered = self.heading.reconsider()
+            if self.reconsidered:
+                return self._plan(at), None
         if failure is Status.DRIFT_EXCEEDED and self.learnt and self.corrector.stale:
             return self._renew(at), None
         self.h, self.failures = length / 2, self.failures + 1
@@ -269,7 +256,7 @@ class WalkResult:
 
 
 def trace_level_set(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     *,
     heading: str | Tensor,
@@ -303,10 +290,8 @@ def trace_level_set(
         step: longest predictor step, L2 in pixel units. Points of walks to an image are `step`/4 or 50 steps apart.
         num_steps: most points after the start.
         rtol: largest ‖f(x) − z‖/‖z‖ of any point. Below about 5e-6 float32 noise ends most walks (`drift_exceeded`).
-        target: destination of toward and connect, (B or 1, C, H, W); else the pixels or embedding whose level set is
-            meant.
-        origin: reference of l2, linf and psnr_db, (B or 1, C, H, W): `nearest` leads to it, `away` from it. Default:
-            start.
+        target: destination of toward and connect, (B or 1, C, H, W); else the pixels or embedding of the level set.
+        origin: reference of l2, linf and psnr_db, (B or 1, C, H, W); default: the start.
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
         generator: of the random heading.
         keep_points: whether the points keep their pixels.
@@ -317,8 +302,7 @@ def trace_level_set(
 
     Raises:
         TypeError: `images` is no float32 or float64 tensor.
-        ValueError: an unknown heading, a missing target or origin, a heading without a part in the null space, or a
-            Jacobian too large to hold.
+        ValueError: an unknown heading, one in the row space, no target or origin, or a Jacobian too large to hold.
 
     Example:
         >>> import torch
@@ -337,48 +321,41 @@ def trace_level_set(
     checks.check_positive(rtol, "rtol")
     checks.check_positive(stop, "stop", 1)
     checks.check_count(num_steps, "num_steps")
+    if heading == "nearest" and origin is None:
+        raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
     images = images.detach().clone(memory_format=torch.contiguous_format)
     home = images if origin is None else _pixels(origin, images, "origin")
-    aims = _aims(heading, images, home, origin is None, target, generator)
+    aims = _aims(heading, images, home, target, generator)
+    goal = images if target is None or heading == "toward" else target  # of the embedding
+    checks.check_target(goal, len(images))
     with torch.inference_mode(False), no_tf32():
         f = with_autocast(f)
-        z = _embeddings(f, images, target if heading != "toward" else None)
-        walks = []
-        for b, start in enumerate(images):
+        z = target_embeddings(lambda x: torch.cat([f(one) for one in x.split(1)]), images, goal.detach(), "images")
+
+        def measure(J: Jacobian, b: int) -> dict[str, Any]:
             corrector = Corrector(f, z[b], rtol)
-            corrector.look(start).jacobian.check_deterministic()
-            corrector.num_evals += 1 / 3
-            corrector.num_evals += 1 / 3 if target is None or target.ndim == 4 else 0.0  # of z
+            corrector.num_evals = J.num_evals + (1 / 3 if target is None or target.ndim == 4 else 0.0)  # with z
             way: Heading
             if heading in TO_AN_IMAGE:
                 way = Toward(aims[b], stop)
             else:
                 way = Ahead(aims[b], home[b] if heading == "away" else None)
-            walks.append(Walk(b, corrector, way, home[b], step, keep_points, progress))
+            walk = Walk(b, corrector, way, home[b], step, keep_points, progress)
             with no_autocast():
-                walks[-1].run(start, num_steps)
-            if walks[-1].useless:
-                raise ValueError(
-                    f"`heading` must have a part in the null space of J; got less than 0.1 % of it for image {b}. "
-                    "Directions in the row space change the embedding; with D ≥ N there may be no others."
-                )
-    return WalkResult(
-        torch.stack([walk.at for walk in walks]),
-        tuple(tuple(walk.path) for walk in walks),
-        torch.tensor([walk.corrector.num_evals for walk in walks], dtype=torch.float64, device="cpu"),
-        torch.tensor([walk.corrector.num_jacobians for walk in walks], device="cpu"),
-        torch.tensor([walk.seconds for walk in walks], dtype=torch.float64, device="cpu"),
-        tuple(walk.status for walk in walks),
-    )
+                walk.run(images[b], num_steps)
+            return {
+                "images": walk.at,
+                "paths": tuple(walk.path),
+                "num_evals": corrector.num_evals,
+                "num_jacobians": torch.tensor(corrector.num_jacobians, device="cpu"),
+                "status": walk.status,
+            }
+
+        return WalkResult(**measure_images(f, images, 1, measure))
 
 
 def _aims(
-    heading: str | Tensor,
-    images: Tensor,
-    home: Tensor,
-    homeless: bool,
-    target: Tensor | None,
-    generator: torch.Generator | None,
+    heading: str | Tensor, images: Tensor, home: Tensor, target: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     """Return the direction or destination of each walk, (B, C, H, W)."""
     if isinstance(heading, Tensor):
@@ -392,13 +369,10 @@ def _aims(
     if heading not in HEADINGS:
         raise ValueError(f"`heading` must be one of {', '.join(HEADINGS)}, or a tensor; got {heading!r}.")
     if heading == "random":
-        draw = torch.randn(images.shape, generator=generator, dtype=torch.float64, device="cpu")
-        return draw.to(images)
+        return torch.randn(images.shape, generator=generator, dtype=torch.float64, device="cpu").to(images)
     if heading == "away":
         return torch.where(home <= 0.5, 1.0, -1.0).to(images)
     if heading == "nearest":
-        if homeless:
-            raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
         return home
     if target is None or target.ndim != 4:
         raise ValueError(f"`target` must be pixels (B, C, H, W) for heading {heading!r}. Pass the image to walk to.")
@@ -408,16 +382,3 @@ def _aims(
 def _pixels(value: Tensor, images: Tensor, name: str) -> Tensor:
     checks.check_like(value, images, name)
     return value.detach().to(images).expand_as(images)
-
-
-def _embeddings(f: Callable[[Tensor], Tensor], images: Tensor, target: Tensor | None) -> Tensor:
-    """Return the embeddings (B, D) to keep, float64, from one image at a time."""
-    if target is not None:
-        checks.check_target(target, len(images))
-    if target is None or target.ndim == 4:
-        pixels = images if target is None else _pixels(target, images, "target")
-        with torch.no_grad():
-            target = torch.cat([f(x[None].clone()) for x in pixels])
-        checks.check_output(target, len(images))
-    checks.check_embeddings(target)
-    return target.detach().to(images.device, torch.float64).expand(len(images), -1)

@@ -2,13 +2,12 @@
 
 h is doubled, then bisected: a residual that leaves the bound and comes back within a factor of two is not seen. v and
 −v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the float noise
-are not tested; if none is left, the status is `undetermined`.
+are not tested.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +18,8 @@ from hf_equiv.geometry.directions import Directions, as_directions
 from hf_equiv.geometry.lipschitz import Counted, measure_directions
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.precision import no_tf32
+from hf_equiv.precision import Encoding, no_tf32
 from hf_equiv.results import Status
-
-RELATIVE_TO = ("auto", "jvp", "embedding")
 
 _MARGIN = 4  # the bound must be this many times the noise for a residual to be tested
 _LEAST = 1e-6  # first radius tried, unless the noise asks for a larger one
@@ -56,7 +53,7 @@ class LinearityResult:
 
 
 def linearity_radius(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     directions: Directions | Tensor,
     *,
@@ -101,31 +98,27 @@ def linearity_radius(
         >>> linearity_radius(f, x, x[None] + 1, tau=0.5).radii.round(decimals=2).tolist()  # 2(h − 0.25) = h/2
         [[0.33]]
     """
-    given = as_directions(directions, images, batch)
+    given = as_directions(directions, images)
     limit = math.sqrt(images[0].numel()) if max_radius is None else max_radius
     for name, value in (("tau", tau), ("rtol", rtol), ("max_radius", limit)):
         checks.check_positive(value, name)
-    if relative_to not in RELATIVE_TO:
-        raise ValueError(f"`relative_to` must be one of {', '.join(RELATIVE_TO)}; got {relative_to!r}.")
+    checks.check_choice(relative_to, "relative_to", ("auto", "jvp", "embedding"))
     auto = tuple("embedding" if kind == "null" else "jvp" for kind in given.kinds)
     against = auto if relative_to == "auto" else (relative_to,) * len(given)
     flat = torch.tensor([name == "embedding" for name in against], device=images.device)
-    fields, _ = measure_directions(
-        images, given, batch, progress, lambda image: _Line(f, Jacobian(f, image, batch=batch), tau, limit, flat, rtol)
-    )
+    fields = measure_directions(f, images, given, batch, progress, lambda J: _Line(f, J, tau, limit, flat, rtol))
+    del fields["noise_method"]
     return LinearityResult(relative_to=against, **fields)
 
 
 class _Line:
     """Residuals of the first-order model at one image."""
 
-    def __init__(
-        self, f: Callable[[Tensor], Tensor], J: Jacobian, tau: float, limit: float, flat: Tensor, rtol: float
-    ) -> None:
+    def __init__(self, f: Encoding, J: Jacobian, tau: float, limit: float, flat: Tensor, rtol: float) -> None:
         self.f, self.J, self.tau, self.limit, self.rtol = f, J, tau, limit, rtol
         self.flat = flat  # which directions, of all, are measured against the embedding
         one = torch.ones(1, dtype=torch.float64, device=J.image.device)
-        floor, _, self.forwards = secant_noise(f, J.image, one)
+        floor, self.noise_method, self.forwards = secant_noise(f, J.image, one)
         self.forwards += 1  # z below
         self.noise = 2 * float(floor)  # of a difference f(x + hv) − f(x): floor(h)·2h
         with torch.no_grad(), no_tf32():

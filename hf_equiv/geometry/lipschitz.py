@@ -1,16 +1,11 @@
 """Measure local directional Lipschitz constants, with noise floor, plateau and status.
 
-Limits: at a kink exactly at x, such as a maximum of equal numbers, central secants tend to the mean of the two
-one-sided derivatives, and autograd may give it too: then it is resolved. If f computes in bfloat16 or float16, the
-exact ‖Jv‖ is rounded as well: in small random networks 2 % of the resolved values were further from the unrounded
-constant than `errors`, by up to 1.7 times. On DeiT-Tiny in float32 the resolved values lay within 0.12 % of the float64
-‖Jv‖.
+At a kink exactly at x, such as a maximum of equal numbers, central secants tend to the mean of the two one-sided
+derivatives, and autograd may give it too: then it is resolved. docs/internals.md has the accuracy in half precision.
 """
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +16,8 @@ from torch import Tensor
 from hf_equiv import checks
 from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, central_secants, read_secants, secant_noise
-from hf_equiv.jacobian import Jacobian
+from hf_equiv.jacobian import Jacobian, measure_images
+from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
 Counted = Callable[[int, int], None]  # A progress hook: (directions done, directions in all)
@@ -96,7 +92,7 @@ class LipschitzResult:
 
 
 def directional_lipschitz(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     directions: Directions | Tensor,
     *,
@@ -112,10 +108,10 @@ def directional_lipschitz(
 
         ‖s(h)‖ = ‖f(x + hv) − f(x − hv)‖ / 2h   →   ‖Jv‖,    J = ∂f/∂x (D, N).
 
-    Small h drown in rounding, large ones are curved; the value is extrapolated from the range between, never copied
-    from autograd. It is `resolved` if its error estimate and its distance from the exact ‖Jv‖ are at most 1 % (the
-    latter 5 % in half precision) and three radii in a row agree within 2 %; else `undetermined`, as all null directions
-    are, or `error` if f or its derivative is not finite. x ± hv may step over the edge of [0, 1].
+    The value is extrapolated from the range between rounding and curvature, never copied from autograd. It is
+    `resolved` if its error estimate and its distance from the exact ‖Jv‖ are at most 1 % (the latter 5 % in half
+    precision) and three radii in a row agree within 2 %; else `undetermined`, as all null directions are, or `error` if
+    f or its derivative is not finite. x ± hv may step over the edge of [0, 1].
 
     Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise.
 
@@ -147,50 +143,45 @@ def directional_lipschitz(
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568, §4. Moré, Wild (2011), *SIAM J. Sci. Comput.* 33:1292 (noise).
     """
-    given = as_directions(directions, images, batch)
+    given = as_directions(directions, images)
     ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
-    fields, probe = measure_directions(
-        images, given, batch, progress, lambda image: _Ladder(f, Jacobian(f, image, batch=batch), ladder, noise, scale)
-    )
-    return LipschitzResult(radii=ladder.cpu(), noise_method=probe.noise_method, **fields)
+    fields = measure_directions(f, images, given, batch, progress, lambda J: _Ladder(f, J, ladder, noise, scale))
+    return LipschitzResult(radii=ladder.cpu(), noise_method=fields.pop("noise_method")[-1], **fields)
 
 
 def measure_directions(
-    images: Tensor, given: Directions, batch: int, progress: Counted | None, probe_at: Callable[[Tensor], Any]
-) -> tuple[dict[str, Any], Any]:
-    """Measure the directions of each image in batches; return fields of a result and the probe of the last image."""
-    # A probe has `J`, `forwards` and `measure(unit, part)`: columns (K, …) by name for the unit directions at `part`;
-    # the column `codes` holds the index of each status.
-    dtype, done = torch.promote_types(images.dtype, torch.float32), 0
-    columns: dict[str, list[Tensor]] = defaultdict(list)  # an entry for each image
-    for image, own in zip(images.detach(), given.vectors.detach().to(images.device), strict=True):
-        start = time.perf_counter()
-        probe = probe_at(image)
-        probe.J.check_deterministic()
-        chunks = []
-        for first in range(0, len(own), batch):
+    f: Encoding, images: Tensor, given: Directions, batch: int, progress: Counted | None,
+    probe_at: Callable[[Jacobian], Any]
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the directions of each image in batches; return the fields of a result, and `noise_method`."""
+    # A probe has `noise_method`, `forwards` and `measure(unit, part)`: columns (K, …) by name for the unit directions
+    # at `part`; the column `codes` holds the index of each status.
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    vectors = given.vectors.detach().to(images.device)
+
+    def measure(J: Jacobian, b: int) -> dict[str, Any]:
+        probe, chunks = probe_at(J), []
+        for first in range(0, len(given), batch):
             part = slice(first, first + batch)
-            chunks.append(probe.measure(unit_directions(own[part], dtype), part))
-            done += len(own[part])
+            unit = unit_directions(vectors[b, part], dtype)
+            chunks.append(probe.measure(unit, part))
             if progress is not None:
-                progress(done, images.shape[0] * len(given))
-        for name in chunks[0]:
-            columns[name].append(torch.cat([chunk[name] for chunk in chunks]))
-        columns["num_evals"].append(torch.tensor(probe.J.num_evals + probe.forwards / 3, dtype=torch.float64))
-        columns["seconds"].append(torch.tensor(time.perf_counter() - start, dtype=torch.float64))
-    fields: dict[str, Any] = {name: torch.stack(column).cpu() for name, column in columns.items()}
-    status = tuple(tuple(_STATUS[code] for code in row) for row in fields.pop("codes").tolist())
-    return {**fields, "status": status, "kinds": given.kinds, "indices": given.indices}, probe
+                progress(b * len(given) + first + len(unit), len(images) * len(given))
+        columns = {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
+        status = tuple(_STATUS[code] for code in columns.pop("codes").tolist())
+        spent = J.num_evals + probe.forwards / 3
+        return {**columns, "status": status, "num_evals": spent, "noise_method": probe.noise_method}
+
+    fields = measure_images(f, images, batch, measure)
+    return {**fields, "kinds": given.kinds, "indices": given.indices}
 
 
 class _Ladder:
     """Secants over a ladder of radii at one image."""
 
-    def __init__(
-        self, f: Callable[[Tensor], Tensor], J: Jacobian, radii: Tensor, noise: str, std: Tensor | None
-    ) -> None:
+    def __init__(self, f: Encoding, J: Jacobian, radii: Tensor, noise: str, std: Tensor | None) -> None:
         self.f, self.J, self.radii, self.std = f, J, radii, std
         self.floor, self.noise_method, self.forwards = secant_noise(f, J.image, radii, method=noise)
 

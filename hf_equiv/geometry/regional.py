@@ -1,14 +1,12 @@
 """Find the largest Lipschitz constant inside a ball, and estimate the rest by extreme values.
 
-An ascent in point and direction gives a lower bound: v ← JᵀJv/‖JᵀJv‖ (power iteration) and x′ ← P_B(x′ + α·g) with g =
-∇ₓ½‖J(x′)v‖², normalised (its sign for "linf"); both come from one backward pass through a JVP. A step that does not
-increase ‖J(x′)v‖ is undone and α halved. The ascent starts at x and again at the largest random point, which also
-serves where J is piecewise constant and g vanishes. All points stay in the ball and in the box.
+An ascent in point and direction gives a lower bound: v ← JᵀJv/‖JᵀJv‖ and x′ ← P_B(x′ + α·g) with g = ∇ₓ½‖J(x′)v‖²,
+normalised (its sign for "linf"), both from one backward pass through a JVP. A step that does not increase ‖J(x′)v‖ is
+undone and α halved. It starts at x and at the largest random point, which also serves where J is piecewise constant.
 
 CLEVER takes two power iterations from the top direction of the centre at random points, uniform in the ball (then put
-into the box), fits a reverse Weibull distribution to the maxima of batches and extrapolates to its end point. The
-original takes 500 batches of 1024 gradients of one output; here a point is a forward pass, three JVPs and two VJPs. The
-estimate may be on either side of L.
+into the box), fits a reverse Weibull distribution to the maxima of batches and extrapolates to its end point, which may
+be on either side of L. The original takes 500 batches of 1024 gradients of one output.
 
 Weng et al. (2018), arXiv:1801.10578, §4 (CLEVER). Jordan, Dimakis (2020), arXiv:2003.01219, eq. 3 (L).
 """
@@ -16,18 +14,18 @@ Weng et al. (2018), arXiv:1801.10578, §4 (CLEVER). Jordan, Dimakis (2020), arXi
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv import checks
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
-from hf_equiv.jacobian import Jacobian, no_forward_mode
+from hf_equiv.jacobian import Jacobian, forward_mode, measure_images
 from hf_equiv.matching.feasible import FeasibleSet
-from hf_equiv.precision import exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
 
 _SPAN = 1e4  # largest distance tried of the end point from the largest maximum, in spreads of the maxima
@@ -44,17 +42,12 @@ def fit_reverse_weibull(maxima: Tensor) -> tuple[float, float, float]:
     # refined six times. For c < 1 it grows without bound as a → max y, so those fits are left out. If all maxima are
     # equal to rounding, the result is (max y, 0, ∞); if the likelihood still grows as a → ∞, the maxima show no end of
     # the tail and it is NaN. Smith (1985), Biometrika 72:67 (likelihoods with an unknown end point).
-    # For a fixed end point a the distances a − y are Weibull distributed; b has a closed form and c the usual
-    # one-dimensional equation, solved by bisection. The likelihood is then searched over a > max y on a grid that is
-    # refined six times. For c < 1 it grows without bound as a → max y, so those fits are left out. If all maxima are
-    # equal to rounding, the result is (max y, 0, ∞); if the likelihood still grows as a → ∞, the maxima show no end of
-    # the tail and it is NaN. Smith (1985), Biometrika 72:67 (likelihoods with an unknown end point).
     y = maxima.detach().double().flatten().cpu()
     if len(y) < 5 or not bool(torch.isfinite(y).all()):
         raise ValueError(f"`maxima` must be at least 5 finite numbers; got {len(y)}. Draw more batches.")
     largest, spread = float(y.max()), float(y.max() - y.min())
     if spread <= 1e-9 * abs(largest):
-        return largest, 0.0, float("inf")
+        return largest, 0.0, math.inf
     low, high = 1e-4, _SPAN
     for zoom in range(_ZOOMS):
         gaps = torch.logspace(torch.tensor(low).log10().item(), torch.tensor(high).log10().item(), _GRID).double()
@@ -62,7 +55,7 @@ def fit_reverse_weibull(maxima: Tensor) -> tuple[float, float, float]:
         likelihood = torch.where(shape >= 1, likelihood, -torch.inf)
         best = int(likelihood.argmax())
         if not bool(likelihood[best].isfinite()) or (zoom == 0 and best == _GRID - 1):
-            return float("nan"), float("nan"), float("nan")
+            return math.nan, math.nan, math.nan
         low, high = float(gaps[max(0, best - 1)]), float(gaps[min(_GRID - 1, best + 1)])
     distances = largest + spread * gaps[best] - y
     c = float(shape[best])
@@ -117,7 +110,7 @@ class RegionalResult:
 
 
 def regional_lipschitz(
-    f: Callable[[Tensor], Tensor],
+    f: Encoding,
     images: Tensor,
     radius: float,
     norm: str = "l2",
@@ -163,17 +156,6 @@ def regional_lipschitz(
         >>> round(float(regional_lipschitz(lambda x: x.flatten(1).square(), x, 0.2).lower_bound), 10)
         1.4
     """
-    _check(images, radius, norm, num_steps, num_batches, batch_size)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    scale, found = pixel_std(f, images, std), []
-    for image in images.detach():
-        found.append(_Search(f, image, radius, norm, generator).run(num_steps, num_batches, batch_size))
-        if progress is not None:
-            progress(len(found), len(images))
-    return _collect(found, scale, num_batches)
-
-
-def _check(images: Tensor, radius: float, norm: str, num_steps: int, num_batches: int, batch_size: int) -> None:
     checks.check_images(images)
     checks.check_radius(radius, norm, images[0].numel())
     if radius is None:
@@ -183,46 +165,30 @@ def _check(images: Tensor, radius: float, norm: str, num_steps: int, num_batches
     checks.check_count(num_batches, "num_batches", least=0)
     if 0 < num_batches < 5:
         raise ValueError(f"`num_batches` must be 0 or at least 5; got {num_batches}. The fit has three parameters.")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    scale = pixel_std(f, images, std)
 
+    def measure(J: Jacobian, _: int) -> dict[str, Any]:
+        found = _Search(f, J, radius, norm, generator).run(num_steps, num_batches, batch_size)
+        return {**found, "unit_factor": unit_factor(found["directions"][None], scale)[0].cpu()}
 
-def _collect(found: list[_Search], std: Tensor | None, num_batches: int) -> RegionalResult:
-    directions = torch.stack([s.direction for s in found])
-    return RegionalResult(
-        lower_bound=torch.tensor([s.value for s in found], dtype=torch.float64),
-        at_center=torch.tensor([s.at_center for s in found], dtype=torch.float64),
-        images=torch.stack([s.place for s in found]),
-        directions=directions,
-        clever=torch.tensor([s.clever for s in found], dtype=torch.float64),
-        sample_maxima=torch.tensor([s.maxima for s in found], dtype=torch.float64).view(len(found), num_batches),
-        unit_factor=unit_factor(directions, std).cpu(),
-        status=tuple(Status.COMPLETED if math.isfinite(s.value) else Status.ERROR for s in found),
-        num_evals=torch.tensor([s.num_evals for s in found], dtype=torch.float64),
-        seconds=torch.tensor([s.seconds for s in found], dtype=torch.float64),
-    )
+    return RegionalResult(**measure_images(f, images, 32, measure, progress))
 
 
 class _Search:
     """The largest ‖J(x′)v‖ found so far in one ball, and its point and direction."""
 
-    def __init__(
-        self, f: Callable[[Tensor], Tensor], image: Tensor, radius: float, norm: str, generator: torch.Generator
-    ) -> None:
-        self.f, self.center, self.radius, self.norm, self.generator = f, image, radius, norm, generator
-        self.box = FeasibleSet.around(image, radius, norm)
-        self.place, self.value, self.num_evals = image, float("nan"), 0.0
+    def __init__(self, f: Encoding, at: Jacobian, radius: float, norm: str, generator: torch.Generator) -> None:
+        self.f, self.center, self.radius, self.norm, self.generator = f, at.image, radius, norm, generator
+        self.box = FeasibleSet.around(self.center, radius, norm)
+        self.place, self.value, self.num_evals = self.center, math.nan, at.num_evals
         self.direction = _unit(self._gaussian())
-        self.at_center = self.clever = float("nan")
-        self.maxima: list[float] = []
-        self.seconds = 0.0
 
-    def run(self, num_steps: int, num_batches: int, batch_size: int) -> _Search:
-        start = time.perf_counter()
-        J = Jacobian(self.f, self.center)
-        J.check_deterministic()
-        self.num_evals += J.num_evals
-        top, self.at_center = self._power(self.center, self.direction, _WARMUP)
+    def run(self, num_steps: int, num_batches: int, batch_size: int) -> dict[str, Any]:
+        top, at_center = self._power(self.center, self.direction, _WARMUP)
         self._ascend(self.center, top, num_steps)
         best: tuple[float, Tensor, Tensor] = (-math.inf, self.center, top)
+        maxima, clever = [], math.nan
         for _ in range(num_batches):
             largest = -math.inf
             for _ in range(batch_size):
@@ -230,13 +196,21 @@ class _Search:
                 v, constant = self._power(point, top, _SAMPLE_POWER)
                 largest = max(largest, constant)
                 best = max(best, (constant, point, v), key=lambda item: item[0])
-            self.maxima.append(largest if math.isfinite(largest) else math.nan)
+            maxima.append(largest if math.isfinite(largest) else math.nan)
         if num_batches:
             self._ascend(best[1], best[2], num_steps)
-            if all(map(math.isfinite, self.maxima)):
-                self.clever = fit_reverse_weibull(torch.tensor(self.maxima, dtype=torch.float64))[0]
-        self.seconds = time.perf_counter() - start
-        return self
+            if all(map(math.isfinite, maxima)):
+                clever = fit_reverse_weibull(torch.tensor(maxima, dtype=torch.float64))[0]
+        return {
+            "lower_bound": self.value,
+            "at_center": at_center,
+            "images": self.place,
+            "directions": self.direction,
+            "clever": clever,
+            "sample_maxima": torch.tensor(maxima, dtype=torch.float64, device="cpu"),
+            "status": Status.COMPLETED if math.isfinite(self.value) else Status.ERROR,
+            "num_evals": self.num_evals,
+        }
 
     def _power(self, x: Tensor, v: Tensor, steps: int) -> tuple[Tensor, float]:
         """Return the direction after some power iterations at x, and ‖Jv‖ there."""
@@ -269,7 +243,12 @@ class _Search:
         """Return φ = ‖J(x)v‖, and its gradients in x and in v."""
         with torch.inference_mode(False), torch.enable_grad(), exact_derivatives(), no_tf32(), no_autocast():
             place, along = (t.clone()[None].requires_grad_(True) for t in (x, v))
-            moved = _pushed(self.f, place, along)
+            moved = forward_mode(self.f, place, along)
+            if not moved.requires_grad:
+                raise RuntimeError(
+                    "`f` must be twice differentiable for a regional constant; its derivative has no gradient. Use a "
+                    "smooth f without rounding or detach."
+                )
             unit = _unit(moved.detach())  # of ½‖Jv‖² but for the length ‖Jv‖, which might overflow
             slopes = torch.autograd.grad(moved, (place, along), unit, allow_unused=True)
         self.num_evals += 5 / 3
@@ -301,20 +280,6 @@ class _Search:
 
     def _gaussian(self) -> Tensor:
         return torch.randn(self.center.shape, generator=self.generator, dtype=torch.float64).to(self.center)
-
-
-def _pushed(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """Return J v (1, D) at x, differentiable in both."""
-    try:
-        moved: Tensor = torch.func.jvp(f, (x,), (v,))[1]
-    except (RuntimeError, NotImplementedError) as error:
-        raise RuntimeError(no_forward_mode("f", error)) from error
-    if not moved.requires_grad:
-        raise RuntimeError(
-            "`f` must be twice differentiable for a regional constant; its derivative has no gradient. Use a smooth f "
-            "without rounding or detach."
-        )
-    return moved
 
 
 def _unit(v: Tensor, otherwise: Tensor | None = None) -> Tensor:

@@ -1,29 +1,24 @@
-"""Extrapolate central difference quotients to h = 0, and measure the float noise that limits them.
-
-Small radii drown in rounding, large ones bend. `central_secants` evaluates a ladder of radii, `secant_noise` measures
-its noise floor, and `read_secants` extrapolates the rest, with an error estimate and a plateau.
-"""
+"""Extrapolate central difference quotients to h = 0, and measure the float noise that limits them."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from hf_equiv.checks import check_choice
 from hf_equiv.geometry.directions import unit_directions
-from hf_equiv.precision import exact_derivatives, float64_twin, no_tf32
+from hf_equiv.precision import Encoding, exact_derivatives, float64_twin, no_tf32
 
 RADII = tuple(10 ** (-5 + i / 4) for i in range(21))  # default ladder: L2 in pixel units, four a decade from 1e-5 to 1
 RTOL = 0.01  # largest estimated relative error of a resolved value
 PLATEAU_RTOL = 0.02  # largest distance of a secant on the plateau, and largest noise floor, relative to the value
 PLATEAU_RADII = 3  # fewest radii in a row that make a plateau
 JVP_RTOL = 0.05  # largest distance of the value from ‖Jv‖ in half precision, relative to the value: both are noisy
-METHODS = ("auto", "twin", "ecnoise")
 
 _ORDERS = 5  # terms of the expansion in h² that are tried
 _SIGMAS = 2  # standard deviations of noise in an error bound
@@ -35,9 +30,7 @@ _ULPS = 4  # step of a table per pixel, in units of the spacing of the dtype: ne
 _SEED = 0x5EED  # of the probe directions, so that the noise of an image never depends on other settings
 
 
-def central_secants(
-    f: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor, radii: Tensor
-) -> tuple[Tensor, Tensor]:
+def central_secants(f: Encoding, image: Tensor, directions: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
     """Return s(h) = (f(x + hv) − f(x − hv)) / 2h (K, R, D) for unit v (K, C, H, W), and the steps over h (K, R)."""
     # x ± hv may leave [0, 1]: f is defined there, and a one-sided quotient would be curved to first order. The share
     # ⟨x₊ − x₋, v⟩ / 2h of a step that the dtype of f can represent is 1, unless the step is lost between two
@@ -68,24 +61,15 @@ class Reading:
 
 
 def read_secants(secants: Tensor, radii: Tensor, noise_floor: Tensor) -> Reading:
-    """Extrapolate central secants (K, R, D) to h = 0 and tell which values are resolved.
-
-    Since s(h) = Jv + c₁h² + c₂h⁴ + …, polynomials in h² of degree m = 0 … 4 are fitted to the vectors s(h) at the radii
-    up to each h_j, weighted by 1/noise². The (j, m) with the smallest noise + ‖s₀(j, m) − s₀(j, m + 1)‖ gives
-
-        value = ‖s₀(j, m)‖,   error = 2·noise of s₀(j, m) + |‖s₀(j, m)‖ − ‖s₀(j, m + 1)‖|.
-
-    This is Ridders' rule with two changes: it compares vectors and not their norms, so that an accidental agreement
-    needs D coincidences; and the noise is known beforehand. If the secants scatter about the fit by more than their
-    noise floors (K, R), the noise of s₀ grows in proportion (the Birge ratio). Resolved means: error ≤ 1 % and a
-    plateau.
-
-    Returns:
-        Value, error, plateau and whether it is resolved.
-
-    References:
-        Ridders (1982), "Accurate computation of F′(x) and F′(x)F″(x)", *Adv. Eng. Softw.* 4:75.
-    """
+    """Extrapolate central secants (K, R, D) to h = 0 and tell which values are resolved."""
+    # Since s(h) = Jv + c₁h² + c₂h⁴ + …, polynomials in h² of degree m = 0 … 4 are fitted to the vectors s(h) at the
+    # radii up to each h_j, weighted by 1/noise². The (j, m) with the smallest noise + ‖s₀(j, m) − s₀(j, m + 1)‖ gives
+    #
+    #     value = ‖s₀(j, m)‖,   error = 2·noise of s₀(j, m) + |‖s₀(j, m)‖ − ‖s₀(j, m + 1)‖|.
+    #
+    # This is the rule of Ridders (1982, Adv. Eng. Softw. 4:75), but it compares vectors and not their norms, so that an
+    # accidental agreement needs D coincidences, and the noise is known beforehand. Resolved means: error ≤ 1 % and a
+    # plateau.
     count, num_radii = secants.shape[:2]
     least, error = secants.new_full((2, count), torch.inf)
     value = secants.new_zeros(count)
@@ -110,12 +94,14 @@ def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor)
     """Return the ends (K, 2) of the longest run of secants and floors (K, R) within 2 % of the value, else NaN."""
     level = value[:, None]
     on = ((norms - level).abs() <= PLATEAU_RTOL * level) & (noise_floor <= PLATEAU_RTOL * level)
-    plateau = torch.full((len(value), 2), torch.nan, dtype=radii.dtype, device=radii.device)
-    for k, row in enumerate(on.tolist()):
-        low, high = _longest_run(row)
-        if high - low >= PLATEAU_RADII:
-            plateau[k] = torch.stack([radii[low], radii[high - 1]])
-    return plateau
+    nowhere = torch.full((len(value), 2), torch.nan, dtype=radii.dtype, device=radii.device)
+    if len(radii) < PLATEAU_RADII:
+        return nowhere
+    index = torch.arange(len(radii), device=radii.device)
+    lengths = index - torch.where(on, -1, index).cummax(dim=1).values  # of the run that ends at each radius
+    longest, last = lengths.max(dim=1)
+    plateau = torch.stack([radii[last - longest + 1], radii[last]], dim=1)
+    return torch.where((longest >= PLATEAU_RADII)[:, None], plateau, nowhere)
 
 
 def least_error(noise_floor: Tensor) -> Tensor:
@@ -141,40 +127,18 @@ def _fit(secants: Tensor, radii: Tensor, noise: Tensor, order: int) -> tuple[Ten
     return terms[:, 0], spread
 
 
-def _longest_run(row: list[bool]) -> tuple[int, int]:
-    """Return [low, high) of the longest run of True; the first of several."""
-    best, start = (0, 0), 0
-    for i, on in enumerate([*row, False]):
-        if not on:
-            if i - start > best[1] - best[0]:
-                best = (start, i)
-            start = i + 1
-    return best
-
-
-def secant_noise(
-    f: Callable[[Tensor], Tensor], image: Tensor, radii: Tensor, *, method: str = "auto"
-) -> tuple[Tensor, str, int]:
-    """Measure the noise floor of central secants, the rounding part of ‖f(x + hv) − f(x − hv)‖ / 2h, at radii h (R,).
-
-    `twin`: at x ± hv for random unit v, f against its float64 twin f₆₄ at the same points before they are rounded:
-
-        floor(h) = ‖(f − f₆₄)(x + hv) − (f − f₆₄)(x − hv)‖ / 2h,
-
-    so errors that both ends share do not count, and the rounding of the pixels does. Every second radius is measured,
-    and floor(h)·h pooled with its neighbours. `ecnoise`: the standard deviation ε of f(x) from difference tables of
-    equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a few units in the last place of the
-    pixels, and of 1, 30 and 300 times the smallest radius, which change outputs or activations that are rounded on
-    purpose; the largest that the differences agree on is taken. Neither is below one rounding of the output.
-
-    Returns:
-        The floor (R,) float64, in the units of the secants; the method used; the number of forward passes.
-
-    Raises:
-        ValueError: an unknown method, or "twin" for an f without float64 twin.
-    """
-    if method not in METHODS:
-        raise ValueError(f"`noise` must be one of {', '.join(METHODS)}; got {method!r}.")
+def secant_noise(f: Encoding, image: Tensor, radii: Tensor, *, method: str = "auto") -> tuple[Tensor, str, int]:
+    """Measure the rounding part of ‖f(x + hv) − f(x − hv)‖ / 2h at radii h; return it, the method and the passes."""
+    # `twin`: at x ± hv for random unit v, f against its float64 twin f₆₄ at the same points before they are rounded:
+    #
+    #     floor(h) = ‖(f − f₆₄)(x + hv) − (f − f₆₄)(x − hv)‖ / 2h,
+    #
+    # so errors that both ends share do not count, and the rounding of the pixels does. Every second radius is measured,
+    # and floor(h)·h pooled with its neighbours. `ecnoise`: the standard deviation ε of f(x) from difference tables of
+    # equally spaced values along random lines, floor(h) = ε / (√2 h): with steps of a few units in the last place of
+    # the pixels, and of 1, 30 and 300 times the smallest radius, which change outputs or activations that are rounded
+    # on purpose; the largest that the differences agree on is taken. Neither is below one rounding of the output.
+    check_choice(method, "noise", ("auto", "twin", "ecnoise"))
     twin = float64_twin(f)
     if method == "twin" and twin is None:
         raise ValueError(
@@ -192,9 +156,7 @@ def secant_noise(
         return (noise / math.sqrt(2)).clamp_min(least) / radii, "ecnoise", passes + 1
 
 
-def _twin_noise(
-    f: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], image: Tensor, radii: Tensor
-) -> tuple[Tensor, int]:
+def _twin_noise(f: Encoding, twin: Encoding, image: Tensor, radii: Tensor) -> tuple[Tensor, int]:
     """Return floor(h)·h at each radius, (R,) float64, and the number of forward passes."""
     last = len(radii) - 1
     probed = sorted({*range(0, last, 2), last})
@@ -212,7 +174,7 @@ def _twin_noise(
     return torch.stack(noise).to(image.device), 4 * len(probed)
 
 
-def _table_noise(f: Callable[[Tensor], Tensor], image: Tensor, eps: float, radius: float | None) -> tuple[Tensor, int]:
+def _table_noise(f: Encoding, image: Tensor, eps: float, radius: float | None) -> tuple[Tensor, int]:
     """Return ε, the standard deviation of f(x) as a vector, () float64, and the number of forward passes."""
     fine = min(_ULPS * eps, 1e-2) * math.sqrt(image.numel())
     steps = [fine] * _TABLES + ([] if radius is None else [share * radius for share in _COARSE])

@@ -2,8 +2,7 @@
 
 *The matrix.* The Gram matrix JJᵀ squares the small values away, so it serves only those above a hundredth of the
 largest; the rest of J, U_restᵀJ, has a Gram matrix of its own scale, and so on down. Every σ is then within 100
-eps₆₄·σ₁, at about a thirtieth of the cost of making J, without a copy of J. The rest of a J in float32 or less (below
-σ₁/1000) is treated once, which brings it within 1e-10 σ₁.
+eps₆₄·σ₁. The rest of a J in float32 or less (below σ₁/1000) is treated once, which brings it within 1e-10 σ₁.
 
 *Products.* Golub–Kahan bidiagonalisation with full re-orthogonalisation starts from u₁ = J·noise: JᵀU = V B with V
 orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up), measured from the products themselves.
@@ -17,10 +16,8 @@ which is far smaller: Kato–Temple for m = i, and valid for clusters with large
 A Krylov space of one vector holds one vector of each multiple value, and may count values once that lie closer together
 than the residuals. So once the bounds are small, the recursion starts anew from J·noise off the vectors found, until no
 value moves by more than rtol·σ₁ and the largest value that the second recursion may still find is well below σ_k. This
-is no proof: a value whose vector has hardly a part in any start may be missed. The whole matrix has no such condition.
-On the spectra of 14 photos (trained DeiT-Tiny, k = 8, rtol 1e-4) one of 4,200 runs stated a value outside its bound
-(off by 2.2e-5 σ₁, stated within 1.8e-5), in 22 passes (median). With values made double or triple, 6 of 2,520 runs were
-wrong.
+is no proof (docs/benchmark.md has error rates): a value whose vector has hardly a part in any start may be missed. The
+whole matrix has no such condition.
 
 References: Golub, Van Loan, "Matrix Computations", §8.6. Golub, Kahan (1965), SIAM J. Numer. Anal. 2:205. Kato (1949),
 J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li (2005), Linear Algebra Appl. 395:183.
@@ -30,18 +27,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.precision import power_of_two
+from hf_equiv.precision import Encoding, float64_twin, power_of_two
 
 ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of `left_singular` over σ₁
-
-Rows = Callable[[Tensor], Tensor]  # cotangents (D, K), float64, to Jᵀu (K, N)
 
 _BLOCK = 4096  # columns held in float64 at a time
 _SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, of a float64 and of any other J
@@ -72,6 +66,13 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
         start = dim if again else start + int((values > safe * values[0]).sum())
     order = sigma.argsort(descending=True)
     return left[:, order], sigma[order] * unit
+
+
+def rank_threshold(J: Jacobian, largest: Tensor, rank_rtol: float | None) -> float:
+    """Return the threshold of the rank, `rank_rtol` times σ₁; by default 1000 times the relative spacing of f."""
+    # That is 1.2e-4 for float32 and 2.2e-13 for float64: twice or more the noise of encoders of a dozen layers
+    # (DeiT-Tiny in float32 is within 7e-5 of σ₁, its zeros within 1e-7).
+    return float(largest) * (min(1000 * J.eps, 0.1) if rank_rtol is None else rank_rtol)
 
 
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -225,7 +226,7 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 
 
 def derivative_noise(
-    f: Callable[[Tensor], Tensor], J: Jacobian, rows: Rows, left: Tensor, sigma: Tensor, threshold: float
+    f: Encoding, J: Jacobian, rows: Encoding, left: Tensor, sigma: Tensor, threshold: float
 ) -> tuple[Tensor, str, float]:
     """Bound |σ(J) − σ(J₆₄)| of each singular value, (K,); return also the method and the evaluations spent."""
     # The rounding of a backward pass is nearly proportional to its result: ‖Eᵀu_i‖ ≤ a(σ_i + σ₁/50) with E = J − J₆₄
@@ -263,13 +264,12 @@ def derivative_noise(
     return (bound + floor * sigma[0]) * unit, method, reference.num_evals
 
 
-def _reference(f: Callable[[Tensor], Tensor], J: Jacobian) -> tuple[Jacobian, str]:
+def _reference(f: Encoding, J: Jacobian) -> tuple[Jacobian, str]:
     if J.eps > torch.finfo(torch.float64).eps:
-        twin = getattr(f, "double", None)
-        if isinstance(f, torch.nn.Module):  # its `double` works in place
-            twin = copy.deepcopy(f).double
         try:
-            reference = Jacobian(f if twin is None else twin(), J.image.double())
+            # `double` of a module works in place.
+            twin = copy.deepcopy(f).double() if isinstance(f, torch.nn.Module) else float64_twin(f) or f
+            reference = Jacobian(twin, J.image.double())
             if reference.eps == torch.finfo(torch.float64).eps:
                 return reference, "float64 twin"
         except (RuntimeError, TypeError, ValueError):

@@ -1,14 +1,12 @@
 """Correct images back to a level set {x : f(x) = z} by adjoint Broyden steps inside the box.
 
-A `LinearModel` A ≈ J starts as the full Jacobian of one point and is restricted to the free pixels, those that may
-move. One VJP teaches it one row combination of J at a new point, so one Jacobian serves a whole walk. A `Corrector`
-takes the shortest step that A says removes the residual, and a rejected step tells it which row to learn next.
+A `LinearModel` A ≈ J starts as the full Jacobian of one point and learns one row combination of J for each VJP, so one
+Jacobian serves a whole walk. A `Corrector` takes the shortest step that A says removes the residual.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from hf_equiv.checks import check_dimension
 from hf_equiv.jacobian import Jacobian
+from hf_equiv.precision import Encoding
 
 _CUT, _CUT_SINGLE = 1e-5, 1e-4  # of σ₁: learnt rows hold noise below it (up to 5e-5 in float32); no step follows them
 _LARGEST = 16 * 2**30  # bytes of A
@@ -37,7 +36,7 @@ class LinearModel:
         A ← A + u (Jᵀu − Aᵀu)ᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ,  w = (Jᵀu − Aᵀu) on F.
 
     With u the residual this is the adjoint Broyden method (Schlenkrich, Griewank, Walther 2010, Math. Program. 121, eq.
-    4). Products are summed and G is solved in float64, whatever the dtype of A. Memory: D·N numbers, at most 16 GiB.
+    4). Products are summed and G is solved in float64. Memory: D·N numbers, at most 16 GiB.
     """
 
     def __init__(self, at: Jacobian) -> None:
@@ -51,8 +50,8 @@ class LinearModel:
         self.A = at.as_matrix()
         self.free = torch.ones(at.image.numel(), dtype=torch.bool, device=at.image.device)
         self._gram = self.A.new_zeros((len(self.A), len(self.A)), dtype=torch.float64)
-        for start in range(0, self.A.shape[1], _COLUMNS):
-            columns = self.A[:, start : start + _COLUMNS].double()
+        for part in self.A.split(_COLUMNS, dim=1):
+            columns = part.double()
             self._gram += columns @ columns.T
         self._factor: tuple[Tensor, Tensor] | None = None
 
@@ -78,9 +77,9 @@ class LinearModel:
             return False
         u = (u / length).to(self.A).double()  # rounded as A stores it
         row = at.rmv(u[None])[0].flatten()
-        change = row - self._rows(u)
+        change = row - self.transpose(u).flatten()
         moving = change * self.free
-        product = self._apply(moving)
+        product = self.apply(moving)
         self._gram += torch.outer(u, product) + torch.outer(product, u)
         self._gram += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
         self.A.addr_(u.to(self.A), change)
@@ -89,7 +88,10 @@ class LinearModel:
 
     def apply(self, step: Tensor) -> Tensor:
         """Return A s of a step s (C, H, W), the predicted change of the embedding, (D,) float64."""
-        return self._apply(step.flatten())
+        product = step.new_zeros(len(self.A), dtype=torch.float64)
+        for columns, part in zip(self.A.split(_COLUMNS, dim=1), step.flatten().split(_COLUMNS), strict=True):
+            product += columns.double() @ part.double()
+        return product
 
     def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
         """Return the shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if it is less."""
@@ -107,11 +109,11 @@ class LinearModel:
 
     def pull(self, u: Tensor) -> Tensor:
         """Return A_Fᵀ u, (C, H, W)."""
-        return (self._rows(u) * self.free).view(self.shape)
+        return self.restrict(self.transpose(u))
 
     def transpose(self, u: Tensor) -> Tensor:
         """Return Aᵀ u over all pixels, (C, H, W)."""
-        return self._rows(u).view(self.shape)
+        return (self.A.T @ u.to(self.A)).view(self.shape)
 
     def project_null(self, v: Tensor) -> Tensor:
         """Return the part of v (C, H, W) on the free pixels that A maps to zero: twice v ← v − A_Fᵀ G⁺ A v."""
@@ -119,16 +121,6 @@ class LinearModel:
         for _ in range(2):
             v = v - self.pull(self.multipliers(v))
         return v
-
-    def _rows(self, u: Tensor) -> Tensor:
-        return self.A.T @ u.to(self.A)
-
-    def _apply(self, v: Tensor) -> Tensor:
-        product = v.new_zeros(len(self.A), dtype=torch.float64)
-        for start in range(0, len(v), _COLUMNS):
-            part = slice(start, start + _COLUMNS)
-            product += self.A[:, part].double() @ v[part].double()
-        return product
 
     def _solve(self, r: Tensor) -> Tensor:
         """Return G⁺ r; eigenvalues of G below the cut count as zero."""
@@ -177,13 +169,12 @@ class Corrector:
 
     With r = f(x) − z, repeat: hold the pixels at 0 and 1; let A learn the row rᵀJ(x) by one VJP; set x ← clip(x −
     A_Fᵀ(A_F A_Fᵀ)⁺ r) if that lowers ‖r‖; otherwise let A learn the row along its own error. A trial costs one
-    evaluation. The corrector aims at half of `rtol`, so that other float32 kernels agree; if a correction below rtol
-    does not help, the rest may be noise and rtol is enough.
+    evaluation. The corrector aims at half of `rtol`, so that other float32 kernels agree.
     """
 
     model: LinearModel
 
-    def __init__(self, f: Callable[[Tensor], Tensor], z: Tensor, rtol: float) -> None:
+    def __init__(self, f: Encoding, z: Tensor, rtol: float) -> None:
         self.f, self.z, self.rtol = f, z, rtol
         self.scale = float(torch.linalg.vector_norm(z))
         self.num_evals = 0.0

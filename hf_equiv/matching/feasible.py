@@ -27,7 +27,8 @@ class FeasibleSet:
         zero, one = torch.zeros_like(center), torch.ones_like(center)
         if radius is None or norm == "l2":
             return cls(zero, one, center, radius)
-        step = _round_down(radius, center.dtype)
+        rounded = torch.tensor(radius, dtype=center.dtype)
+        step = float(rounded if float(rounded) <= radius else torch.nextafter(rounded, torch.zeros_like(rounded)))
         lower, upper = center - step, center + step
         # center ± step is rounded to nearest: step one unit inwards if that leaves the ball.
         wide = center.double()
@@ -62,8 +63,7 @@ class SineChart:
     """Chart of the inside of a box as all of R^N: x = m + h·sin(w), with m the middle and h the half-width of a pixel.
 
     In a small L∞ ball most pixels end near a bound. A projected step holds each of them on arrival, and the rest
-    creeps; in w a pixel slows down before its bound and can come back. Among charts whose slope falls to zero at the
-    bounds this one falls slowest; with tanh, pixels that arrive early lose their gradient for good.
+    creeps; in w a pixel slows down before its bound and can come back.
     """
 
     def __init__(self, box: FeasibleSet) -> None:
@@ -89,11 +89,3 @@ class SineChart:
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vector_norm((a.double() - b.double()).flatten()))
-
-
-def _round_down(value: float, dtype: torch.dtype) -> float:
-    """Return the largest number of `dtype` that does not exceed `value`."""
-    rounded = torch.tensor(value, dtype=dtype)
-    if float(rounded) > value:
-        rounded = torch.nextafter(rounded, torch.zeros_like(rounded))
-    return float(rounded)

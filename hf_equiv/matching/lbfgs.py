@@ -16,30 +16,23 @@ from hf_equiv.precision import dot
 
 
 class SecantHistory:
-    """The last `capacity` secant pairs (s, y) of one image and their inner products, for the L-BFGS direction.
+    """The last `capacity`, at most `most`, secant pairs (s, y) of one image and their inner products, for L-BFGS.
 
     H = γI + [S, γY] M [S, γY]ᵀ, so a direction costs two passes over the stored vectors: their products with the
-    gradient, and their sum. Products with the newest y = g′ − g are differences of those with g′ and with g. Nothing
-    else touches the long axis N.
+    gradient, and their sum. Products with the newest y = g′ − g are differences of those with g′ and with g.
     """
 
-    def __init__(self, capacity: int, like: Tensor) -> None:
+    def __init__(self, capacity: int, like: Tensor, most: int = 0) -> None:
         self.capacity = capacity
         self.shape = like.shape
         self.pairs = like.new_empty((0, 2, like.numel()))  # grows in blocks: memory follows use
         self.order: list[int] = []
         # sᵢ·yⱼ, valid for i not newer than j, and yᵢ·yⱼ
-        self.sy, self.yy = torch.zeros((2, capacity, capacity), dtype=torch.float64, device="cpu")
+        size = max(capacity, most)
+        self.sy, self.yy = torch.zeros((2, size, size), dtype=torch.float64, device="cpu")
         self.unsettled: list[int] = []  # slots whose products are still missing, oldest first
         self.newest: tuple[Tensor, Tensor] | None = None  # the two gradients of the newest y
         self.seen: tuple[Tensor, Tensor] | None = None  # the gradient of the last direction and its products
-
-    def grow(self, limit: int) -> None:
-        """Double the capacity, up to `limit`."""
-        size, self.capacity = self.capacity, min(2 * self.capacity, limit)
-        grown = torch.zeros((2, self.capacity, self.capacity), dtype=torch.float64, device="cpu")
-        grown[0, :size, :size], grown[1, :size, :size] = self.sy, self.yy
-        self.sy, self.yy = grown
 
     def clear(self) -> None:
         """Drop all pairs."""
@@ -124,9 +117,8 @@ class SecantHistory:
 class LBFGS:
     """Projected limited-memory BFGS on ½‖f(x) − z‖², started by Polyak steps and held near the source. The default.
 
-    1. *Start.* The source lies in a narrow, strongly curved valley, where a line search creeps. Polyak's step
-       ½‖r‖²/‖g‖², damped by momentum, bounces across it and stays near the source: `warmup` evaluations bring the error
-       to about 0.3.
+    1. *Start.* The source lies in a narrow, strongly curved valley. Polyak's step ½‖r‖²/‖g‖², damped by momentum,
+       bounces across it and stays near the source: `warmup` evaluations bring the error to about 0.3.
     2. *Descent.* L-BFGS in the compact representation backtracks along the projected path. Pixels at a bound that the
        step pushes outwards are held. Until the error falls below `release`, the penalty ½λ‖x − source‖² with λ =
        proximity·‖r‖²/‖x − source‖² pulls back; λ only falls.
@@ -137,8 +129,7 @@ class LBFGS:
     the radius, L-BFGS continues in w, x = m + h·sin(w) (`SineChart`).
 
     Args:
-        history: most pairs kept; each costs two images of memory. It starts at 40 and doubles whenever the error has
-            not halved in as many steps.
+        history: most pairs kept, two images each; they start at 40 and double if the error does not halve in as many.
         warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball at most ten times this number.
         momentum: of the start, in [0, 1).
         proximity: weight of staying near the source against the remaining error; more takes more evaluations.
@@ -203,7 +194,7 @@ class LBFGS:
 
     def _descend(self, source: Tensor, feasible: FeasibleSet, warmup: int) -> Iterates:
         """Run start and descent in one feasible set."""
-        memory = SecantHistory(min(self.history, 40), source)
+        memory = SecantHistory(min(self.history, 40), source, self.history)
         x, raw = yield from self._polyak(source, feasible, memory, warmup)
         weight, slack, failures, steps, milestone = math.inf, 1.0, 0, 0, raw.error
         at, charged = raw, weight  # the objective at x, and the weight of the penalty in it
@@ -211,8 +202,7 @@ class LBFGS:
             if raw.error < 0.5 * milestone:
                 steps, milestone = 0, raw.error
             elif steps == memory.capacity:
-                steps = 0
-                memory.grow(self.history)
+                steps, memory.capacity = 0, min(2 * memory.capacity, self.history)
             steps += 1
             pull = self._pull(x, raw, feasible)
             if pull < 0.5 * weight:  # rarely, because the history belongs to the old objective

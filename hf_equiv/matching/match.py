@@ -1,8 +1,4 @@
-"""Drive the solvers of `match_embedding`: find images near a source whose embedding is the target's.
-
-The driver batches the points that unfinished images ask for, keeps the best iterate of each image, counts evaluations,
-and decides when an image is done.
-"""
+"""Drive the solvers of `match_embedding`: batch their points, keep the best iterates, and decide when to end."""
 
 from __future__ import annotations
 
@@ -15,15 +11,14 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.jacobian import jacobian_cost
+from hf_equiv.jacobian import jacobian_cost, stacked
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.solvers import Adam, Evaluation, GradientDescent, Iterates, Solver
-from hf_equiv.precision import no_autocast, no_tf32, power_of_two, with_autocast
+from hf_equiv.precision import Encoding, no_autocast, no_tf32, power_of_two, with_autocast
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 
-Encoding = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) to embeddings (B, D), each image for itself
 ProgressHook = Callable[[Progress], None]
 
 _NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
@@ -144,7 +139,7 @@ def _check_different(source: Tensor, target: Tensor) -> None:
     same = (source == target.to(source)).flatten(1).all(dim=1).nonzero().flatten().tolist()
     if same:
         raise ValueError(
-            f"`target` must differ from `source`; got the same pixels for {_listing('image', same)}. "
+            f"`target` must differ from `source`; got the same pixels for {_listing(same)}. "
             "Any image is a match of itself: pass another target."
         )
 
@@ -287,9 +282,9 @@ def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
 def snapshot(runs: Sequence[Search]) -> Progress:
     """Return the state of all images for a progress hook."""
     return Progress(
-        torch.stack([run.best for run in runs]),
-        _column([run.error for run in runs]),
-        _column([run.num_evals for run in runs]),
+        stacked([run.best for run in runs]),
+        stacked([run.error for run in runs]),
+        stacked([run.num_evals for run in runs]),
         torch.tensor([run.status is None for run in runs], device="cpu"),
     )
 
@@ -297,17 +292,13 @@ def snapshot(runs: Sequence[Search]) -> Progress:
 def collect(runs: Sequence[Search]) -> MatchResult:
     """Return the record of finished searches."""
     return MatchResult(
-        torch.stack([run.best for run in runs]),
-        _column([run.error for run in runs]),
-        _column([run.num_evals for run in runs]),
-        _column([run.seconds for run in runs]),
+        stacked([run.best for run in runs]),
+        stacked([run.error for run in runs]),
+        stacked([run.num_evals for run in runs]),
+        stacked([run.seconds for run in runs]),
         tuple(run.status or Status.ERROR for run in runs),
         tuple(tuple(run.trace) for run in runs),
     )
-
-
-def _column(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _describe_failure(result: MatchResult, rtol: float, max_evals: int) -> str:
@@ -317,11 +308,11 @@ def _describe_failure(result: MatchResult, rtol: float, max_evals: int) -> str:
     advice = " ".join(status.advice for status in statuses)
     return (
         f"{len(missed)} of {len(result.status)} images did not reach rtol={rtol:g} in {max_evals} evaluations "
-        f"({_listing('image', missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "
+        f"({_listing(missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "
         "Or pass `raise_on_failure=False`."
     )
 
 
-def _listing(noun: str, indices: list[int]) -> str:
+def _listing(indices: list[int]) -> str:
     shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
-    return f"{noun}{'s' if len(indices) > 1 else ''} {shown}"
+    return f"image{'s' if len(indices) > 1 else ''} {shown}"

@@ -1,11 +1,9 @@
 """Find an 8-bit image, k/255 in every pixel, that still has the target's embedding.
 
-Rounding a match moves its embedding by 3e-3 to 8e-2, a hundred to ten thousand times the error of the match. But an
-8-bit step of one pixel is small, and there are N ≫ D of them: the Jacobian at the rounded image tells which few steps
-cancel the rounding error, as a sparse integer least-squares problem (`lattice`). A round changes some hundred pixels by
-one level; one that does not lower the error still updates J, and is undone unless the whitened error fell, since the
-next round easily repairs such a rise. After three such rounds J is computed afresh. Pixels stay within 3 of the rounded
-255·images, unless that leaves too few to move.
+Rounding a match moves its embedding by 3e-3 to 8e-2. But an 8-bit step of one pixel is small, and there are N ≫ D of
+them: the Jacobian at the rounded image tells which few steps cancel the rounding error, as a sparse integer
+least-squares problem (`lattice`). A round that does not lower the error still updates J, and is undone unless the
+whitened error fell, since the next round easily repairs such a rise. After three such rounds J is computed afresh.
 
 Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
 Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3 (the natural monotonicity test).
@@ -16,7 +14,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +21,8 @@ from torch import Tensor
 from hf_equiv import checks
 from hf_equiv.jacobian import Jacobian, jacobian_cost
 from hf_equiv.matching.lattice import Lattice, left_geometry, plan_moves
-from hf_equiv.matching.match import Encoding, ProgressHook, Search, collect, snapshot, target_embeddings
-from hf_equiv.precision import no_autocast, no_tf32, power_of_two
+from hf_equiv.matching.match import ProgressHook, Search, collect, snapshot, target_embeddings
+from hf_equiv.precision import Encoding, no_autocast, no_tf32, power_of_two
 from hf_equiv.results import MatchResult, Status
 
 _FORWARD = 1 / 3  # evaluations of a forward pass
@@ -63,8 +60,7 @@ def refine_8bit(
         images: matches to round, (B, C, H, W), pixels in [0, 1].
         target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
         source: centre of the ball, (B, C, H, W); needed with `radius`.
-        radius: of the ball about `source`, in pixel units, in whole steps if the source is k/255; None for the box
-            alone.
+        radius: of the ball about `source`, in pixel units (whole steps if it is k/255); None for the box alone.
         norm: of the ball: "linf" or "l2".
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image; too few for a Jacobian leave the rounded image.
@@ -99,19 +95,11 @@ def refine_8bit(
     return collect(runs)
 
 
-class _Model(NamedTuple):
-    """J per 8-bit step, with the matrices of `left_geometry` and their product."""
-
-    jacobian: Tensor
-    reach: Tensor
-    whiten: Tensor
-    natural: Tensor
-
-
 class _Refinement(Search):
     """Rounds of one image: `levels` and `r` are the best point, `here` and `r_here` the start of the next round."""
 
-    model: _Model | None = None  # in `unit`
+    # J per 8-bit step in `unit`, the matrices of `left_geometry` and their product
+    model: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __init__(self, f: Encoding, image: Tensor, z: Tensor) -> None:
         super().__init__(image)
@@ -181,7 +169,7 @@ class _Refinement(Search):
         jacobian /= 255
         jacobian /= self.unit
         reach, whiten = left_geometry(jacobian)
-        self.model = _Model(jacobian, reach, whiten, whiten @ reach)
+        self.model = jacobian, reach, whiten, whiten @ reach
         self.failed, self.since, self.trust = 0, self.error, max(self.trust, _MOVES // 4)
         self.here, self.r_here = self.levels, self.r
 
@@ -200,9 +188,12 @@ class _Refinement(Search):
                 self.status = Status.STALLED
             return False
         r_new = self._residual(self.here + moves)
-        predicted = _learn(jacobian, moves, reach @ (r_new - self.r_here))
+        step, change = moves.to(jacobian.dtype), (reach @ (r_new - self.r_here)).to(jacobian.dtype)
+        with no_autocast():  # Broyden's rule makes J·Δ the observed change
+            predicted = jacobian @ step
+            jacobian.addr_(change - predicted, step, alpha=1 / float(step @ step))
         error, error_here = self._error(r_new), self._error(self.r_here)
-        promised = error_here - self._error(self.r_here + predicted)
+        promised = error_here - self._error(self.r_here + predicted.double())
         agreement = (error_here - error) / max(promised, 1e-12)
         if agreement < 0.25:
             self.trust = max(8, min(self.trust, int(moves.abs().sum())) // 3)
@@ -219,12 +210,3 @@ class _Refinement(Search):
             onward = error < _EXCURSION * self.error and falls
             self.here, self.r_here = (self.here + moves, r_new) if onward else (self.levels, self.r)
         return True
-
-
-@no_autocast()
-def _learn(jacobian: Tensor, moves: Tensor, change: Tensor) -> Tensor:
-    """Update J (D, N) in place by Broyden's rule, so that J·Δ is the observed change (D,); return the old J·Δ."""
-    step = moves.to(jacobian.dtype)
-    predicted = jacobian @ step
-    jacobian.addr_(change.to(jacobian.dtype) - predicted, step, alpha=1 / float(step @ step))
-    return predicted.double()

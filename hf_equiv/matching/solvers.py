@@ -1,14 +1,13 @@
 """Minimise ½‖f(x) − z‖² inside a feasible set: solvers are hyper-parameters and a generator for one image.
 
-`solver.iterate(source, feasible)` yields points x to evaluate and is sent an `Evaluation` of each. It sees one image
-only, so each image has its own history, line search and end; `match_embedding` batches the points of all unfinished
-images. A generator that returns has stalled.
+`solver.iterate(source, feasible)` yields points x to evaluate and is sent an `Evaluation` of each: every image has its
+own history and line search, and `match_embedding` batches the points. A generator that returns has stalled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,15 +70,7 @@ class GradientDescent:
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""
-        x = feasible.project(source)
-        while True:
-            at = yield x
-            if at.objective == math.inf:
-                return
-            moved = feasible.project(x - self.lr * at.unit**2 * at.gradient)
-            if torch.equal(moved, x):
-                return
-            x = moved
+        return _steps(source, feasible, lambda at: self.lr * at.unit**2 * at.gradient)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +99,27 @@ class Adam:
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image."""
-        x = feasible.project(source)
-        mean, square, step = torch.zeros_like(x), torch.zeros_like(x), 0
-        while True:
-            at = yield x
-            if at.objective == math.inf:
-                return
+        mean, square, step = torch.zeros_like(source), torch.zeros_like(source), 0
+
+        def change(at: Evaluation) -> Tensor:
+            nonlocal mean, square, step
             step += 1
             mean = self.betas[0] * mean + (1 - self.betas[0]) * at.gradient
             square = self.betas[1] * square + (1 - self.betas[1]) * at.gradient**2
             scale = (square / (1 - self.betas[1] ** step)).sqrt() + self.eps / at.unit**2
-            moved = feasible.project(x - self.lr / (1 - self.betas[0] ** step) * mean / scale)
-            if torch.equal(moved, x):
-                return
-            x = moved
+            return self.lr / (1 - self.betas[0] ** step) * mean / scale
+
+        return _steps(source, feasible, change)
+
+
+def _steps(source: Tensor, feasible: FeasibleSet, change: Callable[[Evaluation], Tensor]) -> Iterates:
+    """Take the steps x ← P(x − change) until x stays where it is."""
+    x = feasible.project(source)
+    while True:
+        at = yield x
+        if at.objective == math.inf:
+            return
+        moved = feasible.project(x - change(at))
+        if torch.equal(moved, x):
+            return
+        x = moved

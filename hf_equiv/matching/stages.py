@@ -1,13 +1,12 @@
 """Match in stages: cheaper forms of the encoder lead near the target, and the encoder itself finishes.
 
-A draft is the encoder in half precision, which is fast on a GPU but too noisy to finish with, or the encoder compiled
-by `torch.compile`. The last stage starts from the draft's image with the encoder as it is, so every stated error is the
-encoder's own.
+A draft is the encoder in half precision, which is fast on a GPU but noisy, or compiled by `torch.compile`. The last
+stage is the encoder as it is, so every stated error is its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import ProgressHook, match_embedding
 from hf_equiv.matching.solvers import Solver
+from hf_equiv.precision import Encoding
 from hf_equiv.results import MatchResult
 
 HALF = {"bfloat16": (torch.bfloat16, 1e-1), "float16": (torch.float16, 1e-2)}
@@ -27,20 +27,20 @@ HALF = {"bfloat16": (torch.bfloat16, 1e-1), "float16": (torch.float16, 1e-2)}
 class Draft:
     """A cheaper form of the encoder."""
 
-    f: Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) to embeddings (B, D), differentiable
+    f: Encoding  # pixels (B, 3, H, W) to embeddings (B, D), differentiable
     rtol: float  # embedding error at which its stage ends; 0 for the error asked of the match
     share: float  # most of the allowed evaluations that it may spend, in (0, 1]
 
 
 def match_in_stages(
-    encoder: Callable[[Tensor], Tensor], drafts: Sequence[Draft], source: Tensor, target: Tensor, solver: Solver, *,
+    encoder: Encoding, drafts: Sequence[Draft], source: Tensor, target: Tensor, solver: Solver, *,
     rtol: float, max_evals: int, progress: ProgressHook, **ball: Any
 ) -> MatchResult:  # fmt: skip
     """Match with each draft in turn from the end of the last one, then with the encoder; add up the cost."""
     # L-BFGS skips its start after the first stage, and only the last stage takes Newton steps.
     found: MatchResult | None = None
 
-    def run_stage(f: Callable[[Tensor], Tensor], rtol: float, most: int, *, newton: bool) -> MatchResult:
+    def run_stage(f: Encoding, rtol: float, most: int, *, newton: bool) -> MatchResult:
         own = solver
         if isinstance(solver, LBFGS):
             own = replace(solver, newton=solver.newton and newton, warmup=0 if found is not None else solver.warmup)

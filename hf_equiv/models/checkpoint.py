@@ -1,8 +1,7 @@
 """Find the files of a checkpoint by name, on disk and at one revision.
 
-All files come from one folder: a local one, the built-in one, or the snapshot of one Hub commit. The commit is resolved
-once, every file belongs to it, and transformers never talks to the Hub itself, so weights that a bot converted on
-another branch or files of a second revision cannot slip in.
+All files come from one folder or from one Hub commit, and transformers never talks to the Hub itself, so weights that a
+bot converted on another branch cannot slip in.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
@@ -105,6 +105,11 @@ class Checkpoint:
             if name.endswith(endings) and not name.endswith(".index.json"):
                 self.find(name)
 
+    def load(self, kind: Any, **options: Any) -> Any:
+        """Load a part by an auto class of transformers, from the folder alone."""
+        own = self.trust_remote_code
+        return kind.from_pretrained(self.folder, local_files_only=True, trust_remote_code=own, **options)
+
     def weights(self) -> list[Path]:
         """Return the safetensors files on disk, downloaded if need be, or refuse a checkpoint without them."""
         whole = self.find(_WEIGHTS)
@@ -112,7 +117,15 @@ class Checkpoint:
             return [whole]
         index = self.find(f"{_WEIGHTS}.index.json")
         if index is not None:
-            return [self._shard(name) for name in _shard_names(index)]
+            names = _shard_names(index)
+            if self.hub is not None:
+                return [self.hub.fetch(name) for name in names]
+            lost = next((name for name in names if not (self.folder / name).is_file()), None)
+            if lost is None:
+                return [self.folder / name for name in names]
+            raise FileNotFoundError(
+                f"`model_id` must be complete; '{self.model_id}' lacks '{lost}', which its index names. Fetch it."
+            )
         if self.hub is None:
             names = sorted(path.name for path in self.folder.iterdir())
         else:
@@ -125,14 +138,6 @@ class Checkpoint:
             f"`model_id` must hold its weights as safetensors; '{self.model_id}' has {got}. Pickled weights can run "
             "code and are never loaded: convert them with `model.save_pretrained(...)`, or choose another checkpoint."
         )
-
-    def _shard(self, name: str) -> Path:
-        file = self.find(name) if self.hub is None else self.hub.fetch(name)
-        if file is None:
-            raise FileNotFoundError(
-                f"`model_id` must be complete; '{self.model_id}' lacks '{name}', which its index names. Fetch it."
-            )
-        return file
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hf_equiv.checks import check_tensor, finite_embedding
+from hf_equiv.checks import check_tensor
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
@@ -24,7 +24,7 @@ from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalis
 from hf_equiv.models.readouts import check_size, embed, find_layout, native_size, probe, resolve_readout
 from hf_equiv.models.structure import left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
-from hf_equiv.precision import embedding_noise, exact_derivatives, float64_softmax, no_autocast, no_tf32
+from hf_equiv.precision import Float64Softmax, exact_derivatives, no_autocast, no_tf32
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
@@ -62,7 +62,6 @@ class Encoder:
         self, checkpoint: Checkpoint, loaded: LoadedModel, preprocessor: Preprocessor, device: torch.device,
         dtype: torch.dtype, *, readout: str, normalize: bool
     ) -> None:  # fmt: skip
-        loaded.to(device)
         self._checkpoint, self._loaded, self._preprocessor = checkpoint, loaded, preprocessor
         self.model_id, self.revision, self.normalize = checkpoint.model_id, checkpoint.revision, normalize
         self.dtype, self.device = dtype, device
@@ -80,13 +79,18 @@ class Encoder:
         self.readouts = self._layout.available
         self.readout = resolve_readout(readout, self._layout, self.model_id)
         with torch.no_grad():
-            self.embedding_dim = int(finite_embedding(self(self._grey), self.model_id).shape[1])
+            z = self(self._grey)
+        if not bool(torch.isfinite(z).all()):
+            raise ValueError(
+                f"'{self.model_id}' must give finite embeddings; that of a grey image holds NaN or infinity in "
+                f"{str(dtype).removeprefix('torch.')}. Check the weights, or use another dtype."
+            )
+        self.embedding_dim = int(z.shape[1])
         names = getattr(loaded.model.config, "id2label", None) or {}
         self.has_head = loaded.has_head
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
         self._twin: Encoder | None = None
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
-        self._jvp_works = False
 
     @classmethod
     def from_pretrained(
@@ -107,7 +111,7 @@ class Encoder:
         """Load the image encoder of a checkpoint: one model, with its classification head if the checkpoint has one.
 
         It takes any vision model of transformers that maps pixels to hidden states, and the vision tower of CLIP and
-        SigLIP. Weights are read from safetensors only. The commit is resolved once and every file belongs to it.
+        SigLIP. Weights are read from safetensors only, and all files belong to one commit.
 
         Args:
             model_id: Hub id, local folder, or "builtin" (a small ViT that ships with the package).
@@ -139,7 +143,7 @@ class Encoder:
         cache = None if cache_dir is None else os.fspath(cache_dir)
         hub = HubFiles(os.fspath(model_id), "", subfolder, token, cache, local_files_only)
         checkpoint = find_checkpoint(hub, revision, trust_remote_code)
-        loaded, preprocessor = load_model(checkpoint, dtype), load_preprocessor(checkpoint)
+        loaded, preprocessor = load_model(checkpoint, dtype, place), load_preprocessor(checkpoint)
         return cls(checkpoint, loaded, preprocessor, place, dtype, readout=readout, normalize=normalize)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -166,13 +170,11 @@ class Encoder:
         alone = self.dtype != torch.float32 or self._layout.alone
         if pixels.shape[0] > 1 and pixels.device.type == "cpu" and alone:
             return torch.cat([self._embed(one, readout) for one in pixels.split(1)])
-        with ExitStack() as rules:
-            rules.enter_context(no_tf32())
-            rules.enter_context(no_autocast())
+        with ExitStack() as rules, no_tf32(), no_autocast():
             if exact or forward_ad.unpack_dual(pixels).tangent is not None:
                 rules.enter_context(exact_derivatives())
             if exact and self._loaded.attention == "eager":
-                rules.enter_context(float64_softmax())
+                rules.enter_context(Float64Softmax())
             x = normalise(pixels.to(self.dtype), self._mean, self._std)
             return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
 
@@ -203,8 +205,7 @@ class Encoder:
             (B, 3, H, W) float32 in [0, 1], every value k/255.
 
         Raises:
-            ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or cannot split it
-                exactly.
+            ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or split it exactly.
         """
         return self._preprocessor(images)
 
@@ -267,7 +268,7 @@ class Encoder:
     def noise_floor(self, pixels: Tensor) -> Tensor:
         """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: embedding errors below this are meaningless.
 
-        The cost is one forward pass in the encoder's dtype and one of its float64 twin each. 0 for a float64 encoder.
+        The cost is a forward pass of the encoder and one of its float64 twin. It is 0 for a float64 encoder.
 
         Args:
             pixels: (B, 3, H, W), in [0, 1].
@@ -276,7 +277,12 @@ class Encoder:
             (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
         """
         self._check(pixels)
-        return embedding_noise(self, self.double(), pixels.to(self.dtype))
+        floors = []
+        with torch.no_grad():
+            for image in pixels.to(self.dtype).split(1):
+                exact = self.double()(image.double())
+                floors.append((self(image).double() - exact).norm() / exact.norm())
+        return torch.stack(floors)
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
         """Return the left vectors u of J = ∂f/∂x with uᵀJ in closed form, from the last LayerNorm onwards.
@@ -301,10 +307,7 @@ class Encoder:
 
     def jvp_probe(self) -> bool:
         """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
-        if not self._jvp_works:
-            attention = self._loaded.attention
-            require_forward_mode(self, self._grey, f"'{self.model_id}' with {attention} attention")
-            self._jvp_works = True
+        require_forward_mode(self, self._grey, f"'{self.model_id}' with {self._loaded.attention} attention")
         return True
 
     @property

@@ -29,12 +29,6 @@ class LoadedModel:
     has_pooler: bool  # whether every weight of the pooler (if it has any) is in the checkpoint
     two_tower: bool  # whether the checkpoint also holds a text encoder
 
-    def to(self, device: torch.device) -> None:
-        """Move every parameter to `device`."""
-        self.model.to(device)
-        if self.projection is not None:
-            self.projection.to(device)
-
     def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
         """Return a copy whose parameters are of `dtype`; float64 keeps every float32 value exactly."""
         twin = copy.deepcopy((self.model, self.backbone, self.projection))  # together: shared parts stay shared
@@ -42,8 +36,8 @@ class LoadedModel:
         return replace(self, model=model, backbone=backbone, projection=projection)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
-    """Load the one model of `checkpoint` in `dtype`, frozen, in eval mode, on the CPU; refuse an incomplete one."""
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Load the one model of `checkpoint` in `dtype` on `device`, frozen, in eval mode; refuse an incomplete one."""
     config = _read_config(checkpoint)
     model_class = _choose_class(config, checkpoint)
     checkpoint.weights()
@@ -69,7 +63,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
     backbone = model.vision_model if two_tower else _backbone(model)
     if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values":
         raise _not_an_image_encoder(checkpoint, config)
-    missing = [key for key in report["missing_keys"] if not (two_tower and _is_text(key))]
+    text = ("text_", "logit_scale", "logit_bias")
+    missing = [key for key in report["missing_keys"] if not (two_tower and key.startswith(text))]
     broken = [key for key in missing if not set(_OPTIONAL) & set(key.split("."))]
     broken += [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
     if broken:
@@ -88,6 +83,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> LoadedModel:
     projection = getattr(model, "visual_projection", None)
     if two_tower:  # labels load the text encoder when they need it
         model = backbone
+    for part in (model, projection):
+        if part is not None:
+            part.to(device)
     return LoadedModel(model, backbone, projection, attention, head, "pooler" not in parts, two_tower)
 
 
@@ -96,9 +94,7 @@ def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         checkpoint.fetch_matching((".py",))
     with quiet():
         try:
-            return AutoConfig.from_pretrained(
-                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-            )
+            return checkpoint.load(AutoConfig)
         except Exception as error:
             raise _load_error(error, checkpoint) from error
 
@@ -150,10 +146,6 @@ def _backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 def _is_classifier(model: PreTrainedModel) -> bool:
     return "ForImageClassification" in type(model).__name__
-
-
-def _is_text(key: str) -> bool:
-    return key.startswith("text_") or key in ("logit_scale", "logit_bias")
 
 
 def _not_an_image_encoder(checkpoint: Checkpoint, config: PreTrainedConfig) -> ValueError:

@@ -1,8 +1,7 @@
 """Turn PIL images into pixels in [0, 1] with the checkpoint's own image processor, and normalise them.
 
-The processor is split in two. Its resize and crop run unchanged, on 8-bit values and not differentiable; its (x − mean)
-/ std is computed here, differentiably, so that the encoder is a function of pixels in [0, 1]. On probe images the two
-halves must reproduce the whole processor exactly, or `preprocess` refuses.
+Its resize and crop run unchanged, on 8-bit values; its (x − mean) / std is computed here, so that the encoder is a
+differentiable function of pixels in [0, 1]. On probe images the two halves must reproduce the whole.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from hf_equiv.formatting import excerpt
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _FILE = "preprocessor_config.json"
-_OR = "Or pass pixels (B, 3, H, W) in [0, 1] to the encoder."
-_CURE = "Pass pixels (B, 3, H, W) in [0, 1] to the encoder."
+_CURE = "Pass pixels (B, 3, H, W) in [0, 1] to the encoder instead."
 _OFF_GRID = "DINOv3ViTImageProcessor"  # torchvision only; it rescales before it resizes, so its pixels are not k/255
 _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
 
@@ -43,13 +41,11 @@ class Preprocessor:
         """Return the pixels k/255 of the images, (B, 3, H, W) float32."""
         if isinstance(images, Image.Image):
             images = [images]
-        if isinstance(images, Sequence) and not images:
-            raise ValueError("`images` must hold at least one image; got none. Pass [PIL.Image.open(path)].")
-        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
-            raise TypeError(f"`images` must be PIL images; got {type(images).__name__}. Pass [PIL.Image.open(path)].")
-        for image in images:
+        for image in images if isinstance(images, Sequence) else [images]:
             if not isinstance(image, Image.Image):
                 raise TypeError(f"`images` must be PIL images; got {type(image).__name__}. Use PIL.Image.open(path).")
+        if not images:
+            raise ValueError("`images` must hold at least one image; got none. Pass [PIL.Image.open(path)].")
         if self.refusal:
             raise ValueError(self.refusal)
         return torch.stack([_to_pixels(self.processor, image) for image in images])
@@ -62,24 +58,21 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
     processor, refusal = None, ""
     with quiet():
         try:
-            processor = AutoImageProcessor.from_pretrained(
-                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-            )
+            processor = checkpoint.load(AutoImageProcessor)
         except Exception as error:
             must = "`preprocess` must run the checkpoint's own image processor;"
+            refusal = f"{must} {name or _FILE} cannot be built here ({excerpt(error)}). {_CURE}"
             if "trust_remote_code" in str(error):
                 must = f"`trust_remote_code` must be True for '{checkpoint.model_id}':"
-                refusal = f"{must} its image processor is Python code of its own. Read that code first. {_OR}"
+                refusal = f"{must} its image processor is Python code of its own. Read that code first. {_CURE}"
             elif name.startswith(_OFF_GRID):
                 must = f"{must} DINOv3's exists only for torchvision, which is not usable here."
-                refusal = f"{must} Install one for this PyTorch. {_OR}"
-            else:
-                refusal = f"{must} {name or _FILE} cannot be built here ({excerpt(error)}). {_CURE}"
-        mean, std = _normalisation(processor, settings, checkpoint)
+                refusal = f"{must} Install one for this PyTorch. {_CURE}"
+        record = dict(settings if processor is None else processor.to_dict())
+        mean, std = _normalisation(record, checkpoint)
         size = None
         if processor is not None:
             size, refusal = _check_split(processor, mean, std)
-    record = dict(processor.to_dict() if processor is not None else settings)
     record["backend"] = str(getattr(processor, "backend", "none"))
     return Preprocessor(mean, std, size, refusal, json.dumps(record, sort_keys=True, default=str), processor)
 
@@ -123,7 +116,7 @@ def _check_split(
             return None, f"{told}({excerpt(error)}). {_CURE}"
         if pixels.ndim != 3 or pixels.shape[0] != 3 or whole.shape != pixels.shape:
             return None, f"`preprocess` must get one image (3, H, W) from {kind}; got {tuple(whole.shape)}. {_CURE}"
-        ours = normalise(pixels, _column(mean), _column(std))[0]
+        ours = normalise(pixels, *(torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std)))[0]
         worst = float((ours - whole).abs().max())
         # torchvision fuses the two steps, which rounds differently; the PIL backend must agree to the last bit.
         if worst > (0.0 if getattr(processor, "backend", "pil") == "pil" else 1e-5):
@@ -134,20 +127,12 @@ def _check_split(
     return sizes.pop(), ""
 
 
-def _column(values: tuple[float, float, float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
-
-
 def _normalisation(
-    processor: Any, settings: dict[str, Any], checkpoint: Checkpoint
+    settings: dict[str, Any], checkpoint: Checkpoint
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    def setting(key: str, default: Any) -> Any:
-        value = getattr(processor, key, None) if processor is not None else settings.get(key)
-        return default if value is None else value
-
-    if not setting("do_normalize", True):
+    if settings.get("do_normalize") is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    mean, std = setting("image_mean", None), setting("image_std", None)
+    mean, std = settings.get("image_mean"), settings.get("image_std")
     if mean is None or std is None:
         raise ValueError(
             f"{_FILE} must state image_mean and image_std; that of '{checkpoint.model_id}' does not. Add them to it."

@@ -1,15 +1,4 @@
-"""Read out the embedding of a vision model: name, place and availability of each readout.
-
-| readout | embedding z of one image |
-| --- | --- |
-| `cls` | the class token of the last hidden state, R^D |
-| `mean` | the mean over patch tokens (without class, distillation and register tokens), or over all positions |
-| `pooler` | the model's own pooled output, R^D, only if every weight of it is in the checkpoint |
-| `projection` | the image embedding of CLIP and SigLIP, before normalisation |
-| `tokens` | the whole last hidden state, flattened: R^{T·D} |
-| `logits` | the scores of the classification head, before the softmax |
-| `hidden:K` | `hidden_states[K]`: its class token, else the mean; 0 is after the patch embedding |
-"""
+"""Read out the embedding of a vision model: name, place and availability of each readout (docs/guide.md)."""
 
 from __future__ import annotations
 
@@ -49,21 +38,20 @@ def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tup
     if not isinstance(patch, int) or last.shape[1] - prefix != (image_size[0] // patch) * (image_size[1] // patch):
         patch = None
     hidden = outputs.get("hidden_states") or ()
-    available = ["cls"] if prefix else []
-    available.append("mean")
-    if loaded.has_pooler and isinstance(outputs.get("pooler_output"), Tensor):
-        available.append("pooler")
-    available.append("tokens")
-    if loaded.has_head:
-        available.append("logits")
-    if loaded.two_tower or loaded.projection is not None:
-        available.append("projection")
-    available += [f"hidden:{k}" for k in range(len(hidden))]
+    there = {
+        "cls": prefix > 0,
+        "mean": True,
+        "pooler": loaded.has_pooler and isinstance(outputs.get("pooler_output"), Tensor),
+        "tokens": True,
+        "logits": loaded.has_head,
+        "projection": loaded.two_tower or loaded.projection is not None,
+    }
+    available = *(name for name in there if there[name]), *(f"hidden:{k}" for k in range(len(hidden)))
     # Measured on the CPU: float32 matrix products with 16 or more rows an image round the same in every batch; those
     # with fewer rows do not, nor does the activation of half a tensor in DINOv2's SwiGLU.
     rows = min(state[0].numel() // state.shape[1 if state.ndim == 4 else -1] for state in (last, *hidden))
     alone = rows < 16 or bool(getattr(loaded.backbone.config, "use_swiglu_ffn", False))
-    return Layout(prefix, patch, alone, len(hidden), tuple(available))
+    return Layout(prefix, patch, alone, len(hidden), available)
 
 
 def resolve_readout(readout: str, layout: Layout, model_id: str) -> str:

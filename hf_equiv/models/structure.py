@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_equiv.geometry.zeros import LeftRelation
-
-Encoding = Callable[[Tensor], Tensor]
+from hf_equiv.precision import Encoding
 
 
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
@@ -18,21 +17,13 @@ def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | 
     # The last LayerNorm in the graph of z is tested: with its output detached, z must no longer depend on x. A hidden
     # state before the last LayerNorm fails, by its residual connection.
     seen: dict[nn.Module, Tensor] = {}
-
-    def record(module: nn.Module, _: object, output: Tensor) -> None:
-        seen[module] = output
-
-    with _hooked(model, record):
+    with _hooked(model, lambda module, _, output: seen.update({module: output})):
         z, _ = _graph(f, image)
     used = torch.autograd.grad(z[0].sum(), list(seen.values()), allow_unused=True) if seen else ()
     last = [module for module, gradient in zip(seen, used, strict=True) if gradient is not None]
     if not last:
         return None
-
-    def cut(module: nn.Module, _: object, output: Tensor) -> Tensor | None:
-        return output.detach() if module is last[-1] else None
-
-    with _hooked(model, cut):
+    with _hooked(last[-1], lambda _, __, output: output.detach()):
         z, x = _graph(f, image)
     bypassed = z.requires_grad and torch.autograd.grad(z[0].sum(), x, allow_unused=True)[0] is not None
     return None if bypassed else last[-1]
@@ -50,12 +41,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
     if norm is None:
         return ()
     kept: list[tuple[Tensor, Tensor]] = []
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if module is norm:
-            kept.append((inputs[0], output))
-
-    with _hooked(norm, record):
+    with _hooked(norm, lambda _, inputs, output: kept.append((inputs[0], output))):
         z, x = _graph(f, image)
     h, y = kept[-1]
     gamma, d = getattr(norm, "weight", None), h.shape[-1]
@@ -126,11 +112,9 @@ def _tail(z: Tensor, y: Tensor) -> tuple[Tensor | None, int | None]:
         if any(float((g - scale[:, None] * g[token]).norm()) > 1e-4 * float(g.norm()) for g in seen):
             return None, None
     rows = []
-    for start in range(0, z.numel(), 64):
-        eye = torch.zeros(min(64, z.numel() - start), z.numel(), dtype=z.dtype, device=z.device)
-        eye.diagonal(start).fill_(1)
-        (part,) = torch.autograd.grad(z, y, eye, retain_graph=True, is_grads_batched=True)
-        rows.append(part.reshape(len(eye), -1, d)[:, token].double())
+    for unit in torch.eye(z.numel(), dtype=z.dtype, device=z.device).split(64):
+        (part,) = torch.autograd.grad(z, y, unit, retain_graph=True, is_grads_batched=True)
+        rows.append(part.reshape(len(unit), -1, d)[:, token].double())
     return torch.cat(rows), None if several else token
 
 

@@ -41,22 +41,14 @@ def embed_labels(
     checkpoint.fetch_matching((".json", ".txt", ".model"))  # of the tokenizer
     with quiet(), torch.random.fork_rng(devices=[]):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-            )
+            tokenizer = checkpoint.load(AutoTokenizer)
         except Exception as error:
             raise OSError(
                 f"`labels` must be tokenised, and '{checkpoint.model_id}' has no tokenizer that can be loaded here "
                 f"({excerpt(error)}). Copy the tokenizer's files beside its config.json."
             ) from error
         _check_known(tokenizer, labels, checkpoint.model_id)
-        model = AutoModel.from_pretrained(
-            checkpoint.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
+        model = checkpoint.load(AutoModel, dtype=dtype, use_safetensors=True)
     model.eval().requires_grad_(False).to(device)
     sentences = [PROMPT.format(label=label) for label in labels]
     length = int(model.config.text_config.max_position_embeddings)

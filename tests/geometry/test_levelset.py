@@ -17,6 +17,7 @@ from tiny_models import save
 from torch import Tensor
 from torch.func import jacrev
 
+from hf_equiv import jacobian
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import trace_level_set
 from hf_equiv.jacobian import Jacobian, jacobian_cost
@@ -284,11 +285,12 @@ def test_evaluations_are_counted(monkeypatch):
     made = []
 
     class Recorded(Jacobian):
-        def __init__(self, f, image):
-            super().__init__(f, image)
+        def __init__(self, f, image, **options):
+            super().__init__(f, image, **options)
             made.append(self)
 
-    monkeypatch.setattr(corrector, "Jacobian", Recorded)
+    for module in (corrector, jacobian):
+        monkeypatch.setattr(module, "Jacobian", Recorded)
     start = images(1, seed=10, dtype=F64)
     walk = trace_level_set(smooth_mlp(), start, heading="random", step=0.3, num_steps=5, generator=generator())
     assert int(walk.num_jacobians) == 1
