@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_equiv.analyses import measures
 from hf_equiv.analyses.config import DTYPES, BaseConfig, Load, check_choice
 from hf_equiv.analyses.pairs import Item, Reader, name_pairs
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import NORMS, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
@@ -28,7 +28,6 @@ from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
 from hf_equiv.results import Progress, Status
-from hf_equiv.runs.execute import Observer, RunProgress
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -47,31 +46,19 @@ MATCH_EVALS = 2000
 
 @dataclass(frozen=True)
 class MatchConfig(BaseConfig):
-    """Options of `match`; `dtype` may also be `bfloat16` (`bf16`) or `float16`, for the early iterations only.
-
-    Attributes:
-        pairs: number of pairs to draw from `data`.
-        solver: `lbfgs`, `adam` or `gd`.
-        radius: half-width (linf) or radius (l2) of the ball about the source, pixels in [0, 1]; None for no ball.
-        norm: norm of the ball, `linf` or `l2`; None for `linf`, and without a ball.
-        rtol: embedding error ‖f(x)−z‖/‖z‖ at which a match is finished.
-        max_evals: evaluations allowed per image.
-        refine: refine the match on the 8-bit lattice; otherwise it is rounded.
-        labels: class names for zero-shot classification.
-        compile: match with the encoder compiled by `torch.compile`; every number is still that of the plain encoder.
-    """
+    """Options of `match`; `dtype` may also be `bfloat16` (`bf16`) or `float16`, for the early iterations only."""
 
     analysis: ClassVar[str] = "match"
 
-    pairs: int | None = None
-    solver: str = "lbfgs"
-    radius: float | None = None
-    norm: str | None = None
-    rtol: float = 1e-5
-    max_evals: int = 1000
-    refine: bool = True
-    labels: tuple[str, ...] | None = None
-    compile: bool = False
+    pairs: int | None = None  # number of pairs to draw from `data`
+    solver: str = "lbfgs"  # or `adam`, `gd`
+    radius: float | None = None  # of the ball about the source: half-width (linf) or L2 radius, pixels in [0, 1]
+    norm: str | None = None  # of the ball, `linf` or `l2`; None for `linf`, and without a ball
+    rtol: float = 1e-5  # embedding error ‖f(x)−z‖/‖z‖ at which a match is finished
+    max_evals: int = 1000  # evaluations allowed per image
+    refine: bool = True  # refine the match on the 8-bit lattice; otherwise it is rounded
+    labels: tuple[str, ...] | None = None  # class names for zero-shot classification
+    compile: bool = False  # match with the encoder compiled; every number is still that of the plain encoder
 
     @property
     def ball_norm(self) -> str:
@@ -111,14 +98,6 @@ class MatchConfig(BaseConfig):
         if self.pairs is not None:
             check_count(self.pairs, "pairs")
 
-    def check_encoder(self, encoder: Encoder) -> None:
-        """Refuse options that do not fit the encoder."""
-        check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
-        if self.labels is not None:  # a model without text tower refuses at once
-            grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
-            with torch.no_grad():
-                encoder.classify(grey, self.labels)
-
     def drafts(self, encoder: Encoder) -> tuple[Draft, ...]:
         """Return the cheaper forms of the encoder: half precision first, then compiled."""
         drafts = []
@@ -146,19 +125,26 @@ class MatchConfig(BaseConfig):
         photos = load("builtin")
         return photos.select([0]), photos.select([1])  # cat -> coffee
 
-    def settle(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
+    def list_items(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
         """Read each image once and list the pairs."""
         drawn = self.data is not None
         return name_pairs(reader, images, targets or images, drawn=drawn, n=self.pairs, seed=self.seed)
 
-    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
-        """Return the settings of this verb, with defaults filled in."""
+    def settings_of_items(self, items: Sequence[Item]) -> Row:
+        """Return the settings that tell how many pairs there are."""
+        return {"drawn": self.data is not None, "num_pairs": len(items)}
+
+    def settings(self, encoder: Encoder) -> Row:
+        """Return the other settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
         from hf_equiv.models.zero_shot import PROMPT  # brings transformers along
 
+        check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
+        if self.labels is not None:  # a model without text tower refuses at once
+            grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
+            with torch.no_grad():
+                encoder.classify(grey, self.labels)
         start = ([f"{self.half} start"] if self.half else []) + (["compiled"] if self.compile else [])
         return {
-            "drawn": self.data is not None,
-            "num_pairs": len(items),
             "solver": ", ".join([self.solver, *start]),
             "solver_parameters": json.dumps(asdict(SOLVERS[self.solver]()), sort_keys=True, default=str),
             "radius": self.radius,
@@ -178,16 +164,14 @@ class MatchConfig(BaseConfig):
 CONFIG = MatchConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
     """Match all pairs at once, refine, save as PNG, read back and measure; one row per pair."""
     config, encoder = plan.config, plan.encoder
-    assert isinstance(config, MatchConfig)
-    ids = tuple(one.item.name for one in part)
     source = torch.stack([one.image for one in part])
     target = torch.stack([one.target for one in part if one.target is not None])
 
     def hook(stage: str) -> Callable[[Progress], None]:
-        return lambda p: tell(RunProgress(stage, 0, 0, ids, p.errors, p.num_evals, p.active))
+        return lambda p: tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active)
 
     z = measures.embed(encoder, target)
     ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm}
@@ -263,9 +247,7 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     return {} if png is None else {"pairs.png": png}
 
 
-def match_target(
-    encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
-) -> tuple[Tensor, float, float]:
+def match_target(encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Tell) -> tuple[Tensor, float, float]:
     """Match an image with the embedding of another, and return the match (3, H, W), its evaluations, its seconds."""
     z = measures.embed(encoder, target[None])
 
@@ -332,7 +314,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         made["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
     elif not far <= _REFINED:
         faults.append(("match", f"an image within {_REFINED:.3f} of its float match", f"it is {far:.3f} off"))
-    made |= {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target), "faults": faults}
+    made |= {"embedding_error": measures.relative_error(z, z_target), "faults": faults}
     return [made | {"num_evals": (row["cost"] or {}).get("match")}]
 
 

@@ -146,23 +146,20 @@ def measure_match(
     }
 
 
-_SAME = 1e-4
-"""Relative distance up to which two embeddings are of one photo: float32 noise, not two images."""
-
-
-def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
-    """Measure how far apart unrelated images are: source i against the target of every other pair j ≠ i.
-
-    A photo that is the source of one pair and the target of another is never compared with itself; of a single pair,
-    its own source and target are. `sources` and `targets` are embeddings, (B, D).
-
-    Returns:
-        `num_pairs`, and median, min and max of `distance` ‖f(a)−f(b)‖/‖f(b)‖ and `cosine`; None for equal images.
-    """
+def distances_apart(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ‖f(a)−f(b)‖/‖f(b)‖ of every source and target (B, D), and which of them are of unrelated photos."""
+    # Unrelated are a source and the target of another pair, or of a single pair its own. Embeddings that agree to 1e-4
+    # are of one photo, which may be the source of one pair and the target of another.
     a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
     apart = ~torch.eye(len(a), dtype=torch.bool) if len(a) > 1 else torch.ones(1, 1, dtype=torch.bool)
     distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / b.norm(dim=1)
-    apart &= distance > _SAME
+    return distance, apart & (distance > 1e-4)
+
+
+def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
+    """Measure how far apart unrelated images are, from the embeddings (B, D) of pairs; None for equal images."""
+    a, b = sources.detach().double().cpu(), targets.detach().double().cpu()
+    distance, apart = distances_apart(a, b)
     if not bool(apart.any()):
         return None
     similarity = (a @ b.T) / (a.norm(dim=1)[:, None] * b.norm(dim=1))

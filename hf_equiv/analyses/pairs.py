@@ -22,25 +22,15 @@ KEPT_BYTES = 256_000_000
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One pair or image to work on.
+    """One pair or image to work on."""
 
-    Attributes:
-        index: place in the run's list.
-        name: `pair_id` or `image_id` of its rows.
-        columns: ids and classes as its rows state them.
-        source: place of the image in its set.
-        target: place of the target in its set, if there is one.
-        pixels: SHA-256 over the images as the encoder sees them; None if one could not be read at planning.
-        unusable: id and reason of each of its images that could not be read then.
-    """
-
-    index: int
-    name: str
-    columns: Mapping[str, str | None]
-    source: int
-    target: int | None
-    pixels: str | None
-    unusable: tuple[tuple[str, str], ...] = ()
+    index: int  # place in the run's list
+    name: str  # `pair_id` or `image_id` of its rows
+    columns: Mapping[str, str | None]  # ids and classes as its rows state them
+    source: int  # place of the image in its set
+    target: int | None  # place of the target in its set, if there is one
+    pixels: str | None  # SHA-256 over the images as the encoder sees them; None if one could not be read at planning
+    unusable: tuple[tuple[str, str], ...] = ()  # id and reason of each of its images that could not be read then
 
     def entry(self) -> dict[str, Any]:
         """Return its entry in `run.json`."""

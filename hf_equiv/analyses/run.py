@@ -26,7 +26,10 @@ from hf_equiv.runs.schema import Layout, Row
 VERBS: Mapping[str, Any] = {"match": match, "spectrum": spectrum, "lipschitz": lipschitz, "walk": walk}
 """The four analyses. Each module holds:
 
-`CONFIG`, the class of its options, which also settle its plan;
+`CONFIG`, the class of its options: beside those of `config.BaseConfig` it has `settings(encoder)`, the settings with
+defaults filled in, unless they do not fit the encoder; `open_images(load)`, the images and their targets, which may be
+the same set; `list_items(reader, images, targets)`; `settings_of_items(items)`; and `item_bytes(encoder, settings)`,
+the most bytes of the images and float images of one item;
 `SUCCEEDED`, the statuses of rows that are a success;
 `BATCH`, the unit of the batch size: `items`, `derivatives` of one item, or `nothing`;
 `SHOWN`, the number of first items whose images summary and figures need;
@@ -46,25 +49,15 @@ BATCH, CPU_BATCH = 32, 8
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        analysis: `match`, `spectrum`, `lipschitz` or `walk`.
-        out: its directory.
-        rows: its rows, without images, in the order of the pairs or images.
-        summary: counts, medians and verdict, as in `run.json`.
-        errors: reason of each row of status `error`, by pair or image id.
-        refine_evals: evaluations of the 8-bit refinement, by pair id.
-        main: whether this is the main process; of several, only one reports.
-    """
-
-    analysis: str
-    out: Path
-    rows: tuple[Row, ...]
-    summary: Row
-    errors: Mapping[str, str]
-    refine_evals: Mapping[str, float]
-    main: bool = True
+    analysis: str  # `match`, `spectrum`, `lipschitz` or `walk`
+    out: Path  # its directory
+    rows: tuple[Row, ...]  # its rows, without images, in the order of the pairs or images
+    summary: Row  # counts, medians and verdict, as in `run.json`
+    errors: Mapping[str, str]  # reason of each row of status `error`, by pair or image id
+    refine_evals: Mapping[str, float]  # evaluations of the 8-bit refinement, by pair id
+    main: bool = True  # whether this is the main process; of several, only one reports
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -85,46 +78,33 @@ def run_analysis(
     batch_size: int | None = None,
     observer: Observer | None = None,
 ) -> RunOutcome:
-    """Carry out a plan: make the rows of each pair or image, then summary, figures and card.
-
-    Rows are on disk after each batch; on a full disk an OSError says so and they are kept. A run that was stopped, at
-    any moment, is finished by the same call: rows that are there are kept, the others are made. A pair or image that
-    cannot be worked on gets a row of status `error`, and the others go on.
-
-    Args:
-        plan: from `make_plan`.
-        out: run directory; by default `plan.default_out`.
-        overwrite: `missing` makes the rows that are not there, and those of status `error` again; `always` replaces an
-            earlier run; `never` refuses to touch one.
-        batch_size: pairs matched at once, 8 by default and 32 on a GPU, where it is also the number of derivatives per
-            pass. It is halved when memory runs out, and on a CPU it changes no number.
-        observer: called with a `RunProgress` after every batched evaluation; an exception that it raises ends the run.
-
-    Returns:
-        The rows as read back from disk, and the summary.
-
-    Raises:
-        ValueError: the directory holds another run, or is being written.
-    """
-    verb, layout = VERBS[plan.config.analysis], plan.layout
+    """Carry out a plan: make the missing rows of each pair or image, then summary, figures and card."""
+    # Rows are on disk after each batch, and the same call finishes a run that was stopped at any moment. A pair or
+    # image that cannot be worked on gets a row of status `error`, and the others go on. `overwrite` may be `missing`
+    # (make the rows that are not there, and those of status `error` again), `always` (replace an earlier run) or
+    # `never` (refuse one). `batch_size` is the number of pairs at once, and on a GPU also that of derivatives; it is
+    # halved when memory runs out, and on a CPU it changes no number. `observer` receives a `RunProgress` after each
+    # batched evaluation; an exception that it raises ends the run.
+    verb, layout, names = VERBS[plan.config.analysis], plan.layout, [item.name for item in plan.items]
     folder, sizes = Path(out or plan.default_out), PassSize(_batch_size(verb, plan.encoder.device, batch_size))
     closed: list[RunRows] = []
 
-    def make(folder: Path, block: Sequence[Item], errors: dict[str, str], tell: Observer) -> None:
-        made = _Block(plan, verb, sizes, errors, tell).make(block)
+    def make(block: Sequence[Item], tell: Observer) -> None:
+        work = _Block(plan, verb, sizes, tell)
+        made = work.make(block)
         rows = [row for item in block for row in made[item.name].rows]
         floats = {name: image for one in made.values() for name, image in one.floats.items()}
         costs = {name: one.cost for name, one in made.items() if one.cost is not None}
-        shards.write_shard(folder, block[0].index, rows, floats, costs, layout, errors)
+        shards.write_shard(folder, block[0].index, rows, floats, costs, layout, work.errors)
 
-    def finish(folder: Path) -> Row:
-        closed.append(read_back(folder, layout, [item.name for item in plan.items], verb.SHOWN))
+    def finish() -> Row:
+        closed.append(read_back(folder, layout, names, verb.SHOWN))
         return _close(plan, verb, folder, closed[0])
 
-    job = Job(plan, sizes.images if verb.BATCH == "items" else 1, make, finish)
-    main = carry_out(job, folder, overwrite, observer or (lambda _: None))
+    job = Job(plan, folder, sizes.images if verb.BATCH == "items" else 1, make, finish)
+    main = carry_out(job, overwrite, observer or (lambda _: None))
     record = directory.read_record(folder)
-    found = closed[0] if closed else read_back(folder, layout, [item.name for item in plan.items], 0)
+    found = closed[0] if closed else read_back(folder, layout, names, 0)
     refine_evals = {name: cost["refine"] for name, cost in (found.costs or {}).items()}
     errors = record.get("errors", {})
     return RunOutcome(layout.analysis, folder, tuple(found.rows), record["summary"], errors, refine_evals, main)
@@ -142,9 +122,10 @@ def _batch_size(verb: Any, device: torch.device, asked: int | None) -> int:
 class _Block:
     """Makes the rows of some items; when memory runs out, it works on fewer at once, also later."""
 
-    def __init__(self, plan: Plan, verb: Any, sizes: PassSize, errors: dict[str, str], tell: Observer) -> None:
-        self.plan, self.verb, self.sizes, self.errors, self.tell = plan, verb, sizes, errors, tell
+    def __init__(self, plan: Plan, verb: Any, sizes: PassSize, tell: Observer) -> None:
+        self.plan, self.verb, self.sizes, self.tell = plan, verb, sizes, tell
         self.made: dict[str, Made] = {}
+        self.errors: dict[str, str] = {}
 
     def make(self, block: Sequence[Item]) -> dict[str, Made]:
         """Return the rows by item; an item that cannot be read or computed has one of status `error`."""
@@ -165,9 +146,13 @@ class _Block:
             at += len(few)
 
     def _compute(self, part: Sequence[Loaded]) -> None:
-        size = self.sizes.images
+        size, names = self.sizes.images, tuple(one.item.name for one in part)
+
+        def tell(stage: str, step: int = 0, steps: int = 0, **more: Any) -> None:
+            self.tell(RunProgress(stage, pair_ids=names, step=step, steps=steps, **more))
+
         try:
-            made = self.verb.make_rows(self.plan, part, size, self.tell)
+            made = self.verb.make_rows(self.plan, part, size, tell)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:  # NaN, no JVP, a heading that leads nowhere
             why, full = one_line(error), ran_out(error)
         else:

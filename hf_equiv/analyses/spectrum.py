@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.measures import Rows, by_image, medians_of, verdict
-from hf_equiv.analyses.pairs import Item
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, stages_of
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_count
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import finite
@@ -22,7 +21,6 @@ from hf_equiv.geometry.zeros import Zero
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
-from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -41,18 +39,13 @@ _ZEROS = ("structural_zeros", "near_structural")
 
 @dataclass(frozen=True)
 class SpectrumConfig(ImageConfig):
-    """Options of `spectrum`.
-
-    Attributes:
-        k: number of singular values; None for all.
-        vectors: keep the singular vectors of the first `k`, or 8.
-    """
+    """Options of `spectrum`."""
 
     analysis: ClassVar[str] = "spectrum"
     wants_target: ClassVar[str] = "the verb lipschitz or walk"
 
-    k: int | None = None
-    vectors: bool = False
+    k: int | None = None  # number of singular values; None for all
+    vectors: bool = False  # keep the singular vectors of the first `k`, or 8
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""
@@ -60,14 +53,11 @@ class SpectrumConfig(ImageConfig):
         if self.k is not None:
             check_count(self.k, "k")
 
-    def check_encoder(self, encoder: Encoder) -> None:
-        """Refuse options that do not fit the encoder."""
+    def settings(self, encoder: Encoder) -> Row:
+        """Return the settings of this verb; refuse those that do not fit the encoder."""
         if self.k is not None and self.k > encoder.embedding_dim:
             raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {self.k}.")
-
-    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
-        """Return the settings of this verb."""
-        return self.listed(items) | {"k": self.k, "vectors": self.vectors}
+        return {"k": self.k, "vectors": self.vectors}
 
     def item_bytes(self, encoder: Encoder, settings: Row) -> int:
         """Return the bytes of the image and of the vectors that are kept."""
@@ -78,10 +68,10 @@ class SpectrumConfig(ImageConfig):
 CONFIG = SpectrumConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
     """Make the row of one image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
     (one,) = part
-    stages_of(one, tell)("jacobian", 0, 1)
+    tell("jacobian", 0, 1)
     k, vectors = plan.settings["k"], plan.settings["vectors"]
     result = jacobian_spectrum(plan.encoder, one.image[None], k=k, vectors=vectors, batch=batch)
     floats: dict[str, Tensor] = {}
@@ -192,7 +182,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
         off = max(abs(s - length) for s, length in zip([*sigma, *[0.0] * len(lengths)], lengths, strict=False))
         if not off <= 1e-3 * max(lengths):
             faults = [("right", "the vectors of the stated singular values", f"‖Jv‖ differs by {off:.3g}")]
-    return [made | {key: row[key] for key in ("image_id", "num_evals", "seconds")} | {"faults": faults}]
+    return [made | {key: row[key] for key in ("num_evals", "seconds")} | {"faults": faults}]
 
 
 def tolerances(made: Row, settings: Row) -> Row:

@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_equiv.analyses.config import ImageConfig, Load, check_choice
+from hf_equiv.analyses.config import ImageConfig, check_choice
 from hf_equiv.analyses.match import match_target
 from hf_equiv.analyses.measures import Rows, by_image, embed, largest, median_of, relative_error, verdict
-from hf_equiv.analyses.pairs import Item, image_generator
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, stages_of
+from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
-from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
-from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -44,24 +42,16 @@ FROM_A_MATCH = ("nearest", "connect")
 
 @dataclass(frozen=True)
 class WalkConfig(ImageConfig):
-    """Options of `walk`.
-
-    Attributes:
-        heading: `random`, `away`, `toward`, `nearest` or `connect`.
-        step: longest step, L2 in pixel units.
-        num_steps: points after the start.
-        rtol: largest drift ‖f(x)−z‖/‖z‖.
-        stop: ‖P_null d‖/‖d‖ at which a walk to an image is over; None for 0.01, and for other headings.
-    """
+    """Options of `walk`."""
 
     analysis: ClassVar[str] = "walk"
     wants_target: ClassVar[str] = "heading 'toward', 'nearest' or 'connect'"
 
-    heading: str = "random"
-    step: float = 1.0
-    num_steps: int = 100
-    rtol: float = 1e-5
-    stop: float | None = None
+    heading: str = "random"  # or `away`, `toward`, `nearest`, `connect`
+    step: float = 1.0  # longest step, L2 in pixel units
+    num_steps: int = 100  # points after the start
+    rtol: float = 1e-5  # largest drift ‖f(x)−z‖/‖z‖
+    stop: float | None = None  # ‖P_null d‖/‖d‖ at which a walk to an image is over; None for 0.01
 
     @property
     def needs_target(self) -> bool:
@@ -89,13 +79,9 @@ class WalkConfig(ImageConfig):
         if self.target is None and self.needs_target and (self.source or self.data):
             raise ValueError(f"`target` must come with heading {self.heading!r}. Add --target W, the image to go to.")
 
-    def usual_targets(self, images: ImageSet, load: Load) -> tuple[ImageSet, ImageSet]:
-        """Return the built-in cat and coffee."""
-        return images.select([0]), images.select([1])
-
-    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
+    def settings(self, encoder: Encoder) -> Row:
         """Return the settings of this verb, with defaults filled in."""
-        return self.listed(items) | {
+        return {
             "heading": self.heading,
             "step": self.step,
             "num_steps": self.num_steps,
@@ -113,20 +99,20 @@ class WalkConfig(ImageConfig):
 CONFIG = WalkConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
     """Walk from one image, for `nearest` and `connect` from a match that starts at it; one row for each point."""
     (one,) = part
-    encoder, settings, stage = plan.encoder, plan.settings, stages_of(one, tell)
+    encoder, settings = plan.encoder, plan.settings
     name, image, target = one.item.name, one.image, one.target
     from_match, steps = settings["solver"] is not None, settings["num_steps"]
     start, evals, seconds = image, 0.0, 0.0
     if from_match and target is not None:
-        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], stage)
+        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
     walk = trace_level_set(
         encoder, start[None], heading=settings["heading"], step=settings["step"], num_steps=steps,
         rtol=settings["rtol"], target=None if target is None else target[None], stop=settings.get("stop", STOP),
         origin=image[None] if from_match else None, generator=image_generator(settings["seed"], name),
-        keep_points=True, progress=lambda point: stage("walk", point.step, steps),
+        keep_points=True, progress=lambda point: tell("walk", point.step, steps),
     )  # fmt: skip
     path, status = walk.paths[0], walk.status[0]
     if not path or status is Status.ERROR:
@@ -253,7 +239,6 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
         gap, moved = frame.double() - origin.double(), frame.double() - frames[max(0, step - 1)].double()
         l2 = float(gap.norm())
         made.append({
-            "image_id": name,
             "step": step,
             "frame": picture,
             **label,

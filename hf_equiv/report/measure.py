@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from hf_equiv.analyses.measures import cosine, psnr_db, relative_error, ssim
+from hf_equiv.analyses.measures import cosine, distances_apart, psnr_db, relative_error, ssim
 from hf_equiv.data.image_file import decode_png, encode_png, open_image
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite
@@ -168,13 +168,9 @@ def transfer_pair(other: Any, images: Sequence[Tensor]) -> tuple[Row, Tensor, Te
 
 
 def pair_distances(sources: Tensor, targets: Tensor) -> list[float]:
-    """Return ‖f(a) − f(b)‖ / ‖f(b)‖ of sources and targets (B, D) of different pairs; of a single pair its own.
-
-    Photos whose embeddings agree to 1e-4 count as one photo and are left out, and so are infinite distances.
-    """
-    apart = ~torch.eye(len(sources), dtype=torch.bool) if len(sources) > 1 else torch.ones(1, 1, dtype=torch.bool)
-    distance = torch.cdist(sources, targets, compute_mode="donot_use_mm_for_euclid_dist") / targets.norm(dim=1)
-    return [float(d) for d in distance[apart & (distance > 1e-4) & distance.isfinite()]]
+    """Return the finite distances ‖f(a) − f(b)‖ / ‖f(b)‖ of sources and targets (B, D) of different pairs."""
+    distance, apart = distances_apart(sources, targets)
+    return [float(d) for d in distance[apart & distance.isfinite()]]
 
 
 def _random_step(source: Tensor, length: Tensor, name: str) -> Tensor:
