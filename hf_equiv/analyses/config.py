@@ -16,9 +16,7 @@ from hf_equiv.matching.stages import HALF, Draft
 from hf_equiv.runs.schema import Row
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-Load = Callable[..., ImageSet]
-"""The function `load_images`, with the columns and the cache of the run filled in."""
+Load = Callable[..., ImageSet]  # `load_images`, with the columns and the cache of the run filled in
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class BaseConfig:
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""
-        if self.seed < 0:
-            raise ValueError(f"`seed` must be 0 or more; got {self.seed}.")
+        check_count(self.seed, "seed", 0)
 
     def drafts(self, encoder: Any) -> tuple[Draft, ...]:
         """Return the cheaper forms of the encoder that a match starts with, in the order of use."""
@@ -60,8 +57,7 @@ class BaseConfig:
 class ImageConfig(BaseConfig):
     """Options that the analyses of single images share: spectrum, lipschitz and walk."""
 
-    wants_target: ClassVar[str]
-    """The options that need a target, for the message to a user who gives one without."""
+    wants_target: ClassVar[str]  # the options that need a target, for the message to a user who gives one without
 
     limit: int | None = None  # images to draw from `data`; None for all
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, Load
 from hf_equiv.analyses.match import match_target, outside_ball
-from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, quartiles_of, verdict
+from hf_equiv.analyses.measures import count_images, largest, median_of, quartiles_of, verdict
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.analyses.walk import drift, level
@@ -27,22 +27,16 @@ from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, least_error, plateau_of
 from hf_equiv.jacobian import Jacobian
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 SUCCEEDED = (Status.RESOLVED, Status.UNDETERMINED)  # the second is the right answer for null directions
 BATCH, SHOWN = "derivatives", 0
 
 DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
-
-SINGLE = ("gradient", "toward", "match")
-"""Kinds of which there is one."""
-
 COUNTED = ("random", "top", "row", "null")
-
+SINGLE = ("gradient", "toward", "match")  # kinds of which there is one
 _REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
 
 
@@ -206,8 +200,8 @@ def rows_of(found: LipschitzResult, reach: LinearityResult | None, ball: Regiona
             "value": finite(found.values[0, k]),
             "jvp": finite(found.jvp[0, k]),
             "radii": found.radii.tolist(),
-            "secants": _numbers(found.secants[0, k]),
-            "noise_floor": _numbers(found.noise_floor[0, k]),
+            "secants": [finite(s) for s in found.secants[0, k].tolist()],
+            "noise_floor": [finite(floor) for floor in found.noise_floor[0, k].tolist()],
             "noise_method": found.noise_method,
             "plateau": plateau.tolist() if bool(torch.isfinite(plateau).all()) else None,
             "status": str(found.status[0][k]),
@@ -219,11 +213,11 @@ def rows_of(found: LipschitzResult, reach: LinearityResult | None, ball: Regiona
     return rows
 
 
-def _numbers(values: Tensor) -> list[float | None]:
-    return [finite(v) for v in values.tolist()]
-
-
-def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
+def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+    """Sum up the directions of a run."""
+    summary, rows = count_images(made)
+    if not rows:
+        return summary
     kinds: Row = {}
     for kind in dict.fromkeys(row["direction"] for row in rows):
         own = [row for row in rows if row["direction"] == kind]
@@ -239,10 +233,7 @@ def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
     region = {key: largest(row[key] for row in firsts) for key in _REGION}
     told = verdict("lipschitz", kinds=kinds, regional=region, settings=settings)
     told = told or "No direction has a constant above the float noise."
-    return {"kinds": kinds, "regional": region, "verdict": told}
-
-
-summarize = by_image(_summarize)
+    return summary | {"kinds": kinds, "regional": region, "verdict": told}
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:

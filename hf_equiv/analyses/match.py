@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,21 +27,23 @@ from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.zero_shot import PROMPT
 from hf_equiv.results import Progress, Status
 from hf_equiv.runs.schema import Row
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 
 SUCCEEDED, BATCH = (Status.CONVERGED,), "items"
+SHOWN = 64  # pairs whose images make the baseline of unrelated images
+MATCH_EVALS = 2000  # most evaluations of a match made on the way, by a walk or for the direction `match`
 
-SHOWN = 64
-"""Pairs whose images make the baseline of unrelated images."""
-
-MATCH_EVALS = 2000
-"""Most evaluations of a match made on the way, by a walk or for the direction `match`."""
+_THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)  # the summary states the share of matches with smaller embedding errors
+_MEDIANS = (
+    "embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor", "cosine_to_target",
+    "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2", "num_evals", "seconds",
+    "match_prob", "target_label_prob",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class MatchConfig(BaseConfig):
 
     pairs: int | None = None  # number of pairs to draw from `data`
     solver: str = "lbfgs"  # or `adam`, `gd`
-    radius: float | None = None  # of the ball about the source: half-width (linf) or L2 radius, pixels in [0, 1]
+    radius: float | None = None  # of the ball about the source: half-width (linf) or L2 length; None for no ball
     norm: str | None = None  # of the ball, `linf` or `l2`; None for `linf`, and without a ball
     rtol: float = 1e-5  # embedding error ‖f(x)−z‖/‖z‖ at which a match is finished
     max_evals: int = 1000  # evaluations allowed per image
     refine: bool = True  # refine the match on the 8-bit lattice; otherwise it is rounded
     labels: tuple[str, ...] | None = None  # class names for zero-shot classification
-    compile: bool = False  # match with the encoder compiled; every number is still that of the plain encoder
+    compile: bool = False  # match with `torch.compile`; every number is still that of the plain encoder
 
     @property
     def ball_norm(self) -> str:
@@ -81,9 +83,6 @@ class MatchConfig(BaseConfig):
             check_positive(self.radius, "radius")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
-        self._check_images()
-
-    def _check_images(self) -> None:
         if self.data is not None and (self.source is not None or self.target is not None):
             raise ValueError("`data` must not be combined with `source` and `target`. Give one or the other.")
         if (self.source is None) != (self.target is None):
@@ -136,8 +135,6 @@ class MatchConfig(BaseConfig):
 
     def settings(self, encoder: Encoder) -> Row:
         """Return the other settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
-        from hf_equiv.models.zero_shot import PROMPT  # brings transformers along
-
         check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
         if self.labels is not None:  # a model without text tower refuses at once
             grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
@@ -174,8 +171,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> lis
         return lambda p: tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active)
 
     z = measures.embed(encoder, target)
-    ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm}
-    goal = ball | {"rtol": config.rtol}
+    goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
     found = match_in_stages(
         encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
         **goal,
@@ -184,7 +180,8 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> lis
         exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **goal)
         grid, refine_evals, refine_seconds = exact.images, exact.num_evals.tolist(), exact.seconds.tolist()
     else:
-        grid = torch.stack([round_into_ball(x, s, **ball) for x, s in zip(found.images, source, strict=True)])
+        pairs = zip(found.images, source, strict=True)
+        grid = torch.stack([round_into_ball(image, s, config.radius, config.ball_norm) for image, s in pairs])
         refine_evals = refine_seconds = [0.0] * len(part)
     made = []
     for i, one in enumerate(part):
@@ -234,9 +231,26 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
         pairs = [[measures.open_png(encoder, row[column]) for column in ("source", "target")] for row in good]
         z = torch.stack([measures.embed(encoder, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
         baseline = None if z is None else measures.random_pair_baseline(z[:, 0], z[:, 1])
-    summary = measures.summarize(made.rows, baseline, settings["rtol"])
-    summary["median"]["num_evals_refine"] = measures.median_of(cost["refine"] for cost in (made.costs or {}).values())
-    return summary
+    rows, flips = made.rows, [row for row in made.rows if row["same_top1"] is not None]
+    changed = [row for row in flips if row["source_label"] != row["target_label"]]
+    errors = {"float": "embedding_error", "8bit": "embedding_error_8bit"}
+    refining = measures.median_of(cost["refine"] for cost in (made.costs or {}).values())
+    summary: Row = {
+        "pairs": len(rows),
+        "counts": measures.counts_of(rows),
+        "success": {kind: {f"{t:.0e}": _share(rows, key, t) for t in _THRESHOLDS} for kind, key in errors.items()},
+        "median": measures.medians_of(rows, _MEDIANS) | {"num_evals_refine": refining},
+        "worst": {key: measures.largest(row[key] for row in rows) for key in errors.values()},
+        "same_top1": sum(bool(row["same_top1"]) for row in flips) / len(flips) if flips else None,
+        "source_labelled_otherwise": len(changed) if flips else None,
+        "label_flipped_to_target": sum(bool(row["same_top1"]) for row in changed) if flips else None,
+        "baseline": baseline,
+    }
+    return summary | {"verdict": measures.verdict("match", summary=summary, rows=rows, rtol=settings["rtol"])}
+
+
+def _share(rows: Sequence[Row], key: str, threshold: float) -> float | None:
+    return sum(row[key] is not None and row[key] <= threshold for row in rows) / len(rows) if rows else None
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,10 @@ from hf_equiv.analyses.pairs import Item, Reader, refuse_equal
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.matching.stages import Draft
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
 from hf_equiv.runs.schema import LAYOUTS, Layout, Row
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -109,33 +107,32 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The rows of one item, its float images by name, and the evaluations that no column states."""
+    """The rows of one item, its float images by name, the evaluations that no column states, and why it failed."""
 
     rows: Sequence[Row]
     floats: Mapping[str, Tensor]
     cost: Row | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunRows:
-    """The rows of a run in order, read back from disk: all without images, the first ones also with them.
+    """The rows of a run in order, read back from disk."""
 
-    `baseline` is that of unrelated images as the run states it, for lack of images to measure it by.
-    """
-
-    rows: Sequence[Any]
-    shown: Sequence[Row] = ()
+    rows: Sequence[Any]  # without images
+    shown: Sequence[Row] = ()  # the first ones, with images
     costs: Mapping[str, Row] | None = None
     folder: Path | None = None
-    baseline: Row | None = None
+    baseline: Row | None = None  # distances of unrelated images that the run states, if no encoder can measure them
 
 
-Tell = Callable[..., None]
-"""A function that receives a stage of the items in work, the steps done, their number, and other `RunProgress`."""
+Tell = Callable[..., None]  # receives a stage of the items in work, the steps done, their number, and more progress
 
 
 def make_plan(config: Any, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False) -> Plan:
     """Open the images, list the items, and refuse bad options and images; the class of the config names the verb."""
+    # Every image is read once here. Named images that are bad are refused before any work, all in one message; an
+    # unreadable image of `data` fails only its own rows.
     config.check()
     own = config.settings(encoder)
     _refuse_constant(encoder)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig
-from hf_equiv.analyses.measures import Rows, by_image, medians_of, verdict
+from hf_equiv.analyses.measures import Rows, count_images, medians_of, verdict
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_count
 from hf_equiv.data.image_file import decode_png
@@ -19,20 +19,14 @@ from hf_equiv.formatting import finite
 from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
 from hf_equiv.geometry.zeros import Zero
 from hf_equiv.jacobian import Jacobian
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import Row
 
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
-KEPT_VECTORS = 8
-"""Singular vectors kept with `vectors` where no `k` is given."""
-
 SUCCEEDED, BATCH = (Status.COMPLETED,), "derivatives"
-
-SHOWN = 6
-"""Images whose singular vectors are drawn."""
+SHOWN = 6  # images whose singular vectors are drawn
+KEPT_VECTORS = 8  # singular vectors kept with `vectors` where no `k` is given
 
 _ZEROS = ("structural_zeros", "near_structural")
 
@@ -90,22 +84,18 @@ def row_of(result: SpectrumResult) -> Row:
         "nullity": int(result.nullity[0]) if result.nullity is not None and whole else None,
         "structural_zeros": _zeros(result.structural_zeros[0]),
         "near_structural": _zeros(result.near_structural[0]),
-        "effective_rank": _first(result.effective_rank),
+        "effective_rank": None if result.effective_rank is None else finite(result.effective_rank[0]),
         "sigma_max": finite(result.sigma_max[0]),
         "rank_threshold": finite(result.rank_threshold[0]),
         "method": result.method[0],
         "error_bound": [finite(e) for e in result.error_bound[0].tolist()],
         "status": str(result.status[0]),
-        "participation": _first(result.participation),
+        "participation": None if result.participation is None else finite(result.participation[0]),
         "patch_nullity": result.patch_nullity,
         "noise_method": result.noise_method[0],
         "num_evals": float(result.num_evals[0]),
         "seconds": float(result.seconds[0]),
     }
-
-
-def _first(values: Tensor | None) -> float | None:
-    return None if values is None else finite(values[0])
 
 
 def _zeros(zeros: Sequence[Zero]) -> list[Row]:
@@ -115,13 +105,14 @@ def _zeros(zeros: Sequence[Zero]) -> list[Row]:
     ]
 
 
-def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
+def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+    """Sum up the spectra of a run."""
+    summary, rows = count_images(made)
+    if not rows:
+        return summary
     keys = ("sigma_max", "rank", "nullity", "effective_rank", "participation", "num_evals", "seconds")
     middle, zeros = medians_of(rows, keys), {kind: _by_cause(rows, kind) for kind in _ZEROS}
-    return {"median": middle, **zeros, "verdict": verdict("spectrum", rows=rows, median=middle, **zeros)}
-
-
-summarize = by_image(_summarize)
+    return summary | {"median": middle, **zeros, "verdict": verdict("spectrum", rows=rows, median=middle, **zeros)}
 
 
 def _by_cause(rows: Rows, kind: str) -> Row:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, check_choice
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import Rows, by_image, embed, largest, median_of, relative_error, verdict
+from hf_equiv.analyses.measures import count_images, embed, largest, median_of, relative_error, verdict
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_count, check_positive
@@ -21,23 +21,15 @@ from hf_equiv.formatting import finite
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
-CHUNK = 16
-"""Frames encoded at once."""
-
 SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
-
-SHOWN = 6
-"""Walks drawn one by one."""
-
-FROM_A_MATCH = ("nearest", "connect")
-"""Headings of walks that start from a match of the target."""
+SHOWN = 6  # walks drawn one by one
+CHUNK = 16  # frames encoded at once
+FROM_A_MATCH = ("nearest", "connect")  # headings of walks that start from a match of the target
 
 
 @dataclass(frozen=True)
@@ -66,11 +58,7 @@ class WalkConfig(ImageConfig):
         check_positive(self.step, "step")
         check_positive(self.rtol, "rtol")
         if self.stop is not None:
-            check_positive(self.stop, "stop")
-            if self.stop >= 1:
-                raise ValueError(
-                    f"`stop` must be below 1; got {self.stop:g}. It is the share of the way that is left at the end."
-                )
+            check_positive(self.stop, "stop", 1)
             if self.heading not in TO_AN_IMAGE:
                 raise ValueError(
                     f"`stop` must come with heading {', '.join(map(repr, TO_AN_IMAGE))}; got {self.stop:g} with "
@@ -165,7 +153,11 @@ def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
     return [{"label": names[int(p.argmax())], "prob": finite(p.max())} for p in probs]
 
 
-def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
+def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+    """Sum up the walks of a run."""
+    summary, rows = count_images(made)
+    if not rows:
+        return summary
     paths: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         paths.setdefault(row["image_id"], []).append(row)
@@ -189,10 +181,7 @@ def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
         drift_8bit=largest(walk["largest_drift_8bit"] for walk in walks),
         stop=settings.get("stop", STOP) if settings["heading"] in TO_AN_IMAGE else None,
     )  # fmt: skip
-    return {"walks": walks, "verdict": told}
-
-
-summarize = by_image(_summarize)
+    return summary | {"walks": walks, "verdict": told}
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
@@ -252,19 +241,15 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
             "noise_floor": floor,
         } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
     if heading in TO_AN_IMAGE and aim is not None:
-        made[-1]["stationarity"] = _left(encoder, frames[-1], aim, z, settings["rtol"])
+        corrector = Corrector(encoder, z.double(), settings["rtol"])
+        with no_tf32():
+            at = corrector.look(frames[-1])
+            corrector.refresh(at)
+            toward = Toward(aim.to(frames), stop=math.inf).plan(corrector, at, 1.0)
+        made[-1]["stationarity"] = toward.stationarity  # share of the way to the image along the level set
         early = made[-1]["step"] < settings["num_steps"] and rows[-1]["status"] == Status.COMPLETED
         made[-1]["most_left"] = at_rest(settings.get("stop", STOP)) if early else 1.0 + 1e-6
     return made
-
-
-def _left(encoder: Any, frame: Tensor, aim: Tensor, z: Tensor, rtol: float) -> float | None:
-    """The share of the way to an image that leads along the level set, by the Jacobian at the frame."""
-    corrector = Corrector(encoder, z.double(), rtol)
-    with no_tf32():
-        at = corrector.look(frame)
-        corrector.refresh(at)
-        return Toward(aim.to(frame), stop=math.inf).plan(corrector, at, 1.0).stationarity
 
 
 def tolerances(made: Row, settings: Row) -> Row:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from hf_equiv.runs import directory, processes, resume, shards
 from hf_equiv.runs.processes import Block, Claims
-from hf_equiv.runs.schema import MATCH, Row
+from hf_equiv.runs.schema import MATCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +35,11 @@ class RunProgress:
 Observer = Callable[[RunProgress], None]
 
 
-@dataclass(frozen=True)
-class Job:
-    """The work of `carry_out`."""
-
-    plan: Any  # layout, settings, command, and items, each with `index` (its place), `name` and `entry()`
-    folder: Path  # the run directory
-    size: int  # items of a block, which one process makes and writes as one shard
-    make: Callable[[Block, Observer], None]  # writes the shard of a block, and reports progress
-    finish: Callable[[], Row]  # writes figures and card once all rows are there, and returns the summary
-
-
-def carry_out(job: Job, overwrite: str, observer: Observer) -> bool:
+def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
     """Make the missing rows together with the other processes, close the run, and tell whether this is the main one."""
+    # A job has the `plan`: its layout, settings and command, and its items, each with `index` (the place), `name` and
+    # `entry()`; the `folder` of the run; and `size`, the items of a block. `make(block, tell)` writes the shard of a
+    # block; `finish()` writes figures and card once all rows are there, and returns the summary.
     if overwrite not in directory.OVERWRITE:
         raise ValueError(f"`overwrite` must be one of {', '.join(directory.OVERWRITE)}; got {overwrite!r}.")
     folder, state = job.folder, processes.join(job.plan.encoder.device)
@@ -78,7 +69,7 @@ def carry_out(job: Job, overwrite: str, observer: Observer) -> bool:
     return True
 
 
-def _make_rows(job: Job, tell: Observer, claims: Claims, state: PartialState) -> bool:
+def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState) -> bool:
     """Make the missing rows, and return whether there were any."""
     # The main process returns when all rows are there. It makes the blocks of processes that have ended.
     folder, layout, items = job.folder, job.plan.layout, job.plan.items
@@ -120,7 +111,7 @@ def _make_rows(job: Job, tell: Observer, claims: Claims, state: PartialState) ->
     return bool(blocks)
 
 
-def _close(job: Job) -> None:
+def _close(job: Any) -> None:
     """Merge the shards, write figures and card, and last `run.json`, which has the hashes of the other files."""
     folder, layout, names = job.folder, job.plan.layout, [item.name for item in job.plan.items]
     shards.merge_shards(folder, layout, names, shards.items_per_file(job.plan.item_bytes))
