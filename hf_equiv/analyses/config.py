@@ -1,11 +1,11 @@
-"""Hold the options that several verbs share, with their checks, and the hooks by which a config becomes a plan."""
+"""Hold the options that several verbs share, with their checks."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,49 +15,28 @@ from hf_equiv.data.image_set import ImageSet
 from hf_equiv.matching.stages import HALF, Draft
 from hf_equiv.runs.schema import Row
 
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-Load = Callable[..., ImageSet]
-"""The function `load_images`, with the columns and the cache of the run filled in."""
+Load = Callable[..., ImageSet]  # `load_images`, with the columns and the cache of the run filled in
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Options that change a number of a run, as the user states them.
-
-    Attributes:
-        model: Hub id, folder or `builtin`.
-        revision: commit, branch or tag of the Hub repository.
-        readout: output of the checkpoint that is the embedding; `auto` takes the usual one.
-        normalize: divide the embedding by its L2 norm.
-        dtype: `float32` or `float64`.
-        source: images to start from or to analyse; see `load_images`.
-        target: images whose embedding is wanted or that directions and walks lead to: one for all sources, or as many
-            as there are sources.
-        data: a set to draw from, instead of `source`.
-        streaming: fetch only the first images of the Hub dataset in `data`. Done unasked above 5 GB of files.
-        image_column: image column of a parquet file or dataset.
-        label_column: class column of a parquet file or dataset.
-        seed: seed of every random draw.
-    """
+    """Options that change a number of a run, as the user states them; `run.VERBS` lists the methods that verbs add."""
 
     analysis: ClassVar[str]
 
-    model: str = "builtin"
-    revision: str | None = None
-    readout: str = "auto"
-    normalize: bool = False
-    dtype: str = "float32"
-    source: str | None = None
-    target: str | None = None
-    data: str | None = None
-    streaming: bool = False
-    image_column: str | None = None
-    label_column: str | None = None
-    seed: int = 0
+    model: str = "builtin"  # Hub id, folder or `builtin`
+    revision: str | None = None  # commit, branch or tag of the Hub repository
+    readout: str = "auto"  # output of the checkpoint that is the embedding; `auto` takes the usual one
+    normalize: bool = False  # divide the embedding by its L2 norm
+    dtype: str = "float32"  # or `float64`
+    source: str | None = None  # images to start from or to analyse; see `load_images`
+    target: str | None = None  # images to match or to lead to: one for all sources, or as many as there are sources
+    data: str | None = None  # a set to draw from, instead of `source`
+    streaming: bool = False  # fetch only the first images of the Hub dataset `data`; done unasked above 5 GB of files
+    image_column: str | None = None  # image column of a parquet file or dataset
+    label_column: str | None = None  # class column of a parquet file or dataset
+    seed: int = 0  # seed of every random draw
 
     @property
     def half(self) -> str | None:
@@ -67,45 +46,20 @@ class BaseConfig:
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""
-        if self.seed < 0:
-            raise ValueError(f"`seed` must be 0 or more; got {self.seed}.")
+        check_count(self.seed, "seed", 0)
 
-    def check_encoder(self, encoder: Encoder) -> None:
-        """Refuse options that do not fit the encoder."""
-
-    def drafts(self, encoder: Encoder) -> tuple[Draft, ...]:
+    def drafts(self, encoder: Any) -> tuple[Draft, ...]:
         """Return the cheaper forms of the encoder that a match starts with, in the order of use."""
         return ()
-
-    def open_images(self, load: Load) -> tuple[ImageSet, ImageSet | None]:
-        """Open the images and their targets; the targets may be the same set."""
-        raise NotImplementedError
-
-    def settle(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
-        """Read each image once and list the items of the run."""
-        raise NotImplementedError
-
-    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
-        """Return the settings of this verb, with defaults filled in."""
-        raise NotImplementedError
-
-    def item_bytes(self, encoder: Encoder, settings: Row) -> int:
-        """Return the bytes of the images and float images of one item, at most."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ImageConfig(BaseConfig):
-    """Options that the analyses of single images share: spectrum, lipschitz and walk.
+    """Options that the analyses of single images share: spectrum, lipschitz and walk."""
 
-    Attributes:
-        limit: images to draw from `data`; None for all.
-    """
+    wants_target: ClassVar[str]  # the options that need a target, for the message to a user who gives one without
 
-    wants_target: ClassVar[str]
-    """The options that need a target, for the message to a user who gives one without."""
-
-    limit: int | None = None
+    limit: int | None = None  # images to draw from `data`; None for all
 
     @property
     def needs_target(self) -> bool:
@@ -114,7 +68,7 @@ class ImageConfig(BaseConfig):
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""
-        if self.dtype in ("bf16", *HALF):
+        if self.half is not None:
             raise ValueError(
                 f"`dtype` must be one of {', '.join(DTYPES)}; got {self.dtype!r}. Half precision is for the early "
                 "iterations of `match` alone: derivatives would drown in its rounding."
@@ -144,14 +98,14 @@ class ImageConfig(BaseConfig):
         return images.select([0]) if named is None and len(targets) == 1 else images, targets  # the cat
 
     def usual_targets(self, images: ImageSet, load: Load) -> tuple[ImageSet, ImageSet]:
-        """Return the images and the targets of a run that needs targets and names none."""
-        raise NotImplementedError
+        """Return the images and their targets where none are named: the built-in cat and coffee."""
+        return images.select([0]), images.select([1])
 
-    def settle(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
+    def list_items(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
         """Read each image once and list the images with their targets."""
         return name_images(reader, images, targets, drawn=self.data is not None)
 
-    def listed(self, items: Sequence[Item]) -> Row:
+    def settings_of_items(self, items: Sequence[Item]) -> Row:
         """Return the settings that name the images of the run."""
         names, targets = [item.name for item in items], [item.columns["target_id"] for item in items]
         target_ids = _digest(targets) if self.needs_target else None

@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig, Load
 from hf_equiv.analyses.match import match_target, outside_ball
-from hf_equiv.analyses.measures import Rows, by_image, largest, median_of, quartiles_of, verdict
-from hf_equiv.analyses.pairs import Item, image_generator
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Stage, stages_of
+from hf_equiv.analyses.measures import count_images, largest, median_of, quartiles_of, verdict
+from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.analyses.walk import drift, level
 from hf_equiv.checks import check_positive, check_radii, check_radius
 from hf_equiv.data.image_set import ImageSet
@@ -27,48 +27,32 @@ from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, least_error, plateau_of
 from hf_equiv.jacobian import Jacobian
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import Status
-from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 SUCCEEDED = (Status.RESOLVED, Status.UNDETERMINED)  # the second is the right answer for null directions
 BATCH, SHOWN = "derivatives", 0
 
 DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
-
-SINGLE = ("gradient", "toward", "match")
-"""Kinds of which there is one."""
-
 COUNTED = ("random", "top", "row", "null")
-
+SINGLE = ("gradient", "toward", "match")  # kinds of which there is one
 _REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
 
 
 @dataclass(frozen=True)
 class LipschitzConfig(ImageConfig):
-    """Options of `lipschitz`.
-
-    Attributes:
-        directions: kinds with counts, `random:64,top:8,gradient`; None for all, fewer where D is small.
-        radii: the ladder, ascending, L2 in pixel units.
-        regional: radius of the ball to search for the largest constant; None for no search.
-        norm: norm of that ball, `l2` or `linf`; None for `l2`, and without a ball.
-        linearity: measure the distance to which the first-order model holds along every direction.
-        rtol: embedding error of the match that the direction `match` leads to.
-    """
+    """Options of `lipschitz`."""
 
     analysis: ClassVar[str] = "lipschitz"
     wants_target: ClassVar[str] = "direction 'toward' or 'match'"
 
-    directions: str | None = None
-    radii: tuple[float, ...] | None = None
-    regional: float | None = None
-    norm: str | None = None
-    linearity: bool = False
-    rtol: float = 1e-5
+    directions: str | None = None  # kinds with counts, `random:64,top:8,gradient`; None for all, fewer where D is small
+    radii: tuple[float, ...] | None = None  # the ladder, ascending, L2 in pixel units
+    regional: float | None = None  # radius of the ball to search for the largest constant; None for no search
+    norm: str | None = None  # norm of that ball, `l2` or `linf`; None for `l2`, and without a ball
+    linearity: bool = False  # measure the distance to which the first-order model holds along every direction
+    rtol: float = 1e-5  # embedding error of the match that the direction `match` leads to
 
     @property
     def ball_norm(self) -> str:
@@ -95,15 +79,6 @@ class LipschitzConfig(ImageConfig):
         if self.radii is not None:
             check_radii(torch.tensor(self.radii, dtype=torch.float64))
 
-    def check_encoder(self, encoder: Encoder) -> None:
-        """Refuse options that do not fit the encoder."""
-        asked = 0 if self.directions is None else parse_directions(self.directions).get("top", 0)
-        if asked > encoder.embedding_dim:
-            raise ValueError(
-                f"top:K of `directions` must ask for at most {encoder.embedding_dim}, the embedding size; got {asked}."
-            )
-        check_radius(self.regional, self.ball_norm, math.prod(encoder.input_shape), "regional")
-
     def usual_targets(self, images: ImageSet, load: Load) -> tuple[ImageSet, ImageSet]:
         """Return the next image of the set as the target of each; for a single image, a built-in photo."""
         if len(images) > 1:
@@ -111,13 +86,17 @@ class LipschitzConfig(ImageConfig):
         other = BUILTIN_PHOTOS.index("cat" if images.ids[0] == "coffee" else "coffee")
         return images, load("builtin").select([other])
 
-    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
-        """Return the settings of this verb, with defaults filled in."""
-        kinds = parse_directions(self.directions or DIRECTIONS)
+    def settings(self, encoder: Encoder) -> Row:
+        """Return the settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
+        dim, kinds = encoder.embedding_dim, parse_directions(self.directions or DIRECTIONS)
         if self.directions is None:  # no more than a small embedding has, of which two may be structural zeros
-            rows = max(1, encoder.embedding_dim - 2)
-            kinds = {kind: min(n, rows) if kind in ("top", "row") else n for kind, n in kinds.items()}
-        return self.listed(items) | {
+            kinds = {kind: min(n, max(1, dim - 2)) if kind in ("top", "row") else n for kind, n in kinds.items()}
+        if kinds.get("top", 0) > dim:
+            raise ValueError(
+                f"top:K of `directions` must ask for at most {dim}, the embedding size; got {kinds['top']}."
+            )
+        check_radius(self.regional, self.ball_norm, math.prod(encoder.input_shape), "regional")
+        return {
             "directions": kinds,
             "radii": list(self.radii or RADII),
             "regional": self.regional,
@@ -155,30 +134,23 @@ def parse_directions(text: str) -> dict[str, int]:
 CONFIG = LipschitzConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
     """Make the rows of one image, one for each direction."""
     (one,) = part
-    encoder, settings, stage = plan.encoder, plan.settings, stages_of(one, tell)
+    settings, name, image, target = plan.settings, one.item.name, one.image, one.target
     # float images: the target, its match, and the place and direction of the largest constant in the ball
-    name, image, target = one.item.name, one.image, one.target
     floats: dict[str, Tensor] = {} if target is None else {"toward": target}
     match, evals, seconds = None, 0.0, 0.0
     if "match" in settings["directions"] and target is not None:
-        match, evals, seconds = match_target(encoder, image, target, settings["rtol"], stage)
+        match, evals, seconds = match_target(plan.encoder, image, target, settings["rtol"], tell)
         floats["match"] = match
-    found, reach = measure_directions(encoder, image, target, settings, name, batch, stage, match)
-    results: list[LipschitzResult | LinearityResult | RegionalResult] = [found] if reach is None else [found, reach]
-    region: Row = {}
-    if settings["regional"] is not None:
-        stage("region", 0, 1)
-        ball = measure_region(encoder, image, settings, name)
-        results.append(ball)
-        constants = ball.lower_bound[0], ball.at_center[0], ball.clever[0]
-        region = dict(zip(_REGION, map(finite, constants), strict=True))
+    found, reach, ball = measure_image(plan.encoder, image, target, match, settings, name, batch, tell)
+    if ball is not None:
         floats |= {"place": ball.images[0], "direction": ball.directions[0]}
-    for result in results:
-        evals, seconds = evals + float(result.num_evals[0]), seconds + float(result.seconds[0])
-    rows = [row | region | {"num_evals": evals, "seconds": seconds} for row in rows_of(found, reach)]
+    for result in (found, reach, ball):
+        if result is not None:
+            evals, seconds = evals + float(result.num_evals[0]), seconds + float(result.seconds[0])
+    rows = [row | {"num_evals": evals, "seconds": seconds} for row in rows_of(found, reach, ball)]
     return [Made(rows, {f"{name}/{key}": value for key, value in floats.items()})]
 
 
@@ -197,27 +169,28 @@ def directions_of_run(
     )  # fmt: skip
 
 
-def measure_directions(
-    encoder: Any, image: Tensor, target: Tensor | None, settings: Mapping[str, Any], image_id: str, batch: int,
-    tell: Stage, match: Tensor | None = None,
-) -> tuple[LipschitzResult, LinearityResult | None]:  # fmt: skip
-    """Measure the constants and, if asked for, the linearity radii of the directions of one image (3, H, W)."""
+def measure_image(
+    encoder: Any, image: Tensor, target: Tensor | None, match: Tensor | None, settings: Mapping[str, Any],
+    image_id: str, batch: int, tell: Tell,
+) -> tuple[LipschitzResult, LinearityResult | None, RegionalResult | None]:  # fmt: skip
+    """Measure the directions of one image (3, H, W) and, if asked for, linearity radii and the ball about it."""
     tell("directions", 0, 1)
     given = encoder, image[None], directions_of_run(encoder, image, target, settings, image_id, batch, match)
     found = directional_lipschitz(*given, radii=settings["radii"], batch=batch, progress=partial(tell, "secants"))
-    if not settings["linearity"]:
-        return found, None
-    return found, linearity_radius(*given, batch=batch, progress=partial(tell, "linearity"))
+    reach = ball = None
+    if settings["linearity"]:
+        reach = linearity_radius(*given, batch=batch, progress=partial(tell, "linearity"))
+    if settings["regional"] is not None:
+        tell("region", 0, 1)
+        generator = image_generator(settings["seed"], image_id)
+        ball = regional_lipschitz(encoder, image[None], settings["regional"], settings["norm"], generator=generator)
+    return found, reach, ball
 
 
-def measure_region(encoder: Any, image: Tensor, settings: Mapping[str, Any], image_id: str) -> RegionalResult:
-    """Find the largest constant about one image (3, H, W), with its extreme-value estimate."""
-    generator = image_generator(settings["seed"], image_id)
-    return regional_lipschitz(encoder, image[None], settings["regional"], settings["norm"], generator=generator)
-
-
-def rows_of(found: LipschitzResult, reach: LinearityResult | None) -> list[Row]:
+def rows_of(found: LipschitzResult, reach: LinearityResult | None, ball: RegionalResult | None) -> list[Row]:
     """Return the columns that the results of one image give, a row for each direction."""
+    constants = (None,) * 3 if ball is None else (ball.lower_bound[0], ball.at_center[0], ball.clever[0])
+    region = dict(zip(_REGION, map(finite, constants), strict=True))
     rows = []
     for k, (kind, index) in enumerate(zip(found.kinds, found.indices, strict=True)):
         plateau = found.plateau[0, k]
@@ -227,8 +200,8 @@ def rows_of(found: LipschitzResult, reach: LinearityResult | None) -> list[Row]:
             "value": finite(found.values[0, k]),
             "jvp": finite(found.jvp[0, k]),
             "radii": found.radii.tolist(),
-            "secants": _numbers(found.secants[0, k]),
-            "noise_floor": _numbers(found.noise_floor[0, k]),
+            "secants": [finite(s) for s in found.secants[0, k].tolist()],
+            "noise_floor": [finite(floor) for floor in found.noise_floor[0, k].tolist()],
             "noise_method": found.noise_method,
             "plateau": plateau.tolist() if bool(torch.isfinite(plateau).all()) else None,
             "status": str(found.status[0][k]),
@@ -236,15 +209,15 @@ def rows_of(found: LipschitzResult, reach: LinearityResult | None) -> list[Row]:
             "unit_factor": finite(found.unit_factor[0, k]),
             "linearity_radius": None if reach is None else finite(reach.radii[0, k]),
             "linearity_at_limit": None if reach is None else bool(reach.at_limit[0, k]),
-        })  # fmt: skip
+        } | region)  # fmt: skip
     return rows
 
 
-def _numbers(values: Tensor) -> list[float | None]:
-    return [finite(v) for v in values.tolist()]
-
-
-def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
+def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+    """Sum up the directions of a run."""
+    summary, rows = count_images(made)
+    if not rows:
+        return summary
     kinds: Row = {}
     for kind in dict.fromkeys(row["direction"] for row in rows):
         own = [row for row in rows if row["direction"] == kind]
@@ -260,10 +233,7 @@ def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
     region = {key: largest(row[key] for row in firsts) for key in _REGION}
     told = verdict("lipschitz", kinds=kinds, regional=region, settings=settings)
     told = told or "No direction has a constant above the float noise."
-    return {"kinds": kinds, "regional": region, "verdict": told}
-
-
-summarize = by_image(_summarize)
+    return summary | {"kinds": kinds, "regional": region, "verdict": told}
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
@@ -306,19 +276,15 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
         if reached is None or not reached <= settings["rtol"] + noise:
             told = f"the embedding error of the stored match is {reached}"
             faults.append(("match", f"an image of the target's embedding, to {settings['rtol']:g}", told))
-    found, reach = measure_directions(encoder, image, toward, settings, name, _BATCH, lambda *_: None, match)
-    region: Row = dict.fromkeys(_REGION)
-    if settings["regional"] is not None:
+    made = rows_of(*measure_image(encoder, image, toward, match, settings, name, _BATCH, lambda *_: None))
+    common = {"image": image, "largest": max((row["jvp"] or 0.0 for row in made), default=0.0)}
+    if settings["regional"] is not None:  # the constant at the place that was found then
         place, v = floats[f"{name}/place"], floats[f"{name}/direction"]
         faults += outside_ball(_REGION[0], place, image, settings["regional"], settings["norm"])
         moved = Jacobian(encoder, place).mv((v / v.double().norm()).to(place)[None])[0]
-        ball = measure_region(encoder, image, settings, name)
-        constants = (moved.double().norm(), ball.at_center[0], ball.clever[0])
-        region = dict(zip(_REGION, map(finite, constants), strict=True))
-    made = rows_of(found, reach)
-    common = {"image_id": name, "image": image, "largest": max((row["jvp"] or 0.0 for row in made), default=0.0)}
+        common[_REGION[0]] = finite(moved.double().norm())
     stated = {(row["direction"], row["index"]): row for row in rows}
-    made = [_beside(stated.get((row["direction"], row["index"])), row | region | common) for row in made]
+    made = [_beside(stated.get((row["direction"], row["index"])), row | common) for row in made]
     made[0]["faults"] = faults
     return made
 

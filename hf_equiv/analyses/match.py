@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_equiv.analyses import measures
 from hf_equiv.analyses.config import DTYPES, BaseConfig, Load
 from hf_equiv.analyses.pairs import Item, Reader, name_pairs
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import NORMS, check_choice, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
@@ -27,51 +27,40 @@ from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.zero_shot import PROMPT
 from hf_equiv.results import Progress, Status
-from hf_equiv.runs.execute import Observer, RunProgress
 from hf_equiv.runs.schema import Row
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 
 SUCCEEDED, BATCH = (Status.CONVERGED,), "items"
+SHOWN = 64  # pairs whose images make the baseline of unrelated images
+MATCH_EVALS = 2000  # most evaluations of a match made on the way, by a walk or for the direction `match`
 
-SHOWN = 64
-"""Pairs whose images make the baseline of unrelated images."""
-
-MATCH_EVALS = 2000
-"""Most evaluations of a match made on the way, by a walk or for the direction `match`."""
+_THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)  # the summary states the share of matches with smaller embedding errors
+_MEDIANS = (
+    "embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor", "cosine_to_target",
+    "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2", "num_evals", "seconds",
+    "match_prob", "target_label_prob",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MatchConfig(BaseConfig):
-    """Options of `match`; `dtype` may also be `bfloat16` (`bf16`) or `float16`, for the early iterations only.
-
-    Attributes:
-        pairs: number of pairs to draw from `data`.
-        solver: `lbfgs`, `adam` or `gd`.
-        radius: half-width (linf) or radius (l2) of the ball about the source, pixels in [0, 1]; None for no ball.
-        norm: norm of the ball, `linf` or `l2`; None for `linf`, and without a ball.
-        rtol: embedding error ‖f(x)−z‖/‖z‖ at which a match is finished.
-        max_evals: evaluations allowed per image.
-        refine: refine the match on the 8-bit lattice; otherwise it is rounded.
-        labels: class names for zero-shot classification.
-        compile: match with the encoder compiled by `torch.compile`; every number is still that of the plain encoder.
-    """
+    """Options of `match`; `dtype` may also be `bfloat16` (`bf16`) or `float16`, for the early iterations only."""
 
     analysis: ClassVar[str] = "match"
 
-    pairs: int | None = None
-    solver: str = "lbfgs"
-    radius: float | None = None
-    norm: str | None = None
-    rtol: float = 1e-5
-    max_evals: int = 1000
-    refine: bool = True
-    labels: tuple[str, ...] | None = None
-    compile: bool = False
+    pairs: int | None = None  # number of pairs to draw from `data`
+    solver: str = "lbfgs"  # or `adam`, `gd`
+    radius: float | None = None  # of the ball about the source: half-width (linf) or L2 length; None for no ball
+    norm: str | None = None  # of the ball, `linf` or `l2`; None for `linf`, and without a ball
+    rtol: float = 1e-5  # embedding error ‖f(x)−z‖/‖z‖ at which a match is finished
+    max_evals: int = 1000  # evaluations allowed per image
+    refine: bool = True  # refine the match on the 8-bit lattice; otherwise it is rounded
+    labels: tuple[str, ...] | None = None  # class names for zero-shot classification
+    compile: bool = False  # match with `torch.compile`; every number is still that of the plain encoder
 
     @property
     def ball_norm(self) -> str:
@@ -94,9 +83,6 @@ class MatchConfig(BaseConfig):
             check_positive(self.radius, "radius")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
-        self._check_images()
-
-    def _check_images(self) -> None:
         if self.data is not None and (self.source is not None or self.target is not None):
             raise ValueError("`data` must not be combined with `source` and `target`. Give one or the other.")
         if (self.source is None) != (self.target is None):
@@ -110,14 +96,6 @@ class MatchConfig(BaseConfig):
             raise ValueError("`streaming` must come with `data`, a Hub dataset of which to fetch the first images.")
         if self.pairs is not None:
             check_count(self.pairs, "pairs")
-
-    def check_encoder(self, encoder: Encoder) -> None:
-        """Refuse options that do not fit the encoder."""
-        check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
-        if self.labels is not None:  # a model without text tower refuses at once
-            grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
-            with torch.no_grad():
-                encoder.classify(grey, self.labels)
 
     def drafts(self, encoder: Encoder) -> tuple[Draft, ...]:
         """Return the cheaper forms of the encoder: half precision first, then compiled."""
@@ -146,19 +124,24 @@ class MatchConfig(BaseConfig):
         photos = load("builtin")
         return photos.select([0]), photos.select([1])  # cat -> coffee
 
-    def settle(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
+    def list_items(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
         """Read each image once and list the pairs."""
         drawn = self.data is not None
         return name_pairs(reader, images, targets or images, drawn=drawn, n=self.pairs, seed=self.seed)
 
-    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
-        """Return the settings of this verb, with defaults filled in."""
-        from hf_equiv.models.zero_shot import PROMPT  # brings transformers along
+    def settings_of_items(self, items: Sequence[Item]) -> Row:
+        """Return the settings that tell how many pairs there are."""
+        return {"drawn": self.data is not None, "num_pairs": len(items)}
 
+    def settings(self, encoder: Encoder) -> Row:
+        """Return the other settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
+        check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
+        if self.labels is not None:  # a model without text tower refuses at once
+            grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
+            with torch.no_grad():
+                encoder.classify(grey, self.labels)
         start = ([f"{self.half} start"] if self.half else []) + (["compiled"] if self.compile else [])
         return {
-            "drawn": self.data is not None,
-            "num_pairs": len(items),
             "solver": ", ".join([self.solver, *start]),
             "solver_parameters": json.dumps(asdict(SOLVERS[self.solver]()), sort_keys=True, default=str),
             "radius": self.radius,
@@ -178,20 +161,17 @@ class MatchConfig(BaseConfig):
 CONFIG = MatchConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
     """Match all pairs at once, refine, save as PNG, read back and measure; one row per pair."""
     config, encoder = plan.config, plan.encoder
-    assert isinstance(config, MatchConfig)
-    ids = tuple(one.item.name for one in part)
     source = torch.stack([one.image for one in part])
     target = torch.stack([one.target for one in part if one.target is not None])
 
     def hook(stage: str) -> Callable[[Progress], None]:
-        return lambda p: tell(RunProgress(stage, 0, 0, ids, p.errors, p.num_evals, p.active))
+        return lambda p: tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active)
 
     z = measures.embed(encoder, target)
-    ball: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm}
-    goal = ball | {"rtol": config.rtol}
+    goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
     found = match_in_stages(
         encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
         **goal,
@@ -200,7 +180,8 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) ->
         exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **goal)
         grid, refine_evals, refine_seconds = exact.images, exact.num_evals.tolist(), exact.seconds.tolist()
     else:
-        grid = torch.stack([round_into_ball(x, s, **ball) for x, s in zip(found.images, source, strict=True)])
+        pairs = zip(found.images, source, strict=True)
+        grid = torch.stack([round_into_ball(image, s, config.radius, config.ball_norm) for image, s in pairs])
         refine_evals = refine_seconds = [0.0] * len(part)
     made = []
     for i, one in enumerate(part):
@@ -250,9 +231,26 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
         pairs = [[measures.open_png(encoder, row[column]) for column in ("source", "target")] for row in good]
         z = torch.stack([measures.embed(encoder, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
         baseline = None if z is None else measures.random_pair_baseline(z[:, 0], z[:, 1])
-    summary = measures.summarize(made.rows, baseline, settings["rtol"])
-    summary["median"]["num_evals_refine"] = measures.median_of(cost["refine"] for cost in (made.costs or {}).values())
-    return summary
+    rows, flips = made.rows, [row for row in made.rows if row["same_top1"] is not None]
+    changed = [row for row in flips if row["source_label"] != row["target_label"]]
+    errors = {"float": "embedding_error", "8bit": "embedding_error_8bit"}
+    refining = measures.median_of(cost["refine"] for cost in (made.costs or {}).values())
+    summary: Row = {
+        "pairs": len(rows),
+        "counts": measures.counts_of(rows),
+        "success": {kind: {f"{t:.0e}": _share(rows, key, t) for t in _THRESHOLDS} for kind, key in errors.items()},
+        "median": measures.medians_of(rows, _MEDIANS) | {"num_evals_refine": refining},
+        "worst": {key: measures.largest(row[key] for row in rows) for key in errors.values()},
+        "same_top1": sum(bool(row["same_top1"]) for row in flips) / len(flips) if flips else None,
+        "source_labelled_otherwise": len(changed) if flips else None,
+        "label_flipped_to_target": sum(bool(row["same_top1"]) for row in changed) if flips else None,
+        "baseline": baseline,
+    }
+    return summary | {"verdict": measures.verdict("match", summary=summary, rows=rows, rtol=settings["rtol"])}
+
+
+def _share(rows: Sequence[Row], key: str, threshold: float) -> float | None:
+    return sum(row[key] is not None and row[key] <= threshold for row in rows) / len(rows) if rows else None
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
@@ -263,9 +261,7 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     return {} if png is None else {"pairs.png": png}
 
 
-def match_target(
-    encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Callable[[str, int, int], None]
-) -> tuple[Tensor, float, float]:
+def match_target(encoder: Any, source: Tensor, target: Tensor, rtol: float, tell: Tell) -> tuple[Tensor, float, float]:
     """Match an image with the embedding of another, and return the match (3, H, W), its evaluations, its seconds."""
     z = measures.embed(encoder, target[None])
 
@@ -332,7 +328,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         made["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
     elif not far <= _REFINED:
         faults.append(("match", f"an image within {_REFINED:.3f} of its float match", f"it is {far:.3f} off"))
-    made |= {"pair_id": row["pair_id"], "embedding_error": measures.relative_error(z, z_target), "faults": faults}
+    made |= {"embedding_error": measures.relative_error(z, z_target), "faults": faults}
     return [made | {"num_evals": (row["cost"] or {}).get("match")}]
 
 

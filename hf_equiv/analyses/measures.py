@@ -1,4 +1,4 @@
-"""Measure a match: errors, distances, PSNR, SSIM and labels of the stored image; and sum up the rows of a run.
+"""Measure a match: errors, distances, PSNR, SSIM and labels of the stored image; and help to sum up the rows of a run.
 
 Pixels are in [0, 1] and RGB; distances and PSNR are per image, over all N = 3·H·W values.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import torch
@@ -19,21 +19,15 @@ from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import RunRows
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import finite, form, short
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
 Rows = Sequence[Mapping[str, Any]]
 
-SSIM_WINDOW = 11
-"""Side of the Gaussian window of SSIM (Wang et al. 2004); smaller images have none."""
-
+SSIM_WINDOW = 11  # side of the Gaussian window of SSIM (Wang et al. 2004); smaller images have none
 QUANTIZATION_DRAWS = 8
-
-THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)
 
 MEASURES = (
     "embedding_error_8bit", "target_quantization_error", "noise_floor",
@@ -41,12 +35,6 @@ MEASURES = (
     "source_label", "target_label", "match_label", "match_prob", "target_label_prob", "same_top1",
 )  # fmt: skip
 """The columns that `measure_match` computes from the three stored images alone."""
-
-_MEDIANS = (
-    "embedding_error", "embedding_error_8bit", "target_quantization_error", "noise_floor", "cosine_to_target",
-    "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2", "num_evals", "seconds",
-    "match_prob", "target_label_prob",
-)  # fmt: skip
 
 
 def embed(encoder: Encoder, images: Tensor) -> Tensor:
@@ -169,25 +157,6 @@ def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
     }
 
 
-def summarize(rows: Rows, baseline: Row | None, rtol: float) -> Row:
-    """Sum up match rows: counts, success rates, medians, labels, the baseline given, and a verdict in words."""
-    flips = [r for r in rows if r["same_top1"] is not None]
-    changed = [r for r in flips if r["source_label"] != r["target_label"]]
-    errors = {"float": "embedding_error", "8bit": "embedding_error_8bit"}
-    summary: Row = {
-        "pairs": len(rows),
-        "counts": counts_of(rows),
-        "success": {kind: {f"{t:.0e}": _share(rows, key, t) for t in THRESHOLDS} for kind, key in errors.items()},
-        "median": medians_of(rows, _MEDIANS),
-        "worst": {key: largest(r[key] for r in rows) for key in errors.values()},
-        "same_top1": sum(bool(r["same_top1"]) for r in flips) / len(flips) if flips else None,
-        "source_labelled_otherwise": len(changed) if flips else None,
-        "label_flipped_to_target": sum(bool(r["same_top1"]) for r in changed) if flips else None,
-        "baseline": baseline,
-    }
-    return summary | {"verdict": verdict("match", summary=summary, rows=rows, rtol=rtol)}
-
-
 def verdict(analysis: str, **values: Any) -> str:
     """Say the result of a run in words, by the template."""
     environment = jinja2.Environment(
@@ -198,24 +167,15 @@ def verdict(analysis: str, **values: Any) -> str:
     return " ".join(line.strip() for line in text.split("\n") if line.strip())
 
 
-def _share(rows: Rows, key: str, threshold: float) -> float | None:
-    return sum(r[key] is not None and r[key] <= threshold for r in rows) / len(rows) if rows else None
-
-
 def _spread(values: Sequence[float]) -> Row:
     return {"median": finite(median_of(values)), "min": finite(min(values)), "max": finite(max(values))}
 
 
-def by_image(own: Callable[[Rows, Mapping[str, Any]], Row]) -> Callable[[Any, Mapping[str, Any], RunRows], Row]:
-    """Return a function that sums up rows of single images; `own` adds numbers and verdict of the good rows."""
-
-    def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
-        rows = made.rows
-        summary = {"images": len({row["image_id"] for row in rows}), "rows": len(rows), "counts": counts_of(rows)}
-        good = [row for row in rows if row["status"] != Status.ERROR]
-        return summary | (own(good, settings) if good else {"verdict": "No image could be analysed."})
-
-    return summarize
+def count_images(made: RunRows) -> tuple[Row, Rows]:
+    """Begin the summary of rows of single images, and return the rows with numbers; without any it is complete."""
+    rows, good = made.rows, [row for row in made.rows if row["status"] != Status.ERROR]
+    counts = {"images": len({row["image_id"] for row in rows}), "rows": len(rows), "counts": counts_of(rows)}
+    return counts | ({} if good else {"verdict": "No image could be analysed."}), good
 
 
 def counts_of(rows: Rows) -> dict[str, int]:
@@ -223,14 +183,9 @@ def counts_of(rows: Rows) -> dict[str, int]:
     return dict(sorted(Counter(str(row["status"]) for row in rows).items()))
 
 
-def known(values: Iterable[float | None]) -> list[float]:
-    """Return the numbers that exist."""
-    return [value for value in values if value is not None]
-
-
 def median_of(values: Iterable[float | None]) -> float | None:
     """Return the median of the numbers that exist; None if none does."""
-    numbers = known(values)
+    numbers = [value for value in values if value is not None]
     return median(numbers) if numbers else None
 
 
@@ -241,7 +196,7 @@ def medians_of(rows: Rows, keys: Iterable[str]) -> Row:
 
 def largest(values: Iterable[float | None]) -> float | None:
     """Return the largest of the numbers that exist; None if none does."""
-    return max(known(values), default=None)
+    return max((value for value in values if value is not None), default=None)
 
 
 def quartiles_of(values: Sequence[float]) -> list[float] | None:

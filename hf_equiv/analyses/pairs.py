@@ -5,42 +5,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import draw_pairs
+from hf_equiv.models.encoder import Encoder
 
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
-KEPT_BYTES = 256_000_000
-"""Most bytes of pixels (8 bit) that stay in memory between planning and the run; other images are read twice."""
+KEPT_BYTES = 256_000_000  # pixels (8 bit) that stay in memory from planning to the run; other images are read twice
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One pair or image to work on.
+    """One pair or image to work on."""
 
-    Attributes:
-        index: place in the run's list.
-        name: `pair_id` or `image_id` of its rows.
-        columns: ids and classes as its rows state them.
-        source: place of the image in its set.
-        target: place of the target in its set, if there is one.
-        pixels: SHA-256 over the images as the encoder sees them; None if one could not be read at planning.
-        unusable: id and reason of each of its images that could not be read then.
-    """
-
-    index: int
-    name: str
-    columns: Mapping[str, str | None]
-    source: int
-    target: int | None
-    pixels: str | None
-    unusable: tuple[tuple[str, str], ...] = ()
+    index: int  # place in the run's list
+    name: str  # `pair_id` or `image_id` of its rows
+    columns: Mapping[str, str | None]  # ids and classes as its rows state them
+    source: int  # place of the image in its set
+    target: int | None  # place of the target in its set, if there is one
+    pixels: str | None  # SHA-256 over the images as the encoder sees them; None if one could not be read at planning
+    unusable: tuple[tuple[str, str], ...] = ()  # id and reason of each of its images that could not be read then
 
     def entry(self) -> dict[str, Any]:
         """Return its entry in `run.json`."""

@@ -8,50 +8,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_equiv.analyses.config import BaseConfig
 from hf_equiv.analyses.pairs import Item, Reader, refuse_equal
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.matching.stages import Draft
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
-from hf_equiv.runs.execute import Observer, RunProgress
 from hf_equiv.runs.schema import LAYOUTS, Layout, Row
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A settled run of any verb.
+    """A settled run of any verb."""
 
-    Attributes:
-        config: the run as the user states it.
-        encoder: f.
-        images: the images to start from or to analyse.
-        targets: the images that they are set against, if any; may be the same set.
-        items: the pairs or images, in order.
-        settings: everything that changes a number, with ids and revisions in place of paths; kept in `run.json`.
-        provenance: the provenance columns, equal in every row.
-        reader: reads the images, and keeps those of the planning.
-        drafts: cheaper forms of the encoder that matches start with.
-    """
-
-    config: BaseConfig
+    config: Any  # the run as the user states it, of the class `CONFIG` of the verb
     encoder: Encoder
-    images: ImageSet
-    targets: ImageSet | None
-    items: tuple[Item, ...]
-    settings: Row
-    provenance: Row
-    reader: Reader
-    drafts: tuple[Draft, ...] = ()
+    images: ImageSet  # to start from or to analyse
+    targets: ImageSet | None  # the images that they are set against, if any; may be the same set
+    items: tuple[Item, ...]  # the pairs or images, in order
+    settings: Row  # everything that changes a number, with ids and revisions in place of paths; kept in `run.json`
+    provenance: Row  # the provenance columns, equal in every row
+    reader: Reader  # keeps the images that were read for the plan
+    drafts: tuple[Draft, ...] = ()  # cheaper forms of the encoder that matches start with
 
     @property
     def layout(self) -> Layout:
@@ -98,7 +82,7 @@ class Plan:
     @property
     def item_bytes(self) -> int:
         """Most bytes of the images and float images of one item."""
-        return self.config.item_bytes(self.encoder, self.settings)
+        return int(self.config.item_bytes(self.encoder, self.settings))
 
     def pixels(self, item: Item) -> tuple[Tensor, Tensor | None]:
         """Return an image and its target, each (3, H, W) on the k/255 grid, on the CPU; unusable images raise."""
@@ -123,59 +107,34 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The rows of one item, its float images by name, and the evaluations that no column states."""
+    """The rows of one item, its float images by name, the evaluations that no column states, and why it failed."""
 
     rows: Sequence[Row]
     floats: Mapping[str, Tensor]
     cost: Row | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunRows:
-    """The rows of a run in order, read back from disk: all without images, the first ones also with them.
+    """The rows of a run in order, read back from disk."""
 
-    `baseline` is that of unrelated images as the run states it, for lack of images to measure it by.
-    """
-
-    rows: Sequence[Any]
-    shown: Sequence[Row] = ()
+    rows: Sequence[Any]  # without images
+    shown: Sequence[Row] = ()  # the first ones, with images
     costs: Mapping[str, Row] | None = None
     folder: Path | None = None
-    baseline: Row | None = None
+    baseline: Row | None = None  # distances of unrelated images that the run states, if no encoder can measure them
 
 
-Stage = Callable[[str, int, int], None]
-"""A function that receives a stage of one item, the steps done and their number."""
+Tell = Callable[..., None]  # receives a stage of the items in work, the steps done, their number, and more progress
 
 
-def stages_of(one: Loaded, tell: Observer) -> Stage:
-    """Return the function that reports the stages of one item."""
-    return lambda name, step, steps: tell(RunProgress(name, pair_ids=(one.item.name,), step=step, steps=steps))
-
-
-def make_plan(
-    config: BaseConfig, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False
-) -> Plan:
-    """Open the images, settle the items, and check everything that can be checked without computing.
-
-    Every image is read once here. Named images that are bad are refused before any work, all in one message; an
-    unreadable image of `data` fails only its own rows.
-
-    Args:
-        config: the run as the user states it: the class of the config says which analysis.
-        encoder: the loaded checkpoint.
-        cache_dir: where downloads are kept.
-        local_files_only: never ask the Hub.
-
-    Returns:
-        The plan, ready for `run_analysis`.
-
-    Raises:
-        ValueError: bad options or images, an image equal to its target, or counts that do not fit.
-        FileNotFoundError: a path does not exist.
-    """
+def make_plan(config: Any, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False) -> Plan:
+    """Open the images, list the items, and refuse bad options and images; the class of the config names the verb."""
+    # Every image is read once here. Named images that are bad are refused before any work, all in one message; an
+    # unreadable image of `data` fails only its own rows.
     config.check()
-    config.check_encoder(encoder)
+    own = config.settings(encoder)
     _refuse_constant(encoder)
     columns: Row = {name: getattr(config, name) for name in ("image_column", "label_column")}
     load = partial(load_images, **columns, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -186,10 +145,9 @@ def make_plan(
         told = f"{images.data_id!r} has no columns. Leave it out."
         raise ValueError(f"`{given[0]}` must come with a parquet file or a dataset; {told}")
     reader = Reader(encoder)
-    items = config.settle(reader, images, targets)
+    items = config.list_items(reader, images, targets)
     names = list(dict.fromkeys((one.data_id, one.data_revision) for one in sets))
     known = {key: _text(value) for key, value in encoder.provenance.items()}
-    own = config.own_settings(encoder, items)
     common: Row = {
         "data_id": " + ".join(data_id for data_id, _ in names),
         "data_revision": " + ".join(revision for _, revision in names),
@@ -201,6 +159,7 @@ def make_plan(
         "normalize": config.normalize,
         **common,
         **columns,
+        **config.settings_of_items(items),
         **own,
     }
     shared: Row = {key: own.get(key) for key in ("norm", "rtol", "solver")}

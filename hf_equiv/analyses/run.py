@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_equiv.analyses import lipschitz, match, spectrum, walk
 from hf_equiv.analyses.measures import open_png
 from hf_equiv.analyses.pairs import Item
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
+from hf_equiv.checks import check_count
 from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import one_line
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
-from hf_equiv.runs.execute import Job, Observer, RunProgress, carry_out
-from hf_equiv.runs.processes import PassSize, ran_out
+from hf_equiv.runs.execute import Observer, RunProgress, carry_out
+from hf_equiv.runs.processes import fewer_at_once, ran_out
 from hf_equiv.runs.schema import Layout, Row
 
 VERBS: Mapping[str, Any] = {"match": match, "spectrum": spectrum, "lipschitz": lipschitz, "walk": walk}
 """The four analyses. Each module holds:
 
-`CONFIG`, the class of its options, which also settle its plan;
+`CONFIG`, the class of its options: beside those of `config.BaseConfig` it has `settings(encoder)`, the settings with
+defaults filled in, unless they do not fit the encoder; `open_images(load)`, the images and their targets, which may be
+the same set; `list_items(reader, images, targets)`; `settings_of_items(items)`; and `item_bytes(encoder, settings)`,
+the most bytes of the images and float images of one item;
 `SUCCEEDED`, the statuses of rows that are a success;
 `BATCH`, the unit of the batch size: `items`, `derivatives` of one item, or `nothing`;
 `SHOWN`, the number of first items whose images summary and figures need;
@@ -40,31 +43,20 @@ what was found, of images that do not fit; `tolerances(made, settings)` says how
 those made again (see `verify.rows.agrees`).
 """
 
-BATCH, CPU_BATCH = 32, 8
-"""Items in one pass through the model, on a GPU and on a CPU; derivatives in one pass are always `BATCH` on a CPU."""
+BATCH, CPU_BATCH = 32, 8  # items in one pass on a GPU and on a CPU, where there are always `BATCH` derivatives
 
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        analysis: `match`, `spectrum`, `lipschitz` or `walk`.
-        out: its directory.
-        rows: its rows, without images, in the order of the pairs or images.
-        summary: counts, medians and verdict, as in `run.json`.
-        errors: reason of each row of status `error`, by pair or image id.
-        refine_evals: evaluations of the 8-bit refinement, by pair id.
-        main: whether this is the main process; of several, only one reports.
-    """
-
-    analysis: str
-    out: Path
-    rows: tuple[Row, ...]
-    summary: Row
-    errors: Mapping[str, str]
-    refine_evals: Mapping[str, float]
-    main: bool = True
+    analysis: str  # `match`, `spectrum`, `lipschitz` or `walk`
+    out: Path  # its directory
+    rows: tuple[Row, ...]  # its rows, without images, in the order of the pairs or images
+    summary: Row  # counts, medians and verdict, as in `run.json`
+    errors: Mapping[str, str]  # reason of each row of status `error`, by pair or image id
+    refine_evals: Mapping[str, float]  # evaluations of the 8-bit refinement, by pair id
+    main: bool = True  # whether this is the main process; of several, only one reports
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -85,116 +77,93 @@ def run_analysis(
     batch_size: int | None = None,
     observer: Observer | None = None,
 ) -> RunOutcome:
-    """Carry out a plan: make the rows of each pair or image, then summary, figures and card.
-
-    Rows are on disk after each batch; on a full disk an OSError says so and they are kept. A run that was stopped, at
-    any moment, is finished by the same call: rows that are there are kept, the others are made. A pair or image that
-    cannot be worked on gets a row of status `error`, and the others go on.
-
-    Args:
-        plan: from `make_plan`.
-        out: run directory; by default `plan.default_out`.
-        overwrite: `missing` makes the rows that are not there, and those of status `error` again; `always` replaces an
-            earlier run; `never` refuses to touch one.
-        batch_size: pairs matched at once, 8 by default and 32 on a GPU, where it is also the number of derivatives per
-            pass. It is halved when memory runs out, and on a CPU it changes no number.
-        observer: called with a `RunProgress` after every batched evaluation; an exception that it raises ends the run.
-
-    Returns:
-        The rows as read back from disk, and the summary.
-
-    Raises:
-        ValueError: the directory holds another run, or is being written.
-    """
-    verb, layout = VERBS[plan.config.analysis], plan.layout
-    folder, sizes = Path(out or plan.default_out), PassSize(_batch_size(verb, plan.encoder.device, batch_size))
-    closed: list[RunRows] = []
-
-    def make(folder: Path, block: Sequence[Item], errors: dict[str, str], tell: Observer) -> None:
-        made = _Block(plan, verb, sizes, errors, tell).make(block)
-        rows = [row for item in block for row in made[item.name].rows]
-        floats = {name: image for one in made.values() for name, image in one.floats.items()}
-        costs = {name: one.cost for name, one in made.items() if one.cost is not None}
-        shards.write_shard(folder, block[0].index, rows, floats, costs, layout, errors)
-
-    def finish(folder: Path) -> Row:
-        closed.append(read_back(folder, layout, [item.name for item in plan.items], verb.SHOWN))
-        return _close(plan, verb, folder, closed[0])
-
-    job = Job(plan, sizes.images if verb.BATCH == "items" else 1, make, finish)
-    main = carry_out(job, folder, overwrite, observer or (lambda _: None))
-    record = directory.read_record(folder)
-    found = closed[0] if closed else read_back(folder, layout, [item.name for item in plan.items], 0)
+    """Carry out a plan: make the missing rows of each pair or image, then summary, figures and card."""
+    # Rows are on disk after each batch, and the same call finishes a run that was stopped at any moment. A pair or
+    # image that cannot be worked on gets a row of status `error`, and the others go on. `overwrite` may be `missing`
+    # (make the rows that are not there, and those of status `error` again), `always` (replace an earlier run) or
+    # `never` (refuse one). `batch_size` is the number of pairs at once, and on a GPU also that of derivatives; it is
+    # halved when memory runs out, and on a CPU it changes no number. `observer` receives a `RunProgress` after each
+    # batched evaluation; an exception that it raises ends the run.
+    job = _Job(plan, Path(out or plan.default_out), batch_size)
+    main = carry_out(job, overwrite, observer or (lambda _: None))
+    record, found = directory.read_record(job.folder), job.found or read_back(job.folder, plan.layout, job.names, 0)
     refine_evals = {name: cost["refine"] for name, cost in (found.costs or {}).items()}
-    errors = record.get("errors", {})
-    return RunOutcome(layout.analysis, folder, tuple(found.rows), record["summary"], errors, refine_evals, main)
+    errors, rows = record.get("errors", {}), tuple(found.rows)
+    return RunOutcome(plan.layout.analysis, job.folder, rows, record["summary"], errors, refine_evals, main)
 
 
-def _batch_size(verb: Any, device: torch.device, asked: int | None) -> int:
-    if asked is not None and asked < 1:
-        raise ValueError(f"`batch_size` must be at least 1; got {asked}.")
-    if device.type != "cpu":
-        return asked or BATCH
-    # on a CPU the last bits of a derivative depend on how many there are in a pass, and rows must not
-    return asked or CPU_BATCH if verb.BATCH == "items" else BATCH
+class _Job:
+    """The work of `carry_out`; when memory runs out, it goes on with fewer items at once."""
 
+    def __init__(self, plan: Plan, folder: Path, batch_size: int | None) -> None:
+        self.plan, self.folder, self.verb = plan, folder, VERBS[plan.config.analysis]
+        self.names = [item.name for item in plan.items]
+        on_cpu, by_items = plan.encoder.device.type == "cpu", self.verb.BATCH == "items"
+        if batch_size is not None:
+            check_count(batch_size, "batch_size")
+        self.at_once = batch_size or (CPU_BATCH if on_cpu else BATCH)
+        if on_cpu and not by_items:  # the last bits of a derivative depend on how many there are in a pass
+            self.at_once = BATCH
+        self.size = self.at_once if by_items else 1
+        self.found: RunRows | None = None
 
-class _Block:
-    """Makes the rows of some items; when memory runs out, it works on fewer at once, also later."""
-
-    def __init__(self, plan: Plan, verb: Any, sizes: PassSize, errors: dict[str, str], tell: Observer) -> None:
-        self.plan, self.verb, self.sizes, self.errors, self.tell = plan, verb, sizes, errors, tell
-        self.made: dict[str, Made] = {}
-
-    def make(self, block: Sequence[Item]) -> dict[str, Made]:
-        """Return the rows by item; an item that cannot be read or computed has one of status `error`."""
-        loaded = []
+    def make(self, block: Sequence[Item], tell: Observer) -> None:
+        """Write the shard of a block; an item that cannot be read or computed has a row of status `error`."""
+        made, loaded = dict[str, Made](), list[Loaded]()
         for item in block:
             try:
                 loaded.append(_load(self.plan, item))
             except (ValueError, OSError) as error:
-                self._fail(item, one_line(error))
-        self._compute_all(loaded, self.sizes.images)
-        return self.made
+                made[item.name] = _failed(self.plan, item, one_line(error))
+        if loaded:
+            made |= {one.item.name: own for one, own in zip(loaded, self._compute(loaded, tell), strict=True)}
+        rows = [row for item in block for row in made[item.name].rows]
+        floats = {name: image for one in made.values() for name, image in one.floats.items()}
+        costs = {name: one.cost for name, one in made.items() if one.cost is not None}
+        errors = {name: one.error for name, one in made.items() if one.error is not None}
+        for name, why in errors.items():
+            tell(RunProgress("note", pair_ids=(name,), message=f"{name}: {why}"))
+        shards.write_shard(self.folder, block[0].index, rows, floats, costs, self.plan.layout, errors)
 
-    def _compute_all(self, part: Sequence[Loaded], size: int) -> None:
-        at = 0
-        while at < len(part):
-            few = part[at : at + min(size, self.sizes.images)]
-            self._compute(few)
-            at += len(few)
+    def finish(self) -> Row:
+        """Write figures and card, and return the summary."""
+        self.found = read_back(self.folder, self.plan.layout, self.names, self.verb.SHOWN)
+        return _close(self.plan, self.verb, self.folder, self.found)
 
-    def _compute(self, part: Sequence[Loaded]) -> None:
-        size = self.sizes.images
+    def _compute(self, part: Sequence[Loaded], tell: Observer) -> list[Made]:
+        plan, size, names = self.plan, self.at_once, tuple(one.item.name for one in part)
+        if len(part) > size:
+            return [*self._compute(part[:size], tell), *self._compute(part[size:], tell)]
+
+        def stage(name: str, step: int = 0, steps: int = 0, **more: Any) -> None:
+            tell(RunProgress(name, pair_ids=names, step=step, steps=steps, **more))
+
         try:
-            made = self.verb.make_rows(self.plan, part, size, self.tell)
+            made = self.verb.make_rows(plan, part, size, stage)
+            return [_with_ids(plan, one, own) for one, own in zip(part, made, strict=True)]
         except (RuntimeError, ValueError, OSError, MemoryError) as error:  # NaN, no JVP, a heading that leads nowhere
             why, full = one_line(error), ran_out(error)
-        else:
-            for one, own in zip(part, made, strict=True):
-                base = _base_row(self.plan, one.item, one)
-                self.made[one.item.name] = Made([base | row for row in own.rows], own.floats, own.cost)
-                if any(row["status"] == Status.ERROR for row in own.rows):
-                    self._note(one.item, Status.ERROR.advice)
-            return
         # here the failed attempt is gone, with the memory that its error kept alive
-        at_once = {"items": len(part), "derivatives": size}.get(self.verb.BATCH, 1)
-        if full and at_once > 1:
-            self.tell(RunProgress("info", message=self.sizes.halve(at_once)))
-            self._compute_all(part, self.sizes.images)
-        elif len(part) > 1:
-            self._compute_all(part, 1)
-        else:
-            what = self.plan.layout.item.removesuffix("_id")
-            self._fail(part[0].item, f"out of memory with a single {what}: {why}" if full else why, part[0])
+        tried = {"items": len(part), "derivatives": size}.get(self.verb.BATCH, 1)
+        if full and tried > 1:
+            half = self.at_once = fewer_at_once(tried)
+            told = f"out of memory with {tried} at once; going on with {half} (--batch-size {half})"
+            tell(RunProgress("info", message=told))
+            return self._compute(part, tell)
+        if len(part) > 1:
+            return [made for one in part for made in self._compute([one], tell)]
+        what = plan.layout.item.removesuffix("_id")
+        why = f"out of memory with a single {what}: {why}" if full else why
+        return [_failed(plan, part[0].item, why, part[0])]
 
-    def _fail(self, item: Item, why: str, one: Loaded | None = None) -> None:
-        self.made[item.name] = Made([_base_row(self.plan, item, one) | {"status": str(Status.ERROR)}], {})
-        self._note(item, why)
 
-    def _note(self, item: Item, why: str) -> None:
-        self.errors[item.name] = why
-        self.tell(RunProgress("note", pair_ids=(item.name,), message=f"{item.name}: {why}"))
+def _with_ids(plan: Plan, one: Loaded, own: Made) -> Made:
+    base, failed = _base_row(plan, one.item, one), any(row["status"] == Status.ERROR for row in own.rows)
+    return replace(own, rows=[base | row for row in own.rows], error=Status.ERROR.advice if failed else None)
+
+
+def _failed(plan: Plan, item: Item, why: str, one: Loaded | None = None) -> Made:
+    return Made([_base_row(plan, item, one) | {"status": str(Status.ERROR)}], {}, error=why)
 
 
 def _load(plan: Plan, item: Item) -> Loaded:

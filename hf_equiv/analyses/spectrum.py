@@ -5,54 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig
-from hf_equiv.analyses.measures import Rows, by_image, medians_of, verdict
-from hf_equiv.analyses.pairs import Item
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, stages_of
+from hf_equiv.analyses.measures import Rows, count_images, medians_of, verdict
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_count
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import finite
 from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
 from hf_equiv.geometry.zeros import Zero
 from hf_equiv.jacobian import Jacobian
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
-from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
-KEPT_VECTORS = 8
-"""Singular vectors kept with `vectors` where no `k` is given."""
-
 SUCCEEDED, BATCH = (Status.COMPLETED,), "derivatives"
-
-SHOWN = 6
-"""Images whose singular vectors are drawn."""
+SHOWN = 6  # images whose singular vectors are drawn
+KEPT_VECTORS = 8  # singular vectors kept with `vectors` where no `k` is given
 
 _ZEROS = ("structural_zeros", "near_structural")
 
 
 @dataclass(frozen=True)
 class SpectrumConfig(ImageConfig):
-    """Options of `spectrum`.
-
-    Attributes:
-        k: number of singular values; None for all.
-        vectors: keep the singular vectors of the first `k`, or 8.
-    """
+    """Options of `spectrum`."""
 
     analysis: ClassVar[str] = "spectrum"
     wants_target: ClassVar[str] = "the verb lipschitz or walk"
 
-    k: int | None = None
-    vectors: bool = False
+    k: int | None = None  # number of singular values; None for all
+    vectors: bool = False  # keep the singular vectors of the first `k`, or 8
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""
@@ -60,14 +47,11 @@ class SpectrumConfig(ImageConfig):
         if self.k is not None:
             check_count(self.k, "k")
 
-    def check_encoder(self, encoder: Encoder) -> None:
-        """Refuse options that do not fit the encoder."""
+    def settings(self, encoder: Encoder) -> Row:
+        """Return the settings of this verb; refuse those that do not fit the encoder."""
         if self.k is not None and self.k > encoder.embedding_dim:
             raise ValueError(f"`k` must be at most the embedding size {encoder.embedding_dim}; got {self.k}.")
-
-    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
-        """Return the settings of this verb."""
-        return self.listed(items) | {"k": self.k, "vectors": self.vectors}
+        return {"k": self.k, "vectors": self.vectors}
 
     def item_bytes(self, encoder: Encoder, settings: Row) -> int:
         """Return the bytes of the image and of the vectors that are kept."""
@@ -78,10 +62,10 @@ class SpectrumConfig(ImageConfig):
 CONFIG = SpectrumConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
     """Make the row of one image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
     (one,) = part
-    stages_of(one, tell)("jacobian", 0, 1)
+    tell("jacobian", 0, 1)
     k, vectors = plan.settings["k"], plan.settings["vectors"]
     result = jacobian_spectrum(plan.encoder, one.image[None], k=k, vectors=vectors, batch=batch)
     floats: dict[str, Tensor] = {}
@@ -100,22 +84,18 @@ def row_of(result: SpectrumResult) -> Row:
         "nullity": int(result.nullity[0]) if result.nullity is not None and whole else None,
         "structural_zeros": _zeros(result.structural_zeros[0]),
         "near_structural": _zeros(result.near_structural[0]),
-        "effective_rank": _first(result.effective_rank),
+        "effective_rank": None if result.effective_rank is None else finite(result.effective_rank[0]),
         "sigma_max": finite(result.sigma_max[0]),
         "rank_threshold": finite(result.rank_threshold[0]),
         "method": result.method[0],
         "error_bound": [finite(e) for e in result.error_bound[0].tolist()],
         "status": str(result.status[0]),
-        "participation": _first(result.participation),
+        "participation": None if result.participation is None else finite(result.participation[0]),
         "patch_nullity": result.patch_nullity,
         "noise_method": result.noise_method[0],
         "num_evals": float(result.num_evals[0]),
         "seconds": float(result.seconds[0]),
     }
-
-
-def _first(values: Tensor | None) -> float | None:
-    return None if values is None else finite(values[0])
 
 
 def _zeros(zeros: Sequence[Zero]) -> list[Row]:
@@ -125,13 +105,14 @@ def _zeros(zeros: Sequence[Zero]) -> list[Row]:
     ]
 
 
-def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
+def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+    """Sum up the spectra of a run."""
+    summary, rows = count_images(made)
+    if not rows:
+        return summary
     keys = ("sigma_max", "rank", "nullity", "effective_rank", "participation", "num_evals", "seconds")
     middle, zeros = medians_of(rows, keys), {kind: _by_cause(rows, kind) for kind in _ZEROS}
-    return {"median": middle, **zeros, "verdict": verdict("spectrum", rows=rows, median=middle, **zeros)}
-
-
-summarize = by_image(_summarize)
+    return summary | {"median": middle, **zeros, "verdict": verdict("spectrum", rows=rows, median=middle, **zeros)}
 
 
 def _by_cause(rows: Rows, kind: str) -> Row:
@@ -192,7 +173,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
         off = max(abs(s - length) for s, length in zip([*sigma, *[0.0] * len(lengths)], lengths, strict=False))
         if not off <= 1e-3 * max(lengths):
             faults = [("right", "the vectors of the stated singular values", f"‖Jv‖ differs by {off:.3g}")]
-    return [made | {key: row[key] for key in ("image_id", "num_evals", "seconds")} | {"faults": faults}]
+    return [made | {key: row[key] for key in ("num_evals", "seconds")} | {"faults": faults}]
 
 
 def tolerances(made: Row, settings: Row) -> Row:

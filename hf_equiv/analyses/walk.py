@@ -5,63 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_equiv.analyses.config import ImageConfig, Load
+from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import Rows, by_image, embed, largest, median_of, relative_error, verdict
-from hf_equiv.analyses.pairs import Item, image_generator
-from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, stages_of
+from hf_equiv.analyses.measures import count_images, embed, largest, median_of, relative_error, verdict
+from hf_equiv.analyses.pairs import image_generator
+from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_choice, check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
-from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
-from hf_equiv.runs.execute import Observer
 from hf_equiv.runs.schema import Row
 
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
-
-CHUNK = 16
-"""Frames encoded at once."""
-
 SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
-
-SHOWN = 6
-"""Walks drawn one by one."""
-
-FROM_A_MATCH = ("nearest", "connect")
-"""Headings of walks that start from a match of the target."""
+SHOWN = 6  # walks drawn one by one
+CHUNK = 16  # frames encoded at once
+FROM_A_MATCH = ("nearest", "connect")  # headings of walks that start from a match of the target
 
 
 @dataclass(frozen=True)
 class WalkConfig(ImageConfig):
-    """Options of `walk`.
-
-    Attributes:
-        heading: `random`, `away`, `toward`, `nearest` or `connect`.
-        step: longest step, L2 in pixel units.
-        num_steps: points after the start.
-        rtol: largest drift ‖f(x)−z‖/‖z‖.
-        stop: ‖P_null d‖/‖d‖ at which a walk to an image is over; None for 0.01, and for other headings.
-    """
+    """Options of `walk`."""
 
     analysis: ClassVar[str] = "walk"
     wants_target: ClassVar[str] = "heading 'toward', 'nearest' or 'connect'"
 
-    heading: str = "random"
-    step: float = 1.0
-    num_steps: int = 100
-    rtol: float = 1e-5
-    stop: float | None = None
+    heading: str = "random"  # or `away`, `toward`, `nearest`, `connect`
+    step: float = 1.0  # longest step, L2 in pixel units
+    num_steps: int = 100  # points after the start
+    rtol: float = 1e-5  # largest drift ‖f(x)−z‖/‖z‖
+    stop: float | None = None  # ‖P_null d‖/‖d‖ at which a walk to an image is over; None for 0.01
 
     @property
     def needs_target(self) -> bool:
@@ -76,11 +58,7 @@ class WalkConfig(ImageConfig):
         check_positive(self.step, "step")
         check_positive(self.rtol, "rtol")
         if self.stop is not None:
-            check_positive(self.stop, "stop")
-            if self.stop >= 1:
-                raise ValueError(
-                    f"`stop` must be below 1; got {self.stop:g}. It is the share of the way that is left at the end."
-                )
+            check_positive(self.stop, "stop", 1)
             if self.heading not in TO_AN_IMAGE:
                 raise ValueError(
                     f"`stop` must come with heading {', '.join(map(repr, TO_AN_IMAGE))}; got {self.stop:g} with "
@@ -89,13 +67,9 @@ class WalkConfig(ImageConfig):
         if self.target is None and self.needs_target and (self.source or self.data):
             raise ValueError(f"`target` must come with heading {self.heading!r}. Add --target W, the image to go to.")
 
-    def usual_targets(self, images: ImageSet, load: Load) -> tuple[ImageSet, ImageSet]:
-        """Return the built-in cat and coffee."""
-        return images.select([0]), images.select([1])
-
-    def own_settings(self, encoder: Encoder, items: Sequence[Item]) -> Row:
+    def settings(self, encoder: Encoder) -> Row:
         """Return the settings of this verb, with defaults filled in."""
-        return self.listed(items) | {
+        return {
             "heading": self.heading,
             "step": self.step,
             "num_steps": self.num_steps,
@@ -113,20 +87,20 @@ class WalkConfig(ImageConfig):
 CONFIG = WalkConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Observer) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
     """Walk from one image, for `nearest` and `connect` from a match that starts at it; one row for each point."""
     (one,) = part
-    encoder, settings, stage = plan.encoder, plan.settings, stages_of(one, tell)
+    encoder, settings = plan.encoder, plan.settings
     name, image, target = one.item.name, one.image, one.target
     from_match, steps = settings["solver"] is not None, settings["num_steps"]
     start, evals, seconds = image, 0.0, 0.0
     if from_match and target is not None:
-        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], stage)
+        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
     walk = trace_level_set(
         encoder, start[None], heading=settings["heading"], step=settings["step"], num_steps=steps,
         rtol=settings["rtol"], target=None if target is None else target[None], stop=settings.get("stop", STOP),
         origin=image[None] if from_match else None, generator=image_generator(settings["seed"], name),
-        keep_points=True, progress=lambda point: stage("walk", point.step, steps),
+        keep_points=True, progress=lambda point: tell("walk", point.step, steps),
     )  # fmt: skip
     path, status = walk.paths[0], walk.status[0]
     if not path or status is Status.ERROR:
@@ -179,7 +153,11 @@ def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
     return [{"label": names[int(p.argmax())], "prob": finite(p.max())} for p in probs]
 
 
-def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
+def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
+    """Sum up the walks of a run."""
+    summary, rows = count_images(made)
+    if not rows:
+        return summary
     paths: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         paths.setdefault(row["image_id"], []).append(row)
@@ -203,10 +181,7 @@ def _summarize(rows: Rows, settings: Mapping[str, Any]) -> Row:
         drift_8bit=largest(walk["largest_drift_8bit"] for walk in walks),
         stop=settings.get("stop", STOP) if settings["heading"] in TO_AN_IMAGE else None,
     )  # fmt: skip
-    return {"walks": walks, "verdict": told}
-
-
-summarize = by_image(_summarize)
+    return summary | {"walks": walks, "verdict": told}
 
 
 def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
@@ -253,7 +228,6 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
         gap, moved = frame.double() - origin.double(), frame.double() - frames[max(0, step - 1)].double()
         l2 = float(gap.norm())
         made.append({
-            "image_id": name,
             "step": step,
             "frame": picture,
             **label,
@@ -267,19 +241,15 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
             "noise_floor": floor,
         } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
     if heading in TO_AN_IMAGE and aim is not None:
-        made[-1]["stationarity"] = _left(encoder, frames[-1], aim, z, settings["rtol"])
+        corrector = Corrector(encoder, z.double(), settings["rtol"])
+        with no_tf32():
+            at = corrector.look(frames[-1])
+            corrector.refresh(at)
+            toward = Toward(aim.to(frames), stop=math.inf).plan(corrector, at, 1.0)
+        made[-1]["stationarity"] = toward.stationarity  # share of the way to the image along the level set
         early = made[-1]["step"] < settings["num_steps"] and rows[-1]["status"] == Status.COMPLETED
         made[-1]["most_left"] = at_rest(settings.get("stop", STOP)) if early else 1.0 + 1e-6
     return made
-
-
-def _left(encoder: Any, frame: Tensor, aim: Tensor, z: Tensor, rtol: float) -> float | None:
-    """The share of the way to an image that leads along the level set, by the Jacobian at the frame."""
-    corrector = Corrector(encoder, z.double(), rtol)
-    with no_tf32():
-        at = corrector.look(frame)
-        corrector.refresh(at)
-        return Toward(aim.to(frame), stop=math.inf).plan(corrector, at, 1.0).stationarity
 
 
 def tolerances(made: Row, settings: Row) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -28,7 +27,7 @@ def escape(value: Any) -> Any:
 
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
+    loader=jinja2.PackageLoader("hf_equiv"),
     undefined=jinja2.StrictUndefined,
     finalize=escape,  # every value that is not the result of `tojson`
     trim_blocks=True,

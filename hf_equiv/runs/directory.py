@@ -9,12 +9,17 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock, and runs there are not protected from each other
+    fcntl = None  # type: ignore[assignment]
 
 RECORD = "run.json"
 CARD = "README.md"
@@ -47,16 +52,11 @@ def is_withheld(record: Mapping[str, Any]) -> bool:
     return record.get("photos") == WITHHELD
 
 
-def settings_hash(settings: Row) -> str:
-    """Return the first eight hex digits of the SHA-256 of settings."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
 def default_folder(analysis: str, settings: Row) -> Path:
     """Return `runs/VERB/MODEL-slug/HASH8`."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "--", settings["model_id"]).strip(".-") or "model"
-    return Path("runs") / analysis / slug / settings_hash(settings)
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return Path("runs") / analysis / slug / hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def run_name(record: Mapping[str, Any]) -> str:
@@ -143,28 +143,20 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise unwritable(folder, error) from error
     with file:
-        _flock(file.fileno(), folder)
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _LOCK)):
+                    raise FileNotFoundError  # another run has just deleted it
+        except (BlockingIOError, FileNotFoundError):
+            raise ValueError(
+                f"{str(folder)!r} is being written by another run. Wait for it, stop it, or give another --out."
+            ) from None
         try:
             yield
         finally:
             with contextlib.suppress(OSError):  # Windows removes no open file
                 (folder / _LOCK).unlink(missing_ok=True)
-
-
-def _flock(descriptor: int, folder: Path) -> None:
-    """Lock the open file, unless another run has locked it or has just deleted it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock, and runs there are not protected from each other
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), os.stat(folder / _LOCK)):
-            raise FileNotFoundError
-    except (BlockingIOError, FileNotFoundError):
-        raise ValueError(
-            f"{str(folder)!r} is being written by another run. Wait for it, stop it, or give another --out."
-        ) from None
 
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
@@ -211,7 +203,13 @@ def read_run(folder: Path) -> LocalRun:
         )
     if "verdict" not in (record["summary"] or ()):
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks summary.verdict.")
-    _check_files(folder, record)
+    wrong = [f"{name} {fault}" for name, _, _, fault in file_faults(folder, record)]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{str(folder)!r} must be as its run.json states; {', '.join(wrong[:3])}{more}. `hf-equiv verify` shows "
+            "every difference; run the analysis again with --overwrite always to make it anew."
+        )
     versions = (row["versions"] for row in shards.read_rows(folder, layout=layout))
     return LocalRun(folder, record, layout, next(versions, None))
 
@@ -236,19 +234,17 @@ def refuse_folder_of_runs(folder: Path, command: Callable[[str], str] = str) -> 
         )
 
 
-def _check_files(folder: Path, record: Row) -> None:
-    """Refuse a run directory whose files are not those that `run.json` lists with their SHA-256."""
-    stated: dict[str, str] = dict(record["files"])
+def file_faults(folder: Path, record: Row) -> Iterator[tuple[str, str | None, str | None, str]]:
+    """Yield the files that are not as `run.json` states: name, stated SHA-256, SHA-256 of the file, and the fault."""
+    stated: dict[str, str] = record["files"]
     own = {path.relative_to(folder).as_posix(): path for path in own_files(folder)}
-    if record.get("card") == "dataset":  # the card of a dataset belongs to its owner
-        own.pop(CARD, None)
-    wrong = [f"{name} is missing" for name in stated if name not in own]
-    wrong += [f"{name} is not listed" for name in own if name not in stated]
-    both = stated.keys() & own.keys()
-    wrong += [f"{name} has changed" for name in sorted(both) if stated[name] != shards.sha256_file(own[name])]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"{str(folder)!r} must be as its run.json states; {', '.join(wrong[:3])}{more}. `hf-equiv verify` shows "
-            "every difference; run the analysis again with --overwrite always to make it anew."
-        )
+    for name, digest in stated.items():
+        now = shards.sha256_file(own[name]) if name in own else None
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            yield name, digest, None, "is outside the run directory"
+        elif now != digest:
+            yield name, digest, now, "is missing" if now is None else "has changed"
+    edited = {CARD} if record.get("card") == "dataset" else set()  # the card of a dataset belongs to its owner
+    for name in own if record["complete"] else ():
+        if name not in {*stated, *edited}:
+            yield name, None, shards.sha256_file(own[name]), "is not listed in run.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -12,65 +11,38 @@ from torch import Tensor
 
 from hf_equiv.runs import directory, processes, resume, shards
 from hf_equiv.runs.processes import Block, Claims
-from hf_equiv.runs.schema import MATCH, Row
+from hf_equiv.runs.schema import MATCH
 
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """The progress of a run, as its observer receives it.
+    """The progress of a run, as its observer receives it."""
 
-    Attributes:
-        stage: `match`, `refine`, `saved` (a shard is on disk), `note` (a row of status `error`) or `info`; in other
-            analyses the stage of an image.
-        done: rows on disk, of all processes.
-        total: rows of the whole run.
-        pair_ids: ids of the batch in work.
-        errors: embedding errors of that batch, (B,).
-        num_evals: evaluations of that stage so far, (B,).
-        active: images still in work, (B,).
-        message: text of a note or of an info.
-        step: steps done of the stage of one image.
-        steps: all steps of the stage.
-        rank: rank of the process.
-        processes: number of processes.
-    """
-
-    stage: str
-    done: int = 0
-    total: int = 0
-    pair_ids: tuple[str, ...] = ()
-    errors: Tensor | None = None
-    num_evals: Tensor | None = None
-    active: Tensor | None = None
-    message: str = ""
-    step: int = 0
-    steps: int = 0
-    rank: int = 0
-    processes: int = 1
+    stage: str  # of the items in work; or `saved` (a shard is on disk), `note` (a row of status `error`), `info`
+    done: int = 0  # rows on disk, of all processes
+    total: int = 0  # rows of the whole run
+    pair_ids: tuple[str, ...] = ()  # ids of the batch in work
+    errors: Tensor | None = None  # embedding errors of that batch, (B,)
+    num_evals: Tensor | None = None  # evaluations of that stage so far, (B,)
+    active: Tensor | None = None  # images still in work, (B,)
+    message: str = ""  # text of a note or of an info
+    step: int = 0  # steps done of the stage of one image
+    steps: int = 0  # all steps of the stage
+    rank: int = 0  # rank of the process
+    processes: int = 1  # number of processes
 
 
 Observer = Callable[[RunProgress], None]
 
 
-@dataclass(frozen=True)
-class Job:
-    """A plan for `carry_out`, its work, and the way it is closed."""
-
-    plan: Any
-    """Layout, settings, command, and items, each with `index` (its place), `name` and `entry()`."""
-    size: int
-    """Items of a block, which one process makes and writes as one shard."""
-    make: Callable[[Path, Block, dict[str, str], Observer], None]
-    """Writes the shard of a block, reports progress, and collects reasons of errors by id."""
-    finish: Callable[[Path], Row]
-    """Writes figures and card once all rows are there, and returns the summary."""
-
-
-def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> bool:
+def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
     """Make the missing rows together with the other processes, close the run, and tell whether this is the main one."""
+    # A job has the `plan`: its layout, settings and command, and its items, each with `index` (the place), `name` and
+    # `entry()`; the `folder` of the run; and `size`, the items of a block. `make(block, tell)` writes the shard of a
+    # block; `finish()` writes figures and card once all rows are there, and returns the summary.
     if overwrite not in directory.OVERWRITE:
         raise ValueError(f"`overwrite` must be one of {', '.join(directory.OVERWRITE)}; got {overwrite!r}.")
-    state = processes.join(job.plan.encoder.device)
+    folder, state = job.folder, processes.join(job.plan.encoder.device)
 
     def tell(progress: RunProgress) -> None:
         observer(replace(progress, rank=state.process_index, processes=state.num_processes))
@@ -78,7 +50,7 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
     if not state.is_main_process:
         processes.meet(state)
         with Claims(folder, state) as claims:
-            _make_rows(job, folder, tell, claims, state)
+            _make_rows(job, tell, claims, state)
             claims.wait_for_close()
         if not directory.read_record(folder)["complete"]:
             raise RuntimeError(processes.LEFT_ALONE)
@@ -90,17 +62,17 @@ def carry_out(job: Job, folder: Path, overwrite: str, observer: Observer) -> boo
                 told = f"{failed} {job.plan.layout.listed} whose rows have status error are tried again"
                 tell(RunProgress("info", message=told))
             processes.meet(state)
-            made = _make_rows(job, folder, tell, claims, state)
+            made = _make_rows(job, tell, claims, state)
             files = directory.read_record(folder)["files"]  # none before a run is closed
             if made or not files or not all((folder / name).is_file() for name in files):
-                _close(job, folder)
+                _close(job)
     return True
 
 
-def _make_rows(job: Job, folder: Path, tell: Observer, claims: Claims, state: PartialState) -> bool:
+def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState) -> bool:
     """Make the missing rows, and return whether there were any."""
     # The main process returns when all rows are there. It makes the blocks of processes that have ended.
-    layout, items = job.plan.layout, job.plan.items
+    folder, layout, items = job.folder, job.plan.layout, job.plan.items
     finished = shards.ids_of(folder, layout)
     processes.meet(state)  # every process has read the same list before the first one writes
     if not state.is_main_process:
@@ -121,7 +93,7 @@ def _make_rows(job: Job, folder: Path, tell: Observer, claims: Claims, state: Pa
 
     def make(block: Block) -> None:
         if not is_there(block):
-            job.make(folder, block, {}, lambda progress: tell(replace(progress, done=done, total=len(items))))
+            job.make(block, lambda progress: tell(replace(progress, done=done, total=len(items))))
             count(tuple(item.name for item in block))
 
     if told := processes.describe(state, blocks, "rows" if layout is MATCH else "images"):
@@ -139,11 +111,11 @@ def _make_rows(job: Job, folder: Path, tell: Observer, claims: Claims, state: Pa
     return bool(blocks)
 
 
-def _close(job: Job, folder: Path) -> None:
+def _close(job: Any) -> None:
     """Merge the shards, write figures and card, and last `run.json`, which has the hashes of the other files."""
-    layout, names = job.plan.layout, [item.name for item in job.plan.items]
+    folder, layout, names = job.folder, job.plan.layout, [item.name for item in job.plan.items]
     shards.merge_shards(folder, layout, names, shards.items_per_file(job.plan.item_bytes))
     failed = shards.ids_of(folder, layout, failed=True)
     reasons = {k: v for path in shards.shard_files(folder, layout) for k, v in shards.read_errors(path).items()}
     errors = {name: reasons.get(name, "no reason was noted") for name in names if name in failed}
-    directory.write_record(folder, job.plan, job.finish(folder), errors)
+    directory.write_record(folder, job.plan, job.finish(), errors)

@@ -11,7 +11,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-Block = Sequence[Any]
-"""Pairs or images that are worked on together and written as one shard, each with its place in the list as `index`."""
-
-PAUSE = 0.1
-"""Seconds between two looks at the work of another process."""
+Block = Sequence[Any]  # pairs or images that are made together, as one shard; each has its place in the list as `index`
+PAUSE = 0.1  # seconds between two looks at the work of another process
 
 LEFT_ALONE = "the main process has ended before the run was closed. Its rows are kept: run the same command again."
 
@@ -161,17 +157,10 @@ class Claims:
             return False
 
 
-@dataclass
-class PassSize:
-    """The number of images, tangents or cotangents in one pass through the model; halved when memory runs out."""
-
-    images: int
-
-    def halve(self, tried: int) -> str:
-        """Go on with half of `tried`, free the memory of the failed pass, and return the message for the user."""
-        self.images = max(1, min(self.images, tried // 2))
-        clear_device_cache(garbage_collection=True)
-        return f"out of memory with {tried} at once; going on with {self.images} (--batch-size {self.images})"
+def fewer_at_once(tried: int) -> int:
+    """Free the memory of a pass that was too large, and return half of the images, tangents or cotangents tried."""
+    clear_device_cache(garbage_collection=True)
+    return tried // 2
 
 
 def ran_out(error: BaseException) -> bool:

@@ -1,8 +1,7 @@
-"""Go on with a run: the rows that are kept, made again, or refused.
+"""Go on with a run of the same settings: the rows that are kept, made again, or refused.
 
-A run goes on under the same settings. Rows of status `error` are taken out of their shards and made again; images that
-could not be read may have changed meanwhile, all others may not. After a kill in between, every other row is on disk
-once, and the next call takes out the rest.
+Rows of status `error` are taken out of their shards and made again; images that could not be read may have changed
+meanwhile, all others may not. After a kill every other row is on disk once, and the next call takes out the rest.
 """
 
 from __future__ import annotations
@@ -127,11 +126,9 @@ def _is_stale(row: Row, failed: set[str], layout: Layout, data_revision: str) ->
 
 
 def take_out(folder: Path, layout: Layout, places: Mapping[str, int], data_revision: str) -> None:
-    """Take the rows of failed items out of their shards, and state the revision of the images in the others.
-
-    A shard without those rows takes the place in the run's list of its first item, given by `places`. Only one process
-    may do this, under the lock of the directory.
-    """
+    """Take the rows of failed items out of their shards, and state the revision of the images in the others."""
+    # A shard without those rows takes the place in the run's list of its first item, given by `places`. Only one
+    # process may do this, under the lock of the directory.
     failed = shards.ids_of(folder, layout, failed=True)
     for path in shards.shard_files(folder, layout):
         rows = shards.read_shard(path, layout=layout)

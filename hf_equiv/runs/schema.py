@@ -66,25 +66,15 @@ WALK_FEATURES = _columns(
 
 @dataclass(frozen=True)
 class Layout:
-    """The folder and the columns of the rows of one analysis.
+    """The folder and the columns of the rows of one analysis."""
 
-    Attributes:
-        analysis: the verb: match, spectrum, lipschitz or walk.
-        folder: folder of the parquet files; also the name of the dataset configuration.
-        item: column with the id of the pair or image that a row belongs to.
-        listed: key of `run.json` that lists the pairs or images.
-        images: image columns, first in every row.
-        features: the other columns of the analysis.
-        key: columns that tell a row from all others.
-    """
-
-    analysis: str
-    folder: str
-    item: str
-    listed: str
-    images: tuple[str, ...]
-    features: Mapping[str, Any]
-    key: tuple[str, ...]
+    analysis: str  # the verb: match, spectrum, lipschitz or walk
+    folder: str  # folder of the parquet files; also the name of the dataset configuration
+    item: str  # column with the id of the pair or image that a row belongs to
+    listed: str  # key of `run.json` that lists the pairs or images
+    images: tuple[str, ...]  # image columns, first in every row
+    features: Mapping[str, Any]  # the other columns of the analysis
+    key: tuple[str, ...]  # columns that tell a row from all others
 
     @property
     def all_features(self) -> datasets.Features:

@@ -28,11 +28,8 @@ from torch import Tensor
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row
 
-FILE_ITEMS = 500
-"""Most pairs or images of a merged file."""
-
-FILE_BYTES = 100_000_000
-"""Most bytes of images in a merged file and its float file, unless a single item has more."""
+FILE_ITEMS = 500  # most pairs or images of a merged file
+FILE_BYTES = 100_000_000  # most bytes of images in a merged file and its float file, unless a single item has more
 
 _ERRORS = b"hf_equiv.errors"
 _STAGED = ".merged"
@@ -104,12 +101,10 @@ def write_shard(
     *,
     staged: bool = False,
 ) -> None:
-    """Write finished rows, with images as PNG bytes, and their float images as one shard.
-
-    `index` is the place of the first pair or image in the run's list. Float images are named by pair id in a match run
-    and `IMAGE_ID/NAME` elsewhere; `costs` and `errors` (reasons of rows of status `error`) by id. A `staged` shard has
-    hidden names, which `settle` replaces.
-    """
+    """Write finished rows, with images as PNG bytes, and their float images as one shard."""
+    # `index` is the place of the first pair or image in the run's list. Float images are named by pair id in a match
+    # run and `IMAGE_ID/NAME` elsewhere; `costs` and `errors` (reasons of rows of status `error`) by id. A `staged`
+    # shard has hidden names, which `settle` replaces.
     shard = shard_path(folder, index, layout)
     place = _hidden if staged else Path
     if floats or layout is MATCH:

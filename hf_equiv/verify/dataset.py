@@ -20,19 +20,12 @@ from hf_equiv.verify.rows import Problem, differs, problem
 
 @dataclass(frozen=True, slots=True)
 class DatasetReport:
-    """What `verify_results` found.
+    """What `verify_results` found."""
 
-    Attributes:
-        runs: the findings of each run; files are named inside the dataset.
-        card_problems: of the dataset's card, and of what belongs to no run.
-        repo_id: the dataset on the Hub; None for a folder.
-        commit: the commit that was verified; None for a folder.
-    """
-
-    runs: tuple[VerifyReport, ...]
-    card_problems: tuple[Problem, ...]
-    repo_id: str | None = None
-    commit: str | None = None
+    runs: tuple[VerifyReport, ...]  # the findings of each run; files are named inside the dataset
+    card_problems: tuple[Problem, ...]  # of the dataset's card, and of what belongs to no run
+    repo_id: str | None = None  # the dataset on the Hub; None for a folder
+    commit: str | None = None  # the commit that was verified; None for a folder
 
     @property
     def holds(self) -> bool:
@@ -79,35 +72,16 @@ def verify_results(
     allow_withheld: bool = False,
     observer: Callable[[int, int], None] | None = None,
 ) -> DatasetReport:
-    """Check a dataset of the Hub, or a folder: every run as `verify_run` does, and the card of the dataset.
-
-    Each run's model is loaded at its recorded commit. Branches and tags that have moved since change nothing; a commit
-    that is gone, or that the rows and `run.json` state differently, is a problem.
-
-    Args:
-        where: `USER/NAME` or `USER/NAME@REVISION` of the Hub; or a run directory, or the folder of a dataset.
-        revision: branch, tag, commit or `refs/pr/N` of the dataset.
-        model: where the checkpoint is, for runs that used a local folder.
-        device: where to compute; by default CUDA if there is one.
-        token: for private datasets; by default the one you are logged in with.
-        cache_dir: the Hub's cache.
-        local_files_only: never ask the Hub.
-        allow_withheld: rows without photos, which cannot be recomputed, are no problem.
-        observer: called with (rows checked, rows in total) of the run at work.
-
-    Returns:
-        The report.
-
-    Raises:
-        ValueError: no run, one of a newer version, or a model that is not to be found.
-        RepositoryNotFoundError: there is no such dataset or model, or it is private.
-        ConnectionError: the Hub is out of reach.
-
-    Example:
-        >>> verify_results("me/matches").holds  # doctest: +SKIP
-        True
-    """
-    folder, repo_id, commit = _open(where, revision, token, cache_dir, local_files_only)
+    """Check a dataset `USER/NAME[@REVISION]` of the Hub, or a folder: every run as `verify_run` does, and the card."""
+    # Each run's model is loaded at its recorded commit. Branches and tags that have moved since change nothing; a
+    # commit that is gone, or that the rows and `run.json` state differently, is a problem. `revision` is that of the
+    # dataset: a branch, tag, commit or `refs/pr/N`. `model` is the place of the checkpoint, if the runs used a folder.
+    folder, repo_id, commit = local_folder(where, revision), None, None
+    if folder is None:
+        repo_id, revision = split_name(os.fspath(where), revision)
+        folder, commit = download_results(
+            repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
     places = run_folders(folder) or {"": folder}  # a folder that is no run is refused by name
     records = {place: directory.read_record(path) for place, path in places.items()}
     runs: list[VerifyReport] = []
@@ -124,20 +98,6 @@ def verify_results(
     several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
     card_problems = (*_check_folders(folder, records), *_check_card(folder / CARD, records)) if several else ()
     return DatasetReport(tuple(runs), card_problems, repo_id, commit)
-
-
-def _open(
-    where: str | os.PathLike[str], revision: str | None, token: str | bool | None, cache_dir: str | None, offline: bool
-) -> tuple[Path, str | None, str | None]:
-    """Return the folder, and of a dataset on the Hub its name and commit."""
-    folder = local_folder(where, revision)
-    if folder is not None:
-        return folder, None, None
-    repo_id, revision = split_name(os.fspath(where), revision)
-    folder, commit = download_results(
-        repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline
-    )
-    return folder, repo_id, commit
 
 
 def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:

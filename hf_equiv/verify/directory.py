@@ -7,59 +7,39 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from hf_equiv.analyses.measures import largest
 from hf_equiv.analyses.run import VERBS, read_back
 from hf_equiv.hub_client import RevisionNotFoundError
-from hf_equiv.models.encoder import load_recorded
+from hf_equiv.models.encoder import Encoder, load_recorded
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.directory import WITHHELD
 from hf_equiv.runs.schema import LAYOUTS, MATCH, PROVENANCE_FEATURES, Layout, Row, row_name
-from hf_equiv.verify import rows as checks
-from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, differs, problem
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
+from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, check_item, check_stated, differs, problem
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify_run` found.
+    """What `verify_run` found; the JSON form has the fields up to `problems`, and `withheld` if there are any."""
 
-    Attributes:
-        rows: rows in the directory.
-        verified: rows that were made again without a problem.
-        error_rows: rows of status `error`, which hold no numbers; not counted in `verified`, nor in the JSON form.
-        withheld: rows that cannot be made again, since their photos are withheld; in the JSON form if there are any.
-        failed: rows with a problem, and pairs or images without a row.
-        worst_embedding_error: largest recomputed error of a float match, or drift of a frame; None elsewhere.
-        worst_embedding_error_8bit: the same of the stored PNG.
-        problems: everything that does not hold, of rows and of files.
-        analysis: the verb of the run, match, spectrum, lipschitz or walk; like all that follows not in the JSON form.
-        name: ANALYSIS-MODELSLUG-HASH8.
-        place: "" for the root of a dataset, else `runs/NAME`.
-        model: the recorded checkpoint.
-        revision: its recorded revision.
-    """
-
-    rows: int
-    verified: int
-    failed: int
-    worst_embedding_error: float | None
-    worst_embedding_error_8bit: float | None
-    problems: tuple[Problem, ...]
-    error_rows: int = 0
-    withheld: int = 0
-    analysis: str = MATCH.analysis
-    name: str = ""
-    place: str = ""
-    model: str = ""
-    revision: str = ""
+    rows: int  # rows in the directory
+    verified: int  # rows that were made again without a problem
+    failed: int  # rows with a problem, and pairs or images without a row
+    worst_embedding_error: float | None  # largest recomputed error of a float match, or drift of a frame
+    worst_embedding_error_8bit: float | None  # the same of the stored PNG
+    problems: tuple[Problem, ...]  # everything that does not hold, of rows and of files
+    error_rows: int = 0  # rows of status `error`, which hold no numbers and are not counted in `verified`
+    withheld: int = 0  # rows that cannot be made again, since their photos are withheld
+    analysis: str = MATCH.analysis  # the verb of the run: match, spectrum, lipschitz or walk
+    name: str = ""  # ANALYSIS-MODELSLUG-HASH8
+    place: str = ""  # "" for the root of a dataset, else `runs/NAME`
+    model: str = ""  # the recorded checkpoint
+    revision: str = ""  # its recorded revision
 
     @property
     def holds(self) -> bool:
@@ -124,7 +104,8 @@ def verify_run(
     if not directory.is_withheld(record):
         checkpoint, cache = (None if path is None else os.fspath(path) for path in (model, cache_dir))
         encoder, problems = _load(record["settings"], checkpoint, cache, device, local_files_only)
-    problems += _check_files(folder, record)
+    for name, stated, now, fault in directory.file_faults(folder, record):
+        problems.append(problem(name, None, "sha256", stated, now, f"the file {fault}"))
     rows, made, found = _check_shards(folder, record, layout, encoder, observer)
     problems += [*found, *_check_list(record, layout, rows)]
     if record["complete"] and not any(problem.pair_id is not None for problem in problems):
@@ -181,33 +162,12 @@ def _report(
     )
 
 
-def _check_files(folder: Path, record: Row) -> Iterator[Problem]:
-    """Check that every file has the stated SHA-256, and that a finished run states one for every file."""
-    stated: dict[str, str] = record["files"]
-    for name, digest in stated.items():
-        path, now = folder / name, None
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            how = "is outside the run directory"
-        elif not path.is_file():
-            how = "is missing"
-        elif (now := shards.sha256_file(path)) != digest:
-            how = "changed: its SHA-256 is not what run.json states"
-        else:
-            continue
-        yield problem(name, None, "sha256", digest, now, f"the file {how}")
-    edited = {"README.md"} if record.get("card") == "dataset" else set()  # by its owner; its numbers are checked
-    for path in sorted(directory.own_files(folder)) if record["complete"] else ():
-        name = path.relative_to(folder).as_posix()
-        if name not in {*stated, *edited}:
-            yield problem(name, None, "sha256", None, shards.sha256_file(path), "run.json does not list this file")
-
-
 def _read_shard(
     folder: Path, path: Path, record: Row, layout: Layout
 ) -> tuple[list[Row], dict[str, Tensor], list[Problem]]:
     """Return the rows of a shard, with the `cost` that the float file states, its float images, and problems."""
     file, rows, problems = path.relative_to(folder).as_posix(), list[Row](), list[Problem]()
-    float_file, floats, costs = checks.float_name(file), dict[str, Tensor](), Row()
+    float_file, floats, costs = shards.float_file(path).relative_to(folder).as_posix(), dict[str, Tensor](), Row()
     try:
         for name in shards.unknown_columns(path, layout):
             told = f"column {name!r} is not one of a {layout.analysis} run"
@@ -254,8 +214,8 @@ def _check_shards(
         for name, own in items.items():
             if settings.get("radii", ()) is None:  # early runs state their one ladder in the rows only
                 settings = settings | {"radii": own[0]["radii"]}
-            problems += checks.check_stated(file, layout, record, listed.get(name), own)
-            again, found = checks.check_item(file, layout, encoder, settings, own, floats)
+            problems += check_stated(file, layout, record, listed.get(name), own)
+            again, found = check_item(file, layout, encoder, settings, own, floats)
             problems += found
             made += again
             rows += [{key: value for key, value in row.items() if key not in layout.images} for row in own]
@@ -299,27 +259,20 @@ def _check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Pr
 
 def _check_summary(encoder: Encoder | None, folder: Path, record: Row, layout: Layout) -> Iterator[Problem]:
     """Check that the summary follows from the rows, and the numbers of the card from the summary."""
-    stated, right = record["summary"] if isinstance(record["summary"], dict) else {}, True
-    for path, a, b in _leaves("summary", stated, _summarize(encoder, folder, record, layout, stated)):
-        if not _near(path, a, b):
-            right = False
-            yield differs("run.json", None, path, a, b)
-    if right and layout is MATCH:
-        yield from _check_card(folder, record, stated)
-
-
-def _summarize(encoder: Encoder | None, folder: Path, record: Row, layout: Layout, stated: Row) -> Row:
-    """Make the summary again, with the stated baseline where that is right or cannot be recomputed."""
-    verb, settings, baseline = VERBS[layout.analysis], record["settings"], stated.get("baseline")
+    verb, settings = VERBS[layout.analysis], record["settings"]
+    stated = record["summary"] if isinstance(record["summary"], dict) else {}
     rows = read_back(folder, layout, [item[layout.item] for item in record[layout.listed]], verb.SHOWN)
-    made: Row = verb.summarize(encoder, settings, rows)
-    if layout is not MATCH:
-        return made
-    if encoder is None or all(_near(*leaf) for leaf in _leaves("summary.baseline", baseline, made["baseline"])):
-        made = verb.summarize(None, settings, replace(rows, baseline=baseline))  # its noise changes no digit in words
-    if encoder is None:  # evaluations of refining are in the float files, which may be withheld
-        made["median"]["num_evals_refine"] = (stated.get("median") or {}).get("num_evals_refine")
-    return made
+    made, baseline = verb.summarize(encoder, settings, rows), stated.get("baseline")
+    if layout is MATCH:  # a stated baseline that is right, or cannot be made again, leaves no other digit in the words
+        if encoder is None or all(_near(*leaf) for leaf in _leaves("summary.baseline", baseline, made["baseline"])):
+            made = verb.summarize(None, settings, replace(rows, baseline=baseline))
+        if encoder is None:  # evaluations of refining are in the float files, which may be withheld
+            made["median"]["num_evals_refine"] = (stated.get("median") or {}).get("num_evals_refine")
+    wrong = [leaf for leaf in _leaves("summary", stated, made) if not _near(*leaf)]
+    for path, a, b in wrong:
+        yield differs("run.json", None, path, a, b)
+    if layout is MATCH and not wrong:
+        yield from _check_card(folder, record, stated)
 
 
 def _near(path: str, a: Any, b: Any) -> bool:

@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +16,19 @@ from torch import Tensor
 from hf_equiv.analyses.measures import open_png
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import one_line
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import SCHEMA_VERSION, Status
+from hf_equiv.runs import shards
 from hf_equiv.runs.directory import is_withheld
 from hf_equiv.runs.schema import PROVENANCE_FEATURES, Layout, Row, row_name
-
-if TYPE_CHECKING:
-    from hf_equiv.models.encoder import Encoder
 
 NAMES = (
     "pair_id", "image_id", "source_id", "target_id", "toward_id", "source_class", "target_class", "image_class",
 )  # fmt: skip
 
-
 UNVERIFIED = (*NAMES, "data_id", "data_revision", "attention", "solver", "versions", "num_evals", "seconds",
               "stationarity before the last point")  # fmt: skip
 """Columns that no stored image can show. Names and provenance must agree with `run.json`, as far as it states them."""
-
 
 RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("embedding_error", "embedding_error_8bit", "target_quantization_error"), (0.0, math.inf)),
@@ -45,23 +43,14 @@ RANGES: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that does not hold.
+    """One thing that does not hold."""
 
-    Attributes:
-        file: file inside the run directory.
-        pair_id: row, or None when it is about a file.
-        column: column, setting or check.
-        stated: what the file says.
-        recomputed: what was found.
-        message: the same in words.
-    """
-
-    file: str
-    pair_id: str | None
-    column: str
-    stated: Any
-    recomputed: Any
-    message: str
+    file: str  # file inside the run directory
+    pair_id: str | None  # row, or None when it is about a file
+    column: str  # column, setting or check
+    stated: Any  # what the file says
+    recomputed: Any  # what was found
+    message: str  # the same in words
 
 
 def problem(file: str, name: str | None, column: str, stated: Any, recomputed: Any, message: str) -> Problem:
@@ -118,16 +107,18 @@ def check_item(
     if encoder is not None:
         item, name = rows[0][layout.item], row_name(layout.analysis, rows[0])
         floats = {key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")}
-        found = [*_check_floats(float_name(file), name, item, encoder, floats)]
+        float_file = shards.float_file(Path(file)).as_posix()
+        found = [*_check_floats(float_file, name, item, encoder, floats)]
         opened, unreadable = _open_images(file, layout, encoder, rows)
         found += unreadable
         if not found:
             rows, floats = opened, {key: values.to(encoder.device) for key, values in floats.items()}
             try:
-                made = VERBS[layout.analysis].remake(encoder, settings, rows, floats)
+                again = VERBS[layout.analysis].remake(encoder, settings, rows, floats)
+                made = [{layout.item: item} | row for row in again]
             except KeyError as error:
                 told = f"the float image {error} of row {name!r} is missing"
-                found.append(problem(float_name(file), name, "float", "a float image", None, told))
+                found.append(problem(float_file, name, "float", "a float image", None, told))
             except ValueError as error:  # settings that do not fit; the message begins with the name of one
                 column = re.match(r"`(\w+)`", str(error))
                 told = f"row {name!r} cannot be made again: {one_line(error)}"
@@ -200,11 +191,6 @@ def agrees(stated: Any, made: Any, limit: Any = None) -> bool:
     if isinstance(limit, tuple):
         return bool(limit[0] <= stated <= limit[1])
     return bool(abs(stated - made) <= limit)
-
-
-def float_name(file: str) -> str:
-    """Name the float file of a shard."""
-    return f"float/{file.rpartition('/')[2].removesuffix('.parquet')}.safetensors"
 
 
 def _difference(file: str, name: str, column: str, stated: Any, made: Any, limit: Any) -> Problem:

@@ -7,8 +7,13 @@ from fakes import LABELS, TinyEncoder, draw_photo
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from hf_equiv import formatting
-from hf_equiv.analyses import measures
+from hf_equiv.analyses import match, measures
+from hf_equiv.analyses.plan import RunRows
 from hf_equiv.data.image_file import decode_png, encode_png
+
+
+def summarize(rows, baseline, rtol):
+    return match.summarize(None, {"rtol": rtol}, RunRows(rows, baseline=baseline))
 
 
 @pytest.fixture
@@ -125,7 +130,7 @@ def test_summary(tiny, three):
     poor = good | {"status": "stalled", "embedding_error": 2e-3, "embedding_error_8bit": 0.5, "same_top1": False}
     failed = dict.fromkeys(good) | {"status": "error"}
     baseline = measures.random_pair_baseline(torch.eye(2), torch.eye(2))
-    summary = measures.summarize([good, poor, failed], baseline, 1e-5)
+    summary = summarize([good, poor, failed], baseline, 1e-5)
     assert summary["counts"] == {"converged": 1, "error": 1, "stalled": 1}
     assert summary["success"]["float"] == {"1e-02": 2 / 3, "1e-03": 1 / 3, "1e-04": 1 / 3, "1e-05": 1 / 3}
     assert summary["success"]["8bit"] == {"1e-02": 1 / 3, "1e-03": 1 / 3, "1e-04": 1 / 3, "1e-05": 0.0}
@@ -134,16 +139,12 @@ def test_summary(tiny, three):
     assert (summary["source_labelled_otherwise"], summary["label_flipped_to_target"]) == (2, 1)
     assert "1 of 3 matches reached embedding error 1e-5" in summary["verdict"]
     assert "Unrelated images are 1.41 apart" in summary["verdict"]
-    assert measures.summarize([failed], None, 1e-5)["verdict"] == "No match was made."
-    assert measures.summarize([good], baseline, 1e-5)["verdict"].startswith(
-        "The match embeds as the target: error 5e-6"
-    )
-    lost = measures.summarize([good | {"embedding_error_8bit": 0.5}], baseline, 1e-5)["verdict"]
+    assert summarize([failed], None, 1e-5)["verdict"] == "No match was made."
+    assert summarize([good], baseline, 1e-5)["verdict"].startswith("The match embeds as the target: error 5e-6")
+    lost = summarize([good | {"embedding_error_8bit": 0.5}], baseline, 1e-5)["verdict"]
     assert lost.startswith("The float match embeds as the target, its 8-bit PNG does not: error 5e-6")
-    assert (
-        "apple in the source and boat in the match, like the target" in measures.summarize([good], None, 1)["verdict"]
-    )
-    one = measures.summarize([poor | {"match_label": "dune"}], baseline, 1e-5)["verdict"]
+    assert "apple in the source and boat in the match, like the target" in summarize([good], None, 1)["verdict"]
+    one = summarize([poor | {"match_label": "dune"}], baseline, 1e-5)["verdict"]
     assert one.startswith("The match did not reach embedding error 1e-5: error 2e-3 (the source: 1.41)")
     assert "dune in the match, not the boat of the target" in one
 

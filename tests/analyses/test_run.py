@@ -481,7 +481,7 @@ BAD_OPTIONS = [
     ({"rtol": -1e-3}, r"`rtol` must be finite and above 0"),
     ({"rtol": float("nan")}, r"`rtol` must be finite and above 0"),
     ({"max_evals": 0}, r"`max_evals` must be at least 1"),
-    ({"seed": -1}, r"`seed` must be 0 or more"),
+    ({"seed": -1}, r"`seed` must be at least 0; got -1"),
     ({"solver": "newton"}, r"`solver` must be one of lbfgs, adam, gd"),
     ({"norm": "l7"}, r"`norm` must be one of linf, l2"),
     ({"dtype": "int8"}, r"`dtype` must be one of float32, float64"),

@@ -183,9 +183,9 @@ def test_files_are_hashed(out):
     (out / "figures" / "pairs.png").unlink()
     (out / "matches" / "more.parquet").write_bytes(b"")
     report = directory.verify_run(out)
-    assert "the file changed" in only(report, file="matches/part-00000.parquet", column="sha256").message
+    assert "the file has changed" in only(report, file="matches/part-00000.parquet", column="sha256").message
     assert "the file is missing" in only(report, file="figures/pairs.png", column="sha256").message
-    assert "does not list" in only(report, file="matches/more.parquet", column="sha256").message
+    assert "is not listed in run.json" in only(report, file="matches/more.parquet", column="sha256").message
     only(report, file="matches/part-00000.parquet", column="file")
 
 
@@ -480,7 +480,7 @@ def test_card(out, what):
     else:
         path.write_text("nothing")
         edit_record(out, lambda r: r["files"].pop("README.md"))
-        assert "does not list this file" in only(directory.verify_run(out), file="README.md").message
+        assert "is not listed in run.json" in only(directory.verify_run(out), file="README.md").message
 
 
 def test_more_in_the_folder_than_the_rows(out):

@@ -11,7 +11,7 @@ from hf_equiv.analyses.run import VERBS
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import read_record
 from hf_equiv.runs.schema import LAYOUTS, PROVENANCE_FEATURES
-from hf_equiv.verify.rows import UNVERIFIED, agrees, check_item, check_stated, float_name
+from hf_equiv.verify.rows import UNVERIFIED, agrees, check_item, check_stated
 
 OPTIONS = {
     "spectrum": {},
@@ -40,8 +40,8 @@ def runs(tmp_path_factory) -> dict[str, tuple]:
         record = read_record(place / analysis)
         (path,) = shards.shard_files(place / analysis, layout)
         floats, costs = {}, {}
-        if (place / analysis / float_name(path.name)).exists():
-            floats, costs = shards.read_floats(place / analysis / float_name(path.name))
+        if shards.float_file(path).exists():
+            floats, costs = shards.read_floats(shards.float_file(path))
         rows = shards.read_shard(path, images=True, layout=layout)
         rows = [row | {"cost": costs.get(row[layout.item])} for row in rows]
         found[analysis] = (layout, record, record[layout.listed][0], rows, floats)
@@ -50,9 +50,9 @@ def runs(tmp_path_factory) -> dict[str, tuple]:
 
 def problems_of(run: tuple, rows: list[dict[str, Any]]) -> list:
     layout, record, item, _, floats = run
-    found = check_item("rows.parquet", layout, TinyEncoder(), record["settings"], rows, floats)[1]
+    found = check_item("folder/rows.parquet", layout, TinyEncoder(), record["settings"], rows, floats)[1]
     listed = item if all(row[layout.item] == item[layout.item] for row in rows) else None
-    return [*check_stated("rows.parquet", layout, record, listed, rows), *found]
+    return [*check_stated("folder/rows.parquet", layout, record, listed, rows), *found]
 
 
 def changed(value: Any, feature: Any) -> Any:
