@@ -156,6 +156,18 @@ def regional_lipschitz(
         >>> round(float(regional_lipschitz(lambda x: x.flatten(1).square(), x, 0.2).lower_bound), 10)
         1.4
     """
+    _check(images, radius, norm, num_steps, num_batches, batch_size)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    scale = pixel_std(f, images, std)
+
+    def measure(J: Jacobian, _: int) -> dict[str, Any]:
+        found = _Search(f, J, radius, norm, generator).run(num_steps, num_batches, batch_size)
+        return {**found, "unit_factor": unit_factor(found["directions"][None], scale)[0].cpu()}
+
+    return RegionalResult(**measure_images(f, images, 32, measure, progress))
+
+
+def _check(images: Tensor, radius: float, norm: str, num_steps: int, num_batches: int, batch_size: int) -> None:
     checks.check_images(images)
     checks.check_radius(radius, norm, images[0].numel())
     if radius is None:
@@ -165,14 +177,6 @@ def regional_lipschitz(
     checks.check_count(num_batches, "num_batches", least=0)
     if 0 < num_batches < 5:
         raise ValueError(f"`num_batches` must be 0 or at least 5; got {num_batches}. The fit has three parameters.")
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    scale = pixel_std(f, images, std)
-
-    def measure(J: Jacobian, _: int) -> dict[str, Any]:
-        found = _Search(f, J, radius, norm, generator).run(num_steps, num_batches, batch_size)
-        return {**found, "unit_factor": unit_factor(found["directions"][None], scale)[0].cpu()}
-
-    return RegionalResult(**measure_images(f, images, 32, measure, progress))
 
 
 class _Search:

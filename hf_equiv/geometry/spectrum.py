@@ -146,20 +146,24 @@ def jacobian_spectrum(
         checks.check_positive(rank_rtol, "rank_rtol", 1, or_zero=True)
     if k is not None:
         checks.check_count(k, "k")
-
-    def measure(J: Jacobian, _: int) -> dict[str, Any]:
-        size = min(J.shape)
-        count = size if k is None else k
-        if count > size:
-            raise ValueError(f"`k` must be at most min(D, N) = {size}; got {count}.")
-        # A pass of Golub–Kahan costs about two VJPs; forming J costs D of them.
-        quicker = count < size and 2 * (2 * count + 6) < 0.8 * J.shape[0]
-        if method == "golub_kahan" or (method == "auto" and quicker):
-            return _top(f, J, count, vectors, rank_rtol, rtol)
-        return _full(f, J, count, vectors, rank_rtol)
-
-    fields = measure_images(f, images, batch, measure, progress)
+    options = k, method, vectors, rank_rtol, rtol
+    fields = measure_images(f, images, batch, lambda J, _: _measure(f, J, *options), progress)
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
+
+
+def _measure(
+    f: Encoding, J: Jacobian, k: int | None, method: str, vectors: bool, rank_rtol: float | None, rtol: float
+) -> dict[str, Any]:
+    """Return the fields of one image by the method asked for, or the quicker."""
+    size = min(J.shape)
+    count = size if k is None else k
+    if count > size:
+        raise ValueError(f"`k` must be at most min(D, N) = {size}; got {count}.")
+    # A pass of Golub–Kahan costs about two VJPs; forming J costs D of them.
+    quicker = count < size and 2 * (2 * count + 6) < 0.8 * J.shape[0]
+    if method == "golub_kahan" or (method == "auto" and quicker):
+        return _top(f, J, count, vectors, rank_rtol, rtol)
+    return _full(f, J, count, vectors, rank_rtol)
 
 
 def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | None) -> dict[str, Any]:

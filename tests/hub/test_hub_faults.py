@@ -239,7 +239,7 @@ def test_a_hub_that_is_switched_off(hub, runs, monkeypatch, capsys):
         (lambda r: r.update(analysis="dance"), "a run of 'dance', which this version of hf_equiv does not know"),
         (lambda r: r["files"].pop("README.md"), "README.md is not listed"),
         (lambda r: r["files"].update({"figures/pairs.png": "0" * 64}), "figures/pairs.png has changed. `hf-equiv"),
-        (lambda r: r["files"].update({"../secret": "0" * 64}), "../secret is missing"),
+        (lambda r: r["files"].update({"../secret": "0" * 64}), "../secret is outside the run directory"),
         (lambda r: r["files"].update({"figures/none.png": "0" * 64}), "figures/none.png is missing"),
     ],
 )
