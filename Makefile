@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/hf-equiv match builtin
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from hf_equiv.data.tables import load_parquet
 from hf_equiv.hub_client import api_of, check_repo_id, explained, hushed, patiently
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
-from hf_equiv.runs.schema import LAYOUTS, MATCH
+from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout
 from hf_equiv.runs.shards import float_file, read_shard, shard_files
 
 _CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}
@@ -160,6 +160,16 @@ def load_results(
     name, cache = os.fspath(repo_id_or_dir), None if cache_dir is None else os.fspath(cache_dir)
     folders = [layout.folder, "float"] if with_float else [layout.folder]
     folder = local_folder(name, revision) or _snapshot(*split_name(name, revision), folders, token, cache)
+    files = _files(name, folder, layout, run)
+    rows, _ = load_parquet(name, files, cache)
+    if not with_float:
+        return rows
+    origin = [str(float_file(path)) for path in files for _ in read_shard(path)]
+    return rows.add_column("float_file", origin).with_transform(_decode_with_float)
+
+
+def _files(name: str, folder: Path, layout: Layout, run: str | None) -> list[Path]:
+    """Return the files with rows of a layout, of one run or of all."""
     places = run_folders(folder)
     runs = list(places.values()) or [folder]
     if run is not None:
@@ -172,12 +182,8 @@ def load_results(
     if not files:
         stated = [directory.read_record(place) for place in runs if places]
         there = ", ".join(sorted({LAYOUTS[directory.analysis_of(record)].folder for record in stated})) or "no rows"
-        raise ValueError(f"{name!r} must hold rows of {config!r}; it has {there}. Choose another `config`.")
-    rows, _ = load_parquet(name, files, cache)
-    if not with_float:
-        return rows
-    origin = [str(float_file(path)) for path in files for _ in read_shard(path)]
-    return rows.add_column("float_file", origin).with_transform(_decode_with_float)
+        raise ValueError(f"{name!r} must hold rows of {layout.folder!r}; it has {there}. Choose another `config`.")
+    return files
 
 
 def _decode_with_float(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

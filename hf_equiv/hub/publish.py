@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
@@ -124,13 +125,7 @@ def publish_results(
     _check_arguments(create_pr, revision, license, i_have_the_right)
     remote.say("checking the run and its files")
     run = read_run(Path(folder))
-    if is_withheld(run.record):
-        rights = PhotoRights(False, None, "this run directory holds no photos")
-    elif withhold_photos:
-        rights = PhotoRights(False, None, "as asked for", asked=True)
-    else:
-        settings = run.record["settings"]
-        rights = photo_rights(settings, license=license, i_have_the_right=i_have_the_right, token=token)
+    rights = _rights(run, withhold_photos, license=license, i_have_the_right=i_have_the_right, token=token)
     job = Publication(remote, run, rights, revision or MAIN, create_pr, message)
     with explained(name, revision=revision, write=True, token=token):
         if dry_run:
@@ -138,6 +133,14 @@ def publish_results(
         require_token(token)
         done = _publish(job, private)
     return done if collection is None else _collect(remote, collection, done)
+
+
+def _rights(run: LocalRun, withhold: bool, **stated: Any) -> PhotoRights:
+    if is_withheld(run.record):
+        return PhotoRights(False, None, "this run directory holds no photos")
+    if withhold:
+        return PhotoRights(False, None, "as asked for", asked=True)
+    return photo_rights(run.record["settings"], **stated)
 
 
 @dataclass(frozen=True, slots=True)

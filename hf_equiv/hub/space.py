@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -136,13 +136,7 @@ def deploy_space(
         if dry_run:
             return replace(_result(job, first, _plan(job, first)), warnings=warnings, dry_run=True)
         done = replace(_carry_out(job, first), warnings=warnings)
-        try:
-            return _wait_until_it_runs(remote, done, timeout) if wait else done
-        except Exception as error:
-            if not passes(error):
-                raise
-            told = f"'{name}' is deployed, but whether it runs could not be asked ({brief(error)}). See {remote.url}."
-            raise SpaceError(told, done) from error
+        return _wait_until_it_runs(remote, done, timeout) if wait else done
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +272,16 @@ def _carry_out(job: Deployment, first: Space) -> SpaceDeployment:
     return replace(_result(job, first, done.change), commit=done.commit)
 
 
+def _ask(remote: Remote, done: SpaceDeployment, what: str, call: Callable[..., Any]) -> Any:
+    try:
+        return remote.call(what, call, remote.repo_id)
+    except Exception as error:
+        if not passes(error):
+            raise
+        told = f"is deployed, but whether it runs could not be asked ({brief(error)}). See {remote.url}."
+        raise SpaceError(f"'{remote.repo_id}' {told}", done) from error
+
+
 def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -> SpaceDeployment:
     """Look at the Space until it runs the commit, or cannot; a Space that sleeps is woken."""
     # Right after a commit the stage may be that of the commit before, which `HfApi.wait_for_space` would return. Here
@@ -285,7 +289,7 @@ def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -
     waited, url, asleep = 0.0, remote.url, {"SLEEPING", "STOPPED"}
     seen: set[str] = set()
     while True:
-        runtime = remote.call("asking whether it runs", remote.api.get_space_runtime, remote.repo_id)
+        runtime = _ask(remote, done, "asking whether it runs", remote.api.get_space_runtime)
         stage = str(runtime.stage)
         now = replace(done, stage=stage)
         if stage not in seen:
@@ -294,7 +298,7 @@ def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -
         seen.add(stage)
         fresh = not done.changed or runtime.raw.get("sha") == done.commit or len(seen) > 1 or waited >= _GRACE
         if wake:
-            remote.call("waking the Space", remote.api.restart_space, remote.repo_id)
+            _ask(remote, done, "waking the Space", remote.api.restart_space)
         elif stage == "RUNNING" and fresh:
             return now
         elif stage in _FAILED and (fresh or stage == "PAUSED"):

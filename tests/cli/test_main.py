@@ -282,7 +282,8 @@ def test_one_of_several_image_columns_is_said_aloud(place, capsys):
     features = datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
     rows = [{"left": draw_photo(k), "right": draw_photo(k + 5)} for k in range(3)]
     datasets.Dataset.from_list(rows, features=features).to_parquet("two.parquet")
-    given = ["match", "builtin", "--data", "two.parquet", "--pairs", "1", "--max-evals", "3", "--cache-dir", "cache"]
+    given = ["match", "builtin", "--data", "two.parquet", "--pairs", "1", "--max-evals", "3", "--no-refine"]
+    given += ["--cache-dir", "cache"]
     said = "taking image column 'left' of left, right; `image_column` names another"
     assert said in call(capsys, *given)[2].splitlines()
     assert f" {said}\n" in call(capsys, *given, "--dry-run")[1]
@@ -314,7 +315,9 @@ def test_pace_is_in_plain_numbers_and_of_rows_that_took_time(capsys, monkeypatch
     ]
 
 
-@pytest.mark.parametrize("options", [["match", "--pairs", "7", "--max-evals", "5"], ["spectrum", "--k", "2"]])
+@pytest.mark.parametrize(
+    "options", [["match", "--pairs", "7", "--max-evals", "5", "--no-refine"], ["spectrum", "--k", "2"]]
+)
 def test_a_run_over_another_state_of_the_data_is_told(place, capsys, options):
     verb, *more = options
     command = [verb, "builtin", "--data", "photos", *more]

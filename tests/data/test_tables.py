@@ -93,7 +93,7 @@ def test_a_split_that_nobody_named_is_said_aloud(hub, tmp_path, capsys, monkeypa
     push({"big/train.parquet": table(6), "small/train.parquet": table(4), "small/test.parquet": table(3)}, card=CONFIGS)
     monkeypatch.setattr(environment, "load_encoder", lambda *_, **__: TinyEncoder())
     monkeypatch.chdir(tmp_path)
-    given = ["match", "builtin", "--pairs", "1", "--max-evals", "3", "--cache-dir", "cache", "--data"]
+    given = ["match", "builtin", "--pairs", "1", "--max-evals", "3", "--no-refine", "--cache-dir", "cache", "--data"]
     split = "taking split test of train, test; name another as alice/photos:small:SPLIT"
     config = "taking configuration big of big, small; name another as alice/photos:CONFIG"
     for what, said in (("alice/photos:small", [split]), ("alice/photos", [config]), ("alice/photos:small:test", [])):
