@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
+import jinja2
 from torch import Tensor
 
 
@@ -52,6 +54,16 @@ def ball(radius: float | None, norm: str | None) -> str:
     if radius is None:
         return "no limit"
     return f"ε = {radius * 255:.3g}/255" if norm == "linf" else f"L2 ε = {radius:.3g}"
+
+
+def text_templates(**options: Any) -> jinja2.Environment:
+    """Open the text templates of the package, with filters for numbers and names; a missing value is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, **options,
+    )  # fmt: skip
+    environment.filters |= {"ball": ball, "cut": cut, "form": form, "short": short, "size": size}
+    return environment
 
 
 _FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")

@@ -55,7 +55,7 @@ HOMES = {
     "numpy": ["models", "data", "analyses/figures", "report"],
     "torchmetrics": ["analyses/measures"],
     "matplotlib": ["analyses/figures", "report/figures"],
-    "jinja2": ["runs/card", "analyses/measures", "hub/card", "report/render", "cli/output"],
+    "jinja2": ["formatting", "report/render"],
     "markupsafe": ["report/render"],
     "scipy": ["report/statistics"],
     "click": ["cli"],

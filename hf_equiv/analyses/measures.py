@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import RunRows
 from hf_equiv.data.image_file import decode_png
-from hf_equiv.formatting import finite, form, short
+from hf_equiv.formatting import finite, text_templates
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
@@ -159,11 +158,7 @@ def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
 
 def verdict(analysis: str, **values: Any) -> str:
     """Say the result of a run in words, by the template."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"form": form, "short": short}
-    text = environment.get_template("verdict.txt.jinja").render(analysis=analysis, **values)
+    text = text_templates().get_template("verdict.txt.jinja").render(analysis=analysis, **values)
     return " ".join(line.strip() for line in text.split("\n") if line.strip())
 
 

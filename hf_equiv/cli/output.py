@@ -14,11 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_equiv.cli.options import flag_note
-from hf_equiv.formatting import cut, form, short, size
+from hf_equiv.formatting import cut, text_templates
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
-
     from hf_equiv.analyses.run import RunOutcome
     from hf_equiv.report.page import Report
 
@@ -50,17 +48,9 @@ def print_text(template: str, **values: Any) -> None:
 
 
 @cache
-def _templates() -> Environment:
-    import jinja2
-
-    texts = jinja2.Environment(
-        loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
-    texts.filters |= {
-        "cut": cut, "first_name": _first_name, "flags": _with_flags, "form": form, "loads": json.loads, "plain": _plain,
-        "short": short, "size": size,
-    }  # fmt: skip
+def _templates() -> Any:
+    texts = text_templates()
+    texts.filters |= {"first_name": _first_name, "flags": _with_flags, "loads": json.loads, "plain": _plain}
     return texts
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
-from hf_equiv.formatting import form
+from hf_equiv.formatting import form, text_templates
 from hf_equiv.runs.schema import MATCH, Layout
 
 _OPTIONS = "solver k directions radii regional linearity heading step num_steps rtol radius norm max_evals stop".split()
@@ -26,14 +24,7 @@ def escape(value: Any) -> Any:
     return one_line(str(value)).translate(_ESCAPES).replace("](", "]&#40;")
 
 
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("hf_equiv"),
-    undefined=jinja2.StrictUndefined,
-    finalize=escape,  # every value that is not the result of `tojson`
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+_TEMPLATES = text_templates(finalize=escape)  # every value that is not the result of `tojson`
 _TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
 
