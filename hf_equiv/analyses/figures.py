@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def spectra(rows: Rows, title: str = "", note: str = "") -> Figure:
     place, zeros = len(curves[0]), [*first["structural_zeros"], *first["near_structural"]]
     if (first["singular_values"][-1] or 0.0) > threshold:  # with fewer values than D the zeros are off the figure
         zeros = []
-    for marker, zero in zip("osD^v", zeros, strict=False):
+    for marker, zero in zip(cycle("osD^v"), zeros, strict=False):
         predicted = form(zero["predicted"], ".2g")
         label = f"{zero['count']} × {zero['cause']}: predicted {predicted}, measured {zero['measured']:.2g}"
         axes.plot([place], [max(zero["measured"], floor)], marker, mfc="none", mec=KINDS["top"], ls="", label=label)

@@ -38,6 +38,7 @@ DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
 COUNTED = ("random", "top", "row", "null")
 SINGLE = ("gradient", "toward", "match")  # kinds of which there is one
 _REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
+_BATCH = 32  # images and tangents per pass
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,6 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     from hf_equiv.analyses import figures
 
     return figures.lipschitz_figures(made.rows, plan.settings)
-
-
-_BATCH = 32  # images and tangents per pass
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:

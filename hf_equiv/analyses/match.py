@@ -37,6 +37,7 @@ SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 SUCCEEDED, BATCH = (Status.CONVERGED,), "items"
 SHOWN = 64  # pairs whose images make the baseline of unrelated images
 MATCH_EVALS = 2000  # most evaluations of a match made on the way, by a walk or for the direction `match`
+_REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
 
 _THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)  # the summary states the share of matches with smaller embedding errors
 _MEDIANS = (
@@ -277,9 +278,6 @@ def match_target(encoder: Any, source: Tensor, target: Tensor, rtol: float, tell
             f"{rtol:g} is wanted. Choose another image or target, or, for a walk, loosen `rtol`."
         )
     return found.images[0], float(found.num_evals[0]), float(found.seconds[0])
-
-
-_REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
 
 
 def outside_ball(column: str, image: Tensor, source: Tensor, radius: float, norm: str) -> list[tuple[str, str, str]]:

@@ -25,13 +25,17 @@ from hf_equiv.runs.schema import Row
 
 Rows = Sequence[Mapping[str, Any]]
 
-SSIM_WINDOW = 11  # side of the Gaussian window of SSIM (Wang et al. 2004); smaller images have none
+SSIM_SIGMA = 1.5  # standard deviation of the Gaussian window of SSIM in pixels, as in Wang et al. 2004
+SSIM_WINDOW = 2 * round(3.5 * SSIM_SIGMA) + 1  # side of the window, 11 pixels; smaller images have no SSIM
 QUANTIZATION_DRAWS = 8
 
+LABEL_MEASURES = (
+    "source_label", "target_label", "match_label", "match_prob", "target_label_prob", "same_top1",
+)  # fmt: skip
 MEASURES = (
     "embedding_error_8bit", "target_quantization_error", "noise_floor",
     "cosine_to_target", "cosine_to_source", "cosine_source_target", "psnr_db", "ssim", "linf", "l2",
-    "source_label", "target_label", "match_label", "match_prob", "target_label_prob", "same_top1",
+    *LABEL_MEASURES,
 )  # fmt: skip
 """The columns that `measure_match` computes from the three stored images alone."""
 
@@ -56,13 +60,15 @@ def psnr_db(a: Tensor, b: Tensor) -> float | None:
 
 
 def ssim(a: Tensor, b: Tensor) -> float | None:
-    """Return the SSIM (Gaussian window 11, σ = 1.5) of two images (C, H, W) in [0, 1]; None for a side below 11."""
+    """Return the SSIM (Gaussian window, σ = 1.5) of two images (C, H, W) in [0, 1]; None for a side below 11."""
     from torchmetrics.functional.image import structural_similarity_index_measure  # seconds to import
 
     if min(a.shape[-2:]) < SSIM_WINDOW:
         return None
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    _, windows = structural_similarity_index_measure(a[None], b[None], data_range=1.0, return_full_image=True)
+    _, windows = structural_similarity_index_measure(
+        a[None], b[None], sigma=SSIM_SIGMA, data_range=1.0, return_full_image=True
+    )
     border = SSIM_WINDOW // 2  # windows that lie inside the image count, as in Wang et al. 2004 and scikit-image
     return finite(windows[..., border:-border, border:-border].mean())
 
@@ -119,7 +125,7 @@ def measure_match(
     }
     names = tuple(labels) if labels else (encoder.label_names if encoder.has_head else None)
     if names is None:
-        return row | dict.fromkeys(MEASURES[10:])
+        return row | dict.fromkeys(LABEL_MEASURES)
     logits = encoder.classify(three, labels) if labels else encoder.classify(three)
     prob = logits.double().softmax(dim=1)
     s, m, t = (int(k) for k in prob.argmax(dim=1))

@@ -29,6 +29,7 @@ SHOWN = 6  # images whose singular vectors are drawn
 KEPT_VECTORS = 8  # singular vectors kept with `vectors` where no `k` is given
 
 _ZEROS = ("structural_zeros", "near_structural")
+_BATCH = 32  # cotangents per pass
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,6 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
             floats |= shards.read_floats(path)[0] if shards.shard_index(path) < SHOWN else {}
     vectors = {name: (x, floats[f"{name}/right"]) for name, x in images.items() if f"{name}/right" in floats}
     return figures.spectrum_figures(made.rows, vectors, plan.settings)
-
-
-_BATCH = 32  # cotangents per pass
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:

@@ -255,9 +255,9 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
 def tolerances(made: Row, settings: Row) -> Row:
     """Say how far columns of a walk row may be from those made again."""
     near = max(3 * made["noise_floor"], 1e-12 if settings["dtype"] == "float64" else 1e-6)
-    drift = made["drift"] or 0.0
+    far = made["drift"] or 0.0
     limits: Row = {
-        "drift": (drift - near, min(drift, settings["rtol"]) + near),
+        "drift": (far - near, min(far, settings["rtol"]) + near),
         "drift_8bit": near,
         "arc_length": 1e-5 * (1 + made["arc_length"]),
         "l2": 1e-5,
@@ -266,6 +266,6 @@ def tolerances(made: Row, settings: Row) -> Row:
         "remaining": 1e-5,
         "prob": max(100 * near, 1e-4),
     }
-    if "most_left" in made:  # an upper bound is stated, which a walk that was completed early had to bring low
+    if "most_left" in made:  # the stated value is an upper bound; a walk that ended early states a small one
         limits["stationarity"] = (0.95 * (made["stationarity"] or 0.0) - 1e-3, made["most_left"])
     return limits

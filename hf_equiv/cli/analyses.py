@@ -244,6 +244,8 @@ def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> d
     """Return the facts of a dry run; the time comes from a timed evaluation and a rough count of them."""
     import torch
 
+    from hf_equiv.analyses import run
+
     encoder, settings, items = plan.encoder, plan.settings, plan.items
     match = plan.config.analysis == "match"
     what, to_do, _ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
@@ -262,7 +264,7 @@ def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> d
         "unusable_images": {image: why for item in items for image, why in item.unusable},
         "choices": list(plan.choices),
         "out": str(folder),
-        "batch_size": batch_size or (8 if encoder.device.type == "cpu" else 32),
+        "batch_size": batch_size or (run.CPU_BATCH if encoder.device.type == "cpu" else run.BATCH),
         "seconds_per_evaluation": round(seconds, 4),
         "evaluations_per_image": round(evaluations),
         "estimated_seconds": round((left - failing) * evaluations * seconds, 1),
@@ -275,7 +277,9 @@ def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> d
 def _evaluations(plan: Plan) -> float:
     """Return roughly how many evaluations one item takes: 400 for a match, a Jacobian for everything linear."""
     settings, name = plan.settings, plan.config.analysis
-    jacobian = (1 + 2 * plan.encoder.embedding_dim) / 3
+    from hf_equiv.jacobian import jacobian_cost
+
+    jacobian = jacobian_cost(plan.encoder.embedding_dim)
     if name == "match":
         return min(settings["max_evals"], 400) + (jacobian + 10 if settings["refine"] else 0)
     if name == "spectrum":
@@ -286,6 +290,6 @@ def _evaluations(plan: Plan) -> float:
         secants = sum(settings["directions"].values()) * (forwards + 4) / 3
         extra = (250 if settings["regional"] else 0) + (300 if "match" in settings["directions"] else 0)
         return jacobian + secants + extra
-    point = {"random": 15, "away": 15, "nearest": 100}.get(settings["heading"], 30)  # at most
+    point = {"random": 15, "away": 15, "nearest": 100}.get(settings["heading"], 30)  # evaluations, an upper estimate
     start = 300 if settings["solver"] else 0
     return jacobian + settings["num_steps"] * point * min(1, settings["step"]) + start

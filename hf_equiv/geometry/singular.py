@@ -41,7 +41,7 @@ _BLOCK = 4096  # columns held in float64 at a time
 _SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, of a float64 and of any other J
 _NOTHING = 1e3  # eps over σ₁ below which a recursion ends: the rest is the rounding of the products
 _NEXT = 1  # values below the k wanted that must have converged too
-_NO_MORE = (0.0, 0.8, 0.88, 0.94)  # of σ_k: limit of a new start after 1, 2, … passes that ends the search; then none
+_NO_MORE = (0.0, 0.8, 0.88, 0.94)  # shares of σ_k: a new start that reaches less after 1, 2, … passes adds nothing
 _LEADING, _PROBES = 4, 2
 _UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
 

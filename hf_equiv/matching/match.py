@@ -103,9 +103,9 @@ def match_embedding(
         runs = []
         for i, (image, embedding) in enumerate(zip(source, z, strict=True)):
             feasible = FeasibleSet.around(image, radius, norm)
-            known = isinstance(solver, LBFGS | Adam | GradientDescent)
+            keeps_bounds = isinstance(solver, LBFGS | Adam | GradientDescent)
             begin = image if start is None else start.images[i].to(image, copy=True)
-            run = _Run(solver.iterate(begin, feasible), embedding, begin, None if known else feasible)
+            run = _Run(solver.iterate(begin, feasible), embedding, begin, None if keeps_bounds else feasible)
             if start is not None:
                 run.num_evals, run.seconds = float(start.num_evals[i]), float(start.seconds[i])
             runs.append(run)
@@ -168,7 +168,7 @@ class _Run(Search):
     def __init__(self, iterates: Iterates, target: Tensor, start: Tensor, bounds: FeasibleSet | None) -> None:
         super().__init__(start)
         self.iterates, self.target = iterates, target
-        self.bounds = bounds  # of a solver from outside, which may leave them
+        self.bounds = bounds  # to check the images of solvers from outside the package
         self.tried = math.inf  # the error at the last attempt by Newton steps
         self.scale = float(target.norm())
         self.unit = power_of_two(self.scale)  # residuals and gradients in it neither overflow nor lose a bit

@@ -242,7 +242,7 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
         "numbers": numbers,
         "near": claims.near_budget(numbers),
         "runs": checkpoint.runs,
-        "all_failed": any(run.rows for run in checkpoint.of("match")),
+        "match_attempted": any(run.rows for run in checkpoint.of("match")),
         "claims": claims.claims(numbers),
         **{part: claims.say(part, numbers) for part in claims.FINDINGS},
         "first": checkpoint.matches[0] if checkpoint.matches else None,

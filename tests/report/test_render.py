@@ -21,7 +21,7 @@ def page(*cells: str, title: str = NASTY) -> dict:
     )  # fmt: skip
     model = {
         "prefix": "model", "numbers": numbers, "near": None, "runs": (), "summary": cells,
-        "claims": [Claim(cell, cell, cell, PARTLY) for cell in cells], "all_failed": False, "consequences": cells,
+        "claims": [Claim(cell, cell, cell, PARTLY) for cell in cells], "match_attempted": False, "consequences": cells,
         "against": cells, "limits": cells, "commands": [*cells], "versions": NASTY, "figures": {},
         "reason": "",
     }  # fmt: skip
