@@ -1,4 +1,4 @@
-"""The one way to the Hub: a client that says who it is, repeats what may pass, and explains failures with a cure."""
+"""Create the Hub client, repeat requests that failed temporarily, and explain failures and their cure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 Say = Callable[[str], None]
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 8.0, 16.0)  # seconds between tries
-RevisionNotFoundError = hub_errors.RevisionNotFoundError  # for rooms that do not import the client
+RevisionNotFoundError = hub_errors.RevisionNotFoundError  # for folders that do not import huggingface_hub
 
 _LONGEST_WAIT = 310.0  # seconds; the window of a rate limit is five minutes
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}

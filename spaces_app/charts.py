@@ -19,7 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 16, 254  # the right margin, and places o
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points (x, y) in one style; a point without a place on its axes is left out, and a series without points."""
+    """Points (x, y) in one style; a chart leaves out points that its axes do not hold, and series without others."""
 
     points: Sequence[tuple[float, float | None]]
     name: str = ""  # in the legend

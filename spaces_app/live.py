@@ -39,7 +39,7 @@ class LiveMatch:
     seconds: float
     source: bytes
     target: bytes
-    row: Row | None = None  # at the end whether it was `stopped`, and a match row; only measures if it was
+    row: Row | None = None  # set at the end: `stopped` and a match row, or only its measures after a stop
 
     @property
     def error(self) -> float:

@@ -1,4 +1,4 @@
-"""The tab of matches: choose one, look at it, have it checked."""
+"""Lay out the matches tab: visitors choose a match, look at it and have it checked."""
 
 from __future__ import annotations
 

@@ -147,5 +147,5 @@ def home_of(kind: str) -> str:
 
 
 def file_of(data: bytes, name: str) -> str:
-    """Write a file where gradio keeps those that it hands out and, as `delete_cache` of the app says, deletes."""
+    """Write a file to gradio's upload folder, which the app's `delete_cache` empties."""
     return save_bytes_to_cache(data, name, cache_dir=get_upload_folder())

@@ -36,7 +36,7 @@ class Showcase:
 
 
 class Comparison(NamedTuple):
-    """One number of a row beside the one that the PNG files give now, and whether they agree as `verify` has it."""
+    """A stated number, the number recomputed from the PNG files, and whether they agree by the rules of `verify`."""
 
     name: str
     stated: Any

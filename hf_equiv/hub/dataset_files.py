@@ -104,7 +104,7 @@ def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, li
     record = {key: value for key, value in run.record.items() if key != "card"}
     record |= {"photos": WITHHELD if hidden else "published", "license": rights.license, "rights": rights.why}
     record |= {"versions": run.versions} | ({} if place else {"card": "dataset"})
-    if hidden:  # the hashes of the pixels would tell the pictures
+    if hidden:  # pixel hashes would identify the withheld photos
         listed = record[run.layout.listed]
         record[run.layout.listed] = [{k: v for k, v in item.items() if k != "pixels"} for item in listed]
     files = {}

@@ -1,4 +1,4 @@
-"""Published results back from the Hub or from a directory: files at one commit, and rows with decoded images."""
+"""Load published results from the Hub or a directory: files at one commit, and rows with decoded images."""
 
 from __future__ import annotations
 

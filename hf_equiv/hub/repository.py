@@ -44,7 +44,7 @@ class Remote:
         self.progress(0, 0, text)
 
     def call(self, what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Return the result of a call that is safe to repeat; `what` it does is reported when it is repeated."""
+        """Make a call that is safe to repeat, and return its result. Report `what` before each repetition."""
         return patiently(partial(function, *arguments, **options), self.say, what)
 
     def info(self, revision: str | None = None) -> Any:

@@ -1,7 +1,7 @@
 """Find the files of a checkpoint by name, on disk and at one revision.
 
-All files come from one folder or from one Hub commit, and transformers never talks to the Hub itself, so weights that a
-bot converted on another branch cannot slip in.
+All files come from one folder or from one Hub commit. transformers never talks to the Hub itself, so it cannot load
+weights that a bot converted on another branch.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ Judged = tuple[str, str] | None
 
 
 def _verdict(share: Share) -> str:
-    """More than half: by the interval, or with a caveat where there is none or too few pairs."""
+    """Judge whether a share exceeds one half, with a caveat if its interval does not or there are few pairs."""
     if share.value <= 0.5:
         return NO
     return YES if share.n >= FEW and share.low is not None and share.low > 0.5 else PARTLY

@@ -82,11 +82,11 @@ def cut_blocks(items: Sequence[Any], size: int, processes: int, file_items: int)
 
 
 class Claims:
-    """The blocks of a run that this process may make, from `with` to the end of the block.
+    """Claim blocks of a run for this process, inside a `with` statement.
 
-    The main process creates the file of claims before the others open it, and deletes it when it leaves: then nobody
-    takes a block any more. A single process needs no file. A ValueError says that the folder is not that of the main
-    process, as on a node that does not share its disk, or that its file system has no locks.
+    The main process creates the file of claims before the others open it. It deletes the file at the end; after that no
+    process can claim a block. A single process needs no file. A ValueError says that this folder is not the folder of
+    the main process, as on a node that does not share its disk, or that its file system has no locks.
     """
 
     def __init__(self, folder: Path, state: PartialState) -> None:
@@ -97,14 +97,14 @@ class Claims:
     def __enter__(self) -> Claims:
         """Create the file in the main process; open it in the others."""
         if self._main:
-            self._path.unlink(missing_ok=True)  # of a launch that was killed
+            self._path.unlink(missing_ok=True)  # a killed launch may have left it
         if self._alone:
             return self
         with contextlib.suppress(FileNotFoundError):
             self._file = os.open(self._path, os.O_RDWR | (os.O_CREAT if self._main else 0), 0o644)
         if self._main:
             self._lock(_MAIN)
-        elif self._file < 0 or self._lock(_MAIN):  # a byte that nobody holds: not the file of the main process
+        elif self._file < 0 or self._lock(_MAIN):  # nobody holds the byte: this is not the file of the main process
             self.__exit__()
             raise ValueError(
                 f"`--out` must be one folder for all processes, on a file system with locks; {self._path.parent} on "

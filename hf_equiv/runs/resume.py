@@ -1,4 +1,4 @@
-"""Go on with a run of the same settings: the rows that are kept, made again, or refused.
+"""Resume a run: keep its finished rows, remake failed ones, and refuse other settings.
 
 Rows of status `error` are taken out of their shards and made again; images that could not be read may have changed
 meanwhile, all others may not. After a kill every other row is on disk once, and the next call takes out the rest.

@@ -29,7 +29,7 @@ class DatasetReport:
 
     @property
     def holds(self) -> bool:
-        """Whether every run holds, and the card says what they say."""
+        """Whether every run holds and the card agrees with the runs."""
         return bool(self.runs) and not self.card_problems and all(run.holds for run in self.runs)
 
     @property

@@ -263,10 +263,11 @@ def _check_summary(encoder: Encoder | None, folder: Path, record: Row, layout: L
     stated = record["summary"] if isinstance(record["summary"], dict) else {}
     rows = read_back(folder, layout, [item[layout.item] for item in record[layout.listed]], verb.SHOWN)
     made, baseline = verb.summarize(encoder, settings, rows), stated.get("baseline")
-    if layout is MATCH:  # a stated baseline that is right, or cannot be made again, leaves no other digit in the words
+    # If the stated baseline is right or cannot be recomputed, use it: rounding then does not change the verdict text.
+    if layout is MATCH:
         if encoder is None or all(_near(*leaf) for leaf in _leaves("summary.baseline", baseline, made["baseline"])):
             made = verb.summarize(None, settings, replace(rows, baseline=baseline))
-        if encoder is None:  # evaluations of refining are in the float files, which may be withheld
+        if encoder is None:  # the float files, which hold the evaluations of refining, may be withheld
             made["median"]["num_evals_refine"] = (stated.get("median") or {}).get("num_evals_refine")
     wrong = [leaf for leaf in _leaves("summary", stated, made) if not _near(*leaf)]
     for path, a, b in wrong:

@@ -176,9 +176,9 @@ def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made
 
 
 def agrees(stated: Any, made: Any, limit: Any = None) -> bool:
-    """Return whether a stated value is as close to the one made again as `limit` says; not where one is None or NaN."""
-    # limit: a tolerance, or the least and most allowed, of numbers; of an image the largest difference of a pixel;
-    # None for equality; of lists and mappings a limit for each element
+    """Return whether a stated value equals the recomputed one within `limit`; None and NaN never equal a number."""
+    # `limit` is a tolerance or (least, most) for numbers, the largest difference of a pixel for images, None for
+    # equality, and one limit for each element of a list or mapping.
     if isinstance(stated, Tensor) and isinstance(made, Tensor):
         return float((stated.double() - made.double()).abs().max()) <= (limit or 0.0)
     if isinstance(stated, list) and isinstance(made, list):
