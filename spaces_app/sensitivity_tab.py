@@ -1,4 +1,4 @@
-"""The tab of sensitivity: a slider along a direction, secants, constants and the spectrum."""
+"""Lay out the sensitivity tab: a slider along a direction, secants, constants and the spectrum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png
 
 _STYLES = {"top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
-_UNRELATED = 2.1  # a chart reaches this relative distance at least: unrelated embeddings are 1 to 2 apart
+_UNRELATED = 2.1  # a chart goes up to this relative distance at least; unrelated embeddings are 1 to 2 apart
 
 
 @on_gpu
@@ -59,7 +59,7 @@ def _direction(image_id: str, direction: str) -> Row:
 
 @lru_cache(maxsize=16)
 def _vectors(image_id: str) -> dict[str, Tensor]:
-    """Make the directions of an image again; one to an image outside the results cannot be made."""
+    """Recompute the directions at an image, except those to images outside the results."""
     home, rows = home_of("constants"), list(_constants(image_id).values())
     first, settings = rows[0], rows[0]["settings"]
     encoder = recorded_encoder(first, home)
@@ -84,7 +84,7 @@ def _stops(image_id: str, direction: str, steps: Sequence[float]) -> tuple[Stop,
 
 @lru_cache(maxsize=64)
 def _profile(image_id: str, direction: str) -> tuple[Stop, ...]:
-    """Evaluate the whole slider once."""
+    """Evaluate all steps of the slider once."""
     return _stops(image_id, direction, [step_of(slider) for slider in range(-100, 101, 5)])
 
 

@@ -88,7 +88,7 @@ class Walk:
         del self.corrector.model  # D·N numbers
 
     def _walk(self, start: Tensor, num_steps: int) -> Status:
-        """Bring the start to the level set and walk from point to point until all points are made or no step succeeds."""
+        """Bring the start to the level set and step from point to point until all are made or no step succeeds."""
         corrector, heading = self.corrector, self.heading
         at = corrector.look(start)
         corrector.refresh(at)
@@ -334,7 +334,7 @@ def trace_level_set(
 
         def measure(J: Jacobian, b: int) -> dict[str, Any]:
             corrector = Corrector(f, z[b], rtol)
-            corrector.num_evals = J.num_evals + (1 / 3 if target is None or target.ndim == 4 else 0.0)  # and the pass for z
+            corrector.num_evals = J.num_evals + (1 / 3 if target is None or target.ndim == 4 else 0.0)  # with z
             way: Heading
             if heading in TO_AN_IMAGE:
                 way = Toward(aims[b], stop)

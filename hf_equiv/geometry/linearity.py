@@ -1,8 +1,8 @@
 """Find how far the first-order model of an encoder holds along given directions (arXiv:2401.15568, §5).
 
 h is doubled, then bisected: a residual that exceeds the bound and falls below it again within a factor of two is not
-seen. v and −v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the float noise
-are not tested.
+seen. v and −v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the
+float noise are not tested.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def _table_noise(f: Encoding, image: Tensor, eps: float, radius: float | None) -
 
 
 def ecnoise(values: Tensor) -> tuple[Tensor, bool]:
-    """Return the noise (Σ_d ε_d²)^½ of f from its values (m + 1, D) at equally spaced points, and whether it is certain."""
+    """Return the noise (Σ_d ε_d²)^½ of f from its values (m + 1, D) at equally spaced points; True if it is certain."""
     # This is the ECnoise of Moré and Wild (2011, SIAM J. Sci. Comput. 33:1292, §3). With Δᵏ the k-th differences, σ_k²
     # = (k!)²/(2k)! · mean ‖Δᵏ‖² tends to the variance of the noise as k grows, since differences of the smooth part
     # vanish. The first k is taken at which σ_k, σ_{k+1}, σ_{k+2} agree within a factor of four and most components

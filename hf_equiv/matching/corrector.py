@@ -16,7 +16,7 @@ from hf_equiv.checks import check_dimension
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding
 
-_CUT, _CUT_SINGLE = 1e-5, 1e-4  # shares of σ₁: below them learnt rows are noise (up to 5e-5 in float32), and no step follows
+_CUT, _CUT_SINGLE = 1e-5, 1e-4  # share of σ₁ below which learnt rows are noise (up to 5e-5 in float32)
 _LARGEST = 16 * 2**30  # most bytes of A
 _COLUMNS = 8192  # columns of A held in float64 at a time
 _MAX_TRIALS = 40
@@ -94,7 +94,7 @@ class LinearModel:
         return product
 
     def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
-        """Return the shortest step s (C, H, W) on the free pixels with ‖residual + A s‖ = left; 0 if it is smaller already."""
+        """Return the shortest step s (C, H, W) on the free pixels with ‖residual + A s‖ = left; 0 if already less."""
         # s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves `left` (the discrepancy principle): the rest may be
         # noise, and following noise along the smallest singular values takes long steps.
         return -self.pull(self._solve(residual) if left == 0.0 else self._damped(residual, left))

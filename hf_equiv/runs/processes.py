@@ -33,7 +33,7 @@ _MAIN = 1 << 40  # the byte that the main process holds while it lives
 
 
 def join(device: torch.device) -> PartialState:
-    """Join the other processes of a launcher (torchrun, `accelerate launch`, `notebook_launcher`), if there are any."""
+    """Join the other processes of a launcher (torchrun, `accelerate launch`, `notebook_launcher`), if any."""
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     state = PartialState(cpu=device.type == "cpu")
     if wanted != state.num_processes:
@@ -47,10 +47,10 @@ def join(device: torch.device) -> PartialState:
 
 
 def meet(state: PartialState) -> None:
-    """Wait until every process is here; raise a RuntimeError if one has ended."""
+    """Wait until every process arrives; raise a RuntimeError if one has ended."""
     try:
         state.wait_for_everyone()
-    except RuntimeError as error:  # of the communication library, whichever it is
+    except RuntimeError as error:  # raised by any communication library
         raise RuntimeError(
             "another process of this run has ended before the work was shared. Its own message says why; nothing was "
             "lost: run the same command again."
@@ -58,7 +58,7 @@ def meet(state: PartialState) -> None:
 
 
 def describe(state: PartialState, blocks: Sequence[Block], what: str) -> str:
-    """Say how many processes share the work, under a launcher only."""
+    """Return a sentence on the number of processes under a launcher; else nothing."""
     count, left = state.num_processes, sum(map(len, blocks))
     if count > 1:
         return f"{count} processes share {left} {what}"
@@ -113,7 +113,7 @@ class Claims:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave; the main process deletes the file."""
+        """Close the file; the main process deletes it."""
         if self._file >= 0:
             if self._main:
                 self._path.unlink(missing_ok=True)
@@ -145,12 +145,12 @@ class Claims:
     def _lock(self, byte: int) -> bool:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except (BlockingIOError, PermissionError):  # POSIX lets a system say either
+        except (BlockingIOError, PermissionError):  # POSIX allows both
             return False
         return True
 
     def _is_open(self) -> bool:
-        """Tell whether the file of claims is still there."""
+        """Return whether the file of claims is still there."""
         try:
             return os.path.samestat(os.fstat(self._file), os.stat(self._path))
         except FileNotFoundError:
@@ -164,6 +164,6 @@ def fewer_at_once(tried: int) -> int:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on a GPU or a CPU."""
+    """Return whether an error says that memory ran out, on a GPU or a CPU."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, Exception) and bool(should_reduce_batch_size(error)))
