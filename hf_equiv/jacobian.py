@@ -33,7 +33,7 @@ class Jacobian:
 
     Attributes:
         image: x, (C, H, W).
-        z: f(x), (D,), in the dtype of `image`; `output` in that of f.
+        z: f(x), (D,), in the dtype of `image`; `output` is f(x) in the dtype of f.
         shape: (D, N).
         eps: relative spacing of the coarser dtype among `image` and f's output.
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.

@@ -121,7 +121,7 @@ def _change(name: str, opened: str) -> tuple[Any, ...]:
 
 
 def matches_tab() -> list[Any]:
-    """Lay out the tab and return its parts: dataset, opened dataset, then those of `show_dataset`."""
+    """Lay out the tab and return its parts: dataset, opened dataset, then the outputs of `show_dataset`."""
     offered = [BUILTIN_RESULTS, *([shelf.DATASET] if shelf.DATASET else [])]
     gr.HTML('<h2 class="block-title">Matches: each looks like the first photo and embeds as the second</h2>')
     gallery = gr.HTML(elem_id="gallery", js_on_load=(shelf.HERE / "strip.js").read_text(encoding="utf-8"))

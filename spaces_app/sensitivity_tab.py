@@ -77,7 +77,7 @@ def _stops(image_id: str, direction: str, steps: Sequence[float]) -> tuple[Stop,
         raise refused("`step` must be from −16 to 16.")
     row, vectors = _direction(image_id, direction), _vectors(image_id)
     if direction not in vectors:
-        raise refused(f"The direction {direction!r} cannot be made again here.")
+        raise refused(f"The direction {direction!r} cannot be recomputed here.")
     encoder = recorded_encoder(row, home_of("constants"))
     return stops_along(encoder, decode_png(row["image"]), vectors[direction], steps, row["jvp"])
 

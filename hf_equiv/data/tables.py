@@ -137,7 +137,7 @@ def load_hub_dataset(
 
 
 def is_large(repo_id: str, config: str, revision: str) -> bool:
-    """Tell whether the dataset card or its files state more than `LARGE` bytes."""
+    """Return whether the dataset card or its files state more than `LARGE` bytes."""
     info = datasets.load_dataset_builder(repo_id, config, revision=revision).info
     return (info.download_size or 0) > LARGE
 

@@ -102,7 +102,7 @@ def directional_lipschitz(
     batch: int = 32,
     progress: Counted | None = None,
 ) -> LipschitzResult:
-    """Measure the local Lipschitz constant of f along given directions, told apart from float noise.
+    """Measure the local Lipschitz constant of f along given directions, and separate it from float noise.
 
     For each image x and unit direction v, the value is the limit at h → 0 of central secants over a ladder of radii,
 

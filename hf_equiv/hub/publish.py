@@ -100,7 +100,7 @@ def publish_results(
     Args:
         folder: finished run directory.
         repo_id: `USER/NAME` or `ORGANISATION/NAME`; made if it does not exist.
-        private: visibility. None keeps that of an existing dataset, and makes a new one private.
+        private: visibility. None does not change an existing dataset, and makes a new one private.
         create_pr: open a pull request on `main` instead; you need not own the dataset.
         revision: branch to commit to, made from `main` if missing; or `refs/pr/N`.
         dry_run: read, decide and list, but write nothing. `refused` of the result says why the Hub would refuse.

@@ -102,16 +102,16 @@ def deploy_space(
         repo_id: `USER/NAME` or `ORGANISATION/NAME`.
         dataset: published matches to show, `USER/NAME` or `USER/NAME@REVISION`. None keeps those of the Space, "" shows
             none.
-        models: checkpoints that visitors may choose beside the built-in one. Empty keeps those of the Space.
-        private: visibility. None keeps that of an existing Space, and makes a new one private.
-        hardware: hardware such as `cpu-basic` or `zero-a10g`. None keeps that of the Space.
+        models: checkpoints that visitors may choose beside the built-in one. Empty keeps the choice of the Space.
+        private: visibility. None does not change an existing Space, and makes a new one private.
+        hardware: hardware such as `cpu-basic` or `zero-a10g`. None keeps the hardware of the Space.
         wheel: wheel of hf_equiv to bring along. None pins the installed version if it came from a package index, and
             brings the installed files along otherwise.
         force: deploy even into a Space that holds another app.
         dry_run: read, decide and list, but write nothing.
         wait: return when the Space runs.
         timeout: seconds to wait.
-        token: of the Hub; by default the one you are logged in with.
+        token: token of the Hub; by default the one you are logged in with.
         progress: called with (bytes sent, bytes in total, what is being done).
 
     Returns:

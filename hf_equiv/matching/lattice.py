@@ -19,7 +19,7 @@ _PAIRED = 512  # pixels among these considered for pairs of steps
 class Lattice:
     """The integers k (N,) with k/255 in the box and the L∞ ball; an L2 ball bounds the sum of squares.
 
-    Pixels whose centre is k/255 in its dtype measure distance in whole steps. Elsewhere distances are those of the
+    Pixels whose centre is k/255 in its dtype measure distance in whole steps. Elsewhere distances refer to the
     floats k/255, and none exceeds the radius.
     """
 
@@ -64,7 +64,7 @@ class Lattice:
         )
 
     def round(self, image: Tensor) -> Tensor | None:
-        """Return the nearest lattice point (N,), drawn towards the centre into an L2 ball; None if there is none."""
+        """Return the nearest lattice point (N,), moved towards the centre into an L2 ball; None if there is none."""
         if bool((self.lower > self.upper).any()):
             return None
         levels = image.detach().flatten().double() * 255

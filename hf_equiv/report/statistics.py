@@ -70,7 +70,7 @@ def estimate(
 
 
 def share(flags: Iterable[Any]) -> Share | None:
-    """Estimate the share of true flags with Wilson's 95 % score interval (1927); None where no flag is known."""
+    """Estimate the share of true flags with Wilson's 95 % score interval (1927); None if no flag is known."""
     known = [bool(flag) for flag in flags if flag is not None]
     n, hits = len(known), sum(known)
     if n < 2:

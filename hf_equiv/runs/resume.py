@@ -1,7 +1,8 @@
 """Resume a run: keep its finished rows, remake failed ones, and refuse other settings.
 
-Rows of status `error` are taken out of their shards and made again; images that could not be read may have changed
-meanwhile, all others may not. After a kill every other row is on disk once, and the next call takes out the rest.
+Rows of status `error` are taken out of their shards and remade. Images that could not be read may have changed
+meanwhile; all others must be the same. After a kill every other row is on disk once, and the next call takes out the
+rest.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def check_item(
                 found.append(problem(float_file, name, "float", "a float image", None, told))
             except ValueError as error:  # the settings do not fit; the message begins with the name of one
                 column = re.match(r"`(\w+)`", str(error))
-                told = f"row {name!r} cannot be made again: {one_line(error)}"
+                told = f"row {name!r} cannot be recomputed: {one_line(error)}"
                 found.append(problem(file, name, column[1] if column else layout.item, "a row", None, told))
     found += _compare(file, layout, settings, rows, made)
     return [{key: value for key, value in row.items() if key not in layout.images} for row in made], found
