@@ -24,7 +24,7 @@ Band = tuple[str, str, Sequence[float], Sequence[float]]  # a band of `strips`: 
 Tile = tuple[bytes, str, Sequence[str]]  # a tile of a sheet: a PNG file, a bold line above it and others below
 
 MAX_IMAGES, MAX_VECTORS, MAX_PAIRS = 6, 6, 8  # most that a figure shows
-GAINS = (1, 2, 5, 10, 20, 50, 100)  # factors for a difference: the largest that keeps 99 % of it within 0.4 of grey
+GAINS = (1, 2, 5, 10, 20, 50, 100)  # factors for differences; the largest that keeps 99 % within 0.4 of grey is used
 SHEET_FRAMES, GIF_FRAMES, GIF_SIDE, GIF_MS = 8, 60, 224, 90
 INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
 LINES = ("#0072b2", "#d55e00", "#009e73", "#9a4f96", "#a16207", "#0e7490")  # the first ones are from Okabe & Ito 2008

@@ -27,7 +27,7 @@ class Lattice:
     upper: Tensor  # range of each k, (N,) float64
     center: Tensor  # 255·c, (N,) float64
     places: Tensor  # position of each of the 256 levels: k itself, or 255 times the float k/255
-    l2_budget: float  # squared radius of an L2 ball, in (1/255)²; infinite without a ball
+    l2_budget: float  # largest squared distance in an L2 ball, in (1/255)²; infinite without a ball
 
     @classmethod
     def around(cls, image: Tensor, center: Tensor | None, radius: float | None, norm: str) -> Lattice:
@@ -39,7 +39,7 @@ class Lattice:
         lower, upper, budget = torch.zeros_like(middle), torch.full_like(middle, 255), math.inf
         places = torch.arange(256, dtype=torch.float64, device=c.device)
         if radius is not None and norm == "l2":
-            # Squares of whole steps are whole numbers, so a slightly larger radius admits no further step.
+            # Squares of whole steps are whole numbers, so a slightly larger radius admits no further point.
             budget = (radius * 255) ** 2 * (1 + 1e-9)
             if not bool(on_grid.all()):
                 budget = (radius * 255) ** 2 * (1 - 1e-12)

@@ -25,7 +25,7 @@ class SecantHistory:
     def __init__(self, capacity: int, like: Tensor, most: int = 0) -> None:
         self.capacity = capacity
         self.shape = like.shape
-        self.pairs = like.new_empty((0, 2, like.numel()))  # grows in blocks, so that unused memory is not taken
+        self.pairs = like.new_empty((0, 2, like.numel()))  # grows in blocks, so that memory follows use
         self.order: list[int] = []
         # sᵢ·yⱼ, valid for i not newer than j, and yᵢ·yⱼ
         size = max(capacity, most)

@@ -1,4 +1,4 @@
-"""Measure controls, survival, transfer, retrieval and probe, which the rows of a match run lack, with the encoder.
+"""Measure with the encoder what match rows lack: controls, survival, transfer, retrieval and a kNN probe.
 
 Errors are relative, ‖f(a) − f(b)‖ / ‖f(b)‖, in float64 of float32 embeddings; similarity is the cosine. Pixels are
 (3, H, W) in [0, 1], on the grid k/255.
@@ -35,7 +35,7 @@ from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 Tell = Callable[[int, int], None]
 
-MEASURED_PAIRS = 200  # the first pairs of a run are measured anew, at most this many
+MEASURED_PAIRS = 200  # most pairs of a run to measure anew, from the first on
 LABELLED_PHOTOS = 2000  # most photos of `label_data`, drawn with seed 0
 RANDOM_DRAWS = 4
 _VERSION = 3  # raise it when a stored number changes its meaning

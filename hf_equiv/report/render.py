@@ -27,7 +27,7 @@ def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit
 
 
 def interval(estimate: Estimate | None, form: Callable[[float], str] = short) -> str:
-    """Write the interval and n alone, and Wilson's interval of a share in percent."""
+    """Write the interval and n alone; for a share, Wilson's interval in percent."""
     if estimate is None:
         return "–"
     if estimate.low is None or estimate.high is None:
