@@ -1,4 +1,4 @@
-"""Check user input, one function a rule, once at the entry of each public function.
+"""Check user input once, at the entry of each public function, with one function for each rule.
 
 Messages follow one template: `` `name` must <requirement>; got <actual>. <What to do.> ``
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def form(value: float | None, spec: str) -> str:
-    """Format a number; a missing one is a dash."""
+    """Format a number; None becomes a dash."""
     return "–" if value is None else format(value, spec)
 
 
@@ -75,5 +75,5 @@ def excerpt(error: Exception, size: int = 160) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error on one line without folder names of this machine, for the record of a run."""
+    """Return an error message on one line, without this machine's folder names, for the record of a run."""
     return _FOLDERS.sub("…/", " ".join(str(error).split())) or type(error).__name__

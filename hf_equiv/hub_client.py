@@ -1,4 +1,4 @@
-"""The one way to the Hub: a client that says who it is, repeats what may pass, and explains failures with a cure."""
+"""Create the Hub client, repeat requests that failed temporarily, and explain failures and their cure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 Say = Callable[[str], None]
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 8.0, 16.0)  # seconds between tries
-RevisionNotFoundError = hub_errors.RevisionNotFoundError  # for rooms that do not import the client
+RevisionNotFoundError = hub_errors.RevisionNotFoundError  # for folders that do not import huggingface_hub
 
 _LONGEST_WAIT = 310.0  # seconds; the window of a rate limit is five minutes
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
@@ -31,7 +31,7 @@ _STRAY = ("Repo card metadata block was not found.", "No files matched allow_pat
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Leave out two warnings that the user cannot mend: a card without metadata, and patterns that match no file."""
+    """Silence two warnings that the user cannot fix: a card without metadata, and patterns that match no file."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(_STRAY)
@@ -58,7 +58,7 @@ def api_of(token: str | bool | None) -> HfApi:
 
 
 def check_repo_id(repo_id: str, kind: str, *, otherwise: str, argument: str = "repo_id") -> str:
-    """Return the `USER/NAME` of a dataset, space or model; `otherwise` is told to users who name another kind."""
+    """Return the `USER/NAME` of a dataset, space or model; the error for another kind says `otherwise`."""
     name = repo_id.removeprefix(f"{kind}s/") if repo_id.count("/") == 2 else repo_id
     wanted = f"`{argument}` must be the name of a {_WORDS[kind]}, USER/NAME; got {repo_id!r}."
     if name.count("/") == 2 and name.startswith(("spaces/", "models/", "datasets/")):
@@ -81,7 +81,7 @@ def require_token(token: str | bool | None, what: str = "publishing") -> None:
 
 
 def patiently(call: Callable[[], T], say: Say, what: str) -> T:
-    """Return the result of a call that is safe to repeat, again after 409, 412, 429, 5xx and cut connections."""
+    """Make a call that is safe to repeat, again after 409, 412, 429, 5xx and cut connections; return its result."""
     for wait in WAITS:
         try:
             return call()
@@ -104,7 +104,7 @@ def pause(error: BaseException, wait: float, say: Say, what: str) -> None:
 
 
 def passes(error: BaseException) -> bool:
-    """Tell whether the same call may succeed at the next try."""
+    """Return whether the same call may succeed at the next try."""
     for cause in _causes(error):
         if isinstance(cause, _ANSWERED):
             return cause.response.status_code in _PASSING
@@ -148,7 +148,7 @@ def explained(
         told = _refused(error, repo_id, kind, revision, file, token, write=write)
         raise type(error)(told, response=error.response) from error
     except (hub_errors.LocalEntryNotFoundError, hub_errors.RevisionResolutionError, RuntimeError, *_CUT) as error:
-        wrapped = isinstance(error, RuntimeError)  # by the client, around the cause of a failed upload
+        wrapped = isinstance(error, RuntimeError)  # the client wraps the cause of a failed upload
         if wrapped and not passes(error):
             raise
         why = brief(error) if wrapped else f"{constants.ENDPOINT} cannot be reached"
@@ -161,7 +161,7 @@ def _refused(
     error: hub_errors.HfHubHTTPError, repo_id: str, kind: str, revision: str | None, file: str | None, token: Any, *,
     write: bool,
 ) -> str:  # fmt: skip
-    """Return the cure for an answer of the Hub."""
+    """Return advice for an error response of the Hub."""
     status, word = error.response.status_code, _WORDS[kind]
     said = " ".join((error.server_message or "").split()).rstrip(".")
     told = f"HTTP {status}: {said}" if said else f"HTTP {status}"

@@ -33,9 +33,9 @@ class Jacobian:
 
     Attributes:
         image: x, (C, H, W).
-        z: f(x), (D,), in the dtype of `image`; `output` in that of f.
+        z: f(x), (D,), in the dtype of `image`; `output` is f(x) in the dtype of f.
         shape: (D, N).
-        eps: relative spacing of the coarser of the dtypes of `image` and of f's output.
+        eps: relative spacing of the coarser dtype among `image` and f's output.
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.
 
     Raises:
@@ -53,7 +53,7 @@ class Jacobian:
         if image.ndim != 3 or not image.is_floating_point():
             raise ValueError(f"`image` must be a float tensor (C, H, W); got {image.dtype} {tuple(image.shape)}.")
         check_count(batch, "batch")
-        self._f = lambda x: f(x.clone())  # a copy, so that an f which normalises in place may
+        self._f = lambda x: f(x.clone())  # a copy lets f normalise in place
         self._batch = batch if image.is_cuda else min(batch, 8)
         with torch.inference_mode(False), torch.enable_grad(), no_tf32():
             self._x = image.detach().clone(memory_format=torch.contiguous_format)[None].requires_grad_(True)
@@ -82,7 +82,7 @@ class Jacobian:
         """Return J v of each tangent v.
 
         Args:
-            tangents: (K, C, H, W), of any length.
+            tangents: (K, C, H, W), with any length.
 
         Returns:
             (K, D), in embedding per unit of the tangents.
@@ -127,7 +127,7 @@ class Jacobian:
         """Form J from D cotangents, at a cost of 2D/3 evaluations and D·N numbers of memory.
 
         Args:
-            batch: most cotangents per pass; None for that of the constructor. Without its limit on a CPU.
+            batch: most cotangents per pass, also on a CPU; None for the batch of the constructor.
 
         Returns:
             J (D, N), in the dtype of `image`.

@@ -1,4 +1,4 @@
-"""Control the kernels that compute a stated number: attention for derivatives, no TF32 and no autocast in float32.
+"""Control the kernels that compute stated numbers: attention for derivatives, no TF32 and no autocast in float32.
 
 PyTorch's fused attention kernels have neither forward mode nor second order, and float64 needs a softmax in float64;
 the plain MATH kernel has all three. TF32 keeps 10 bits of mantissa, so a "float32" convolution or matmul on CUDA is off
@@ -24,7 +24,7 @@ _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 def exact_derivatives() -> AbstractContextManager[None]:
     """Compute attention with the MATH kernel, which supports forward mode, second order and float64."""
-    # For every JVP, double backward and float64 evaluation. Plain forward and backward passes are left to the fused
+    # Every JVP, double backward and float64 evaluation needs it. Plain forward and backward passes use the fused
     # kernels, which are faster and need less memory.
     return sdpa_kernel(SDPBackend.MATH)
 
@@ -49,8 +49,8 @@ def no_tf32() -> Iterator[None]:
 @contextmanager
 def no_autocast() -> Iterator[None]:
     """Leave `torch.autocast`: float32 products inside stay float32."""
-    # For the library's own float32 products and the backward pass of f; PyTorch casts a backward pass by the block that
-    # runs it, not by that of the forward pass. Calls of f stay in the caller's block.
+    # The library's own float32 products and the backward pass of f need it: PyTorch casts a backward pass by the block
+    # in which it runs, not by the block of the forward pass. Calls of f stay in the caller's block.
     with ExitStack() as rules:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):

@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1  # version of the rows written to disk; it changes when a col
 
 
 class Status(StrEnum):
-    """Outcome of the work on one image. Rows store the value; `advice` gives its meaning and cure."""
+    """The outcome of the work on one image. Rows store the value; `advice` gives its meaning and cure."""
 
     CONVERGED = "converged"
     STALLED = "stalled"

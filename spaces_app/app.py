@@ -1,4 +1,4 @@
-"""The Space: matches to look at and check, a match to make, directions to move along, a walk to play.
+"""Serve the Space: matches to look at and check, a match to make, directions to move along, a walk to play.
 
 Each tab has its file. Run the app with `hf-equiv space run` or `python spaces_app/app.py`. Its settings come from the
 environment: HF_EQUIV_DATASET (dataset USER/NAME to show beside the built-in results), HF_EQUIV_MODELS (checkpoints that
@@ -37,7 +37,7 @@ def open_page(request: gr.Request) -> tuple[Any, ...]:
     except gr.Error as error:
         gr.Warning(shelf.refused(f"{error.message} Shown instead: {home}.").message)
         dataset, shown = home, show_dataset(home)
-    # a link without a tab leaves the tab: the visitor may have chosen one meanwhile
+    # keep the tab if the link names none, since the visitor may have chosen one meanwhile
     tab = gr.Tabs(selected=asked["tab"]) if asked.get("tab") in TABS else gr.skip()
     return dataset, dataset, *shown, tab
 

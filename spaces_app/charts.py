@@ -1,4 +1,4 @@
-"""Small charts as SVG that takes the colours of the page.
+"""Draw small charts as SVG in the colours of the page.
 
 gradio's plots were tried: LinePlot has no logarithmic axis and gives every chart the same name for screen readers; Plot
 sends a matplotlib figure as a bitmap that stays white on a dark page and takes 0.2 to 0.5 s to draw.
@@ -14,31 +14,31 @@ import views
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 WIDTH, NARROW = 640, 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 16, 254  # the right margin, and places of the other sides
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 16, 254  # the right margin, and the coordinates of the other sides
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points (x, y) in one style; a point without a place on its axes is left out, and a series without points."""
+    """Points (x, y) in one style; a chart leaves out points that its axes do not hold, and series without others."""
 
     points: Sequence[tuple[float, float | None]]
-    name: str = ""  # in the legend
+    name: str = ""  # name in the legend
     style: str = "one"  # class of the style sheet: `one` to `four`, `quiet` or `limit`
     draw: str = "line"  # or `dots`, `rings`, `line dots`
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis; it ends at the outermost points where no ends are given, and its numbers may have names."""
+    """One axis; without given ends it reaches to the outermost points, and its numbers may have names."""
 
     label: str
     log: bool = False
     low: float | None = None
     high: float | None = None
-    names: Sequence[str] = ()  # of 0, 1, 2, …
+    names: Sequence[str] = ()  # names of the values 0, 1, 2, …
 
     def holds(self, value: float | None) -> bool:
-        """Return whether a value has a place."""
+        """Return whether the axis can show a value."""
         return value is not None and math.isfinite(value) and not (self.log and value <= 0)
 
 
@@ -46,7 +46,7 @@ def chart(
     title: str, series: Sequence[Series], x: Axis, y: Axis, *, mark: tuple[float, float] | None = None, note: str = "",
     width: int = WIDTH,
 ) -> str:  # fmt: skip
-    """Draw series over two axes, with a note below; screen readers read `title`, and `mark` stands out."""
+    """Draw series over two axes, with a note below; screen readers read `title`, and `mark` is a highlighted point."""
     shown = [(s, [(a, b) for a, b in s.points if x.holds(a) and y.holds(b)]) for s in series]
     points = [point for _, own in shown for point in own] + ([mark] if mark else [])
     across = _Scale(x, [a for a, _ in points], _LEFT, width - _RIGHT)

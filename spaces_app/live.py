@@ -1,4 +1,4 @@
-"""Computation that a visitor watches: a match while it is made, and steps along a direction."""
+"""Compute while a visitor watches: a match in progress, and steps along a direction."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_equiv.results import SCHEMA_VERSION, Progress, Status
 
 Row = dict[str, Any]
 Curve = tuple[tuple[str, float, float], ...]
-"""(stage, evaluations, embedding error) after every step; the evaluations of both stages are added up."""
+"""(stage, evaluations, embedding error) after every step; evaluations include those of earlier stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class LiveMatch:
     seconds: float
     source: bytes
     target: bytes
-    row: Row | None = None  # at the end whether it was `stopped`, and a match row; only measures if it was
+    row: Row | None = None  # set at the end: `stopped` and a match row, or only its measures after a stop
 
     @property
     def error(self) -> float:
@@ -58,7 +58,7 @@ class _Enough(Exception):  # noqa: N818 (not an error)
 
 @dataclass
 class _Work:
-    """State shared by the thread that works and the one that watches; `now` is always replaced whole."""
+    """State shared by the thread that works and the thread that watches; `now` is always replaced whole."""
 
     now: tuple[str, Tensor, Curve]
     stop: threading.Event
@@ -80,17 +80,17 @@ def live_match(
     source: Image,
     target: Image,
     *,
-    radius: float | None = None,  # of the ball about the source
+    radius: float | None = None,  # radius of the ball about the source
     norm: str = "linf",
     rtol: float = 1e-5,
-    max_evals: int = 400,  # the 8-bit refinement may take as many again
-    time_limit: float = math.inf,  # s, after which the match is stopped as it is
-    every: float = 0.4,  # s between two states
+    max_evals: int = 400,  # the 8-bit refinement may take the same number
+    time_limit: float = math.inf,  # seconds after which the match stops as it is
+    every: float = 0.4,  # seconds between two states
     stop: threading.Event | None = None,
 ) -> Iterator[LiveMatch]:
     """Match two photos as `hf-equiv match` does and yield its states; the last one is `done` or `stopped`."""
-    # A thread of its own does the work; closing the iterator ends it at its next evaluation. Calls share only the
-    # encoder, which they only read.
+    # A separate thread does the work; closing the iterator ends it at its next evaluation. Calls share only the
+    # encoder, and none changes it.
     files = [encode_png(x) for x in encoder.preprocess([source, target])]
     x, aim = (measures.open_png(encoder, png)[None] for png in files)
     if bool((x == aim).all()):
@@ -147,11 +147,11 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """One place x + h·v on a line, clipped to [0, 1]; `png` is rounded to 8 bit, the numbers are those before."""
+    """One place x + h·v on a line, clipped to [0, 1]; `png` is rounded to 8 bit, the numbers are computed before."""
 
     step: float  # h, L2 in pixel units
     distance: float | None  # ‖f(x + hv) − f(x)‖ / ‖f(x)‖
-    first_order: float  # |h|·‖Jv‖ / ‖f(x)‖, the prediction of the Jacobian at x
+    first_order: float  # |h|·‖Jv‖ / ‖f(x)‖, the distance that the Jacobian at x predicts
     png: bytes
     classes: tuple[tuple[str, float], ...]  # (name, probability), likeliest first; empty without a head
 

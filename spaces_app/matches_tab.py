@@ -1,4 +1,4 @@
-"""The tab of matches: choose one, look at it, have it checked."""
+"""Lay out the matches tab: visitors choose a match, look at it and have it checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def get_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
     """Give all numbers of one match.
 
     Args:
-        key: of the match, as `list_matches` gives it.
+        key: key of the match, as `list_matches` gives it.
         dataset: USER/NAME of the Hub; by default the results that ship with this Space.
 
     Returns:
@@ -43,10 +43,10 @@ def get_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
 
 @shelf.on_gpu
 def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
-    """Encode the three PNG files of a match again, now, and compare with what its row states.
+    """Encode the three PNG files of a match again, now, and compare the results with its row.
 
     Args:
-        key: of the match, as `list_matches` gives it.
+        key: key of the match, as `list_matches` gives it.
         dataset: USER/NAME of the Hub; by default the results that ship with this Space.
 
     Returns:
@@ -100,7 +100,7 @@ def show_dataset(dataset: str | None, pair: str | None = None) -> tuple[Any, ...
 
 
 def note_of(shown: Showcase) -> str:
-    """Say how many matches there are and which checkpoints they are for."""
+    """Return a note with the number of matches and their checkpoints."""
     made = sorted({f"{row['model_id']} ({row['readout']})" for row in shown.matches})
     return views.html.note(shown, made, "" if shelf.home_of("matches") == shelf.DATASET else shelf.DATASET)
 
@@ -115,13 +115,13 @@ def _change(name: str, opened: str) -> tuple[Any, ...]:
         return (gr.skip(),) * 8
     try:
         return gr.skip(), name or BUILTIN_RESULTS, *show_dataset(name)
-    except gr.Error as error:  # the results that are shown stay, and their name comes back
+    except gr.Error as error:  # keep the results that are shown, and restore their name
         gr.Warning(escape(error.message))
         return opened, *(gr.skip(),) * 7
 
 
 def matches_tab() -> list[Any]:
-    """Lay out the tab and return its parts: dataset, opened dataset, then those of `show_dataset`."""
+    """Lay out the tab and return its parts: dataset, opened dataset, then the outputs of `show_dataset`."""
     offered = [BUILTIN_RESULTS, *([shelf.DATASET] if shelf.DATASET else [])]
     gr.HTML('<h2 class="block-title">Matches: each looks like the first photo and embeds as the second</h2>')
     gallery = gr.HTML(elem_id="gallery", js_on_load=(shelf.HERE / "strip.js").read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def matches_tab() -> list[Any]:
         offered, value=offered[-1], label="Results", allow_custom_value=True, elem_id="dataset",
         info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",
     )  # fmt: skip
-    note = gr.HTML(elem_classes="small")  # not Markdown, which would interpret the names of a stranger's dataset
+    note = gr.HTML(elem_classes="small")  # not Markdown, which would format the names in a stranger's dataset
     parts = [dataset, opened, gallery, key, view, verdict, numbers, note]
     dataset.change(_change, [dataset, opened], parts, api_visibility="private", concurrency_limit=4)
     gallery.click(_select, opened, [key, view, verdict, numbers], concurrency_limit=8, **HIDDEN)

@@ -1,4 +1,4 @@
-"""The tab of sensitivity: a slider along a direction, secants, constants and the spectrum."""
+"""Lay out the sensitivity tab: a slider along a direction, secants, constants and the spectrum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png
 
 _STYLES = {"top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
-_UNRELATED = 2.1  # a chart reaches this relative distance at least: unrelated embeddings are 1 to 2 apart
+_UNRELATED = 2.1  # a chart goes up to this relative distance at least; unrelated embeddings are 1 to 2 apart
 
 
 @on_gpu
@@ -59,7 +59,7 @@ def _direction(image_id: str, direction: str) -> Row:
 
 @lru_cache(maxsize=16)
 def _vectors(image_id: str) -> dict[str, Tensor]:
-    """Make the directions of an image again; one to an image outside the results cannot be made."""
+    """Recompute the directions at an image, except those to images outside the results."""
     home, rows = home_of("constants"), list(_constants(image_id).values())
     first, settings = rows[0], rows[0]["settings"]
     encoder = recorded_encoder(first, home)
@@ -77,14 +77,14 @@ def _stops(image_id: str, direction: str, steps: Sequence[float]) -> tuple[Stop,
         raise refused("`step` must be from −16 to 16.")
     row, vectors = _direction(image_id, direction), _vectors(image_id)
     if direction not in vectors:
-        raise refused(f"The direction {direction!r} cannot be made again here.")
+        raise refused(f"The direction {direction!r} cannot be recomputed here.")
     encoder = recorded_encoder(row, home_of("constants"))
     return stops_along(encoder, decode_png(row["image"]), vectors[direction], steps, row["jvp"])
 
 
 @lru_cache(maxsize=64)
 def _profile(image_id: str, direction: str) -> tuple[Stop, ...]:
-    """Evaluate the whole slider once."""
+    """Evaluate all steps of the slider once."""
     return _stops(image_id, direction, [step_of(slider) for slider in range(-100, 101, 5)])
 
 

@@ -1,4 +1,4 @@
-"""Settings of the Space, the checkpoints that visitors may use, and the results that are shown."""
+"""Keep the settings of the Space, the checkpoints that visitors may use, and the results that are shown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ try:
 except ImportError:
 
     def on_gpu(work):
-        """Run on this machine, which is not ZeroGPU."""
+        """Return the work unchanged, since this machine is not ZeroGPU."""
         return work
 
 
@@ -43,11 +43,11 @@ MODELS = {
     for model in ["builtin", *map(str.strip, os.environ.get("HF_EQUIV_MODELS", "").split(","))]
     if model
 }
-"""Checkpoints by the name that visitors see; a folder of this machine goes by its last part."""
+"""Checkpoints by the name that visitors see; for a local folder, the last part of its path."""
 MAX_EVALS = int(os.environ.get("HF_EQUIV_MAX_EVALS", "400"))
 TIME_LIMIT = float(os.environ.get("HF_EQUIV_TIME_LIMIT", "120"))
 RTOL = 1e-5
-MAX_DOWNLOAD = 300 * 2**20  # bytes
+MAX_DOWNLOAD = 300 * 2**20  # most bytes of a visitor's dataset
 
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 """Options of an event that is not part of the API."""
@@ -89,9 +89,9 @@ def encoder_of(
 def recorded_encoder(row: dict[str, Any], dataset: str | None) -> Encoder:
     """Return the checkpoint that a row of a dataset names.
 
-    Only the owner's results decide on the revision: anybody can put weights into a pull request to a repository, whose
-    commit then belongs to that repository. A local folder is recorded by its name alone. `check_shown` refuses an
-    encoder that is not the row's.
+    Only the owner's results may choose the revision: anybody can put weights into a pull request to a repository, and
+    its commit then belongs to that repository. Rows record only the name of a local folder. `check_shown` refuses an
+    encoder that does not match the row.
     """
     local = str(row["model_revision"]).startswith("sha256:")
     trusted = bool(DATASET) and dataset == DATASET and not local
@@ -110,14 +110,14 @@ def results(name: str) -> Showcase:
     with telling(name):
         if name == DATASET:
             return open_showcase(name, local=True)
-        # a visitor sees public datasets only, never one that the owner's token opens; the rows stay in memory
+        # a visitor sees only public datasets, none that need the owner's token; the rows stay in memory
         with tempfile.TemporaryDirectory(prefix="hf_equiv_", ignore_cleanup_errors=True) as cache:
             return open_showcase(name, token=False, most_bytes=MAX_DOWNLOAD, local=False, cache_dir=cache)
 
 
 @contextmanager
 def telling(name: str | None) -> Iterator[None]:
-    """Turn any error that the files of a dataset cause into words for the visitor, without folders of this machine."""
+    """Turn any error in reading a dataset into a message for the visitor, without folder names of this machine."""
     try:
         yield
     except RepositoryNotFoundError as error:
@@ -147,5 +147,5 @@ def home_of(kind: str) -> str:
 
 
 def file_of(data: bytes, name: str) -> str:
-    """Write a file where gradio keeps those that it hands out and, as `delete_cache` of the app says, deletes."""
+    """Write a file to gradio's upload folder, which the app's `delete_cache` empties."""
     return save_bytes_to_cache(data, name, cache_dir=get_upload_folder())

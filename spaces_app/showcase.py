@@ -1,4 +1,4 @@
-"""Results to look at one by one: the rows of runs in a folder or dataset, and a check of the files of a match."""
+"""Open results to look at one by one: the rows of runs in a folder or dataset. Check the files of a match."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _MOST_LABELS = 1000  # each label is a forward pass of the text tower
 class Showcase:
     """Rows to show, with their pictures as PNG bytes, a `key` of their own and the `settings` of their run."""
 
-    name: str  # of the folder, or USER/NAME
-    matches: tuple[Row, ...] = ()  # those with pictures; those that look most like their source come first
+    name: str  # name of the folder, or USER/NAME
+    matches: tuple[Row, ...] = ()  # matches with pictures, the most similar to their source first
     spectra: tuple[Row, ...] = ()
     constants: tuple[Row, ...] = ()
-    paths: dict[str, tuple[Row, ...]] = field(default_factory=dict)  # points in order, by the name of the walk
+    paths: dict[str, tuple[Row, ...]] = field(default_factory=dict)  # points of each walk in order, by its name
     withheld: int = 0  # number of matches without pictures
 
 
 class Comparison(NamedTuple):
-    """One number of a row beside the one that the PNG files give now, and whether they agree as `verify` has it."""
+    """A stated number, the number recomputed from the PNG files, and whether they agree by the rules of `verify`."""
 
     name: str
     stated: Any
@@ -47,11 +47,11 @@ class Comparison(NamedTuple):
 def open_showcase(
     where: str | os.PathLike[str],
     *,
-    most: int = 200,  # matches, and rows of any other run
-    most_bytes: int | None = None,  # of the files without the float images; in memory the rows may take twice as much
+    most: int = 200,  # most matches, and most rows of any other run
+    most_bytes: int | None = None,  # limit of the files without float images; in memory the rows may take twice as much
     token: str | bool | None = None,
     cache_dir: str | None = None,
-    local: bool = True,  # False for names that strangers give
+    local: bool = True,  # whether the name may be a local folder
 ) -> Showcase:
     """Open a folder of runs, a run directory, or a dataset `USER/NAME[@REV]` of the Hub."""
     name = os.fspath(where)
@@ -98,7 +98,7 @@ def _read_run(place: Path, most: int, most_bytes: int | None) -> tuple[Layout, l
 
 
 def _walks(rows: Sequence[Row]) -> dict[str, tuple[Row, ...]]:
-    """Return the points of each walk that has all its frames, in order, by a name of the walk."""
+    """Return the points of each walk that has all its frames, in order, by the name of the walk."""
     walks: dict[str, list[Row]] = {}
     for row in rows:
         if row["step"] is not None:

@@ -1,4 +1,4 @@
-"""The tab to try it: two photos, a checkpoint, a budget; the match while it is made."""
+"""Lay out the tab to try it: two photos, a checkpoint, a budget, and the match in progress."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MOST_PIXELS = 50_000_000
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
 EFFORTS = {"quick": 0.4, "normal": 1.0}
 
-_JACOBIAN = 20  # evaluations between two points of a curve that need an explanation
+_JACOBIAN = 20  # a curve with more evaluations between two points needs an explanation
 
 _running: dict[threading.Event, str] = {}
-"""Stop events of the matches that are being made, with the session of their visitor."""
+"""Stop events of the matches in progress, with the session of their visitor."""
 
 
 def photo(value: Any, **given: Any) -> gr.Image:
@@ -53,7 +53,7 @@ def read_upload(path: str | None, name: str):
 
 
 def accept(path: str | None, name: str) -> tuple[Any, None]:
-    """Remove an upload that cannot be read and say why; in any case none of the four photos is chosen any more."""
+    """Remove an upload that cannot be read and explain why; in any case, clear the choice among the four photos."""
     try:
         read_upload(path, name)
     except gr.Error as error:
@@ -120,7 +120,7 @@ def make_match(
         model: one of the checkpoints of this Space.
         budget: how far each pixel may move.
         effort: "quick" or "normal".
-        request: of the visitor; filled in by gradio.
+        request: request of the visitor; gradio fills it in.
 
     Returns:
         The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
@@ -176,6 +176,6 @@ def try_tab() -> None:
     compute = {"concurrency_id": "compute", "concurrency_limit": WORKERS}
     go.click(watch_match, asked, [view, png, row, told], api_visibility="private", show_progress="minimal", **compute)
     halt.click(stop_match, api_visibility="private", queue=False)
-    # programs call make_match by its name, and get a file and numbers
+    # programs call `make_match` by its name and get a file and numbers
     answer = [gr.File(label="match", visible=False), gr.JSON(label="row", visible=False)]
     gr.Button(visible=False).click(make_match, asked, answer, api_name="make_match", **compute)

@@ -1,4 +1,4 @@
-"""The words and pictures for visitors, as the macros of views.html.jinja, which return HTML."""
+"""Render the words and pictures for visitors by the macros of views.html.jinja, which return HTML."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hf_equiv.data.image_file import decode_png
 
 
 def alike(error: float) -> str:
-    """Say how alike two embeddings are, from ‖f(x)−z‖/‖z‖: 100 % less the error, rounded down."""
+    """Write how similar two embeddings are, from ‖f(x)−z‖/‖z‖: 100 % less the error, rounded down."""
     share = max(0.0, 100.0 * (1.0 - error))
     digits = max(0, -math.floor(math.log10(100.0 * error))) if error > 0 else 6
     return f"{math.floor(share * 10**digits) / 10**digits:.{digits}f} %"
 
 
 def percent(probability: float, digits: int = 0) -> str:
-    """Say a probability in percent, `0 %` and `100 %` only where it is exactly 0 or 1."""
+    """Write a probability in percent, `0 %` and `100 %` only if it is exactly 0 or 1."""
     least, share = 10.0**-digits, 100 * probability
     if share < 100 and round(share, digits) >= 100:
         return f"over {100 - least:.{digits}f} %"

@@ -1,4 +1,4 @@
-"""The tab of walks: a path through images that share an embedding, to be played."""
+"""Lay out the walk tab, which plays a path through images that share an embedding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from charts import Axis, Series, chart
 from shelf import BUILTIN_RESULTS, HERE, HIDDEN, home_of, named_results, refused, results, telling
 from showcase import Row
 
-_LEAST = 1e-7  # drift that a chart tells from zero, unless the drift allowed is as small
+_LEAST = 1e-7  # smallest drift on a chart, unless the allowed drift is as small
 
 
 def list_walks(dataset: str = BUILTIN_RESULTS) -> list[str]:
@@ -31,7 +31,7 @@ def get_walk(name: str, dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
     """Give the points of a walk through images that share an embedding.
 
     Args:
-        name: of the walk, as `list_walks` gives it.
+        name: name of the walk, as `list_walks` gives it.
         dataset: USER/NAME of the Hub; by default the results that ship with this Space.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Hold the options that several verbs share, with their checks."""
+"""Define and check the options that several verbs share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BaseConfig:
     normalize: bool = False  # divide the embedding by its L2 norm
     dtype: str = "float32"  # or `float64`
     source: str | None = None  # images to start from or to analyse; see `load_images`
-    target: str | None = None  # images to match or to lead to: one for all sources, or as many as there are sources
+    target: str | None = None  # images to match or to walk to: one for all sources, or as many as sources
     data: str | None = None  # a set to draw from, instead of `source`
     streaming: bool = False  # fetch only the first images of the Hub dataset `data`; done unasked above 5 GB of files
     image_column: str | None = None  # image column of a parquet file or dataset
@@ -57,13 +57,13 @@ class BaseConfig:
 class ImageConfig(BaseConfig):
     """Options that the analyses of single images share: spectrum, lipschitz and walk."""
 
-    wants_target: ClassVar[str]  # the options that need a target, for the message to a user who gives one without
+    wants_target: ClassVar[str]  # names the options that need a target, for an error message
 
     limit: int | None = None  # images to draw from `data`; None for all
 
     @property
     def needs_target(self) -> bool:
-        """Whether each image is set against another one."""
+        """Whether each image needs a target."""
         return False
 
     def check(self) -> None:

@@ -21,14 +21,14 @@ from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import ball, cut, cut_name, form, short
 
 Rows = Sequence[Mapping[str, Any]]
-Band = tuple[str, str, Sequence[float], Sequence[float]]  # of `strips`: name, colour, filled and hollow values
-Tile = tuple[bytes, str, Sequence[str]]  # of a sheet: a PNG file, a bold line above it and others below
+Band = tuple[str, str, Sequence[float], Sequence[float]]  # a band of `strips`: name, colour, filled and hollow values
+Tile = tuple[bytes, str, Sequence[str]]  # a tile of a sheet: a PNG file, a bold line above it and others below
 
-MAX_IMAGES, MAX_VECTORS, MAX_PAIRS = 6, 6, 8  # that are drawn
-GAINS = (1, 2, 5, 10, 20, 50, 100)  # of a difference: the largest is used that keeps 99 % of it within 0.4 of grey
+MAX_IMAGES, MAX_VECTORS, MAX_PAIRS = 6, 6, 8  # most that a figure shows
+GAINS = (1, 2, 5, 10, 20, 50, 100)  # factors for differences; the largest that keeps 99 % within 0.4 of grey is used
 SHEET_FRAMES, GIF_FRAMES, GIF_SIDE, GIF_MS = 8, 60, 224, 90
 INK, QUIET, RULE = "#1b1f24", "#667079", "#d7dce1"
-LINES = ("#0072b2", "#d55e00", "#009e73", "#9a4f96", "#a16207", "#0e7490")  # the first ones: Okabe & Ito 2008
+LINES = ("#0072b2", "#d55e00", "#009e73", "#9a4f96", "#a16207", "#0e7490")  # the first ones are from Okabe & Ito 2008
 KINDS = {
     "top": "#b42318", "row": "#c2670c", "gradient": "#7c3aad", "toward": "#2f7d4f", "match": "#0e7490",
     "random": "#1f5fa8", "null": "#667079",
@@ -259,7 +259,7 @@ def label_of(name: str, size: int) -> str:
 
 
 def _positive(values: Sequence[float | None]) -> np.ndarray:
-    """Return numbers for a logarithmic axis: NaN for those that are absent or not above 0."""
+    """Return numbers for a logarithmic axis: NaN if one is absent or not above 0."""
     return np.array([v if v and v > 0 else np.nan for v in values], dtype=np.float64)
 
 
@@ -304,7 +304,7 @@ def difference_png(source: bytes, match: bytes) -> tuple[bytes, int]:
 
 
 def thumbnail(png: bytes, size: int = 112) -> bytes:
-    """Return a small picture of a PNG file as a JPEG file: to choose by, not to measure."""
+    """Return a small JPEG picture of a PNG file, for choosing an image and not for measuring it."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     kind = Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS
     buffer = io.BytesIO()
@@ -375,5 +375,5 @@ def animation(frames: Sequence[bytes]) -> bytes:
 
 
 def _evenly(count: int, most: int) -> list[int]:
-    """Return at most so many places of a sequence, evenly spread, with both ends."""
+    """Return at most `most` indices below `count`, evenly spread, with both ends."""
     return list(dict.fromkeys(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))

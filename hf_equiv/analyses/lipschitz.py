@@ -31,12 +31,12 @@ from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
-SUCCEEDED = (Status.RESOLVED, Status.UNDETERMINED)  # the second is the right answer for null directions
+SUCCEEDED = (Status.RESOLVED, Status.UNDETERMINED)  # null directions are rightly undetermined
 BATCH, SHOWN = "derivatives", 0
 
 DIRECTIONS = "random:64,top:8,row:8,null:64,gradient,toward"
 COUNTED = ("random", "top", "row", "null")
-SINGLE = ("gradient", "toward", "match")  # kinds of which there is one
+SINGLE = ("gradient", "toward", "match")  # kinds with a single direction
 _REGION = ("regional_lower_bound", "regional_at_center", "regional_clever")
 _BATCH = 32  # images and tangents per pass
 
@@ -90,7 +90,7 @@ class LipschitzConfig(ImageConfig):
     def settings(self, encoder: Encoder) -> Row:
         """Return the settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
         dim, kinds = encoder.embedding_dim, parse_directions(self.directions or DIRECTIONS)
-        if self.directions is None:  # no more than a small embedding has, of which two may be structural zeros
+        if self.directions is None:  # a small embedding has few directions, and two of them may be structural zeros
             kinds = {kind: min(n, max(1, dim - 2)) if kind in ("top", "row") else n for kind, n in kinds.items()}
         if kinds.get("top", 0) > dim:
             raise ValueError(
@@ -259,11 +259,11 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
-    """Make the rows of one image again."""
+    """Recompute the rows of one image."""
     name, image, kinds = rows[0]["image_id"], rows[0]["image"], settings["directions"]
     try:
         check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
-    except (TypeError, OverflowError) as error:  # of text, nulls and whole numbers beyond float64
+    except (TypeError, OverflowError) as error:  # raised by text, nulls and whole numbers beyond float64
         raise ValueError(f"`radii` must be a ladder; {error}") from error
     toward = floats[f"{name}/toward"] if {"toward", "match"} & set(kinds) else None
     match, faults = None, []
@@ -276,7 +276,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
             faults.append(("match", f"an image of the target's embedding, to {settings['rtol']:g}", told))
     made = rows_of(*measure_image(encoder, image, toward, match, settings, name, _BATCH, lambda *_: None))
     common = {"image": image, "largest": max((row["jvp"] or 0.0 for row in made), default=0.0)}
-    if settings["regional"] is not None:  # the constant at the place that was found then
+    if settings["regional"] is not None:  # recompute the constant at the stored place
         place, v = floats[f"{name}/place"], floats[f"{name}/direction"]
         faults += outside_ball(_REGION[0], place, image, settings["regional"], settings["norm"])
         moved = Jacobian(encoder, place).mv((v / v.double().norm()).to(place)[None])[0]
@@ -288,15 +288,16 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
 
 
 def _beside(row: Row | None, made: Row) -> Row:
-    """Add the least error that the stated floors and ‖Jv‖ allow; at the edge of `resolved`, take the stated side."""
+    """Add `least_error`, the smallest error consistent with the stated noise floors and ‖Jv‖."""
     made["least_error"] = 0.0
     if row is None:
         return made
     ladder = _ladder(row)
     if ladder is not None and len(ladder[2]) and float(ladder[2].min()) > 0:
-        made["least_error"] = 0.99 * float(least_error(ladder[2][None])[0])  # rounding of a sum
+        made["least_error"] = 0.99 * float(least_error(ladder[2][None])[0])  # less the rounding of a sum
     if row["value"] is not None and row["jvp"] is not None:
         made["least_error"] = max(made["least_error"], 0.99 * abs(row["value"] - row["jvp"]))
+    # If the new error is near the limit for `resolved`, use the stated decision.
     size = made["value"] or made["jvp"] or 0.0
     if 0.5 * RTOL * size <= (made["value_error"] or 0.0) <= 2 * RTOL * size:
         made["value"] = None if row["value"] is None else made["value"] or made["jvp"]
@@ -304,7 +305,7 @@ def _beside(row: Row | None, made: Row) -> Row:
 
 
 def _ladder(row: Row) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The stated secants, radii and noise floors, if there are as many of each."""
+    """Return the stated secants, radii and noise floors; None unless there are as many of each."""
     columns = [row["secants"] or [], row["radii"] or [], row["noise_floor"] or []]
     if any(None in column for column in columns) or len({len(column) for column in columns}) > 1:
         return None
@@ -313,12 +314,12 @@ def _ladder(row: Row) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def tolerances(made: Row, settings: Row) -> Row:
-    """Say how far columns of a lipschitz row may be from those made again: by the noise floors, which vary fivefold."""
+    """Return the tolerances of recomputed lipschitz columns: they follow the noise floors, which vary fivefold."""
     coarse = settings["dtype"] in ("bfloat16", "float16")
     noise = (1e-12 if settings["dtype"] == "float64" else 1e-6) * made["largest"]
     floors, secants = ([n or 0.0 for n in made[key]] for key in ("noise_floor", "secants"))
     jvp, value, error = (made[key] or 0.0 for key in ("jvp", "value", "value_error"))
-    beside_jvp = made["value"] == made["jvp"]  # undetermined here, by a little
+    beside_jvp = made["value"] == made["jvp"]  # the recomputed value narrowly missed `resolved`
     return {
         "jvp": 1e-3 * jvp + 30 * noise,
         "radii": [1e-12 * h for h in made["radii"]],
@@ -330,5 +331,5 @@ def tolerances(made: Row, settings: Row) -> Row:
         "linearity_radius": 1e-2 * (made["linearity_radius"] or 0.0),
         "regional_lower_bound": 1e-4 * (made["regional_lower_bound"] or 0.0),
         "regional_at_center": 1e-2 * (made["regional_at_center"] or 0.0),
-        "regional_clever": 0.1 * (made["regional_clever"] or 0.0),  # a fit to maxima: rounding counts for more
+        "regional_clever": 0.1 * (made["regional_clever"] or 0.0),  # rounding has more effect on a fit to maxima
     }

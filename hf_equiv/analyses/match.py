@@ -36,7 +36,7 @@ SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 
 SUCCEEDED, BATCH = (Status.CONVERGED,), "items"
 SHOWN = 64  # pairs whose images make the baseline of unrelated images
-MATCH_EVALS = 2000  # most evaluations of a match made on the way, by a walk or for the direction `match`
+MATCH_EVALS = 2000  # most evaluations of a match that a walk or the direction `match` needs
 _REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
 
 _THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)  # the summary states the share of matches with smaller embedding errors
@@ -55,13 +55,13 @@ class MatchConfig(BaseConfig):
 
     pairs: int | None = None  # number of pairs to draw from `data`
     solver: str = "lbfgs"  # or `adam`, `gd`
-    radius: float | None = None  # of the ball about the source: half-width (linf) or L2 length; None for no ball
-    norm: str | None = None  # of the ball, `linf` or `l2`; None for `linf`, and without a ball
+    radius: float | None = None  # radius of the ball about the source: half-width (linf) or L2 length
+    norm: str | None = None  # norm of the ball, `linf` or `l2`; None for `linf`, and without a ball
     rtol: float = 1e-5  # embedding error ‖f(x)−z‖/‖z‖ at which a match is finished
     max_evals: int = 1000  # evaluations allowed per image
     refine: bool = True  # refine the match on the 8-bit lattice; otherwise it is rounded
     labels: tuple[str, ...] | None = None  # class names for zero-shot classification
-    compile: bool = False  # match with `torch.compile`; every number is still that of the plain encoder
+    compile: bool = False  # match with `torch.compile`; the plain encoder still computes every number
 
     @property
     def ball_norm(self) -> str:
@@ -131,13 +131,13 @@ class MatchConfig(BaseConfig):
         return name_pairs(reader, images, targets or images, drawn=drawn, n=self.pairs, seed=self.seed)
 
     def settings_of_items(self, items: Sequence[Item]) -> Row:
-        """Return the settings that tell how many pairs there are."""
+        """Return the settings that state the number of pairs."""
         return {"drawn": self.data is not None, "num_pairs": len(items)}
 
     def settings(self, encoder: Encoder) -> Row:
         """Return the other settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
         check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
-        if self.labels is not None:  # a model without text tower refuses at once
+        if self.labels is not None:  # refuse a model without text tower at once
             grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
             with torch.no_grad():
                 encoder.classify(grey, self.labels)
@@ -205,8 +205,8 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> lis
 
 def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:
     """Round pixels (3, H, W) to k/255 without leaving the ball about a source that lies on the grid."""
-    # each value goes to the nearest level inside the linf ball; for l2, the values that rounding moved outwards at the
-    # least gain go one level back, until the distance fits
+    # Each value goes to the nearest level inside the linf ball. For l2, the values that rounding moved outwards at the
+    # least gain go one level back, until the distance fits.
     levels, centre = image.double() * 255, (source.double() * 255).round()
     step = levels.round() - centre
     if radius is not None and norm == "linf":
@@ -281,7 +281,7 @@ def match_target(encoder: Any, source: Tensor, target: Tensor, rtol: float, tell
 
 
 def outside_ball(column: str, image: Tensor, source: Tensor, radius: float, norm: str) -> list[tuple[str, str, str]]:
-    """Name the fault of an image (3, H, W) that is outside the ball about the source."""
+    """Describe the fault of an image (3, H, W) that is outside the ball about the source."""
     gap = image.double() - source.double()
     distance = float(gap.abs().max() if norm == "linf" else gap.norm())
     if distance <= radius * (1 + 1e-6) + 1e-7:
@@ -309,7 +309,7 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
-    """Make a match row again from its three PNG images, the float match and what that cost."""
+    """Recompute a match row from its three PNG images, the float match and its cost."""
     (row,) = rows
     image, source, match, target = floats[row["pair_id"]], row["source"], row["match"], row["target"]
     made = measures.measure_match(
@@ -331,7 +331,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
 
 
 def tolerances(made: Row, settings: Row) -> Row:
-    """Say how far columns of a match row may be from those made again: noise floors by a factor of ten."""
+    """Return the tolerances of recomputed match columns; noise floors may differ by a factor of ten."""
     floor = made["noise_floor"] or 0.0
     near = max(3 * floor, 1e-6)  # so that rows made on a GPU verify on a CPU
     errors = ("embedding_error", "embedding_error_8bit", "target_quantization_error")

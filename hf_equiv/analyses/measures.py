@@ -1,4 +1,4 @@
-"""Measure a match: errors, distances, PSNR, SSIM and labels of the stored image; and help to sum up the rows of a run.
+"""Measure a match: errors, distances, PSNR, SSIM and labels of the stored image. Summarise the rows of runs.
 
 Pixels are in [0, 1] and RGB; distances and PSNR are per image, over all N = 3·H·W values.
 """
@@ -108,7 +108,7 @@ def measure_match(
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     three = torch.stack([source, match, target])
     z_source, z_match, z_target = encoder(three)
-    # float32 holds k/255 to 3e-8 only: distances are those of the levels in the files
+    # float32 holds k/255 only to 3e-8, so distances are computed from the levels in the files
     near, far = ((x.double() * 255).round() for x in (match, source))
     gap = (near - far) / 255
     row: Row = {
@@ -140,9 +140,9 @@ def measure_match(
 
 
 def distances_apart(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ‖f(a)−f(b)‖/‖f(b)‖ of every source and target (B, D), and which of them are of unrelated photos."""
-    # Unrelated are a source and the target of another pair, or of a single pair its own. Embeddings that agree to 1e-4
-    # are of one photo, which may be the source of one pair and the target of another.
+    """Return ‖f(a)−f(b)‖/‖f(b)‖ of every source and target (B, D), and which pairs are unrelated photos."""
+    # A source and the target of another pair are unrelated; a single pair uses its own target. Embeddings that agree to
+    # 1e-4 belong to one photo, which may be the source of one pair and the target of another.
     apart = ~torch.eye(len(sources), dtype=torch.bool) if len(sources) > 1 else torch.ones(1, 1, dtype=torch.bool)
     distance = torch.cdist(sources, targets, compute_mode="donot_use_mm_for_euclid_dist") / targets.norm(dim=1)
     return distance, apart & (distance > 1e-4)
@@ -163,7 +163,7 @@ def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
 
 
 def verdict(analysis: str, **values: Any) -> str:
-    """Say the result of a run in words, by the template."""
+    """Return the verdict of a run in words, from the template."""
     text = text_templates().get_template("verdict.txt.jinja").render(analysis=analysis, **values)
     return " ".join(line.strip() for line in text.split("\n") if line.strip())
 

@@ -22,12 +22,12 @@ class Item:
     """One pair or image to work on."""
 
     index: int  # place in the run's list
-    name: str  # `pair_id` or `image_id` of its rows
-    columns: Mapping[str, str | None]  # ids and classes as its rows state them
+    name: str  # the `pair_id` or `image_id` that its rows state
+    columns: Mapping[str, str | None]  # the ids and classes that its rows state
     source: int  # place of the image in its set
     target: int | None  # place of the target in its set, if there is one
     pixels: str | None  # SHA-256 over the images as the encoder sees them; None if one could not be read at planning
-    unusable: tuple[tuple[str, str], ...] = ()  # id and reason of each of its images that could not be read then
+    unusable: tuple[tuple[str, str], ...] = ()  # (id, reason) of each of its images that could not be read then
 
     def entry(self) -> dict[str, Any]:
         """Return its entry in `run.json`."""
@@ -35,7 +35,7 @@ class Item:
 
 
 class Reader:
-    """Reads images as the encoder sees them, each once as long as they fit into `KEPT_BYTES`."""
+    """Read images as the encoder sees them, each once as long as they fit into `KEPT_BYTES`."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.bad: dict[str, dict[str, None]] = {}
@@ -55,7 +55,7 @@ class Reader:
             pixels: Tensor = self._encoder.preprocess([image])[0].detach().cpu()
         except MemoryError:
             raise ValueError(f"image {images.ids[index]!r} does not fit into memory. Shrink it.") from None
-        if pixels.numel() <= self._room:  # a set stays alive as long as its plan, and so does its id
+        if pixels.numel() <= self._room:  # the plan keeps its sets alive, so their `id` stays unique
             self._levels[id(images), index] = (pixels * 255).round().to(torch.uint8)
             self._room -= pixels.numel()
         return pixels
@@ -114,7 +114,7 @@ def _settle(
     """Read every image and make the items; refuse bad images that were named, or all images of a data set."""
     own = [reader.digest(images, i) for i, _ in places]
     others = [] if targets is None else [reader.digest(targets, j) for _, j in places if j is not None]
-    beside = targets is not images  # targets that are no part of the data set were named
+    beside = targets is not images  # the user named targets outside the data set
     usable = any(own) or (not beside and any(others))
     if reader.bad and (not drawn or not usable or (beside and None in others)):
         raise ValueError(_unusable(reader.bad, drawn=drawn))
@@ -132,7 +132,7 @@ def _settle(
 
 
 def refuse_equal(source_id: str, target_id: str, *, same: bool) -> None:
-    """Refuse a source and a target of equal pixels."""
+    """Refuse a source and a target with equal pixels."""
     if same:
         raise ValueError(
             f"source and target must be different images; {source_id!r} and {target_id!r} are the same pixels for the "
@@ -158,7 +158,7 @@ def _given_pairs(sources: ImageSet, targets: ImageSet) -> list[tuple[int, int]]:
 
 
 def _unusable(bad: Mapping[str, Mapping[str, None]], *, drawn: bool) -> str:
-    """Say each reason on one line, with the images it is about where the reason does not name them."""
+    """Return each reason on one line; a reason that does not name its images is followed by them."""
     lines = []
     for why, names in bad.items():
         ids = list(names)

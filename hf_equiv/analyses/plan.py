@@ -1,4 +1,4 @@
-"""Settle a run before anything is computed: encoder, images, settings, and the command that repeats it."""
+"""Plan a run before anything is computed: encoder, images, settings, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from hf_equiv.runs.schema import LAYOUTS, Layout, Row
 
 @dataclass(frozen=True)
 class Plan:
-    """A settled run of any verb."""
+    """A planned run of any verb."""
 
     config: Any  # the run as the user states it, of the class `CONFIG` of the verb
     encoder: Encoder
-    images: ImageSet  # to start from or to analyse
-    targets: ImageSet | None  # the images that they are set against, if any; may be the same set
+    images: ImageSet  # images to start from or to analyse
+    targets: ImageSet | None  # the targets of these images, if any; may be the same set
     items: tuple[Item, ...]  # the pairs or images, in order
     settings: Row  # everything that changes a number, with ids and revisions in place of paths; kept in `run.json`
     provenance: Row  # the provenance columns, equal in every row
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        """Folder and columns of the rows."""
+        """The folder and columns of the rows."""
         return LAYOUTS[self.config.analysis]
 
     @property
@@ -60,7 +60,7 @@ class Plan:
         words = ["hf-equiv", config.analysis, str(settings["model_id"])]
         words += [] if revision.startswith("sha256:") else ["--revision", revision]
         targets = self.targets or self.images
-        stated = replace(  # the encoder is loaded before the config is read, so that it has the last word
+        stated = replace(  # the loaded encoder overrides the readout and dtype of the config
             config,
             readout=settings["readout"],
             dtype=config.half or settings["dtype"],
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def item_bytes(self) -> int:
-        """Most bytes of the images and float images of one item."""
+        """The most bytes that the images and float images of one item take."""
         return int(self.config.item_bytes(self.encoder, self.settings))
 
     def pixels(self, item: Item) -> tuple[Tensor, Tensor | None]:
@@ -126,7 +126,7 @@ class RunRows:
     baseline: Row | None = None  # distances of unrelated images that the run states, if no encoder can measure them
 
 
-Tell = Callable[..., None]  # receives a stage of the items in work, the steps done, their number, and more progress
+Tell = Callable[..., None]  # receives the stage of the current items, the steps done, all steps, and more
 
 
 def make_plan(config: Any, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False) -> Plan:
@@ -169,7 +169,7 @@ def make_plan(config: Any, encoder: Encoder, *, cache_dir: str | None = None, lo
 
 
 def _refuse_constant(encoder: Encoder) -> None:
-    """Refuse a readout that no pixel changes."""
+    """Refuse a readout that does not depend on the pixels."""
     grey = torch.full((2, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype)
     grey[1] += torch.linspace(-0.5, 0.5, grey[1].numel()).view_as(grey[1]).to(grey)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Make the rows of a run block by block, go on where an earlier run stopped, and sum the rows up."""
+"""Make the rows of a run block by block, resume an earlier run, and summarise the rows."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ the most bytes of the images and float images of one item;
 `draw_figures(plan, summary, made)`, which draws the figures of a run, as bytes by file name.
 
 For `verify`: `follow(settings, rows)` gives the columns that follow from other columns of the rows of one item;
-`remake(encoder, settings, rows, floats)` makes the rows again, where `faults` of a row are a column, a requirement and
-what was found, of images that do not fit; `tolerances(made, settings)` says how far the columns of a row may be from
-those made again (see `verify.rows.agrees`).
+`remake(encoder, settings, rows, floats)` recomputes the rows; `faults` of a row lists images that do not fit, each with
+column, requirement and finding; `tolerances(made, settings)` returns how far the columns of a row may be from
+the recomputed ones (see `verify.rows.agrees`).
 """
 
 BATCH, CPU_BATCH = 32, 8  # items in one pass on a GPU and on a CPU, where there are always `BATCH` derivatives
@@ -56,16 +56,16 @@ class RunOutcome:
     summary: Row  # counts, medians and verdict, as in `run.json`
     errors: Mapping[str, str]  # reason of each row of status `error`, by pair or image id
     refine_evals: Mapping[str, float]  # evaluations of the 8-bit refinement, by pair id
-    main: bool = True  # whether this is the main process; of several, only one reports
+    main: bool = True  # whether this is the main process, the only one that reports
 
     @property
     def failed(self) -> tuple[Row, ...]:
-        """The rows whose status is a failure."""
+        """The rows that failed."""
         return tuple(row for row in self.rows if row["status"] not in VERBS[self.analysis].SUCCEEDED)
 
     @property
     def completed(self) -> bool:
-        """Whether no row has a status that is a failure."""
+        """Whether no row failed."""
         return not self.failed
 
 
@@ -78,12 +78,12 @@ def run_analysis(
     observer: Observer | None = None,
 ) -> RunOutcome:
     """Carry out a plan: make the missing rows of each pair or image, then summary, figures and card."""
-    # Rows are on disk after each batch, and the same call finishes a run that was stopped at any moment. A pair or
-    # image that cannot be worked on gets a row of status `error`, and the others go on. `overwrite` may be `missing`
-    # (make the rows that are not there, and those of status `error` again), `always` (replace an earlier run) or
-    # `never` (refuse one). `batch_size` is the number of pairs at once, and on a GPU also that of derivatives; it is
-    # halved when memory runs out, and on a CPU it changes no number. `observer` receives a `RunProgress` after each
-    # batched evaluation; an exception that it raises ends the run.
+    # Rows are on disk after each batch, and the same call resumes a run that was stopped at any moment. A pair or image
+    # that fails gets a row of status `error`, and the others go on. `overwrite` may be `missing` (make missing rows and
+    # remake those of status `error`), `always` (replace an earlier run) or `never` (refuse one). `batch_size` is the
+    # number of pairs at once, and on a GPU also the number of derivatives; it is halved when memory runs out, and on a
+    # CPU it changes no number. `observer` receives a `RunProgress` after each batched evaluation; an exception that it
+    # raises ends the run.
     job = _Job(plan, Path(out or plan.default_out), batch_size)
     main = carry_out(job, overwrite, observer or (lambda _: None))
     record, found = directory.read_record(job.folder), job.found or read_back(job.folder, plan.layout, job.names, 0)
@@ -143,7 +143,7 @@ class _Job:
             return [_with_ids(plan, one, own) for one, own in zip(part, made, strict=True)]
         except (RuntimeError, ValueError, OSError, MemoryError) as error:  # NaN, no JVP, a heading that leads nowhere
             why, full = one_line(error), ran_out(error)
-        # here the failed attempt is gone, with the memory that its error kept alive
+        # outside the `except` block, the memory that the error kept alive is free
         tried = {"items": len(part), "derivatives": size}.get(self.verb.BATCH, 1)
         if full and tried > 1:
             half = self.at_once = fewer_at_once(tried)
@@ -178,7 +178,7 @@ def _load(plan: Plan, item: Item) -> Loaded:
 
 
 def _base_row(plan: Plan, item: Item, one: Loaded | None) -> Row:
-    """Return the columns that all rows of an item share, the others empty."""
+    """Return a row with the columns that all rows of an item share, and the others empty."""
     layout, ids = plan.layout, dict(item.columns)
     row: Row = dict.fromkeys((*layout.images, *layout.features)) | ids | plan.provenance
     if one is not None:
@@ -189,7 +189,7 @@ def _base_row(plan: Plan, item: Item, one: Loaded | None) -> Row:
 
 
 def read_back(folder: Path, layout: Layout, names: Sequence[str], shown: int) -> RunRows:
-    """Read the rows of a run, in the order of its items; those of the first `shown` items also with their images."""
+    """Read the rows of a run in the order of its items, and the images of the first `shown` items."""
     order = {name: place for place, name in enumerate(names)}
 
     def place(row: Row) -> int:

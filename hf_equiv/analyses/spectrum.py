@@ -25,7 +25,7 @@ from hf_equiv.runs import shards
 from hf_equiv.runs.schema import Row
 
 SUCCEEDED, BATCH = (Status.COMPLETED,), "derivatives"
-SHOWN = 6  # images whose singular vectors are drawn
+SHOWN = 6  # images whose singular vectors a figure shows
 KEPT_VECTORS = 8  # singular vectors kept with `vectors` where no `k` is given
 
 _ZEROS = ("structural_zeros", "near_structural")
@@ -72,7 +72,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> lis
     floats: dict[str, Tensor] = {}
     if result.right is not None and result.left is not None:
         kept = k or min(KEPT_VECTORS, result.right.shape[1])
-        floats = {"right": result.right[0, :kept].clone(), "left": result.left[0, :, :kept]}  # without the others
+        floats = {"right": result.right[0, :kept].clone(), "left": result.left[0, :, :kept]}  # frees the others
     return [Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()})]
 
 
@@ -151,13 +151,13 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
-    """Make a spectrum row again; what is counted or summed over all singular values, from the stated ones."""
+    """Recompute a spectrum row; counts and sums over all singular values use the stated values."""
     (row,) = rows
     made = row_of(jacobian_spectrum(encoder, row["image"][None], k=settings["k"], vectors=False, batch=_BATCH))
     sigma = [s or 0.0 for s in row["singular_values"] or []]
     values, whole = torch.tensor(sigma, dtype=torch.float64), made["rank"] is not None and settings["k"] is None
     if whole and len(sigma) == len(made["singular_values"]) and sigma[0] > 0:
-        rank = sum(s > (row["rank_threshold"] or 0.0) for s in sigma)  # one near the threshold may be on either side
+        rank = sum(s > (row["rank_threshold"] or 0.0) for s in sigma)  # a σ near the threshold may be on either side
         made |= {
             "rank": rank,
             "nullity": made["nullity"] + made["rank"] - rank,
@@ -175,7 +175,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
 
 
 def tolerances(made: Row, settings: Row) -> Row:
-    """Say how far columns of a spectrum row may be from those made again: singular values by their error bounds."""
+    """Return the tolerances of recomputed spectrum columns: singular values may differ by their error bounds."""
     bounds = [bound or 0.0 for bound in made["error_bound"]]
     top = max((s or 0.0 for s in made["singular_values"]), default=0.0)
     share = 1e-9 if settings["k"] is None else 1e-3

@@ -29,7 +29,7 @@ from hf_equiv.runs.schema import Row
 SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
 SHOWN = 6  # walks drawn one by one
 CHUNK = 16  # frames encoded at once
-FROM_A_MATCH = ("nearest", "connect")  # headings of walks that start from a match of the target
+FROM_A_MATCH = ("nearest", "connect")  # headings whose walks start from a match of the target
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ CONFIG = WalkConfig
 
 
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
-    """Walk from one image, for `nearest` and `connect` from a match that starts at it; one row for each point."""
+    """Walk from one image (`nearest` and `connect`: from a match that starts at it); make a row for each point."""
     (one,) = part
     encoder, settings = plan.encoder, plan.settings
     name, image, target = one.item.name, one.image, one.target
@@ -117,13 +117,13 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> lis
         _measures(encoder, point, frame, z) | label | whole
         for point, frame, label in zip(path, frames, labels, strict=True)
     ]
-    origin = image if from_match else frames[0].clone()  # without the memory of the other frames
+    origin = image if from_match else frames[0].clone()  # a copy does not keep the other frames in memory
     floats = {"frames": frames, "origin": origin} | ({} if target is None else {"target": target})
     return [Made(rows, {f"{name}/{key}": value for key, value in floats.items()})]
 
 
 def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:
-    """Return the frame as PNG with its numbers; the drift is that of the frame alone, as `verify` computes it."""
+    """Return the frame as PNG with its numbers; the drift is computed from the frame alone, as in `verify`."""
     png = encode_png(frame)
     numbers = {
         key: finite(getattr(point, key)) for key in ("arc_length", "l2", "linf", "psnr_db", "remaining", "stationarity")
@@ -134,7 +134,7 @@ def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:
 
 
 def level(encoder: Any, start: Tensor, target: Tensor | None) -> Tensor:
-    """Return the embedding z (D,) of the level set: the target's for walks from a match, else that of the start."""
+    """Return the embedding z (D,) of the level set: from the target for walks from a match, else from the start."""
     return embed(encoder, (start if target is None else target)[None])[0]
 
 
@@ -214,7 +214,7 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
-    """Make the rows of one walk again from its float frames."""
+    """Recompute the rows of one walk from its float frames."""
     name, heading = rows[0]["image_id"], settings["heading"]
     frames, matched = floats[f"{name}/frames"], settings["solver"] is not None
     origin = floats[f"{name}/origin"] if matched else frames[0]
@@ -253,7 +253,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
 
 
 def tolerances(made: Row, settings: Row) -> Row:
-    """Say how far columns of a walk row may be from those made again."""
+    """Return the tolerances of recomputed walk columns."""
     near = max(3 * made["noise_floor"], 1e-12 if settings["dtype"] == "float64" else 1e-6)
     far = made["drift"] or 0.0
     limits: Row = {
@@ -266,6 +266,6 @@ def tolerances(made: Row, settings: Row) -> Row:
         "remaining": 1e-5,
         "prob": max(100 * near, 1e-4),
     }
-    if "most_left" in made:  # the stated value is an upper bound; a walk that ended early states a small one
+    if "most_left" in made:  # an upper bound; a walk that completed early states a small one
         limits["stationarity"] = (0.95 * (made["stationarity"] or 0.0) - 1e-3, made["most_left"])
     return limits

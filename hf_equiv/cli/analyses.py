@@ -1,4 +1,4 @@
-"""The commands that make run directories: match, spectrum, lipschitz, walk. One body carries out all four."""
+"""Define the commands that make run directories: match, spectrum, lipschitz, walk. All four share one body."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _NORM = click.Choice(["linf", "l2"])
 
 _WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
-"""Name of the items of a verb in messages, their number in a dry run, and their failure."""
+"""Words for the items of a verb: in messages, as a number in a dry run, and after a failure."""
 
 _USUAL_WORDS = ("images", "images_to_do", "were not completed")
 
@@ -149,7 +149,7 @@ def walk(**given: Any) -> int:
 
 
 def _run(name: str, given: dict[str, Any]) -> int:
-    """Settle the plan of a verb, and carry it out or say what would be done; returns the exit code."""
+    """Make the plan of a verb, then run it or print what a run would do; return the exit code."""
     from hf_equiv.analyses.plan import make_plan
     from hf_equiv.analyses.run import VERBS
     from hf_equiv.cli import environment, output, progress
@@ -178,14 +178,14 @@ def _run(name: str, given: dict[str, Any]) -> int:
         else:
             told = facts | {"unusable_images": output.some(facts["unusable_images"], 10)}
             told["choices"] = "; ".join(plan.choices)
-            usual = ("_error", "_images", "choices")  # nothing to say where they are empty
+            usual = ("_error", "_images", "choices")  # hidden when empty
             shown = {key: value for key, value in told.items() if value or not key.endswith(usual)}
             output.print_text("facts", facts={"would do": shown})
     return 0
 
 
 def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
-    """Run a plan with progress, and print its rows, summary and verdict; returns the exit code."""
+    """Run a plan with progress, and print its rows, summary and verdict; return the exit code."""
     from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import environment, output, progress
     from hf_equiv.runs import shards

@@ -1,4 +1,4 @@
-"""This machine and its checkpoints: versions, devices, processes, and the facts of `hf-equiv env`."""
+"""Describe this machine and its checkpoints: versions, devices, processes, and the facts of `hf-equiv env`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 
 
 def load_encoder(model: str, *, dtype: str, device: str | None, **options: Any) -> Encoder:
-    """Load the encoder that the model options name, on the GPU of this process where a launcher has started several."""
+    """Load the encoder that the model options name; under a launcher, on the GPU of this process."""
     import torch
 
     from hf_equiv.analyses.config import DTYPES

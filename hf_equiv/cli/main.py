@@ -100,6 +100,6 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    """Print an error on one line, and the items of a list on one line each."""
+    """Print an error on one line, or on several if it lists items."""
     click.echo("error: " + "\n- ".join(" ".join(item.split()) for item in message.split("\n- ")), err=True)
     return code

@@ -22,7 +22,7 @@ SHARE = click.FloatRange(min=0, max=1, min_open=True, max_open=True)
 
 
 def radius(text: str) -> float | None:
-    """Parse a number or a fraction such as 8/255; `none` is no ball."""
+    """Parse a number or a fraction such as 8/255; `none` means no ball."""
     if text.strip().lower() == "none":
         return None
     over, _, under = text.partition("/")
@@ -52,7 +52,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def once(context: click.Context, option: click.Parameter, values: tuple[Any, ...]) -> Any:
-    """Return the value of an option declared `multiple`; refuse two values, of which the last would win silently."""
+    """Return the value of an option declared `multiple`; refuse two values instead of silently taking the last."""
     if len(set(values)) > 1 and option.secondary_opts:
         flags = " and ".join(option.opts + option.secondary_opts)
         raise click.UsageError(f"{flags} exclude each other; got both. Leave one out.")
@@ -63,7 +63,7 @@ def once(context: click.Context, option: click.Parameter, values: tuple[Any, ...
 
 
 def flag_note(message: str, options: Iterable[click.Parameter]) -> str:
-    """Return a note on the parameters in a message whose flags have other names; empty where there are none."""
+    """Return a note on the parameters in a message whose flags have other names; empty if there are none."""
     flags = {option.name: option.opts[0] for option in options}
     found = dict.fromkeys(name for name in re.findall(r"`(\w+)", message) if flags.get(name, name).lstrip("-") != name)
     return f" ({', '.join(f'`{name}` is {flags[name]}' for name in found)}.)" if found else ""
@@ -72,22 +72,22 @@ def flag_note(message: str, options: Iterable[click.Parameter]) -> str:
 def option(
     name: str, text: str, metavar: str | None = None, type: Any = None, default: Any = None, **more: Any
 ) -> Callable[[F], F]:
-    """An option with a value, as a decorator."""
+    """Return an option with a value, as a decorator."""
     return click.option(name, help=text, metavar=metavar, type=type, default=default, **more)
 
 
 def flag(name: str, text: str) -> Callable[[F], F]:
-    """An option without a value, as a decorator."""
+    """Return an option without a value, as a decorator."""
     return click.option(name, is_flag=True, help=text)
 
 
 def images_option(name: str, text: str) -> Callable[[F], F]:
-    """An option that names images."""
+    """Return an option that names images."""
     return option(name, text, "W", multiple=True, callback=once)
 
 
 def visibility(kind: str) -> Callable[[F], F]:
-    """`--private/--public` as the keyword `private`: True, False, or None without a flag."""
+    """Return `--private/--public` as the keyword `private`: True, False, or None without a flag."""
     text = f"Who sees it. Default: a new {kind} is private, an existing one is left as it is."
     return click.option(
         "--private/--public", "private", is_flag=True, multiple=True, default=None, callback=once, help=text

@@ -1,4 +1,4 @@
-"""Results for a person or a program: tables, sentences and JSON on stdout, errors on stderr."""
+"""Print results for a person or a program: tables, sentences and JSON on stdout, errors on stderr."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 MAX_ROWS = 20
 
 _OF_WORDS = ("source", "image", "direction", "seen as", "zeros")
-"""How the columns of the table of a run begin that hold names; all others but the status hold numbers."""
+"""Prefixes of the table columns that hold text. All other columns except `status` hold numbers."""
 
 
 def _console() -> Console:
-    """Return a console that prints text as it is; lines are as wide as they need to be."""
+    """Return a console that prints text unchanged, without breaking lines."""
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -132,7 +132,7 @@ def failures(outcome: RunOutcome) -> dict[str, list[str]]:
 
 
 def reasons(failures: Mapping[str, list[str]]) -> list[str]:
-    """Return one sentence for each cause, with the number and the first of its pairs or images."""
+    """Return one sentence for each cause, with the number of its pairs or images and the first ones."""
     return [f"{why} ({len(ids)}: {some(ids, 3)})" for why, ids in failures.items()]
 
 
@@ -143,7 +143,7 @@ def some(names: Iterable[str], count: int) -> str:
 
 
 def print_summary(report: Report, path: Path) -> None:
-    """Print a few sentences of a report on each checkpoint, and the files that it is in."""
+    """Print a few sentences of a report on each checkpoint, and the names of its files."""
     from hf_equiv.report.claims import say
 
     console = _console()

@@ -1,4 +1,4 @@
-"""Progress of the work on stderr: bars on a terminal, plain lines elsewhere."""
+"""Show the progress of work on stderr: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from hf_equiv.runs.execute import Observer, RunProgress
 
 LINE_EVERY = 15.0
-"""Seconds between plain lines when stderr is no terminal."""
+"""Seconds between plain lines when stderr is not a terminal."""
 
 
 def say(lines: Iterable[str], *, quiet: bool) -> None:
-    """Print what a person should know before a run; of several processes the first does."""
+    """Print notes before a run, in the first process only."""
     for line in lines if is_first() and not quiet else ():
         to_stderr(line)
 
@@ -49,7 +49,7 @@ def run_progress(*, quiet: bool, what: str = "rows") -> Iterator[Observer]:
     elif is_first():
         with _bars() as bars:
             yield _Bars(bars, what)
-    else:  # the bar of the first process counts the rows of all
+    else:  # the bar of the first process counts the rows of all processes
         lines = _Lines(what)
         yield lambda p: lines(p) if p.stage == "note" else None
 
@@ -148,7 +148,7 @@ def steps(*, quiet: bool, amount: Callable[[int, int], str]) -> Iterator[Callabl
             latest, last = step, time.monotonic()
             to_stderr(", ".join(filter(None, (step, amount(done, total)))))
 
-    with calm(quiet=quiet or amount is sent):  # an upload has one bar, ours
+    with calm(quiet=quiet or amount is sent):  # hide the Hub client's bars during an upload
         if quiet:
             yield lambda done, total, step: None
         elif not sys.stderr.isatty():

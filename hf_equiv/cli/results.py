@@ -1,4 +1,4 @@
-"""The commands on finished runs: verify, publish, report."""
+"""Define the commands for finished runs: verify, publish, report."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
 
 
 def _refuse_unwritable(path: Path) -> None:
-    """Refuse a page that cannot be written, before anything is measured; leave nothing behind."""
+    """Refuse a page that cannot be written before anything is measured, without leaving a file."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"`out` must be a file name ending in .html; got {str(path)!r}.")
     try:

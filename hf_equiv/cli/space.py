@@ -1,4 +1,4 @@
-"""The commands on the app: serve it here, or deploy it to a Space on the Hub."""
+"""Define the commands for the app: serve it here, or deploy it to a Space on the Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_equiv.cli.options import flag, group, option, output_options, visibility
 
 @click.group()
 def space() -> None:
-    """Serve the app that shows all this in a browser, here or as a Space on the Hub."""
+    """Serve the app in a browser, on this machine or as a Space on the Hub."""
 
 
 _app_options = group(

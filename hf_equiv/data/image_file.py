@@ -1,4 +1,4 @@
-"""Read an image file as upright RGB, or name its fault; write and read PNG on the k/255 grid."""
+"""Read an image file as upright RGB, or explain its fault; write and read PNG on the k/255 grid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-MAX_PIXELS = 178_956_970  # that are decoded (0.7 GiB), the limit of Pillow too
+MAX_PIXELS = 178_956_970  # most pixels decoded (0.7 GiB), which is also Pillow's limit
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .avif".split())
 _LIMIT_LOCK = threading.Lock()
 
@@ -84,7 +84,7 @@ def decode_png(data: bytes, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @contextmanager
 def _pillow_limit_off() -> Iterator[None]:
-    # `_decode` checks the size; Pillow would refuse large JPEG files at opening, which are decoded smaller.
+    # `_decode` checks the size. Pillow would refuse large JPEG files at opening, but they are decoded smaller.
     with _LIMIT_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -102,7 +102,7 @@ def _decode(image: Image.Image, name: str, most: int) -> Image.Image:
         told = f"image {name!r} must have at most {most:,} pixels; got {width} x {height}"
         raise ValueError(f"{told}. Shrink it first: encoders look at a few hundred pixels a side.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about odd EXIF and palette transparency, which are handled below
+        warnings.simplefilter("ignore")  # Pillow warns about odd EXIF and palette transparency, which are handled below
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), name)
 

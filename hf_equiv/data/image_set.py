@@ -1,4 +1,4 @@
-"""A set of images under one name, decoded one by one."""
+"""Define a set of images under one name, decoded one by one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ImageSet:
     choices: tuple[str, ...] = ()  # a sentence on each choice that the user left open, such as the split
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.ids)
 
     def __getitem__(self, index: int) -> ImageItem:
@@ -46,7 +46,7 @@ class ImageSet:
         return (self[i] for i in range(len(self)))
 
     def select(self, indices: Sequence[int]) -> ImageSet:
-        """Return the images at `indices` as a set of the same name and revision."""
+        """Return the images at `indices` as a set with the same name and revision."""
         chosen = tuple(range(len(self))[i] for i in indices)
         return replace(
             self,
@@ -57,7 +57,7 @@ class ImageSet:
 
 
 def file_digest(path: Path) -> str:
-    """Return the hex SHA-256 of a file, or "unreadable": reading it later gives the error."""
+    """Return the hex SHA-256 of a file, or "unreadable"; reading the file later raises the error."""
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -40,8 +40,8 @@ def load_images(
         seed: seed of that draw.
         image_column: column of a table that holds the images; by default the first of type Image.
         label_column: column of a table that holds the class; by default the first ClassLabel, else `label`.
-        cache_dir: folder of downloads and converted parquet files; by default the Hub's cache.
-        local_files_only: never ask the Hub.
+        cache_dir: folder for downloads and converted parquet files; by default the Hub's cache.
+        local_files_only: whether to use cached files only.
         most: number of images to fetch of a Hub dataset that is streamed; by default `limit`.
         streaming: fetch only the first `most` images of a Hub dataset; default above 5 GB of files, if `most` is known.
 
@@ -78,7 +78,7 @@ def load_images(
 
 
 def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) -> ImageSet | None:
-    """Open images of this machine, or return None for the name of a Hub dataset."""
+    """Open images on this machine, or return None for the name of a Hub dataset."""
     if what == "builtin":
         folder = Path(__file__).parents[1] / "assets" / "photos"
         return _image_files(what, [folder / f"{name}.jpg" for name in BUILTIN_PHOTOS], BUILTIN_PHOTOS, BUILTIN_PHOTOS)
@@ -109,7 +109,7 @@ def _image_files(
 
 
 def _single_photo(path: Path) -> ImageSet:
-    if path.suffix.lower() not in IMAGE_SUFFIXES:  # a table, a text, an archive: say so before it counts as one image
+    if path.suffix.lower() not in IMAGE_SUFFIXES:  # a table, text or archive must not count as one image
         try:
             open_image(path)
         except ValueError as error:
@@ -121,7 +121,7 @@ def _folder(path: Path, open_tables: Callable[[str, Sequence[Path]], ImageSet]) 
     """Open the image files of a folder, sorted by their path inside it, or else its parquet files."""
     inside = sorted(p for p in path.rglob("*") if p.is_file())
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    made = {p.parent for p in inside if p.name == "run.json"} - {path}  # the figures of our own runs
+    made = {p.parent for p in inside if p.name == "run.json"} - {path}  # the figures in run directories are no input
     inside = [p for p in inside if made.isdisjoint(p.parents)]
     name = path.resolve().name or "root"
     photos = dict(sorted((p.relative_to(path).as_posix(), p) for p in inside if p.suffix.lower() in IMAGE_SUFFIXES))
@@ -152,14 +152,14 @@ def draw_pairs(
 ) -> list[tuple[int, int]]:
     """Draw `n` different (source, target) pairs of indices, the same for the same set, `n` and `seed`.
 
-    Source and target are different images, of different classes where both have one. The first m of n pairs are the
-    m pairs that a smaller draw gives.
+    Source and target are different images, with different classes if both have one. A smaller draw of m pairs gives
+    the first m of the n pairs.
 
     Args:
         images: the set to draw from, at least two images.
         n: number of pairs; None for 10, or all there are if they are fewer.
         seed: seed of the draw.
-        differ: tells whether a pair may be drawn; the same photo under two names may not.
+        differ: returns whether a pair may be drawn; it refuses the same photo under two names.
 
     Returns:
         The pairs, in the order of the draw.

@@ -1,8 +1,8 @@
 """Read images from tables: local parquet files and Hub datasets, whole or streamed.
 
-A row of a parquet file or of a stream cannot be read alone: its row group, often 100 MB, comes along. So rows are
-copied once, a few at a time, into an Arrow file in the cache of `datasets`, from which each is read where it lies. The
-copy is named by its contents: the next call, or another process, finds it.
+Reading one row of a parquet file or stream reads its whole row group, often 100 MB. Rows are therefore copied once, a
+few at a time, into an Arrow file in the `datasets` cache, which gives access to single rows. The copy is named by its
+contents, so that the next call or another process finds it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if th
 DEFAULT_SPLITS = ("validation", "test", "train")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
-_ROWS = 16  # copied at once
+_ROWS = 16  # rows copied at once
 _BUFFER = 1 << 20  # bytes of a column that are read at once
 _UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)  # pyarrow's errors are subclasses of these
 _UNLOADABLE = (*_UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError)
 
 
 def load_parquet(name: str, paths: Sequence[Path], cache_dir: str | None) -> tuple[datasets.Dataset, str]:
-    """Open parquet files as one dataset; return it with the revision of their contents."""
+    """Open parquet files as one dataset; return it with a revision computed from their contents."""
     revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
 
     def states() -> list[tuple[int, int]]:
@@ -87,7 +87,7 @@ def _batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
 
 
 def refuse_swollen(path: Path, most: int) -> None:
-    """Refuse a parquet file that is damaged, or larger than `most` bytes once it is read; it is read in small parts."""
+    """Refuse a parquet file that is damaged or larger than `most` bytes in memory; read it in small parts."""
     size = 0
     try:
         for batch in _batches(path, 4):
@@ -103,7 +103,7 @@ def load_hub_dataset(
     what: str, image_column: str | None, label_column: str | None, cache_dir: str | None, *,
     local_files_only: bool, most: int | None, streaming: bool,
 ) -> ImageSet:  # fmt: skip
-    """Open `id[:config][:split]` at its current commit; of a large or streamed one, only the first `most` images."""
+    """Open `id[:config][:split]` at its current commit; fetch only `most` images if it is large or streamed."""
     repo_id, *parts = what.split(":")
     if len(parts) > 2:
         raise ValueError(f"a dataset must be named id[:config][:split]; got {what!r}.")
@@ -114,7 +114,7 @@ def load_hub_dataset(
     config, split, choices = _choose(repo_id, revision, parts)
     name = f"{repo_id}:{config}:{split}"
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says the same
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error repeats what the log says
     try:
         with explained(repo_id):
             if most is not None and not offline and (streaming or is_large(repo_id, config, revision)):
@@ -137,7 +137,7 @@ def load_hub_dataset(
 
 
 def is_large(repo_id: str, config: str, revision: str) -> bool:
-    """Tell whether the dataset card or its files state more than `LARGE` bytes."""
+    """Return whether the dataset card or its files state more than `LARGE` bytes."""
     info = datasets.load_dataset_builder(repo_id, config, revision=revision).info
     return (info.download_size or 0) > LARGE
 
@@ -165,7 +165,7 @@ def first_rows(
 def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
     if cell is None or cell.get("bytes") is not None or not cell.get("path"):
         return cell
-    if "hf://" not in cell["path"]:  # a file of this machine or of elsewhere does not belong to the dataset
+    if "hf://" not in cell["path"]:  # only a file in the repository belongs to the dataset
         return {"bytes": None, "path": None}
     with xopen(cell["path"], "rb") as stream:
         return {"bytes": stream.read(), "path": None}
@@ -205,10 +205,10 @@ def table_images(
 
 
 def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> tuple[str, list[str]]:
-    """Return the image column, and all that hold images by their type or else by their name."""
+    """Return the image column, and all columns that hold images by type or else by name."""
     features = dataset.features
     found = [k for k, v in features.items() if isinstance(v, datasets.Image)]
-    # the type of an image column without the metadata of `datasets`
+    # without the metadata of `datasets`, an image column has this type
     found = found or [k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}]
     found = found or [k for k in ("image", "img", "jpg", "png") if k in features]
     column = wanted or next(iter(found), None)
@@ -246,7 +246,7 @@ def _revision(repo_id: str, cache_dir: str | None, offline: bool) -> str:
 
 
 def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tuple[str, ...]]:
-    """Settle configuration and split, with a sentence on each that nobody named; a single part may be either."""
+    """Choose configuration and split, and describe each default in a sentence; a single part may be either."""
     try:
         configs = datasets.get_dataset_config_names(repo_id, revision=revision)
         config = next((p for p in parts[:1] if p in configs), "default" if "default" in configs else configs[0])

@@ -1,4 +1,4 @@
-"""Make directions in pixel space to measure an encoder along, such as its row space and its null space."""
+"""Make the directions in pixel space along which an encoder is measured, such as its row space and its null space."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RowSpace:
         basis: V, right singular vectors as rows, (R, N), orthonormal, in the dtype of the image.
         singular_values: σ of these rows, (R,), float64, descending.
         left: their left singular vectors, (D, R), float64.
-        threshold: of the rank, in units of σ.
+        threshold: threshold of the rank, in units of σ.
     """
 
     basis: Tensor
@@ -36,7 +36,7 @@ class RowSpace:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """R, the dimension of the row space."""
         return len(self.basis)
 
     def project_row(self, vectors: Tensor) -> Tensor:
@@ -126,14 +126,14 @@ def row_space(
 
 
 def principal_angles(a: RowSpace, b: RowSpace) -> Tensor:
-    """Return the principal angles between two row spaces: of two images, or of two encoders at one image.
+    """Return the principal angles between two row spaces, at two images or for two encoders at one image.
 
     cos θ_i are the singular values of V_a V_bᵀ; θ = atan2(sin, cos) with sin θ_i the length of the i-th principal
     vector of b off that of a, so that small angles are exact too.
 
     Args:
         a: row space of one Jacobian.
-        b: row space of another, over the same N pixels; of any rank.
+        b: row space of another, over the same N pixels and with any rank.
 
     Returns:
         θ (min(R_a, R_b),), ascending, in [0, π/2], float64, radians.
@@ -163,13 +163,13 @@ def patch_null_space(weight: Tensor) -> Tensor:
     They belong to the null space at every image. There are C·p² − rank W of them, W (D, C·p²).
 
     Args:
-        weight: of the patch embedding, (D, C, p, p), per pixel in [0, 1], as `Encoder.patch_weight`.
+        weight: weight of the patch embedding, (D, C, p, p), per pixel in [0, 1], as `Encoder.patch_weight`.
 
     Returns:
         (M, C, p, p), orthonormal, float64.
 
     Raises:
-        ValueError: `weight` is no finite (D, C, p, p).
+        ValueError: `weight` is not a finite (D, C, p, p).
     """
     if weight.ndim != 4 or not bool(torch.isfinite(weight).all()):
         raise ValueError(f"`weight` must be a finite tensor (D, C, p, p); got shape {tuple(weight.shape)}.")
@@ -237,7 +237,7 @@ def make_directions(
         gradient: whether to add the gradient.
         toward: images t, (B or 1, C, H, W), pixels in [0, 1].
         match: matches m, (B, C, H, W), pixels in [0, 1].
-        generator: of the random numbers, on the CPU; None for one with seed 0.
+        generator: source of the random numbers, on the CPU; None for one with seed 0.
         batch: cotangents per backward pass.
 
     Returns:

@@ -12,26 +12,26 @@ from torch import Tensor
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import dot
 
-MAX_PRODUCTS = 40  # most products with the Hessian of one Newton step
+MAX_PRODUCTS = 40  # most products with the Hessian in one Newton step
 _MEMORY = 20  # secant pairs of the descent towards an image
 _SMALLEST = 1e-3  # least share of a wish that projection must leave
 _ROUNDS = 10  # most rows learnt at one point before its tangent is used as it is
-_ACTIVE = 60  # most Newton steps of a projection on the tangent cone
+_ACTIVE = 60  # most Newton steps in a projection on the tangent cone
 _LEAST = 2.0**-20  # least step length of that projection
-_ROUNDING = 30  # eps times the length of a wish below which a tangent is rounding
-_CLOSE = 1.1  # ‖e‖ / ‖t‖ of a tangent that counts as true
-_EASY, _HARD, _FAIR = 8, 25, 16  # corrector trials of a step
+_ROUNDING = 30  # in eps times the length of a wish: a shorter tangent is rounding
+_CLOSE = 1.1  # largest ‖e‖ / ‖t‖ at which a tangent counts as true
+_EASY, _HARD, _FAIR = 8, 25, 16  # corrector trials for an easy, a hard and a fair step
 _NEAR = 0.12  # stationarity below which Newton steps are worth their products with the Hessian
 _PROBE = 0.01  # L2 length of the differences that replace products with the Hessian
-_ACCURACY = 0.2  # of a Newton step
-_POOR, _FINE = 0.4, 0.75  # shares of the promised gain below and above which the radius shrinks and grows
+_ACCURACY = 0.2  # accuracy of a Newton step
+_POOR, _FINE = 0.4, 0.75  # the radius shrinks below and grows above these shares of the predicted gain
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """A step p and its figures in the quadratic model."""
 
-    step: Tensor  # p, of the shape of the gradient
+    step: Tensor  # p, with the shape of the gradient
     slope: float  # ⟨g, p⟩
     curvature: float  # ⟨p, H p⟩
     bound: bool  # whether p ends on the sphere ‖p‖ = radius
@@ -80,7 +80,7 @@ class Plan:
     """The next move from a point."""
 
     direction: Tensor | None  # tangent t (C, H, W) of unit length: A t = 0 on the free pixels; None at the end
-    length: float  # step that the heading would take without other limits
+    length: float  # the step that the heading would take without other limits
     stationarity: float | None = None  # ‖P_null d‖ / ‖d‖, see `WalkPoint`
 
 
@@ -115,7 +115,7 @@ class Ahead:
         return dot(moved, (at.image + there.image) / 2 - self.origin) > 0.0
 
     def pace(self, trials: int) -> float:
-        """Return the factor for the next step: many corrector trials mean that A has reached its limits."""
+        """Return the factor for the next step; many corrector trials mean that A has reached its limits."""
         return 1.5 if trials <= _EASY else 0.7 if trials > _HARD else 1.0
 
 
@@ -181,7 +181,7 @@ class Toward:
         return Plan(direction / length, length, bound)
 
     def accepts(self, at: Place, there: Place) -> bool:
-        """Whether a corrected point gains a share of the promise."""
+        """Whether a corrected point achieves a share of the predicted gain."""
         moved = there.image - at.image
         # ½‖x − P‖² − ½‖y − P‖² = ⟨y − x, P − (x + y)/2⟩ avoids the difference of two large numbers
         gain = dot(moved, self.destination - (at.image + there.image) / 2)
@@ -198,11 +198,11 @@ class Toward:
         return ratio > 0.1
 
     def pace(self, trials: int) -> float:
-        """Return the factor for the next step, for about 16 corrector trials a step."""
+        """Return the factor for the next step, which aims at 16 corrector trials for each step."""
         return min(1.5, max(0.7, math.sqrt(_FAIR / max(1, trials))))
 
     def reconsider(self) -> bool:
-        """Whether another plan may help after a rejected step: one without the curvature learnt so far."""
+        """Whether a plan without the curvature learnt so far may help after a rejected step."""
         if self.newton is not None or not self.pairs:
             return False
         self.pairs.clear()
@@ -272,7 +272,7 @@ def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Ten
             break
     model.hold(free)
     tangent = model.project_null(rest)
-    blocked = free & ~_inwards(x, tangent)  # by rounding, or after unfinished steps
+    blocked = free & ~_inwards(x, tangent)  # these pixels result from rounding or unfinished steps
     if bool(blocked.any()):
         model.hold(free & ~blocked)
         tangent = model.project_null(rest)

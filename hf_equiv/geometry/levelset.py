@@ -50,7 +50,7 @@ class WalkPoint:
     arc_length: float  # sum of the L2 distances between the points so far, pixels in [0, 1]
     l2: float  # ‖x − origin‖₂
     linf: float  # ‖x − origin‖_∞
-    psnr_db: float  # of x against the origin, −10 log₁₀ mean (x − origin)²; infinite at the origin
+    psnr_db: float  # PSNR of x against the origin, −10 log₁₀ mean (x − origin)²; infinite at the origin
     remaining: float | None  # L2 distance to the destination; None without one
     # ‖P_null d‖ / ‖d‖: a bound for d = destination − x, the model's value for d = x − origin; None for a fixed heading
     stationarity: float | None
@@ -62,7 +62,7 @@ class WalkPoint:
 class Walk:
     """A walk from one image: `path` has the points so far, `at` the pixels of the last, and `status` the end."""
 
-    index: int  # of the image in its batch
+    index: int  # index of the image in its batch
     corrector: Corrector
     heading: Heading
     origin: Tensor
@@ -71,13 +71,13 @@ class Walk:
     progress: Callable[[WalkPoint], None] | None
     path: list[WalkPoint] = field(default_factory=list)
     status: Status = Status.ERROR
-    end: Place | None = None  # the destination, if it lies on the level set
+    end: Place | None = None  # the destination if it lies on the level set
     at: Tensor = field(init=False)
     most: float = 0.0  # longest step
     h: float = 0.0  # length of the next step
     failures: int = 0
     learnt: bool = False  # whether A changed since the last full Jacobian
-    longest: float = 0.0  # step since then
+    longest: float = 0.0  # longest step since then
     reconsidered: bool = False  # whether the heading has replaced its plan after a rejected step
 
     def run(self, start: Tensor, num_steps: int) -> None:
@@ -88,7 +88,7 @@ class Walk:
         del self.corrector.model  # D·N numbers
 
     def _walk(self, start: Tensor, num_steps: int) -> Status:
-        """Bring the start to the level set and step from point to point until all are made or the way ends."""
+        """Bring the start to the level set and step from point to point until all are made or no step succeeds."""
         corrector, heading = self.corrector, self.heading
         at = corrector.look(start)
         corrector.refresh(at)
@@ -105,14 +105,14 @@ class Walk:
         plan = self._plan(at)
         self._record(at, plan)
         if plan.direction is None and plan.stationarity is None:
-            if bool(((start > 0) & (start < 1)).all()):  # else the box may be the cause
+            if bool(((start > 0) & (start < 1)).all()):  # otherwise the box may be the cause
                 raise ValueError(
                     "`heading` must have a part in the null space of J; got less than 0.1 % of it for image "
                     f"{self.index}. Directions in the row space change the embedding; for D ≥ N there may be no others."
                 )
         since, hops = 0.0, 0  # length and steps since the last point
         while len(self.path) <= num_steps:
-            if plan.direction is None and self.learnt and isinstance(heading, Ahead):  # by an A that may be wrong
+            if plan.direction is None and self.learnt and isinstance(heading, Ahead):  # A may be wrong
                 plan = self._renew(at)
                 continue
             if plan.direction is None:
@@ -136,7 +136,7 @@ class Walk:
             at = there
             plan = self._plan(at)
             if plan.direction is None or since >= heading.spacing * self.most or hops == _HOPS:
-                if len(self.path) == num_steps and self._unfinished(plan):  # a last point deserves a good estimate
+                if len(self.path) == num_steps and self._unfinished(plan):  # the last point gets a good estimate
                     plan = self._renew(at)
                 self._record(at, plan)
                 since, hops = 0.0, 0
@@ -152,7 +152,7 @@ class Walk:
         return self._plan(at)
 
     def _unfinished(self, plan: Plan) -> bool:
-        """Whether so much of the way to an image is left that the walk is not at rest."""
+        """Whether the walk to an image is not at rest: too much of the way is left."""
         return isinstance(self.heading, Toward) and (plan.stationarity or 0.0) > at_rest(self.heading.stop)
 
     def _fail(self, at: Place, plan: Plan, length: float, failure: Status) -> tuple[Plan, Status | None]:
@@ -184,7 +184,7 @@ class Walk:
         there = self.corrector.correct(guess, length)
         if there is None:
             return None, Status.DRIFT_EXCEEDED
-        # A heading that rejects corrected points has arrived, to the accuracy of f.
+        # If the heading rejects every corrected point, the walk has arrived, to the accuracy of f.
         return (there if self.heading.accepts(at, there) else None), Status.COMPLETED
 
     def _record(self, at: Place, plan: Plan) -> None:
@@ -293,15 +293,15 @@ def trace_level_set(
         target: destination of toward and connect, (B or 1, C, H, W); else the pixels or embedding of the level set.
         origin: reference of l2, linf and psnr_db, (B or 1, C, H, W); default: the start.
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
-        generator: of the random heading.
+        generator: source of the random heading.
         keep_points: whether the points keep their pixels.
-        progress: called with every `WalkPoint` (with its pixels); an exception raised in it ends the walks.
+        progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks.
 
     Returns:
         The points of every walk with its cost and status.
 
     Raises:
-        TypeError: `images` is no float32 or float64 tensor.
+        TypeError: `images` is not a float32 or float64 tensor.
         ValueError: an unknown heading, one in the row space, no target or origin, or a Jacobian too large to hold.
 
     Example:
@@ -326,7 +326,7 @@ def trace_level_set(
     images = images.detach().clone(memory_format=torch.contiguous_format)
     home = images if origin is None else _pixels(origin, images, "origin")
     aims = _aims(heading, images, home, target, generator)
-    goal = images if target is None or heading == "toward" else target  # of the embedding
+    goal = images if target is None or heading == "toward" else target  # its embedding is z
     checks.check_target(goal, len(images))
     with torch.inference_mode(False), no_tf32():
         f = with_autocast(f)

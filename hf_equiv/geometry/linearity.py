@@ -1,8 +1,8 @@
 """Find how far the first-order model of an encoder holds along given directions (arXiv:2401.15568, §5).
 
-h is doubled, then bisected: a residual that leaves the bound and comes back within a factor of two is not seen. v and
-−v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the float noise
-are not tested.
+h is doubled, then bisected: a residual that exceeds the bound and falls below it again within a factor of two is not
+seen. v and −v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the
+float noise are not tested.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def linearity_radius(
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D) with forward mode.
         images: x, (B, C, H, W), pixels in [0, 1].
-        directions: from `make_directions`, or (B, K, C, H, W) of any length above 0: only the direction counts.
+        directions: from `make_directions`, or (B, K, C, H, W) with any length above 0: only the direction counts.
         tau: τ, the residual allowed, relative.
         relative_to: reference of τ; "auto" is "embedding" for the kind `null` and "jvp" for all others.
         max_radius: largest h tried, in pixel units (L2); default √N, the diagonal of the box.
@@ -116,13 +116,13 @@ class _Line:
 
     def __init__(self, f: Encoding, J: Jacobian, tau: float, limit: float, flat: Tensor, rtol: float) -> None:
         self.f, self.J, self.tau, self.limit, self.rtol = f, J, tau, limit, rtol
-        self.flat = flat  # which directions, of all, are measured against the embedding
+        self.flat = flat  # which directions are measured against the embedding
         one = torch.ones(1, dtype=torch.float64, device=J.image.device)
         floor, self.noise_method, self.forwards = secant_noise(f, J.image, one)
-        self.forwards += 1  # z below
-        self.noise = 2 * float(floor)  # of a difference f(x + hv) − f(x): floor(h)·2h
+        self.forwards += 1  # the pass for z below
+        self.noise = 2 * float(floor)  # noise of a difference f(x + hv) − f(x): floor(h)·2h
         with torch.no_grad(), no_tf32():
-            self.z = f(J.image[None])[0].double()  # the same pass as below: J.z may come from another kernel
+            self.z = f(J.image[None])[0].double()  # the same pass as below, since J.z may come from another kernel
 
     def measure(self, unit: Tensor, part: slice) -> dict[str, Tensor]:
         flat = self.flat[part]

@@ -1,7 +1,7 @@
 """Measure local directional Lipschitz constants, with noise floor, plateau and status.
 
 At a kink exactly at x, such as a maximum of equal numbers, central secants tend to the mean of the two one-sided
-derivatives, and autograd may give it too: then it is resolved. docs/internals.md has the accuracy in half precision.
+derivatives. If autograd gives the mean too, it is resolved. docs/internals.md has the accuracy in half precision.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
-Counted = Callable[[int, int], None]  # A progress hook: (directions done, directions in all)
+Counted = Callable[[int, int], None]  # a progress hook: (directions done, directions in all)
 
 _STATUS = (Status.RESOLVED, Status.UNDETERMINED, Status.ERROR)
 
@@ -32,7 +32,7 @@ class KindSummary:
     count: int  # directions of this kind, all images together
     resolved: int  # number of them with a resolved value
     quantiles: Tensor  # 0, 25, 50, 75 and 100 % of the resolved values, (5,), float64; NaN if there are none
-    largest_jvp: float  # largest exact ‖Jv‖ of the kind
+    largest_jvp: float  # largest exact ‖Jv‖ for this kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def directional_lipschitz(
     batch: int = 32,
     progress: Counted | None = None,
 ) -> LipschitzResult:
-    """Measure the local Lipschitz constant of f along given directions, told apart from float noise.
+    """Measure the local Lipschitz constant of f along given directions, and separate it from float noise.
 
     For each image x and unit direction v, the value is the limit at h → 0 of central secants over a ladder of radii,
 
@@ -118,10 +118,10 @@ def directional_lipschitz(
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D) with forward mode.
         images: x, (B, C, H, W), pixels in [0, 1].
-        directions: from `make_directions`, or (B, K, C, H, W) of any length above 0: only the direction counts.
+        directions: from `make_directions`, or (B, K, C, H, W) with any length above 0: only the direction counts.
         radii: h in pixel units (L2), ascending, at least four a decade; default 21 from 1e-5 to 1.
         noise: method for the noise floor: "twin", "ecnoise" or "auto" (`secants.secant_noise`).
-        std: per-channel standard deviation that f normalises by, (C,); default that of the encoder.
+        std: per-channel standard deviation by which f normalises, (C,); default from the encoder.
         batch: images per forward pass and tangents per JVP.
         progress: called with (directions done, directions in all) after each batch of directions.
 
@@ -196,9 +196,9 @@ class _Ladder:
         finite = norms.isfinite().all(dim=1) & jvp.isfinite() & noise_floor.isfinite().all(dim=1)
         clean = torch.where(finite[:, None, None], secants, 0.0)
         reading = read_secants(clean, self.radii, torch.where(finite[:, None], noise_floor, 1.0))
-        # Secants above the smallest radius cannot see a kink near x; the difference from the derivative at x can.
+        # Secants above the smallest radius do not show a kink near x; the difference from the derivative at x does.
         apart = (reading.value - jvp).abs()
-        coarse = self.J.eps > torch.finfo(torch.float32).eps  # ‖Jv‖ itself is good to a few per cent there
+        coarse = self.J.eps > torch.finfo(torch.float32).eps  # there ‖Jv‖ itself is accurate to a few per cent
         agrees = apart <= (JVP_RTOL if coarse else RTOL) * reading.value
         error = torch.maximum(reading.error, apart)
         resolved = finite & reading.resolved & agrees

@@ -28,11 +28,11 @@ from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
 
-_SPAN = 1e4  # largest distance tried of the end point from the largest maximum, in spreads of the maxima
-_GRID, _ZOOMS = 161, 6  # points and refinements of the search for the end point
+_SPAN = 1e4  # largest distance tried from the largest maximum to the end point, in spreads of the maxima
+_GRID, _ZOOMS = 161, 6  # points and refinements in the search for the end point
 _WARMUP = 20  # power iterations at the centre
 _SAMPLE_POWER = 2  # power iterations at a random point
-_STEP, _LEAST_STEP = 0.5, 1e-3  # first and last step of the ascent, over the radius
+_STEP, _LEAST_STEP = 0.5, 1e-3  # first and last step of the ascent, divided by the radius
 
 
 def fit_reverse_weibull(maxima: Tensor) -> tuple[float, float, float]:
@@ -86,7 +86,7 @@ class RegionalResult:
     Attributes:
         lower_bound: largest ‖J(x′)v‖ found, (B,), float64: the Lipschitz constant of f in the ball is at least this.
         at_center: ‖J(x)v‖ at the image itself after power iterations, a lower bound of its σ₁, (B,), float64.
-        images: x′ of the bound, (B, C, H, W), in the ball and in [0, 1].
+        images: x′ where the bound is attained, (B, C, H, W), in the ball and in [0, 1].
         directions: the unit v there, (B, C, H, W).
         clever: extreme-value estimate of the largest σ₁ in the ball, (B,), float64; neither an upper nor a lower bound;
             NaN if the sample shows no end point, or none was asked for.
@@ -122,7 +122,7 @@ def regional_lipschitz(
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RegionalResult:
-    """Search a ball for the largest local Lipschitz constant of f: a lower bound of the constant of the whole ball.
+    """Search a ball for the largest local Lipschitz constant of f, a lower bound of the constant on the whole ball.
 
     The Lipschitz constant of f over the convex set B = {x′ in [0, 1]^N: ‖x′ − x‖ ≤ radius} is
 
@@ -133,13 +133,13 @@ def regional_lipschitz(
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D), twice differentiable by autograd.
         images: x, (B, C, H, W), pixels in [0, 1].
-        radius: of the ball, in pixel units of `norm`.
+        radius: radius of the ball, in pixel units of `norm`.
         norm: "l2" or "linf".
         num_steps: steps of each ascent.
         num_batches: maxima for the extreme-value fit, 0 for none, else at least 5.
         batch_size: random points behind each maximum.
-        std: per-channel standard deviation that f normalises by, (C,); default that of the encoder.
-        generator: of the random points, on the CPU; None for one with seed 0.
+        std: per-channel standard deviation by which f normalises, (C,); default from the encoder.
+        generator: source of the random points, on the CPU; None for one with seed 0.
         progress: called with (images done, images in all).
 
     Returns:
@@ -220,7 +220,7 @@ class _Search:
         """Return the direction after some power iterations at x, and ‖Jv‖ there."""
         J = Jacobian(self.f, x)
         for _ in range(steps):
-            v = _unit(J.rmv(_unit(J.mv(v[None])[0])[None])[0], v)  # of unit length: squares might overflow
+            v = _unit(J.rmv(_unit(J.mv(v[None])[0])[None])[0], v)  # unit length keeps squares from overflowing
         constant = float(J.mv(v[None]).double().norm())
         self.num_evals += J.num_evals
         self._offer(constant, x, v)
@@ -253,7 +253,7 @@ class _Search:
                     "`f` must be twice differentiable for a regional constant; its derivative has no gradient. Use a "
                     "smooth f without rounding or detach."
                 )
-            unit = _unit(moved.detach())  # of ½‖Jv‖² but for the length ‖Jv‖, which might overflow
+            unit = _unit(moved.detach())  # gradients of ½‖Jv‖² without the factor ‖Jv‖, which might overflow
             slopes = torch.autograd.grad(moved, (place, along), unit, allow_unused=True)
         self.num_evals += 5 / 3
         slope, power = (torch.zeros_like(x) if g is None else g[0] for g in slopes)
@@ -272,7 +272,7 @@ class _Search:
         return self._inside(self.center + self.radius * length * _unit(self._gaussian()))
 
     def _inside(self, x: Tensor) -> Tensor:
-        """Draw x towards the centre into the ball, then put it into the box, which only brings it nearer."""
+        """Move x towards the centre into the ball, then clip it to the box, which only brings it nearer."""
         step = x.double() - self.center.double()
         length = math.inf if self.norm == "linf" else self.radius
         shrink = min(1.0, length / max(float(step.norm()), 1e-300))

@@ -22,12 +22,12 @@ JVP_RTOL = 0.05  # largest distance of the value from ‖Jv‖ in half precision
 
 _ORDERS = 5  # terms of the expansion in h² that are tried
 _SIGMAS = 2  # standard deviations of noise in an error bound
-_POINTS = 9  # of a difference table: orders up to 8, as Moré and Wild advise 6 to 8
+_POINTS = 9  # points of a difference table, for orders up to 8 (Moré and Wild advise 6 to 8)
 _TABLES = 3  # lines through x; their variances are averaged
-_COARSE = (1.0, 30.0, 300.0)  # steps of more tables, in units of the smallest radius
-_LOUDER = 3  # ratio to the noise of the fine tables that chance does not explain
+_COARSE = (1.0, 30.0, 300.0)  # steps of further tables, in units of the smallest radius
+_LOUDER = 3  # a larger ratio to the noise of the fine tables is no chance
 _ULPS = 4  # step of a table per pixel, in units of the spacing of the dtype: neighbours round independently
-_SEED = 0x5EED  # of the probe directions, so that the noise of an image never depends on other settings
+_SEED = 0x5EED  # seed of the probe directions: the noise of an image depends on no other setting
 
 
 def central_secants(f: Encoding, image: Tensor, directions: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def central_secants(f: Encoding, image: Tensor, directions: Tensor, radii: Tenso
     start = image.to(directions.dtype)
     own = getattr(f, "dtype", image.dtype)
     coarser = isinstance(own, torch.dtype) and torch.finfo(own).eps > torch.finfo(image.dtype).eps
-    seen = own if coarser else image.dtype  # f rounds its pixels to it
+    seen = own if coarser else image.dtype  # f rounds its pixels to this dtype
     secants, shares = [], []
     with torch.no_grad(), no_tf32():
         for h in radii.tolist():
@@ -98,7 +98,7 @@ def plateau_of(norms: Tensor, radii: Tensor, noise_floor: Tensor, value: Tensor)
     if len(radii) < PLATEAU_RADII:
         return nowhere
     index = torch.arange(len(radii), device=radii.device)
-    lengths = index - torch.where(on, -1, index).cummax(dim=1).values  # of the run that ends at each radius
+    lengths = index - torch.where(on, -1, index).cummax(dim=1).values  # length of the run that ends at each radius
     longest, last = lengths.max(dim=1)
     plateau = torch.stack([radii[last - longest + 1], radii[last]], dim=1)
     return torch.where((longest >= PLATEAU_RADII)[:, None], plateau, nowhere)
@@ -184,13 +184,13 @@ def _table_noise(f: Encoding, image: Tensor, eps: float, radius: float | None) -
         points = image.double() + places[:, None, None, None] * v
         levels.append(ecnoise(f(points.to(image.dtype)).double()))
     noise = torch.stack([level for level, _ in levels[:_TABLES]]).square().mean().sqrt()
-    for level, agreed in levels[_TABLES:]:  # differences that disagree show the bend of the function
+    for level, agreed in levels[_TABLES:]:  # differences that disagree show the curvature of f
         noise = level if agreed and bool(level > _LOUDER * noise) else noise
     return noise, len(steps) * _POINTS
 
 
 def ecnoise(values: Tensor) -> tuple[Tensor, bool]:
-    """Return the noise (Σ_d ε_d²)^½ of f from its values (m + 1, D) at equally spaced points, and if it is sure."""
+    """Return the noise (Σ_d ε_d²)^½ of f from its values (m + 1, D) at equally spaced points; True if it is certain."""
     # This is the ECnoise of Moré and Wild (2011, SIAM J. Sci. Comput. 33:1292, §3). With Δᵏ the k-th differences, σ_k²
     # = (k!)²/(2k)! · mean ‖Δᵏ‖² tends to the variance of the noise as k grows, since differences of the smooth part
     # vanish. The first k is taken at which σ_k, σ_{k+1}, σ_{k+2} agree within a factor of four and most components

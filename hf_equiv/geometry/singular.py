@@ -13,11 +13,11 @@ below α < θᵢ, i ≤ m, the Schur complement gives
 
 which is far smaller: Kato–Temple for m = i, and valid for clusters with larger m. The bound is the smallest of all.
 
-A Krylov space of one vector holds one vector of each multiple value, and may count values once that lie closer together
-than the residuals. So once the bounds are small, the recursion starts anew from J·noise off the vectors found, until no
-value moves by more than rtol·σ₁ and the largest value that the second recursion may still find is well below σ_k. This
-is no proof (docs/benchmark.md has error rates): a value whose vector has hardly a part in any start may be missed. The
-whole matrix has no such condition.
+A Krylov space from one start vector contains one vector for each repeated singular value. It may therefore count a
+cluster of values closer than the residuals only once. So once the bounds are small, the recursion starts anew from
+J·noise orthogonal to the vectors found, until no value moves by more than rtol·σ₁ and the largest value that the second
+recursion may still find is well below σ_k. This is no proof (docs/benchmark.md has error rates): a value may be missed
+if its vector has almost no part in any start. The whole matrix has no such condition.
 
 References: Golub, Van Loan, "Matrix Computations", §8.6. Golub, Kahan (1965), SIAM J. Numer. Anal. 2:205. Kato (1949),
 J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li (2005), Linear Algebra Appl. 395:183.
@@ -38,7 +38,7 @@ from hf_equiv.precision import Encoding, float64_twin, power_of_two
 ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of `left_singular` over σ₁
 
 _BLOCK = 4096  # columns held in float64 at a time
-_SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, of a float64 and of any other J
+_SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, for a float64 J and for any other
 _NOTHING = 1e3  # eps over σ₁ below which a recursion ends: the rest is the rounding of the products
 _NEXT = 1  # values below the k wanted that must have converged too
 _NO_MORE = (0.0, 0.8, 0.88, 0.94)  # shares of σ_k: a new start that reaches less after 1, 2, … passes adds nothing
@@ -110,7 +110,7 @@ class TopSingular:
     """The k largest singular triplets found."""
 
     values: Tensor  # σ (k,), descending, float64
-    bound: Tensor  # on the distance of each to a singular value of J, (k,), float64
+    bound: Tensor  # bound on the distance of each to a singular value of J, (k,), float64
     left: Tensor  # (D, k), float64
     right: Tensor  # (k, N), float64
     passes: int  # products with Jᵀ; products with J are one more for each start, of which there are two or more

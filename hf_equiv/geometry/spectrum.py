@@ -27,12 +27,12 @@ class SpectrumResult:
 
     Attributes:
         singular_values: σ₁ ≥ σ₂ …, (B, K), float64; K = min(D, N), or `k`.
-        error_bound: on the distance of each to that of the function in exact arithmetic, (B, K), float64.
-        noise_method: measurement of its float noise, per image: "float64 twin" or "perturbed input".
+        error_bound: bound on the distance of each to the value in exact arithmetic, (B, K), float64.
+        noise_method: how its float noise was measured, per image: "float64 twin" or "perturbed input".
         sigma_max: σ₁, (B,), float64.
         rank: number of values above `rank_threshold`, (B,), int64, or None.
         nullity: N − rank, (B,), int64, or None.
-        rank_threshold: in the units of σ, (B,), float64.
+        rank_threshold: threshold in the units of σ, (B,), float64.
         effective_rank: exp(−Σ p log p) with p = σ / Σσ (Roy & Vetterli 2007), (B,), float64, or None.
         participation: (Σσ²)² / Σσ⁴, (B,), float64, or None.
         structural_zeros: per image the exact zeros by cause, and the unexplained ones.
@@ -66,7 +66,7 @@ class SpectrumResult:
     status: tuple[Status, ...]
 
     def energy_share(self, k: int) -> Tensor:
-        """Return Σ_{i ≤ k} σ_i² / Σ σ_i²: the share of the first k in ‖Jv‖² averaged over all directions.
+        """Return Σ_{i ≤ k} σ_i² / Σ σ_i², the share of the first k in ‖Jv‖² averaged over all directions.
 
         Args:
             k: number of the largest values.
@@ -183,7 +183,7 @@ def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | No
     predict = getattr(f, "left_relations", None)
     relations: tuple[LeftRelation, ...] = predict(J.image) if predict is not None else ()
     sigma, bound = sigma[:count], bound[:count]
-    wide = J.shape[0] > J.shape[1]  # any f has D − N left null vectors then
+    wide = J.shape[0] > J.shape[1]  # then any f has D − N left null vectors
     exact, near = explain_zeros(matrix, left[:, :count], sigma, threshold, () if wide else relations)
     rank, share, right = (sigma > threshold).sum().cpu(), sigma / sigma.sum(), None
     if vectors:

@@ -28,19 +28,19 @@ class Zero:
     cause: str  # "LayerNorm centring", "LayerNorm epsilon", "head wider than its input", "unit norm", or "unexplained"
     count: int  # number of singular values
     predicted: float | None  # their size in closed form, 0 for exact ones, in units of J; None without explanation
-    measured: float  # the largest of them as found, in units of J: float noise if the prediction lies below it
+    measured: float  # the largest one found, in units of J: float noise if the prediction lies below it
     left: Tensor  # their left singular vectors in closed form (D, count), orthonormal, float64; as found if unexplained
 
 
 def explain_zeros(
     matrix: Tensor, left: Tensor, sigma: Tensor, threshold: float, relations: tuple[LeftRelation, ...]
 ) -> tuple[tuple[Zero, ...], tuple[Zero, ...]]:
-    """Tell exact zeros, with the unexplained ones, from near-structural ones, by the relations known of the encoder."""
+    """Separate exact zeros, explained or not, from near-structural ones, by the known relations of the encoder."""
     # J (D, N) = U diag(σ) Vᵀ with U (D, D) and σ (D,), descending. An exact relation leftᵀJ = 0 is accepted if ‖leftᵀU
     # diag(σ)‖ ≤ threshold. For a relation wᵀJ = r with small r the singular value is, to first order, the part of r
     # that the rest of J cannot cancel, σ ≈ ‖r − P_rest r‖ / ‖w − P_exact w‖, with P_rest the projector on the other
-    # rows of J and P_exact that on the exact left null vectors. It depends on the large singular values only, so it is
-    # as good in float32 as in float64, where σ itself drowns in the noise.
+    # rows of J and P_exact the projector on the exact left null vectors. It depends on the large singular values only,
+    # so it is as good in float32 as in float64, although the noise hides σ itself.
     exact: list[Zero] = []
     near: list[Zero] = []
     known = left[:, :0]

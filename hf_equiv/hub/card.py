@@ -1,4 +1,4 @@
-"""The card of a dataset: the results of its runs, and how to load and check them. Text of the owner is kept."""
+"""Write the card of a dataset: results of its runs, loading and checking. The owner's own text is kept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 
 def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: Runs | None = None) -> str:
     """Write the card of a dataset with these runs; `before` are the runs of the previous card."""
-    # Of the previous card, tags, text outside the marks and settings that do not follow from its runs stay.
+    # Tags, text outside the marks and settings that do not follow from the runs stay as in the previous card.
     there, text = split_header(previous or "")
     made, earlier = _facts(runs), _facts(before) if before else {}
     facts = made | {key: value for key, value in there.items() if value not in (None, earlier.get(key))}
@@ -59,7 +59,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
 
 
 def joined(first: Any, then: Iterable[str] = ()) -> list[str]:
-    """Return two lists of a header as one, each entry once; the first may be absent or a single entry."""
+    """Join two lists of a header, each entry once; the first may be absent or a single entry."""
     entries = [first] if isinstance(first, str) else list(first or [])
     return [*entries, *(entry for entry in then if entry not in entries)]
 
@@ -103,7 +103,7 @@ def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, An
         return {}, content
     try:
         parsed = DatasetCard(content)
-    except Exception as error:  # the YAML reader has errors of many classes
+    except Exception as error:  # the YAML reader raises many classes of errors
         told = f"the YAML header of README.md in {where} cannot be read ({type(error).__name__})"
         raise ValueError(f"{told}. Correct it on the Hub, then publish again.") from None
     return parsed.data.to_dict(), parsed.text

@@ -1,4 +1,4 @@
-"""The files of a dataset: one run at its root, and any number of others in `runs/NAME/`, with or without photos."""
+"""Plan the files of a dataset: one run at its root, any number of others in `runs/NAME/`, with or without photos."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def _record(repo_id: str, path: str, text: str) -> Row:
 
 
 def place_of(record: Mapping[str, Any], runs: Mapping[str, Row]) -> str:
-    """Return the place of a run: that of a run with its settings, the root of a dataset without runs, or a new one."""
+    """Return the place of a run: where its earlier version is, the root of a dataset without runs, or a new place."""
     name = run_name(record)
     same = (place for place, other in runs.items() if run_name(other) == name)
     return next(same, f"{RUNS}/{name}" if "" in runs else "")
 
 
 def plan_files(there: Dataset, repo_id: str, run: LocalRun, rights: PhotoRights) -> tuple[list[StagedFile], list[str]]:
-    """Return the files of a publication, and the paths of an earlier version of the run that go; others stay."""
+    """Return the files to publish, and the paths of an earlier version of the run to delete; others stay."""
     place = place_of(run.record, there.runs)
     if place in there.runs and not is_withheld(there.runs[place]) and not rights.published and not rights.asked:
         raise ValueError(
@@ -104,7 +104,7 @@ def _staged_run(run: LocalRun, place: str, rights: PhotoRights) -> tuple[Row, li
     record = {key: value for key, value in run.record.items() if key != "card"}
     record |= {"photos": WITHHELD if hidden else "published", "license": rights.license, "rights": rights.why}
     record |= {"versions": run.versions} | ({} if place else {"card": "dataset"})
-    if hidden:  # the hashes of the pixels would tell the pictures
+    if hidden:  # pixel hashes would identify the withheld photos
         listed = record[run.layout.listed]
         record[run.layout.listed] = [{k: v for k, v in item.items() if k != "pixels"} for item in listed]
     files = {}

@@ -38,7 +38,7 @@ def photo_rights(
     settings: Mapping[str, Any], *, license: str | None = None, i_have_the_right: bool = False, token: Any = None
 ) -> PhotoRights:
     """Decide whether the photos of a run with these settings may be published."""
-    # Free are the built-in photos, and Hub datasets that are not gated and whose card names a licence of `FREE`.
+    # The built-in photos are free, and so are Hub datasets that are not gated and whose card names a licence in `FREE`.
     # Folders, files and datasets without a licence in the card have an unknown licence, which `license` states.
     # Gated sets, sets that are known to be restricted and all other licences need `i_have_the_right`.
     stated = license.lower() if license else None
@@ -61,7 +61,7 @@ def photo_rights(
 
 
 def how_to_change(rights: PhotoRights) -> str:
-    """Return the arguments for the other decision, in a sentence."""
+    """Return a sentence with the arguments that would change the decision."""
     if rights.published:
         return "To leave them out, pass `withhold_photos=True`."
     if rights.asked:
@@ -73,7 +73,7 @@ def how_to_change(rights: PhotoRights) -> str:
 def _sources(settings: Mapping[str, Any]) -> set[tuple[str, str]]:
     """Return name and revision of each set that the images come from."""
     names, revisions = (str(settings[key]).split(" + ") for key in ("data_id", "data_revision"))
-    if len(names) != len(revisions):  # a folder with a plus in its name
+    if len(names) != len(revisions):  # the name of a folder contains a plus
         return {(str(settings["data_id"]), "")}
     return set(zip(names, revisions, strict=True))
 

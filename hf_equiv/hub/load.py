@@ -1,4 +1,4 @@
-"""Published results back from the Hub or from a directory: files at one commit, and rows with decoded images."""
+"""Load published results from the Hub or a directory: files at one commit, and rows with decoded images."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def download_results(
         repo_id: `USER/NAME`.
         revision: branch, tag, commit or `refs/pr/N`; by default `main`.
         token: for private datasets; by default the one you are logged in with.
-        cache_dir: folder of the downloads; by default the Hub's cache.
-        local_files_only: use only files in the cache, and never ask the Hub.
+        cache_dir: folder for downloads; by default the Hub's cache.
+        local_files_only: whether to use cached files only.
         with_float: fetch the float images too; they are most of the bytes.
 
     Returns:
@@ -91,11 +91,11 @@ def download_results(
 def _snapshot(
     name: str, revision: str | None, folders: Sequence[str], token: Any, cache_dir: Any, local_files_only: bool = False
 ) -> Path:
-    """Fetch `run.json`, the card and these folders of all runs into a folder with the name of the commit."""
+    """Fetch `run.json`, the card and these folders of all runs into a folder named after the commit."""
     api, inside = api_of(token), [directory.RECORD, CARD, *(f"{folder}/*" for folder in folders)]
 
     def fetch() -> str:
-        if not local_files_only:  # without network the download would take the files in the cache and say nothing
+        if not local_files_only:  # without a network the download would silently use cached files
             api.dataset_info(name, revision=revision)
         return api.snapshot_download(
             name, repo_type="dataset", revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
@@ -125,8 +125,8 @@ def load_results(
 ) -> datasets.Dataset:
     """Load the rows of a dataset or of a run directory, images decoded.
 
-    Rows of several runs are in one table. The columns of provenance tell model, readout and data; pass `run` to tell
-    apart runs that differ in other settings, such as `max_evals` or `refine`. Images are None where photos are
+    Rows of several runs are in one table. The columns of provenance state model, readout and data; pass `run` to
+    separate runs that differ in other settings, such as `max_evals` or `refine`. Images are None if photos are
     withheld.
 
     Args:

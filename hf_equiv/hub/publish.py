@@ -100,7 +100,7 @@ def publish_results(
     Args:
         folder: finished run directory.
         repo_id: `USER/NAME` or `ORGANISATION/NAME`; made if it does not exist.
-        private: visibility. None keeps that of an existing dataset, and makes a new one private.
+        private: visibility. None does not change an existing dataset, and makes a new one private.
         create_pr: open a pull request on `main` instead; you need not own the dataset.
         revision: branch to commit to, made from `main` if missing; or `refs/pr/N`.
         dry_run: read, decide and list, but write nothing. `refused` of the result says why the Hub would refuse.
@@ -108,7 +108,7 @@ def publish_results(
         i_have_the_right: you may publish the photos although their licence is not known to be free.
         withhold_photos: leave the photos out although they are free.
         collection: title or slug of a collection to add the dataset to; a missing one is made, private.
-        token: of the Hub; by default the one you are logged in with.
+        token: token of the Hub; by default the one you are logged in with.
         message: title of the commit.
         progress: called with (bytes sent, bytes in total, what is being done).
 
@@ -169,7 +169,7 @@ def _check_arguments(create_pr: bool, revision: str | None, license: str | None,
 
 def _publish(job: Publication, private: bool | None) -> Published:
     remote, info = job.remote, job.remote.find()
-    # Whether an existing dataset changes its visibility: to private before the commit, to public after it.
+    # If the visibility changes, an existing dataset becomes private before the commit, but public after it.
     switch = info is not None and not job.create_pr and private not in (None, bool(info.private))
     is_private = bool(info.private) if info is not None and not switch else private is not False
     if info is None:
@@ -215,7 +215,7 @@ def _change(job: Publication, there: Dataset) -> Change[Dataset]:
 
 
 def _mark(job: Publication) -> str:
-    """Return a line that identifies this content, by which its pull request is found again."""
+    """Return a line that identifies this content, so that a later call finds its pull request."""
     content = repr((job.run.name, job.rights, sorted(job.run.record["files"].items())))
     return f"hf_equiv run {hashlib.sha256(content.encode()).hexdigest()}"
 
@@ -254,7 +254,7 @@ def _plan_only(job: Publication, private: bool | None) -> Published:
         is_private = bool(info.private) if private is None else private
         try:
             there = _look(job)
-        except hub_errors.RevisionNotFoundError:  # the branch would be made from main
+        except hub_errors.RevisionNotFoundError:  # the branch would start from main
             there = _look(replace(job, revision=MAIN))
     change = _change(job, replace(there, proposed=None))
     refused = None if change.empty else _why_refused(job, exists=info is not None)
@@ -262,7 +262,7 @@ def _plan_only(job: Publication, private: bool | None) -> Published:
 
 
 def _why_refused(job: Publication, *, exists: bool) -> str | None:
-    """Return why the Hub would refuse to write, as far as it tells without a try."""
+    """Return why the Hub would refuse to write, as far as is known without trying."""
     remote = job.remote
     try:
         with explained(remote.repo_id, write=True):

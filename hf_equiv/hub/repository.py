@@ -1,4 +1,4 @@
-"""A repository of the Hub, dataset or Space: read it at one commit, and change it whole or not at all in one commit."""
+"""Read a dataset or Space of the Hub at one commit, and change it whole or not at all in one commit."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hf_equiv.hub_client import WAITS, Say, passes, patiently, pause
 from hf_equiv.runs.shards import sha256_file
 
 T = TypeVar("T")
-Progress = Callable[[int, int, str], None]  # of (bytes sent, bytes in total, what is being done)
+Progress = Callable[[int, int, str], None]  # receives (bytes sent, bytes in total, what is being done)
 
 MAIN = "main"
-_GROUP_BYTES = 50_000_000  # uploaded between two reports of progress
+_GROUP_BYTES = 50_000_000  # bytes uploaded between two reports of progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Remote:
         self.progress(0, 0, text)
 
     def call(self, what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Return the result of a call that is safe to repeat; `what` it does is reported when it is repeated."""
+        """Make a call that is safe to repeat, and return its result. Report `what` before each repetition."""
         return patiently(partial(function, *arguments, **options), self.say, what)
 
     def info(self, revision: str | None = None) -> Any:
@@ -95,7 +95,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """A file as it is to be in the repository."""
+    """A file of the planned repository."""
 
     path: str
     content: Path | bytes  # its place on disk, or its bytes
@@ -108,14 +108,14 @@ class StagedFile:
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
     def is_in(self, there: Mapping[str, str]) -> bool:
-        """Tell whether the files of a repository hold it with this content."""
+        """Return whether a repository has the file with this content."""
         held = there.get(self.path)
         if held is None or held == self.sha256:
             return held is not None
         return held == git_hash(self.data)
 
     def addition(self) -> CommitOperationAdd:
-        """Return the operation that uploads the file; refuse a file that is no longer as it was planned."""
+        """Return the operation that uploads the file; refuse a file that has changed since it was planned."""
         made = CommitOperationAdd(self.path, self.content if isinstance(self.content, bytes) else str(self.content))
         if made.upload_info.sha256.hex() != self.sha256:
             raise ValueError(f"{self.path} changed while it was published. Wait until nothing writes it; try again.")
@@ -145,7 +145,7 @@ class Change(Generic[S]):
 
     @cached_property
     def added(self) -> tuple[StagedFile, ...]:
-        """The files that the repository lacks or holds with another content."""
+        """The files that the repository lacks or has with other content."""
         return tuple(file for file in self.files if not file.is_in(self.there.files))
 
     @property
@@ -156,7 +156,7 @@ class Change(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[S]):
-    """The end of `commit_until_done`."""
+    """The result of `commit_until_done`."""
 
     change: Change[S]
     commit: str  # the commit that holds the planned state
@@ -168,8 +168,8 @@ def commit_until_done(
     look: Callable[[], S], plan: Callable[[S], Change[S]], send: Callable[[Change[S]], CommitInfo], say: Say
 ) -> Done[S]:
     """Read the repository, plan the commit and send it, until the repository is as planned or all tries have failed."""
-    # Each failure that may pass is followed by a new look and a new plan. So a commit whose answer was lost is found
-    # and not repeated, and a commit of somebody else is built upon. `look` repeats its own requests.
+    # After each failure that may pass, look and plan anew. If the answer to a commit was lost, this finds the commit
+    # and does not repeat it. If somebody else has committed, it commits on top of that. `look` repeats its requests.
     tried: Change[S] | None = None
     waits = iter(WAITS)
     while True:
@@ -206,13 +206,13 @@ def send(remote: Remote, change: Change[Any], *, revision: str = MAIN, create_pr
         remote.api.preupload_lfs_files(
             remote.repo_id, [additions[file.path] for file in group], repo_type=remote.kind, revision=revision,
             create_pr=create_pr, free_memory=False,
-            gitignore_content="",  # a .gitignore of the owner must not leave out a part of a run
+            gitignore_content="",  # the owner's .gitignore must not leave out a part of a run
         )  # fmt: skip
         sent += sum(file.size for file in group)
         group = []
     remote.progress(total, total, f"committing {_files(len(change.added) + len(change.deleted))}")
     deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
-    with warnings.catch_warnings():  # the app of a Space comes with results to show
+    with warnings.catch_warnings():  # the app of a Space contains data files
         warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
         return remote.api.create_commit(
             remote.repo_id, [*additions.values(), *deletions], commit_message=change.title,

@@ -28,7 +28,7 @@ _FAILED = {
     "DELETING": "is deleting, so it does not run. See {url}.",
 }
 _POLL = 3.0  # seconds between looks
-_GRACE = 20.0  # seconds in which the stage may still be that of the commit before
+_GRACE = 20.0  # seconds in which the stage may still belong to the previous commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +102,16 @@ def deploy_space(
         repo_id: `USER/NAME` or `ORGANISATION/NAME`.
         dataset: published matches to show, `USER/NAME` or `USER/NAME@REVISION`. None keeps those of the Space, "" shows
             none.
-        models: checkpoints that visitors may choose beside the built-in one. Empty keeps those of the Space.
-        private: visibility. None keeps that of an existing Space, and makes a new one private.
-        hardware: such as `cpu-basic` or `zero-a10g`. None keeps that of the Space.
-        wheel: of hf_equiv, to bring along. None pins the installed version if it came from a package index, and brings
-            the installed files along otherwise.
+        models: checkpoints that visitors may choose beside the built-in one. Empty keeps the choice of the Space.
+        private: visibility. None does not change an existing Space, and makes a new one private.
+        hardware: hardware such as `cpu-basic` or `zero-a10g`. None keeps the hardware of the Space.
+        wheel: wheel of hf_equiv to bring along. None pins the installed version if it came from a package index, and
+            brings the installed files along otherwise.
         force: deploy even into a Space that holds another app.
         dry_run: read, decide and list, but write nothing.
         wait: return when the Space runs.
         timeout: seconds to wait.
-        token: of the Hub; by default the one you are logged in with.
+        token: token of the Hub; by default the one you are logged in with.
         progress: called with (bytes sent, bytes in total, what is being done).
 
     Returns:
@@ -151,13 +151,13 @@ class Deployment:
     force: bool  # replace another app
 
     def variables(self, there: Space) -> dict[str, str]:
-        """Return the variables that a Space is to have."""
+        """Return the planned variables of a Space."""
         return {key: value for key, value in {**there.variables, **self.given}.items() if value}
 
 
 @dataclass(frozen=True, slots=True)
 class Space(Snapshot):
-    """A Space as it is at a commit, or one that is yet to be made; without an app it has no card."""
+    """A Space at a commit, or a Space that does not exist yet; without an app it has no card."""
 
     private: bool = True
     hardware: str | None = "cpu-basic"
@@ -233,7 +233,7 @@ def _plan(job: Deployment, there: Space) -> Change[Space]:
 
 
 def _result(job: Deployment, first: Space, change: Change[Space]) -> SpaceDeployment:
-    """Return the result of a change to a Space that was as given before."""
+    """Return the result of a change to a Space that was `first` before."""
     made, variables, hardware = first.head is None, job.variables(first), job.hardware or first.hardware
     private = first.private if job.private is None else job.private
     set_anew = (private, hardware, variables) != (first.private, first.hardware, first.variables)
@@ -246,7 +246,7 @@ def _result(job: Deployment, first: Space, change: Change[Space]) -> SpaceDeploy
 
 
 def _carry_out(job: Deployment, first: Space) -> SpaceDeployment:
-    """Make the Space if it is missing, commit, then set what differs."""
+    """Make the Space if it is missing, commit, then set the visibility, hardware and variables that differ."""
     remote, api, name, private = job.remote, job.remote.api, job.remote.repo_id, job.private
     if first.head is None:
         variables = [{"key": key, "value": value} for key, value in job.variables(first).items()]
@@ -284,8 +284,8 @@ def _ask(remote: Remote, done: SpaceDeployment, what: str, call: Callable[..., A
 
 def _wait_until_it_runs(remote: Remote, done: SpaceDeployment, timeout: float) -> SpaceDeployment:
     """Look at the Space until it runs the commit, or cannot; a Space that sleeps is woken."""
-    # Right after a commit the stage may be that of the commit before, which `HfApi.wait_for_space` would return. Here
-    # an end is believed when the Space names the new commit, after another stage, or after `_GRACE` seconds.
+    # Right after a commit the stage may still belong to the previous commit; `HfApi.wait_for_space` would return it. A
+    # final stage counts once the Space names the new commit, after another stage, or after `_GRACE` seconds.
     waited, url, asleep = 0.0, remote.url, {"SLEEPING", "STOPPED"}
     seen: set[str] = set()
     while True:

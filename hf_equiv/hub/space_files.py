@@ -1,4 +1,4 @@
-"""The files of a Space: the app, the library that it needs, and the README.md that makes the repository a Space."""
+"""Collect the files of a Space: the app, its library, and the README.md that makes the repository a Space."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _TECHNICAL = ("sdk", "sdk_version", "python_version", "app_file")
 class App:
     """The app and the library behind it."""
 
-    files: Mapping[str, bytes]  # by path in the Space: the app's own, and the library's if it is brought along
+    files: Mapping[str, bytes]  # files of the app, and of a library that is brought along, by path in the Space
     library: str  # the source of the library in words
 
 
@@ -53,8 +53,8 @@ def app_folder() -> Path:
 
 def app_of(wheel: Path | None) -> App:
     """Read the app, and the library from a wheel or from this installation; an installation from an index is pinned."""
-    # A wheel that requirements.txt names by its path is not found when a Space is built: only that file is seen then.
-    # So the library's files go into the Space, beside the app, which imports them.
+    # The build of a Space sees only requirements.txt, so it cannot find a wheel that this file names by path. Therefore
+    # the library's files go into the Space, beside the app, which imports them.
     if wheel is not None:
         return _from_wheel(wheel)
     try:
@@ -87,7 +87,7 @@ def _from_wheel(wheel: Path) -> App:
 
 
 def _bring_along(app_at: Path, library_at: Path, described: metadata.Distribution, source: str) -> App:
-    """Lay the library beside the app as an installer would, so that its version is known there too."""
+    """Put the library beside the app as an installer would, so that the app can read its version."""
     app = _read(app_at)
     files = {f"{_LIBRARY}/{name}": data for name, data in _read(library_at).items()
              if not name.startswith(f"{_INSIDE}/")}  # fmt: skip
@@ -109,7 +109,7 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 
 def _requirements(template: bytes, needed: Sequence[str]) -> bytes:
-    """Put lines in place of the library into the template; projects that it names itself are not named twice."""
+    """Replace the library in the template by `needed` lines, without projects that the template names itself."""
     lines = template.decode().splitlines()
     named = {_project(line) for line in lines} - {_PACKAGE}
     added = [line for line in needed if _project(line) not in named]
@@ -123,14 +123,14 @@ def _project(line: str) -> str:
 
 
 def is_ours(readme: str | None) -> bool:
-    """Tell whether a README.md is that of a Space of hf_equiv."""
+    """Return whether a README.md belongs to a Space of hf_equiv."""
     return _LIBRARY in joined(split_header(readme or "", "the Space")[0].get("tags"))
 
 
 def stage(
     app: App, readme: str | None, there: Mapping[str, str], variables: Mapping[str, str], before: Mapping[str, str]
 ) -> tuple[list[StagedFile], list[str]]:
-    """Return the files of a deployment, and the paths of an earlier copy of the library that go."""
+    """Return the files to deploy, and the paths of an earlier copy of the library to delete."""
     files = [staged(path, data) for path, data in app.files.items() if path != CARD]
     files.append(staged(CARD, _space_card(app.files[CARD].decode(), readme, variables, before)))
     wanted = {file.path for file in files}

@@ -1,4 +1,4 @@
-"""Find images near a source whose embedding is that of a target."""
+"""Find images near a source with the embedding of a target."""
 
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding

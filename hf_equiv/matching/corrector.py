@@ -16,15 +16,15 @@ from hf_equiv.checks import check_dimension
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding
 
-_CUT, _CUT_SINGLE = 1e-5, 1e-4  # of σ₁: learnt rows hold noise below it (up to 5e-5 in float32); no step follows them
-_LARGEST = 16 * 2**30  # bytes of A
+_CUT, _CUT_SINGLE = 1e-5, 1e-4  # share of σ₁ below which learnt rows are noise (up to 5e-5 in float32)
+_LARGEST = 16 * 2**30  # most bytes of A
 _COLUMNS = 8192  # columns of A held in float64 at a time
 _MAX_TRIALS = 40
 _MAX_REJECTED = 6
 _PATIENCE = 10  # Newton steps without progress
-_SHORTEST = 0.2  # least share of a correction that is tried: less cannot lower the drift enough
+_SHORTEST = 0.2  # least share of a correction to try: less cannot lower the drift enough
 _STALE = 3.0  # evaluations since the last full Jacobian, over its cost, that justify another after a failure
-_FAR = 10.0  # drift over that of the start that ends Newton steps
+_FAR = 10.0  # Newton steps end at this multiple of the first drift
 _DECREASE = 0.9  # an accepted correction brings the drift below this share
 
 
@@ -71,7 +71,7 @@ class LinearModel:
         self.free = free
 
     def learn(self, at: Jacobian, u: Tensor) -> bool:
-        """Set the row combination uᵀA to that of another Jacobian, by one VJP; return False if u is zero."""
+        """Set the row combination uᵀA to uᵀJ of another Jacobian, by one VJP; return False if u is zero."""
         length = torch.linalg.vector_norm(u)
         if not bool(length > 0):
             return False
@@ -94,7 +94,7 @@ class LinearModel:
         return product
 
     def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
-        """Return the shortest step s (C, H, W) of the free pixels with ‖residual + A s‖ = left, or 0 if it is less."""
+        """Return the shortest step s (C, H, W) on the free pixels with ‖residual + A s‖ = left; 0 if already less."""
         # s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves `left` (the discrepancy principle): the rest may be
         # noise, and following noise along the smallest singular values takes long steps.
         return -self.pull(self._solve(residual) if left == 0.0 else self._damped(residual, left))
@@ -204,7 +204,7 @@ class Corrector:
         return self.num_evals - self._refreshed > _STALE * 2 * len(self.z) / 3
 
     def learn(self, at: Place, u: Tensor) -> None:
-        """Set the row combination uᵀA to that of the Jacobian at a place."""
+        """Set the row combination uᵀA to uᵀJ of the Jacobian at a place."""
         if self.model.learn(at.jacobian, u):
             self.num_evals += 2 / 3
 
@@ -240,7 +240,7 @@ class Corrector:
 
     def newton(self, start: Place, most: int) -> Place:
         """Take at most `most` Newton steps from a place with a fresh Jacobian; return the nearest place."""
-        # Every step is taken, even one that raises the error, since the next row learnt is the one it got wrong. The
+        # Every step is taken, even one that raises the error, since the next row learnt is the one that was wrong. The
         # steps end at rtol, at ten times the error of the start, or after ten steps without progress.
         at = best = start
         since, self.trials = 0, 0

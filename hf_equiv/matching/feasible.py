@@ -62,8 +62,8 @@ class FeasibleSet:
 class SineChart:
     """Chart of the inside of a box as all of R^N: x = m + h·sin(w), with m the middle and h the half-width of a pixel.
 
-    In a small L∞ ball most pixels end near a bound. A projected step holds each of them on arrival, and the rest
-    creeps; in w a pixel slows down before its bound and can come back.
+    In a small L∞ ball most pixels end near a bound. A projected step fixes each pixel that reaches a bound, so progress
+    is slow. In w the step of a pixel shrinks near its bound, and the pixel can move away again.
     """
 
     def __init__(self, box: FeasibleSet) -> None:

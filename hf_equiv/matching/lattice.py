@@ -10,16 +10,16 @@ from torch import Tensor
 
 from hf_equiv.precision import no_autocast, power_of_two
 
-_ROUNDED = 1e-6  # relative: a float32 radius of k/255 is k whole steps
+_ROUNDED = 1e-6  # relative tolerance: a float32 radius of k/255 is k whole steps
 _CANDIDATES = 2048  # pixels considered at a time
-_PAIRED = 512  # of these, for pairs of steps
+_PAIRED = 512  # pixels among these considered for pairs of steps
 
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
     """The integers k (N,) with k/255 in the box and the L∞ ball; an L2 ball bounds the sum of squares.
 
-    Pixels whose centre is k/255 in its dtype measure distance in whole steps. Elsewhere distances are those of the
+    Pixels whose centre is k/255 in its dtype measure distance in whole steps. Elsewhere distances refer to the
     floats k/255, and none exceeds the radius.
     """
 
@@ -27,7 +27,7 @@ class Lattice:
     upper: Tensor  # range of each k, (N,) float64
     center: Tensor  # 255·c, (N,) float64
     places: Tensor  # position of each of the 256 levels: k itself, or 255 times the float k/255
-    l2_budget: float  # largest squared distance of an L2 ball, in (1/255)²; infinite without a ball
+    l2_budget: float  # largest squared distance in an L2 ball, in (1/255)²; infinite without a ball
 
     @classmethod
     def around(cls, image: Tensor, center: Tensor | None, radius: float | None, norm: str) -> Lattice:
@@ -39,7 +39,7 @@ class Lattice:
         lower, upper, budget = torch.zeros_like(middle), torch.full_like(middle, 255), math.inf
         places = torch.arange(256, dtype=torch.float64, device=c.device)
         if radius is not None and norm == "l2":
-            # Squares of whole steps are whole numbers: a little more than the radius admits no further one.
+            # Squares of whole steps are whole numbers, so a slightly larger radius admits no further point.
             budget = (radius * 255) ** 2 * (1 + 1e-9)
             if not bool(on_grid.all()):
                 budget = (radius * 255) ** 2 * (1 - 1e-12)
@@ -52,7 +52,7 @@ class Lattice:
                 return torch.where(on_grid, (k - level).abs() > reach * (1 + _ROUNDED), gap > radius)
 
             lower, upper = (middle - reach).floor(), (middle + reach).ceil()
-            for _ in range(2):  # both are too far out by one or, after adverse rounding, by two
+            for _ in range(2):  # both bounds may be too far out by one or, after adverse rounding, by two
                 lower, upper = lower + outside(lower), upper - outside(upper).double()
             lower, upper = lower.clamp(0, 255), upper.clamp(0, 255)
         return cls(lower, upper, middle, places, budget)
@@ -64,7 +64,7 @@ class Lattice:
         )
 
     def round(self, image: Tensor) -> Tensor | None:
-        """Return the nearest lattice point (N,), drawn towards the centre into an L2 ball; None if there is none."""
+        """Return the nearest lattice point (N,), moved towards the centre into an L2 ball; None if there is none."""
         if bool((self.lower > self.upper).any()):
             return None
         levels = image.detach().flatten().double() * 255

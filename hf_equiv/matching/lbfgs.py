@@ -25,12 +25,12 @@ class SecantHistory:
     def __init__(self, capacity: int, like: Tensor, most: int = 0) -> None:
         self.capacity = capacity
         self.shape = like.shape
-        self.pairs = like.new_empty((0, 2, like.numel()))  # grows in blocks: memory follows use
+        self.pairs = like.new_empty((0, 2, like.numel()))  # grows in blocks, so that memory follows use
         self.order: list[int] = []
         # sᵢ·yⱼ, valid for i not newer than j, and yᵢ·yⱼ
         size = max(capacity, most)
         self.sy, self.yy = torch.zeros((2, size, size), dtype=torch.float64, device="cpu")
-        self.unsettled: list[int] = []  # slots whose products are still missing, oldest first
+        self.unsettled: list[int] = []  # slots without products, oldest first
         self.newest: tuple[Tensor, Tensor] | None = None  # the two gradients of the newest y
         self.seen: tuple[Tensor, Tensor] | None = None  # the gradient of the last direction and its products
 
@@ -131,7 +131,7 @@ class LBFGS:
     Args:
         history: most pairs kept, two images each; they start at 40 and double if the error does not halve in as many.
         warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball at most ten times this number.
-        momentum: of the start, in [0, 1).
+        momentum: momentum of the start, in [0, 1).
         proximity: weight of staying near the source against the remaining error; more takes more evaluations.
         release: embedding error below which the penalty is dropped.
         newton: whether `match_embedding` may end a slow run without a ball by one full Jacobian and Newton steps.
@@ -174,7 +174,7 @@ class LBFGS:
                 return
 
     def _signed(self, source: Tensor, feasible: FeasibleSet) -> Generator[Tensor, Evaluation, Tensor]:
-        """Take signed steps with momentum, of Polyak's length for ‖r‖ in the L∞ norm; return the best point."""
+        """Take signed steps with momentum and Polyak's length for ‖r‖ in the L∞ norm; return the best point."""
         x = feasible.project(source)
         radius = 0.5 * float((feasible.upper - feasible.lower).max())
         run, best, least = torch.zeros_like(x), x, math.inf
@@ -205,7 +205,7 @@ class LBFGS:
                 steps, memory.capacity = 0, min(2 * memory.capacity, self.history)
             steps += 1
             pull = self._pull(x, raw, feasible)
-            if pull < 0.5 * weight:  # rarely, because the history belongs to the old objective
+            if pull < 0.5 * weight:  # change it rarely, because the history belongs to the old objective
                 weight = pull
             if weight != charged:
                 at, charged = _penalised(x, raw, feasible, weight), weight

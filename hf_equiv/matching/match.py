@@ -24,11 +24,11 @@ ProgressHook = Callable[[Progress], None]
 _NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
 """Typical ‖f(x) in this dtype − f(x)‖ / ‖f(x)‖ of one evaluation, for the line search."""
 
-_NEAR = 3e-3  # embedding error below which one Jacobian leads to the target
+_NEAR = 3e-3  # embedding error below which Newton steps from one Jacobian reach the target
 _PACE = 30  # evaluations over which the pace of a run is measured
-_WORTH = 1.5  # estimated cost of the rest, in Jacobians, that justifies one
-_STEPS = (10, 40)  # Newton steps: fewest worth a Jacobian, and most
-_LARGEST = 2**30  # bytes of the largest Jacobian formed unasked
+_WORTH = 1.5  # estimated remaining cost, in Jacobians, that justifies one
+_STEPS = (10, 40)  # Newton steps: the fewest that are worth a Jacobian, and the most
+_LARGEST = 2**30  # most bytes of a Jacobian that the solver may form
 
 
 def match_embedding(
@@ -62,8 +62,8 @@ def match_embedding(
         source: starting images to stay near, (B, C, H, W), pixels in [0, 1]: photos, constants or noise.
         target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
         solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) serve comparisons.
-        radius: of the ball about the source, in pixel units; None for the box alone.
-        norm: of the ball: "linf" or "l2".
+        radius: radius of the ball about the source, in pixel units; None for the box alone.
+        norm: norm of the ball, "linf" or "l2".
         rtol: embedding error at which an image is done. Below about 3e-6 float32 noise ends most runs.
         max_evals: evaluations per image.
         raise_on_failure: raise if an image misses `rtol`; False returns it with its status.
@@ -118,7 +118,7 @@ def match_embedding(
 
 
 def target_embeddings(f: Encoding, images: Tensor, target: Tensor, name: str) -> Tensor:
-    """Return the embeddings (B, D) to reach, float64: those of target pixels, or the target itself."""
+    """Return the embeddings (B, D) to reach, float64: computed from target pixels, or the target itself."""
     if target.ndim == 4:
         if target.shape[1:] != images.shape[1:]:
             raise ValueError(
@@ -168,14 +168,14 @@ class _Run(Search):
     def __init__(self, iterates: Iterates, target: Tensor, start: Tensor, bounds: FeasibleSet | None) -> None:
         super().__init__(start)
         self.iterates, self.target = iterates, target
-        self.bounds = bounds  # to check the images of solvers from outside the package
+        self.bounds = bounds  # solvers from outside the package may leave them
         self.tried = math.inf  # the error at the last attempt by Newton steps
         self.scale = float(target.norm())
-        self.unit = power_of_two(self.scale)  # residuals and gradients in it neither overflow nor lose a bit
+        self.unit = power_of_two(self.scale)  # in this unit, residuals and gradients neither overflow nor lose a bit
         self.point = next(iterates)
 
     def offer(self, image: Tensor, error: float) -> None:
-        """Keep an image if it is the best so far; check and copy that of an unknown solver, which may reuse it."""
+        """Keep an image if it is the best so far; an unknown solver may reuse its image, so check and copy it."""
         if error < self.error and self.bounds is not None:
             if not torch.equal(self.bounds.project(image), image):
                 raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
@@ -211,7 +211,7 @@ def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:
     points = torch.stack([run.point for run in runs]).requires_grad_(True)
     units = points.new_tensor([run.unit for run in runs], dtype=torch.float64)[:, None]
     with torch.enable_grad():
-        z = f(points.clone())  # a copy, so that an f which normalises in place may
+        z = f(points.clone())  # a copy lets f normalise in place
         checks.check_output(z, len(runs))
         checks.check_dimension(runs[0].target, z.shape[1])
         residuals = (z.detach().double() - torch.stack([run.target for run in runs])) / units
@@ -250,7 +250,7 @@ def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: 
 
 
 def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
-    """Whether a Jacobian is the shorter way: extrapolate the log error of the last evaluations to rtol."""
+    """Whether a Jacobian is cheaper than going on: extrapolate the log error of the last evaluations to rtol."""
     if run.status is not None or run.error > min(_NEAR, 0.1 * run.tried):
         return False
     jacobian = jacobian_cost(len(run.target))

@@ -27,9 +27,9 @@ from hf_equiv.results import MatchResult, Status
 
 _FORWARD = 1 / 3  # evaluations of a forward pass
 _ROWS = 32  # cotangents per pass of a Jacobian
-_CAP = 3  # steps that one pixel may move in all; without it a few sensitive pixels take 20 and show as specks
-_CROWDED = 0.1  # share of the pixels at the cap that doubles it: too few are left for the rest of the way
-_MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to how well J predicted the last
+_CAP = 3  # most steps of one pixel in all; otherwise a few sensitive pixels take 20 and show as specks
+_CROWDED = 0.1  # share of pixels at the cap that doubles the cap, because too few others are left
+_MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to the accuracy of J in the last
 _WORTH = 5  # times rtol: a smaller error does not justify another Jacobian
 _EXCURSION = 3  # times the best error: limit of a round that raises the error but lowers the whitened one
 _STALE = 3  # rounds in a row with hardly a decrease before a new Jacobian
@@ -60,14 +60,14 @@ def refine_8bit(
         images: matches to round, (B, C, H, W), pixels in [0, 1].
         target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
         source: centre of the ball, (B, C, H, W); needed with `radius`.
-        radius: of the ball about `source`, in pixel units (whole steps if it is k/255); None for the box alone.
-        norm: of the ball: "linf" or "l2".
+        radius: radius of the ball about `source`, in pixel units (whole steps if k/255); None for the box alone.
+        norm: norm of the ball, "linf" or "l2".
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image; too few for a Jacobian leave the rounded image.
         progress: called with a `Progress` after every round; an exception raised in it ends the run.
 
     Returns:
-        Images of values k/255 with error, cost and status; unchanged and `infeasible` if the ball holds no 8-bit image.
+        Images with values k/255, errors, costs and statuses; unchanged and `infeasible` if the ball has no 8-bit image.
 
     Raises:
         ValueError: pixels outside [0, 1], shapes that do not fit, `radius` without `source`, or a bad number.
@@ -104,7 +104,7 @@ class _Refinement(Search):
     def __init__(self, f: Encoding, image: Tensor, z: Tensor) -> None:
         super().__init__(image)
         self.f, self.z = f, z
-        self.unit = power_of_two(float(z.norm()))  # embeddings of any scale are near 1 in it
+        self.unit = power_of_two(float(z.norm()))  # in this unit, embeddings of any scale are near 1
         self.scale = float(z.norm()) / self.unit
         self.cap, self.trust, self.failed, self.since = _CAP, _MOVES, 0, math.inf
 
@@ -174,7 +174,7 @@ class _Refinement(Search):
         self.here, self.r_here = self.levels, self.r
 
     def _round(self, rtol: float) -> bool:
-        """Make the moves that J promises to help and let J learn from them; return False if there are none."""
+        """Make the moves that J predicts to help and update J from the result; return False if there are none."""
         assert self.model is not None
         jacobian, reach, whiten, natural = self.model
         if float(((self.here - self.rounded).abs() >= self.cap).double().mean()) > _CROWDED:

@@ -1,6 +1,6 @@
-"""Minimise ½‖f(x) − z‖² inside a feasible set: solvers are hyper-parameters and a generator for one image.
+"""Minimise ½‖f(x) − z‖² inside a feasible set; a solver has hyper-parameters and a generator for one image.
 
-`solver.iterate(source, feasible)` yields points x to evaluate and is sent an `Evaluation` of each: every image has its
+`solver.iterate(source, feasible)` yields points x to evaluate and receives an `Evaluation` of each. Every image has its
 own history and line search, and `match_embedding` batches the points. A generator that returns has stalled.
 """
 

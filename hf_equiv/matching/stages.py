@@ -20,7 +20,7 @@ from hf_equiv.precision import Encoding
 from hf_equiv.results import MatchResult
 
 HALF = {"bfloat16": (torch.bfloat16, 1e-1), "float16": (torch.float16, 1e-2)}
-"""Types of a draft, and the embedding error at which its rounding begins to mislead the solver."""
+"""Dtypes of drafts, and the embedding error at which their rounding begins to mislead the solver."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Draft:
     """A cheaper form of the encoder."""
 
     f: Encoding  # pixels (B, 3, H, W) to embeddings (B, D), differentiable
-    rtol: float  # embedding error at which its stage ends; 0 for the error asked of the match
-    share: float  # most of the allowed evaluations that it may spend, in (0, 1]
+    rtol: float  # embedding error at which its stage ends; 0 for the `rtol` of the match
+    share: float  # largest share of the allowed evaluations that it may spend, in (0, 1]
 
 
 def match_in_stages(

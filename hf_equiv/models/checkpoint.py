@@ -1,7 +1,7 @@
 """Find the files of a checkpoint by name, on disk and at one revision.
 
-All files come from one folder or from one Hub commit, and transformers never talks to the Hub itself, so weights that a
-bot converted on another branch cannot slip in.
+All files come from one folder or from one Hub commit. transformers never talks to the Hub itself, so it cannot load
+weights that a bot converted on another branch.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Checkpoint:
         if self.hub is None:
             names = sorted(path.name for path in self.folder.iterdir())
         else:
-            with suppress(hub_errors.RemoteEntryNotFoundError):  # not in the repository; other failures are raised
+            with suppress(hub_errors.RemoteEntryNotFoundError):  # a repository without it; other failures are raised
                 return [self.hub.fetch(_WEIGHTS)]
             names = self.hub.names()
         others = ", ".join(name for name in names if name.endswith(_PICKLED))
@@ -152,14 +152,14 @@ def quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()  # it also switches on those of the Hub client
+            transformers_logging.enable_progress_bar()  # this also switches on the bars of the Hub client
         if hub_bars_off:
             disable_progress_bars()
 
 
 def find_checkpoint(hub: HubFiles, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """Resolve a name to a folder with config.json at one revision; loading fetches the weights from the Hub."""
-    name = hub.repo_id  # or a folder, or "builtin"
+    name = hub.repo_id  # a Hub id, a folder or "builtin"
     if not name:
         raise ValueError("`model_id` must be a Hub id, a folder or 'builtin'; got an empty string.")
     if name == BUILTIN or os.path.isdir(name) or _looks_like_a_path(name):
@@ -175,7 +175,7 @@ def find_checkpoint(hub: HubFiles, revision: str | None = None, trust_remote_cod
             f"`model_id` must be a Hub id such as 'facebook/deit-tiny-patch16-224', a folder or 'builtin'; got "
             f"{name!r}. Check the spelling."
         ) from error
-    offline = hub.local_files_only or constants.HF_HUB_OFFLINE  # else the client warns that it is offline
+    offline = hub.local_files_only or constants.HF_HUB_OFFLINE  # avoids the client's warning that it is offline
     with explained(name, kind="model", revision=revision, file="config.json", local_files_only=hub.local_files_only):
         resolved = api_of(hub.token).resolve_revision(
             name, revision=revision, cache_dir=hub.cache_dir, local_files_only=offline, token=hub.token

@@ -122,17 +122,17 @@ class Encoder:
             revision: branch, tag or commit on the Hub; None for the default branch.
             subfolder: folder of the model inside the repository or `model_id`.
             token: Hub access token; None for the stored one.
-            cache_dir: cache of Hub files; None for the usual place.
+            cache_dir: cache of Hub files; None for the Hub's default.
             local_files_only: whether to use cached files only.
             trust_remote_code: whether to run Python code that the checkpoint brings.
-            dtype: of weights and embeddings; in half precision, rounding moves an embedding more than 8-bit steps do.
+            dtype: type of weights and embeddings; in half precision, rounding moves an embedding more than 8-bit steps.
             device: device to run on; None for CUDA if present, else the CPU.
 
         Returns:
             The encoder, frozen and in eval mode.
 
         Raises:
-            TypeError: `dtype` is no floating-point type.
+            TypeError: `dtype` is not a floating-point type.
             ValueError: no image encoder, no such readout or device, or weights missing from the checkpoint.
             FileNotFoundError: the folder, its safetensors or its image processor file is absent.
             OSError: a damaged file, or the Hub's own error (RepositoryNotFoundError, GatedRepoError, no network).
@@ -157,7 +157,7 @@ class Encoder:
             pixels: (B, 3, H, W), in [0, 1], on the encoder's device; cast to its dtype.
 
         Returns:
-            (B, D) in the encoder's dtype; of unit L2 norm with `normalize=True`.
+            (B, D) in the encoder's dtype; with `normalize=True` the rows have unit L2 norm.
         """
         self._check(pixels)
         z = self._embed(pixels, self.readout)
@@ -179,7 +179,7 @@ class Encoder:
             return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
 
     def _check(self, pixels: Tensor) -> None:
-        """Require a float tensor (B, 3, H, W) on this device, of a size that the model takes."""
+        """Require a float tensor (B, 3, H, W) on this device, with a size that the model takes."""
         check_tensor(pixels, "pixels", "3")
         if pixels.device != self.device:
             raise ValueError(
@@ -254,7 +254,7 @@ class Encoder:
         """Return the same function in another floating-point type, with weights of its own.
 
         Args:
-            dtype: of weights and embeddings.
+            dtype: type of weights and embeddings.
 
         Returns:
             The copy, on the same device.
@@ -297,12 +297,12 @@ class Encoder:
 
     @property
     def pixel_std(self) -> Tensor:
-        """Standard deviation (3,) that the checkpoint divides each channel by: one normalised-pixel unit in [0, 1]."""
+        """The standard deviation (3,) that divides each channel: one normalised-pixel unit in [0, 1]."""
         return self._std.flatten()
 
     @property
     def patch_weight(self) -> Tensor | None:
-        """Weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without one."""
+        """The weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without one."""
         return patch_weight(self._loaded.model, self._std)
 
     def jvp_probe(self) -> bool:
@@ -312,7 +312,7 @@ class Encoder:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Record of the encoder for every row, with the name of a local folder and the digest of its weights."""
+        """The record of the encoder in every row, with the name of a local folder and the digest of its weights."""
         return {
             "model_id": self._checkpoint.name,
             "model_revision": self.revision,

@@ -1,4 +1,4 @@
-"""Load the one model of a checkpoint: its own architecture, its own head, and no weight that is not in the file."""
+"""Load the model of a checkpoint with its own architecture and head, and no weight that is not in the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
-# Weights that may be missing: those of masked image modelling, and of readouts that are then refused.
+# Weights that may be missing: they serve masked image modelling, or readouts that are then refused.
 _OPTIONAL = ("mask_token", "pooler", "text_model", *_HEADS)
 
 
@@ -30,8 +30,8 @@ class LoadedModel:
     two_tower: bool  # whether the checkpoint also holds a text encoder
 
     def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
-        """Return a copy whose parameters are of `dtype`; float64 keeps every float32 value exactly."""
-        twin = copy.deepcopy((self.model, self.backbone, self.projection))  # together: shared parts stay shared
+        """Return a copy with parameters in `dtype`; float64 keeps every float32 value exactly."""
+        twin = copy.deepcopy((self.model, self.backbone, self.projection))  # one call, so that shared parts stay shared
         model, backbone, projection = (part if part is None else part.to(dtype) for part in twin)
         return replace(self, model=model, backbone=backbone, projection=projection)
 
@@ -42,7 +42,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     model_class = _choose_class(config, checkpoint)
     checkpoint.weights()
     if config.model_type == "vit_mae":
-        config.mask_ratio = 0.0  # its embeddings otherwise drop a random 75 % of the patches
+        config.mask_ratio = 0.0  # otherwise the model drops a random 75 % of the patches
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
     with quiet(), torch.random.fork_rng(devices=[]):
         try:
@@ -81,7 +81,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             if isinstance(part, torch.nn.Module) and not isinstance(part, _PerImage):
                 setattr(owner, name, _PerImage(part))
     projection = getattr(model, "visual_projection", None)
-    if two_tower:  # labels load the text encoder when they need it
+    if two_tower:  # zero-shot labels load the text encoder when they need it
         model = backbone
     for part in (model, projection):
         if part is not None:
@@ -102,7 +102,7 @@ def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 class _PerImage(torch.nn.Module):
     """Apply a head to one image at a time on the CPU.
 
-    A head sees one row per image. BLAS multiplies a single row by another routine than several, and the two round
+    A head sees one row per image. BLAS uses different routines for a single row and for several, and they round
     differently, so an embedding would depend on the size of its batch.
     """
 

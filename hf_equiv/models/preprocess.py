@@ -1,7 +1,7 @@
 """Turn PIL images into pixels in [0, 1] with the checkpoint's own image processor, and normalise them.
 
-Its resize and crop run unchanged, on 8-bit values; its (x − mean) / std is computed here, so that the encoder is a
-differentiable function of pixels in [0, 1]. On probe images the two halves must reproduce the whole.
+The processor's resize and crop run unchanged, on 8-bit values. Its (x − mean) / std is computed here, so that the
+encoder is a differentiable function of pixels in [0, 1]. On probe images both parts together must equal the processor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _FILE = "preprocessor_config.json"
 _CURE = "Pass pixels (B, 3, H, W) in [0, 1] to the encoder instead."
-_OFF_GRID = "DINOv3ViTImageProcessor"  # torchvision only; it rescales before it resizes, so its pixels are not k/255
+_OFF_GRID = "DINOv3ViTImageProcessor"  # needs torchvision; rescales before it resizes, so pixels are not k/255
 _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
 
 
@@ -30,8 +30,8 @@ _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
 class Preprocessor:
     """The image processor of one checkpoint."""
 
-    mean: tuple[float, float, float]  # per channel, that the model expects to be subtracted, pixels in [0, 1]
-    std: tuple[float, float, float]  # per channel, that it expects to be divided by
+    mean: tuple[float, float, float]  # subtracted from each channel, pixels in [0, 1]
+    std: tuple[float, float, float]  # divides each channel after that
     size: tuple[int, int] | None  # (H, W) of every preprocessed image; None if this environment cannot preprocess
     refusal: str  # reason why `preprocess` is impossible; empty if it works
     record: str  # the processor's settings and backend as one JSON string

@@ -1,4 +1,4 @@
-"""Read out the embedding of a vision model: name, place and availability of each readout (docs/guide.md)."""
+"""Read the embedding out of a vision model's outputs; define and find its readouts (docs/guide.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Layout:
     """Outputs of one forward pass of a checkpoint, found on a probe image."""
 
     prefix: int  # number of tokens before the patch tokens; the first of them is the class token
-    patch: int | None  # side of the square patches behind the tokens after the prefix; None for other models
+    patch: int | None  # side of the square patches, one for each token after the prefix; None for other models
     alone: bool  # whether images are embedded one by one on the CPU, so that bits do not depend on the batch
     num_hidden: int  # length of `hidden_states`
     available: tuple[str, ...]  # the readouts of this checkpoint
@@ -112,7 +112,7 @@ def run(model: Any, pixel_values: Tensor, interpolate: bool, output_hidden_state
         kwargs["interpolate_pos_encoding"] = True
     if output_hidden_states:
         kwargs["output_hidden_states"] = True
-    if model.config.model_type == "vit_mae":  # it sorts its patches by random numbers; keep their order
+    if model.config.model_type == "vit_mae":  # it sorts patches by `noise`; ascending noise keeps their order
         patches = model.embeddings.patch_embeddings.projection.kernel_size
         count = (pixel_values.shape[2] // patches[0]) * (pixel_values.shape[3] // patches[1])
         kwargs["noise"] = torch.arange(float(count), device=pixel_values.device).expand(pixel_values.shape[0], -1)
@@ -126,7 +126,7 @@ def _mean(state: Tensor, prefix: int) -> Tensor:
 
 
 def _prefix(loaded: LoadedModel, tokens: int, image_size: tuple[int, int]) -> int:
-    """Return the number of tokens that are no patches, if a class token is among them; else 0."""
+    """Return the number of tokens before the patches if a class token is among them, else 0."""
     config = loaded.backbone.config
     if config.model_type == "dinov3_convnext":
         return 1  # the pooled map comes before the positions

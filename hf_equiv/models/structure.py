@@ -13,7 +13,7 @@ from hf_equiv.precision import Encoding
 
 
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
-    """Return the LayerNorm that all dependence of f(x) on the pixels passes; None if there is none."""
+    """Return the LayerNorm through which all dependence of f(x) on the pixels passes; None if there is none."""
     # The last LayerNorm in the graph of z is tested: with its output detached, z must no longer depend on x. A hidden
     # state before the last LayerNorm fails, by its residual connection.
     seen: dict[nn.Module, Tensor] = {}
@@ -36,7 +36,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
     #    * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
     #    * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
     #    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns; "unit norm": Wᵀu = 0 along z.
-    # If T averages several tokens alike, only the centring is left. Cost: three forwards, two VJPs, and VJPs through T.
+    # If T averages several tokens equally, only the centring is left. Cost: three forwards, two VJPs, VJPs through T.
     norm = find_last_norm(f, model, image)
     if norm is None:
         return ()
@@ -50,7 +50,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
     gain = torch.ones(d, dtype=torch.float64, device=h.device) if gamma is None else gamma.detach().double()
     W, token = _tail(z[0], y)
     again = nn.functional.layer_norm(h, (d,), gamma, getattr(norm, "bias", None), getattr(norm, "eps", 0.0))
-    plain = again.shape == y.shape and bool(torch.allclose(again, y, rtol=1e-3, atol=1e-3))  # some norm other axes
+    plain = again.shape == y.shape and bool(torch.allclose(again, y, rtol=1e-3, atol=1e-3))  # false for other axes
     if W is None or not plain or not bool((gain != 0).all()):
         return ()
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=W.shape[0] <= 4096)
@@ -97,7 +97,7 @@ def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:
 
 
 def _tail(z: Tensor, y: Tensor) -> tuple[Tensor | None, int | None]:
-    """Return W = ∂z/∂y (D, d) at the token that z reads, and the token; no token if z averages several alike."""
+    """Return W = ∂z/∂y (D, d) at the token that z reads, and the token; no token if z averages several."""
     generator = torch.Generator().manual_seed(0)
     d = y.shape[-1]
     probes = torch.randn(2, z.numel(), generator=generator).to(z)

@@ -22,7 +22,7 @@ class LabelEmbeddings:
 
     features: Tensor  # (L, D), each row of norm 1
     scale: float  # factor on the cosine similarity
-    bias: float  # added to the product; 0 for CLIP
+    bias: float  # term added to the product; 0 for CLIP
 
     def logits(self, image_features: Tensor) -> Tensor:
         """Return scale · cos(image, label) + bias, (B, L), for image embeddings (B, D)."""
@@ -38,7 +38,7 @@ def embed_labels(
         raise TypeError("`labels` must be a sequence of strings; got something else. Pass ['cat', 'dog'].")
     if not labels or not all(label.strip() for label in labels):
         raise ValueError(f"`labels` must hold at least one label and no empty one; got {list(labels)!r}.")
-    checkpoint.fetch_matching((".json", ".txt", ".model"))  # of the tokenizer
+    checkpoint.fetch_matching((".json", ".txt", ".model"))  # the files of the tokenizer
     with quiet(), torch.random.fork_rng(devices=[]):
         try:
             tokenizer = checkpoint.load(AutoTokenizer)

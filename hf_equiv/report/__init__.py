@@ -1,4 +1,4 @@
-"""One page from the rows of runs."""
+"""Write one page from the rows of runs."""
 
 from hf_equiv.report.page import Report, make_report
 

@@ -1,4 +1,4 @@
-"""The paper's claims beside the measurements: a verdict by a stated rule for each, and the findings in sentences."""
+"""Judge the paper's claims by stated rules, and write the findings in sentences."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
 from hf_equiv.report.render import ALIKE_DB, findings, interval, many, tenth, three
 from hf_equiv.report.statistics import Estimate, Share
 
-FEW = 10  # below this many pairs or photos no claim is called supported without a caveat
-ON_THE_WAY = 0.1  # a budget is enough if the median PNG ends within this part of the distance of unrelated images
+FEW = 10  # with fewer pairs or photos, a supported claim has a caveat
+ON_THE_WAY = 0.1  # a budget is enough if the median PNG error is at most this part of the distance of unrelated images
 YES, PARTLY, NO, OPEN = "supported", "supported with a caveat", "not supported", "not measured"
 UNDECIDED = "not decided"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper beside the numbers measured, the interval of the number that decides, and the verdict."""
+    """One claim of the paper with the measured numbers, the interval of the deciding number, and the verdict."""
 
     claim: str
     measured: str = "–"
@@ -27,7 +27,7 @@ class Claim:
 
 
 class Reach(NamedTuple):
-    """How far the linear model holds along one kind of direction, beside how far the matches lie (L2)."""
+    """How far the linear model holds along one kind of direction, and how far the matches lie (L2)."""
 
     linear: Estimate
     match: Estimate
@@ -35,7 +35,7 @@ class Reach(NamedTuple):
 
 
 def near_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
-    """Return the smallest ball whose median PNG ends within a tenth of the distance of unrelated images of its data."""
+    """Return the smallest ball with a median PNG error within a tenth of the distance of its unrelated images."""
     enough = [b for b, error in _errors(numbers) if error <= ON_THE_WAY]
     return min(enough, key=lambda b: (b.norm != "linf", b.radius), default=None)
 
@@ -57,7 +57,7 @@ def _errors(numbers: CheckpointNumbers) -> list[tuple[BudgetNumbers, float]]:
 
 def look_alike(numbers: CheckpointNumbers) -> BudgetNumbers | None:
     """Return the smallest budget whose matches look like their sources and mostly embed nearer to their targets."""
-    # Without one: the widest budget whose matches look like their sources.
+    # If there is none, return the widest budget whose matches look like their sources.
     alike = [b for b in numbers.budgets if b.nearer and b.psnr_db and b.psnr_db.value >= ALIKE_DB]
     alike.sort(key=lambda b: (b.radius is None, b.norm != "linf", b.radius or 0.0))
     return next((b for b in alike if b.nearer and b.nearer.value > 0.5), alike[-1] if alike else None)
@@ -78,13 +78,13 @@ def linear_reach(numbers: CheckpointNumbers) -> Reach | None:
     return next((Reach(linear, match.l2, kind) for kind, linear in reaches if linear), None)
 
 
-# --- the rules: interval and verdict of each claim, None where it was not measured ---
+# --- the rules: interval and verdict of each claim, None if it was not measured ---
 
 Judged = tuple[str, str] | None
 
 
 def _verdict(share: Share) -> str:
-    """More than half: by the interval, or with a caveat where there is none or too few pairs."""
+    """Judge whether a share exceeds one half, with a caveat if its interval does not or there are few pairs."""
     if share.value <= 0.5:
         return NO
     return YES if share.n >= FEW and share.low is not None and share.low > 0.5 else PARTLY
@@ -173,7 +173,7 @@ FINDINGS = {
     "consequences": ("trust", "retrain", "recompress", "second_model", "own_photos"),
     "limits": ("few_pairs", "shared_photos", "first_pairs", "not_found", "scaled"),
 }
-"""The texts of the template: the answer, where it disagrees with the paper, what it means for a user, what is open."""
+"""Names of the template's texts: answer, disagreements with the paper, consequences for a user, open questions."""
 
 
 def say(part: str, numbers: CheckpointNumbers) -> tuple[str, ...]:

@@ -20,14 +20,14 @@ from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
 
 _ENCODER = ("model_id", "model_revision", "readout", "normalize", "dtype")
-_FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # of a model that cannot be loaded; the rest is a bug
+_FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # causes of a missing model; other errors are bugs
 
 
 @dataclass(frozen=True)
 class Run:
     """One run directory, with its rows (without images) in the order of its record."""
 
-    name: str  # in the report, never an absolute path
+    name: str  # its name in the report, never an absolute path
     folder: Path
     record: Row
     layout: Layout
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def settings(self) -> Row:
-        """Everything that changes a number of the run."""
+        """The settings that change a number of the run."""
         return dict(self.record["settings"])
 
     @property
@@ -51,17 +51,17 @@ class Run:
 
     @property
     def listed(self) -> int:
-        """Pairs or images that the finished run has."""
+        """The number of pairs or images in the finished run."""
         return len(self.record[self.layout.listed])
 
     @property
     def there(self) -> int:
-        """Pairs or images that have rows."""
+        """The number of pairs or images that have rows."""
         return len({row[self.layout.item] for row in self.rows})
 
     @property
     def left_out(self) -> int:
-        """Pairs or images left out because the file of their rows is not as recorded."""
+        """The number of pairs or images left out because the file of their rows is not as recorded."""
         return self.listed - self.there if self.changed else 0
 
     @property
@@ -83,7 +83,7 @@ class Checkpoint:
 
     @property
     def matches(self) -> tuple[Run, ...]:
-        """Match runs with at least one match: without a ball first, then by falling radius, then by falling size."""
+        """The match runs with a match: without a ball first, then by falling radius, then by falling size."""
         good = [run for run in self.of(MATCH.analysis) if run.good]
         good.sort(key=lambda run: (-(run.settings["radius"] or math.inf), -len(run.good), run.name))
         return tuple(good)
@@ -179,7 +179,7 @@ def _title(key: tuple[Any, ...], groups: Iterable[tuple[Any, ...]]) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where models and data are looked for, and the device (by default CUDA if there is one)."""
+    """Where to look for models and data, and the device (by default CUDA if there is one)."""
 
     device: str | None
     cache_dir: str | None
@@ -200,7 +200,7 @@ def locate(name: str, place: Place) -> tuple[str, Path]:
 
 
 def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tuple[Encoder | None, str]:
-    """Load the encoder of a checkpoint's runs; without one, say why. Of local `models` the recorded one is used."""
+    """Load the encoder of a checkpoint's runs, or return why that failed; `models` are local folders to try."""
     settings = (checkpoint.matches or checkpoint.runs)[0].settings
     revision = settings["model_revision"]
     reasons: list[str] = []
@@ -219,7 +219,7 @@ def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tup
 
 
 def load_other(name: str, place: Place) -> Encoder | str:
-    """Load another checkpoint by name; if that fails, say why."""
+    """Load another checkpoint by name; if that fails, return the reason."""
     try:
         return Encoder.from_pretrained(name, **asdict(place))
     except _FAILURES as error:

@@ -1,4 +1,4 @@
-"""Draw the figures of a report: those of runs, and those that compare with controls and between runs."""
+"""Draw the figures of a report: figures of runs, and comparisons with controls and between runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The geometry of a report: spectrum, local constants and walks, as frozen records computed from the rows of runs."""
+"""Summarise the geometry for a report: spectrum, local constants and walks, as frozen records from rows."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _direction(rows: Rows) -> DirectionNumbers:
 
 
 def _regional(runs: Sequence[Run]) -> tuple[float | None, str | None, list[Row]]:
-    """Radius, norm and rows of the balls of one radius: the one with most photos, then the largest."""
+    """Return radius, norm and rows of the balls of one radius: the radius with most photos, then the largest."""
     balls: dict[tuple[float, str], dict[tuple[str, str], Row]] = {}
     for run in runs:
         if run.settings["regional"]:

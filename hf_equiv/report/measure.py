@@ -1,4 +1,4 @@
-"""Measure with the encoder what the rows of a match run do not hold: controls, survival, transfer, retrieval, probe.
+"""Measure with the encoder what match rows lack: controls, survival, transfer, retrieval and a kNN probe.
 
 Errors are relative, ‖f(a) − f(b)‖ / ‖f(b)‖, in float64 of float32 embeddings; similarity is the cosine. Pixels are
 (3, H, W) in [0, 1], on the grid k/255.
@@ -35,8 +35,8 @@ from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 Tell = Callable[[int, int], None]
 
-MEASURED_PAIRS = 200  # pairs of a run that are measured anew, the first of its list
-LABELLED_PHOTOS = 2000  # photos of `label_data` that are used, drawn with seed 0
+MEASURED_PAIRS = 200  # most pairs of a run to measure anew, from the first on
+LABELLED_PHOTOS = 2000  # most photos of `label_data`, drawn with seed 0
 RANDOM_DRAWS = 4
 _VERSION = 3  # raise it when a stored number changes its meaning
 _CURVE = 400  # points of a stored distribution
@@ -61,11 +61,11 @@ TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "resize to 50 % and back": lambda image: resize_and_back(image, 0.5),
     "Gaussian blur, σ = 1 px": lambda image: image.filter(ImageFilter.GaussianBlur(1.0)),
 }
-"""Image handling, by the name that the report gives it."""
+"""Image transforms by their names in the report."""
 
 
 def handle(pixels: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Apply a change of an image to pixels (3, H, W)."""
+    """Apply a transform of images to pixels (3, H, W)."""
     levels = np.asarray(change(open_image(encode_png(pixels))))
     return (torch.from_numpy(levels.copy()).permute(2, 0, 1).to(pixels.dtype) / 255).to(pixels.device)
 
@@ -282,4 +282,4 @@ def _kept(cache: Path | None, key: Sequence[Any], make: Callable[[], Row]) -> Ro
     text = json.dumps(make(), allow_nan=False)
     if path is not None:
         shards.write_atomic(path, text.encode())
-    return dict(json.loads(text))  # the same whether it was kept or not
+    return dict(json.loads(text))  # equal for a new and a kept measurement

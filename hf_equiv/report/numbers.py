@@ -1,4 +1,4 @@
-"""The numbers of a report as frozen records, from rows and new measurements; None stands where there is no data."""
+"""Compute the numbers of a report as frozen records, from rows and new measurements; None means no data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATCHED = 0.01  # a PNG counts as matched within this part of the median distanc
 
 @dataclass(frozen=True)
 class CheckpointNumbers:
-    """Every number that a report states of one checkpoint; None for a part without data."""
+    """Every number that a report states about one checkpoint; None for a part without data."""
 
     title: str
     model_id: str
@@ -88,7 +88,7 @@ def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: S
 
 
 def _run_line(run: Run) -> Row:
-    """One run as the report lists it: how many of its pairs or images there are, and which files are left out."""
+    """Return a run as the report lists it, with the number of its pairs or images and the files left out."""
     return {
         "name": run.name,
         "analysis": run.analysis,
@@ -130,7 +130,7 @@ class MatchRun:
 
 @dataclass(frozen=True)
 class MatchNumbers(MatchRun):
-    """The first match run; `within` is the share of pairs at or below each error, `distance` and below are measured."""
+    """The first match run; `within` is the share of pairs up to each error; fields from `distance` on are measured."""
 
     refine: bool
     noise_floor: Estimate | None
@@ -207,7 +207,7 @@ def _less(a: float | None, b: float | None) -> bool | None:
 
 
 def _unrelated(run: Run, measured: Row) -> Spread | None:
-    """Distances of unrelated photos: as measured, else as the run's own summary states them."""
+    """Return the distances of unrelated photos: as measured, else from the run's own summary."""
     if measured.get("unrelated"):
         return _distribution(measured["unrelated"])
     stated = (run.record.get("summary") or {}).get("baseline")
@@ -242,7 +242,7 @@ def _heads(run: Run) -> HeadNumbers:
 
 @dataclass(frozen=True)
 class SurvivalNumbers:
-    """The match after one transform, and the target after the same (`control`)."""
+    """The match after one transform, and the target after the same transform (`control`)."""
 
     error: Estimate | None
     control: Estimate | None
@@ -322,7 +322,7 @@ def _retrieval(stored: Row | None) -> RetrievalNumbers | None:
 
 @dataclass(frozen=True)
 class ProbeNumbers:
-    """A nearest-neighbour classifier on the embeddings; `flipped` and `kept` are of the pairs it tells apart."""
+    """A nearest-neighbour classifier on the embeddings; `flipped` and `kept` cover the pairs that it separates."""
 
     photos: int
     classes: int

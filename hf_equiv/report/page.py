@@ -81,7 +81,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured anew, with which models, and the folder that keeps it; `others` may hold why one is missing."""
+    """Hold the options of a report. A string in `others` is the reason why that model could not be loaded."""
 
     place: Place
     models: Sequence[str]
@@ -196,7 +196,7 @@ def _labelled(label_data: str | os.PathLike[str], place: Place) -> ImageSet:
 
 
 def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row], str]:
-    """Measure the first match run with its own encoder and with others; the last value says why that failed."""
+    """Measure the first match run with its own encoder and with others; the last value is the reason of a failure."""
     if not checkpoint.matches:
         return None, [], ""
     run = checkpoint.matches[0]
@@ -221,7 +221,7 @@ def _differ(other: Encoder, encoder: Encoder) -> bool:
     return (other.revision, other.readout, other.normalize) != (encoder.revision, encoder.readout, encoder.normalize)
 
 
-# What the templates print, apart from the numbers.
+# These functions return what the templates print, apart from the numbers.
 
 
 def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from hf_equiv.formatting import ball, short
 from hf_equiv.report.statistics import Estimate, Share
 
-ALIKE_DB = 30.0  # PSNR from which a match is said to look like its source: it differs only on a close look
+ALIKE_DB = 30.0  # least PSNR at which a match looks like its source: differences show only on a close look
 
 
 def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit: str = "") -> str:
@@ -27,7 +27,7 @@ def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit
 
 
 def interval(estimate: Estimate | None, form: Callable[[float], str] = short) -> str:
-    """Write the interval and n alone; Wilson's interval of a share in percent."""
+    """Write the interval and n alone; for a share, Wilson's interval in percent."""
     if estimate is None:
         return "–"
     if estimate.low is None or estimate.high is None:
@@ -134,7 +134,7 @@ def _html(value: object) -> Markup:
 
 
 def _markdown(value: object) -> Markup:
-    """Escape every sign that Markdown reads as its own."""
+    """Escape every sign that has a meaning in Markdown."""
     return Markup(_SIGNS.sub(r"\\\1", plain(value)))
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hf_equiv.runs.schema import Row
 
-NEIGHBOURS = 5  # that vote in the kNN probe
+NEIGHBOURS = 5  # neighbours that vote in the kNN probe
 
 
 @dataclass
 class Gallery:
-    """Embeddings of distinct photos, with a class where one is known; a photo is known by the digest of its pixels."""
+    """Embeddings of distinct photos, with known classes; the digest of its pixels identifies a photo."""
 
     embed: Callable[[Tensor], Tensor]
     vectors: list[Tensor] = field(default_factory=list)
@@ -83,7 +83,7 @@ def vote(query: Tensor, database: Tensor, classes: Sequence[str], k: int, withou
 
 def probe(pairs: Sequence[tuple[int, int, Tensor]], gallery: Gallery) -> Row | None:
     """Classify photos and pairs by the nearest labelled photos; None unless two classes have two photos or more."""
-    # Neither a photo nor the two photos of a pair vote on themselves.
+    # A photo does not vote on itself, nor do the two photos of a pair.
     voters = [i for i, name in enumerate(gallery.classes) if name is not None]
     names = [str(gallery.classes[i]) for i in voters]
     if sum(names.count(name) > 1 for name in set(names)) < 2:

@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals, from SciPy: the bootstrap of a median or mean, Wilson's interval of a share."""
+"""Estimate with 95 % intervals from SciPy: the bootstrap for a median or mean, Wilson's interval for a share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Estimate:
     n: int
 
     def is_below(self, other: Estimate) -> bool:
-        """Tell whether the interval ends before that of the other begins."""
+        """Return whether this interval ends before the other one begins."""
         return self.high is not None and other.low is not None and self.high < other.low
 
 
@@ -41,7 +41,7 @@ class Share(Estimate):
 
 @dataclass(frozen=True)
 class Spread:
-    """The distribution of values that depend on each other, so that no interval is stated."""
+    """The distribution of values that depend on each other, and therefore have no interval."""
 
     median: float
     q05: float | None
@@ -70,7 +70,7 @@ def estimate(
 
 
 def share(flags: Iterable[Any]) -> Share | None:
-    """Estimate the share of true flags with Wilson's 95 % score interval (1927); None where no flag is known."""
+    """Estimate the share of true flags with Wilson's 95 % score interval (1927); None if no flag is known."""
     known = [bool(flag) for flag in flags if flag is not None]
     n, hits = len(known), sum(known)
     if n < 2:

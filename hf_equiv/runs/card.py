@@ -24,7 +24,7 @@ def escape(value: Any) -> Any:
     return one_line(str(value)).translate(_ESCAPES).replace("](", "]&#40;")
 
 
-_TEMPLATES = text_templates(finalize=escape)  # every value that is not the result of `tojson`
+_TEMPLATES = text_templates(finalize=escape)  # escapes every value but the result of `tojson`
 _TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
 

@@ -1,4 +1,4 @@
-"""A run directory: `run.json`, the lock, the files, and the check before publishing."""
+"""Handle a run directory: `run.json`, the lock, the files, and the check before publishing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SETTINGS: dict[str, dict[str, tuple[type, ...]]] = {
     "walk": {"heading": (str,), "num_steps": (int,), "solver": (str, _NONE)}
     | dict.fromkeys(("step", "rtol", "stop"), _NUMBER),
 }
-"""The settings of each analysis with their types in `run.json`; none stands for any type."""
+"""The settings of each analysis with their types in `run.json`; an empty tuple allows any type."""
 
 
 def analysis_of(record: Mapping[str, Any]) -> str:
@@ -48,7 +48,7 @@ def analysis_of(record: Mapping[str, Any]) -> str:
 
 
 def is_withheld(record: Mapping[str, Any]) -> bool:
-    """Tell whether the photos of a run are left out."""
+    """Return whether the photos of a run are left out."""
     return record.get("photos") == WITHHELD
 
 
@@ -90,7 +90,7 @@ def check_record(folder: Path, record: Row) -> Layout:
         told = f"holds a run of {analysis_of(record)!r}, which this version of hf_equiv does not know"
         raise ValueError(f"{str(folder)!r} {told}. Upgrade hf_equiv.")
     settings, kinds = record["settings"], _SETTINGS[layout.analysis]
-    # `stop` is absent from early walks, and from walks that lead to no image.
+    # Early walks, and walks that lead to no image, have no `stop`.
     missing = [f"settings.{key}" for key in (*_COMMON, *kinds) if key not in settings and key != "stop"]
     missing += [f"a right settings.{k}" for k, types in kinds.items() if k in settings and not _is(settings[k], types)]
     missing += [key for key, kind in ((layout.listed, list), ("files", dict)) if not isinstance(record.get(key), kind)]
@@ -104,7 +104,7 @@ def check_record(folder: Path, record: Row) -> Layout:
 
 def _is(value: Any, types: tuple[type, ...]) -> bool:
     whole = not isinstance(value, dict) or all(type(count) is int for count in value.values())
-    return not types or (type(value) in types and whole)  # `type`, since a bool is an int too
+    return not types or (type(value) in types and whole)  # not `isinstance`, since a bool is an int
 
 
 def write_record(folder: Path, plan: Any, summary: Row | None = None, errors: Mapping[str, str] | None = None) -> None:
@@ -155,17 +155,17 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file
+            with contextlib.suppress(OSError):  # Windows does not delete an open file
                 (folder / _LOCK).unlink(missing_ok=True)
 
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
-    """Say that a run directory cannot be written."""
+    """Return the error for a run directory that cannot be written."""
     return ValueError(f"run directory {str(folder)!r} cannot be written: {error.strerror}. Give another --out.")
 
 
 def own_files(folder: Path) -> list[Path]:
-    """Return the files of a run directory except `run.json`: those of its folders, sorted, and the card."""
+    """Return the files of a run directory except `run.json`: the files in its folders, sorted, and the card."""
     inside = sorted(path for name in OWN_FOLDERS for path in (folder / name).rglob("*"))
     return [p for p in [*inside, folder / CARD] if p.is_file() and not p.name.startswith(".")]
 
@@ -215,7 +215,7 @@ def read_run(folder: Path) -> LocalRun:
 
 
 def refuse_folder_of_runs(folder: Path, command: Callable[[str], str] = str) -> None:
-    """Refuse a folder of runs that is no run itself, and list the runs; `command` makes a line of the path of each."""
+    """Refuse a folder of runs that is no run itself, and list the runs; `command` turns each path into a line."""
     if (folder / RECORD).exists() or not folder.is_dir():
         return
     lines = []

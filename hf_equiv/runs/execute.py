@@ -18,15 +18,15 @@ from hf_equiv.runs.schema import MATCH
 class RunProgress:
     """The progress of a run, as its observer receives it."""
 
-    stage: str  # of the items in work; or `saved` (a shard is on disk), `note` (a row of status `error`), `info`
-    done: int = 0  # rows on disk, of all processes
+    stage: str  # stage of the current items, or `saved` (a shard is on disk), `note` (a row of status `error`), `info`
+    done: int = 0  # rows on disk, from all processes
     total: int = 0  # rows of the whole run
-    pair_ids: tuple[str, ...] = ()  # ids of the batch in work
+    pair_ids: tuple[str, ...] = ()  # ids of the current batch
     errors: Tensor | None = None  # embedding errors of that batch, (B,)
-    num_evals: Tensor | None = None  # evaluations of that stage so far, (B,)
+    num_evals: Tensor | None = None  # evaluations in that stage so far, (B,)
     active: Tensor | None = None  # images still in work, (B,)
     message: str = ""  # text of a note or of an info
-    step: int = 0  # steps done of the stage of one image
+    step: int = 0  # steps done in the stage of one image
     steps: int = 0  # all steps of the stage
     rank: int = 0  # rank of the process
     processes: int = 1  # number of processes
@@ -36,9 +36,9 @@ Observer = Callable[[RunProgress], None]
 
 
 def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
-    """Make the missing rows together with the other processes, close the run, and tell whether this is the main one."""
-    # A job has the `plan`: its layout, settings and command, and its items, each with `index` (the place), `name` and
-    # `entry()`; the `folder` of the run; and `size`, the items of a block. `make(block, tell)` writes the shard of a
+    """Make the missing rows together with the other processes, close the run, and return whether this one is main."""
+    # A job has the `plan` with its layout, settings, command and items (each with its place `index`, `name` and
+    # `entry()`), the `folder` of the run, and the `size` of a block in items. `make(block, tell)` writes the shard of a
     # block; `finish()` writes figures and card once all rows are there, and returns the summary.
     if overwrite not in directory.OVERWRITE:
         raise ValueError(f"`overwrite` must be one of {', '.join(directory.OVERWRITE)}; got {overwrite!r}.")
@@ -63,7 +63,7 @@ def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
                 tell(RunProgress("info", message=told))
             processes.meet(state)
             made = _make_rows(job, tell, claims, state)
-            files = directory.read_record(folder)["files"]  # none before a run is closed
+            files = directory.read_record(folder)["files"]  # empty until the run is closed
             if made or not files or not all((folder / name).is_file() for name in files):
                 _close(job)
     return True
@@ -76,7 +76,7 @@ def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState) ->
     finished = shards.ids_of(folder, layout)
     processes.meet(state)  # every process has read the same list before the first one writes
     if not state.is_main_process:
-        resume.refuse_other_settings(folder, job.plan, mendable=False)  # images that changed in between
+        resume.refuse_other_settings(folder, job.plan, mendable=False)  # images may have changed in between
     left = [item for item in items if item.name not in finished]
     blocks = processes.cut_blocks(left, job.size, state.num_processes, shards.items_per_file(job.plan.item_bytes))
     done = -1

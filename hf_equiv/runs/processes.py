@@ -33,7 +33,7 @@ _MAIN = 1 << 40  # the byte that the main process holds while it lives
 
 
 def join(device: torch.device) -> PartialState:
-    """Join the other processes of a launcher (torchrun, `accelerate launch`, `notebook_launcher`), if there are any."""
+    """Join the other processes of a launcher (torchrun, `accelerate launch`, `notebook_launcher`), if any."""
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     state = PartialState(cpu=device.type == "cpu")
     if wanted != state.num_processes:
@@ -47,10 +47,10 @@ def join(device: torch.device) -> PartialState:
 
 
 def meet(state: PartialState) -> None:
-    """Wait until every process is here; raise a RuntimeError if one has ended."""
+    """Wait until every process arrives; raise a RuntimeError if one has ended."""
     try:
         state.wait_for_everyone()
-    except RuntimeError as error:  # of the communication library, whichever it is
+    except RuntimeError as error:  # raised by any communication library
         raise RuntimeError(
             "another process of this run has ended before the work was shared. Its own message says why; nothing was "
             "lost: run the same command again."
@@ -58,7 +58,7 @@ def meet(state: PartialState) -> None:
 
 
 def describe(state: PartialState, blocks: Sequence[Block], what: str) -> str:
-    """Say how many processes share the work, under a launcher only."""
+    """Return a sentence on the number of processes under a launcher; else nothing."""
     count, left = state.num_processes, sum(map(len, blocks))
     if count > 1:
         return f"{count} processes share {left} {what}"
@@ -82,11 +82,11 @@ def cut_blocks(items: Sequence[Any], size: int, processes: int, file_items: int)
 
 
 class Claims:
-    """The blocks of a run that this process may make, from `with` to the end of the block.
+    """Claim blocks of a run for this process, inside a `with` statement.
 
-    The main process creates the file of claims before the others open it, and deletes it when it leaves: then nobody
-    takes a block any more. A single process needs no file. A ValueError says that the folder is not that of the main
-    process, as on a node that does not share its disk, or that its file system has no locks.
+    The main process creates the file of claims before the others open it. It deletes the file at the end; after that no
+    process can claim a block. A single process needs no file. A ValueError says that this folder is not the folder of
+    the main process, as on a node that does not share its disk, or that its file system has no locks.
     """
 
     def __init__(self, folder: Path, state: PartialState) -> None:
@@ -97,14 +97,14 @@ class Claims:
     def __enter__(self) -> Claims:
         """Create the file in the main process; open it in the others."""
         if self._main:
-            self._path.unlink(missing_ok=True)  # of a launch that was killed
+            self._path.unlink(missing_ok=True)  # a killed launch may have left it
         if self._alone:
             return self
         with contextlib.suppress(FileNotFoundError):
             self._file = os.open(self._path, os.O_RDWR | (os.O_CREAT if self._main else 0), 0o644)
         if self._main:
             self._lock(_MAIN)
-        elif self._file < 0 or self._lock(_MAIN):  # a byte that nobody holds: not the file of the main process
+        elif self._file < 0 or self._lock(_MAIN):  # nobody holds the byte: this is not the file of the main process
             self.__exit__()
             raise ValueError(
                 f"`--out` must be one folder for all processes, on a file system with locks; {self._path.parent} on "
@@ -113,7 +113,7 @@ class Claims:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave; the main process deletes the file."""
+        """Close the file; the main process deletes it."""
         if self._file >= 0:
             if self._main:
                 self._path.unlink(missing_ok=True)
@@ -145,12 +145,12 @@ class Claims:
     def _lock(self, byte: int) -> bool:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except (BlockingIOError, PermissionError):  # POSIX lets a system say either
+        except (BlockingIOError, PermissionError):  # POSIX allows both
             return False
         return True
 
     def _is_open(self) -> bool:
-        """Tell whether the file of claims is still there."""
+        """Return whether the file of claims is still there."""
         try:
             return os.path.samestat(os.fstat(self._file), os.stat(self._path))
         except FileNotFoundError:
@@ -164,6 +164,6 @@ def fewer_at_once(tried: int) -> int:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on a GPU or a CPU."""
+    """Return whether an error says that memory ran out, on a GPU or a CPU."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, Exception) and bool(should_reduce_batch_size(error)))

@@ -1,7 +1,8 @@
-"""Go on with a run of the same settings: the rows that are kept, made again, or refused.
+"""Resume a run: keep its finished rows, remake failed ones, and refuse other settings.
 
-Rows of status `error` are taken out of their shards and made again; images that could not be read may have changed
-meanwhile, all others may not. After a kill every other row is on disk once, and the next call takes out the rest.
+Rows of status `error` are taken out of their shards and remade. Images that could not be read may have changed
+meanwhile; all others must be the same. After a kill every other row is on disk once, and the next call takes out the
+rest.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def refuse_early(folder: Path, plan: Any, overwrite: str) -> int:
 
 
 def _holds_run(folder: Path, plan: Any, overwrite: str) -> bool:
-    """Tell whether the folder holds a run, and refuse it where `overwrite` forbids to use it."""
+    """Return whether the folder holds a run; refuse it if `overwrite` forbids its use."""
     if not (folder / RECORD).exists():
         if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(f"{str(folder)!r} is not empty and not a run directory (no {RECORD}). Give another --out.")
@@ -88,8 +89,8 @@ def refuse_other_settings(folder: Path, plan: Any, *, mendable: bool) -> None:
 
 
 def other_states(folder: Path, plan: Any) -> tuple[str, ...]:
-    """Return a sentence on the latest earlier run next to a new one that differs only by changed images."""
-    # The name of the default directory contains the revision of the images, so a mended photo begins another run.
+    """Describe the latest earlier run next to a new one whose only difference is that the images changed."""
+    # The name of the default directory depends on the revision of the images, so a repaired photo begins another run.
     found: list[tuple[bool, float, Path]] = []
     for path in folder.parent.glob(f"*/{RECORD}") if not (folder / RECORD).exists() else ():
         try:
@@ -106,7 +107,7 @@ def other_states(folder: Path, plan: Any) -> tuple[str, ...]:
 
 
 def _is_mended(before: Sequence[Row], plan: Any) -> bool:
-    """Tell whether the only change is that images can be read now which could not when `run.json` listed them."""
+    """Return whether the only change is that images unreadable when `run.json` listed them are readable now."""
     now = [item.entry() for item in plan.items]
     if [item | {"pixels": None} for item in before] != [item | {"pixels": None} for item in now]:
         return False
@@ -115,7 +116,7 @@ def _is_mended(before: Sequence[Row], plan: Any) -> bool:
 
 
 def _have_changed(before: Sequence[Row], plan: Any) -> bool:
-    """Tell whether readable images have changed; a table of paths has the same revision whatever the files hold."""
+    """Return whether readable images have changed; the revision of a table of paths does not depend on the files."""
     old = {item[plan.layout.item]: item.get("pixels") for item in before}
     pixels = [(old.get(item.name), item.pixels) for item in plan.items]
     return any(None not in pair and pair[0] != pair[1] for pair in pixels)
@@ -126,7 +127,7 @@ def _is_stale(row: Row, failed: set[str], layout: Layout, data_revision: str) ->
 
 
 def take_out(folder: Path, layout: Layout, places: Mapping[str, int], data_revision: str) -> None:
-    """Take the rows of failed items out of their shards, and state the revision of the images in the others."""
+    """Remove the rows of failed items from their shards, and update the revision of the images in the others."""
     # A shard without those rows takes the place in the run's list of its first item, given by `places`. Only one
     # process may do this, under the lock of the directory.
     failed = shards.ids_of(folder, layout, failed=True)
@@ -141,9 +142,9 @@ def take_out(folder: Path, layout: Layout, places: Mapping[str, int], data_revis
             continue
         rows, floats, costs, _ = shards.read_items([path], layout, kept)
         shard = shards.shard_path(folder, min(places[name] for name in kept), layout)
-        if floats:  # in a match run every row that is kept has one
+        if floats:  # every kept row of a match run has a float image
             shards.write_atomic(shards.float_file(shard), shards.float_bytes(floats, costs))
-        os.replace(path, shard)  # in one step: no row is on disk twice or not at all
+        os.replace(path, shard)  # one step, so that each row is on disk exactly once
         rows = [row | {"data_revision": data_revision} for row in rows]
         shards.write_atomic(shard, shards.shard_bytes(rows, layout, {}))
         if shard != path or not floats:
@@ -164,14 +165,14 @@ def _delete_run(folder: Path) -> None:
 
 
 def _sweep(folder: Path, layout: Layout) -> None:
-    """Clean up after a killed run: temporary files, an unfinished merge, shards and float files without the other."""
+    """Clean up after a killed run: temporary files, an unfinished merge, shards and float files without a partner."""
     for place in (folder, *(folder / name for name in OWN_FOLDERS)):
         for leftover in place.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
     shards.settle(folder, layout)
     for shard in shards.shard_files(folder, layout) if layout is MATCH else ():
         if not shards.float_file(shard).is_file():
-            shard.unlink()  # a run that was copied in part: a row cannot be checked without its float match
+            shard.unlink()  # the run was copied in part; a row cannot be checked without its float match
     stems = {p.stem for p in shards.shard_files(folder, layout)}
     for orphan in (folder / "float").glob("*.safetensors"):
         if orphan.stem not in stems:

@@ -1,4 +1,4 @@
-"""The columns of the rows of every analysis, and the folders that hold them."""
+"""Define the columns of the rows of every analysis, and the folders that hold them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KINDS = {
     "singular_values error_bound radii secants plateau": _NUMBERS,
     "structural_zeros near_structural": _ZEROS,
 }
-"""The types of columns; all others hold a number."""
+"""The types of columns; all other columns hold a number."""
 
 
 def _columns(names: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ PROVENANCE_FEATURES = _columns(
     "model_id model_revision data_id data_revision readout dtype attention norm radius rtol solver seed schema_version "
     "versions processor"
 )
-"""The last columns of every row: the settings that make the row again."""
+"""The last columns of every row: the settings that are needed to recompute it."""
 
 SPECTRUM_FEATURES = _columns(
     "image_id singular_values rank nullity structural_zeros near_structural effective_rank sigma_max rank_threshold "
@@ -74,11 +74,11 @@ class Layout:
     listed: str  # key of `run.json` that lists the pairs or images
     images: tuple[str, ...]  # image columns, first in every row
     features: Mapping[str, Any]  # the other columns of the analysis
-    key: tuple[str, ...]  # columns that tell a row from all others
+    key: tuple[str, ...]  # columns that identify a row
 
     @property
     def all_features(self) -> datasets.Features:
-        """Every column in the order of the parquet files: images, own columns, provenance."""
+        """Every column in the order of the parquet files: images, columns of the analysis, provenance."""
         images = {name: datasets.Image() for name in self.images}
         return datasets.Features(images | dict(self.features) | PROVENANCE_FEATURES)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row
 
-FILE_ITEMS = 500  # most pairs or images of a merged file
+FILE_ITEMS = 500  # most pairs or images in a merged file
 FILE_BYTES = 100_000_000  # most bytes of images in a merged file and its float file, unless a single item has more
 
 _ERRORS = b"hf_equiv.errors"
@@ -102,9 +102,9 @@ def write_shard(
     staged: bool = False,
 ) -> None:
     """Write finished rows, with images as PNG bytes, and their float images as one shard."""
-    # `index` is the place of the first pair or image in the run's list. Float images are named by pair id in a match
-    # run and `IMAGE_ID/NAME` elsewhere; `costs` and `errors` (reasons of rows of status `error`) by id. A `staged`
-    # shard has hidden names, which `settle` replaces.
+    # `index` is the place of the first pair or image in the run's list. The name of a float image is the pair id in a
+    # match run and `IMAGE_ID/NAME` elsewhere. `costs` and `errors` (reasons of rows of status `error`) are keyed by id.
+    # A `staged` shard has hidden names, which `settle` replaces.
     shard = shard_path(folder, index, layout)
     place = _hidden if staged else Path
     if floats or layout is MATCH:
@@ -225,7 +225,7 @@ def read_items(
 
 
 def items_per_file(item_bytes: int) -> int:
-    """Return the number of pairs or images of a merged file, from the bytes of the images of one."""
+    """Return the number of pairs or images in a merged file, from the bytes of the images of one item."""
     return max(1, min(FILE_ITEMS, FILE_BYTES // max(1, item_bytes)))
 
 
@@ -239,7 +239,7 @@ def merge_shards(folder: Path, layout: Layout, names: Sequence[str], file_items:
         wanted = list(names[first : first + file_items])
         there = [name for path in parts for name in _ids(path, layout)]
         merged = len(parts) == 1 and shard_index(parts[0]) == first and there == wanted
-        if merged or sorted(there) != sorted(wanted):  # merged already, or cut elsewhere by another version
+        if merged or sorted(there) != sorted(wanted):  # already merged, or cut differently by another version
             continue
         rows, floats, costs, errors = read_items(parts, layout, wanted)
         write_shard(folder, first, rows, floats, costs, layout, errors, staged=True)
@@ -247,7 +247,7 @@ def merge_shards(folder: Path, layout: Layout, names: Sequence[str], file_items:
 
 
 def settle(folder: Path, layout: Layout) -> None:
-    """Complete every exchange of shards for a merged file that was begun."""
+    """Complete every exchange of shards for a merged file that a killed process has begun."""
     for staged in sorted((folder / layout.folder).glob(f".part-*.parquet{_STAGED}")):
         first, merged = shard_index(staged), set(_ids(staged, layout))
         for path in shard_files(folder, layout):
@@ -259,7 +259,7 @@ def settle(folder: Path, layout: Layout) -> None:
         if (hidden := _hidden(float_file(shard))).exists():
             os.replace(hidden, float_file(shard))
         os.replace(staged, shard)
-    for leftover in (folder / "float").glob(f".part-*{_STAGED}"):  # its rows were never staged
+    for leftover in (folder / "float").glob(f".part-*{_STAGED}"):  # the rows of these were never staged
         leftover.unlink()
 
 

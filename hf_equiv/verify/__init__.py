@@ -1,4 +1,4 @@
-"""Stored rows are made again and compared."""
+"""Recompute stored rows and compare them."""
 
 from hf_equiv.verify.directory import verify_run
 

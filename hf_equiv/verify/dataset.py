@@ -20,26 +20,26 @@ from hf_equiv.verify.rows import Problem, differs, problem
 
 @dataclass(frozen=True, slots=True)
 class DatasetReport:
-    """What `verify_results` found."""
+    """The findings of `verify_results`."""
 
     runs: tuple[VerifyReport, ...]  # the findings of each run; files are named inside the dataset
-    card_problems: tuple[Problem, ...]  # of the dataset's card, and of what belongs to no run
+    card_problems: tuple[Problem, ...]  # problems of the dataset's card, and of files that belong to no run
     repo_id: str | None = None  # the dataset on the Hub; None for a folder
     commit: str | None = None  # the commit that was verified; None for a folder
 
     @property
     def holds(self) -> bool:
-        """Whether every run holds, and the card says what they say."""
+        """Whether every run holds and the card agrees with the runs."""
         return bool(self.runs) and not self.card_problems and all(run.holds for run in self.runs)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that does not hold."""
+        """All problems of the runs and of the card."""
         return (*(problem for run in self.runs for problem in run.problems), *self.card_problems)
 
     @property
     def total(self) -> VerifyReport:
-        """All runs as one: counts added, the worst error of any."""
+        """All runs as one report: summed counts and the worst error."""
         counts = ("rows", "verified", "failed", "error_rows", "withheld")
         added: dict[str, Any] = {key: sum(getattr(run, key) for run in self.runs) for key in counts}
         errors = ("worst_embedding_error", "worst_embedding_error_8bit")
@@ -47,7 +47,7 @@ class DatasetReport:
         return VerifyReport(**added, problems=self.problems)
 
     def to_json(self) -> dict[str, Any]:
-        """The totals as of one run; with the name and commit on the Hub, and the runs if there are several."""
+        """Return the totals as for one run, with the name and commit on the Hub, and the runs if there are several."""
         data = self.total.to_json()
         if self.repo_id is not None:
             data |= {"dataset": self.repo_id, "commit": self.commit}
@@ -74,7 +74,7 @@ def verify_results(
 ) -> DatasetReport:
     """Check a dataset `USER/NAME[@REVISION]` of the Hub, or a folder: every run as `verify_run` does, and the card."""
     # Each run's model is loaded at its recorded commit. Branches and tags that have moved since change nothing; a
-    # commit that is gone, or that the rows and `run.json` state differently, is a problem. `revision` is that of the
+    # commit that is gone, or that the rows and `run.json` state differently, is a problem. `revision` belongs to the
     # dataset: a branch, tag, commit or `refs/pr/N`. `model` is the place of the checkpoint, if the runs used a folder.
     folder, repo_id, commit = local_folder(where, revision), None, None
     if folder is None:
@@ -82,7 +82,7 @@ def verify_results(
         folder, commit = download_results(
             repo_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-    places = run_folders(folder) or {"": folder}  # a folder that is no run is refused by name
+    places = run_folders(folder) or {"": folder}  # `verify_run` refuses a folder that is no run, by name
     records = {place: directory.read_record(path) for place, path in places.items()}
     runs: list[VerifyReport] = []
     for place, path in places.items():
@@ -113,11 +113,11 @@ def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
 
 
 def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
-    """Check that the generated part of the card, and its configurations, are those of the runs."""
+    """Check that the generated part of the card and its configurations agree with the runs."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     try:
         compared = hub_card.differences(text, records)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of a record that is not whole
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # an incomplete record
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
         yield problem(CARD, None, "card", "what the runs say", None, told)
         return

@@ -1,4 +1,4 @@
-"""Recompute every row of a run directory from its stored images, and name what does not hold."""
+"""Recompute every row of a run directory from its stored images, and list the problems."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, check_item, check_
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify_run` found; the JSON form has the fields up to `problems`, and `withheld` if there are any."""
+    """The findings of `verify_run`; the JSON form has the fields up to `problems`, and `withheld` if not 0."""
 
     rows: int  # rows in the directory
-    verified: int  # rows that were made again without a problem
+    verified: int  # rows that were recomputed without a problem
     failed: int  # rows with a problem, and pairs or images without a row
     worst_embedding_error: float | None  # largest recomputed error of a float match, or drift of a frame
-    worst_embedding_error_8bit: float | None  # the same of the stored PNG
-    problems: tuple[Problem, ...]  # everything that does not hold, of rows and of files
+    worst_embedding_error_8bit: float | None  # the same for the stored PNG
+    problems: tuple[Problem, ...]  # problems of rows and of files
     error_rows: int = 0  # rows of status `error`, which hold no numbers and are not counted in `verified`
-    withheld: int = 0  # rows that cannot be made again, since their photos are withheld
+    withheld: int = 0  # rows that cannot be recomputed, since their photos are withheld
     analysis: str = MATCH.analysis  # the verb of the run: match, spectrum, lipschitz or walk
     name: str = ""  # ANALYSIS-MODELSLUG-HASH8
     place: str = ""  # "" for the root of a dataset, else `runs/NAME`
@@ -48,12 +48,12 @@ class VerifyReport:
 
     @property
     def unverified(self) -> tuple[str, ...]:
-        """The columns of such a run that no stored image can show."""
+        """The columns of such a run that cannot be computed from stored images."""
         columns = {*LAYOUTS[self.analysis].features, *PROVENANCE_FEATURES}
         return tuple(name for name in UNVERIFIED if name.partition(" ")[0] in columns)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data; rows of status `error` are those that are neither verified nor failed."""
+        """Return the report as plain data; rows of status `error` are neither verified nor failed."""
         keys = ("rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems")
         data = asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
         return {key: data[key] for key in (*keys, *(["withheld"] if self.withheld else []))}
@@ -71,18 +71,18 @@ def verify_run(
 ) -> VerifyReport:
     """Check a run directory: every file's SHA-256, every row's presence, every number from the stored images.
 
-    Each row is made again by the function that made it, and compared column by column: relative errors and cosines
+    Each row is recomputed by the function that made it, and compared column by column: relative errors and cosines
     within max(3 × noise floor, 1e-6), so that rows made on a GPU verify on a CPU, singular values within their error
-    bounds, secants within their noise floors. `VerifyReport.unverified` names the columns that no image can show.
+    bounds, secants within their noise floors. `VerifyReport.unverified` names the columns that images cannot prove.
     Files, list, errors, summary and card must agree with the rows. Only a model from the Hub needs a network.
 
     Args:
         folder: run directory.
-        model: where the checkpoint is, if that was a local folder, whose path is not recorded.
-        device: where to compute; by default CUDA if there is one.
+        model: folder of the checkpoint if it was local, since its path is not recorded.
+        device: device of the encoder; by default CUDA if there is one.
         cache_dir: the Hub's cache.
-        local_files_only: never ask the Hub.
-        allow_withheld: whether a run without photos, whose rows cannot be made again, holds if all else does.
+        local_files_only: whether to use cached files only.
+        allow_withheld: whether a run without photos, whose rows cannot be recomputed, holds if all else does.
         observer: called with (pairs or images checked, pairs or images in total).
 
     Returns:
@@ -116,7 +116,7 @@ def verify_run(
 def _load(
     settings: Row, model: str | None, cache_dir: str | None, device: str | None, local_files_only: bool
 ) -> tuple[Encoder | None, list[Problem]]:
-    """Load the model that the run states; where its commit is gone from the Hub, that is a problem."""
+    """Load the model that the run states; a commit that is gone from the Hub is a problem."""
     stated = settings["model_revision"]
     try:
         encoder = load_recorded(settings, model, device, cache_dir, local_files_only)
@@ -191,7 +191,7 @@ def _read_shard(
 def _check_shards(
     folder: Path, record: Row, layout: Layout, encoder: Encoder | None, observer: Callable[[int, int], None] | None
 ) -> tuple[list[Row], list[Row], list[Problem]]:
-    """Return the rows, each once, and those that could be made again, both without images; and problems."""
+    """Return the rows, each once, and the recomputed rows, both without images; and problems."""
     settings, done = record["settings"], 0
     listed = {item[layout.item]: item for item in record[layout.listed]}
     rows: list[Row] = []
@@ -226,7 +226,7 @@ def _check_shards(
 
 
 def _check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Problem]:
-    """Check that all listed pairs or images have rows, that as many are listed as were asked for, and the errors."""
+    """Check that all listed pairs or images have rows, that the list has the requested length, and the errors."""
     listed = Counter(item[layout.item] for item in record[layout.listed])
     there = {row[layout.item]: row["status"] for row in rows}
     command = f"run the same {layout.analysis} command"
@@ -263,10 +263,11 @@ def _check_summary(encoder: Encoder | None, folder: Path, record: Row, layout: L
     stated = record["summary"] if isinstance(record["summary"], dict) else {}
     rows = read_back(folder, layout, [item[layout.item] for item in record[layout.listed]], verb.SHOWN)
     made, baseline = verb.summarize(encoder, settings, rows), stated.get("baseline")
-    if layout is MATCH:  # a stated baseline that is right, or cannot be made again, leaves no other digit in the words
+    # If the stated baseline is right or cannot be recomputed, use it: rounding then does not change the verdict text.
+    if layout is MATCH:
         if encoder is None or all(_near(*leaf) for leaf in _leaves("summary.baseline", baseline, made["baseline"])):
             made = verb.summarize(None, settings, replace(rows, baseline=baseline))
-        if encoder is None:  # evaluations of refining are in the float files, which may be withheld
+        if encoder is None:  # the float files, which hold the evaluations of refining, may be withheld
             made["median"]["num_evals_refine"] = (stated.get("median") or {}).get("num_evals_refine")
     wrong = [leaf for leaf in _leaves("summary", stated, made) if not _near(*leaf)]
     for path, a, b in wrong:
@@ -303,5 +304,5 @@ def _check_card(folder: Path, record: Row, summary: Row) -> Iterator[Problem]:
 
 
 def subject(line: str) -> str:
-    """Return the first cell of a line of a table; another line as it is."""
+    """Return the first cell of a table line, or another line unchanged."""
     return line.split(" | ")[0].removeprefix("| ")

@@ -1,4 +1,4 @@
-"""Check stored rows: make them again from their images and compare every column, or name it in `UNVERIFIED`."""
+"""Check stored rows: recompute them from their images and compare every column that is not in `UNVERIFIED`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = (
 
 UNVERIFIED = (*NAMES, "data_id", "data_revision", "attention", "solver", "versions", "num_evals", "seconds",
               "stationarity before the last point")  # fmt: skip
-"""Columns that no stored image can show. Names and provenance must agree with `run.json`, as far as it states them."""
+"""Columns that images cannot prove. Names and provenance must agree with `run.json`, as far as it states them."""
 
 RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("embedding_error", "embedding_error_8bit", "target_quantization_error"), (0.0, math.inf)),
@@ -38,18 +38,18 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "stationarity": (0.0, 1.0 + 1e-6),
     "num_evals": (1.0, math.inf),
 }
-"""Ranges of the numbers of every row, also of rows that cannot be made again."""
+"""Ranges for the numbers of every row, also of rows that cannot be recomputed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that does not hold."""
+    """One difference between a file and the recomputed results."""
 
     file: str  # file inside the run directory
-    pair_id: str | None  # row, or None when it is about a file
+    pair_id: str | None  # row, or None for a problem of a file
     column: str  # column, setting or check
-    stated: Any  # what the file says
-    recomputed: Any  # what was found
+    stated: Any  # the value in the file
+    recomputed: Any  # the value found
     message: str  # the same in words
 
 
@@ -59,14 +59,14 @@ def problem(file: str, name: str | None, column: str, stated: Any, recomputed: A
 
 
 def differs(file: str, name: str | None, column: str, stated: Any, recomputed: Any, why: str = "") -> Problem:
-    """Make the problem of a value that is not the one recomputed; `why` is added in brackets."""
+    """Make the problem of a value that differs from the recomputed one; `why` is added in brackets."""
     where = (f"row {name!r}, " if name else "") + column
     told = f"{where} states {_show(stated)}, recomputed {_show(recomputed)}" + (f" ({why})" if why else "")
     return problem(file, name, column, stated, recomputed, told)
 
 
 def check_stated(file: str, layout: Layout, record: Row, item: Row | None, rows: Sequence[Row]) -> Iterator[Problem]:
-    """Check the columns that must equal what `run.json` states of the run and of the pair or image, and the ranges."""
+    """Check the ranges, and the columns that must equal the entries of the run and the item in `run.json`."""
     settings = record["settings"]
     wanted = dict.fromkeys(("norm", "rtol", "solver")) | {"radius": settings.get("regional")}
     wanted |= {key: settings[key] for key in (*PROVENANCE_FEATURES, "heading") if key in settings}
@@ -97,8 +97,8 @@ def check_stated(file: str, layout: Layout, record: Row, item: Row | None, rows:
 def check_item(
     file: str, layout: Layout, encoder: Encoder | None, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]
 ) -> tuple[list[Row], list[Problem]]:
-    """Make the rows of one pair or image again, without images, and compare them column by column."""
-    # without an encoder, and where images are missing, only what follows from the stated columns is compared
+    """Recompute the rows of one pair or image, without images, and compare them column by column."""
+    # Without an encoder or images, only columns that follow from stated columns are compared.
     own = [key for key in layout.features if key not in (*NAMES, "status", "heading")]
     if len(rows) == 1 and rows[0]["status"] == Status.ERROR and all(rows[0][key] in (None, []) for key in own):
         return [], []
@@ -119,9 +119,9 @@ def check_item(
             except KeyError as error:
                 told = f"the float image {error} of row {name!r} is missing"
                 found.append(problem(float_file, name, "float", "a float image", None, told))
-            except ValueError as error:  # settings that do not fit; the message begins with the name of one
+            except ValueError as error:  # the settings do not fit; the message begins with the name of one
                 column = re.match(r"`(\w+)`", str(error))
-                told = f"row {name!r} cannot be made again: {one_line(error)}"
+                told = f"row {name!r} cannot be recomputed: {one_line(error)}"
                 found.append(problem(file, name, column[1] if column else layout.item, "a row", None, told))
     found += _compare(file, layout, settings, rows, made)
     return [{key: value for key, value in row.items() if key not in layout.images} for row in made], found
@@ -176,9 +176,9 @@ def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made
 
 
 def agrees(stated: Any, made: Any, limit: Any = None) -> bool:
-    """Return whether a stated value is as close to the one made again as `limit` says; not where one is None or NaN."""
-    # limit: a tolerance, or the least and most allowed, of numbers; of an image the largest difference of a pixel;
-    # None for equality; of lists and mappings a limit for each element
+    """Return whether a stated value equals the recomputed one within `limit`; None and NaN never equal a number."""
+    # `limit` is a tolerance or (least, most) for numbers, the largest difference of a pixel for images, None for
+    # equality, and one limit for each element of a list or mapping.
     if isinstance(stated, Tensor) and isinstance(made, Tensor):
         return float((stated.double() - made.double()).abs().max()) <= (limit or 0.0)
     if isinstance(stated, list) and isinstance(made, list):

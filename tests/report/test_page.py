@@ -585,7 +585,7 @@ def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypa
     stated = json.loads((runs / "elsewhere" / directory.RECORD).read_text())["summary"]["baseline"]["distance"]
     assert free.unrelated == near.unrelated == model.match.unrelated.median
     assert wide.unrelated == stated["median"] != free.unrelated
-    assert "The budgets are of different photos" in words_of(report)
+    assert "The budgets have different photos" in words_of(report)
     assert "ε = 64/255, builtin" in words_of(report)
     wide = replace(wide, embedding_error_8bit=Estimate(0.05, 0.04, 0.06, 5))
     for apart, enough in ((0.6, True), (0.4, False)):  # a tenth of the distance in its own data, not in the first run's
