@@ -62,7 +62,7 @@ def text_templates(**options: Any) -> jinja2.Environment:
         loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, **options,
     )  # fmt: skip
-    environment.filters |= {"ball": ball, "cut": cut, "form": form, "short": short, "size": size}
+    environment.filters |= {"ball": ball, "cut": cut, "cut_name": cut_name, "form": form, "short": short, "size": size}
     return environment
 
 

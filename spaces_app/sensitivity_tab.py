@@ -53,7 +53,7 @@ def _constants(image_id: str) -> dict[str, Row]:
 def _direction(image_id: str, direction: str) -> Row:
     rows = _constants(image_id)
     if direction not in rows:
-        raise refused(f"There is no direction {direction!r} at {image_id!r}.")
+        raise refused(f"There is no direction {direction!r} at {image_id!r}; there are: {', '.join(rows)}.")
     return rows[direction]
 
 

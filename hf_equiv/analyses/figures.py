@@ -182,7 +182,7 @@ def walks(paths: Mapping[str, Rows], rtol: float, title: str = "", note: str = "
         label = label_of(name, 24) if k < len(LINES) else None
         below.plot(length, _positive([row["drift"] for row in path]), color=color, lw=1.2, label=label)
         below.plot(length, _positive([row["drift_8bit"] for row in path]), color=color, lw=1, ls=":")
-    below.axhline(rtol, color=INK, lw=0.9, ls="--", label=f"rtol {rtol:g}")
+    below.axhline(rtol, color=INK, lw=0.9, ls="--", label=f"rtol {short(rtol)}")
     axes.set(ylabel="L2 from origin", ylim=(0, None))
     below.set(yscale="log", ylabel="drift", xlabel="length of the path (L2, pixels in [0, 1])")
     for one in (axes, below):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from hf_equiv.geometry.lipschitz import LipschitzResult, directional_lipschitz
 from hf_equiv.geometry.regional import RegionalResult, regional_lipschitz
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, least_error, plateau_of
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 SUCCEEDED = (Status.RESOLVED, Status.UNDETERMINED)  # null directions are rightly undetermined
 BATCH, SHOWN = "derivatives", 0
@@ -253,7 +255,8 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
         if value is not None and ladder is not None:
             secants, radii, floors = ladder
             about = torch.tensor([value], dtype=torch.float64)
-            plateau = plateau_of(secants[None], radii, floors[None], about)[0].tolist()
+            found = plateau_of(secants[None], radii, floors[None], about)[0]
+            plateau = found.tolist() if bool(found.isfinite().all()) else None
         made.append({"status": str(status if value is None else Status.RESOLVED), "plateau": plateau})
     return made
 

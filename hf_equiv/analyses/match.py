@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,10 +27,11 @@ from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
-from hf_equiv.models.encoder import Encoder
-from hf_equiv.models.zero_shot import PROMPT
 from hf_equiv.results import Progress, Status
 from hf_equiv.runs.schema import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 
@@ -136,6 +137,8 @@ class MatchConfig(BaseConfig):
 
     def settings(self, encoder: Encoder) -> Row:
         """Return the other settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
+        from hf_equiv.models.zero_shot import PROMPT  # brings transformers along
+
         check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
         if self.labels is not None:  # refuse a model without text tower at once
             grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import RunRows
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import finite, text_templates
-from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import draw_pairs
-from hf_equiv.models.encoder import Encoder
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 KEPT_BYTES = 256_000_000  # pixels (8 bit) that stay in memory from planning to the run; other images are read twice
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from hf_equiv.analyses.pairs import Item, Reader, refuse_equal
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.matching.stages import Draft
-from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
 from hf_equiv.runs.schema import LAYOUTS, Layout, Row
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 
 @dataclass(frozen=True)

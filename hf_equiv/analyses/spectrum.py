@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from hf_equiv.formatting import finite
 from hf_equiv.geometry.spectrum import SpectrumResult, jacobian_spectrum
 from hf_equiv.geometry.zeros import Zero
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 SUCCEEDED, BATCH = (Status.COMPLETED,), "derivatives"
 SHOWN = 6  # images whose singular vectors a figure shows

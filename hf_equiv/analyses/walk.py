@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from hf_equiv.formatting import finite
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
-from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
 SHOWN = 6  # walks drawn one by one

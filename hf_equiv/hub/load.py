@@ -38,7 +38,8 @@ def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]
     found = _WRITTEN.fullmatch(name)
     if found is None:
         hint = "(Datasets of the Hub are named USER/NAME or USER/NAME@REVISION.)"
-        raise FileNotFoundError(f"{name!r} must be a run directory; it does not exist. Check the path. {hint}")
+        why = "it is a file" if Path(name).is_file() else "it does not exist"
+        raise FileNotFoundError(f"{name!r} must be a run directory; {why}. Check the path. {hint}")
     if found["revision"] and revision is not None and found["revision"] != revision:
         raise ValueError(f"`revision` must be given once; got {found['revision']!r} and {revision!r}.")
     return found["repo"], found["revision"] or revision

@@ -41,8 +41,10 @@ def near_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
 
 
 def failed_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
-    """Return the smallest ball whose median PNG does not match."""
-    failed = [b for b, error in _errors(numbers) if error > MATCHED]
+    """Return the smallest ball whose median PNG does not match and is worse than that of a run without a ball."""
+    free = [b.embedding_error_8bit.value for b in numbers.budgets if b.radius is None and b.embedding_error_8bit]
+    balls = [b for b, error in _errors(numbers) if error > MATCHED]
+    failed = [b for b in balls if b.embedding_error_8bit and b.embedding_error_8bit.value > min(free, default=0.0)]
     return min(failed, key=lambda b: b.radius or 0.0, default=None)
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from hf_equiv.analyses import figures
 from hf_equiv.analyses.figures import INK, KINDS, LINES, QUIET, STYLE, Band, by_kind, panel
-from hf_equiv.formatting import ball
+from hf_equiv.formatting import ball, short
 from hf_equiv.report.collect import Checkpoint
 from hf_equiv.report.geometry import all_rows
 from hf_equiv.report.numbers import BudgetNumbers, CheckpointNumbers
@@ -57,7 +57,7 @@ def _errors(checkpoint: Checkpoint, measured: Row | None) -> Figure | None:
     figure, axes = panel()
     for (name, values), (color, line, width) in zip(known.items(), looks, strict=False):
         axes.ecdf(np.maximum(values, _FLOOR), color=color, ls=line, lw=width, label=name)
-    axes.axvline(run.settings["rtol"], color=QUIET, lw=0.9, label=f"rtol {run.settings['rtol']:g}")
+    axes.axvline(run.settings["rtol"], color=QUIET, lw=0.9, label=f"rtol {short(run.settings['rtol'])}")
     axes.set(xscale="log", ylim=(0, 1.02), ylabel="share of pairs")
     axes.set_xlabel("relative embedding distance (1 = length of the embedding)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

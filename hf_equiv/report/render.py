@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -112,7 +113,7 @@ def _environment(kind: str) -> Environment:
     )  # fmt: skip
     environment.globals |= _FORMATS | {"zip": zip}
     environment.filters |= _FORMATS | {
-        "plain": plain, "quoted": lambda text: escape(plain(text)),
+        "plain": plain, "shell": shlex.quote, "quoted": lambda text: escape(plain(text)),
         "flat": lambda text: Markup(" ".join(text.split())),
         "data": lambda png: Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii")),
         "raw": Markup, "value": lambda estimate: estimate.value if estimate else None, "headings": _headings,

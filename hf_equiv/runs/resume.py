@@ -7,7 +7,6 @@ rest.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -79,7 +78,7 @@ def refuse_other_settings(folder: Path, plan: Any, *, mendable: bool) -> None:
     other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
     told = ""
     if other and not (mendable and other == ["data_revision"] and _is_mended(record[listed], plan)):
-        values = {k: [cut(json.dumps(of.get(k), ensure_ascii=False), 60) for of in (there, asked)] for k in other}
+        values = {k: [cut(str(of.get(k)), 60) for of in (there, asked)] for k in other}
         changes = (f"{_CHANGED.get(k, k)} ({old} there, {new} asked)" for k, (old, new) in values.items())
         told = f"other settings: {', '.join(changes)}. Give"
     elif not other and _have_changed(record[listed], plan):

@@ -159,7 +159,9 @@ def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row
 def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made: Sequence[Row]) -> Iterator[Problem]:
     verb, keys = VERBS[layout.analysis], layout.key
     again = {tuple(row[key] for key in keys): row for row in made}
-    for row, following in zip(rows, verb.follow(settings, rows), strict=True):
+    whole = not again.keys() - {tuple(row[key] for key in keys) for row in rows}
+    follow = verb.follow(settings, rows) if whole else [{}] * len(rows)  # a missing row says nothing about the others
+    for row, following in zip(rows, follow, strict=True):
         name, own = row_name(layout.analysis, row), again.pop(tuple(row[key] for key in keys), None)
         if made and own is None:
             yield problem(file, name, keys[-1], name, None, f"row {name!r} is not one that the settings ask for")
@@ -208,7 +210,8 @@ def _difference(file: str, name: str, column: str, stated: Any, made: Any, limit
 
 def _limit(limit: Any) -> str:
     if isinstance(limit, tuple):
-        return f"must be at least {limit[0]:.4g} and at most {limit[1]:.4g}"
+        bounds = f"must be at least {limit[0]:.4g} and at most {limit[1]:.4g}"
+        return bounds if limit[0] <= limit[1] else "other columns of the row do not fit it"
     return f"tolerance {limit:.1e}" if isinstance(limit, float) else ""
 
 
