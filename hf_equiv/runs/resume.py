@@ -7,6 +7,7 @@ rest.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -78,13 +79,17 @@ def refuse_other_settings(folder: Path, plan: Any, *, mendable: bool) -> None:
     other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
     told = ""
     if other and not (mendable and other == ["data_revision"] and _is_mended(record[listed], plan)):
-        values = {k: [cut(str(of.get(k)), 60) for of in (there, asked)] for k in other}
+        values = {k: [_shown(of.get(k)) for of in (there, asked)] for k in other}
         changes = (f"{_CHANGED.get(k, k)} ({old} there, {new} asked)" for k, (old, new) in values.items())
         told = f"other settings: {', '.join(changes)}. Give"
     elif not other and _have_changed(record[listed], plan):
         told = "other images under the same names: the files have changed. Put them back, give"
     if told:
         raise ValueError(f"{str(folder)!r} holds a run of {told} another --out, or --overwrite always to replace it.")
+
+
+def _shown(value: Any) -> str:
+    return cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 60)
 
 
 def other_states(folder: Path, plan: Any) -> tuple[str, ...]:

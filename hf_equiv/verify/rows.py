@@ -211,7 +211,7 @@ def _difference(file: str, name: str, column: str, stated: Any, made: Any, limit
 def _limit(limit: Any) -> str:
     if isinstance(limit, tuple):
         bounds = f"must be at least {limit[0]:.4g} and at most {limit[1]:.4g}"
-        return bounds if limit[0] <= limit[1] else "other columns of the row do not fit it"
+        return bounds if limit[0] <= limit[1] else f"must be at most {limit[1]:.4g}; other columns contradict it"
     return f"tolerance {limit:.1e}" if isinstance(limit, float) else ""
 
 
