@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on(analysis, finished, photo_folder, tmp_path):
 def test_other_settings_are_refused_by_key(finished, photo_folder, tmp_path):
     with pytest.raises(ValueError, match=r"holds a run of other settings: k \(null there, 2 asked\)"):
         finish("spectrum", photo_folder, finished["spectrum"], k=2)
-    with pytest.raises(ValueError, match=r"other settings: analysis \(\"spectrum\" there, \"walk\" asked\)"):
+    with pytest.raises(ValueError, match=r"other settings: analysis \(spectrum there, walk asked\)"):
         finish("walk", photo_folder, finished["spectrum"])
     plan = make_plan(config_of("walk", photo_folder), TinyEncoder())
     assert plan.default_out.parent == Path("runs") / "walk" / "builtin"
