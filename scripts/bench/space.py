@@ -69,7 +69,7 @@ def in_a_browser(url: str, repeat: int) -> None:
             changed = "src => document.querySelector('#shown .compare img').src !== src"
             page.wait_for_function(changed, arg=before, polling=5)
             chosen.append(time.perf_counter() - begin)
-            checked.append(_until(page, lambda page=page: page.click("#check"), "#verdict table"))
+            checked.append(_until(page, lambda page=page: page.click("#check"), "#verdict .verdict"))
             page.get_by_role("tab", name="Try it", exact=True).click()
             page.wait_for_selector("#go", state="visible")
             begin = time.perf_counter()
