@@ -111,7 +111,7 @@ def live_match(
     worker = threading.Thread(target=run, daemon=True, name="live match")
     worker.start()
     try:
-        while wait([row], every).not_done:
+        while wait([row], every if work.now[2] else 0.05).not_done:  # the first state is shown at once
             if work.now[2]:
                 yield state()
     finally:
