@@ -199,11 +199,11 @@ def panel(title: str = "", note: str = "", height: float = 4.6, parts: int = 1) 
 
 
 def _write_heading(figure: Figure, title: str, note: str) -> None:
-    width = figure.get_figwidth()
+    width, height = figure.get_size_inches()
     if title:
-        figure.suptitle(
-            textwrap.fill(title, int(9 * width)), x=0.01, ha="left", size=12, weight="bold", parse_math=False
-        )
+        told = textwrap.fill(title, int(9 * width))
+        text = figure.suptitle(told, x=0.01, ha="left", size=12, weight="bold", parse_math=False)
+        text.set_y(1 - 0.12 / height)  # where the margins are fixed; a layout moves it
     if note:
         figure.supxlabel(textwrap.fill(note, int(16 * width)), x=0.01, ha="left", size=8, color=QUIET, parse_math=False)
 
@@ -229,10 +229,16 @@ def strips(bands: Sequence[Band], told: str, title: str = "", note: str = "") ->
 def sheet(title: str, note: str, lines: Sequence[Sequence[Tile]], side: float) -> bytes:
     """Draw lines of pictures, each `side` inches wide, under a title."""
     columns, below = max(map(len, lines)), max(len(tile[2]) for line in lines for tile in line)
-    size = (max(6.5, 1.07 * side * columns), 1.0 + len(lines) * (side + 0.3 + 0.14 * below))
-    figure = Figure(figsize=size, dpi=110, facecolor="white", layout="compressed")
+    # Fixed margins in inches: matplotlib needs a third of a second to find its own for many pictures.
+    width, gap = max(6.5, 0.2 + 1.07 * side * columns), 0.32 + 0.14 * below
+    top, bottom = 0.6 + 0.2 * (len(title) // (9 * width)), 0.34 + 0.14 * (below + len(note) // (16 * width) + 1)
+    height = top + len(lines) * (side + gap) - gap + bottom
+    margins = {"left": 0.1 / width, "right": 1 - 0.1 / width, "bottom": bottom / height, "top": 1 - top / height}
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     _write_heading(figure, title, note)
-    grid = figure.subplots(len(lines), columns, squeeze=False)
+    grid = figure.subplots(
+        len(lines), columns, squeeze=False, gridspec_kw=margins | {"hspace": gap / side, "wspace": 0.05}
+    )
     for places, line in zip(grid, lines, strict=True):
         for axes in places[len(line) :]:
             axes.set_axis_off()
