@@ -41,10 +41,10 @@ def test_errors_hold_in_noise(cubic):
     assert bool((reading.plateau[:, 0] < reading.plateau[:, 1]).all())
 
 
-@pytest.mark.parametrize(("count", "dim"), [(2000, 1), (2000, 12), (500, 192)])
+@pytest.mark.parametrize("dim", [1, 12, 192])
 @pytest.mark.parametrize(("cubic", "quintic"), [(0.0, 0.0), (0.05, 0.0), (3.0, 0.0), (300.0, 0.0), (3.0, 30.0)])
-def test_a_true_zero_is_never_resolved(count, dim, cubic, quintic):
-    secants, floor = ladders(count, dim, 0.0, cubic, 1.5e-5, quintic=quintic)
+def test_a_true_zero_is_never_resolved(dim, cubic, quintic):
+    secants, floor = ladders(2000, dim, 0.0, cubic, 1.5e-5, quintic=quintic)
     assert int(read_secants(secants, RADII, floor).resolved.sum()) == 0
 
 

@@ -147,7 +147,7 @@ def test_l2_ball_of_a_source_off_the_grid_holds_the_floats(dtype):
     def f(v: Tensor) -> Tensor:
         return linear()(v.float())
 
-    for seed in range(10):
+    for seed in range(20):
         source, target = images(1, seed=200 + seed).to(dtype), f(images(1, seed=300 + seed))
         start = (source.double() + 0.05 * torch.randn(source.shape, generator=seeded(seed))).clamp(0, 1).to(dtype)
         exact = refine_8bit(f, start, target, source=source, radius=0.3, norm="l2", rtol=1e-3, max_evals=20)
