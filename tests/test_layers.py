@@ -37,6 +37,8 @@ ROOT_FILES = {
     "precision": ["checks"],
     "jacobian": ["checks", "precision"],
     "formatting": [],
+    "limits": [],
+    "png_file": ["limits"],
     "hub_client": [],
     "__main__": ["cli"],
 }
@@ -49,7 +51,7 @@ HOMES = {
     "huggingface_hub": ["hub_client", "models", "data", "hub"],
     "accelerate": ["runs"],
     "datasets": ["data", "runs", "hub"],
-    "pyarrow": ["data", "runs"],
+    "pyarrow": ["limits", "data", "runs"],
     "safetensors": ["models", "runs", "hub"],
     "PIL": ["models", "data", "analyses/figures", "report/measure"],
     "numpy": ["models", "data", "analyses/figures", "report"],

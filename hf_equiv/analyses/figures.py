@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.data.image_file import decode_png, encode_png, stored_image
 from hf_equiv.formatting import ball, cut, cut_name, form, short
 
 Rows = Sequence[Mapping[str, Any]]
@@ -243,7 +243,7 @@ def sheet(title: str, note: str, lines: Sequence[Sequence[Tile]], side: float) -
         for axes in places[len(line) :]:
             axes.set_axis_off()
         for axes, (png, head, told) in zip(places, line, strict=False):
-            picture = Image.open(io.BytesIO(png))
+            picture = stored_image(png)
             axes.imshow(picture, interpolation="nearest" if picture.height < 128 else "antialiased")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(visible=True, color=RULE)
@@ -311,7 +311,7 @@ def difference_png(source: bytes, match: bytes) -> tuple[bytes, int]:
 
 def thumbnail(png: bytes, size: int = 112) -> bytes:
     """Return a small JPEG picture of a PNG file, for choosing an image and not for measuring it."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image = stored_image(png)
     kind = Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS
     buffer = io.BytesIO()
     image.resize((size, size), kind).save(buffer, "JPEG", quality=85)
@@ -370,7 +370,7 @@ def contact_sheet(
 
 def animation(frames: Sequence[bytes]) -> bytes:
     """Show one walk there and back as an animated GIF, small images enlarged by a whole factor."""
-    images = [Image.open(io.BytesIO(frames[k])).convert("RGB") for k in _evenly(len(frames), GIF_FRAMES)]
+    images = [stored_image(frames[k]) for k in _evenly(len(frames), GIF_FRAMES)]
     factor = max(1, GIF_SIDE // max(images[0].size))
     pictures = [ImageOps.scale(image, factor, Image.Resampling.NEAREST) for image in images]
     ring, buffer = [*pictures, *pictures[-2:0:-1]], io.BytesIO()

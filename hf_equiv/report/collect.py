@@ -150,6 +150,7 @@ def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iter
         rows = {row[run.layout.item]: row for row in shards.read_shard(path, images=True, layout=run.layout)}
         for name in ids:
             if name in rows:
+                shards.check_pictures(rows[name], run.layout)
                 yield rows[name], tensors.get(name)
 
 

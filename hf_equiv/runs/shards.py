@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
@@ -25,8 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hf_equiv.limits import read_batches
+from hf_equiv.png_file import check_png
 from hf_equiv.results import Status
-from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row
+from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row, row_name
 
 FILE_ITEMS = 500  # most pairs or images in a merged file
 FILE_BYTES = 100_000_000  # most bytes of images in a merged file and its float file, unless a single item has more
@@ -141,13 +144,30 @@ def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> l
         with pq.ParquetFile(path) as file:
             if missing := [c for c in columns if c not in file.schema_arrow.names]:
                 raise ValueError(f"columns {', '.join(missing)} are missing")
-            rows: list[Row] = file.read(columns=columns).to_pylist()
+        rows: list[Row] = [row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist()]
+        for row in rows if images else ():
+            row.update({column: _png_of(row[column], column) for column in layout.images})
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
         name = f"{path.parent.name}/{path.name}"
         raise ValueError(f"{name} is not a whole shard of a {layout.analysis} run: {error}") from error
-    for row in rows if images else ():
-        row.update({c: row[c]["bytes"] if isinstance(row[c], dict) else None for c in layout.images})
     return rows
+
+
+def _png_of(cell: Any, column: str) -> bytes | None:
+    """Return the PNG file in a cell, None where photos are withheld; the path of a file is never opened."""
+    if cell is not None and (not isinstance(cell, dict) or cell.get("path") is not None):
+        raise ValueError(f"column {column!r} must hold PNG files, not paths of files")
+    return cell and cell["bytes"]
+
+
+def check_pictures(row: Row, layout: Layout) -> None:
+    """Refuse a row whose images are no files as this package writes them; images that are withheld are None."""
+    for column in layout.images:
+        try:
+            if row[column] is not None:
+                check_png(row[column])
+        except ValueError as error:
+            raise ValueError(f"row {row_name(layout.analysis, row)!r}, {column}: {error}") from error
 
 
 def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH, first: int | None = None) -> Iterator[Row]:
@@ -213,6 +233,7 @@ def read_items(
     errors: dict[str, str] = {}
     for path in paths:
         for row in read_shard(path, images=True, layout=layout):
+            check_pictures(row, layout)
             if row[layout.item] in rows:
                 rows[row[layout.item]].append(row)
         errors |= read_errors(path)

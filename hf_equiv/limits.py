@@ -1,0 +1,57 @@
+"""State the limit of what is read from files, and read parquet files within it.
+
+An image has at most `MAX_PIXELS`. A file, the cell of a table and a table that is far larger in memory than on disk
+have at most `MAX_BYTES`, the size of such an image in 16-bit RGB. The limit is the same for photos, tables, uploads,
+and the images of stored runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit
+MAX_BYTES = 6 * MAX_PIXELS
+EXPANSION = 20  # a table may take `MAX_BYTES`, or so many times the size of its file
+
+_BUFFER = 1 << 20  # bytes of a column that are read at once
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}  # bytes of a value in memory, at most
+
+
+def read_batches(
+    path: Path, columns: Sequence[str] | None = None, *, rows: int = 16, most: int | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Read a parquet file in batches of at most `rows`, and refuse one that takes more than `most` bytes in memory."""
+    most = most or max(MAX_BYTES, EXPANSION * path.stat().st_size)
+    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        stated, repeated = _stated_sizes(file.metadata, columns)
+        if stated > most:
+            raise _too_large(path, most)
+        size = 0
+        # A dictionary is stored once for all rows that repeat its values, so a few rows can be large.
+        for batch in file.iter_batches(max(1, min(rows, MAX_BYTES // max(1, repeated))), columns=columns):
+            size += batch.nbytes
+            if size > most:
+                raise _too_large(path, most)
+            yield batch
+
+
+def _stated_sizes(metadata: pq.FileMetaData, columns: Sequence[str] | None) -> tuple[int, int]:
+    """Return the least size of the columns in memory, and the largest part of a column that has a dictionary."""
+    total = repeated = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for column in map(group.column, range(group.num_columns)):
+            if columns is None or column.path_in_schema.partition(".")[0] in columns:
+                packed = column.total_uncompressed_size
+                total += max(packed, column.num_values * _WIDTHS.get(column.physical_type, 4))
+                repeated = max(repeated, packed if column.has_dictionary_page else 0)
+    return total, repeated
+
+
+def _too_large(path: Path, most: int) -> ValueError:
+    told = f"{path.name} must take at most {most / 2**20:,.0f} MiB in memory"
+    return ValueError(f"{told}; it is {path.stat().st_size / 2**20:,.1f} MiB on disk and takes more. Leave it out.")
