@@ -18,29 +18,29 @@ MAX_BYTES = 6 * MAX_PIXELS
 EXPANSION = 20  # a table may take `MAX_BYTES`, or so many times the size of its file
 
 _BUFFER = 1 << 20  # bytes of a column that are read at once
-_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8}  # bytes of a value in memory, at most
+_WIDTHS = {"BOOLEAN": 1, "INT64": 8, "DOUBLE": 8}  # bytes of a value in memory; of the other types 4
 
 
 def read_batches(
     path: Path, columns: Sequence[str] | None = None, *, rows: int = 16, most: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Read a parquet file in batches of at most `rows`, and refuse one that takes more than `most` bytes in memory."""
-    most = most or max(MAX_BYTES, EXPANSION * path.stat().st_size)
+    on_disk = path.stat().st_size
+    most, size = most or max(MAX_BYTES, EXPANSION * on_disk), 0
     with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-        stated, repeated = _stated_sizes(file.metadata, columns)
-        if stated > most:
-            raise _too_large(path, most)
-        size = 0
-        # A dictionary is stored once for all rows that repeat its values, so a few rows can be large.
-        for batch in file.iter_batches(max(1, min(rows, MAX_BYTES // max(1, repeated))), columns=columns):
+        rows = rows_at_once(file.metadata, on_disk, rows, most, columns)
+        for batch in file.iter_batches(rows, columns=columns):
             size += batch.nbytes
             if size > most:
-                raise _too_large(path, most)
+                raise _too_large(on_disk, most)
             yield batch
 
 
-def _stated_sizes(metadata: pq.FileMetaData, columns: Sequence[str] | None) -> tuple[int, int]:
-    """Return the least size of the columns in memory, and the largest part of a column that has a dictionary."""
+def rows_at_once(
+    metadata: pq.FileMetaData, on_disk: int, rows: int, most: int | None = None, columns: Sequence[str] | None = None
+) -> int:
+    """Return the number of rows to read at once, at most `rows`; refuse a file that states to be too large."""
+    most = most or max(MAX_BYTES, EXPANSION * on_disk)
     total = repeated = 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -49,9 +49,12 @@ def _stated_sizes(metadata: pq.FileMetaData, columns: Sequence[str] | None) -> t
                 packed = column.total_uncompressed_size
                 total += max(packed, column.num_values * _WIDTHS.get(column.physical_type, 4))
                 repeated = max(repeated, packed if column.has_dictionary_page else 0)
-    return total, repeated
+    if total > most:
+        raise _too_large(on_disk, most)
+    # A dictionary is stored once for all rows that repeat its values, so a few rows can be large.
+    return max(1, min(rows, MAX_BYTES // max(1, 2 * repeated)))
 
 
-def _too_large(path: Path, most: int) -> ValueError:
-    told = f"{path.name} must take at most {most / 2**20:,.0f} MiB in memory"
-    return ValueError(f"{told}; it is {path.stat().st_size / 2**20:,.1f} MiB on disk and takes more. Leave it out.")
+def _too_large(on_disk: int, most: int) -> ValueError:
+    told = f"it must take at most {most / 2**20:,.0f} MiB once it is read; its file has {on_disk / 2**20:,.1f} MiB"
+    return ValueError(told)

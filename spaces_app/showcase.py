@@ -15,7 +15,7 @@ from hf_equiv.hub_client import api_of, explained
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.runs import directory
 from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS, Layout, Row
-from hf_equiv.runs.shards import read_rows, shard_files
+from hf_equiv.runs.shards import check_pictures, read_rows, shard_files
 from hf_equiv.verify.rows import agrees
 
 _EXPANSION = 2  # a dataset may be this many times larger in memory than on disk: PNG files are packed already
@@ -94,6 +94,7 @@ def _read_run(place: Path, most: int, most_bytes: int | None) -> tuple[Layout, l
     rows = list(read_rows(place, images=True, layout=layout, first=most))
     for row in rows:
         _check_pictures([row[column] for column in layout.images])
+        check_pictures(row, layout)
     return layout, [row | {"settings": record["settings"]} for row in rows if row["status"] != "error"]
 
 

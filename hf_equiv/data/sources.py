@@ -65,7 +65,11 @@ def load_images(
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; got {limit}.")
     columns = (image_column, label_column)
-    images = _local(what, lambda n, paths: tables.table_images(*tables.load_parquet(n, paths, cache_dir), n, *columns))
+
+    def open_tables(name: str, paths: Sequence[Path], folder: Path) -> ImageSet:
+        return tables.table_images(*tables.load_parquet(name, paths, cache_dir), name, *columns, names_in=folder)
+
+    images = _local(what, open_tables)
     if images is None:
         images = tables.load_hub_dataset(
             what, *columns, cache_dir, local_files_only=local_files_only, most=most or limit, streaming=streaming
@@ -77,7 +81,7 @@ def load_images(
     return images
 
 
-def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) -> ImageSet | None:
+def _local(what: str, open_tables: Callable[[str, Sequence[Path], Path], ImageSet]) -> ImageSet | None:
     """Open images on this machine, or return None for the name of a Hub dataset."""
     if what == "builtin":
         folder = Path(__file__).parents[1] / "assets" / "photos"
@@ -86,7 +90,7 @@ def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) ->
     if path.is_dir():
         return _folder(path, open_tables)
     if path.is_file():
-        return open_tables(path.name, [path]) if path.suffix.lower() == ".parquet" else _single_photo(path)
+        return open_tables(path.name, [path], path.parent) if path.suffix.lower() == ".parquet" else _single_photo(path)
     if any(sign in what for sign in "*?["):
         told = f"{what!r} does not exist, and patterns are not expanded"
         raise FileNotFoundError(f"{told}. Name a folder: it stands for all images in it.")
@@ -117,7 +121,7 @@ def _single_photo(path: Path) -> ImageSet:
     return _image_files(path.name, [path], [path.name], [None], "sha256:" + file_digest(path))
 
 
-def _folder(path: Path, open_tables: Callable[[str, Sequence[Path]], ImageSet]) -> ImageSet:
+def _folder(path: Path, open_tables: Callable[[str, Sequence[Path], Path], ImageSet]) -> ImageSet:
     """Open the image files of a folder, sorted by their path inside it, or else its parquet files."""
     inside = sorted(p for p in path.rglob("*") if p.is_file())
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -131,7 +135,7 @@ def _folder(path: Path, open_tables: Callable[[str, Sequence[Path]], ImageSet]) 
         labels = [listed.get(key, listed.get(file.name, classes[key])) for key, file in photos.items()]
         return _image_files(name, list(photos.values()), list(photos), labels)
     if tables := [p for p in inside if p.suffix.lower() == ".parquet"]:
-        return open_tables(name, tables)
+        return open_tables(name, tables, path)
     raise ValueError(f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))}).")
 
 

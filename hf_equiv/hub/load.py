@@ -17,8 +17,8 @@ from hf_equiv.data.tables import load_parquet
 from hf_equiv.hub_client import api_of, check_repo_id, explained, hushed, patiently
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
-from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout
-from hf_equiv.runs.shards import float_file, read_shard, shard_files
+from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
+from hf_equiv.runs.shards import check_pictures, float_file, open_cells, read_shard, shard_files
 
 _CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}
 _WRITTEN = re.compile(r"(?!\.{1,2}/)(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -162,7 +162,11 @@ def load_results(
     folders = [layout.folder, "float"] if with_float else [layout.folder]
     folder = local_folder(name, revision) or _snapshot(*split_name(name, revision), folders, token, cache)
     files = _files(name, folder, layout, run)
-    rows, _ = load_parquet(name, files, cache)
+
+    def check(row: Row) -> None:  # before `datasets` decodes an image, by whatever decoder its bytes ask for
+        check_pictures(open_cells(row, layout), layout)
+
+    rows, _ = load_parquet(name, files, cache, layout.all_features, check)
     if not with_float:
         return rows
     origin = [str(float_file(path)) for path in files for _ in read_shard(path)]

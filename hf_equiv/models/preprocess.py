@@ -43,7 +43,9 @@ class Preprocessor:
             images = [images]
         for image in images if isinstance(images, Sequence) else [images]:
             if not isinstance(image, Image.Image):
-                raise TypeError(f"`images` must be PIL images; got {type(image).__name__}. Use load_images(path)[0].image.")
+                raise TypeError(
+                    f"`images` must be PIL images; got {type(image).__name__}. Use load_images(path)[0].image."
+                )
         if not images:
             raise ValueError("`images` must hold at least one image; got none. Pass load_images(path)[0].image.")
         if self.refusal:

@@ -146,25 +146,30 @@ def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> l
                 raise ValueError(f"columns {', '.join(missing)} are missing")
         rows: list[Row] = [row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist()]
         for row in rows if images else ():
-            row.update({column: _png_of(row[column], column) for column in layout.images})
+            open_cells(row, layout)
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
         name = f"{path.parent.name}/{path.name}"
         raise ValueError(f"{name} is not a whole shard of a {layout.analysis} run: {error}") from error
     return rows
 
 
-def _png_of(cell: Any, column: str) -> bytes | None:
-    """Return the PNG file in a cell, None where photos are withheld; the path of a file is never opened."""
-    if cell is not None and (not isinstance(cell, dict) or cell.get("path") is not None):
-        raise ValueError(f"column {column!r} must hold PNG files, not paths of files")
-    return cell and cell["bytes"]
+def open_cells(row: Row, layout: Layout) -> Row:
+    """Put the PNG files of a row, None where photos are withheld, in place of its cells; open no path of a file."""
+    for column in layout.images:
+        cell = row.get(column)
+        if cell is not None:
+            content = cell.get("bytes") if isinstance(cell, dict) else cell
+            if not isinstance(cell, dict) or cell.get("path") is not None or not isinstance(content, bytes | None):
+                raise ValueError(f"column {column!r} must hold PNG files, not paths of files or something else")
+            row[column] = content
+    return row
 
 
 def check_pictures(row: Row, layout: Layout) -> None:
-    """Refuse a row whose images are no files as this package writes them; images that are withheld are None."""
+    """Refuse a row whose images are not PNG files that hold pixels alone; images that are withheld are None."""
     for column in layout.images:
         try:
-            if row[column] is not None:
+            if row.get(column) is not None:
                 check_png(row[column])
         except ValueError as error:
             raise ValueError(f"row {row_name(layout.analysis, row)!r}, {column}: {error}") from error
