@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
+from hf_equiv.data.folders import read_folder
 from hf_equiv.data.image_file import IMAGE_SUFFIXES, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 
 BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
 DEFAULT_PAIRS = 10
-LABEL_FILE = "labels.csv"
 
 
 def load_images(
@@ -46,7 +46,8 @@ def load_images(
         streaming: fetch only the first `most` images of a Hub dataset; default above 5 GB of files, if `most` is known.
 
     Returns:
-        The set. Labels come from `labels.csv` (columns file, label[, name]), class folders or the label column.
+        The set. Labels come from `labels.csv` (columns file, label[, name]), `metadata.csv` or `.jsonl` (columns
+        file_name and label), class folders or the label column; `choices` says how, and which files are left out.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -123,32 +124,15 @@ def _single_photo(path: Path) -> ImageSet:
 
 def _folder(path: Path, open_tables: Callable[[str, Sequence[Path], Path], ImageSet]) -> ImageSet:
     """Open the image files of a folder, sorted by their path inside it, or else its parquet files."""
-    inside = sorted(p for p in path.rglob("*") if p.is_file())
-    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    made = {p.parent for p in inside if p.name == "run.json"} - {path}  # the figures in run directories are no input
-    inside = [p for p in inside if made.isdisjoint(p.parents)]
-    name = path.resolve().name or "root"
-    photos = dict(sorted((p.relative_to(path).as_posix(), p) for p in inside if p.suffix.lower() in IMAGE_SUFFIXES))
-    if photos:
-        listed = _read_labels(path / LABEL_FILE)
-        classes = {key: file.parent.name if file.parent != path else None for key, file in photos.items()}
-        labels = [listed.get(key, listed.get(file.name, classes[key])) for key, file in photos.items()]
-        return _image_files(name, list(photos.values()), list(photos), labels)
-    if tables := [p for p in inside if p.suffix.lower() == ".parquet"]:
-        return open_tables(name, tables, path)
-    raise ValueError(f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-
-
-def _read_labels(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        table = csv.DictReader(stream)
-        columns = table.fieldnames or []
-        if "file" not in columns or not {"label", "name"} & set(columns):
-            raise ValueError(f"{path.name!r} must have columns file,label[,name]; got {','.join(columns)}.")
-        column = "name" if "name" in columns else "label"
-        return {row["file"]: row[column] for row in table if row["file"] and row[column]}
+    name, inside = path.resolve().name or "root", read_folder(path)
+    if inside.photos:
+        images = _image_files(name, list(inside.photos.values()), list(inside.photos), inside.labels)
+    elif inside.tables:
+        images = open_tables(name, inside.tables, path)
+    else:
+        told = f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))})"
+        raise ValueError("; ".join([told, *inside.choices]) + ".")
+    return replace(images, choices=images.choices + inside.choices)
 
 
 def draw_pairs(

@@ -28,6 +28,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
+from hf_equiv.data.folders import LABEL_COLUMNS
 from hf_equiv.data.image_file import open_array, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 from hf_equiv.hub_client import api_of, explained, hushed
@@ -35,7 +36,6 @@ from hf_equiv.limits import EXPANSION, MAX_BYTES, read_batches, rows_at_once
 
 LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if the number of images is known
 DEFAULT_SPLITS = ("validation", "test", "train")
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
 _ROWS = 16  # rows copied at once
 _UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)  # pyarrow's errors are subclasses of these

@@ -18,7 +18,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
