@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from hf_equiv.formatting import excerpt
+from hf_equiv.limits import MAX_PIXELS
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _FILE = "preprocessor_config.json"
 _CURE = "Pass pixels (B, 3, H, W) in [0, 1] to the encoder instead."
 _OFF_GRID = "DINOv3ViTImageProcessor"  # needs torchvision; rescales before it resizes, so pixels are not k/255
+MOST_RESIZED = MAX_PIXELS // 4  # pixels of a resized image; they take 0.4 GiB
 _BEFORE = {"do_rescale": False, "do_normalize": False}  # resize and crop only
 
 
@@ -50,6 +52,8 @@ class Preprocessor:
             raise ValueError("`images` must hold at least one image; got none. Pass load_images(path)[0].image.")
         if self.refusal:
             raise ValueError(self.refusal)
+        for image in images:
+            _refuse_thin(self.processor, *image.size)
         return torch.stack([_to_pixels(self.processor, image) for image in images])
 
 
@@ -82,6 +86,18 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return (x − mean) / std with mean and std of shape (1, 3, 1, 1), the last step of the image processor."""
     return (pixels - mean) / std
+
+
+def _refuse_thin(processor: Any, width: int, height: int) -> None:
+    """Refuse an image whose short side is resized to many times its length, and the long one with it, to be cropped."""
+    size = processor.size or {}
+    edge = None if size.get("longest_edge") else size.get("shortest_edge")
+    resized = (edge or 0) ** 2 * max(width, height) // min(width, height)
+    if resized > max(width * height, MOST_RESIZED):
+        raise ValueError(
+            f"`images` must not be so long and thin; {width} x {height} would be resized to {resized:,} pixels before "
+            f"most are cut off (at most {MOST_RESIZED:,}). Crop the image first."
+        )
 
 
 def _to_pixels(processor: Any, image: Image.Image) -> Tensor:
