@@ -23,7 +23,6 @@ from hf_equiv import load_images
 from hf_equiv.data.image_file import open_image
 
 LARGEST_UPLOAD = 25 * 2**20
-MOST_PIXELS = 50_000_000
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
 EFFORTS = {"quick": 0.4, "normal": 1.0}
 
@@ -47,7 +46,7 @@ def read_upload(path: str | None, name: str):
     if os.path.getsize(path) > LARGEST_UPLOAD:
         raise refused(f"The {name} photo is larger than 25 MB. Make it smaller.")
     try:
-        return open_image(Path(path).read_bytes(), f"the {name} photo", most_pixels=MOST_PIXELS)
+        return open_image(Path(path).read_bytes(), f"the {name} photo")
     except (OSError, ValueError) as error:
         raise refused(str(error).replace(f"image 'the {name} photo'", f"The {name} photo")) from error
 
