@@ -36,6 +36,8 @@ def _read_plain_png(data: bytes) -> tuple[int, int, bytes]:
         raise ValueError("it has no PNG signature")
     parts = list(chunks(data))
     kinds = [kind for kind, _ in parts]
+    if b"IEND" in kinds[:-1]:
+        raise ValueError("it has bytes after its end")
     if others := sorted({kind.decode("latin-1") for kind in kinds} - {"IHDR", "IDAT", "IEND"}):
         raise ValueError(f"it also holds {', '.join(map(repr, others[:3]))}")
     if kinds[:1] != [b"IHDR"] or set(kinds[1:-1]) != {b"IDAT"} or kinds[-1] != b"IEND":

@@ -111,8 +111,8 @@ def encode_png(pixels: Tensor) -> bytes:
 
 def decode_png(data: bytes, dtype: torch.dtype = torch.float32) -> Tensor:
     """Read a stored PNG file back to pixels (3, H, W) of `dtype`, values k/255."""
-    levels = np.array(stored_image(data))
-    return torch.from_numpy(levels).permute(2, 0, 1).contiguous().to(dtype) / 255
+    levels = torch.from_numpy(np.array(stored_image(data))).permute(2, 0, 1)
+    return torch.empty(levels.shape, dtype=dtype).copy_(levels).div_(255)
 
 
 def stored_image(data: bytes) -> Image.Image:

@@ -17,6 +17,7 @@ from hf_equiv.analyses.measures import open_png
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import one_line
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.png_file import check_png
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import is_withheld
@@ -146,13 +147,14 @@ def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row
         name = row_name(layout.analysis, row)
         for column in layout.images:
             try:
-                row[column] = open_png(encoder, row[column] or b"")
+                width, height = check_png(row[column] or b"")
+                if (3, height, width) == tuple(encoder.input_shape):  # a larger one would take much memory
+                    row[column] = open_png(encoder, row[column])
+                else:
+                    sizes = [3, height, width], list(encoder.input_shape)
+                    found.append(differs(file, name, column, *sizes, "wrong size"))
             except ValueError as error:
                 found.append(problem(file, name, column, "a PNG image", None, f"row {name!r}, {column}: {error}"))
-                continue
-            if row[column].shape != tuple(encoder.input_shape):
-                sizes = list(row[column].shape), list(encoder.input_shape)
-                found.append(differs(file, name, column, *sizes, "wrong size"))
     return opened, found
 
 
