@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit
@@ -30,7 +31,7 @@ def read_batches(
     with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
         rows = rows_at_once(file.metadata, on_disk, rows, most, columns)
         for batch in file.iter_batches(rows, columns=columns):
-            size += batch.nbytes
+            size += sum(map(_size, batch.columns))
             if size > most:
                 raise _too_large(on_disk, most)
             yield batch
@@ -53,6 +54,18 @@ def rows_at_once(
         raise _too_large(on_disk, most)
     # A dictionary is stored once for all rows that repeat its values, so a few rows can be large.
     return max(1, min(rows, MAX_BYTES // max(1, 2 * repeated)))
+
+
+def _size(values: pa.Array) -> int:
+    """Return the bytes of an array, where those of repeated values are written out."""
+    if isinstance(values, pa.StructArray):
+        return values.nbytes - sum(part.nbytes - _size(part) for part in values.flatten())
+    if not isinstance(values, pa.DictionaryArray):
+        return int(values.nbytes)
+    each = values.dictionary.nbytes // max(1, len(values.dictionary))
+    if hasattr(values.dictionary, "total_values_length"):  # text or bytes
+        each = pc.max(pc.binary_length(values.dictionary)).as_py() or 0
+    return len(values) * int(each)
 
 
 def _too_large(on_disk: int, most: int) -> ValueError:

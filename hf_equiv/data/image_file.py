@@ -56,14 +56,14 @@ def open_array(values: Any, name: str) -> Image.Image:
     try:
         array = np.asarray(values)
     except ValueError:
-        raise ValueError(f"{name} must have rows of one length. Correct the row or leave it out.") from None
+        raise ValueError(f"image {name!r} must have rows of one length. Correct it or leave it out.") from None
     if array.dtype == bool:
         array = array * np.uint8(255)
     if array.dtype.kind not in "iu":
-        told = f"{name} must hold whole numbers from 0 to 255, or to 65535; got {array.dtype}"
+        told = f"image {name!r} must hold whole numbers from 0 to 255, or to 65535; got {array.dtype}"
         raise ValueError(f"{told}. Scale it to 8 bit first.")
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in array.shape:
-        told = f"{name} must have the shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); got {array.shape}"
+        told = f"image {name!r} must have the shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); got {array.shape}"
         raise ValueError(f"{told}. Store it in that shape.")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise _too_many_pixels(array.shape[1], array.shape[0], name)

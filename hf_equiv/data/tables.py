@@ -250,7 +250,7 @@ def table_images(
         named = names_in is not None and not isinstance(cell, dict)
         file = Path(names_in or "", path) if named else Path(path)
         homes = (names_in.resolve(),) if named and names_in else inside
-        if not any(file.resolve().is_relative_to(folder) for folder in homes):
+        if "\0" in path or not any(file.resolve().is_relative_to(folder) for folder in homes):
             raise ValueError(
                 f"{where} must hold an image; got the path of a file elsewhere, which is never opened. Store the bytes "
                 "of the file, or its name in a column of text for files beside the table."
