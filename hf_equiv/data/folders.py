@@ -94,10 +94,10 @@ def _labels(
         absent = sorted(labels.keys() - places.values())
         stated |= {key: labels[place] for key, place in places.items()}
         said.append(f"{told} ({_count(places, 'image')})" if labels else told)
-        said += [f"{name} names {_count(absent, 'file')} that are not there: {_some(absent)}"] if absent else []
+        said += [f"{name} names files that are not there ({len(absent)}): {_some(absent)}"] if absent else []
     classes, guessed = _folder_names(photos)
     if without := [name for name in photos if name not in stated] if stated else []:
-        said.append(f"{' and '.join(tables)} give no class of {_count(without, 'image')}: {_some(without)}")
+        said.append(f"images without a class in {' and '.join(tables)} ({len(without)}): {_some(without)}")
     return tuple(stated.get(name, classes[name]) for name in photos), tables, said + ([] if stated else guessed)
 
 
@@ -107,13 +107,14 @@ def _folder_names(photos: Mapping[str, Path]) -> tuple[dict[str, str | None], li
     names = {folders[-1] for folders in inside.values() if folders}
     tops = {folders[0] for folders in inside.values() if folders}
     splits, said = {name for name in names | tops if _SPLIT.fullmatch(name)}, []
-    if len(splits & tops) > 1:
-        said.append(f"taking the images of {_some(sorted(splits & tops))} together; name the folder of one of them")
     if len(splits) < 2 and not names <= splits:  # `train` may be a class, beside `bus`
         splits = set()
+    if splits:
+        told = f"taking the folders {_some(sorted(splits))} for splits and their images together"
+        said.append(f"{told}; name one of the folders to take it alone")
     names -= splits
     if len(names) == 1:
-        said.append(f"taking the folder {min(names)!r} for no class, since there is no other")
+        said.append(f"the folder {min(names)!r} is no class, since there is no other")
         names = set()
     if names:
         said.append(f"taking the names of folders as classes: {_some(sorted(names))}")
