@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -71,11 +72,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
+    _open_streams()
     typed = sys.argv[1:] if arguments is None else arguments
     try:
         return int(cli.main(typed, prog_name="hf-equiv", standalone_mode=False, obj=typed) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        click.echo(error.format_message(), err=True)  # the help text of a command
         return 2
     except click.ClickException as error:
         message = error.format_message()
@@ -99,7 +101,21 @@ def _run(arguments: list[str] | None) -> int:
         return _fail(message + flag_note(message, (option for command in commands for option in command.params)))
 
 
+def _open_streams() -> None:
+    """Open the null device in place of streams that are closed, and write what an encoding lacks as an escape."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # else the next file gets their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _fail(message: str, code: int = 2) -> int:
     """Print an error on one line, or on several if it lists items."""
-    click.echo("error: " + "\n- ".join(" ".join(item.split()) for item in message.split("\n- ")), err=True)
+    from hf_equiv.cli import output
+
+    head, *items = (" ".join(item.split()) for item in message.split("\n- "))
+    for line in (f"error: {head}", *(f"- {item}" for item in items)):
+        output.to_stderr(line)
     return code

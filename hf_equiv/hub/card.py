@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from hf_equiv.formatting import printable
 from hf_equiv.runs import card as run_card
 from hf_equiv.runs.directory import RUNS, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH
@@ -48,7 +49,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
         DatasetCard.from_template(
             DatasetCardData(**facts),
             template_path=str(_TEMPLATE),
-            md=run_card.escape, one_line=run_card.one_line, run_name=run_name, analysis_of=analysis_of,
+            md=run_card.escape, code=_code, run_name=run_name, analysis_of=analysis_of,
             is_withheld=is_withheld, rows_of=_rows, numbers_of=_numbers, versions_of=_versions, before=above,
             after=below, start=START, end=END, title=made["pretty_name"], repo_id=repo_id, config=config,
             runs=sorted(runs.items()), configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
@@ -138,6 +139,11 @@ def _facts(runs: Runs) -> dict[str, Any]:
         "size_categories": [next(name for limit, name in _SIZES if rows < limit)],
         "configs": configs_of(runs),
     }
+
+
+def _code(text: str) -> str:
+    """Return a line of a code block, which cannot end the generated part either."""
+    return printable(text).replace("<!--", "<!- -")
 
 
 def _rows(record: Mapping[str, Any]) -> int:
