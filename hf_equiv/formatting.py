@@ -21,6 +21,11 @@ def printable(value: object) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in str(value))
 
 
+def utf8(name: str) -> str:
+    """Return the name of a file as text that any file can hold; bytes that are no UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def form(value: float | None, spec: str) -> str:
     """Format a number; None becomes a dash."""
     return "–" if value is None else format(value, spec)

@@ -190,7 +190,7 @@ def print_summary(report: Report, path: Path) -> None:
                 console.print(f"- {sentence}", soft_wrap=not console.is_terminal)
             console.print()
             for run in model.runs:
-                if run["there"] < run["listed"]:
+                if not run["complete"]:
                     what = LAYOUTS[run["analysis"]].listed
                     console.print(f"partial:   {run['name']} holds {run['there']} of {run['listed']} {what}")
         for problem in report.problems:

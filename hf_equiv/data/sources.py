@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from hf_equiv.data.image_file import IMAGE_SUFFIXES, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
+from hf_equiv.formatting import utf8
 
 BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
 DEFAULT_PAIRS = 10
@@ -65,7 +66,9 @@ def load_images(
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; got {limit}.")
     columns = (image_column, label_column)
-    images = _local(what, lambda n, paths: tables.table_images(*tables.load_parquet(n, paths, cache_dir), n, *columns))
+    images = _local(
+        what, lambda n, paths: tables.table_images(*tables.load_parquet(n, paths, cache_dir), utf8(n), *columns)
+    )
     if images is None:
         images = tables.load_hub_dataset(
             what, *columns, cache_dir, local_files_only=local_files_only, most=most or limit, streaming=streaming
@@ -102,9 +105,10 @@ def _image_files(
     data_id: str, files: Sequence[Path], ids: Sequence[str], labels: Sequence[str | None], revision: str | None = None
 ) -> ImageSet:
     digests = [file_digest(file) for file in files]
+    ids, labels = [utf8(name) for name in ids], [None if label is None else utf8(label) for label in labels]
     revision = revision or content_hash(ids, digests, labels)
     return ImageSet(
-        data_id, revision, tuple(ids), tuple(labels), lambda i: open_image(files[i], ids[i], sha256=digests[i])
+        utf8(data_id), revision, tuple(ids), tuple(labels), lambda i: open_image(files[i], ids[i], sha256=digests[i])
     )
 
 

@@ -24,6 +24,7 @@ from huggingface_hub.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
+from hf_equiv.formatting import utf8
 from hf_equiv.hub_client import api_of, explained, version
 
 BUILTIN = "builtin"
@@ -89,7 +90,7 @@ class Checkpoint:
         """Name to record: the Hub id, "builtin", or a local folder's own name, never a path of this machine."""
         if self.hub is not None or self.model_id == BUILTIN:
             return self.model_id
-        return Path(self.model_id).expanduser().resolve().name or "root"
+        return utf8(Path(self.model_id).expanduser().resolve().name) or "root"
 
     def find(self, name: str) -> Path | None:
         """Return a file on disk; None if the checkpoint does not have it (offline: if it is not cached)."""

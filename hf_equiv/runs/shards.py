@@ -36,10 +36,10 @@ _STAGED = ".merged"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a temporary file, sync it and rename it, so that the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a temporary file, sync it and rename it, so that the file is whole or not there; make one folder for it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(exist_ok=True)  # not its parents: a run directory that has been moved is not made again
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
@@ -52,6 +52,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             finally:
                 os.close(folder)
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise gone(path.parent) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
@@ -62,6 +64,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def gone(folder: Path) -> OSError:
+    """Return the error for a folder that is no longer there."""
+    told = f"folder {str(folder)!r} has been renamed, replaced or deleted while it was written"
+    return FileNotFoundError(f"{told}. Nothing more was written; put it back and run the same command again.")
 
 
 def sha256_file(path: Path) -> str:
