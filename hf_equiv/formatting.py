@@ -89,7 +89,7 @@ def text_templates(**options: Any) -> Environment:
 _FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")
 
 
-def excerpt(error: Exception, size: int = 160) -> str:
+def excerpt(error: object, size: int = 160) -> str:
     """Return the first `size` characters of the message of an error, on one line."""
     return printable(" ".join(str(error).split()))[:size]
 

@@ -37,7 +37,7 @@ ROOT_FILES = {
     "precision": ["checks"],
     "jacobian": ["checks", "precision"],
     "formatting": [],
-    "hub_client": [],
+    "hub_client": ["formatting"],
     "__main__": ["cli"],
 }
 NUMERICS = ["matching", "geometry", "results", "checks", "precision", "jacobian"]
@@ -56,7 +56,7 @@ HOMES = {
     "torchmetrics": ["analyses/measures"],
     "matplotlib": ["analyses/figures", "report/figures"],
     "jinja2": ["formatting", "report/render"],
-    "markupsafe": ["report/render"],
+    "markupsafe": ["formatting", "report/render"],
     "scipy": ["report/statistics"],
     "click": ["cli"],
     "rich": ["cli"],

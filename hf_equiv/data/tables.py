@@ -8,6 +8,7 @@ contents, so that the next call or another process finds it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from PIL import Image
 
 from hf_equiv.data.image_file import open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
-from hf_equiv.hub_client import api_of, explained, hushed
+from hf_equiv.hub_client import api_of, checked, explained, hushed, unusable_cache
 
 LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if the number of images is known
 DEFAULT_SPLITS = ("validation", "test", "train")
@@ -52,18 +53,27 @@ def load_parquet(name: str, paths: Sequence[Path], cache_dir: str | None) -> tup
         if before != states():
             raise ValueError("it was written to while it was read")
 
+    copy = _place(revision.removeprefix("sha256:"), cache_dir)
     try:
-        return _cached(revision.removeprefix("sha256:"), cache_dir, write), revision
+        return _cached(copy, write), revision
     except _UNREADABLE as error:
         raise ValueError(f"parquet data {name!r} cannot be read: {_first_line(error)}. Check the file.") from error
 
 
-def _cached(key: str, cache_dir: str | None, write: Callable[[Path], None]) -> datasets.Dataset:
-    """Return the table in the cache under this key; `write` makes the file if it is not there."""
+def _place(key: str, cache_dir: str | None) -> Path:
+    """Return the file of a table in the cache, whose folder is made."""
     copy = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_equiv" / f"{key}.arrow"
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable_cache(error) from error
+    return copy
+
+
+def _cached(copy: Path, write: Callable[[Path], None]) -> datasets.Dataset:
+    """Return the table in this file of the cache; `write` makes the file if it is not there."""
     if not copy.is_file():
         temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
             os.replace(temporary, copy)
@@ -111,7 +121,8 @@ def load_hub_dataset(
     if streaming and (offline or most is None):
         raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
     revision = _revision(repo_id, cache_dir, offline)
-    config, split, choices = _choose(repo_id, revision, parts)
+    with explained(repo_id):
+        config, split, choices = _choose(repo_id, revision, parts)
     name = f"{repo_id}:{config}:{split}"
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error repeats what the log says
@@ -120,10 +131,13 @@ def load_hub_dataset(
             if most is not None and not offline and (streaming or is_large(repo_id, config, revision)):
                 rows, streaming = first_rows(repo_id, config, revision, split, most, cache_dir), True
             else:
-                mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
-                rows = datasets.load_dataset(
-                    repo_id, config, split=split, revision=revision, cache_dir=cache_dir, download_config=mode
-                )
+                how = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
+                modes = iter([None, "force_redownload", "force_redownload"])  # again where a file arrived damaged
+                load = partial(datasets.load_dataset, repo_id, config, split=split, revision=revision)
+                rows = checked(
+                    lambda: load(cache_dir=cache_dir, download_config=how, download_mode=next(modes)),
+                    repo_id, "dataset",
+                )  # fmt: skip
     except _UNLOADABLE as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(cause or error)}") from error
@@ -159,7 +173,7 @@ def first_rows(
             writer.finalize()
 
     key = hashlib.sha256("\0".join([repo_id, config, revision, split, str(count)]).encode()).hexdigest()
-    return _cached(key, cache_dir, write)
+    return _cached(_place(key, cache_dir), write)
 
 
 def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -252,6 +266,8 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
         config = next((p for p in parts[:1] if p in configs), "default" if "default" in configs else configs[0])
         splits = datasets.get_dataset_split_names(repo_id, config, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            raise  # `explained` says what that means
         raise ValueError(f"dataset {repo_id!r} cannot be opened: {_first_line(error)}") from error
     wanted = [p for p in parts if p != config]
     if len(wanted) > 1 or (wanted and wanted[0] not in splits):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 
 from hf_equiv.data.tables import load_parquet
-from hf_equiv.hub_client import api_of, check_repo_id, explained, hushed, patiently
+from hf_equiv.hub_client import api_of, check_repo_id, checked, explained, hushed, patiently
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout
@@ -104,7 +104,8 @@ def _snapshot(
         )  # fmt: skip
 
     with explained(name, revision=revision, token=token, local_files_only=local_files_only):
-        return Path(patiently(fetch, lambda _: None, "downloading"))
+        once = partial(checked, fetch, name, "dataset", cache_dir)
+        return Path(patiently(once, lambda _: None, "downloading"))
 
 
 def run_folders(folder: Path) -> dict[str, Path]:

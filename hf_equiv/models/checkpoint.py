@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from huggingface_hub.utils import (
 from transformers.utils import logging as transformers_logging
 
 from hf_equiv.formatting import utf8
-from hf_equiv.hub_client import api_of, explained, version
+from hf_equiv.hub_client import api_of, checked, explained, version
 
 BUILTIN = "builtin"
 BUILTIN_FOLDER = Path(__file__).parents[1] / "assets" / "builtin"
@@ -50,19 +51,19 @@ class HubFiles:
         with explained(
             self.repo_id, kind="model", revision=self.commit, file=name, local_files_only=self.local_files_only
         ):
-            return Path(
-                hf_hub_download(
-                    self.repo_id,
-                    name,
-                    subfolder=self.subfolder or None,
-                    revision=self.commit,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=self.local_files_only,
-                    library_name="hf_equiv",
-                    library_version=version("hf_equiv"),
-                )
+            download = partial(
+                hf_hub_download,
+                self.repo_id,
+                name,
+                subfolder=self.subfolder or None,
+                revision=self.commit,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                local_files_only=self.local_files_only,
+                library_name="hf_equiv",
+                library_version=version("hf_equiv"),
             )
+            return Path(checked(download, self.repo_id, "model", self.cache_dir))
 
     def names(self) -> list[str]:
         """Return the files in the subfolder; none offline."""
