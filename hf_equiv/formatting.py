@@ -48,7 +48,8 @@ def size(count: int) -> str:
 
 
 def cut_name(name: str, size: int) -> str:
-    """Shorten an image id to its last `size` characters: ids of one folder differ at the end."""
+    """Shorten an image id to its last `size` characters, all printable: ids of one folder differ at the end."""
+    name = printable(name)
     return name if len(name) <= size else "…" + name[1 - size :]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from hf_equiv.formatting import printable
+from hf_equiv.formatting import excerpt, printable
 from hf_equiv.runs import card as run_card
 from hf_equiv.runs.directory import RUNS, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH
@@ -144,6 +144,15 @@ def _facts(runs: Runs) -> dict[str, Any]:
 def _code(text: str) -> str:
     """Return a line of a code block, which cannot end the generated part either."""
     return printable(text).replace("<!--", "<!- -")
+
+
+def check_summary(record: Mapping[str, Any], where: str) -> None:
+    """Refuse a record whose summary does not hold the numbers of a card."""
+    try:
+        _rows(record), _numbers(record), _versions(record)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"no card can be made of its summary ({type(error).__name__}: {excerpt(error)})"
+        raise ValueError(f"{where!r} is damaged: {told}. Make the run again, or publish to a new name.") from error
 
 
 def _rows(record: Mapping[str, Any]) -> int:

@@ -62,6 +62,7 @@ def _record(repo_id: str, path: str, text: str) -> Row:
     if version > SCHEMA_VERSION or analysis_of(record) not in LAYOUTS:
         told = f"'{repo_id}' holds a run of a newer hf_equiv ({path}, schema_version {version})"
         raise ValueError(f"{told}. Upgrade hf_equiv, or publish to a new name.")
+    card.check_summary(record, f"{path} of {repo_id}")
     return record
 
 

@@ -31,6 +31,7 @@ _LOCK = ".lock"
 
 _COMMON: dict[str, tuple[type, ...]] = {"normalize": (bool,), "seed": (int,)}
 _COMMON |= dict.fromkeys(("model_id", "model_revision", "readout", "dtype", "data_id", "data_revision"), (str,))
+_OTHERS: dict[str, tuple[type, ...]] = dict.fromkeys(("processor", "attention"), (str,))
 _NUMBER = (int, float)
 _NONE = type(None)
 _HEAD: dict[str, tuple[type, ...]] = {
@@ -96,15 +97,28 @@ def read_record(folder: Path) -> Row:
 def parse_record(data: bytes) -> Row:
     """Read the text of a `run.json`; a ValueError says what is wrong with it, of whatever version it is."""
     try:
-        record = json.loads(data.decode("utf-8-sig"))
+        record = json.loads(data.decode("utf-8-sig"), parse_int=_whole)
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no Infinity, no half of a character
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     wrong = _wrong_types(record, _HEAD, ("schema_version", "settings"))
-    wrong = wrong or _wrong_types(record["settings"], _COMMON, ("model_id",), "settings.")
+    wrong = wrong or _wrong_types(record["settings"], _COMMON | _OTHERS, ("model_id",), "settings.")
+    layout = None if wrong else LAYOUTS.get(analysis_of(record))
+    if layout is not None:
+        wrong += _wrong_types(record, {layout.listed: (list,)}, ())
+        if not wrong and not all(_is_entry(item, layout) for item in record.get(layout.listed, ())):
+            wrong.append(f"a right {layout.listed}.{layout.item}")
+        if not all(isinstance(digest, str) for digest in record.get("files", {}).values()):
+            wrong.append("a right files")
     if wrong:
         raise ValueError(f"it lacks {', '.join(wrong)}")
     return dict(record)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 18:
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _wrong_types(found: Any, kinds: Mapping[str, Any], needed: Iterable[str], inside: str = "") -> list[str]:
@@ -125,11 +139,7 @@ def check_record(folder: Path, record: Row) -> Layout:
     # Early walks, and walks that lead to no image, have no `stop`.
     missing = _wrong_types(settings, kinds, ({*_COMMON, *kinds} - {"stop"}) - {*settings}, "settings.")
     missing += [f"a right settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
-    missing += _wrong_types(record, {layout.listed: (list,)}, (layout.listed, "files", "complete", "summary"))
-    if not missing and not all(isinstance(item, dict) and _texts(item, layout) for item in record[layout.listed]):
-        missing.append(f"a right {layout.listed}.{layout.item}")
-    if not missing and not all(isinstance(digest, str) for digest in record["files"].values()):
-        missing.append("a right files")
+    missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
     if not missing and record["complete"] != (record["summary"] is not None):
         missing.append("a right summary")
     if missing:
@@ -143,14 +153,13 @@ def _holds(value: Any, types: tuple[type, ...]) -> bool:
     return all(_is(one, types) for one in inside)
 
 
-def _texts(item: Row, layout: Layout) -> bool:
-    """Return whether an entry of the list has an id, and all its values are text."""
-    return isinstance(item.get(layout.item), str) and all(v is None or isinstance(v, str) for v in item.values())
+def _is_entry(item: Any, layout: Layout) -> bool:
+    """Return whether an entry of the list of pairs or images has an id, and all its values are text."""
+    texts = isinstance(item, dict) and all(v is None or isinstance(v, str) for v in item.values())
+    return texts and item.get(layout.item) is not None
 
 
 def _is(value: Any, types: tuple[type, ...]) -> bool:
-    if type(value) is int and abs(value) >= 1 << 63:
-        return False
     return type(value) in types  # not `isinstance`, since a bool is an int
 
 

@@ -296,13 +296,14 @@ def test_streaming_of_what_is_no_stream(config, message):
         make_plan(config, TinyEncoder())
 
 
-def test_a_table_that_arrived_damaged_is_fetched_again(hub, tmp_path, monkeypatch):
+def test_images_that_arrived_damaged_are_fetched_again(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    push({"train.parquet": table()})
-    hub.spoil("GET", "/resolve/.*parquet")
+    hub.add("datasets", "alice/photos", {f"train/{k}.png": png(k)["bytes"] for k in range(3)})
+    hub.spoil("GET", "/resolve/.*/1.png", times=2)
     images = load_images("alice/photos", cache_dir=str(tmp_path / "tables"))
     assert not hub.faults
-    assert [item.image.size for item in images] == [item.image.size for item in load_images("alice/photos")]
+    assert images[1].image.tobytes() == Image.open(io.BytesIO(png(1)["bytes"])).tobytes()
+    assert len(images) == 3
 
 
 def test_a_cache_that_cannot_be_used_is_named(tmp_path):
