@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from typing import Any
@@ -14,6 +13,7 @@ from hf_equiv.cli.analyses import lipschitz, match, spectrum, walk
 from hf_equiv.cli.options import flag_note, model_options, output_options
 from hf_equiv.cli.results import publish, report, verify
 from hf_equiv.cli.space import space
+from hf_equiv.cli.streams import open_streams, to_stderr
 
 _SHARED = ("match", "spectrum", "lipschitz", "walk")
 """Commands whose work several processes share; all others run in the first process only."""
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
-    _open_streams()
+    open_streams()
     typed = sys.argv[1:] if arguments is None else arguments
     try:
         return int(cli.main(typed, prog_name="hf-equiv", standalone_mode=False, obj=typed) or 0)
@@ -95,27 +95,24 @@ def _run(arguments: list[str] | None) -> int:
         message = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        if not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
+        if _lacks_memory(error):
+            message = f"memory ran out ({message}). Close other programs, take a smaller model, or pass --batch-size 1."
+        elif not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
             message = f"{type(error).__name__}: {message} (HF_EQUIV_DEBUG=1 shows where)"
         commands = [*cli.commands.values(), *space.commands.values()]
         return _fail(message + flag_note(message, (option for command in commands for option in command.params)))
 
 
-def _open_streams() -> None:
-    """Open the null device in place of streams that are closed, and write what an encoding lacks as an escape."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # else the next file gets their numbers
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether memory ran out, in Python, in a library that could not be loaded, or in a tensor."""
+    told = str(error).lower()
+    signs = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment")
+    return isinstance(error, MemoryError) or any(sign in told for sign in signs)
 
 
 def _fail(message: str, code: int = 2) -> int:
     """Print an error on one line, or on several if it lists items."""
-    from hf_equiv.cli import output
-
     head, *items = (" ".join(item.split()) for item in message.split("\n- "))
     for line in (f"error: {head}", *(f"- {item}" for item in items)):
-        output.to_stderr(line)
+        to_stderr(line)
     return code

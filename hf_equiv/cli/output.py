@@ -1,15 +1,13 @@
-"""Print results for a person or a program: tables, sentences and JSON on stdout, errors on stderr."""
+"""Print results for a person or a program: tables, sentences and JSON on stdout."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -17,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_equiv.cli.options import flag_note
+from hf_equiv.cli.streams import writing
 from hf_equiv.formatting import cut, printable, text_templates
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class SafeConsole(Console):
         return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:
-        """Leave it to `_writing`."""
+        """Leave it to `writing`."""
         raise
 
 
@@ -49,34 +48,15 @@ def _console() -> SafeConsole:
     return SafeConsole(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
 
 
-@contextlib.contextmanager
-def _writing(stream: TextIO) -> Iterator[TextIO]:
-    """Write to a standard stream; what nobody reads any more is dropped, since all results are on disk."""
-    try:
-        yield stream
-        stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the rest of the text, and for Python's exit
-        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-            told = f"standard output cannot be written: {error.strerror}"
-            raise OSError(f"{told}. Files of the command are whole; print to another place.") from error
-
-
-def to_stderr(text: str) -> None:
-    """Print a line on stderr."""
-    with _writing(sys.stderr) as stream:
-        stream.write(f"{printable(text)}\n")  # in one piece, since other processes write there too
-
-
 def print_json(value: Any) -> None:
     """Print one JSON object in ASCII, which any terminal and any encoding takes; NaN is refused, not written."""
-    with _writing(sys.stdout) as stream:
+    with writing(sys.stdout) as stream:
         stream.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 def print_text(template: str, **values: Any) -> None:
     """Print a text template of the package."""
-    with _writing(sys.stdout) as stream:
+    with writing(sys.stdout) as stream:
         stream.write(_templates().get_template(f"{template}.txt.jinja").render(values))
 
 
@@ -110,7 +90,7 @@ def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) 
     from hf_equiv.runs.schema import LAYOUTS
 
     console, lines = _console(), _lines(outcome)
-    with _writing(sys.stdout):
+    with writing(sys.stdout):
         console.print(_table(outcome.analysis, lines[:MAX_ROWS]), soft_wrap=False)
         if len(lines) > MAX_ROWS:
             console.print(f"… and {len(lines) - MAX_ROWS} more")
@@ -183,7 +163,7 @@ def print_summary(report: Report, path: Path) -> None:
     from hf_equiv.runs.schema import LAYOUTS
 
     console = _console()
-    with _writing(sys.stdout):
+    with writing(sys.stdout):
         for model in report.models:
             console.print(cut(model.title, 100), style="bold")
             for sentence in say("summary", model):

@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_equiv.cli.environment import calm, is_first
-from hf_equiv.cli.output import SafeConsole, to_stderr
+from hf_equiv.cli.output import SafeConsole
+from hf_equiv.cli.streams import to_stderr
 from hf_equiv.formatting import cut, short, size
 
 if TYPE_CHECKING:

@@ -102,7 +102,7 @@ def parse_record(data: bytes) -> Row:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     wrong = _wrong_types(record, _HEAD, ("schema_version", "settings"))
-    wrong = wrong or _wrong_types(record["settings"], _COMMON | _OTHERS, ("model_id",), "settings.")
+    wrong = wrong or _wrong_types(record["settings"], _COMMON | _OTHERS, ("model_id", "model_revision"), "settings.")
     layout = None if wrong else LAYOUTS.get(analysis_of(record))
     if layout is not None:
         wrong += _wrong_types(record, {layout.listed: (list,)}, ())
