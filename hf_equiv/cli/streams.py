@@ -1,4 +1,4 @@
-"""Write to the standard streams: text from data is made printable, and a stream that is closed or ends loses no result."""
+"""Write to the standard streams: text is made printable, and a stream that is closed or full loses no result."""
 
 from __future__ import annotations
 
