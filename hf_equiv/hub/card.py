@@ -127,7 +127,7 @@ def _facts(runs: Runs) -> dict[str, Any]:
     """Return the YAML header that the runs alone would have."""
     present = {analysis_of(record) for record in runs.values()}
     analyses = [name for name in LAYOUTS if name in present]
-    models = sorted({str(record["settings"]["model_id"]) for record in runs.values()})
+    models = sorted({printable(record["settings"]["model_id"]) for record in runs.values()})
     what = _TITLES[analyses[0]] if len(analyses) == 1 else "Equivalence structure of embeddings"
     licences = {record["license"] for record in runs.values() if record.get("license")}
     rows = sum(_rows(record) for record in runs.values())
@@ -142,8 +142,8 @@ def _facts(runs: Runs) -> dict[str, Any]:
 
 
 def _code(text: str) -> str:
-    """Return a line of a code block, which cannot end the generated part either."""
-    return printable(text).replace("<!--", "<!- -")
+    """Return a line of a code block, which ends neither the block nor the generated part."""
+    return printable(text).replace("```", "`` `").replace("<!--", "<!- -")
 
 
 def check_summary(record: Mapping[str, Any], where: str) -> None:

@@ -140,7 +140,7 @@ def check_record(folder: Path, record: Row) -> Layout:
     missing = _wrong_types(settings, kinds, ({*_COMMON, *kinds} - {"stop"}) - {*settings}, "settings.")
     missing += [f"a right settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
-    if not missing and record["complete"] != (record["summary"] is not None):
+    if not missing and record["complete"] and record["summary"] is None:
         missing.append("a right summary")
     if missing:
         why = f"is damaged: it lacks {', '.join(missing)}. Restore it, or make the run again elsewhere"
