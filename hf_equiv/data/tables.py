@@ -83,7 +83,8 @@ def _cached(copy: Path, write: Callable[[Path], None]) -> datasets.Dataset:
 
 
 def _copy(paths: Sequence[Path], to: Path) -> None:
-    features = datasets.Features.from_arrow_schema(pq.read_schema(paths[0].absolute()))
+    with paths[0].open("rb") as stream:
+        features = datasets.Features.from_arrow_schema(pq.read_schema(stream))
     with ArrowWriter(features=features, path=str(to)) as writer:
         for path in paths:
             for batch in _batches(path, _ROWS):
@@ -92,7 +93,7 @@ def _copy(paths: Sequence[Path], to: Path) -> None:
 
 
 def _batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path.absolute(), buffer_size=_BUFFER, pre_buffer=False) as file:
+    with path.open("rb") as stream, pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False) as file:
         yield from file.iter_batches(batch_size=rows)
 
 

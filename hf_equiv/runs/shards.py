@@ -142,11 +142,17 @@ def float_bytes(floats: Mapping[str, Tensor], costs: Row) -> bytes:
     return save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)})
 
 
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
+    with path.open("rb") as stream, pq.ParquetFile(stream) as file:  # pyarrow takes no path such as `a:b/c`
+        yield file
+
+
 def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> list[Row]:
     """Read the rows of one shard, with `images` also the PNG files; raise a ValueError if it is no such shard."""
     columns = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
     try:
-        with pq.ParquetFile(path.absolute()) as file:
+        with _open(path) as file:
             if missing := [c for c in columns if c not in file.schema_arrow.names]:
                 raise ValueError(f"columns {', '.join(missing)} are missing")
             rows: list[Row] = file.read(columns=columns).to_pylist()
@@ -179,13 +185,13 @@ def without_images(path: Path, layout: Layout = MATCH) -> bytes:
 
 def unknown_columns(path: Path, layout: Layout = MATCH) -> list[str]:
     """Return the columns of a shard that its layout does not have."""
-    with pq.ParquetFile(path.absolute()) as file:
+    with _open(path) as file:
         return [name for name in file.schema_arrow.names if name not in layout.all_features]
 
 
 def read_errors(path: Path) -> dict[str, str]:
     """Return the stored reasons of a shard's rows of status `error`, by id."""
-    with pq.ParquetFile(path.absolute()) as file:
+    with _open(path) as file:
         return dict(json.loads((file.schema_arrow.metadata or {}).get(_ERRORS, b"{}")))
 
 

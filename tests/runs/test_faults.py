@@ -13,7 +13,7 @@ import pytest
 from fakes import TinyEncoder, draw_photo
 from hubcases import call
 
-from hf_equiv.analyses import MatchConfig, SpectrumConfig, make_plan, run_analysis
+from hf_equiv.analyses import SpectrumConfig, make_plan, run_analysis
 from hf_equiv.cli import environment
 from hf_equiv.hub.load import load_results
 from hf_equiv.report import collect
@@ -194,8 +194,13 @@ def test_odd_records_are_one_line_that_names_them(kind, runs, place, capsys):
         assert err.count("\n") == 1
     with pytest.raises(ValueError, match=r"run.json' is damaged"):
         load_results(folder, run="x")
-    other = make_plan(MatchConfig(data="builtin", pairs=2, max_evals=7), TinyEncoder())
-    assert run_analysis(other, place / "next", overwrite="missing").rows  # a damaged neighbour is in nobody's way
+
+
+def test_a_damaged_neighbour_is_in_nobodys_way(place, capsys):
+    assert call(capsys, "spectrum", "builtin", "-q")[0] == 0
+    (record,) = place.glob("runs/**/run.json")
+    record.write_bytes(b"[" * 200_000)
+    assert call(capsys, "spectrum", "builtin", "--seed", "1", "-q") == (0, "", "")
 
 
 def test_a_summary_of_another_type_is_not_published(runs, place, capsys):
