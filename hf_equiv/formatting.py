@@ -78,7 +78,11 @@ def text_templates(**options: Any) -> Environment:
     import jinja2  # not for `--help`
 
     # Values are made printable, so that data neither begins a line nor moves the cursor. Macros return `Markup`.
-    options = {"autoescape": True, "finalize": lambda v: v if isinstance(v, Markup) else Markup(printable(v))} | options
+    usual = {
+        "autoescape": True,
+        "finalize": lambda value: value if isinstance(value, Markup) else Markup(printable(value)),
+    }
+    options = {**usual, **options}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, **options,

@@ -158,7 +158,7 @@ def checked(fetch: Callable[[], T], repo_id: str, kind: str, cache_dir: Any = No
     """Download files by `fetch`, and again if one is not the file that the Hub names, or if a link has expired."""
     # The cache names each file by its SHA-256 or its git id. Files that were there before are not read.
     repository = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind)
-    wrong: list[str] = []
+    wrong = ""
     for tries_left in (2, 1, 0):
         before, failed = _blobs(repository), None
         try:
@@ -166,19 +166,16 @@ def checked(fetch: Callable[[], T], repo_id: str, kind: str, cache_dir: Any = No
         except Exception as error:
             failed = error
         spoilt = [path for name, path in (_blobs(repository).items() - before.items()) if not _is(path, name)]
-        if not spoilt:
-            if failed is None:
-                return result
-            if not (tries_left and link_expired(failed)):
-                raise failed
-        links = [link for link in (repository / "snapshots").rglob("*") if link.resolve() in spoilt]
-        wrong = [path.name for path in links or spoilt]
+        cut_short = isinstance(failed, OSError) and "Consistency check failed" in str(failed)
+        if failed is None and not spoilt:
+            return result
+        if failed is not None and not (spoilt or cut_short or (tries_left and link_expired(failed))):
+            raise failed
+        links = [link.name for link in (repository / "snapshots").rglob("*") if link.resolve() in spoilt]
+        wrong = f"{links[0] if links else 'a file'!r} of '{repo_id}' arrived damaged three times"
         for path in spoilt:
             path.unlink()
-    raise OSError(
-        f"'{wrong[0]}' of '{repo_id}' arrived damaged three times (its SHA-256 is not that of the Hub). A proxy or the "
-        "network changes files: try another one."
-    )
+    raise OSError(f"{wrong}: it is not as the Hub states. A proxy or the network changes files: try another one.")
 
 
 def _blobs(repository: Path) -> dict[str, Path]:
@@ -228,7 +225,7 @@ def explained(
         if wrapped and not passes(error):
             said = excerpt(getattr(error.__cause__, "server_message", None) or "")
             told = f"'{repo_id}' was not {_DONE[kind]}: {brief(error)}{f' ({said})' if said else ''}. {excerpt(error)}"
-            raise OSError(f"{told} {_BOUND[answer.status_code == 413]}") from error
+            raise OSError(f"{told} {_BOUND[answer is not None and answer.status_code == 413]}") from error
         known = wrapped or answer is not None or _is_web_page(error)
         why = brief(error) if known else f"{constants.ENDPOINT} cannot be reached"
         told = _unreachable(repo_id, kind, file, why, write=write, dry_run=dry_run, local_files_only=local_files_only)
@@ -253,6 +250,8 @@ def _refused(
     """Return advice for an error response of the Hub."""
     status, word = error.response.status_code, _WORDS[kind]
     said = excerpt(error.server_message or "", 300).rstrip(".")
+    if not said and "html" in error.response.headers.get("Content-Type", ""):
+        said = "a web page, as of a proxy"
     told = f"HTTP {status}: {said}" if said else f"HTTP {status}"
     if isinstance(error, hub_errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{'' if kind == 'model' else f'{kind}s/'}{repo_id}"

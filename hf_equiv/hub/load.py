@@ -97,7 +97,10 @@ def _snapshot(
 
     def fetch() -> str:
         if not local_files_only:  # without a network the download would silently use cached files
-            api.dataset_info(name, revision=revision)
+            files = api.dataset_info(name, revision=revision).siblings or ()
+            if odd := next((file.rfilename for file in files if not file.rfilename.isprintable()), None):
+                told = f"the dataset '{name}' must have printable file names, which progress bars show; got {odd!r}"
+                raise ValueError(f"{told}. Ask its owner to rename it.")
         return api.snapshot_download(
             name, repo_type="dataset", revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
             allow_patterns=[*inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],

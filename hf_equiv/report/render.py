@@ -99,7 +99,7 @@ _FORMATS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
 _WHOLE = re.compile(rf"\({_SPAN}\)|95 % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
-_SIGNS = re.compile(r"([\\`*_<>\[\]|#~&])")
+_SIGNS = re.compile(r"([\\`*_<>\[\]|#~&]|:(?=//))")
 
 
 @cache

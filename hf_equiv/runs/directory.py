@@ -116,7 +116,7 @@ def parse_record(data: bytes) -> Row:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > 18:
+    if len(digits) > 20:
         raise ValueError(f"it holds a number of {len(digits)} digits")
     return int(digits)
 

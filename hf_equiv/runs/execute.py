@@ -97,7 +97,8 @@ def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState, ch
         if not is_there(block):
             made = job.make(block, lambda progress: tell(replace(progress, done=done, total=len(items))))
             check()
-            shards.write_shard(folder, block[0].index, *made[:3], layout, made[3])
+            rows, floats, costs, errors = made
+            shards.write_shard(folder, block[0].index, rows, floats, costs, layout, errors)
             count(tuple(item.name for item in block))
 
     if told := processes.describe(state, blocks, "rows" if layout is MATCH else "images"):

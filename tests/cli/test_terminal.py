@@ -142,6 +142,16 @@ def test_what_is_printable(clean):
     assert clean("Zürich 東京 🫥 a→b") == "Zürich 東京 🫥 a→b"
 
 
+def test_a_report_says_which_runs_are_partial(runs, tmp_path, capsys):
+    folder = Path(shutil.copytree(runs["match"], tmp_path / "run"))
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"complete": False, "summary": None, "files": {}}))
+    code, out, _ = call(capsys, "report", "run", "--no-survival")
+    assert code == 0
+    assert "\npartial:   run holds 2 of 2 pairs" in out
+    assert "partial:" not in call(capsys, "report", runs["match"], "--no-survival", "--out", "whole.html")[1]
+
+
 # --- streams ---
 
 LINES = """

@@ -85,6 +85,22 @@ def test_the_page_of_a_proxy_is_no_answer(path, hub, runs, capsys):
     assert hub.files("datasets", NAME) == before
 
 
+@pytest.mark.parametrize("status", [403, 407, 511])
+def test_a_proxy_that_refuses_is_no_hub(status, hub, runs, capsys):
+    hub.fail("GET", "/api/datasets/", status, times=1000, page=True)
+    code, _, err = call(capsys, "verify", NAME)
+    assert code == 2
+    assert f"(HTTP {status}: a web page, as of a proxy)" in err
+
+
+def test_file_names_that_move_the_cursor(hub, runs, capsys):
+    publish_results(runs["match"], NAME)
+    hub.add("datasets", NAME, hub.files("datasets", NAME) | {"figures/\x1b[2J.png": b"1"})
+    code, _, err = call(capsys, "verify", NAME)
+    assert code == 2
+    assert r"must have printable file names, which progress bars show; got 'figures/\x1b[2J.png'" in err
+
+
 @pytest.mark.parametrize("path", ["/api/models/", "/resolve/"])
 def test_a_checkpoint_behind_a_login_page(path, hub, tmp_path, capsys):
     hub.add("models", "bob/vit", save("vit_head", tmp_path / "model"))
@@ -112,6 +128,11 @@ def test_a_download_that_stays_damaged_is_named(hub, runs, tmp_path, capsys):
     code, _, err = call(capsys, "env", "bob/vit")
     assert code == 2
     assert "'model.safetensors' of 'bob/vit' arrived damaged three times" in err
+    hub.faults.clear()
+    hub.fail("GET", "/resolve/.*/model.safetensors", 200, times=1000, page=True)  # of another size
+    code, _, err = call(capsys, "env", "bob/vit")
+    assert code == 2
+    assert "a file' of 'bob/vit' arrived damaged three times" in err
     publish_results(runs["match"], NAME)
     hub.spoil("GET", "/resolve/.*/pairs.png", times=1000)
     code, _, err = call(capsys, "verify", NAME)
