@@ -76,6 +76,9 @@ def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState, ch
     # The main process returns when all rows are there. It makes the blocks of processes that have ended.
     folder, layout, items = job.folder, job.plan.layout, job.plan.items
     finished = shards.ids_of(folder, layout)
+    if unknown := finished - {item.name for item in items}:
+        told = f"{str(folder)!r} holds rows of {min(unknown)!r}, which its run does not list"
+        raise ValueError(f"{told}. Give another --out, or --overwrite always to replace it.")
     processes.meet(state)  # every process has read the same list before the first one writes
     if not state.is_main_process:
         resume.refuse_other_settings(folder, job.plan, mendable=False)  # images may have changed in between

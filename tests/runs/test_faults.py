@@ -18,6 +18,7 @@ from hf_equiv.cli import environment
 from hf_equiv.hub.load import load_results
 from hf_equiv.report import collect
 from hf_equiv.runs import directory, processes, shards
+from hf_equiv.runs.schema import MATCH
 from hf_equiv.verify import directory as verify_directory
 
 
@@ -201,6 +202,19 @@ def test_a_damaged_neighbour_is_in_nobodys_way(place, capsys):
     (record,) = place.glob("runs/**/run.json")
     record.write_bytes(b"[" * 200_000)
     assert call(capsys, "spectrum", "builtin", "--seed", "1", "-q") == (0, "", "")
+
+
+def test_rows_that_a_run_does_not_list_are_refused_before_any_work(runs, place, capsys):
+    folder = Path(shutil.copytree(runs["match"], place / "odd"))
+    first = sorted((folder / "matches").glob("*.parquet"))[0]
+    rows = [row | {"pair_id": "somebody->else"} for row in shards.read_shard(first, images=True)]
+    first.write_bytes(shards.shard_bytes(rows, MATCH, {}))
+    again = ["match", "builtin", "--data", "builtin", "--pairs", "2", "--max-evals", "40", "--out", "odd", "-q"]
+    code, _, err = call(capsys, *again)
+    assert code == 2
+    assert err.startswith(
+        "error: 'odd' holds rows of 'somebody->else', which its run does not list. Give another --out"
+    )
 
 
 def test_a_summary_of_another_type_is_not_published(runs, place, capsys):
