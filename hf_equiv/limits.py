@@ -28,7 +28,7 @@ def read_batches(
     """Read a parquet file in batches of at most `rows`, and refuse one that takes more than `most` bytes in memory."""
     on_disk = path.stat().st_size
     most, size = most or max(MAX_BYTES, EXPANSION * on_disk), 0
-    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+    with path.open("rb") as stream, pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False) as file:
         rows = rows_at_once(file.metadata, on_disk, rows, most, columns)
         for batch in file.iter_batches(rows, columns=columns):
             size += sum(map(_size, batch.columns))

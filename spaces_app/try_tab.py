@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import gradio as gr
 import views
 from charts import Axis, Series, chart
 from live import LiveMatch, live_match
-from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu, refused
+from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu, refused, warn
 
 from hf_equiv import load_images
 from hf_equiv.data.image_file import open_image
@@ -56,7 +55,7 @@ def accept(path: str | None, name: str) -> tuple[Any, None]:
     try:
         read_upload(path, name)
     except gr.Error as error:
-        gr.Warning(escape(error.message))
+        warn(error.message)
         return None, None
     return gr.skip(), None
 

@@ -39,7 +39,7 @@ ROOT_FILES = {
     "formatting": [],
     "limits": [],
     "png_file": ["limits"],
-    "hub_client": [],
+    "hub_client": ["formatting"],
     "__main__": ["cli"],
 }
 NUMERICS = ["matching", "geometry", "results", "checks", "precision", "jacobian"]
@@ -58,7 +58,7 @@ HOMES = {
     "torchmetrics": ["analyses/measures"],
     "matplotlib": ["analyses/figures", "report/figures"],
     "jinja2": ["formatting", "report/render"],
-    "markupsafe": ["report/render"],
+    "markupsafe": ["formatting", "report/render"],
     "scipy": ["report/statistics"],
     "click": ["cli"],
     "rich": ["cli"],

@@ -110,7 +110,8 @@ def spectra(rows: Rows, title: str = "", note: str = "") -> Figure:
         zeros = []
     for marker, zero in zip(cycle("osD^v"), zeros, strict=False):
         predicted = form(zero["predicted"], ".2g")
-        label = f"{zero['count']} × {zero['cause']}: predicted {predicted}, measured {zero['measured']:.2g}"
+        cause = label_of(zero["cause"], 60)
+        label = f"{zero['count']} × {cause}: predicted {predicted}, measured {zero['measured']:.2g}"
         axes.plot([place], [max(zero["measured"], floor)], marker, mfc="none", mec=KINDS["top"], ls="", label=label)
         place -= zero["count"]
     axes.set(yscale="log", ylim=(floor, 2.5 * max(map(np.nanmax, curves))))
@@ -139,7 +140,7 @@ def secants(rows: Rows, settings: Mapping[str, Any]) -> Figure:
         middle = np.nanmedian(ladder, axis=0)
         axes.fill_between(radii, np.nanmin(ladder, axis=0), np.nanmax(ladder, axis=0), color=color, alpha=0.13, lw=0)
         plateaus = [row["plateau"] for row in own if row["plateau"]]
-        label = kind if plateaus else f"{kind}: no plateau"
+        label = label_of(kind, 28) + ("" if plateaus else ": no plateau")
         axes.plot(radii, middle, color=color, lw=1.1, marker="o", ms=2.4, zorder=3, label=label)
         if plateaus:
             low, high = np.median(plateaus, axis=0)
@@ -158,7 +159,7 @@ def constants(rows: Rows, title: str = "", note: str = "") -> Figure:
     for kind, own in by_kind(rows).items():
         values = [row["value"] for row in own if row["value"]]
         others = [row["jvp"] for row in own if not row["value"] and (row["jvp"] or 0) > 0]
-        bands.append((f"{kind}\n{len(values)} of {len(own)}", KINDS.get(kind, INK), values, others))
+        bands.append((f"{label_of(kind, 28)}\n{len(values)} of {len(own)}", KINDS.get(kind, INK), values, others))
     figure, axes = strips(bands, "local constant (embedding length per pixel length)", title, note)
     if tops := [row["jvp"] for row in rows if row["direction"] == "top" and row["index"] == 0 and row["jvp"]]:
         axes.axvline(max(tops), color=INK, lw=0.9, ls="--", zorder=0, label=f"largest σ₁ = {max(tops):.3g}")
@@ -260,7 +261,7 @@ def png_of(figure: Figure) -> bytes:
 
 
 def label_of(name: str, size: int) -> str:
-    """Return an image id for a legend, which reads text between dollar signs as a formula."""
+    """Return a name from data for a legend or axis, which read text between dollar signs as a formula."""
     return cut_name(name, size).replace("$", r"\$")
 
 

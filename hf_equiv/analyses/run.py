@@ -107,8 +107,8 @@ class _Job:
         self.size = self.at_once if by_items else 1
         self.found: RunRows | None = None
 
-    def make(self, block: Sequence[Item], tell: Observer) -> None:
-        """Write the shard of a block; an item that cannot be read or computed has a row of status `error`."""
+    def make(self, block: Sequence[Item], tell: Observer) -> tuple[list[Row], dict[str, Tensor], Row, dict[str, str]]:
+        """Return rows, float images, costs and errors; an item that cannot be read or computed has an error row."""
         made, loaded = dict[str, Made](), list[Loaded]()
         for item in block:
             try:
@@ -123,7 +123,7 @@ class _Job:
         errors = {name: one.error for name, one in made.items() if one.error is not None}
         for name, why in errors.items():
             tell(RunProgress("note", pair_ids=(name,), message=f"{name}: {why}"))
-        shards.write_shard(self.folder, block[0].index, rows, floats, costs, self.plan.layout, errors)
+        return rows, floats, costs, errors
 
     def finish(self) -> Row:
         """Write figures and card, and return the summary."""

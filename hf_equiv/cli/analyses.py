@@ -28,6 +28,7 @@ from hf_equiv.cli.options import (
     radius,
     source_options,
 )
+from hf_equiv.cli.streams import to_stderr
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -212,7 +213,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     count = len({item for ids in failures.values() for item in ids})
     told = f"{count} of {total} {what} in {folder} {failed}."
     if quiet and failures:
-        output.to_stderr(f"{told} {' '.join(output.reasons(failures))}")
+        to_stderr(f"{told} {' '.join(output.reasons(failures))}")
     if failures and os.environ.get("WORLD_SIZE", "1") != "1":  # a launcher has started several processes
         told = f"exit code 1: {told} All rows are on disk; the launcher reports the code as a failure."
         progress.say([told], quiet=quiet)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from hf_equiv.cli.options import flag, option, output_options, place_options, visibility
+from hf_equiv.cli.streams import to_stderr
 
 
 @click.command()
@@ -132,7 +133,7 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
     elif not quiet:
         output.print_summary(page, path)
     for problem in page.problems if as_json or quiet else ():
-        output.to_stderr(f"not complete: {problem}")
+        to_stderr(f"not complete: {problem}")
     return 1 if page.problems else 0
 
 

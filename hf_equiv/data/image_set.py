@@ -69,5 +69,5 @@ def content_hash(names: Sequence[str], digests: Sequence[str], labels: Sequence[
     """Return the revision of a set: "sha256:…" over the name, label and contents of every file."""
     whole = hashlib.sha256()
     for name, digest, label in zip(names, digests, labels, strict=True):
-        whole.update(f"{name}\0{label}\0{digest}\n".encode())
+        whole.update(f"{name}\0{label}\0{digest}\n".encode("utf-8", "backslashreplace"))
     return "sha256:" + whole.hexdigest()

@@ -13,6 +13,7 @@ from typing import NoReturn
 from hf_equiv.data.folders import read_folder
 from hf_equiv.data.image_file import IMAGE_SUFFIXES, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
+from hf_equiv.formatting import utf8
 
 BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
 DEFAULT_PAIRS = 10
@@ -68,7 +69,7 @@ def load_images(
     columns = (image_column, label_column)
 
     def open_tables(name: str, paths: Sequence[Path], folder: Path) -> ImageSet:
-        return tables.table_images(*tables.load_parquet(name, paths, cache_dir), name, *columns, names_in=folder)
+        return tables.table_images(*tables.load_parquet(name, paths, cache_dir), utf8(name), *columns, names_in=folder)
 
     images = _local(what, open_tables)
     if images is None:
@@ -107,9 +108,10 @@ def _image_files(
     data_id: str, files: Sequence[Path], ids: Sequence[str], labels: Sequence[str | None], revision: str | None = None
 ) -> ImageSet:
     digests = [file_digest(file) for file in files]
+    ids, labels = [utf8(name) for name in ids], [None if label is None else utf8(label) for label in labels]
     revision = revision or content_hash(ids, digests, labels)
     return ImageSet(
-        data_id, revision, tuple(ids), tuple(labels), lambda i: open_image(files[i], ids[i], sha256=digests[i])
+        utf8(data_id), revision, tuple(ids), tuple(labels), lambda i: open_image(files[i], ids[i], sha256=digests[i])
     )
 
 

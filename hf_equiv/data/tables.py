@@ -8,6 +8,7 @@ contents, so that the next call or another process finds it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from PIL import Image
 from hf_equiv.data.folders import LABEL_COLUMNS
 from hf_equiv.data.image_file import open_array, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
-from hf_equiv.hub_client import api_of, explained, hushed
+from hf_equiv.hub_client import api_of, checked, explained, hushed, unusable_cache
 from hf_equiv.limits import EXPANSION, MAX_BYTES, read_batches, rows_at_once
 
 LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if the number of images is known
@@ -64,19 +65,27 @@ def load_parquet(
         if before != states():
             raise ValueError("it was written to while it was read")
 
+    copy = _place(revision.removeprefix("sha256:") + ("-checked" if check else ""), cache_dir)
     try:
-        key = revision.removeprefix("sha256:") + ("-checked" if check else "")
-        return _cached(key, cache_dir, write), revision
+        return _cached(copy, write), revision
     except _UNREADABLE as error:
         raise ValueError(f"parquet data {name!r} cannot be read: {_first_line(error)}. Check the file.") from error
 
 
-def _cached(key: str, cache_dir: str | None, write: Callable[[Path], None]) -> datasets.Dataset:
-    """Return the table in the cache under this key; `write` makes the file if it is not there."""
+def _place(key: str, cache_dir: str | None) -> Path:
+    """Return the file of a table in the cache, whose folder is made."""
     copy = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_equiv" / f"{key}.arrow"
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable_cache(error) from error
+    return copy
+
+
+def _cached(copy: Path, write: Callable[[Path], None]) -> datasets.Dataset:
+    """Return the table in this file of the cache; `write` makes the file if it is not there."""
     if not copy.is_file():
         temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
             os.replace(temporary, copy)
@@ -91,7 +100,8 @@ def _copy(
     features: datasets.Features | None = None,
     check: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    schema = pq.read_schema(paths[0])
+    with paths[0].open("rb") as stream:
+        schema = pq.read_schema(stream)
     columns = None if features is None else [name for name in features if name in schema.names]
     kept = datasets.Features({k: features[k] for k in columns}) if features is not None and columns else None
     with ArrowWriter(features=kept or datasets.Features.from_arrow_schema(schema), path=str(to)) as writer:
@@ -125,7 +135,8 @@ def load_hub_dataset(
     if streaming and (offline or most is None):
         raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
     revision = _revision(repo_id, cache_dir, offline)
-    config, split, choices = _choose(repo_id, revision, parts)
+    with explained(repo_id):
+        config, split, choices = _choose(repo_id, revision, parts)
     name = f"{repo_id}:{config}:{split}"
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error repeats what the log says
@@ -135,12 +146,14 @@ def load_hub_dataset(
                 rows, streaming = first_rows(repo_id, config, revision, split, most, cache_dir), True
                 has_files = False  # the cells hold the files themselves
             else:
-                mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
+                how = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
+                modes = iter([None, "force_redownload", "force_redownload"])  # again where a file arrived damaged
                 builder = datasets.load_dataset_builder(
-                    repo_id, config, revision=revision, cache_dir=cache_dir, download_config=mode
+                    repo_id, config, revision=revision, cache_dir=cache_dir, download_config=how
                 )
                 _limit_memory(builder)
-                builder.download_and_prepare(download_config=mode)
+                prepare = partial(builder.download_and_prepare, download_config=how)
+                checked(lambda: prepare(download_mode=next(modes)), repo_id, "dataset")
                 rows, has_files = builder.as_dataset(split=split), isinstance(builder, FolderBasedBuilder)
     except _UNLOADABLE as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
@@ -208,7 +221,7 @@ def first_rows(
             writer.finalize()
 
     key = hashlib.sha256("\0".join([repo_id, config, revision, split, str(count)]).encode()).hexdigest()
-    return _cached(key, cache_dir, write)
+    return _cached(_place(key, cache_dir), write)
 
 
 def _with_bytes(cell: dict[str, Any] | None, home: str | None) -> dict[str, Any] | None:
@@ -324,6 +337,8 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
         config = next((p for p in parts[:1] if p in configs), "default" if "default" in configs else configs[0])
         splits = datasets.get_dataset_split_names(repo_id, config, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            raise  # `explained` says what that means
         raise ValueError(f"dataset {repo_id!r} cannot be opened: {_first_line(error)}") from error
     wanted = [p for p in parts if p != config]
     if len(wanted) > 1 or (wanted and wanted[0] not in splits):

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from hf_equiv.formatting import excerpt, printable
 from hf_equiv.runs import card as run_card
 from hf_equiv.runs.directory import RUNS, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH
@@ -48,7 +49,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
         DatasetCard.from_template(
             DatasetCardData(**facts),
             template_path=str(_TEMPLATE),
-            md=run_card.escape, one_line=run_card.one_line, run_name=run_name, analysis_of=analysis_of,
+            md=run_card.escape, code=_code, run_name=run_name, analysis_of=analysis_of,
             is_withheld=is_withheld, rows_of=_rows, numbers_of=_numbers, versions_of=_versions, before=above,
             after=below, start=START, end=END, title=made["pretty_name"], repo_id=repo_id, config=config,
             runs=sorted(runs.items()), configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
@@ -126,7 +127,7 @@ def _facts(runs: Runs) -> dict[str, Any]:
     """Return the YAML header that the runs alone would have."""
     present = {analysis_of(record) for record in runs.values()}
     analyses = [name for name in LAYOUTS if name in present]
-    models = sorted({str(record["settings"]["model_id"]) for record in runs.values()})
+    models = sorted({printable(record["settings"]["model_id"]) for record in runs.values()})
     what = _TITLES[analyses[0]] if len(analyses) == 1 else "Equivalence structure of embeddings"
     licences = {record["license"] for record in runs.values() if record.get("license")}
     rows = sum(_rows(record) for record in runs.values())
@@ -138,6 +139,20 @@ def _facts(runs: Runs) -> dict[str, Any]:
         "size_categories": [next(name for limit, name in _SIZES if rows < limit)],
         "configs": configs_of(runs),
     }
+
+
+def _code(text: str) -> str:
+    """Return a line of a code block, which ends neither the block nor the generated part."""
+    return printable(text).replace("```", "`` `").replace("<!--", "<!- -")
+
+
+def check_summary(record: Mapping[str, Any], where: str) -> None:
+    """Refuse a record whose summary does not hold the numbers of a card."""
+    try:
+        _rows(record), _numbers(record), _versions(record)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"no card can be made of its summary ({type(error).__name__}: {excerpt(error)})"
+        raise ValueError(f"{where!r} is damaged: {told}. Make the run again, or publish to a new name.") from error
 
 
 def _rows(record: Mapping[str, Any]) -> int:

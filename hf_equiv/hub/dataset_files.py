@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -55,14 +54,15 @@ def place_of_file(path: str) -> str | None:
 
 def _record(repo_id: str, path: str, text: str) -> Row:
     try:
-        record: Row = json.loads(text)
-        version, *_ = int(record["schema_version"]), record["settings"]["model_id"], dict(record["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        told = f"{path} of '{repo_id}' is damaged ({type(error).__name__})"
+        record = directory.parse_record(text.encode())
+        version, *_ = record["schema_version"], record["files"]
+    except (ValueError, KeyError) as error:
+        told = f"{path} of '{repo_id}' is damaged: {error}"
         raise ValueError(f"{told}. Restore it on the Hub, or publish to a new name.") from None
     if version > SCHEMA_VERSION or analysis_of(record) not in LAYOUTS:
         told = f"'{repo_id}' holds a run of a newer hf_equiv ({path}, schema_version {version})"
         raise ValueError(f"{told}. Upgrade hf_equiv, or publish to a new name.")
+    card.check_summary(record, f"{path} of {repo_id}")
     return record
 
 

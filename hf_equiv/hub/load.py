@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 
 from hf_equiv.data.tables import load_parquet
-from hf_equiv.hub_client import api_of, check_repo_id, explained, hushed, patiently
+from hf_equiv.hub_client import api_of, check_repo_id, checked, explained, hushed, patiently
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
@@ -97,14 +97,18 @@ def _snapshot(
 
     def fetch() -> str:
         if not local_files_only:  # without a network the download would silently use cached files
-            api.dataset_info(name, revision=revision)
+            files = api.dataset_info(name, revision=revision).siblings or ()
+            if odd := next((file.rfilename for file in files if not file.rfilename.isprintable()), None):
+                told = f"the dataset '{name}' must have printable file names, which progress bars show; got {odd!r}"
+                raise ValueError(f"{told}. Ask its owner to rename it.")
         return api.snapshot_download(
             name, repo_type="dataset", revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
             allow_patterns=[*inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
         )  # fmt: skip
 
     with explained(name, revision=revision, token=token, local_files_only=local_files_only):
-        return Path(patiently(fetch, lambda _: None, "downloading"))
+        once = partial(checked, fetch, name, "dataset", cache_dir)
+        return Path(patiently(once, lambda _: None, "downloading"))
 
 
 def run_folders(folder: Path) -> dict[str, Path]:

@@ -277,9 +277,10 @@ def _kept(cache: Path | None, key: Sequence[Any], make: Callable[[], Row]) -> Ro
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = None if cache is None else cache / f"measured-{digest[:16]}.json"
     if path is not None and path.is_file():
-        with contextlib.suppress(OSError, ValueError):  # a damaged file is measured again
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a damaged file is measured again
             return dict(json.loads(path.read_text(encoding="utf-8")))
     text = json.dumps(make(), allow_nan=False)
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         shards.write_atomic(path, text.encode())
     return dict(json.loads(text))  # equal for a new and a kept measurement

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_equiv.formatting import ball, short
+from hf_equiv.formatting import ball, printable, short
 from hf_equiv.report.statistics import Estimate, Share
 
 ALIKE_DB = 30.0  # least PSNR at which a match looks like its source: differences show only on a close look
@@ -99,7 +99,7 @@ _FORMATS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
 _WHOLE = re.compile(rf"\({_SPAN}\)|95 % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
-_SIGNS = re.compile(r"([\\`*_<>\[\]|#~&])")
+_SIGNS = re.compile(r"([\\`*_<>\[\]|#~&]|:(?=//))")
 
 
 @cache
@@ -126,7 +126,7 @@ def plain(value: object) -> Any:
     """Return text from data on one line, without control characters; `–` for None."""
     if isinstance(value, Markup):
         return value
-    return "–" if value is None else "".join(sign if sign.isprintable() else " " for sign in str(value))
+    return "–" if value is None else printable(value)
 
 
 def _html(value: object) -> Markup:

@@ -38,10 +38,10 @@ _STAGED = ".merged"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a temporary file, sync it and rename it, so that the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a temporary file, sync it and rename it, so that the file is whole or not there; make one folder for it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(exist_ok=True)  # not its parents: a run directory that has been moved is not made again
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
@@ -54,6 +54,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             finally:
                 os.close(folder)
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise gone(path.parent) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
@@ -64,6 +66,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def gone(folder: Path) -> OSError:
+    """Return the error for a folder that is no longer there."""
+    told = f"folder {str(folder)!r} has been renamed, replaced or deleted while it was written"
+    return FileNotFoundError(f"{told}. Nothing more was written; put it back and run the same command again.")
 
 
 def sha256_file(path: Path) -> str:
@@ -136,11 +144,17 @@ def float_bytes(floats: Mapping[str, Tensor], costs: Row) -> bytes:
     return save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)})
 
 
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
+    with path.open("rb") as stream, pq.ParquetFile(stream) as file:  # pyarrow takes no path such as `a:b/c`
+        yield file
+
+
 def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> list[Row]:
     """Read the rows of one shard, with `images` also the PNG files; raise a ValueError if it is no such shard."""
     columns = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
     try:
-        with pq.ParquetFile(path) as file:
+        with _open(path) as file:
             if missing := [c for c in columns if c not in file.schema_arrow.names]:
                 raise ValueError(f"columns {', '.join(missing)} are missing")
         rows: list[Row] = [row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist()]
@@ -195,13 +209,13 @@ def without_images(path: Path, layout: Layout = MATCH) -> bytes:
 
 def unknown_columns(path: Path, layout: Layout = MATCH) -> list[str]:
     """Return the columns of a shard that its layout does not have."""
-    with pq.ParquetFile(path) as file:
+    with _open(path) as file:
         return [name for name in file.schema_arrow.names if name not in layout.all_features]
 
 
 def read_errors(path: Path) -> dict[str, str]:
     """Return the stored reasons of a shard's rows of status `error`, by id."""
-    with pq.ParquetFile(path) as file:
+    with _open(path) as file:
         return dict(json.loads((file.schema_arrow.metadata or {}).get(_ERRORS, b"{}")))
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import SIZE, TinyEncoder, draw_photo
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from loopback_hub import HubError, _Handler
 from PIL import Image
 
@@ -294,3 +294,21 @@ def test_photos_that_are_files_of_their_own_are_streamed(hub, tmp_path):
 def test_streaming_of_what_is_no_stream(config, message):
     with pytest.raises(ValueError, match=message):
         make_plan(config, TinyEncoder())
+
+
+def test_images_that_arrived_damaged_are_fetched_again(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.add("datasets", "alice/photos", {f"train/{k}.png": png(k)["bytes"] for k in range(3)})
+    hub.spoil("GET", "/resolve/.*/1.png", times=2)
+    images = load_images("alice/photos", cache_dir=str(tmp_path / "tables"))
+    assert not hub.faults
+    assert images[1].image.tobytes() == Image.open(io.BytesIO(png(1)["bytes"])).tobytes()
+    assert len(images) == 3
+
+
+def test_a_cache_that_cannot_be_used_is_named(tmp_path):
+    table().to_parquet(tmp_path / "some.parquet")
+    with pytest.raises(
+        OSError, match=r"the cache of downloads cannot be used: Not a directory: .* Set HF_HOME, or pass"
+    ):
+        load_images(tmp_path / "some.parquet", cache_dir=tmp_path / "some.parquet" / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import sys
@@ -67,6 +68,31 @@ def test_no_folder_is_named_to_a_visitor(parts, tmp_path):
     with pytest.raises(gr.Error, match="damaged") as caught, parts.shelf.telling("a/b"):
         open_showcase(tmp_path)
     assert str(tmp_path) not in caught.value.message
+
+
+def test_messages_of_the_app_have_one_door(parts, monkeypatch):
+    """The page shows the HTML of messages, and only those that are made in one place."""
+    shown = []
+    monkeypatch.setattr(gr, "Warning", shown.append)
+    evil = "<form action=http://evil.com><input></form>[a](b)\n\x1b[2J\u202e" + "L" * 3000
+    parts.shelf.warn(evil)
+    with pytest.raises(gr.Error) as caught, parts.shelf.telling(evil):
+        raise KeyError(evil)
+    for told in (*shown, caught.value.message, parts.shelf.refused(evil).message):
+        assert "<" not in told
+        assert told.isprintable()
+        assert len(told) <= 800
+    for path in APP.glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        made = {ast.unparse(call.func) for call in calls} & {"gr.Error", "gr.Warning", "gr.Info", "gr.Success"}
+        assert made == ({"gr.Error", "gr.Warning"} if path.name == "shelf.py" else set())
+        assert not [word for call in calls for word in call.keywords if word.arg == "show_error"]
+
+
+def test_names_of_models_are_text(parts):
+    told = views.html.about_directions(["builtin", "<b>`[a](http://evil.com)"])
+    assert "<b>" not in told
+    assert "<code>&lt;b&gt;`[a](http://evil.com)</code>" in told
 
 
 @pytest.mark.parametrize("value", [None, 5])
