@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -71,16 +73,25 @@ def read_record(folder: Path) -> Row:
         why = f"it has no {RECORD}" if folder.is_dir() else "it does not exist. Check the path"
         raise ValueError(f"{str(folder)!r} must be a run directory; {why}.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version, _ = int(record["schema_version"]), record["settings"]["model_id"]
+        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_key_once)
+        stated, _ = int(record["schema_version"]), record["settings"]["model_id"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({type(error).__name__}: {error}).") from error
-    if version > SCHEMA_VERSION:
+    if stated > SCHEMA_VERSION:
         raise ValueError(
-            f"{str(folder)!r} was written with schema_version {version}; this version of hf_equiv knows up to "
+            f"{str(folder)!r} was written with schema_version {stated}; this version of hf_equiv knows up to "
             f"{SCHEMA_VERSION}. Upgrade hf_equiv."
         )
     return dict(record)
+
+
+def each_key_once(pairs: Sequence[tuple[str, Any]]) -> Row:
+    """Make an object of JSON; of a key that is there twice some readers would take the first, others the last."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return made
 
 
 def check_record(folder: Path, record: Row) -> Layout:
@@ -120,8 +131,14 @@ def write_record(folder: Path, plan: Any, summary: Row | None = None, errors: Ma
         "summary": summary,
         "errors": dict(errors or {}),
         "files": {path.relative_to(folder).as_posix(): shards.sha256_file(path) for path in files},
+        **({} if summary is None else {"closed_with": software()}),
     }
     save_record(folder, record)
+
+
+def software() -> dict[str, str]:
+    """Return the versions of the packages that write summary, card and figures."""
+    return {name: version(name) for name in ("hf_equiv", "matplotlib", "numpy", "pillow")}
 
 
 def record_text(record: Row) -> str:
