@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -42,9 +42,10 @@ STYLE = {
     "grid.linewidth": 0.6, "legend.fontsize": 9, "legend.edgecolor": "none",
     "figure.constrained_layout.w_pad": 0.08, "figure.constrained_layout.h_pad": 0.08,
 }  # fmt: skip
+OWN_STYLE = ["default", STYLE]  # whatever the user's matplotlibrc says, so that `verify` can draw a figure again
 
 
-@rc_context(STYLE)
+@style.context(OWN_STYLE)
 def spectrum_figures(
     rows: Rows, vectors: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -58,7 +59,7 @@ def spectrum_figures(
     return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if vectors else {})
 
 
-@rc_context(STYLE)
+@style.context(OWN_STYLE)
 def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, bytes]:
     """Draw the secants of the first image and the constants of all; nothing when no secant is above zero."""
     rows = [row for row in rows if row["status"] != "error" and any((s or 0) > 0 for s in row["secants"])]
@@ -71,7 +72,7 @@ def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, byte
     return {"secants.png": png_of(secants(rows, settings)), "constants.png": png_of(constants(rows, title, note))}
 
 
-@rc_context(STYLE)
+@style.context(OWN_STYLE)
 def walk_figures(
     rows: Rows, frames: Mapping[str, Sequence[bytes]], ends: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -81,11 +82,11 @@ def walk_figures(
         return {}
     title = f"Distance and drift along walks, {cut(str(settings['model_id']), 50)}"
     note = f"heading {settings['heading']} · drift ‖f(x) − z‖/‖z‖: solid of the float frames, dotted of the PNG frames"
-    return {
-        "walk.gif": animation(frames[next(iter(paths))]),
-        "frames.png": contact_sheet(paths, frames, ends, settings),
-        "drift.png": png_of(walks(paths, settings["rtol"], title, note)),
-    }
+    found = {"drift.png": png_of(walks(paths, settings["rtol"], title, note))}
+    if any(None in pictures for pictures in frames.values()):  # photos are withheld
+        return found
+    first = animation(frames[next(iter(paths))])
+    return {"walk.gif": first, "frames.png": contact_sheet(paths, frames, ends, settings), **found}
 
 
 def spectra(rows: Rows, title: str = "", note: str = "") -> Figure:
@@ -260,6 +261,31 @@ def png_of(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def same_picture(stated: bytes, made: bytes) -> bool:
+    """Return whether a figure is the one drawn again: the same bytes, or a PNG file of nearly the same pixels."""
+    # Other processors and compressors round differently; no pixel may differ by more than an eighth of full scale.
+    if stated == made:
+        return True
+    try:
+        if _chunks(stated) != _chunks(made):
+            return False
+        pixels = [
+            np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA"), int) for data in (stated, made)
+        ]
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return pixels[0].shape == pixels[1].shape and int(np.abs(pixels[0] - pixels[1]).max()) <= 32
+
+
+def _chunks(data: bytes) -> list[bytes]:
+    """Return the types of the chunks of a PNG file, each once, and whatever follows the last."""
+    place, found = 8, []
+    while place < len(data) and b"IEND" not in found:
+        found.append(data[place + 4 : place + 8])
+        place += 12 + int.from_bytes(data[place : place + 4])
+    return [*dict.fromkeys(found), data[place:]]
+
+
 def label_of(name: str, size: int) -> str:
     """Return a name from data for a legend or axis, which read text between dollar signs as a formula."""
     return cut_name(name, size).replace("$", r"\$")
@@ -285,7 +311,7 @@ def vectors_figure(rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings
     return sheet(f"Right singular vectors, {cut(str(settings['model_id']), 44)}", note, lines, side=1.55)
 
 
-@rc_context(STYLE)
+@style.context(OWN_STYLE)
 def pairs_figure(rows: Rows, verdict: str, settings: Mapping[str, Any]) -> bytes | None:
     """Draw source, match, their difference and target of up to eight rows, with the numbers; None for no row."""
     lines = []

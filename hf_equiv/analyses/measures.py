@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -166,8 +167,11 @@ def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
 
 def verdict(analysis: str, **values: Any) -> str:
     """Return the verdict of a run in words, from the template."""
-    text = text_templates().get_template("verdict.txt.jinja").render(analysis=analysis, **values)
+    text = _templates().get_template("verdict.txt.jinja").render(analysis=analysis, **values)
     return " ".join(line.strip() for line in text.split("\n") if line.strip())
+
+
+_templates = cache(text_templates)  # compiling a template takes longer than filling it in
 
 
 def _spread(values: Sequence[float]) -> Row:

@@ -35,7 +35,7 @@ the most bytes of the images and float images of one item;
 `SHOWN`, the number of first items whose images summary and figures need;
 `make_rows(plan, part, batch, tell)`, which makes the rows of some items, one item unless `BATCH` is `items`;
 `summarize(encoder, settings, made)`, which sums up the rows of a run;
-`draw_figures(plan, summary, made)`, which draws the figures of a run, as bytes by file name.
+`draw_figures(settings, summary, made)`, which draws the figures of a run, as bytes by file name.
 
 For `verify`: `follow(settings, rows)` gives the columns that follow from other columns of the rows of one item;
 `remake(encoder, settings, rows, floats)` recomputes the rows; `faults` of a row lists images that do not fit, each with
@@ -209,7 +209,7 @@ def read_back(folder: Path, layout: Layout, names: Sequence[str], shown: int) ->
 def _close(plan: Plan, verb: Any, folder: Path, made: RunRows) -> Row:
     """Write figures and card, and return the summary."""
     summary: Row = verb.summarize(plan.encoder, plan.settings, made)
-    figures = verb.draw_figures(plan, summary, made)
+    figures = verb.draw_figures(plan.settings, summary, made)
     for name, data in figures.items():
         shards.write_atomic(folder / "figures" / name, data)
     text = card.run_card(plan.layout, plan.settings, summary, sorted(figures), plan.command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, a
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
+from hf_equiv.runs import shards
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
 SHOWN = 6  # walks drawn one by one
 CHUNK = 16  # frames encoded at once
+_LONGEST, _ALONG = 2.0, 0.3  # most length of a step over `step`, and least cosine with a random heading, in `verify`
 FROM_A_MATCH = ("nearest", "connect")  # headings whose walks start from a match of the target
 
 
@@ -186,7 +189,7 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     return summary | {"walks": walks, "verdict": told}
 
 
-def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
+def draw_figures(settings: Row, summary: Row, made: RunRows) -> dict[str, bytes]:
     """Draw the first walks, with the images that they lead to."""
     from hf_equiv.analyses import figures
 
@@ -194,13 +197,11 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     for row in made.shown:
         if row["step"] is not None:
             frames.setdefault(row["image_id"], []).append(row["frame"])
-    ends: dict[str, Tensor] = {}
-    for item in plan.items[:SHOWN]:
-        if item.name in frames and plan.settings["heading"] in TO_AN_IMAGE:
-            image, target = plan.pixels(item)
-            end = image if plan.settings["heading"] == "nearest" else target
-            ends |= {} if end is None else {item.name: end}
-    return figures.walk_figures(made.rows, frames, ends, plan.settings)
+    ends, end = dict[str, Tensor](), "origin" if settings["heading"] == "nearest" else "target"
+    if settings["heading"] in TO_AN_IMAGE and made.folder is not None:
+        floats = shards.read_first_floats(made.folder, SHOWN, end)
+        ends = {name: floats[f"{name}/{end}"] for name in frames if f"{name}/{end}" in floats}
+    return figures.walk_figures(made.rows, frames, ends, settings)
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
@@ -219,7 +220,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     """Recompute the rows of one walk from its float frames."""
     name, heading = rows[0]["image_id"], settings["heading"]
     frames, matched = floats[f"{name}/frames"], settings["solver"] is not None
-    origin = floats[f"{name}/origin"] if matched else frames[0]
+    origin = floats[f"{name}/origin"]
     target = None if rows[0]["target_id"] is None else floats[f"{name}/target"]
     z = level(encoder, frames[0], target if matched else None)
     floor = float(encoder.noise_floor(frames[[0, -1]]).max())
@@ -242,6 +243,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
             "remaining": None if aim is None else float((aim.double() - frame.double()).norm()),
             "noise_floor": floor,
         } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
+    made[0]["faults"] = _path_faults(settings, name, frames, origin, aim, 1 - len(z) / origin.numel())
     if heading in TO_AN_IMAGE and aim is not None:
         corrector = Corrector(encoder, z.double(), settings["rtol"])
         with no_tf32():
@@ -252,6 +254,35 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
         early = made[-1]["step"] < settings["num_steps"] and rows[-1]["status"] == Status.COMPLETED
         made[-1]["most_left"] = at_rest(settings.get("stop", STOP)) if early else 1.0 + 1e-6
     return made
+
+
+def _path_faults(
+    settings: Row, name: str, frames: Tensor, origin: Tensor, aim: Tensor | None, null_share: float
+) -> list[tuple[str, str, str]]:
+    """Describe steps that are too long or do not follow the heading, and a walk that starts elsewhere."""
+    # A point of `toward`, `nearest` and `connect` is nearer to its end than the one before, to the noise of f; one of
+    # `away` is farther from the origin. A `random` step follows the pixels of the drawn v that the box lets move, less
+    # the row space of J (measured: cosine above 0.9), while the cosine of another direction is about 1/√N.
+    points, found = frames.double(), []
+    drawn, least = settings["heading"] == "random", -0.05
+    if settings["solver"] is None and not torch.equal(frames[0], origin):
+        found.append(("origin", "the first frame", "it is another image"))
+    v = torch.randn(origin.shape, generator=image_generator(settings["seed"], name), dtype=torch.float64).to(points)
+    longest = _LONGEST * min(settings["step"], math.sqrt(origin.numel()))
+    for step, (a, b) in enumerate(pairwise(points), 1):
+        moved, middle = b - a, (a + b) / 2
+        if drawn:
+            wish, least = v * (((a > 0) | (v > 0)) & ((a < 1) | (v < 0))), _ALONG * max(null_share, 0.0) ** 0.5
+        else:
+            wish = middle - origin if aim is None else aim - middle
+        length = float(moved.norm())
+        cosine = float((moved * wish).sum()) / (length * float(wish.norm()) or 1.0)
+        if not 0 < length <= longest:
+            found.append(("step", f"a step of at most {longest:.3g}", f"step {step} has length {length:.3g}"))
+        if not cosine > least:
+            told = f"step {step} has the cosine {cosine:.2g} with it"
+            found.append(("heading", f"a path that follows the heading {settings['heading']!r}", told))
+    return found
 
 
 def tolerances(made: Row, settings: Row) -> Row:

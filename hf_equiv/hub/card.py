@@ -76,13 +76,13 @@ def around_block(text: str, where: str) -> tuple[str, str]:
     return text.rstrip() + "\n\n" if text.strip() else "\n", "\n"
 
 
-def differences(card: str, runs: Runs) -> tuple[list[str], list[str]] | None:
+def differences(card: str, runs: Runs, repo_id: str | None) -> tuple[list[str], list[str]] | None:
     """Return the lines that the generated part of a card lacks, and its lines that no run states; None without it."""
     found = _BLOCK.search(card)
     if found is None:
         return None
-    named = re.search(r'load_dataset\("([^"\n]+)"', found[0])  # a copy may have another name than the dataset
-    made = _BLOCK.search(dataset_card(named[1] if named else "", runs))
+    named = re.search(r'load_dataset\("([^"\n]+)"', found[0])  # a folder has no name of its own
+    made = _BLOCK.search(dataset_card(repo_id or (named[1] if named else ""), runs))
     stated, wanted = found[0].splitlines(), made[0].splitlines() if made else []
     if found[0].startswith(START):
         lacking, extra = Counter(wanted) - Counter(stated), Counter(stated) - Counter(wanted)

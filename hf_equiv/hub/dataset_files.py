@@ -16,7 +16,7 @@ from hf_equiv.runs import directory, shards
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, WITHHELD, LocalRun, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, Row
 
-_BESIDE_RUNS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
+BESIDE_RUNS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
 _FIGURES_WITHOUT_PHOTOS = {f"figures/{name}.png" for name in ("spectra", "secants", "constants", "drift")}
 
 
@@ -35,7 +35,7 @@ def read_dataset(remote: Remote, head: str) -> Dataset:
         for path in files
         if path.endswith(directory.RECORD) and (place := place_of_file(path)) is not None
     }
-    if foreign := [path for path in sorted(files) if path not in _BESIDE_RUNS and place_of_file(path) not in runs]:
+    if foreign := [path for path in sorted(files) if path not in BESIDE_RUNS and place_of_file(path) not in runs]:
         told = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         must = f"'{remote.repo_id}' must be empty or hold runs of hf_equiv"
         raise ValueError(f"{must}; it holds {told}. Publish to a new name.")
@@ -127,4 +127,4 @@ def _own_card(run: LocalRun, files: Iterable[str], *, hidden: bool) -> str | Pat
     settings, summary = run.record["settings"], run.record["summary"]
     shown = sorted(Path(name).name for name in files if name.startswith("figures/"))
     text = run_card.run_card(run.layout, settings, summary, shown, run.record.get("command"))
-    return text + ("\nThe photos are withheld: image columns are empty.\n" if hidden else "")
+    return text + (run_card.NO_PHOTOS if hidden else "")

@@ -10,6 +10,7 @@ from hf_equiv.formatting import form, printable, text_templates
 from hf_equiv.runs.schema import MATCH, Layout
 
 _OPTIONS = "solver k directions radii regional linearity heading step num_steps rtol radius norm max_evals stop".split()
+NO_PHOTOS = "\nThe photos are withheld: image columns are empty.\n"
 _ESCAPES = str.maketrans({"|": "&#124;", "<": "&lt;", ">": "&gt;", "`": "&#96;"})
 _BLOCK = re.compile(r"^(\d*)(?=[#\[]|~~~|[-+*.)]\s|[-+*=_.)](?:\s*[-*=_])*$)")  # what makes a line begin a block
 

@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,9 +88,9 @@ def read_record(folder: Path) -> Row:
         record = parse_record(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}. Restore it, or make the run again elsewhere.") from error
-    if (version := record["schema_version"]) > SCHEMA_VERSION:
+    if (stated := record["schema_version"]) > SCHEMA_VERSION:
         raise ValueError(
-            f"{str(folder)!r} was written with schema_version {version}; this version of hf_equiv knows up to "
+            f"{str(folder)!r} was written with schema_version {stated}; this version of hf_equiv knows up to "
             f"{SCHEMA_VERSION}. Upgrade hf_equiv."
         )
     return record
@@ -97,7 +99,7 @@ def read_record(folder: Path) -> Row:
 def parse_record(data: bytes) -> Row:
     """Read the text of a `run.json`; a ValueError says what is wrong with it, of whatever version it is."""
     try:
-        record = json.loads(data.decode("utf-8-sig"), parse_int=_whole)
+        record = json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=each_key_once)
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no Infinity, no half of a character
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -113,6 +115,15 @@ def parse_record(data: bytes) -> Row:
     if wrong:
         raise ValueError(f"it lacks {', '.join(wrong)}")
     return dict(record)
+
+
+def each_key_once(pairs: Sequence[tuple[str, Any]]) -> Row:
+    """Make an object of JSON; of a key that is there twice some readers would take the first, others the last."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return made
 
 
 def _whole(digits: str) -> int:
@@ -176,8 +187,14 @@ def write_record(folder: Path, plan: Any, summary: Row | None = None, errors: Ma
         "summary": summary,
         "errors": dict(errors or {}),
         "files": {path.relative_to(folder).as_posix(): shards.sha256_file(path) for path in files},
+        **({} if summary is None else {"closed_with": software()}),
     }
     save_record(folder, record)
+
+
+def software() -> dict[str, str]:
+    """Return the versions of the packages that write summary, card and figures."""
+    return {name: version(name) for name in ("hf_equiv", "matplotlib", "numpy", "pillow")}
 
 
 def record_text(record: Row) -> str:

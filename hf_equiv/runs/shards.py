@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row, row_na
 FILE_ITEMS = 500  # most pairs or images in a merged file
 FILE_BYTES = 100_000_000  # most bytes of images in a merged file and its float file, unless a single item has more
 
+_SHARD = re.compile(r"part-\d{5,}\.parquet")
 _ERRORS = b"hf_equiv.errors"
 _STAGED = ".merged"
 
@@ -97,7 +99,7 @@ def shard_index(path: Path) -> int:
 
 def shard_files(folder: Path, layout: Layout = MATCH) -> list[Path]:
     """Return the parquet files of a run directory, sorted."""
-    return sorted(p for p in (folder / layout.folder).glob("*.parquet") if not p.name.startswith("."))
+    return sorted(p for p in (folder / layout.folder).glob("part-*.parquet") if _SHARD.fullmatch(p.name))
 
 
 def write_shard(
@@ -207,10 +209,23 @@ def without_images(path: Path, layout: Layout = MATCH) -> bytes:
     return shard_bytes(rows, layout, read_errors(path))
 
 
-def unknown_columns(path: Path, layout: Layout = MATCH) -> list[str]:
-    """Return the columns of a shard that its layout does not have."""
+def faults_of_schema(path: Path, layout: Layout, errors: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
+    """Yield the columns and metadata of a shard that are not those of its layout, and what is wrong with them."""
     with _open(path) as file:
-        return [name for name in file.schema_arrow.names if name not in layout.all_features]
+        schema = file.schema_arrow
+    metadata, wanted = dict(schema.metadata or {}), layout.all_features
+    for name in sorted({*schema.names} - {*wanted}):
+        yield name, f"column {name!r} is not one of a {layout.analysis} run"
+    types = wanted.arrow_schema
+    for name in wanted if not {*schema.names} ^ {*wanted} else ():
+        if schema.field(name).type != types.field(name).type:
+            yield name, f"column {name!r} must have the type {types.field(name).type}; got {schema.field(name).type}"
+    own = json.loads(metadata.pop(_ERRORS, b"{}"))
+    if {name: errors.get(name) for name in own} != own if isinstance(errors, dict) and isinstance(own, dict) else own:
+        yield "errors", "the reasons of rows of status error are not those of run.json"
+    read = json.loads(metadata.pop(b"huggingface", b"{}"))
+    if metadata or (read and read != json.loads(types.metadata[b"huggingface"])):
+        yield "metadata", "the metadata of the file state other columns, or more than columns"
 
 
 def read_errors(path: Path) -> dict[str, str]:
@@ -228,6 +243,17 @@ def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
 
 
+def read_first_floats(folder: Path, shown: int, kind: str) -> dict[str, Tensor]:
+    """Return the float images `ID/KIND` of the shards with the first `shown` images of a run."""
+    found: dict[str, Tensor] = {}
+    for path in sorted((folder / "float").glob("part-*.safetensors")):
+        if shard_index(path) < shown:
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.rpartition("/")[2] == kind]
+                found |= {name: file.get_tensor(name) for name in names}
+    return found
+
+
 def read_costs(folder: Path) -> Row:
     """Return the evaluations of matching and refining, by pair id; none where the float files are withheld."""
     costs: Row = {}
@@ -238,6 +264,8 @@ def read_costs(folder: Path) -> Row:
 
 
 def _costs(metadata: Mapping[str, str] | None) -> Row:
+    if more := {*(metadata or {})} - {"num_evals"}:
+        raise ValueError(f"its metadata hold {min(more)!r}, which is not of a run")
     return dict(json.loads((metadata or {}).get("num_evals", "{}")))
 
 

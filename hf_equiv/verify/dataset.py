@@ -51,6 +51,7 @@ class DatasetReport:
         data = self.total.to_json()
         if self.repo_id is not None:
             data |= {"dataset": self.repo_id, "commit": self.commit}
+        data["unverified"] = list(dict.fromkeys(name for run in self.runs for name in run.unverified))
         if len(self.runs) > 1:
             data["runs"] = [
                 {"run": run.name, "path": run.place, "analysis": run.analysis, "model": run.model,
@@ -96,8 +97,8 @@ def verify_results(
         named = tuple(replace(p, file=inside + p.file, message=inside + p.message) for p in report.problems)
         runs.append(replace(report, place=place, problems=named))
     several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
-    card_problems = (*_check_folders(folder, records), *_check_card(folder / CARD, records)) if several else ()
-    return DatasetReport(tuple(runs), card_problems, repo_id, commit)
+    card_problems = tuple(_check_card(folder / CARD, records, repo_id)) if several else ()
+    return DatasetReport(tuple(runs), (*_check_folders(folder, records), *card_problems), repo_id, commit)
 
 
 def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
@@ -112,11 +113,11 @@ def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
             yield problem(f"{place}/{directory.RECORD}", None, "settings", place, name, told)
 
 
-def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
+def _check_card(path: Path, records: dict[str, Row], repo_id: str | None) -> Iterator[Problem]:
     """Check that the generated part of the card and its configurations agree with the runs."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     try:
-        compared = hub_card.differences(text, records)
+        compared = hub_card.differences(text, records, repo_id)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # an incomplete record
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
         yield problem(CARD, None, "card", "what the runs say", None, told)
@@ -129,11 +130,14 @@ def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
         yield problem(CARD, None, subject(line), None, line, f"the card does not say what the runs say: {line}")
     for line in compared[1]:
         yield problem(CARD, None, subject(line), line, None, f"the card says what no run says: {line}")
-    configs = {item["config_name"]: item for item in hub_card.split_header(text)[0].get("configs") or []}
-    own = {config["config_name"]: config for config in hub_card.configs_of(records)}
-    for name, config in own.items():
-        if configs.get(name) != config:
-            yield differs(CARD, None, f"configs.{name}", configs.get(name), config)
-    for name, config in configs.items():
-        if config.get("default") and name != next(iter(own)):
-            yield differs(CARD, None, f"configs.{name}.default", True, None, "the default must be that of a run")
+    header, own = hub_card.split_header(text)[0], hub_card.configs_of(records)
+    configs = [item for item in header.get("configs") or [] if isinstance(item, dict)]
+    for config in own:  # `load_dataset` reads the files that the header names
+        name = config["config_name"]
+        stated = [item for item in configs if item.get("config_name") == name]
+        if stated != [config]:
+            yield differs(CARD, None, f"configs.{name}", stated, [config])
+    known = [config["config_name"] for config in own]
+    foreign = [f"configs.{item.get('config_name')}" for item in configs if item.get("config_name") not in known]
+    for key in foreign + [key for key in ("dataset_info", "builder_name") if key in header]:
+        yield problem(CARD, None, key, key, None, f"the header has {key}, which belongs to no run")

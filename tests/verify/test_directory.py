@@ -83,7 +83,7 @@ def test_an_honest_run_holds(out):
     for key in ("embedding_error", "embedding_error_8bit"):
         assert getattr(report, f"worst_{key}") == pytest.approx(max(row[key] for row in rows), abs=1e-6)
     assert list(report.to_json()) == [
-        "rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems",
+        "rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems", "unverified",
     ]  # fmt: skip
 
 
