@@ -245,10 +245,10 @@ def derivative_noise(
     """Bound |σ(J) − σ(J₆₄)| of each value, (K,), and of a zero; return also the method and the evaluations spent."""
     # Let E = J − J₆₄ and s_i = σ_i + σ₁/50, since the rounding of a backward pass is nearly proportional to its result.
     # With F = diag(1/s) UᵀE over an orthonormal basis of all u, ‖Eᵀu‖ ≤ ‖F‖₂ ‖diag(s) Uᵀu‖, and by the minimax
-    # principle every value lies within ‖F‖₂ s_i. A few noisy directions may hold all of E, so no average over directions
-    # bounds ‖F‖₂. But ‖F‖₂⁴ ≤ ‖FFᵀ‖²_Frobenius, which is the expectation of ⟨Fᵀω, Fᵀω′⟩² for independent normal ω, ω′. Its
-    # mean over the pairs of six falls short by more than 5⁴ with probability 3e-4 if one direction holds all of E, and
-    # never if many do. Off the K known vectors u, s is that of the last.
+    # principle every value lies within ‖F‖₂ s_i. A few noisy directions may hold all of E, so no average over
+    # directions bounds ‖F‖₂. But ‖F‖₂⁴ ≤ ‖FFᵀ‖² (Frobenius), which is the expectation of ⟨Fᵀω, Fᵀω′⟩² for independent
+    # normal ω, ω′. Its mean over the pairs of six falls short by more than 5⁴ with probability 3e-4 if one direction
+    # holds all of E, and never if many do. Off the K known vectors u, s is that of the last.
     references, method = _references(f, J)
     unit = power_of_two(float(sigma[0]))
     top = float(sigma[0]) / unit

@@ -38,10 +38,11 @@ def explain_zeros(
 ) -> tuple[tuple[Zero, ...], tuple[Zero, ...]]:
     """Separate exact zeros, explained or not, from near-structural ones, by the known relations of the encoder."""
     # J (D, N) = U diag(σ) Vᵀ with U (D, D) and σ (D,), descending. An exact relation leftᵀJ = 0 is accepted if ‖leftᵀU
-    # diag(σ)‖ is below the threshold or far below every value above it, since `left` is rounded too. For a relation wᵀJ = r with small r the singular value is, to first order, the part of r
-    # that the rest of J cannot cancel, σ ≈ ‖r − P_rest r‖ / ‖w − P_exact w‖, with P_rest the projector on the other
-    # rows of J and P_exact the projector on the exact left null vectors. It depends on the large singular values only,
-    # so it is as good in float32 as in float64, although the noise hides σ itself.
+    # diag(σ)‖ is below the threshold or far below every value above it, since `left` is rounded too. For a relation
+    # wᵀJ = r with small r the singular value is, to first order, the part of r that the rest of J cannot cancel, σ ≈
+    # ‖r − P_rest r‖ / ‖w − P_exact w‖, with P_rest the projector on the other rows of J and P_exact the projector on
+    # the exact left null vectors. It depends on the large singular values only, so it is as good in float32 as in
+    # float64, although the noise hides σ itself.
     exact: list[Zero] = []
     near: list[Zero] = []
     known = left[:, :0]
