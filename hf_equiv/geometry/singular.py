@@ -45,7 +45,7 @@ _NEXT = 1  # values below the k wanted that must have converged too
 _NO_MORE = (0.0, 0.8, 0.88, 0.94)  # shares of σ_k: a new start that reaches less after 1, 2, … passes adds nothing
 _PROBES, _DRAWS = 6, 2  # cotangents, and perturbed images that share them
 _EVEN = 0.02  # part of the rounding, over σ₁, that does not shrink with σ
-_CERTAIN = 5.0  # margin of a norm measured by random cotangents
+_CERTAIN, _RITZ = 5.0, 3.0  # margins of a norm measured by random cotangents, and along what they span
 _UNSEEN = 4.0  # a change of the input repeats the random part of the rounding, not the systematic one
 
 
@@ -240,7 +240,7 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 
 
 def derivative_noise(
-    f: Encoding, J: Jacobian, rows: Encoding, left: Tensor, sigma: Tensor
+    f: Encoding, J: Jacobian, matrix: Tensor | None, left: Tensor, sigma: Tensor
 ) -> tuple[Tensor, float, str, float]:
     """Bound |σ(J) − σ(J₆₄)| of each value, (K,), and of a zero; return also the method and the evaluations spent."""
     # Let E = J − J₆₄ and s_i = σ_i + σ₁/50, since the rounding of a backward pass is nearly proportional to its result.
@@ -248,7 +248,8 @@ def derivative_noise(
     # principle every value lies within ‖F‖₂ s_i. A few noisy directions may hold all of E, so no average over
     # directions bounds ‖F‖₂. But ‖F‖₂⁴ ≤ ‖FFᵀ‖² (Frobenius), which is the expectation of ⟨Fᵀω, Fᵀω′⟩² for independent
     # normal ω, ω′. Its mean over the pairs of six falls short by more than 5⁴ with probability 3e-4 if one direction
-    # holds all of E, and never if many do. Off the K known vectors u, s is that of the last.
+    # holds all of E, and never if many do. Off the K known vectors u, s is that of the last. With the matrix and a twin,
+    # ‖FQ‖₂ ≤ ‖F‖₂ is measured too, with Q the span of the six Fᵀω: it is at least a third unless E has many directions.
     references, method = _references(f, J)
     unit = power_of_two(float(sigma[0]))
     top = float(sigma[0]) / unit
@@ -256,7 +257,9 @@ def derivative_noise(
     generator = torch.Generator().manual_seed(0)
     omega = torch.randn(J.shape[0], _PROBES, generator=generator, dtype=torch.float64).to(left)
     cotangents = omega / size[-1] + left @ ((1 / size - 1 / size[-1])[:, None] * (left.T @ omega))
-    seen = rows(cotangents) / unit
+    seen = (
+        J.rmv(cotangents.T.to(J.image)).flatten(1).double() if matrix is None else combine(matrix, cotangents)
+    ) / unit
     parts = []
     for own, group in zip(references, cotangents.split(_PROBES // len(references), dim=1), strict=True):
         exact = [one.rmv(group.T.to(one.image)).flatten(1).to(left) / unit for one in own]
@@ -265,12 +268,24 @@ def derivative_noise(
     scale = power_of_two(float(noise.abs().max()))
     inner = (noise / scale) @ (noise / scale).T
     norm = _CERTAIN * scale * float(inner[~torch.eye(_PROBES).bool()].square().mean()) ** 0.25
+    if matrix is not None and method == "float64 twin":
+        norm = min(norm, _RITZ * _along(matrix, references[0][0], left / size, noise, unit))
     floor = ACCURACY
     if method == "perturbed input":
         norm, floor = _UNSEEN * norm, 8 * J.eps
     spent = sum(one.num_evals for own in references for one in own)
     zero = (norm * _EVEN + floor) * top / max(1 - norm, 1e-3)
     return (norm * size + floor * top) * unit, zero * unit, method, spent
+
+
+def _along(matrix: Tensor, reference: Jacobian, weights: Tensor, noise: Tensor, unit: float) -> float:
+    """Return ‖weightsᵀ E Q‖₂ with Q the span of rows of noise; infinity if the reference has no product with J."""
+    Q = torch.linalg.svd(noise, full_matrices=False).Vh
+    try:
+        exact = reference.mv(Q.view(-1, *reference.image.shape).to(reference.image)).T.to(weights)
+    except RuntimeError:
+        return math.inf
+    return float(torch.linalg.matrix_norm(weights.T @ ((times(matrix, Q.T) - exact) / unit), 2))
 
 
 def _references(f: Encoding, J: Jacobian) -> tuple[list[list[Jacobian]], str]:

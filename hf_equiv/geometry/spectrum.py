@@ -176,7 +176,7 @@ def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | No
     left, sigma = left_singular(matrix)
     count = min(J.shape)
     scale = float(sigma[0])
-    bound, least, noise, spent = derivative_noise(f, J, lambda u: combine(matrix, u), left, sigma)
+    bound, least, noise, spent = derivative_noise(f, J, matrix, left, sigma)
     exact_to = rounding(matrix, sigma)
     bound, least = bound + exact_to, least + float(exact_to[-1])
     threshold = least if rank_rtol is None else rank_rtol * scale
@@ -213,9 +213,7 @@ def _top(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | Non
     if not bool(torch.isfinite(J.rmv(torch.ones_like(J.z)[None])).all()):
         return _failed(J, "golub_kahan", k, vectors)
     top = golub_kahan(J, k, rtol)
-    noise, least, name, spent = derivative_noise(
-        f, J, lambda u: J.rmv(u.T.to(J.image)).flatten(1).double(), top.left, top.values
-    )
+    noise, least, name, spent = derivative_noise(f, J, None, top.left, top.values)
     threshold = least if rank_rtol is None else rank_rtol * float(top.values[0])
     pair = (top.left, top.right) if vectors else (None, None)
     more: dict[str, Any] = {"noise_method": name, "num_evals": J.num_evals + spent}
