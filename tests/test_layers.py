@@ -35,12 +35,14 @@ ROOT_FILES = {
     "results": [],
     "checks": [],
     "precision": ["checks"],
-    "jacobian": ["checks", "precision"],
+    "derivatives": ["precision"],
+    "conditions": ["checks", "precision", "derivatives"],
+    "jacobian": ["checks", "precision", "derivatives", "conditions"],
     "formatting": [],
     "hub_client": [],
     "__main__": ["cli"],
 }
-NUMERICS = ["matching", "geometry", "results", "checks", "precision", "jacobian"]
+NUMERICS = ["matching", "geometry", "results", "checks", "precision", "derivatives", "conditions", "jacobian"]
 MOST_FILES = 10
 
 # Where a library may be imported: folders, files of the root, or single files. torch may be imported everywhere.

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_equiv.conditions import Function, as_function
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding, float64_twin, power_of_two
 
@@ -268,8 +269,9 @@ def _reference(f: Encoding, J: Jacobian) -> tuple[Jacobian, str]:
     if J.eps > torch.finfo(torch.float64).eps:
         try:
             # `double` of a module works in place.
-            twin = copy.deepcopy(f).double() if isinstance(f, torch.nn.Module) else float64_twin(f) or f
-            reference = Jacobian(twin, J.image.double())
+            plain = f.plain if isinstance(f, Function) else f
+            twin = copy.deepcopy(plain).double() if isinstance(plain, torch.nn.Module) else float64_twin(f) or f
+            reference = Jacobian(as_function(twin), J.image.double())
             if reference.eps == torch.finfo(torch.float64).eps:
                 return reference, "float64 twin"
         except (RuntimeError, TypeError, ValueError):
