@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ _SIGMAS = 3  # times the noise of a secant that is allowed on top
 _NOISE = 4  # noise of f in units of the spacing of its numbers, if none is measured
 _LONGEST = 2.0**-7  # largest step of a pixel in a secant
 Steps = list[tuple[Tensor, float]]  # directions (C, H, W), and the change of a pixel along each
+_VARIES = 1.5  # times the noise at one image, for that at others
 _UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
 
 
@@ -113,7 +115,7 @@ def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = F
         return f
     known: dict[Any, Function] = getattr(f, "admitted", {})  # an Encoder has one
     key = images.shape[1:], images.dtype, gradient, noise
-    if key not in known:
+    if key not in known or known[key].plain is not f:  # a wrapper may lend the attributes of an Encoder
         known[key] = _admit(f, images, gradient, noise)
     return known[key]
 
@@ -126,7 +128,7 @@ def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool) -> Function
             probe = _Probe(call, image)
             if probe.finite:
                 probe.run(gradient)
-                call.noise = probe.rounding() if noise else 0.0
+                call.noise = probe.noise if noise else 0.0
                 break
     call.strides = strides if strides.used else None
     return call
@@ -188,13 +190,11 @@ class _Probe:
             self._find_product()
             self._check_secants()
 
-    def rounding(self) -> float:
-        """Return the relative noise of an evaluation: twice that beside float64, else from pixels changed by an ulp."""
-        x = self.x.detach()
-        if (exact := self._exact()) is None:
-            return _UNSEEN * self._jitter() / (self.size or 1.0)
-        with torch.no_grad():
-            return 2 * float((self._in_unit(exact(x.double()))[0] - self.here).norm()) / (self.size or 1.0)
+    @property
+    def noise(self) -> float:
+        """The relative noise of an evaluation: from float64, or else from pixels changed by an ulp."""
+        exact, gap = self._exact
+        return _UNSEEN * self._jitter if exact is None else _VARIES * gap
 
     def _find_rows(self) -> None:
         """Set the rows Jᵀu (K, N) of random cotangents u (K, D)."""
@@ -224,15 +224,19 @@ class _Probe:
             except (RuntimeError, NotImplementedError):
                 with suppress(RuntimeError):
                     self.product = self._in_unit(forward_mode(self.call, self.x.detach(), self.ways[:1]))[0]
-        limit = 8 * min(_BATCH * self.eps, _COARSE)
-        stated = self.rows @ self._along(0)
+        stated, sizes = self.rows @ self._along(0), self.rows.norm(dim=1)
         for other in (
             stated if batched is None else batched @ self._along(0),
             stated if self.product is None else self.u.double() @ self.product,
         ):
-            worst = int((stated - other).abs().argmax())
-            if abs(float(stated[worst] - other[worst])) > limit * float(self.rows[worst].norm()):
+            gap, worst = ((stated - other).abs() / sizes).max(dim=0)
+            if not self._is_noise(float(gap) / 8):
                 self._refuse("another product with J", float(stated[worst]), float(other[worst]))
+
+    def _is_noise(self, gap: float) -> bool:
+        """Whether the rounding of f explains a relative difference of one thing computed in two ways."""
+        limit = min(_BATCH * self.eps, _COARSE)
+        return gap <= limit or gap <= 2 * _UNSEEN * max(self._jitter, self._exact[1])
 
     def _check_secants(self) -> None:
         """Require that differences of f agree with autograd at a step where neither noise nor curvature hides it."""
@@ -254,23 +258,30 @@ class _Probe:
         step = self._step(noise, slope)
         yield self._beside([(way, step) for way in self.ways]), _SIGMAS * noise / step, _SECANT
         # f may be noisier than its numbers, or curved, or have many kinks
-        if (exact := self._exact()) is not None:
-            for step in (2.0**-20, 2.0**-26):
-                yield self._secants([(way.double(), step) for way in self.ways], exact), 0.0, _EXACT + 8 * self.eps
+        exact, gap = self._exact
+        if exact is not None:
+            for width in (2.0**-20, 2.0**-26):
+                yield (
+                    self._secants([(way.double(), width) for way in self.ways], exact),
+                    0.0,
+                    _EXACT + 8 * max(self.eps, gap),
+                )
             return
-        for noise, share in ((noise, 8), (max(noise, 2 * _UNSEEN * self._jitter()), 1)):
-            step = max(self._step(noise, slope) / share, self.shortest)
-            yield self._secants([(way, step) for way in self.ways]), _SIGMAS * noise / step, 2 * _SECANT
+        louder = max(noise, 2 * _UNSEEN * self._jitter * self.size)
+        for level, width in ((noise, max(step / 8, self.shortest)), (louder, self._step(louder, slope))):
+            yield self._secants([(way, width) for way in self.ways]), _SIGMAS * level / width, 2 * _SECANT
 
-    def _exact(self) -> Encoding | None:
-        """Return f in float64, if that can be had and agrees with f."""
+    @cached_property
+    def _exact(self) -> tuple[Encoding | None, float]:
+        """F in float64 and its relative distance from f; None and 0 if it cannot be had."""
         exact = float64_twin(self.call) or in_float64(self.call.plain)
         try:
             with torch.no_grad():
                 z = self._in_unit(exact(self.x.detach().double()))[0]
         except Exception:  # whatever f raises on float64
-            return None
-        return exact if float((z - self.here).norm()) <= max(_BATCH * self.eps, 0.01) * self.size else None
+            return None, 0.0
+        gap = float((z - self.here).norm()) / (self.size or 1.0)
+        return (exact, gap) if gap <= _COARSE else (None, 0.0)
 
     def _check_flat(self) -> None:
         """Require that f hardly moves where its derivative is zero; one that is constant by pieces does."""
@@ -285,11 +296,8 @@ class _Probe:
         if k == 0 and self.product is not None:
             apart = self.product - secant
             along = apart / (apart.norm() or 1.0)  # where the two differ most
-            return (
-                float(along @ self.product),
-                float(along @ secant),
-                float(torch.maximum(self.product.norm(), secant.norm())),
-            )
+            size = float(torch.maximum(self.product.norm(), secant.norm()))
+            return float(along @ self.product), float(along @ secant), size
         stated, seen = self.rows @ self._along(k), self.u.double() @ secant
         worst = int((stated - seen).abs().argmax())
         return float(stated[worst]), float(seen[worst]), slope
@@ -305,12 +313,11 @@ class _Probe:
             return self._secants(steps)
         check_output(values, len(points))
         _, beside, *ends, _, _ = self._in_unit(values)
-        off = float((beside - self.here).norm())
-        limit = min(_BATCH * self.eps, _COARSE) * self.size
-        if not off <= limit and not off <= max(limit, 2 * _UNSEEN * self._jitter()):
+        off = float((beside - self.here).norm()) / (self.size or 1.0)
+        if not self._is_noise(off):
             raise ValueError(
-                f"`f` must map each image for itself; beside another image, an embedding changes by "
-                f"{off / (self.size or 1.0):.3g}. Call `model.eval()`, and take no statistics over the batch."
+                f"`f` must map each image for itself; beside another image, an embedding changes by {off:.3g} of its "
+                "length. Call `model.eval()`, and take no statistics over the batch."
             )
         return self._quotients(ends, steps)
 
@@ -333,12 +340,13 @@ class _Probe:
         """Return the power of two that keeps noise below 0.05 % of a secant."""
         return min(max(power_of_two(2000 * noise / slope), self.shortest), _LONGEST)
 
+    @cached_property
     def _jitter(self) -> float:
-        """Return the rounding noise of f between two images a unit in the last place away."""
+        """The relative difference of f between two images a unit in the last place away."""
         change = self.eps * self.ways[0]
         with torch.no_grad():
             ends = [self._in_unit(self.call(self.x.detach() * (1 + sign * change)))[0] for sign in (1, -1)]
-        return float((ends[0] - ends[1]).norm()) / math.sqrt(2)
+        return float((ends[0] - ends[1]).norm()) / math.sqrt(2) / (self.size or 1.0)
 
     def _in_unit(self, values: Tensor) -> Tensor:
         return values.detach().double() / self.unit

@@ -56,7 +56,7 @@ def match_embedding(
     batch, neither does the result of an image.
 
     Cost: one evaluation is one forward and one backward pass of one image. The default solver keeps 2·`history` images
-    of memory per image. Encoding the target once is not counted.
+    of memory per image. Encoding the target once and the check of f (`conditions`) are not counted.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
@@ -65,7 +65,8 @@ def match_embedding(
         solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) serve comparisons.
         radius: radius of the ball about the source, in pixel units; None for the box alone.
         norm: norm of the ball, "linf" or "l2".
-        rtol: embedding error at which an image is done. Below about 3e-6 float32 noise ends most runs.
+        rtol: embedding error, with the float noise of f added, at which an image is done. Below about 3e-6 float32
+            noise ends most runs.
         max_evals: evaluations per image.
         raise_on_failure: raise if an image misses `rtol`; False returns it with its status.
         start: an earlier result for the same images to continue from; its evaluations and seconds count.
@@ -75,7 +76,8 @@ def match_embedding(
         The best iterate of each image with its error, cost and status.
 
     Raises:
-        ValueError: pixels outside [0, 1], a bad shape or number, or a target that equals its source.
+        ValueError: pixels outside [0, 1], a bad shape or number, a target that equals its source, or an f that fails a
+            condition, such as a false gradient.
         ConvergenceError: some image missed `rtol`; `.result` holds all of them.
 
     Example:
@@ -161,7 +163,7 @@ class Search:
         """Return the status if the error reached rtol with its noise on top, or as nearly as noise allows."""
         if self.error + self.noise <= rtol:
             return Status.CONVERGED
-        return Status.STALLED if self.error <= rtol < 2 * self.noise else None
+        return Status.STALLED if self.error <= rtol < 1.5 * self.noise else None
 
     def offer(self, image: Tensor, error: float) -> None:
         """Keep an image if it is the best so far."""
