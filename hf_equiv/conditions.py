@@ -43,7 +43,7 @@ from hf_equiv.precision import (
 
 _REPEAT = 100  # times the spacing of the numbers in f: largest difference of two calls, relative
 _BATCH = 1000  # the same for an image alone and in a batch, and for two products with J by autograd
-_COARSE = 0.1  # and the most for a coarse f
+_COARSE, _LEAST = 0.1, 1e-6  # and the most for a coarse f, the least for a fine one
 _SECANT = 0.03  # largest difference of autograd and a secant, relative; kinks and curvature have a share in it
 _EXACT = 0.01  # the same for tiny steps in float64
 _SIGMAS = 3  # times the noise of a secant that is allowed on top
@@ -128,7 +128,8 @@ def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool) -> Function
             probe = _Probe(call, image)
             if probe.finite:
                 probe.run(gradient)
-                call.noise = probe.noise if noise else 0.0
+                # at a grey image, so that no result depends on the other images of a batch
+                call.noise = _Probe(call, torch.full_like(image, 0.5)).noise if noise else 0.0
                 break
     call.strides = strides if strides.used else None
     return call
@@ -157,7 +158,7 @@ class _Probe:
     """
 
     def __init__(self, call: Function, image: Tensor) -> None:
-        self.call, self.generator = call, torch.Generator().manual_seed(0)
+        self.call, self.generator = call, torch.Generator("cpu").manual_seed(0)
         grid = 2 * torch.finfo(image.dtype).eps  # x ± step is exact for multiples of it
         self.shortest = 4 * grid
         near = image.double().clamp(1 / 8, 7 / 8) + (self._uniform(image.shape).to(image.device) - 0.5) / 4
@@ -193,12 +194,14 @@ class _Probe:
     @property
     def noise(self) -> float:
         """The relative noise of an evaluation: from float64, or else from pixels changed by an ulp."""
+        if not self.finite:
+            return 0.0
         exact, gap = self._exact
         return _UNSEEN * self._jitter if exact is None else _VARIES * gap
 
     def _find_rows(self) -> None:
         """Set the rows Jᵀu (K, N) of random cotangents u (K, D)."""
-        self.u = torch.randn(2, self.z.shape[1], generator=self.generator, dtype=torch.float64).to(self.z)
+        self.u = torch.randn(2, self.z.shape[1], generator=self.generator, dtype=torch.float64, device="cpu").to(self.z)
         found = None
         if self.z.requires_grad:
             with no_autocast():
@@ -224,18 +227,17 @@ class _Probe:
             except (RuntimeError, NotImplementedError):
                 with suppress(RuntimeError):
                     self.product = self._in_unit(forward_mode(self.call, self.x.detach(), self.ways[:1]))[0]
-        stated, sizes = self.rows @ self._along(0), self.rows.norm(dim=1)
-        for other in (
-            stated if batched is None else batched @ self._along(0),
-            stated if self.product is None else self.u.double() @ self.product,
-        ):
-            gap, worst = ((stated - other).abs() / sizes).max(dim=0)
+        stated = self.rows @ self._along(0)
+        others = [] if batched is None else [batched @ self._along(0)]
+        others += [] if self.product is None else [self.u.double() @ self.product]
+        for other in others:
+            gap, worst = ((stated - other).abs() / self.rows.norm(dim=1)).max(dim=0)
             if not self._is_noise(float(gap) / 8):
                 self._refuse("another product with J", float(stated[worst]), float(other[worst]))
 
     def _is_noise(self, gap: float) -> bool:
         """Whether the rounding of f explains a relative difference of one thing computed in two ways."""
-        limit = min(_BATCH * self.eps, _COARSE)
+        limit = max(min(_BATCH * self.eps, _COARSE), _LEAST)
         return gap <= limit or gap <= 2 * _UNSEEN * max(self._jitter, self._exact[1])
 
     def _check_secants(self) -> None:
@@ -314,6 +316,8 @@ class _Probe:
         check_output(values, len(points))
         _, beside, *ends, _, _ = self._in_unit(values)
         off = float((beside - self.here).norm()) / (self.size or 1.0)
+        if math.isnan(off):  # the other images are not in the domain of f
+            return self._secants(steps)
         if not self._is_noise(off):
             raise ValueError(
                 f"`f` must map each image for itself; beside another image, an embedding changes by {off:.3g} of its "
@@ -352,7 +356,7 @@ class _Probe:
         return values.detach().double() / self.unit
 
     def _uniform(self, shape: torch.Size) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def _refuse(self, other: str, stated: float, seen: float) -> None:
         raise ValueError(
