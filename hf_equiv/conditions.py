@@ -83,7 +83,7 @@ class Function:
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of f."""
-        return getattr(self.__dict__["plain"], name)
+        return getattr(self.__dict__.get("plain"), name)
 
     def double(self) -> Function | None:
         """Return the float64 twin of f, if it offers one."""
@@ -276,11 +276,11 @@ class _Probe:
     @cached_property
     def _exact(self) -> tuple[Encoding | None, float]:
         """F in float64 and its relative distance from f; None and 0 if it cannot be had."""
-        exact = float64_twin(self.call) or in_float64(self.call.plain)
         try:
+            exact = float64_twin(self.call) or in_float64(self.call.plain)
             with torch.no_grad():
                 z = self._in_unit(exact(self.x.detach().double()))[0]
-        except Exception:  # whatever f raises on float64
+        except Exception:  # whatever f raises on float64, or a lack of memory
             return None, 0.0
         gap = float((z - self.here).norm()) / (self.size or 1.0)
         return (exact, gap) if gap <= _COARSE else (None, 0.0)

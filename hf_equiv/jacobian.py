@@ -25,8 +25,9 @@ class Jacobian:
     products"); without second order it falls back to forward mode (JVP), at three times the cost. TF32 and autocast
     are off. In float32 the products with J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
 
-    Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. Memory: the activations of one
-    image, three times that after the first `mv`, and `batch` times that during a product.
+    Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. The conditions of f are tried first,
+    which does not count. Memory: the activations of one image, three times that after the first `mv`, and `batch` times
+    that during a product.
 
     Args:
         f: the encoder, (1, C, H, W) -> (1, D).
@@ -41,7 +42,7 @@ class Jacobian:
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.
 
     Raises:
-        ValueError: f does not return (1, D), or its output has no gradient.
+        ValueError: f fails a condition of `conditions`, such as a derivative that differences of f contradict.
 
     Example:
         >>> import torch

@@ -667,3 +667,39 @@ def test_the_line_search_steps_back_from_where_f_is_not_finite():
     found = match_embedding(partial, x, f(y))
     assert any(barred)
     torch.testing.assert_close(error64(f, found.images, f(y)), found.errors, rtol=1e-2, atol=1e-7)
+
+
+# Noise
+
+
+def noisy(v: Tensor) -> Tensor:
+    """An embedding of which float32 keeps five digits."""
+    return smooth_mlp()(v) + 30 - 30
+
+
+@pytest.mark.parametrize("rtol", [1e-6, 3e-6, 1e-5, 1e-4])
+@pytest.mark.parametrize("f", [smooth_mlp(), noisy, lambda v: noisy(v.float()).to(v)], ids=["exact", "noisy", "cast"])
+def test_converged_means_the_error_with_its_noise(f, rtol):
+    x, y = images(3, seed=90), images(3, seed=91)
+    result = match_embedding(f, x, y, rtol=rtol, max_evals=200, raise_on_failure=False)
+    exact, z = smooth_mlp()(result.images.double()), smooth_mlp()(y.double())
+    errors = (exact - z).norm(dim=1) / z.norm(dim=1)
+    noise = admit(f, x, noise=True).noise
+    for status, error, true in zip(result.status, result.errors.tolist(), errors.tolist(), strict=True):
+        if status is Status.CONVERGED:
+            assert error + noise <= rtol
+            assert true <= 1.1 * rtol
+        else:
+            assert rtol < 20 * noise
+    if rtol >= 20 * noise:
+        assert result.converged
+
+
+def test_a_tolerance_below_the_noise_is_not_reached():
+    x, y = images(1, seed=92), images(1, seed=93)
+    result = match_embedding(noisy, x, noisy(x), rtol=1e-7, raise_on_failure=False)
+    assert result.status == (Status.STALLED,)
+    assert float(result.errors) <= 1e-7
+    assert "float noise" in Status.STALLED.advice
+    with pytest.raises(ConvergenceError, match="float noise"):
+        match_embedding(noisy, x, noisy(y), rtol=1e-7, max_evals=300)
