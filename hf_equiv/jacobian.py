@@ -25,9 +25,8 @@ class Jacobian:
     products"); without second order it falls back to forward mode (JVP), at three times the cost. TF32 and autocast
     are off. In float32 the products with J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
 
-    Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. The conditions of f are tried first,
-    which does not count. Memory: the activations of one image, three times that after the first `mv`, and `batch` times
-    that during a product.
+    Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. The trial of f does not count.
+    Memory: the activations of one image, three times that after the first `mv`, and `batch` times that during a product.
 
     Args:
         f: the encoder, (1, C, H, W) -> (1, D).

@@ -276,7 +276,7 @@ def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
 def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
     """Bring the best image of a run nearer to the target by a full Jacobian and Newton steps; the solver continues."""
     run.tried = run.error
-    corrector = Corrector(f, run.target, max(rtol - run.noise, 0.5 * rtol))
+    corrector = Corrector(f, run.target, rtol)
     start = corrector.look(run.best)
     corrector.refresh(start)
     place = corrector.newton(start, min(_STEPS[1], int(max_evals - run.num_evals - corrector.num_evals)))
