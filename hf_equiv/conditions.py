@@ -143,6 +143,8 @@ def _eval_mode() -> Iterator[None]:
         acts = isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
         if module.training and acts:
             raise ValueError(f"`f` must be in eval mode; got {module} in train mode. Call `model.eval()` first.")
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(f"`f` must map each image for itself; {module} has no statistics but those of the batch.")
 
     hook = register_module_forward_pre_hook(look)
     try:
@@ -161,7 +163,7 @@ class _Probe:
         self.call, self.generator = call, torch.Generator("cpu").manual_seed(0)
         grid = 2 * torch.finfo(image.dtype).eps  # x ± step is exact for multiples of it
         self.shortest = 4 * grid
-        near = image.double().clamp(1 / 8, 7 / 8) + (self._uniform(image.shape).to(image.device) - 0.5) / 4
+        near = image.double().clamp(3 / 16, 13 / 16) + (self._uniform(image.shape).to(image.device) - 0.5) / 4
         self.x = ((near / grid).round() * grid).to(image)[None].requires_grad_(True)
         signs = (self._uniform(image.shape) - 0.5).sign().to(image)
         self.ways = torch.stack([signs, torch.ones_like(signs)])  # the mean of many signs is near 0

@@ -26,7 +26,7 @@ class Jacobian:
     are off. In float32 the products with J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
 
     Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. The trial of f does not count.
-    Memory: the activations of one image, three times that after the first `mv`, and `batch` times that during a product.
+    Memory: the activations of one image, three times that after the first `mv`, `batch` times that during a product.
 
     Args:
         f: the encoder, (1, C, H, W) -> (1, D).

@@ -111,6 +111,10 @@ BROKEN = {  # a function, or one that makes it anew for every verb; and the sent
     "counter": (counter, "must be deterministic; two calls .* differ by"),
     "dropout": (lambda: net(nn.Dropout(1e-3)).train(), r"must be in eval mode; got Dropout\(p=0.001"),
     "batch norm": (lambda: net(nn.BatchNorm2d(4)).train(), r"must be in eval mode; got BatchNorm2d\(4"),
+    "no statistics": (
+        lambda: net(nn.BatchNorm2d(4, track_running_stats=False)).eval(),
+        "must map each image for itself",
+    ),
     "batch statistics": (lambda x: curved(x - x.mean(0)), "must map each image for itself; .* changes by"),
     "F.batch_norm": (lambda x: curved(F.batch_norm(x, None, None, training=True)), "must map each image for itself"),
     "first image": (lambda x: linear(x) + 0.1 * linear(x[:1]), "must map each image for itself"),
@@ -128,6 +132,7 @@ FALSE = {  # functions whose autograd is not their derivative
     "signs straight through": lambda x: (lambda h: straight_through(h, h.sign()) @ W2.T)((x.flatten(1) - 0.5) @ W1.T),
     "fake quantisation": lambda x: curved(torch.fake_quantize_per_tensor_affine(x, 1 / 15, 0, 0, 15)),
     "rounded": lambda x: curved((x * 255).round() / 255),
+    "a table": lambda x: linear(torch.linspace(0, 1, 256)[(x * 255).long()] ** 2 + 0 * x),
     "thresholds": lambda x: linear((x > 0.5).float() + 0 * x),
     "wrong backward": lambda x: curved(Scaled.apply(x)),
     "halved": hooked(lambda g: 0.5 * g),
@@ -135,7 +140,7 @@ FALSE = {  # functions whose autograd is not their derivative
     "clipped": hooked(lambda g: g / max(1.0, 4 * float(g.norm()))),
     "reversed": hooked(lambda g: -g),
 }
-NEW = ("counter", "dropout", "batch norm")  # these have a state
+NEW = ("counter", "dropout", "batch norm", "no statistics")  # these have a state
 
 
 @every_verb
