@@ -6,11 +6,11 @@
     a tensor        (B, D), strided, real, of a floating-point type
     deterministic   two calls give one embedding
     differentiable  the output is connected to the pixels
+    no batch        an image has one embedding, alone and beside other images
     a derivative    products with J by reverse mode, by its transpose and by differences of f agree
-    no batch        an image has one embedding, alone and beside another image
 
-An f that fails is refused with the two numbers that disagree. Cost: about six evaluations, which count in no
-result. An `Encoder` is frozen, so it is tried once for each image size.
+An f that fails is refused with the two numbers that disagree. Cost: about seven evaluations, which count in no result.
+An `Encoder` is frozen, so it is tried once for each image size.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ _COARSE, _LEAST = 0.1, 1e-6  # and the most for a coarse f, the least for a fine
 _SECANT = 0.03  # largest difference of autograd and a secant, relative; kinks and curvature have a share in it
 _EXACT = 0.01  # the same for tiny steps in float64
 _SIGMAS = 3  # times the noise of a secant that is allowed on top
-_NOISE = 4  # noise of f in units of the spacing of its numbers, if none is measured
+_NOISE = 4  # noise of f in units of the spacing of its numbers, until it is measured
 _LONGEST = 2.0**-7  # largest step of a pixel in a secant
-Steps = list[tuple[Tensor, float]]  # directions (C, H, W), and the change of a pixel along each
 _VARIES = 1.5  # times the noise at one image, for that at others
 _UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
+
+Steps = list[tuple[Tensor, float]]  # directions (C, H, W), and the change of a pixel along each
 
 
 class Function:
@@ -173,7 +174,7 @@ class _Probe:
         self.eps = max(seen.eps, torch.finfo(self.z.dtype).eps, torch.finfo(image.dtype).eps)
         self.unit = power_of_two(float(self.z.detach().double().abs().max())) if self.finite else 1.0
         self.here = self._in_unit(self.z)[0]
-        self.size = float(self.here.norm())
+        self.size = float(self.here.norm()) or 1.0
 
     def run(self, gradient: bool) -> None:
         """Require the conditions, with or without the derivative."""
@@ -195,14 +196,14 @@ class _Probe:
 
     @property
     def noise(self) -> float:
-        """The relative noise of an evaluation: from float64, or else from pixels changed by an ulp."""
+        """Return the relative noise of an evaluation: from float64, or else from pixels changed by an ulp."""
         if not self.finite:
             return 0.0
         exact, gap = self._exact
         return _UNSEEN * self._jitter if exact is None else _VARIES * gap
 
     def _find_rows(self) -> None:
-        """Set the rows Jᵀu (K, N) of random cotangents u (K, D)."""
+        """Set the rows Jᵀu (K, N) of random cotangents u (K, D), and the first of them by a pass of its own."""
         self.u = torch.randn(2, self.z.shape[1], generator=self.generator, dtype=torch.float64, device="cpu").to(self.z)
         found = None
         if self.z.requires_grad:
@@ -214,28 +215,30 @@ class _Probe:
                 "round, compare or sort."
             )
         with no_autocast():
-            rows = torch.cat([found, vjps(self.z[0], self.x, self.u[1:])[0]])
-        self.rows = self._in_unit(rows).flatten(1)
+            try:
+                rows = vjps(self.z[0], self.x, self.u)
+            except RuntimeError:  # a backward pass of f takes one cotangent at a time
+                rows = torch.cat([found, vjps(self.z[0], self.x, self.u[1:])[0]])
+        self.rows, self.alone = self._in_unit(rows).flatten(1), self._in_unit(found).flatten()
 
     def _find_product(self) -> None:
         """Set J v (D,), or None without second order and forward mode; require that all products with J agree."""
-        self.product, batched = None, None
+        self.product = None
         with no_autocast(), exact_derivatives():
-            with suppress(RuntimeError, NotImplementedError):
-                batched = self._in_unit(vjps(self.z[0], self.x, self.u)).flatten(1)
             try:
                 u, gradient = transposed(self.call, self.x)
                 self.product = self._in_unit(vjps(gradient, u, self.ways[:1, None]))[0]
             except (RuntimeError, NotImplementedError):
                 with suppress(RuntimeError):
                     self.product = self._in_unit(forward_mode(self.call, self.x.detach(), self.ways[:1]))[0]
-        stated = self.rows @ self._along(0)
-        others = [] if batched is None else [batched @ self._along(0)]
-        others += [] if self.product is None else [self.u.double() @ self.product]
-        for other in others:
-            gap, worst = ((stated - other).abs() / self.rows.norm(dim=1)).max(dim=0)
-            if not self._is_noise(float(gap) / 8):
-                self._refuse("another product with J", float(stated[worst]), float(other[worst]))
+        along = self._along(0)
+        pairs = [(self.rows[0] @ along, self.alone @ along)]
+        if self.product is not None:
+            pairs += zip(self.rows @ along, self.u.double() @ self.product, strict=True)
+        size = float(self.rows.norm())
+        for first, second in pairs:
+            if not self._is_noise(float((first - second).abs()) / (8 * size)):
+                self._refuse("another product with J", float(first), float(second))
 
     def _is_noise(self, gap: float) -> bool:
         """Whether the rounding of f explains a relative difference of one thing computed in two ways."""
@@ -265,11 +268,8 @@ class _Probe:
         exact, gap = self._exact
         if exact is not None:
             for width in (2.0**-20, 2.0**-26):
-                yield (
-                    self._secants([(way.double(), width) for way in self.ways], exact),
-                    0.0,
-                    _EXACT + 8 * max(self.eps, gap),
-                )
+                secants = self._secants([(way.double(), width) for way in self.ways], exact)
+                yield secants, 0.0, _EXACT + 8 * max(self.eps, gap)
             return
         louder = max(noise, 2 * _UNSEEN * self._jitter * self.size)
         for level, width in ((noise, max(step / 8, self.shortest)), (louder, self._step(louder, slope))):
@@ -277,14 +277,14 @@ class _Probe:
 
     @cached_property
     def _exact(self) -> tuple[Encoding | None, float]:
-        """F in float64 and its relative distance from f; None and 0 if it cannot be had."""
+        """Return f in float64 and its relative distance from f; None and 0 if it cannot be had."""
         try:
             exact = float64_twin(self.call) or in_float64(self.call.plain)
             with torch.no_grad():
                 z = self._in_unit(exact(self.x.detach().double()))[0]
         except Exception:  # whatever f raises on float64, or a lack of memory
             return None, 0.0
-        gap = float((z - self.here).norm()) / (self.size or 1.0)
+        gap = float((z - self.here).norm()) / self.size
         return (exact, gap) if gap <= _COARSE else (None, 0.0)
 
     def _check_flat(self) -> None:
@@ -317,7 +317,7 @@ class _Probe:
             return self._secants(steps)
         check_output(values, len(points))
         _, beside, *ends, _, _ = self._in_unit(values)
-        off = float((beside - self.here).norm()) / (self.size or 1.0)
+        off = float((beside - self.here).norm()) / self.size
         if math.isnan(off):  # the other images are not in the domain of f
             return self._secants(steps)
         if not self._is_noise(off):
@@ -348,11 +348,11 @@ class _Probe:
 
     @cached_property
     def _jitter(self) -> float:
-        """The relative difference of f between two images a unit in the last place away."""
+        """Return the relative difference of f between two images a unit in the last place away."""
         change = self.eps * self.ways[0]
         with torch.no_grad():
             ends = [self._in_unit(self.call(self.x.detach() * (1 + sign * change)))[0] for sign in (1, -1)]
-        return float((ends[0] - ends[1]).norm()) / math.sqrt(2) / (self.size or 1.0)
+        return float((ends[0] - ends[1]).norm()) / math.sqrt(2) / self.size
 
     def _in_unit(self, values: Tensor) -> Tensor:
         return values.detach().double() / self.unit

@@ -43,7 +43,7 @@ def curved(x: Tensor) -> Tensor:
 
 VERBS = {
     "match_embedding": lambda f: match_embedding(f, X, Y, max_evals=20, raise_on_failure=False),
-    "refine_8bit": lambda f: refine_8bit(f, X, Y, max_evals=5),
+    "refine_8bit": lambda f: refine_8bit(f, X, Y, max_evals=4),
     "jacobian_spectrum": lambda f: jacobian_spectrum(f, X[:1]),
     "row_space": lambda f: row_space(f, X[0]),
     "Jacobian": lambda f: Jacobian(f, X[0]).as_matrix(),
