@@ -86,7 +86,7 @@ def test_float32_values_lie_within_their_bound_of_float64():
     assert float((single.error_bound / single.sigma_max[:, None]).max()) < 1e-5
 
 
-def test_a_callable_without_twin_is_measured_against_itself():
+def test_a_callable_is_measured_against_itself_in_float64():
     model = smooth_mlp()
     weights = (model.W1.float(), model.b.float(), model.W2.float())
 
@@ -95,7 +95,7 @@ def test_a_callable_without_twin_is_measured_against_itself():
 
     single = jacobian_spectrum(f, images(1, seed=5))
     exact = torch.linalg.svdvals(model.jacobian(images(1, seed=5)[0]))
-    assert single.noise_method == ("perturbed input",)
+    assert single.noise_method == ("float64 twin",)
     assert bool(((single.singular_values[0] - exact).abs() <= single.error_bound[0]).all())
 
 
