@@ -35,14 +35,16 @@ ROOT_FILES = {
     "results": [],
     "checks": [],
     "precision": ["checks"],
-    "jacobian": ["checks", "precision"],
+    "derivatives": ["precision"],
+    "conditions": ["checks", "precision", "derivatives"],
+    "jacobian": ["checks", "precision", "derivatives", "conditions"],
     "formatting": [],
     "limits": [],
     "png_file": ["limits"],
     "hub_client": ["formatting"],
     "__main__": ["cli"],
 }
-NUMERICS = ["matching", "geometry", "results", "checks", "precision", "jacobian"]
+NUMERICS = ["matching", "geometry", "results", "checks", "precision", "derivatives", "conditions", "jacobian"]
 MOST_FILES = 10
 
 # Where a library may be imported: folders, files of the root, or single files. torch may be imported everywhere.

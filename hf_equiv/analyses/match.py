@@ -303,7 +303,8 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
         reached, status = row["embedding_error"], row["status"]
         missed = {Status.STALLED, Status.INFEASIBLE}
         missed |= {Status.MAX_EVALS} if (row["num_evals"] or 0.0) > settings["max_evals"] - 1 else set()
-        if reached is not None and reached <= settings["rtol"]:
+        noisy = reached is not None and reached + 4 * (row["noise_floor"] or 0.0) > settings["rtol"]
+        if reached is not None and reached <= settings["rtol"] and not (noisy and status in missed):
             status = Status.CONVERGED
         elif status not in missed:
             status = Status.STALLED

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.conditions import admit
+from hf_equiv.derivatives import forward_mode
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
 from hf_equiv.geometry.secants import secant_noise
-from hf_equiv.jacobian import Jacobian, forward_mode, measure_images
+from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
@@ -168,6 +170,7 @@ def regional_lipschitz(
     _check(images, radius, norm, num_steps, num_batches, batch_size)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     scale = pixel_std(f, images, std)
+    f = admit(f, images)
 
     def measure(J: Jacobian, _: int) -> dict[str, Any]:
         found = _Search(f, J, radius, norm, generator).run(num_steps, num_batches, batch_size)

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_equiv.conditions import as_function
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding, float64_twin, in_float64, power_of_two, resolved_step
 
@@ -295,7 +296,7 @@ def _references(f: Encoding, J: Jacobian) -> tuple[list[list[Jacobian]], str, in
     fine = torch.finfo(torch.float64).eps
     if J.eps > fine:
         try:
-            reference = Jacobian(float64_twin(f) or in_float64(f), J.image.double())
+            reference = Jacobian(as_function(float64_twin(f) or in_float64(f)), J.image.double())
             if reference.eps == fine:
                 return [[reference]], "float64 twin", 0
         except (RuntimeError, TypeError, ValueError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.conditions import admit
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
 from hf_equiv.jacobian import Jacobian, measure_images
@@ -147,6 +148,7 @@ def jacobian_spectrum(
     if k is not None:
         checks.check_count(k, "k")
     options = k, method, vectors, rank_rtol, rtol
+    f = admit(f, images)
     fields = measure_images(f, images, batch, lambda J, _: _measure(f, J, *options), progress)
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_equiv.checks import check_tensor
+from hf_equiv.conditions import Function
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
@@ -90,6 +91,7 @@ class Encoder:
         self.has_head = loaded.has_head
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
         self._twin: Encoder | None = None
+        self.admitted: dict[Any, Function] = {}  # by `conditions.admit`: an encoder is frozen, so it is tried once
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
 
     @classmethod
