@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_count, check_output
-from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, Recorded, exact_derivatives, no_autocast, no_tf32
 
 
 class Jacobian:
@@ -35,7 +35,7 @@ class Jacobian:
         image: x, (C, H, W).
         z: f(x), (D,), in the dtype of `image`; `output` is f(x) in the dtype of f.
         shape: (D, N).
-        eps: relative spacing of the coarser dtype among `image` and f's output.
+        eps: relative spacing of the coarsest dtype among `image`, f's output and the numbers inside f.
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.
 
     Raises:
@@ -55,7 +55,7 @@ class Jacobian:
         check_count(batch, "batch")
         self._f = lambda x: f(x.clone())  # a copy lets f normalise in place
         self._batch = batch if image.is_cuda else min(batch, 8)
-        with torch.inference_mode(False), torch.enable_grad(), no_tf32():
+        with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
             self._x = image.detach().clone(memory_format=torch.contiguous_format)[None].requires_grad_(True)
             output = self._f(self._x)
             check_output(output, 1)
@@ -68,7 +68,7 @@ class Jacobian:
         self.output = self._z.detach()
         self.z = self.output.to(image.dtype)
         self.shape = (self.z.numel(), image.numel())
-        self.eps = max(torch.finfo(image.dtype).eps, torch.finfo(output.dtype).eps)
+        self.eps = max(torch.finfo(image.dtype).eps, torch.finfo(output.dtype).eps, seen.eps)
         self._spent = 1
         self._transpose: tuple[Tensor, Tensor] | None = None
         self._forward_mode = False

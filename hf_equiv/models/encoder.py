@@ -24,7 +24,7 @@ from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalis
 from hf_equiv.models.readouts import check_size, embed, find_layout, native_size, probe, resolve_readout
 from hf_equiv.models.structure import left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
-from hf_equiv.precision import Float64Softmax, exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import InFloat64, exact_derivatives, no_autocast, no_tf32
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
@@ -173,8 +173,8 @@ class Encoder:
         with ExitStack() as rules, no_tf32(), no_autocast():
             if exact or forward_ad.unpack_dual(pixels).tangent is not None:
                 rules.enter_context(exact_derivatives())
-            if exact and self._loaded.attention == "eager":
-                rules.enter_context(Float64Softmax())
+            if exact:
+                rules.enter_context(InFloat64())
             x = normalise(pixels.to(self.dtype), self._mean, self._std)
             return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
 
