@@ -12,7 +12,15 @@ from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import count_images, embed, largest, median_of, relative_error, verdict
+from hf_equiv.analyses.measures import (
+    count_images,
+    embed,
+    largest,
+    median_of,
+    probabilities,
+    relative_error,
+    verdict,
+)
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_choice, check_count, check_positive
@@ -150,7 +158,7 @@ def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
     if not encoder.has_head:
         return [{"label": None, "prob": None} for _ in frames]
     with torch.no_grad(), no_tf32():
-        probs = torch.cat([encoder.classify(some).double().softmax(dim=1) for some in frames.split(CHUNK)])
+        probs = torch.cat([probabilities(encoder, encoder.classify(some)) for some in frames.split(CHUNK)])
     names = encoder.label_names
     return [{"label": names[int(p.argmax())], "prob": finite(p.max())} for p in probs]
 

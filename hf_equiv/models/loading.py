@@ -89,6 +89,7 @@ def _from_pretrained(
                 attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and are refused with their names
                 local_files_only=True,
                 **options,
             )
@@ -208,7 +209,7 @@ def _is_classifier(model: PreTrainedModel) -> bool:
 def _check_labels(model: PreTrainedModel, mismatched: Any, checkpoint: Checkpoint) -> None:
     """Require one name for each logit of a classification head."""
     names = model.config.id2label or {}
-    count = next((shape[0] for name, shape, _ in mismatched if set(_HEADS) & set(name.split("."))), len(names))
+    count = next((shape[0] for name, shape, _ in mismatched if {*_HEADS, "fc"} & set(name.split("."))), len(names))
     if _is_classifier(model) and sorted(names) != list(range(count)):
         raise ValueError(
             f"id2label in the config.json of '{checkpoint.model_id}' must name the {count} logits of its head, 0 to "

@@ -111,7 +111,8 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def _to_pixels(processor: Any, image: Image.Image) -> Tensor:
     if type(processor).__name__.startswith(_OFF_GRID):
         return torch.as_tensor(np.asarray(_run(processor, image, do_normalize=False))).clamp(0, 1)
-    values = np.asarray(_run(processor, image, **{name: False for name in _AFTER if hasattr(processor, name)}))
+    known = getattr(getattr(processor, "valid_kwargs", None), "__annotations__", _AFTER[:2])
+    values = np.asarray(_run(processor, image, **{name: False for name in _AFTER if name in known}))
     if values.dtype != np.uint8:  # (3, H, W)
         raise ValueError(f"the image processor must resize 8-bit images to 8-bit images; got {values.dtype}.")
     return torch.from_numpy((values.astype(np.float64) * (1 / 255)).astype(np.float32))
@@ -126,32 +127,30 @@ def _measure(processor: Any, settings: dict[str, Any], checkpoint: Checkpoint) -
     """Return the scaling that gives the output of the processor on a square image, and the shape of its pixels."""
     kind = type(processor).__name__
     must = f"the image processor of '{checkpoint.model_id}' must scale each channel by a factor and an offset; {kind}"
-    wrong, stated = None, []
-    try:
-        stated.append(_stated(settings, checkpoint))
-    except ValueError as error:
-        wrong = error
+    plausible = [Scaling((0.0,) * 3, (1.0,) * 3)]
+    if getattr(processor, "do_normalize", False):
+        plausible.insert(0, _stated(settings, checkpoint))
     try:
         pixels, whole = _halves(processor, _noise(48, 48))  # square: no processor pads it
         plain = _to_pixels(processor, Image.new("RGB", (48, 48), (204, 102, 51)))
-        channels = whole.shape == pixels.shape and whole.shape[-3] == 3
+        colour = plain[..., plain.shape[-2] // 2, plain.shape[-1] // 2].reshape(-1, 3)[0]
+        kept = whole.shape == pixels.shape and torch.allclose(colour, torch.tensor([0.8, 0.4, 0.2]), atol=1e-3)
     except Exception as error:
-        raise wrong or ValueError(f"{must} cannot ({excerpt(error)}). Correct {_FILE}.") from error
-    if not channels or float((plain - torch.tensor([0.8, 0.4, 0.2]).view(3, 1, 1)).abs().max()) > 1e-3:
+        raise ValueError(f"{must} cannot ({excerpt(error)}). Choose another checkpoint, or correct {_FILE}.") from error
+    if not kept:
         raise ValueError(f"{must} makes {tuple(whole.shape)} of one image, or other colours. {_CHOOSE}")
     exact = 0.0 if getattr(processor, "backend", "pil") == "pil" else 1e-5  # torchvision fuses and rounds differently
-    plausible = [*stated, Scaling((0.0,) * 3, (1.0,) * 3)]
     candidates = [replace(one, tolerance=exact, flipped=flipped) for one in plausible for flipped in (False, True)]
     candidates += [_fit(pixels, whole, flipped) for flipped in (False, True)]
     for scaling in candidates:
         if min(scaling.std) > 0 and scaling.difference(pixels, whole) <= scaling.tolerance:
             return scaling, pixels.shape
-    raise wrong or ValueError(f"{must} does more than that. {_CHOOSE}")
+    raise ValueError(f"{must} does more than that. {_CHOOSE}")
 
 
 def _halves(processor: Any, image: Image.Image) -> tuple[Tensor, Tensor]:
     """Return the pixels of an image and what the processor makes of them, (..., 3, H, W)."""
-    return _to_pixels(processor, image), torch.as_tensor(np.asarray(_run(processor, image)))
+    return _to_pixels(processor, image), torch.from_numpy(np.array(_run(processor, image)))
 
 
 def _fit(pixels: Tensor, whole: Tensor, flipped: bool) -> Scaling:
