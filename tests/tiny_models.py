@@ -322,6 +322,9 @@ MORE_FAMILIES: dict[str, Family] = {
         part="efficientnet",
     ),
     "hgnet_v2": Family(lambda: t.HGNetV2ForImageClassification(t.HGNetV2Config(**_HGNET, **_LABELS)), "vit", "mean"),
+    "pp_lcnet": Family(
+        lambda: t.PPLCNetForImageClassification(t.PPLCNetConfig(scale=0.25, class_expand=32, **_LABELS)), "vit", "mean"
+    ),
     "textnet": Family(
         lambda: t.TextNetForImageClassification(t.TextNetConfig(**_TEXTNET, **_LABELS)), "vit", "pooler", part="textnet"
     ),

@@ -31,6 +31,11 @@ class LoadedModel:
     has_pooler: bool  # whether every weight of the pooler (if it has any) is in the checkpoint
     two_tower: bool  # whether the checkpoint also holds a text encoder
 
+    @property
+    def is_bare_head(self) -> bool:
+        """Whether the model is a classifier without a base model, as HGNetV2 is."""
+        return self.has_head and self.model is self.backbone
+
     def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
         """Return a copy with parameters in `dtype`; float64 keeps every float32 value exactly."""
         twin = copy.deepcopy((self.model, self.backbone, self.projection))  # one call, so that shared parts stay shared
@@ -160,10 +165,10 @@ def _choose_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
     found = found[0] if isinstance(found, tuple | list) else found
     if found is None and checkpoint.trust_remote_code and "AutoModel" in (getattr(config, "auto_map", None) or {}):
         return AutoModel
-    if found is None and getattr(named, "config_class", None) is type(config):  # the image tower of a larger model
-        found = named
+    if found is None and getattr(named, "config_class", None) is type(config) and "For" not in architectures[0]:
+        found = named  # the image tower of a larger model
     if found is None:
-        raise _not_an_image_encoder(checkpoint, config)
+        raise _not_an_image_encoder(checkpoint, config, ", whose image encoder transformers does not offer alone")
     _check_class(found, config, checkpoint)
     return found
 

@@ -37,7 +37,7 @@ class Layout:
 
 def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tuple[int, int]) -> Layout:
     """Read the layout off the outputs of one forward pass of two images at `image_size`."""
-    last = _last(outputs)
+    last = _last(loaded, outputs)
     if not isinstance(last, Tensor) or last.ndim not in (3, 4) or not last.is_floating_point():
         raise ValueError(
             f"`model_id` must map pixels to hidden states (B, T, D) or (B, C, H, W); {type(loaded.backbone).__name__} "
@@ -52,7 +52,8 @@ def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tup
     patch, width = _patch(loaded.backbone.config)
     count = last.shape[1] - prefix - suffix
     tiles = 0 < patch == width and count == (image_size[0] // patch) * (image_size[1] // patch)
-    hidden = outputs.get("hidden_states") or ()
+    hidden = tuple(outputs.get("hidden_states") or ())
+    hidden = hidden if all(isinstance(state, Tensor) for state in hidden) else ()
     there = {
         "cls": prefix > 0,
         "mean": True,
@@ -102,16 +103,15 @@ def _listed(layout: Layout) -> str:
 def embed(loaded: LoadedModel, layout: Layout, readout: str, pixel_values: Tensor, interpolate: bool) -> Tensor:
     """Map normalised pixels (B, 3, H, W) to the embedding (B, D) of `readout`."""
     if readout == "logits":
-        return run(loaded.model, pixel_values, interpolate).logits
+        return run(loaded.model, pixel_values, interpolate)[0]  # the scores come first; PPLCNet gives them no name
     deep = readout.startswith("hidden:")
-    headed = loaded.has_head and loaded.model is loaded.backbone  # gives no last hidden state by that name
-    outputs = run(loaded.backbone, pixel_values, interpolate, output_hidden_states=deep or headed)
+    outputs = run(loaded.backbone, pixel_values, interpolate, output_hidden_states=deep or loaded.is_bare_head)
     if readout == "pooler":
         return outputs.pooler_output.flatten(1)  # some convolutional networks give (B, D, 1, 1)
     if readout == "projection":
         pooled = outputs.pooler_output
         return pooled if loaded.projection is None else loaded.projection(pooled)
-    last = _last(outputs)
+    last = _last(loaded, outputs)
     if deep:
         state = outputs.hidden_states[int(readout.partition(":")[2])]
         if layout.prefix and state.ndim == 3 and state.shape[1] == last.shape[1]:  # PVT adds the class token late
@@ -138,12 +138,9 @@ def run(model: Any, pixel_values: Tensor, interpolate: bool, output_hidden_state
     return model(pixel_values, **kwargs)
 
 
-def _last(outputs: Mapping[str, Any]) -> Any:
+def _last(loaded: LoadedModel, outputs: Mapping[str, Any]) -> Any:
     """Return the last hidden state; a classifier without a base model (HGNetV2) gives it among all of them."""
-    last = outputs.get("last_hidden_state")
-    if last is None and "logits" in outputs and outputs.get("hidden_states"):
-        return outputs["hidden_states"][-1]
-    return last
+    return outputs["hidden_states"][-1] if loaded.is_bare_head else outputs.get("last_hidden_state")
 
 
 def _mean(state: Tensor, prefix: int, suffix: int) -> Tensor:

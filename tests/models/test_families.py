@@ -34,12 +34,13 @@ def own_readouts(model: Any, family: Family, pixel_values: Tensor) -> dict[str, 
     wanted: dict[str, Tensor] = {}
     with torch.no_grad():
         if "ForImageClassification" in type(model).__name__:
-            wanted["logits"] = model(pixel_values).logits
+            wanted["logits"] = model(pixel_values)[0]
         if hasattr(model, "get_image_features"):
             wanted["projection"] = model.get_image_features(pixel_values).pooler_output
             model = model.vision_model
         out = (getattr(model, family.part) if family.part else model)(pixel_values, output_hidden_states=True)
-    last = out.hidden_states[-1] if "last_hidden_state" not in out else out.last_hidden_state
+    bare = "logits" in wanted and not family.part  # its only outputs are scores and hidden states
+    last = out.hidden_states[-1] if bare else out.last_hidden_state
     if out.get("pooler_output") is not None:
         wanted["pooler"] = out.pooler_output.flatten(1)
     wanted["tokens"] = last.flatten(1)
