@@ -61,7 +61,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     backbone = model.vision_model if two_tower else _backbone(model)
     _check_inputs(backbone, config, checkpoint)
     parts = {part for key in _missing(model, report, two_tower, checkpoint) for part in key.split(".")}
-    head = _is_classifier(model) and not parts & {*_HEADS, "pooler"} and config.num_labels > 0
+    head = _is_classifier(model) and not parts & {*_HEADS, "pooler"} and (config.num_labels or 0) > 0
     for owner in (model, backbone):
         for name in (*_HEADS, "pooler", "visual_projection", *(("head",) if "siglip" in config.model_type else ())):
             part = getattr(owner, name, None)
