@@ -104,6 +104,8 @@ class Encoder:
         try:
             two = self._normalise(self._grey.expand(2, -1, -1, -1))
             outputs = probe(self._loaded, two, self._interpolates(self._grey))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             raise ValueError(
                 f"`model_id` must embed RGB images of {size[0]}×{size[1]}, the size of its image processor; {name} of "

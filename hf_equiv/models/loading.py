@@ -61,7 +61,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     backbone = model.vision_model if two_tower else _backbone(model)
     _check_inputs(backbone, config, checkpoint)
     parts = {part for key in _missing(model, report, two_tower, checkpoint) for part in key.split(".")}
-    head = _is_classifier(model) and not parts & {*_HEADS, "pooler"} and config.num_labels > 0
+    head = _is_classifier(model) and not parts & {*_HEADS, "pooler"} and (config.num_labels or 0) > 0
     for owner in (model, backbone):
         for name in (*_HEADS, "pooler", "visual_projection", *(("head",) if "siglip" in config.model_type else ())):
             part = getattr(owner, name, None)
@@ -186,14 +186,16 @@ def _check_class(kind: Any, config: PreTrainedConfig, checkpoint: Checkpoint) ->
 
 def _check_inputs(model: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
     """Require that the forward pass of a model or class takes pixels, and needs nothing else."""
-    inputs = {name: one for name, one in inspect.signature(model.forward).parameters.items() if name != "self"}
-    first = next(iter(inputs))
+    signature = inspect.signature(model.forward).parameters.values()
+    inputs = [one for one in signature if one.name != "self" and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    names = [one.name for one in inputs]
+    own_name = getattr(model, "main_input_name", None) == "pixel_values" and "pixel_values" not in names  # remote code
+    first = names[0] if names and not own_name else "pixel_values"
     if first != "pixel_values":
         tower = next((name for name in ("image_model", "vision_tower") if hasattr(model, name)), None)
         cure = "" if tower is None else f" (its image tower is `{tower}`: save that alone)"
         raise _not_an_image_encoder(checkpoint, config, f", whose first input is `{first}`{cure}")
-    needed = [name for name, one in inputs.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
-    others = " and ".join(name for name in needed if name != first)
+    others = " and ".join(one.name for one in inputs[1:] if one.default is one.empty)
     if others:
         raise _not_an_image_encoder(checkpoint, config, f", which needs {others} beside the pixels")
 

@@ -207,10 +207,11 @@ def _stated(settings: dict[str, Any], checkpoint: Checkpoint, trusted: bool = Fa
     """Return the scaling by image_mean and image_std; `trusted` settings must ask for nothing else."""
     other = [name for name in _AFTER[2:] if settings.get(name)]
     factor = 1 if settings.get("do_rescale") is False else settings.get("rescale_factor", 1 / 255)
-    if trusted and (other or not isinstance(factor, int | float) or abs(factor - 1 / 255) > 1e-12):
+    if trusted and (other or not (isinstance(factor, int | float) and abs(factor - 1 / 255) <= 1e-12)):
+        asked = " and ".join([f"a factor of {factor!r:.40}", *other])
         raise ValueError(
             f"{_FILE} must rescale by 1/255 and normalise, if its image processor cannot be built here; that of "
-            f"'{checkpoint.model_id}' has a factor of {factor} {' and '.join(['', *other])}. {_CHOOSE}"
+            f"'{checkpoint.model_id}' asks for {asked}. {_CHOOSE}"
         )
     if settings.get("do_normalize") is False:
         return Scaling((0.0,) * 3, (1.0,) * 3)
