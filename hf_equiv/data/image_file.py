@@ -243,7 +243,8 @@ def _grey_to_rgb(strip: Image.Image, image: Image.Image, extrema: Any, name: str
     deep = image.mode != "I" or image.format in ("PNG", "PPM")  # the file itself states 16 bits
     bits = getattr(image, "tag_v2", {}).get(258)
     most = 4095 if bits == (12,) else 65535 if deep else None
-    levels = _to_8_bit(values, *extrema, name, f"mode {image.mode}", most)
+    low, high = extrema
+    levels = _to_8_bit(values, low, high, name, f"mode {image.mode}", most)
     levels[values == key] = 255  # the transparent level, over white
     return Image.fromarray(levels).convert("RGB")
 

@@ -97,8 +97,9 @@ def _copy(
     with ArrowWriter(features=kept or datasets.Features.from_arrow_schema(schema), path=str(to)) as writer:
         for path in paths:
             for batch in read_batches(path, columns, rows=_ROWS):
-                for row in batch.to_pylist() if check else ():
-                    check(row)
+                if check is not None:
+                    for row in batch.to_pylist():
+                        check(row)
                 writer.write_table(pa.Table.from_batches([batch]))
         writer.finalize()
 
