@@ -128,15 +128,17 @@ def _pixel_chunks(data: bytes) -> bytes:
     # Pillow refuses a file for a long text, a large profile or a wrong checksum in a part that nobody needs.
     if not data.startswith(SIGNATURE):
         return data
-    kept = (chunk for kind, chunk in chunks(data) if kind in (b"tRNS", b"eXIf") or kind[:1].isupper() or _turns(chunk))
+    kept = (chunk for kind, chunk in chunks(data) if kind == b"tRNS" or kind[:1].isupper() or _turns(chunk))
     return b"".join([SIGNATURE, *kept])
 
 
 def _turns(chunk: memoryview) -> bool:
-    """Return whether a chunk of a PNG file is a short text that may state a rotation."""
+    """Return whether a chunk of a PNG file is EXIF or a short text that may state a rotation, and undamaged."""
     if len(chunk) > _LONGEST_TEXT or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
         return False
     kind, (word, _, text) = bytes(chunk[4:8]), bytes(chunk[8:-4]).partition(b"\0")
+    if kind == b"eXIf":
+        return True
     if word == b"XML:com.adobe.xmp":
         return kind == b"iTXt" and text[:1] == b"\0"
     with suppress(zlib.error):
