@@ -128,15 +128,17 @@ def _pixel_chunks(data: bytes) -> bytes:
     # Pillow refuses a file for a long text, a large profile or a wrong checksum in a part that nobody needs.
     if not data.startswith(SIGNATURE):
         return data
-    kept = (chunk for kind, chunk in chunks(data) if kind in (b"tRNS", b"eXIf") or kind[:1].isupper() or _turns(chunk))
+    kept = (chunk for kind, chunk in chunks(data) if kind == b"tRNS" or kind[:1].isupper() or _turns(chunk))
     return b"".join([SIGNATURE, *kept])
 
 
 def _turns(chunk: memoryview) -> bool:
-    """Return whether a chunk of a PNG file is a short text that may state a rotation."""
+    """Return whether a chunk of a PNG file is EXIF or a short text that may state a rotation, and undamaged."""
     if len(chunk) > _LONGEST_TEXT or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
         return False
     kind, (word, _, text) = bytes(chunk[4:8]), bytes(chunk[8:-4]).partition(b"\0")
+    if kind == b"eXIf":
+        return True
     if word == b"XML:com.adobe.xmp":
         return kind == b"iTXt" and text[:1] == b"\0"
     with suppress(zlib.error):
@@ -243,7 +245,8 @@ def _grey_to_rgb(strip: Image.Image, image: Image.Image, extrema: Any, name: str
     deep = image.mode != "I" or image.format in ("PNG", "PPM")  # the file itself states 16 bits
     bits = getattr(image, "tag_v2", {}).get(258)
     most = 4095 if bits == (12,) else 65535 if deep else None
-    levels = _to_8_bit(values, *extrema, name, f"mode {image.mode}", most)
+    low, high = extrema
+    levels = _to_8_bit(values, low, high, name, f"mode {image.mode}", most)
     levels[values == key] = 255  # the transparent level, over white
     return Image.fromarray(levels).convert("RGB")
 

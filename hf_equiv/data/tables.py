@@ -107,8 +107,9 @@ def _copy(
     with ArrowWriter(features=kept or datasets.Features.from_arrow_schema(schema), path=str(to)) as writer:
         for path in paths:
             for batch in read_batches(path, columns, rows=_ROWS):
-                for row in batch.to_pylist() if check else ():
-                    check(row)
+                if check is not None:
+                    for row in batch.to_pylist():
+                        check(row)
                 writer.write_table(pa.Table.from_batches([batch]))
         writer.finalize()
 
@@ -260,15 +261,16 @@ def table_images(
         path = cell.get("path") if isinstance(cell, dict) else cell
         if not path:
             raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or drop the row.")
-        named = names_in is not None and not isinstance(cell, dict)
-        file = Path(names_in or "", path) if named else Path(path)
-        homes = (names_in.resolve(),) if named and names_in else inside
-        if "\0" in path or not any(file.resolve().is_relative_to(folder) for folder in homes):
+        homes = inside
+        if names_in is not None and isinstance(cell, str):
+            path, homes = os.path.join(names_in, cell), (names_in.resolve(),)
+        known = isinstance(path, str) and "\0" not in path
+        if not known or not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in homes):
             raise ValueError(
                 f"{where} must hold an image; got the path of a file elsewhere, which is never opened. Store the bytes "
                 "of the file, or its name in a column of text for files beside the table."
             )
-        return open_image(file, where)
+        return open_image(path, where)
 
     ids = tuple(map(str, range(len(dataset))))
     told = f"taking image column {column!r} of {_listed(found)}; `image_column` names another"

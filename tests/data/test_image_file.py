@@ -49,6 +49,7 @@ def test_photos_of_every_promised_format_are_read(kind):
         chunk(b"tEXt", b"x\0" + bytes(70_000_000)),
         chunk(b"tEXt", b"x\0y")[:-1] + b"\0",
         chunk(b"eXIf", b"II*\0no exif"),
+        chunk(b"eXIf", b"II*\0")[:-1] + b"\0",
     ],
 )
 def test_texts_and_profiles_do_not_spoil_the_pixels(before):

@@ -110,6 +110,19 @@ def test_processors_that_cannot_be_reproduced_are_refused(settings: Any, message
         preprocess(PHOTOS["odd"])
 
 
+@pytest.mark.parametrize("name", ["clip", "convnext", "bit", "vit"])
+def test_the_cost_follows_the_input_that_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS[name]))
+    monkeypatch.setattr("hf_equiv.models.preprocess.MOST_RESIZED", 100_000)
+    assert preprocess(photo(60, 1)).shape[1:] == (3, *preprocess.size)
+    for size in ((1200, 1), (1, 1200)):
+        if name == "vit":  # resizes to a square whatever the shape
+            assert preprocess(photo(*size)).shape[1:] == (3, *preprocess.size)
+        else:
+            with pytest.raises(ValueError, match=rf"so long and thin; {size[0]} x {size[1]} .* Crop the image first"):
+                preprocess(photo(*size))
+
+
 def test_missing_or_useless_file_is_named(tmp_path: Path) -> None:
     point = checkpoint(tmp_path, {"image_processor_type": "NoSuchImageProcessor"})
     with pytest.raises(ValueError, match=r"preprocessor_config.json must state image_mean and image_std"):

@@ -15,9 +15,10 @@ import pytest
 import torch
 import views
 from gradio.route_utils import delete_files_created_by_app
+from hostile import NO_PHOTOS, NOT_STORED
 from showcase import Showcase, open_showcase
 
-from hf_equiv.data.image_file import decode_png, encode_png, open_image
+from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.tables import refuse_swollen
 from hf_equiv.runs.schema import MATCH
 from hf_equiv.runs.shards import read_shard, shard_bytes
@@ -226,9 +227,24 @@ def test_only_certain_classes_are_called_certain(share, said):
     assert views.percent(share) == said
 
 
-def test_an_upload_has_a_limit_of_its_own():
-    with pytest.raises(ValueError, match="at most 99 pixels"):
-        open_image(encode_png(torch.zeros(3, 10, 10)), most_pixels=99)
+def test_an_upload_is_a_file_like_others(parts, tmp_path, monkeypatch):
+    for name, data in NO_PHOTOS.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        with pytest.raises(gr.Error, match="The source photo must be an image"):
+            parts.try_tab.read_upload(str(tmp_path / f"{name}.png"), "source")
+    (tmp_path / "a.png").write_bytes(encode_png(torch.zeros(3, 10, 10)))
+    assert parts.try_tab.read_upload(str(tmp_path / "a.png"), "source").size == (10, 10)
+    monkeypatch.setattr("hf_equiv.data.image_file.MAX_PIXELS", 99)  # the one limit
+    with pytest.raises(gr.Error, match="at most 99 pixels"):
+        parts.try_tab.read_upload(str(tmp_path / "a.png"), "source")
+
+
+@pytest.mark.parametrize("kind", ["gamma", "tail", "second frame", "eps", "palette"])
+def test_pictures_that_hold_more_than_pixels_are_refused(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"(a PNG of 8-bit RGB pixels and nothing else|be PNG files)"):
+        open_showcase(
+            copy_run(tmp_path / "a", source=NOT_STORED[kind], match=NOT_STORED[kind], target=NOT_STORED[kind])
+        )
 
 
 def test_the_files_of_a_visitors_dataset_are_deleted(parts, monkeypatch):
