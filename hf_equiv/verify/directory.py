@@ -125,6 +125,8 @@ def verify_run(
     problems += [*found, *check_list(record, layout, rows), *check_keys(record, layout, next(iter(versions), None))]
     problems += _check_files(folder, record, layout) if record["complete"] else ()
     elsewhere = list[str]()
+    if rows and record["settings"].get("radii", ()) is None:  # as in `_check_shards`
+        record = record | {"settings": record["settings"] | {"radii": rows[0]["radii"]}}
     if not any(problem.pair_id is not None for problem in problems):
         elsewhere += left_open(record, layout)
         here = encoder is not None and versions == [encoder.provenance["versions"]]

@@ -139,8 +139,6 @@ def check_settings(record: Row, layout: Layout, encoder: Encoder | None) -> Iter
     if command is not None:
         made |= {"dtype": "float32" if config.half else config.dtype, "readout": config.readout}
         made |= {"model_revision": config.revision} if config.revision else {}
-    if stated.get("radii", ()) is None:  # early runs state their one ladder in the rows only
-        made["radii"] = None
     why = "" if command is None else "command and settings differ"
     for path, a, b in leaves("settings", stated, made):
         if not alike(a, b):
