@@ -324,9 +324,7 @@ def tolerances(made: Row, settings: Row) -> Row:
     noise = (1e-12 if settings["dtype"] == "float64" else 1e-6) * made["largest"]
     floors, secants = ([n or 0.0 for n in made[key]] for key in ("noise_floor", "secants"))
     jvp, value, error = (made[key] or 0.0 for key in ("jvp", "value", "value_error"))
-    at_place = (
-        made["regional_lower_bound"] or 0.0
-    )  # the search itself may end at another point of nearly the same value
+    at_place = made["regional_lower_bound"] or 0.0  # the search again may end at another place, of a similar value
     beside_jvp = made["value"] == made["jvp"]  # the recomputed value narrowly missed `resolved`
     return {
         "jvp": 1e-3 * jvp + 30 * noise,
@@ -337,7 +335,7 @@ def tolerances(made: Row, settings: Row) -> Row:
         "value_error": (max(made["least_error"], 0.2 * error - noise), 5 * error + noise),
         "unit_factor": 1e-5 * (made["unit_factor"] or 0.0),
         "linearity_radius": 1e-2 * (made["linearity_radius"] or 0.0),
-        "regional_lower_bound": (max(0.9 * (made.get("found") or 0.0), 0.9999 * at_place), 1.0001 * at_place),
+        "regional_lower_bound": (max(0.75 * (made.get("found") or 0.0), 0.9999 * at_place), 1.0001 * at_place),
         "regional_at_center": 1e-2 * (made["regional_at_center"] or 0.0),
         "regional_clever": 0.1 * (made["regional_clever"] or 0.0),  # rounding has more effect on a fit to maxima
     }

@@ -178,12 +178,12 @@ def settings_of(
     }
 
 
-def read_command(command: str, kind: type) -> Any:
+def read_command(command: str, kind: Any) -> Any:
     """Return the config, of the class `kind`, that `Plan.command` was made of; a ValueError names a wrong word."""
     program, analysis, model, *words = shlex.split(command)
     if (program, analysis) != ("hf-equiv", kind.analysis):
         raise ValueError(f"`command` must begin with hf-equiv {kind.analysis}; got {program} {analysis}.")
-    types, values, left = get_type_hints(kind), {"model": model}, iter(words)
+    types, left, values = get_type_hints(kind), iter(words), dict[str, Any](model=model)
     for flag in left:
         name = flag.removeprefix("--").replace("-", "_")
         if types.get(name.removeprefix("no_")) is bool:

@@ -170,16 +170,17 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     faults = []
     if settings["vectors"]:
         pair = (floats[f"{row['image_id']}/{side}"] for side in ("left", "right"))
-        faults = _vector_faults(Jacobian(encoder, row["image"], batch=_BATCH), values, made, *pair)
+        kept = settings["k"] or min(KEPT_VECTORS, len(sigma))
+        faults = _vector_faults(Jacobian(encoder, row["image"], batch=_BATCH), values[:kept], made, *pair)
     return [made | {key: row[key] for key in ("num_evals", "seconds")} | {"faults": faults}]
 
 
 def _vector_faults(J: Jacobian, sigma: Tensor, made: Row, left: Tensor, right: Tensor) -> list[tuple[str, str, str]]:
     """Describe the faults of singular vectors U (D, K) and V (K, C, H, W): J V = U Σ, Jᵀ U = V Σ, orthonormal both."""
-    count, rows = right.shape[0], right.flatten(1).double()
-    if left.shape != (J.shape[0], count) or not bool(left.isfinite().all()) or count > len(sigma):
+    count, rows = len(sigma), right.flatten(1).double()
+    if left.shape != (J.shape[0], count) or len(right) != count or not bool(left.isfinite().all()):
         return [("left", f"a matrix of shape ({J.shape[0]}, {count})", f"its shape is {tuple(left.shape)}")]
-    values, largest, found = sigma[:count].to(left), made["sigma_max"] or 1.0, []
+    values, largest, found = sigma.to(left), made["sigma_max"] or 1.0, []
     above = values > 1e-3 * largest  # smaller ones have no right vector above the float noise
     sides = {
         "left": (J.rmv(left.T.to(J.image)).flatten(1).double() - values[:, None] * rows, left.T @ left),

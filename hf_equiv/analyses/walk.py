@@ -27,7 +27,7 @@ from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_choice, check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import finite
-from hf_equiv.geometry.headings import Toward
+from hf_equiv.geometry.headings import Ahead, Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.precision import no_tf32
@@ -252,13 +252,15 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
             "noise_floor": floor,
         } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
     made[0]["faults"] = _path_faults(settings, name, frames, origin, aim, 1 - len(z) / origin.numel())
-    if heading in TO_AN_IMAGE and aim is not None:
+    if heading != "random":
         corrector = Corrector(encoder, z.double(), settings["rtol"])
         with no_tf32():
             at = corrector.look(frames[-1])
             corrector.refresh(at)
-            toward = Toward(aim.to(frames), stop=math.inf).plan(corrector, at, 1.0)
-        made[-1]["stationarity"] = toward.stationarity  # share of the way to the image along the level set
+            ahead = Ahead(torch.where(origin <= 0.5, 1.0, -1.0).to(origin), origin)
+            way = ahead if aim is None else Toward(aim.to(frames), stop=math.inf)
+            made[-1]["stationarity"] = way.plan(corrector, at, 1.0).stationarity  # share along the level set
+    if heading in TO_AN_IMAGE:
         early = made[-1]["step"] < settings["num_steps"] and rows[-1]["status"] == Status.COMPLETED
         made[-1]["most_left"] = at_rest(settings.get("stop", STOP)) if early else 1.0 + 1e-6
     return made
@@ -272,17 +274,18 @@ def _path_faults(
     # `away` is farther from the origin. A `random` step follows the pixels of the drawn v that the box lets move, less
     # the row space of J (measured: cosine above 0.9), while the cosine of another direction is about 1/√N.
     points, found = frames.double(), []
-    drawn, least = settings["heading"] == "random", -0.05
+    drawn, generator = settings["heading"] == "random", image_generator(settings["seed"], name)
     if settings["solver"] is None and not torch.equal(frames[0], origin):
         found.append(("origin", "the first frame", "it is another image"))
-    v = torch.randn(origin.shape, generator=image_generator(settings["seed"], name), dtype=torch.float64).to(points)
+    v = torch.randn(origin.shape, generator=generator, dtype=torch.float64).to(points)
+    v = v if drawn else torch.where(origin <= 0.5, 1.0, -1.0).to(points)
     longest = _LONGEST * min(settings["step"], math.sqrt(origin.numel()))
     for step, (a, b) in enumerate(pairwise(points), 1):
         moved, middle = b - a, (a + b) / 2
-        if drawn:
+        if drawn or (aim is None and step == 1):  # `away` begins towards the farther end of each pixel
             wish, least = v * (((a > 0) | (v > 0)) & ((a < 1) | (v < 0))), _ALONG * max(null_share, 0.0) ** 0.5
         else:
-            wish = middle - origin if aim is None else aim - middle
+            wish, least = middle - origin if aim is None else aim - middle, -0.05
         length = float(moved.norm())
         cosine = float((moved * wish).sum()) / (length * float(wish.norm()) or 1.0)
         if not 0 < length <= longest:
@@ -307,6 +310,8 @@ def tolerances(made: Row, settings: Row) -> Row:
         "remaining": 1e-5,
         "prob": max(100 * near, 1e-4),
     }
+    if settings["heading"] == "away":
+        limits["stationarity"] = 0.1  # the walk itself knows J less well
     if "most_left" in made:  # an upper bound; a walk that completed early states a small one
         limits["stationarity"] = (0.95 * (made["stationarity"] or 0.0) - 1e-3, made["most_left"])
     return limits

@@ -121,22 +121,13 @@ def verify_run(
     for name, stated, now, fault in directory.file_faults(folder, record):
         problems.append(problem(name, None, "sha256", stated, now, f"the file {fault}"))
     rows, made, found = _check_shards(folder, record, layout, encoder, observer)
-    versions = [*dict.fromkeys(row["versions"] for row in rows)]
-    problems += [*found, *check_list(record, layout, rows), *check_keys(record, layout, next(iter(versions), None))]
+    versions = next((row["versions"] for row in rows), None)
+    problems += [*found, *check_list(record, layout, rows), *check_keys(record, layout, versions)]
     problems += _check_files(folder, record, layout) if record["complete"] else ()
     elsewhere = list[str]()
     if not any(problem.pair_id is not None for problem in problems):
-        elsewhere += left_open(record, layout)
-        here = encoder is not None and versions == [encoder.provenance["versions"]]
-        for one in check_settings(record, layout, encoder):
-            if here or one.column not in BY_SOFTWARE:
-                problems.append(one)
-            else:
-                elsewhere.append(f"{one.column} (of other versions)")
-        if record["complete"]:
-            found, others = _check_summary(encoder, folder, record, layout)
-            problems += found
-            elsewhere += others
+        found, elsewhere = _check_whole(encoder, folder, record, layout, rows)
+        problems += found
     return _report(record, layout, rows, made, problems, allow_withheld, elsewhere)
 
 
@@ -256,6 +247,23 @@ def _check_shards(
             if observer is not None:
                 observer(done, len(listed))
     return rows, made, problems
+
+
+def _check_whole(
+    encoder: Encoder | None, folder: Path, record: Row, layout: Layout, rows: Sequence[Row]
+) -> tuple[list[Problem], list[str]]:
+    """Check what belongs to right rows: settings, summary, card, figures; return problems, and what is left open."""
+    if rows and record["settings"].get("radii", ()) is None:  # as in `_check_shards`
+        record = record | {"settings": record["settings"] | {"radii": rows[0]["radii"]}}
+    problems, elsewhere = list[Problem](), list(left_open(record, layout))
+    here = encoder is not None and {row["versions"] for row in rows} == {encoder.provenance["versions"]}
+    for one in check_settings(record, layout, encoder):
+        if here or one.column not in BY_SOFTWARE:
+            problems.append(one)
+        else:
+            elsewhere.append(f"{one.column} (of other versions)")
+    found, others = _check_summary(encoder, folder, record, layout) if record["complete"] else ([], [])
+    return problems + found, elsewhere + others
 
 
 def _check_summary(

@@ -120,10 +120,11 @@ def left_open(record: Row, layout: Layout) -> Iterator[str]:
 def check_settings(record: Row, layout: Layout, encoder: Encoder | None) -> Iterator[Problem]:
     """Make the settings again, from the command if the run states one, and compare them key by key."""
     stated, kind = record["settings"], VERBS[layout.analysis].CONFIG
-    command, listed = record.get("command"), record[layout.listed]
+    # Without photos no encoder is loaded, and the defaults that a command leaves out may depend on it.
+    command, listed = None if encoder is None else record.get("command"), record[layout.listed]
     items = [Item(k, item[layout.item], {"target_id": None} | item, 0, None, None) for k, item in enumerate(listed)]
     try:
-        config = _config_of(stated, kind) if command is None or encoder is None else read_command(command, kind)
+        config = _config_of(stated, kind) if command is None else read_command(command, kind)
         if command is not None:
             config.check()
         if getattr(config, "labels", None):  # a name with a comma looks like two in a command
@@ -138,8 +139,6 @@ def check_settings(record: Row, layout: Layout, encoder: Encoder | None) -> Iter
     if command is not None:
         made |= {"dtype": "float32" if config.half else config.dtype, "readout": config.readout}
         made |= {"model_revision": config.revision} if config.revision else {}
-    if stated.get("radii", ()) is None:  # early runs state their one ladder in the rows only
-        made["radii"] = None
     why = "" if command is None else "command and settings differ"
     for path, a, b in leaves("settings", stated, made):
         if not alike(a, b):
