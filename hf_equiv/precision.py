@@ -145,26 +145,28 @@ def working_eps(f: Encoding, image: Tensor) -> float:
     with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
         z = f(image.detach().clone()[None].requires_grad_(True))
     eps = max(seen.eps, torch.finfo(image.dtype).eps, torch.finfo(z.dtype).eps)
-    step = resolved_step(f, image, eps)
+    step, _ = resolved_step(f, image, eps)
     return eps if step == _FINE * eps else step / 16
 
 
-def resolved_step(f: Encoding, image: Tensor, eps: float) -> float:
-    """Return a change of the pixels that f resolves: 512 eps, or more if f turns out to be coarser than `eps`."""
+def resolved_step(f: Encoding, image: Tensor, eps: float) -> tuple[float, int]:
+    """Return a change of the pixels that f resolves, 512 eps or more if f is coarser than `eps`; and the passes."""
     # Two equal steps from a point near x, off its kinks, change f by the same amount if they are above its rounding and
     # below its curvature. If no step does, nothing is known against `eps`.
     generator = torch.Generator().manual_seed(0)
     draw = torch.rand(2, *image.shape, generator=generator, dtype=torch.float64).to(image)
     start, way = torch.lerp(image, draw[0], 2.0**-10), (draw[1] - 0.5).sign()
-    step = _FINE * eps
+    step, passes = _FINE * eps, 1
     with torch.no_grad(), no_tf32():
         first = f(start[None]).double()
         while step < _COARSEST:
             second, third = (f((start + k * step * way)[None]).double() for k in (1, 2))
-            if 0 < 8 * float((third - 2 * second + first).norm()) <= float((third - first).norm()):
-                return step
+            passes += 2
+            bend, moved = float((third - 2 * second + first).norm()), float((third - first).norm())
+            if moved > 0 and 8 * bend <= moved:
+                return step, passes
             step *= 64
-    return _FINE * eps
+    return _FINE * eps, passes
 
 
 def dot(a: Tensor, b: Tensor) -> float:

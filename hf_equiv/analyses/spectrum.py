@@ -155,7 +155,9 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
     """Recompute a spectrum row; counts and sums over all singular values use the stated values."""
     (row,) = rows
-    made = row_of(jacobian_spectrum(encoder, row["image"][None], k=settings["k"], vectors=False, batch=_BATCH))
+    rtol = _earlier_rtol(row, encoder.dtype)
+    result = jacobian_spectrum(encoder, row["image"][None], k=settings["k"], rank_rtol=rtol, batch=_BATCH)
+    made = row_of(result) | {"earlier": rtol is not None}
     sigma = [s or 0.0 for s in row["singular_values"] or []]
     values, whole = torch.tensor(sigma, dtype=torch.float64), made["rank"] is not None and settings["k"] is None
     if whole and len(sigma) == len(made["singular_values"]) and sigma[0] > 0:
@@ -176,11 +178,22 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     return [made | {key: row[key] for key in ("num_evals", "seconds")} | {"faults": faults}]
 
 
+def _earlier_rtol(row: Row, dtype: torch.dtype) -> float | None:
+    """Return the threshold of the rank over σ₁ if a row has it by the rule of earlier versions, else None."""
+    # It was 1000 eps σ₁, or twice the last bound; bounds were averages then, and up to 50 times smaller.
+    threshold, top = row["rank_threshold"], row["sigma_max"]
+    if not threshold or not top:
+        return None
+    rules = (1000 * torch.finfo(dtype).eps * top, 2 * ((row["error_bound"] or [0.0])[-1] or 0.0))
+    known = any(math.isclose(threshold, one, rel_tol=1e-9) for one in rules)
+    return threshold / top if known and threshold < top else None
+
+
 def tolerances(made: Row, settings: Row) -> Row:
     """Return the tolerances of recomputed spectrum columns: singular values may differ by their error bounds."""
     bounds = [bound or 0.0 for bound in made["error_bound"]]
     top = max((s or 0.0 for s in made["singular_values"]), default=0.0)
-    share = 1e-9 if settings["k"] is None else 1e-3
+    share, least = 1e-9 if settings["k"] is None else 1e-3, 0.02 if made["earlier"] else 0.2
     zeros = {
         kind: [
             {"measured": 2 * max(bounds) + 1e-7 * top, "predicted": 1e-2 * (zero["predicted"] or 0.0) + 1e-12}
@@ -190,7 +203,7 @@ def tolerances(made: Row, settings: Row) -> Row:
     }
     return zeros | {
         "singular_values": [2 * bound + 1e-7 * top for bound in bounds],
-        "error_bound": [(0.2 * bound, 3 * bound + 1e-12 * top) for bound in bounds],
+        "error_bound": [(least * bound, 3 * bound + 1e-12 * top) for bound in bounds],
         "rank_threshold": 0.5 * (made["rank_threshold"] or 0.0),
         "effective_rank": share * (made["effective_rank"] or 0.0),
         "participation": share * (made["participation"] or 0.0),

@@ -40,7 +40,7 @@ _WARMUP = 20  # power iterations at the centre
 _SAMPLE_POWER = 2  # power iterations at a random point
 _INWARDS, _CLOSER = 2.0**-5, 4  # first distance of a secant from x′, as a part of the way inwards, and distances tried
 _WITHIN = 0.9  # part of the room for a secant that it takes
-_NOISY = 0.1  # noise of a secant, as a part of the constant, that ends the approach
+_NOISY = 2e-3  # noise of a secant, as a part of the constant, that ends the approach
 _STEP, _LEAST_STEP = 0.5, 1e-3  # first and last step of the ascent, divided by the radius
 
 
@@ -284,10 +284,15 @@ class _Search:
 
     def _confirmed(self) -> _Found:
         """Return the largest constant that secants in the ball confirm."""
-        best = self.found[0]
+        best = next((one for one in self.found if math.isfinite(one.value)), self.found[0])
         ordered = sorted((one for one in self.found if one.value > 0), key=lambda one: -one.value)
         for number, one in enumerate(ordered):
             attained = self._attained(one)
+            if attained is not one:  # take the derivative where the secant is
+                J = Jacobian(self.f, attained.place)
+                beside = attained._replace(value=float(J.mv(attained.direction[None]).double().norm()))
+                self.num_evals += J.num_evals
+                attained = beside if self._attained(beside) is beside else attained
             if number == 0 or attained.value > best.value:
                 best = attained
             if best.value >= ordered[min(number + 1, len(ordered) - 1)].value:
@@ -298,27 +303,29 @@ class _Search:
         """Return a constant found if secants near x′ along v tend to it, else the largest of them less its noise."""
         # The secant of p ± hv, with p off x′ by a part ε of the way to a point inside the ball, tends to ‖J(x′)v‖ in
         # proportion to ε if J is continuous, so its last change tells the rest.
-        noise, best, part = None, _Found(0.0, self.center, one.direction), min(self.eps**0.25, _INWARDS)
+        noise, best, part = None, one._replace(value=-1.0), min(self.eps**0.25, _INWARDS)
         for _ in range(_CLOSER):
             (near, length), (far, _) = self._secant(one, part), self._secant(one, 2 * part)
             if noise is None and length > 0:
                 floor, _, passes = secant_noise(self.f, one.place, torch.tensor([length]).to(self.center).double())
                 noise = float(floor) * length
                 self.num_evals += passes / 3
-            if noise is None or not math.isfinite(near.value) or noise / length > _NOISY * one.value:
+            slack = noise / length if noise is not None and math.isfinite(near.value) else math.inf
+            if slack == math.inf or (best.value >= 0 and slack > _NOISY * one.value):
                 break
-            slack = noise / length
             if one.value <= near.value + 2 * abs(near.value - far.value) + slack:
                 return one
-            best = max(best, _Found(near.value - slack, near.place, near.direction), key=lambda found: found.value)
+            best = max(best, near._replace(value=max(near.value - slack, 0.0)), key=lambda found: found.value)
             part /= 16
-        return best
+        return best._replace(value=max(best.value, 0.0))
 
     def _secant(self, one: _Found, part: float) -> tuple[_Found, float]:
         """Return a secant ‖f(a) − f(b)‖ / ‖a − b‖ near x′ along v with a and b in the ball, and half ‖a − b‖."""
         low, high = (bound.double() for bound in (self.box.lower, self.box.upper))
         room = self.radius / 2 if self.norm == "linf" else self.radius / 2 / math.sqrt(self.center.numel())
+        draw = torch.rand(self.center.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(low)
         inside = self.center.double() + ((low + high) / 2 - self.center.double()).clamp(-room, room)
+        inside = inside + room / 4 * (2 * draw - 1)  # off the kinks of a centre of even colour
         point, v = torch.lerp(one.place.double(), inside, part), one.direction.double()
         steps = torch.minimum(point - low, high - point) / v.abs().clamp_min(1e-300)
         spare = math.inf if self.norm == "linf" else self.radius - float((point - self.center.double()).norm())

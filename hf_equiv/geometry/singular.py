@@ -45,7 +45,7 @@ _NOTHING = 1e3  # eps over σ₁ below which a recursion ends: the rest is the r
 _NEXT = 1  # values below the k wanted that must have converged too
 _NO_MORE = (0.0, 0.8, 0.88, 0.94)  # shares of σ_k: a new start that reaches less after 1, 2, … passes adds nothing
 _PROBES, _DRAWS = 6, 2  # cotangents, and perturbed images that share them
-_EVEN = 0.02  # part of the rounding, over σ₁, that does not shrink with σ
+_EVEN = 0.2  # part of the rounding, over σ₁, that does not shrink with σ
 _CERTAIN, _RITZ = 5.0, 3.0  # margins of a norm measured by random cotangents, and along what they span
 _UNSEEN = 4.0  # a change of the input repeats the random part of the rounding, not the systematic one
 
@@ -244,23 +244,25 @@ def derivative_noise(
     f: Encoding, J: Jacobian, matrix: Tensor | None, left: Tensor, sigma: Tensor
 ) -> tuple[Tensor, float, str, float]:
     """Bound |σ(J) − σ(J₆₄)| of each value, (K,), and of a zero; return also the method and the evaluations spent."""
-    # Let E = J − J₆₄ and s_i = σ_i + σ₁/50, since the rounding of a backward pass is nearly proportional to its result.
+    # Let E = J − J₆₄ and s_i = σ_i + σ₁/5, since the rounding of a backward pass grows with its result.
     # With F = diag(1/s) UᵀE over an orthonormal basis of all u, ‖Eᵀu‖ ≤ ‖F‖₂ ‖diag(s) Uᵀu‖, and by the minimax
     # principle every value lies within ‖F‖₂ s_i. A few noisy directions may hold all of E, so no average over
     # directions bounds ‖F‖₂. But ‖F‖₂⁴ ≤ ‖FFᵀ‖² (Frobenius), which is the expectation of ⟨Fᵀω, Fᵀω′⟩² for independent
     # normal ω, ω′. Its mean over the pairs of six falls short by more than 5⁴ with probability 3e-4 if one direction
-    # holds all of E, and never if many do. Off the K known vectors u, s is that of the last. With the matrix and a twin,
-    # ‖FQ‖₂ ≤ ‖F‖₂ is measured too, with Q the span of the six Fᵀω: it is at least a third unless E has many directions.
-    references, method = _references(f, J)
+    # holds all of E, and never if many do. Off the K known vectors u, s is that of the last. With the matrix and a
+    # twin, ‖FQ‖₂ ≤ ‖F‖₂ is measured too, with Q the span of the six Fᵀω, which holds most of a direction that stands
+    # out.
+    references, method, passes = _references(f, J)
     unit = power_of_two(float(sigma[0]))
     top = float(sigma[0]) / unit
     size = sigma / unit + _EVEN * (top or 1.0)
     generator = torch.Generator().manual_seed(0)
     omega = torch.randn(J.shape[0], _PROBES, generator=generator, dtype=torch.float64).to(left)
     cotangents = omega / size[-1] + left @ ((1 / size - 1 / size[-1])[:, None] * (left.T @ omega))
-    seen = (
-        J.rmv(cotangents.T.to(J.image)).flatten(1).double() if matrix is None else combine(matrix, cotangents)
-    ) / unit
+    if matrix is None:
+        seen = J.rmv(cotangents.T.to(J.image)).flatten(1).double() / unit
+    else:
+        seen = combine(matrix, cotangents) / unit
     parts = []
     for own, group in zip(references, cotangents.split(_PROBES // len(references), dim=1), strict=True):
         exact = [one.rmv(group.T.to(one.image)).flatten(1).to(left) / unit for one in own]
@@ -274,7 +276,7 @@ def derivative_noise(
     floor = ACCURACY
     if method == "perturbed input":
         norm, floor = _UNSEEN * norm, 8 * J.eps
-    spent = sum(one.num_evals for own in references for one in own)
+    spent = passes / 3 + sum(one.num_evals for own in references for one in own)
     zero = (norm * _EVEN + floor) * top / max(1 - norm, 1e-3)
     return (norm * size + floor * top) * unit, zero * unit, method, spent
 
@@ -289,21 +291,21 @@ def _along(matrix: Tensor, reference: Jacobian, weights: Tensor, noise: Tensor, 
     return float(torch.linalg.matrix_norm(weights.T @ ((times(matrix, Q.T) - exact) / unit), 2))
 
 
-def _references(f: Encoding, J: Jacobian) -> tuple[list[list[Jacobian]], str]:
-    """Return Jacobians whose means are nearly free of the rounding of J: f in float64, or f at images around x."""
+def _references(f: Encoding, J: Jacobian) -> tuple[list[list[Jacobian]], str, int]:
+    """Return Jacobians whose means lack the rounding of J: of f in float64, or around x; the method and more passes."""
     fine = torch.finfo(torch.float64).eps
     if J.eps > fine:
         try:
             reference = Jacobian(as_function(float64_twin(f) or in_float64(f)), J.image.double())
             if reference.eps == fine:
-                return [[reference]], "float64 twin"
+                return [[reference]], "float64 twin", 0
         except (RuntimeError, TypeError, ValueError):
             pass
     # Equal steps to either side repeat all roundings at random, and their mean has the derivative of x.
-    step = resolved_step(f, J.image, J.eps)
+    step, passes = resolved_step(f, J.image, J.eps)
     generator = torch.Generator().manual_seed(1)
     around = []
     for _ in range(_DRAWS):
         up = torch.randint(0, 2, J.image.shape, generator=generator, dtype=torch.int8).to(J.image.device) * 2.0 - 1.0
         around.append([Jacobian(f, J.image + sign * step * up.to(J.image)) for sign in (1, -1)])
-    return around, "perturbed input"
+    return around, "perturbed input", passes
