@@ -204,6 +204,7 @@ HONEST = {
     "1e140": lambda x: curved(x.double()) * 1e140,
     "1e-140": lambda x: curved(x.double()) * 1e-140,
     "offset": lambda x: curved(x) + 1e3,
+    "zero": lambda x: F.relu(linear(x)) - F.relu(-linear(x)) - linear(x),
     "cancelling": lambda x: (curved(x) + 1e3) - 1e3,
     "bfloat16 inside": lambda x: curved(x.bfloat16()).float(),
     "half": lambda x: curved(x).half(),
