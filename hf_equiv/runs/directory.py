@@ -35,7 +35,7 @@ _OTHERS: dict[str, tuple[type, ...]] = dict.fromkeys(("processor", "attention"),
 _NUMBER = (int, float)
 _NONE = type(None)
 _HEAD: dict[str, tuple[type, ...]] = {
-    "schema_version": (int,), "settings": (dict,), "analysis": (str,), "complete": (bool,), "summary": (dict, _NONE),
+    "schema_version": (int,), "settings": (dict,), "analysis": (str,), "complete": (bool,),
     "files": (dict,), "errors": (dict,), "command": (str, _NONE),
 } | dict.fromkeys(("photos", "license", "rights", "versions", "card"), (str, _NONE))  # fmt: skip
 """The types of the keys of `run.json`; only the first two must be there in every version."""
@@ -140,8 +140,6 @@ def check_record(folder: Path, record: Row) -> Layout:
     missing = _wrong_types(settings, kinds, ({*_COMMON, *kinds} - {"stop"}) - {*settings}, "settings.")
     missing += [f"a right settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
-    if not missing and record["complete"] and record["summary"] is None:
-        missing.append("a right summary")
     if missing:
         why = f"is damaged: it lacks {', '.join(missing)}. Restore it, or make the run again elsewhere"
         raise ValueError(f"{str(folder / RECORD)!r} {why}.")
@@ -272,7 +270,7 @@ def read_run(folder: Path) -> LocalRun:
             f"{str(folder)!r} must be a finished run; rows are missing. Run the same {layout.analysis} command again: "
             "it makes the missing rows."
         )
-    if "verdict" not in (record["summary"] or ()):
+    if not isinstance(record["summary"], dict) or "verdict" not in record["summary"]:
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks summary.verdict.")
     wrong = [f"{name} {fault}" for name, _, _, fault in file_faults(folder, record)]
     if wrong:
