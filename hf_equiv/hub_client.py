@@ -220,11 +220,12 @@ def explained(
         *_CUT,
     ) as error:  # fmt: skip
         wrapped, answer = isinstance(error, RuntimeError), _answer(error)  # the client wraps a failed upload
-        if wrapped and answer is None and not passes(error):
+        if wrapped and not write and answer is None and not passes(error):
             raise
         if wrapped and not passes(error):
             said = excerpt(getattr(error.__cause__, "server_message", None) or "")
-            told = f"'{repo_id}' was not {_DONE[kind]}: {brief(error)}{f' ({said})' if said else ''}. {excerpt(error)}"
+            why = "the upload failed" if answer is None else brief(error)
+            told = f"'{repo_id}' was not {_DONE[kind]}: {why}{f' ({said})' if said else ''}. {excerpt(error)}"
             raise OSError(f"{told} {_BOUND[answer is not None and answer.status_code == 413]}") from error
         known = wrapped or answer is not None or _is_web_page(error)
         why = brief(error) if known else f"{constants.ENDPOINT} cannot be reached"
