@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_equiv.formatting import utf8
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
@@ -202,6 +203,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
         if not is_held():
             raise shards.gone(folder)
 
+    refuse_odd_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644))
@@ -225,6 +227,12 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             with contextlib.suppress(OSError):  # Windows does not delete an open file
                 if is_held():
                     (folder / _LOCK).unlink()
+
+
+def refuse_odd_name(folder: Path) -> None:
+    """Refuse a folder whose name is no UTF-8, which safetensors does not open."""
+    if utf8(str(folder)) != str(folder):
+        raise ValueError(f"`out` must be a name in UTF-8; got {str(folder)!r}. Give another --out.")
 
 
 def unwritable(folder: Path, error: OSError, what: str = "written") -> ValueError:
