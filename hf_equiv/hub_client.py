@@ -157,7 +157,8 @@ def _is_web_page(error: BaseException) -> bool:
 def checked(fetch: Callable[[], T], repo_id: str, kind: str, cache_dir: Any = None) -> T:
     """Download files by `fetch`, and again if one is not the file that the Hub names, or if a link has expired."""
     # The cache names each file by its SHA-256 or its git id. Files that were there before are not read.
-    repository = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind)
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    repository = cache / repo_folder_name(repo_id=repo_id, repo_type=kind)
     wrong = ""
     for tries_left in (2, 1, 0):
         before, failed = _blobs(repository), None
@@ -171,7 +172,8 @@ def checked(fetch: Callable[[], T], repo_id: str, kind: str, cache_dir: Any = No
             return result
         if failed is not None and not (spoilt or cut_short or (tries_left and link_expired(failed))):
             raise failed
-        links = [link.name for link in (repository / "snapshots").rglob("*") if link.resolve() in spoilt]
+        names = {path.name for path in spoilt}
+        links = [link.name for link in (repository / "snapshots").rglob("*") if link.resolve().name in names]
         wrong = f"{links[0] if links else 'a file'!r} of '{repo_id}' arrived damaged three times"
         for path in spoilt:
             path.unlink()
@@ -184,9 +186,10 @@ def _blobs(repository: Path) -> dict[str, Path]:
 
 
 def _is(path: Path, name: str) -> bool:
-    """Return whether a file has this SHA-256 or git id."""
+    """Return whether a file has this SHA-256, git id, or (on some mirrors) SHA-1."""
     if len(name) == 40:
-        return git_hash(path.read_bytes()) == name
+        data = path.read_bytes()
+        return name in (git_hash(data), hashlib.sha1(data).hexdigest())
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() == name
 
@@ -220,11 +223,12 @@ def explained(
         *_CUT,
     ) as error:  # fmt: skip
         wrapped, answer = isinstance(error, RuntimeError), _answer(error)  # the client wraps a failed upload
-        if wrapped and answer is None and not passes(error):
+        if wrapped and not write and answer is None and not passes(error):
             raise
         if wrapped and not passes(error):
             said = excerpt(getattr(error.__cause__, "server_message", None) or "")
-            told = f"'{repo_id}' was not {_DONE[kind]}: {brief(error)}{f' ({said})' if said else ''}. {excerpt(error)}"
+            why = "the upload failed" if answer is None else brief(error)
+            told = f"'{repo_id}' was not {_DONE[kind]}: {why}{f' ({said})' if said else ''}. {excerpt(error)}"
             raise OSError(f"{told} {_BOUND[answer is not None and answer.status_code == 413]}") from error
         known = wrapped or answer is not None or _is_web_page(error)
         why = brief(error) if known else f"{constants.ENDPOINT} cannot be reached"

@@ -29,6 +29,7 @@ from hf_equiv.cli.options import (
     source_options,
 )
 from hf_equiv.cli.streams import to_stderr
+from hf_equiv.formatting import excerpt
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -209,7 +210,11 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     elif not quiet:
         local = plan.encoder.revision.startswith("sha256:") and given["model"] != "builtin"
         model = ["--model", given["model"]] if local else []  # a run records no path of a local checkpoint
-        output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
+        try:
+            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a record that was changed
+            told = f"'{folder}/run.json' is damaged: its summary cannot be shown ({excerpt(error)}). Run the same"
+            raise ValueError(f"{told} command with --overwrite always.") from error
     count = len({item for ids in failures.values() for item in ids})
     told = f"{count} of {total} {what} in {folder} {failed}."
     if quiet and failures:

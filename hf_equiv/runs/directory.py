@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_equiv.formatting import utf8
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
@@ -37,7 +38,7 @@ _OTHERS: dict[str, tuple[type, ...]] = dict.fromkeys(("processor", "attention"),
 _NUMBER = (int, float)
 _NONE = type(None)
 _HEAD: dict[str, tuple[type, ...]] = {
-    "schema_version": (int,), "settings": (dict,), "analysis": (str,), "complete": (bool,), "summary": (dict, _NONE),
+    "schema_version": (int,), "settings": (dict,), "analysis": (str,), "complete": (bool,),
     "files": (dict,), "errors": (dict,), "command": (str, _NONE),
 } | dict.fromkeys(("photos", "license", "rights", "versions", "card"), (str, _NONE))  # fmt: skip
 """The types of the keys of `run.json`; only the first two must be there in every version."""
@@ -151,8 +152,6 @@ def check_record(folder: Path, record: Row) -> Layout:
     missing = _wrong_types(settings, kinds, ({*_COMMON, *kinds} - {"stop"}) - {*settings}, "settings.")
     missing += [f"a right settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
-    if not missing and record["complete"] and record["summary"] is None:
-        missing.append("a right summary")
     if missing:
         why = f"is damaged: it lacks {', '.join(missing)}. Restore it, or make the run again elsewhere"
         raise ValueError(f"{str(folder / RECORD)!r} {why}.")
@@ -221,6 +220,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
         if not is_held():
             raise shards.gone(folder)
 
+    refuse_odd_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644))
@@ -244,6 +244,12 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             with contextlib.suppress(OSError):  # Windows does not delete an open file
                 if is_held():
                     (folder / _LOCK).unlink()
+
+
+def refuse_odd_name(folder: Path) -> None:
+    """Refuse a folder whose name is no UTF-8, which safetensors does not open."""
+    if utf8(str(folder)) != str(folder):
+        raise ValueError(f"`out` must be a name in UTF-8; got {str(folder)!r}. Give another --out.")
 
 
 def unwritable(folder: Path, error: OSError, what: str = "written") -> ValueError:
@@ -289,7 +295,7 @@ def read_run(folder: Path) -> LocalRun:
             f"{str(folder)!r} must be a finished run; rows are missing. Run the same {layout.analysis} command again: "
             "it makes the missing rows."
         )
-    if "verdict" not in (record["summary"] or ()):
+    if not isinstance(record["summary"], dict) or "verdict" not in record["summary"]:
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks summary.verdict.")
     wrong = [f"{name} {fault}" for name, _, _, fault in file_faults(folder, record)]
     if wrong:

@@ -64,8 +64,10 @@ def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
                 tell(RunProgress("info", message=told))
             processes.meet(state)
             made = _make_rows(job, tell, claims, state, check)
-            files = directory.read_record(folder)["files"]  # empty until the run is closed
-            if made or not files or not all((folder / name).is_file() for name in files):
+            record = directory.read_record(folder)
+            files, summary = record["files"], record["summary"]  # empty until the run is closed
+            whole = isinstance(summary, dict) and "verdict" in summary
+            if made or not files or not whole or not all((folder / name).is_file() for name in files):
                 check()
                 _close(job)
     return True

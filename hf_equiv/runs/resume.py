@@ -46,6 +46,7 @@ def prepare(folder: Path, plan: Any, overwrite: str) -> int:
 
 def refuse_early(folder: Path, plan: Any, overwrite: str) -> int:
     """Apply the rules of `prepare` and `locked` without leaving a file, and return the number of rows to keep."""
+    directory.refuse_odd_name(folder)
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".hf-equiv-", dir=there):
