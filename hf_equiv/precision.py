@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 Encoding = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) to embeddings (B, D)
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
+_DTYPE = vars(torch._C.TensorBase)["dtype"].__get__  # `tensor.dtype`
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _FINE, _COARSEST = 512.0, 2.0**-6  # first and last step by which f is probed, in units of eps and of a pixel
 
@@ -83,7 +84,7 @@ class InFloat64(TorchFunctionMode):
         """Call a function of torch with its floating-point tensors and types widened to float64."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name == "__get__":  # an attribute; only the type is widened, because weights are converted where they count
-            return _widened(func(*args, **kwargs)) if func is torch.Tensor.dtype.__get__ else func(*args, **kwargs)
+            return _widened(func(*args, **kwargs)) if func == _DTYPE else func(*args, **kwargs)
         if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
             func = torch.Tensor.double
         if name == "__set__" or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":

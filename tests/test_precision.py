@@ -134,6 +134,7 @@ def autocast(x):
         return (x.float().flatten(1) @ smooth_mlp().W1.float().T).double()
 
 
+SINGLE_WEIGHT = torch.ones(1)
 SINGLE, HALF, BRAIN = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16))
 INSIDE = {
     "float64": (smooth_mlp(), 2.3e-16),
@@ -144,6 +145,7 @@ INSIDE = {
     "sum": (lambda x: smooth_mlp()(x) + 1e-3 * smooth_mlp()(x.float()).double(), SINGLE),
     "autocast": (autocast, BRAIN),
     "hidden": (lambda x: Hidden.apply(x.flatten(1), smooth_mlp().W1), SINGLE),
+    "type of a weight": (lambda x: smooth_mlp()(x.to(SINGLE_WEIGHT.dtype)).double(), SINGLE),
     "weights": (lambda x: x.flatten(1) @ smooth_mlp().W1.float().double().T, 2.3e-16),
     "constant": (lambda x: x.flatten(1)[:, :4] * 0 + 1, 2.3e-16),
     "kink": (lambda x: torch.relu(x.flatten(1)[:, :4] - x[:, :1, 0, 0]), 2.3e-16),

@@ -28,10 +28,11 @@ class SpectrumResult:
 
     Attributes:
         singular_values: σ₁ ≥ σ₂ …, (B, K), float64; K = min(D, N), or `k`.
-        error_bound: bound on the distance of each to the value in exact arithmetic, (B, K), float64.
+        error_bound: bound on the distance of each to the value in exact arithmetic, (B, K), float64. It holds with high
+            probability: the noise of f is measured along random directions, with a margin for one that they miss.
         noise_method: how its float noise was measured, per image: "float64 twin" or "perturbed input".
         sigma_max: σ₁, (B,), float64.
-        rank: number of values above `rank_threshold`, (B,), int64, or None.
+        rank: number of values above `rank_threshold`, by default those that exceed their bounds, (B,), int64, or None.
         nullity: N − rank, (B,), int64, or None.
         rank_threshold: threshold in the units of σ, (B,), float64.
         effective_rank: exp(−Σ p log p) with p = σ / Σσ (Roy & Vetterli 2007), (B,), float64, or None.
@@ -118,7 +119,7 @@ def jacobian_spectrum(
         k: number of singular values; None for all min(D, N).
         method: "full", "golub_kahan", or "auto" for the quicker.
         vectors: whether to return singular vectors.
-        rank_rtol: threshold of the rank over σ₁; None for 1000 eps, or twice the measured noise if that is more.
+        rank_rtol: threshold of the rank over σ₁; None for the error bound of a zero.
         rtol: bound over σ₁ at which "golub_kahan" stops.
         batch: most cotangents per pass; memory grows with it.
         progress: called after each image with (images done, images in all).
