@@ -242,9 +242,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 def _grey_to_rgb(strip: Image.Image, image: Image.Image, extrema: Any, name: str) -> Image.Image:
     """Convert modes I;16, I;16B, I;16L, and I: 32-bit integers, which 16-bit PGM and some TIFF files become."""
     values, key = np.asarray(strip), image.info.get("transparency")
-    deep = image.mode != "I" or image.format in ("PNG", "PPM")  # the file itself states 16 bits
-    bits = getattr(image, "tag_v2", {}).get(258)
-    most = 4095 if bits == (12,) else 65535 if deep else None
+    most = 4095 if getattr(image, "tag_v2", {}).get(258) == (12,) else None
     low, high = extrema
     levels = _to_8_bit(values, low, high, name, f"mode {image.mode}", most)
     levels[values == key] = 255  # the transparent level, over white
@@ -252,7 +250,8 @@ def _grey_to_rgb(strip: Image.Image, image: Image.Image, extrema: Any, name: str
 
 
 def _to_8_bit(values: np.ndarray, low: int, high: int, name: str, kind: Any, most: int | None = None) -> np.ndarray:
-    """Scale levels from 0 … `most` to 0 … 255; where no file states it, the values tell 8 bit from 16 bit."""
+    """Scale levels from 0 … `most` to 0 … 255; where it is unknown, the values tell 8 bit from 16 bit."""
+    # The container does not: 8-bit levels in integers of Pillow or NumPy are saved as files of 16 bit.
     if low < 0 or high > 65535:
         told = f"image {name!r} must have values from 0 to 65535; got {low} to {high} ({kind})"
         raise ValueError(f"{told}. Scale it to 8 or 16 bit first.")
