@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_equiv.data.image_file import decode_png, encode_png, stored_image
 from hf_equiv.formatting import ball, cut, cut_name, form, short
+from hf_equiv.png_file import chunks
 
 Rows = Sequence[Mapping[str, Any]]
 Band = tuple[str, str, Sequence[float], Sequence[float]]  # a band of `strips`: name, colour, filled and hollow values
@@ -267,7 +268,7 @@ def same_picture(stated: bytes, made: bytes) -> bool:
     if stated == made:
         return True
     try:
-        if _chunks(stated) != _chunks(made):
+        if _kinds(stated) != _kinds(made):
             return False
         pixels = [
             np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA"), int) for data in (stated, made)
@@ -277,13 +278,10 @@ def same_picture(stated: bytes, made: bytes) -> bool:
     return pixels[0].shape == pixels[1].shape and int(np.abs(pixels[0] - pixels[1]).max()) <= 32
 
 
-def _chunks(data: bytes) -> list[bytes]:
-    """Return the types of the chunks of a PNG file, each once, and whatever follows the last."""
-    place, found = 8, []
-    while place < len(data) and b"IEND" not in found:
-        found.append(data[place + 4 : place + 8])
-        place += 12 + int.from_bytes(data[place : place + 4])
-    return [*dict.fromkeys(found), data[place:]]
+def _kinds(data: bytes) -> list[bytes]:
+    """Return the kinds of chunks in a PNG file, each once, and the kind of the last, which ends the file."""
+    kinds = [kind for kind, _ in chunks(data)]
+    return [*dict.fromkeys(kinds[:-1]), *kinds[-1:]]
 
 
 def label_of(name: str, size: int) -> str:

@@ -48,7 +48,11 @@ def read_folder(folder: Path) -> Folder:
         tables = tuple(path for path in usable.values() if path.suffix.lower() == ".parquet")
         labels, used, said = (), [path.relative_to(folder).as_posix() for path in tables], []
     kept = {*photos, *used}
-    left = [name for name, path in found.items() if name not in kept and not _is_quiet(name, path)]
+    left = [  # nobody expects a hidden file to be read, unless it is an image
+        name
+        for name, path in found.items()
+        if name not in kept and not (_is_hidden(name) and path.suffix.lower() not in IMAGE_SUFFIXES)
+    ]
     if left:
         said.append(f"leaving out {_count(left, 'file')}{'' if photos else ', no image or table'}: {_some(left)}")
     return Folder(photos, labels, tables, tuple(said))
@@ -72,11 +76,6 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in PurePosixPath(name).parts)
-
-
-def _is_quiet(name: str, path: Path) -> bool:
-    """Return whether nobody expects a file to be read: a hidden one that is no image."""
-    return _is_hidden(name) and path.suffix.lower() not in IMAGE_SUFFIXES
 
 
 def _labels(

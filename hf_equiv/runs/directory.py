@@ -37,9 +37,9 @@ _COMMON |= dict.fromkeys(("model_id", "model_revision", "readout", "dtype", "dat
 _OTHERS: dict[str, tuple[type, ...]] = dict.fromkeys(("processor", "attention"), (str,))
 _NUMBER = (int, float)
 _NONE = type(None)
-_HEAD: dict[str, tuple[type, ...]] = {
+HEAD: dict[str, tuple[type, ...]] = {
     "schema_version": (int,), "settings": (dict,), "analysis": (str,), "complete": (bool,),
-    "files": (dict,), "errors": (dict,), "command": (str, _NONE),
+    "files": (dict,), "errors": (dict,), "closed_with": (dict,), "command": (str, _NONE),
 } | dict.fromkeys(("photos", "license", "rights", "versions", "card"), (str, _NONE))  # fmt: skip
 """The types of the keys of `run.json`; only the first two must be there in every version."""
 
@@ -104,15 +104,15 @@ def parse_record(data: bytes) -> Row:
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no Infinity, no half of a character
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    wrong = _wrong_types(record, _HEAD, ("schema_version", "settings"))
+    wrong = _wrong_types(record, HEAD, ("schema_version", "settings"))
     wrong = wrong or _wrong_types(record["settings"], _COMMON | _OTHERS, ("model_id", "model_revision"), "settings.")
     layout = None if wrong else LAYOUTS.get(analysis_of(record))
     if layout is not None:
         wrong += _wrong_types(record, {layout.listed: (list,)}, ())
         if not wrong and not all(_is_entry(item, layout) for item in record.get(layout.listed, ())):
             wrong.append(f"a right {layout.listed}.{layout.item}")
-        if not all(isinstance(digest, str) for digest in record.get("files", {}).values()):
-            wrong.append("a right files")
+        texts = ("files", "errors", "closed_with")
+        wrong += [f"a right {key}" for key in texts if not _holds(record.get(key), (str,))]
     if wrong:
         raise ValueError(f"it lacks {', '.join(wrong)}")
     return dict(record)

@@ -87,29 +87,25 @@ def test_a_hostile_run(command, terminal, hostile, capsys, monkeypatch):
         assert out == "" or json.loads(out)
 
 
-@pytest.mark.parametrize(
-    "name", ["a\x1b[2J.png", "b\nerror: all is well.png", "c\u202e.png", "[bold]d.png", ":e:.png", "<i>&amp;.png"]
-)
-def test_hostile_file_names(name, tmp_path, capsys):
+HOSTILE = ["a\x1b[2J.png", "b\nerror: all is well.png", "c\u202e.png", "[bold]d.png", ":e:.png", "<i>&amp;.png"]
+
+
+def test_hostile_file_names(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    for k, file in enumerate([name, "z.png", "bad" + name]):
-        draw_photo(k).save(tmp_path / "in" / file)
-    (tmp_path / "in" / f"bad{name}").write_bytes(b"no image")
-    code, out, err = call(capsys, "spectrum", "builtin", "--data", "in", "--out", f"out{name}")
+    for k, name in enumerate(HOSTILE):
+        draw_photo(k).save(tmp_path / "in" / name)
+        (tmp_path / "in" / f"bad{name}").write_bytes(b"no image")
+    place = "out" + "".join(HOSTILE)
+    code, out, err = call(capsys, "spectrum", "builtin", "--data", "in", "--out", place)
     assert code == 1
     harmless(out)
     harmless(err)
-    assert "[bold]d" in out or "[bold]" not in name  # markup is text
-    assert ":e:" in out or ":e:" not in name
-    assert "<i>&amp;" in out or "<i>" not in name
-    assert call(capsys, "verify", f"out{name}")[0] == 0
-    for arguments in (
-        ["match", name],
-        ["verify", name],
-        ["report", "in", "--transfer", name],
-        ["env", "--what" + name],
-    ):
-        harmless(call(capsys, *arguments)[2])
+    for text in ("[bold]d", ":e:", "<i>&amp;"):  # markup is text
+        assert text in out
+    assert call(capsys, "verify", place)[0] == 0
+    for name in HOSTILE:
+        for given in (["match", name], ["verify", name], ["report", "in", "--transfer", name], ["env", "--what" + name]):
+            harmless(call(capsys, *given)[2])
 
 
 def test_messages_of_libraries_are_printable(capsys):
@@ -160,7 +156,8 @@ import sys
 sys.argv = ["hf-equiv"]
 from hf_equiv.cli import main, output, streams
 from hf_equiv.cli import environment
-import click
+from unittest.mock import Mock
+environment.import_module = Mock()  # the libraries that `calm` silences take seconds to import
 m = sys.modules["hf_equiv.cli.main"]
 @m.cli.command()
 def long():

@@ -17,7 +17,7 @@ from hf_equiv.analyses.plan import read_command
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli.main import _run
 from hf_equiv.runs import shards
-from hf_equiv.runs.directory import read_record
+from hf_equiv.runs.directory import parse_record, read_record
 from hf_equiv.runs.schema import LAYOUTS
 from hf_equiv.verify import directory
 from hf_equiv.verify.record import check_keys, check_list, check_settings
@@ -111,6 +111,7 @@ def test_every_key_is_known_and_of_its_type(name, runs):
 
     def found(changed: dict[str, Any]) -> list[Any]:
         try:
+            changed = parse_record(json.dumps(changed).encode())
             checks = check_list(changed, layout, rows), check_keys(changed, layout, rows[0]["versions"])
             return [problem for check in checks for problem in check] + list(
                 check_settings(changed, layout, TinyEncoder())
@@ -171,10 +172,6 @@ def rewrite(name: str, change):
     return lambda out: (out / name).write_text(change((out / name).read_text()))
 
 
-def add(name: str):
-    return lambda out: ((out / name).parent.mkdir(exist_ok=True), (out / name).write_bytes(b"foreign"))
-
-
 def blot(out: Path) -> None:
     path = out / "figures" / "spectra.png"
     image = Image.open(path).convert("RGBA")
@@ -197,22 +194,33 @@ FILES = {
     "a figure with more in it": append,
     "a figure that is gone": lambda out: (out / "figures" / "spectra.png").unlink(),
     "one figure for another": lambda out: shutil.copy(out / "figures" / "vectors.png", out / "figures" / "spectra.png"),
-    "script": add("load.py"), "table": add("spectra/more.parquet"), "other rows": add("matches/part-00000.parquet"),
-    "float file": add("float/part-00009.safetensors"), "figure": add("figures/more.png"), "folder": add("data/a.csv"),
-}  # fmt: skip
+}
+FOREIGN = (
+    "load.py", "spectra/more.parquet", "matches/part-00000.parquet", "float/part-00009.safetensors",
+    "figures/more.png", "data/a.csv",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("what", FILES)
 def test_files_beside_the_rows_are_checked(what, copied):
     out = copied("spectrum")
     FILES[what](out)
+    reseal(out)
+    assert directory.verify_run(out).problems
+
+
+def test_files_of_no_run_are_named(copied):
+    out = copied("spectrum")
+    for name in FOREIGN:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"foreign")
 
     def list_all(record: dict[str, Any]) -> None:
         there = [path for path in out.rglob("*") if path.is_file() and path.name != "run.json"]
         record["files"] = {path.relative_to(out).as_posix(): shards.sha256_file(path) for path in there}
 
     reseal(out, list_all)
-    assert directory.verify_run(out).problems
+    assert {*FOREIGN} <= {problem.file for problem in directory.verify_run(out).problems}
 
 
 def test_a_figure_of_other_software_is_left_open(copied, capsys, monkeypatch):
