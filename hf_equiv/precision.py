@@ -122,34 +122,6 @@ class Recorded(TorchFunctionMode):
         return out
 
 
-def working_eps(f: Encoding, image: Tensor) -> float:
-    """Return the relative spacing of the coarsest numbers in which f computes at an image, whatever type it returns.
-
-    The types of all results inside f that depend on the pixels are looked at. What torch does not show (compiled code,
-    other libraries) is probed: the changes of f under small equal steps must be equal.
-
-    Cost: four forward passes; up to 20 more for an f that is coarser than its types.
-
-    Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D).
-        image: x, (C, H, W), pixels in [0, 1].
-
-    Returns:
-        The spacing, such as 1.2e-7 for float32.
-
-    Example:
-        >>> import torch
-        >>> from hf_equiv.precision import working_eps
-        >>> working_eps(lambda x: x.float().flatten(1).double(), torch.full((3, 2, 2), 0.5).double()) < 1e-15
-        False
-    """
-    with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
-        z = f(image.detach().clone()[None].requires_grad_(True))
-    eps = max(seen.eps, torch.finfo(image.dtype).eps, torch.finfo(z.dtype).eps)
-    step, _ = resolved_step(f, image, eps)
-    return eps if step == _FINE * eps else step / 16
-
-
 def resolved_step(f: Encoding, image: Tensor, eps: float) -> tuple[float, int]:
     """Return a change of the pixels that f resolves, 512 eps or more if f is coarser than `eps`; and the passes."""
     # Two equal steps from a point near x, off its kinks, change f by the same amount if they are above its rounding and

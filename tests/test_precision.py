@@ -7,7 +7,8 @@ import torch
 from cases import EIGHT, images, smooth_mlp
 
 from hf_equiv.geometry.secants import ecnoise, secant_noise
-from hf_equiv.precision import float64_twin, in_float64, working_eps
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.precision import float64_twin, in_float64, resolved_step
 
 RADII = torch.logspace(-4, 0, 17, dtype=torch.float64)
 
@@ -150,6 +151,13 @@ INSIDE = {
     "constant": (lambda x: x.flatten(1)[:, :4] * 0 + 1, 2.3e-16),
     "kink": (lambda x: torch.relu(x.flatten(1)[:, :4] - x[:, :1, 0, 0]), 2.3e-16),
 }
+
+
+def working_eps(f, image):
+    """The spacing of the coarsest numbers in which f computes, by their types, or else by its steps."""
+    eps = Jacobian(f, image).eps
+    step, _ = resolved_step(f, image, eps)
+    return eps if step == 512 * eps else step / 16
 
 
 @pytest.mark.parametrize("name", INSIDE)

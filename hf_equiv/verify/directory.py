@@ -123,7 +123,7 @@ def verify_run(
     rows, made, found = _check_shards(folder, record, layout, encoder, observer)
     versions = next((row["versions"] for row in rows), None)
     problems += [*found, *check_list(record, layout, rows), *check_keys(record, layout, versions)]
-    problems += _check_files(folder, record, layout) if record["complete"] else ()
+    problems += _check_files(folder, layout) if record["complete"] else ()
     elsewhere = list[str]()
     if not any(problem.pair_id is not None for problem in problems):
         found, elsewhere = _check_whole(encoder, folder, record, layout, rows)
@@ -333,7 +333,7 @@ def _check_card(folder: Path, layout: Layout, record: Row, summary: Row) -> Iter
         yield problem(CARD, None, subject(line), line, None, f"the card says what the rows do not say: {line}")
 
 
-def _check_files(folder: Path, record: Row, layout: Layout) -> Iterator[Problem]:
+def _check_files(folder: Path, layout: Layout) -> Iterator[Problem]:
     """Check that there are only the files that a run writes, beside a licence and the other runs of a dataset."""
     own = {path for shard in shards.shard_files(folder, layout) for path in (shard, shards.float_file(shard))}
     for path in sorted(folder.rglob("*")):
