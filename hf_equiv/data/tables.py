@@ -54,14 +54,12 @@ def load_parquet(
     # With `features`, only these columns are read; `check` gets every row and refuses a bad one by a ValueError.
     revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
 
-    copy_rows = partial(_copy, features=features, check=check) if check else _copy
-
     def states() -> list[tuple[int, int]]:
         return [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
     def write(copy: Path) -> None:
         before = states()
-        copy_rows(paths, copy)
+        _copy(paths, copy, features, check)
         if before != states():
             raise ValueError("it was written to while it was read")
 
@@ -102,11 +100,10 @@ def _copy(
 ) -> None:
     with paths[0].open("rb") as stream:
         schema = pq.read_schema(stream)
-    columns = None if features is None else [name for name in features if name in schema.names]
-    kept = datasets.Features({k: features[k] for k in columns}) if features is not None and columns else None
+    kept = datasets.Features({k: v for k, v in (features or {}).items() if k in schema.names})
     with ArrowWriter(features=kept or datasets.Features.from_arrow_schema(schema), path=str(to)) as writer:
         for path in paths:
-            for batch in read_batches(path, columns, rows=_ROWS):
+            for batch in read_batches(path, list(kept) or None, rows=_ROWS):
                 if check is not None:
                     for row in batch.to_pylist():
                         check(row)

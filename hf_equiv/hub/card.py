@@ -83,13 +83,18 @@ def differences(card: str, runs: Runs, repo_id: str | None) -> tuple[list[str], 
         return None
     named = re.search(r'load_dataset\("([^"\n]+)"', found[0])  # a folder has no name of its own
     made = _BLOCK.search(dataset_card(repo_id or (named[1] if named else ""), runs))
-    stated, wanted = found[0].splitlines(), made[0].splitlines() if made else []
+    wanted = made[0] if made else ""
     if found[0].startswith(START):
-        lacking, extra = Counter(wanted) - Counter(stated), Counter(stated) - Counter(wanted)
-        return [x for x in lacking.elements() if x.strip()], [x for x in extra.elements() if x.strip()]
+        return compare_lines(found[0], wanted)
     # An earlier version wrote other sentences: only the numbers in its tables are compared.
-    known = Counter(number for line in wanted for number in _cells(line))
-    return [], [line for line in stated if Counter(_cells(line)) - known]
+    known = Counter(number for line in wanted.splitlines() for number in _cells(line))
+    return [], [line for line in found[0].splitlines() if Counter(_cells(line)) - known]
+
+
+def compare_lines(stated: str, wanted: str) -> tuple[list[str], list[str]]:
+    """Return the lines that a text lacks, and those that it has too many, in any order."""
+    there, made = (Counter(line for line in text.splitlines() if line.strip()) for text in (stated, wanted))
+    return [*(made - there)], [*(there - made)]
 
 
 def _cells(line: str) -> list[str]:

@@ -14,7 +14,7 @@ from hf_equiv.hub.load import download_results, local_folder, run_folders, split
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
 from hf_equiv.runs.schema import Row
-from hf_equiv.verify.directory import VerifyReport, subject, verify_run
+from hf_equiv.verify.directory import VerifyReport, card_problems, verify_run
 from hf_equiv.verify.rows import Problem, differs, problem
 
 
@@ -97,8 +97,8 @@ def verify_results(
         named = tuple(replace(p, file=inside + p.file, message=inside + p.message) for p in report.problems)
         runs.append(replace(report, place=place, problems=named))
     several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
-    card_problems = tuple(_check_card(folder / CARD, records, repo_id)) if several else ()
-    return DatasetReport(tuple(runs), (*_check_folders(folder, records), *card_problems), repo_id, commit)
+    card = tuple(_check_card(folder / CARD, records, repo_id)) if several else ()
+    return DatasetReport(tuple(runs), (*_check_folders(folder, records), *card), repo_id, commit)
 
 
 def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
@@ -126,10 +126,7 @@ def _check_card(path: Path, records: dict[str, Row], repo_id: str | None) -> Ite
         wanted = "the part that publishing writes"
         yield problem(CARD, None, "card", wanted, None, f"{wanted} is gone")
         return
-    for line in compared[0]:
-        yield problem(CARD, None, subject(line), None, line, f"the card does not say what the runs say: {line}")
-    for line in compared[1]:
-        yield problem(CARD, None, subject(line), line, None, f"the card says what no run says: {line}")
+    yield from card_problems(*compared, "runs")
     header, own = hub_card.split_header(text)[0], hub_card.configs_of(records)
     configs = [item for item in header.get("configs") or [] if isinstance(item, dict)]
     for config in own:  # `load_dataset` reads the files that the header names

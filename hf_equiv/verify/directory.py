@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -326,11 +325,17 @@ def _check_card(folder: Path, layout: Layout, record: Row, summary: Row) -> Iter
     if hub_card.split_header(stated)[0] != hub_card.split_header(made)[0]:
         told = "the YAML header is not that of the run: `load_dataset` may read other files"
         yield problem(CARD, None, "header", None, None, told)
-    lines = [Counter(line for line in text.splitlines() if line.strip()) for text in (stated, made)]
-    for line in lines[1] - lines[0]:
-        yield problem(CARD, None, subject(line), None, line, f"the card does not say what the rows say: {line}")
-    for line in lines[0] - lines[1]:
-        yield problem(CARD, None, subject(line), line, None, f"the card says what the rows do not say: {line}")
+    yield from card_problems(*hub_card.compare_lines(stated, made), "rows")
+
+
+def card_problems(lacking: Sequence[str], extra: Sequence[str], source: str) -> Iterator[Problem]:
+    """Name the lines that a card lacks, and those that its rows or runs do not give."""
+    for line in lacking:
+        told = f"the card does not say what the {source} say: {line}"
+        yield problem(CARD, None, _first_cell(line), None, line, told)
+    for line in extra:
+        told = f"the card says what the {source} do not say: {line}"
+        yield problem(CARD, None, _first_cell(line), line, None, told)
 
 
 def _check_files(folder: Path, layout: Layout) -> Iterator[Problem]:
@@ -346,6 +351,6 @@ def _check_files(folder: Path, layout: Layout) -> Iterator[Problem]:
             yield problem(name.as_posix(), None, "file", name.as_posix(), None, told)
 
 
-def subject(line: str) -> str:
+def _first_cell(line: str) -> str:
     """Return the first cell of a table line, or another line unchanged."""
     return line.split(" | ")[0].removeprefix("| ")

@@ -72,8 +72,8 @@ def test_files_that_change_or_do_not_fit(tmp_path, monkeypatch):
     folder.mkdir()
     write(folder / "a.parquet", 0, 3)
 
-    def copy(paths, to):
-        real(paths, to)
+    def copy(paths, to, *more):
+        real(paths, to, *more)
         write(folder / "a.parquet", 0, 4)  # by another program
 
     with monkeypatch.context() as patch:
