@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -51,6 +52,12 @@ def cut_name(name: str, size: int) -> str:
     """Shorten an image id to its last `size` characters, all printable: ids of one folder differ at the end."""
     name = printable(name)
     return name if len(name) <= size else "…" + name[1 - size :]
+
+
+def some(names: Iterable[str], count: int) -> str:
+    """Return the first names on one line."""
+    shown = [cut(name, 60) for name in names]
+    return ", ".join(shown[:count] + (["…"] if len(shown) > count else []))
 
 
 def finite(value: Tensor | float | None) -> float | None:

@@ -29,7 +29,7 @@ from hf_equiv.cli.options import (
     source_options,
 )
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import excerpt
+from hf_equiv.formatting import excerpt, some
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -178,7 +178,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
         if given["as_json"]:
             output.print_json(_result(plan, folder, [], None) | {"dry_run": facts})
         else:
-            told = facts | {"unusable_images": output.some(facts["unusable_images"], 10)}
+            told = facts | {"unusable_images": some(facts["unusable_images"], 10)}
             told["choices"] = "; ".join(plan.choices)
             usual = ("_error", "_images", "choices")  # hidden when empty
             shown = {key: value for key, value in told.items() if value or not key.endswith(usual)}

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from hf_equiv.cli.options import flag_note
 from hf_equiv.cli.streams import writing
-from hf_equiv.formatting import cut, printable, text_templates
+from hf_equiv.formatting import cut, printable, some, text_templates
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.run import RunOutcome
@@ -149,12 +149,6 @@ def failures(outcome: RunOutcome) -> dict[str, list[str]]:
 def reasons(failures: Mapping[str, list[str]]) -> list[str]:
     """Return one sentence for each cause, with the number of its pairs or images and the first ones."""
     return [f"{why} ({len(ids)}: {some(ids, 3)})" for why, ids in failures.items()]
-
-
-def some(names: Iterable[str], count: int) -> str:
-    """Return the first names on one line."""
-    shown = [cut(name, 60) for name in names]
-    return ", ".join(shown[:count] + (["…"] if len(shown) > count else []))
 
 
 def print_summary(report: Report, path: Path) -> None:

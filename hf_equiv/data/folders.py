@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_equiv.data.image_file import IMAGE_SUFFIXES
+from hf_equiv.formatting import some
 from hf_equiv.limits import MAX_BYTES
 
 LABEL_FILE = "labels.csv"
@@ -54,7 +55,7 @@ def read_folder(folder: Path) -> Folder:
         if name not in kept and not (_is_hidden(name) and path.suffix.lower() not in IMAGE_SUFFIXES)
     ]
     if left:
-        said.append(f"leaving out {_count(left, 'file')}{'' if photos else ', no image or table'}: {_some(left)}")
+        said.append(f"leaving out {_count(left, 'file')}{'' if photos else ', no image or table'}: {some(left, 4)}")
     return Folder(photos, labels, tables, tuple(said))
 
 
@@ -93,10 +94,10 @@ def _labels(
         absent = sorted(labels.keys() - places.values())
         stated |= {key: labels[place] for key, place in places.items()}
         said.append(f"{told} ({_count(places, 'image')})" if labels else told)
-        said += [f"{name} names files that are not there ({len(absent)}): {_some(absent)}"] if absent else []
+        said += [f"{name} names files that are not there ({len(absent)}): {some(absent, 4)}"] if absent else []
     classes, guessed = _folder_names(photos)
     if without := [name for name in photos if name not in stated] if stated else []:
-        said.append(f"images without a class in {' and '.join(tables)} ({len(without)}): {_some(without)}")
+        said.append(f"images without a class in {' and '.join(tables)} ({len(without)}): {some(without, 4)}")
     return tuple(stated.get(name, classes[name]) for name in photos), tables, said + ([] if stated else guessed)
 
 
@@ -109,14 +110,14 @@ def _folder_names(photos: Mapping[str, Path]) -> tuple[dict[str, str | None], li
     if len(splits) < 2 and not names <= splits:  # `train` may be a class, beside `bus`
         splits = set()
     if splits:
-        told = f"taking the folders {_some(sorted(splits))} for splits and their images together"
+        told = f"taking the folders {some(sorted(splits), 4)} for splits and their images together"
         said.append(f"{told}; name one of the folders to take it alone")
     names -= splits
     if len(names) == 1:
         said.append(f"the folder {min(names)!r} is no class, since there is no other")
         names = set()
     if names:
-        said.append(f"taking the names of folders as classes: {_some(sorted(names))}")
+        said.append(f"taking the names of folders as classes: {some(sorted(names), 4)}")
     return {name: folders[-1] if folders and folders[-1] in names else None for name, folders in inside.items()}, said
 
 
@@ -129,7 +130,7 @@ def _read_labels(path: Path, name: str) -> tuple[dict[str, str], str]:
     if file is None or label is None:
         if name == LABEL_FILE:
             raise ValueError(f"{name!r} must have columns file,label[,name]; got {','.join(columns)}.")
-        told = f"{name} gives no classes: it must have the columns file_name and label; it has {_some(columns)}"
+        told = f"{name} gives no classes: it must have the columns file_name and label; it has {some(columns, 4)}"
         return {}, told
     found: dict[str, str] = {}
     for row in rows:
@@ -163,7 +164,3 @@ def _read_rows(path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
 
 def _count(items: Collection[Any], what: str) -> str:
     return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
-
-
-def _some(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:4]) + (", …" if len(names) > 4 else "")

@@ -12,6 +12,7 @@ from hf_equiv.analyses.lipschitz import SINGLE
 from hf_equiv.analyses.pairs import Item
 from hf_equiv.analyses.plan import read_command, settings_of
 from hf_equiv.analyses.run import VERBS
+from hf_equiv.formatting import some
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs.directory import HEAD, RECORD, WITHHELD, is_withheld
@@ -87,11 +88,11 @@ def left_open(record: Row, layout: Layout) -> Iterator[str]:
     for item in record[layout.listed]:
         digests.setdefault(item.get("pixels"), []).append(item[layout.item])
     for digest, names in digests.items():
-        some = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+        told = some(names, 3)
         if digest is None and not is_withheld(record):
-            yield f"the first pixels of {some} (no SHA-256 is stated)"
+            yield f"the first pixels of {told} (no SHA-256 is stated)"
         elif digest is not None and len(names) > 1:
-            yield f"whether {some}, of the same pixels, are {len(names)} {layout.listed}"
+            yield f"whether {told}, of the same pixels, are {len(names)} {layout.listed}"
     if record["settings"]["model_id"] != "builtin" and str(record["settings"]["model_revision"]).startswith("sha256:"):
         yield "the name of the local checkpoint"
     if {"license", "rights"} & set(record):
