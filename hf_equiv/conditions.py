@@ -1,4 +1,4 @@
-"""Require once what all verbs need of a function f: the one list of preconditions, and the one way to call f.
+"""Check once that a function f meets the preconditions of all verbs, and define how they call it.
 
 `admit` tries f near one image and requires, in this order:
 
@@ -186,7 +186,7 @@ class _Probe:
                 "Switch dropout, sampling and counters off, for example with `model.eval()`."
             )
         self._find_rows()
-        # Where f cancels to exactly zero, so does J but for its rounding.
+        # If f is exactly zero by cancellation, J is zero up to its rounding.
         zero = 0.0 if bool(self.here.any()) else _BATCH * self.eps * math.sqrt(self.x.numel())
         if not gradient or not bool(self.rows.isfinite().all()):
             self._beside([])
@@ -284,13 +284,13 @@ class _Probe:
             exact = float64_twin(self.call) or in_float64(self.call.plain)
             with torch.no_grad():
                 z = self._in_unit(exact(self.x.detach().double()))[0]
-        except Exception:  # whatever f raises on float64, or a lack of memory
+        except Exception:  # f may raise any error on float64, or memory may run out
             return None, 0.0
         gap = float((z - self.here).norm()) / self.size
         return (exact, gap) if gap <= _COARSE else (None, 0.0)
 
     def _check_flat(self) -> None:
-        """Require that f hardly moves where its derivative is zero; one that is constant by pieces does."""
+        """Require that f hardly moves where its derivative is zero, unlike a function that is constant by pieces."""
         steps = [(self.ways[0], 4 * _LONGEST), (self.ways[0], _LONGEST)]
         moves = [float(secant.norm()) for secant in self._beside(steps)]
         noise = _SIGMAS * _NOISE * self.eps * self.size
@@ -309,7 +309,7 @@ class _Probe:
         return float(stated[worst]), float(seen[worst]), slope
 
     def _beside(self, steps: Steps) -> list[Tensor]:
-        """Return the secants, from a batch with other images in it; require that x takes no notice of them."""
+        """Return the secants, from a batch with other images in it; require that they do not change f(x)."""
         other = (self._uniform(self.x.shape[1:]) < 0.5).to(self.x)[None]
         points = torch.cat([other, self.x.detach(), *self._ends(steps), 1 - other, other])
         try:

@@ -1,4 +1,4 @@
-"""Multiply by J = ∂f/∂x and its transpose through autograd, whose few faults are kept out here."""
+"""Multiply by J = ∂f/∂x and its transpose through autograd, and avoid the known faults of its backward passes."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def with_autocast(f: Encoding) -> Encoding:
 
 
 class InFloat64(TorchFunctionMode):
-    """Compute in float64 whatever a function casts to: weights, autocast blocks, a softmax in float32."""
+    """Compute in float64 despite narrower types inside a function: weights, autocast blocks, a softmax in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch with its floating-point tensors and types widened to float64."""

@@ -43,7 +43,7 @@ STYLE = {
     "grid.linewidth": 0.6, "legend.fontsize": 9, "legend.edgecolor": "none",
     "figure.constrained_layout.w_pad": 0.08, "figure.constrained_layout.h_pad": 0.08,
 }  # fmt: skip
-OWN_STYLE = ["default", STYLE]  # whatever the user's matplotlibrc says, so that `verify` can draw a figure again
+OWN_STYLE = ["default", STYLE]  # without the user's matplotlibrc, so that `verify` can draw a figure again
 
 
 @style.context(OWN_STYLE)

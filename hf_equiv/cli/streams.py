@@ -24,7 +24,7 @@ def open_streams() -> None:
 
 @contextlib.contextmanager
 def writing(stream: TextIO) -> Iterator[TextIO]:
-    """Write to a standard stream; what nobody reads any more is dropped, since all results are on disk."""
+    """Write to a standard stream; text without a reader is dropped, since all results are on disk."""
     try:
         yield stream
         stream.flush()

@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> Folder:
         tables = tuple(path for path in usable.values() if path.suffix.lower() == ".parquet")
         labels, used, said = (), [path.relative_to(folder).as_posix() for path in tables], []
     kept = {*photos, *used}
-    left = [  # nobody expects a hidden file to be read, unless it is an image
+    left = [  # a hidden file is left out in silence, unless it is an image
         name
         for name, path in found.items()
         if name not in kept and not (_is_hidden(name) and path.suffix.lower() not in IMAGE_SUFFIXES)

@@ -125,7 +125,7 @@ def stored_image(data: bytes) -> Image.Image:
 
 def _pixel_chunks(data: bytes) -> bytes:
     """Leave out the chunks of a PNG file that bear neither on its pixels nor on its rotation; keep other formats."""
-    # Pillow refuses a file for a long text, a large profile or a wrong checksum in a part that nobody needs.
+    # Pillow refuses a file for a long text, a large profile or a wrong checksum in a chunk that is not needed.
     if not data.startswith(SIGNATURE):
         return data
     kept = (chunk for kind, chunk in chunks(data) if kind == b"tRNS" or kind[:1].isupper() or _turns(chunk))
@@ -179,7 +179,7 @@ def _explained(data: bytes, name: str) -> Iterator[None]:
 def _fit(image: Image.Image, name: str) -> None:
     """Have a large JPEG decoded smaller, and refuse another large image."""
     width, height = image.size
-    # a progressive JPEG takes memory for all of its pixels whatever the scale
+    # a progressive JPEG takes memory for all of its pixels at any scale
     if width * height > MAX_PIXELS and image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
         scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= MAX_PIXELS), 8)
         image.draft("RGB", (width // scale, height // scale))

@@ -167,7 +167,7 @@ def load_results(
     folder = local_folder(name, revision) or _snapshot(*split_name(name, revision), folders, token, cache)
     files = _files(name, folder, layout, run)
 
-    def check(row: Row) -> None:  # before `datasets` decodes an image, by whatever decoder its bytes ask for
+    def check(row: Row) -> None:  # before `datasets` decodes an image by any decoder that its bytes name
         check_pictures(open_cells(row, layout), layout)
 
     rows, _ = load_parquet(name, files, cache, layout.all_features, check)

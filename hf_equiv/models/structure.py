@@ -78,7 +78,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
 
 
 def _unit_norm(z: Tensor, x: Tensor) -> list[LeftRelation]:
-    """Return the relation zᵀJ = 0 if z has unit length wherever x lies."""
+    """Return the relation zᵀJ = 0 if z has unit length at every x."""
     unit = z.detach().double()
     draw = torch.randn(len(z), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(unit)
     along, other = (torch.autograd.grad(z, x, u.to(z), retain_graph=True)[0].norm() for u in (unit, draw / draw.norm()))

@@ -98,7 +98,7 @@ def read_record(folder: Path) -> Row:
 
 
 def parse_record(data: bytes) -> Row:
-    """Read the text of a `run.json`; a ValueError says what is wrong with it, of whatever version it is."""
+    """Read the text of a `run.json` of any version; a ValueError names its faults."""
     try:
         record = json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=each_key_once)
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no Infinity, no half of a character
@@ -119,7 +119,7 @@ def parse_record(data: bytes) -> Row:
 
 
 def each_key_once(pairs: Sequence[tuple[str, Any]]) -> Row:
-    """Make an object of JSON; of a key that is there twice some readers would take the first, others the last."""
+    """Make an object of JSON; refuse a key that is there twice, since readers differ in the value they take."""
     made = dict(pairs)
     if len(made) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

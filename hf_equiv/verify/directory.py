@@ -251,7 +251,7 @@ def _check_shards(
 def _check_whole(
     encoder: Encoder | None, folder: Path, record: Row, layout: Layout, rows: Sequence[Row]
 ) -> tuple[list[Problem], list[str]]:
-    """Check what belongs to right rows: settings, summary, card, figures; return problems, and what is left open."""
+    """Check settings, summary, card and figures of right rows; return the problems, and the parts left open."""
     if rows and record["settings"].get("radii", ()) is None:  # as in `_check_shards`
         record = record | {"settings": record["settings"] | {"radii": rows[0]["radii"]}}
     problems, elsewhere = list[Problem](), list(left_open(record, layout))
@@ -268,7 +268,7 @@ def _check_whole(
 def _check_summary(
     encoder: Encoder | None, folder: Path, record: Row, layout: Layout
 ) -> tuple[list[Problem], list[str]]:
-    """Check summary, card and figures against the rows; return the problems, and what other versions may have made."""
+    """Check summary, card and figures against the rows; return the problems, and the parts of other versions."""
     verb, settings = VERBS[layout.analysis], record["settings"]
     stated = record["summary"] if isinstance(record["summary"], dict) else {}
     rows = read_back(folder, layout, [item[layout.item] for item in record[layout.listed]], verb.SHOWN)

@@ -83,7 +83,7 @@ def check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Pro
 
 
 def left_open(record: Row, layout: Layout) -> Iterator[str]:
-    """Name what a run states too little of to be checked."""
+    """Name the parts of a run that cannot be checked, since it states too little of them."""
     digests: dict[Any, list[str]] = {}
     for item in record[layout.listed]:
         digests.setdefault(item.get("pixels"), []).append(item[layout.item])

@@ -35,7 +35,7 @@ UNVERIFIED = (
     "solver", "max_evals", "rtol", "step", "stop", "num_evals", "seconds", "stationarity before the last point",
     "versions", "closed_with", "errors",
 )  # fmt: skip
-"""Columns, settings and keys that images cannot prove. They must agree with each other, so that one is not changed."""
+"""Columns, settings and keys that images cannot prove. They must agree with each other."""
 
 RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("embedding_error", "embedding_error_8bit", "target_quantization_error"), (0.0, math.inf)),
