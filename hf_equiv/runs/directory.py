@@ -67,6 +67,11 @@ def is_withheld(record: Mapping[str, Any]) -> bool:
     return record.get("photos") == WITHHELD
 
 
+def is_summed_up(record: Mapping[str, Any]) -> bool:
+    """Return whether a run has a summary with its verdict."""
+    return isinstance(record["summary"], dict) and "verdict" in record["summary"]
+
+
 def default_folder(analysis: str, settings: Row) -> Path:
     """Return `runs/VERB/MODEL-slug/HASH8`."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "--", settings["model_id"]).strip(".-") or "model"
@@ -149,7 +154,8 @@ def check_record(folder: Path, record: Row) -> Layout:
         raise ValueError(f"{str(folder)!r} {told}. Upgrade hf_equiv.")
     settings, kinds = record["settings"], _SETTINGS[layout.analysis]
     # Early walks, and walks that lead to no image, have no `stop`.
-    missing = _wrong_types(settings, kinds, ({*_COMMON, *kinds} - {"stop"}) - {*settings}, "settings.")
+    needed = [key for key in (*_COMMON, *kinds) if key != "stop"]
+    missing = _wrong_types(settings, kinds, needed, "settings.")
     missing += [f"a right settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
     if missing:
@@ -295,7 +301,7 @@ def read_run(folder: Path) -> LocalRun:
             f"{str(folder)!r} must be a finished run; rows are missing. Run the same {layout.analysis} command again: "
             "it makes the missing rows."
         )
-    if not isinstance(record["summary"], dict) or "verdict" not in record["summary"]:
+    if not is_summed_up(record):
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks summary.verdict.")
     wrong = [f"{name} {fault}" for name, _, _, fault in file_faults(folder, record)]
     if wrong:

@@ -65,9 +65,9 @@ def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
             processes.meet(state)
             made = _make_rows(job, tell, claims, state, check)
             record = directory.read_record(folder)
-            files, summary = record["files"], record["summary"]  # empty until the run is closed
-            whole = isinstance(summary, dict) and "verdict" in summary
-            if made or not files or not whole or not all((folder / name).is_file() for name in files):
+            files = record["files"]  # empty until the run is closed
+            whole = bool(files) and all((folder / name).is_file() for name in files)
+            if made or not whole or not directory.is_summed_up(record):
                 check()
                 _close(job)
     return True

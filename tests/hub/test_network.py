@@ -32,7 +32,7 @@ def asked_for(hub, method: str, part: str) -> int:
     return sum(one == method and part in path for one, path, *_ in hub.log)
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 411, 413])
+@pytest.mark.parametrize("status", [400, 404, 413])
 def test_storage_that_refuses_is_named(status, hub, runs, capsys, waits):
     hub.fail("PUT", "/_lfs/", status, times=1000, error="EntityTooLarge")
     code, out, err = call(capsys, "publish", runs["match"], NAME, "-q")
@@ -47,11 +47,10 @@ def test_storage_that_refuses_is_named(status, hub, runs, capsys, waits):
     whole(hub, runs, 3)
 
 
-@pytest.mark.parametrize("status", [400, 403])
-def test_an_expired_link_is_asked_for_anew(status, hub, runs):
+def test_an_expired_link_is_asked_for_anew(hub, runs):
     publish_results(runs["seed"], NAME)
     hub.log.clear()
-    hub.fail("PUT", "/_lfs/", status)
+    hub.fail("PUT", "/_lfs/", 403)
     assert publish_results(runs["match"], NAME).changed
     assert asked_for(hub, "POST", "objects/batch") == 2
     whole(hub, runs, 3)
