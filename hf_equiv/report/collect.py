@@ -131,7 +131,7 @@ def _inside(folder: Path, path: Path) -> str:
 
 def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str, ...]:
     """Name the files of rows and float images that are not as recorded; a report reads no other files."""
-    paths = [*shards.shard_files(folder, layout), *(folder / "float").glob("[!.]*.safetensors")]
+    paths = [*(folder / layout.folder).glob("[!.]*.parquet"), *(folder / "float").glob("[!.]*.safetensors")]
     there = {_inside(folder, path): path for path in paths}
     names = {name for name in digests if name.endswith((".parquet", ".safetensors"))} | set(there)
     return tuple(

@@ -385,10 +385,15 @@ def tamper(out: Path, change, settings=None, analysis: str = "lipschitz") -> Non
     (out / "run.json").write_text(json.dumps(record))
 
 
-NO_LADDERS = ["1e-5:1", {"from": 1e-5}, [None] * 4, [math.nan] * 21, [10**400] * 4, []]
+@pytest.mark.parametrize("radii", [[None] * 4, [math.nan] * 21, [10**400] * 4], ids=lambda radii: str(radii[0])[:9])
+def test_settings_with_radii_that_are_no_numbers_are_refused(radii, copied):
+    out = copied("lipschitz")
+    tamper(out, lambda *_: None, {"radii": radii})
+    with pytest.raises(ValueError, match=r"run\.json' is damaged: .* Restore it"):
+        directory.verify_run(out)
 
 
-@pytest.mark.parametrize("radii", NO_LADDERS, ids=lambda radii: json.dumps(radii)[:20])
+@pytest.mark.parametrize("radii", ["1e-5:1", {"from": 1e-5}, []], ids=json.dumps)
 def test_settings_without_a_ladder_are_named(radii, copied):
     out = copied("lipschitz")
     tamper(out, lambda *_: None, {"radii": radii})
