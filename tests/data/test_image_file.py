@@ -56,6 +56,12 @@ def test_texts_and_profiles_do_not_spoil_the_pixels(before):
     assert (np.asarray(open_image(png(ROWS, 8, 2, 16, before))) == PIXELS).all()
 
 
+@pytest.mark.parametrize("before", [b"", chunk(b"PLTE", b"\1\2\3") + chunk(b"tRNS", bytes(300))])
+def test_a_damaged_palette_is_named(before):
+    with pytest.raises(ValueError, match=r"image 'x' is damaged or truncated \(.*\)\. Copy"):
+        open_image(png(np.zeros((4, 4), np.uint8), 8, 3, 4, before), "x")
+
+
 def test_a_rotation_in_a_text_is_applied():
     xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
     assert (np.asarray(open_image(png(ROWS, 8, 2, 16, chunk(b"iTXt", xmp)))) == np.rot90(PIXELS, -1)).all()
