@@ -53,6 +53,8 @@ def open_image(source: str | Path | bytes, name: str | None = None, *, sha256: s
                 ImageOps.exif_transpose(image, in_place=True)
             if data.startswith(SIGNATURE):
                 _correct_transparency(image, data)
+                if data[24] == 16 and image.mode == "RGB" and not any(high for _, high in image.getextrema()):
+                    image = _low_bytes(data)  # 8-bit levels in a file of 16 bit
         with _explained(data, name):  # Pillow looks at a palette only here
             return _to_rgb(image, name)
 
@@ -212,15 +214,22 @@ def _correct_transparency(image: Image.Image, data: bytes) -> None:
     elif image.mode == "RGB" and isinstance(key, tuple) and depth == 8:
         image.info["transparency"] = tuple(value % 256 for value in key)
     elif image.mode == "RGB" and isinstance(key, tuple):  # Pillow has kept the high bytes of 16-bit values alone
-        with Image.open(io.BytesIO(_pixel_chunks(data)), formats=["PNG"]) as low:
-            low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # takes the other byte of each value
-            with suppress(Exception):
-                ImageOps.exif_transpose(low, in_place=True)
+        low = _low_bytes(data)
         clear = np.ones(image.size[::-1], dtype=bool)
         for high_band, low_band, value in zip(image.split(), low.split(), key, strict=True):
             clear &= (np.asarray(high_band) == value >> 8) & (np.asarray(low_band) == value & 255)
         del image.info["transparency"]
         image.putalpha(Image.fromarray(np.where(clear, np.uint8(0), np.uint8(255))))
+
+
+def _low_bytes(data: bytes) -> Image.Image:
+    """Read the low bytes of a PNG file of 16-bit RGB, of which Pillow reads the high ones."""
+    with Image.open(io.BytesIO(_pixel_chunks(data)), formats=["PNG"]) as low:
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+        with suppress(Exception):
+            ImageOps.exif_transpose(low, in_place=True)
+        low.load()
+    return low
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

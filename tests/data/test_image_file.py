@@ -102,6 +102,13 @@ def test_integers_in_a_wide_container_are_of_8_bit_unless_they_are_above_255():
             assert levels(as_file(image, kind)) == [[v] * 3 for v in GREY[0].tolist()]
 
 
+def test_colours_up_to_255_in_a_png_file_of_16_bit_are_of_8_bit():
+    colours = np.array([[[0, 100, 252], [7, 8, 9]]])
+    for scale in (1, 257):
+        rows = (colours * scale).astype(">u2").view(np.uint8).reshape(1, -1)
+        assert levels(png(rows, 16, 2, 2)) == colours[0].tolist()
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64"])
 def test_arrays_of_any_integers_are_levels(dtype):
     assert np.asarray(open_array(GREY.astype(dtype), "x"))[..., 1].tolist() == GREY.tolist()
