@@ -1,5 +1,6 @@
 """Parquet files as one table: the same rows whatever their row groups, little memory, and no half a copy."""
 
+import base64
 import io
 import json
 
@@ -10,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import arrow_writer
 from fakes import draw_photo
+from pyarrow.parquet.encryption import CryptoFactory, EncryptionConfiguration, KmsClient, KmsConnectionConfig
+from runcases import python
 
 from hf_equiv.data import tables
 from hf_equiv.data.sources import load_images
@@ -144,3 +147,21 @@ def test_names_of_classes_are_text(tmp_path):
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "odd.parquet")
     assert load_images(str(tmp_path / "odd.parquet"), cache_dir=str(tmp_path / "cache")).labels == ("2",)
+
+
+class PlainKeys(KmsClient):
+    def wrap_key(self, key_bytes, master_key_identifier):
+        return base64.b64encode(key_bytes).decode()
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_an_encrypted_column_is_refused_and_does_not_end_the_process(tmp_path, column):
+    keys = CryptoFactory(lambda _: PlainKeys())
+    how = EncryptionConfiguration(footer_key="a", column_keys={"b": [column]}, plaintext_footer=True)
+    table, path = pa.table({"image": [b"x"], "label": ["a"]}), tmp_path / "secret.parquet"
+    secret = keys.file_encryption_properties(KmsConnectionConfig(), how)
+    with pq.ParquetWriter(path, table.schema, encryption_properties=secret) as writer:
+        writer.write_table(table)
+    code = "import sys; from hf_equiv.data.sources import load_images; load_images(sys.argv[1], cache_dir=sys.argv[2])"
+    found = python(code, path, tmp_path / "cache")
+    assert f"cannot be read: column '{column}' is encrypted" in found.stderr
