@@ -53,8 +53,8 @@ def open_image(source: str | Path | bytes, name: str | None = None, *, sha256: s
                 ImageOps.exif_transpose(image, in_place=True)
             if data.startswith(SIGNATURE):
                 _correct_transparency(image, data)
-                if data[24] == 16 and image.mode == "RGB" and not any(high for _, high in image.getextrema()):
-                    image = _low_bytes(data)  # 8-bit levels in a file of 16 bit
+                if data[24] == 16 and image.mode == "RGB" and not np.asarray(image).any():
+                    return _to_rgb(_low_bytes(data), name)  # 8-bit levels in a file of 16 bit
         with _explained(data, name):  # Pillow looks at a palette only here
             return _to_rgb(image, name)
 
