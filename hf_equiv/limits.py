@@ -42,6 +42,7 @@ def rows_at_once(
 ) -> int:
     """Return the number of rows to read at once, at most `rows`; refuse a file that states to be too large."""
     most = most or max(MAX_BYTES, EXPANSION * on_disk)
+    _refuse_encrypted(metadata)
     total = repeated = 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -54,6 +55,18 @@ def rows_at_once(
         raise _too_large(on_disk, most)
     # A dictionary is stored once for all rows that repeat its values, so a few rows can be large.
     return max(1, min(rows, MAX_BYTES // max(1, 2 * repeated)))
+
+
+def _refuse_encrypted(metadata: pq.FileMetaData) -> None:
+    """Refuse a file with an encrypted column, whose sizes pyarrow cannot tell: it would end the process."""
+    reader = pq.ParquetFile(pa.BufferReader(b""), metadata=metadata).reader  # without data, only the key is looked for
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            try:
+                next(reader.iter_batches(1, row_groups=[group], column_indices=[column]), None)
+            except (OSError, pa.ArrowException) as error:
+                if "decrypt" in str(error):
+                    raise ValueError(f"column {metadata.schema.column(column).path!r} is encrypted") from error
 
 
 def _size(values: pa.Array) -> int:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,8 @@ from hf_equiv.limits import MAX_BYTES
 LABEL_FILE = "labels.csv"
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 METADATA = ("metadata.csv", "metadata.jsonl")
+
+_MOST_LINKS = 16  # ways to one folder
 
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|testing|eval|evaluation)([-._ 0-9].*)?", re.I)
 
@@ -39,7 +42,9 @@ def read_folder(folder: Path) -> Folder:
     usable = {
         name: path
         for name, path in found.items()
-        if path.is_file() and not _is_hidden(name) and runs.isdisjoint(path.parents)  # figures of a run are no photos
+        if os.path.isfile(path)
+        and not _is_hidden(name)
+        and runs.isdisjoint(path.parents)  # figures of a run are no photos
     }
     photos = {name: path for name, path in usable.items() if path.suffix.lower() in IMAGE_SUFFIXES}
     if photos:
@@ -61,16 +66,19 @@ def read_folder(folder: Path) -> Folder:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder, and each folder in it that cannot be entered or leads back to one above."""
-    unreadable: list[str] = []
+    # Links to folders of links multiply: a folder that was entered often enough is left out as well.
+    root, unreadable, times = folder.resolve(), list[str](), Counter[Path]()
+    above = {folder: frozenset([root])}
     for place, inside, files in os.walk(folder, followlinks=True, onerror=lambda e: unreadable.append(e.filename)):
         here = Path(place)
-        chain = [here, *(parent for parent in here.parents if parent.is_relative_to(folder))]
-        above = {path.resolve() for path in chain}
         for name in list(inside):
             real = (here / name).resolve()
-            if real in above or folder.resolve().is_relative_to(real):
+            times[real] += 1
+            if real in above[here] or root.is_relative_to(real) or times[real] > _MOST_LINKS:
                 inside.remove(name)
                 yield here / name
+            else:
+                above[here / name] = above[here] | {real}
         yield from (here / name for name in files)
     yield from map(Path, unreadable)
 
@@ -129,7 +137,9 @@ def _read_labels(path: Path, name: str) -> tuple[dict[str, str], str]:
     label = next((column for column in wanted if column in columns), None)
     if file is None or label is None:
         if name == LABEL_FILE:
-            raise ValueError(f"{name!r} must have columns file,label[,name]; got {','.join(columns)}.")
+            raise ValueError(
+                f"{name!r} must have columns file,label[,name]; got {some(columns, 4)}. Name them in its first line."
+            )
         told = f"{name} gives no classes: it must have the columns file_name and label; it has {some(columns, 4)}"
         return {}, told
     found: dict[str, str] = {}

@@ -27,6 +27,11 @@ from hf_equiv.png_file import SIGNATURE, check_png, chunks
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "AVIF")
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .avif".split())
 
+
+class _RefusedError(ValueError):
+    """An image that is whole but cannot be taken."""
+
+
 _PILLOW_LOCK = threading.Lock()
 _LONGEST_TEXT = 1 << 20
 _STRIP = 1 << 22  # pixels that are converted at once
@@ -48,7 +53,10 @@ def open_image(source: str | Path | bytes, name: str | None = None, *, sha256: s
                 ImageOps.exif_transpose(image, in_place=True)
             if data.startswith(SIGNATURE):
                 _correct_transparency(image, data)
-        return _to_rgb(image, name)
+                if data[24] == 16 and image.mode == "RGB" and not np.asarray(image).any():
+                    return _to_rgb(_low_bytes(data), name)  # 8-bit levels in a file of 16 bit
+        with _explained(data, name):  # Pillow looks at a palette only here
+            return _to_rgb(image, name)
 
 
 def open_array(values: Any, name: str) -> Image.Image:
@@ -88,7 +96,8 @@ def _read(source: str | Path | bytes, name: str | None, sha256: str | None) -> t
         told = f"image {name!r} must be a file of at most {MAX_BYTES:,} bytes; got {size:,}"
         raise ValueError(f"{told}. Shrink it first: encoders look at a few hundred pixels a side.")
     try:
-        data = source if isinstance(source, bytes) else path.read_bytes()
+        # a file without a size, as those of the kernel, can be endless
+        data = source if isinstance(source, bytes) else path.read_bytes() if size else b""
     except OSError as error:
         raise ValueError(f"image file {name!r} cannot be read: {error.strerror}. Check its permissions.") from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
@@ -170,10 +179,13 @@ def _explained(data: bytes, name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         told = f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else"
         raise ValueError(f"{told}. Convert it to PNG or JPEG.") from None
+    except _RefusedError:
+        raise
     except MemoryError:
         raise ValueError(f"image {name!r} does not fit into memory. Shrink it.") from None
     except Exception as error:
-        raise ValueError(f"image {name!r} is damaged or truncated ({error}). Copy or download it again.") from error
+        why = str(error) or type(error).__name__
+        raise ValueError(f"image {name!r} is damaged or truncated ({why}). Copy or download it again.") from error
 
 
 def _fit(image: Image.Image, name: str) -> None:
@@ -202,10 +214,7 @@ def _correct_transparency(image: Image.Image, data: bytes) -> None:
     elif image.mode == "RGB" and isinstance(key, tuple) and depth == 8:
         image.info["transparency"] = tuple(value % 256 for value in key)
     elif image.mode == "RGB" and isinstance(key, tuple):  # Pillow has kept the high bytes of 16-bit values alone
-        with Image.open(io.BytesIO(_pixel_chunks(data)), formats=["PNG"]) as low:
-            low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # takes the other byte of each value
-            with suppress(Exception):
-                ImageOps.exif_transpose(low, in_place=True)
+        low = _low_bytes(data)
         clear = np.ones(image.size[::-1], dtype=bool)
         for high_band, low_band, value in zip(image.split(), low.split(), key, strict=True):
             clear &= (np.asarray(high_band) == value >> 8) & (np.asarray(low_band) == value & 255)
@@ -213,17 +222,27 @@ def _correct_transparency(image: Image.Image, data: bytes) -> None:
         image.putalpha(Image.fromarray(np.where(clear, np.uint8(0), np.uint8(255))))
 
 
+def _low_bytes(data: bytes) -> Image.Image:
+    """Read the low bytes of a PNG file of 16-bit RGB, of which Pillow reads the high ones."""
+    with Image.open(io.BytesIO(_pixel_chunks(data)), formats=["PNG"]) as low:
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+        with suppress(Exception):
+            ImageOps.exif_transpose(low, in_place=True)
+        low.load()
+    return low
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Convert to RGB over white, a strip at a time where that takes more memory than the image."""
     if image.mode == "F":
-        raise ValueError(f"image {name!r} must hold integers; got floating point (mode F). Scale it to 8 bit first.")
+        raise _RefusedError(f"image {name!r} must hold integers; got floating point (mode F). Scale it to 8 bit first.")
     grey, clear = image.mode.startswith("I"), image.has_transparency_data or image.mode in ("RGBa", "La")
     if not grey and not clear:
         try:
             rgb = image.convert("RGB")
         except ValueError as error:
             told = f"image {name!r} of mode {image.mode} has no RGB form ({error})"
-            raise ValueError(f"{told}. Convert it to RGB.") from error
+            raise _RefusedError(f"{told}. Convert it to RGB.") from error
         rgb.info = {}
         return rgb
     rgb, (width, height) = Image.new("RGB", image.size), image.size
@@ -254,6 +273,6 @@ def _to_8_bit(values: np.ndarray, low: int, high: int, name: str, kind: Any, mos
     # The container does not: 8-bit levels in integers of Pillow or NumPy are saved as files of 16 bit.
     if low < 0 or high > 65535:
         told = f"image {name!r} must have values from 0 to 65535; got {low} to {high} ({kind})"
-        raise ValueError(f"{told}. Scale it to 8 or 16 bit first.")
+        raise _RefusedError(f"{told}. Scale it to 8 or 16 bit first.")
     most = most or (255 if high <= 255 else 65535)
     return np.rint(values.astype(np.float64) / (most / 255)).astype(np.uint8)

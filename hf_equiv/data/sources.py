@@ -14,6 +14,7 @@ from hf_equiv.data.folders import read_folder
 from hf_equiv.data.image_file import IMAGE_SUFFIXES, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 from hf_equiv.formatting import utf8
+from hf_equiv.limits import MAX_BYTES
 
 BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
 DEFAULT_PAIRS = 10
@@ -107,7 +108,7 @@ def _local(what: str, open_tables: Callable[[str, Sequence[Path], Path], ImageSe
 def _image_files(
     data_id: str, files: Sequence[Path], ids: Sequence[str], labels: Sequence[str | None], revision: str | None = None
 ) -> ImageSet:
-    digests = [file_digest(file) for file in files]
+    digests = [file_digest(file, MAX_BYTES) for file in files]
     ids, labels = [utf8(name) for name in ids], [None if label is None else utf8(label) for label in labels]
     revision = revision or content_hash(ids, digests, labels)
     return ImageSet(

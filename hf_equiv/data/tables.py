@@ -39,7 +39,10 @@ LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if th
 DEFAULT_SPLITS = ("validation", "test", "train")
 
 _ROWS = 16  # rows copied at once
-_UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)  # pyarrow's errors are subclasses of these
+# the errors of pyarrow are subclasses of the first; damaged metadata and odd dates cause the others
+_UNREADABLE = (
+    OSError, ValueError, LookupError, NotImplementedError, TypeError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
 _UNLOADABLE = (*_UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError)
 
 
@@ -249,7 +252,11 @@ def table_images(
     cells = dataset.select_columns([column]).with_format("arrow")  # nothing is decoded here
 
     def read(index: int) -> Image.Image:
-        cell, where = cells[index].column(0).to_pylist()[0], f"{name} row {index}"
+        where = f"{name} row {index}"
+        try:
+            cell = cells[index].column(0).to_pylist()[0]
+        except _UNREADABLE as error:
+            raise ValueError(f"{where} cannot be read ({_first_line(error)}). Correct it or drop the row.") from error
         if isinstance(cell, list):
             return open_array(cell, where)
         content = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -298,22 +305,25 @@ def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> t
     column = wanted or next(iter(found), None)
     if column is None or column not in features:
         told = f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}"
-        raise ValueError(f"{told}; it has {', '.join(features)}. Name one with --image-column.")
+        raise ValueError(f"{told}; it has {_listed(list(features))}. Name one with --image-column.")
     return column, found
 
 
 def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> tuple[str | None, ...]:
     features = dataset.features
     if label_column is not None and label_column not in features:
-        raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {', '.join(features)}.")
+        raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {_listed(list(features))}.")
     classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
     column = label_column or next((k for k in (*classes, *LABEL_COLUMNS) if k in features), None)
     if column is None:
         return (None,) * len(dataset)
-    values = dataset.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+    try:
+        values = dataset.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+    except _UNREADABLE as error:
+        told = f"column {column!r} of {name!r} must hold classes; it cannot be read ({_first_line(error)})"
+        raise ValueError(f"{told}. Correct it, or name another with --label-column.") from error
     if column in classes:
-        names = dict(enumerate(features[column].names))
-        return tuple(map(names.get, values))
+        values = list(map(dict(enumerate(features[column].names)).get, values))
     return tuple(None if value is None or isinstance(value, list | dict) else str(value) for value in values)
 
 

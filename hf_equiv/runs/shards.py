@@ -78,6 +78,8 @@ def gone(folder: Path) -> OSError:
 
 def sha256_file(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
+    if path.stat().st_size == 0:  # files of the kernel, to which a link can lead, may never end
+        return hashlib.sha256().hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -99,7 +101,8 @@ def shard_index(path: Path) -> int:
 
 def shard_files(folder: Path, layout: Layout = MATCH) -> list[Path]:
     """Return the parquet files of a run directory, sorted."""
-    return sorted(p for p in (folder / layout.folder).glob("part-*.parquet") if _SHARD.fullmatch(p.name))
+    found = (p for p in (folder / layout.folder).glob("part-*.parquet") if _SHARD.fullmatch(p.name))
+    return sorted(p for p in found if p.is_file() or not p.exists())  # to open a pipe would wait for its writer
 
 
 def write_shard(
@@ -247,7 +250,7 @@ def read_first_floats(folder: Path, shown: int, kind: str) -> dict[str, Tensor]:
     """Return the float images `ID/KIND` of the shards with the first `shown` images of a run."""
     found: dict[str, Tensor] = {}
     for path in sorted((folder / "float").glob("part-*.safetensors")):
-        if shard_index(path) < shown:
+        if path.is_file() and shard_index(path) < shown:
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if name.rpartition("/")[2] == kind]
                 found |= {name: file.get_tensor(name) for name in names}

@@ -1,11 +1,17 @@
 """How the classes of a folder are found, and that nothing is left out in silence."""
 
+import hashlib
 import io
+import itertools
+import os
+from pathlib import Path
 
 import pytest
 from fakes import TinyEncoder, draw_photo
 
 from hf_equiv.analyses import MatchConfig, make_plan
+from hf_equiv.data import sources
+from hf_equiv.data.image_set import file_digest
 from hf_equiv.data.sources import load_images
 
 
@@ -116,3 +122,40 @@ def test_a_plan_tells_which_files_are_left_out(tmp_path):
     fill(tmp_path / "none", {"c.heic": b"x"})
     with pytest.raises(ValueError, match=r"leaving out 1 file, no image or table: c\.heic"):
         load_images(str(tmp_path / "none"))
+
+
+def test_links_that_multiply_are_left_out(tmp_path):
+    names = [f"n{k}" for k in range(12)]
+    fill(tmp_path, ["a.png", "n0/b.png"])
+    for before, name in itertools.pairwise(names):
+        (tmp_path / name).mkdir()
+        for link in ("l", "r"):
+            (tmp_path / name / link).symlink_to(tmp_path / before)
+    images = load_images(str(tmp_path))
+    assert len(images) <= 20
+    assert any("leaving out" in told for told in images.choices)
+
+
+def test_a_name_that_is_too_long_costs_its_own_file(tmp_path, monkeypatch):
+    fill(tmp_path, ["a.png"])
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    Path("b.png").write_bytes(b"x")
+    assert load_images(str(tmp_path)).ids == ("a.png",)
+
+
+def test_files_that_are_never_opened_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BYTES", 10)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("the file was read"))
+    fill(tmp_path, ["a.png"])
+    assert load_images(str(tmp_path)).ids == ("a.png",)
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a file of the kernel")
+def test_a_link_to_a_file_of_the_kernel_is_an_empty_file(tmp_path):
+    (tmp_path / "a.png").symlink_to("/proc/version")
+    assert file_digest(tmp_path / "a.png") == hashlib.sha256().hexdigest()
+    with pytest.raises(ValueError, match=r"empty file \(0 bytes\)"):
+        load_images(str(tmp_path))[0]

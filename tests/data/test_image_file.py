@@ -56,6 +56,12 @@ def test_texts_and_profiles_do_not_spoil_the_pixels(before):
     assert (np.asarray(open_image(png(ROWS, 8, 2, 16, before))) == PIXELS).all()
 
 
+@pytest.mark.parametrize("before", [b"", chunk(b"PLTE", b"\1\2\3") + chunk(b"tRNS", bytes(300))])
+def test_a_damaged_palette_is_named(before):
+    with pytest.raises(ValueError, match=r"image 'x' is damaged or truncated \(.*\)\. Copy"):
+        open_image(png(np.zeros((4, 4), np.uint8), 8, 3, 4, before), "x")
+
+
 def test_a_rotation_in_a_text_is_applied():
     xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
     assert (np.asarray(open_image(png(ROWS, 8, 2, 16, chunk(b"iTXt", xmp)))) == np.rot90(PIXELS, -1)).all()
@@ -94,6 +100,13 @@ def test_integers_in_a_wide_container_are_of_8_bit_unless_they_are_above_255():
     for image in (Image.fromarray(GREY.astype(np.uint16)), Image.fromarray(GREY.astype(np.int32))):
         for kind in ("TIFF", "PNG", "PPM"):
             assert levels(as_file(image, kind)) == [[v] * 3 for v in GREY[0].tolist()]
+
+
+def test_colours_up_to_255_in_a_png_file_of_16_bit_are_of_8_bit():
+    colours = np.array([[[0, 100, 252], [7, 8, 9]]])
+    for scale in (1, 257):
+        rows = (colours * scale).astype(">u2").view(np.uint8).reshape(1, -1)
+        assert levels(png(rows, 16, 2, 2)) == colours[0].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64"])

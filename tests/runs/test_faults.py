@@ -238,3 +238,22 @@ def test_a_byte_order_mark_is_no_damage(runs, place):
     text = (folder / "run.json").read_bytes()
     (folder / "run.json").write_bytes(b"\xef\xbb\xbf" + text)
     assert directory.read_record(folder) == json.loads(text)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(runs, place):
+    shutil.copytree(runs["match"], place, dirs_exist_ok=True)
+    for path in (shards.shard_path(place, 0), shards.float_file(shards.shard_path(place, 0))):
+        path.unlink()
+        os.mkfifo(path)
+    assert list(shards.read_rows(place)) == []
+    assert shards.read_first_floats(place, 1, "match") == {}
+    with pytest.raises(ValueError, match="is missing"):
+        directory.read_run(place)
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a file of the kernel")
+def test_a_link_to_a_file_of_the_kernel_has_no_content(tmp_path):
+    (tmp_path / "x.png").symlink_to("/proc/version")
+    (tmp_path / "empty").touch()
+    assert shards.sha256_file(tmp_path / "x.png") == shards.sha256_file(tmp_path / "empty")
