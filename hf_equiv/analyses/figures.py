@@ -278,11 +278,12 @@ def same_picture(stated: bytes, made: bytes) -> bool:
 
 
 def _chunks(data: bytes) -> list[bytes]:
-    """Return the types of the chunks of a PNG file, each once, and whatever follows the last."""
-    place, found = 8, []
-    while place < len(data) and b"IEND" not in found:
-        found.append(data[place + 4 : place + 8])
-        place += 12 + int.from_bytes(data[place : place + 4])
+    """Return the chunks of a PNG file, without those of pixels but the first's type, and whatever follows the last."""
+    place, kind, found = 8, b"", list[bytes]()
+    while place < len(data) and kind != b"IEND":
+        end, kind = place + 12 + int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        found.append(kind if kind == b"IDAT" else data[place:end])
+        place = end
     return [*dict.fromkeys(found), data[place:]]
 
 
