@@ -268,7 +268,7 @@ def same_picture(stated: bytes, made: bytes) -> bool:
     if stated == made:
         return True
     try:
-        if _kinds(stated) != _kinds(made):
+        if _beside_pixels(stated) != _beside_pixels(made):
             return False
         pixels = [
             np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA"), int) for data in (stated, made)
@@ -278,10 +278,9 @@ def same_picture(stated: bytes, made: bytes) -> bool:
     return pixels[0].shape == pixels[1].shape and int(np.abs(pixels[0] - pixels[1]).max()) <= 32
 
 
-def _kinds(data: bytes) -> list[bytes]:
-    """Return the kinds of chunks in a PNG file, each once, and the kind of the last, which ends the file."""
-    kinds = [kind for kind, _ in chunks(data)]
-    return [*dict.fromkeys(kinds[:-1]), *kinds[-1:]]
+def _beside_pixels(data: bytes) -> list[bytes]:
+    """Return the chunks of a PNG file without those of pixels but the kind of the first, and all that follows IEND."""
+    return list(dict.fromkeys(kind if kind == b"IDAT" else bytes(chunk) for kind, chunk in chunks(data)))
 
 
 def label_of(name: str, size: int) -> str:

@@ -181,6 +181,8 @@ def settings_of(
 def read_command(command: str, kind: Any) -> Any:
     """Return the config, of the class `kind`, that `Plan.command` was made of; a ValueError names a wrong word."""
     program, analysis, model, *words = shlex.split(command)
+    if shlex.join([program, analysis, model, *words]) != command:  # people paste it into a shell
+        raise ValueError(f"`command` must be quoted as `shlex.join` does it; got {command!r}.")
     if (program, analysis) != ("hf-equiv", kind.analysis):
         raise ValueError(f"`command` must begin with hf-equiv {kind.analysis}; got {program} {analysis}.")
     types, left, values = get_type_hints(kind), iter(words), dict[str, Any](model=model)

@@ -39,8 +39,8 @@ the most bytes of the images and float images of one item;
 
 For `verify`: `follow(settings, rows)` gives the columns that follow from other columns of the rows of one item;
 `remake(encoder, settings, rows, floats)` recomputes the rows; `faults` of a row lists images that do not fit, each with
-column, requirement and finding; `tolerances(made, settings)` returns how far the columns of a row may be from
-the recomputed ones (see `verify.rows.agrees`).
+column, requirement and finding, and `left_open` what was compared by a laxer rule; `tolerances(made, settings)` returns
+how far the columns of a row may be from the recomputed ones (see `verify.rows.agrees`).
 """
 
 BATCH, CPU_BATCH = 32, 8  # items in one pass on a GPU and on a CPU, where there are always `BATCH` derivatives

@@ -32,6 +32,7 @@ KEPT_VECTORS = 8  # singular vectors kept with `vectors` where no `k` is given
 
 _ZEROS = ("structural_zeros", "near_structural")
 _BATCH = 32  # cotangents per pass
+_EARLIER = "error_bound within a factor of 50 and rank_threshold (by the rule of earlier versions)"
 # Largest residual of stored singular vectors over σ₁ (measured: 1.2e-6, 9e-4), and distance from orthonormal (1e-8).
 _RESIDUAL, _TILT = {"full": 1e-5, "golub_kahan": 0.02}, 1e-6
 
@@ -156,7 +157,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     (row,) = rows
     rtol = _earlier_rtol(row, encoder.dtype)
     result = jacobian_spectrum(encoder, row["image"][None], k=settings["k"], rank_rtol=rtol, batch=_BATCH)
-    made = row_of(result) | {"earlier": rtol is not None}
+    made = row_of(result) | {"left_open": () if rtol is None else (_EARLIER,)}
     sigma = [s or 0.0 for s in row["singular_values"] or []]
     values, whole = torch.tensor(sigma, dtype=torch.float64), made["rank"] is not None and settings["k"] is None
     if whole and len(sigma) == len(made["singular_values"]) and sigma[0] > 0:
@@ -210,7 +211,7 @@ def tolerances(made: Row, settings: Row) -> Row:
     """Return the tolerances of recomputed spectrum columns: singular values may differ by their error bounds."""
     bounds = [bound or 0.0 for bound in made["error_bound"]]
     top = max((s or 0.0 for s in made["singular_values"]), default=0.0)
-    share, least = 1e-9 if settings["k"] is None else 1e-3, 0.02 if made["earlier"] else 0.2
+    share, least = 1e-9 if settings["k"] is None else 1e-3, 0.02 if made["left_open"] else 0.2
     zeros = {
         kind: [
             {"measured": 2 * max(bounds) + 1e-7 * top, "predicted": 1e-2 * (zero["predicted"] or 0.0) + 1e-12}

@@ -76,25 +76,19 @@ def around_block(text: str, where: str) -> tuple[str, str]:
     return text.rstrip() + "\n\n" if text.strip() else "\n", "\n"
 
 
-def differences(card: str, runs: Runs, repo_id: str | None) -> tuple[list[str], list[str]] | None:
-    """Return the lines that the generated part of a card lacks, and its lines that no run states; None without it."""
-    found = _BLOCK.search(card)
-    if found is None:
+def generated_parts(card: str, runs: Runs, repo_id: str | None) -> tuple[str, str] | None:
+    """Return the generated part of a card, and the one that these runs give; None unless it is there once."""
+    found = _BLOCK.findall(card)
+    if len(found) != 1:
         return None
     named = re.search(r'load_dataset\("([^"\n]+)"', found[0])  # a folder has no name of its own
-    made = _BLOCK.search(dataset_card(repo_id or (named[1] if named else ""), runs))
-    wanted = made[0] if made else ""
-    if found[0].startswith(START):
-        return compare_lines(found[0], wanted)
-    # An earlier version wrote other sentences: only the numbers in its tables are compared.
-    known = Counter(number for line in wanted.splitlines() for number in _cells(line))
-    return [], [line for line in found[0].splitlines() if Counter(_cells(line)) - known]
+    return found[0], _BLOCK.findall(dataset_card(repo_id or (named[1] if named else ""), runs))[0]
 
 
-def compare_lines(stated: str, wanted: str) -> tuple[list[str], list[str]]:
-    """Return the lines that a text lacks, and those that it has too many, in any order."""
-    there, made = (Counter(line for line in text.splitlines() if line.strip()) for text in (stated, wanted))
-    return [*(made - there)], [*(there - made)]
+def unknown_numbers(stated: str, made: str) -> list[str]:
+    """Return the lines of tables with a number that another text does not have."""
+    known = Counter(number for line in made.splitlines() for number in _cells(line))
+    return [line for line in stated.splitlines() if Counter(_cells(line)) - known]
 
 
 def _cells(line: str) -> list[str]:
@@ -113,6 +107,13 @@ def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, An
         told = f"the YAML header of README.md in {where} cannot be read ({type(error).__name__})"
         raise ValueError(f"{told}. Correct it on the Hub, then publish again.") from None
     return parsed.data.to_dict(), parsed.text
+
+
+def doubled_keys(content: str) -> list[str]:
+    """Return the keys of the YAML header that are there twice; some readers take the first, others the last."""
+    header = REGEX_YAML_BLOCK.search(content)
+    found = re.findall(r"^([\"']?)([\w-]+)\1\s*:", header[2], re.MULTILINE) if header else []
+    return [key for key, count in Counter(key for _, key in found).items() if count > 1]
 
 
 def configs_of(runs: Runs) -> list[dict[str, Any]]:

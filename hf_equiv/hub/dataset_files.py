@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import datasets
+
 from hf_equiv.hub import card
 from hf_equiv.hub.licences import PhotoRights
 from hf_equiv.hub.repository import Remote, Snapshot, StagedFile, staged
@@ -17,6 +19,8 @@ from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, WITHHELD, LocalRun,
 from hf_equiv.runs.schema import LAYOUTS, Row
 
 BESIDE_RUNS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
+FOR_LOADING = (datasets.config.REPOYAML_FILENAME, datasets.config.DATASETDICT_INFOS_FILENAME)
+"""Files that `load_dataset` reads beside the header of the card; no run has them."""
 _FIGURES_WITHOUT_PHOTOS = {f"figures/{name}.png" for name in ("spectra", "secants", "constants", "drift")}
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 
 from hf_equiv.data.tables import load_parquet
+from hf_equiv.hub.dataset_files import FOR_LOADING
 from hf_equiv.hub_client import api_of, check_repo_id, checked, explained, hushed, patiently
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
@@ -103,7 +104,7 @@ def _snapshot(
                 raise ValueError(f"{told}. Ask its owner to rename it.")
         return api.snapshot_download(
             name, repo_type="dataset", revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
-            allow_patterns=[*inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
+            allow_patterns=[*FOR_LOADING, *inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
         )  # fmt: skip
 
     with explained(name, revision=revision, token=token, local_files_only=local_files_only):

@@ -223,6 +223,8 @@ def faults_of_schema(path: Path, layout: Layout, errors: Mapping[str, str] | Non
     for name in wanted if not {*schema.names} ^ {*wanted} else ():
         if schema.field(name).type != types.field(name).type:
             yield name, f"column {name!r} must have the type {types.field(name).type}; got {schema.field(name).type}"
+    if any({*(field.metadata or {})} - {b"PARQUET:field_id"} for field in schema):
+        yield "metadata", "the columns of the file have metadata"
     own = json.loads(metadata.pop(_ERRORS, b"{}"))
     if {name: errors.get(name) for name in own} != own if isinstance(errors, dict) and isinstance(own, dict) else own:
         yield "errors", "the reasons of rows of status error are not those of run.json"
@@ -240,6 +242,8 @@ def read_errors(path: Path) -> dict[str, str]:
 def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:
     """Read a float file: images (3, H, W) by name, and the evaluations {"match": …, "refine": …} by pair id."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, _costs(file.metadata())
     except (OSError, SafetensorError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from hf_equiv.analyses.measures import largest
 from hf_equiv.analyses.plan import RunRows
 from hf_equiv.analyses.run import VERBS, read_back
 from hf_equiv.hub import card as hub_card
-from hf_equiv.hub.dataset_files import BESIDE_RUNS
+from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING
 from hf_equiv.hub_client import RevisionNotFoundError
 from hf_equiv.models.encoder import Encoder, load_recorded
+from hf_equiv.png_file import SIGNATURE
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.directory import CARD, WITHHELD
@@ -26,7 +28,8 @@ from hf_equiv.runs.schema import LAYOUTS, MATCH, PROVENANCE_FEATURES, Layout, Ro
 from hf_equiv.verify.record import alike, check_keys, check_list, check_settings, leaves, left_open
 from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, check_item, check_pixels, check_stated, differs, problem
 
-_OF_ONE_VERB = {"drawn": "match", "max_evals": "match", "step": "walk", "stop": "walk"}
+_OF_ONE_VERB = {"drawn": "match", "refine": "match", "max_evals": "match", "step": "walk", "stop": "walk"}
+_PICTURES = {".png": SIGNATURE, ".gif": b"GIF8"}
 BY_SOFTWARE = ("settings.attention", "settings.processor", "settings.solver_parameters", "settings.prompt")
 """Settings that another version of hf_equiv, torch or transformers may choose otherwise."""
 
@@ -127,6 +130,7 @@ def verify_run(
     if not any(problem.pair_id is not None for problem in problems):
         found, elsewhere = _check_whole(encoder, folder, record, layout, rows)
         problems += found
+        elsewhere += sorted({name for row in made for name in row.get("left_open", ())})
     return _report(record, layout, rows, made, problems, allow_withheld, elsewhere)
 
 
@@ -217,6 +221,7 @@ def _check_shards(
     """Return the rows, each once, and the recomputed rows, both without images; and problems."""
     settings, done = record["settings"], 0
     listed = {item[layout.item]: item for item in record[layout.listed]}
+    order = {name: place for place, name in enumerate(listed)}
     rows: list[Row] = []
     made: list[Row] = []
     problems: list[Problem] = []
@@ -225,6 +230,10 @@ def _check_shards(
         file = path.relative_to(folder).as_posix()
         shard, floats, unreadable = _read_shard(folder, path, record, layout)
         problems += unreadable
+        first = min((order[row[layout.item]] for row in shard if row[layout.item] in order), default=None)
+        if first is not None and shards.shard_index(path) != first:  # the first ones are shown in figures
+            told = f"the file must have the number {first}, the place of its first row in the list of run.json"
+            problems.append(problem(file, None, "file", file, first, told))
         items: dict[str, list[Row]] = {}
         for row in shard:
             name, key = row_name(layout.analysis, row), tuple(row[k] for k in layout.key)
@@ -254,8 +263,10 @@ def _check_whole(
     """Check settings, summary, card and figures of right rows; return the problems, and the parts left open."""
     if rows and record["settings"].get("radii", ()) is None:  # as in `_check_shards`
         record = record | {"settings": record["settings"] | {"radii": rows[0]["radii"]}}
-    problems, elsewhere = list[Problem](), list(left_open(record, layout))
+    problems, elsewhere = list[Problem](), list(left_open(record, layout, rows))
     here = encoder is not None and {row["versions"] for row in rows} == {encoder.provenance["versions"]}
+    if any(path.name.startswith(".") and path.name not in BESIDE_RUNS for path in folder.rglob(".*")):
+        elsewhere.append("hidden files")
     for one in check_settings(record, layout, encoder):
         if here or one.column not in BY_SOFTWARE:
             problems.append(one)
@@ -288,8 +299,9 @@ def _check_summary(
     if record.get("closed_with") == directory.software():
         return lines + figures, []
     found = [one for one in lines if one.column == "header" or str(one.recomputed).startswith("| ")]
-    elsewhere = [f"{one.file} (drawn by other versions)" for one in figures]
-    return found, elsewhere + ([] if len(found) == len(lines) else [f"other words of {CARD} (of other versions)"])
+    elsewhere = [f"{one.file} (drawn by other versions)" for one in figures if one.column == "figure"]
+    elsewhere += [] if len(found) == len(lines) else [f"other words of {CARD} (of other versions)"]
+    return found + [one for one in figures if one.column != "figure"], elsewhere
 
 
 def _near(path: str, a: Any, b: Any) -> bool:
@@ -301,7 +313,7 @@ def _near(path: str, a: Any, b: Any) -> bool:
 def _check_figures(folder: Path, layout: Layout, settings: Row, summary: Row, rows: RunRows) -> Iterator[Problem]:
     """Draw the figures of the rows again and compare them."""
     made = VERBS[layout.analysis].draw_figures(settings, summary, rows)
-    there = {path.name: path for path in (folder / "figures").glob("[!.]*")}
+    there = {path.name: path for path in (folder / "figures").glob("[!.]*") if path.is_file()}
     for name in sorted({*made, *there}):
         drawn, path = made.get(name), there.get(name)
         if drawn is None or path is None:
@@ -310,7 +322,9 @@ def _check_figures(folder: Path, layout: Layout, settings: Row, summary: Row, ro
             continue
         else:
             told = "this is not the figure that the rows give"
-        yield problem(f"figures/{name}", None, "figure", "a figure", None, told)
+        kind = _PICTURES.get(Path(name).suffix) if path is not None else b""
+        is_picture = path is None or (kind is not None and path.read_bytes().startswith(kind))
+        yield problem(f"figures/{name}", None, "figure" if is_picture else "file", "a figure", None, told)
 
 
 def _check_card(folder: Path, layout: Layout, record: Row, summary: Row) -> Iterator[Problem]:
@@ -325,17 +339,21 @@ def _check_card(folder: Path, layout: Layout, record: Row, summary: Row) -> Iter
     if hub_card.split_header(stated)[0] != hub_card.split_header(made)[0]:
         told = "the YAML header is not that of the run: `load_dataset` may read other files"
         yield problem(CARD, None, "header", None, None, told)
-    yield from card_problems(*hub_card.compare_lines(stated, made), "rows")
+    yield from compare_lines(stated, made, "the rows say", "the rows do not say")
 
 
-def card_problems(lacking: Sequence[str], extra: Sequence[str], source: str) -> Iterator[Problem]:
-    """Name the lines that a card lacks, and those that its rows or runs do not give."""
-    for line in lacking:
-        told = f"the card does not say what the {source} say: {line}"
-        yield problem(CARD, None, _first_cell(line), None, line, told)
-    for line in extra:
-        told = f"the card says what the {source} do not say: {line}"
-        yield problem(CARD, None, _first_cell(line), line, None, told)
+def compare_lines(stated: str, made: str, says: str, never_says: str) -> Iterator[Problem]:
+    """Compare two cards line by line."""
+    lines = [[line for line in text.split("\n") if line.strip()] for text in (stated, made)]
+    there, wanted = map(Counter, lines)
+    for line in (wanted - there).elements():
+        yield problem(CARD, None, first_cell(line), None, line, f"the card does not say what {says}: {line}")
+    for line in (there - wanted).elements():
+        yield problem(CARD, None, first_cell(line), line, None, f"the card says what {never_says}: {line}")
+    if there == wanted and lines[0] != lines[1]:  # a number under another heading, or of another run
+        line = next(a for a, b in zip(*lines, strict=True) if a != b)
+        told = f"the lines of the card are in another order, from this one on: {line}"
+        yield problem(CARD, None, first_cell(line), line, None, told)
 
 
 def _check_files(folder: Path, layout: Layout) -> Iterator[Problem]:
@@ -343,14 +361,15 @@ def _check_files(folder: Path, layout: Layout) -> Iterator[Problem]:
     own = {path for shard in shards.shard_files(folder, layout) for path in (shard, shards.float_file(shard))}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
+        hidden = any(part.startswith(".") for part in name.parts) and path.name not in FOR_LOADING
         beside = name.parts[0] == directory.RUNS or name.as_posix() in (directory.RECORD, *BESIDE_RUNS)
         beside = beside or (name.parts[0] == "figures" and len(name.parts) == 2)  # compared with those of the rows
-        if path.is_file() and not hidden and not beside and path not in own:
+        apart = not path.is_dir() or (path.is_symlink() and path.name not in directory.OWN_FOLDERS)
+        if apart and not hidden and not beside and path not in own:
             told = f"this is no file of a {layout.analysis} run"
             yield problem(name.as_posix(), None, "file", name.as_posix(), None, told)
 
 
-def _first_cell(line: str) -> str:
+def first_cell(line: str) -> str:
     """Return the first cell of a table line, or another line unchanged."""
     return line.split(" | ")[0].removeprefix("| ")

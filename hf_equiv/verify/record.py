@@ -82,8 +82,13 @@ def check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Pro
         yield problem(RECORD, name, "errors", name not in failed, name in failed, f"{RECORD} {told}: {name!r}")
 
 
-def left_open(record: Row, layout: Layout) -> Iterator[str]:
-    """Name the parts of a run that cannot be checked, since it states too little of them."""
+def left_open(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[str]:
+    """Name what a run states too little of to be checked."""
+    ends = {row["status"] for row in rows}
+    if ends & {Status.STALLED, Status.INFEASIBLE, Status.MAX_EVALS}:
+        yield "why a match was not reached"
+    if ends & {Status.DRIFT_EXCEEDED, Status.BOX_BLOCKED}:
+        yield "why a walk ended early"
     digests: dict[Any, list[str]] = {}
     for item in record[layout.listed]:
         digests.setdefault(item.get("pixels"), []).append(item[layout.item])
@@ -102,13 +107,14 @@ def left_open(record: Row, layout: Layout) -> Iterator[str]:
 def check_settings(record: Row, layout: Layout, encoder: Encoder | None) -> Iterator[Problem]:
     """Make the settings again, from the command if the run states one, and compare them key by key."""
     stated, kind = record["settings"], VERBS[layout.analysis].CONFIG
-    # Without photos no encoder is loaded, and the defaults that a command leaves out may depend on it.
-    command, listed = None if encoder is None else record.get("command"), record[layout.listed]
+    command, listed = record.get("command"), record[layout.listed]
     items = [Item(k, item[layout.item], {"target_id": None} | item, 0, None, None) for k, item in enumerate(listed)]
     try:
         config = _config_of(stated, kind) if command is None else read_command(command, kind)
         if command is not None:
             config.check()
+        if encoder is None:  # the defaults that a command leaves out may depend on it
+            config, command = _config_of(stated, kind), None
         if getattr(config, "labels", None):  # a name with a comma looks like two in a command
             config = replace(config, labels=tuple(stated["labels"]))
         subject = encoder or _unknown_encoder(stated)
@@ -125,9 +131,10 @@ def check_settings(record: Row, layout: Layout, encoder: Encoder | None) -> Iter
     for path, a, b in leaves("settings", stated, made):
         if not alike(a, b):
             yield differs(RECORD, None, path, a, b, why)
-    most = getattr(config, "pairs", None) or getattr(config, "limit", None) or len(items)
-    if len(items) > most:
-        yield differs(RECORD, None, f"settings.num_{layout.listed}", len(items), most, "the command asks for fewer")
+    pairs, most = getattr(config, "pairs", None), getattr(config, "limit", None) or len(items)
+    asked = pairs or min(len(items), most)  # a set may hold fewer images than the limit, but never fewer pairs
+    if len(items) != asked:
+        yield differs(RECORD, None, f"settings.num_{layout.listed}", len(items), asked, "the command asks for these")
 
 
 def _config_of(settings: Row, kind: type) -> Any:

@@ -31,9 +31,10 @@ NAMES = (
 )  # fmt: skip
 
 UNVERIFIED = (
-    *NAMES, "data_id", "data_revision", "drawn", "image_column", "label_column", "seed of the draw", "command",
-    "solver", "max_evals", "rtol", "step", "stop", "num_evals", "seconds", "stationarity before the last point",
-    "versions", "closed_with", "errors",
+    *NAMES, "data_id", "data_revision", "drawn", "image_column", "label_column",
+    "seed of the draw (whether some are left out)", "command", "solver", "refine", "max_evals", "rtol", "step", "stop",
+    "num_evals", "seconds", "stationarity before the last point", "noise_floor within a factor of 6",
+    "error_bound within a factor of 5", "value_error within a factor of 5", "versions", "closed_with", "errors",
 )  # fmt: skip
 """Columns, settings and keys that images cannot prove. They must agree with each other."""
 
