@@ -177,7 +177,8 @@ def _explained(data: bytes, name: str) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
-        told = f"image {name!r} must be an image that Pillow reads; got {len(data):,} bytes of something else"
+        known = f"an image file ({', '.join(FORMATS)})"
+        told = f"image {name!r} must be {known}; got {len(data):,} bytes of something else"
         raise ValueError(f"{told}. Convert it to PNG or JPEG.") from None
     except _RefusedError:
         raise

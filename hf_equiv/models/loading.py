@@ -29,7 +29,7 @@ class LoadedModel:
     attention: str  # "sdpa" or "eager"
     has_head: bool  # whether trained classification weights are in the checkpoint
     has_pooler: bool  # whether every weight of the pooler (if it has any) is in the checkpoint
-    two_tower: bool  # whether the checkpoint also holds a text encoder
+    two_tower: bool  # whether the checkpoint also holds a text encoder with embeddings in the same space
 
     @property
     def is_bare_head(self) -> bool:
@@ -71,12 +71,14 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.register_forward_hook(_plain_gradient)
     projection = None if "visual_projection" in parts else getattr(model, "visual_projection", None)
+    # Language models such as Kosmos-2 and BLIP-2 have a vision model too, but no embedding that is compared with text.
+    contrastive = hasattr(model, "logit_scale") or hasattr(model, "temperature")
     if two_tower:  # zero-shot labels load the text encoder when they need it
         model = backbone
     for part in (model, projection):
         if part is not None:
             part.to(device)
-    two_tower = two_tower and "visual_projection" not in parts
+    two_tower = two_tower and contrastive and "visual_projection" not in parts
     return LoadedModel(model, backbone, projection, attention, head, "pooler" not in parts, two_tower)
 
 

@@ -80,8 +80,8 @@ def _of_few(value: float, known: np.ndarray, *, median: bool) -> Estimate:
     # heads), which is 1 − 2¹⁻ⁿ for the range. Below 6 values the range covers less than 95 %.
     n = len(known)
     if not median:
-        low, high = stats.ttest_1samp(known, 0.0).confidence_interval(LEVEL)
-        return Estimate(value, float(low), float(high), n, method="Student")
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * stats.sem(known))  # 0 for equal values, without a warning
+        return Estimate(value, value - half, value + half, n, method="Student")
     k = max(1, int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5)))
     coverage = 1 - 2 * float(stats.binom.cdf(k - 1, n, 0.5))
     return Estimate(value, float(known[k - 1]), float(known[-k]), n, coverage=coverage, method="order statistics")

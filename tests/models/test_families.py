@@ -117,3 +117,13 @@ def test_the_families_of_the_readme_are_those_that_are_tested() -> None:
         whole = name.removesuffix("Vision")
         tested.add(whole if hasattr(transformers, f"{whole}Config") else name)
     assert sorted(re.split(r", | and ", listed)) == sorted(tested)
+
+
+def test_the_vision_model_of_a_language_model_has_no_projection(tmp_path: Path) -> None:
+    """The image features of Kosmos-2 are tokens for its language model; its pooler went by the name of `projection`."""
+    text = {"vocab_size": 40, "embed_dim": 32, "layers": 1, "ffn_dim": 32, "attention_heads": 2}
+    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Kosmos2Config(vision_config=vision, text_config=text, latent_query_num=2)
+    _, encoder = loaded(lambda: transformers.Kosmos2Model(config), tmp_path, "vit")
+    assert encoder.readout == "pooler"
+    assert "projection" not in encoder.readouts

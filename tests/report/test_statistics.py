@@ -100,6 +100,12 @@ def test_a_mean_of_few_has_students_interval():
     assert (found.coverage, found.method) == (0.95, "Student")
 
 
+def test_a_mean_of_nearly_equal_values_needs_no_warning(recwarn):
+    found = estimate([0.1 + 0.2, 0.3, 0.3], np.mean)
+    assert found.low <= found.value <= found.high
+    assert not recwarn
+
+
 @pytest.mark.parametrize("n", [2, 5, 9, 50, 1000])
 def test_a_share_of_none_or_all_has_no_rounding_dust(n):
     none, every = share([False] * n), share([True] * n)
