@@ -184,7 +184,7 @@ def test_a_derivative_that_differences_contradict_is_refused(verb, name):
         VERBS[verb](FALSE[name])
 
 
-@pytest.mark.parametrize("name", ["a part detached", "norm detached", "rounded", "a hundredth less", "one of 512 outputs detached"])
+@pytest.mark.parametrize("name", ["a part detached", "norm detached", "rounded", "a hundredth less"])
 def test_directional_constants_are_not_resolved_beside_a_false_derivative(name):
     found = directional_lipschitz(FALSE[name], X, V)
     assert set(sum(found.status, ())) == {"undetermined"}
@@ -199,7 +199,7 @@ def test_a_gradient_that_needs_a_changed_tensor_is_refused():
         weight.mul_(1)
         return z
 
-    with pytest.raises(ValueError, match="must be differentiable; got an error in its backward pass .* in place"):
+    with pytest.raises(ValueError, match=r"must be differentiable; got an error in its backward pass .* in place"):
         match_embedding(f, X, Y)
 
 
