@@ -252,7 +252,7 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         ladder, value, plateau = _ladder(row), row["value"], None
         # without a true derivative there are secants, but no `jvp`
-        broken = ladder is None or (row["jvp"] is None and row["status"] == Status.ERROR)
+        broken = ladder is None or (row["jvp"] is None and row.get("status") == Status.ERROR)
         status = Status.ERROR if broken else Status.UNDETERMINED
         if value is not None and ladder is not None:
             secants, radii, floors = ladder
