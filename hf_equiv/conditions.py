@@ -44,8 +44,10 @@ from hf_equiv.precision import (
 _REPEAT = 100  # times the spacing of the numbers in f: largest difference of two calls, relative
 _BATCH = 1000  # the same for an image alone and in a batch, and for two products with J by autograd
 _COARSE, _LEAST = 0.1, 1e-6  # and the most for a coarse f, the least for a fine one
-_SECANT = 0.03  # largest difference of autograd and a secant, relative; kinks and curvature have a share in it
-_EXACT = 0.01  # the same for tiny steps in float64
+_SECANT = 0.003  # largest difference of autograd and a secant, relative, that needs no closer look
+_EXACT = 0.001  # the largest for tiny steps in float64
+_ROUGH = 0.06  # and where f has no float64: kinks and curvature have a share in it
+_STRETCH = 64.0  # times a cotangent, where hooks and clips that act on large gradients show
 _SIGMAS = 3  # times the noise of a secant that is allowed on top
 _NOISE = 4  # noise of f in units of the spacing of its numbers, until it is measured
 _LONGEST = 2.0**-7  # largest step of a pixel in a secant
@@ -65,10 +67,11 @@ class Function:
         plain: the function itself. It keeps the `torch.autocast` settings that hold now.
         strides: the mode that its batch norm needs, if it does.
         noise: relative rounding noise of one evaluation.
+        derivable: False if autograd is known to state a false derivative.
     """
 
     def __init__(self, plain: Encoding, *, strides: PlainStrides | None = None, noise: float = 0.0) -> None:
-        self.plain, self.strides, self.noise = plain, strides, noise
+        self.plain, self.strides, self.noise, self.derivable = plain, strides, noise, True
         self._call = with_autocast(plain)
 
     def apply(self, images: Tensor) -> Any:
@@ -103,7 +106,7 @@ def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = F
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D); a `Function` was admitted before.
         images: (B, C, H, W), pixels in [0, 1].
-        gradient: whether the derivative is compared; not where secants are measured anyway.
+        gradient: whether to refuse a false derivative; False only notes it, for values that come from secants.
         noise: whether to measure the noise of f.
 
     Returns:
@@ -128,7 +131,13 @@ def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool) -> Function
         for image in images.detach():
             probe = _Probe(call, image)
             if probe.finite:
-                probe.run(gradient)
+                try:
+                    probe.run()
+                except _FalseDerivativeError:
+                    if gradient:
+                        raise
+                    call.derivable = False
+                    probe.beside([])
                 # at a grey image, so that no result depends on the other images of a batch
                 call.noise = _Probe(call, torch.full_like(image, 0.5)).noise if noise else 0.0
                 break
@@ -154,6 +163,10 @@ def _eval_mode() -> Iterator[None]:
         hook.remove()
 
 
+class _FalseDerivativeError(ValueError):
+    """Differences of f, or another product with J, contradict autograd."""
+
+
 class _Probe:
     """f at a point x near an image, inside the box and off the kinks that a black, grey or 8-bit image may have.
 
@@ -176,20 +189,22 @@ class _Probe:
         self.here = self._in_unit(self.z)[0]
         self.size = float(self.here.norm()) or 1.0
 
-    def run(self, gradient: bool) -> None:
-        """Require the conditions, with or without the derivative."""
+    def run(self) -> None:
+        """Require the conditions."""
+        again = self.x.detach().clone().requires_grad_(True)  # an f that keeps results has no gradient for it
         with torch.enable_grad():
-            off = float((self._in_unit(self.call(self.x))[0] - self.here).norm())
+            second = self.call(again)
+        off = float((self._in_unit(second)[0] - self.here).norm())
         if off > min(_REPEAT * self.eps, _COARSE) * self.size:
             raise ValueError(
                 f"`f` must be deterministic; two calls on one image differ by {off / self.size:.3g} of the embedding. "
                 "Switch dropout, sampling and counters off, for example with `model.eval()`."
             )
-        self._find_rows()
+        self._find_rows(second, again)
         # If f is exactly zero by cancellation, J is zero up to its rounding.
         zero = 0.0 if bool(self.here.any()) else _BATCH * self.eps * math.sqrt(self.x.numel())
-        if not gradient or not bool(self.rows.isfinite().all()):
-            self._beside([])
+        if not bool(self.rows.isfinite().all()):
+            self.beside([])
         elif float(self.rows.norm()) <= zero:
             self._check_flat()
         else:
@@ -204,18 +219,27 @@ class _Probe:
         exact, gap = self._exact
         return _UNSEEN * self._jitter if exact is None else _VARIES * gap
 
-    def _find_rows(self) -> None:
-        """Set the rows Jᵀu (K, N) of random cotangents u (K, D), and the first of them by a pass of its own."""
+    def _find_rows(self, second: Tensor, again: Tensor) -> None:
+        """Set the rows Jᵀu (K, N) of random cotangents u (K, D), and the first of them from a second call of f."""
         self.u = torch.randn(2, self.z.shape[1], generator=self.generator, dtype=torch.float64, device="cpu").to(self.z)
-        found = None
-        if self.z.requires_grad:
-            with no_autocast():
-                (found,) = torch.autograd.grad(self.z, self.x, self.u[:1], retain_graph=True, allow_unused=True)
+        found, factor = None, _STRETCH if self.eps <= torch.finfo(torch.float32).eps else 1.0
+        if second.requires_grad:
+            try:
+                with no_autocast():
+                    (found,) = torch.autograd.grad(second, again, factor * self.u[:1], allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(
+                    "`f` must be differentiable; got an error in its backward pass "
+                    f"({' '.join(str(error).split())[:160]}). Change no tensor in place that its gradient needs."
+                ) from error
         if found is None:
             raise ValueError(
                 "`f` must be differentiable and use its input; got no gradient. Drop no_grad or detach, and do not "
-                "round, compare or sort."
+                "round, compare, sort or keep results of earlier calls."
             )
+        found = found / factor
         with no_autocast():
             try:
                 rows = vjps(self.z[0], self.x, self.u)
@@ -265,7 +289,7 @@ class _Probe:
         """Yield secants along both directions, with the noise in them and the relative difference allowed."""
         noise = _NOISE * self.eps * self.size
         step = self._step(noise, slope)
-        yield self._beside([(way, step) for way in self.ways]), _SIGMAS * noise / step, _SECANT
+        yield self.beside([(way, step) for way in self.ways]), _SIGMAS * noise / step, _SECANT
         # f may be noisier than its numbers, or curved, or have many kinks
         exact, gap = self._exact
         if exact is not None:
@@ -275,14 +299,14 @@ class _Probe:
             return
         louder = max(noise, 2 * _UNSEEN * self._jitter * self.size)
         for level, width in ((noise, max(step / 8, self.shortest)), (louder, self._step(louder, slope))):
-            yield self._secants([(way, width) for way in self.ways]), _SIGMAS * level / width, 2 * _SECANT
+            yield self._secants([(way, width) for way in self.ways]), _SIGMAS * level / width, _ROUGH
 
     @cached_property
     def _exact(self) -> tuple[Encoding | None, float]:
         """Return f in float64 and its relative distance from f; None and 0 if it cannot be had."""
         try:
             exact = float64_twin(self.call) or in_float64(self.call.plain)
-            with torch.no_grad():
+            with torch.enable_grad():  # as for `here`
                 z = self._in_unit(exact(self.x.detach().double()))[0]
         except Exception:  # f may raise any error on float64, or memory may run out
             return None, 0.0
@@ -292,7 +316,7 @@ class _Probe:
     def _check_flat(self) -> None:
         """Require that f hardly moves where its derivative is zero, unlike a function that is constant by pieces."""
         steps = [(self.ways[0], 4 * _LONGEST), (self.ways[0], _LONGEST)]
-        moves = [float(secant.norm()) for secant in self._beside(steps)]
+        moves = [float(secant.norm()) for secant in self.beside(steps)]
         noise = _SIGMAS * _NOISE * self.eps * self.size
         if all(move * 2 * step > noise for move, (_, step) in zip(moves, steps, strict=True)):
             self._refuse("differences of f", 0.0, moves[1])
@@ -306,9 +330,10 @@ class _Probe:
             return float(along @ self.product), float(along @ secant), size
         stated, seen = self.rows @ self._along(k), self.u.double() @ secant
         worst = int((stated - seen).abs().argmax())
-        return float(stated[worst]), float(seen[worst]), slope
+        size = max(slope, float(stated[worst].abs()), float(seen[worst].abs()))
+        return float(stated[worst]), float(seen[worst]), size
 
-    def _beside(self, steps: Steps) -> list[Tensor]:
+    def beside(self, steps: Steps) -> list[Tensor]:
         """Return the secants, from a batch with other images in it; require that they do not change f(x)."""
         other = (self._uniform(self.x.shape[1:]) < 0.5).to(self.x)[None]
         points = torch.cat([other, self.x.detach(), *self._ends(steps), 1 - other, other])
@@ -363,7 +388,7 @@ class _Probe:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def _refuse(self, other: str, stated: float, seen: float) -> None:
-        raise ValueError(
+        raise _FalseDerivativeError(
             f"`f` must have the derivative that autograd states; got {stated * self.unit:.4g} from autograd and "
             f"{seen * self.unit:.4g} from {other}, along one direction. Take rounding, detach, straight-through "
             "estimators, gradient hooks and wrong custom backward passes out of f."

@@ -31,6 +31,7 @@ W = torch.randn(DIM, N, generator=_generator) / N**0.5
 W1, W2 = (torch.randn(*size, generator=_generator) / size[1] ** 0.5 for size in ((24, N), (DIM, 24)))
 X, Y = torch.rand(2, 2, *SHAPE, generator=_generator)
 V = torch.randn(2, 1, *SHAPE, generator=_generator)
+WIDE = torch.randn(N, 512, generator=_generator) / N**0.5
 
 
 def linear(x: Tensor) -> Tensor:
@@ -64,6 +65,20 @@ def counter():
         return curved(x) * (1 + 1e-3 * len(calls))
 
     return f
+
+
+def keeper():
+    kept = {}
+
+    def f(x: Tensor) -> Tensor:
+        return kept[x.shape] if x.shape in kept else kept.setdefault(x.shape, curved(x))
+
+    return f
+
+
+def one_of_512(x: Tensor) -> Tensor:
+    z = torch.sin(x.flatten(1) @ WIDE.to(x))
+    return torch.cat([z[:, :1].detach(), z[:, 1:]], 1)
 
 
 def net(*middle: nn.Module, seed: int = 0) -> nn.Module:
@@ -109,6 +124,11 @@ BROKEN = {  # a function, or one that makes it anew for every verb; and the sent
     "empty": (lambda x: linear(x)[:, :0], r"got shape \(1, 0\)"),
     "random": (lambda x: curved(x) + 1e-3 * torch.randn(DIM), "must be deterministic; two calls .* differ by"),
     "counter": (counter, "must be deterministic; two calls .* differ by"),
+    "keeper": (keeper, "must be differentiable and use its input; .* keep results"),
+    "another with gradients": (
+        lambda x: curved(x) * (1.0 if torch.is_grad_enabled() else 1.01),
+        "must map each image for itself",
+    ),
     "dropout": (lambda: net(nn.Dropout(1e-3)).train(), r"must be in eval mode; got Dropout\(p=0.001"),
     "batch norm": (lambda: net(nn.BatchNorm2d(4)).train(), r"must be in eval mode; got BatchNorm2d\(4"),
     "no statistics": (
@@ -138,9 +158,12 @@ FALSE = {  # functions whose autograd is not their derivative
     "halved": hooked(lambda g: 0.5 * g),
     "clamped": hooked(lambda g: g.clamp(-0.01, 0.01)),
     "clipped": hooked(lambda g: g / max(1.0, 4 * float(g.norm()))),
+    "clamped where large": hooked(lambda g: g.clamp(-1, 1)),
+    "a hundredth less": hooked(lambda g: 0.99 * g),
+    "one of 512 outputs detached": one_of_512,
     "reversed": hooked(lambda g: -g),
 }
-NEW = ("counter", "dropout", "batch norm", "no statistics")  # these have a state
+NEW = ("counter", "keeper", "dropout", "batch norm", "no statistics")  # these have a state
 
 
 @every_verb
@@ -161,9 +184,23 @@ def test_a_derivative_that_differences_contradict_is_refused(verb, name):
         VERBS[verb](FALSE[name])
 
 
-@pytest.mark.parametrize("name", ["a part detached", "norm detached", "halved", "rounded"])
+@pytest.mark.parametrize("name", ["a part detached", "norm detached", "rounded", "a hundredth less"])
 def test_directional_constants_are_not_resolved_beside_a_false_derivative(name):
-    assert set(sum(directional_lipschitz(FALSE[name], X, V).status, ())) == {"undetermined"}
+    found = directional_lipschitz(FALSE[name], X, V)
+    assert set(sum(found.status, ())) == {"undetermined"}
+    assert bool(found.jvp.isnan().all())
+
+
+def test_a_gradient_that_needs_a_changed_tensor_is_refused():
+    weight = W1.clone()
+
+    def f(x: Tensor) -> Tensor:
+        z = (x.flatten(1) @ weight.T).tanh() @ W2.T
+        weight.mul_(1)
+        return z
+
+    with pytest.raises(ValueError, match=r"must be differentiable; got an error in its backward pass .* in place"):
+        match_embedding(f, X, Y)
 
 
 def tokens() -> nn.Module:

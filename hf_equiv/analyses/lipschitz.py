@@ -251,7 +251,9 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     made = []
     for row in rows:
         ladder, value, plateau = _ladder(row), row["value"], None
-        status = Status.ERROR if ladder is None or row["jvp"] is None else Status.UNDETERMINED
+        # without a true derivative there are secants, but no `jvp`
+        broken = ladder is None or (row["jvp"] is None and row.get("status") == Status.ERROR)
+        status = Status.ERROR if broken else Status.UNDETERMINED
         if value is not None and ladder is not None:
             secants, radii, floors = ladder
             about = torch.tensor([value], dtype=torch.float64)
