@@ -114,11 +114,13 @@ def check_positive(value: float, name: str, below: float = math.inf, *, or_zero:
 
 
 def check_output(z: Tensor, batch: int) -> None:
-    """Require that f returned a float tensor (B, D)."""
-    if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[0] != batch or not z.is_floating_point():
-        got = f"shape {tuple(z.shape)}, dtype {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
+    """Require that f returned a dense float tensor (B, D)."""
+    usual = isinstance(z, Tensor) and z.ndim == 2 and z.layout is torch.strided and z.is_floating_point()
+    if not usual or z.shape[0] != batch or z.shape[1] == 0:
+        got = f"shape {tuple(z.shape)}, dtype {z.dtype}, {z.layout}" if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(
-            f"`f` must map (B, C, H, W) to a float tensor (B, D); got {got}. Flatten its output to (B, D)."
+            f"`f` must map (B, C, H, W) to a float tensor (B, D); got {got}. Return one tensor, such as "
+            "`model(x).pooler_output`, flattened to (B, D)."
         )
 
 

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-from torch import Tensor
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from torch import Tensor
+
+
+def printable(value: object) -> str:
+    """Return text from data on one line: control, invisible and unassigned characters become spaces.
+
+    A terminal obeys control characters, and marks of direction reorder the text around them.
+    """
+    return "".join(sign if sign.isprintable() else " " for sign in str(value))
+
+
+def utf8(name: str) -> str:
+    """Return the name of a file as text that any file can hold; bytes that are no UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def form(value: float | None, spec: str) -> str:
@@ -16,8 +33,8 @@ def form(value: float | None, spec: str) -> str:
 
 
 def cut(text: str, size: int) -> str:
-    """Shorten text to `size` characters; unprintable characters become question marks."""
-    text = "".join(sign if sign.isprintable() else "?" for sign in text)
+    """Shorten text to `size` characters, all of them printable."""
+    text = printable(text)
     return text if len(text) <= size else text[: size - 1] + "…"
 
 
@@ -32,8 +49,15 @@ def size(count: int) -> str:
 
 
 def cut_name(name: str, size: int) -> str:
-    """Shorten an image id to its last `size` characters: ids of one folder differ at the end."""
+    """Shorten an image id to its last `size` characters, all printable: ids of one folder differ at the end."""
+    name = printable(name)
     return name if len(name) <= size else "…" + name[1 - size :]
+
+
+def some(names: Iterable[str], count: int) -> str:
+    """Return the first names on one line."""
+    shown = [cut(name, 60) for name in names]
+    return ", ".join(shown[:count] + (["…"] if len(shown) > count else []))
 
 
 def finite(value: Tensor | float | None) -> float | None:
@@ -56,8 +80,16 @@ def ball(radius: float | None, norm: str | None) -> str:
     return f"ε = {radius * 255:.3g}/255" if norm == "linf" else f"L2 ε = {radius:.3g}"
 
 
-def text_templates(**options: Any) -> jinja2.Environment:
+def text_templates(**options: Any) -> Environment:
     """Open the text templates of the package, with filters for numbers and names; a missing value is an error."""
+    import jinja2  # not for `--help`
+
+    # Values are made printable, so that data neither begins a line nor moves the cursor. Macros return `Markup`.
+    usual = {
+        "autoescape": True,
+        "finalize": lambda value: value if isinstance(value, Markup) else Markup(printable(value)),
+    }
+    options = {**usual, **options}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, **options,
@@ -69,11 +101,11 @@ def text_templates(**options: Any) -> jinja2.Environment:
 _FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")
 
 
-def excerpt(error: Exception, size: int = 160) -> str:
+def excerpt(error: object, size: int = 160) -> str:
     """Return the first `size` characters of the message of an error, on one line."""
-    return " ".join(str(error).split())[:size]
+    return printable(" ".join(str(error).split()))[:size]
 
 
 def one_line(error: Exception) -> str:
     """Return an error message on one line, without this machine's folder names, for the record of a run."""
-    return _FOLDERS.sub("…/", " ".join(str(error).split())) or type(error).__name__
+    return printable(_FOLDERS.sub("…/", " ".join(str(error).split()))) or type(error).__name__

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx, parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+
+from hf_equiv.formatting import excerpt
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -26,6 +34,10 @@ _CUT = (httpx.TransportError, ConnectionError, TimeoutError)
 _WORDS = {"dataset": "dataset", "space": "Space", "model": "model"}
 _PROPOSE = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`."
 _WRITE_TOKEN = f"Make a write token at {constants.ENDPOINT}/settings/tokens"
+_DONE = {"dataset": "published", "space": "deployed"}
+_BOUND = ("Try again, or through another network; what was uploaded already is not sent twice.",
+          "The file is too large for that network: try another one.")  # fmt: skip
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _STRAY = ("Repo card metadata block was not found.", "No files matched allow_patterns=")
 
 
@@ -80,9 +92,9 @@ def require_token(token: str | bool | None, what: str = "publishing") -> None:
         )
 
 
-def patiently(call: Callable[[], T], say: Say, what: str) -> T:
+def patiently(call: Callable[[], T], say: Say, what: str, waits: Sequence[float] = WAITS) -> T:
     """Make a call that is safe to repeat, again after 409, 412, 429, 5xx and cut connections; return its result."""
-    for wait in WAITS:
+    for wait in waits:
         try:
             return call()
         except Exception as error:
@@ -119,8 +131,67 @@ def brief(error: BaseException) -> str:
     """Return a failure in a few words, without addresses or tokens."""
     answer = _answer(error)
     if answer is not None:
-        return f"the Hub answered {answer.status_code}"
+        return f"{'storage' if _is_of_storage(answer) else 'the Hub'} answered {answer.status_code}"
+    if _is_web_page(error):
+        return f"{constants.ENDPOINT} answered with a web page, as a proxy or the login page of a network does"
     return "the connection was cut" if passes(error) else type(error).__name__
+
+
+def link_expired(error: BaseException) -> bool:
+    """Return whether storage refused a link, which expires after a while; the Hub makes a new one when asked again."""
+    answer = _answer(error)
+    return answer is not None and answer.status_code in (400, 401, 403) and _is_of_storage(answer)
+
+
+def _is_of_storage(answer: Any) -> bool:
+    """Return whether an answer came from the storage of files, whose links carry their own permission."""
+    url, method = answer.request.url, answer.request.method
+    elsewhere = not str(url).startswith(f"{constants.ENDPOINT}/")
+    return elsewhere or (method == "PUT" and not url.path.startswith("/api/"))
+
+
+def _is_web_page(error: BaseException) -> bool:
+    return any(isinstance(cause, json.JSONDecodeError | hub_errors.FileMetadataError) for cause in _causes(error))
+
+
+def checked(fetch: Callable[[], T], repo_id: str, kind: str, cache_dir: Any = None) -> T:
+    """Download files by `fetch`, and again if one is not the file that the Hub names, or if a link has expired."""
+    # The cache names each file by its SHA-256 or its git id. Files that were there before are not read.
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    repository = cache / repo_folder_name(repo_id=repo_id, repo_type=kind)
+    wrong = ""
+    for tries_left in (2, 1, 0):
+        before, failed = _blobs(repository), None
+        try:
+            result = fetch()
+        except Exception as error:
+            failed = error
+        spoilt = [path for name, path in (_blobs(repository).items() - before.items()) if not _is(path, name)]
+        cut_short = isinstance(failed, OSError) and "Consistency check failed" in str(failed)
+        if failed is None and not spoilt:
+            return result
+        if failed is not None and not (spoilt or cut_short or (tries_left and link_expired(failed))):
+            raise failed
+        names = {path.name for path in spoilt}
+        links = [link.name for link in (repository / "snapshots").rglob("*") if link.resolve().name in names]
+        wrong = f"{links[0] if links else 'a file'!r} of '{repo_id}' arrived damaged three times"
+        for path in spoilt:
+            path.unlink()
+    raise OSError(f"{wrong}: it is not as the Hub states. A proxy or the network changes files: try another one.")
+
+
+def _blobs(repository: Path) -> dict[str, Path]:
+    """Return the downloaded files of a repository by the names that the Hub gave them."""
+    return {path.name: path for path in (repository / "blobs").glob("*") if _DIGEST.fullmatch(path.name)}
+
+
+def _is(path: Path, name: str) -> bool:
+    """Return whether a file has this SHA-256, git id, or (on some mirrors) SHA-1."""
+    if len(name) == 40:
+        data = path.read_bytes()
+        return name in (git_hash(data), hashlib.sha1(data).hexdigest())
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == name
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -136,7 +207,7 @@ def _answer(error: BaseException) -> Any | None:
 
 @contextmanager
 def explained(
-    repo_id: str, *, kind: str = "dataset", revision: str | None = None, write: bool = False,
+    repo_id: str, *, kind: str = "dataset", revision: str | None = None, write: bool = False, dry_run: bool = False,
     token: str | bool | None = None, file: str | None = None, local_files_only: bool = False,
 ) -> Iterator[None]:  # fmt: skip
     """Re-raise failures of the Hub client about a repository (or its `file`) in the same class, with the cure."""
@@ -147,14 +218,33 @@ def explained(
     except hub_errors.HfHubHTTPError as error:
         told = _refused(error, repo_id, kind, revision, file, token, write=write)
         raise type(error)(told, response=error.response) from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.RevisionResolutionError, RuntimeError, *_CUT) as error:
-        wrapped = isinstance(error, RuntimeError)  # the client wraps the cause of a failed upload
-        if wrapped and not passes(error):
+    except (
+        hub_errors.LocalEntryNotFoundError, hub_errors.RevisionResolutionError, RuntimeError, json.JSONDecodeError,
+        *_CUT,
+    ) as error:  # fmt: skip
+        wrapped, answer = isinstance(error, RuntimeError), _answer(error)  # the client wraps a failed upload
+        if wrapped and not write and answer is None and not passes(error):
             raise
-        why = brief(error) if wrapped else f"{constants.ENDPOINT} cannot be reached"
-        told = _unreachable(repo_id, kind, file, why, write=write, local_files_only=local_files_only)
+        if wrapped and not passes(error):
+            said = excerpt(getattr(error.__cause__, "server_message", None) or "")
+            why = "the upload failed" if answer is None else brief(error)
+            told = f"'{repo_id}' was not {_DONE[kind]}: {why}{f' ({said})' if said else ''}. {excerpt(error)}"
+            raise OSError(f"{told} {_BOUND[answer is not None and answer.status_code == 413]}") from error
+        known = wrapped or answer is not None or _is_web_page(error)
+        why = brief(error) if known else f"{constants.ENDPOINT} cannot be reached"
+        told = _unreachable(repo_id, kind, file, why, write=write, dry_run=dry_run, local_files_only=local_files_only)
         local = isinstance(error, hub_errors.LocalEntryNotFoundError)
         raise (hub_errors.LocalEntryNotFoundError if local else ConnectionError)(told) from error
+    except OSError as error:
+        if error.filename is None or (write and not Path(error.filename).is_relative_to(constants.HF_HOME)):
+            raise
+        raise unusable_cache(error) from error
+
+
+def unusable_cache(error: OSError) -> OSError:
+    """Return the error for a cache that cannot be written or read."""
+    told = f"the cache of downloads cannot be used: {error.strerror}: {str(error.filename)!r}"
+    return OSError(f"{told}. Set HF_HOME, or pass `cache_dir`, to a folder that can be written.")
 
 
 def _refused(
@@ -163,7 +253,9 @@ def _refused(
 ) -> str:  # fmt: skip
     """Return advice for an error response of the Hub."""
     status, word = error.response.status_code, _WORDS[kind]
-    said = " ".join((error.server_message or "").split()).rstrip(".")
+    said = excerpt(error.server_message or "", 300).rstrip(".")
+    if not said and "html" in error.response.headers.get("Content-Type", ""):
+        said = "a web page, as of a proxy"
     told = f"HTTP {status}: {said}" if said else f"HTTP {status}"
     if isinstance(error, hub_errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{'' if kind == 'model' else f'{kind}s/'}{repo_id}"
@@ -185,6 +277,8 @@ def _refused(
             f"the Hub wants to be paid for '{repo_id}' ({told}). Free accounts get `hardware='cpu-basic'`, and some no "
             "Gradio Space at all: then deploy from a PRO account or a paying organisation."
         )
+    if _is_of_storage(error.response):
+        return f"storage refused a file of '{repo_id}' ({told}). Try again, or through another network."
     if passes(error):
         return f"the Hub did not answer for '{repo_id}' (HTTP {status}). Try again later."
     return f"the Hub refused the request for '{repo_id}' ({told})."
@@ -223,15 +317,20 @@ def why_not(repo_id: str, kind: str, me: dict[str, Any]) -> str:
     return f"'{owner}' is neither you nor an organisation of yours. {use} '{user}/NAME'.{propose}"
 
 
-def _unreachable(repo_id: str, kind: str, file: str | None, why: str, *, write: bool, local_files_only: bool) -> str:
+def _unreachable(
+    repo_id: str, kind: str, file: str | None, why: str, *, write: bool, dry_run: bool, local_files_only: bool
+) -> str:
     cure = "Check the network and try again"
+    if "web page" in why:
+        cure = "Log in to the network, or correct HTTPS_PROXY or HF_ENDPOINT, and try again"
     if constants.HF_HUB_OFFLINE:
         why, cure = "HF_HUB_OFFLINE=1 is set", "Unset it"
     elif local_files_only:
         why, cure = "`local_files_only=True`", "Run once without it"
+    if dry_run:
+        return f"'{repo_id}' could not be looked at: {why}. {cure}; nothing was written."
     if write:
-        done = "deployed" if kind == "space" else "published"
-        return f"'{repo_id}' was not {done}: {why}. {cure}; what was uploaded already is not sent twice."
+        return f"'{repo_id}' was not {_DONE[kind]}: {why}. {cure}; what was uploaded already is not sent twice."
     missing = "its files are not all" if file is None else f"its file '{file}' is not"
     other = ", or pass a local folder or 'builtin'" if kind == "model" else ""
     return f"'{repo_id}' is no folder here, {missing} in the cache, and {why}. {cure}{other}."

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import check_count, check_output
-from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
+from hf_equiv.checks import check_count
+from hf_equiv.conditions import admit
+from hf_equiv.derivatives import forward_mode, transposed, vjps
+from hf_equiv.precision import Encoding, Recorded, exact_derivatives, no_autocast, no_tf32
 
 
 class Jacobian:
@@ -23,8 +25,8 @@ class Jacobian:
     products"); without second order it falls back to forward mode (JVP), at three times the cost. TF32 and autocast
     are off. In float32 the products with J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
 
-    Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. Memory: the activations of one
-    image, three times that after the first `mv`, and `batch` times that during a product.
+    Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. The trial of f does not count.
+    Memory: the activations of one image, three times that after the first `mv`, `batch` times that during a product.
 
     Args:
         f: the encoder, (1, C, H, W) -> (1, D).
@@ -35,11 +37,11 @@ class Jacobian:
         image: x, (C, H, W).
         z: f(x), (D,), in the dtype of `image`; `output` is f(x) in the dtype of f.
         shape: (D, N).
-        eps: relative spacing of the coarser dtype among `image` and f's output.
+        eps: relative spacing of the coarsest dtype among `image`, f's output and the numbers inside f.
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.
 
     Raises:
-        ValueError: f does not return (1, D), or its output has no gradient.
+        ValueError: f fails a condition of `conditions`, such as a derivative that differences of f contradict.
 
     Example:
         >>> import torch
@@ -53,12 +55,11 @@ class Jacobian:
         if image.ndim != 3 or not image.is_floating_point():
             raise ValueError(f"`image` must be a float tensor (C, H, W); got {image.dtype} {tuple(image.shape)}.")
         check_count(batch, "batch")
-        self._f = lambda x: f(x.clone())  # a copy lets f normalise in place
+        self._f = admit(f, image[None])
         self._batch = batch if image.is_cuda else min(batch, 8)
-        with torch.inference_mode(False), torch.enable_grad(), no_tf32():
+        with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
             self._x = image.detach().clone(memory_format=torch.contiguous_format)[None].requires_grad_(True)
             output = self._f(self._x)
-            check_output(output, 1)
             if not output.requires_grad:
                 raise ValueError(
                     "`f` must be differentiable; got an output without a gradient. Drop no_grad or detach."
@@ -68,7 +69,7 @@ class Jacobian:
         self.output = self._z.detach()
         self.z = self.output.to(image.dtype)
         self.shape = (self.z.numel(), image.numel())
-        self.eps = max(torch.finfo(image.dtype).eps, torch.finfo(output.dtype).eps)
+        self.eps = max(torch.finfo(image.dtype).eps, torch.finfo(output.dtype).eps, seen.eps)
         self._spent = 1
         self._transpose: tuple[Tensor, Tensor] | None = None
         self._forward_mode = False
@@ -167,7 +168,7 @@ class Jacobian:
 
     def _pull(self, cotangents: Tensor, out: Tensor) -> None:
         with torch.inference_mode(False), no_tf32(), no_autocast():
-            rows = _grads(self._z, self._x, cotangents)
+            rows = vjps(self._z, self._x, cotangents)
         out.copy_(rows.view_as(out))
         self._spent += 2 * len(cotangents)
 
@@ -176,7 +177,7 @@ class Jacobian:
             try:
                 u, gradient = self._transposed()
                 with no_autocast():
-                    return _grads(gradient, u, tangents[:, None])
+                    return vjps(gradient, u, tangents[:, None])
             except (RuntimeError, NotImplementedError):
                 self._transpose, self._forward_mode = None, True
 
@@ -186,41 +187,15 @@ class Jacobian:
         return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
 
     def _transposed(self) -> tuple[Tensor, Tensor]:
-        """Return u (D,) and Jᵀu (1, C, H, W) with the graph between them."""
         if self._transpose is None:
-            with torch.enable_grad():
-                z = self._f(self._x)[0]
-                u = torch.zeros_like(z, requires_grad=True)
-                with no_autocast():
-                    (gradient,) = torch.autograd.grad(z, self._x, u, create_graph=True)
+            self._transpose = transposed(self._f, self._x)
             self._spent += 3
-            self._transpose = u, gradient
         return self._transpose
-
-
-def _grads(output: Tensor, variable: Tensor, cotangents: Tensor) -> Tensor:
-    """Return the VJPs (K, *variable) of cotangents (K, *output), and keep the graph."""
-    if len(cotangents) == 1:
-        return torch.autograd.grad(output, variable, cotangents[0], retain_graph=True)[0][None]
-    return torch.autograd.grad(output, variable, cotangents, retain_graph=True, is_grads_batched=True)[0]
 
 
 def jacobian_cost(num_rows: int) -> float:
     """Return the evaluations of a full Jacobian: one forward and `num_rows` cotangents, (1 + 2·num_rows) / 3."""
     return (1 + 2 * num_rows) / 3
-
-
-def forward_mode(f: Encoding, x: Tensor, v: Tensor, name: str = "f") -> Tensor:
-    """Return J v at x, both (1, C, H, W), by forward mode; an error calls f `name`."""
-    try:
-        moved: Tensor = torch.func.jvp(f, (x,), (v,))[1]
-    except (RuntimeError, NotImplementedError) as error:
-        raise RuntimeError(
-            f"`encoder` must have forward-mode derivatives for this; {name} does not "
-            f"({' '.join(str(error).split())[:160]}). Use a method that needs gradients only, such as match_embedding, "
-            "or another checkpoint."
-        ) from error
-    return moved
 
 
 def require_forward_mode(f: Encoding, image: Tensor, name: str) -> None:

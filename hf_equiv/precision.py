@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 Encoding = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) to embeddings (B, D)
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
+_DTYPE = vars(torch._C.TensorBase)["dtype"].__get__  # `tensor.dtype`
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_FINE, _COARSEST = 512.0, 2.0**-6  # first and last step by which f is probed, in units of eps and of a pixel
 
 
 def exact_derivatives() -> AbstractContextManager[None]:
@@ -73,16 +77,69 @@ def with_autocast(f: Encoding) -> Encoding:
     return call
 
 
-class Float64Softmax(TorchFunctionMode):
-    """Keep a float64 softmax in float64: "eager" attention in transformers casts it to float32."""
+class InFloat64(TorchFunctionMode):
+    """Compute in float64 despite narrower types inside a function: weights, autocast blocks, a softmax in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch; a softmax of float64 values stays in float64."""
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.softmax and kwargs.get("dtype") is torch.float32:
-            if args[0].dtype is torch.float64:
-                kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
+        """Call a function of torch with its floating-point tensors and types widened to float64."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "__get__":  # an attribute; only the type is widened, because weights are converted where they count
+            return _widened(func(*args, **kwargs)) if func == _DTYPE else func(*args, **kwargs)
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            func = torch.Tensor.double
+        if name == "__set__" or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
+            return func(*args[:1], *tree_map(_widened, args[1:]), **tree_map(_widened, kwargs))  # in place
+        return tree_map(_widened, func(*tree_map(_widened, args), **tree_map(_widened, kwargs)))
+
+
+def in_float64(f: Encoding) -> Encoding:
+    """Return f with all its arithmetic in float64, for float64 images; the weights keep their values."""
+
+    def call(x: Tensor) -> Tensor:
+        with InFloat64(), exact_derivatives():
+            return f(x)
+
+    return call
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in _NARROW else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+class Recorded(TorchFunctionMode):
+    """Record the relative spacing `eps` of the coarsest numbers that depend on the pixels inside a function."""
+
+    eps = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch and look at the type of its results."""
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad:
+                self.eps = max(self.eps, torch.finfo(value.dtype).eps)
+        return out
+
+
+def resolved_step(f: Encoding, image: Tensor, eps: float) -> tuple[float, int]:
+    """Return a change of the pixels that f resolves, 512 eps or more if f is coarser than `eps`; and the passes."""
+    # Two equal steps from a point near x, off its kinks, change f by the same amount if they are above its rounding and
+    # below its curvature. If no step does, nothing is known against `eps`.
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.rand(2, *image.shape, generator=generator, dtype=torch.float64).to(image)
+    start, way = torch.lerp(image, draw[0], 2.0**-10), (draw[1] - 0.5).sign()
+    step, passes = _FINE * eps, 1
+    with torch.no_grad(), no_tf32():
+        first = f(start[None]).double()
+        while step < _COARSEST:
+            second, third = (f((start + k * step * way)[None]).double() for k in (1, 2))
+            passes += 2
+            bend, moved = float((third - 2 * second + first).norm()), float((third - first).norm())
+            if moved > 0 and 8 * bend <= moved:
+                return step, passes
+            step *= 64
+    return _FINE * eps, passes
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -34,9 +34,9 @@ class Status(StrEnum):
 
 
 _ADVICE = {
-    Status.CONVERGED: "The embedding error reached `rtol`.",
-    Status.STALLED: "No further decrease was possible: the error is at the float noise of the encoder, or the ball "
-    "holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
+    Status.CONVERGED: "The embedding error is at most `rtol`, even with the float noise of the encoder added.",
+    Status.STALLED: "No further decrease was possible: the error is at the float noise of the encoder, which may be "
+    "more than `rtol`, or the ball holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
     Status.MAX_EVALS: "The evaluations ran out. Raise `max_evals`, or loosen `rtol`.",
     Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
     Status.COMPLETED: "The analysis is complete.",

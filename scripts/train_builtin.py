@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from hf_equiv.data.tables import table_images
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -188,9 +190,10 @@ class Split:
     def from_dataset(cls, dataset: Dataset, args: argparse.Namespace) -> Split:
         """Decodes and resizes every image of a split."""
         size, names = args.image_size, dataset.column_names
-        dataset = dataset.cast_column(args.image_column, Image(mode="RGB"))
+        photos = table_images(dataset, "", "the split", args.image_column, args.label_column)
         images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
-        for index, image in enumerate(tqdm(dataset[args.image_column], desc="decoding", leave=False)):
+        for index, item in enumerate(tqdm(photos, desc="decoding", leave=False)):
+            image = item.image
             resized = image.resize((size, size), resample=3) if image.size != (size, size) else image
             pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
             images[index] = pixels.view(size, size, 3).permute(2, 0, 1)
@@ -557,8 +560,8 @@ def export(trainer: Trainer, names: list[str], validation_data: Dataset) -> None
 
     model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
     loaded = AutoImageProcessor.from_pretrained(folder)
-    images = validation_data.cast_column(args.image_column, Image(mode="RGB"))[args.image_column]
-    pixels = torch.cat([loaded(image, return_tensors="pt").pixel_values for image in images])
+    photos = table_images(validation_data, "", "the validation split", args.image_column, args.label_column)
+    pixels = torch.cat([loaded(item.image, return_tensors="pt").pixel_values for item in photos])
     top1, top5 = evaluate(model, pixels, torch.tensor(validation_data[args.label_column][:]))
     card = CARD.format(
         **vars(args),

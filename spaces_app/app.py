@@ -35,7 +35,7 @@ def open_page(request: gr.Request) -> tuple[Any, ...]:
     try:
         shown = show_dataset(dataset, asked.get("pair"))
     except gr.Error as error:
-        gr.Warning(shelf.refused(f"{error.message} Shown instead: {home}.").message)
+        shelf.warn(f"{error.message} Shown instead: {home}.")
         dataset, shown = home, show_dataset(home)
     # keep the tab if the link names none, since the visitor may have chosen one meanwhile
     tab = gr.Tabs(selected=asked["tab"]) if asked.get("tab") in TABS else gr.skip()
@@ -65,14 +65,15 @@ def build_demo() -> gr.Blocks:
 
 
 def main(host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None:
-    """Serve the app until it is stopped."""
+    """Serve the app until Ctrl-C."""
     # load the model before the first visitor comes
     threading.Thread(target=shelf.encoder_of, args=("builtin",), daemon=True).start()
     agents = importlib.util.find_spec("mcp") is not None  # comes with gradio[mcp]
     build_demo().launch(
         server_name=host, server_port=port, share=share, theme=THEME, css_paths=shelf.HERE / "style.css",
-        max_file_size=LARGEST_UPLOAD, mcp_server=agents, ssr_mode=False, show_error=True, footer_links=["api"],
+        max_file_size=LARGEST_UPLOAD, mcp_server=agents, ssr_mode=False, footer_links=["api"],
     )  # fmt: skip
+    raise KeyboardInterrupt("the app was stopped.")  # gradio returns only then
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def stops_along(
     likeliest: list[tuple[tuple[str, float], ...]] = [()] * len(places)
     if encoder.has_head:
         names = encoder.label_names or ()
-        best = encoder.classify(places).double().softmax(dim=1).topk(min(5, len(names)))
+        best = measures.probabilities(encoder, encoder.classify(places)).topk(min(5, len(names)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         likeliest = [tuple((names[i], p) for i, p in zip(*pair, strict=True)) for pair in pairs]
     return tuple(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
-from html import escape
 from typing import Any
 from urllib.parse import urlencode
 
@@ -53,9 +52,8 @@ def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
         Whether all numbers hold, and each number as stated and as computed now.
     """
     row, start = row_of(dataset, key), time.perf_counter()
-    encoder = shelf.recorded_encoder(row, dataset)
     with telling(dataset):
-        found = check_shown(encoder, row)
+        found = check_shown(shelf.recorded_encoder(row, dataset), row)
     numbers = {c.name: {"stated": c.stated, "now": c.now, "holds": c.holds} for c in found}
     return {"holds": all(c.holds for c in found), "seconds": time.perf_counter() - start, "numbers": numbers}
 
@@ -116,7 +114,7 @@ def _change(name: str, opened: str) -> tuple[Any, ...]:
     try:
         return gr.skip(), name or BUILTIN_RESULTS, *show_dataset(name)
     except gr.Error as error:  # keep the results that are shown, and restore their name
-        gr.Warning(escape(error.message))
+        shelf.warn(error.message)
         return opened, *(gr.skip(),) * 7
 
 

@@ -188,7 +188,7 @@ def sensitivity_tab(tab: gr.Tab) -> None:
     constants = results(home_of("constants")).constants
     ids = list(dict.fromkeys(row["key"] for row in constants))
     names = list(_constants(ids[0]))
-    gr.Markdown(views.html.about_directions(dict.fromkeys(row["model_id"] for row in constants)))
+    gr.HTML(views.html.about_directions(dict.fromkeys(row["model_id"] for row in constants)))
     with gr.Row():
         image = gr.Radio(ids, value=ids[0], label="Photo")
         first = "top 0" if "top 0" in names else names[0]

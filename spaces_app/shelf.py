@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from showcase import Showcase, open_showcase
 
 from hf_equiv import Encoder
-from hf_equiv.formatting import one_line
+from hf_equiv.formatting import cut, one_line
 
 try:
     import spaces
@@ -63,8 +63,13 @@ _loading = threading.Lock()
 
 
 def refused(text: str) -> gr.Error:
-    """Return an error for the visitor; the page would take `<` and `>` for HTML."""
-    return gr.Error(text.replace("<", "(").replace(">", ")"), print_exception=False)
+    """Return an error for the visitor; the page would take `<` and `>` for HTML. No other error shows its text."""
+    return gr.Error(cut(text, 800).replace("<", "(").replace(">", ")"), print_exception=False)
+
+
+def warn(text: str) -> None:
+    """Show a warning to the visitor, with the text of `refused`."""
+    gr.Warning(refused(text).message)
 
 
 @lru_cache(maxsize=4)
@@ -120,6 +125,8 @@ def telling(name: str | None) -> Iterator[None]:
     """Turn any error in reading a dataset into a message for the visitor, without folder names of this machine."""
     try:
         yield
+    except gr.Error:
+        raise
     except RepositoryNotFoundError as error:
         raise refused(f"{name!r} cannot be shown: on the Hub there is no such dataset, or it is private.") from error
     except _DAMAGE as error:

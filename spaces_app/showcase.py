@@ -13,9 +13,10 @@ from hf_equiv.data.tables import refuse_swollen
 from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.hub_client import api_of, explained
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.png_file import SIGNATURE
 from hf_equiv.runs import directory
 from hf_equiv.runs.schema import IMAGE_COLUMNS, LAYOUTS, Layout, Row
-from hf_equiv.runs.shards import read_rows, shard_files
+from hf_equiv.runs.shards import check_pictures, read_rows, shard_files
 from hf_equiv.verify.rows import agrees
 
 _EXPANSION = 2  # a dataset may be this many times larger in memory than on disk: PNG files are packed already
@@ -93,7 +94,8 @@ def _read_run(place: Path, most: int, most_bytes: int | None) -> tuple[Layout, l
             refuse_swollen(shard, _EXPANSION * most_bytes)
     rows = list(read_rows(place, images=True, layout=layout, first=most))
     for row in rows:
-        _check_pictures([row[column] for column in layout.images])
+        _check_sizes([row[column] for column in layout.images])
+        check_pictures(row, layout)
     return layout, [row | {"settings": record["settings"]} for row in rows if row["status"] != "error"]
 
 
@@ -142,13 +144,11 @@ def _refuse_large(name: str, revision: str | None, most_bytes: int, token: str |
         )
 
 
-def _check_pictures(pictures: Iterable[Any]) -> None:
+def _check_sizes(pictures: Iterable[bytes | None]) -> None:
     """Refuse all but PNG files of one moderate size, by their first bytes: nothing is decoded."""
     sizes = set()
-    for data in pictures:
-        if data is None:
-            continue
-        if not isinstance(data, bytes) or not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 24:
+    for data in filter(None, pictures):
+        if not data.startswith(SIGNATURE):
             raise ValueError("the pictures of a run must be PNG files.")
         sizes.add((int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")))
     if len(sizes) > 1 or any(not 0 < side <= _MOST_SIDE for size in sizes for side in size):

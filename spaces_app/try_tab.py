@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ import gradio as gr
 import views
 from charts import Axis, Series, chart
 from live import LiveMatch, live_match
-from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu, refused
+from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, WORKERS, encoder_of, file_of, on_gpu, refused, warn
 
 from hf_equiv import load_images
 from hf_equiv.data.image_file import open_image
 
 LARGEST_UPLOAD = 25 * 2**20
-MOST_PIXELS = 50_000_000
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
 EFFORTS = {"quick": 0.4, "normal": 1.0}
 
@@ -47,7 +45,7 @@ def read_upload(path: str | None, name: str):
     if os.path.getsize(path) > LARGEST_UPLOAD:
         raise refused(f"The {name} photo is larger than 25 MB. Make it smaller.")
     try:
-        return open_image(Path(path).read_bytes(), f"the {name} photo", most_pixels=MOST_PIXELS)
+        return open_image(Path(path).read_bytes(), f"the {name} photo")
     except (OSError, ValueError) as error:
         raise refused(str(error).replace(f"image 'the {name} photo'", f"The {name} photo")) from error
 
@@ -57,7 +55,7 @@ def accept(path: str | None, name: str) -> tuple[Any, None]:
     try:
         read_upload(path, name)
     except gr.Error as error:
-        gr.Warning(escape(error.message))
+        warn(error.message)
         return None, None
     return gr.skip(), None
 

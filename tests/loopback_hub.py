@@ -164,6 +164,8 @@ class Fault:
     error: str
     after: bool  # the request is carried out first, and only its answer is lost
     held: Held | None = None
+    page: bool = False  # the answer is a web page, as from a proxy
+    spoil: bool = False  # the answer is the usual one, with its last bit turned over on the way
 
 
 def now() -> str:
@@ -215,10 +217,14 @@ class Hub:
 
     def fail(
         self, method: str, path: str, status: int, times: int = 1, *, error: str = "injected fault",
-        headers: dict[str, str] | None = None, after: bool = False,
+        headers: dict[str, str] | None = None, after: bool = False, page: bool = False,
     ) -> None:  # fmt: skip
-        """Answer the next requests that match with an error, or (status 0) by cutting the connection."""
-        self.faults.append(Fault(method, re.compile(path), status, times, headers or {}, error, after))
+        """Answer the next requests that match with an error or a web page, or (status 0) by cutting the connection."""
+        self.faults.append(Fault(method, re.compile(path), status, times, headers or {}, error, after, page=page))
+
+    def spoil(self, method: str, path: str, times: int = 1) -> None:
+        """Change one bit of the next answers that match."""
+        self.faults.append(Fault(method, re.compile(path), None, times, {}, "", False, spoil=True))
 
     def hold(self, method: str, path: str, *, after: bool = False) -> Held:
         """Take the next request that matches and say nothing, before it is carried out or after; then cut it."""
@@ -293,6 +299,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """One request."""
 
     hub: Hub
+    spoilt = False
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the body of an answer waits 40 ms for the client to confirm its head
     wbufsize = -1
@@ -330,8 +337,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             fault.held.stay()
         if fault.status is not None:
             return self._break(fault)
+        self.spoilt = fault.spoil
         with self.hub.lock:
             self._respond(token, send=True)
+        self.spoilt = False
 
     def _chunks(self) -> bytes:
         data = b""
@@ -346,6 +355,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if fault.page:
+            html = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
+            return self._send(fault.status, html, {"Content-Type": "text/html"})
         self._send(fault.status, {"error": fault.error}, {"X-Error-Message": fault.error, **fault.headers})
 
     def _respond(self, token: str | None, *, send: bool) -> None:
@@ -373,7 +385,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(raw)
+            self.wfile.write(raw[:-1] + bytes([raw[-1] ^ 1]) if self.spoilt and raw else raw)
 
     def _who(self, token: str | None) -> tuple[str | None, str]:
         if self.parts[0] == "_lfs" and self.command != "POST":

@@ -35,12 +35,16 @@ ROOT_FILES = {
     "results": [],
     "checks": [],
     "precision": ["checks"],
-    "jacobian": ["checks", "precision"],
+    "derivatives": ["precision"],
+    "conditions": ["checks", "precision", "derivatives"],
+    "jacobian": ["checks", "precision", "derivatives", "conditions"],
     "formatting": [],
-    "hub_client": [],
+    "limits": [],
+    "png_file": ["limits"],
+    "hub_client": ["formatting"],
     "__main__": ["cli"],
 }
-NUMERICS = ["matching", "geometry", "results", "checks", "precision", "jacobian"]
+NUMERICS = ["matching", "geometry", "results", "checks", "precision", "derivatives", "conditions", "jacobian"]
 MOST_FILES = 10
 
 # Where a library may be imported: folders, files of the root, or single files. torch may be imported everywhere.
@@ -49,14 +53,14 @@ HOMES = {
     "huggingface_hub": ["hub_client", "models", "data", "hub"],
     "accelerate": ["runs"],
     "datasets": ["data", "runs", "hub"],
-    "pyarrow": ["data", "runs"],
+    "pyarrow": ["limits", "data", "runs"],
     "safetensors": ["models", "runs", "hub"],
     "PIL": ["models", "data", "analyses/figures", "report/measure"],
     "numpy": ["models", "data", "analyses/figures", "report"],
     "torchmetrics": ["analyses/measures"],
     "matplotlib": ["analyses/figures", "report/figures"],
     "jinja2": ["formatting", "report/render"],
-    "markupsafe": ["report/render"],
+    "markupsafe": ["formatting", "report/render"],
     "scipy": ["report/statistics"],
     "click": ["cli"],
     "rich": ["cli"],

@@ -7,7 +7,8 @@ import torch
 from cases import EIGHT, images, smooth_mlp
 
 from hf_equiv.geometry.secants import ecnoise, secant_noise
-from hf_equiv.precision import float64_twin
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.precision import float64_twin, in_float64, resolved_step
 
 RADII = torch.logspace(-4, 0, 17, dtype=torch.float64)
 
@@ -114,3 +115,62 @@ def test_the_same_floor_every_time():
 def test_bad_methods(method, message):
     with pytest.raises(ValueError, match=message):
         secant_noise(smooth_mlp(), images(1)[0], RADII, method=method)
+
+
+class Hidden(torch.autograd.Function):
+    """A product in float32 that neither its input nor its output shows."""
+
+    @staticmethod
+    def forward(ctx, pixels, weight):
+        ctx.save_for_backward(weight)
+        return (pixels.float() @ weight.float().T).double()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad.float() @ ctx.saved_tensors[0].float()).double(), None
+
+
+def autocast(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return (x.float().flatten(1) @ smooth_mlp().W1.float().T).double()
+
+
+SINGLE_WEIGHT = torch.ones(1)
+SINGLE, HALF, BRAIN = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16))
+INSIDE = {
+    "float64": (smooth_mlp(), 2.3e-16),
+    "input": (lambda x: smooth_mlp()(x.float()).double(), SINGLE),
+    "half": (lambda x: smooth_mlp()(x.half().double()), HALF),
+    "output": (lambda x: smooth_mlp()(x).float().double(), SINGLE),
+    "softmax": (lambda x: torch.softmax(x.flatten(1), dim=1, dtype=torch.float32).double(), SINGLE),
+    "sum": (lambda x: smooth_mlp()(x) + 1e-3 * smooth_mlp()(x.float()).double(), SINGLE),
+    "autocast": (autocast, BRAIN),
+    "hidden": (lambda x: Hidden.apply(x.flatten(1), smooth_mlp().W1), SINGLE),
+    "type of a weight": (lambda x: smooth_mlp()(x.to(SINGLE_WEIGHT.dtype)).double(), SINGLE),
+    "weights": (lambda x: x.flatten(1) @ smooth_mlp().W1.float().double().T, 2.3e-16),
+    "constant": (lambda x: x.flatten(1)[:, :4] * 0 + 1, 2.3e-16),
+    "kink": (lambda x: torch.relu(x.flatten(1)[:, :4] - x[:, :1, 0, 0]), 2.3e-16),
+}
+
+
+def working_eps(f, image):
+    """The spacing of the coarsest numbers in which f computes, by their types, or else by its steps."""
+    eps = Jacobian(f, image).eps
+    step, _ = resolved_step(f, image, eps)
+    return eps if step == 512 * eps else step / 16
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_precision_is_what_the_function_computes_in(name):
+    f, spacing = INSIDE[name]
+    assert spacing / 10 <= working_eps(f, images(1, dtype=torch.float64)[0]) <= 10 * spacing
+
+
+@pytest.mark.parametrize("name", [name for name in INSIDE if name not in ("hidden", "weights")])
+def test_in_float64_leaves_nothing_narrow(name):
+    """The two differ by the rounding of the function, and the second has no coarser step than float64."""
+    f, spacing = INSIDE[name]
+    x = images(1, dtype=torch.float64)
+    wide = in_float64(f)
+    assert float((wide(x) - f(x)).norm()) <= 4 * spacing * float(f(x).norm())
+    assert working_eps(wide, x[0]) < 1e-15

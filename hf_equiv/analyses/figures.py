@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.data.image_file import decode_png, encode_png, stored_image
 from hf_equiv.formatting import ball, cut, cut_name, form, short
+from hf_equiv.png_file import chunks
 
 Rows = Sequence[Mapping[str, Any]]
 Band = tuple[str, str, Sequence[float], Sequence[float]]  # a band of `strips`: name, colour, filled and hollow values
@@ -42,9 +43,10 @@ STYLE = {
     "grid.linewidth": 0.6, "legend.fontsize": 9, "legend.edgecolor": "none",
     "figure.constrained_layout.w_pad": 0.08, "figure.constrained_layout.h_pad": 0.08,
 }  # fmt: skip
+OWN_STYLE = ["default", STYLE]  # without the user's matplotlibrc, so that `verify` can draw a figure again
 
 
-@rc_context(STYLE)
+@style.context(OWN_STYLE)
 def spectrum_figures(
     rows: Rows, vectors: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -58,7 +60,7 @@ def spectrum_figures(
     return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if vectors else {})
 
 
-@rc_context(STYLE)
+@style.context(OWN_STYLE)
 def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, bytes]:
     """Draw the secants of the first image and the constants of all; nothing when no secant is above zero."""
     rows = [row for row in rows if row["status"] != "error" and any((s or 0) > 0 for s in row["secants"])]
@@ -71,7 +73,7 @@ def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, byte
     return {"secants.png": png_of(secants(rows, settings)), "constants.png": png_of(constants(rows, title, note))}
 
 
-@rc_context(STYLE)
+@style.context(OWN_STYLE)
 def walk_figures(
     rows: Rows, frames: Mapping[str, Sequence[bytes]], ends: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -81,11 +83,11 @@ def walk_figures(
         return {}
     title = f"Distance and drift along walks, {cut(str(settings['model_id']), 50)}"
     note = f"heading {settings['heading']} · drift ‖f(x) − z‖/‖z‖: solid of the float frames, dotted of the PNG frames"
-    return {
-        "walk.gif": animation(frames[next(iter(paths))]),
-        "frames.png": contact_sheet(paths, frames, ends, settings),
-        "drift.png": png_of(walks(paths, settings["rtol"], title, note)),
-    }
+    found = {"drift.png": png_of(walks(paths, settings["rtol"], title, note))}
+    if any(None in pictures for pictures in frames.values()):  # photos are withheld
+        return found
+    first = animation(frames[next(iter(paths))])
+    return {"walk.gif": first, "frames.png": contact_sheet(paths, frames, ends, settings), **found}
 
 
 def spectra(rows: Rows, title: str = "", note: str = "") -> Figure:
@@ -110,7 +112,8 @@ def spectra(rows: Rows, title: str = "", note: str = "") -> Figure:
         zeros = []
     for marker, zero in zip(cycle("osD^v"), zeros, strict=False):
         predicted = form(zero["predicted"], ".2g")
-        label = f"{zero['count']} × {zero['cause']}: predicted {predicted}, measured {zero['measured']:.2g}"
+        cause = label_of(zero["cause"], 60)
+        label = f"{zero['count']} × {cause}: predicted {predicted}, measured {zero['measured']:.2g}"
         axes.plot([place], [max(zero["measured"], floor)], marker, mfc="none", mec=KINDS["top"], ls="", label=label)
         place -= zero["count"]
     axes.set(yscale="log", ylim=(floor, 2.5 * max(map(np.nanmax, curves))))
@@ -139,7 +142,7 @@ def secants(rows: Rows, settings: Mapping[str, Any]) -> Figure:
         middle = np.nanmedian(ladder, axis=0)
         axes.fill_between(radii, np.nanmin(ladder, axis=0), np.nanmax(ladder, axis=0), color=color, alpha=0.13, lw=0)
         plateaus = [row["plateau"] for row in own if row["plateau"]]
-        label = kind if plateaus else f"{kind}: no plateau"
+        label = label_of(kind, 28) + ("" if plateaus else ": no plateau")
         axes.plot(radii, middle, color=color, lw=1.1, marker="o", ms=2.4, zorder=3, label=label)
         if plateaus:
             low, high = np.median(plateaus, axis=0)
@@ -158,7 +161,7 @@ def constants(rows: Rows, title: str = "", note: str = "") -> Figure:
     for kind, own in by_kind(rows).items():
         values = [row["value"] for row in own if row["value"]]
         others = [row["jvp"] for row in own if not row["value"] and (row["jvp"] or 0) > 0]
-        bands.append((f"{kind}\n{len(values)} of {len(own)}", KINDS.get(kind, INK), values, others))
+        bands.append((f"{label_of(kind, 28)}\n{len(values)} of {len(own)}", KINDS.get(kind, INK), values, others))
     figure, axes = strips(bands, "local constant (embedding length per pixel length)", title, note)
     if tops := [row["jvp"] for row in rows if row["direction"] == "top" and row["index"] == 0 and row["jvp"]]:
         axes.axvline(max(tops), color=INK, lw=0.9, ls="--", zorder=0, label=f"largest σ₁ = {max(tops):.3g}")
@@ -243,7 +246,7 @@ def sheet(title: str, note: str, lines: Sequence[Sequence[Tile]], side: float) -
         for axes in places[len(line) :]:
             axes.set_axis_off()
         for axes, (png, head, told) in zip(places, line, strict=False):
-            picture = Image.open(io.BytesIO(png))
+            picture = stored_image(png)
             axes.imshow(picture, interpolation="nearest" if picture.height < 128 else "antialiased")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(visible=True, color=RULE)
@@ -259,8 +262,29 @@ def png_of(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def same_picture(stated: bytes, made: bytes) -> bool:
+    """Return whether a figure is the one drawn again: the same bytes, or a PNG file of nearly the same pixels."""
+    # Other processors and compressors round differently; no pixel may differ by more than an eighth of full scale.
+    if stated == made:
+        return True
+    try:
+        if _beside_pixels(stated) != _beside_pixels(made):
+            return False
+        pixels = [
+            np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA"), int) for data in (stated, made)
+        ]
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return pixels[0].shape == pixels[1].shape and int(np.abs(pixels[0] - pixels[1]).max()) <= 32
+
+
+def _beside_pixels(data: bytes) -> list[bytes]:
+    """Return the chunks of a PNG file without those of pixels but the kind of the first, and all that follows IEND."""
+    return list(dict.fromkeys(kind if kind == b"IDAT" else bytes(chunk) for kind, chunk in chunks(data)))
+
+
 def label_of(name: str, size: int) -> str:
-    """Return an image id for a legend, which reads text between dollar signs as a formula."""
+    """Return a name from data for a legend or axis, which read text between dollar signs as a formula."""
     return cut_name(name, size).replace("$", r"\$")
 
 
@@ -284,7 +308,7 @@ def vectors_figure(rows: Rows, pictures: Mapping[str, tuple[Any, Any]], settings
     return sheet(f"Right singular vectors, {cut(str(settings['model_id']), 44)}", note, lines, side=1.55)
 
 
-@rc_context(STYLE)
+@style.context(OWN_STYLE)
 def pairs_figure(rows: Rows, verdict: str, settings: Mapping[str, Any]) -> bytes | None:
     """Draw source, match, their difference and target of up to eight rows, with the numbers; None for no row."""
     lines = []
@@ -311,7 +335,7 @@ def difference_png(source: bytes, match: bytes) -> tuple[bytes, int]:
 
 def thumbnail(png: bytes, size: int = 112) -> bytes:
     """Return a small JPEG picture of a PNG file, for choosing an image and not for measuring it."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image = stored_image(png)
     kind = Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS
     buffer = io.BytesIO()
     image.resize((size, size), kind).save(buffer, "JPEG", quality=85)
@@ -370,7 +394,7 @@ def contact_sheet(
 
 def animation(frames: Sequence[bytes]) -> bytes:
     """Show one walk there and back as an animated GIF, small images enlarged by a whole factor."""
-    images = [Image.open(io.BytesIO(frames[k])).convert("RGB") for k in _evenly(len(frames), GIF_FRAMES)]
+    images = [stored_image(frames[k]) for k in _evenly(len(frames), GIF_FRAMES)]
     factor = max(1, GIF_SIDE // max(images[0].size))
     pictures = [ImageOps.scale(image, factor, Image.Resampling.NEAREST) for image in images]
     ring, buffer = [*pictures, *pictures[-2:0:-1]], io.BytesIO()

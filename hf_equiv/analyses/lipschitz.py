@@ -239,11 +239,11 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     return summary | {"kinds": kinds, "regional": region, "verdict": told}
 
 
-def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
+def draw_figures(settings: Row, summary: Row, made: RunRows) -> dict[str, bytes]:
     """Draw the secants of one image and the constants of all."""
     from hf_equiv.analyses import figures
 
-    return figures.lipschitz_figures(made.rows, plan.settings)
+    return figures.lipschitz_figures(made.rows, settings)
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
@@ -251,7 +251,9 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     made = []
     for row in rows:
         ladder, value, plateau = _ladder(row), row["value"], None
-        status = Status.ERROR if ladder is None or row["jvp"] is None else Status.UNDETERMINED
+        # without a true derivative there are secants, but no `jvp`
+        broken = ladder is None or (row["jvp"] is None and row.get("status") == Status.ERROR)
+        status = Status.ERROR if broken else Status.UNDETERMINED
         if value is not None and ladder is not None:
             secants, radii, floors = ladder
             about = torch.tensor([value], dtype=torch.float64)
@@ -282,8 +284,10 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     if settings["regional"] is not None:  # recompute the constant at the stored place
         place, v = floats[f"{name}/place"], floats[f"{name}/direction"]
         faults += outside_ball(_REGION[0], place, image, settings["regional"], settings["norm"])
+        if abs(float(v.double().norm()) - 1) > 1e-5:
+            faults.append(("direction", "a vector of length 1", f"its length is {float(v.double().norm()):.6g}"))
         moved = Jacobian(encoder, place).mv((v / v.double().norm()).to(place)[None])[0]
-        common[_REGION[0]] = finite(moved.double().norm())
+        common |= {_REGION[0]: finite(moved.double().norm()), "found": made[0][_REGION[0]]}
     stated = {(row["direction"], row["index"]): row for row in rows}
     made = [_beside(stated.get((row["direction"], row["index"])), row | common) for row in made]
     made[0]["faults"] = faults
@@ -322,6 +326,7 @@ def tolerances(made: Row, settings: Row) -> Row:
     noise = (1e-12 if settings["dtype"] == "float64" else 1e-6) * made["largest"]
     floors, secants = ([n or 0.0 for n in made[key]] for key in ("noise_floor", "secants"))
     jvp, value, error = (made[key] or 0.0 for key in ("jvp", "value", "value_error"))
+    at_place = made["regional_lower_bound"] or 0.0  # the search again may end at another place, of a similar value
     beside_jvp = made["value"] == made["jvp"]  # the recomputed value narrowly missed `resolved`
     return {
         "jvp": 1e-3 * jvp + 30 * noise,
@@ -329,10 +334,10 @@ def tolerances(made: Row, settings: Row) -> Row:
         "noise_floor": [(0.2 * floor, 5 * floor) for floor in floors],
         "secants": [4 * floor + 1e-3 * secant + noise for floor, secant in zip(floors, secants, strict=True)],
         "value": 2 * (JVP_RTOL if coarse else RTOL) * jvp if beside_jvp else 2 * error + 1e-4 * value,
-        "value_error": (made["least_error"], 5 * error + noise),
+        "value_error": (max(made["least_error"], 0.2 * error - noise), 5 * error + noise),
         "unit_factor": 1e-5 * (made["unit_factor"] or 0.0),
         "linearity_radius": 1e-2 * (made["linearity_radius"] or 0.0),
-        "regional_lower_bound": 1e-4 * (made["regional_lower_bound"] or 0.0),
+        "regional_lower_bound": (max(0.75 * (made.get("found") or 0.0), 0.9999 * at_place), 1.0001 * at_place),
         "regional_at_center": 1e-2 * (made["regional_at_center"] or 0.0),
         "regional_clever": 0.1 * (made["regional_clever"] or 0.0),  # rounding has more effect on a fit to maxima
     }

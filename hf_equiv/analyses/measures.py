@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -104,9 +105,8 @@ def measure_match(
 ) -> Row:  # fmt: skip
     """Compute the columns `MEASURES` of a row from its three stored images, each (3, H, W) as read back from PNG."""
     # `seed` and `pair_id` seed the noise on the target. `labels` are class names for zero-shot classification (CLIP,
-    # SigLIP), in place of the checkpoint's head; probabilities are a softmax over the classes or labels. A column is
-    # None where it is not defined: PSNR of equal images, SSIM below 11 px, labels without a head. Cost: about 16
-    # forwards of one image, of which 2 in float64.
+    # SigLIP), in place of the checkpoint's head. A column is None where it is not defined: PSNR of equal images, SSIM
+    # below 11 px, labels without a head. Cost: about 16 forwards of one image, of which 2 in float64.
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     three = torch.stack([source, match, target])
     z_source, z_match, z_target = encoder(three)
@@ -129,7 +129,7 @@ def measure_match(
     if names is None:
         return row | dict.fromkeys(LABEL_MEASURES)
     logits = encoder.classify(three, labels) if labels else encoder.classify(three)
-    prob = logits.double().softmax(dim=1)
+    prob = probabilities(encoder, logits)
     s, m, t = (int(k) for k in prob.argmax(dim=1))
     return row | {
         "source_label": names[s],
@@ -139,6 +139,12 @@ def measure_match(
         "target_label_prob": finite(prob[1, t]),
         "same_top1": m == t,
     }
+
+
+def probabilities(encoder: Any, scores: Tensor) -> Tensor:
+    """Return the probabilities of scores (B, C): a softmax, or a sigmoid of each score of a multi-label head."""
+    scores = scores.double()
+    return scores.sigmoid() if getattr(encoder, "multi_label", False) else scores.softmax(dim=1)
 
 
 def distances_apart(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +172,11 @@ def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
 
 def verdict(analysis: str, **values: Any) -> str:
     """Return the verdict of a run in words, from the template."""
-    text = text_templates().get_template("verdict.txt.jinja").render(analysis=analysis, **values)
+    text = _templates().get_template("verdict.txt.jinja").render(analysis=analysis, **values)
     return " ".join(line.strip() for line in text.split("\n") if line.strip())
+
+
+_templates = cache(text_templates)  # compiling a template takes longer than filling it in
 
 
 def _spread(values: Sequence[float]) -> Row:

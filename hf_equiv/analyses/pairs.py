@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class Reader:
         if key not in self._digests:
             self._digests[key] = None
             try:
-                self._digests[key] = hashlib.sha256(self.pixels(images, index).numpy().tobytes()).digest()
+                self._digests[key] = _digest(self.pixels(images, index))
             except (ValueError, OSError) as error:
                 self.bad.setdefault(str(error), {})[images.ids[index]] = None
         return self._digests[key]
@@ -127,10 +127,24 @@ def _settle(
             ids.append(targets.ids[j])
             digests.append(others[index])
             refuse_equal(*ids, same=own[index] is not None and own[index] == others[index])
-        whole = None if None in digests else hashlib.sha256(b"".join(filter(None, digests))).hexdigest()
+        whole = None if None in digests else _digest_of_all(filter(None, digests))
         reasons = tuple((image, why) for image in ids for why, found in reader.bad.items() if image in found)
         items.append(Item(index, name, facts, i, j, whole, reasons))
     return tuple(items)
+
+
+def digest_of(images: Iterable[Tensor]) -> str:
+    """Return the SHA-256 over the images of an item, each (3, H, W) on the k/255 grid."""
+    return _digest_of_all(map(_digest, images))
+
+
+def _digest(pixels: Tensor) -> bytes:
+    levels = (pixels.detach().cpu().double() * 255).round().float() / 255
+    return hashlib.sha256(levels.contiguous().numpy().tobytes()).digest()
+
+
+def _digest_of_all(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def refuse_equal(source_id: str, target_id: str, *, same: bool) -> None:

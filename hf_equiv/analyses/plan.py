@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -149,25 +149,57 @@ def make_plan(config: Any, encoder: Encoder, *, cache_dir: str | None = None, lo
     reader = Reader(encoder)
     items = config.list_items(reader, images, targets)
     names = list(dict.fromkeys((one.data_id, one.data_revision) for one in sets))
+    data_id, data_revision = (" + ".join(parts) for parts in zip(*names, strict=True))
+    settings = settings_of(config, encoder, items, own, data_id, data_revision)
     known = {key: _text(value) for key, value in encoder.provenance.items()}
-    common: Row = {
-        "data_id": " + ".join(data_id for data_id, _ in names),
-        "data_revision": " + ".join(revision for _, revision in names),
+    shared = {key: settings[key] for key in ("data_id", "data_revision", "seed", "schema_version")}
+    shared |= {key: own.get(key) for key in ("norm", "rtol", "solver")}
+    shared["radius"] = own.get("radius", own.get("regional"))
+    provenance = known | shared
+    return Plan(config, encoder, images, targets, items, settings, provenance, reader, config.drafts(encoder))
+
+
+def settings_of(
+    config: Any, encoder: Encoder, items: Sequence[Item], own: Row, data_id: str, data_revision: str
+) -> Row:
+    """Return the settings of a run; `own` are those of its verb."""
+    model = ("model_id", "model_revision", "readout", "dtype", "attention", "processor")
+    return {
+        **{key: _text(encoder.provenance[key]) for key in model},
+        "normalize": config.normalize,
+        "data_id": data_id,
+        "data_revision": data_revision,
         "seed": config.seed,
         "schema_version": SCHEMA_VERSION,
-    }
-    settings: Row = {
-        **{key: known[key] for key in ("model_id", "model_revision", "readout", "dtype", "attention", "processor")},
-        "normalize": config.normalize,
-        **common,
-        **columns,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
         **config.settings_of_items(items),
         **own,
     }
-    shared: Row = {key: own.get(key) for key in ("norm", "rtol", "solver")}
-    shared["radius"] = own.get("radius", own.get("regional"))
-    provenance = known | common | shared
-    return Plan(config, encoder, images, targets, items, settings, provenance, reader, config.drafts(encoder))
+
+
+def read_command(command: str, kind: Any) -> Any:
+    """Return the config, of the class `kind`, that `Plan.command` was made of; a ValueError names a wrong word."""
+    program, analysis, model, *words = shlex.split(command)
+    if shlex.join([program, analysis, model, *words]) != command:  # people paste it into a shell
+        raise ValueError(f"`command` must be quoted as `shlex.join` does it; got {command!r}.")
+    if (program, analysis) != ("hf-equiv", kind.analysis):
+        raise ValueError(f"`command` must begin with hf-equiv {kind.analysis}; got {program} {analysis}.")
+    types, left, values = get_type_hints(kind), iter(words), dict[str, Any](model=model)
+    for flag in left:
+        name = flag.removeprefix("--").replace("-", "_")
+        if types.get(name.removeprefix("no_")) is bool:
+            values[name.removeprefix("no_")] = not name.startswith("no_")
+            continue
+        text = next(left, None)
+        if name not in types or text is None:
+            raise ValueError(f"`command` must hold options of {kind.analysis} with their values; got {flag}.")
+        known = get_args(types[name]) or (types[name],)
+        if tuple[str, ...] in known or tuple[float, ...] in known:
+            values[name] = tuple(map(str if tuple[str, ...] in known else float, text.split(",")))
+        else:
+            values[name] = int(text) if int in known else float(text) if float in known else text
+    return kind(**values)
 
 
 def _refuse_constant(encoder: Encoder) -> None:

@@ -35,12 +35,12 @@ the most bytes of the images and float images of one item;
 `SHOWN`, the number of first items whose images summary and figures need;
 `make_rows(plan, part, batch, tell)`, which makes the rows of some items, one item unless `BATCH` is `items`;
 `summarize(encoder, settings, made)`, which sums up the rows of a run;
-`draw_figures(plan, summary, made)`, which draws the figures of a run, as bytes by file name.
+`draw_figures(settings, summary, made)`, which draws the figures of a run, as bytes by file name.
 
 For `verify`: `follow(settings, rows)` gives the columns that follow from other columns of the rows of one item;
 `remake(encoder, settings, rows, floats)` recomputes the rows; `faults` of a row lists images that do not fit, each with
-column, requirement and finding; `tolerances(made, settings)` returns how far the columns of a row may be from
-the recomputed ones (see `verify.rows.agrees`).
+column, requirement and finding, and `left_open` what was compared by a laxer rule; `tolerances(made, settings)` returns
+how far the columns of a row may be from the recomputed ones (see `verify.rows.agrees`).
 """
 
 BATCH, CPU_BATCH = 32, 8  # items in one pass on a GPU and on a CPU, where there are always `BATCH` derivatives
@@ -107,8 +107,8 @@ class _Job:
         self.size = self.at_once if by_items else 1
         self.found: RunRows | None = None
 
-    def make(self, block: Sequence[Item], tell: Observer) -> None:
-        """Write the shard of a block; an item that cannot be read or computed has a row of status `error`."""
+    def make(self, block: Sequence[Item], tell: Observer) -> tuple[list[Row], dict[str, Tensor], Row, dict[str, str]]:
+        """Return rows, float images, costs and errors; an item that cannot be read or computed has an error row."""
         made, loaded = dict[str, Made](), list[Loaded]()
         for item in block:
             try:
@@ -123,7 +123,7 @@ class _Job:
         errors = {name: one.error for name, one in made.items() if one.error is not None}
         for name, why in errors.items():
             tell(RunProgress("note", pair_ids=(name,), message=f"{name}: {why}"))
-        shards.write_shard(self.folder, block[0].index, rows, floats, costs, self.plan.layout, errors)
+        return rows, floats, costs, errors
 
     def finish(self) -> Row:
         """Write figures and card, and return the summary."""
@@ -209,7 +209,7 @@ def read_back(folder: Path, layout: Layout, names: Sequence[str], shown: int) ->
 def _close(plan: Plan, verb: Any, folder: Path, made: RunRows) -> Row:
     """Write figures and card, and return the summary."""
     summary: Row = verb.summarize(plan.encoder, plan.settings, made)
-    figures = verb.draw_figures(plan, summary, made)
+    figures = verb.draw_figures(plan.settings, summary, made)
     for name, data in figures.items():
         shards.write_atomic(folder / "figures" / name, data)
     text = card.run_card(plan.layout, plan.settings, summary, sorted(figures), plan.command)

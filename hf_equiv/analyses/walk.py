@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,17 +13,26 @@ from torch import Tensor
 
 from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.match import match_target
-from hf_equiv.analyses.measures import count_images, embed, largest, median_of, relative_error, verdict
+from hf_equiv.analyses.measures import (
+    count_images,
+    embed,
+    largest,
+    median_of,
+    probabilities,
+    relative_error,
+    verdict,
+)
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_choice, check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import finite
-from hf_equiv.geometry.headings import Toward
+from hf_equiv.geometry.headings import Ahead, Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
+from hf_equiv.runs import shards
 from hf_equiv.runs.schema import Row
 
 if TYPE_CHECKING:
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
 SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
 SHOWN = 6  # walks drawn one by one
 CHUNK = 16  # frames encoded at once
+_LONGEST, _ALONG = 2.0, 0.3  # most length of a step over `step`, and least cosine with a random heading, in `verify`
 FROM_A_MATCH = ("nearest", "connect")  # headings whose walks start from a match of the target
 
 
@@ -150,7 +161,7 @@ def labels_of(encoder: Any, frames: Tensor) -> list[Row]:
     if not encoder.has_head:
         return [{"label": None, "prob": None} for _ in frames]
     with torch.no_grad(), no_tf32():
-        probs = torch.cat([encoder.classify(some).double().softmax(dim=1) for some in frames.split(CHUNK)])
+        probs = torch.cat([probabilities(encoder, encoder.classify(some)) for some in frames.split(CHUNK)])
     names = encoder.label_names
     return [{"label": names[int(p.argmax())], "prob": finite(p.max())} for p in probs]
 
@@ -186,7 +197,7 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     return summary | {"walks": walks, "verdict": told}
 
 
-def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
+def draw_figures(settings: Row, summary: Row, made: RunRows) -> dict[str, bytes]:
     """Draw the first walks, with the images that they lead to."""
     from hf_equiv.analyses import figures
 
@@ -194,13 +205,11 @@ def draw_figures(plan: Plan, summary: Row, made: RunRows) -> dict[str, bytes]:
     for row in made.shown:
         if row["step"] is not None:
             frames.setdefault(row["image_id"], []).append(row["frame"])
-    ends: dict[str, Tensor] = {}
-    for item in plan.items[:SHOWN]:
-        if item.name in frames and plan.settings["heading"] in TO_AN_IMAGE:
-            image, target = plan.pixels(item)
-            end = image if plan.settings["heading"] == "nearest" else target
-            ends |= {} if end is None else {item.name: end}
-    return figures.walk_figures(made.rows, frames, ends, plan.settings)
+    ends, end = dict[str, Tensor](), "origin" if settings["heading"] == "nearest" else "target"
+    if settings["heading"] in TO_AN_IMAGE and made.folder is not None:
+        floats = shards.read_first_floats(made.folder, SHOWN, end)
+        ends = {name: floats[f"{name}/{end}"] for name in frames if f"{name}/{end}" in floats}
+    return figures.walk_figures(made.rows, frames, ends, settings)
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
@@ -219,7 +228,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     """Recompute the rows of one walk from its float frames."""
     name, heading = rows[0]["image_id"], settings["heading"]
     frames, matched = floats[f"{name}/frames"], settings["solver"] is not None
-    origin = floats[f"{name}/origin"] if matched else frames[0]
+    origin = floats[f"{name}/origin"]
     target = None if rows[0]["target_id"] is None else floats[f"{name}/target"]
     z = level(encoder, frames[0], target if matched else None)
     floor = float(encoder.noise_floor(frames[[0, -1]]).max())
@@ -242,16 +251,49 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
             "remaining": None if aim is None else float((aim.double() - frame.double()).norm()),
             "noise_floor": floor,
         } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
-    if heading in TO_AN_IMAGE and aim is not None:
+    made[0]["faults"] = _path_faults(settings, name, frames, origin, aim, 1 - len(z) / origin.numel())
+    if heading != "random":
         corrector = Corrector(encoder, z.double(), settings["rtol"])
         with no_tf32():
             at = corrector.look(frames[-1])
             corrector.refresh(at)
-            toward = Toward(aim.to(frames), stop=math.inf).plan(corrector, at, 1.0)
-        made[-1]["stationarity"] = toward.stationarity  # share of the way to the image along the level set
+            ahead = Ahead(torch.where(origin <= 0.5, 1.0, -1.0).to(origin), origin)
+            way = ahead if aim is None else Toward(aim.to(frames), stop=math.inf)
+            made[-1]["stationarity"] = way.plan(corrector, at, 1.0).stationarity  # share along the level set
+    if heading in TO_AN_IMAGE:
         early = made[-1]["step"] < settings["num_steps"] and rows[-1]["status"] == Status.COMPLETED
         made[-1]["most_left"] = at_rest(settings.get("stop", STOP)) if early else 1.0 + 1e-6
     return made
+
+
+def _path_faults(
+    settings: Row, name: str, frames: Tensor, origin: Tensor, aim: Tensor | None, null_share: float
+) -> list[tuple[str, str, str]]:
+    """Describe steps that are too long or do not follow the heading, and a walk that starts elsewhere."""
+    # A point of `toward`, `nearest` and `connect` is nearer to its end than the one before, to the noise of f; one of
+    # `away` is farther from the origin. A `random` step follows the pixels of the drawn v that the box lets move, less
+    # the row space of J (measured: cosine above 0.9), while the cosine of another direction is about 1/√N.
+    points, found = frames.double(), []
+    drawn, generator = settings["heading"] == "random", image_generator(settings["seed"], name)
+    if settings["solver"] is None and not torch.equal(frames[0], origin):
+        found.append(("origin", "the first frame", "it is another image"))
+    v = torch.randn(origin.shape, generator=generator, dtype=torch.float64).to(points)
+    v = v if drawn else torch.where(origin <= 0.5, 1.0, -1.0).to(points)
+    longest = _LONGEST * min(settings["step"], math.sqrt(origin.numel()))
+    for step, (a, b) in enumerate(pairwise(points), 1):
+        moved, middle = b - a, (a + b) / 2
+        if drawn or (aim is None and step == 1):  # `away` begins towards the farther end of each pixel
+            wish, least = v * (((a > 0) | (v > 0)) & ((a < 1) | (v < 0))), _ALONG * max(null_share, 0.0) ** 0.5
+        else:
+            wish, least = middle - origin if aim is None else aim - middle, -0.05
+        length = float(moved.norm())
+        cosine = float((moved * wish).sum()) / (length * float(wish.norm()) or 1.0)
+        if not 0 < length <= longest:
+            found.append(("step", f"a step of at most {longest:.3g}", f"step {step} has length {length:.3g}"))
+        if not cosine > least:
+            told = f"step {step} has the cosine {cosine:.2g} with it"
+            found.append(("heading", f"a path that follows the heading {settings['heading']!r}", told))
+    return found
 
 
 def tolerances(made: Row, settings: Row) -> Row:
@@ -268,6 +310,8 @@ def tolerances(made: Row, settings: Row) -> Row:
         "remaining": 1e-5,
         "prob": max(100 * near, 1e-4),
     }
+    if settings["heading"] == "away":
+        limits["stationarity"] = 0.1  # the walk itself knows J less well
     if "most_left" in made:  # an upper bound; a walk that completed early states a small one
         limits["stationarity"] = (0.95 * (made["stationarity"] or 0.0) - 1e-3, made["most_left"])
     return limits

@@ -28,6 +28,8 @@ from hf_equiv.cli.options import (
     radius,
     source_options,
 )
+from hf_equiv.cli.streams import to_stderr
+from hf_equiv.formatting import excerpt, some
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -176,7 +178,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
         if given["as_json"]:
             output.print_json(_result(plan, folder, [], None) | {"dry_run": facts})
         else:
-            told = facts | {"unusable_images": output.some(facts["unusable_images"], 10)}
+            told = facts | {"unusable_images": some(facts["unusable_images"], 10)}
             told["choices"] = "; ".join(plan.choices)
             usual = ("_error", "_images", "choices")  # hidden when empty
             shown = {key: value for key, value in told.items() if value or not key.endswith(usual)}
@@ -208,11 +210,15 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     elif not quiet:
         local = plan.encoder.revision.startswith("sha256:") and given["model"] != "builtin"
         model = ["--model", given["model"]] if local else []  # a run records no path of a local checkpoint
-        output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
+        try:
+            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a record that was changed
+            told = f"'{folder}/run.json' is damaged: its summary cannot be shown ({excerpt(error)}). Run the same"
+            raise ValueError(f"{told} command with --overwrite always.") from error
     count = len({item for ids in failures.values() for item in ids})
     told = f"{count} of {total} {what} in {folder} {failed}."
     if quiet and failures:
-        output.to_stderr(f"{told} {' '.join(output.reasons(failures))}")
+        to_stderr(f"{told} {' '.join(output.reasons(failures))}")
     if failures and os.environ.get("WORLD_SIZE", "1") != "1":  # a launcher has started several processes
         told = f"exit code 1: {told} All rows are on disk; the launcher reports the code as a failure."
         progress.say([told], quiet=quiet)

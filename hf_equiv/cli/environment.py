@@ -8,10 +8,13 @@ import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from hf_equiv.formatting import printable
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -84,11 +87,24 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def calm(*, quiet: bool) -> Iterator[None]:
-    """Keep libraries off stdout, and silence their warnings, and their progress bars where there is no terminal."""
+    """Keep libraries off stdout, silence their progress bars without a terminal, and print their messages as a line."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if quiet or not sys.stderr.isatty():
         for module in ("huggingface_hub.utils", "datasets"):
             import_module(module).disable_progress_bars()
         import_module("transformers.utils.logging").disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    record, warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
+        made = record(*arguments, **options)
+        made.msg, made.args = printable(made.getMessage()), None
+        return made
+
+    logging.setLogRecordFactory(printable_record)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logging.setLogRecordFactory(record)
+        warnings.formatwarning = warning

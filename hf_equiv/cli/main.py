@@ -13,6 +13,7 @@ from hf_equiv.cli.analyses import lipschitz, match, spectrum, walk
 from hf_equiv.cli.options import flag_note, model_options, output_options
 from hf_equiv.cli.results import publish, report, verify
 from hf_equiv.cli.space import space
+from hf_equiv.cli.streams import open_streams, to_stderr
 
 _SHARED = ("match", "spectrum", "lipschitz", "walk")
 """Commands whose work several processes share; all others run in the first process only."""
@@ -67,15 +68,24 @@ for command in (match, spectrum, lipschitz, walk, verify, publish, report, space
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 not all held, 2 bad input, 130 interrupted."""
-    sys.exit(_run(arguments))
+    try:
+        code = _run(arguments)
+    except MemoryError:  # not even enough for the message, nor for an orderly exit
+        os.write(2, _NO_MEMORY)
+        os._exit(2)
+    sys.exit(code)
+
+
+_NO_MEMORY = b"error: memory ran out at the start. Close other programs and try again.\n"
 
 
 def _run(arguments: list[str] | None) -> int:
+    open_streams()
     typed = sys.argv[1:] if arguments is None else arguments
     try:
         return int(cli.main(typed, prog_name="hf-equiv", standalone_mode=False, obj=typed) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        click.echo(error.format_message(), err=True)  # the help text of a command
         return 2
     except click.ClickException as error:
         message = error.format_message()
@@ -93,13 +103,24 @@ def _run(arguments: list[str] | None) -> int:
         message = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        if not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
+        if _lacks_memory(error):
+            message = f"memory ran out ({message}). Close other programs, take a smaller model, or pass --batch-size 1."
+        elif not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
             message = f"{type(error).__name__}: {message} (HF_EQUIV_DEBUG=1 shows where)"
         commands = [*cli.commands.values(), *space.commands.values()]
         return _fail(message + flag_note(message, (option for command in commands for option in command.params)))
 
 
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether memory ran out, in Python, in a library that could not be loaded, or in a tensor."""
+    told = str(error).lower()
+    signs = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment")
+    return isinstance(error, MemoryError) or any(sign in told for sign in signs)
+
+
 def _fail(message: str, code: int = 2) -> int:
     """Print an error on one line, or on several if it lists items."""
-    click.echo("error: " + "\n- ".join(" ".join(item.split()) for item in message.split("\n- ")), err=True)
+    head, *items = (" ".join(item.split()) for item in message.split("\n- "))
+    for line in (f"error: {head}", *(f"- {item}" for item in items)):
+        to_stderr(line)
     return code

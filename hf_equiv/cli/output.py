@@ -1,4 +1,4 @@
-"""Print results for a person or a program: tables, sentences and JSON on stdout, errors on stderr."""
+"""Print results for a person or a program: tables, sentences and JSON on stdout."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_equiv.cli.options import flag_note
-from hf_equiv.formatting import cut, text_templates
+from hf_equiv.cli.streams import writing
+from hf_equiv.formatting import cut, printable, some, text_templates
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.run import RunOutcome
@@ -26,25 +28,36 @@ _OF_WORDS = ("source", "image", "direction", "seen as", "zeros")
 """Prefixes of the table columns that hold text. All other columns except `status` hold numbers."""
 
 
-def _console() -> Console:
-    """Return a console that prints text unchanged, without breaking lines."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, soft_wrap=True)
+class SafeConsole(Console):
+    """A console that makes text printable, and reads no markup or emoji names in it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Convert a string to be printed."""
+        return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to `writing`."""
+        raise
 
 
-def to_stderr(text: str) -> None:
-    """Print a line on stderr."""
-    sys.stderr.write(f"{text}\n")  # in one piece, since other processes write there too
-    sys.stderr.flush()
+def _console() -> SafeConsole:
+    """Return a console for stdout that does not break lines."""
+    return SafeConsole(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object; NaN is refused rather than written."""
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """Print one JSON object in ASCII, which any terminal and any encoding takes; NaN is refused, not written."""
+    with writing(sys.stdout) as stream:
+        stream.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 def print_text(template: str, **values: Any) -> None:
     """Print a text template of the package."""
-    click.echo(_templates().get_template(f"{template}.txt.jinja").render(values), nl=False)
+    with writing(sys.stdout) as stream:
+        stream.write(_templates().get_template(f"{template}.txt.jinja").render(values))
 
 
 @cache
@@ -77,16 +90,18 @@ def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) 
     from hf_equiv.runs.schema import LAYOUTS
 
     console, lines = _console(), _lines(outcome)
-    console.print(_table(outcome.analysis, lines[:MAX_ROWS]), soft_wrap=False)
-    if len(lines) > MAX_ROWS:
-        console.print(f"… and {len(lines) - MAX_ROWS} more")
-    console.print()
-    for sentence in (outcome.summary["verdict"], *reasons(failures)):
-        console.print(sentence, soft_wrap=not console.is_terminal)
-    console.print()
-    if (outcome.out / "figures").is_dir():
-        console.print(f"pictures:  {outcome.out}/figures")
-    console.print(f"rows:      {outcome.out}/{LAYOUTS[outcome.analysis].folder}\ncheck it:  {check}")
+    with writing(sys.stdout):
+        console.print(_table(outcome.analysis, lines[:MAX_ROWS]), soft_wrap=False)
+        if len(lines) > MAX_ROWS:
+            console.print(f"… and {len(lines) - MAX_ROWS} more")
+        console.print()
+        for sentence in (outcome.summary["verdict"], *reasons(failures)):
+            console.print(sentence, soft_wrap=not console.is_terminal)
+        console.print()
+        if (outcome.out / "figures").is_dir():
+            console.print(f"pictures:  {outcome.out}/figures")
+        console.print(f"rows:      {outcome.out}/{LAYOUTS[outcome.analysis].folder}")
+        console.print(f"check it:  {check}")
 
 
 def _lines(outcome: RunOutcome) -> list[Mapping[str, Any]]:
@@ -136,22 +151,23 @@ def reasons(failures: Mapping[str, list[str]]) -> list[str]:
     return [f"{why} ({len(ids)}: {some(ids, 3)})" for why, ids in failures.items()]
 
 
-def some(names: Iterable[str], count: int) -> str:
-    """Return the first names on one line."""
-    shown = [cut(name, 60) for name in names]
-    return ", ".join(shown[:count] + (["…"] if len(shown) > count else []))
-
-
 def print_summary(report: Report, path: Path) -> None:
     """Print a few sentences of a report on each checkpoint, and the names of its files."""
     from hf_equiv.report.claims import say
+    from hf_equiv.runs.schema import LAYOUTS
 
     console = _console()
-    for model in report.models:
-        console.print(cut(model.title, 100), style="bold")
-        for sentence in say("summary", model):
-            console.print(f"- {sentence}", soft_wrap=not console.is_terminal)
-        console.print()
-    for problem in report.problems:
-        console.print(f"not complete: {problem}")
-    console.print(f"report:    {path}\nmarkdown:  {path.with_suffix('.md')}")
+    with writing(sys.stdout):
+        for model in report.models:
+            console.print(cut(model.title, 100), style="bold")
+            for sentence in say("summary", model):
+                console.print(f"- {sentence}", soft_wrap=not console.is_terminal)
+            console.print()
+            for run in model.runs:
+                if not run["complete"]:
+                    what = LAYOUTS[run["analysis"]].listed
+                    console.print(f"partial:   {run['name']} holds {run['there']} of {run['listed']} {what}")
+        for problem in report.problems:
+            console.print(f"not complete: {problem}")
+        console.print(f"report:    {path}")
+        console.print(f"markdown:  {path.with_suffix('.md')}")

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_equiv.cli.environment import calm, is_first
-from hf_equiv.cli.output import to_stderr
+from hf_equiv.cli.output import SafeConsole
+from hf_equiv.cli.streams import to_stderr
 from hf_equiv.formatting import cut, short, size
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def say(lines: Iterable[str], *, quiet: bool) -> None:
 def _bars() -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True, refresh_per_second=4,
+        TimeElapsedColumn(), TimeRemainingColumn(), console=SafeConsole(stderr=True), transient=True,
+        refresh_per_second=4,
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ class _Bars:
 
     def __call__(self, p: RunProgress) -> None:
         if p.stage in ("note", "info"):
-            self.bars.console.print(_message(p), highlight=False, markup=False)
+            self.bars.console.print(_message(p))
             return
         self.bars.update(self.whole, total=p.total, completed=p.done, state=count(p.done, p.total))
         names = () if p.stage == "saved" else p.pair_ids

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from hf_equiv.cli.options import flag, option, output_options, place_options, visibility
+from hf_equiv.cli.streams import to_stderr
 
 
 @click.command()
@@ -24,8 +25,9 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
     """Recompute every row of a run directory, or of a dataset on the Hub, from its images.
 
     Checks the SHA-256 of each file, that no row is missing or doubled, and every number within max(3 x the float noise
-    floor, 1e-6), with the model at its recorded revision. Checks every run of a dataset, and its card. Each problem is
-    named; the exit code is 1 if there is one. Rows whose photos are withheld cannot be recomputed, which counts as a
+    floor, 1e-6), with the model at its recorded revision. Makes settings, summary, card and figures again. Checks every
+    run of a dataset, and its card. Each problem is named; the exit code is 1 if there is one. What images cannot prove
+    is printed as not verified. Rows whose photos are withheld cannot be recomputed, which counts as a
     problem unless --allow-withheld is given.
     """  # noqa: DOC201 (this is the help text)
     from hf_equiv.cli import output, progress
@@ -132,7 +134,7 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
     elif not quiet:
         output.print_summary(page, path)
     for problem in page.problems if as_json or quiet else ():
-        output.to_stderr(f"not complete: {problem}")
+        to_stderr(f"not complete: {problem}")
     return 1 if page.problems else 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from hf_equiv.cli.options import flag, group, option, output_options, visibility
+from hf_equiv.cli.streams import to_stderr
 
 
 @click.group()
@@ -101,5 +102,5 @@ def space_deploy(repo_id: str, as_json: bool, quiet: bool, **given: Any) -> int:
     elif not quiet:
         output.print_text("deployment", done=done)
     if failed is not None:
-        output.to_stderr(f"error: {failed}")
+        to_stderr(f"error: {failed}")
     return 0 if failed is None else 1

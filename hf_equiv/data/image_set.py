@@ -56,9 +56,12 @@ class ImageSet:
         )
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path, most: int | None = None) -> str:
     """Return the hex SHA-256 of a file, or "unreadable"; reading the file later raises the error."""
     try:
+        size = path.stat().st_size  # of files of the kernel it is 0, and reading them may never end
+        if size == 0 or (most is not None and size > most):
+            return "unreadable" if size else hashlib.sha256().hexdigest()
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError:
@@ -69,5 +72,5 @@ def content_hash(names: Sequence[str], digests: Sequence[str], labels: Sequence[
     """Return the revision of a set: "sha256:…" over the name, label and contents of every file."""
     whole = hashlib.sha256()
     for name, digest, label in zip(names, digests, labels, strict=True):
-        whole.update(f"{name}\0{label}\0{digest}\n".encode())
+        whole.update(f"{name}\0{label}\0{digest}\n".encode("utf-8", "backslashreplace"))
     return "sha256:" + whole.hexdigest()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
+from hf_equiv.data.folders import read_folder
 from hf_equiv.data.image_file import IMAGE_SUFFIXES, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
+from hf_equiv.formatting import utf8
+from hf_equiv.limits import MAX_BYTES
 
 BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
 DEFAULT_PAIRS = 10
-LABEL_FILE = "labels.csv"
 
 
 def load_images(
@@ -46,7 +48,8 @@ def load_images(
         streaming: fetch only the first `most` images of a Hub dataset; default above 5 GB of files, if `most` is known.
 
     Returns:
-        The set. Labels come from `labels.csv` (columns file, label[, name]), class folders or the label column.
+        The set. Labels come from `labels.csv` (columns file, label[, name]), `metadata.csv` or `.jsonl` (columns
+        file_name and label), class folders or the label column; `choices` says how, and which files are left out.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -65,7 +68,11 @@ def load_images(
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; got {limit}.")
     columns = (image_column, label_column)
-    images = _local(what, lambda n, paths: tables.table_images(*tables.load_parquet(n, paths, cache_dir), n, *columns))
+
+    def open_tables(name: str, paths: Sequence[Path], folder: Path) -> ImageSet:
+        return tables.table_images(*tables.load_parquet(name, paths, cache_dir), utf8(name), *columns, names_in=folder)
+
+    images = _local(what, open_tables)
     if images is None:
         images = tables.load_hub_dataset(
             what, *columns, cache_dir, local_files_only=local_files_only, most=most or limit, streaming=streaming
@@ -77,7 +84,7 @@ def load_images(
     return images
 
 
-def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) -> ImageSet | None:
+def _local(what: str, open_tables: Callable[[str, Sequence[Path], Path], ImageSet]) -> ImageSet | None:
     """Open images on this machine, or return None for the name of a Hub dataset."""
     if what == "builtin":
         folder = Path(__file__).parents[1] / "assets" / "photos"
@@ -86,7 +93,7 @@ def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) ->
     if path.is_dir():
         return _folder(path, open_tables)
     if path.is_file():
-        return open_tables(path.name, [path]) if path.suffix.lower() == ".parquet" else _single_photo(path)
+        return open_tables(path.name, [path], path.parent) if path.suffix.lower() == ".parquet" else _single_photo(path)
     if any(sign in what for sign in "*?["):
         told = f"{what!r} does not exist, and patterns are not expanded"
         raise FileNotFoundError(f"{told}. Name a folder: it stands for all images in it.")
@@ -101,10 +108,11 @@ def _local(what: str, open_tables: Callable[[str, Sequence[Path]], ImageSet]) ->
 def _image_files(
     data_id: str, files: Sequence[Path], ids: Sequence[str], labels: Sequence[str | None], revision: str | None = None
 ) -> ImageSet:
-    digests = [file_digest(file) for file in files]
+    digests = [file_digest(file, MAX_BYTES) for file in files]
+    ids, labels = [utf8(name) for name in ids], [None if label is None else utf8(label) for label in labels]
     revision = revision or content_hash(ids, digests, labels)
     return ImageSet(
-        data_id, revision, tuple(ids), tuple(labels), lambda i: open_image(files[i], ids[i], sha256=digests[i])
+        utf8(data_id), revision, tuple(ids), tuple(labels), lambda i: open_image(files[i], ids[i], sha256=digests[i])
     )
 
 
@@ -117,34 +125,17 @@ def _single_photo(path: Path) -> ImageSet:
     return _image_files(path.name, [path], [path.name], [None], "sha256:" + file_digest(path))
 
 
-def _folder(path: Path, open_tables: Callable[[str, Sequence[Path]], ImageSet]) -> ImageSet:
+def _folder(path: Path, open_tables: Callable[[str, Sequence[Path], Path], ImageSet]) -> ImageSet:
     """Open the image files of a folder, sorted by their path inside it, or else its parquet files."""
-    inside = sorted(p for p in path.rglob("*") if p.is_file())
-    inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    made = {p.parent for p in inside if p.name == "run.json"} - {path}  # the figures in run directories are no input
-    inside = [p for p in inside if made.isdisjoint(p.parents)]
-    name = path.resolve().name or "root"
-    photos = dict(sorted((p.relative_to(path).as_posix(), p) for p in inside if p.suffix.lower() in IMAGE_SUFFIXES))
-    if photos:
-        listed = _read_labels(path / LABEL_FILE)
-        classes = {key: file.parent.name if file.parent != path else None for key, file in photos.items()}
-        labels = [listed.get(key, listed.get(file.name, classes[key])) for key, file in photos.items()]
-        return _image_files(name, list(photos.values()), list(photos), labels)
-    if tables := [p for p in inside if p.suffix.lower() == ".parquet"]:
-        return open_tables(name, tables)
-    raise ValueError(f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-
-
-def _read_labels(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        table = csv.DictReader(stream)
-        columns = table.fieldnames or []
-        if "file" not in columns or not {"label", "name"} & set(columns):
-            raise ValueError(f"{path.name!r} must have columns file,label[,name]; got {','.join(columns)}.")
-        column = "name" if "name" in columns else "label"
-        return {row["file"]: row[column] for row in table if row["file"] and row[column]}
+    name, inside = path.resolve().name or "root", read_folder(path)
+    if inside.photos:
+        images = _image_files(name, list(inside.photos.values()), list(inside.photos), inside.labels)
+    elif inside.tables:
+        images = open_tables(name, inside.tables, path)
+    else:
+        told = f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))})"
+        raise ValueError("; ".join([told, *inside.choices]) + ".")
+    return replace(images, choices=images.choices + inside.choices)
 
 
 def draw_pairs(

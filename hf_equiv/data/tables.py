@@ -8,7 +8,9 @@ contents, so that the next call or another process finds it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,27 +22,39 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.arrow_writer import ArrowWriter
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.utils.file_utils import xopen
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
-from hf_equiv.data.image_file import open_image
+from hf_equiv.data.folders import LABEL_COLUMNS
+from hf_equiv.data.image_file import open_array, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
-from hf_equiv.hub_client import api_of, explained, hushed
+from hf_equiv.hub_client import api_of, checked, explained, hushed, unusable_cache
+from hf_equiv.limits import EXPANSION, MAX_BYTES, read_batches, rows_at_once
 
 LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if the number of images is known
 DEFAULT_SPLITS = ("validation", "test", "train")
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "category")
 
 _ROWS = 16  # rows copied at once
-_BUFFER = 1 << 20  # bytes of a column that are read at once
-_UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)  # pyarrow's errors are subclasses of these
+# the errors of pyarrow are subclasses of the first; damaged metadata and odd dates cause the others
+_UNREADABLE = (
+    OSError, ValueError, LookupError, NotImplementedError, TypeError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
 _UNLOADABLE = (*_UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError)
 
 
-def load_parquet(name: str, paths: Sequence[Path], cache_dir: str | None) -> tuple[datasets.Dataset, str]:
+def load_parquet(
+    name: str,
+    paths: Sequence[Path],
+    cache_dir: str | None,
+    features: datasets.Features | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[datasets.Dataset, str]:
     """Open parquet files as one dataset; return it with a revision computed from their contents."""
+    # With `features`, only these columns are read; `check` gets every row and refuses a bad one by a ValueError.
     revision = content_hash([p.name for p in paths], [file_digest(p) for p in paths], [None] * len(paths))
 
     def states() -> list[tuple[int, int]]:
@@ -48,22 +62,31 @@ def load_parquet(name: str, paths: Sequence[Path], cache_dir: str | None) -> tup
 
     def write(copy: Path) -> None:
         before = states()
-        _copy(paths, copy)
+        _copy(paths, copy, features, check)
         if before != states():
             raise ValueError("it was written to while it was read")
 
+    copy = _place(revision.removeprefix("sha256:") + ("-checked" if check else ""), cache_dir)
     try:
-        return _cached(revision.removeprefix("sha256:"), cache_dir, write), revision
+        return _cached(copy, write), revision
     except _UNREADABLE as error:
         raise ValueError(f"parquet data {name!r} cannot be read: {_first_line(error)}. Check the file.") from error
 
 
-def _cached(key: str, cache_dir: str | None, write: Callable[[Path], None]) -> datasets.Dataset:
-    """Return the table in the cache under this key; `write` makes the file if it is not there."""
+def _place(key: str, cache_dir: str | None) -> Path:
+    """Return the file of a table in the cache, whose folder is made."""
     copy = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_equiv" / f"{key}.arrow"
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable_cache(error) from error
+    return copy
+
+
+def _cached(copy: Path, write: Callable[[Path], None]) -> datasets.Dataset:
+    """Return the table in this file of the cache; `write` makes the file if it is not there."""
     if not copy.is_file():
         temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
             os.replace(temporary, copy)
@@ -72,28 +95,30 @@ def _cached(key: str, cache_dir: str | None, write: Callable[[Path], None]) -> d
     return datasets.Dataset.from_file(str(copy))
 
 
-def _copy(paths: Sequence[Path], to: Path) -> None:
-    features = datasets.Features.from_arrow_schema(pq.read_schema(paths[0]))
-    with ArrowWriter(features=features, path=str(to)) as writer:
+def _copy(
+    paths: Sequence[Path],
+    to: Path,
+    features: datasets.Features | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    with paths[0].open("rb") as stream:
+        schema = pq.read_schema(stream)
+    kept = datasets.Features({k: v for k, v in (features or {}).items() if k in schema.names})
+    with ArrowWriter(features=kept or datasets.Features.from_arrow_schema(schema), path=str(to)) as writer:
         for path in paths:
-            for batch in _batches(path, _ROWS):
+            for batch in read_batches(path, list(kept) or None, rows=_ROWS):
+                if check is not None:
+                    for row in batch.to_pylist():
+                        check(row)
                 writer.write_table(pa.Table.from_batches([batch]))
         writer.finalize()
 
 
-def _batches(path: Path, rows: int) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-        yield from file.iter_batches(batch_size=rows)
-
-
 def refuse_swollen(path: Path, most: int) -> None:
     """Refuse a parquet file that is damaged or larger than `most` bytes in memory; read it in small parts."""
-    size = 0
     try:
-        for batch in _batches(path, 4):
-            size += batch.nbytes
-            if size > most:
-                raise ValueError(f"it must be at most {most / 2**20:.0f} MiB once it is read")
+        for _ in read_batches(path, rows=4, most=most):
+            pass
     except _UNREADABLE as error:
         raise ValueError(f"{path.name} cannot be shown: {_first_line(error)}.") from error
 
@@ -111,7 +136,8 @@ def load_hub_dataset(
     if streaming and (offline or most is None):
         raise ValueError("`streaming` must come with the network and with `limit` or `pairs`. Add them.")
     revision = _revision(repo_id, cache_dir, offline)
-    config, split, choices = _choose(repo_id, revision, parts)
+    with explained(repo_id):
+        config, split, choices = _choose(repo_id, revision, parts)
     name = f"{repo_id}:{config}:{split}"
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error repeats what the log says
@@ -119,19 +145,23 @@ def load_hub_dataset(
         with explained(repo_id):
             if most is not None and not offline and (streaming or is_large(repo_id, config, revision)):
                 rows, streaming = first_rows(repo_id, config, revision, split, most, cache_dir), True
+                has_files = False  # the cells hold the files themselves
             else:
-                mode = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
-                rows = datasets.load_dataset(
-                    repo_id, config, split=split, revision=revision, cache_dir=cache_dir, download_config=mode
+                how = datasets.DownloadConfig(local_files_only=offline, cache_dir=cache_dir)
+                modes = iter([None, "force_redownload", "force_redownload"])  # again where a file arrived damaged
+                builder = datasets.load_dataset_builder(
+                    repo_id, config, revision=revision, cache_dir=cache_dir, download_config=how
                 )
+                _limit_memory(builder)
+                prepare = partial(builder.download_and_prepare, download_config=how)
+                checked(lambda: prepare(download_mode=next(modes)), repo_id, "dataset")
+                rows, has_files = builder.as_dataset(split=split), isinstance(builder, FolderBasedBuilder)
     except _UNLOADABLE as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise ValueError(f"dataset {what!r} cannot be loaded: {_first_line(cause or error)}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
-    caches = (cache_dir, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
-    inside = tuple(Path(place).resolve() for place in caches if place)
-    images = table_images(rows, revision, name, image_column, label_column, inside)
+    images = table_images(rows, revision, name, image_column, label_column, _homes(repo_id, cache_dir, has_files))
     shown = f"{name}[:{most}]" if streaming else name
     return replace(images, data_id=shown, streamed=streaming, choices=choices + images.choices)
 
@@ -142,66 +172,127 @@ def is_large(repo_id: str, config: str, revision: str) -> bool:
     return (info.download_size or 0) > LARGE
 
 
+def _limit_memory(builder: datasets.DatasetBuilder, *, streaming: bool = False) -> None:
+    """Have a builder read parquet files in small parts, and refuse files that are far larger in memory than on disk."""
+    if not isinstance(builder, Parquet):
+        return
+    read = builder._generate_tables
+    builder.config.batch_size = 1  # the files of a stream are unknown before they are fetched
+
+    def tables(files: Sequence[str], **more: Any) -> Iterator[Any]:
+        sizes = [0 if streaming else os.path.getsize(file) for file in files]
+        if not streaming:
+            rows = (rows_at_once(pq.read_metadata(f), n, _ROWS) for f, n in zip(files, sizes, strict=True))
+            builder.config.batch_size = min(rows)
+        left = LARGE if streaming else max(MAX_BYTES, EXPANSION * sum(sizes))
+        for key, table in read(files=files, **more):
+            left -= table.nbytes
+            if left < 0:
+                raise ValueError("its parquet files are too large in memory for their size on disk")
+            yield key, table
+
+    builder._generate_tables = tables
+
+
+def _homes(repo_id: str, cache_dir: str | None, has_files: bool) -> tuple[Path, ...]:
+    """Return the folders of the cache that hold the image files of a dataset which consists of them."""
+    own = f"datasets--{repo_id.replace('/', '--')}"
+    hubs = [Path(place, own) for place in (cache_dir, constants.HF_HUB_CACHE) if place]
+    downloads = [Path(place, "downloads") for place in (cache_dir, datasets.config.HF_DATASETS_CACHE) if place]
+    return tuple(place.resolve() for place in hubs + downloads) if has_files else ()
+
+
 def first_rows(
     repo_id: str, config: str, revision: str, split: str, count: int, cache_dir: str | None
 ) -> datasets.Dataset:
     """Fetch the first `count` rows of a split, in its own order, with every image as the bytes of its file."""
 
     def write(copy: Path) -> None:
-        stream = datasets.load_dataset(repo_id, config, split=split, revision=revision, streaming=True)
+        builder = datasets.load_dataset_builder(repo_id, config, revision=revision)
+        _limit_memory(builder, streaming=True)
+        stream, own = builder.as_streaming_dataset(split=split), isinstance(builder, FolderBasedBuilder)
         if stream.features is None:  # some formats need a first row
             stream = stream._resolve_features()
         images = [name for name, feature in stream.features.items() if isinstance(feature, datasets.Image)]
         features = datasets.Features(stream.features | dict.fromkeys(images, datasets.Image(decode=False)))
+        home = f"hf://datasets/{repo_id}@{revision}/" if own else None
         with ArrowWriter(features=features, path=str(copy), writer_batch_size=_ROWS) as writer:
             for row in islice(stream.decode(False), count):
-                writer.write(features.encode_example(row | {name: _with_bytes(row[name]) for name in images}))
+                writer.write(features.encode_example(row | {name: _with_bytes(row[name], home) for name in images}))
             writer.finalize()
 
     key = hashlib.sha256("\0".join([repo_id, config, revision, split, str(count)]).encode()).hexdigest()
-    return _cached(key, cache_dir, write)
+    return _cached(_place(key, cache_dir), write)
 
 
-def _with_bytes(cell: dict[str, Any] | None) -> dict[str, Any] | None:
-    if cell is None or cell.get("bytes") is not None or not cell.get("path"):
-        return cell
-    if "hf://" not in cell["path"]:  # only a file in the repository belongs to the dataset
-        return {"bytes": None, "path": None}
-    with xopen(cell["path"], "rb") as stream:
-        return {"bytes": stream.read(), "path": None}
+def _with_bytes(cell: dict[str, Any] | None, home: str | None) -> dict[str, Any] | None:
+    """Fetch the file of a cell if it is one of the files that the dataset consists of, below `home`."""
+    if cell is None or cell.get("bytes") is not None:
+        return cell and {"bytes": cell["bytes"], "path": None}
+    path = cell.get("path") or ""
+    if home is None or not re.fullmatch(rf"(zip://[^:]*::)?{re.escape(home)}[^:]*", path):
+        return {"bytes": None, "path": "elsewhere" if path else None}
+    with xopen(path, "rb") as stream:
+        return {"bytes": stream.read(MAX_BYTES + 1), "path": None}
 
 
 def table_images(
     dataset: datasets.Dataset, revision: str, name: str, image_column: str | None, label_column: str | None,
-    inside: tuple[Path, ...] | None = None,
+    inside: tuple[Path, ...] = (), names_in: Path | None = None,
 ) -> ImageSet:  # fmt: skip
-    """Return the images of a table; cells may hold the path of a file, with `inside` only in these folders."""
+    """Return the images of a table: files, or levels as lists of rows."""
+    # A file in a cell is its bytes. Files elsewhere are opened only in the folders `inside`, to which `datasets` has
+    # downloaded the files of the dataset itself, and by their names in a column of text in the folder `names_in`.
     column, found = _image_column(dataset, name, image_column)
     if len(dataset) == 0:
         raise ValueError(f"dataset {name!r} must hold images; it is empty.")
-    feature = dataset.features[column]
-    try:
-        if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Value):
-            raise TypeError("a list of numbers has no rows")
-        encoded = dataset.cast_column(column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        told = f"column {column!r} of {name!r} must hold images; got {feature}"
-        raise ValueError(f"{told}. Store files as binary, or pixels as lists of rows.") from error
+    if not _may_hold_images(dataset.data.schema.field(column).type):
+        told = f"column {column!r} of {name!r} must hold images; got {dataset.features[column]}"
+        raise ValueError(f"{told}. Store files as binary, or pixels as lists of rows.")
+    cells = dataset.select_columns([column]).with_format("arrow")  # nothing is decoded here
 
     def read(index: int) -> Image.Image:
-        cell, where = encoded[index][column] or {}, f"{name} row {index}"
-        if cell.get("bytes") is not None:
-            return open_image(cell["bytes"], where)
-        if not cell.get("path"):
+        where = f"{name} row {index}"
+        try:
+            cell = cells[index].column(0).to_pylist()[0]
+        except _UNREADABLE as error:
+            raise ValueError(f"{where} cannot be read ({_first_line(error)}). Correct it or drop the row.") from error
+        if isinstance(cell, list):
+            return open_array(cell, where)
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(content, bytes):
+            return open_image(content, where)
+        path = cell.get("path") if isinstance(cell, dict) else cell
+        if not path:
             raise ValueError(f"{where} must hold an image; column {column!r} is empty there. Fill it or drop the row.")
-        if inside is not None and not any(Path(cell["path"]).resolve().is_relative_to(folder) for folder in inside):
-            raise ValueError(f"{where} must hold an image of the dataset; got the path of another file. Leave it out.")
-        return open_image(cell["path"], where)
+        homes = inside
+        if names_in is not None and isinstance(cell, str):
+            path, homes = os.path.join(names_in, cell), (names_in.resolve(),)
+        known = isinstance(path, str) and "\0" not in path
+        if not known or not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in homes):
+            raise ValueError(
+                f"{where} must hold an image; got the path of a file elsewhere, which is never opened. Store the bytes "
+                "of the file, or its name in a column of text for files beside the table."
+            )
+        return open_image(path, where)
 
     ids = tuple(map(str, range(len(dataset))))
     told = f"taking image column {column!r} of {_listed(found)}; `image_column` names another"
     choices = (told,) if not image_column and len(found) > 1 else ()
     return ImageSet(name, revision, ids, _labels(dataset, name, label_column), read, tabular=True, choices=choices)
+
+
+def _may_hold_images(kind: pa.DataType) -> bool:
+    """Return whether a column has files, names of files, or lists of rows."""
+    if isinstance(kind, pa.ExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 or kind.get_field_index("path") >= 0
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(test(kind) for test in is_list):
+        return any(test(kind.value_type) for test in is_list)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string)
+    return any(test(kind) for test in tests)
 
 
 def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> tuple[str, list[str]]:
@@ -214,22 +305,25 @@ def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> t
     column = wanted or next(iter(found), None)
     if column is None or column not in features:
         told = f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}"
-        raise ValueError(f"{told}; it has {', '.join(features)}. Name one with --image-column.")
+        raise ValueError(f"{told}; it has {_listed(list(features))}. Name one with --image-column.")
     return column, found
 
 
 def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> tuple[str | None, ...]:
     features = dataset.features
     if label_column is not None and label_column not in features:
-        raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {', '.join(features)}.")
+        raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {_listed(list(features))}.")
     classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
     column = label_column or next((k for k in (*classes, *LABEL_COLUMNS) if k in features), None)
     if column is None:
         return (None,) * len(dataset)
-    values = dataset.select_columns([column])[column]
+    try:
+        values = dataset.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+    except _UNREADABLE as error:
+        told = f"column {column!r} of {name!r} must hold classes; it cannot be read ({_first_line(error)})"
+        raise ValueError(f"{told}. Correct it, or name another with --label-column.") from error
     if column in classes:
-        names = dict(enumerate(features[column].names))
-        return tuple(map(names.get, values))
+        values = list(map(dict(enumerate(features[column].names)).get, values))
     return tuple(None if value is None or isinstance(value, list | dict) else str(value) for value in values)
 
 
@@ -252,6 +346,8 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
         config = next((p for p in parts[:1] if p in configs), "default" if "default" in configs else configs[0])
         splits = datasets.get_dataset_split_names(repo_id, config, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            raise  # `explained` says what that means
         raise ValueError(f"dataset {repo_id!r} cannot be opened: {_first_line(error)}") from error
     wanted = [p for p in parts if p != config]
     if len(wanted) > 1 or (wanted and wanted[0] not in splits):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.conditions import admit, as_function
 from hf_equiv.geometry.singular import combine, left_singular, rank_threshold, times
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding, float64_twin, no_autocast, no_tf32
@@ -263,6 +264,8 @@ def make_directions(
     if not any(counts.values()) and not gradient and not others:
         raise ValueError(f"`make_directions` must be asked for a direction; got none. Kinds: {', '.join(KINDS)}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
+    if top or row or null or gradient:
+        f = admit(f, images)
     rows, indices = [], tuple[int, ...]()
     for b, image in enumerate(images.detach()):
         aims = {name: other[b % len(other)].to(image) for name, other in others.items()}
@@ -340,7 +343,7 @@ def _jacobian(f: Encoding, image: Tensor, batch: int) -> Jacobian:
             f"`f` must be float32 or float64 for directions of its Jacobian; got a relative spacing of {J.eps:.1g}. "
             "Make them with a float32 copy of f."
         )
-    return Jacobian(twin, image.double(), batch=batch)
+    return Jacobian(as_function(twin), image.double(), batch=batch)
 
 
 def _gaussian(count: int, image: Tensor, generator: torch.Generator) -> Tensor:

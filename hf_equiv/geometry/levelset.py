@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.conditions import admit
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
 from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.matching.match import target_embeddings
-from hf_equiv.precision import Encoding, no_autocast, no_tf32, with_autocast
+from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import Status
 
 STOP = 0.01  # default stationarity at which a walk to an image ends
@@ -329,7 +330,7 @@ def trace_level_set(
     goal = images if target is None or heading == "toward" else target  # its embedding is z
     checks.check_target(goal, len(images))
     with torch.inference_mode(False), no_tf32():
-        f = with_autocast(f)
+        f = admit(f, images)
         z = target_embeddings(lambda x: torch.cat([f(one) for one in x.split(1)]), images, goal.detach(), "images")
 
         def measure(J: Jacobian, b: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.conditions import admit
 from hf_equiv.geometry.directions import Directions, as_directions
 from hf_equiv.geometry.lipschitz import Counted, measure_directions
 from hf_equiv.geometry.secants import secant_noise
@@ -106,6 +107,7 @@ def linearity_radius(
     auto = tuple("embedding" if kind == "null" else "jvp" for kind in given.kinds)
     against = auto if relative_to == "auto" else (relative_to,) * len(given)
     flat = torch.tensor([name == "embedding" for name in against], device=images.device)
+    f = admit(f, images)
     fields = measure_directions(f, images, given, batch, progress, lambda J: _Line(f, J, tau, limit, flat, rtol))
     del fields["noise_method"]
     return LinearityResult(relative_to=against, **fields)

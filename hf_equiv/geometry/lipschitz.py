@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.conditions import admit
 from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, central_secants, read_secants, secant_noise
 from hf_equiv.jacobian import Jacobian, measure_images
@@ -44,7 +45,7 @@ class LipschitzResult:
     Attributes:
         values: lim ‖f(x + hv) − f(x − hv)‖ / 2h read from the secants, (B, K), float64; NaN unless resolved.
         errors: estimated absolute error of the reading, (B, K), float64; also for unresolved directions.
-        jvp: the exact ‖Jv‖ in the dtype of f, (B, K), float64.
+        jvp: the exact ‖Jv‖ in the dtype of f, (B, K), float64; NaN if differences of f contradict its autograd.
         radii: h, (R,), float64.
         secants: ‖f(x + hv) − f(x − hv)‖ / 2h, (B, K, R), float64.
         noise_floor: part of a secant that rounding can explain, (B, K, R), float64, in the units of the secants.
@@ -147,6 +148,7 @@ def directional_lipschitz(
     ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
+    f = admit(f, images, gradient=False)  # the values come from secants
     fields = measure_directions(f, images, given, batch, progress, lambda J: _Ladder(f, J, ladder, noise, scale))
     return LipschitzResult(radii=ladder.cpu(), noise_method=fields.pop("noise_method")[-1], **fields)
 
@@ -183,6 +185,7 @@ class _Ladder:
 
     def __init__(self, f: Encoding, J: Jacobian, radii: Tensor, noise: str, std: Tensor | None) -> None:
         self.f, self.J, self.radii, self.std = f, J, radii, std
+        self.derivable: bool = getattr(f, "derivable", True)
         self.floor, self.noise_method, self.forwards = secant_noise(f, J.image, radii, method=noise)
 
     def measure(self, unit: Tensor, part: slice) -> dict[str, Tensor]:
@@ -201,12 +204,12 @@ class _Ladder:
         coarse = self.J.eps > torch.finfo(torch.float32).eps  # there ‖Jv‖ itself is accurate to a few per cent
         agrees = apart <= (JVP_RTOL if coarse else RTOL) * reading.value
         error = torch.maximum(reading.error, apart)
-        resolved = finite & reading.resolved & agrees
+        resolved = finite & reading.resolved & agrees & self.derivable
         nothing = reading.value.new_tensor(torch.nan)
         return {
             "values": torch.where(resolved, reading.value, nothing),
             "errors": torch.where(finite, error, nothing),
-            "jvp": jvp,
+            "jvp": jvp if self.derivable else torch.full_like(jvp, torch.nan),
             "secants": norms,
             "noise_floor": noise_floor,
             "plateau": torch.where(resolved[:, None], reading.plateau, nothing),

@@ -4,6 +4,9 @@ An ascent in point and direction gives a lower bound: v ← JᵀJv/‖JᵀJv‖ 
 normalised (its sign for "linf"), both from one backward pass through a JVP. A step that does not increase ‖J(x′)v‖ is
 undone and α halved. It starts at x and at the largest random point, which also serves where J is piecewise constant.
 
+At a kink autograd may choose a derivative that no two points show. So the largest values are compared with secants
+between points of the ball: ‖Jv‖ counts where secants tend to it, and elsewhere the largest secant less its noise does.
+
 CLEVER takes two power iterations from the top direction of the centre at random points, uniform in the ball (then put
 into the box), fits a reverse Weibull distribution to the maxima of batches and extrapolates to its end point, which may
 be on either side of L. The original takes 500 batches of 1024 gradients of one output.
@@ -16,14 +19,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.conditions import admit
+from hf_equiv.derivatives import forward_mode
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
-from hf_equiv.jacobian import Jacobian, forward_mode, measure_images
+from hf_equiv.geometry.secants import secant_noise
+from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
@@ -32,6 +38,9 @@ _SPAN = 1e4  # largest distance tried from the largest maximum to the end point,
 _GRID, _ZOOMS = 161, 6  # points and refinements in the search for the end point
 _WARMUP = 20  # power iterations at the centre
 _SAMPLE_POWER = 2  # power iterations at a random point
+_INWARDS, _CLOSER = 2.0**-5, 4  # first distance of a secant from x′, as a part of the way inwards, and distances tried
+_WITHIN = 0.9  # part of the room for a secant that it takes
+_NOISY = 2e-3  # noise of a secant, as a part of the constant, that ends the approach
 _STEP, _LEAST_STEP = 0.5, 1e-3  # first and last step of the ascent, divided by the radius
 
 
@@ -84,8 +93,10 @@ class RegionalResult:
     Lengths are L2 norms in pixel units whatever the norm of the ball; constants are embedding length per pixel length.
 
     Attributes:
-        lower_bound: largest ‖J(x′)v‖ found, (B,), float64: the Lipschitz constant of f in the ball is at least this.
-        at_center: ‖J(x)v‖ at the image itself after power iterations, a lower bound of its σ₁, (B,), float64.
+        lower_bound: largest ‖J(x′)v‖ found that secants in the ball confirm, or the largest secant less noise, (B,),
+            float64: the Lipschitz constant of f in the ball is at least this.
+        at_center: ‖J(x)v‖ at the image itself after power iterations, a lower bound of its σ₁, or `lower_bound` if that
+            is less, as at a kink, (B,), float64.
         images: x′ where the bound is attained, (B, C, H, W), in the ball and in [0, 1].
         directions: the unit v there, (B, C, H, W).
         clever: extreme-value estimate of the largest σ₁ in the ball, (B,), float64; neither an upper nor a lower bound;
@@ -159,6 +170,7 @@ def regional_lipschitz(
     _check(images, radius, norm, num_steps, num_batches, batch_size)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     scale = pixel_std(f, images, std)
+    f = admit(f, images)
 
     def measure(J: Jacobian, _: int) -> dict[str, Any]:
         found = _Search(f, J, radius, norm, generator).run(num_steps, num_batches, batch_size)
@@ -179,40 +191,47 @@ def _check(images: Tensor, radius: float, norm: str, num_steps: int, num_batches
         raise ValueError(f"`num_batches` must be 0 or at least 5; got {num_batches}. The fit has three parameters.")
 
 
+class _Found(NamedTuple):
+    """A constant with its point and direction."""
+
+    value: float
+    place: Tensor
+    direction: Tensor
+
+
 class _Search:
-    """The largest ‖J(x′)v‖ found so far in one ball, and its point and direction."""
+    """The largest ‖J(x′)v‖ found so far in each part of the search of one ball."""
 
     def __init__(self, f: Encoding, at: Jacobian, radius: float, norm: str, generator: torch.Generator) -> None:
         self.f, self.center, self.radius, self.norm, self.generator = f, at.image, radius, norm, generator
         self.box = FeasibleSet.around(self.center, radius, norm)
-        self.place, self.value, self.num_evals = self.center, math.nan, at.num_evals
-        self.direction = _unit(self._gaussian())
+        self.eps, self.num_evals = at.eps, at.num_evals
+        self.found = [_Found(math.nan, self.center, _unit(self._gaussian()))]  # the largest of each part of the search
 
     def run(self, num_steps: int, num_batches: int, batch_size: int) -> dict[str, Any]:
-        top, at_center = self._power(self.center, self.direction, _WARMUP)
+        top, at_center = self._power(self.center, self.found[0].direction, _WARMUP)
         self._ascend(self.center, top, num_steps)
-        best: tuple[float, Tensor, Tensor] = (-math.inf, self.center, top)
+        self.found.append(_Found(math.nan, self.center, top))
         maxima, clever = [], math.nan
         for _ in range(num_batches):
             largest = -math.inf
             for _ in range(batch_size):
                 point = self._draw()
-                v, constant = self._power(point, top, _SAMPLE_POWER)
-                largest = max(largest, constant)
-                best = max(best, (constant, point, v), key=lambda item: item[0])
+                largest = max(largest, self._power(point, top, _SAMPLE_POWER)[1])
             maxima.append(largest if math.isfinite(largest) else math.nan)
         if num_batches:
-            self._ascend(best[1], best[2], num_steps)
+            self._ascend(self.found[-1].place, self.found[-1].direction, num_steps)
             if all(map(math.isfinite, maxima)):
                 clever = fit_reverse_weibull(torch.tensor(maxima, dtype=torch.float64))[0]
+        best = self._confirmed()
         return {
-            "lower_bound": self.value,
-            "at_center": at_center,
-            "images": self.place,
-            "directions": self.direction,
+            "lower_bound": best.value,
+            "at_center": min(at_center, best.value),
+            "images": best.place,
+            "directions": best.direction,
             "clever": clever,
             "sample_maxima": torch.tensor(maxima, dtype=torch.float64, device="cpu"),
-            "status": Status.COMPLETED if math.isfinite(self.value) else Status.ERROR,
+            "status": Status.COMPLETED if math.isfinite(best.value) else Status.ERROR,
             "num_evals": self.num_evals,
         }
 
@@ -260,8 +279,64 @@ class _Search:
         return float(moved.detach().double().norm()), slope, power
 
     def _offer(self, value: float, x: Tensor, v: Tensor) -> None:
-        if math.isfinite(value) and not value <= self.value:
-            self.value, self.place, self.direction = value, x, v
+        if math.isfinite(value) and not value <= self.found[-1].value:
+            self.found[-1] = _Found(value, x, v)
+
+    def _confirmed(self) -> _Found:
+        """Return the largest constant that secants in the ball confirm."""
+        best = next((one for one in self.found if math.isfinite(one.value)), self.found[0])
+        ordered = sorted((one for one in self.found if one.value > 0), key=lambda one: -one.value)
+        for number, one in enumerate(ordered):
+            attained = self._attained(one)
+            if attained is not one:  # take the derivative where the secant is
+                J = Jacobian(self.f, attained.place)
+                beside = attained._replace(value=float(J.mv(attained.direction[None]).double().norm()))
+                self.num_evals += J.num_evals
+                attained = beside if self._attained(beside) is beside else attained
+            if number == 0 or attained.value > best.value:
+                best = attained
+            if best.value >= ordered[min(number + 1, len(ordered) - 1)].value:
+                break
+        return best
+
+    def _attained(self, one: _Found) -> _Found:
+        """Return a constant found if secants near x′ along v tend to it, else the largest of them less its noise."""
+        # The secant of p ± hv, with p off x′ by a part ε of the way to a point inside the ball, tends to ‖J(x′)v‖ in
+        # proportion to ε if J is continuous, so its last change tells the rest.
+        noise, best, part = None, one._replace(value=-1.0), min(self.eps**0.25, _INWARDS)
+        for _ in range(_CLOSER):
+            (near, length), (far, _) = self._secant(one, part), self._secant(one, 2 * part)
+            if noise is None and length > 0:
+                floor, _, passes = secant_noise(self.f, one.place, torch.tensor([length]).to(self.center).double())
+                noise = float(floor) * length
+                self.num_evals += passes / 3
+            slack = noise / length if noise is not None and math.isfinite(near.value) else math.inf
+            if slack == math.inf or (best.value >= 0 and slack > _NOISY * one.value):
+                break
+            if one.value <= near.value + 2 * abs(near.value - far.value) + slack:
+                return one
+            best = max(best, near._replace(value=max(near.value - slack, 0.0)), key=lambda found: found.value)
+            part /= 16
+        return best._replace(value=max(best.value, 0.0))
+
+    def _secant(self, one: _Found, part: float) -> tuple[_Found, float]:
+        """Return a secant ‖f(a) − f(b)‖ / ‖a − b‖ near x′ along v with a and b in the ball, and half ‖a − b‖."""
+        low, high = (bound.double() for bound in (self.box.lower, self.box.upper))
+        room = self.radius / 2 if self.norm == "linf" else self.radius / 2 / math.sqrt(self.center.numel())
+        draw = torch.rand(self.center.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(low)
+        inside = self.center.double() + ((low + high) / 2 - self.center.double()).clamp(-room, room)
+        inside = inside + room / 4 * (2 * draw - 1)  # off the kinks of a centre of even colour
+        point, v = torch.lerp(one.place.double(), inside, part), one.direction.double()
+        steps = torch.minimum(point - low, high - point) / v.abs().clamp_min(1e-300)
+        spare = math.inf if self.norm == "linf" else self.radius - float((point - self.center.double()).norm())
+        h = _WITHIN * min(float(steps.min()), spare)
+        ends = [(point + sign * h * v).to(self.center) for sign in (1, -1)]
+        with torch.no_grad(), no_tf32():
+            moved = (self.f(ends[0][None]).double() - self.f(ends[1][None]).double()).norm()
+        self.num_evals += 2 / 3
+        length = float((ends[0].double() - ends[1].double()).norm())
+        value = float(moved) / length if h > 0 and length > 0 else math.nan
+        return _Found(value, point.to(self.center), one.direction), length / 2
 
     def _draw(self) -> Tensor:
         """Return a uniform point of the ball, put into the box."""

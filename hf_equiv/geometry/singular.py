@@ -1,8 +1,9 @@
 """Compute the singular values of a Jacobian: all of them from the matrix, or the largest from products with J and Jᵀ.
 
 *The matrix.* The Gram matrix JJᵀ squares the small values away, so it serves only those above a hundredth of the
-largest; the rest of J, U_restᵀJ, has a Gram matrix of its own scale, and so on down. Every σ is then within 100
-eps₆₄·σ₁. The rest of a J in float32 or less (below σ₁/1000) is treated once, which brings it within 1e-10 σ₁.
+largest; the rest of J, U_restᵀJ, has a Gram matrix of its own scale, and so on down. The error of a σ is about 10
+eps₆₄ σ₁²/σ, and for the rest σ₁/σ of the least that the first matrix served, which is up to 100 (`rounding`). The rest
+of a J in float32 or less (below σ₁/1000) is treated once.
 
 *Products.* Golub–Kahan bidiagonalisation with full re-orthogonalisation starts from u₁ = J·noise: JᵀU = V B with V
 orthonormal; B = Q diag(θ) Pᵀ gives θ ≤ σ and the residuals r = J(Vq) − θ(Up), measured from the products themselves.
@@ -25,25 +26,28 @@ J. Phys. Soc. Jpn. 4:334. C.-K. Li, R.-C. Li (2005), Linear Algebra Appl. 395:18
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_equiv.conditions import as_function
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.precision import Encoding, float64_twin, power_of_two
+from hf_equiv.precision import Encoding, float64_twin, in_float64, power_of_two, resolved_step
 
-ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of `left_singular` over σ₁
+ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of the small matrices over σ₁
 
 _BLOCK = 4096  # columns held in float64 at a time
 _SAFE, _SAFE_SINGLE = 1e-2, 1e-3  # least σ/σ₁ read from a Gram matrix, for a float64 J and for any other
+_GRAM = 10  # error of a value read from its Gram matrix, in units of eps σ₁²/σ
 _NOTHING = 1e3  # eps over σ₁ below which a recursion ends: the rest is the rounding of the products
 _NEXT = 1  # values below the k wanted that must have converged too
 _NO_MORE = (0.0, 0.8, 0.88, 0.94)  # shares of σ_k: a new start that reaches less after 1, 2, … passes adds nothing
-_LEADING, _PROBES = 4, 2
-_UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
+_PROBES, _DRAWS = 6, 2  # cotangents, and perturbed images that share them
+_EVEN = 0.2  # part of the rounding, over σ₁, that does not shrink with σ
+_CERTAIN, _RITZ = 5.0, 3.0  # margins of a norm measured by random cotangents, and along what they span
+_UNSEEN = 4.0  # a change of the input repeats the random part of the rounding, not the systematic one
 
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +70,16 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
         start = dim if again else start + int((values > safe * values[0]).sum())
     order = sigma.argsort(descending=True)
     return left[:, order], sigma[order] * unit
+
+
+def rounding(matrix: Tensor, sigma: Tensor) -> Tensor:
+    """Bound the error of the values σ (D,) that `left_singular` read from a matrix, (D,)."""
+    # The eigenvectors of JJᵀ are off by about eps σ₁²/σ² and mix a value σ into the rest in proportion.
+    safe = _SAFE if matrix.dtype == torch.float64 else _SAFE_SINGLE
+    served = sigma[sigma > safe * sigma[0]].amin() if float(sigma[0]) > 0 else sigma[0]
+    unit = power_of_two(float(sigma[0]))
+    ratio = (sigma[0] / unit) / (torch.maximum(sigma, served) / unit).clamp_min(1e-300)
+    return _GRAM * torch.finfo(torch.float64).eps * ratio * sigma[0]
 
 
 def rank_threshold(J: Jacobian, largest: Tensor, rank_rtol: float | None) -> float:
@@ -154,6 +168,7 @@ class _Bidiagonal:
     def __init__(self, J: Jacobian, seed: int) -> None:
         self.J, self.scale = J, 0.0
         self.generator = torch.Generator().manual_seed(seed)
+        self.eps = min(J.eps, torch.finfo(torch.float32).eps)  # in bfloat16 the values are noisy, but no less there
         dim, size = J.shape
         self.U, self.V, self.W = (
             torch.empty(0, length, dtype=torch.float64, device=J.image.device) for length in (dim, size, dim)
@@ -163,7 +178,7 @@ class _Bidiagonal:
     @property
     def nothing(self) -> float:
         """Length below which a vector is the rounding of the products."""
-        return _NOTHING * self.J.eps * self.scale
+        return _NOTHING * self.eps * self.scale
 
     def start(self) -> Tensor:
         """Return a start off U in which every singular vector has a part in proportion to its value."""
@@ -180,7 +195,7 @@ class _Bidiagonal:
         g = J.rmv(u[None])[0].flatten().double()
         v, coefficients, length = _orthogonalise(g, self.V)
         self.scale = max(self.scale, float(g.norm()))
-        if not length > J.eps * self.scale:  # the row space is exhausted: any v will do, its coefficient is zero
+        if not length > self.eps * self.scale:  # the row space is exhausted: any v will do, its coefficient is zero
             v, length = _orthogonalise(self._gaussian(J.shape[1]).to(self.U.device), self.V)[0], 0.0
         self.B = torch.nn.functional.pad(self.B, (0, 1, 0, 1))
         self.B[:-1, -1], self.B[-1, -1] = coefficients, length
@@ -226,54 +241,71 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 
 
 def derivative_noise(
-    f: Encoding, J: Jacobian, rows: Encoding, left: Tensor, sigma: Tensor, threshold: float
-) -> tuple[Tensor, str, float]:
-    """Bound |σ(J) − σ(J₆₄)| of each singular value, (K,); return also the method and the evaluations spent."""
-    # The rounding of a backward pass is nearly proportional to its result: ‖Eᵀu_i‖ ≤ a(σ_i + σ₁/50) with E = J − J₆₄
-    # for the left singular vectors, and by the minimax principle the values then differ by about as much. ‖Eᵀu‖ is
-    # measured for the first four (their own bound, times 1.5), and for Σ s_i u_i / (σ_i + σ₁/50) over the values above
-    # `threshold` with random signs s, twice. For the other values a is 3 times the root mean square of these, or 1.5
-    # times the largest ratio of the four if that is more, because E is concentrated in few directions. Values below the
-    # threshold get 3 times ‖Eᵀ Σ s_i u_i‖.
-    # The reference is f in float64, or f at the image with every pixel changed by one unit in the last place, which
-    # repeats all roundings at random (times 4, as systematic ones stay unseen).
-    reference, method = _reference(f, J)
+    f: Encoding, J: Jacobian, matrix: Tensor | None, left: Tensor, sigma: Tensor
+) -> tuple[Tensor, float, str, float]:
+    """Bound |σ(J) − σ(J₆₄)| of each value, (K,), and of a zero; return also the method and the evaluations spent."""
+    # Let E = J − J₆₄ and s_i = σ_i + σ₁/5, since the rounding of a backward pass grows with its result.
+    # With F = diag(1/s) UᵀE over an orthonormal basis of all u, ‖Eᵀu‖ ≤ ‖F‖₂ ‖diag(s) Uᵀu‖, and by the minimax
+    # principle every value lies within ‖F‖₂ s_i. A few noisy directions may hold all of E, so no average over
+    # directions bounds ‖F‖₂. But ‖F‖₂⁴ ≤ ‖FFᵀ‖² (Frobenius), which is the expectation of ⟨Fᵀω, Fᵀω′⟩² for independent
+    # normal ω, ω′. Its mean over the pairs of six falls short by more than 5⁴ with probability 3e-4 if one direction
+    # holds all of E, and never if many do. Off the K known vectors u, s is that of the last. With the matrix and a
+    # twin, ‖FQ‖₂ ≤ ‖F‖₂ is measured too, with Q the span of the six Fᵀω, which holds most of a direction that stands
+    # out.
+    references, method, passes = _references(f, J)
     unit = power_of_two(float(sigma[0]))
-    sigma, threshold = sigma / unit, threshold / unit
+    top = float(sigma[0]) / unit
+    size = sigma / unit + _EVEN * (top or 1.0)
     generator = torch.Generator().manual_seed(0)
-    signs = (torch.randint(0, 2, (len(sigma), _PROBES + 1), generator=generator) * 2 - 1).to(sigma)
-    above = sigma > threshold
-    leading = min(_LEADING, int(above.sum()))
-    sizes = sigma + 0.02 * sigma[0]
-    relative = torch.where(above, 1 / sizes, 0.0)[:, None] * signs[:, :_PROBES]
-    tail = torch.where(above, 0.0, 1.0)[:, None] * signs[:, _PROBES:]
-    cotangents = torch.cat([left[:, :leading], left @ relative, left @ tail], dim=1)
-    lengths = cotangents.norm(dim=0)
-    cotangents = cotangents / lengths.where(lengths > 0, 1.0)
-    noise = torch.zeros_like(lengths)
-    asked = lengths > 0
-    exact = reference.rmv(cotangents[:, asked].T.to(reference.image)).flatten(1).to(left)
-    noise[asked] = ((rows(cotangents[:, asked]) - exact) / unit).norm(dim=1) * lengths[asked]
+    omega = torch.randn(J.shape[0], _PROBES, generator=generator, dtype=torch.float64).to(left)
+    cotangents = omega / size[-1] + left @ ((1 / size - 1 / size[-1])[:, None] * (left.T @ omega))
+    if matrix is None:
+        seen = J.rmv(cotangents.T.to(J.image)).flatten(1).double() / unit
+    else:
+        seen = combine(matrix, cotangents) / unit
+    parts = []
+    for own, group in zip(references, cotangents.split(_PROBES // len(references), dim=1), strict=True):
+        exact = [one.rmv(group.T.to(one.image)).flatten(1).to(left) / unit for one in own]
+        parts.append(torch.stack(exact).mean(dim=0))
+    noise = seen - torch.cat(parts)
+    scale = power_of_two(float(noise.abs().max()))
+    inner = (noise / scale) @ (noise / scale).T
+    norm = _CERTAIN * scale * float(inner[~torch.eye(_PROBES).bool()].square().mean()) ** 0.25
+    if matrix is not None and method == "float64 twin":
+        norm = min(norm, _RITZ * _along(matrix, references[0][0], left / size, noise, unit))
+    floor = ACCURACY
     if method == "perturbed input":
-        noise = noise * _UNSEEN
-    typical = float(noise[leading : leading + _PROBES].square().mean().sqrt()) / max(int(above.sum()), 1) ** 0.5
-    a = max([3 * typical, *(1.5 * noise[:leading] / sizes[:leading].clamp_min(1e-300)).tolist()])
-    bound = torch.where(above, a * sizes, 0.0) + 3 * noise[-1]
-    bound[:leading] = 1.5 * noise[:leading]
-    floor = 8 * J.eps if method == "perturbed input" else 100 * torch.finfo(torch.float64).eps
-    return (bound + floor * sigma[0]) * unit, method, reference.num_evals
+        norm, floor = _UNSEEN * norm, 8 * J.eps
+    spent = passes / 3 + sum(one.num_evals for own in references for one in own)
+    zero = (norm * _EVEN + floor) * top / max(1 - norm, 1e-3)
+    return (norm * size + floor * top) * unit, zero * unit, method, spent
 
 
-def _reference(f: Encoding, J: Jacobian) -> tuple[Jacobian, str]:
-    if J.eps > torch.finfo(torch.float64).eps:
+def _along(matrix: Tensor, reference: Jacobian, weights: Tensor, noise: Tensor, unit: float) -> float:
+    """Return ‖weightsᵀ E Q‖₂ with Q the span of rows of noise; infinity if the reference has no product with J."""
+    Q = torch.linalg.svd(noise, full_matrices=False).Vh
+    try:
+        exact = reference.mv(Q.view(-1, *reference.image.shape).to(reference.image)).T.to(weights)
+    except RuntimeError:
+        return math.inf
+    return float(torch.linalg.matrix_norm(weights.T @ ((times(matrix, Q.T) - exact) / unit), 2))
+
+
+def _references(f: Encoding, J: Jacobian) -> tuple[list[list[Jacobian]], str, int]:
+    """Return Jacobians whose means lack the rounding of J: of f in float64, or around x; the method and more passes."""
+    fine = torch.finfo(torch.float64).eps
+    if J.eps > fine:
         try:
-            # `double` of a module works in place.
-            twin = copy.deepcopy(f).double() if isinstance(f, torch.nn.Module) else float64_twin(f) or f
-            reference = Jacobian(twin, J.image.double())
-            if reference.eps == torch.finfo(torch.float64).eps:
-                return reference, "float64 twin"
+            reference = Jacobian(as_function(float64_twin(f) or in_float64(f)), J.image.double())
+            if reference.eps == fine:
+                return [[reference]], "float64 twin", 0
         except (RuntimeError, TypeError, ValueError):
             pass
+    # Equal steps to either side repeat all roundings at random, and their mean has the derivative of x.
+    step, passes = resolved_step(f, J.image, J.eps)
     generator = torch.Generator().manual_seed(1)
-    up = torch.randint(0, 2, J.image.shape, generator=generator, dtype=torch.int8).to(J.image.device) * 2.0 - 1.0
-    return Jacobian(f, torch.nextafter(J.image, J.image + up.to(J.image))), "perturbed input"
+    around = []
+    for _ in range(_DRAWS):
+        up = torch.randint(0, 2, J.image.shape, generator=generator, dtype=torch.int8).to(J.image.device) * 2.0 - 1.0
+        around.append([Jacobian(f, J.image + sign * step * up.to(J.image)) for sign in (1, -1)])
+    return around, "perturbed input", passes

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rank_threshold
+from hf_equiv.conditions import admit
+from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
 from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.precision import Encoding
@@ -27,10 +28,11 @@ class SpectrumResult:
 
     Attributes:
         singular_values: σ₁ ≥ σ₂ …, (B, K), float64; K = min(D, N), or `k`.
-        error_bound: bound on the distance of each to the value in exact arithmetic, (B, K), float64.
+        error_bound: bound on the distance of each to the value in exact arithmetic, (B, K), float64. It holds with high
+            probability: the noise of f is measured along random directions, with a margin for one that they miss.
         noise_method: how its float noise was measured, per image: "float64 twin" or "perturbed input".
         sigma_max: σ₁, (B,), float64.
-        rank: number of values above `rank_threshold`, (B,), int64, or None.
+        rank: number of values above `rank_threshold`, by default those that exceed their bounds, (B,), int64, or None.
         nullity: N − rank, (B,), int64, or None.
         rank_threshold: threshold in the units of σ, (B,), float64.
         effective_rank: exp(−Σ p log p) with p = σ / Σσ (Roy & Vetterli 2007), (B,), float64, or None.
@@ -117,7 +119,7 @@ def jacobian_spectrum(
         k: number of singular values; None for all min(D, N).
         method: "full", "golub_kahan", or "auto" for the quicker.
         vectors: whether to return singular vectors.
-        rank_rtol: threshold of the rank over σ₁; None for 1000 eps, or twice the measured noise if that is more.
+        rank_rtol: threshold of the rank over σ₁; None for the error bound of a zero.
         rtol: bound over σ₁ at which "golub_kahan" stops.
         batch: most cotangents per pass; memory grows with it.
         progress: called after each image with (images done, images in all).
@@ -147,6 +149,7 @@ def jacobian_spectrum(
     if k is not None:
         checks.check_count(k, "k")
     options = k, method, vectors, rank_rtol, rtol
+    f = admit(f, images)
     fields = measure_images(f, images, batch, lambda J, _: _measure(f, J, *options), progress)
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
 
@@ -175,11 +178,11 @@ def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | No
         return _failed(J, "full", k, vectors, rank=none, nullity=none, effective_rank=nan, participation=nan)
     left, sigma = left_singular(matrix)
     count = min(J.shape)
-    scale, threshold = float(sigma[0]), rank_threshold(J, sigma[0], rank_rtol)
-    bound, noise, spent = derivative_noise(f, J, lambda u: combine(matrix, u), left, sigma, threshold)
-    if rank_rtol is None and scale > 0:
-        lost = float(sigma[-1]) <= max(threshold, float(bound[-1]))
-        threshold = max(threshold, 2 * float(bound[-1]) if lost else 0.0)
+    scale = float(sigma[0])
+    bound, least, noise, spent = derivative_noise(f, J, matrix, left, sigma)
+    exact_to = rounding(matrix, sigma)
+    bound, least = bound + exact_to, least + float(exact_to[-1])
+    threshold = least if rank_rtol is None else rank_rtol * scale
     predict = getattr(f, "left_relations", None)
     relations: tuple[LeftRelation, ...] = predict(J.image) if predict is not None else ()
     sigma, bound = sigma[:count], bound[:count]
@@ -198,7 +201,7 @@ def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | No
         left[:, :k] if vectors else None,
         right,
         noise_method=noise,
-        num_evals=J.num_evals + spent + (7 / 3 if relations else 0.0),
+        num_evals=J.num_evals + spent + (11 / 3 if predict is not None else 0.0),
         rank=rank,
         nullity=J.shape[1] - rank,
         effective_rank=float(torch.special.entr(share).sum().exp()) if scale > 0 else 0.0,
@@ -213,10 +216,8 @@ def _top(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | Non
     if not bool(torch.isfinite(J.rmv(torch.ones_like(J.z)[None])).all()):
         return _failed(J, "golub_kahan", k, vectors)
     top = golub_kahan(J, k, rtol)
-    threshold = rank_threshold(J, top.values[0], rank_rtol)
-    noise, name, spent = derivative_noise(
-        f, J, lambda u: J.rmv(u.T.to(J.image)).flatten(1).double(), top.left, top.values, threshold
-    )
+    noise, least, name, spent = derivative_noise(f, J, None, top.left, top.values)
+    threshold = least if rank_rtol is None else rank_rtol * float(top.values[0])
     pair = (top.left, top.right) if vectors else (None, None)
     more: dict[str, Any] = {"noise_method": name, "num_evals": J.num_evals + spent}
     return _fields(J, "golub_kahan", top.values, top.bound + noise, threshold, *pair, **more)

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_equiv.geometry.singular import combine, times
 
 _NEAR = 1e-3  # a predicted σ/σ₁ above this is a singular value like the others
+_FAR = 1e-2  # a vector that reads less than this part of the least value above the threshold lies among the zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +38,26 @@ def explain_zeros(
 ) -> tuple[tuple[Zero, ...], tuple[Zero, ...]]:
     """Separate exact zeros, explained or not, from near-structural ones, by the known relations of the encoder."""
     # J (D, N) = U diag(σ) Vᵀ with U (D, D) and σ (D,), descending. An exact relation leftᵀJ = 0 is accepted if ‖leftᵀU
-    # diag(σ)‖ ≤ threshold. For a relation wᵀJ = r with small r the singular value is, to first order, the part of r
-    # that the rest of J cannot cancel, σ ≈ ‖r − P_rest r‖ / ‖w − P_exact w‖, with P_rest the projector on the other
-    # rows of J and P_exact the projector on the exact left null vectors. It depends on the large singular values only,
-    # so it is as good in float32 as in float64, although the noise hides σ itself.
+    # diag(σ)‖ is below the threshold or far below every value above it, since `left` is rounded too. For a relation
+    # wᵀJ = r with small r the singular value is, to first order, the part of r that the rest of J cannot cancel, σ ≈
+    # ‖r − P_rest r‖ / ‖w − P_exact w‖, with P_rest the projector on the other rows of J and P_exact the projector on
+    # the exact left null vectors. It depends on the large singular values only, so it is as good in float32 as in
+    # float64, although the noise hides σ itself.
     exact: list[Zero] = []
     near: list[Zero] = []
     known = left[:, :0]
+    zeros = int((sigma <= threshold).sum())
+    above = float(sigma[-zeros - 1]) if zeros < len(sigma) else 0.0
     for relation in relations:
         if relation.rows is not None:
             continue
         fresh = _orthonormal(relation.left.to(left), known)
         measured = float(torch.linalg.matrix_norm((left.T @ fresh) * sigma[:, None], 2)) if fresh.numel() else 0.0
-        if fresh.numel() and measured <= threshold:
+        room = zeros - known.shape[1] - fresh.shape[1] >= 0
+        if fresh.numel() and room and measured <= max(threshold, _FAR * above):
             exact.append(Zero(relation.cause, fresh.shape[1], 0.0, measured, fresh))
             known = torch.cat([known, fresh], dim=1)
-    below = int((sigma <= threshold).sum()) - known.shape[1]
+    below = zeros - known.shape[1]
     for relation in relations:
         index = len(sigma) - known.shape[1] - len(near) - 1
         if relation.rows is None or index < 0:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from hf_equiv.formatting import excerpt, printable
 from hf_equiv.runs import card as run_card
 from hf_equiv.runs.directory import RUNS, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH
@@ -48,7 +49,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
         DatasetCard.from_template(
             DatasetCardData(**facts),
             template_path=str(_TEMPLATE),
-            md=run_card.escape, one_line=run_card.one_line, run_name=run_name, analysis_of=analysis_of,
+            md=run_card.escape, code=_code, run_name=run_name, analysis_of=analysis_of,
             is_withheld=is_withheld, rows_of=_rows, numbers_of=_numbers, versions_of=_versions, before=above,
             after=below, start=START, end=END, title=made["pretty_name"], repo_id=repo_id, config=config,
             runs=sorted(runs.items()), configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
@@ -75,20 +76,19 @@ def around_block(text: str, where: str) -> tuple[str, str]:
     return text.rstrip() + "\n\n" if text.strip() else "\n", "\n"
 
 
-def differences(card: str, runs: Runs) -> tuple[list[str], list[str]] | None:
-    """Return the lines that the generated part of a card lacks, and its lines that no run states; None without it."""
-    found = _BLOCK.search(card)
-    if found is None:
+def generated_parts(card: str, runs: Runs, repo_id: str | None) -> tuple[str, str] | None:
+    """Return the generated part of a card, and the one that these runs give; None unless it is there once."""
+    found = _BLOCK.findall(card)
+    if len(found) != 1:
         return None
-    named = re.search(r'load_dataset\("([^"\n]+)"', found[0])  # a copy may have another name than the dataset
-    made = _BLOCK.search(dataset_card(named[1] if named else "", runs))
-    stated, wanted = found[0].splitlines(), made[0].splitlines() if made else []
-    if found[0].startswith(START):
-        lacking, extra = Counter(wanted) - Counter(stated), Counter(stated) - Counter(wanted)
-        return [x for x in lacking.elements() if x.strip()], [x for x in extra.elements() if x.strip()]
-    # An earlier version wrote other sentences: only the numbers in its tables are compared.
-    known = Counter(number for line in wanted for number in _cells(line))
-    return [], [line for line in stated if Counter(_cells(line)) - known]
+    named = re.search(r'load_dataset\("([^"\n]+)"', found[0])  # a folder has no name of its own
+    return found[0], _BLOCK.findall(dataset_card(repo_id or (named[1] if named else ""), runs))[0]
+
+
+def unknown_numbers(stated: str, made: str) -> list[str]:
+    """Return the lines of tables with a number that another text does not have."""
+    known = Counter(number for line in made.splitlines() for number in _cells(line))
+    return [line for line in stated.splitlines() if Counter(_cells(line)) - known]
 
 
 def _cells(line: str) -> list[str]:
@@ -109,6 +109,13 @@ def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, An
     return parsed.data.to_dict(), parsed.text
 
 
+def doubled_keys(content: str) -> list[str]:
+    """Return the keys of the YAML header that are there twice; some readers take the first, others the last."""
+    header = REGEX_YAML_BLOCK.search(content)
+    found = re.findall(r"^([\"']?)([\w-]+)\1\s*:", header[2], re.MULTILINE) if header else []
+    return [key for key, count in Counter(key for _, key in found).items() if count > 1]
+
+
 def configs_of(runs: Runs) -> list[dict[str, Any]]:
     """Return the configurations of a dataset: one for each kind of analysis, over all its runs."""
     made: list[dict[str, Any]] = []
@@ -126,7 +133,7 @@ def _facts(runs: Runs) -> dict[str, Any]:
     """Return the YAML header that the runs alone would have."""
     present = {analysis_of(record) for record in runs.values()}
     analyses = [name for name in LAYOUTS if name in present]
-    models = sorted({str(record["settings"]["model_id"]) for record in runs.values()})
+    models = sorted({printable(record["settings"]["model_id"]) for record in runs.values()})
     what = _TITLES[analyses[0]] if len(analyses) == 1 else "Equivalence structure of embeddings"
     licences = {record["license"] for record in runs.values() if record.get("license")}
     rows = sum(_rows(record) for record in runs.values())
@@ -138,6 +145,20 @@ def _facts(runs: Runs) -> dict[str, Any]:
         "size_categories": [next(name for limit, name in _SIZES if rows < limit)],
         "configs": configs_of(runs),
     }
+
+
+def _code(text: str) -> str:
+    """Return a line of a code block, which ends neither the block nor the generated part."""
+    return printable(text).replace("```", "`` `").replace("<!--", "<!- -")
+
+
+def check_summary(record: Mapping[str, Any], where: str) -> None:
+    """Refuse a record whose summary does not hold the numbers of a card."""
+    try:
+        _rows(record), _numbers(record), _versions(record)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"no card can be made of its summary ({type(error).__name__}: {excerpt(error)})"
+        raise ValueError(f"{where!r} is damaged: {told}. Make the run again, or publish to a new name.") from error
 
 
 def _rows(record: Mapping[str, Any]) -> int:

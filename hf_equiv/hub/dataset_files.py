@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import datasets
 
 from hf_equiv.hub import card
 from hf_equiv.hub.licences import PhotoRights
@@ -17,7 +18,9 @@ from hf_equiv.runs import directory, shards
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, WITHHELD, LocalRun, analysis_of, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, Row
 
-_BESIDE_RUNS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
+BESIDE_RUNS = {".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt", "CITATION.cff"}
+FOR_LOADING = (datasets.config.REPOYAML_FILENAME, datasets.config.DATASETDICT_INFOS_FILENAME)
+"""Files that `load_dataset` reads beside the header of the card; no run has them."""
 _FIGURES_WITHOUT_PHOTOS = {f"figures/{name}.png" for name in ("spectra", "secants", "constants", "drift")}
 
 
@@ -36,7 +39,7 @@ def read_dataset(remote: Remote, head: str) -> Dataset:
         for path in files
         if path.endswith(directory.RECORD) and (place := place_of_file(path)) is not None
     }
-    if foreign := [path for path in sorted(files) if path not in _BESIDE_RUNS and place_of_file(path) not in runs]:
+    if foreign := [path for path in sorted(files) if path not in BESIDE_RUNS and place_of_file(path) not in runs]:
         told = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         must = f"'{remote.repo_id}' must be empty or hold runs of hf_equiv"
         raise ValueError(f"{must}; it holds {told}. Publish to a new name.")
@@ -55,14 +58,15 @@ def place_of_file(path: str) -> str | None:
 
 def _record(repo_id: str, path: str, text: str) -> Row:
     try:
-        record: Row = json.loads(text)
-        version, *_ = int(record["schema_version"]), record["settings"]["model_id"], dict(record["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        told = f"{path} of '{repo_id}' is damaged ({type(error).__name__})"
+        record = directory.parse_record(text.encode())
+        version, *_ = record["schema_version"], record["files"]
+    except (ValueError, KeyError) as error:
+        told = f"{path} of '{repo_id}' is damaged: {error}"
         raise ValueError(f"{told}. Restore it on the Hub, or publish to a new name.") from None
     if version > SCHEMA_VERSION or analysis_of(record) not in LAYOUTS:
         told = f"'{repo_id}' holds a run of a newer hf_equiv ({path}, schema_version {version})"
         raise ValueError(f"{told}. Upgrade hf_equiv, or publish to a new name.")
+    card.check_summary(record, f"{path} of {repo_id}")
     return record
 
 
@@ -127,4 +131,4 @@ def _own_card(run: LocalRun, files: Iterable[str], *, hidden: bool) -> str | Pat
     settings, summary = run.record["settings"], run.record["summary"]
     shown = sorted(Path(name).name for name in files if name.startswith("figures/"))
     text = run_card.run_card(run.layout, settings, summary, shown, run.record.get("command"))
-    return text + ("\nThe photos are withheld: image columns are empty.\n" if hidden else "")
+    return text + (run_card.NO_PHOTOS if hidden else "")

@@ -90,7 +90,7 @@ def _licence_of(name: str, revision: str, token: Any) -> tuple[str | None, str |
         info = api_of(token).dataset_info(name.split(":")[0], revision=revision)
     except hub_errors.GatedRepoError:
         return None, "is gated"
-    except (OSError, httpx.HTTPError):  # gone, private, or out of reach
+    except (OSError, httpx.HTTPError, ValueError):  # gone, private, out of reach, or a web page
         return None, None
     if info.gated:
         return None, "is gated"

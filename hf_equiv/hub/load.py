@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 
 from hf_equiv.data.tables import load_parquet
-from hf_equiv.hub_client import api_of, check_repo_id, explained, hushed, patiently
+from hf_equiv.hub.dataset_files import FOR_LOADING
+from hf_equiv.hub_client import api_of, check_repo_id, checked, explained, hushed, patiently
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
-from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout
-from hf_equiv.runs.shards import float_file, read_shard, shard_files
+from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
+from hf_equiv.runs.shards import check_pictures, float_file, open_cells, read_shard, shard_files
 
 _CONFIGS = {layout.folder: layout for layout in LAYOUTS.values()}
 _WRITTEN = re.compile(r"(?!\.{1,2}/)(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -97,14 +98,18 @@ def _snapshot(
 
     def fetch() -> str:
         if not local_files_only:  # without a network the download would silently use cached files
-            api.dataset_info(name, revision=revision)
+            files = api.dataset_info(name, revision=revision).siblings or ()
+            if odd := next((file.rfilename for file in files if not file.rfilename.isprintable()), None):
+                told = f"the dataset '{name}' must have printable file names, which progress bars show; got {odd!r}"
+                raise ValueError(f"{told}. Ask its owner to rename it.")
         return api.snapshot_download(
             name, repo_type="dataset", revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
-            allow_patterns=[*inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
+            allow_patterns=[*FOR_LOADING, *inside, *(f"{RUNS}/*/{pattern}" for pattern in inside)],
         )  # fmt: skip
 
     with explained(name, revision=revision, token=token, local_files_only=local_files_only):
-        return Path(patiently(fetch, lambda _: None, "downloading"))
+        once = partial(checked, fetch, name, "dataset", cache_dir)
+        return Path(patiently(once, lambda _: None, "downloading"))
 
 
 def run_folders(folder: Path) -> dict[str, Path]:
@@ -162,7 +167,11 @@ def load_results(
     folders = [layout.folder, "float"] if with_float else [layout.folder]
     folder = local_folder(name, revision) or _snapshot(*split_name(name, revision), folders, token, cache)
     files = _files(name, folder, layout, run)
-    rows, _ = load_parquet(name, files, cache)
+
+    def check(row: Row) -> None:  # before `datasets` decodes an image by any decoder that its bytes name
+        check_pictures(open_cells(row, layout), layout)
+
+    rows, _ = load_parquet(name, files, cache, layout.all_features, check)
     if not with_float:
         return rows
     origin = [str(float_file(path)) for path in files for _ in read_shard(path)]

@@ -12,11 +12,12 @@ from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
+from hf_equiv.hub.card import check_summary
 from hf_equiv.hub.dataset_files import Dataset, place_of, plan_files, read_dataset
 from hf_equiv.hub.licences import FREE, PhotoRights, how_to_change, photo_rights
 from hf_equiv.hub.repository import MAIN, Change, Progress, Remote, commit_until_done, send
-from hf_equiv.hub_client import api_of, check_repo_id, explained, require_token, why_not
-from hf_equiv.runs.directory import CARD, LocalRun, is_withheld, read_run
+from hf_equiv.hub_client import WAITS, api_of, check_repo_id, explained, require_token, why_not
+from hf_equiv.runs.directory import CARD, RECORD, LocalRun, is_withheld, read_run
 
 _SLUG = re.compile(r"[\w.-]+/[\w.-]+-[0-9a-f]{24}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -121,13 +122,15 @@ def publish_results(
         ConnectionError: the Hub is out of reach.
     """
     name = check_repo_id(repo_id, "dataset", otherwise="results are published as datasets")
-    remote = Remote(api_of(token), name, "dataset", progress or (lambda done, total, what: None))
+    tell, waits = progress or (lambda done, total, what: None), WAITS[:1] if dry_run else WAITS
+    remote = Remote(api_of(token), name, "dataset", tell, waits)
     _check_arguments(create_pr, revision, license, i_have_the_right)
     remote.say("checking the run and its files")
     run = read_run(Path(folder))
+    check_summary(run.record, str(run.folder / RECORD))
     rights = _rights(run, withhold_photos, license=license, i_have_the_right=i_have_the_right, token=token)
     job = Publication(remote, run, rights, revision or MAIN, create_pr, message)
-    with explained(name, revision=revision, write=True, token=token):
+    with explained(name, revision=revision, write=True, dry_run=dry_run, token=token):
         if dry_run:
             return _plan_only(job, private)
         require_token(token)

@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import CommitInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from hf_equiv.hub_client import WAITS, Say, passes, patiently, pause
+from hf_equiv.hub_client import WAITS, Say, checked, link_expired, passes, patiently, pause
 from hf_equiv.runs.shards import sha256_file
 
 T = TypeVar("T")
@@ -33,6 +33,7 @@ class Remote:
     repo_id: str
     kind: str  # `dataset`, `space` or `model`
     progress: Progress
+    waits: Sequence[float] = WAITS  # seconds between tries
 
     @property
     def url(self) -> str:
@@ -45,7 +46,7 @@ class Remote:
 
     def call(self, what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Make a call that is safe to repeat, and return its result. Report `what` before each repetition."""
-        return patiently(partial(function, *arguments, **options), self.say, what)
+        return patiently(partial(function, *arguments, **options), self.say, what, self.waits)
 
     def info(self, revision: str | None = None) -> Any:
         """Return the description of the repository at a revision."""
@@ -78,8 +79,8 @@ class Remote:
 
     def text(self, path: str, head: str) -> str:
         """Return the text of a file at a commit."""
-        fetch: Callable[..., Any] = self.api.hf_hub_download
-        local = self.call(f"reading {path}", fetch, self.repo_id, path, repo_type=self.kind, revision=head)
+        fetch = partial(self.api.hf_hub_download, self.repo_id, path, repo_type=self.kind, revision=head)
+        local = self.call(f"reading {path}", checked, fetch, self.repo_id, self.kind)
         return Path(local).read_text(encoding="utf-8", errors="replace")
 
 
@@ -203,11 +204,17 @@ def send(remote: Remote, change: Change[Any], *, revision: str = MAIN, create_pr
         if sum(one.size for one in group) < _GROUP_BYTES and file is not change.added[-1]:
             continue
         remote.progress(sent, total, f"uploading {told}")
-        remote.api.preupload_lfs_files(
-            remote.repo_id, [additions[file.path] for file in group], repo_type=remote.kind, revision=revision,
-            create_pr=create_pr, free_memory=False,
+        upload = partial(
+            remote.api.preupload_lfs_files, remote.repo_id, [additions[file.path] for file in group],
+            repo_type=remote.kind, revision=revision, create_pr=create_pr, free_memory=False,
             gitignore_content="",  # the owner's .gitignore must not leave out a part of a run
         )  # fmt: skip
+        try:
+            upload()
+        except RuntimeError as error:
+            if not link_expired(error):
+                raise
+            upload()  # asks for new links
         sent += sum(file.size for file in group)
         group = []
     remote.progress(total, total, f"committing {_files(len(change.added) + len(change.deleted))}")

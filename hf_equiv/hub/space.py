@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 
 from hf_equiv.hub.repository import Change, Progress, Remote, Snapshot, commit_until_done, send
 from hf_equiv.hub.space_files import DATASET, INITIAL, MODELS, App, app_of, datasets_in, is_ours, models_in, stage
-from hf_equiv.hub_client import api_of, brief, check_repo_id, explained, passes, require_token
+from hf_equiv.hub_client import WAITS, api_of, brief, check_repo_id, explained, passes, require_token
 from hf_equiv.runs.directory import CARD
 
 # Stages that do not change by themselves, each with the rest of the sentence about the Space.
@@ -125,13 +125,14 @@ def deploy_space(
         SpaceError: deployed, but it could not be built or started, or did not run in time.
     """
     name = check_repo_id(repo_id, "space", otherwise="the app is deployed to a Space")
-    remote = Remote(api_of(token), name, "space", progress or (lambda done, total, what: None))
+    tell, waits = progress or (lambda done, total, what: None), WAITS[:1] if dry_run else WAITS
+    remote = Remote(api_of(token), name, "space", tell, waits)
     app = app_of(None if wheel is None else Path(wheel))
     job = Deployment(remote, app, _given(dataset, models), private, hardware, force)
     if not dry_run:
         require_token(token, "deploying a Space")
     warnings = _warnings(job)
-    with explained(name, kind="space", write=True, token=token):
+    with explained(name, kind="space", write=True, dry_run=dry_run, token=token):
         first = _look(job)
         if dry_run:
             return replace(_result(job, first, _plan(job, first)), warnings=warnings, dry_run=True)

@@ -20,7 +20,7 @@ from hf_equiv.runs.directory import CARD
 # Variables that tell the app the dataset to show and the checkpoints to offer.
 DATASET, MODELS = "HF_EQUIV_DATASET", "HF_EQUIV_MODELS"
 
-APP, REQUIREMENTS = "app.py", "requirements.txt"
+APP, REQUIREMENTS, LICENCE = "app.py", "requirements.txt", "LICENSE"
 
 INITIAL = {".gitattributes", ".gitignore", CARD}  # files of a Space without an app
 
@@ -64,7 +64,7 @@ def app_of(wheel: Path | None) -> App:
         raise ValueError(f"{told}. Install it, or pass `wheel`.") from None
     if installed.read_text("direct_url.json") is not None:
         return _bring_along(app_folder(), _HERE, installed, "as installed here")
-    app, pinned = _read(app_folder()), f"{_PACKAGE}=={installed.version}"
+    app, pinned = _read(app_folder()) | _licence(installed), f"{_PACKAGE}=={installed.version}"
     return App(app | {REQUIREMENTS: _requirements(app[REQUIREMENTS], [pinned])}, pinned)
 
 
@@ -88,7 +88,7 @@ def _from_wheel(wheel: Path) -> App:
 
 def _bring_along(app_at: Path, library_at: Path, described: metadata.Distribution, source: str) -> App:
     """Put the library beside the app as an installer would, so that the app can read its version."""
-    app = _read(app_at)
+    app = _read(app_at) | _licence(described)
     files = {f"{_LIBRARY}/{name}": data for name, data in _read(library_at).items()
              if not name.startswith(f"{_INSIDE}/")}  # fmt: skip
     needed = [line for line in described.requires or () if not re.search(r"\bextra\s*==", line)]
@@ -96,6 +96,12 @@ def _bring_along(app_at: Path, library_at: Path, described: metadata.Distributio
     header = str(described.read_text("METADATA")).partition("\n\n")[0] + "\n"
     files[f"hf_equiv-{described.version}.dist-info/METADATA"] = header.encode()
     return App(app | files, f"{_PACKAGE} {described.version}, brought along {source}")
+
+
+def _licence(described: metadata.Distribution) -> dict[str, bytes]:
+    """Return the licence of the library and of the app, if the installation has it."""
+    text = described.read_text(f"licenses/{LICENCE}")
+    return {} if text is None else {LICENCE: text.encode()}
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -131,7 +137,8 @@ def stage(
     app: App, readme: str | None, there: Mapping[str, str], variables: Mapping[str, str], before: Mapping[str, str]
 ) -> tuple[list[StagedFile], list[str]]:
     """Return the files to deploy, and the paths of an earlier copy of the library to delete."""
-    files = [staged(path, data) for path, data in app.files.items() if path != CARD]
+    kept = {CARD, LICENCE} if LICENCE in there else {CARD}  # a licence that is there may be the owner's
+    files = [staged(path, data) for path, data in app.files.items() if path not in kept]
     files.append(staged(CARD, _space_card(app.files[CARD].decode(), readme, variables, before)))
     wanted = {file.path for file in files}
     own = re.compile(rf"{_LIBRARY}/|hf_equiv-[^/]*\.dist-info/")

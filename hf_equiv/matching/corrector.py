@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_dimension
+from hf_equiv.conditions import as_function
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding
 
@@ -175,7 +176,7 @@ class Corrector:
     model: LinearModel
 
     def __init__(self, f: Encoding, z: Tensor, rtol: float) -> None:
-        self.f, self.z, self.rtol = f, z, rtol
+        self.f, self.z, self.rtol = as_function(f), z, rtol
         self.scale = float(torch.linalg.vector_norm(z))
         self.num_evals = 0.0
         self.num_jacobians = 0

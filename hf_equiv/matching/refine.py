@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import Jacobian, jacobian_cost
 from hf_equiv.matching.lattice import Lattice, left_geometry, plan_moves
 from hf_equiv.matching.match import ProgressHook, Search, collect, snapshot, target_embeddings
@@ -86,6 +87,7 @@ def refine_8bit(
         checks.check_like(source, images, "source", one=False)
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
+        f = admit(f, images, noise=True)
         centers = [None] * len(images) if source is None else source.detach().clone()
         z = target_embeddings(f, images, target, "images")
         runs = [_Refinement(f, image, embedding) for image, embedding in zip(images, z, strict=True)]
@@ -101,8 +103,8 @@ class _Refinement(Search):
     # J per 8-bit step in `unit`, the matrices of `left_geometry` and their product
     model: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def __init__(self, f: Encoding, image: Tensor, z: Tensor) -> None:
-        super().__init__(image)
+    def __init__(self, f: Function, image: Tensor, z: Tensor) -> None:
+        super().__init__(image, noise=f.noise)
         self.f, self.z = f, z
         self.unit = power_of_two(float(z.norm()))  # in this unit, embeddings of any scale are near 1
         self.scale = float(z.norm()) / self.unit
@@ -137,15 +139,14 @@ class _Refinement(Search):
     def _residual(self, levels: Tensor) -> Tensor:
         with torch.no_grad():
             output = self.f(self._image(levels)[None])
-        checks.check_output(output, 1)
         checks.check_dimension(self.z, output.shape[1])
         self.num_evals += _FORWARD
         return (output[0].double() - self.z) / self.unit
 
     def _ready(self, rtol: float, max_evals: int) -> Status | None:
         """Return the status that ends the rounds, or None with a usable Jacobian and evaluations for a round."""
-        if self.error <= rtol:
-            return Status.CONVERGED
+        if (ended := self.reached(rtol)) is not None:
+            return ended
         if not math.isfinite(self.error):
             return Status.ERROR
         if self.model is None or self.failed >= _STALE:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_equiv.conditions import as_function
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import ProgressHook, match_embedding
 from hf_equiv.matching.solvers import Solver
@@ -52,5 +53,5 @@ def match_in_stages(
     for draft in drafts:
         most = min(int(draft.share * max_evals), max_evals - 1)  # the encoder needs one evaluation at least
         if most >= 1:
-            found = run_stage(draft.f, max(rtol, draft.rtol), most, newton=False)
+            found = run_stage(as_function(draft.f), max(rtol, draft.rtol), most, newton=False)
     return run_stage(encoder, rtol, max_evals, newton=True)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from huggingface_hub.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hf_equiv.hub_client import api_of, explained, version
+from hf_equiv.formatting import utf8
+from hf_equiv.hub_client import api_of, checked, explained, version
 
 BUILTIN = "builtin"
 BUILTIN_FOLDER = Path(__file__).parents[1] / "assets" / "builtin"
@@ -49,19 +51,19 @@ class HubFiles:
         with explained(
             self.repo_id, kind="model", revision=self.commit, file=name, local_files_only=self.local_files_only
         ):
-            return Path(
-                hf_hub_download(
-                    self.repo_id,
-                    name,
-                    subfolder=self.subfolder or None,
-                    revision=self.commit,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=self.local_files_only,
-                    library_name="hf_equiv",
-                    library_version=version("hf_equiv"),
-                )
+            download = partial(
+                hf_hub_download,
+                self.repo_id,
+                name,
+                subfolder=self.subfolder or None,
+                revision=self.commit,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                local_files_only=self.local_files_only,
+                library_name="hf_equiv",
+                library_version=version("hf_equiv"),
             )
+            return Path(checked(download, self.repo_id, "model", self.cache_dir))
 
     def names(self) -> list[str]:
         """Return the files in the subfolder; none offline."""
@@ -89,7 +91,7 @@ class Checkpoint:
         """Name to record: the Hub id, "builtin", or a local folder's own name, never a path of this machine."""
         if self.hub is not None or self.model_id == BUILTIN:
             return self.model_id
-        return Path(self.model_id).expanduser().resolve().name or "root"
+        return utf8(Path(self.model_id).expanduser().resolve().name) or "root"
 
     def find(self, name: str) -> Path | None:
         """Return a file on disk; None if the checkpoint does not have it (offline: if it is not cached)."""

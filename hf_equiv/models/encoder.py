@@ -15,16 +15,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_equiv.checks import check_tensor
+from hf_equiv.conditions import Function
+from hf_equiv.formatting import excerpt
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
-from hf_equiv.models.readouts import check_size, embed, find_layout, native_size, probe, resolve_readout
+from hf_equiv.models.readouts import Layout, check_size, embed, find_layout, native_size, probe, resolve_readout
 from hf_equiv.models.structure import left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
-from hf_equiv.precision import Float64Softmax, exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import InFloat64, exact_derivatives, no_autocast, no_tf32
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
@@ -45,8 +47,9 @@ class Encoder:
         embedding_dim: D.
         input_shape: (3, H, W) of preprocessed images; other sizes work if the model interpolates positions.
         normalize: whether embeddings are scaled to unit L2 norm.
-        has_head: whether trained classification weights are in the checkpoint.
+        has_head: whether trained classification weights are in the checkpoint; a regression head has no classes.
         label_names: class names of that head in logit order; None without a head.
+        multi_label: whether that head was trained for several labels an image: a sigmoid of each score, no softmax.
         dtype: floating-point type of weights and embeddings.
         device: device of the weights.
 
@@ -74,8 +77,7 @@ class Encoder:
         self._sizes = {size}
         self.input_shape = (3, *size)
         self._grey = torch.full((1, 3, *size), 0.5, dtype=dtype, device=device)
-        outputs = probe(loaded, normalise(self._grey, self._mean, self._std), self._interpolates(self._grey))
-        self._layout = find_layout(loaded, outputs, size)
+        self._layout = self._find_layout(size)
         self.readouts = self._layout.available
         self.readout = resolve_readout(readout, self._layout, self.model_id)
         with torch.no_grad():
@@ -86,11 +88,34 @@ class Encoder:
                 f"{str(dtype).removeprefix('torch.')}. Check the weights, or use another dtype."
             )
         self.embedding_dim = int(z.shape[1])
-        names = getattr(loaded.model.config, "id2label", None) or {}
-        self.has_head = loaded.has_head
+        config = loaded.model.config
+        names, kind = getattr(config, "id2label", None) or {}, getattr(config, "problem_type", None)
+        regression = kind == "regression" or (kind is None and len(names) == 1)  # the rule of transformers
+        self.has_head = loaded.has_head and not regression
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
+        self.multi_label = self.has_head and kind == "multi_label_classification"
         self._twin: Encoder | None = None
+        self.admitted: dict[Any, Function] = {}  # by `conditions.admit`: an encoder is frozen, so it is tried once
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
+
+    def _find_layout(self, size: tuple[int, int]) -> Layout:
+        """Read the layout off one forward pass of two images, or refuse a model that cannot embed them."""
+        name = type(self._loaded.backbone).__name__
+        try:
+            two = self._normalise(self._grey.expand(2, -1, -1, -1))
+            outputs = probe(self._loaded, two, self._interpolates(self._grey))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"`model_id` must embed RGB images of {size[0]}×{size[1]}, the size of its image processor; {name} of "
+                f"'{self.model_id}' cannot ({excerpt(error)}). Choose an image encoder, or correct its files."
+            ) from error
+        return find_layout(self._loaded, outputs, size)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        x = normalise(pixels, self._mean, self._std)
+        return x.flip(1) if self._preprocessor.flipped else x
 
     @classmethod
     def from_pretrained(
@@ -173,9 +198,9 @@ class Encoder:
         with ExitStack() as rules, no_tf32(), no_autocast():
             if exact or forward_ad.unpack_dual(pixels).tangent is not None:
                 rules.enter_context(exact_derivatives())
-            if exact and self._loaded.attention == "eager":
-                rules.enter_context(Float64Softmax())
-            x = normalise(pixels.to(self.dtype), self._mean, self._std)
+            if exact:
+                rules.enter_context(InFloat64())
+            x = self._normalise(pixels.to(self.dtype))
             return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
 
     def _check(self, pixels: Tensor) -> None:
@@ -221,7 +246,8 @@ class Encoder:
             labels: class names for zero-shot classification; None for the head.
 
         Returns:
-            (B, num_classes), differentiable; SigLIP's scores belong to a sigmoid per label, all others to a softmax.
+            (B, num_classes), differentiable; SigLIP's scores and those of a `multi_label` head belong to a sigmoid per
+            label, all others to a softmax.
 
         Raises:
             ValueError: the checkpoint has no head (without `labels`) or no text encoder (with `labels`).
@@ -241,6 +267,8 @@ class Encoder:
             return self._labels[key].logits(self._embed(pixels, "projection"))
         if not self.has_head:
             advice = "Pass `labels`." if two_tower else "Use a checkpoint fine-tuned for classification."
+            if self._loaded.has_head:
+                advice = "Its head is one of regression: use readout='logits'."
             raise ValueError(f"`classify` must have a classification head; '{self.model_id}' has none. {advice}")
         return self._embed(pixels, "logits")
 
@@ -303,6 +331,9 @@ class Encoder:
     @property
     def patch_weight(self) -> Tensor | None:
         """The weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without one."""
+        if self._preprocessor.flipped:
+            weight = patch_weight(self._loaded.model, self._std.flip(1))
+            return None if weight is None else weight.flip(1)
         return patch_weight(self._loaded.model, self._std)
 
     def jvp_probe(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,8 @@ from hf_equiv.models.checkpoint import Checkpoint, quiet
 
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 # Weights that may be missing: they serve masked image modelling, or readouts that are then refused.
-_OPTIONAL = ("mask_token", "pooler", "text_model", *_HEADS)
+_OPTIONAL = ("mask_token", "pooler", "text_model", "visual_projection", *_HEADS)
+_BY_ARCHITECTURE = ("ForImageClassification", "VisionModelWithProjection")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,12 @@ class LoadedModel:
     attention: str  # "sdpa" or "eager"
     has_head: bool  # whether trained classification weights are in the checkpoint
     has_pooler: bool  # whether every weight of the pooler (if it has any) is in the checkpoint
-    two_tower: bool  # whether the checkpoint also holds a text encoder
+    two_tower: bool  # whether the checkpoint also holds a text encoder with embeddings in the same space
+
+    @property
+    def is_bare_head(self) -> bool:
+        """Whether the model is a classifier without a base model, as HGNetV2 is."""
+        return self.has_head and self.model is self.backbone
 
     def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
         """Return a copy with parameters in `dtype`; float64 keeps every float32 value exactly."""
@@ -43,8 +50,44 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     checkpoint.weights()
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0  # otherwise the model drops a random 75 % of the patches
-    attention = "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
     with quiet(), torch.random.fork_rng(devices=[]):
+        try:
+            model, report, attention = _from_pretrained(model_class, config, checkpoint, dtype)
+        except Exception as error:
+            raise _load_error(error, checkpoint) from error
+    model.eval().requires_grad_(False)
+    _check_labels(model, report["mismatched_keys"], checkpoint)
+    two_tower = hasattr(model, "get_image_features") and hasattr(model, "vision_model")
+    backbone = model.vision_model if two_tower else _backbone(model)
+    _check_inputs(backbone, config, checkpoint)
+    parts = {part for key in _missing(model, report, two_tower, checkpoint) for part in key.split(".")}
+    head = _is_classifier(model) and not parts & {*_HEADS, "pooler"} and (config.num_labels or 0) > 0
+    for owner in (model, backbone):
+        for name in (*_HEADS, "pooler", "visual_projection", *(("head",) if "siglip" in config.model_type else ())):
+            part = getattr(owner, name, None)
+            if isinstance(part, torch.nn.Module) and not isinstance(part, _PerImage | torch.nn.ModuleList):
+                setattr(owner, name, _PerImage(part))
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.register_forward_hook(_plain_gradient)
+    projection = None if "visual_projection" in parts else getattr(model, "visual_projection", None)
+    # Language models such as Kosmos-2 and BLIP-2 have a vision model too, but no embedding that is compared with text.
+    contrastive = hasattr(model, "logit_scale") or hasattr(model, "temperature")
+    if two_tower:  # zero-shot labels load the text encoder when they need it
+        model = backbone
+    for part in (model, projection):
+        if part is not None:
+            part.to(device)
+    two_tower = two_tower and contrastive and "visual_projection" not in parts
+    return LoadedModel(model, backbone, projection, attention, head, "pooler" not in parts, two_tower)
+
+
+def _from_pretrained(
+    model_class: Any, config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any], str]:
+    """Return the model, the report of its loading and its attention: "sdpa" if all its parts have it, else "eager"."""
+    options: dict[str, Any] = {"trust_remote_code": True} if model_class is AutoModel else {}
+    for attention in ("sdpa", "eager") if getattr(model_class, "_supports_sdpa", True) else ("eager",):
         try:
             model, report = model_class.from_pretrained(
                 checkpoint.folder,
@@ -53,16 +96,20 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
                 attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and are refused with their names
                 local_files_only=True,
-                **({"trust_remote_code": True} if model_class is AutoModel else {}),
+                **options,
             )
-        except Exception as error:
-            raise _load_error(error, checkpoint) from error
-    model.eval().requires_grad_(False)
-    two_tower = hasattr(model, "get_image_features") and hasattr(model, "vision_model")
-    backbone = model.vision_model if two_tower else _backbone(model)
-    if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values":
-        raise _not_an_image_encoder(checkpoint, config)
+        except ValueError as error:
+            if attention == "eager" or "does not support an attention implementation" not in str(error):
+                raise
+        else:
+            break
+    return model, report, attention
+
+
+def _missing(model: PreTrainedModel, report: dict[str, Any], two_tower: bool, checkpoint: Checkpoint) -> list[str]:
+    """Return the weights that the checkpoint lacks, or refuse it if one of them is used by every readout."""
     text = ("text_", "logit_scale", "logit_bias")
     missing = [key for key in report["missing_keys"] if not (two_tower and key.startswith(text))]
     broken = [key for key in missing if not set(_OPTIONAL) & set(key.split("."))]
@@ -73,20 +120,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             f"{len(broken)} of them (first: {broken[0]}), which would be random. Check that config.json and the "
             "weights belong together."
         )
-    parts = {part for key in missing for part in key.split(".")}
-    head = _is_classifier(model) and not parts & {*_HEADS, "pooler"} and config.num_labels > 0
-    for owner in (model, backbone):
-        for name in (*_HEADS, "pooler", "visual_projection", *(("head",) if "siglip" in config.model_type else ())):
-            part = getattr(owner, name, None)
-            if isinstance(part, torch.nn.Module) and not isinstance(part, _PerImage):
-                setattr(owner, name, _PerImage(part))
-    projection = getattr(model, "visual_projection", None)
-    if two_tower:  # zero-shot labels load the text encoder when they need it
-        model = backbone
-    for part in (model, projection):
-        if part is not None:
-            part.to(device)
-    return LoadedModel(model, backbone, projection, attention, head, "pooler" not in parts, two_tower)
+    return missing
 
 
 def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -97,6 +131,12 @@ def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             return checkpoint.load(AutoConfig)
         except Exception as error:
             raise _load_error(error, checkpoint) from error
+
+
+def _plain_gradient(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
+    # In eval mode, the backward pass of torch's BatchNorm reads a transposed gradient of one image in the wrong order.
+    if output.requires_grad:
+        output.register_hook(torch.Tensor.contiguous)
 
 
 class _PerImage(torch.nn.Module):
@@ -120,19 +160,46 @@ def _choose_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
     """Return the class that loads the checkpoint's own architecture, or refuse before any weight is fetched."""
     architectures = getattr(config, "architectures", None) or [""]
     named = getattr(transformers, architectures[0], None)
-    if named is not None and (
-        "ForImageClassification" in named.__name__ or "VisionModelWithProjection" in named.__name__
-    ):
+    if named is not None and any(part in named.__name__ for part in _BY_ARCHITECTURE):
+        _check_class(named, config, checkpoint)
         return named
-    if type(config) not in AutoModel._model_mapping:
-        if checkpoint.trust_remote_code and "AutoModel" in (getattr(config, "auto_map", None) or {}):
-            return AutoModel
-        raise _not_an_image_encoder(checkpoint, config)
-    found = AutoModel._model_mapping[type(config)]
+    found = AutoModel._model_mapping[type(config)] if type(config) in AutoModel._model_mapping else None
     found = found[0] if isinstance(found, tuple | list) else found
-    if found.main_input_name != "pixel_values" and not hasattr(found, "get_image_features"):
-        raise _not_an_image_encoder(checkpoint, config)
+    if found is None and checkpoint.trust_remote_code and "AutoModel" in (getattr(config, "auto_map", None) or {}):
+        return AutoModel
+    if found is None and getattr(named, "config_class", None) is type(config) and "For" not in architectures[0]:
+        found = named  # the image tower of a larger model
+    if found is None:
+        raise _not_an_image_encoder(checkpoint, config, ", whose image encoder transformers does not offer alone")
+    _check_class(found, config, checkpoint)
     return found
+
+
+def _check_class(kind: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a class that needs more than pixels, models of videos, and hidden states of a decoder."""
+    if not (hasattr(kind, "get_image_features") and hasattr(kind, "get_text_features")):
+        _check_inputs(kind, config, checkpoint)
+    frames = getattr(getattr(config, "vision_config", config), "num_frames", None)
+    if frames is not None:
+        raise _not_an_image_encoder(checkpoint, config, f", which takes videos of {frames} frames")
+    if getattr(config, "is_encoder_decoder", False):
+        raise _not_an_image_encoder(checkpoint, config, ", whose hidden states are those of its decoder")
+
+
+def _check_inputs(model: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Require that the forward pass of a model or class takes pixels, and needs nothing else."""
+    signature = inspect.signature(model.forward).parameters.values()
+    inputs = [one for one in signature if one.name != "self" and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    names = [one.name for one in inputs]
+    own_name = getattr(model, "main_input_name", None) == "pixel_values" and "pixel_values" not in names  # remote code
+    first = names[0] if names and not own_name else "pixel_values"
+    if first != "pixel_values":
+        tower = next((name for name in ("image_model", "vision_tower") if hasattr(model, name)), None)
+        cure = "" if tower is None else f" (its image tower is `{tower}`: save that alone)"
+        raise _not_an_image_encoder(checkpoint, config, f", whose first input is `{first}`{cure}")
+    others = " and ".join(one.name for one in inputs[1:] if one.default is one.empty)
+    if others:
+        raise _not_an_image_encoder(checkpoint, config, f", which needs {others} beside the pixels")
 
 
 def _backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -148,10 +215,21 @@ def _is_classifier(model: PreTrainedModel) -> bool:
     return "ForImageClassification" in type(model).__name__
 
 
-def _not_an_image_encoder(checkpoint: Checkpoint, config: PreTrainedConfig) -> ValueError:
+def _check_labels(model: PreTrainedModel, mismatched: Any, checkpoint: Checkpoint) -> None:
+    """Require one name for each logit of a classification head."""
+    names = model.config.id2label or {}
+    count = next((shape[0] for name, shape, _ in mismatched if {*_HEADS, "fc"} & set(name.split("."))), len(names))
+    if _is_classifier(model) and sorted(names) != list(range(count)):
+        raise ValueError(
+            f"id2label in the config.json of '{checkpoint.model_id}' must name the {count} logits of its head, 0 to "
+            f"{count - 1}; it names {len(names)}, {min(names)} to {max(names)}. Correct it."
+        )
+
+
+def _not_an_image_encoder(checkpoint: Checkpoint, config: PreTrainedConfig, why: str = "") -> ValueError:
     return ValueError(
         f"`model_id` must name an image encoder (pixels in, hidden states out); '{checkpoint.model_id}' is a "
-        f"{config.model_type!r} model. Choose a vision checkpoint such as 'facebook/deit-tiny-patch16-224'."
+        f"{config.model_type!r} model{why}. Choose a vision checkpoint such as 'facebook/deit-tiny-patch16-224'."
     )
 
 

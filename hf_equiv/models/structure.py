@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.precision import Encoding
 
+_INSIDE = 1e-4  # sine of the angle below which a vector lies in a space: W is that of the dtype of f
+
 
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
     """Return the LayerNorm through which all dependence of f(x) on the pixels passes; None if there is none."""
@@ -35,54 +37,85 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
     # With n the unit vector along h − mean h, κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
     #    * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
     #    * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
-    #    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns; "unit norm": Wᵀu = 0 along z.
-    # If T averages several tokens equally, only the centring is left. Cost: three forwards, two VJPs, VJPs through T.
+    #    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns.
+    # "unit norm" is zᵀJ = 0, with or without a last LayerNorm.
+    # If Wᵀ reaches neither 1/γ nor n/γ, it may reach a combination a/γ + b n/γ, and then uᵀJ is b times the latter row:
+    # after a unit norm, whose W has z in its null space, one is left of the two. If T averages several tokens equally,
+    # only the centring is left. Cost: three forwards, four VJPs, VJPs through T.
     norm = find_last_norm(f, model, image)
-    if norm is None:
-        return ()
     kept: list[tuple[Tensor, Tensor]] = []
-    with _hooked(norm, lambda _, inputs, output: kept.append((inputs[0], output))):
+    with _hooked(norm or nn.Identity(), lambda _, inputs, output: kept.append((inputs[0], output))):
         z, x = _graph(f, image)
+    found = _unit_norm(z[0], x)
+    if norm is None:
+        return tuple(found)
+    unit_norm = len(found) > 0
     h, y = kept[-1]
     gamma, d = getattr(norm, "weight", None), h.shape[-1]
     if gamma is not None and len(gamma) != d:
-        return ()
+        return tuple(found)
     gain = torch.ones(d, dtype=torch.float64, device=h.device) if gamma is None else gamma.detach().double()
     W, token = _tail(z[0], y)
     again = nn.functional.layer_norm(h, (d,), gamma, getattr(norm, "bias", None), getattr(norm, "eps", 0.0))
     plain = again.shape == y.shape and bool(torch.allclose(again, y, rtol=1e-3, atol=1e-3))  # false for other axes
     if W is None or not plain or not bool((gain != 0).all()):
-        return ()
+        return tuple(found)
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=W.shape[0] <= 4096)
     rank = int((sigma > 1e3 * torch.finfo(z.dtype).eps * sigma[0]).sum())
-    found = []
-    if rank < W.shape[0]:
-        unit = (z.detach()[0].double() / z.detach().double().norm())[:, None]
-        if float((W.T @ unit).norm()) < 1e2 * torch.finfo(z.dtype).eps * float(sigma[0]):
-            found.append(LeftRelation("unit norm", unit))
-        if W.shape[0] > W.shape[1] and U.shape[1] == W.shape[0]:
-            found.append(LeftRelation("head wider than its input", U[:, W.shape[1] :]))
-
-    def solve(target: Tensor) -> Tensor | None:
-        u = U[:, :rank] @ ((Vh[:rank] @ target) / sigma[:rank])
-        return u[:, None] if float((W.T @ u - target).norm()) < 1e-4 * float(target.norm()) else None
-
-    centring = solve(1 / gain)
-    if centring is not None:
-        found.append(LeftRelation("LayerNorm centring", centring))
+    if W.shape[0] > W.shape[1] and U.shape[1] == W.shape[0]:
+        found.append(LeftRelation("head wider than its input", U[:, W.shape[1] :]))
+    targets, row = (1 / gain)[:, None], None
     if token is not None:
-        centred = h.detach().reshape(-1, d)[token].double()
-        centred = centred - centred.mean()
-        eps = float(getattr(norm, "eps", 0.0))
-        spread = float(centred.square().mean()) + eps
-        n = centred / centred.norm()
-        w = solve(n / gain)
-        if w is not None:
-            cotangent = torch.zeros_like(h).reshape(-1, d)
-            cotangent[token] = n.to(h)
-            (row,) = torch.autograd.grad(h, x, cotangent.view_as(h))
-            found.append(LeftRelation("LayerNorm epsilon", w, row.flatten(1).double() * (eps / spread / spread**0.5)))
-    return tuple(found)
+        target, row = _constant_length(norm, h, x, token)
+        targets = torch.cat([targets, (target / gain)[:, None]], dim=1)
+    lengths = targets.norm(dim=0)
+    targets = targets / lengths
+    for weights in _solvable(targets, Vh[:rank]):
+        u = U[:, :rank] @ ((Vh[:rank] @ targets @ weights) / sigma[:rank])
+        rows = row * weights[1] / lengths[1] if row is not None and bool(weights[1]) else None
+        found.append(LeftRelation(_cause(weights, unit_norm), u[:, None], rows))
+    return tuple(sorted(found, key=lambda one: one.rows is not None))
+
+
+def _unit_norm(z: Tensor, x: Tensor) -> list[LeftRelation]:
+    """Return the relation zᵀJ = 0 if z has unit length at every x."""
+    unit = z.detach().double()
+    draw = torch.randn(len(z), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(unit)
+    along, other = (torch.autograd.grad(z, x, u.to(z), retain_graph=True)[0].norm() for u in (unit, draw / draw.norm()))
+    limit = 1e3 * torch.finfo(z.dtype).eps
+    constant = abs(float(unit.norm()) - 1) < limit and float(along) < limit * float(other)
+    return [LeftRelation("unit norm", unit[:, None] / unit.norm())] if constant else []
+
+
+def _constant_length(norm: nn.Module, h: Tensor, x: Tensor, token: int) -> tuple[Tensor, Tensor]:
+    """Return n (d,) of a token and κ nᵀ(∂h/∂x)/√(var h + ε) (1, N)."""
+    d, eps = h.shape[-1], float(getattr(norm, "eps", 0.0))
+    centred = h.detach().reshape(-1, d)[token].double()
+    centred = centred - centred.mean()
+    spread = float(centred.square().mean()) + eps
+    n = centred / centred.norm()
+    cotangent = torch.zeros_like(h).reshape(-1, d)
+    cotangent[token] = n.to(h)
+    (row,) = torch.autograd.grad(h, x, cotangent.view_as(h))
+    return n, row.flatten(1).double() * (eps / spread / spread**0.5)
+
+
+def _solvable(targets: Tensor, basis: Tensor) -> Tensor:
+    """Return the combinations (R, T) of unit targets (d, T) that lie in the span of the orthonormal rows of a basis."""
+    count = targets.shape[1]
+    _, off, combinations = torch.linalg.svd(targets - basis.T @ (basis @ targets), full_matrices=False)
+    inside = combinations[off < _INSIDE]
+    inside = inside.where(inside.abs() > _INSIDE, 0.0)
+    return torch.eye(count).to(targets) if len(inside) == count else inside
+
+
+def _cause(weights: Tensor, unit: bool) -> str:
+    """Name a relation by its weights of centring and, if there are two, of the constant length."""
+    if len(weights) == 1 or not bool(weights[1]):
+        return "LayerNorm centring"
+    if not bool(weights[0]):
+        return "LayerNorm epsilon"
+    return "LayerNorm centring, epsilon and unit norm" if unit else "LayerNorm centring and epsilon"
 
 
 def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:

@@ -49,6 +49,11 @@ def embed_labels(
             ) from error
         _check_known(tokenizer, labels, checkpoint.model_id)
         model = checkpoint.load(AutoModel, dtype=dtype, use_safetensors=True)
+    if not hasattr(model, "logit_scale"):
+        raise ValueError(
+            f"`labels` must be None for '{checkpoint.model_id}': {type(model).__name__} has no logit scale "
+            "for similarities. Use CLIP or SigLIP."
+        )
     model.eval().requires_grad_(False).to(device)
     sentences = [PROMPT.format(label=label) for label in labels]
     length = int(model.config.text_config.max_position_embeddings)

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
 from hf_equiv.report.render import ALIKE_DB, findings, interval, many, tenth, three
-from hf_equiv.report.statistics import Estimate, Share
+from hf_equiv.report.statistics import SMALL, Estimate, Share
 
-FEW = 10  # with fewer pairs or photos, a supported claim has a caveat
+FEW = SMALL  # with fewer pairs or photos, a verdict has a caveat
 ON_THE_WAY = 0.1  # a budget is enough if the median PNG error is at most this part of the distance of unrelated images
 YES, PARTLY, NO, OPEN = "supported", "supported with a caveat", "not supported", "not measured"
-UNDECIDED = "not decided"
+UNDECIDED, NO_FEW = "not decided", "not supported with a caveat"
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,15 @@ def linear_reach(numbers: CheckpointNumbers) -> Reach | None:
 Judged = tuple[str, str] | None
 
 
+def _against(n: int) -> str:
+    """Return the verdict on a claim that fails for n pairs or photos, with a caveat if there are few."""
+    return NO if n >= FEW else NO_FEW
+
+
 def _verdict(share: Share) -> str:
     """Judge whether a share exceeds one half, with a caveat if its interval does not or there are few pairs."""
     if share.value <= 0.5:
-        return NO
+        return _against(share.n)
     return YES if share.n >= FEW and share.low is not None and share.low > 0.5 else PARTLY
 
 
@@ -102,16 +107,18 @@ def _structure(numbers: CheckpointNumbers) -> Judged:
     if match is None or match.psnr_match_target is None:
         return None
     verdict = _verdict(match.matched) if match.matched else OPEN
-    return interval(match.psnr_match_target, tenth), NO if match.psnr_match_target.value >= ALIKE_DB else verdict
+    if match.psnr_match_target.value >= ALIKE_DB:
+        verdict = _against(match.psnr_match_target.n)
+    return interval(match.psnr_match_target, tenth), verdict
 
 
 def _linear(numbers: CheckpointNumbers) -> Judged:
     reach = linear_reach(numbers)
     if reach is None or numbers.lipschitz is None:
         return None
-    enough = min(reach.match.n, numbers.lipschitz.images) >= FEW
-    verdict = YES if enough and reach.match.is_below(reach.linear) else PARTLY
-    verdict = NO if reach.linear.is_below(reach.match) else verdict
+    n = min(reach.match.n, numbers.lipschitz.images)
+    verdict = YES if n >= FEW and reach.match.is_below(reach.linear) else PARTLY
+    verdict = _against(n) if reach.linear.is_below(reach.match) else verdict
     return interval(reach.linear, three), verdict
 
 
@@ -125,7 +132,7 @@ def _null(numbers: CheckpointNumbers) -> Judged:
     if len(found.ranks) == 1 and found.full > 1:
         photos = f"the same at all {photos}"
     verdict = YES if found.full >= FEW else PARTLY
-    return photos, verdict if found.nullity > found.pixels / 2 else NO
+    return photos, verdict if found.nullity > found.pixels / 2 else _against(found.full)
 
 
 def _alike(numbers: CheckpointNumbers) -> Judged:
@@ -143,15 +150,15 @@ def _normal(numbers: CheckpointNumbers) -> Judged:
         return None
     ratio = top.value.value / random.value.value
     good = ratio >= 10 and (null is None or not null.resolved)
-    enough = min(found.images, top.value.n, random.value.n) >= FEW
-    return interval(top.value, three), NO if ratio < 2 else (YES if good and enough else PARTLY)
+    n = min(found.images, top.value.n, random.value.n)
+    return interval(top.value, three), _against(n) if ratio < 2 else (YES if good and n >= FEW else PARTLY)
 
 
 def _downstream(numbers: CheckpointNumbers) -> Judged:
     shares = [found.flipped for found in (numbers.heads, numbers.probe) if found and found.flipped]
     if not shares:
         return None
-    verdict = min((_verdict(one) for one in shares), key=(NO, PARTLY, YES).index)
+    verdict = min((_verdict(one) for one in shares), key=(NO, NO_FEW, PARTLY, YES).index)
     return "; ".join(interval(one) for one in shares), verdict
 
 

@@ -131,7 +131,7 @@ def _inside(folder: Path, path: Path) -> str:
 
 def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str, ...]:
     """Name the files of rows and float images that are not as recorded; a report reads no other files."""
-    paths = [*shards.shard_files(folder, layout), *(folder / "float").glob("[!.]*.safetensors")]
+    paths = [*(folder / layout.folder).glob("[!.]*.parquet"), *(folder / "float").glob("[!.]*.safetensors")]
     there = {_inside(folder, path): path for path in paths}
     names = {name for name in digests if name.endswith((".parquet", ".safetensors"))} | set(there)
     return tuple(
@@ -150,6 +150,7 @@ def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iter
         rows = {row[run.layout.item]: row for row in shards.read_shard(path, images=True, layout=run.layout)}
         for name in ids:
             if name in rows:
+                shards.check_pictures(rows[name], run.layout)
                 yield rows[name], tensors.get(name)
 
 

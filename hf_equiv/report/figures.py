@@ -158,7 +158,7 @@ def _constants(checkpoint: Checkpoint) -> Figure | None:
 def _proportion(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Figure | None:
     """Draw lengths in pixel space on one axis: reach of the linear model, matches, and ends of walks."""
     lengths = {
-        f"linear: {kind}": (KINDS.get(kind, INK), [row["linearity_radius"] for row in rows])
+        f"linear: {figures.label_of(kind, 28)}": (KINDS.get(kind, INK), [row["linearity_radius"] for row in rows])
         for kind, rows in by_kind(all_rows(checkpoint.of("lipschitz"))).items()
     }
     if not any(any(values) for _, values in lengths.values()):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_equiv.analyses.measures import cosine, distances_apart, median_of, open_png, psnr_db, relative_error, ssim
 from hf_equiv.analyses.pairs import image_generator
-from hf_equiv.data.image_file import encode_png, open_image
+from hf_equiv.data.image_file import encode_png, open_image, stored_image
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite
 from hf_equiv.precision import no_tf32
@@ -46,7 +46,7 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
     """Save as JPEG (Pillow, its usual 4:2:0 chroma) and read back."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
+    return open_image(buffer.getvalue())
 
 
 def resize_and_back(image: Image.Image, factor: float) -> Image.Image:
@@ -237,7 +237,7 @@ def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
     for row, images, _ in _read(run, other, lambda done: tell(done, total)):
         same = tuple(images[0].shape) == tuple(other.input_shape)
         if not same:
-            images = list(other.preprocess([open_image(row[name]) for name in IMAGE_COLUMNS]))
+            images = list(other.preprocess([stored_image(row[name]) for name in IMAGE_COLUMNS]))
         pairs.append(transfer_pair(other, images))
     return {
         "model": other.provenance["model_id"],
@@ -277,9 +277,10 @@ def _kept(cache: Path | None, key: Sequence[Any], make: Callable[[], Row]) -> Ro
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = None if cache is None else cache / f"measured-{digest[:16]}.json"
     if path is not None and path.is_file():
-        with contextlib.suppress(OSError, ValueError):  # a damaged file is measured again
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a damaged file is measured again
             return dict(json.loads(path.read_text(encoding="utf-8")))
     text = json.dumps(make(), allow_nan=False)
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         shards.write_atomic(path, text.encode())
     return dict(json.loads(text))  # equal for a new and a kept measurement

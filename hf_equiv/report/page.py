@@ -70,6 +70,7 @@ class Report:
             path: file of the page, the `out` of `make_report`.
         """
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for old in (path.parent / self.folder).glob("model*-*.png"):
             if old.name not in self.pictures:
                 old.unlink()

@@ -16,8 +16,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_equiv.formatting import ball, short
-from hf_equiv.report.statistics import Estimate, Share
+from hf_equiv.formatting import ball, printable, short
+from hf_equiv.report.statistics import LEVEL, Estimate, Share
 
 ALIKE_DB = 30.0  # least PSNR at which a match looks like its source: differences show only on a close look
 
@@ -34,8 +34,8 @@ def interval(estimate: Estimate | None, form: Callable[[float], str] = short) ->
     if estimate.low is None or estimate.high is None:
         return f"n = {estimate.n}, no interval"
     if isinstance(estimate, Share):
-        return f"95 % CI {100 * estimate.low:.0f} % to {100 * estimate.high:.0f} %"
-    return f"95 % CI {form(estimate.low)} to {form(estimate.high)}, n = {estimate.n}"
+        return f"{_level(estimate)} {100 * estimate.low:.0f} % to {100 * estimate.high:.0f} %"
+    return f"{_level(estimate)} {form(estimate.low)} to {form(estimate.high)}, n = {estimate.n}"
 
 
 def brief(estimate: Estimate | None, form: Callable[[float], str] = short) -> str:
@@ -44,7 +44,12 @@ def brief(estimate: Estimate | None, form: Callable[[float], str] = short) -> st
         return count(estimate).replace("95 % CI ", "")
     if estimate is None or estimate.low is None or estimate.high is None:
         return "–" if estimate is None else form(estimate.value)
-    return f"{form(estimate.value)} ({form(estimate.low)} to {form(estimate.high)})"
+    level = "" if estimate.coverage == LEVEL else _level(estimate).replace("CI", "")
+    return f"{form(estimate.value)} ({level}{form(estimate.low)} to {form(estimate.high)})"
+
+
+def _level(estimate: Estimate) -> str:
+    return f"{100 * estimate.coverage:.3g} % CI"
 
 
 def count(share: Share | None) -> str:
@@ -98,8 +103,8 @@ _FORMATS: dict[str, Callable[..., Any]] = {
     "many": many,
 }  # fmt: skip
 _SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
-_WHOLE = re.compile(rf"\({_SPAN}\)|95 % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
-_SIGNS = re.compile(r"([\\`*_<>\[\]|#~&])")
+_WHOLE = re.compile(rf"\({_SPAN}\)|\d[\d.]* % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
+_SIGNS = re.compile(r"([\\`*_<>\[\]|#~&]|:(?=//))")
 
 
 @cache
@@ -126,7 +131,7 @@ def plain(value: object) -> Any:
     """Return text from data on one line, without control characters; `–` for None."""
     if isinstance(value, Markup):
         return value
-    return "–" if value is None else "".join(sign if sign.isprintable() else " " for sign in str(value))
+    return "–" if value is None else printable(value)
 
 
 def _html(value: object) -> Markup:

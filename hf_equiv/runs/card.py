@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_equiv.formatting import form, text_templates
+from hf_equiv.formatting import form, printable, text_templates
 from hf_equiv.runs.schema import MATCH, Layout
 
 _OPTIONS = "solver k directions radii regional linearity heading step num_steps rtol radius norm max_evals stop".split()
+NO_PHOTOS = "\nThe photos are withheld: image columns are empty.\n"
 _ESCAPES = str.maketrans({"|": "&#124;", "<": "&lt;", ">": "&gt;", "`": "&#96;"})
-
-
-def one_line(text: str) -> str:
-    """Replace line breaks and other control characters, which would begin new lines of a card."""
-    return "".join(c if c.isprintable() else " " for c in text)
+_BLOCK = re.compile(r"^(\d*)(?=[#\[]|~~~|[-+*.)]\s|[-+*=_.)](?:\s*[-*=_])*$)")  # what makes a line begin a block
 
 
 def escape(value: Any) -> Any:
-    """Escape a value for Markdown: it cannot end a line, a table cell or a code span, or begin a tag or a link."""
+    """Escape a value for Markdown: it cannot end a line, a table cell or a code span, or begin a tag, link or block."""
     if hasattr(value, "__html__"):
         return value
-    return one_line(str(value)).translate(_ESCAPES).replace("](", "]&#40;")
+    text = printable(value).lstrip().translate(_ESCAPES).replace("](", "]&#40;")
+    return _BLOCK.sub(r"\1\\", text.replace("://", ":&#47;/").replace("www.", "www&#46;"))
 
 
-_TEMPLATES = text_templates(finalize=escape)  # escapes every value but the result of `tojson`
+_TEMPLATES = text_templates(autoescape=False, finalize=escape)  # escapes every value but the result of `tojson`
 _TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
 
@@ -37,7 +36,7 @@ def run_card(
 ) -> str:
     """Return the card of a run from its settings and summary; `figures` are names of files inside `figures/`."""
     return _TEMPLATES.get_template("run_card.md.jinja").render(
-        model_id=one_line(settings["model_id"]),
+        model_id=printable(settings["model_id"]),
         layout=layout,
         settings=settings,
         summary=summary,

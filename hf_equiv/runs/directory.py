@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_equiv.formatting import utf8
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
@@ -29,17 +32,29 @@ OVERWRITE = ("missing", "always", "never")
 OWN_FOLDERS = (*(layout.folder for layout in LAYOUTS.values()), "float", "figures")
 _LOCK = ".lock"
 
-_COMMON = ("model_id", "model_revision", "readout", "dtype", "normalize", "data_id", "data_revision", "seed")
+_COMMON: dict[str, tuple[type, ...]] = {"normalize": (bool,), "seed": (int,)}
+_COMMON |= dict.fromkeys(("model_id", "model_revision", "readout", "dtype", "data_id", "data_revision"), (str,))
+_OTHERS: dict[str, tuple[type, ...]] = dict.fromkeys(("processor", "attention"), (str,))
 _NUMBER = (int, float)
 _NONE = type(None)
+HEAD: dict[str, tuple[type, ...]] = {
+    "schema_version": (int,), "settings": (dict,), "analysis": (str,), "complete": (bool,),
+    "files": (dict,), "errors": (dict,), "closed_with": (dict,), "command": (str, _NONE),
+} | dict.fromkeys(("photos", "license", "rights", "versions", "card"), (str, _NONE))  # fmt: skip
+"""The types of the keys of `run.json`; only the first two must be there in every version."""
+
 _SETTINGS: dict[str, dict[str, tuple[type, ...]]] = {
-    "match": dict.fromkeys(("solver", "rtol", "max_evals", "radius", "norm", "refine", "labels", "drawn"), ()),
+    "match": {"solver": (str,), "rtol": _NUMBER, "max_evals": (int,), "radius": (*_NUMBER, _NONE)}
+    | {"norm": (str, _NONE), "refine": (bool,), "labels": (list, _NONE), "drawn": (bool,)},
     "spectrum": {"k": (int, _NONE), "vectors": (bool,)},
     "lipschitz": {"directions": (dict,), "regional": (*_NUMBER, _NONE), "norm": (str, _NONE), "linearity": (bool,)},
     "walk": {"heading": (str,), "num_steps": (int,), "solver": (str, _NONE)}
     | dict.fromkeys(("step", "rtol", "stop"), _NUMBER),
 }
-"""The settings of each analysis with their types in `run.json`; an empty tuple allows any type."""
+"""The settings of each analysis with their types in `run.json`."""
+
+_INSIDE: dict[str, tuple[type, ...]] = {"directions": (int,), "radii": _NUMBER, "labels": (str,)}
+"""The types of the values in lists and objects of the settings."""
 
 
 def analysis_of(record: Mapping[str, Any]) -> str:
@@ -50,6 +65,11 @@ def analysis_of(record: Mapping[str, Any]) -> str:
 def is_withheld(record: Mapping[str, Any]) -> bool:
     """Return whether the photos of a run are left out."""
     return record.get("photos") == WITHHELD
+
+
+def is_summed_up(record: Mapping[str, Any]) -> bool:
+    """Return whether a run has a summary with its verdict."""
+    return isinstance(record["summary"], dict) and "verdict" in record["summary"]
 
 
 def default_folder(analysis: str, settings: Row) -> Path:
@@ -71,16 +91,59 @@ def read_record(folder: Path) -> Row:
         why = f"it has no {RECORD}" if folder.is_dir() else "it does not exist. Check the path"
         raise ValueError(f"{str(folder)!r} must be a run directory; {why}.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version, _ = int(record["schema_version"]), record["settings"]["model_id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({type(error).__name__}: {error}).") from error
-    if version > SCHEMA_VERSION:
+        record = parse_record(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}. Restore it, or make the run again elsewhere.") from error
+    if (stated := record["schema_version"]) > SCHEMA_VERSION:
         raise ValueError(
-            f"{str(folder)!r} was written with schema_version {version}; this version of hf_equiv knows up to "
+            f"{str(folder)!r} was written with schema_version {stated}; this version of hf_equiv knows up to "
             f"{SCHEMA_VERSION}. Upgrade hf_equiv."
         )
+    return record
+
+
+def parse_record(data: bytes) -> Row:
+    """Read the text of a `run.json` of any version; a ValueError names its faults."""
+    try:
+        record = json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=each_key_once)
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no Infinity, no half of a character
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    wrong = _wrong_types(record, HEAD, ("schema_version", "settings"))
+    wrong = wrong or _wrong_types(record["settings"], _COMMON | _OTHERS, ("model_id", "model_revision"), "settings.")
+    layout = None if wrong else LAYOUTS.get(analysis_of(record))
+    if layout is not None:
+        wrong += _wrong_types(record, {layout.listed: (list,)}, ())
+        if not wrong and not all(_is_entry(item, layout) for item in record.get(layout.listed, ())):
+            wrong.append(f"a right {layout.listed}.{layout.item}")
+        texts = ("files", "errors", "closed_with")
+        wrong += [f"a right {key}" for key in texts if not _holds(record.get(key), (str,))]
+    if wrong:
+        raise ValueError(f"it lacks {', '.join(wrong)}")
     return dict(record)
+
+
+def each_key_once(pairs: Sequence[tuple[str, Any]]) -> Row:
+    """Make an object of JSON; refuse a key that is there twice, since readers differ in the value they take."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return made
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _wrong_types(found: Any, kinds: Mapping[str, Any], needed: Iterable[str], inside: str = "") -> list[str]:
+    """Name the keys that are missing or have a wrong type."""
+    if not isinstance(found, dict):
+        return [f"a JSON object {inside.rstrip('.')}".rstrip()]
+    wrong = [f"a right {inside}{key}" for key, types in kinds.items() if key in found and not _is(found[key], types)]
+    return [f"{inside}{key}" for key in needed if key not in found] + wrong
 
 
 def check_record(folder: Path, record: Row) -> Layout:
@@ -91,20 +154,29 @@ def check_record(folder: Path, record: Row) -> Layout:
         raise ValueError(f"{str(folder)!r} {told}. Upgrade hf_equiv.")
     settings, kinds = record["settings"], _SETTINGS[layout.analysis]
     # Early walks, and walks that lead to no image, have no `stop`.
-    missing = [f"settings.{key}" for key in (*_COMMON, *kinds) if key not in settings and key != "stop"]
-    missing += [f"a right settings.{k}" for k, types in kinds.items() if k in settings and not _is(settings[k], types)]
-    missing += [key for key, kind in ((layout.listed, list), ("files", dict)) if not isinstance(record.get(key), kind)]
-    if not missing and not all(isinstance(item, dict) and layout.item in item for item in record[layout.listed]):
-        missing.append(f"{layout.listed}.{layout.item}")
-    missing += [key for key in ("complete", "summary") if key not in record]
+    needed = [key for key in (*_COMMON, *kinds) if key != "stop"]
+    missing = _wrong_types(settings, kinds, needed, "settings.")
+    missing += [f"a right settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
+    missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
     if missing:
-        raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks {', '.join(missing)}.")
+        why = f"is damaged: it lacks {', '.join(missing)}. Restore it, or make the run again elsewhere"
+        raise ValueError(f"{str(folder / RECORD)!r} {why}.")
     return layout
 
 
+def _holds(value: Any, types: tuple[type, ...]) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(_is(one, types) for one in inside)
+
+
+def _is_entry(item: Any, layout: Layout) -> bool:
+    """Return whether an entry of the list of pairs or images has an id, and all its values are text."""
+    texts = isinstance(item, dict) and all(v is None or isinstance(v, str) for v in item.values())
+    return texts and item.get(layout.item) is not None
+
+
 def _is(value: Any, types: tuple[type, ...]) -> bool:
-    whole = not isinstance(value, dict) or all(type(count) is int for count in value.values())
-    return not types or (type(value) in types and whole)  # not `isinstance`, since a bool is an int
+    return type(value) in types  # not `isinstance`, since a bool is an int
 
 
 def write_record(folder: Path, plan: Any, summary: Row | None = None, errors: Mapping[str, str] | None = None) -> None:
@@ -120,8 +192,14 @@ def write_record(folder: Path, plan: Any, summary: Row | None = None, errors: Ma
         "summary": summary,
         "errors": dict(errors or {}),
         "files": {path.relative_to(folder).as_posix(): shards.sha256_file(path) for path in files},
+        **({} if summary is None else {"closed_with": software()}),
     }
     save_record(folder, record)
+
+
+def software() -> dict[str, str]:
+    """Return the versions of the packages that write summary, card and figures."""
+    return {name: version(name) for name in ("hf_equiv", "matplotlib", "numpy", "pillow")}
 
 
 def record_text(record: Row) -> str:
@@ -135,8 +213,20 @@ def save_record(folder: Path, record: Row) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, so that two runs never write into it at once."""
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a run directory, so that two runs never write into it at once; yield a check that it is held."""
+
+    def is_held() -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _LOCK))
+        except OSError:
+            return False
+
+    def check() -> None:
+        if not is_held():
+            raise shards.gone(folder)
+
+    refuse_odd_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644))
@@ -146,22 +236,32 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _LOCK)):
-                    raise FileNotFoundError  # another run has just deleted it
-        except (BlockingIOError, FileNotFoundError):
+                if not is_held():
+                    raise BlockingIOError  # another run has just deleted it
+        except BlockingIOError:
             raise ValueError(
                 f"{str(folder)!r} is being written by another run. Wait for it, stop it, or give another --out."
             ) from None
+        except OSError as error:
+            raise unwritable(folder, error, "locked") from error
         try:
-            yield
+            yield check
         finally:
             with contextlib.suppress(OSError):  # Windows does not delete an open file
-                (folder / _LOCK).unlink(missing_ok=True)
+                if is_held():
+                    (folder / _LOCK).unlink()
 
 
-def unwritable(folder: Path, error: OSError) -> ValueError:
-    """Return the error for a run directory that cannot be written."""
-    return ValueError(f"run directory {str(folder)!r} cannot be written: {error.strerror}. Give another --out.")
+def refuse_odd_name(folder: Path) -> None:
+    """Refuse a folder whose name is no UTF-8, which safetensors does not open."""
+    if utf8(str(folder)) != str(folder):
+        raise ValueError(f"`out` must be a name in UTF-8; got {str(folder)!r}. Give another --out.")
+
+
+def unwritable(folder: Path, error: OSError, what: str = "written") -> ValueError:
+    """Return the error for a run directory that cannot be written or locked."""
+    cure = "Give another --out" + (" on a file system with locks" if what == "locked" else "")
+    return ValueError(f"run directory {str(folder)!r} cannot be {what}: {error.strerror}. {cure}.")
 
 
 def own_files(folder: Path) -> list[Path]:
@@ -201,7 +301,7 @@ def read_run(folder: Path) -> LocalRun:
             f"{str(folder)!r} must be a finished run; rows are missing. Run the same {layout.analysis} command again: "
             "it makes the missing rows."
         )
-    if "verdict" not in (record["summary"] or ()):
+    if not is_summed_up(record):
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks summary.verdict.")
     wrong = [f"{name} {fault}" for name, _, _, fault in file_faults(folder, record)]
     if wrong:

@@ -38,8 +38,9 @@ Observer = Callable[[RunProgress], None]
 def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
     """Make the missing rows together with the other processes, close the run, and return whether this one is main."""
     # A job has the `plan` with its layout, settings, command and items (each with its place `index`, `name` and
-    # `entry()`), the `folder` of the run, and the `size` of a block in items. `make(block, tell)` writes the shard of a
-    # block; `finish()` writes figures and card once all rows are there, and returns the summary.
+    # `entry()`), the `folder` of the run, and the `size` of a block in items. `make(block, tell)` returns the rows of a
+    # block, their float images, costs and errors; `finish()` writes figures and card once all rows are there, and
+    # returns the summary.
     if overwrite not in directory.OVERWRITE:
         raise ValueError(f"`overwrite` must be one of {', '.join(directory.OVERWRITE)}; got {overwrite!r}.")
     folder, state = job.folder, processes.join(job.plan.encoder.device)
@@ -50,30 +51,36 @@ def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
     if not state.is_main_process:
         processes.meet(state)
         with Claims(folder, state) as claims:
-            _make_rows(job, tell, claims, state)
+            _make_rows(job, tell, claims, state, lambda: None)
             claims.wait_for_close()
         if not directory.read_record(folder)["complete"]:
             raise RuntimeError(processes.LEFT_ALONE)
         return False
-    with directory.locked(folder):
+    with directory.locked(folder) as check:
         failed = resume.prepare(folder, job.plan, overwrite)
         with Claims(folder, state) as claims:
             if failed:
                 told = f"{failed} {job.plan.layout.listed} whose rows have status error are tried again"
                 tell(RunProgress("info", message=told))
             processes.meet(state)
-            made = _make_rows(job, tell, claims, state)
-            files = directory.read_record(folder)["files"]  # empty until the run is closed
-            if made or not files or not all((folder / name).is_file() for name in files):
+            made = _make_rows(job, tell, claims, state, check)
+            record = directory.read_record(folder)
+            files = record["files"]  # empty until the run is closed
+            whole = bool(files) and all((folder / name).is_file() for name in files)
+            if made or not whole or not directory.is_summed_up(record):
+                check()
                 _close(job)
     return True
 
 
-def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState) -> bool:
-    """Make the missing rows, and return whether there were any."""
+def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState, check: Callable[[], None]) -> bool:
+    """Make the missing rows, and return whether there were any; `check` the folder before each is written."""
     # The main process returns when all rows are there. It makes the blocks of processes that have ended.
     folder, layout, items = job.folder, job.plan.layout, job.plan.items
     finished = shards.ids_of(folder, layout)
+    if unknown := finished - {item.name for item in items}:
+        told = f"{str(folder)!r} holds rows of {min(unknown)!r}, which its run does not list"
+        raise ValueError(f"{told}. Give another --out, or --overwrite always to replace it.")
     processes.meet(state)  # every process has read the same list before the first one writes
     if not state.is_main_process:
         resume.refuse_other_settings(folder, job.plan, mendable=False)  # images may have changed in between
@@ -93,7 +100,10 @@ def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState) ->
 
     def make(block: Block) -> None:
         if not is_there(block):
-            job.make(block, lambda progress: tell(replace(progress, done=done, total=len(items))))
+            made = job.make(block, lambda progress: tell(replace(progress, done=done, total=len(items))))
+            check()
+            rows, floats, costs, errors = made
+            shards.write_shard(folder, block[0].index, rows, floats, costs, layout, errors)
             count(tuple(item.name for item in block))
 
     if told := processes.describe(state, blocks, "rows" if layout is MATCH else "images"):

@@ -18,6 +18,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from hf_equiv.runs.directory import unwritable
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -147,6 +149,8 @@ class Claims:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
         except (BlockingIOError, PermissionError):  # POSIX allows both
             return False
+        except OSError as error:
+            raise unwritable(self._path.parent, error, "locked") from error
         return True
 
     def _is_open(self) -> bool:

@@ -46,6 +46,7 @@ def prepare(folder: Path, plan: Any, overwrite: str) -> int:
 
 def refuse_early(folder: Path, plan: Any, overwrite: str) -> int:
     """Apply the rules of `prepare` and `locked` without leaving a file, and return the number of rows to keep."""
+    directory.refuse_odd_name(folder)
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".hf-equiv-", dir=there):
@@ -78,11 +79,11 @@ def refuse_other_settings(folder: Path, plan: Any, *, mendable: bool) -> None:
         there, asked = {"analysis": analysis_of(record)}, {"analysis": plan.layout.analysis}
     other = [key for key in sorted({*there, *asked}) if there.get(key) != asked.get(key)]
     told = ""
-    if other and not (mendable and other == ["data_revision"] and _is_mended(record[listed], plan)):
+    if other and not (mendable and other == ["data_revision"] and _is_mended(record.get(listed, ()), plan)):
         values = {k: [_shown(of.get(k)) for of in (there, asked)] for k in other}
         changes = (f"{_CHANGED.get(k, k)} ({old} there, {new} asked)" for k, (old, new) in values.items())
         told = f"other settings: {', '.join(changes)}. Give"
-    elif not other and _have_changed(record[listed], plan):
+    elif not other and _have_changed(record.get(listed, ()), plan):
         told = "other images under the same names: the files have changed. Put them back, give"
     if told:
         raise ValueError(f"{str(folder)!r} holds a run of {told} another --out, or --overwrite always to replace it.")

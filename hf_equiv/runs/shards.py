@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,21 +26,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hf_equiv.limits import read_batches
+from hf_equiv.png_file import check_png
 from hf_equiv.results import Status
-from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row
+from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row, row_name
 
 FILE_ITEMS = 500  # most pairs or images in a merged file
 FILE_BYTES = 100_000_000  # most bytes of images in a merged file and its float file, unless a single item has more
 
+_SHARD = re.compile(r"part-\d{5,}\.parquet")
 _ERRORS = b"hf_equiv.errors"
 _STAGED = ".merged"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a temporary file, sync it and rename it, so that the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a temporary file, sync it and rename it, so that the file is whole or not there; make one folder for it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(exist_ok=True)  # not its parents: a run directory that has been moved is not made again
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
@@ -52,6 +56,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             finally:
                 os.close(folder)
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise gone(path.parent) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
@@ -64,8 +70,16 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def gone(folder: Path) -> OSError:
+    """Return the error for a folder that is no longer there."""
+    told = f"folder {str(folder)!r} has been renamed, replaced or deleted while it was written"
+    return FileNotFoundError(f"{told}. Nothing more was written; put it back and run the same command again.")
+
+
 def sha256_file(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
+    if path.stat().st_size == 0:  # files of the kernel, to which a link can lead, may never end
+        return hashlib.sha256().hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -87,7 +101,8 @@ def shard_index(path: Path) -> int:
 
 def shard_files(folder: Path, layout: Layout = MATCH) -> list[Path]:
     """Return the parquet files of a run directory, sorted."""
-    return sorted(p for p in (folder / layout.folder).glob("*.parquet") if not p.name.startswith("."))
+    found = (p for p in (folder / layout.folder).glob("part-*.parquet") if _SHARD.fullmatch(p.name))
+    return sorted(p for p in found if p.is_file() or not p.exists())  # to open a pipe would wait for its writer
 
 
 def write_shard(
@@ -134,20 +149,48 @@ def float_bytes(floats: Mapping[str, Tensor], costs: Row) -> bytes:
     return save_tensors(tensors, metadata={"num_evals": json.dumps(costs, sort_keys=True)})
 
 
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[pq.ParquetFile]:
+    with path.open("rb") as stream, pq.ParquetFile(stream) as file:  # pyarrow takes no path such as `a:b/c`
+        yield file
+
+
 def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> list[Row]:
     """Read the rows of one shard, with `images` also the PNG files; raise a ValueError if it is no such shard."""
     columns = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
     try:
-        with pq.ParquetFile(path) as file:
+        with _open(path) as file:
             if missing := [c for c in columns if c not in file.schema_arrow.names]:
                 raise ValueError(f"columns {', '.join(missing)} are missing")
-            rows: list[Row] = file.read(columns=columns).to_pylist()
+        rows: list[Row] = [row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist()]
+        for row in rows if images else ():
+            open_cells(row, layout)
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
         name = f"{path.parent.name}/{path.name}"
         raise ValueError(f"{name} is not a whole shard of a {layout.analysis} run: {error}") from error
-    for row in rows if images else ():
-        row.update({c: row[c]["bytes"] if isinstance(row[c], dict) else None for c in layout.images})
     return rows
+
+
+def open_cells(row: Row, layout: Layout) -> Row:
+    """Put the PNG files of a row, None where photos are withheld, in place of its cells; open no path of a file."""
+    for column in layout.images:
+        cell = row.get(column)
+        if cell is not None:
+            content = cell.get("bytes") if isinstance(cell, dict) else cell
+            if not isinstance(cell, dict) or cell.get("path") is not None or not isinstance(content, bytes | None):
+                raise ValueError(f"column {column!r} must hold PNG files, not paths of files or something else")
+            row[column] = content
+    return row
+
+
+def check_pictures(row: Row, layout: Layout) -> None:
+    """Refuse a row whose images are not PNG files that hold pixels alone; images that are withheld are None."""
+    for column in layout.images:
+        try:
+            if row.get(column) is not None:
+                check_png(row[column])
+        except ValueError as error:
+            raise ValueError(f"row {row_name(layout.analysis, row)!r}, {column}: {error}") from error
 
 
 def read_rows(folder: Path, *, images: bool = False, layout: Layout = MATCH, first: int | None = None) -> Iterator[Row]:
@@ -169,25 +212,53 @@ def without_images(path: Path, layout: Layout = MATCH) -> bytes:
     return shard_bytes(rows, layout, read_errors(path))
 
 
-def unknown_columns(path: Path, layout: Layout = MATCH) -> list[str]:
-    """Return the columns of a shard that its layout does not have."""
-    with pq.ParquetFile(path) as file:
-        return [name for name in file.schema_arrow.names if name not in layout.all_features]
+def faults_of_schema(path: Path, layout: Layout, errors: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
+    """Yield the columns and metadata of a shard that are not those of its layout, and what is wrong with them."""
+    with _open(path) as file:
+        schema = file.schema_arrow
+    metadata, wanted = dict(schema.metadata or {}), layout.all_features
+    for name in sorted({*schema.names} - {*wanted}):
+        yield name, f"column {name!r} is not one of a {layout.analysis} run"
+    types = wanted.arrow_schema
+    for name in wanted if not {*schema.names} ^ {*wanted} else ():
+        if schema.field(name).type != types.field(name).type:
+            yield name, f"column {name!r} must have the type {types.field(name).type}; got {schema.field(name).type}"
+    if any({*(field.metadata or {})} - {b"PARQUET:field_id"} for field in schema):
+        yield "metadata", "the columns of the file have metadata"
+    own = json.loads(metadata.pop(_ERRORS, b"{}"))
+    if {name: errors.get(name) for name in own} != own if isinstance(errors, dict) and isinstance(own, dict) else own:
+        yield "errors", "the reasons of rows of status error are not those of run.json"
+    read = json.loads(metadata.pop(b"huggingface", b"{}"))
+    if metadata or (read and read != json.loads(types.metadata[b"huggingface"])):
+        yield "metadata", "the metadata of the file state other columns, or more than columns"
 
 
 def read_errors(path: Path) -> dict[str, str]:
     """Return the stored reasons of a shard's rows of status `error`, by id."""
-    with pq.ParquetFile(path) as file:
+    with _open(path) as file:
         return dict(json.loads((file.schema_arrow.metadata or {}).get(_ERRORS, b"{}")))
 
 
 def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:
     """Read a float file: images (3, H, W) by name, and the evaluations {"match": …, "refine": …} by pair id."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, _costs(file.metadata())
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
+
+
+def read_first_floats(folder: Path, shown: int, kind: str) -> dict[str, Tensor]:
+    """Return the float images `ID/KIND` of the shards with the first `shown` images of a run."""
+    found: dict[str, Tensor] = {}
+    for path in sorted((folder / "float").glob("part-*.safetensors")):
+        if path.is_file() and shard_index(path) < shown:
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.rpartition("/")[2] == kind]
+                found |= {name: file.get_tensor(name) for name in names}
+    return found
 
 
 def read_costs(folder: Path) -> Row:
@@ -200,6 +271,8 @@ def read_costs(folder: Path) -> Row:
 
 
 def _costs(metadata: Mapping[str, str] | None) -> Row:
+    if more := {*(metadata or {})} - {"num_evals"}:
+        raise ValueError(f"its metadata hold {min(more)!r}, which is not of a run")
     return dict(json.loads((metadata or {}).get("num_evals", "{}")))
 
 
@@ -213,6 +286,7 @@ def read_items(
     errors: dict[str, str] = {}
     for path in paths:
         for row in read_shard(path, images=True, layout=layout):
+            check_pictures(row, layout)
             if row[layout.item] in rows:
                 rows[row[layout.item]].append(row)
         errors |= read_errors(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 from hf_equiv.analyses.measures import largest
 from hf_equiv.hub import card as hub_card
+from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING
 from hf_equiv.hub.load import download_results, local_folder, run_folders, split_name
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
 from hf_equiv.runs.schema import Row
-from hf_equiv.verify.directory import VerifyReport, subject, verify_run
+from hf_equiv.verify.directory import VerifyReport, compare_lines, first_cell, verify_run
 from hf_equiv.verify.rows import Problem, differs, problem
 
 
@@ -26,6 +28,7 @@ class DatasetReport:
     card_problems: tuple[Problem, ...]  # problems of the dataset's card, and of files that belong to no run
     repo_id: str | None = None  # the dataset on the Hub; None for a folder
     commit: str | None = None  # the commit that was verified; None for a folder
+    elsewhere: tuple[str, ...] = ()  # parts of the card that no run gives
 
     @property
     def holds(self) -> bool:
@@ -51,6 +54,7 @@ class DatasetReport:
         data = self.total.to_json()
         if self.repo_id is not None:
             data |= {"dataset": self.repo_id, "commit": self.commit}
+        data["unverified"] = list(dict.fromkeys([n for run in self.runs for n in run.unverified] + [*self.elsewhere]))
         if len(self.runs) > 1:
             data["runs"] = [
                 {"run": run.name, "path": run.place, "analysis": run.analysis, "model": run.model,
@@ -96,8 +100,10 @@ def verify_results(
         named = tuple(replace(p, file=inside + p.file, message=inside + p.message) for p in report.problems)
         runs.append(replace(report, place=place, problems=named))
     several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
-    card_problems = (*_check_folders(folder, records), *_check_card(folder / CARD, records)) if several else ()
-    return DatasetReport(tuple(runs), card_problems, repo_id, commit)
+    card_problems = tuple(_check_card(folder / CARD, records, repo_id)) if several else ()
+    found = (*_check_folders(folder, records), *card_problems)
+    left = tuple(_left_open(folder / CARD, records)) if several and not card_problems else ()
+    return DatasetReport(tuple(runs), found, repo_id, commit, left)
 
 
 def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
@@ -105,35 +111,62 @@ def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
     for path in sorted((folder / RUNS).glob("*")):
         if (name := f"{RUNS}/{path.name}") not in records:
             yield problem(name, None, "file", directory.RECORD, None, f"this is no run: it has no {directory.RECORD}")
+    for path in sorted(folder.glob("*")) if "" not in records else ():
+        if path.name not in (RUNS, *BESIDE_RUNS) and (path.name in FOR_LOADING or not path.name.startswith(".")):
+            yield problem(path.name, None, "file", path.name, None, "this belongs to no run")
+    names = Counter(map(run_name, records.values()))
     for place, record in records.items():
-        name = run_name(record)
+        name, file = run_name(record), f"{place}/{directory.RECORD}"
+        if place and names[name] > 1:
+            yield problem(file, None, "settings", place, None, "another run has the same settings: it is there twice")
+        if place and record.get("card") == "dataset":
+            yield problem(file, None, "card", "dataset", None, "only the run at the root may say so")
+        if place and (folder / place / RUNS).exists():
+            yield problem(f"{place}/{RUNS}", None, "file", RUNS, None, "a run holds no runs")
         if place and place != f"{RUNS}/{name}":
             told = f"its settings are those of {name}"
             yield problem(f"{place}/{directory.RECORD}", None, "settings", place, name, told)
 
 
-def _check_card(path: Path, records: dict[str, Row]) -> Iterator[Problem]:
+def _left_open(path: Path, records: dict[str, Row]) -> Iterator[str]:
+    """Name what the card says beside the runs."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if "<!-- hf_equiv: from here" in text and hub_card.START not in text:
+        yield f"words and order of {CARD} (of an earlier version)"
+    (header, _), (made, _) = (hub_card.split_header(one) for one in (text, hub_card.dataset_card("", records)))
+    own = hub_card.around_block(text[text.find("\n---", 3) + 4 :] if header else text, "the dataset")
+    if header != made or "".join(own).strip():
+        yield f"the owner's own text and header keys in {CARD}"
+
+
+def _check_card(path: Path, records: dict[str, Row], repo_id: str | None) -> Iterator[Problem]:
     """Check that the generated part of the card and its configurations agree with the runs."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     try:
-        compared = hub_card.differences(text, records)
+        parts = hub_card.generated_parts(text, records, repo_id)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # an incomplete record
         told = f"no card can be made of the runs' records ({type(error).__name__}: {error})"
         yield problem(CARD, None, "card", "what the runs say", None, told)
         return
-    if compared is None:
+    if parts is None:
         wanted = "the part that publishing writes"
-        yield problem(CARD, None, "card", wanted, None, f"{wanted} is gone")
+        yield problem(CARD, None, "card", wanted, None, f"{wanted} must be there once")
         return
-    for line in compared[0]:
-        yield problem(CARD, None, subject(line), None, line, f"the card does not say what the runs say: {line}")
-    for line in compared[1]:
-        yield problem(CARD, None, subject(line), line, None, f"the card says what no run says: {line}")
-    configs = {item["config_name"]: item for item in hub_card.split_header(text)[0].get("configs") or []}
-    own = {config["config_name"]: config for config in hub_card.configs_of(records)}
-    for name, config in own.items():
-        if configs.get(name) != config:
-            yield differs(CARD, None, f"configs.{name}", configs.get(name), config)
-    for name, config in configs.items():
-        if config.get("default") and name != next(iter(own)):
-            yield differs(CARD, None, f"configs.{name}.default", True, None, "the default must be that of a run")
+    if parts[0].startswith(hub_card.START):
+        yield from compare_lines(*parts, "the runs say", "no run says")
+    else:  # an earlier version wrote other sentences
+        for line in hub_card.unknown_numbers(*parts):
+            yield problem(CARD, None, first_cell(line), line, None, f"the card says what no run says: {line}")
+    header, own = hub_card.split_header(text)[0], hub_card.configs_of(records)
+    configs = [item for item in header.get("configs") or [] if isinstance(item, dict)]
+    for config in own:  # `load_dataset` reads the files that the header names
+        name = config["config_name"]
+        stated = [item for item in configs if item.get("config_name") == name]
+        if stated != [config]:
+            yield differs(CARD, None, f"configs.{name}", stated, [config])
+    for key in hub_card.doubled_keys(text):
+        yield problem(CARD, None, key, "twice", "once", f"the header has the key {key!r} twice")
+    known = [config["config_name"] for config in own]
+    foreign = [f"configs.{item.get('config_name')}" for item in configs if item.get("config_name") not in known]
+    for key in foreign + [key for key in ("dataset_info", "builder_name") if key in header]:
+        yield problem(CARD, None, key, key, None, f"the header has {key}, which belongs to no run")

@@ -12,20 +12,31 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_equiv.analyses.figures import same_picture
 from hf_equiv.analyses.measures import largest
+from hf_equiv.analyses.plan import RunRows
 from hf_equiv.analyses.run import VERBS, read_back
+from hf_equiv.hub import card as hub_card
+from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING
 from hf_equiv.hub_client import RevisionNotFoundError
 from hf_equiv.models.encoder import Encoder, load_recorded
-from hf_equiv.results import SCHEMA_VERSION, Status
+from hf_equiv.png_file import SIGNATURE
+from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
-from hf_equiv.runs.directory import WITHHELD
+from hf_equiv.runs.directory import CARD, WITHHELD
 from hf_equiv.runs.schema import LAYOUTS, MATCH, PROVENANCE_FEATURES, Layout, Row, row_name
-from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, check_item, check_stated, differs, problem
+from hf_equiv.verify.record import alike, check_keys, check_list, check_settings, leaves, left_open
+from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, check_item, check_pixels, check_stated, differs, problem
+
+_OF_ONE_VERB = {"drawn": "match", "refine": "match", "max_evals": "match", "step": "walk", "stop": "walk"}
+_PICTURES = {".png": SIGNATURE, ".gif": b"GIF8"}
+BY_SOFTWARE = ("settings.attention", "settings.processor", "settings.solver_parameters", "settings.prompt")
+"""Settings that another version of hf_equiv, torch or transformers may choose otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """The findings of `verify_run`; the JSON form has the fields up to `problems`, and `withheld` if not 0."""
+    """The findings of `verify_run`; the JSON form has those up to `problems`, `withheld` if not 0, and `unverified`."""
 
     rows: int  # rows in the directory
     verified: int  # rows that were recomputed without a problem
@@ -40,6 +51,7 @@ class VerifyReport:
     place: str = ""  # "" for the root of a dataset, else `runs/NAME`
     model: str = ""  # the recorded checkpoint
     revision: str = ""  # its recorded revision
+    elsewhere: tuple[str, ...] = ()  # parts that this run leaves open, with the reason
 
     @property
     def holds(self) -> bool:
@@ -48,15 +60,18 @@ class VerifyReport:
 
     @property
     def unverified(self) -> tuple[str, ...]:
-        """The columns of such a run that cannot be computed from stored images."""
-        columns = {*LAYOUTS[self.analysis].features, *PROVENANCE_FEATURES}
-        return tuple(name for name in UNVERIFIED if name.partition(" ")[0] in columns)
+        """The columns, settings and keys of such a run that cannot be computed from stored images, and files."""
+        others = {column for layout in LAYOUTS.values() for column in layout.features}
+        others -= {*LAYOUTS[self.analysis].features, *PROVENANCE_FEATURES}
+        others |= {name for name, verb in _OF_ONE_VERB.items() if verb != self.analysis}
+        return (*(name for name in UNVERIFIED if name.partition(" ")[0] not in others), *self.elsewhere)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data; rows of status `error` are neither verified nor failed."""
         keys = ("rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems")
         data = asdict(self) | {"problems": [asdict(problem) for problem in self.problems]}
-        return {key: data[key] for key in (*keys, *(["withheld"] if self.withheld else []))}
+        data = {key: data[key] for key in (*keys, *(["withheld"] if self.withheld else []))}
+        return data | {"unverified": list(self.unverified)}
 
 
 def verify_run(
@@ -73,8 +88,9 @@ def verify_run(
 
     Each row is recomputed by the function that made it, and compared column by column: relative errors and cosines
     within max(3 × noise floor, 1e-6), so that rows made on a GPU verify on a CPU, singular values within their error
-    bounds, secants within their noise floors. `VerifyReport.unverified` names the columns that images cannot prove.
-    Files, list, errors, summary and card must agree with the rows. Only a model from the Hub needs a network.
+    bounds, secants within their noise floors. Settings, summary, card and figures are made again as well, and list,
+    errors and files must agree with the rows. `VerifyReport.unverified` names what images cannot prove. Only a model
+    from the Hub needs a network.
 
     Args:
         folder: run directory.
@@ -107,10 +123,15 @@ def verify_run(
     for name, stated, now, fault in directory.file_faults(folder, record):
         problems.append(problem(name, None, "sha256", stated, now, f"the file {fault}"))
     rows, made, found = _check_shards(folder, record, layout, encoder, observer)
-    problems += [*found, *_check_list(record, layout, rows)]
-    if record["complete"] and not any(problem.pair_id is not None for problem in problems):
-        problems += _check_summary(encoder, folder, record, layout)
-    return _report(record, layout, rows, made, problems, allow_withheld)
+    versions = next((row["versions"] for row in rows), None)
+    problems += [*found, *check_list(record, layout, rows), *check_keys(record, layout, versions)]
+    problems += _check_files(folder, layout) if record["complete"] else ()
+    elsewhere = list[str]()
+    if not any(problem.pair_id is not None for problem in problems):
+        found, elsewhere = _check_whole(encoder, folder, record, layout, rows)
+        problems += found
+        elsewhere += sorted({name for row in made for name in row.get("left_open", ())})
+    return _report(record, layout, rows, made, problems, allow_withheld, elsewhere)
 
 
 def _load(
@@ -136,7 +157,13 @@ def _load(
 
 
 def _report(
-    record: Row, layout: Layout, rows: Sequence[Row], made: Sequence[Row], problems: list[Problem], allow_withheld: bool
+    record: Row,
+    layout: Layout,
+    rows: Sequence[Row],
+    made: Sequence[Row],
+    problems: list[Problem],
+    allow_withheld: bool,
+    elsewhere: Sequence[str],
 ) -> VerifyReport:
     names, again = ({row_name(layout.analysis, row) for row in some} for some in (rows, made))
     empty = {row_name(layout.analysis, row) for row in rows if row["status"] == Status.ERROR}
@@ -159,6 +186,7 @@ def _report(
         name=directory.run_name(record),
         model=str(record["settings"]["model_id"]),
         revision=str(record["settings"]["model_revision"]),
+        elsewhere=tuple(elsewhere),
     )
 
 
@@ -169,8 +197,7 @@ def _read_shard(
     file, rows, problems = path.relative_to(folder).as_posix(), list[Row](), list[Problem]()
     float_file, floats, costs = shards.float_file(path).relative_to(folder).as_posix(), dict[str, Tensor](), Row()
     try:
-        for name in shards.unknown_columns(path, layout):
-            told = f"column {name!r} is not one of a {layout.analysis} run"
+        for name, told in shards.faults_of_schema(path, layout, record.get("errors")):
             problems.append(problem(file, None, name, None, name, told))
         rows = shards.read_shard(path, images=True, layout=layout)
     except ValueError as error:
@@ -194,6 +221,7 @@ def _check_shards(
     """Return the rows, each once, and the recomputed rows, both without images; and problems."""
     settings, done = record["settings"], 0
     listed = {item[layout.item]: item for item in record[layout.listed]}
+    order = {name: place for place, name in enumerate(listed)}
     rows: list[Row] = []
     made: list[Row] = []
     problems: list[Problem] = []
@@ -202,6 +230,10 @@ def _check_shards(
         file = path.relative_to(folder).as_posix()
         shard, floats, unreadable = _read_shard(folder, path, record, layout)
         problems += unreadable
+        first = min((order[row[layout.item]] for row in shard if row[layout.item] in order), default=None)
+        if first is not None and shards.shard_index(path) != first:  # the first ones are shown in figures
+            told = f"the file must have the number {first}, the place of its first row in the list of run.json"
+            problems.append(problem(file, None, "file", file, first, told))
         items: dict[str, list[Row]] = {}
         for row in shard:
             name, key = row_name(layout.analysis, row), tuple(row[k] for k in layout.key)
@@ -216,7 +248,7 @@ def _check_shards(
                 settings = settings | {"radii": own[0]["radii"]}
             problems += check_stated(file, layout, record, listed.get(name), own)
             again, found = check_item(file, layout, encoder, settings, own, floats)
-            problems += found
+            problems += [*found, *check_pixels(file, layout, listed.get(name, {}), own[0], floats)]
             made += again
             rows += [{key: value for key, value in row.items() if key not in layout.images} for row in own]
             done += 1
@@ -225,84 +257,119 @@ def _check_shards(
     return rows, made, problems
 
 
-def _check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Problem]:
-    """Check that all listed pairs or images have rows, that the list has the requested length, and the errors."""
-    listed = Counter(item[layout.item] for item in record[layout.listed])
-    there = {row[layout.item]: row["status"] for row in rows}
-    command = f"run the same {layout.analysis} command"
-    for name, count in listed.items():
-        if name not in there:
-            why = "" if record["complete"] else f"; the run is not finished: {command}"
-            told = f"{name!r} is listed and missing from {layout.folder}/{why}"
-            yield problem("run.json", name, layout.item, "a row", "no row", told)
-        if count > 1:
-            yield problem("run.json", name, layout.item, "once", "twice", f"{name!r} is listed {count} times")
-    total, key = len(record[layout.listed]), f"num_{layout.listed}"
-    asked = record["settings"].get(key, total)
-    if asked != total:
-        told = f"the settings ask for {asked} {layout.listed}; {total} are listed"
-        yield problem("run.json", None, f"settings.{key}", asked, total, told)
-    version = record["settings"].get("schema_version", record["schema_version"])
-    if version != record["schema_version"] or not 1 <= version <= SCHEMA_VERSION:
-        yield differs("run.json", None, "settings.schema_version", version, record["schema_version"])
-    if not set(listed) <= set(there):
-        return
-    if not record["complete"]:
-        told = f"all rows are there, but the run is not closed: {command}"
-        yield problem("run.json", None, "complete", False, True, told)
-        return
-    failed = {name for name, status in there.items() if status == Status.ERROR}
-    for name in sorted(failed ^ set(record.get("errors", {}))):
-        told = "states no error" if name in failed else "states an error of a row that has none"
-        yield problem("run.json", name, "errors", name not in failed, name in failed, f"run.json {told}: {name!r}")
+def _check_whole(
+    encoder: Encoder | None, folder: Path, record: Row, layout: Layout, rows: Sequence[Row]
+) -> tuple[list[Problem], list[str]]:
+    """Check settings, summary, card and figures of right rows; return the problems, and the parts left open."""
+    if rows and record["settings"].get("radii", ()) is None:  # as in `_check_shards`
+        record = record | {"settings": record["settings"] | {"radii": rows[0]["radii"]}}
+    problems, elsewhere = list[Problem](), list(left_open(record, layout, rows))
+    here = encoder is not None and {row["versions"] for row in rows} == {encoder.provenance["versions"]}
+    if any(path.name.startswith(".") and path.name not in BESIDE_RUNS for path in folder.rglob(".*")):
+        elsewhere.append("hidden files")
+    for one in check_settings(record, layout, encoder):
+        if here or one.column not in BY_SOFTWARE:
+            problems.append(one)
+        else:
+            elsewhere.append(f"{one.column} (of other versions)")
+    found, others = _check_summary(encoder, folder, record, layout) if record["complete"] else ([], [])
+    return problems + found, elsewhere + others
 
 
-def _check_summary(encoder: Encoder | None, folder: Path, record: Row, layout: Layout) -> Iterator[Problem]:
-    """Check that the summary follows from the rows, and the numbers of the card from the summary."""
+def _check_summary(
+    encoder: Encoder | None, folder: Path, record: Row, layout: Layout
+) -> tuple[list[Problem], list[str]]:
+    """Check summary, card and figures against the rows; return the problems, and the parts of other versions."""
     verb, settings = VERBS[layout.analysis], record["settings"]
     stated = record["summary"] if isinstance(record["summary"], dict) else {}
     rows = read_back(folder, layout, [item[layout.item] for item in record[layout.listed]], verb.SHOWN)
     made, baseline = verb.summarize(encoder, settings, rows), stated.get("baseline")
     # If the stated baseline is right or cannot be recomputed, use it: rounding then does not change the verdict text.
     if layout is MATCH:
-        if encoder is None or all(_near(*leaf) for leaf in _leaves("summary.baseline", baseline, made["baseline"])):
+        if encoder is None or all(_near(*leaf) for leaf in leaves("summary.baseline", baseline, made["baseline"])):
             made = verb.summarize(None, settings, replace(rows, baseline=baseline))
         if encoder is None:  # the float files, which hold the evaluations of refining, may be withheld
             made["median"]["num_evals_refine"] = (stated.get("median") or {}).get("num_evals_refine")
-    wrong = [leaf for leaf in _leaves("summary", stated, made) if not _near(*leaf)]
-    for path, a, b in wrong:
-        yield differs("run.json", None, path, a, b)
-    if layout is MATCH and not wrong:
-        yield from _check_card(folder, record, stated)
+    wrong = [leaf for leaf in leaves("summary", stated, made) if not _near(*leaf)]
+    found = [differs("run.json", None, path, a, b) for path, a, b in wrong]
+    if found:
+        return found, []
+    figures = list(_check_figures(folder, layout, settings, stated, rows))
+    lines = list(_check_card(folder, layout, record, stated))
+    if record.get("closed_with") == directory.software():
+        return lines + figures, []
+    found = [one for one in lines if one.column == "header" or str(one.recomputed).startswith("| ")]
+    elsewhere = [f"{one.file} (drawn by other versions)" for one in figures if one.column == "figure"]
+    elsewhere += [] if len(found) == len(lines) else [f"other words of {CARD} (of other versions)"]
+    return found + [one for one in figures if one.column != "figure"], elsewhere
 
 
 def _near(path: str, a: Any, b: Any) -> bool:
-    if not (isinstance(a, int | float) and isinstance(b, int | float)):
-        return bool(a == b)
+    if not (isinstance(a, int | float) and isinstance(b, int | float) and type(a) in (type(b), int)):
+        return alike(a, b)
     return agrees(a, b, max(1e-5 * abs(b), 1e-6) if ".baseline." in path else 1e-9 * abs(b))
 
 
-def _leaves(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the values of two nested mappings side by side, with their path."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            yield from _leaves(f"{path}.{key}", a.get(key), b.get(key))
-    else:
-        yield path, a, b
+def _check_figures(folder: Path, layout: Layout, settings: Row, summary: Row, rows: RunRows) -> Iterator[Problem]:
+    """Draw the figures of the rows again and compare them."""
+    made = VERBS[layout.analysis].draw_figures(settings, summary, rows)
+    there = {path.name: path for path in (folder / "figures").glob("[!.]*") if path.is_file()}
+    for name in sorted({*made, *there}):
+        drawn, path = made.get(name), there.get(name)
+        if drawn is None or path is None:
+            told = "the rows give no such figure" if drawn is None else "the figure is missing"
+        elif same_picture(path.read_bytes(), drawn):
+            continue
+        else:
+            told = "this is not the figure that the rows give"
+        kind = _PICTURES.get(Path(name).suffix) if path is not None else b""
+        is_picture = path is None or (kind is not None and path.read_bytes().startswith(kind))
+        yield problem(f"figures/{name}", None, "figure" if is_picture else "file", "a figure", None, told)
 
 
-def _check_card(folder: Path, record: Row, summary: Row) -> Iterator[Problem]:
-    """Check the numbers of README.md; cards of another schema may have other words."""
-    path = folder / "README.md"
-    if record["schema_version"] != SCHEMA_VERSION or not path.is_file():
+def _check_card(folder: Path, layout: Layout, record: Row, summary: Row) -> Iterator[Problem]:
+    """Write the card of the run again, and check its header and every line."""
+    path = folder / CARD
+    if record.get("card") == "dataset":  # that of all its runs
         return
-    there = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
-    for line in card.run_card(MATCH, record["settings"], summary, ()).splitlines():
-        if line.startswith("| ") and line not in there and not line.startswith("| |"):
-            told = f"the card does not say what the rows say: {line}"
-            yield problem("README.md", None, subject(line), None, line, told)
+    stated = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    shown = sorted(path.name for path in (folder / "figures").glob("[!.]*"))
+    made = card.run_card(layout, record["settings"], summary, shown, record.get("command"))
+    made += card.NO_PHOTOS if directory.is_withheld(record) else ""
+    if hub_card.split_header(stated)[0] != hub_card.split_header(made)[0]:
+        told = "the YAML header is not that of the run: `load_dataset` may read other files"
+        yield problem(CARD, None, "header", None, None, told)
+    yield from compare_lines(stated, made, "the rows say", "the rows do not say")
 
 
-def subject(line: str) -> str:
+def compare_lines(stated: str, made: str, says: str, never_says: str) -> Iterator[Problem]:
+    """Compare two cards line by line."""
+    lines = [[line for line in text.split("\n") if line.strip()] for text in (stated, made)]
+    there, wanted = map(Counter, lines)
+    for line in (wanted - there).elements():
+        yield problem(CARD, None, first_cell(line), None, line, f"the card does not say what {says}: {line}")
+    for line in (there - wanted).elements():
+        yield problem(CARD, None, first_cell(line), line, None, f"the card says what {never_says}: {line}")
+    if there == wanted and lines[0] != lines[1]:  # a number under another heading, or of another run
+        line = next(a for a, b in zip(*lines, strict=True) if a != b)
+        told = f"the lines of the card are in another order, from this one on: {line}"
+        yield problem(CARD, None, first_cell(line), line, None, told)
+
+
+def _check_files(folder: Path, layout: Layout) -> Iterator[Problem]:
+    """Check that there are only the files that a run writes, beside a licence and the other runs of a dataset."""
+    own = {path for shard in shards.shard_files(folder, layout) for path in (shard, shards.float_file(shard))}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts) and path.name not in FOR_LOADING
+        beside = name.parts[0] == directory.RUNS or name.as_posix() in (directory.RECORD, *BESIDE_RUNS)
+        beside = beside or (name.parts[0] == "figures" and len(name.parts) == 2)  # compared with those of the rows
+        apart = not path.is_dir() or (path.is_symlink() and path.name not in directory.OWN_FOLDERS)
+        if apart and not hidden and not beside and path not in own:
+            told = f"this is no file of a {layout.analysis} run"
+            yield problem(name.as_posix(), None, "file", name.as_posix(), None, told)
+
+
+def first_cell(line: str) -> str:
     """Return the first cell of a table line, or another line unchanged."""
     return line.split(" | ")[0].removeprefix("| ")

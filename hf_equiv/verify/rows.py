@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from hf_equiv.analyses.measures import open_png
+from hf_equiv.analyses.pairs import digest_of
 from hf_equiv.analyses.run import VERBS
+from hf_equiv.data.image_file import decode_png
 from hf_equiv.formatting import one_line
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.png_file import check_png
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import is_withheld
@@ -26,9 +30,13 @@ NAMES = (
     "pair_id", "image_id", "source_id", "target_id", "toward_id", "source_class", "target_class", "image_class",
 )  # fmt: skip
 
-UNVERIFIED = (*NAMES, "data_id", "data_revision", "attention", "solver", "versions", "num_evals", "seconds",
-              "stationarity before the last point")  # fmt: skip
-"""Columns that images cannot prove. Names and provenance must agree with `run.json`, as far as it states them."""
+UNVERIFIED = (
+    *NAMES, "data_id", "data_revision", "drawn", "image_column", "label_column",
+    "seed of the draw (whether some are left out)", "command", "solver", "refine", "max_evals", "rtol", "step", "stop",
+    "num_evals", "seconds", "stationarity before the last point", "noise_floor within a factor of 6",
+    "error_bound within a factor of 5", "value_error within a factor of 5", "versions", "closed_with", "errors",
+)  # fmt: skip
+"""Columns, settings and keys that images cannot prove. They must agree with each other."""
 
 RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("embedding_error", "embedding_error_8bit", "target_quantization_error"), (0.0, math.inf)),
@@ -106,16 +114,19 @@ def check_item(
     found: list[Problem] = []
     if encoder is not None:
         item, name = rows[0][layout.item], row_name(layout.analysis, rows[0])
-        floats = {key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")}
+        floats = _Read({key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")})
         float_file = shards.float_file(Path(file)).as_posix()
         found = [*_check_floats(float_file, name, item, encoder, floats)]
         opened, unreadable = _open_images(file, layout, encoder, rows)
         found += unreadable
         if not found:
-            rows, floats = opened, {key: values.to(encoder.device) for key, values in floats.items()}
+            rows, floats = opened, _Read({key: values.to(encoder.device) for key, values in floats.items()})
             try:
                 again = VERBS[layout.analysis].remake(encoder, settings, rows, floats)
                 made = [{layout.item: item} | row for row in again]
+                for key in sorted(floats.keys() - floats.asked):
+                    told = f"row {name!r}: {key!r} is not one of the float images of such a run"
+                    found.append(problem(float_file, name, "float", None, key, told))
             except KeyError as error:
                 told = f"the float image {error} of row {name!r} is missing"
                 found.append(problem(float_file, name, "float", "a float image", None, told))
@@ -125,6 +136,18 @@ def check_item(
                 found.append(problem(file, name, column[1] if column else layout.item, "a row", None, told))
     found += _compare(file, layout, settings, rows, made)
     return [{key: value for key, value in row.items() if key not in layout.images} for row in made], found
+
+
+class _Read(dict[str, Tensor]):
+    """Float images, and the names of those that were asked for."""
+
+    def __init__(self, images: Mapping[str, Tensor]) -> None:
+        super().__init__(images)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.asked.add(key)
+        return super().__getitem__(key)
 
 
 def _check_floats(file: str, name: str, item: str, encoder: Encoder, floats: Mapping[str, Tensor]) -> Iterator[Problem]:
@@ -137,6 +160,23 @@ def _check_floats(file: str, name: str, item: str, encoder: Encoder, floats: Map
         if column != "left" and not right:
             told = f"row {name!r}, {column}: the float image has shape {tuple(values.shape)}, or values outside [0, 1]"
             yield problem(file, name, column, "pixels in [0, 1]", None, told)
+        dtype = torch.float64 if column == "left" else encoder.dtype
+        if values.dtype != dtype:
+            yield differs(file, name, column, str(values.dtype), str(dtype), "the dtype of a run of these settings")
+
+
+def check_pixels(file: str, layout: Layout, entry: Row, row: Row, floats: Mapping[str, Tensor]) -> Iterator[Problem]:
+    """Check the SHA-256 that `run.json` states of the images that an item starts from."""
+    name, stated = row[layout.item], entry.get("pixels")
+    cells = [row[column] for column in ("source", "target", "image") if column in row]
+    parts = [floats[f"{name}/{kind}"] for kind in ("origin", "target", "toward") if f"{name}/{kind}" in floats]
+    if stated is None or row["status"] == Status.ERROR or None in cells or not [*cells, *parts]:
+        return
+    with contextlib.suppress(ValueError):  # named when it is opened
+        made = digest_of([*map(decode_png, cells), *parts])
+        if stated != made:
+            told = "the images are not those that the run listed"
+            yield differs(file, row_name(layout.analysis, row), "pixels", stated, made, told)
 
 
 def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row]) -> tuple[list[Row], list[Problem]]:
@@ -146,13 +186,14 @@ def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row
         name = row_name(layout.analysis, row)
         for column in layout.images:
             try:
-                row[column] = open_png(encoder, row[column] or b"")
+                width, height = check_png(row[column] or b"")
+                if (3, height, width) == tuple(encoder.input_shape):  # a larger one would take much memory
+                    row[column] = open_png(encoder, row[column])
+                else:
+                    sizes = [3, height, width], list(encoder.input_shape)
+                    found.append(differs(file, name, column, *sizes, "wrong size"))
             except ValueError as error:
                 found.append(problem(file, name, column, "a PNG image", None, f"row {name!r}, {column}: {error}"))
-                continue
-            if row[column].shape != tuple(encoder.input_shape):
-                sizes = list(row[column].shape), list(encoder.input_shape)
-                found.append(differs(file, name, column, *sizes, "wrong size"))
     return opened, found
 
 

@@ -16,6 +16,7 @@ from methods import Module
 from torch import Tensor
 
 from hf_equiv import Jacobian, jacobian_spectrum
+from hf_equiv.conditions import admit
 from hf_equiv.precision import exact_derivatives
 
 POWER_ITERATIONS = 25
@@ -51,6 +52,7 @@ def ours(full: bool) -> Callable[[Watched, Tensor, int, int], Top]:
     """`jacobian_spectrum`, all values or the first k."""
 
     def run(f: Watched, image: Tensor, k: int, seed: int) -> Top:
+        admit(f, image)
         with f.measure():
             found = jacobian_spectrum(f, image, k=None if full else k)
         return Top(found.singular_values[0], found.error_bound[0], float(found.num_evals[0]))

@@ -15,6 +15,7 @@ from geometry_peers import TOP, TORCHLIP, Watched, art_clever, installed
 from torch import Tensor
 
 from hf_equiv import Jacobian, directional_lipschitz, make_directions, regional_lipschitz
+from hf_equiv.conditions import admit
 from hf_equiv.geometry.directions import Directions
 
 ROUNDS = 3
@@ -135,6 +136,7 @@ def local_rows(bench: Bench, f: Any, image: Tensor, exact: Exact, seed: int) -> 
         picks = [index for index, own in enumerate(made.kinds) if own == kind]
         some = Directions(made.vectors[:, picks], (kind,) * len(picks), tuple(range(len(picks))))
         true, counter = exact.lengths(some.vectors[0]), Watched(f)
+        admit(counter, image, gradient=False)
         with counter.measure():
             found = directional_lipschitz(counter, image, some)
         stated = [value if math.isfinite(value) else None for value in found.values[0].tolist()]

@@ -13,6 +13,7 @@ from geometry_peers import Watched
 from torch import Tensor
 
 from hf_equiv import Jacobian, row_space, trace_level_set
+from hf_equiv.conditions import admit
 
 DRIFT = 1e-4
 """Drift at which the Euler walk is to end."""
@@ -28,6 +29,7 @@ def walk_rows(f: Any, image: Tensor, num_steps: int, seed: int) -> list[dict[str
     generator = torch.Generator().manual_seed(seed)
     heading = torch.randn(image.shape, generator=generator, dtype=torch.float64).to(image)
     counter = Watched(f)
+    admit(counter, image)
     with counter.measure():
         walk = trace_level_set(counter, image, heading=heading, num_steps=num_steps, rtol=1e-5, keep_points=True)
     points = [point.pixels for point in walk.paths[0]]
@@ -145,6 +147,7 @@ class EulerSearch:
     def _walk(self, step: float, num_steps: int) -> EulerWalk:
         """X ← clip(x + h·P_null v/‖P_null v‖), P_null from a fresh Jacobian at every point."""
         counter, x = Watched(self.f), self.image
+        admit(counter, x[None])
         points = [x]
         with counter.measure():
             z = None

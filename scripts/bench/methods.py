@@ -12,12 +12,14 @@ from meter import Meter
 from torch import Tensor
 
 from hf_equiv import LBFGS, Adam, GradientDescent, match_embedding
+from hf_equiv.conditions import admit
 
 
 def ours(solver: Any) -> Callable[[Meter, Tensor], Tensor]:
     """This library, with one of its solvers."""
 
     def run(meter: Meter, source: Tensor) -> Tensor:
+        admit(meter, source, noise=True)
         with meter.measure():
             return match_embedding(
                 meter, source, meter.z, solver, rtol=meter.rtol, max_evals=meter.max_evals, raise_on_failure=False

@@ -24,14 +24,17 @@ from PIL import Image
 from hf_equiv.analyses import figures, lipschitz, make_plan, run, run_analysis, spectrum
 from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.lipschitz import LipschitzConfig, parse_directions
+from hf_equiv.analyses.measures import open_png
 from hf_equiv.analyses.plan import RunRows
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli import environment
 from hf_equiv.data.image_file import decode_png
+from hf_equiv.models.encoder import Encoder
 from hf_equiv.runs import resume, shards
 from hf_equiv.runs.schema import LAYOUTS, PROVENANCE_FEATURES
 from hf_equiv.runs.shards import sha256_file
 from hf_equiv.verify import directory
+from hf_equiv.verify.rows import agrees
 
 main = importlib.import_module("hf_equiv.cli.main")  # `hf_equiv.cli.main` is the function
 
@@ -382,10 +385,15 @@ def tamper(out: Path, change, settings=None, analysis: str = "lipschitz") -> Non
     (out / "run.json").write_text(json.dumps(record))
 
 
-NO_LADDERS = ["1e-5:1", {"from": 1e-5}, [None] * 4, [math.nan] * 21, [10**400] * 4, []]
+@pytest.mark.parametrize("radii", [[None] * 4, [math.nan] * 21, [10**400] * 4], ids=lambda radii: str(radii[0])[:9])
+def test_settings_with_radii_that_are_no_numbers_are_refused(radii, copied):
+    out = copied("lipschitz")
+    tamper(out, lambda *_: None, {"radii": radii})
+    with pytest.raises(ValueError, match=r"run\.json' is damaged: .* Restore it"):
+        directory.verify_run(out)
 
 
-@pytest.mark.parametrize("radii", NO_LADDERS, ids=lambda radii: json.dumps(radii)[:20])
+@pytest.mark.parametrize("radii", ["1e-5:1", {"from": 1e-5}, []], ids=json.dumps)
 def test_settings_without_a_ladder_are_named(radii, copied):
     out = copied("lipschitz")
     tamper(out, lambda *_: None, {"radii": radii})
@@ -700,3 +708,20 @@ def test_the_direction_to_a_match(photos, tmp_path, monkeypatch):
     alone.check()
     with pytest.raises(ValueError, match="none for gradient, toward and match"):
         replace(alone, directions="match:2").check()
+
+
+def test_a_spectrum_of_an_earlier_version_keeps_its_rule_of_the_rank():
+    """Its threshold was 1000 eps σ₁ and its bounds were averages."""
+    folder = Path(__file__).parents[2] / "spaces_app" / "results" / "spectrum"
+    (table,) = (folder / "spectra").glob("*.parquet")
+    row = next(row for row in pq.read_table(table).to_pylist() if row["image_id"] == "coffee")
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    encoder = Encoder.from_pretrained("builtin", device="cpu")
+    (made,) = spectrum.remake(encoder, settings, [row | {"image": open_png(encoder, row["image"]["bytes"])}], {})
+    limits = spectrum.tolerances(made, settings)
+    for column in ("singular_values", "error_bound", "rank_threshold", "rank", "nullity", "structural_zeros"):
+        assert agrees(row[column], made[column], limits.get(column)), column
+    tampered = row | {"rank_threshold": 2 * row["rank_threshold"], "image": open_png(encoder, row["image"]["bytes"])}
+    (made,) = spectrum.remake(encoder, settings, [tampered], {})
+    limit = spectrum.tolerances(made, settings)["rank_threshold"]
+    assert not agrees(tampered["rank_threshold"], made["rank_threshold"], limit)

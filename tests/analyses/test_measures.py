@@ -154,3 +154,18 @@ def test_summary(tiny, three):
 )
 def test_short(value, text):
     assert formatting.short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("error", "noise", "stated", "wanted"),
+    [
+        (9.9e-6, 1e-6, "stalled", "stalled"),  # noise keeps it from the tolerance
+        (9.9e-6, 1e-6, "converged", "converged"),  # an earlier run, which left noise out
+        (5e-6, 1e-6, "stalled", "converged"),
+        (2e-5, 1e-6, "converged", "stalled"),
+    ],
+)
+def test_the_status_follows_from_the_error_and_its_noise(error, noise, stated, wanted):
+    row = {"embedding_error": error, "noise_floor": noise, "status": stated, "num_evals": 50.0}
+    row |= {"match_label": None, "target_label": None}
+    assert match.follow({"rtol": 1e-5, "max_evals": 60}, [row])[0]["status"] == wanted

@@ -197,7 +197,7 @@ BAD = [
     ([*PAIR, "--image-column", "photo"], "`image_column` must come with a parquet file or a dataset; '1.png' has no"),
     (["match", "builtin", "--label-column", "kind"], "`label_column` must come with a parquet file or a dataset"),
     (["match", "builtin", "--source", "*.png", "--target", "1.png"], "'*.png' does not exist, and patterns are not"),
-    (["match", "builtin", "--data", "notes.txt"], "'notes.txt' must be an image that Pillow reads"),
+    (["match", "builtin", "--data", "notes.txt"], "'notes.txt' must be an image file"),
     ([*PAIR, "--dry-run", "--out", "1.png"], "run directory '1.png' cannot be written: Not a directory."),
     ([*PAIR, "--dry-run", "--out", "1.png/run"], "run directory '1.png/run' cannot be written: Not a directory."),
     (["verify", "nowhere"], "'nowhere' must be a run directory; it does not exist"),
@@ -249,7 +249,7 @@ def test_bad_named_photos_are_listed_before_any_work(place, capsys):
         assert head == "error: 2 images cannot be used. Name others."
         assert sorted(line[:46] for line in lines) == [
             "- image 'class1/photo1.png' must hold an image",
-            "- image 'class2/photo2.png' must be an image t",
+            "- image 'class2/photo2.png' must be an image f",
         ]
     assert not (place / "runs").exists()
 

@@ -1,6 +1,8 @@
 """Parquet files as one table: the same rows whatever their row groups, little memory, and no half a copy."""
 
+import base64
 import io
+import json
 
 import datasets
 import numpy as np
@@ -9,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import arrow_writer
 from fakes import draw_photo
+from pyarrow.parquet.encryption import CryptoFactory, EncryptionConfiguration, KmsClient, KmsConnectionConfig
+from runcases import python
 
 from hf_equiv.data import tables
 from hf_equiv.data.sources import load_images
@@ -72,8 +76,8 @@ def test_files_that_change_or_do_not_fit(tmp_path, monkeypatch):
     folder.mkdir()
     write(folder / "a.parquet", 0, 3)
 
-    def copy(paths, to):
-        real(paths, to)
+    def copy(paths, to, *more):
+        real(paths, to, *more)
         write(folder / "a.parquet", 0, 4)  # by another program
 
     with monkeypatch.context() as patch:
@@ -102,3 +106,62 @@ def test_what_is_no_column_of_images_is_refused_in_words(tmp_path):
     pq.write_table(pa.Table.from_arrays([twice, twice], ["image", "image"]), tmp_path / "twice.parquet")
     with pytest.raises(ValueError, match=r"'twice\.parquet' cannot be read"):
         load_images(str(tmp_path / "twice.parquet"), cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("text", ['{"info": null}', "5", '{"info": {"features": "x"}}', "[" * 50_000])
+def test_damaged_metadata_of_columns_are_named(tmp_path, text):
+    table = pa.table({"image": [b"x"]}).replace_schema_metadata({"huggingface": text})
+    pq.write_table(table, tmp_path / "odd.parquet")
+    with pytest.raises(ValueError, match=r"parquet data 'odd\.parquet' cannot be read"):
+        load_images(str(tmp_path / "odd.parquet"), cache_dir=str(tmp_path / "cache"))
+
+
+NO_TEXT = pa.Array.from_buffers(pa.string(), 1, [None, *pa.array([b"\xff"]).buffers()[1:]])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        NO_TEXT,
+        pa.array([2**31 - 1], pa.date32()),
+        pa.array([2**62], pa.duration("s")),
+        pa.array([1], pa.timestamp("s", tz="No/Where")),
+    ],
+)
+def test_labels_that_cannot_be_read_are_named(tmp_path, labels):
+    pq.write_table(pa.table({"image": [b"x"], "label": labels}), tmp_path / "odd.parquet")
+    with pytest.raises(ValueError, match=r"column 'label' of 'odd\.parquet' must hold classes"):
+        load_images(str(tmp_path / "odd.parquet"), cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_cell_that_cannot_be_read_costs_its_own_row(tmp_path):
+    pq.write_table(pa.table({"image": NO_TEXT}), tmp_path / "odd.parquet")
+    images = load_images(str(tmp_path / "odd.parquet"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"odd\.parquet row 0 cannot be read"):
+        images[0]
+
+
+def test_names_of_classes_are_text(tmp_path):
+    features = {"image": {"dtype": "binary", "_type": "Value"}, "label": {"names": [1, 2], "_type": "ClassLabel"}}
+    table = pa.table({"image": [b"x"], "label": [1]})
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "odd.parquet")
+    assert load_images(str(tmp_path / "odd.parquet"), cache_dir=str(tmp_path / "cache")).labels == ("2",)
+
+
+class PlainKeys(KmsClient):
+    def wrap_key(self, key_bytes, master_key_identifier):
+        return base64.b64encode(key_bytes).decode()
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_an_encrypted_column_is_refused_and_does_not_end_the_process(tmp_path, column):
+    keys = CryptoFactory(lambda _: PlainKeys())
+    how = EncryptionConfiguration(footer_key="a", column_keys={"b": [column]}, plaintext_footer=True)
+    table, path = pa.table({"image": [b"x"], "label": ["a"]}), tmp_path / "secret.parquet"
+    secret = keys.file_encryption_properties(KmsConnectionConfig(), how)
+    with pq.ParquetWriter(path, table.schema, encryption_properties=secret) as writer:
+        writer.write_table(table)
+    code = "import sys; from hf_equiv.data.sources import load_images; load_images(sys.argv[1], cache_dir=sys.argv[2])"
+    found = python(code, path, tmp_path / "cache")
+    assert f"cannot be read: column '{column}' is encrypted" in found.stderr

@@ -5,14 +5,17 @@ import io
 import json
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import SIZE, TinyEncoder, draw_photo
-from huggingface_hub import HfApi
+from hostile import EPS
+from huggingface_hub import HfApi, constants
 from loopback_hub import HubError, _Handler
 from PIL import Image
 
+from hf_equiv import limits
 from hf_equiv.analyses import MatchConfig, SpectrumConfig, WalkConfig, make_plan, run
 from hf_equiv.cli import environment
 from hf_equiv.data import tables
@@ -173,6 +176,94 @@ def test_a_dataset_of_the_hub_opens_no_other_file(hub, tmp_path, streamed):
         _ = images[0]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_no_row_of_a_dataset_leads_elsewhere(hub, tmp_path, streamed):
+    api = HfApi()
+    for repo in ("alice/secret", "alice/sly"):
+        api.create_repo(repo, repo_type="dataset")
+    api.upload_file(
+        path_or_fileobj=png(0)["bytes"], path_in_repo="own.png", repo_id="alice/secret", repo_type="dataset"
+    )
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "own.png").write_bytes(png(0)["bytes"])
+    paths = [
+        str(tmp_path / "cache" / "own.png"), "own.png", "hf://datasets/alice/secret/own.png", "http://127.0.0.1:9/x.png",
+        "file:///etc/hostname::hf://datasets/alice/sly/x",
+    ]  # fmt: skip
+    cells = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": None, "path": path} for path in paths] + [{"bytes": png(1)["bytes"], "path": __file__}]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": pa.array(rows, cells)}), buffer)
+    push_bytes(buffer.getvalue(), "alice/sly")
+    (tmp_path / "local.parquet").write_bytes(buffer.getvalue())
+    more = {"streaming": True, "most": 6} if streamed else {}
+    seen = len([path for _, path, *_ in hub.log if "secret" in path])
+    for images in (
+        load_images("alice/sly", cache_dir=str(tmp_path / "cache"), **more),
+        load_images(str(tmp_path / "local.parquet"), cache_dir=str(tmp_path / "cache")),
+    ):
+        assert images[5].image.size == (40, 40)
+        for k in range(5):
+            with pytest.raises(ValueError, match=f"row {k} must hold an image; got the path of a file elsewhere"):
+                _ = images[k]
+    assert len([path for _, path, *_ in hub.log if "secret" in path]) == seen
+
+
+def push_bytes(data: bytes, repo: str) -> None:
+    HfApi().upload_file(path_or_fileobj=data, path_in_repo="train.parquet", repo_id=repo, repo_type="dataset")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dataset_that_swells_is_refused(hub, tmp_path, monkeypatch, streamed):
+    monkeypatch.setattr(limits, "MAX_BYTES", 200_000)
+    monkeypatch.setattr(tables, "MAX_BYTES", 200_000)
+    monkeypatch.setattr(tables, "LARGE", 200_000)
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": [bytes(100_000)] * 20}), buffer, compression="zstd")
+    HfApi().create_repo("alice/bomb", repo_type="dataset")
+    push_bytes(buffer.getvalue(), "alice/bomb")
+    more = {"streaming": True, "most": 20} if streamed else {}
+    with pytest.raises(ValueError, match="cannot be loaded: its parquet files are too large in memory"):
+        load_images("alice/bomb", cache_dir=str(tmp_path), **more)
+
+
+@pytest.mark.parametrize("name", ["own.png", "sub/../own.png", "ABSOLUTE", "../out.png", "link.png", "own.png\0"])
+def test_a_column_of_names_leads_to_files_beside_the_table(tmp_path, name):
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for place in (folder / "own.png", tmp_path / "out.png"):
+        place.write_bytes(png(0)["bytes"])
+    (folder / "link.png").symlink_to(tmp_path / "out.png")
+    name = str(folder / "own.png") if name == "ABSOLUTE" else name
+    pq.write_table(pa.table({"image": [name]}), folder / "names.parquet")
+    images = load_images(str(folder / "names.parquet"), cache_dir=str(tmp_path / "cache"))
+    if name.endswith("own.png"):
+        assert images[0].image.size == (40, 40)
+    else:
+        with pytest.raises(ValueError, match="got the path of a file elsewhere, which is never opened"):
+            _ = images[0]
+
+
+def test_other_columns_of_a_row_are_not_decoded(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    cells = [{"image": png(0), "label": {"bytes": EPS, "path": None}}]
+    datasets.Dataset.from_list(cells, features=features).to_parquet(str(tmp_path / "two.parquet"))
+    images = load_images(str(tmp_path / "two.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert images.labels == (None,)
+    assert images[0].image.size == (40, 40)
+
+
+@pytest.mark.parametrize("kind", ["list", "Array2D", "Image"])
+def test_grey_levels_of_any_integers(tmp_path, kind):
+    levels = np.array([[0, 100], [252, 7]], dtype=np.int64)
+    feature = {"Array2D": datasets.Array2D((2, 2), "int64"), "Image": datasets.Image()}.get(kind)
+    features = datasets.Features({"image": feature}) if feature else None
+    cell = Image.fromarray(levels.astype(np.int32)) if kind == "Image" else levels.tolist()
+    datasets.Dataset.from_dict({"image": [cell]}, features=features).to_parquet(str(tmp_path / "grey.parquet"))
+    image = load_images(str(tmp_path / "grey.parquet"), cache_dir=str(tmp_path / "cache"))[0].image
+    assert np.asarray(image)[..., 0].tolist() == levels.tolist()
+
+
 def test_image_files_of_a_dataset_are_read(hub, tmp_path):
     api = HfApi()
     api.create_repo("alice/files", repo_type="dataset")
@@ -294,3 +385,21 @@ def test_photos_that_are_files_of_their_own_are_streamed(hub, tmp_path):
 def test_streaming_of_what_is_no_stream(config, message):
     with pytest.raises(ValueError, match=message):
         make_plan(config, TinyEncoder())
+
+
+def test_images_that_arrived_damaged_are_fetched_again(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.add("datasets", "alice/photos", {f"train/{k}.png": png(k)["bytes"] for k in range(3)})
+    hub.spoil("GET", "/resolve/.*/1.png", times=2)
+    images = load_images("alice/photos", cache_dir=str(tmp_path / "tables"))
+    assert not hub.faults
+    assert images[1].image.tobytes() == Image.open(io.BytesIO(png(1)["bytes"])).tobytes()
+    assert len(images) == 3
+
+
+def test_a_cache_that_cannot_be_used_is_named(tmp_path):
+    table().to_parquet(tmp_path / "some.parquet")
+    with pytest.raises(
+        OSError, match=r"the cache of downloads cannot be used: Not a directory: .* Set HF_HOME, or pass"
+    ):
+        load_images(tmp_path / "some.parquet", cache_dir=tmp_path / "some.parquet" / "cache")

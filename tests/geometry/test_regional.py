@@ -80,6 +80,40 @@ def test_an_encoder_without_slope():
     assert result.status == ("completed",)
 
 
+BLACK, GREY, WHITE = (torch.full((1, 3, 2, 2), level, dtype=torch.float64) for level in (0.0, 0.5, 1.0))
+MIX = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def hidden(x):
+    return (x.flatten(1) - 0.5) @ MIX.to(x).T
+
+
+KINKS = {
+    "x - relu(x)": (lambda x: x.flatten(1) - torch.relu(x.flatten(1)), BLACK, 0.0),
+    "clamp from above": (lambda x: x.flatten(1).clamp(max=0), BLACK, 0.0),
+    "clamp from below": (lambda x: x.flatten(1).clamp(min=1), WHITE, 0.0),
+    "maximum": (lambda x: torch.maximum(x.flatten(1), x.flatten(1) * 0) - x.flatten(1), BLACK, 0.0),
+    "relu of a sum": (lambda x: torch.relu(hidden(x)) - torch.relu(-hidden(x)) - hidden(x), GREY, 0.0),
+    "steep outside": (lambda x: torch.where(x.flatten(1) <= 0, 3 * x.flatten(1), 0.1 * x.flatten(1)), BLACK, 0.1),
+    "steep inside": (lambda x: torch.where(x.flatten(1) <= 0, 0.1 * x.flatten(1), 3 * x.flatten(1)), BLACK, 3.0),
+    "one per cent": (lambda x: torch.where(x.flatten(1) <= 0, x.flatten(1), 0.99 * x.flatten(1)), BLACK, 0.99),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("name", KINKS)
+def test_a_kink_has_no_constant_that_no_two_points_show(name, norm, dtype):
+    f, x, constant = KINKS[name]
+    result = regional_lipschitz(f, x.to(dtype), 0.1, norm, num_batches=5, batch_size=1)
+    assert result.status == ("completed",)
+    assert float(result.at_center) <= float(result.lower_bound) <= constant * (1 + 1e-4) + 1e-6
+    assert float(result.lower_bound) >= 0.98 * constant - 1e-6
+    J = torch.func.jacrev(f)(result.images).flatten(3).squeeze()  # autograd agrees at the stated place
+    v = result.directions[0].flatten().to(J)
+    assert float((J @ v).norm()) == pytest.approx(float(result.lower_bound), rel=1e-3, abs=1e-6)
+
+
 def test_normalised_units_cost_and_seed():
     x = images(2, dtype=torch.float64)
     std = [0.2, 0.2, 0.2]

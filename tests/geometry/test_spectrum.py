@@ -86,7 +86,7 @@ def test_float32_values_lie_within_their_bound_of_float64():
     assert float((single.error_bound / single.sigma_max[:, None]).max()) < 1e-5
 
 
-def test_a_callable_without_twin_is_measured_against_itself():
+def test_a_callable_is_measured_against_itself_in_float64():
     model = smooth_mlp()
     weights = (model.W1.float(), model.b.float(), model.W2.float())
 
@@ -95,7 +95,7 @@ def test_a_callable_without_twin_is_measured_against_itself():
 
     single = jacobian_spectrum(f, images(1, seed=5))
     exact = torch.linalg.svdvals(model.jacobian(images(1, seed=5)[0]))
-    assert single.noise_method == ("perturbed input",)
+    assert single.noise_method == ("float64 twin",)
     assert bool(((single.singular_values[0] - exact).abs() <= single.error_bound[0]).all())
 
 
@@ -291,3 +291,80 @@ def test_a_value_below_its_own_noise_is_not_counted():
     assert int(result.rank) <= 15
     assert float(result.rank_threshold) >= float(result.error_bound[0, -1])
     assert jacobian_spectrum(f, x.double()).rank.tolist() == [15]
+
+
+# precision inside a function, and noise in few directions
+
+
+class Hidden(torch.autograd.Function):
+    """A product in float32 that its types do not show, with second order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inputs, weight):
+        return (inputs.float() @ weight.float().T).double()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Hidden.apply(grad, ctx.saved_tensors[0].T), None
+
+
+def one_noisy(x, cast, place=3):
+    """One output passes through large numbers in another precision."""
+    z = smooth_mlp()(x)
+    noisy = ((1e3 + z[:, place]).to(cast).square() / 2e3).double()
+    return torch.cat([z[:, :place], noisy[:, None], z[:, place + 1 :]], dim=1)
+
+
+ROTATION = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
+MIXED = 10.0 ** torch.linspace(-10, 10, DIM, dtype=torch.float64)
+WIDE = torch.randn(DIM, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+INSIDE = {
+    "input": (lambda x, t: smooth_mlp()(x.to(t)).double()),
+    "output": (lambda x, t: smooth_mlp()(x).to(t).double()),
+    "softmax": (lambda x, t: torch.softmax(smooth_mlp()(x), dim=1, dtype=t).double()),
+    "one output": one_noisy,
+    "rotated": (lambda x, t: one_noisy(x, t) @ ROTATION),
+    "mixed scales": (lambda x, t: smooth_mlp()(x.to(t)).double() * MIXED),
+    "more outputs than pixels": (lambda x, t: smooth_mlp()(x.to(t)).double() @ WIDE),
+    "one number": (lambda x, t: smooth_mlp()(x.to(t)).double()[:, :1]),
+    "deficient": (lambda x, t: smooth_mlp()(x.to(t)).double()[:, [0, 1, 2, 0, 1, 2]]),
+    "hidden": (lambda x, t: Hidden.apply(x.flatten(1), smooth_mlp().W1) if t == torch.float32
+               else x.flatten(1) @ smooth_mlp().W1.T),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [None, 1])
+@pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", INSIDE)
+def test_bounds_hold_whatever_the_function_computes_in(name, cast, k):
+    f, x = INSIDE[name], images(1, seed=8, dtype=torch.float64)
+    result = jacobian_spectrum(lambda v: f(v, cast), x, k=k, method="auto" if k is None else "golub_kahan")
+    exact = torch.linalg.svdvals(torch.func.jacrev(lambda v: f(v, torch.float64)[0])(x).flatten(1))
+    count = result.singular_values.shape[1]
+    assert bool(((result.singular_values[0] - exact[:count]).abs() <= result.error_bound[0]).all())
+    assert float(result.error_bound[0, 0]) < 10 * max(1e-4, torch.finfo(cast).eps) * float(exact[0])
+    if k is None:
+        assert int(result.rank) == int((result.singular_values > result.error_bound).sum())
+        assert int(result.rank) <= int((exact > 1e-14 * exact[0]).sum())
+        assert int(result.nullity) == x.numel() - int(result.rank)
+
+
+def test_bounds_of_float64_stay_small():
+    for f in (smooth_mlp(), linear(), lambda x: torch.softmax(smooth_mlp()(x), dim=1)):
+        result = jacobian_spectrum(f, images(1, dtype=torch.float64))
+        assert float(result.error_bound.max()) < 1e-12 * float(result.sigma_max)
+
+
+@pytest.mark.parametrize("least", [0.0101, 0.0099, 0.5])
+def test_zeros_of_a_matrix_are_within_their_rounding(least):
+    """Eigenvectors of JJᵀ mix values just above a hundredth of σ₁ into the zeros."""
+    sigma = torch.cat([torch.linspace(1, least, 30), torch.zeros(24)]).double()
+    result = jacobian_spectrum(lambda x: x.flatten(1) @ graded(sigma, 192).T, images(1, dtype=torch.float64))
+    assert bool(((result.singular_values[0] - sigma).abs() <= result.error_bound[0]).all())
+    assert result.rank.tolist() == [30]

@@ -375,6 +375,13 @@ TAMPERING: dict[str, tuple[Callable[[Path], object], str]] = {
     "number in the card": (text("| pairs | 2 |", "| pairs | 200 |"), "pairs"),
     "another number in the card": (text("| pairs | 2 |", "| pairs | 2 |\n| prizes | 3 |"), "prizes"),
     "configuration in the card": (text("matches/*.parquet", "other/*.parquet"), "configs.matches"),
+    "another configuration": (text("configs:", "configs:\n- config_name: more\n  data_files: a.csv"), "configs.more"),
+    "configuration twice": (text("configs:", "configs:\n- config_name: matches\n  data_files: a"), "configs.matches"),
+    "dataset_info in the card": (text("configs:", "dataset_info: {}\nconfigs:"), "dataset_info"),
+    "rows of another dataset": (
+        text(f'rows = load_dataset("{NAME}"', 'rows = load_dataset("mallory/results"'),
+        'rows = load_dataset("mallory/results", "matches", split="train")',
+    ),
 }
 
 

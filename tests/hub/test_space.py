@@ -99,12 +99,16 @@ def test_the_header_is_complete_and_fits_the_project():
 
 
 def test_requirements_are_pinned_to_what_the_tests_run_on():
-    constraints = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    exact = r"^([\w.-]+)==(\S+)$"
+    library, space = (ROOT / "constraints.txt").read_text().split("# space")
+    constraints = dict(re.findall(exact, space, re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     text = (SPACE / REQUIREMENTS).read_text()
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
+    pins = dict(re.findall(exact, text, re.MULTILINE))
     assert pins.pop("hf-equiv") == project["version"]
-    assert pins == {name: constraints[name] for name in ("torch", "transformers")}
+    assert pins == dict(re.findall(exact, library, re.MULTILINE))
+    needed = {re.match(r"[\w.-]+", line)[0].lower() for line in project["dependencies"]}
+    assert needed <= {name.lower() for name in pins}
     assert "://" not in text
     assert re.search(r"^spaces$", text, re.MULTILINE)
     bound = next(line for line in project["optional-dependencies"]["space"] if line.startswith("gradio"))
@@ -117,7 +121,9 @@ def test_the_library_is_brought_along_and_works_beside_the_app(tmp_path):
     assert app.library.endswith("brought along as installed here")
     lines = app.files[REQUIREMENTS].decode().splitlines()
     assert not [line for line in lines if line.startswith("hf-equiv")]
-    assert {"torch==2.13.0", "safetensors>=0.8", "spaces", "pillow<13"} <= set(lines)
+    assert {"torch==2.13.0", "safetensors==0.8.0", "spaces", "pillow==12.3.0"} <= set(lines)
+    assert [line for line in lines if line and line[0] != "#" and "==" not in line] == ["spaces"]
+    assert app.files["LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert not [line for line in lines if "extra" in line or line.startswith(("gradio", "pytest"))]
     assert not [name for name in app.files if name.startswith("hf_equiv/spaces_app/") or "__pycache__" in name]
     for name, data in app.files.items():

@@ -11,6 +11,7 @@ import torch
 from cases import images, linear, orthogonal, quadratic, smooth_mlp
 from torch import Tensor
 
+from hf_equiv.conditions import Function, admit
 from hf_equiv.matching.feasible import FeasibleSet, SineChart
 from hf_equiv.matching.lbfgs import LBFGS, SecantHistory
 from hf_equiv.matching.match import match_embedding
@@ -54,6 +55,14 @@ class Recorder:
     def __call__(self, x: Tensor) -> Tensor:
         self.points.extend(x.detach().clone())
         return self.f(x)
+
+
+def record(f, source: Tensor) -> Function:
+    """Return f after its trial, which is anywhere in the box, with an empty list of points."""
+    recorder = Recorder(f)
+    tried = admit(recorder, source, noise=True)
+    recorder.points.clear()
+    return tried
 
 
 # The feasible set
@@ -159,7 +168,7 @@ def test_sine_chart(kind):
 def test_every_point_that_reaches_f_is_feasible(solver, norm, kind, dtype):
     source = make_source(kind, dtype)
     for radius in [8 / 255, 1 / 3, 1e-3]:
-        f = Recorder(quadratic())
+        f = record(quadratic(), source)
         z = quadratic()(images(1, seed=30, dtype=dtype))
         match_embedding(f, source, z, solver, radius=radius, norm=norm, max_evals=12, raise_on_failure=False)
         assert len(f.points) >= 2
@@ -331,7 +340,7 @@ def test_the_pull_to_the_source_ends_no_run(f, warmup, proximity):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_descent_is_the_papers_iteration(dtype):
     f, x, lr = smooth_mlp(), images(1, seed=70, dtype=dtype), 0.03
-    recorder, z = Recorder(f), f(images(1, seed=71, dtype=dtype))
+    recorder, z = record(f, x), f(images(1, seed=71, dtype=dtype))
     match_embedding(recorder, x, z, GradientDescent(lr=lr), max_evals=25, raise_on_failure=False)
     for seen in recorder.points:
         assert torch.equal(seen, x[0])
@@ -351,7 +360,7 @@ def test_gradient_descent_arrives_at_once_where_all_singular_values_are_one():
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
 def test_adam_is_that_of_torch(dtype, atol):
     f, x = smooth_mlp(), images(1, seed=74, margin=0.05, dtype=dtype)
-    recorder, z = Recorder(f), f(1 - x)
+    recorder, z = record(f, x), f(1 - x)
     options = {"lr": 0.02, "betas": (0.8, 0.99), "eps": 1e-6}
     match_embedding(recorder, x, z, Adam(**options), max_evals=30, raise_on_failure=False)
     pixels = x.clone().requires_grad_(True)

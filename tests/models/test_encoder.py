@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_equiv.models.checkpoint import quiet
 from hf_equiv.models.encoder import Encoder
-from hf_equiv.precision import Float64Softmax, exact_derivatives, no_tf32
+from hf_equiv.precision import InFloat64, exact_derivatives, no_tf32
 
 # Tokens before the patches, by hand from the papers: class, distillation, registers.
 PREFIX = {"deit": 2, "deit_head": 2, "deit_teacher": 2, "dinov2_registers": 4, "dinov3": 3}
@@ -356,7 +356,7 @@ def test_eager_softmax_is_kept_in_float64(folder: Any, tiny: Any) -> None:
     exact = tiny("vit").double()(pixels())
     with torch.no_grad():
         rounded = model(v).pooler_output
-        with Float64Softmax():
+        with InFloat64():
             kept = model(v).pooler_output
     assert (kept - exact).norm() < 1e-13 * exact.norm()
     assert (rounded - exact).norm() > 1e-10 * exact.norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import PROCESSORS, save
+from tiny_models import IMAGENET, PROCESSORS, save
 from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint, quiet
-from hf_equiv.models.preprocess import load_preprocessor, normalise
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
 
 
 def photo(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -46,7 +49,7 @@ def checkpoint(folder: Path, settings: dict[str, Any]) -> Checkpoint:
     return find_checkpoint(HubFiles(str(folder)))
 
 
-@pytest.mark.parametrize("name", [name for name in PROCESSORS if name != "dinov3"])
+@pytest.mark.parametrize("name", [n for n in PROCESSORS if n not in ("dinov3", "mobilevit", "efficientnet")])
 def test_equals_the_processor_to_the_bit(name: str, tmp_path: Path) -> None:
     preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS[name]))
     with quiet():
@@ -92,8 +95,6 @@ def test_dinov3_says_why_and_still_normalises(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_processor_type": "ViTImageProcessor", "rescale_factor": 1 / 127.5}, "must be 1/255"),
-        ({"image_processor_type": "ViTImageProcessor", "do_rescale": False}, "must be 1/255"),
         ({"image_processor_type": "ViTImageProcessor", "do_resize": False}, "one size for all images"),
         (
             {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False, "size": {"shortest_edge": 32}},
@@ -107,6 +108,19 @@ def test_processors_that_cannot_be_reproduced_are_refused(settings: Any, message
     assert preprocess.size is None
     with pytest.raises(ValueError, match=message):
         preprocess(PHOTOS["odd"])
+
+
+@pytest.mark.parametrize("name", ["clip", "convnext", "bit", "vit"])
+def test_the_cost_follows_the_input_that_counts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS[name]))
+    monkeypatch.setattr("hf_equiv.models.preprocess.MOST_RESIZED", 100_000)
+    assert preprocess(photo(60, 1)).shape[1:] == (3, *preprocess.size)
+    for size in ((1200, 1), (1, 1200)):
+        if name == "vit":  # resizes to a square whatever the shape
+            assert preprocess(photo(*size)).shape[1:] == (3, *preprocess.size)
+        else:
+            with pytest.raises(ValueError, match=rf"so long and thin; {size[0]} x {size[1]} .* Crop the image first"):
+                preprocess(photo(*size))
 
 
 def test_missing_or_useless_file_is_named(tmp_path: Path) -> None:
@@ -134,3 +148,90 @@ def test_save_writes_what_from_pretrained_reads(tmp_path: Path) -> None:
     with quiet():
         save("deit", tmp_path)
     assert load_preprocessor(find_checkpoint(HubFiles(str(tmp_path)))).size == (32, 32)
+
+
+CAFFE = {"image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]}
+SMALL = {"size": {"height": 64, "width": 64}, "crop_size": {"height": 64, "width": 64}, "max_image_size": 490}
+KINDS = sorted({kind["pil"].removesuffix("Pil") for kind in IMAGE_PROCESSOR_MAPPING_NAMES.values() if "pil" in kind})
+SCALINGS = {
+    "own": {},
+    "caffe": {"do_rescale": False, **CAFFE},
+    "offset": {"rescale_factor": 1 / 127.5, "rescale_offset": True},
+    "bgr": {"do_flip_channel_order": True, "do_normalize": True, **IMAGENET},
+    "no rescale and no mean": {"do_rescale": False, "do_normalize": False},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("kind", ["ViT", "CLIP", "Siglip", "EfficientNet", "MobileViT", "Chameleon", "Segformer"])
+def test_the_normalisation_is_that_of_the_processor(kind: str, scaling: str, tmp_path: Path) -> None:
+    settings = {"image_processor_type": f"{kind}ImageProcessor", **SMALL, **SCALINGS[scaling]}
+    assert_equals_the_processor(load_preprocessor(checkpoint(tmp_path, settings)), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_processor_is_followed_or_refused(kind: str, tmp_path: Path) -> None:
+    try:
+        preprocess = load_preprocessor(checkpoint(tmp_path, {"image_processor_type": kind, **SMALL}))
+    except ValueError as error:
+        refusal = str(error)  # neither pixels nor an encoder
+    else:
+        refusal = preprocess.refusal
+        if not refusal:
+            assert_equals_the_processor(preprocess, tmp_path)
+    assert refusal == "" or re.fullmatch(r"[^\n]* must [^\n]*; [^\n]*\. [^\n]*\.", refusal), refusal
+
+
+def assert_equals_the_processor(preprocess: Preprocessor, folder: Path) -> None:
+    """Compare the pixels and their normalisation with the output of the processor on photos."""
+    with quiet():
+        processor = AutoImageProcessor.from_pretrained(folder)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    for image in (PHOTOS["odd"], PHOTOS["tall"]):
+        whole = torch.tensor(np.array(processor(images=[image])["pixel_values"][0]))
+        ours = normalise(preprocess(image)[0], mean, std)
+        ours = ours.flip(0) if preprocess.flipped else ours
+        assert float((ours - whole).abs().max()) <= 5e-7 * float(whole.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"image_mean": [0.5, 0.5]}, "image_mean and image_std must have 3 values"),
+        ({"image_std": [0.5] * 4}, "image_mean and image_std must have 3 values"),
+        ({"image_std": 0}, "image_mean and image_std must have 3 values"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "image_mean and image_std must have 3 values"),
+        ({"image_std": [0.2, -0.2, 0.2]}, "image_mean and image_std must have 3 values"),
+        ({"image_mean": "half"}, "image_mean and image_std must have 3 values"),
+        ({"image_mean": float("nan")}, "image_mean and image_std must have 3 values"),
+        ({"image_mean": None}, "must state image_mean and image_std"),
+        ({"rescale_factor": 0}, "must scale each channel by a factor and an offset"),
+        ({"rescale_factor": "1/255"}, "must scale each channel by a factor and an offset"),
+        ({"rescale_factor": None}, "must scale each channel by a factor and an offset"),
+    ],
+)
+def test_useless_numbers_are_refused_for_encoder_and_pixels(settings: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        load_preprocessor(checkpoint(tmp_path, {"image_processor_type": "ViTImageProcessor", **settings}))
+
+
+@pytest.mark.parametrize("settings", [{"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"rescale_offset": True}])
+def test_a_processor_that_cannot_be_built_must_ask_for_nothing_unusual(settings: Any, tmp_path: Path) -> None:
+    stated = {"image_processor_type": "NoSuchImageProcessor", "image_mean": 0.5, "image_std": 0.5}
+    with pytest.raises(
+        ValueError, match=r"must rescale by 1/255 and normalise, if its image processor cannot be built"
+    ):
+        load_preprocessor(checkpoint(tmp_path, {**stated, **settings}))
+
+
+def test_bgr_reaches_the_encoder_and_its_patches(tmp_path: Path) -> None:
+    with quiet():
+        plain = Encoder.from_pretrained(save("vit", tmp_path / "rgb"))
+        swapped = {"image_processor_type": "MobileViTImageProcessor", "do_center_crop": False}
+        folder = save("vit", tmp_path / "bgr")
+    (folder / "preprocessor_config.json").write_text(json.dumps({**swapped, "size": {"height": 32, "width": 32}}))
+    bgr = Encoder.from_pretrained(folder)
+    x = bgr.preprocess(PHOTOS["odd"])
+    with torch.no_grad():
+        torch.testing.assert_close(bgr(x), plain(x.flip(1) / 2 + 0.5))  # plain maps p to 2p − 1
+    assert torch.equal(bgr.patch_weight, plain.patch_weight.flip(1) / 2)

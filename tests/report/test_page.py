@@ -23,7 +23,7 @@ from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import ball, short
 from hf_equiv.geometry import spectrum
 from hf_equiv.report import collect, measure, page, render
-from hf_equiv.report.claims import NO, OPEN, PARTLY, UNDECIDED, YES, claims, near_budget, say
+from hf_equiv.report.claims import NO, NO_FEW, OPEN, PARTLY, UNDECIDED, YES, claims, near_budget, say
 from hf_equiv.report.collect import default_out, find_runs, group_runs
 from hf_equiv.report.numbers import CheckpointNumbers
 from hf_equiv.report.page import Report, make_report
@@ -535,14 +535,18 @@ def test_verdicts_follow_their_rules(runs):
         assert verdict("Matching", match=replace(model.match, matched=share)) == expected
         assert verdict("Downstream", heads=replace(model.heads, flipped=share), probe=None) == expected
     assert verdict("Matching", match=None) == OPEN
-    assert verdict("Equivalence", match=replace(model.match, psnr_match_target=Estimate(30.0, 29.0, 31.0, 9))) == NO
+    assert verdict("Equivalence", match=replace(model.match, psnr_match_target=Estimate(30.0, 29.0, 31.0, 50))) == NO
+    assert verdict("Equivalence", match=replace(model.match, psnr_match_target=Estimate(30.0, 29.0, 31.0, 9))) == NO_FEW
+    assert verdict("Matching", match=replace(model.match, matched=Share(0.0, 0.0, 0.66, 2, 0))) == NO_FEW
+    assert verdict("Null", spectrum=replace(model.spectrum, full=2, nullity=0)) == NO_FEW
     near, far = Estimate(0.5, 0.4, 0.6, 20), Estimate(5.0, 4.0, 6.0, 20)
     close, lone = Estimate(0.2, 0.1, 0.3, 20), Estimate(0.1, None, None, 1)
     kinds = model.lipschitz.kinds
     bent = replace(model.lipschitz, kinds=kinds | {"null": replace(kinds["null"], linearity=near)})
     many = replace(bent, images=20)
     for geometry, distance, expected in (
-        (bent, far, NO),
+        (many, far, NO),
+        (bent, far, NO_FEW),  # four photos
         (bent, replace(far, low=0.55), PARTLY),
         (bent, near, PARTLY),
         (many, close, YES),

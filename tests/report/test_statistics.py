@@ -77,3 +77,38 @@ def test_spread():
     assert spread([]) is None
     assert spread([None, float("inf")]) is None
     assert spread([*range(101), None]) == statistics.Spread(median=50, q05=5, q95=95, min=0, max=100, n=101)
+
+
+@pytest.mark.parametrize(("n", "inwards", "coverage"), [(2, 0, 0.5), (3, 0, 0.75), (5, 0, 0.9375), (6, 0, 0.96875),
+                                                        (8, 0, 0.9921875), (9, 1, 0.9609375)])  # fmt: skip
+def test_a_median_of_few_lies_between_two_of_them(n, inwards, coverage):
+    """The stated coverage is exact, and at least 95 % from 6 values on."""
+    values = np.random.default_rng(n).lognormal(size=(4000, n))
+    found = estimate(values[0])
+    ordered = np.sort(values, axis=1)
+    assert (found.low, found.high) == (ordered[0, inwards], ordered[0, -1 - inwards])
+    assert (found.coverage, found.method) == (coverage, "order statistics")
+    covered = np.mean((ordered[:, inwards] <= 1) & (ordered[:, -1 - inwards] >= 1))  # the median is 1
+    assert covered == pytest.approx(coverage, abs=0.03)
+    assert estimate(np.arange(10.0)).method == "bootstrap"
+
+
+def test_a_mean_of_few_has_students_interval():
+    found = estimate([1.0, 2.0, 4.0], np.mean)
+    half = stats.t.ppf(0.975, 2) * np.std([1, 2, 4], ddof=1) / 3**0.5
+    assert (found.low, found.high) == pytest.approx((7 / 3 - half, 7 / 3 + half))
+    assert (found.coverage, found.method) == (0.95, "Student")
+
+
+def test_a_mean_of_nearly_equal_values_needs_no_warning(recwarn):
+    found = estimate([0.1 + 0.2, 0.3, 0.3], np.mean)
+    assert found.low <= found.value <= found.high
+    assert not recwarn
+
+
+@pytest.mark.parametrize("n", [2, 5, 9, 50, 1000])
+def test_a_share_of_none_or_all_has_no_rounding_dust(n):
+    none, every = share([False] * n), share([True] * n)
+    assert none.low == 0.0
+    assert every.high == 1.0
+    assert (none.method, none.coverage) == ("Wilson", 0.95)

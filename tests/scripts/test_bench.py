@@ -13,6 +13,7 @@ import torch
 from cases import DIM, images, linear, smooth_mlp
 
 from hf_equiv import LBFGS, Adam, GradientDescent, match_embedding, refine_8bit
+from hf_equiv.conditions import admit
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 spec = importlib.util.spec_from_file_location("meter", BENCH / "meter.py")
@@ -99,6 +100,7 @@ def test_an_image_outside_the_box_counts_as_its_clipped_image():
 @pytest.mark.parametrize("solver", [LBFGS(), Adam(), GradientDescent()], ids=lambda solver: type(solver).__name__)
 def test_the_library_counts_its_evaluations_as_the_meter_does(solver, meter):
     source = images(1)
+    admit(meter, source, noise=True)
     with meter.measure():
         match = match_embedding(meter, source, meter.z, solver, rtol=1e-5, max_evals=50, raise_on_failure=False)
     assert match.num_evals.item() == pytest.approx(meter.num_evals)

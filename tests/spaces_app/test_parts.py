@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import sys
@@ -14,9 +15,10 @@ import pytest
 import torch
 import views
 from gradio.route_utils import delete_files_created_by_app
+from hostile import NO_PHOTOS, NOT_STORED
 from showcase import Showcase, open_showcase
 
-from hf_equiv.data.image_file import decode_png, encode_png, open_image
+from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.tables import refuse_swollen
 from hf_equiv.runs.schema import MATCH
 from hf_equiv.runs.shards import read_shard, shard_bytes
@@ -67,6 +69,31 @@ def test_no_folder_is_named_to_a_visitor(parts, tmp_path):
     with pytest.raises(gr.Error, match="damaged") as caught, parts.shelf.telling("a/b"):
         open_showcase(tmp_path)
     assert str(tmp_path) not in caught.value.message
+
+
+def test_messages_of_the_app_have_one_door(parts, monkeypatch):
+    """The page shows the HTML of messages, and only those that are made in one place."""
+    shown = []
+    monkeypatch.setattr(gr, "Warning", shown.append)
+    evil = "<form action=http://evil.com><input></form>[a](b)\n\x1b[2J\u202e" + "L" * 3000
+    parts.shelf.warn(evil)
+    with pytest.raises(gr.Error) as caught, parts.shelf.telling(evil):
+        raise KeyError(evil)
+    for told in (*shown, caught.value.message, parts.shelf.refused(evil).message):
+        assert "<" not in told
+        assert told.isprintable()
+        assert len(told) <= 800
+    for path in APP.glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        made = {ast.unparse(call.func) for call in calls} & {"gr.Error", "gr.Warning", "gr.Info", "gr.Success"}
+        assert made == ({"gr.Error", "gr.Warning"} if path.name == "shelf.py" else set())
+        assert not [word for call in calls for word in call.keywords if word.arg == "show_error"]
+
+
+def test_names_of_models_are_text(parts):
+    told = views.html.about_directions(["builtin", "<b>`[a](http://evil.com)"])
+    assert "<b>" not in told
+    assert "<code>&lt;b&gt;`[a](http://evil.com)</code>" in told
 
 
 @pytest.mark.parametrize("value", [None, 5])
@@ -200,9 +227,24 @@ def test_only_certain_classes_are_called_certain(share, said):
     assert views.percent(share) == said
 
 
-def test_an_upload_has_a_limit_of_its_own():
-    with pytest.raises(ValueError, match="at most 99 pixels"):
-        open_image(encode_png(torch.zeros(3, 10, 10)), most_pixels=99)
+def test_an_upload_is_a_file_like_others(parts, tmp_path, monkeypatch):
+    for name, data in NO_PHOTOS.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        with pytest.raises(gr.Error, match="The source photo must be an image"):
+            parts.try_tab.read_upload(str(tmp_path / f"{name}.png"), "source")
+    (tmp_path / "a.png").write_bytes(encode_png(torch.zeros(3, 10, 10)))
+    assert parts.try_tab.read_upload(str(tmp_path / "a.png"), "source").size == (10, 10)
+    monkeypatch.setattr("hf_equiv.data.image_file.MAX_PIXELS", 99)  # the one limit
+    with pytest.raises(gr.Error, match="at most 99 pixels"):
+        parts.try_tab.read_upload(str(tmp_path / "a.png"), "source")
+
+
+@pytest.mark.parametrize("kind", ["gamma", "tail", "second frame", "eps", "palette"])
+def test_pictures_that_hold_more_than_pixels_are_refused(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"(a PNG of 8-bit RGB pixels and nothing else|be PNG files)"):
+        open_showcase(
+            copy_run(tmp_path / "a", source=NOT_STORED[kind], match=NOT_STORED[kind], target=NOT_STORED[kind])
+        )
 
 
 def test_the_files_of_a_visitors_dataset_are_deleted(parts, monkeypatch):

@@ -4,18 +4,24 @@ import math
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from fakes import SIZE, TinyEncoder, save_photos
+from hostile import NOT_STORED
 from PIL import Image
 from safetensors.torch import save_file
 
 from hf_equiv.analyses import MatchConfig, make_plan, pairs, run_analysis
 from hf_equiv.cli.main import _run
+from hf_equiv.data.image_file import encode_png
+from hf_equiv.hub.load import load_results
+from hf_equiv.report.collect import find_runs, read_pictures
 from hf_equiv.runs import shards
+from hf_equiv.runs.schema import MATCH
 from hf_equiv.verify import directory, rows
 
 MEASURED = [
@@ -77,7 +83,7 @@ def test_an_honest_run_holds(out):
     for key in ("embedding_error", "embedding_error_8bit"):
         assert getattr(report, f"worst_{key}") == pytest.approx(max(row[key] for row in rows), abs=1e-6)
     assert list(report.to_json()) == [
-        "rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems",
+        "rows", "verified", "failed", "worst_embedding_error", "worst_embedding_error_8bit", "problems", "unverified",
     ]  # fmt: skip
 
 
@@ -162,6 +168,54 @@ def test_image_that_is_none(out):
     only(directory.verify_run(out), pair_id=name, column="match", stated="a PNG image")
     name = forge(out, "match", lambda _: None)
     only(directory.verify_run(out), pair_id=name, column="match", stated="a PNG image")
+
+
+@pytest.mark.parametrize("kind", NOT_STORED)
+def test_stored_images_hold_pixels_alone(out, kind):
+    """Behind every door of a run: verify, report, load_results, and the run that goes on."""
+    name = forge(out, "target", lambda _: {"bytes": NOT_STORED[kind], "path": None})
+    report = directory.verify_run(out)
+    problem = only(report, pair_id=name, column="target", stated="a PNG image")
+    assert "a stored image must be a PNG of 8-bit RGB pixels and nothing else" in problem.message
+    for read in (_pictures, load_results, _merge):
+        with pytest.raises(ValueError, match="a stored image must be a PNG of 8-bit RGB pixels and nothing else"):
+            read(out)
+
+
+@pytest.mark.parametrize("path", [str(Path(__file__)), "x.png", "hf://datasets/a/b/x.png", "http://127.0.0.1:9/x.png"])
+def test_the_path_in_a_cell_is_not_opened(out, path):
+    for content in (None, encode_png(torch.zeros(3, SIZE, SIZE))):
+        forge(out, "match", lambda _, content=content: {"bytes": content, "path": path})
+        assert "not paths of files" in only(directory.verify_run(out), column="file").message
+        for read in (_pictures, load_results, _merge):
+            with pytest.raises(ValueError, match="column 'match' must hold PNG files, not paths of files"):
+                read(out)
+
+
+def _pictures(out: Path) -> None:
+    (run,) = find_runs([("run", out)])
+    list(read_pictures(run, [row["pair_id"] for row in run.rows]))
+
+
+def _merge(out: Path) -> None:
+    names = [item["pair_id"] for item in json.loads((out / "run.json").read_text())["pairs"]]
+    shards.merge_shards(out, MATCH, names, len(names))
+
+
+def test_a_column_that_no_run_has_is_not_decoded(out):
+    path = out / "matches" / "part-00000.parquet"
+    features = datasets.Features({"more": datasets.Image()}).arrow_schema
+    table = pq.read_table(path)
+    more = pa.array([{"bytes": NOT_STORED["eps"], "path": None}] * len(table), features.field("more").type)
+    pq.write_table(table.append_column(features.field("more"), more), path)
+    assert "more" not in load_results(out).column_names
+    assert load_results(out)[0]["match"].size == (SIZE, SIZE)
+
+
+def test_an_image_of_another_size_is_not_decoded(out, monkeypatch):
+    name = forge(out, "match", lambda _: {"bytes": encode_png(torch.zeros(3, 40, 30)), "path": None})
+    problem = only(directory.verify_run(out), pair_id=name, column="match")
+    assert (problem.stated, problem.recomputed) == ([3, 40, 30], [3, SIZE, SIZE])
 
 
 def test_image_outside_the_ball(out):

@@ -1,0 +1,395 @@
+"""Check once that a function f meets the preconditions of all verbs, and define how they call it.
+
+`admit` tries f near one image and requires, in this order:
+
+    eval mode       no batch norm or dropout in train mode
+    a tensor        (B, D), strided, real, of a floating-point type
+    deterministic   two calls give one embedding
+    differentiable  the output is connected to the pixels
+    no batch        an image has one embedding, alone and beside other images
+    a derivative    products with J by reverse mode, by its transpose and by differences of f agree
+
+An f that fails is refused with the two numbers that disagree. Cost: about seven evaluations, which count in no result.
+An `Encoder` is frozen, so it is tried once for each image size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from hf_equiv.checks import check_output
+from hf_equiv.derivatives import PlainStrides, forward_mode, transposed, vjps
+from hf_equiv.precision import (
+    Encoding,
+    Recorded,
+    exact_derivatives,
+    float64_twin,
+    in_float64,
+    no_autocast,
+    no_tf32,
+    power_of_two,
+    with_autocast,
+)  # fmt: skip
+
+_REPEAT = 100  # times the spacing of the numbers in f: largest difference of two calls, relative
+_BATCH = 1000  # the same for an image alone and in a batch, and for two products with J by autograd
+_COARSE, _LEAST = 0.1, 1e-6  # and the most for a coarse f, the least for a fine one
+_SECANT = 0.003  # largest difference of autograd and a secant, relative, that needs no closer look
+_EXACT = 0.001  # the largest for tiny steps in float64
+_ROUGH = 0.06  # and where f has no float64: kinks and curvature have a share in it
+_STRETCH = 64.0  # times a cotangent, where hooks and clips that act on large gradients show
+_SIGMAS = 3  # times the noise of a secant that is allowed on top
+_NOISE = 4  # noise of f in units of the spacing of its numbers, until it is measured
+_LONGEST = 2.0**-7  # largest step of a pixel in a secant
+_VARIES = 1.5  # times the noise at one image, for that at others
+_UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
+
+Steps = list[tuple[Tensor, float]]  # directions (C, H, W), and the change of a pixel along each
+
+
+class Function:
+    """f as the verbs call it: on a copy of the images, with a checked copy of the embeddings in return.
+
+    So an f that normalises in place, returns a view of its input or reuses its output spoils no tensor of the caller's.
+    Other attributes are those of f.
+
+    Args:
+        plain: the function itself. It keeps the `torch.autocast` settings that hold now.
+        strides: the mode that its batch norm needs, if it does.
+        noise: relative rounding noise of one evaluation.
+        derivable: False if autograd is known to state a false derivative.
+    """
+
+    def __init__(self, plain: Encoding, *, strides: PlainStrides | None = None, noise: float = 0.0) -> None:
+        self.plain, self.strides, self.noise, self.derivable = plain, strides, noise, True
+        self._call = with_autocast(plain)
+
+    def apply(self, images: Tensor) -> Any:
+        """Return the output of f as it is."""
+        with self.strides or nullcontext():
+            return self._call(images.clone())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return f(images), (B, D)."""
+        z: Tensor = self.apply(images)
+        check_output(z, len(images))
+        return z.clone()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of f."""
+        return getattr(self.__dict__.get("plain"), name)
+
+    def double(self) -> Function | None:
+        """Return the float64 twin of f, if it offers one."""
+        twin = float64_twin(self.plain)
+        return None if twin is None else Function(twin, strides=self.strides)
+
+
+def as_function(f: Encoding) -> Function:
+    """Return f as a `Function`, without any condition."""
+    return f if isinstance(f, Function) else Function(f)
+
+
+def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = False) -> Function:
+    """Require the conditions of f near the first image on which it is finite, and return it as a `Function`.
+
+    Args:
+        f: the encoder, or any callable (B, C, H, W) -> (B, D); a `Function` was admitted before.
+        images: (B, C, H, W), pixels in [0, 1].
+        gradient: whether to refuse a false derivative; False only notes it, for values that come from secants.
+        noise: whether to measure the noise of f.
+
+    Returns:
+        f, to be called in place of the function given.
+
+    Raises:
+        ValueError: f fails a condition.
+    """
+    if isinstance(f, Function):
+        return f
+    known: dict[Any, Function] = getattr(f, "admitted", {})  # an Encoder has one
+    key = images.shape[1:], images.dtype, gradient, noise
+    if key not in known or known[key].plain is not f:  # a wrapper may lend the attributes of an Encoder
+        known[key] = _admit(f, images, gradient, noise)
+    return known[key]
+
+
+def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool) -> Function:
+    strides = PlainStrides()
+    call = Function(f, strides=strides)
+    with torch.inference_mode(False), no_tf32(), _eval_mode():
+        for image in images.detach():
+            probe = _Probe(call, image)
+            if probe.finite:
+                try:
+                    probe.run()
+                except _FalseDerivativeError:
+                    if gradient:
+                        raise
+                    call.derivable = False
+                    probe.beside([])
+                # at a grey image, so that no result depends on the other images of a batch
+                call.noise = _Probe(call, torch.full_like(image, 0.5)).noise if noise else 0.0
+                break
+    call.strides = strides if strides.used else None
+    return call
+
+
+@contextmanager
+def _eval_mode() -> Iterator[None]:
+    """Refuse a call of batch norm or dropout in train mode, before it changes its statistics."""
+
+    def look(module: torch.nn.Module, args: Any) -> None:
+        acts = isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
+        if module.training and acts:
+            raise ValueError(f"`f` must be in eval mode; got {module} in train mode. Call `model.eval()` first.")
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(f"`f` must map each image for itself; {module} has no statistics but those of the batch.")
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _FalseDerivativeError(ValueError):
+    """Differences of f, or another product with J, contradict autograd."""
+
+
+class _Probe:
+    """f at a point x near an image, inside the box and off the kinks that a black, grey or 8-bit image may have.
+
+    Embeddings and derivatives are in `unit`, float64. Directions `ways` change every pixel by ±1.
+    """
+
+    def __init__(self, call: Function, image: Tensor) -> None:
+        self.call, self.generator = call, torch.Generator("cpu").manual_seed(0)
+        grid = 2 * torch.finfo(image.dtype).eps  # x ± step is exact for multiples of it
+        self.shortest = 4 * grid
+        near = image.double().clamp(3 / 16, 13 / 16) + (self._uniform(image.shape).to(image.device) - 0.5) / 4
+        self.x = ((near / grid).round() * grid).to(image)[None].requires_grad_(True)
+        signs = (self._uniform(image.shape) - 0.5).sign().to(image)
+        self.ways = torch.stack([signs, torch.ones_like(signs)])  # the mean of many signs is near 0
+        with torch.enable_grad(), Recorded() as seen:
+            self.z = call(self.x)
+        self.finite = bool(self.z.isfinite().all())
+        self.eps = max(seen.eps, torch.finfo(self.z.dtype).eps, torch.finfo(image.dtype).eps)
+        self.unit = power_of_two(float(self.z.detach().double().abs().max())) if self.finite else 1.0
+        self.here = self._in_unit(self.z)[0]
+        self.size = float(self.here.norm()) or 1.0
+
+    def run(self) -> None:
+        """Require the conditions."""
+        again = self.x.detach().clone().requires_grad_(True)  # an f that keeps results has no gradient for it
+        with torch.enable_grad():
+            second = self.call(again)
+        off = float((self._in_unit(second)[0] - self.here).norm())
+        if off > min(_REPEAT * self.eps, _COARSE) * self.size:
+            raise ValueError(
+                f"`f` must be deterministic; two calls on one image differ by {off / self.size:.3g} of the embedding. "
+                "Switch dropout, sampling and counters off, for example with `model.eval()`."
+            )
+        self._find_rows(second, again)
+        # If f is exactly zero by cancellation, J is zero up to its rounding.
+        zero = 0.0 if bool(self.here.any()) else _BATCH * self.eps * math.sqrt(self.x.numel())
+        if not bool(self.rows.isfinite().all()):
+            self.beside([])
+        elif float(self.rows.norm()) <= zero:
+            self._check_flat()
+        else:
+            self._find_product()
+            self._check_secants()
+
+    @property
+    def noise(self) -> float:
+        """Return the relative noise of an evaluation: from float64, or else from pixels changed by an ulp."""
+        if not self.finite:
+            return 0.0
+        exact, gap = self._exact
+        return _UNSEEN * self._jitter if exact is None else _VARIES * gap
+
+    def _find_rows(self, second: Tensor, again: Tensor) -> None:
+        """Set the rows Jᵀu (K, N) of random cotangents u (K, D), and the first of them from a second call of f."""
+        self.u = torch.randn(2, self.z.shape[1], generator=self.generator, dtype=torch.float64, device="cpu").to(self.z)
+        found, factor = None, _STRETCH if self.eps <= torch.finfo(torch.float32).eps else 1.0
+        if second.requires_grad:
+            try:
+                with no_autocast():
+                    (found,) = torch.autograd.grad(second, again, factor * self.u[:1], allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(
+                    "`f` must be differentiable; got an error in its backward pass "
+                    f"({' '.join(str(error).split())[:160]}). Change no tensor in place that its gradient needs."
+                ) from error
+        if found is None:
+            raise ValueError(
+                "`f` must be differentiable and use its input; got no gradient. Drop no_grad or detach, and do not "
+                "round, compare, sort or keep results of earlier calls."
+            )
+        found = found / factor
+        with no_autocast():
+            try:
+                rows = vjps(self.z[0], self.x, self.u)
+            except RuntimeError:  # a backward pass of f takes one cotangent at a time
+                rows = torch.cat([found, vjps(self.z[0], self.x, self.u[1:])[0]])
+        self.rows, self.alone = self._in_unit(rows).flatten(1), self._in_unit(found).flatten()
+
+    def _find_product(self) -> None:
+        """Set J v (D,), or None without second order and forward mode; require that all products with J agree."""
+        self.product = None
+        with no_autocast(), exact_derivatives():
+            try:
+                u, gradient = transposed(self.call, self.x)
+                self.product = self._in_unit(vjps(gradient, u, self.ways[:1, None]))[0]
+            except (RuntimeError, NotImplementedError):
+                with suppress(RuntimeError):
+                    self.product = self._in_unit(forward_mode(self.call, self.x.detach(), self.ways[:1]))[0]
+        along = self._along(0)
+        pairs = [(self.rows[0] @ along, self.alone @ along)]
+        if self.product is not None:
+            pairs += zip(self.rows @ along, self.u.double() @ self.product, strict=True)
+        size = float(self.rows.norm())
+        for first, second in pairs:
+            if not self._is_noise(float((first - second).abs()) / (8 * size)):
+                self._refuse("another product with J", float(first), float(second))
+
+    def _is_noise(self, gap: float) -> bool:
+        """Whether the rounding of f explains a relative difference of one thing computed in two ways."""
+        limit = max(min(_BATCH * self.eps, _COARSE), _LEAST)
+        return gap <= limit or gap <= 2 * _UNSEEN * max(self._jitter, self._exact[1])
+
+    def _check_secants(self) -> None:
+        """Require that differences of f agree with autograd at a step where neither noise nor curvature hides it."""
+        slope, found = float(self.rows.norm()) / math.sqrt(len(self.rows)), []
+        for secants, error, rtol in self._tries(slope):
+            pairs = []
+            for k, secant in enumerate(secants):
+                stated, seen, size = self._compare(k, secant, slope)
+                pairs.append((abs(stated - seen) - rtol * size - error, stated, seen))
+            worst = max(pairs)
+            if not worst[0] > 0:
+                return
+            found.append(worst)
+        self._refuse("differences of f", *min(found)[1:])
+
+    def _tries(self, slope: float) -> Iterator[tuple[list[Tensor], float, float]]:
+        """Yield secants along both directions, with the noise in them and the relative difference allowed."""
+        noise = _NOISE * self.eps * self.size
+        step = self._step(noise, slope)
+        yield self.beside([(way, step) for way in self.ways]), _SIGMAS * noise / step, _SECANT
+        # f may be noisier than its numbers, or curved, or have many kinks
+        exact, gap = self._exact
+        if exact is not None:
+            for width in (2.0**-20, 2.0**-26):
+                secants = self._secants([(way.double(), width) for way in self.ways], exact)
+                yield secants, 0.0, _EXACT + 8 * max(self.eps, gap)
+            return
+        louder = max(noise, 2 * _UNSEEN * self._jitter * self.size)
+        for level, width in ((noise, max(step / 8, self.shortest)), (louder, self._step(louder, slope))):
+            yield self._secants([(way, width) for way in self.ways]), _SIGMAS * level / width, _ROUGH
+
+    @cached_property
+    def _exact(self) -> tuple[Encoding | None, float]:
+        """Return f in float64 and its relative distance from f; None and 0 if it cannot be had."""
+        try:
+            exact = float64_twin(self.call) or in_float64(self.call.plain)
+            with torch.enable_grad():  # as for `here`
+                z = self._in_unit(exact(self.x.detach().double()))[0]
+        except Exception:  # f may raise any error on float64, or memory may run out
+            return None, 0.0
+        gap = float((z - self.here).norm()) / self.size
+        return (exact, gap) if gap <= _COARSE else (None, 0.0)
+
+    def _check_flat(self) -> None:
+        """Require that f hardly moves where its derivative is zero, unlike a function that is constant by pieces."""
+        steps = [(self.ways[0], 4 * _LONGEST), (self.ways[0], _LONGEST)]
+        moves = [float(secant.norm()) for secant in self.beside(steps)]
+        noise = _SIGMAS * _NOISE * self.eps * self.size
+        if all(move * 2 * step > noise for move, (_, step) in zip(moves, steps, strict=True)):
+            self._refuse("differences of f", 0.0, moves[1])
+
+    def _compare(self, k: int, secant: Tensor, slope: float) -> tuple[float, float, float]:
+        """Return the same number by autograd and by the secant (D,) along direction k, and the size to judge it by."""
+        if k == 0 and self.product is not None:
+            apart = self.product - secant
+            along = apart / (apart.norm() or 1.0)  # where the two differ most
+            size = float(torch.maximum(self.product.norm(), secant.norm()))
+            return float(along @ self.product), float(along @ secant), size
+        stated, seen = self.rows @ self._along(k), self.u.double() @ secant
+        worst = int((stated - seen).abs().argmax())
+        size = max(slope, float(stated[worst].abs()), float(seen[worst].abs()))
+        return float(stated[worst]), float(seen[worst]), size
+
+    def beside(self, steps: Steps) -> list[Tensor]:
+        """Return the secants, from a batch with other images in it; require that they do not change f(x)."""
+        other = (self._uniform(self.x.shape[1:]) < 0.5).to(self.x)[None]
+        points = torch.cat([other, self.x.detach(), *self._ends(steps), 1 - other, other])
+        try:
+            with torch.no_grad():
+                values = self.call.apply(points)
+        except Exception:  # f takes one image at a time
+            return self._secants(steps)
+        check_output(values, len(points))
+        _, beside, *ends, _, _ = self._in_unit(values)
+        off = float((beside - self.here).norm()) / self.size
+        if math.isnan(off):  # the other images are not in the domain of f
+            return self._secants(steps)
+        if not self._is_noise(off):
+            raise ValueError(
+                f"`f` must map each image for itself; beside another image, an embedding changes by {off:.3g} of its "
+                "length. Call `model.eval()`, and take no statistics over the batch."
+            )
+        return self._quotients(ends, steps)
+
+    def _secants(self, steps: Steps, f: Encoding | None = None) -> list[Tensor]:
+        with torch.no_grad():
+            ends = [self._in_unit((f or self.call)(end))[0] for end in self._ends(steps)]
+        return self._quotients(ends, steps)
+
+    def _quotients(self, ends: list[Tensor], steps: Steps) -> list[Tensor]:
+        pairs = zip(ends[::2], ends[1::2], steps, strict=True)
+        return [(after - before) / (2 * step) for after, before, (_, step) in pairs]
+
+    def _ends(self, steps: Steps) -> list[Tensor]:
+        return [self.x.detach() + sign * step * way for way, step in steps for sign in (1, -1)]
+
+    def _along(self, k: int) -> Tensor:
+        return self.ways[k].double().flatten()
+
+    def _step(self, noise: float, slope: float) -> float:
+        """Return the power of two that keeps noise below 0.05 % of a secant."""
+        return min(max(power_of_two(2000 * noise / slope), self.shortest), _LONGEST)
+
+    @cached_property
+    def _jitter(self) -> float:
+        """Return the relative difference of f between two images a unit in the last place away."""
+        change = self.eps * self.ways[0]
+        with torch.no_grad():
+            ends = [self._in_unit(self.call(self.x.detach() * (1 + sign * change)))[0] for sign in (1, -1)]
+        return float((ends[0] - ends[1]).norm()) / math.sqrt(2) / self.size
+
+    def _in_unit(self, values: Tensor) -> Tensor:
+        return values.detach().double() / self.unit
+
+    def _uniform(self, shape: torch.Size) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+
+    def _refuse(self, other: str, stated: float, seen: float) -> None:
+        raise _FalseDerivativeError(
+            f"`f` must have the derivative that autograd states; got {stated * self.unit:.4g} from autograd and "
+            f"{seen * self.unit:.4g} from {other}, along one direction. Take rounding, detach, straight-through "
+            "estimators, gradient hooks and wrong custom backward passes out of f."
+        )

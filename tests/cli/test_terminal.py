@@ -1,0 +1,208 @@
+"""Data of strangers on a terminal: no control character, no second line, no markup; streams that are closed or full."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fakes import TinyEncoder, draw_photo
+from hubcases import call, reseal
+
+from hf_equiv.cli import environment
+from hf_equiv.formatting import excerpt, one_line, printable
+from hf_equiv.report import collect
+from hf_equiv.verify import directory
+
+EVIL = "x\x1b[2J\x1b]0;t\x07\x9b31m\r\nerror: all is well\u202e\u2066\u200b\x7f[bold red]:smile: y"
+CLI = Path(environment.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def costless(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((environment, "load_encoder"), (directory, "load_recorded"), (collect, "load_recorded")):
+        monkeypatch.setattr(module, name, lambda *_, **__: TinyEncoder())
+
+
+def spoil(value):
+    """Put the hostile text into every string but those that a run could not be opened without."""
+    if isinstance(value, dict):
+        return {key: inner if key in ("analysis", "dtype", "files") else spoil(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [spoil(inner) for inner in value]
+    return value + EVIL if isinstance(value, str) and not value.startswith(("sha256:", "{")) else value
+
+
+@pytest.fixture(params=["match", "walk", "spectrum", "lipschitz"])
+def hostile(request, runs, tmp_path) -> Path:
+    """A run with hostile ids, labels, names and words in every row, in its record and in the name of a file."""
+    folder = Path(shutil.copytree(runs[request.param], tmp_path / "run"))
+    record = spoil(json.loads((folder / "run.json").read_text()))
+    record["files"][f"figures/a{EVIL}.png".replace("/0", "")] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(record))
+    for path in folder.glob("*/*.parquet"):
+        rows = pq.read_table(path)
+        for place, field in enumerate(rows.schema):
+            if field.type == pa.string() and field.name not in ("status", "processor", "versions", "dtype"):
+                texts = [None if text is None else spoil(text) for text in rows.column(place).to_pylist()]
+                rows = rows.set_column(place, field, pa.array(texts, pa.string()))
+        pq.write_table(rows, path)
+    (folder / "figures" / f"b{EVIL.replace('/', '')}.png").write_bytes(b"")
+    record["files"] = {name: "0" * 64 for name in record["files"] if (folder / name).is_file()}
+    (folder / "run.json").write_text(json.dumps(record))
+    reseal(folder)
+    return folder
+
+
+def harmless(text: str) -> None:
+    """Nothing but printable characters and the colours of the program itself, and no line that data began."""
+    assert all(sign.isprintable() or sign == "\n" for sign in re.sub(r"\x1b\[\d*(;\d+)*m", "", text)), ascii(text)
+    assert not any(line.startswith("error: all is well") for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("command", "terminal"), [("verify", True), ("report", True), ("publish", False)])
+def test_a_hostile_run(command, terminal, hostile, capsys, monkeypatch):
+    if terminal:
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda: True)
+        monkeypatch.setenv("TERM", "dumb")  # no bars, which move the cursor
+    more = {"report": ["--no-survival"], "publish": ["alice/results", "--dry-run"]}.get(command, [])
+    code, out, err = call(capsys, command, hostile, *more)
+    assert code in (0, 1, 2)
+    assert "HF_EQUIV_DEBUG" not in err
+    harmless(out)
+    harmless(err)
+    if not terminal:
+        _, out, _ = call(capsys, command, hostile, *more, "--json")
+        harmless(out)
+        assert out == "" or json.loads(out)
+
+
+HOSTILE = ["a\x1b[2J.png", "b\nerror: all is well.png", "c\u202e.png", "[bold]d.png", ":e:.png", "<i>&amp;.png"]
+
+
+def test_hostile_file_names(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for k, name in enumerate(HOSTILE):
+        draw_photo(k).save(tmp_path / "in" / name)
+        (tmp_path / "in" / f"bad{name}").write_bytes(b"no image")
+    place = "out" + "".join(HOSTILE)
+    code, out, err = call(capsys, "spectrum", "builtin", "--data", "in", "--out", place)
+    assert code == 1
+    harmless(out)
+    harmless(err)
+    for text in ("[bold]d", ":e:", "<i>&amp;"):  # markup is text
+        assert text in out
+    assert call(capsys, "verify", place)[0] == 0
+    for name in HOSTILE:
+        more = ["report", "in", "--transfer", name], ["env", "--what" + name]
+        for given in (["match", name], ["verify", name], *more):
+            harmless(call(capsys, *given)[2])
+
+
+def test_messages_of_libraries_are_printable(capsys):
+    import logging
+    import warnings
+
+    with environment.calm(quiet=True):
+        logging.lastResort.handle(logging.getLogRecordFactory()("a", 30, "b", 1, "a label: %s", (EVIL,), None))
+        sys.stderr.write(warnings.formatwarning(UserWarning(EVIL), UserWarning, "file.py", 1))
+    err = capsys.readouterr().err
+    assert err.count("[bold red]:smile: y") == 2
+    harmless(err)
+
+
+def test_one_place_prints():
+    """Every text of the commands goes through `output`; click prints only its own help."""
+    for path in CLI.glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = [ast.unparse(node.func) for node in calls]
+        prints = [n for n in names if n in ("print", "Console") or n.endswith((".echo", ".secho")) or "std" in n]
+        allowed = {"main.py": ["click.echo"], "output.py": None, "streams.py": None}.get(path.name, [])
+        assert (
+            allowed is None
+            or [n for n in prints if not n.endswith(("isatty", "to_stderr", "fileno", "redirect_stdout"))] == allowed
+        ), path
+
+
+@pytest.mark.parametrize("clean", [printable, lambda text: one_line(ValueError(text)), lambda text: excerpt(text, 400)])
+def test_what_is_printable(clean):
+    assert clean(EVIL).isprintable()
+    assert clean("Zürich 東京 🫥 a→b") == "Zürich 東京 🫥 a→b"
+
+
+def test_a_report_says_which_runs_are_partial(runs, tmp_path, capsys):
+    folder = Path(shutil.copytree(runs["match"], tmp_path / "run"))
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"complete": False, "summary": None, "files": {}}))
+    code, out, _ = call(capsys, "report", "run", "--no-survival")
+    assert code == 0
+    assert "\npartial:   run holds 2 of 2 pairs" in out
+    assert "partial:" not in call(capsys, "report", runs["match"], "--no-survival", "--out", "whole.html")[1]
+
+
+# --- streams ---
+
+LINES = """
+import sys
+sys.argv = ["hf-equiv"]
+from hf_equiv.cli import main, output, streams
+from hf_equiv.cli import environment
+from unittest.mock import Mock
+environment.import_module = Mock()  # the libraries that `calm` silences take seconds to import
+m = sys.modules["hf_equiv.cli.main"]
+@m.cli.command()
+def long():
+    with environment.calm(quiet=True):
+        for _ in range(20000):
+            streams.to_stderr("a line on stderr")
+    open("done", "w").close()
+    output.print_json({"label": "東京"})
+    with streams.writing(sys.stdout):
+        output._console().print("ε – 東京")
+    return 1
+main(["long"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "said"),
+    [
+        (">&-", 1, ""), ("2>&-", 1, "東京"), (">&- 2>&-", 1, ""), ("<&- >&- 2>&-", 1, ""),
+        ("2>&1 | head -1", 1, "a line"),
+        ("2>/dev/null | head -c 1", 1, "{"), (">/dev/full", 2, "standard output cannot be written: No space left"),
+        ("2>/dev/full", 1, "東京"),
+    ],
+)  # fmt: skip
+def test_streams_that_are_closed_lose_no_result(redirect, code, said, tmp_path):
+    (tmp_path / "long.py").write_text(LINES)
+    command = f"set -o pipefail; {sys.executable} long.py {redirect}"
+    there = os.environ | {"PYTHONPATH": str(CLI.parents[1])}
+    told = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=there, capture_output=True, text=True, check=False)
+    assert (tmp_path / "done").exists()
+    assert told.returncode == code
+    assert said in told.stdout + told.stderr
+    assert "Traceback" not in told.stderr
+    assert "Exception ignored" not in told.stderr
+
+
+@pytest.mark.parametrize(
+    "coding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_stdout_that_cannot_encode(coding, tmp_path):
+    (tmp_path / "long.py").write_text(LINES, encoding="utf-8")
+    there = os.environ | {"PYTHONPATH": str(CLI.parents[1])} | coding
+    told = subprocess.run([sys.executable, "long.py"], cwd=tmp_path, env=there, capture_output=True, check=False)
+    assert told.returncode == 1
+    first, second = told.stdout.decode("ascii").splitlines()
+    assert json.loads(first) == {"label": "東京"}
+    assert second.startswith("\\u03b5")
