@@ -54,8 +54,6 @@ _LONGEST = 2.0**-7  # largest step of a pixel in a secant
 _VARIES = 1.5  # times the noise at one image, for that at others
 _UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
 
-Steps = list[tuple[Tensor, float]]  # directions (C, H, W), and the change of a pixel along each
-
 
 class Function:
     """f as the verbs call it: on a copy of the images, with a checked copy of the embeddings in return.
@@ -137,7 +135,7 @@ def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool) -> Function
                     if gradient:
                         raise
                     call.derivable = False
-                    probe.beside([])
+                    probe.beside(_LONGEST)
                 # at a grey image, so that no result depends on the other images of a batch
                 call.noise = _Probe(call, torch.full_like(image, 0.5)).noise if noise else 0.0
                 break
@@ -170,7 +168,8 @@ class _FalseDerivativeError(ValueError):
 class _Probe:
     """f at a point x near an image, inside the box and off the kinks that a black, grey or 8-bit image may have.
 
-    Embeddings and derivatives are in `unit`, float64. Directions `ways` change every pixel by ±1.
+    Embeddings and derivatives are in `unit`, float64. Both directions `ways` (2, C, H, W) change every pixel by ±1. Their
+    secants (f(x + step·way) − f(x − step·way)) / 2 step are (2, D).
     """
 
     def __init__(self, call: Function, image: Tensor) -> None:
@@ -204,7 +203,7 @@ class _Probe:
         # If f is exactly zero by cancellation, J is zero up to its rounding.
         zero = 0.0 if bool(self.here.any()) else _BATCH * self.eps * math.sqrt(self.x.numel())
         if not bool(self.rows.isfinite().all()):
-            self.beside([])
+            self.beside(_LONGEST)
         elif float(self.rows.norm()) <= zero:
             self._check_flat()
         else:
@@ -257,7 +256,7 @@ class _Probe:
             except (RuntimeError, NotImplementedError):
                 with suppress(RuntimeError):
                     self.product = self._in_unit(forward_mode(self.call, self.x.detach(), self.ways[:1]))[0]
-        along = self._along(0)
+        along = self.ways[0].double().flatten()
         pairs = [(self.rows[0] @ along, self.alone @ along)]
         if self.product is not None:
             pairs += zip(self.rows @ along, self.u.double() @ self.product, strict=True)
@@ -273,33 +272,32 @@ class _Probe:
 
     def _check_secants(self) -> None:
         """Require that differences of f agree with autograd at a step where neither noise nor curvature hides it."""
-        slope, found = float(self.rows.norm()) / math.sqrt(len(self.rows)), []
-        for secants, error, rtol in self._tries(slope):
-            pairs = []
+        slope, misses = float(self.rows.norm()) / math.sqrt(len(self.rows)), []
+        for secants, noise, rtol in self._tries(slope):
+            excesses = []
             for k, secant in enumerate(secants):
                 stated, seen, size = self._compare(k, secant, slope)
-                pairs.append((abs(stated - seen) - rtol * size - error, stated, seen))
-            worst = max(pairs)
-            if not worst[0] > 0:
+                excesses.append((abs(stated - seen) - rtol * size - noise, stated, seen))
+            if not max(excesses)[0] > 0:
                 return
-            found.append(worst)
-        self._refuse("differences of f", *min(found)[1:])
+            misses.append(max(excesses))
+        _, stated, seen = min(misses)
+        self._refuse("differences of f", stated, seen)
 
-    def _tries(self, slope: float) -> Iterator[tuple[list[Tensor], float, float]]:
-        """Yield secants along both directions, with the noise in them and the relative difference allowed."""
+    def _tries(self, slope: float) -> Iterator[tuple[Tensor, float, float]]:
+        """Yield the secants of one step after another, the noise in them, and the relative difference allowed."""
         noise = _NOISE * self.eps * self.size
         step = self._step(noise, slope)
-        yield self.beside([(way, step) for way in self.ways]), _SIGMAS * noise / step, _SECANT
+        yield self.beside(step), _SIGMAS * noise / step, _SECANT
         # f may be noisier than its numbers, or curved, or have many kinks
         exact, gap = self._exact
         if exact is not None:
-            for width in (2.0**-20, 2.0**-26):
-                secants = self._secants([(way.double(), width) for way in self.ways], exact)
-                yield secants, 0.0, _EXACT + 8 * max(self.eps, gap)
+            for tiny in (2.0**-20, 2.0**-26):
+                yield self._secants(tiny, exact), 0.0, _EXACT + 8 * max(self.eps, gap)
             return
         louder = max(noise, 2 * _UNSEEN * self._jitter * self.size)
-        for level, width in ((noise, max(step / 8, self.shortest)), (louder, self._step(louder, slope))):
-            yield self._secants([(way, width) for way in self.ways]), _SIGMAS * level / width, _ROUGH
+        for level, other in ((noise, max(step / 8, self.shortest)), (louder, self._step(louder, slope))):
+            yield self._secants(other), _SIGMAS * level / other, _ROUGH
 
     @cached_property
     def _exact(self) -> tuple[Encoding | None, float]:
@@ -315,59 +313,53 @@ class _Probe:
 
     def _check_flat(self) -> None:
         """Require that f hardly moves where its derivative is zero, unlike a function that is constant by pieces."""
-        steps = [(self.ways[0], 4 * _LONGEST), (self.ways[0], _LONGEST)]
-        moves = [float(secant.norm()) for secant in self.beside(steps)]
-        noise = _SIGMAS * _NOISE * self.eps * self.size
-        if all(move * 2 * step > noise for move, (_, step) in zip(moves, steps, strict=True)):
-            self._refuse("differences of f", 0.0, moves[1])
+        near, far = (float(secants[0].norm()) for secants in (self.beside(_LONGEST), self._secants(4 * _LONGEST)))
+        if 2 * _LONGEST * min(near, 4 * far) > _SIGMAS * _NOISE * self.eps * self.size:
+            self._refuse("differences of f", 0.0, near)
 
     def _compare(self, k: int, secant: Tensor, slope: float) -> tuple[float, float, float]:
-        """Return the same number by autograd and by the secant (D,) along direction k, and the size to judge it by."""
+        """Return one number by autograd and by the secant (D,) along direction k, and the size to judge it by."""
         if k == 0 and self.product is not None:
             apart = self.product - secant
             along = apart / (apart.norm() or 1.0)  # where the two differ most
             size = float(torch.maximum(self.product.norm(), secant.norm()))
             return float(along @ self.product), float(along @ secant), size
-        stated, seen = self.rows @ self._along(k), self.u.double() @ secant
+        stated, seen = self.rows @ self.ways[k].double().flatten(), self.u.double() @ secant
         worst = int((stated - seen).abs().argmax())
         size = max(slope, float(stated[worst].abs()), float(seen[worst].abs()))
         return float(stated[worst]), float(seen[worst]), size
 
-    def beside(self, steps: Steps) -> list[Tensor]:
+    def beside(self, step: float) -> Tensor:
         """Return the secants, from a batch with other images in it; require that they do not change f(x)."""
         other = (self._uniform(self.x.shape[1:]) < 0.5).to(self.x)[None]
-        points = torch.cat([other, self.x.detach(), *self._ends(steps), 1 - other, other])
+        points = torch.cat([other, self.x.detach(), self._ends(step).to(self.x), 1 - other, other])
         try:
             with torch.no_grad():
                 values = self.call.apply(points)
         except Exception:  # f takes one image at a time
-            return self._secants(steps)
+            return self._secants(step)
         check_output(values, len(points))
-        _, beside, *ends, _, _ = self._in_unit(values)
-        off = float((beside - self.here).norm()) / self.size
+        values = self._in_unit(values)
+        off = float((values[1] - self.here).norm()) / self.size
         if math.isnan(off):  # the other images are not in the domain of f
-            return self._secants(steps)
+            return self._secants(step)
         if not self._is_noise(off):
             raise ValueError(
                 f"`f` must map each image for itself; beside another image, an embedding changes by {off:.3g} of its "
                 "length. Call `model.eval()`, and take no statistics over the batch."
             )
-        return self._quotients(ends, steps)
+        return (values[2:4] - values[4:6]) / (2 * step)
 
-    def _secants(self, steps: Steps, f: Encoding | None = None) -> list[Tensor]:
+    def _secants(self, step: float, exact: Encoding | None = None) -> Tensor:
+        """Return the secants of f, or of f in float64, from one image at a time."""
+        ends = self._ends(step).to(self.x) if exact is None else self._ends(step)
         with torch.no_grad():
-            ends = [self._in_unit((f or self.call)(end))[0] for end in self._ends(steps)]
-        return self._quotients(ends, steps)
+            values = self._in_unit(torch.cat([(exact or self.call)(end) for end in ends.split(1)]))
+        return (values[:2] - values[2:]) / (2 * step)
 
-    def _quotients(self, ends: list[Tensor], steps: Steps) -> list[Tensor]:
-        pairs = zip(ends[::2], ends[1::2], steps, strict=True)
-        return [(after - before) / (2 * step) for after, before, (_, step) in pairs]
-
-    def _ends(self, steps: Steps) -> list[Tensor]:
-        return [self.x.detach() + sign * step * way for way, step in steps for sign in (1, -1)]
-
-    def _along(self, k: int) -> Tensor:
-        return self.ways[k].double().flatten()
+    def _ends(self, step: float) -> Tensor:
+        """Return x + step·way of both directions, then x − step·way, (4, C, H, W), float64."""
+        return self.x.detach().double() + step * torch.cat([self.ways, -self.ways]).double()
 
     def _step(self, noise: float, slope: float) -> float:
         """Return the power of two that keeps noise below 0.05 % of a secant."""

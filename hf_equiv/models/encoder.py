@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from hf_equiv.checks import check_tensor
 from hf_equiv.conditions import Function
+from hf_equiv.derivatives import PlainStrides
 from hf_equiv.formatting import excerpt
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
@@ -70,8 +71,9 @@ class Encoder:
         self.dtype, self.device = dtype, device
         self._mean, self._std = (
             torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
-            for values in (preprocessor.mean, preprocessor.std)
+            for values in (preprocessor.scaling.mean, preprocessor.scaling.std)
         )
+        self._batch_norm = loaded.has_batch_norm
         self._native = native_size(loaded)
         size = preprocessor.size or self._native or (224, 224)
         self._sizes = {size}
@@ -115,7 +117,7 @@ class Encoder:
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         x = normalise(pixels, self._mean, self._std)
-        return x.flip(1) if self._preprocessor.flipped else x
+        return x.flip(1) if self._preprocessor.scaling.flipped else x
 
     @classmethod
     def from_pretrained(
@@ -200,6 +202,8 @@ class Encoder:
                 rules.enter_context(exact_derivatives())
             if exact:
                 rules.enter_context(InFloat64())
+            if self._batch_norm:
+                rules.enter_context(PlainStrides())
             x = self._normalise(pixels.to(self.dtype))
             return embed(self._loaded, self._layout, readout, x, self._interpolates(pixels))
 
@@ -331,7 +335,7 @@ class Encoder:
     @property
     def patch_weight(self) -> Tensor | None:
         """The weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without one."""
-        if self._preprocessor.flipped:
+        if self._preprocessor.scaling.flipped:
             weight = patch_weight(self._loaded.model, self._std.flip(1))
             return None if weight is None else weight.flip(1)
         return patch_weight(self._loaded.model, self._std)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_equiv.models.checkpoint import Checkpoint, quiet
@@ -35,6 +36,11 @@ class LoadedModel:
     def is_bare_head(self) -> bool:
         """Whether the model is a classifier without a base model, as HGNetV2 is."""
         return self.has_head and self.model is self.backbone
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the backward pass needs `derivatives.PlainStrides`."""
+        return any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
     def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
         """Return a copy with parameters in `dtype`; float64 keeps every float32 value exactly."""
@@ -67,9 +73,6 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             part = getattr(owner, name, None)
             if isinstance(part, torch.nn.Module) and not isinstance(part, _PerImage | torch.nn.ModuleList):
                 setattr(owner, name, _PerImage(part))
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.register_forward_hook(_plain_gradient)
     projection = None if "visual_projection" in parts else getattr(model, "visual_projection", None)
     # Language models such as Kosmos-2 and BLIP-2 have a vision model too, but no embedding that is compared with text.
     contrastive = hasattr(model, "logit_scale") or hasattr(model, "temperature")
@@ -131,12 +134,6 @@ def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             return checkpoint.load(AutoConfig)
         except Exception as error:
             raise _load_error(error, checkpoint) from error
-
-
-def _plain_gradient(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
-    # In eval mode, the backward pass of torch's BatchNorm reads a transposed gradient of one image in the wrong order.
-    if output.requires_grad:
-        output.register_hook(torch.Tensor.contiguous)
 
 
 class _PerImage(torch.nn.Module):

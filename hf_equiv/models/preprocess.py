@@ -38,9 +38,9 @@ Scale = tuple[float, float, float]
 class Scaling:
     """(x − mean) / std of each channel of pixels in [0, 1], then RGB or BGR."""
 
-    mean: Scale
-    std: Scale
-    flipped: bool = False  # whether the channels are reversed after that
+    mean: Scale = (0.0, 0.0, 0.0)  # subtracted from each channel, pixels in [0, 1]
+    std: Scale = (1.0, 1.0, 1.0)  # divides each channel after that
+    flipped: bool = False  # whether the model takes BGR: the channels are reversed after that
     tolerance: float = 0.0  # largest difference from the processor
 
     def difference(self, pixels: Tensor, whole: Tensor) -> float:
@@ -53,9 +53,7 @@ class Scaling:
 class Preprocessor:
     """The image processor of one checkpoint."""
 
-    mean: Scale  # subtracted from each channel, pixels in [0, 1]
-    std: Scale  # divides each channel after that
-    flipped: bool  # whether the model takes BGR: the channels are reversed after that
+    scaling: Scaling  # the last step of the processor, which the encoder takes
     size: tuple[int, int] | None  # (H, W) of every preprocessed image; None if this environment cannot preprocess
     refusal: str  # reason why `preprocess` is impossible; empty if it works
     record: str  # the processor's settings and backend as one JSON string
@@ -103,10 +101,7 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
             scaling, square = _measure(processor, record, checkpoint)
             size, refusal = _check_split(processor, scaling, square)
     record["backend"] = str(getattr(processor, "backend", "none"))
-    return Preprocessor(
-        scaling.mean, scaling.std, scaling.flipped, size, refusal, json.dumps(record, sort_keys=True, default=str),
-        processor
-    )  # fmt: skip
+    return Preprocessor(scaling, size, refusal, json.dumps(record, sort_keys=True, default=str), processor)
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -145,7 +140,7 @@ def _measure(processor: Any, settings: dict[str, Any], checkpoint: Checkpoint) -
     """Return the scaling that gives the output of the processor on a square image, and the shape of its pixels."""
     kind = type(processor).__name__
     must = f"the image processor of '{checkpoint.model_id}' must scale each channel by a factor and an offset; {kind}"
-    plausible = [Scaling((0.0,) * 3, (1.0,) * 3)]
+    plausible = [Scaling()]
     if getattr(processor, "do_normalize", False):
         plausible.insert(0, _stated(settings, checkpoint))
     try:
@@ -214,7 +209,7 @@ def _stated(settings: dict[str, Any], checkpoint: Checkpoint, trusted: bool = Fa
             f"'{checkpoint.model_id}' asks for {asked}. {_CHOOSE}"
         )
     if settings.get("do_normalize") is False:
-        return Scaling((0.0,) * 3, (1.0,) * 3)
+        return Scaling()
     mean, std = settings.get("image_mean"), settings.get("image_std")
     if mean is None or std is None:
         raise ValueError(

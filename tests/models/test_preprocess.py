@@ -54,7 +54,7 @@ def test_equals_the_processor_to_the_bit(name: str, tmp_path: Path) -> None:
     preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS[name]))
     with quiet():
         processor = AutoImageProcessor.from_pretrained(tmp_path)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.scaling.mean, preprocess.scaling.std))
     for kind, image in PHOTOS.items():
         rgb = image.convert("RGB")
         pixels = preprocess(image)
@@ -81,13 +81,13 @@ def test_the_grid_is_that_of_a_png() -> None:
 def test_processor_nested_in_processor_config(tmp_path: Path) -> None:
     point = checkpoint(tmp_path, PROCESSORS["vit"])
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSORS["clip"]}))
-    assert load_preprocessor(point).mean[0] == pytest.approx(0.48145466)
+    assert load_preprocessor(point).scaling.mean[0] == pytest.approx(0.48145466)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_dinov3_says_why_and_still_normalises(tmp_path: Path) -> None:
     preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS["dinov3"]))
-    assert preprocess.mean == (0.485, 0.456, 0.406)
+    assert preprocess.scaling.mean == (0.485, 0.456, 0.406)
     with pytest.raises(ValueError, match=r"DINOv3's exists only for torchvision, which is not usable here"):
         preprocess(PHOTOS["odd"])
 
@@ -186,11 +186,11 @@ def assert_equals_the_processor(preprocess: Preprocessor, folder: Path) -> None:
     """Compare the pixels and their normalisation with the output of the processor on photos."""
     with quiet():
         processor = AutoImageProcessor.from_pretrained(folder)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.scaling.mean, preprocess.scaling.std))
     for image in (PHOTOS["odd"], PHOTOS["tall"]):
         whole = torch.tensor(np.array(processor(images=[image])["pixel_values"][0]))
         ours = normalise(preprocess(image)[0], mean, std)
-        ours = ours.flip(0) if preprocess.flipped else ours
+        ours = ours.flip(0) if preprocess.scaling.flipped else ours
         assert float((ours - whole).abs().max()) <= 5e-7 * float(whole.abs().max())
 
 
