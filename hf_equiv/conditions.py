@@ -168,7 +168,7 @@ class _FalseDerivativeError(ValueError):
 class _Probe:
     """f at a point x near an image, inside the box and off the kinks that a black, grey or 8-bit image may have.
 
-    Embeddings and derivatives are in `unit`, float64. Both directions `ways` (2, C, H, W) change every pixel by ±1. Their
+    Embeddings and derivatives are in `unit`, float64. Two directions `ways` (2, C, H, W) change each pixel by ±1; their
     secants (f(x + step·way) − f(x − step·way)) / 2 step are (2, D).
     """
 

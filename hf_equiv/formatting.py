@@ -60,6 +60,11 @@ def some(names: Iterable[str], count: int) -> str:
     return ", ".join(shown[:count] + (["…"] if len(shown) > count else []))
 
 
+def many(count: int, noun: str) -> str:
+    """Return a count with its noun: `1 pair`, `12 pairs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def finite(value: Tensor | float | None) -> float | None:
     """Return a Python float, or None for NaN and infinity, which JSON does not have."""
     number = None if value is None else float(value)

@@ -159,39 +159,40 @@ def checked(fetch: Callable[[], T], repo_id: str, kind: str, cache_dir: Any = No
     # The cache names each file by its SHA-256 or its git id. Files that were there before are not read.
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     repository = cache / repo_folder_name(repo_id=repo_id, repo_type=kind)
-    wrong = ""
+    damaged: list[Path] = []
     for tries_left in (2, 1, 0):
-        before, failed = _blobs(repository), None
+        before = _blobs(repository)
         try:
             result = fetch()
         except Exception as error:
-            failed = error
-        spoilt = [path for name, path in (_blobs(repository).items() - before.items()) if not _is(path, name)]
-        cut_short = isinstance(failed, OSError) and "Consistency check failed" in str(failed)
-        if failed is None and not spoilt:
-            return result
-        if failed is not None and not (spoilt or cut_short or (tries_left and link_expired(failed))):
-            raise failed
-        names = {path.name for path in spoilt}
+            damaged = [path for path in _blobs(repository) - before if not _is_whole(path)]
+            cut_short = isinstance(error, OSError) and "Consistency check failed" in str(error)
+            if not (damaged or cut_short or (tries_left and link_expired(error))):
+                raise
+        else:
+            damaged = [path for path in _blobs(repository) - before if not _is_whole(path)]
+            if not damaged:
+                return result
+        names = {path.name for path in damaged}
         links = [link.name for link in (repository / "snapshots").rglob("*") if link.resolve().name in names]
-        wrong = f"{links[0] if links else 'a file'!r} of '{repo_id}' arrived damaged three times"
-        for path in spoilt:
+        for path in damaged:
             path.unlink()
-    raise OSError(f"{wrong}: it is not as the Hub states. A proxy or the network changes files: try another one.")
+    told = f"{links[0] if links else 'a file'!r} of '{repo_id}' arrived damaged three times"
+    raise OSError(f"{told}: it is not as the Hub states. A proxy or the network changes files: try another one.")
 
 
-def _blobs(repository: Path) -> dict[str, Path]:
-    """Return the downloaded files of a repository by the names that the Hub gave them."""
-    return {path.name: path for path in (repository / "blobs").glob("*") if _DIGEST.fullmatch(path.name)}
+def _blobs(repository: Path) -> set[Path]:
+    """Return the downloaded files of a repository, each named by its digest."""
+    return {path for path in (repository / "blobs").glob("*") if _DIGEST.fullmatch(path.name)}
 
 
-def _is(path: Path, name: str) -> bool:
-    """Return whether a file has this SHA-256, git id, or (on some mirrors) SHA-1."""
-    if len(name) == 40:
+def _is_whole(path: Path) -> bool:
+    """Return whether the name of a file is its SHA-256, git id, or (on some mirrors) SHA-1."""
+    if len(path.name) == 40:
         data = path.read_bytes()
-        return name in (git_hash(data), hashlib.sha1(data).hexdigest())
+        return path.name in (git_hash(data), hashlib.sha1(data).hexdigest())
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == name
+        return hashlib.file_digest(stream, "sha256").hexdigest() == path.name
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hf_equiv.data.image_file import decode_png, encode_png, stored_image
-from hf_equiv.formatting import ball, cut, cut_name, form, short
+from hf_equiv.formatting import ball, cut, cut_name, form, many, short
 from hf_equiv.png_file import chunks
 
 Rows = Sequence[Mapping[str, Any]]
@@ -67,9 +67,8 @@ def lipschitz_figures(rows: Rows, settings: Mapping[str, Any]) -> dict[str, byte
     if not rows:
         return {}
     title = f"Local directional Lipschitz constants, {cut(str(settings['model_id']), 50)}"
-    images = len({row["image_id"] for row in rows})
-    many = f"{images} image{'s' if images > 1 else ''}, pixels in [0, 1]"
-    note = f"{many} · hollow marks are ‖Jv‖ where no constant stands above the float noise"
+    images = many(len({row["image_id"] for row in rows}), "image")
+    note = f"{images}, pixels in [0, 1] · hollow marks are ‖Jv‖ where no constant stands above the float noise"
     return {"secants.png": png_of(secants(rows, settings)), "constants.png": png_of(constants(rows, title, note))}
 
 

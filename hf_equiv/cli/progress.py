@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from hf_equiv.cli.environment import calm, is_first
 from hf_equiv.cli.output import SafeConsole
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import cut, short, size
+from hf_equiv.formatting import cut, many, short, size
 
 if TYPE_CHECKING:
     from hf_equiv.runs.execute import Observer, RunProgress
@@ -103,9 +103,9 @@ class _Lines:
             return
         elif p.errors is not None and p.num_evals is not None:
             known = p.errors[p.errors.isfinite()]
-            worst, images = short(float(known.max()) if len(known) else None), len(p.pair_ids)
-            line = f"{count(p.done, p.total)}: {p.stage} {images} image{'s' if images > 1 else ''}, "
-            line += f"worst error {worst}, {float(p.num_evals.max()):.0f} evaluations"
+            worst, images = short(float(known.max()) if len(known) else None), many(len(p.pair_ids), "image")
+            line = f"{count(p.done, p.total)}: {p.stage} {images}, worst error {worst}, "
+            line += f"{float(p.num_evals.max()):.0f} evaluations"
         elif p.steps:
             line = f"{count(p.done, p.total)}: {p.pair_ids[0]}, {p.stage} {count(p.step, p.steps)}"
         else:

@@ -7,13 +7,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_equiv.data.image_file import IMAGE_SUFFIXES
-from hf_equiv.formatting import some
+from hf_equiv.formatting import many, some
 from hf_equiv.limits import MAX_BYTES
 
 LABEL_FILE = "labels.csv"
@@ -60,7 +60,7 @@ def read_folder(folder: Path) -> Folder:
         if name not in kept and not (_is_hidden(name) and path.suffix.lower() not in IMAGE_SUFFIXES)
     ]
     if left:
-        said.append(f"leaving out {_count(left, 'file')}{'' if photos else ', no image or table'}: {some(left, 4)}")
+        said.append(f"leaving out {many(len(left), 'file')}{'' if photos else ', no image or table'}: {some(left, 4)}")
     return Folder(photos, labels, tables, tuple(said))
 
 
@@ -101,7 +101,7 @@ def _labels(
             places |= {key: path.name for key, path in photos.items() if key not in labels and path.name in labels}
         absent = sorted(labels.keys() - places.values())
         stated |= {key: labels[place] for key, place in places.items()}
-        said.append(f"{told} ({_count(places, 'image')})" if labels else told)
+        said.append(f"{told} ({many(len(places), 'image')})" if labels else told)
         said += [f"{name} names files that are not there ({len(absent)}): {some(absent, 4)}"] if absent else []
     classes, guessed = _folder_names(photos)
     if without := [name for name in photos if name not in stated] if stated else []:
@@ -170,7 +170,3 @@ def _read_rows(path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
     except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
         told = f"{name!r} must be a {'file of JSON lines' if path.suffix == '.jsonl' else 'CSV file'} in UTF-8"
         raise ValueError(f"{told}; it cannot be read ({error}). Save it anew.") from error
-
-
-def _count(items: Collection[Any], what: str) -> str:
-    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"

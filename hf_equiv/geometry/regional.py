@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +200,10 @@ class _Found(NamedTuple):
     direction: Tensor
 
 
+def _value(found: _Found) -> float:
+    return found.value
+
+
 class _Search:
     """The largest ‖J(x′)v‖ found so far in each part of the search of one ball."""
 
@@ -284,59 +289,64 @@ class _Search:
 
     def _confirmed(self) -> _Found:
         """Return the largest constant that secants in the ball confirm."""
-        best = next((one for one in self.found if math.isfinite(one.value)), self.found[0])
-        ordered = sorted((one for one in self.found if one.value > 0), key=lambda one: -one.value)
-        for number, one in enumerate(ordered):
+        best: _Found | None = None
+        for one in sorted((one for one in self.found if one.value > 0), key=lambda one: -one.value):
+            if best is not None and best.value >= one.value:
+                break
             attained = self._attained(one)
             if attained is not one:  # take the derivative where the secant is
                 J = Jacobian(self.f, attained.place)
                 beside = attained._replace(value=float(J.mv(attained.direction[None]).double().norm()))
                 self.num_evals += J.num_evals
                 attained = beside if self._attained(beside) is beside else attained
-            if number == 0 or attained.value > best.value:
-                best = attained
-            if best.value >= ordered[min(number + 1, len(ordered) - 1)].value:
-                break
-        return best
+            best = attained if best is None else max(best, attained, key=_value)
+        return best or next((one for one in self.found if math.isfinite(one.value)), self.found[0])
 
     def _attained(self, one: _Found) -> _Found:
         """Return a constant found if secants near x′ along v tend to it, else the largest of them less its noise."""
         # The secant of p ± hv, with p off x′ by a part ε of the way to a point inside the ball, tends to ‖J(x′)v‖ in
         # proportion to ε if J is continuous, so its last change tells the rest.
-        noise, best, part = None, one._replace(value=-1.0), min(self.eps**0.25, _INWARDS)
-        for _ in range(_CLOSER):
+        lower: list[_Found] = []
+        noise, part = math.inf, min(self.eps**0.25, _INWARDS)
+        for closer in range(_CLOSER):
             (near, length), (far, _) = self._secant(one, part), self._secant(one, 2 * part)
-            if noise is None and length > 0:
+            if not math.isfinite(near.value):
+                break
+            if closer == 0:
                 floor, _, passes = secant_noise(self.f, one.place, torch.tensor([length]).to(self.center).double())
                 noise = float(floor) * length
                 self.num_evals += passes / 3
-            slack = noise / length if noise is not None and math.isfinite(near.value) else math.inf
-            if slack == math.inf or (best.value >= 0 and slack > _NOISY * one.value):
+            slack = noise / length
+            if slack == math.inf or (lower and slack > _NOISY * one.value):
                 break
             if one.value <= near.value + 2 * abs(near.value - far.value) + slack:
                 return one
-            best = max(best, near._replace(value=max(near.value - slack, 0.0)), key=lambda found: found.value)
+            lower.append(near._replace(value=max(near.value - slack, 0.0)))
             part /= 16
-        return best._replace(value=max(best.value, 0.0))
+        return max(lower, key=_value, default=one._replace(value=0.0))
 
     def _secant(self, one: _Found, part: float) -> tuple[_Found, float]:
         """Return a secant ‖f(a) − f(b)‖ / ‖a − b‖ near x′ along v with a and b in the ball, and half ‖a − b‖."""
-        low, high = (bound.double() for bound in (self.box.lower, self.box.upper))
-        room = self.radius / 2 if self.norm == "linf" else self.radius / 2 / math.sqrt(self.center.numel())
-        draw = torch.rand(self.center.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(low)
-        inside = self.center.double() + ((low + high) / 2 - self.center.double()).clamp(-room, room)
-        inside = inside + room / 4 * (2 * draw - 1)  # off the kinks of a centre of even colour
-        point, v = torch.lerp(one.place.double(), inside, part), one.direction.double()
-        steps = torch.minimum(point - low, high - point) / v.abs().clamp_min(1e-300)
-        spare = math.inf if self.norm == "linf" else self.radius - float((point - self.center.double()).norm())
-        h = _WITHIN * min(float(steps.min()), spare)
-        ends = [(point + sign * h * v).to(self.center) for sign in (1, -1)]
+        point, v = torch.lerp(one.place.double(), self._interior, part), one.direction.double()
+        room = torch.minimum(point - self.box.lower.double(), self.box.upper.double() - point)
+        h = float((room / v.abs().clamp_min(1e-300)).min())
+        if self.norm != "linf":
+            h = min(h, self.radius - float((point - self.center.double()).norm()))
+        a, b = ((point + sign * _WITHIN * h * v).to(self.center) for sign in (1, -1))
         with torch.no_grad(), no_tf32():
-            moved = (self.f(ends[0][None]).double() - self.f(ends[1][None]).double()).norm()
+            moved = float((self.f(a[None]).double() - self.f(b[None]).double()).norm())
         self.num_evals += 2 / 3
-        length = float((ends[0].double() - ends[1].double()).norm())
-        value = float(moved) / length if h > 0 and length > 0 else math.nan
+        length = float((a.double() - b.double()).norm())
+        value = moved / length if h > 0 and length > 0 else math.nan
         return _Found(value, point.to(self.center), one.direction), length / 2
+
+    @cached_property
+    def _interior(self) -> Tensor:
+        """A point well inside the ball, and off the kinks that a centre of even colour may have, float64."""
+        low, high, center = (x.double() for x in (self.box.lower, self.box.upper, self.center))
+        room = self.radius / 2 if self.norm == "linf" else self.radius / 2 / math.sqrt(center.numel())
+        draw = torch.rand(center.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(center)
+        return center + ((low + high) / 2 - center).clamp(-room, room) + room / 4 * (2 * draw - 1)
 
     def _draw(self) -> Tensor:
         """Return a uniform point of the ball, put into the box."""

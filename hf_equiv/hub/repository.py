@@ -15,6 +15,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import CommitInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
+from hf_equiv.formatting import many
 from hf_equiv.hub_client import WAITS, Say, checked, link_expired, passes, patiently, pause
 from hf_equiv.runs.shards import sha256_file
 
@@ -194,7 +195,7 @@ def commit_until_done(
 
 def send(remote: Remote, change: Change[Any], *, revision: str = MAIN, create_pr: bool = False) -> CommitInfo:
     """Upload the files of a change, then make its one commit on top of the commit that it was planned on."""
-    told = _files(len(change.added))
+    told = many(len(change.added), "file")
     remote.progress(0, 0, f"preparing {told}")
     additions = {file.path: file.addition() for file in change.added}
     total, sent = sum(file.size for file in change.added), 0
@@ -217,7 +218,7 @@ def send(remote: Remote, change: Change[Any], *, revision: str = MAIN, create_pr
             upload()  # asks for new links
         sent += sum(file.size for file in group)
         group = []
-    remote.progress(total, total, f"committing {_files(len(change.added) + len(change.deleted))}")
+    remote.progress(total, total, f"committing {many(len(change.added) + len(change.deleted), 'file')}")
     deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
     with warnings.catch_warnings():  # the app of a Space contains data files
         warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
@@ -226,7 +227,3 @@ def send(remote: Remote, change: Change[Any], *, revision: str = MAIN, create_pr
             commit_description=change.note, repo_type=remote.kind, revision=revision, create_pr=create_pr,
             parent_commit=change.there.head,
         )  # fmt: skip
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"

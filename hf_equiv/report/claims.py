@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hf_equiv.formatting import many
 from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
-from hf_equiv.report.render import ALIKE_DB, findings, interval, many, tenth, three
+from hf_equiv.report.render import ALIKE_DB, findings, interval, tenth, three
 from hf_equiv.report.statistics import SMALL, Estimate, Share
 
 FEW = SMALL  # with fewer pairs or photos, a verdict has a caveat

@@ -32,7 +32,7 @@ class Run:
     record: Row
     layout: Layout
     rows: tuple[Row, ...]
-    changed: tuple[str, ...]  # files that are missing or not as recorded (SHA-256); nothing is read from them
+    changed: tuple[str, ...]  # files of rows and float images that are not as recorded (SHA-256); none is read
 
     @property
     def analysis(self) -> str:
@@ -110,7 +110,8 @@ def _read_run(folder: Path, name: str) -> Run:
     record = directory.read_record(folder)
     layout = directory.check_record(folder, record)
     order = {item[layout.item]: k for k, item in enumerate(record[layout.listed])}
-    changed = _changed(folder, layout, record["files"]) if record["complete"] else ()
+    faults = directory.file_faults(folder, record) if record["complete"] else ()
+    changed = tuple(sorted(name for name, *_ in faults if name.endswith((".parquet", ".safetensors"))))
     once: dict[str, Row] = {}
     try:
         for path in shards.shard_files(folder, layout):
@@ -127,16 +128,6 @@ def _read_run(folder: Path, name: str) -> Run:
 
 def _inside(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def _changed(folder: Path, layout: Layout, digests: dict[str, str]) -> tuple[str, ...]:
-    """Name the files of rows and float images that are not as recorded; a report reads no other files."""
-    paths = [*(folder / layout.folder).glob("[!.]*.parquet"), *(folder / "float").glob("[!.]*.safetensors")]
-    there = {_inside(folder, path): path for path in paths}
-    names = {name for name in digests if name.endswith((".parquet", ".safetensors"))} | set(there)
-    return tuple(
-        name for name in sorted(names) if name not in there or shards.sha256_file(there[name]) != digests.get(name)
-    )
 
 
 def read_pictures(run: Run, ids: Sequence[str], *, floats: bool = False) -> Iterator[tuple[Row, Tensor | None]]:

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_equiv.formatting import ball, printable, short
+from hf_equiv.formatting import ball, many, printable, short
 from hf_equiv.report.statistics import LEVEL, Estimate, Share
 
 ALIKE_DB = 30.0  # least PSNR at which a match looks like its source: differences show only on a close look
@@ -72,11 +72,6 @@ def three(value: float) -> str:
 def decibels(psnr: float) -> str:
     """Write one decimal, or as many as distinguish the value from `ALIKE_DB`."""
     return next(text for n in range(1, 18) if float(text := f"{psnr:.{n}f}") != ALIKE_DB or psnr == ALIKE_DB)
-
-
-def many(n: int, noun: str) -> str:
-    """Write a count with its noun: `1 pair`, `12 pairs`."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def to_html(page: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_equiv.formatting import utf8
+from hf_equiv.formatting import many, utf8
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
@@ -328,9 +328,8 @@ def refuse_folder_of_runs(folder: Path, command: Callable[[str], str] = str) -> 
         lines.append(f"\n- {command(path.as_posix())}{note}")
     if lines:
         raise ValueError(
-            f"{folder.as_posix()!r} must be one run directory; it is a folder of {len(lines)} "
-            f"run{'s' * (len(lines) > 1)}. A dataset takes any number of runs, one after the other. Publish each:"
-            + "".join(lines)
+            f"{folder.as_posix()!r} must be one run directory; it is a folder of {many(len(lines), 'run')}. A dataset "
+            f"takes any number of runs, one after the other. Publish each:{''.join(lines)}"
         )
 
 
