@@ -38,16 +38,6 @@ def cut(text: str, size: int) -> str:
     return text if len(text) <= size else text[: size - 1] + "…"
 
 
-def size(count: int) -> str:
-    """Format a number of bytes."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
-
-
 def cut_name(name: str, size: int) -> str:
     """Shorten an image id to its last `size` characters, all printable: ids of one folder differ at the end."""
     name = printable(name)
@@ -93,13 +83,13 @@ def text_templates(**options: Any) -> Environment:
     usual = {
         "autoescape": True,
         "finalize": lambda value: value if isinstance(value, Markup) else Markup(printable(value)),
+        "keep_trailing_newline": True,
     }
-    options = {**usual, **options}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, **options,
+        **usual | options,
     )  # fmt: skip
-    environment.filters |= {"ball": ball, "cut": cut, "cut_name": cut_name, "form": form, "short": short, "size": size}
+    environment.filters |= {"ball": ball, "cut": cut, "cut_name": cut_name, "form": form, "short": short}
     return environment
 
 

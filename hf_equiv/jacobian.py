@@ -60,10 +60,6 @@ class Jacobian:
         with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
             self._x = image.detach().clone(memory_format=torch.contiguous_format)[None].requires_grad_(True)
             output = self._f(self._x)
-            if not output.requires_grad:
-                raise ValueError(
-                    "`f` must be differentiable; got an output without a gradient. Drop no_grad or detach."
-                )
             self._z = output[0]
         self.image = self._x.detach()[0]
         self.output = self._z.detach()
@@ -175,7 +171,10 @@ class Jacobian:
     def _push(self, tangents: Tensor) -> Tensor:
         if not self._forward_mode:
             try:
-                u, gradient = self._transposed()
+                if self._transpose is None:
+                    self._transpose = transposed(self._f, self._x)
+                    self._spent += 3
+                u, gradient = self._transpose
                 with no_autocast():
                     return vjps(gradient, u, tangents[:, None])
             except (RuntimeError, NotImplementedError):
@@ -185,12 +184,6 @@ class Jacobian:
             return forward_mode(self._f, self._x.detach(), tangent[None])[0]
 
         return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
-
-    def _transposed(self) -> tuple[Tensor, Tensor]:
-        if self._transpose is None:
-            self._transpose = transposed(self._f, self._x)
-            self._spent += 3
-        return self._transpose
 
 
 def jacobian_cost(num_rows: int) -> float:

@@ -263,17 +263,17 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     return made
 
 
-def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
     """Recompute the rows of one image."""
     name, image, kinds = rows[0]["image_id"], rows[0]["image"], settings["directions"]
     try:
         check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
     except (TypeError, OverflowError) as error:  # raised by text, nulls and whole numbers beyond float64
         raise ValueError(f"`radii` must be a ladder; {error}") from error
-    toward = floats[f"{name}/toward"] if {"toward", "match"} & set(kinds) else None
+    toward = floats.pop(f"{name}/toward") if {"toward", "match"} & set(kinds) else None
     match, faults = None, []
     if "match" in kinds:
-        match = floats[f"{name}/match"]
+        match = floats.pop(f"{name}/match")
         reached = drift(encoder, match, level(encoder, match, toward))
         noise = max(3 * float(encoder.noise_floor(match[None])[0]), 1e-6)
         if reached is None or not reached <= settings["rtol"] + noise:
@@ -282,7 +282,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
     made = rows_of(*measure_image(encoder, image, toward, match, settings, name, _BATCH, lambda *_: None))
     common = {"image": image, "largest": max((row["jvp"] or 0.0 for row in made), default=0.0)}
     if settings["regional"] is not None:  # recompute the constant at the stored place
-        place, v = floats[f"{name}/place"], floats[f"{name}/direction"]
+        place, v = floats.pop(f"{name}/place"), floats.pop(f"{name}/direction")
         faults += outside_ball(_REGION[0], place, image, settings["regional"], settings["norm"])
         if abs(float(v.double().norm()) - 1) > 1e-5:
             faults.append(("direction", "a vector of length 1", f"its length is {float(v.double().norm()):.6g}"))

@@ -316,7 +316,7 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
     """Recompute a match row from its three PNG images, the float match and its cost."""
     (row,) = rows
-    image, source, match, target = floats[row["pair_id"]], row["source"], row["match"], row["target"]
+    image, source, match, target = floats.pop(row["pair_id"]), row["source"], row["match"], row["target"]
     made = measures.measure_match(
         encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
     )

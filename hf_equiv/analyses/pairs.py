@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import draw_pairs
+from hf_equiv.formatting import some
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -177,9 +178,8 @@ def _unusable(bad: Mapping[str, Mapping[str, None]], *, drawn: bool) -> str:
     """Return each reason on one line; a reason that does not name its images is followed by them."""
     lines = []
     for why, names in bad.items():
-        ids = list(names)
-        told = f"{', '.join(map(repr, ids[:3]))}{' …' if ids[3:] else ''}"
-        lines.append(why if repr(ids[0]) in why else f"{why} (image{'s' if ids[1:] else ''} {told})")
+        ids = list(map(repr, names))
+        lines.append(why if ids[0] in why else f"{why} (image{'s' if ids[1:] else ''} {some(ids, 3)})")
     cure = "Remove them from the set, or draw others with another `seed`." if drawn else "Name others."
     if len(lines) == 1:
         return lines[0]

@@ -38,9 +38,10 @@ the most bytes of the images and float images of one item;
 `draw_figures(settings, summary, made)`, which draws the figures of a run, as bytes by file name.
 
 For `verify`: `follow(settings, rows)` gives the columns that follow from other columns of the rows of one item;
-`remake(encoder, settings, rows, floats)` recomputes the rows; `faults` of a row lists images that do not fit, each with
-column, requirement and finding, and `left_open` what was compared by a laxer rule; `tolerances(made, settings)` returns
-how far the columns of a row may be from the recomputed ones (see `verify.rows.agrees`).
+`remake(encoder, settings, rows, floats)` recomputes the rows, and takes out the float images that it needs; `faults` of
+a row lists images that do not fit, each with column, requirement and finding, and `left_open` what was compared by a
+laxer rule; `tolerances(made, settings)` returns how far the columns of a row may be from the recomputed ones (see
+`verify.rows.agrees`).
 """
 
 BATCH, CPU_BATCH = 32, 8  # items in one pass on a GPU and on a CPU, where there are always `BATCH` derivatives
@@ -127,8 +128,15 @@ class _Job:
 
     def finish(self) -> Row:
         """Write figures and card, and return the summary."""
-        self.found = read_back(self.folder, self.plan.layout, self.names, self.verb.SHOWN)
-        return _close(self.plan, self.verb, self.folder, self.found)
+        plan, verb = self.plan, self.verb
+        self.found = read_back(self.folder, plan.layout, self.names, verb.SHOWN)
+        summary: Row = verb.summarize(plan.encoder, plan.settings, self.found)
+        figures = verb.draw_figures(plan.settings, summary, self.found)
+        for name, data in figures.items():
+            shards.write_atomic(self.folder / "figures" / name, data)
+        text = card.run_card(plan.layout, plan.settings, summary, sorted(figures), plan.command)
+        shards.write_atomic(self.folder / directory.CARD, text.encode())
+        return summary
 
     def _compute(self, part: Sequence[Loaded], tell: Observer) -> list[Made]:
         plan, size, names = self.plan, self.at_once, tuple(one.item.name for one in part)
@@ -204,14 +212,3 @@ def read_back(folder: Path, layout: Layout, names: Sequence[str], shown: int) ->
                 pictures.append(row)
             rows.append({key: value for key, value in row.items() if key not in layout.images})
     return RunRows(sorted(rows, key=place), sorted(pictures, key=place), shards.read_costs(folder), folder)
-
-
-def _close(plan: Plan, verb: Any, folder: Path, made: RunRows) -> Row:
-    """Write figures and card, and return the summary."""
-    summary: Row = verb.summarize(plan.encoder, plan.settings, made)
-    figures = verb.draw_figures(plan.settings, summary, made)
-    for name, data in figures.items():
-        shards.write_atomic(folder / "figures" / name, data)
-    text = card.run_card(plan.layout, plan.settings, summary, sorted(figures), plan.command)
-    shards.write_atomic(folder / "README.md", text.encode())
-    return summary

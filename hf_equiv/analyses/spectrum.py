@@ -152,7 +152,7 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
     """Recompute a spectrum row; counts and sums over all singular values use the stated values."""
     (row,) = rows
     rtol = _earlier_rtol(row, encoder.dtype)
@@ -170,7 +170,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str
         }
     faults = []
     if settings["vectors"]:
-        pair = (floats[f"{row['image_id']}/{side}"] for side in ("left", "right"))
+        pair = (floats.pop(f"{row['image_id']}/{side}") for side in ("left", "right"))
         kept = settings["k"] or min(KEPT_VECTORS, len(sigma))
         faults = _vector_faults(Jacobian(encoder, row["image"], batch=_BATCH), values[:kept], made, *pair)
     return [made | {key: row[key] for key in ("num_evals", "seconds")} | {"faults": faults}]

@@ -224,12 +224,12 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     return [{"status": str(status)} for _ in rows]
 
 
-def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: Mapping[str, Tensor]) -> list[Row]:
+def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
     """Recompute the rows of one walk from its float frames."""
     name, heading = rows[0]["image_id"], settings["heading"]
-    frames, matched = floats[f"{name}/frames"], settings["solver"] is not None
-    origin = floats[f"{name}/origin"]
-    target = None if rows[0]["target_id"] is None else floats[f"{name}/target"]
+    frames, matched = floats.pop(f"{name}/frames"), settings["solver"] is not None
+    origin = floats.pop(f"{name}/origin")
+    target = None if rows[0]["target_id"] is None else floats.pop(f"{name}/target")
     z = level(encoder, frames[0], target if matched else None)
     floor = float(encoder.noise_floor(frames[[0, -1]]).max())
     aim = origin if heading == "nearest" else target

@@ -29,7 +29,7 @@ from hf_equiv.cli.options import (
     source_options,
 )
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import excerpt, some
+from hf_equiv.formatting import excerpt, finite, some
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -190,6 +190,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     """Run a plan with progress, and print its rows, summary and verdict; return the exit code."""
     from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import environment, output, progress
+    from hf_equiv.models.encoder import is_local
     from hf_equiv.runs import shards
 
     quiet, total = given["as_json"] or given["quiet"], len(plan.items)
@@ -208,8 +209,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     if given["as_json"]:
         output.print_json(_result(plan, folder, outcome.rows, outcome.summary))
     elif not quiet:
-        local = plan.encoder.revision.startswith("sha256:") and given["model"] != "builtin"
-        model = ["--model", given["model"]] if local else []  # a run records no path of a local checkpoint
+        model = ["--model", given["model"]] if is_local(plan.settings) else []
         try:
             output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a record that was changed
@@ -226,15 +226,14 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
 
 
 def _result(plan: Plan, folder: Path, rows: Sequence[Any], summary: Any) -> dict[str, Any]:
-    def finite(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     return {
         "analysis": plan.config.analysis,
         "model": plan.settings["model_id"],
         "revision": plan.settings["model_revision"],
         "out": str(folder),
-        "rows": [{key: finite(value) for key, value in row.items()} for row in rows],
+        "rows": [
+            {key: finite(value) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        ],
         "summary": summary,
     }
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_equiv.cli.environment import calm, is_first
 from hf_equiv.cli.output import SafeConsole
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import cut, many, short, size
+from hf_equiv.formatting import cut, many, short
 
 if TYPE_CHECKING:
     from hf_equiv.runs.execute import Observer, RunProgress
@@ -79,7 +80,8 @@ class _Bars:
                 shown = {"total": p.steps, "completed": p.step, "state": count(p.step, p.steps)}
             elif p.errors is not None and p.num_evals is not None and p.active is not None:
                 done = not p.active[place]
-                state = f"error {p.errors[place]:.1e}  {p.num_evals[place]:.0f} evaluations{'  done' if done else ''}"
+                state = f"error {short(float(p.errors[place]))}  {p.num_evals[place]:.0f} evaluations"
+                state += "  done" if done else ""
                 shown = {"total": 1 if done else None, "completed": int(done), "state": state}
             self.bars.update(self.images[name], description=f"  {p.stage} {escape(cut(name, 36))}", **shown)
 
@@ -172,4 +174,4 @@ def sent(done: int, total: int) -> str:
     """Return the amount of an upload: the total before the first bytes are sent, then the part."""
     if not total or done >= total:
         return ""
-    return f"{size(done)} of {size(total)}" if done else size(total)
+    return f"{decimal(done)} of {decimal(total)}" if done else decimal(total)

@@ -32,6 +32,7 @@ from PIL import Image
 from hf_equiv.data.folders import LABEL_COLUMNS
 from hf_equiv.data.image_file import open_array, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
+from hf_equiv.formatting import some
 from hf_equiv.hub_client import api_of, checked, explained, hushed, unusable_cache
 from hf_equiv.limits import EXPANSION, MAX_BYTES, read_batches, rows_at_once
 
@@ -277,7 +278,7 @@ def table_images(
         return open_image(path, where)
 
     ids = tuple(map(str, range(len(dataset))))
-    told = f"taking image column {column!r} of {_listed(found)}; `image_column` names another"
+    told = f"taking image column {column!r} of {some(found, 8)}; `image_column` names another"
     choices = (told,) if not image_column and len(found) > 1 else ()
     return ImageSet(name, revision, ids, _labels(dataset, name, label_column), read, tabular=True, choices=choices)
 
@@ -305,14 +306,14 @@ def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> t
     column = wanted or next(iter(found), None)
     if column is None or column not in features:
         told = f"dataset {name!r} must have an image column{f' {column!r}' if column else ''}"
-        raise ValueError(f"{told}; it has {_listed(list(features))}. Name one with --image-column.")
+        raise ValueError(f"{told}; it has {some(features, 8)}. Name one with --image-column.")
     return column, found
 
 
 def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> tuple[str | None, ...]:
     features = dataset.features
     if label_column is not None and label_column not in features:
-        raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {_listed(list(features))}.")
+        raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {some(features, 8)}.")
     classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
     column = label_column or next((k for k in (*classes, *LABEL_COLUMNS) if k in features), None)
     if column is None:
@@ -356,14 +357,10 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
     split = next((s for s in (*wanted, *DEFAULT_SPLITS) if s in splits), splits[0])
     choices = []
     if config not in parts and len(configs) > 1:
-        choices.append(f"taking configuration {config} of {_listed(configs)}; name another as {repo_id}:CONFIG")
+        choices.append(f"taking configuration {config} of {some(configs, 8)}; name another as {repo_id}:CONFIG")
     if not wanted and len(splits) > 1:
-        choices.append(f"taking split {split} of {_listed(splits)}; name another as {repo_id}:{config}:SPLIT")
+        choices.append(f"taking split {split} of {some(splits, 8)}; name another as {repo_id}:{config}:SPLIT")
     return config, split, tuple(choices)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
 
 
 def _first_line(error: BaseException) -> str:

@@ -82,13 +82,6 @@ def rounding(matrix: Tensor, sigma: Tensor) -> Tensor:
     return _GRAM * torch.finfo(torch.float64).eps * ratio * sigma[0]
 
 
-def rank_threshold(J: Jacobian, largest: Tensor, rank_rtol: float | None) -> float:
-    """Return the threshold of the rank, `rank_rtol` times σ₁; by default 1000 times the relative spacing of f."""
-    # That is 1.2e-4 for float32 and 2.2e-13 for float64: twice or more the noise of encoders of a dozen layers
-    # (DeiT-Tiny in float32 is within 7e-5 of σ₁, its zeros within 1e-7).
-    return float(largest) * (min(1000 * J.eps, 0.1) if rank_rtol is None else rank_rtol)
-
-
 def times(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Return the product J v (D, K) of v (N, K), accumulated in float64."""
     total = torch.zeros(len(matrix), vectors.shape[1], dtype=torch.float64, device=matrix.device)

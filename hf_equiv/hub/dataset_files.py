@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from hf_equiv.formatting import some
 from hf_equiv.hub import card
 from hf_equiv.hub.licences import PhotoRights
 from hf_equiv.hub.repository import Remote, Snapshot, StagedFile, staged
@@ -40,9 +41,8 @@ def read_dataset(remote: Remote, head: str) -> Dataset:
         if path.endswith(directory.RECORD) and (place := place_of_file(path)) is not None
     }
     if foreign := [path for path in sorted(files) if path not in BESIDE_RUNS and place_of_file(path) not in runs]:
-        told = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         must = f"'{remote.repo_id}' must be empty or hold runs of hf_equiv"
-        raise ValueError(f"{must}; it holds {told}. Publish to a new name.")
+        raise ValueError(f"{must}; it holds {some(foreign, 3)}. Publish to a new name.")
     return Dataset(head, files, remote.text(CARD, head) if CARD in files else None, runs=runs)
 
 

@@ -224,12 +224,8 @@ def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:
         z = f(points)
         checks.check_dimension(runs[0].target, z.shape[1])
         residuals = (z.detach().double() - torch.stack([run.target for run in runs])) / units
-        gradients = None
-        if z.requires_grad:
-            with no_autocast():
-                (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype), allow_unused=True)
-        if gradients is None:
-            raise ValueError("`f` must be differentiable and use its input; got no gradient. Drop no_grad or detach.")
+        with no_autocast():
+            (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype))
     gradients = (gradients / units[:, :, None, None].to(gradients)).contiguous()
     return residuals, gradients, max(_NOISE[z.dtype], _NOISE[points.dtype])
 
@@ -300,10 +296,11 @@ def snapshot(runs: Sequence[Search]) -> Progress:
 
 def collect(runs: Sequence[Search]) -> MatchResult:
     """Return the record of finished searches."""
+    end = snapshot(runs)
     return MatchResult(
-        stacked([run.best for run in runs]),
-        stacked([run.error for run in runs]),
-        stacked([run.num_evals for run in runs]),
+        end.images,
+        end.errors,
+        end.num_evals,
         stacked([run.seconds for run in runs]),
         tuple(run.status or Status.ERROR for run in runs),
         tuple(tuple(run.trace) for run in runs),

@@ -119,12 +119,11 @@ class Checkpoint:
             return [whole]
         index = self.find(f"{_WEIGHTS}.index.json")
         if index is not None:
-            names = _shard_names(index)
-            if self.hub is not None:
-                return [self.hub.fetch(name) for name in names]
-            lost = next((name for name in names if not (self.folder / name).is_file()), None)
+            fetch = self.hub.fetch if self.hub is not None else self.folder.joinpath
+            files = {name: fetch(name) for name in _shard_names(index)}
+            lost = next((name for name, file in files.items() if not file.is_file()), None)
             if lost is None:
-                return [self.folder / name for name in names]
+                return list(files.values())
             raise FileNotFoundError(
                 f"`model_id` must be complete; '{self.model_id}' lacks '{lost}', which its index names. Fetch it."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -366,14 +366,18 @@ class Encoder:
         return f"Encoder({what}, readout={readout}, {dtype} on {self.device})"
 
 
+def is_local(settings: Mapping[str, Any]) -> bool:
+    """Return whether a run used a checkpoint of a folder, which no record names by its path."""
+    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
+
+
 def load_recorded(
     settings: dict[str, Any], model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
 ) -> Encoder:
     """Load the model of a run at its recorded revision, with its readout and dtype."""
     # `model` locates the checkpoint if the recorded name does not, since the path of a local folder is not recorded.
     # The caller checks that it is the recorded one.
-    name, revision = settings["model_id"], settings["model_revision"]
-    local = str(revision).startswith("sha256:") and name != "builtin"
+    name, revision, local = settings["model_id"], settings["model_revision"], is_local(settings)
     if model is None and local:
         if not Path(name).is_dir():
             raise ValueError(

@@ -44,7 +44,7 @@ class Scaling:
     tolerance: float = 0.0  # largest difference from the processor
 
     def difference(self, pixels: Tensor, whole: Tensor) -> float:
-        """Return the largest difference from what the processor makes of these pixels, (..., 3, H, W) both."""
+        """Return the largest difference from the output of the processor for these pixels, (..., 3, H, W) both."""
         ours = normalise(pixels, *(torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std)))
         return float(((ours.flip(-3) if self.flipped else ours) - whole).abs().max())
 
@@ -162,7 +162,7 @@ def _measure(processor: Any, settings: dict[str, Any], checkpoint: Checkpoint) -
 
 
 def _halves(processor: Any, image: Image.Image) -> tuple[Tensor, Tensor]:
-    """Return the pixels of an image and what the processor makes of them, (..., 3, H, W)."""
+    """Return the pixels of an image and the output of the processor, (..., 3, H, W) both."""
     return _to_pixels(processor, image), torch.from_numpy(np.array(_run(processor, image)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
-from hf_equiv.models.encoder import Encoder, load_recorded
+from hf_equiv.models.encoder import Encoder, is_local, load_recorded
 from hf_equiv.results import Status
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
@@ -158,7 +158,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[Checkpoint, ...]:
 
 
 def _title(key: tuple[Any, ...], groups: Iterable[tuple[Any, ...]]) -> str:
-    """Name a checkpoint by its model, and by what distinguishes it from others of the same model."""
+    """Name a checkpoint by its model, and by the settings that no other checkpoint of this model has."""
     model, revision, readout, normalize, dtype = key
     kin = [other for other in groups if other[0] == model]
     title = str(model)
@@ -196,8 +196,7 @@ def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tup
     settings = (checkpoint.matches or checkpoint.runs)[0].settings
     revision = settings["model_revision"]
     reasons: list[str] = []
-    local = revision.startswith("sha256:") and settings["model_id"] != "builtin"
-    for model in [*models, None] if local else [None]:
+    for model in [*models, None] if is_local(settings) else [None]:
         try:
             encoder = load_recorded(settings, model, place.device, place.cache_dir, place.local_files_only)
         except _FAILURES as error:

@@ -1,4 +1,4 @@
-"""Measure with the encoder what match rows lack: controls, survival, transfer, retrieval and a kNN probe.
+"""Measure the numbers that match rows lack with the encoder: controls, survival, transfer, retrieval and a kNN probe.
 
 Errors are relative, ‖f(a) − f(b)‖ / ‖f(b)‖, in float64 of float32 embeddings; similarity is the cosine. Pixels are
 (3, H, W) in [0, 1], on the grid k/255.

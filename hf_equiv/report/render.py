@@ -10,13 +10,12 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from hf_equiv.formatting import ball, many, printable, short
+from hf_equiv.formatting import ball, many, printable, short, text_templates
 from hf_equiv.report.statistics import LEVEL, Estimate, Share
 
 ALIKE_DB = 30.0  # least PSNR at which a match looks like its source: differences show only on a close look
@@ -91,7 +90,6 @@ def findings(**values: Any) -> Callable[..., str]:
     return lambda name, *about: " ".join(str(getattr(template, name)(*about)).split())
 
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
 _FORMATS: dict[str, Callable[..., Any]] = {
     "number": number, "interval": interval, "brief": brief, "count": count,
     "tenth": tenth, "thousandth": thousandth, "three": three, "short": short, "decibels": decibels, "ball": ball,
@@ -106,10 +104,9 @@ _SIGNS = re.compile(r"([\\`*_<>\[\]|#~&]|:(?=//))")
 def _environment(kind: str) -> Environment:
     """Return the templates of one format: `html`, `markdown` or `text`."""
     print_value = {"html": _html, "markdown": _markdown, "text": plain}[kind]
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=kind != "text", undefined=StrictUndefined,
+    environment = text_templates(
+        autoescape=kind != "text", keep_trailing_newline=False, extensions=["jinja2.ext.do"],
         finalize=lambda value: value if isinstance(value, Markup) else print_value(value),
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.do"],
     )  # fmt: skip
     environment.globals |= _FORMATS | {"zip": zip}
     environment.filters |= _FORMATS | {

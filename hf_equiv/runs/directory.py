@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_equiv.formatting import many, utf8
+from hf_equiv.formatting import many, some, utf8
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
@@ -305,9 +305,8 @@ def read_run(folder: Path) -> LocalRun:
         raise ValueError(f"{str(folder / RECORD)!r} is damaged: it lacks summary.verdict.")
     wrong = [f"{name} {fault}" for name, _, _, fault in file_faults(folder, record)]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{str(folder)!r} must be as its run.json states; {', '.join(wrong[:3])}{more}. `hf-equiv verify` shows "
+            f"{str(folder)!r} must be as its run.json states; {some(wrong, 3)}. `hf-equiv verify` shows "
             "every difference; run the analysis again with --overwrite always to make it anew."
         )
     versions = (row["versions"] for row in shards.read_rows(folder, layout=layout))

@@ -13,6 +13,7 @@ from hf_equiv.analyses.measures import largest
 from hf_equiv.hub import card as hub_card
 from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING
 from hf_equiv.hub.load import download_results, local_folder, run_folders, split_name
+from hf_equiv.models.encoder import is_local
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
 from hf_equiv.runs.schema import Row
@@ -90,10 +91,9 @@ def verify_results(
     records = {place: directory.read_record(path) for place, path in places.items()}
     runs: list[VerifyReport] = []
     for place, path in places.items():
-        settings = records[place]["settings"]
-        is_local = str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
+        own = len(places) == 1 or is_local(records[place]["settings"])
         report = verify_run(
-            path, model=model if len(places) == 1 or is_local else None, device=device, cache_dir=cache_dir,
+            path, model=model if own else None, device=device, cache_dir=cache_dir,
             local_files_only=local_files_only, allow_withheld=allow_withheld, observer=observer,
         )  # fmt: skip
         inside = f"{place}/" if place else ""
@@ -129,7 +129,7 @@ def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:
 
 
 def _left_open(path: Path, records: dict[str, Row]) -> Iterator[str]:
-    """Name what the card says beside the runs."""
+    """Name the parts of the card that no run gives."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if "<!-- hf_equiv: from here" in text and hub_card.START not in text:
         yield f"words and order of {CARD} (of an earlier version)"

@@ -315,15 +315,17 @@ def _check_figures(folder: Path, layout: Layout, settings: Row, summary: Row, ro
     made = VERBS[layout.analysis].draw_figures(settings, summary, rows)
     there = {path.name: path for path in (folder / "figures").glob("[!.]*") if path.is_file()}
     for name in sorted({*made, *there}):
-        drawn, path = made.get(name), there.get(name)
-        if drawn is None or path is None:
-            told = "the rows give no such figure" if drawn is None else "the figure is missing"
-        elif same_picture(path.read_bytes(), drawn):
-            continue
-        else:
+        data = there[name].read_bytes() if name in there else b""
+        if name not in there:
+            told = "the figure is missing"
+        elif name not in made:
+            told = "the rows give no such figure"
+        elif not same_picture(data, made[name]):
             told = "this is not the figure that the rows give"
-        kind = _PICTURES.get(Path(name).suffix) if path is not None else b""
-        is_picture = path is None or (kind is not None and path.read_bytes().startswith(kind))
+        else:
+            continue
+        signature = _PICTURES.get(Path(name).suffix)
+        is_picture = name not in there or (signature is not None and data.startswith(signature))
         yield problem(f"figures/{name}", None, "figure" if is_picture else "file", "a figure", None, told)
 
 

@@ -13,7 +13,7 @@ from hf_equiv.analyses.pairs import Item
 from hf_equiv.analyses.plan import read_command, settings_of
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import some
-from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.encoder import Encoder, is_local
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs.directory import HEAD, RECORD, WITHHELD, is_withheld
 from hf_equiv.runs.schema import Layout, Row
@@ -83,7 +83,7 @@ def check_list(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[Pro
 
 
 def left_open(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[str]:
-    """Name what a run states too little of to be checked."""
+    """Name the parts of a run that cannot be checked because it states too little."""
     ends = {row["status"] for row in rows}
     if ends & {Status.STALLED, Status.INFEASIBLE, Status.MAX_EVALS}:
         yield "why a match was not reached"
@@ -98,7 +98,7 @@ def left_open(record: Row, layout: Layout, rows: Sequence[Row]) -> Iterator[str]
             yield f"the first pixels of {told} (no SHA-256 is stated)"
         elif digest is not None and len(names) > 1:
             yield f"whether {told}, of the same pixels, are {len(names)} {layout.listed}"
-    if record["settings"]["model_id"] != "builtin" and str(record["settings"]["model_revision"]).startswith("sha256:"):
+    if is_local(record["settings"]):
         yield "the name of the local checkpoint"
     if {"license", "rights"} & set(record):
         yield "license and rights"

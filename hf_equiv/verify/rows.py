@@ -114,17 +114,17 @@ def check_item(
     found: list[Problem] = []
     if encoder is not None:
         item, name = rows[0][layout.item], row_name(layout.analysis, rows[0])
-        floats = _Read({key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")})
+        floats = {key: values for key, values in floats.items() if key == item or key.startswith(f"{item}/")}
         float_file = shards.float_file(Path(file)).as_posix()
         found = [*_check_floats(float_file, name, item, encoder, floats)]
         opened, unreadable = _open_images(file, layout, encoder, rows)
         found += unreadable
         if not found:
-            rows, floats = opened, _Read({key: values.to(encoder.device) for key, values in floats.items()})
+            rows, left = opened, {key: values.to(encoder.device) for key, values in floats.items()}
             try:
-                again = VERBS[layout.analysis].remake(encoder, settings, rows, floats)
+                again = VERBS[layout.analysis].remake(encoder, settings, rows, left)
                 made = [{layout.item: item} | row for row in again]
-                for key in sorted(floats.keys() - floats.asked):
+                for key in sorted(left):
                     told = f"row {name!r}: {key!r} is not one of the float images of such a run"
                     found.append(problem(float_file, name, "float", None, key, told))
             except KeyError as error:
@@ -136,18 +136,6 @@ def check_item(
                 found.append(problem(file, name, column[1] if column else layout.item, "a row", None, told))
     found += _compare(file, layout, settings, rows, made)
     return [{key: value for key, value in row.items() if key not in layout.images} for row in made], found
-
-
-class _Read(dict[str, Tensor]):
-    """Float images, and the names of those that were asked for."""
-
-    def __init__(self, images: Mapping[str, Tensor]) -> None:
-        super().__init__(images)
-        self.asked: set[str] = set()
-
-    def __getitem__(self, key: str) -> Tensor:
-        self.asked.add(key)
-        return super().__getitem__(key)
 
 
 def _check_floats(file: str, name: str, item: str, encoder: Encoder, floats: Mapping[str, Tensor]) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ import torch
 from fakes import SIZE, TinyEncoder, draw_photo
 from PIL import Image
 
-from hf_equiv.analyses import figures, make_plan, pairs, run
+from hf_equiv.analyses import figures, make_plan, match, pairs, run
 from hf_equiv.analyses.match import MatchConfig, round_into_ball
 from hf_equiv.runs import directory, processes, shards
 from hf_equiv.runs.schema import PROVENANCE_FEATURES, ROW_FEATURES
@@ -417,9 +417,9 @@ def test_each_image_is_read_once(photos, tiny, tmp_path, monkeypatch):
 
 
 def test_rows_are_read_back_once(plan, tmp_path, monkeypatch):
-    reads, before, real, close = [], [], shards.read_shard, run._close
+    reads, before, real, summarize = [], [], shards.read_shard, match.summarize
     monkeypatch.setattr(shards, "read_shard", lambda path, **how: reads.append(path) or real(path, **how))
-    monkeypatch.setattr(run, "_close", lambda *given: before.append(len(reads)) or close(*given))
+    monkeypatch.setattr(match, "summarize", lambda *given: before.append(len(reads)) or summarize(*given))
     assert len(run.run_analysis(plan, tmp_path / "out").rows) == 5
     assert before == [len(reads)]  # summary, figures, card and outcome use the rows that were read before
 
