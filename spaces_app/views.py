@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hf_equiv.analyses.figures import difference_png, thumbnail
 from hf_equiv.analyses.measures import psnr_db
 from hf_equiv.data.image_file import decode_png
+from hf_equiv.formatting import short
 
 
 def alike(error: float) -> str:
@@ -49,7 +50,7 @@ _environment = Environment(
 )  # fmt: skip
 _environment.filters |= {
     "alike": alike, "first_name": _first_name, "percent": percent, "pixels": decode_png, "share": _share,
-    "thumbnail": thumbnail, "uri": _data_uri,
+    "short": short, "thumbnail": thumbnail, "uri": _data_uri,
 }  # fmt: skip
 _environment.globals |= {"difference": difference_png, "psnr": psnr_db}
 html: Any = _environment.get_template("views.html.jinja").module

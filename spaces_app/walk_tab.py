@@ -12,6 +12,8 @@ from charts import Axis, Series, chart
 from shelf import BUILTIN_RESULTS, HERE, HIDDEN, home_of, named_results, refused, results, telling
 from showcase import Row
 
+from hf_equiv.formatting import short
+
 _LEAST = 1e-7  # smallest drift on a chart, unless the allowed drift is as small
 
 
@@ -70,7 +72,7 @@ def player(path: Sequence[Row], rtol: float) -> str:
         Axis("arc length (L2, pixels in [0, 1])"),
         Axis("drift", log=True, low=least, high=max(10 * rtol, *(row["drift"] for row in path))),
         mark=drift[0],
-        note=f"Drawn at {least:.0e}: drift below it, and none at all." if below else "",
+        note=f"Drawn at {short(least)}: drift below it, and none at all." if below else "",
     )
     return views.html.player(path, drawn)
 

@@ -47,23 +47,28 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
     with _hooked(norm or nn.Identity(), lambda _, inputs, output: kept.append((inputs[0], output))):
         z, x = _graph(f, image)
     found = _unit_norm(z[0], x)
-    if norm is None:
-        return tuple(found)
-    unit_norm = len(found) > 0
-    h, y = kept[-1]
+    if norm is not None:
+        found += _after_norm(norm, *kept[-1], z[0], x, unit_norm=len(found) > 0)
+    return tuple(sorted(found, key=lambda one: one.rows is not None))
+
+
+def _after_norm(
+    norm: nn.Module, h: Tensor, y: Tensor, z: Tensor, x: Tensor, *, unit_norm: bool
+) -> Iterator[LeftRelation]:
+    """Yield the relations of z = T(y), with y the output of the last LayerNorm for h."""
     gamma, d = getattr(norm, "weight", None), h.shape[-1]
     if gamma is not None and len(gamma) != d:
-        return tuple(found)
+        return
     gain = torch.ones(d, dtype=torch.float64, device=h.device) if gamma is None else gamma.detach().double()
-    W, token = _tail(z[0], y)
     again = nn.functional.layer_norm(h, (d,), gamma, getattr(norm, "bias", None), getattr(norm, "eps", 0.0))
     plain = again.shape == y.shape and bool(torch.allclose(again, y, rtol=1e-3, atol=1e-3))  # false for other axes
-    if W is None or not plain or not bool((gain != 0).all()):
-        return tuple(found)
+    W, token = _tail(z, y) if plain and bool((gain != 0).all()) else (None, None)
+    if W is None:
+        return
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=W.shape[0] <= 4096)
     rank = int((sigma > 1e3 * torch.finfo(z.dtype).eps * sigma[0]).sum())
     if W.shape[0] > W.shape[1] and U.shape[1] == W.shape[0]:
-        found.append(LeftRelation("head wider than its input", U[:, W.shape[1] :]))
+        yield LeftRelation("head wider than its input", U[:, W.shape[1] :])
     targets, row = (1 / gain)[:, None], None
     if token is not None:
         target, row = _constant_length(norm, h, x, token)
@@ -73,8 +78,7 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
     for weights in _solvable(targets, Vh[:rank]):
         u = U[:, :rank] @ ((Vh[:rank] @ targets @ weights) / sigma[:rank])
         rows = row * weights[1] / lengths[1] if row is not None and bool(weights[1]) else None
-        found.append(LeftRelation(_cause(weights, unit_norm), u[:, None], rows))
-    return tuple(sorted(found, key=lambda one: one.rows is not None))
+        yield LeftRelation(_cause(weights, unit_norm), u[:, None], rows)
 
 
 def _unit_norm(z: Tensor, x: Tensor) -> list[LeftRelation]:

@@ -151,7 +151,7 @@ def test_a_leap_and_a_drift_of_none_are_explained(shown):
     assert "leaps" not in curve_view([("match", float(k), 0.5) for k in range(1, 40)], 1e-5)
     (path,) = shown.paths.values()
     assert path[-1]["drift"] == 0.0
-    assert "Drawn at 1e-07" in player(path, 1e-5)
+    assert "Drawn at 1e-7" in player(path, 1e-5)
     assert "Drawn at" not in player(path[:-1], 1e-5)
 
 
