@@ -46,13 +46,16 @@ _BATCH = 1000  # the same for an image alone and in a batch, and for two product
 _COARSE, _LEAST = 0.1, 1e-6  # and the most for a coarse f, the least for a fine one
 _SECANT = 0.003  # largest difference of autograd and a secant, relative, that needs no closer look
 _EXACT = 0.001  # the largest for tiny steps in float64
-_ROUGH = 0.06  # and where f has no float64: kinks and curvature have a share in it
+_CLOSER = (1, 8, 32)  # shares of a step where f has no float64: noise grows, the part of kinks and curvature shrinks
+_POINTS = 3  # at which such a derivative must be false
 _STRETCH = 64.0  # times a cotangent, where hooks and clips that act on large gradients show
 _SIGMAS = 3  # times the noise of a secant that is allowed on top
 _NOISE = 4  # noise of f in units of the spacing of its numbers, until it is measured
 _LONGEST = 2.0**-7  # largest step of a pixel in a secant
 _VARIES = 1.5  # times the noise at one image, for that at others
 _UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
+_TINY = 2.0**-24  # step at which float64 is smooth and float32 is not
+_SMOOTH = 2.0**-34  # bend of f over its size that is rounding in float64, and too little to spoil a secant
 
 
 class Function:
@@ -87,6 +90,10 @@ class Function:
         """Return an attribute of f."""
         return getattr(self.__dict__.get("plain"), name)
 
+    def noise_near(self, image: Tensor) -> float:
+        """Return the relative noise of an evaluation near an image (C, H, W); an Encoder has one noise for all."""
+        return self.noise if hasattr(self.plain, "admitted") else _Probe(self, image).noise
+
     def double(self) -> Function | None:
         """Return the float64 twin of f, if it offers one."""
         twin = float64_twin(self.plain)
@@ -98,7 +105,7 @@ def as_function(f: Encoding) -> Function:
     return f if isinstance(f, Function) else Function(f)
 
 
-def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = False) -> Function:
+def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = False, each: bool = False) -> Function:
     """Require the conditions of f near the first image on which it is finite, and return it as a `Function`.
 
     Args:
@@ -106,6 +113,7 @@ def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = F
         images: (B, C, H, W), pixels in [0, 1].
         gradient: whether to refuse a false derivative; False only notes it, for values that come from secants.
         noise: whether to measure the noise of f.
+        each: whether to try a callable near every image, where a verb costs far more.
 
     Returns:
         f, to be called in place of the function given.
@@ -118,11 +126,11 @@ def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = F
     known: dict[Any, Function] = getattr(f, "admitted", {})  # an Encoder has one
     key = images.shape[1:], images.dtype, gradient, noise
     if key not in known or known[key].plain is not f:  # a wrapper may lend the attributes of an Encoder
-        known[key] = _admit(f, images, gradient, noise)
+        known[key] = _admit(f, images, gradient, noise, each and not hasattr(f, "admitted"))
     return known[key]
 
 
-def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool) -> Function:
+def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool, each: bool) -> Function:
     strides = PlainStrides()
     call = Function(f, strides=strides)
     with torch.inference_mode(False), no_tf32(), _eval_mode():
@@ -130,7 +138,7 @@ def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool) -> Function
             probe = _Probe(call, image)
             if probe.finite:
                 try:
-                    probe.run()
+                    _run(probe, image)
                 except _FalseDerivativeError:
                     if gradient:
                         raise
@@ -138,9 +146,21 @@ def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool) -> Function
                     probe.beside(_LONGEST)
                 # at a grey image, so that no result depends on the other images of a batch
                 call.noise = _Probe(call, torch.full_like(image, 0.5)).noise if noise else 0.0
-                break
+                if not each:
+                    break
     call.strides = strides if strides.used else None
     return call
+
+
+def _run(probe: _Probe, image: Tensor) -> None:
+    """Require the conditions; without float64, kinks beside one point prove nothing against a derivative."""
+    for seed in range(1, _POINTS + 1):
+        try:
+            return probe.run()
+        except _FalseDerivativeError:
+            if probe.smooth or seed == _POINTS:
+                raise
+            probe = _Probe(probe.call, image, seed)
 
 
 @contextmanager
@@ -149,7 +169,7 @@ def _eval_mode() -> Iterator[None]:
 
     def look(module: torch.nn.Module, args: Any) -> None:
         acts = isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
-        if module.training and acts:
+        if acts and module.training:
             raise ValueError(f"`f` must be in eval mode; got {module} in train mode. Call `model.eval()` first.")
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(f"`f` must map each image for itself; {module} has no statistics but those of the batch.")
@@ -172,8 +192,8 @@ class _Probe:
     secants (f(x + step·way) − f(x − step·way)) / 2 step are (2, D).
     """
 
-    def __init__(self, call: Function, image: Tensor) -> None:
-        self.call, self.generator = call, torch.Generator("cpu").manual_seed(0)
+    def __init__(self, call: Function, image: Tensor, seed: int = 0) -> None:
+        self.call, self.generator = call, torch.Generator("cpu").manual_seed(seed)
         grid = 2 * torch.finfo(image.dtype).eps  # x ± step is exact for multiples of it
         self.shortest = 4 * grid
         near = image.double().clamp(3 / 16, 13 / 16) + (self._uniform(image.shape).to(image.device) - 0.5) / 4
@@ -215,8 +235,9 @@ class _Probe:
         """Return the relative noise of an evaluation: from float64, or else from pixels changed by an ulp."""
         if not self.finite:
             return 0.0
-        exact, gap = self._exact
-        return _UNSEEN * self._jitter if exact is None else _VARIES * gap
+        exact, gap = self.exact
+        hidden = exact is None or (self.x.dtype == torch.float64 and not self.smooth)
+        return max(_VARIES * gap, _UNSEEN * self._jitter if hidden else 0.0)
 
     def _find_rows(self, second: Tensor, again: Tensor) -> None:
         """Set the rows Jᵀu (K, N) of random cotangents u (K, D), and the first of them from a second call of f."""
@@ -268,7 +289,7 @@ class _Probe:
     def _is_noise(self, gap: float) -> bool:
         """Whether the rounding of f explains a relative difference of one thing computed in two ways."""
         limit = max(min(_BATCH * self.eps, _COARSE), _LEAST)
-        return gap <= limit or gap <= 2 * _UNSEEN * max(self._jitter, self._exact[1])
+        return gap <= limit or gap <= 2 * _UNSEEN * max(self._jitter, self.exact[1])
 
     def _check_secants(self) -> None:
         """Require that differences of f agree with autograd at a step where neither noise nor curvature hides it."""
@@ -290,17 +311,18 @@ class _Probe:
         step = self._step(noise, slope)
         yield self.beside(step), _SIGMAS * noise / step, _SECANT
         # f may be noisier than its numbers, or curved, or have many kinks
-        exact, gap = self._exact
-        if exact is not None:
+        exact, gap = self.exact
+        if exact is not None and self.smooth:
             for tiny in (2.0**-20, 2.0**-26):
                 yield self._secants(tiny, exact), 0.0, _EXACT + 8 * max(self.eps, gap)
             return
-        louder = max(noise, 2 * _UNSEEN * self._jitter * self.size)
-        for level, other in ((noise, max(step / 8, self.shortest)), (louder, self._step(louder, slope))):
-            yield self._secants(other), _SIGMAS * level / other, _ROUGH
+        noise = max(self.eps, 2 * _UNSEEN * self._jitter) * self.size
+        for share in _CLOSER:
+            closer = max(self._step(noise, slope) / share, self.shortest)
+            yield self._secants(closer), _SIGMAS * noise / closer, _SECANT
 
     @cached_property
-    def _exact(self) -> tuple[Encoding | None, float]:
+    def exact(self) -> tuple[Encoding | None, float]:
         """Return f in float64 and its relative distance from f; None and 0 if it cannot be had."""
         try:
             exact = float64_twin(self.call) or in_float64(self.call.plain)
@@ -310,6 +332,22 @@ class _Probe:
             return None, 0.0
         gap = float((z - self.here).norm()) / self.size
         return (exact, gap) if gap <= _COARSE else (None, 0.0)
+
+    @cached_property
+    def smooth(self) -> bool:
+        """Whether f in float64 bends at the smallest steps as it must: code that torch does not show may be coarser."""
+        exact = self.exact[0]
+        if exact is None:
+            return False
+        bend = self._bend(exact, _TINY)
+        return bend <= _SMOOTH or bend / 256 <= self._bend(exact, _TINY / 8) <= bend / 4
+
+    def _bend(self, f: Encoding, step: float) -> float:
+        """Return ‖f(x + h) − 2 f(x) + f(x − h)‖ / ‖f(x)‖ for a float64 step h along the first direction."""
+        x, h = self.x.detach().double(), step * self.ways[0].double()
+        with torch.no_grad():
+            after, here, before = (self._in_unit(f(point))[0] for point in (x + h, x, x - h))
+        return float((after - 2 * here + before).norm()) / self.size
 
     def _check_flat(self) -> None:
         """Require that f hardly moves where its derivative is zero, unlike a function that is constant by pieces."""
@@ -371,7 +409,9 @@ class _Probe:
         change = self.eps * self.ways[0]
         with torch.no_grad():
             ends = [self._in_unit(self.call(self.x.detach() * (1 + sign * change)))[0] for sign in (1, -1)]
-        return float((ends[0] - ends[1]).norm()) / math.sqrt(2) / self.size
+        change = float((ends[0] - ends[1]).norm()) / math.sqrt(2) / self.size
+        hidden = self.x.dtype == torch.float64 and not self.smooth
+        return max(change, self._bend(self.call, _TINY)) if hidden else change
 
     def _in_unit(self, values: Tensor) -> Tensor:
         return values.detach().double() / self.unit

@@ -97,8 +97,9 @@ _FOLDERS = re.compile(r"(?<![\w:/.])(?:/[^\s'\"`:,;()/]+)+/(?=[^\s'\"])")
 
 
 def excerpt(error: object, size: int = 160) -> str:
-    """Return the first `size` characters of the message of an error, on one line."""
-    return printable(" ".join(str(error).split()))[:size]
+    """Return the message of an error on one line, cut between two words after at most `size` characters."""
+    text = printable(" ".join(str(error).split()))
+    return text if len(text) <= size else text[:size].rsplit(" ", 1)[0] + " …"
 
 
 def one_line(error: Exception) -> str:

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_count
-from hf_equiv.conditions import admit
+from hf_equiv.conditions import admit, as_function
 from hf_equiv.derivatives import forward_mode, transposed, vjps
-from hf_equiv.precision import Encoding, Recorded, exact_derivatives, no_autocast, no_tf32
+from hf_equiv.precision import (
+    Encoding,
+    Recorded,
+    exact_derivatives,
+    float64_twin,
+    in_float64,
+    no_autocast,
+    no_tf32,
+)
 
 
 class Jacobian:
@@ -164,7 +172,15 @@ class Jacobian:
 
     def _pull(self, cotangents: Tensor, out: Tensor) -> None:
         with torch.inference_mode(False), no_tf32(), no_autocast():
-            rows = vjps(self._z, self._x, cotangents)
+            try:
+                rows = vjps(self._z, self._x, cotangents)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "`f` must allow several backward passes from one forward pass; it does not "
+                    f"({' '.join(str(error).split())[:160]}). Pass the function before `torch.compile`."
+                ) from error
         out.copy_(rows.view_as(out))
         self._spent += 2 * len(cotangents)
 
@@ -184,6 +200,15 @@ class Jacobian:
             return forward_mode(self._f, self._x.detach(), tangent[None])[0]
 
         return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
+
+
+def in_double(f: Encoding, image: Tensor) -> Jacobian | None:
+    """Return the Jacobian of f with all its arithmetic in float64; None if f cannot be computed so."""
+    try:
+        exact = Jacobian(as_function(float64_twin(f) or in_float64(f)), image.double())
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return exact if exact.eps == torch.finfo(torch.float64).eps else None
 
 
 def jacobian_cost(num_rows: int) -> float:

@@ -84,6 +84,9 @@ class Walk:
     def run(self, start: Tensor, num_steps: int) -> None:
         """Walk, and set `status`."""
         self.at = start
+        if self.corrector.f.noise > self.corrector.rtol:  # no drift that f states is below rtol for certain
+            self.status = Status.DRIFT_EXCEEDED
+            return
         self.h = self.most = min(self.step, math.sqrt(start.numel()))  # no step is longer than the box
         self.status = self._walk(start, num_steps)
         del self.corrector.model  # D·N numbers
@@ -330,7 +333,7 @@ def trace_level_set(
     goal = images if target is None or heading == "toward" else target  # its embedding is z
     checks.check_target(goal, len(images))
     with torch.inference_mode(False), no_tf32():
-        f = admit(f, images)
+        f = admit(f, images, noise=True)
         z = target_embeddings(lambda x: torch.cat([f(one) for one in x.split(1)]), images, goal.detach(), "images")
 
         def measure(J: Jacobian, b: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from hf_equiv.conditions import admit
 from hf_equiv.derivatives import forward_mode
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
 from hf_equiv.geometry.secants import secant_noise
-from hf_equiv.jacobian import Jacobian, measure_images
+from hf_equiv.jacobian import Jacobian, in_double, measure_images
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
@@ -228,7 +228,7 @@ class _Search:
             self._ascend(self.found[-1].place, self.found[-1].direction, num_steps)
             if all(map(math.isfinite, maxima)):
                 clever = fit_reverse_weibull(torch.tensor(maxima, dtype=torch.float64))[0]
-        best = self._confirmed()
+        best = self._rounded_down(self._confirmed())
         return {
             "lower_bound": best.value,
             "at_center": min(at_center, best.value),
@@ -272,13 +272,16 @@ class _Search:
         with torch.inference_mode(False), torch.enable_grad(), exact_derivatives(), no_tf32(), no_autocast():
             place, along = (t.clone()[None].requires_grad_(True) for t in (x, v))
             moved = forward_mode(self.f, place, along)
-            if not moved.requires_grad:
+            unit = _unit(moved.detach())  # gradients of ½‖Jv‖² without the factor ‖Jv‖, which might overflow
+            try:
+                slopes = torch.autograd.grad(moved, (place, along), unit, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
                 raise RuntimeError(
                     "`f` must be twice differentiable for a regional constant; its derivative has no gradient. Use a "
-                    "smooth f without rounding or detach."
-                )
-            unit = _unit(moved.detach())  # gradients of ½‖Jv‖² without the factor ‖Jv‖, which might overflow
-            slopes = torch.autograd.grad(moved, (place, along), unit, allow_unused=True)
+                    "smooth f without rounding, detach or checkpointing."
+                ) from error
         self.num_evals += 5 / 3
         slope, power = (torch.zeros_like(x) if g is None else g[0] for g in slopes)
         return float(moved.detach().double().norm()), slope, power
@@ -301,6 +304,16 @@ class _Search:
                 attained = beside if self._attained(beside) is beside else attained
             best = attained if best is None else max(best, attained, key=_value)
         return best or next((one for one in self.found if math.isfinite(one.value)), self.found[0])
+
+    def _rounded_down(self, best: _Found) -> _Found:
+        """Return a constant of a coarse f without its rounding, if that raised it."""
+        coarse = self.eps > torch.finfo(torch.float32).eps
+        exact = in_double(self.f, best.place) if coarse and math.isfinite(best.value) else None
+        if exact is None:
+            return best
+        value = float(exact.mv(best.direction[None]).norm()) / float(best.direction.double().norm())
+        self.num_evals += exact.num_evals
+        return best._replace(value=min(best.value, value))
 
     def _attained(self, one: _Found) -> _Found:
         """Return a constant found if secants near x′ along v tend to it, else the largest of them less its noise."""

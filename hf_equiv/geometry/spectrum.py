@@ -149,7 +149,7 @@ def jacobian_spectrum(
     if k is not None:
         checks.check_count(k, "k")
     options = k, method, vectors, rank_rtol, rtol
-    f = admit(f, images)
+    f = admit(f, images, each=True)
     fields = measure_images(f, images, batch, lambda J, _: _measure(f, J, *options), progress)
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
 

@@ -72,12 +72,14 @@ class LinearModel:
         self.free = free
 
     def learn(self, at: Jacobian, u: Tensor) -> bool:
-        """Set the row combination uᵀA to uᵀJ of another Jacobian, by one VJP; return False if u is zero."""
+        """Set the row combination uᵀA to uᵀJ of another Jacobian, by one VJP, if that is finite; return False if u is zero."""
         length = torch.linalg.vector_norm(u)
         if not bool(length > 0):
             return False
         u = (u / length).to(self.A).double()  # rounded as A stores it
         row = at.rmv(u[None])[0].flatten()
+        if not bool(torch.isfinite(row).all()):
+            return True
         change = row - self.transpose(u).flatten()
         moving = change * self.free
         product = self.apply(moving)

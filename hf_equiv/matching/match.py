@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
-from hf_equiv.conditions import admit
+from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import jacobian_cost, stacked
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.feasible import FeasibleSet
@@ -25,6 +25,8 @@ ProgressHook = Callable[[Progress], None]
 _NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
 """Typical ‖f(x) in this dtype − f(x)‖ / ‖f(x)‖ of one evaluation, for the line search."""
 
+_FAINT = 0.01  # noise of f at a grey image, over rtol, from which it is measured at the image found too
+_LOUDER = 2.0  # and how many times more must be found there to count
 _NEAR = 3e-3  # embedding error below which Newton steps from one Jacobian reach the target
 _PACE = 30  # evaluations over which the pace of a run is measured
 _WORTH = 1.5  # estimated remaining cost, in Jacobians, that justifies one
@@ -109,8 +111,7 @@ def match_embedding(
             feasible = FeasibleSet.around(image, radius, norm)
             keeps_bounds = isinstance(solver, LBFGS | Adam | GradientDescent)
             begin = image if start is None else start.images[i].to(image, copy=True)
-            run = _Run(solver.iterate(begin, feasible), embedding, begin, None if keeps_bounds else feasible)
-            run.noise = f.noise
+            run = _Run(f, solver.iterate(begin, feasible), embedding, begin, None if keeps_bounds else feasible)
             if start is not None:
                 run.num_evals, run.seconds = float(start.num_evals[i]), float(start.seconds[i])
             runs.append(run)
@@ -152,8 +153,9 @@ class Search:
     """State of the search for one match: its best image so far, cost and status."""
 
     best: Tensor
+    f: Function
     error: float = math.inf
-    noise: float = 0.0  # of f, relative
+    noise: float | None = None  # of f near the best image, relative; None until an error is small enough
     num_evals: float = 0.0
     seconds: float = 0.0
     status: Status | None = None
@@ -161,9 +163,13 @@ class Search:
 
     def reached(self, rtol: float) -> Status | None:
         """Return the status if the error reached rtol with its noise on top, or as nearly as noise allows."""
-        if self.error + self.noise <= rtol:
+        noise = self.f.noise if self.noise is None else self.noise
+        if self.error + noise <= rtol and self.noise is None and noise > _FAINT * rtol:
+            near = self.f.noise_near(self.best)
+            self.noise = noise = near if near > _LOUDER * noise else noise
+        if self.error + noise <= rtol:
             return Status.CONVERGED
-        return Status.STALLED if self.error <= rtol < 1.5 * self.noise else None
+        return Status.STALLED if self.error <= rtol < 1.5 * noise else None
 
     def offer(self, image: Tensor, error: float) -> None:
         """Keep an image if it is the best so far."""
@@ -175,8 +181,10 @@ class Search:
 class _Run(Search):
     """One image, its solver and the point to evaluate next."""
 
-    def __init__(self, iterates: Iterates, target: Tensor, start: Tensor, bounds: FeasibleSet | None) -> None:
-        super().__init__(start)
+    def __init__(
+        self, f: Function, iterates: Iterates, target: Tensor, start: Tensor, bounds: FeasibleSet | None
+    ) -> None:
+        super().__init__(start, f)
         self.iterates, self.target = iterates, target
         self.bounds = bounds  # solvers from outside the package may leave them
         self.tried = math.inf  # the error at the last attempt by Newton steps

@@ -104,8 +104,8 @@ class _Refinement(Search):
     model: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __init__(self, f: Function, image: Tensor, z: Tensor) -> None:
-        super().__init__(image, noise=f.noise)
-        self.f, self.z = f, z
+        super().__init__(image, f)
+        self.z = z
         self.unit = power_of_two(float(z.norm()))  # in this unit, embeddings of any scale are near 1
         self.scale = float(z.norm()) / self.unit
         self.cap, self.trust, self.failed, self.since = _CAP, _MOVES, 0, math.inf
