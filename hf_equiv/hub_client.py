@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
@@ -31,9 +32,11 @@ _LONGEST_WAIT = 310.0  # seconds; the window of a rate limit is five minutes
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 _ANSWERED = (hub_errors.HfHubHTTPError, httpx.HTTPStatusError)
 _CUT = (httpx.TransportError, ConnectionError, TimeoutError)
+_MISREAD = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 _WORDS = {"dataset": "dataset", "space": "Space", "model": "model"}
 _PROPOSE = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`."
 _WRITE_TOKEN = f"Make a write token at {constants.ENDPOINT}/settings/tokens"
+_LOG_IN = "Log in to the network, or correct HTTPS_PROXY or HF_ENDPOINT, and try again"
 _DONE = {"dataset": "published", "space": "deployed"}
 _BOUND = ("Try again, or through another network; what was uploaded already is not sent twice.",
           "The file is too large for that network: try another one.")  # fmt: skip
@@ -132,8 +135,8 @@ def brief(error: BaseException) -> str:
     answer = _answer(error)
     if answer is not None:
         return f"{'storage' if _is_of_storage(answer) else 'the Hub'} answered {answer.status_code}"
-    if _is_web_page(error):
-        return f"{constants.ENDPOINT} answered with a web page, as a proxy or the login page of a network does"
+    if said := _misread(error):
+        return f"{constants.ENDPOINT} answered with {said}, as a proxy or the login page of a network does"
     return "the connection was cut" if passes(error) else type(error).__name__
 
 
@@ -150,8 +153,15 @@ def _is_of_storage(answer: Any) -> bool:
     return elsewhere or (method == "PUT" and not url.path.startswith("/api/"))
 
 
-def _is_web_page(error: BaseException) -> bool:
-    return any(isinstance(cause, json.JSONDecodeError | hub_errors.FileMetadataError) for cause in _causes(error))
+def _misread(error: BaseException) -> str | None:
+    """Describe an answer that the Hub client could not read; None for other failures."""
+    if any(isinstance(cause, json.JSONDecodeError | hub_errors.FileMetadataError) for cause in _causes(error)):
+        return "a web page"
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    last = next((name for name in reversed(names) if name.startswith(("hf_equiv.", "huggingface_hub."))), "")
+    if type(error) not in _MISREAD or not last.startswith("huggingface_hub.") or _answer(error) is not None:
+        return None
+    return f"JSON that no Hub sends ({type(error).__name__}: {excerpt(error)})"
 
 
 def checked(fetch: Callable[[], T], repo_id: str, kind: str, cache_dir: Any = None) -> T:
@@ -220,18 +230,18 @@ def explained(
         told = _refused(error, repo_id, kind, revision, file, token, write=write)
         raise type(error)(told, response=error.response) from error
     except (
-        hub_errors.LocalEntryNotFoundError, hub_errors.RevisionResolutionError, RuntimeError, json.JSONDecodeError,
-        *_CUT,
+        hub_errors.LocalEntryNotFoundError, hub_errors.RevisionResolutionError, RuntimeError, *_MISREAD, *_CUT,
     ) as error:  # fmt: skip
         wrapped, answer = isinstance(error, RuntimeError), _answer(error)  # the client wraps a failed upload
-        if wrapped and not write and answer is None and not passes(error):
+        misread, lasts = _misread(error), not passes(error)
+        if misread is None and (type(error) in _MISREAD or (wrapped and lasts and not write and answer is None)):
             raise
-        if wrapped and not passes(error):
+        if misread is None and wrapped and lasts:
             said = excerpt(getattr(error.__cause__, "server_message", None) or "")
             why = "the upload failed" if answer is None else brief(error)
             told = f"'{repo_id}' was not {_DONE[kind]}: {why}{f' ({said})' if said else ''}. {excerpt(error)}"
             raise OSError(f"{told} {_BOUND[answer is not None and answer.status_code == 413]}") from error
-        known = wrapped or answer is not None or _is_web_page(error)
+        known = wrapped or answer is not None or misread is not None
         why = brief(error) if known else f"{constants.ENDPOINT} cannot be reached"
         told = _unreachable(repo_id, kind, file, why, write=write, dry_run=dry_run, local_files_only=local_files_only)
         local = isinstance(error, hub_errors.LocalEntryNotFoundError)
@@ -255,9 +265,9 @@ def _refused(
     """Return advice for an error response of the Hub."""
     status, word = error.response.status_code, _WORDS[kind]
     said = excerpt(error.server_message or "", 300).rstrip(".")
-    if not said and "html" in error.response.headers.get("Content-Type", ""):
-        said = "a web page, as of a proxy"
     told = f"HTTP {status}: {said}" if said else f"HTTP {status}"
+    if not said and "html" in error.response.headers.get("Content-Type", "") and not passes(error):
+        return f"the Hub refused the request for '{repo_id}' ({told}: a web page, as of a proxy). {_LOG_IN}."
     if isinstance(error, hub_errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{'' if kind == 'model' else f'{kind}s/'}{repo_id}"
         return f"'{repo_id}' is gated. Ask for access at {page}, then log in with `hf auth login`."
@@ -282,7 +292,7 @@ def _refused(
         return f"storage refused a file of '{repo_id}' ({told}). Try again, or through another network."
     if passes(error):
         return f"the Hub did not answer for '{repo_id}' (HTTP {status}). Try again later."
-    return f"the Hub refused the request for '{repo_id}' ({told})."
+    return f"the Hub refused the request for '{repo_id}' ({told}). Correct what it names, or try again later."
 
 
 def _not_found(repo_id: str, kind: str) -> str:
@@ -307,7 +317,7 @@ def _why_forbidden(repo_id: str, kind: str, said: str, token: str | bool | None)
 def why_not(repo_id: str, kind: str, me: dict[str, Any]) -> str:
     """Return why the user `me` of `whoami` may not write there: token, owner or role; "" if none forbids it."""
     propose, use = (f" {_PROPOSE}", "Publish as") if kind == "dataset" else ("", "Deploy to")
-    owner, user = repo_id.split("/")[0], me["name"]
+    owner, user = repo_id.split("/")[0], me.get("name", "USER")
     roles = {org["name"]: org.get("roleInOrg") for org in me.get("orgs", [])}
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return f"the token can only read. {_WRITE_TOKEN} and log in with it: `hf auth login`."
@@ -322,8 +332,8 @@ def _unreachable(
     repo_id: str, kind: str, file: str | None, why: str, *, write: bool, dry_run: bool, local_files_only: bool
 ) -> str:
     cure = "Check the network and try again"
-    if "web page" in why:
-        cure = "Log in to the network, or correct HTTPS_PROXY or HF_ENDPOINT, and try again"
+    if "answered with" in why:
+        cure = _LOG_IN
     if constants.HF_HUB_OFFLINE:
         why, cure = "HF_HUB_OFFLINE=1 is set", "Unset it"
     elif local_files_only:

@@ -2,7 +2,7 @@
 
 An image has at most `MAX_PIXELS`. A file, the cell of a table and a table that is far larger in memory than on disk
 have at most `MAX_BYTES`, the size of such an image in 16-bit RGB. The limit is the same for photos, tables, uploads,
-and the images of stored runs.
+and the images of stored runs. A `run.json` has at most `MAX_RECORD`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit
 MAX_BYTES = 6 * MAX_PIXELS
+MAX_RECORD = 100_000_000  # bytes; JSON takes up to 20 times as much in memory
 EXPANSION = 20  # a table may take `MAX_BYTES`, or so many times the size of its file
 
 _BUFFER = 1 << 20  # bytes of a column that are read at once
+_CELL = 60  # bytes of a cell in a row of Python
 _WIDTHS = {"BOOLEAN": 1, "INT64": 8, "DOUBLE": 8}  # bytes of a value in memory; of the other types 4
 
 
@@ -27,11 +29,11 @@ def read_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Read a parquet file in batches of at most `rows`, and refuse one that takes more than `most` bytes in memory."""
     on_disk = path.stat().st_size
-    most, size = most or max(MAX_BYTES, EXPANSION * on_disk), 0
+    most, size = max(MAX_BYTES, EXPANSION * on_disk) if most is None else most, 0
     with path.open("rb") as stream, pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False) as file:
         rows = rows_at_once(file.metadata, on_disk, rows, most, columns)
         for batch in file.iter_batches(rows, columns=columns):
-            size += sum(map(_size, batch.columns))
+            size += size_of(batch)
             if size > most:
                 raise _too_large(on_disk, most)
             yield batch
@@ -41,7 +43,7 @@ def rows_at_once(
     metadata: pq.FileMetaData, on_disk: int, rows: int, most: int | None = None, columns: Sequence[str] | None = None
 ) -> int:
     """Return the number of rows to read at once, at most `rows`; refuse a file that states to be too large."""
-    most = most or max(MAX_BYTES, EXPANSION * on_disk)
+    most = max(MAX_BYTES, EXPANSION * on_disk) if most is None else most
     _refuse_encrypted(metadata)
     total = repeated = 0
     for number in range(metadata.num_row_groups):
@@ -49,7 +51,7 @@ def rows_at_once(
         for column in map(group.column, range(group.num_columns)):
             if columns is None or column.path_in_schema.partition(".")[0] in columns:
                 packed = column.total_uncompressed_size
-                total += max(packed, column.num_values * _WIDTHS.get(column.physical_type, 4))
+                total += max(packed, column.num_values * _WIDTHS.get(column.physical_type, 4), _CELL * group.num_rows)
                 repeated = max(repeated, packed if column.has_dictionary_page else 0)
     if total > most:
         raise _too_large(on_disk, most)
@@ -67,6 +69,11 @@ def _refuse_encrypted(metadata: pq.FileMetaData) -> None:
             except (OSError, pa.ArrowException) as error:
                 if "decrypt" in str(error):
                     raise ValueError(f"column {metadata.schema.column(column).path!r} is encrypted") from error
+
+
+def size_of(batch: pa.RecordBatch) -> int:
+    """Return the bytes that the rows of a batch take in memory."""
+    return sum(max(_size(column), _CELL * len(column)) for column in batch.columns)
 
 
 def _size(values: pa.Array) -> int:

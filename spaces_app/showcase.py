@@ -69,9 +69,9 @@ def open_showcase(
         raise ValueError(f"{name!r} must hold runs; got no run.json in it. Name a run directory, or a folder of them.")
     found: dict[str, list[Row]] = {analysis: [] for analysis in LAYOUTS}
     paths: dict[str, tuple[Row, ...]] = {}
-    withheld = 0
+    withheld, left = 0, None if most_bytes is None else _EXPANSION * most_bytes
     for number, place in enumerate(places):
-        layout, rows = _read_run(place, most, most_bytes)
+        layout, rows, left = _read_run(place, most, left)
         if layout.analysis == "walk":
             paths |= {_free(walk, paths, number): points for walk, points in _walks(rows).items()}
             continue
@@ -85,18 +85,17 @@ def open_showcase(
     return Showcase(name, tuple(matches), tuple(found["spectrum"]), tuple(found["lipschitz"]), paths, withheld)
 
 
-def _read_run(place: Path, most: int, most_bytes: int | None) -> tuple[Layout, list[Row]]:
-    """Return the layout of a run and its first rows without an error, each with its settings."""
+def _read_run(place: Path, most: int, left: int | None) -> tuple[Layout, list[Row], int | None]:
+    """Return the layout of a run, its first rows without an error, each with its settings, and the bytes left."""
     record = directory.read_record(place)
     layout = directory.check_record(place, record)
-    if most_bytes is not None:
-        for shard in shard_files(place, layout):
-            refuse_swollen(shard, _EXPANSION * most_bytes)
+    if left is not None:
+        left = refuse_swollen(shard_files(place, layout), left)
     rows = list(read_rows(place, images=True, layout=layout, first=most))
     for row in rows:
         _check_sizes([row[column] for column in layout.images])
         check_pictures(row, layout)
-    return layout, [row | {"settings": record["settings"]} for row in rows if row["status"] != "error"]
+    return layout, [row | {"settings": record["settings"]} for row in rows if row["status"] != "error"], left
 
 
 def _walks(rows: Sequence[Row]) -> dict[str, tuple[Row, ...]]:

@@ -30,6 +30,7 @@ import yaml
 KINDS = ("models", "datasets", "spaces")
 LFS_ENDINGS = (".parquet", ".safetensors", ".bin", ".npz", ".png", ".gif", ".jpg")
 LARGE = 10_000_000
+PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
 TOKENS = {
     "hf_alice": ("alice", "write"),
     "hf_alice_reads": ("alice", "read"),
@@ -164,7 +165,7 @@ class Fault:
     error: str
     after: bool  # the request is carried out first, and only its answer is lost
     held: Held | None = None
-    page: bool = False  # the answer is a web page, as from a proxy
+    page: bytes = b""  # the answer is this, as from a proxy
     spoil: bool = False  # the answer is the usual one, with its last bit turned over on the way
 
 
@@ -217,9 +218,9 @@ class Hub:
 
     def fail(
         self, method: str, path: str, status: int, times: int = 1, *, error: str = "injected fault",
-        headers: dict[str, str] | None = None, after: bool = False, page: bool = False,
+        headers: dict[str, str] | None = None, after: bool = False, page: bytes = b"",
     ) -> None:  # fmt: skip
-        """Answer the next requests that match with an error or a web page, or (status 0) by cutting the connection."""
+        """Answer the next requests that match with an error or `page`, or (status 0) by cutting the connection."""
         self.faults.append(Fault(method, re.compile(path), status, times, headers or {}, error, after, page=page))
 
     def spoil(self, method: str, path: str, times: int = 1) -> None:
@@ -356,8 +357,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.connection.close()
             return
         if fault.page:
-            html = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
-            return self._send(fault.status, html, {"Content-Type": "text/html"})
+            return self._send(fault.status, fault.page, {"Content-Type": "text/html"})
         self._send(fault.status, {"error": fault.error}, {"X-Error-Message": fault.error, **fault.headers})
 
     def _respond(self, token: str | None, *, send: bool) -> None:

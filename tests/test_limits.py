@@ -23,6 +23,7 @@ BOMBS = {
     "a dictionary of text": (repeated(pa.array(["x" * 40_000]), 100), {}),
     "zeros": (pa.array([np.zeros(1_000_000, np.int64)]), {}),
     "nulls": (pa.array([None] * 2_000_000, pa.int64()), {}),
+    "cells": (pa.array([None] * 20_000, pa.null()), {}),
 }
 
 

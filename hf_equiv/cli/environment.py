@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -93,11 +94,14 @@ def calm(*, quiet: bool) -> Iterator[None]:
         for module in ("huggingface_hub.utils", "datasets"):
             import_module(module).disable_progress_bars()
         import_module("transformers.utils.logging").disable_progress_bar()
+    if quiet:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries
     record, warning = logging.getLogRecordFactory(), warnings.formatwarning
 
     def printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
         made = record(*arguments, **options)
-        made.msg, made.args = printable(made.getMessage()), None
+        # the links of storage carry their permission behind a question mark
+        made.msg, made.args = printable(re.sub(r"(://[^\s?]+)\?\S+", r"\1", made.getMessage())), None
         return made
 
     logging.setLogRecordFactory(printable_record)

@@ -34,7 +34,7 @@ from hf_equiv.data.image_file import open_array, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 from hf_equiv.formatting import some
 from hf_equiv.hub_client import api_of, checked, explained, hushed, unusable_cache
-from hf_equiv.limits import EXPANSION, MAX_BYTES, read_batches, rows_at_once
+from hf_equiv.limits import EXPANSION, MAX_BYTES, read_batches, rows_at_once, size_of
 
 LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if the number of images is known
 DEFAULT_SPLITS = ("validation", "test", "train")
@@ -115,13 +115,14 @@ def _copy(
         writer.finalize()
 
 
-def refuse_swollen(path: Path, most: int) -> None:
-    """Refuse a parquet file that is damaged or larger than `most` bytes in memory; read it in small parts."""
-    try:
-        for _ in read_batches(path, rows=4, most=most):
-            pass
-    except _UNREADABLE as error:
-        raise ValueError(f"{path.name} cannot be shown: {_first_line(error)}.") from error
+def refuse_swollen(paths: Sequence[Path], most: int) -> int:
+    """Refuse parquet files that are damaged or larger than `most` bytes in memory; return the bytes that are left."""
+    for path in paths:
+        try:
+            most -= sum(map(size_of, read_batches(path, rows=4, most=most)))
+        except _UNREADABLE as error:
+            raise ValueError(f"{path.name} cannot be shown: {_first_line(error)}.") from error
+    return most
 
 
 @hushed()

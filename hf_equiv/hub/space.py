@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 
 from hf_equiv.hub.repository import Change, Progress, Remote, Snapshot, commit_until_done, send
 from hf_equiv.hub.space_files import DATASET, INITIAL, MODELS, App, app_of, datasets_in, is_ours, models_in, stage
-from hf_equiv.hub_client import WAITS, api_of, brief, check_repo_id, explained, passes, require_token
+from hf_equiv.hub_client import WAITS, api_of, brief, check_repo_id, explained, require_token
 from hf_equiv.runs.directory import CARD
 
 # Stages that do not change by themselves, each with the rest of the sentence about the Space.
@@ -277,8 +277,6 @@ def _ask(remote: Remote, done: SpaceDeployment, what: str, call: Callable[..., A
     try:
         return remote.call(what, call, remote.repo_id)
     except Exception as error:
-        if not passes(error):
-            raise
         told = f"is deployed, but whether it runs could not be asked ({brief(error)}). See {remote.url}."
         raise SpaceError(f"'{remote.repo_id}' {told}", done) from error
 

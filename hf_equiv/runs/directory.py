@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_equiv.formatting import many, some, utf8
+from hf_equiv.limits import MAX_RECORD
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row
@@ -91,7 +92,8 @@ def read_record(folder: Path) -> Row:
         why = f"it has no {RECORD}" if folder.is_dir() else "it does not exist. Check the path"
         raise ValueError(f"{str(folder)!r} must be a run directory; {why}.")
     try:
-        record = parse_record(path.read_bytes())
+        with path.open("rb") as stream:
+            record = parse_record(stream.read(MAX_RECORD + 1))
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}. Restore it, or make the run again elsewhere.") from error
     if (stated := record["schema_version"]) > SCHEMA_VERSION:
@@ -104,6 +106,8 @@ def read_record(folder: Path) -> Row:
 
 def parse_record(data: bytes) -> Row:
     """Read the text of a `run.json` of any version; a ValueError names its faults."""
+    if len(data) > MAX_RECORD:
+        raise ValueError(f"it must have at most {MAX_RECORD:,} bytes")
     try:
         record = json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=each_key_once)
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no Infinity, no half of a character

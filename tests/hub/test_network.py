@@ -9,6 +9,7 @@ import pytest
 from fakes import TinyEncoder
 from hubcases import NAME, call, whole
 from huggingface_hub import HfFileSystem, constants, errors
+from loopback_hub import PAGE
 from tiny_models import save
 
 from hf_equiv.hub.load import download_results, load_results
@@ -68,16 +69,25 @@ def test_the_hub_is_asked_once_what_it_forbids(method, path, hub, runs, capsys):
 
 
 @pytest.mark.parametrize(
-    "path", ["/api/datasets/", "/tree/", "/preupload/", "objects/batch", "/commit/", "validate-yaml"]
-)
-def test_the_page_of_a_proxy_is_no_answer(path, hub, runs, capsys):
+    ("path", "page", "said"),
+    [(path, PAGE, "a web page") for path in ("/tree/", "/preupload/", "objects/batch", "/commit/", "validate-yaml")]
+    + [
+        (path, page, "JSON that no Hub sends")
+        for path, page in {
+            "/api/datasets/": b"{}", "/api/datasets/alice": b"[" * 50_000, "/tree/": b"[{}]", "/preupload/": b"null",
+            "objects/batch": b"{}", "/commit/": b"[5]",
+        }.items()
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_page_of_a_proxy_is_no_answer(path, page, said, hub, runs, capsys):
     publish_results(runs["seed"], NAME)
     before = hub.files("datasets", NAME)
     for method in ("GET", "POST"):
-        hub.fail(method, path, 200, times=1000, page=True)
+        hub.fail(method, path, 200, times=1000, page=page)
     code, _, err = call(capsys, "publish", runs["match"], NAME, "-q")
     assert code == 2
-    assert "answered with a web page" in err
+    assert f"'{NAME}' was not published: {hub.endpoint} answered with {said}" in err
     assert "HTTPS_PROXY" in err
     assert err.count("\n") == 1
     hub.faults.clear()
@@ -86,10 +96,10 @@ def test_the_page_of_a_proxy_is_no_answer(path, hub, runs, capsys):
 
 @pytest.mark.parametrize("status", [403, 407, 511])
 def test_a_proxy_that_refuses_is_no_hub(status, hub, runs, capsys):
-    hub.fail("GET", "/api/datasets/", status, times=1000, page=True)
+    hub.fail("GET", "/api/datasets/", status, times=1000, page=PAGE)
     code, _, err = call(capsys, "verify", NAME)
     assert code == 2
-    assert f"(HTTP {status}: a web page, as of a proxy)" in err
+    assert f"(HTTP {status}: a web page, as of a proxy). Log in to the network, or correct HTTPS_PROXY" in err
 
 
 def test_file_names_that_move_the_cursor(hub, runs, capsys):
@@ -104,7 +114,7 @@ def test_file_names_that_move_the_cursor(hub, runs, capsys):
 def test_a_checkpoint_behind_a_login_page(path, hub, tmp_path, capsys):
     hub.add("models", "bob/vit", save("vit_head", tmp_path / "model"))
     for method in ("GET", "HEAD"):
-        hub.fail(method, path, 200, times=1000, page=True)
+        hub.fail(method, path, 200, times=1000, page=PAGE)
     code, _, err = call(capsys, "match", "bob/vit", "--dry-run")
     assert code == 2
     assert "answered with a web page" in err
@@ -128,7 +138,7 @@ def test_a_download_that_stays_damaged_is_named(hub, runs, tmp_path, capsys):
     assert code == 2
     assert "'model.safetensors' of 'bob/vit' arrived damaged three times" in err
     hub.faults.clear()
-    hub.fail("GET", "/resolve/.*/model.safetensors", 200, times=1000, page=True)  # of another size
+    hub.fail("GET", "/resolve/.*/model.safetensors", 200, times=1000, page=PAGE)  # of another size
     code, _, err = call(capsys, "env", "bob/vit")
     assert code == 2
     assert "a file' of 'bob/vit' arrived damaged three times" in err
