@@ -31,7 +31,7 @@ RevisionNotFoundError = hub_errors.RevisionNotFoundError  # for folders that do 
 _LONGEST_WAIT = 310.0  # seconds; the window of a rate limit is five minutes
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 _ANSWERED = (hub_errors.HfHubHTTPError, httpx.HTTPStatusError)
-_CUT = (httpx.TransportError, ConnectionError, TimeoutError)
+_CUT = (httpx.RequestError, ConnectionError, TimeoutError)
 _MISREAD = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 _WORDS = {"dataset": "dataset", "space": "Space", "model": "model"}
 _PROPOSE = "To propose the results to the owner of a dataset that exists, pass `create_pr=True`."
@@ -135,7 +135,7 @@ def brief(error: BaseException) -> str:
     answer = _answer(error)
     if answer is not None:
         return f"{'storage' if _is_of_storage(answer) else 'the Hub'} answered {answer.status_code}"
-    if said := _misread(error):
+    if said := misread(error):
         return f"{constants.ENDPOINT} answered with {said}, as a proxy or the login page of a network does"
     return "the connection was cut" if passes(error) else type(error).__name__
 
@@ -153,15 +153,17 @@ def _is_of_storage(answer: Any) -> bool:
     return elsewhere or (method == "PUT" and not url.path.startswith("/api/"))
 
 
-def _misread(error: BaseException) -> str | None:
+def misread(error: BaseException) -> str | None:
     """Describe an answer that the Hub client could not read; None for other failures."""
-    if any(isinstance(cause, json.JSONDecodeError | hub_errors.FileMetadataError) for cause in _causes(error)):
-        return "a web page"
-    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    last = next((name for name in reversed(names) if name.startswith(("hf_equiv.", "huggingface_hub."))), "")
-    if type(error) not in _MISREAD or not last.startswith("huggingface_hub.") or _answer(error) is not None:
-        return None
-    return f"JSON that no Hub sends ({type(error).__name__}: {excerpt(error)})"
+    for cause in _causes(error):
+        names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        last = next((name for name in reversed(names) if name.startswith(("hf_equiv.", "huggingface_hub."))), "")
+        read = last.startswith("huggingface_hub.")
+        if isinstance(cause, hub_errors.FileMetadataError) or (read and isinstance(cause, json.JSONDecodeError)):
+            return "a web page"
+        if read and type(cause) in _MISREAD and _answer(error) is None:
+            return f"JSON that no Hub sends ({type(cause).__name__}: {excerpt(cause)})"
+    return None
 
 
 def checked(fetch: Callable[[], T], repo_id: str, kind: str, cache_dir: Any = None) -> T:
@@ -232,16 +234,16 @@ def explained(
     except (
         hub_errors.LocalEntryNotFoundError, hub_errors.RevisionResolutionError, RuntimeError, *_MISREAD, *_CUT,
     ) as error:  # fmt: skip
-        wrapped, answer = isinstance(error, RuntimeError), _answer(error)  # the client wraps a failed upload
-        misread, lasts = _misread(error), not passes(error)
-        if misread is None and (type(error) in _MISREAD or (wrapped and lasts and not write and answer is None)):
+        answer, unread, failed = _answer(error), misread(error), isinstance(error, RuntimeError)
+        lasts = failed and unread is None and not passes(error)  # the client wraps a failed upload
+        if (type(error) in _MISREAD and unread is None) or (lasts and not write and answer is None):
             raise
-        if misread is None and wrapped and lasts:
+        if lasts:
             said = excerpt(getattr(error.__cause__, "server_message", None) or "")
             why = "the upload failed" if answer is None else brief(error)
             told = f"'{repo_id}' was not {_DONE[kind]}: {why}{f' ({said})' if said else ''}. {excerpt(error)}"
             raise OSError(f"{told} {_BOUND[answer is not None and answer.status_code == 413]}") from error
-        known = wrapped or answer is not None or misread is not None
+        known = failed or answer is not None or unread is not None
         why = brief(error) if known else f"{constants.ENDPOINT} cannot be reached"
         told = _unreachable(repo_id, kind, file, why, write=write, dry_run=dry_run, local_files_only=local_files_only)
         local = isinstance(error, hub_errors.LocalEntryNotFoundError)

@@ -8,8 +8,11 @@ visitors may use besides the built-in one), HF_EQUIV_MAX_EVALS, HF_EQUIV_TIME_LI
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import threading
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import gradio as gr
@@ -42,6 +45,20 @@ def open_page(request: gr.Request) -> tuple[Any, ...]:
     return dataset, dataset, *shown, tab
 
 
+def for_programs(action: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an action of the API that refuses all but text where it states text."""
+    stated = inspect.signature(action).parameters.values()
+
+    @wraps(action)
+    def call(*given: Any) -> Any:
+        for argument, value in zip(stated, given, strict=False):
+            if argument.annotation == "str" and not isinstance(value, str | None):
+                raise shelf.refused(f"`{argument.name}` must be text; got {value!r}.")
+        return action(*given)
+
+    return call
+
+
 def build_demo() -> gr.Blocks:
     """Build the whole app."""
     title = "hf_equiv: two photos, one embedding"
@@ -60,7 +77,7 @@ def build_demo() -> gr.Blocks:
                 gr.Markdown((shelf.HERE / "about.md").read_text(encoding="utf-8"))
         demo.load(open_page, None, [*parts, tabs], **shelf.HIDDEN)
         for action in (list_matches, get_match, check_match, look_along, list_walks, get_walk):
-            gr.api(action, api_name=action.__name__)
+            gr.api(for_programs(action), api_name=action.__name__)
     return demo.queue(max_size=64)
 
 

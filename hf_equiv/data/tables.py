@@ -8,7 +8,6 @@ contents, so that the next call or another process finds it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +27,13 @@ from datasets.utils.file_utils import xopen
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
+from yaml import YAMLError
 
 from hf_equiv.data.folders import LABEL_COLUMNS
 from hf_equiv.data.image_file import open_array, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 from hf_equiv.formatting import some
-from hf_equiv.hub_client import api_of, checked, explained, hushed, unusable_cache
+from hf_equiv.hub_client import api_of, checked, explained, hushed, misread, unusable_cache
 from hf_equiv.limits import EXPANSION, MAX_BYTES, read_batches, rows_at_once, size_of
 
 LARGE = 5_000_000_000  # bytes of files above which a dataset is streamed, if the number of images is known
@@ -347,8 +347,8 @@ def _choose(repo_id: str, revision: str, parts: list[str]) -> tuple[str, str, tu
         configs = datasets.get_dataset_config_names(repo_id, revision=revision)
         config = next((p for p in parts[:1] if p in configs), "default" if "default" in configs else configs[0])
         splits = datasets.get_dataset_split_names(repo_id, config, revision=revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, json.JSONDecodeError):
+    except (OSError, ValueError, RuntimeError, ImportError, YAMLError) as error:
+        if misread(error):
             raise  # `explained` says what that means
         raise ValueError(f"dataset {repo_id!r} cannot be opened: {_first_line(error)}") from error
     wanted = [p for p in parts if p != config]

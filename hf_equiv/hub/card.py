@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -99,12 +100,15 @@ def _cells(line: str) -> list[str]:
 
 def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, Any], str]:
     """Return the YAML header of a card, and the text below it."""
-    if REGEX_YAML_BLOCK.search(content) is None:  # `DatasetCard` would warn
+    header = REGEX_YAML_BLOCK.search(content)
+    if header is None:  # `DatasetCard` would warn
         return {}, content
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(header[2])):
+            raise ValueError("aliases can stand for very long lists")
         parsed = DatasetCard(content)
     except Exception as error:  # the YAML reader raises many classes of errors
-        told = f"the YAML header of README.md in {where} cannot be read ({type(error).__name__})"
+        told = f"the YAML header of README.md in {where} cannot be read ({type(error).__name__}: {excerpt(error, 80)})"
         raise ValueError(f"{told}. Correct it on the Hub, then publish again.") from None
     return parsed.data.to_dict(), parsed.text
 
@@ -142,7 +146,7 @@ def _facts(runs: Runs) -> dict[str, Any]:
         **({"license": licences.pop() if len(licences) == 1 else "other"} if licences else {}),
         "task_categories": ["image-classification"],
         "tags": ["hf_equiv", *(_TAGS[name] for name in analyses)],
-        "size_categories": [next(name for limit, name in _SIZES if rows < limit)],
+        "size_categories": [next((name for limit, name in _SIZES if rows < limit), "n>1T")],
         "configs": configs_of(runs),
     }
 

@@ -273,6 +273,7 @@ def _why_refused(job: Publication, *, exists: bool) -> str | None:
             me = remote.call("asking who you are", remote.api.whoami)
     except (hub_errors.LocalTokenNotFoundError, hub_errors.HfHubHTTPError) as error:
         return str(error)
+    me = me if isinstance(me, dict) else {}  # the answer of a proxy may be anything
     owner = remote.repo_id.split("/")[0]
     if any(org["name"] == owner and org.get("roleInOrg") == "contributor" for org in me.get("orgs", [])):
         return None  # contributors write to their own repositories, which the Hub does not list

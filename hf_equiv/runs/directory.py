@@ -162,10 +162,18 @@ def check_record(folder: Path, record: Row) -> Layout:
     missing = _wrong_types(settings, kinds, needed, "settings.")
     missing += [f"a right settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
+    missing += [] if _is_object(settings.get("processor", "{}")) else ["a right settings.processor"]
     if missing:
         why = f"is damaged: it lacks {', '.join(missing)}. Restore it, or make the run again elsewhere"
         raise ValueError(f"{str(folder / RECORD)!r} {why}.")
     return layout
+
+
+def _is_object(text: str) -> bool:
+    """Return whether a text is a JSON object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(text), dict)
+    return False
 
 
 def _holds(value: Any, types: tuple[type, ...]) -> bool:

@@ -148,7 +148,7 @@ def _load(
     if loaded != stated:
         told = f"other weights were loaded: {loaded}; the run states {stated}"
         problems.append(problem("run.json", None, "model_revision", stated, loaded, told))
-    scaling, here = (json.loads(text) for text in (settings["processor"], encoder.provenance["processor"]))
+    scaling, here = (json.loads(text) for text in (settings.get("processor", "{}"), encoder.provenance["processor"]))
     for key in ("image_mean", "image_std"):
         a, b = scaling.get(key), here.get(key)
         if a != b:

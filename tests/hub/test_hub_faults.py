@@ -260,9 +260,18 @@ def test_a_dataset_of_a_newer_version_is_left_alone(hub, runs):
     hub.add("datasets", NAME, hub.files("datasets", NAME) | {"run.json": json.dumps(newer).encode()})
     with pytest.raises(ValueError, match=r"holds a run of a newer hf_equiv .* Upgrade hf_equiv, or publish to a new"):
         publish_results(runs["match"], NAME)
-    hub.add("datasets", NAME, hub.files("datasets", NAME) | {"run.json": b"{"})
-    with pytest.raises(ValueError, match=r"run.json of 'alice/results' is damaged"):
-        publish_results(runs["match"], NAME)
+    for damaged in (b"{", b" " * 100_000_001):
+        hub.add("datasets", NAME, hub.files("datasets", NAME) | {"run.json": damaged})
+        with pytest.raises(ValueError, match=r"run.json of 'alice/results' is damaged"):
+            publish_results(runs["match"], NAME)
+
+
+def test_a_run_of_more_pairs_than_any(hub, runs):
+    publish_results(runs["seed"], NAME)
+    record = record_of(hub)
+    record["summary"]["pairs"] = 10**18
+    hub.add("datasets", NAME, hub.files("datasets", NAME) | {"run.json": json.dumps(record).encode()})
+    assert "n>1T" in publish_results(runs["match"], NAME).card
 
 
 # --- tampering ---
