@@ -80,7 +80,7 @@ def text_templates(**options: Any) -> Environment:
     import jinja2  # not for `--help`
 
     # Values are made printable, so that data neither begins a line nor moves the cursor. Macros return `Markup`.
-    usual = {
+    usual: dict[str, Any] = {
         "autoescape": True,
         "finalize": lambda value: value if isinstance(value, Markup) else Markup(printable(value)),
         "keep_trailing_newline": True,
