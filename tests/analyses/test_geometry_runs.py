@@ -424,7 +424,8 @@ def test_an_early_image_with_a_ladder_of_its_own_is_named(copied):
 @pytest.mark.parametrize(
     ("analysis", "key", "value"),
     [("lipschitz", "directions", "random:2"), ("lipschitz", "linearity", None), ("walk", "step", "1"),
-     ("walk", "num_steps", True), ("walk", "stop", "0.1"), ("spectrum", "k", [2]), ("spectrum", "vectors", 1), ("walk", "processor", "[1]")],
+     ("walk", "num_steps", True), ("walk", "stop", "0.1"), ("spectrum", "k", [2]), ("spectrum", "vectors", 1),
+     ("walk", "processor", "[1]")],
 )  # fmt: skip
 def test_damaged_settings_are_named(analysis, key, value, copied):
     out = copied(analysis)
