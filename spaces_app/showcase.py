@@ -21,6 +21,7 @@ from hf_equiv.verify.rows import agrees
 
 _EXPANSION = 2  # a dataset may be this many times larger in memory than on disk: PNG files are packed already
 _MOST_SIDE = 2048
+_LONGEST_TEXT = 10_000
 _MOST_LABELS = 1000  # each label is a forward pass of the text tower
 
 
@@ -93,6 +94,8 @@ def _read_run(place: Path, most: int, left: int | None) -> tuple[Layout, list[Ro
         left = refuse_swollen(shard_files(place, layout), left)
     rows = list(read_rows(place, images=True, layout=layout, first=most))
     for row in rows:
+        if any(len(value) > _LONGEST_TEXT for value in row.values() if isinstance(value, str)):
+            raise ValueError(f"the texts of a row must have at most {_LONGEST_TEXT:,} characters to be shown.")
         _check_sizes([row[column] for column in layout.images])
         check_pictures(row, layout)
     return layout, [row | {"settings": record["settings"]} for row in rows if row["status"] != "error"], left

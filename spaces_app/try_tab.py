@@ -66,6 +66,8 @@ def _rtol(budget: str) -> float:
 
 def _matching(source: str, target: str, model: str, budget: str, effort: str, session: str) -> Iterator[LiveMatch]:
     """Yield the states of a match of two uploads, within the limits of this Space."""
+    if budget not in [*BUDGETS] or effort not in [*EFFORTS]:
+        raise refused(f"Choose a budget ({', '.join(BUDGETS)}) and an effort ({', '.join(EFFORTS)}).")
     images = read_upload(source, "source"), read_upload(target, "target")
     encoder, stop = encoder_of(model), threading.Event()
     _running[stop] = session

@@ -183,6 +183,11 @@ def test_pictures_of_other_sizes_are_refused_unopened(tmp_path):
         open_showcase(copy_run(tmp_path / "c", source=b"<svg/>"))
 
 
+def test_long_texts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="texts of a row must have at most 10,000 characters"):
+        open_showcase(copy_run(tmp_path / "a", source_id="x" * 10_001))
+
+
 def _png() -> bytes:
     return open_showcase(APP / "results").matches[0]["source"]
 
