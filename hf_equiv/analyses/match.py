@@ -38,7 +38,7 @@ SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 SUCCEEDED, BATCH = (Status.CONVERGED,), "items"
 SHOWN = 64  # pairs whose images make the baseline of unrelated images
 MATCH_EVALS = 2000  # most evaluations of a match that a walk or the direction `match` needs
-_EXACT = 1e-9  # tolerance of errors in float64, far below those of a float32 run that claims it
+_EXACT = 1e-12  # tolerance of errors in float64, where `rtol` may be 1e-10
 _REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
 
 _THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)  # the summary states the share of matches with smaller embedding errors

@@ -379,7 +379,7 @@ def load_recorded(
     # The caller checks that it is the recorded one.
     name, revision, local = settings["model_id"], settings["model_revision"], is_local(settings)
     if model is None and local:
-        if not Path(name).is_dir():
+        if Path(name) not in Path().iterdir() or not Path(name).is_dir():  # a stranger's run opens no other folder
             raise ValueError(
                 f"this run used the local checkpoint {name!r} ({revision[:19]}…), which is not in the current folder. "
                 "Name it with --model PATH."
@@ -390,7 +390,7 @@ def load_recorded(
         revision=None if local or name == "builtin" or model is not None else revision,
         readout=settings["readout"],
         normalize=settings["normalize"],
-        dtype=getattr(torch, settings["dtype"].removeprefix("torch.")),
+        dtype=getattr(torch, settings["dtype"].removeprefix("torch."), settings["dtype"]),
         device=device,
         cache_dir=cache_dir,
         local_files_only=local_files_only,

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,28 +216,45 @@ def without_images(path: Path, layout: Layout = MATCH) -> bytes:
 def faults_of_schema(path: Path, layout: Layout, errors: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
     """Yield the columns and metadata of a shard that are not those of its layout, and what is wrong with them."""
     with _open(path) as file:
-        schema = file.schema_arrow
-    metadata, wanted = dict(schema.metadata or {}), layout.all_features
-    for name in sorted({*schema.names} - {*wanted}):
+        schema, footer = file.schema_arrow, file.metadata
+    metadata, wanted = dict(footer.metadata or {}), layout.all_features.arrow_schema
+    for name in sorted({*schema.names} - {*wanted.names}):
         yield name, f"column {name!r} is not one of a {layout.analysis} run"
-    types = wanted.arrow_schema
-    for name in wanted if not {*schema.names} ^ {*wanted} else ():
-        if schema.field(name).type != types.field(name).type:
-            yield name, f"column {name!r} must have the type {types.field(name).type}; got {schema.field(name).type}"
+    if {*schema.names} == {*wanted.names} and schema.names != wanted.names:
+        yield "columns", f"the columns must be those of a {layout.analysis} run in their order, each once"
+    for field, right in zip(schema, wanted, strict=True) if schema.names == wanted.names else ():
+        if (field.type, field.nullable) != (right.type, right.nullable):
+            yield field.name, f"column {field.name!r} must have the type {right.type}; got {field.type}"
     if any({*(field.metadata or {})} - {b"PARQUET:field_id"} for field in schema):
         yield "metadata", "the columns of the file have metadata"
-    own = json.loads(metadata.pop(_ERRORS, b"{}"))
-    if {name: errors.get(name) for name in own} != own if isinstance(errors, dict) and isinstance(own, dict) else own:
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    packed = sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
+    if len(b"PAR1") + packed + footer.serialized_size + len(b"sizePAR1") != path.stat().st_size:
+        yield "file", "the file holds bytes that belong to no column"
+    metadata.pop(b"ARROW:schema", None)  # compared above
+    own = _object(metadata.pop(_ERRORS, b"{}"))
+    if {name: errors.get(name) for name in own} != own if isinstance(errors, dict) else own:
         yield "errors", "the reasons of rows of status error are not those of run.json"
-    read = json.loads(metadata.pop(b"huggingface", b"{}"))
-    if metadata or (read and read != json.loads(types.metadata[b"huggingface"])):
+    read = _object(metadata.pop(b"huggingface", b"{}"))
+    if metadata or read != json.loads(wanted.metadata[b"huggingface"]):
         yield "metadata", "the metadata of the file state other columns, or more than columns"
 
 
 def read_errors(path: Path) -> dict[str, str]:
     """Return the stored reasons of a shard's rows of status `error`, by id."""
     with _open(path) as file:
-        return dict(json.loads((file.schema_arrow.metadata or {}).get(_ERRORS, b"{}")))
+        return _object((file.schema_arrow.metadata or {}).get(_ERRORS, b"{}"))
+
+
+def _object(text: bytes | str) -> Row:
+    """Read the JSON object in the metadata of a file; a ValueError says what else is there."""
+    try:
+        made = json.loads(text)
+    except RecursionError:
+        raise ValueError("its metadata are nested too deeply") from None
+    if not isinstance(made, dict):
+        raise ValueError("its metadata must be an object of JSON")
+    return made
 
 
 def read_floats(path: Path) -> tuple[dict[str, Tensor], Row]:
@@ -273,7 +291,11 @@ def read_costs(folder: Path) -> Row:
 def _costs(metadata: Mapping[str, str] | None) -> Row:
     if more := {*(metadata or {})} - {"num_evals"}:
         raise ValueError(f"its metadata hold {min(more)!r}, which is not of a run")
-    return dict(json.loads((metadata or {}).get("num_evals", "{}")))
+    costs = _object((metadata or {}).get("num_evals", "{}"))
+    numbers = [n for one in costs.values() for n in (one.values() if isinstance(one, dict) else [None])]
+    if not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
+        raise ValueError("its evaluations must be numbers")
+    return costs
 
 
 def read_items(

@@ -141,7 +141,7 @@ def _left_open(path: Path, records: dict[str, Row]) -> Iterator[str]:
 
 def _check_card(path: Path, records: dict[str, Row], repo_id: str | None) -> Iterator[Problem]:
     """Check that the generated part of the card and its configurations agree with the runs."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     try:
         parts = hub_card.generated_parts(text, records, repo_id)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # an incomplete record

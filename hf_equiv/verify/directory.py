@@ -24,11 +24,11 @@ from hf_equiv.png_file import SIGNATURE
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.directory import CARD, WITHHELD
-from hf_equiv.runs.schema import LAYOUTS, MATCH, PROVENANCE_FEATURES, Layout, Row, row_name
+from hf_equiv.runs.schema import MATCH, Layout, Row, row_name
 from hf_equiv.verify.record import alike, check_keys, check_list, check_settings, leaves, left_open
-from hf_equiv.verify.rows import UNVERIFIED, Problem, agrees, check_item, check_pixels, check_stated, differs, problem
+from hf_equiv.verify.rows import Problem, agrees, check_item, check_pixels, check_stated, differs, problem
+from hf_equiv.verify.unverified import by_subject, unverified_of
 
-_OF_ONE_VERB = {"drawn": "match", "refine": "match", "max_evals": "match", "step": "walk", "stop": "walk"}
 _PICTURES = {".png": SIGNATURE, ".gif": b"GIF8"}
 BY_SOFTWARE = ("settings.attention", "settings.processor", "settings.solver_parameters", "settings.prompt")
 """Settings that another version of hf_equiv, torch or transformers may choose otherwise."""
@@ -51,7 +51,7 @@ class VerifyReport:
     place: str = ""  # "" for the root of a dataset, else `runs/NAME`
     model: str = ""  # the recorded checkpoint
     revision: str = ""  # its recorded revision
-    elsewhere: tuple[str, ...] = ()  # parts that this run leaves open, with the reason
+    unverified: tuple[str, ...] = ()  # columns, settings, keys and files that stored images cannot prove
 
     @property
     def holds(self) -> bool:
@@ -59,12 +59,9 @@ class VerifyReport:
         return not self.problems and self.error_rows < max(self.rows, 1)
 
     @property
-    def unverified(self) -> tuple[str, ...]:
-        """The columns, settings and keys of such a run that cannot be computed from stored images, and files."""
-        others = {column for layout in LAYOUTS.values() for column in layout.features}
-        others -= {*LAYOUTS[self.analysis].features, *PROVENANCE_FEATURES}
-        others |= {name for name, verb in _OF_ONE_VERB.items() if verb != self.analysis}
-        return (*(name for name in UNVERIFIED if name.partition(" ")[0] not in others), *self.elsewhere)
+    def left_open(self) -> str:
+        """`unverified` in words, by subject."""
+        return by_subject(self.unverified)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data; rows of status `error` are neither verified nor failed."""
@@ -148,7 +145,11 @@ def _load(
     if loaded != stated:
         told = f"other weights were loaded: {loaded}; the run states {stated}"
         problems.append(problem("run.json", None, "model_revision", stated, loaded, told))
-    scaling, here = (json.loads(text) for text in (settings.get("processor", "{}"), encoder.provenance["processor"]))
+    here = json.loads(encoder.provenance["processor"])
+    try:
+        scaling = dict(json.loads(settings.get("processor", "")))
+    except (ValueError, TypeError, RecursionError):  # text of a stranger
+        scaling = {}
     for key in ("image_mean", "image_std"):
         a, b = scaling.get(key), here.get(key)
         if a != b:
@@ -186,7 +187,7 @@ def _report(
         name=directory.run_name(record),
         model=str(record["settings"]["model_id"]),
         revision=str(record["settings"]["model_revision"]),
-        elsewhere=tuple(elsewhere),
+        unverified=(*unverified_of(record, layout), *elsewhere),
     )
 
 
@@ -230,10 +231,10 @@ def _check_shards(
         file = path.relative_to(folder).as_posix()
         shard, floats, unreadable = _read_shard(folder, path, record, layout)
         problems += unreadable
-        first = min((order[row[layout.item]] for row in shard if row[layout.item] in order), default=None)
-        if first is not None and shards.shard_index(path) != first:  # the first ones are shown in figures
-            told = f"the file must have the number {first}, the place of its first row in the list of run.json"
-            problems.append(problem(file, None, "file", file, first, told))
+        at = [order[row[layout.item]] for row in shard if row[layout.item] in order]
+        if not unreadable and (at != sorted(at) or path != shards.shard_path(folder, min(at, default=-1), layout)):
+            told = "its rows must have the order of the list in run.json, and its name the place of the first one there"
+            problems.append(problem(file, None, "file", file, None, told))
         items: dict[str, list[Row]] = {}
         for row in shard:
             name, key = row_name(layout.analysis, row), tuple(row[k] for k in layout.key)
@@ -267,6 +268,7 @@ def _check_whole(
     here = encoder is not None and {row["versions"] for row in rows} == {encoder.provenance["versions"]}
     if any(path.name.startswith(".") and path.name not in BESIDE_RUNS for path in folder.rglob(".*")):
         elsewhere.append("hidden files")
+    elsewhere += [f"content of {name}" for name in sorted(BESIDE_RUNS - {CARD}) if (folder / name).exists()]
     for one in check_settings(record, layout, encoder):
         if here or one.column not in BY_SOFTWARE:
             problems.append(one)
@@ -334,7 +336,7 @@ def _check_card(folder: Path, layout: Layout, record: Row, summary: Row) -> Iter
     path = folder / CARD
     if record.get("card") == "dataset":  # that of all its runs
         return
-    stated = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    stated = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     shown = sorted(path.name for path in (folder / "figures").glob("[!.]*"))
     made = card.run_card(layout, record["settings"], summary, shown, record.get("command"))
     made += card.NO_PHOTOS if directory.is_withheld(record) else ""
@@ -352,9 +354,9 @@ def compare_lines(stated: str, made: str, says: str, never_says: str) -> Iterato
         yield problem(CARD, None, first_cell(line), None, line, f"the card does not say what {says}: {line}")
     for line in (there - wanted).elements():
         yield problem(CARD, None, first_cell(line), line, None, f"the card says what {never_says}: {line}")
-    if there == wanted and lines[0] != lines[1]:  # a number under another heading, or of another run
-        line = next(a for a, b in zip(*lines, strict=True) if a != b)
-        told = f"the lines of the card are in another order, from this one on: {line}"
+    if there == wanted and stated != made:  # a number under another heading, or a table that is none any more
+        line = next((a for a, b in zip(*lines, strict=True) if a != b), "")
+        told = f"the lines of the card are in another order{f', from this one on: {line}' if line else ' or apart'}"
         yield problem(CARD, None, first_cell(line), line, None, told)
 
 

@@ -25,18 +25,7 @@ from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import is_withheld
 from hf_equiv.runs.schema import PROVENANCE_FEATURES, Layout, Row, row_name
-
-NAMES = (
-    "pair_id", "image_id", "source_id", "target_id", "toward_id", "source_class", "target_class", "image_class",
-)  # fmt: skip
-
-UNVERIFIED = (
-    *NAMES, "data_id", "data_revision", "drawn", "image_column", "label_column",
-    "seed of the draw (whether some are left out)", "command", "solver", "refine", "max_evals", "rtol", "step", "stop",
-    "num_evals", "seconds", "stationarity before the last point", "noise_floor within a factor of 6",
-    "error_bound within a factor of 5", "value_error within a factor of 5", "versions", "closed_with", "errors",
-)  # fmt: skip
-"""Columns, settings and keys that images cannot prove. They must agree with each other."""
+from hf_equiv.verify.unverified import NAMES
 
 RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("embedding_error", "embedding_error_8bit", "target_quantization_error"), (0.0, math.inf)),
@@ -188,8 +177,12 @@ def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row
 def _compare(file: str, layout: Layout, settings: Row, rows: Sequence[Row], made: Sequence[Row]) -> Iterator[Problem]:
     verb, keys = VERBS[layout.analysis], layout.key
     again = {tuple(row[key] for key in keys): row for row in made}
-    whole = not again.keys() - {tuple(row[key] for key in keys) for row in rows}
+    there = [tuple(row[key] for key in keys) for row in rows]
+    whole = not again.keys() - set(there)
     follow = verb.follow(settings, rows) if whole else [{}] * len(rows)  # a missing row says nothing about the others
+    if again.keys() == set(there) and there != [*again]:
+        told = f"the rows of {rows[0][layout.item]!r} are in another order than the run writes them"
+        yield problem(file, row_name(layout.analysis, rows[0]), keys[-1], None, None, told)
     for row, following in zip(rows, follow, strict=True):
         name, own = row_name(layout.analysis, row), again.pop(tuple(row[key] for key in keys), None)
         if made and own is None:

@@ -11,7 +11,8 @@ from hf_equiv.analyses.run import VERBS
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import read_record
 from hf_equiv.runs.schema import LAYOUTS, PROVENANCE_FEATURES
-from hf_equiv.verify.rows import UNVERIFIED, agrees, check_item, check_stated
+from hf_equiv.verify.rows import agrees, check_item, check_stated
+from hf_equiv.verify.unverified import UNVERIFIED
 
 OPTIONS = {
     "spectrum": {},

@@ -1,0 +1,44 @@
+"""Name the columns, settings, keys and files of a run that its stored images cannot prove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+from hf_equiv.runs.schema import Layout, Row
+
+NAMES = (
+    "pair_id", "image_id", "source_id", "target_id", "toward_id", "source_class", "target_class", "image_class",
+)  # fmt: skip
+
+SUBJECTS: Mapping[str, tuple[str, ...]] = {
+    "names": NAMES,
+    "origin of the images": (
+        "data_id", "data_revision", "drawn", "image_column", "label_column",
+        "seed of the draw and images left out",
+    ),
+    "method of the search": ("command", "solver", "refine", "max_evals", "rtol", "step", "stop"),
+    "cost": ("num_evals", "seconds"),
+    "size of float errors": (
+        "noise_floor within a factor of 6", "error_bound within a factor of 5", "value_error within a factor of 5",
+        "rank_threshold within a factor of 2", "stationarity before the last point",
+        "digits of other numbers within their tolerances",
+    ),
+    "software": ("versions", "closed_with", "errors", "compression and statistics of PNG and parquet files"),
+}  # fmt: skip
+"""Columns, settings and keys that images cannot prove, by subject. They must agree with each other."""
+
+UNVERIFIED = tuple(chain.from_iterable(SUBJECTS.values()))
+
+
+def unverified_of(record: Row, layout: Layout) -> Iterator[str]:
+    """Yield the entries of `UNVERIFIED` that a run has."""
+    known = {*layout.features, *record["settings"], *record, "versions", "digits", "compression"}
+    yield from (name for name in UNVERIFIED if name.partition(" ")[0] in known)
+
+
+def by_subject(names: Sequence[str]) -> str:
+    """Return entries of `UNVERIFIED` in brackets behind their subjects, and then other names."""
+    parts = [(subject, [name for name in own if name in names]) for subject, own in SUBJECTS.items()]
+    others = [name for name in names if name not in UNVERIFIED]
+    return "; ".join([f"{subject} ({', '.join(own)})" for subject, own in parts if own] + others)
