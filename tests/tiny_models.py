@@ -520,6 +520,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "SamModel gives iou_scores, pred_masks",
     ),
+    "sam2_vision": (
+        lambda: t.Sam2VisionModel(
+            t.Sam2VisionConfig(
+                backbone_config=t.Sam2HieraDetConfig(
+                    hidden_size=8,
+                    blocks_per_stage=[1] * 4,
+                    global_attention_blocks=[],
+                    embed_dim_per_stage=[8, 16, 24, 32],
+                    num_attention_heads_per_stage=[1, 2, 3, 4],
+                ),
+                backbone_channel_list=[32, 24, 16, 8],
+                fpn_hidden_size=8,
+            )
+        ),
+        r"gives \(2, 1, 1, 32\), channels last",
+    ),
     "mask2former": (
         lambda: t.Mask2FormerModel(
             t.Mask2FormerConfig(backbone_config=_swin_backbone(), feature_size=32, mask_feature_size=32, **_FORMER)

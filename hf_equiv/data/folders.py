@@ -112,6 +112,8 @@ def _labels(
 def _folder_names(photos: Mapping[str, Path]) -> tuple[dict[str, str | None], list[str]]:
     """Return the folder of each photo as its class, unless the folders are splits or there is only one."""
     inside = {name: PurePosixPath(name).parts[:-1] for name in photos}
+    if len({folders[-1:] for folders in inside.values()}) == 1 and len(set(inside.values())) > 1:
+        inside = {name: folders[:-1] for name, folders in inside.items()}  # CLASS/images/PHOTO
     names = {folders[-1] for folders in inside.values() if folders}
     tops = {folders[0] for folders in inside.values() if folders}
     splits, said = {name for name in names | tops if _SPLIT.fullmatch(name)}, []

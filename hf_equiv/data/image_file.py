@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import threading
 import warnings
 import zlib
@@ -86,7 +87,7 @@ def _read(source: str | Path | bytes, name: str | None, sha256: str | None) -> t
     else:
         path = Path(source)
         name = name or path.name
-        if not path.exists():
+        if not os.path.exists(path):  # a name may be too long for `Path.exists`
             raise FileNotFoundError(f"image file {name!r} does not exist. Check the path.")
         if not path.is_file():
             kind = "a folder. Name a file inside it" if path.is_dir() else "a device or a pipe. Copy it to a file"

@@ -13,7 +13,7 @@ from typing import NoReturn
 from hf_equiv.data.folders import read_folder
 from hf_equiv.data.image_file import IMAGE_SUFFIXES, open_image
 from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
-from hf_equiv.formatting import utf8
+from hf_equiv.formatting import some, utf8
 from hf_equiv.limits import MAX_BYTES
 
 BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
@@ -132,6 +132,9 @@ def _folder(path: Path, open_tables: Callable[[str, Sequence[Path], Path], Image
         images = _image_files(name, list(inside.photos.values()), list(inside.photos), inside.labels)
     elif inside.tables:
         images = open_tables(name, inside.tables, path)
+        if len(inside.tables) > 1:
+            told = f"taking {len(inside.tables)} tables together: {some((table.name for table in inside.tables), 4)}"
+            images = replace(images, choices=(told, *images.choices))
     else:
         told = f"folder {name!r} must hold images; found none ({', '.join(sorted(IMAGE_SUFFIXES))})"
         raise ValueError("; ".join([told, *inside.choices]) + ".")

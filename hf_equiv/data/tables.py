@@ -281,7 +281,8 @@ def table_images(
     ids = tuple(map(str, range(len(dataset))))
     told = f"taking image column {column!r} of {some(found, 8)}; `image_column` names another"
     choices = (told,) if not image_column and len(found) > 1 else ()
-    return ImageSet(name, revision, ids, _labels(dataset, name, label_column), read, tabular=True, choices=choices)
+    labels, said = _labels(dataset, name, label_column)
+    return ImageSet(name, revision, ids, labels, read, tabular=True, choices=choices + said)
 
 
 def _may_hold_images(kind: pa.DataType) -> bool:
@@ -311,14 +312,18 @@ def _image_column(dataset: datasets.Dataset, name: str, wanted: str | None) -> t
     return column, found
 
 
-def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> tuple[str | None, ...]:
+def _labels(
+    dataset: datasets.Dataset, name: str, label_column: str | None
+) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
+    """Return the class of each row, and a sentence on each guess."""
     features = dataset.features
     if label_column is not None and label_column not in features:
         raise ValueError(f"dataset {name!r} must have a column {label_column!r}; it has {some(features, 8)}.")
     classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
-    column = label_column or next((k for k in (*classes, *LABEL_COLUMNS) if k in features), None)
+    found = list(dict.fromkeys(k for k in (*classes, *LABEL_COLUMNS) if k in features))
+    column = label_column or next(iter(found), None)
     if column is None:
-        return (None,) * len(dataset)
+        return (None,) * len(dataset), ()
     try:
         values = dataset.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
     except _UNREADABLE as error:
@@ -326,7 +331,13 @@ def _labels(dataset: datasets.Dataset, name: str, label_column: str | None) -> t
         raise ValueError(f"{told}. Correct it, or name another with --label-column.") from error
     if column in classes:
         values = list(map(dict(enumerate(features[column].names)).get, values))
-    return tuple(None if value is None or isinstance(value, list | dict) else str(value) for value in values)
+    labels = tuple(None if value is None or isinstance(value, list | dict) else str(value) for value in values)
+    said = []
+    if not label_column and len(found) > 1:
+        said.append(f"taking label column {column!r} of {_listed(found)}; `label_column` names another")
+    if without := labels.count(None):
+        said.append(f"rows without a class in column {column!r}: {without} of {len(labels)}")
+    return labels, tuple(said)
 
 
 def _revision(repo_id: str, cache_dir: str | None, offline: bool) -> str:

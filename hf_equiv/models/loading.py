@@ -167,7 +167,7 @@ def _choose_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:
     if found is None and getattr(named, "config_class", None) is type(config) and "For" not in architectures[0]:
         found = named  # the image tower of a larger model
     if found is None:
-        raise _not_an_image_encoder(checkpoint, config, ", whose image encoder transformers does not offer alone")
+        raise _not_an_image_encoder(checkpoint, config, ", which AutoModel does not load")
     _check_class(found, config, checkpoint)
     return found
 

@@ -81,13 +81,14 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
     """Read the image processor of `checkpoint`, build it as transformers does here, and check the split."""
     settings = _read_settings(checkpoint)
     name = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
-    processor, refusal = None, ""
+    processor, refusal, why = None, "", ""
     with quiet():
         try:
             processor = checkpoint.load(AutoImageProcessor)
         except Exception as error:
+            why = excerpt(error)
             must = "`preprocess` must run the checkpoint's own image processor;"
-            refusal = f"{must} {name or _FILE} cannot be built here ({excerpt(error)}). {_CURE}"
+            refusal = f"{must} {name or _FILE} cannot be built here ({why}). {_CURE}"
             if "trust_remote_code" in str(error):
                 must = f"`trust_remote_code` must be True for '{checkpoint.model_id}':"
                 refusal = f"{must} its image processor is Python code of its own. Read that code first. {_CURE}"
@@ -96,8 +97,9 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
                 refusal = f"{must} Install one for this PyTorch. {_CURE}"
         record = dict(settings if processor is None else processor.to_dict())
         if processor is None:
-            scaling, size = _stated(record, checkpoint, trusted=True), None
+            scaling, size = _stated(record, checkpoint, why), None
         else:
+            _refuse_huge(record, checkpoint)
             scaling, square = _measure(processor, record, checkpoint)
             size, refusal = _check_split(processor, scaling, square)
     record["backend"] = str(getattr(processor, "backend", "none"))
@@ -119,6 +121,18 @@ def _refuse_thin(processor: Any, width: int, height: int) -> None:
             f"`images` must not be so long and thin; {width} x {height} would be resized to {resized:,} pixels before "
             f"most are cut off (at most {MOST_RESIZED:,}). Crop the image first."
         )
+
+
+def _refuse_huge(settings: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse a processor that enlarges every image beyond memory."""
+    for name in ("size", "crop_size", "pad_size"):
+        sides = settings.get(name)
+        side = max([s for s in sides.values() if isinstance(s, int)] if isinstance(sides, dict) else [], default=0)
+        if side**2 > MOST_RESIZED:
+            raise ValueError(
+                f"`{name}` in {_FILE} must be at most {math.isqrt(MOST_RESIZED):,} pixels a side; that of "
+                f"'{checkpoint.model_id}' is {side:,}. Correct it."
+            )
 
 
 def _to_pixels(processor: Any, image: Image.Image) -> Tensor:
@@ -198,11 +212,11 @@ def _check_split(processor: Any, scaling: Scaling, square: torch.Size) -> tuple[
     return (int(square[1]), int(square[2])), ""
 
 
-def _stated(settings: dict[str, Any], checkpoint: Checkpoint, trusted: bool = False) -> Scaling:
-    """Return the scaling by image_mean and image_std; `trusted` settings must ask for nothing else."""
+def _stated(settings: dict[str, Any], checkpoint: Checkpoint, unbuilt: str = "") -> Scaling:
+    """Return the scaling by image_mean and image_std; settings of an `unbuilt` processor must ask for nothing else."""
     other = [name for name in _AFTER[2:] if settings.get(name)]
     factor = 1 if settings.get("do_rescale") is False else settings.get("rescale_factor", 1 / 255)
-    if trusted and (other or not (isinstance(factor, int | float) and abs(factor - 1 / 255) <= 1e-12)):
+    if unbuilt and (other or not (isinstance(factor, int | float) and abs(factor - 1 / 255) <= 1e-12)):
         asked = " and ".join([f"a factor of {factor!r:.40}", *other])
         raise ValueError(
             f"{_FILE} must rescale by 1/255 and normalise, if its image processor cannot be built here; that of "
@@ -213,7 +227,8 @@ def _stated(settings: dict[str, Any], checkpoint: Checkpoint, trusted: bool = Fa
     mean, std = settings.get("image_mean"), settings.get("image_std")
     if mean is None or std is None:
         raise ValueError(
-            f"{_FILE} must state image_mean and image_std; that of '{checkpoint.model_id}' does not. Add them to it."
+            f"{_FILE} must state image_mean and image_std; that of '{checkpoint.model_id}' does not"
+            f"{f', and its image processor cannot be built here ({unbuilt})' * bool(unbuilt)}. Correct it."
         )
     try:
         values = [tuple(map(float, v if isinstance(v, list | tuple) else [v] * 3)) for v in (mean, std)]

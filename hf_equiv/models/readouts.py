@@ -43,6 +43,11 @@ def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tup
             f"`model_id` must map pixels to hidden states (B, T, D) or (B, C, H, W); {type(loaded.backbone).__name__} "
             f"gives {', '.join(list(outputs)[:3])}. Choose an image encoder."
         )
+    if last.ndim == 4 and image_size[0] == image_size[1] and last.shape[2] != last.shape[3]:
+        raise ValueError(
+            f"`model_id` must map pixels to hidden states (B, T, D) or (B, C, H, W); {type(loaded.backbone).__name__} "
+            f"gives {tuple(last.shape)}, channels last. Choose an image encoder."
+        )
     if len(last) != 2:
         raise ValueError(
             f"`model_id` must embed each image for itself; {type(loaded.backbone).__name__} joins the images of a "

@@ -42,6 +42,8 @@ def said(images) -> str:
         (["train/ant/a.png", "train/bee/b.png"], ["ant", "bee"], "classes: ant, bee"),
         (["bus/a.png", "train/b.png"], ["bus", "train"], "classes: bus, train"),
         (["images/a.png", "images/b.png"], [None, None], "the folder 'images' is no class"),
+        (["ant/images/a.png", "bee/images/b.png"], ["ant", "bee"], "classes: ant, bee"),
+        (["train/images/a.png", "val/images/b.png"], [None, None], "taking the folders train, val for splits"),
         (["train/a.png"], [None], "taking the folders train for splits"),
         (["a.png"], [None], ""),
     ],

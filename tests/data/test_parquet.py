@@ -108,6 +108,24 @@ def test_what_is_no_column_of_images_is_refused_in_words(tmp_path):
         load_images(str(tmp_path / "twice.parquet"), cache_dir=str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize(
+    ("columns", "labels", "said"),
+    [
+        ({"fine_label": [0, 1], "label": [2, 3]}, ("2", "3"), "label column 'label' of label, fine_label;"),
+        ({"label": [[0, 1], [2]]}, (None, None), "rows without a class in column 'label': 2 of 2"),
+        ({"label": [0, None]}, ("0", None), "rows without a class in column 'label': 1 of 2"),
+        ({"label": [0, 1]}, ("0", "1"), ""),
+    ],
+)
+def test_guesses_about_classes_are_said(tmp_path, columns, labels, said):
+    pq.write_table(pa.table({"image": ["a" * 300, "b.png"], **columns}), tmp_path / "t.parquet")
+    images = load_images(str(tmp_path / "t.parquet"), cache_dir=str(tmp_path))
+    assert images.labels == labels
+    assert said in (images.choices or [""])[0]
+    with pytest.raises(FileNotFoundError, match=r"'t\.parquet row 0' does not exist"):
+        images[0]
+
+
 @pytest.mark.parametrize("text", ['{"info": null}', "5", '{"info": {"features": "x"}}', "[" * 50_000])
 def test_damaged_metadata_of_columns_are_named(tmp_path, text):
     table = pa.table({"image": [b"x"]}).replace_schema_metadata({"huggingface": text})

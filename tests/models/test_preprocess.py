@@ -205,6 +205,8 @@ def assert_equals_the_processor(preprocess: Preprocessor, folder: Path) -> None:
         ({"image_mean": "half"}, "image_mean and image_std must have 3 values"),
         ({"image_mean": float("nan")}, "image_mean and image_std must have 3 values"),
         ({"image_mean": None}, "must state image_mean and image_std"),
+        ({"size": {"foo": 32}}, "must state image_mean and image_std; .* cannot be built here"),
+        ({"size": {"height": 10**6, "width": 10**6}}, r"`size` in .* at most 6,\d+ pixels a side; .* is 1,000,000"),
         ({"rescale_factor": 0}, "must scale each channel by a factor and an offset"),
         ({"rescale_factor": "1/255"}, "must scale each channel by a factor and an offset"),
         ({"rescale_factor": None}, "must scale each channel by a factor and an offset"),
