@@ -334,7 +334,7 @@ def _labels(
     labels = tuple(None if value is None or isinstance(value, list | dict) else str(value) for value in values)
     said = []
     if not label_column and len(found) > 1:
-        said.append(f"taking label column {column!r} of {_listed(found)}; `label_column` names another")
+        said.append(f"taking label column {column!r} of {some(found, 8)}; `label_column` names another")
     if without := labels.count(None):
         said.append(f"rows without a class in column {column!r}: {without} of {len(labels)}")
     return labels, tuple(said)
