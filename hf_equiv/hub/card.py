@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -25,6 +24,7 @@ END = "<!-- hf_equiv: end -->"
 _BLOCK = re.compile(r"<!-- hf_equiv: from here .*?-->.*?<!-- hf_equiv: end -->", re.DOTALL)
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "dataset_card.md.jinja"
 _TAGS = {"match": "embedding-matching", "spectrum": "jacobian", "lipschitz": "lipschitz", "walk": "level-set"}
+_MOST_PARTS = 1_000_000  # values of a header
 _TITLES = {
     "match": "Images that share an embedding",
     "spectrum": "Jacobian spectra",
@@ -100,17 +100,25 @@ def _cells(line: str) -> list[str]:
 
 def split_header(content: str, where: str = "the dataset") -> tuple[dict[str, Any], str]:
     """Return the YAML header of a card, and the text below it."""
-    header = REGEX_YAML_BLOCK.search(content)
-    if header is None:  # `DatasetCard` would warn
+    if REGEX_YAML_BLOCK.search(content) is None:  # `DatasetCard` would warn
         return {}, content
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(header[2])):
-            raise ValueError("aliases can stand for very long lists")
         parsed = DatasetCard(content)
+        _refuse_endless(parsed.data.__dict__)
     except Exception as error:  # the YAML reader raises many classes of errors
         told = f"the YAML header of README.md in {where} cannot be read ({type(error).__name__}: {excerpt(error, 80)})"
         raise ValueError(f"{told}. Correct it on the Hub, then publish again.") from None
     return parsed.data.to_dict(), parsed.text
+
+
+def _refuse_endless(header: Any) -> None:
+    """Refuse a header whose aliases, written out, are endless or nearly so."""
+    parts, count = [header], 0
+    while parts:
+        part, count = parts.pop(), count + 1
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if count > _MOST_PARTS:
+            raise ValueError(f"more than {_MOST_PARTS:,} values")
 
 
 def doubled_keys(content: str) -> list[str]:
