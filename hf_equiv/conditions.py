@@ -46,7 +46,7 @@ _BATCH = 1000  # the same for an image alone and in a batch, and for two product
 _COARSE, _LEAST = 0.1, 1e-6  # and the most for a coarse f, the least for a fine one
 _SECANT = 0.003  # largest difference of autograd and a secant, relative, that needs no closer look
 _EXACT = 0.001  # the largest for tiny steps in float64
-_CLOSER = (1, 8, 32)  # shares of a step where f has no float64: noise grows, the part of kinks and curvature shrinks
+_CLOSER = (1, 4, 16)  # shares of a step where f has no float64: noise grows, the part of kinks and curvature shrinks
 _POINTS = 3  # at which such a derivative must be false
 _STRETCH = 64.0  # times a cotangent, where hooks and clips that act on large gradients show
 _SIGMAS = 3  # times the noise of a secant that is allowed on top
@@ -316,7 +316,7 @@ class _Probe:
             for tiny in (2.0**-20, 2.0**-26):
                 yield self._secants(tiny, exact), 0.0, _EXACT + 8 * max(self.eps, gap)
             return
-        noise = max(self.eps, 2 * _UNSEEN * self._jitter) * self.size
+        noise = max(self.eps / 2, self._jitter) * self.size
         for share in _CLOSER:
             closer = max(self._step(noise, slope) / share, self.shortest)
             yield self._secants(closer), _SIGMAS * noise / closer, _SECANT
@@ -340,7 +340,7 @@ class _Probe:
         if exact is None:
             return False
         bend = self._bend(exact, _TINY)
-        return bend <= _SMOOTH or bend / 256 <= self._bend(exact, _TINY / 8) <= bend / 4
+        return bend <= _SMOOTH or bend / 100 <= self._bend(exact, _TINY / 8) <= bend / 40
 
     def _bend(self, f: Encoding, step: float) -> float:
         """Return ‖f(x + h) − 2 f(x) + f(x − h)‖ / ‖f(x)‖ for a float64 step h along the first direction."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -112,6 +113,26 @@ def hooked(change):
     return f
 
 
+class InNumPy(torch.autograd.Function):
+    """The hyperbolic tangent in float32, of any image, by code that torch does not show."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.out = torch.from_numpy(np.tanh(x.detach().numpy().astype(np.float32))).to(x)
+        return ctx.out.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 - ctx.out.square())
+
+
+def trace(*middle: nn.Module) -> nn.Module:
+    """A network that has no float64."""
+    return torch.jit.trace(net(*middle), torch.rand(1, *SHAPE))
+
+
+SMOOTH_TRACE = trace(nn.GELU())
+
 BROKEN = {  # a function, or one that makes it anew for every verb; and the sentence
     "tuple": (lambda x: (linear(x),), r"must map \(B, C, H, W\) to a float tensor \(B, D\); got tuple"),
     "dict": (lambda x: {"z": linear(x)}, "got dict"),
@@ -162,6 +183,7 @@ FALSE = {  # functions whose autograd is not their derivative
     "a hundredth less": hooked(lambda g: 0.99 * g),
     "one of 512 outputs detached": one_of_512,
     "reversed": hooked(lambda g: -g),
+    "seven per cent in a trace": lambda x: SMOOTH_TRACE(Scaled.apply(x) * 1.07 / 1.1 + 0.03 / 1.1 * x.detach()),
 }
 NEW = ("counter", "keeper", "dropout", "batch norm", "no statistics")  # these have a state
 
@@ -189,6 +211,40 @@ def test_directional_constants_are_not_resolved_beside_a_false_derivative(name):
     found = directional_lipschitz(FALSE[name], X, V)
     assert set(sum(found.status, ())) == {"undetermined"}
     assert bool(found.jvp.isnan().all())
+
+
+def test_a_spectrum_compares_the_derivative_at_every_image():
+    def f(x: Tensor) -> Tensor:
+        dark = x.mean((1, 2, 3), keepdim=True).flatten(1) < 0.5
+        return torch.where(dark, 0.8 * curved(x) + 0.2 * curved(x.detach()), curved(x))
+
+    images = torch.stack([X[0].clamp_min(0.6), 0.3 * X[1]])
+    jacobian_spectrum(f, images[:1])
+    with pytest.raises(ValueError, match="must have the derivative"):
+        jacobian_spectrum(f, images)
+
+
+def test_noise_that_a_grey_image_does_not_show_is_found_at_the_match():
+    def f(x: Tensor) -> Tensor:
+        contrast = 100 * (x - 0.5).square().sum((1, 2, 3))[:, None]
+        return (curved(x) + contrast) - contrast
+
+    for seed in range(4):
+        source, target = torch.rand(2, 1, *SHAPE, generator=torch.Generator().manual_seed(seed))
+        found, z = match_embedding(f, source, target, max_evals=100, raise_on_failure=False), f(target).double()
+        off = float((curved(found.images.double()) - z).norm() / z.norm())
+        assert off <= 1e-5 or not found.converged
+
+
+def test_numbers_of_a_coarse_function_are_not_better_than_its_rounding():
+    def f(x: Tensor) -> Tensor:
+        return curved(x.bfloat16()).float()
+
+    found = regional_lipschitz(f, X[:1], 0.1, num_steps=3, num_batches=0)
+    exact = torch.func.jvp(lambda x: curved(x.double()), (found.images,), (found.directions,))[1]
+    assert float(found.lower_bound) <= float(exact.norm()) * (1 + 1e-6)
+    walk = trace_level_set(f, X[:1], heading=V[:1, 0], num_steps=1, step=0.1, rtol=1e-4)
+    assert walk.status == ("drift_exceeded",)
 
 
 def test_a_gradient_that_needs_a_changed_tensor_is_refused():
@@ -251,6 +307,10 @@ HONEST = {
     "unit length": lambda x: F.normalize(curved(x)),
     "train flags without effect": net(nn.Dropout(0.0), nn.GroupNorm(2, 4)).train(),
     "batch norm": net(nn.BatchNorm2d(4)).eval(),
+    "traced kinks": trace(nn.ReLU(), nn.MaxPool2d(2, 1), nn.ReLU(), nn.ZeroPad2d((0, 1, 0, 1))),
+    "frozen": torch.jit.freeze(torch.jit.script(net(nn.GELU()).eval())),
+    "float32 in NumPy": lambda x: torch.relu(InNumPy.apply(3 * x - 1).flatten(1) @ W1.T.to(x)) @ W2.T.to(x),
+    "cancelling in float64": lambda x: ((curved(x.double()) + 1e9) - 1e9).to(x),
     "loop": lambda x: torch.stack([curved(one[None])[0] for one in x]),
 }
 

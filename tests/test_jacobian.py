@@ -98,6 +98,27 @@ def test_autocast_does_not_reach_the_backward_pass():
     torch.testing.assert_close(J, weight, rtol=0, atol=1e-6)
 
 
+def test_a_graph_that_serves_one_backward_pass_is_named():
+    class Once(torch.autograd.Function):
+        """The identity as `torch.compile` gives it, with buffers that one backward pass uses up."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.left = 1
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            ctx.left -= 1
+            if ctx.left < 0 or len(gradient) != 1:
+                raise RuntimeError("donated buffers")
+            return gradient
+
+    J = Jacobian(lambda v: linear()(Once.apply(v)), images(1)[0])
+    with pytest.raises(RuntimeError, match=r"`f` must allow several backward passes .*donated buffers.*torch.compile"):
+        J.as_matrix(1)
+
+
 def test_forward_mode_is_required_and_finite():
     x = images(1, dtype=torch.float64)
     require_forward_mode(linear(), x, "'linear'")

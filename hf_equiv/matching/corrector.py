@@ -72,7 +72,7 @@ class LinearModel:
         self.free = free
 
     def learn(self, at: Jacobian, u: Tensor) -> bool:
-        """Set the row combination uᵀA to a finite uᵀJ of another Jacobian, by one VJP; return False if u is zero."""
+        """Set the row uᵀA to uᵀJ of another Jacobian, by one VJP, if it is finite; return False if u is zero."""
         length = torch.linalg.vector_norm(u)
         if not bool(length > 0):
             return False

@@ -231,7 +231,7 @@ class Encoder:
             images: one PIL image or a sequence of them; converted to RGB first.
 
         Returns:
-            (B, 3, H, W) float32 in [0, 1], every value k/255.
+            (B, 3, H, W) float32 in [0, 1], every value k/255; derivatives in float64 need `.double()` of it.
 
         Raises:
             ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or split it exactly.

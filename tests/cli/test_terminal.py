@@ -140,6 +140,11 @@ def test_what_is_printable(clean):
     assert clean("Zürich 東京 🫥 a→b") == "Zürich 東京 🫥 a→b"
 
 
+def test_an_excerpt_ends_after_a_word():
+    assert excerpt("Got SizeDict(height=None, width=None)", 27) == "Got SizeDict(height=None, …"
+    assert excerpt("short", 5) == "short"
+
+
 def test_a_report_says_which_runs_are_partial(runs, tmp_path, capsys):
     folder = Path(shutil.copytree(runs["match"], tmp_path / "run"))
     record = json.loads((folder / "run.json").read_text())

@@ -361,6 +361,12 @@ def test_nan_in_the_jacobian_is_an_error_of_its_image_alone():
     assert torch.equal(walk.images[0], start[0])
 
 
+def test_an_infinite_row_on_the_way_ends_no_walk_with_an_error_of_lapack():
+    start = images(1, seed=14, dtype=F64)
+    walk = trace_level_set(lambda x: linear()(x.sqrt()), start, heading="random", step=2.0, num_steps=3)
+    assert walk.status[0] in (Status.COMPLETED, Status.BOX_BLOCKED, Status.DRIFT_EXCEEDED)
+
+
 def test_a_start_off_the_level_set_is_corrected_first():
     start, other = images(2, seed=15, dtype=F64).split(1)
     near = start + 1e-3 * (other - start)

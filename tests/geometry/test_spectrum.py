@@ -269,6 +269,9 @@ def test_any_scale(scale):
     exact = torch.linalg.svdvals(matrix)
     torch.testing.assert_close(result.singular_values[0] / scale, exact, rtol=1e-12, atol=0)
     assert bool((result.error_bound[0] / scale < 1e-12).all())
+    top = jacobian_spectrum(lambda v: v.flatten(1) @ (scale * matrix).T, x, k=2, method="golub_kahan")
+    assert bool(((top.singular_values[0] - scale * exact[:2]).abs() <= top.error_bound[0]).all())
+    assert bool((top.error_bound[0] / scale < 1e-3).all())
     assert result.rank.tolist() == [20]
 
 
