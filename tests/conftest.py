@@ -1,4 +1,7 @@
+import functools
+import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -36,6 +39,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("browser") is not None:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _figures_drawn_once():
+    """Draw the figures of the same rows once a session, which every `verify` would draw again."""
+    from hf_equiv.analyses import figures
+
+    drawn = {}
+
+    def plain(value):  # a PNG file or a tensor
+        data = value if isinstance(value, bytes) else value.double().contiguous().numpy().tobytes()
+        return [str(getattr(value, "dtype", "")), *getattr(value, "shape", ()), hashlib.sha256(data).hexdigest()]
+
+    def once(draw):
+        @functools.wraps(draw)
+        def call(*given):
+            key = draw.__name__, hashlib.sha256(json.dumps(given, default=plain).encode()).digest()
+            if key not in drawn:
+                drawn[key] = draw(*given)
+            return dict(drawn[key]) if isinstance(drawn[key], dict) else drawn[key]
+
+        return call
+
+    for name in ("pairs_figure", "spectrum_figures", "lipschitz_figures", "walk_figures"):
+        setattr(figures, name, once(getattr(figures, name)))
 
 
 @pytest.fixture(scope="session")

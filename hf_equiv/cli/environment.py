@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
 PACKAGES = (
-    "hf_equiv", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "torchmetrics",
-    "numpy", "Pillow", "matplotlib", "torchvision", "gradio",
+    "hf_equiv", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy",
+    "Pillow", "matplotlib", "torchvision", "gradio",
 )  # fmt: skip
 
 

@@ -70,7 +70,6 @@ def speed(plan, place: Path) -> None:
 def overhead(plan, place: Path) -> None:
     """Compare all the time of a run with that inside the matching; loading of libraries is not part of it."""
     import matplotlib.backends.backend_agg  # noqa: F401
-    import torchmetrics.functional.image  # noqa: F401
 
     out = place / "alone"
     start = time.monotonic()

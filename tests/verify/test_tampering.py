@@ -12,7 +12,7 @@ from fakes import TinyEncoder, save_photos
 from PIL import Image
 from safetensors.torch import save_file
 
-from hf_equiv.analyses import LipschitzConfig, MatchConfig, make_plan, run_analysis
+from hf_equiv.analyses import LipschitzConfig, MatchConfig, figures, make_plan, run_analysis
 from hf_equiv.analyses.plan import read_command
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli.main import _run
@@ -222,6 +222,13 @@ def test_files_of_no_run_are_named(copied):
 
     reseal(out, list_all)
     assert {*FOREIGN} <= {problem.file for problem in directory.verify_run(out).problems}
+
+
+@every_run
+def test_figures_drawn_twice_are_the_same(name, copied, monkeypatch):
+    for drawn in ("pairs_figure", "spectrum_figures", "lipschitz_figures", "walk_figures"):
+        monkeypatch.setattr(figures, drawn, getattr(figures, drawn).__wrapped__)  # elsewhere in a session drawn once
+    assert directory.verify_run(copied(name)).problems == ()
 
 
 def test_a_figure_of_other_software_is_left_open(copied, capsys, monkeypatch):
