@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 
 from hf_equiv.data.tables import load_parquet
-from hf_equiv.hub.dataset_files import FOR_LOADING
+from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING, place_of_file
 from hf_equiv.hub_client import api_of, check_repo_id, checked, explained, hushed, patiently
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RUNS, run_name
@@ -110,6 +110,15 @@ def _snapshot(
     with explained(name, revision=revision, token=token, local_files_only=local_files_only):
         once = partial(checked, fetch, name, "dataset", cache_dir)
         return Path(patiently(once, lambda _: None, "downloading"))
+
+
+def foreign_files(name: str, commit: str, places: Iterable[str], token: Any) -> list[str]:
+    """List the files of a dataset on the Hub that belong to none of the runs at these places."""
+    with explained(name, revision=commit, token=token):
+        look = partial(api_of(token).dataset_info, name, revision=commit)
+        files = patiently(look, lambda _: None, "listing files").siblings or ()
+    own = {*BESIDE_RUNS, *FOR_LOADING}  # the second are downloaded and named then
+    return sorted(f.rfilename for f in files if not {f.rfilename, place_of_file(f.rfilename)} & {*own, *places})
 
 
 def run_folders(folder: Path) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from typing import Any
 from hf_equiv.analyses.measures import largest
 from hf_equiv.hub import card as hub_card
 from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING
-from hf_equiv.hub.load import download_results, local_folder, run_folders, split_name
+from hf_equiv.hub.load import download_results, foreign_files, local_folder, run_folders, split_name
 from hf_equiv.models.encoder import is_local
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
@@ -102,8 +102,13 @@ def verify_results(
     several = len(places) > 1 or records[next(iter(places))].get("card") == "dataset"
     card_problems = tuple(_check_card(folder / CARD, records, repo_id)) if several else ()
     found = (*_check_folders(folder, records), *card_problems)
-    left = tuple(_left_open(folder / CARD, records)) if several and not card_problems else ()
-    return DatasetReport(tuple(runs), found, repo_id, commit, left)
+    left = [*_left_open(folder / CARD, records)] if several and not card_problems else []
+    if repo_id is not None and local_files_only:
+        left.append("files on the Hub that belong to no run")
+    elif repo_id is not None and commit is not None:  # they are not downloaded
+        foreign = foreign_files(repo_id, commit, places, token)
+        found += tuple(problem(name, None, "file", name, None, "this belongs to no run") for name in foreign)
+    return DatasetReport(tuple(runs), found, repo_id, commit, tuple(left))
 
 
 def _check_folders(folder: Path, records: dict[str, Row]) -> Iterator[Problem]:

@@ -440,8 +440,11 @@ def test_tampering_with_a_run_that_was_added(hub, runs, tmp_path):
     copy = Path(shutil.copytree(download_results(NAME)[0], tmp_path / "copy"))
     cells(copy / place, "psnr_db", lambda values: [v + 1 for v in values])
     reseal(copy / place)
+    (copy / place / "more.csv").write_text("1")
     hub.add("datasets", NAME, copy)
-    problems = [p for p in verify_results(NAME).problems if p.column == "psnr_db"]
+    report = verify_results(NAME)
+    assert [p.file for p in report.card_problems] == [f"{place}/more.csv"]  # it is not downloaded
+    problems = [p for p in report.problems if p.column == "psnr_db"]
     assert [p.file for p in problems] == [f"{place}/matches/part-00000.parquet"] * 2
     assert all(p.message.startswith(p.file) for p in problems)
     (copy / place).rename(copy / "runs" / "match-other-00000000")

@@ -221,7 +221,7 @@ def test_command_line(hub, runs, capsys):
     ):  # fmt: skip
         assert told in out
     files = hub.files("datasets", NAME)
-    size = formatting.size(sum(len(data) for path, data in files.items() if path != ".gitattributes"))
+    size = decimal(sum(len(data) for path, data in files.items() if path != ".gitattributes"))
     assert err.splitlines() == [
         "checking the run and its files", f"making the private dataset {NAME}", "reading the dataset",
         "preparing 5 files", f"uploading 5 files, {size}", "committing 5 files",

@@ -75,6 +75,14 @@ def only(report: directory.VerifyReport, **wanted) -> rows.Problem:
     return found[0]
 
 
+def test_rows_in_another_order(out):
+    path = out / "matches" / "part-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.take([1, 0]), path)
+    reseal(out)
+    assert "the order of the list" in only(directory.verify_run(out), file="matches/part-00000.parquet").message
+
+
 def test_an_honest_run_holds(out):
     report = directory.verify_run(out)
     assert report.problems == ()

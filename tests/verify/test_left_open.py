@@ -6,12 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fakes import TinyEncoder, save_photos
 
 from hf_equiv.analyses import make_plan, run_analysis
 from hf_equiv.analyses.run import VERBS
+from hf_equiv.cli.main import _run
 from hf_equiv.hub.card import END, START, dataset_card
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import own_files, read_record, run_name
@@ -78,6 +80,36 @@ def renumber(out: Path) -> None:
         (out / folder / f"part-00000.{kind}").rename(out / folder / f"part-00099.{kind}")
 
 
+def six_digits(out: Path) -> None:
+    for folder, kind in (("spectra", "parquet"), ("float", "safetensors")):
+        (out / folder / f"part-00000.{kind}").rename(out / folder / f"part-000000.{kind}")
+
+
+def rewrite_table(change, name: str = "part-00000.parquet"):
+    """Return a tampering with the table of a shard."""
+
+    def tamper(out: Path) -> None:
+        table = pq.read_table(out / "spectra" / "part-00000.parquet")
+        pq.write_table(change(table), out / "spectra" / name)
+
+    return tamper
+
+
+def hide_bytes(out: Path) -> None:
+    path = out / "spectra" / "part-00000.parquet"
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[:footer] + b"payload" + data[footer:])
+
+
+def extend_footer(out: Path) -> None:
+    path = out / "spectra" / "part-00000.parquet"
+    table = pq.read_table(path)
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"more": "text"})
+
+
 def aspect(out: Path) -> None:
     path = out / "figures" / "spectra.png"
     data = bytearray(path.read_bytes())
@@ -97,6 +129,17 @@ TAMPERINGS = {
     "a link": lambda out: (out / "more").symlink_to("/etc"),
     "a file number that hides the figures": renumber,
     "the aspect of a figure": aspect,
+    "a file number of six digits": six_digits,
+    "a shard without rows": rewrite_table(lambda table: table.slice(0, 0), "part-00007.parquet"),
+    "columns in another order": rewrite_table(lambda table: table.select(table.column_names[::-1])),
+    "a column twice": rewrite_table(lambda table: table.append_column("status", table["status"])),
+    "a table without its features": rewrite_table(lambda table: table.replace_schema_metadata(None)),
+    "metadata of the footer": extend_footer,
+    "bytes between the columns": hide_bytes,
+    "a table of the card without the line before it": rewrite("README.md", lambda text: text.replace("\n\n", "\n")),
+    "line ends of the card": lambda out: (out / "README.md").write_bytes(
+        (out / "README.md").read_bytes().replace(b"\n", b"\r\n")
+    ),
     "an active figure of other software": svg_of_other_software,
 }
 
@@ -236,3 +279,45 @@ def test_what_the_owner_wrote_in_the_card_is_named(dataset):
     report = verify_results(dataset)
     assert len(report.elsewhere) == 2
     assert set(report.elsewhere) <= set(report.to_json()["unverified"])
+
+
+def test_the_list_names_only_what_the_run_has(copied):
+    out = copied("spectrum")
+    (out / "LICENSE").write_text("mine")
+    report = directory.verify_run(out)
+    assert {"command", "num_evals", "rank_threshold within a factor of 2", "content of LICENSE"} <= set(
+        report.unverified
+    )
+    assert not {"solver", "rtol", "max_evals", "step", "drawn", "pair_id"} & set(report.unverified)
+    assert "; cost (num_evals, seconds); " in report.left_open
+    assert report.left_open.endswith("; content of LICENSE")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("processor", None, "processor"), ("processor", "[" * 9000, "processor"), ("processor", "7", "processor"),
+        ("dtype", "bool", "`dtype` must be"), ("dtype", "none such", "`dtype` must be"),
+        ("model_id", "..", "not in the current folder"), ("model_id", "a" * 300, "not in the current folder"),
+    ],
+)  # fmt: skip
+def test_settings_of_a_stranger_that_no_run_has(key, value, told, runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    out = Path(shutil.copytree(runs["spectrum"], tmp_path / "out"))
+    reseal(out, lambda record: record["settings"].update({key: value} if value else {}))
+    reseal(out, lambda record: None if value else record["settings"].pop(key))
+    assert _run(["verify", str(out)]) in (1, 2)
+    printed = "".join(capsys.readouterr())
+    assert told in printed
+    assert "Error" not in printed
+
+
+def test_evaluations_that_are_no_numbers(copied):
+    out = copied("match")
+    path = out / "float" / "part-00000.safetensors"
+    floats, costs = shards.read_floats(path)
+    for wrong in ({"match": "9", "refine": 1}, {"match": float("nan"), "refine": 1}, 7):
+        path.write_bytes(shards.float_bytes(floats, dict.fromkeys(costs, wrong)))
+        reseal(out)
+        assert "its evaluations must be numbers" in "".join(p.message for p in directory.verify_run(out).problems)
