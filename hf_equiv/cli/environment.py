@@ -94,9 +94,10 @@ def calm(*, quiet: bool) -> Iterator[None]:
         for module in ("huggingface_hub.utils", "datasets"):
             import_module(module).disable_progress_bars()
         import_module("transformers.utils.logging").disable_progress_bar()
+    client = logging.getLogger("huggingface_hub")
+    record, warning, level = logging.getLogRecordFactory(), warnings.formatwarning, client.level
     if quiet:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries
-    record, warning = logging.getLogRecordFactory(), warnings.formatwarning
+        client.setLevel(logging.ERROR)  # it tells of its retries
 
     def printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
         made = record(*arguments, **options)
@@ -110,5 +111,6 @@ def calm(*, quiet: bool) -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        client.setLevel(level)
         logging.setLogRecordFactory(record)
         warnings.formatwarning = warning

@@ -25,9 +25,10 @@ from fakes import TinyEncoder, save_photos
 from hubcases import NAME, at_root, call, contents, record_of, reseal, surroundings, titles
 from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
+from rich.filesize import decimal
 from tiny_models import save
 
-from hf_equiv import formatting, hub_client
+from hf_equiv import hub_client
 from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
 from hf_equiv.cli import progress
 from hf_equiv.hub import licences, load, repository
