@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -257,7 +258,9 @@ def sheet(title: str, note: str, lines: Sequence[Sequence[Tile]], side: float) -
 def png_of(figure: Figure) -> bytes:
     """Return the figure as PNG bytes."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names of files may hold any sign
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 

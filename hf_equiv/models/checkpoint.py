@@ -191,6 +191,8 @@ def _local(found: Checkpoint) -> Checkpoint:
             f"`model_id` must be an existing folder, a Hub id or 'builtin'; got '{found.model_id}', but there is no "
             f"folder '{found.folder}'. Check the path."
         )
+    if utf8(str(found.folder)) != str(found.folder):  # safetensors does not open it
+        raise ValueError(f"`model_id` must be a name in UTF-8; got {str(found.folder)!r}. Rename the folder.")
     if found.find("config.json") is None:
         raise FileNotFoundError(
             f"`model_id` must hold a checkpoint; got '{found.model_id}', which has no config.json. Save one there with "

@@ -613,3 +613,10 @@ def test_rows_without_their_float_match_are_made_again(tmp_path):
     after = run.run_analysis(plan, tmp_path / "run").rows
     assert float_file.is_file()
     assert [row["embedding_error"] for row in after] == [row["embedding_error"] for row in before]
+
+
+def test_names_of_any_sign_are_drawn_in_silence(recwarn):
+    figure = figures.Figure(figsize=(1, 1))
+    figure.suptitle("😀 貓 שלום")
+    assert figures.png_of(figure).startswith(b"\x89PNG")
+    assert not recwarn.list

@@ -53,6 +53,14 @@ def test_malformed_ids(name: str, message: str) -> None:
         Encoder.from_pretrained(name)
 
 
+def test_folder_with_a_name_that_safetensors_does_not_open(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"odd\xff")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"`model_id` must be a name in UTF-8; .* Rename the folder\."):
+        Encoder.from_pretrained(folder)
+
+
 def test_folder_without_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         Encoder.from_pretrained(tmp_path)
