@@ -21,7 +21,7 @@ Runs = Mapping[str, Mapping[str, Any]]  # records by place: "" for the root, or 
 
 START = "<!-- hf_equiv: from here to the end mark `hf-equiv publish` writes the text (card 2); text outside is kept -->"
 END = "<!-- hf_equiv: end -->"
-_BLOCK = re.compile(r"<!-- hf_equiv: from here .*?-->.*?<!-- hf_equiv: end -->", re.DOTALL)
+_MARK = "<!-- hf_equiv: from here "
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "dataset_card.md.jinja"
 _TAGS = {"match": "embedding-matching", "spectrum": "jacobian", "lipschitz": "lipschitz", "walk": "level-set"}
 _MOST_PARTS = 1_000_000  # values of a header
@@ -68,22 +68,30 @@ def joined(first: Any, then: Iterable[str] = ()) -> list[str]:
 
 def around_block(text: str, where: str) -> tuple[str, str]:
     """Return the text before and after the generated part; a text without that part gets it at the end."""
-    if text.count("<!-- hf_equiv: from here ") != text.count(END):
+    if text.count(_MARK) != text.count(END):
         must = f"README.md of {where} must have as many end marks as start marks of the part that is written anew"
         raise ValueError(f"{must} ({END}). Restore the missing one on the Hub, then publish again.")
-    found = _BLOCK.search(text)
-    if found is not None:
-        return text[: found.start()], text[found.end() :]
+    if (found := _block(text)) is not None:
+        return text[: found.start], text[found.stop :]
     return text.rstrip() + "\n\n" if text.strip() else "\n", "\n"
 
 
 def generated_parts(card: str, runs: Runs, repo_id: str | None) -> tuple[str, str] | None:
     """Return the generated part of a card, and the one that these runs give; None unless it is there once."""
-    found = _BLOCK.findall(card)
-    if len(found) != 1:
+    there = _block(card)
+    if there is None or card.count(_MARK) != 1 or card.count(END) != 1:
         return None
-    named = re.search(r'load_dataset\("([^"\n]+)"', found[0])  # a folder has no name of its own
-    return found[0], _BLOCK.findall(dataset_card(repo_id or (named[1] if named else ""), runs))[0]
+    named = re.search(r'load_dataset\("([^"\n]+)"', card[there])  # a folder has no name of its own
+    made = dataset_card(repo_id or (named[1] if named else ""), runs)
+    return card[there], made[_block(made) or slice(0)]
+
+
+def _block(text: str) -> slice | None:
+    """Return the place of the first generated part."""
+    start = text.find(_MARK)
+    closed = text.find("-->", start)
+    end = text.find(END, closed)
+    return None if min(start, closed, end) < 0 else slice(start, end + len(END))
 
 
 def unknown_numbers(stated: str, made: str) -> list[str]:

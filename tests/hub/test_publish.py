@@ -32,7 +32,7 @@ from hf_equiv import hub_client
 from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
 from hf_equiv.cli import progress
 from hf_equiv.hub import licences, load, repository
-from hf_equiv.hub.card import END, START, dataset_card, split_header
+from hf_equiv.hub.card import END, START, dataset_card, generated_parts, split_header
 from hf_equiv.hub.licences import photo_rights
 from hf_equiv.hub.load import download_results, load_results
 from hf_equiv.hub.publish import publish_results
@@ -367,9 +367,14 @@ def test_what_the_owner_wrote_survives(hub, runs):
     assert verify_results(NAME).holds
 
 
-@pytest.mark.parametrize("header", [b"tags: [", b"tags: &a [*a, *a]"])
-def test_a_card_that_cannot_be_read(header, hub, runs):
-    hub.add("datasets", NAME, {"README.md": b"---\n" + header + b"\n---\n"})
+def test_a_header_and_marks_without_end(hub, runs):
+    with pytest.raises(ValueError, match=r"YAML header of README.md in the dataset cannot be read"):
+        split_header("---\ntags: &a [*a, *a]\n---\n")
+    assert generated_parts("<!-- hf_equiv: from here " * 50_000, {}, None) is None
+
+
+def test_a_card_that_cannot_be_read(hub, runs):
+    hub.add("datasets", NAME, {"README.md": b"---\ntags: [\n---\n"})
     with pytest.raises(ValueError, match=r"YAML header of README.md in the dataset cannot be read"):
         publish_results(runs["match"], NAME)
 
