@@ -55,7 +55,7 @@ _LONGEST = 2.0**-7  # largest step of a pixel in a secant
 _VARIES = 1.5  # times the noise at one image, for that at others
 _UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
 _TINY = 2.0**-24  # step at which float64 is smooth and float32 is not
-_SMOOTH = 2.0**-34  # bend of f over its size that is rounding in float64, and too little to spoil a secant
+_SMOOTH = 2.0**-30  # bend of f over its size that is no rounding of float32
 
 
 class Function:
@@ -337,8 +337,8 @@ class _Probe:
     def smooth(self) -> bool:
         """Whether f in float64 bends at the smallest steps as it must: code that torch does not show may be coarser."""
         exact = self.exact[0]
-        if exact is None:
-            return False
+        if exact is None or hasattr(self.call.plain, "admitted"):
+            return exact is not None
         bend = self._bend(exact, _TINY)
         return bend <= _SMOOTH or bend / 100 <= self._bend(exact, _TINY / 8) <= bend / 40
 

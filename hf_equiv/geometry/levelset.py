@@ -293,7 +293,8 @@ def trace_level_set(
         heading: "random", "away", "toward", "nearest" or "connect"; or directions (B or 1, C, H, W).
         step: longest predictor step, L2 in pixel units. Points of walks to an image are `step`/4 or 50 steps apart.
         num_steps: most points after the start.
-        rtol: largest ‖f(x) − z‖/‖z‖ of any point. Below about 5e-6 float32 noise ends most walks (`drift_exceeded`).
+        rtol: largest ‖f(x) − z‖/‖z‖ of any point. Below about 5e-6 float32 noise ends most walks (`drift_exceeded`),
+            and below the measured noise of f none starts.
         target: destination of toward and connect, (B or 1, C, H, W); else the pixels or embedding of the level set.
         origin: reference of l2, linf and psnr_db, (B or 1, C, H, W); default: the start.
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
