@@ -94,8 +94,10 @@ def calm(*, quiet: bool) -> Iterator[None]:
         for module in ("huggingface_hub.utils", "datasets"):
             import_module(module).disable_progress_bars()
         import_module("transformers.utils.logging").disable_progress_bar()
+    client = logging.getLogger("huggingface_hub")  # it tells each retry
+    level = client.level
     if quiet:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries
+        client.setLevel(logging.ERROR)
     record, warning = logging.getLogRecordFactory(), warnings.formatwarning
 
     def printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
@@ -110,5 +112,6 @@ def calm(*, quiet: bool) -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        client.setLevel(level)
         logging.setLogRecordFactory(record)
         warnings.formatwarning = warning
