@@ -278,7 +278,7 @@ def _why_refused(job: Publication, *, exists: bool) -> str | None:
     if any(org["name"] == owner and org.get("roleInOrg") == "contributor" for org in me.get("orgs", [])):
         return None  # contributors write to their own repositories, which the Hub does not list
     proposed = exists and (job.create_pr or job.revision.startswith("refs/pr/"))
-    return why_not(f"{me.get('name')}/mine" if proposed else remote.repo_id, "dataset", me) or None
+    return why_not(f"{me.get('name', 'USER')}/mine" if proposed else remote.repo_id, "dataset", me) or None
 
 
 def _collect(remote: Remote, collection: str, done: Published) -> Published:

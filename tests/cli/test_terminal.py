@@ -116,8 +116,11 @@ def test_messages_of_libraries_are_printable(capsys):
     with environment.calm(quiet=True):
         logging.lastResort.handle(logging.getLogRecordFactory()("a", 30, "b", 1, "a label: %s", (EVIL,), None))
         sys.stderr.write(warnings.formatwarning(UserWarning(EVIL), UserWarning, "file.py", 1))
+        link = "requesting PUT https://storage/part?X-Signature=secret again"
+        logging.lastResort.handle(logging.getLogRecordFactory()("a", 30, "b", 1, link, (), None))
     err = capsys.readouterr().err
     assert err.count("[bold red]:smile: y") == 2
+    assert "PUT https://storage/part again" in err
     harmless(err)
 
 
