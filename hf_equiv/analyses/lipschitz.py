@@ -299,6 +299,9 @@ def _beside(row: Row | None, made: Row) -> Row:
     made["least_error"] = 0.0
     if row is None:
         return made
+    clever = _REGION[2]
+    if made[_REGION[1]] is not None and (row[clever] is None) != (made[clever] is None):
+        made |= {clever: row[clever], "left_open": (f"{clever} (whether its fit exists depends on rounding)",)}
     ladder = _ladder(row)
     if ladder is not None and len(ladder[2]) and float(ladder[2].min()) > 0:
         made["least_error"] = 0.99 * float(least_error(ladder[2][None])[0])  # less the rounding of a sum
@@ -323,7 +326,9 @@ def _ladder(row: Row) -> tuple[Tensor, Tensor, Tensor] | None:
 def tolerances(made: Row, settings: Row) -> Row:
     """Return the tolerances of recomputed lipschitz columns: they follow the noise floors, which vary fivefold."""
     coarse = settings["dtype"] in ("bfloat16", "float16")
-    noise = (1e-12 if settings["dtype"] == "float64" else 1e-6) * made["largest"]
+    precise = settings["dtype"] == "float64"
+    noise = (1e-12 if precise else 1e-6) * made["largest"]
+    rounding = torch.finfo(torch.float64 if precise else torch.float32).eps * made["largest"]
     floors, secants = ([n or 0.0 for n in made[key]] for key in ("noise_floor", "secants"))
     jvp, value, error = (made[key] or 0.0 for key in ("jvp", "value", "value_error"))
     at_place = made["regional_lower_bound"] or 0.0  # the search again may end at another place, of a similar value
@@ -334,7 +339,7 @@ def tolerances(made: Row, settings: Row) -> Row:
         "noise_floor": [(0.2 * floor, 5 * floor) for floor in floors],
         "secants": [4 * floor + 1e-3 * secant + noise for floor, secant in zip(floors, secants, strict=True)],
         "value": 2 * (JVP_RTOL if coarse else RTOL) * jvp if beside_jvp else 2 * error + 1e-4 * value,
-        "value_error": (max(made["least_error"], 0.2 * error - noise), 5 * error + noise),
+        "value_error": (max(made["least_error"], 0.2 * error - rounding), 5 * error + rounding),
         "unit_factor": 1e-5 * (made["unit_factor"] or 0.0),
         "linearity_radius": 1e-2 * (made["linearity_radius"] or 0.0),
         "regional_lower_bound": (max(0.75 * (made.get("found") or 0.0), 0.9999 * at_place), 1.0001 * at_place),

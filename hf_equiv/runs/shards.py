@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
@@ -292,7 +293,7 @@ def _costs(metadata: Mapping[str, str] | None) -> Row:
     if more := {*(metadata or {})} - {"num_evals"}:
         raise ValueError(f"its metadata hold {min(more)!r}, which is not of a run")
     costs = _object((metadata or {}).get("num_evals", "{}"))
-    numbers = [n for one in costs.values() for n in (one.values() if isinstance(one, dict) else [None])]
+    numbers: list[Any] = [n for one in costs.values() for n in (one.values() if isinstance(one, dict) else [None])]
     if not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
         raise ValueError("its evaluations must be numbers")
     return costs

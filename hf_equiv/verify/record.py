@@ -17,7 +17,8 @@ from hf_equiv.models.encoder import Encoder, is_local
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs.directory import HEAD, RECORD, WITHHELD, is_withheld
 from hf_equiv.runs.schema import Layout, Row
-from hf_equiv.verify.rows import NAMES, Problem, differs, problem
+from hf_equiv.verify.rows import Problem, differs, problem
+from hf_equiv.verify.unverified import NAMES
 
 _CHOICES = {"card": ("dataset",), "photos": (WITHHELD, "published")}
 

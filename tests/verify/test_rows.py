@@ -6,7 +6,7 @@ import pytest
 import torch
 from fakes import TinyEncoder, save_photos
 
-from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
+from hf_equiv.analyses import MatchConfig, lipschitz, make_plan, run_analysis
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.runs import shards
 from hf_equiv.runs.directory import read_record
@@ -88,6 +88,23 @@ def test_every_column_is_compared_or_named(analysis, column, runs):
         assert column in UNVERIFIED
     else:
         assert found & {column, layout.item, "step", "index"}, found
+
+
+def test_a_fit_that_exists_by_rounding_is_named(runs):
+    _, _, _, rows, _ = runs["lipschitz"]
+    made = rows[0] | {"regional_at_center": 1.0, "regional_clever": None}
+    beside = lipschitz._beside(rows[0] | {"regional_clever": 2.0}, dict(made))
+    assert beside["regional_clever"] == 2.0
+    assert "regional_clever" in beside["left_open"][0]
+    beside = lipschitz._beside(rows[0] | {"regional_clever": 2.0}, made | {"regional_at_center": None})
+    assert beside["regional_clever"] is None  # no ball was asked for
+
+
+def test_a_ninth_of_a_small_error_is_found(runs):
+    _, record, _, rows, _ = runs["lipschitz"]
+    made = rows[0] | {"largest": 1.0, "least_error": 0.0, "value_error": 4e-14}
+    least, _ = lipschitz.tolerances(made, record["settings"] | {"dtype": "float64"})["value_error"]
+    assert least > 4e-14 / 9
 
 
 @pytest.mark.parametrize(
