@@ -86,7 +86,7 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
         try:
             processor = checkpoint.load(AutoImageProcessor)
         except Exception as error:
-            why = excerpt(error)
+            why = excerpt(error) or type(error).__name__
             must = "`preprocess` must run the checkpoint's own image processor;"
             refusal = f"{must} {name or _FILE} cannot be built here ({why}). {_CURE}"
             if "trust_remote_code" in str(error):

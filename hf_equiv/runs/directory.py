@@ -119,9 +119,9 @@ def parse_record(data: bytes) -> Row:
     if layout is not None:
         wrong += _wrong_types(record, {layout.listed: (list,)}, ())
         if not wrong and not all(_is_entry(item, layout) for item in record.get(layout.listed, ())):
-            wrong.append(f"a right {layout.listed}.{layout.item}")
+            wrong.append(f"a valid value of {layout.listed}.{layout.item}")
         texts = ("files", "errors", "closed_with")
-        wrong += [f"a right {key}" for key in texts if not _holds(record.get(key), (str,))]
+        wrong += [f"a valid value of {key}" for key in texts if not _holds(record.get(key), (str,))]
     if wrong:
         raise ValueError(f"it lacks {', '.join(wrong)}")
     return dict(record)
@@ -146,7 +146,9 @@ def _wrong_types(found: Any, kinds: Mapping[str, Any], needed: Iterable[str], in
     """Name the keys that are missing or have a wrong type."""
     if not isinstance(found, dict):
         return [f"a JSON object {inside.rstrip('.')}".rstrip()]
-    wrong = [f"a right {inside}{key}" for key, types in kinds.items() if key in found and not _is(found[key], types)]
+    wrong = [
+        f"a valid value of {inside}{key}" for key, types in kinds.items() if key in found and not _is(found[key], types)
+    ]
     return [f"{inside}{key}" for key in needed if key not in found] + wrong
 
 
@@ -160,7 +162,7 @@ def check_record(folder: Path, record: Row) -> Layout:
     # Early walks, and walks that lead to no image, have no `stop`.
     needed = [key for key in (*_COMMON, *kinds) if key != "stop"]
     missing = _wrong_types(settings, kinds, needed, "settings.")
-    missing += [f"a right settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
+    missing += [f"a valid value of settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
     missing += [] if _is_object(settings.get("processor", "{}")) else ["a right settings.processor"]
     if missing:

@@ -169,7 +169,8 @@ def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> l
             open_cells(row, layout)
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
         name = f"{path.parent.name}/{path.name}"
-        raise ValueError(f"{name} is not a whole shard of a {layout.analysis} run: {error}") from error
+        told = f"{name} is not a whole shard of a {layout.analysis} run: {str(error).rstrip('.')}"
+        raise ValueError(f"{told}. Restore it, or delete it and run the same command again.") from error
     return rows
 
 

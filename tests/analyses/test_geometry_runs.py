@@ -432,7 +432,7 @@ def test_damaged_settings_are_named(analysis, key, value, copied):
     record = json.loads((out / "run.json").read_text())
     record["settings"][key] = value
     (out / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=rf"is damaged: it lacks a right settings\.{key}\."):
+    with pytest.raises(ValueError, match=rf"is damaged: it lacks a valid value of settings\.{key}\."):
         directory.verify_run(out)
 
 
