@@ -58,7 +58,7 @@ def open_png(encoder: Encoder, png: bytes) -> Tensor:
 
 def psnr_db(a: Tensor, b: Tensor) -> float | None:
     """Return 10·log₁₀(1 / mean (a−b)²) in dB of two images (C, H, W) in [0, 1]; None for identical images."""
-    # torchmetrics takes this logarithm in float32, which is off by 1e-6 dB
+    # in float64: a float32 logarithm is off by 1e-6 dB
     error = float((a.detach().double() - b.detach().double()).square().mean())
     return -10 * math.log10(error) if error > 0.0 and math.isfinite(error) else None
 

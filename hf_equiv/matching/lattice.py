@@ -138,7 +138,7 @@ def _integer_least_squares(
     # the difference of two columns is much shorter.
     moves = torch.zeros_like(levels)
     norms2 = jacobian.square().sum(dim=0)
-    used = lattice.used(levels)
+    used, in_ball = lattice.used(levels), lattice.l2_budget != math.inf
     for _ in range(50):
         objective = float(r @ r)
         if objective <= goal**2 or most <= 0:
@@ -153,24 +153,23 @@ def _integer_least_squares(
         columns = jacobian[:, index].double()
         gram = columns.T @ columns
         c, k, center = columns.T @ r, (levels + moves)[index], lattice.center[index]
-        taken = torch.zeros_like(c)
+        lower, upper, taken = lattice.lower[index], lattice.upper[index], torch.zeros_like(c)
         threshold = 1e-12 * objective
         while most > 0 and objective > goal**2 and len(index):
             s = -c.sign()
-            longer = lattice.longer(k, s, center)
-            gains = 2 * c.abs() - gram.diagonal()
-            gains[(k + s < lattice.lower[index]) | (k + s > lattice.upper[index])] = -math.inf
-            if paired:
-                gains = gains[:, None] + gains - 2 * s[:, None] * s * gram
-                gains.fill_diagonal_(-math.inf)
-                longer = longer[:, None] + longer
-            if lattice.l2_budget != math.inf:
-                gains[used + longer > lattice.l2_budget] = -math.inf
+            gains, there = 2 * c.abs() - gram.diagonal(), k + s
+            gains.masked_fill_((there < lower) | (there > upper), -math.inf)
+            if paired:  # in place: these matrices take nearly all the time
+                gains = (gains[:, None] + gains).sub_((s[:, None] * gram).mul_(2 * s)).fill_diagonal_(-math.inf)
+            if in_ball:
+                longer = lattice.longer(k, s, center)
+                longer = longer[:, None] + longer if paired else longer
+                gains.masked_fill_(used + longer > lattice.l2_budget, -math.inf)
             best = int(gains.argmax())
             won = float(gains.flatten()[best])
             if not won > threshold:
                 break
-            used += float(longer.flatten()[best])
+            used += float(longer.flatten()[best]) if in_ball else 0.0
             chosen = divmod(best, len(index)) if paired else (best,)
             c = c + sum(s[i] * gram[i] for i in chosen)
             for i in chosen:

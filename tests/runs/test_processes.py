@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ from fakes import TinyEncoder, draw_photo, save_photos
 from runcases import free_ports, python
 
 from hf_equiv.analyses import MatchConfig, make_plan, run
+from hf_equiv.cli.main import _run
 from hf_equiv.runs import processes, shards
 from hf_equiv.runs.schema import LAYOUTS
 
@@ -29,6 +29,7 @@ SEVERAL = """
     from hf_equiv.cli.progress import run_progress
     from hf_equiv.analyses import MatchConfig, figures, make_plan, run_analysis
     from hf_equiv.analyses.run import VERBS
+    from hf_equiv.models import encoder  # imported once, and not by each child
 
     figures.pairs_figure = lambda *_: None  # a second each
     figures.spectrum_figures = figures.lipschitz_figures = figures.walk_figures = lambda *_, **__: {}
@@ -132,56 +133,66 @@ def test_a_launcher_that_starts_one_process_is_noticed(monkeypatch):
     assert processes.describe(alone, blocks, "rows").startswith("1 process works on 3 rows; for more, launch with")
 
 
-HOLD = """
-    import sys
-    from pathlib import Path
-    from types import SimpleNamespace
-    from hf_equiv.runs.processes import Claims
+@pytest.fixture
+def hold():
+    """Start a process that holds block 3 until it is killed or told to leave; a fork, which pays for no import."""
+    children = []
 
-    state = SimpleNamespace(num_processes=2, is_main_process=sys.argv[2] == "main")
-    with Claims(Path(sys.argv[1]), state) as claims:
-        print(claims.take(3), flush=True)
-        sys.stdin.readline()
-    print("closed", flush=True)
-"""
+    def start(folder: Path, role: SimpleNamespace) -> SimpleNamespace:
+        (seen, told), (wait, leave) = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(seen)
+                os.close(leave)
+                with processes.Claims(folder, role) as claims:
+                    os.write(told, b"yes" if claims.take(3) else b"no")
+                    os.read(wait, 1)
+            finally:
+                os._exit(0)
+        os.close(told)
+        os.close(wait)
+        children.append(child)
+        assert os.read(seen, 3) == b"yes"
+
+        def end(kill: bool) -> None:
+            os.kill(child, signal.SIGKILL) if kill else os.write(leave, b".")
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (-signal.SIGKILL if kill else 0)
+            children.remove(child)
+
+        return SimpleNamespace(kill=lambda: end(True), leave=lambda: end(False))
+
+    yield start
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
-def hold(folder: Path, role: str) -> subprocess.Popen:
-    """A process that holds block 3 and does nothing, until it reads a line: then it leaves."""
-    command = [sys.executable, "-c", textwrap.dedent(HOLD), str(folder), role]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "True\n"
-    return child
-
-
-def test_a_block_whose_owner_was_killed_is_taken_over(tmp_path):
+def test_a_block_whose_owner_was_killed_is_taken_over(hold, tmp_path):
     with processes.Claims(tmp_path, MAIN) as claims:
-        child = hold(tmp_path, "other")
+        child = hold(tmp_path, OTHER)
         assert claims.take(2)
         assert not claims.take(3)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
         claims.wait_for(3, lambda: None)
     assert not list(tmp_path.iterdir())
 
 
-def test_who_waits_for_a_main_process_that_was_killed_is_told(tmp_path):
-    child = hold(tmp_path, "main")
+def test_who_waits_for_a_main_process_that_was_killed_is_told(hold, tmp_path):
+    child = hold(tmp_path, MAIN)
     with processes.Claims(tmp_path, OTHER) as claims:
         assert not claims.take(3)
         assert claims.take(4)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
         with pytest.raises(RuntimeError, match=r"the main process has ended .* Its rows are kept: run the same"):
             claims.wait_for_close()
 
 
-def test_no_block_is_taken_once_the_list_is_closed(tmp_path):
-    child = hold(tmp_path, "main")
+def test_no_block_is_taken_once_the_list_is_closed(hold, tmp_path):
+    child = hold(tmp_path, MAIN)
     with processes.Claims(tmp_path, OTHER) as other:
         assert other.take(0)
-        child.communicate("\n")
+        child.leave()
         assert not other.take(1)
         other.wait_for_close()
 
@@ -195,7 +206,7 @@ def test_a_folder_that_is_not_that_of_the_main_process_is_told(stale, tmp_path):
         pass
 
 
-def test_two_nodes_give_the_rows_of_one_process(tmp_path):
+def test_two_nodes_give_the_rows_of_one_process(tmp_path, monkeypatch):
     work = ["-m", "hf_equiv", "match", "builtin", "--data", "builtin", "--pairs", "3", "--max-evals", "20", "--rtol",
             "0.9", "--no-refine"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -221,7 +232,8 @@ def test_two_nodes_give_the_rows_of_one_process(tmp_path):
     shared = ends([start(0, tmp_path), start(1, tmp_path)])
     assert [code for code, _ in shared] == [0, 0], shared
     assert "rank 1: 2 processes share 3 rows" in shared[1][1]
-    subprocess.run([sys.executable, *work, "--out", "one"], cwd=tmp_path, env=environment, check=True, timeout=300)
+    monkeypatch.chdir(tmp_path)
+    assert _run([*work[2:], "--out", "one"]) == 0
     one, two = (
         [row | {"seconds": 0} for row in shards.read_rows(tmp_path / name, images=True, layout=LAYOUTS["match"])]
         for name in ("one", "two")
@@ -260,12 +272,12 @@ def test_torchrun_and_accelerate_launch(verb, tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["complete"]
 
 
-def test_a_process_that_sees_other_photos_makes_no_row(tmp_path, monkeypatch):
+def test_a_process_that_sees_other_photos_makes_no_row(hold, tmp_path, monkeypatch):
     photos, out = save_photos(tmp_path / "photos"), tmp_path / "out"
     config = MatchConfig(data=str(photos), pairs=2, max_evals=5, refine=False)
     run.run_analysis(make_plan(config, TinyEncoder()), out)
     draw_photo(11).save(photos / "class0" / "photo0.png")  # between the planning of one process and of another
-    hold(out, "main")
+    hold(out, MAIN)
     other = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False, wait_for_everyone=lambda: None)
     monkeypatch.setattr(processes, "join", lambda _: other)
     with pytest.raises(ValueError, match="other settings: the photos changed"):

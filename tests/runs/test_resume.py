@@ -106,6 +106,7 @@ SEVERAL = """
     from fakes import TinyEncoder, draw_photo, save_photos
     from hf_equiv.analyses import figures
     from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
+    from hf_equiv.models import encoder  # imported once, and not by each child
 
     figures.pairs_figure = lambda *_: None
     place, port = Path(sys.argv[1]), sys.argv[2]
