@@ -30,7 +30,6 @@ Rows = Sequence[Mapping[str, Any]]
 
 SSIM_SIGMA = 1.5  # standard deviation of the Gaussian window of SSIM in pixels, as in Wang et al. 2004
 SSIM_WINDOW = 2 * round(3.5 * SSIM_SIGMA) + 1  # side of the window, 11 pixels; smaller images have no SSIM
-SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # the constants of that paper for values in [0, 1]
 QUANTIZATION_DRAWS = 8
 
 LABEL_MEASURES = (
@@ -65,19 +64,13 @@ def psnr_db(a: Tensor, b: Tensor) -> float | None:
 
 def ssim(a: Tensor, b: Tensor) -> float | None:
     """Return the SSIM (Gaussian window, σ = 1.5) of two images (C, H, W) in [0, 1]; None for a side below 11."""
+    from skimage.metrics import structural_similarity  # imports parts of scipy
+
     if min(a.shape[-2:]) < SSIM_WINDOW:
         return None
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    bell = torch.exp(-((torch.arange(SSIM_WINDOW).double() - SSIM_WINDOW // 2) / SSIM_SIGMA).square() / 2)
-    bell /= bell.sum()
-    # windows that lie inside the image count, as in Wang et al. 2004 and scikit-image
-    seen = torch.cat([a, b, a * a, b * b, a * b])[:, None]
-    for kernel in (bell.view(1, 1, -1, 1), bell.view(1, 1, 1, -1)):
-        seen = torch.nn.functional.conv2d(seen, kernel)
-    mean_a, mean_b, aa, bb, ab = seen.chunk(5)
-    spread = (aa - mean_a.square()).clamp_min(0) + (bb - mean_b.square()).clamp_min(0)
-    likeness = (2 * mean_a * mean_b + SSIM_C1) * (2 * (ab - mean_a * mean_b) + SSIM_C2)
-    return finite((likeness / ((mean_a.square() + mean_b.square() + SSIM_C1) * (spread + SSIM_C2))).mean())
+    window: dict[str, Any] = {"gaussian_weights": True, "sigma": SSIM_SIGMA, "use_sample_covariance": False}
+    x, y = (image.detach().cpu().double().numpy() for image in (a, b))
+    return finite(structural_similarity(x, y, channel_axis=0, data_range=1.0, **window))
 
 
 def relative_error(z: Tensor, reference: Tensor) -> float | None:

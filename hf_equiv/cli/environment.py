@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "hf_equiv", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy",
-    "Pillow", "matplotlib", "torchvision", "gradio",
+    "scikit-image", "Pillow", "matplotlib", "torchvision", "gradio",
 )  # fmt: skip
 
 
