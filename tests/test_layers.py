@@ -61,10 +61,11 @@ HOMES = {
     "jinja2": ["formatting", "report/render"],
     "markupsafe": ["formatting", "report/render"],
     "scipy": ["report/statistics"],
+    "skimage": ["analyses/measures"],
     "click": ["cli"],
     "rich": ["cli"],
 }
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image"}
 
 
 def imports(path: Path) -> set[str]:

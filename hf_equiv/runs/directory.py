@@ -164,7 +164,7 @@ def check_record(folder: Path, record: Row) -> Layout:
     missing = _wrong_types(settings, kinds, needed, "settings.")
     missing += [f"a valid value of settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
-    missing += [] if _is_object(settings.get("processor", "{}")) else ["a right settings.processor"]
+    missing += [] if _is_object(settings.get("processor", "{}")) else ["a valid value of settings.processor"]
     if missing:
         why = f"is damaged: it lacks {', '.join(missing)}. Restore it, or make the run again elsewhere"
         raise ValueError(f"{str(folder / RECORD)!r} {why}.")
