@@ -351,7 +351,7 @@ def test_one_reason_for_all_images_is_told_once(photos, tiny):
         raise ValueError("the processor cannot be built here.")
 
     tiny.preprocess = refuse
-    with pytest.raises(ValueError, match=r"^the processor cannot be built here\. \(images 'class.*' …\)$"):
+    with pytest.raises(ValueError, match=r"^the processor cannot be built here\. \(images 'class.*', …\)$"):
         make_plan(config_of(photos), tiny)
 
 
