@@ -266,6 +266,8 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
     """Recompute the rows of one image."""
     name, image, kinds = rows[0]["image_id"], rows[0]["image"], settings["directions"]
+    if (most := max(kinds.values(), default=0)) > 2 * len(rows):  # a count of any size would take any memory
+        raise ValueError(f"`directions` must ask for the {len(rows)} rows that are there; got {most} of one kind.")
     try:
         check_radii(torch.tensor(settings["radii"] or [], dtype=torch.float64))
     except (TypeError, OverflowError) as error:  # raised by text, nulls and whole numbers beyond float64

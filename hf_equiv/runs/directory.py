@@ -32,6 +32,7 @@ WITHHELD = "withheld"
 OVERWRITE = ("missing", "always", "never")
 OWN_FOLDERS = (*(layout.folder for layout in LAYOUTS.values()), "float", "figures")
 _LOCK = ".lock"
+_DEEPEST = 50  # most levels of lists and objects in `run.json`; a run writes six
 
 _COMMON: dict[str, tuple[type, ...]] = {"normalize": (bool,), "seed": (int,)}
 _COMMON |= dict.fromkeys(("model_id", "model_revision", "readout", "dtype", "data_id", "data_revision"), (str,))
@@ -111,13 +112,15 @@ def parse_record(data: bytes) -> Row:
     try:
         record = json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=each_key_once)
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no Infinity, no half of a character
+        if _depth(record) > _DEEPEST:
+            raise RecursionError
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     wrong = _wrong_types(record, HEAD, ("schema_version", "settings"))
     wrong = wrong or _wrong_types(record["settings"], _COMMON | _OTHERS, ("model_id", "model_revision"), "settings.")
     layout = None if wrong else LAYOUTS.get(analysis_of(record))
     if layout is not None:
-        wrong += _wrong_types(record, {layout.listed: (list,)}, ())
+        wrong += _wrong_types(record, {layout.listed: (list,)}, (layout.listed, "files", "complete", "summary"))
         if not wrong and not all(_is_entry(item, layout) for item in record.get(layout.listed, ())):
             wrong.append(f"a valid value of {layout.listed}.{layout.item}")
         texts = ("files", "errors", "closed_with")
@@ -163,7 +166,6 @@ def check_record(folder: Path, record: Row) -> Layout:
     needed = [key for key in (*_COMMON, *kinds) if key != "stop"]
     missing = _wrong_types(settings, kinds, needed, "settings.")
     missing += [f"a valid value of settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
-    missing += _wrong_types(record, {}, (layout.listed, "files", "complete", "summary"))
     missing += [] if _is_object(settings.get("processor", "{}")) else ["a valid value of settings.processor"]
     if missing:
         why = f"is damaged: it lacks {', '.join(missing)}. Restore it, or make the run again elsewhere"
@@ -179,8 +181,15 @@ def _is_object(text: str) -> bool:
 
 
 def _holds(value: Any, types: tuple[type, ...]) -> bool:
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(_is(one, types) for one in inside)
+    return all(_is(one, types) for one in _inside(value))
+
+
+def _depth(value: Any) -> int:
+    return 1 + max(map(_depth, _inside(value)), default=0)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _is_entry(item: Any, layout: Layout) -> bool:

@@ -402,6 +402,13 @@ def test_settings_without_a_ladder_are_named(radii, copied):
     assert len(report.problems) == 2
 
 
+@pytest.mark.parametrize("count", [10**9, 2**63])
+def test_directions_without_rows_are_not_made(count, copied):
+    out = copied("lipschitz")
+    tamper(out, lambda *_: None, {"directions": {"random": count}})
+    assert {problem.column for problem in directory.verify_run(out).problems} == {"directions"}
+
+
 @pytest.mark.parametrize("radii", [None, [None] * 21, [math.nan] * 21], ids=str)
 def test_an_early_row_without_a_ladder_is_named(radii, copied):
     out = copied("lipschitz")
