@@ -44,7 +44,7 @@ def rows_at_once(
 ) -> int:
     """Return the number of rows to read at once, at most `rows`; refuse a file that states to be too large."""
     most = max(MAX_BYTES, EXPANSION * on_disk) if most is None else most
-    _refuse_encrypted(metadata)
+    refuse_encrypted(metadata)
     total = repeated = 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -59,7 +59,7 @@ def rows_at_once(
     return max(1, min(rows, MAX_BYTES // max(1, 2 * repeated)))
 
 
-def _refuse_encrypted(metadata: pq.FileMetaData) -> None:
+def refuse_encrypted(metadata: pq.FileMetaData) -> None:
     """Refuse a file with an encrypted column, whose sizes pyarrow cannot tell: it would end the process."""
     reader = pq.ParquetFile(pa.BufferReader(b""), metadata=metadata).reader  # without data, only the key is looked for
     for group in range(metadata.num_row_groups):

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from hf_equiv.limits import read_batches
+from hf_equiv.limits import read_batches, refuse_encrypted
 from hf_equiv.png_file import check_png
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import MATCH, PROVENANCE_FEATURES, Layout, Row, row_name
@@ -154,6 +154,7 @@ def float_bytes(floats: Mapping[str, Tensor], costs: Row) -> bytes:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
     with path.open("rb") as stream, pq.ParquetFile(stream) as file:  # pyarrow takes no path such as `a:b/c`
+        refuse_encrypted(file.metadata)
         yield file
 
 
@@ -231,7 +232,9 @@ def faults_of_schema(path: Path, layout: Layout, errors: Mapping[str, str] | Non
         yield "metadata", "the columns of the file have metadata"
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     packed = sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
-    if len(b"PAR1") + packed + footer.serialized_size + len(b"sizePAR1") != path.stat().st_size:
+    with path.open("rb") as stream:
+        head = stream.read(4)  # which pyarrow does not look at
+    if head != b"PAR1" or len(head) + packed + footer.serialized_size + len(b"sizePAR1") != path.stat().st_size:
         yield "file", "the file holds bytes that belong to no column"
     metadata.pop(b"ARROW:schema", None)  # compared above
     own = _object(metadata.pop(_ERRORS, b"{}"))

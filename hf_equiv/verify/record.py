@@ -136,6 +136,9 @@ def check_settings(record: Row, layout: Layout, encoder: Encoder | None) -> Iter
     asked = pairs or min(len(items), most)  # a set may hold fewer images than the limit, but never fewer pairs
     if len(items) != asked:
         yield differs(RECORD, None, f"settings.num_{layout.listed}", len(items), asked, "the command asks for these")
+    targets = [item["target_id"] for item in listed if item.get("target_id") is not None]
+    if targets and not getattr(config, "needs_target", True):
+        yield differs(RECORD, None, f"{layout.listed}.target_id", targets[0], None, "the command asks for no target")
 
 
 def _config_of(settings: Row, kind: type) -> Any:

@@ -16,6 +16,8 @@ from runcases import python
 
 from hf_equiv.data import tables
 from hf_equiv.data.sources import load_images
+from hf_equiv.runs import shards
+from hf_equiv.runs.schema import MATCH
 
 
 def write(path, first: int, count: int, group: int = 2) -> None:
@@ -183,3 +185,5 @@ def test_an_encrypted_column_is_refused_and_does_not_end_the_process(tmp_path, c
     code = "import sys; from hf_equiv.data.sources import load_images; load_images(sys.argv[1], cache_dir=sys.argv[2])"
     found = python(code, path, tmp_path / "cache")
     assert f"cannot be read: column '{column}' is encrypted" in found.stderr
+    with pytest.raises(ValueError, match=f"column '{column}' is encrypted"):
+        list(shards.faults_of_schema(path, MATCH, {}))

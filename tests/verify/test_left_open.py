@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -102,6 +103,20 @@ def hide_bytes(out: Path) -> None:
     path.write_bytes(data[:footer] + b"payload" + data[footer:])
 
 
+def cut_footer(out: Path) -> None:
+    path = out / "spectra" / "part-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-8] + bytes(4) + b"PAR1")
+
+
+def behead(out: Path) -> None:
+    path = out / "spectra" / "part-00000.parquet"
+    path.write_bytes(b"MORE" + path.read_bytes()[4:])
+
+
+def text_as_seconds(table: pa.Table) -> pa.Table:
+    return table.set_column(table.column_names.index("seconds"), "seconds", pa.array(["1"] * len(table)))
+
+
 def extend_footer(out: Path) -> None:
     path = out / "spectra" / "part-00000.parquet"
     table = pq.read_table(path)
@@ -133,8 +148,12 @@ TAMPERINGS = {
     "a shard without rows": rewrite_table(lambda table: table.slice(0, 0), "part-00007.parquet"),
     "columns in another order": rewrite_table(lambda table: table.select(table.column_names[::-1])),
     "a column twice": rewrite_table(lambda table: table.append_column("status", table["status"])),
+    "a column of text": rewrite_table(text_as_seconds),
     "a table without its features": rewrite_table(lambda table: table.replace_schema_metadata(None)),
     "metadata of the footer": extend_footer,
+    "a footer of no length": cut_footer,
+    "another head": behead,
+    "a target of a spectrum": lambda out: reseal(out, lambda record: record["images"][0].update(target_id="x")),
     "bytes between the columns": hide_bytes,
     "a table of the card without the line before it": rewrite("README.md", lambda text: text.replace("\n\n", "\n")),
     "line ends of the card": lambda out: (out / "README.md").write_bytes(
