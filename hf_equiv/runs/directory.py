@@ -112,7 +112,7 @@ def parse_record(data: bytes) -> Row:
     try:
         record = json.loads(data.decode("utf-8-sig"), parse_int=_whole, object_pairs_hook=each_key_once)
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no Infinity, no half of a character
-        if _depth(record) > _DEEPEST:
+        if _depth(record) > _DEEPEST:  # `verify` would go through it by a function that calls itself
             raise RecursionError
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -120,7 +120,8 @@ def parse_record(data: bytes) -> Row:
     wrong = wrong or _wrong_types(record["settings"], _COMMON | _OTHERS, ("model_id", "model_revision"), "settings.")
     layout = None if wrong else LAYOUTS.get(analysis_of(record))
     if layout is not None:
-        wrong += _wrong_types(record, {layout.listed: (list,)}, (layout.listed, "files", "complete", "summary"))
+        needed = (layout.listed, "files", "complete", "summary") if record["schema_version"] <= SCHEMA_VERSION else ()
+        wrong += _wrong_types(record, {layout.listed: (list,)}, needed)
         if not wrong and not all(_is_entry(item, layout) for item in record.get(layout.listed, ())):
             wrong.append(f"a valid value of {layout.listed}.{layout.item}")
         texts = ("files", "errors", "closed_with")
