@@ -24,7 +24,9 @@ SUBJECTS: Mapping[str, tuple[str, ...]] = {
         "rank_threshold within a factor of 2", "stationarity before the last point",
         "digits of other numbers within their tolerances",
     ),
-    "software": ("versions", "closed_with", "errors", "compression of PNG and parquet files, with statistics and writer"),
+    "software": (
+        "versions", "closed_with", "errors", "compression of PNG and parquet files, with statistics and writer",
+    ),
 }  # fmt: skip
 """Columns, settings and keys that images cannot prove, by subject. They must agree with each other."""
 
