@@ -2,12 +2,16 @@
 
 import json
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from hf_equiv.runs import shards
 
 SIZE = 16
 LABELS = ("apple", "boat", "chair", "dune")
@@ -94,3 +98,12 @@ class Known:
 
 def pixels_of_photo(k: int, side: int = SIZE) -> Tensor:
     return torch.from_numpy(np.array(draw_photo(k, side))).permute(2, 0, 1).float() / 255
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], Any] = len, more: Iterable[str] = ()) -> None:
+    """Bring the hashes of run.json up to date, with those of more files, and change it, as a careful forger would."""
+    record = json.loads((folder / "run.json").read_text())
+    names = [name for name in [*record["files"], *more] if (folder / name).is_file()]
+    record["files"] = {name: shards.sha256_file(folder / name) for name in names}
+    change(record)
+    (folder / "run.json").write_text(json.dumps(record))

@@ -13,7 +13,6 @@ from loopback_hub import Hub
 from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli.main import _run
-from hf_equiv.runs import shards
 from hf_equiv.runs.directory import read_run
 from hf_equiv.verify.dataset import verify_results
 
@@ -80,13 +79,6 @@ def record_of(hub: Hub, place: str = "", name: str = NAME, revision: str = "main
     """The run.json of a run of a dataset."""
     data: dict[str, Any] = json.loads(hub.files("datasets", name, revision)[f"{place}run.json"])
     return data
-
-
-def reseal(folder: Path, files: tuple[str, ...] = ()) -> None:
-    """Bring the hashes of run.json up to date, as a careful forger would."""
-    record = json.loads((folder / "run.json").read_text())
-    record["files"] = {name: shards.sha256_file(folder / name) for name in [*record["files"], *files]}
-    (folder / "run.json").write_text(json.dumps(record))
 
 
 def whole(

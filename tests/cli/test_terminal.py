@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fakes import TinyEncoder, draw_photo
-from hubcases import call, reseal
+from fakes import TinyEncoder, draw_photo, reseal
+from hubcases import call
 
 from hf_equiv.cli import environment
 from hf_equiv.formatting import excerpt, one_line, printable

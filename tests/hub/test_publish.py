@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fakes import TinyEncoder, save_photos
-from hubcases import NAME, at_root, call, contents, record_of, reseal, surroundings, titles
+from fakes import TinyEncoder, reseal, save_photos
+from hubcases import NAME, at_root, call, contents, record_of, surroundings, titles
 from huggingface_hub import HfApi, HfFileSystem, errors
 from loopback_hub import Hub
 from rich.filesize import decimal
@@ -88,7 +88,7 @@ def test_nothing_new_makes_no_commit(hub, runs):
 def test_an_update_deletes_what_is_no_longer_there(hub, runs, tmp_path):
     other = shutil.copytree(runs["match"], tmp_path / "other")
     (other / "figures" / "more.png").write_bytes(b"picture")
-    reseal(other, ("figures/more.png",))
+    reseal(other, more=["figures/more.png"])
     publish_results(other, NAME)
     assert "figures/more.png" in hub.files("datasets", NAME)
     done = publish_results(runs["match"], NAME)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fakes import SIZE, TinyEncoder, save_photos
+from fakes import SIZE, TinyEncoder, reseal, save_photos
 from hostile import NOT_STORED
 from PIL import Image
 from safetensors.torch import save_file
@@ -46,13 +46,6 @@ def out(finished, tmp_path, monkeypatch) -> Path:
     """A copy of that run to tamper with, and a loader that gives its encoder back."""
     monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
     return Path(shutil.copytree(finished, tmp_path / "out"))
-
-
-def reseal(out: Path) -> None:
-    """Bring the hashes of run.json up to date, as a careful forger would."""
-    record = json.loads((out / "run.json").read_text())
-    record["files"] = {name: shards.sha256_file(out / name) for name in record["files"] if (out / name).is_file()}
-    (out / "run.json").write_text(json.dumps(record))
 
 
 def forge(out: Path, column: str, change, row: int = 0, shard: int = 0) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fakes import TinyEncoder, save_photos
+from fakes import TinyEncoder, reseal
 
 from hf_equiv.analyses import make_plan, run_analysis
 from hf_equiv.analyses.run import VERBS
@@ -37,28 +37,8 @@ def make_run(name: str, photos: Path, out: Path) -> Path:
     return out
 
 
-def reseal(out: Path, change=lambda record: None) -> None:
-    record = json.loads((out / "run.json").read_text())
-    record["files"] = {name: shards.sha256_file(out / name) for name in record["files"] if (out / name).is_file()}
-    change(record)
-    (out / "run.json").write_text(json.dumps(record))
-
-
 def rewrite(name: str, change):
     return lambda out: (out / name).write_text(change((out / name).read_text()))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("runs")
-    photos = save_photos(place / "photos")
-    return {name: make_run(name, photos, place / name) for name in OPTIONS}
-
-
-@pytest.fixture
-def copied(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(directory, "load_recorded", lambda settings, *_: TinyEncoder())
-    return lambda name: Path(shutil.copytree(runs[name], tmp_path / "copy"))
 
 
 def edit(out: Path, analysis: str, change) -> None:

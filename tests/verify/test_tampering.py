@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import TinyEncoder, save_photos
+from fakes import TinyEncoder, reseal, save_photos
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -41,28 +41,6 @@ def make_run(name: str, photos: Path, out: Path, encoder: Any = None, **more: An
     config = VERBS[verb].CONFIG(**given | OPTIONS[name] | more)
     run_analysis(make_plan(config, encoder or TinyEncoder()), out)
     return out
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """A run of one pair or image of each verb, not to be changed."""
-    place = tmp_path_factory.mktemp("runs")
-    photos = save_photos(place / "photos")
-    return {name: make_run(name, photos, place / name) for name in OPTIONS}
-
-
-@pytest.fixture
-def copied(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(directory, "load_recorded", lambda settings, *_: TinyEncoder())
-    return lambda name: Path(shutil.copytree(runs[name], tmp_path / "copy"))
-
-
-def reseal(out: Path, change=lambda record: None) -> None:
-    """Change run.json, and bring its hashes up to date."""
-    record = json.loads((out / "run.json").read_text())
-    record["files"] = {name: shards.sha256_file(out / name) for name in record["files"] if (out / name).is_file()}
-    change(record)
-    (out / "run.json").write_text(json.dumps(record))
 
 
 def others(value: Any) -> list[Any]:
