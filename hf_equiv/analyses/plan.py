@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from hf_equiv.analyses.pairs import Item, Reader, refuse_equal
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
+from hf_equiv.formatting import fraction, read_fraction
 from hf_equiv.matching.stages import Draft
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
@@ -57,18 +59,30 @@ class Plan:
     @property
     def command(self) -> str:
         """Command line that repeats the run, each local checkpoint, file or folder by its name without a path."""
+        return self._command(str(self.settings["model_id"]), lambda images, path: images.data_id)
+
+    @property
+    def local_command(self) -> str:
+        """The same with the whole paths of this machine, which no file of a run may hold."""
+        from hf_equiv.models.encoder import is_local  # brings transformers along
+
+        model = _whole(self.encoder.model_id) if is_local(self.settings) else str(self.settings["model_id"])
+        return self._command(model, lambda _, path: path)
+
+    def _command(self, model: str, name: Callable[[ImageSet, str], str]) -> str:
+        """Return the command line; `name` gives the word for a local file or folder of images."""
         config, settings = self.config, self.settings
         revision = str(settings["model_revision"])
-        words = ["hf-equiv", config.analysis, str(settings["model_id"])]
+        words = ["hf-equiv", config.analysis, model]
         words += [] if revision.startswith("sha256:") else ["--revision", revision]
         targets = self.targets or self.images
         stated = replace(  # the loaded encoder overrides the readout and dtype of the config
             config,
             readout=settings["readout"],
             dtype=config.half or settings["dtype"],
-            source=_public_name(config.source, self.images),
-            target=_public_name(config.target, targets),
-            data=_public_name(config.data, self.images),
+            source=_named(config.source, self.images, name),
+            target=_named(config.target, targets, name),
+            data=_named(config.data, self.images, name),
         )
         for field in fields(stated):
             value = getattr(stated, field.name)
@@ -77,6 +91,8 @@ class Plan:
                 continue
             if isinstance(value, bool):
                 words.append(flag if value else flag.replace("--", "--no-", 1))
+            elif isinstance(value, float):
+                words += [flag, fraction(value)]
             else:
                 words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
         return shlex.join(words)
@@ -198,7 +214,7 @@ def read_command(command: str, kind: Any) -> Any:
         if tuple[str, ...] in known or tuple[float, ...] in known:
             values[name] = tuple(map(str if tuple[str, ...] in known else float, text.split(",")))
         else:
-            values[name] = int(text) if int in known else float(text) if float in known else text
+            values[name] = int(text) if int in known else read_fraction(text) if float in known else text
     return kind(**values)
 
 
@@ -219,7 +235,12 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _public_name(given: str | None, images: ImageSet) -> str | None:
-    """Return the option of a set of images with the name of the set in place of a local path."""
-    local = given is not None and given != "builtin" and Path(given).expanduser().exists()
-    return images.data_id if local else given
+def _named(given: str | None, images: ImageSet, name: Callable[[ImageSet, str], str]) -> str | None:
+    """Return the option of a set of images, with another word in place of a local path."""
+    if given is None or given == "builtin" or not Path(given).expanduser().exists():
+        return given
+    return name(images, _whole(given))
+
+
+def _whole(path: str) -> str:
+    return os.path.abspath(Path(path).expanduser())

@@ -86,11 +86,23 @@ def run_analysis(
     # CPU it changes no number. `observer` receives a `RunProgress` after each batched evaluation; an exception that it
     # raises ends the run.
     job = _Job(plan, Path(out or plan.default_out), batch_size)
+    _remember(plan)
     main = carry_out(job, overwrite, observer or (lambda _: None))
     record, found = directory.read_record(job.folder), job.found or read_back(job.folder, plan.layout, job.names, 0)
     refine_evals = {name: cost["refine"] for name, cost in (found.costs or {}).items()}
     errors, rows = record.get("errors", {}), tuple(found.rows)
     return RunOutcome(plan.layout.analysis, job.folder, rows, record["summary"], errors, refine_evals, main)
+
+
+def _remember(plan: Plan) -> None:
+    """Remember on this machine the paths that the run does not record."""
+    from hf_equiv.models.encoder import is_local  # both bring transformers along
+    from hf_equiv.models.places import key_of_run, remember
+
+    if plan.local_command != plan.command:
+        remember(key_of_run(plan.config.analysis, plan.settings), plan.local_command)
+    if is_local(plan.settings):
+        remember(plan.encoder.revision, os.path.abspath(Path(plan.encoder.model_id).expanduser()))
 
 
 class _Job:

@@ -190,7 +190,6 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     """Run a plan with progress, and print its rows, summary and verdict; return the exit code."""
     from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import environment, output, progress
-    from hf_equiv.models.encoder import is_local
     from hf_equiv.runs import shards
 
     quiet, total = given["as_json"] or given["quiet"], len(plan.items)
@@ -209,9 +208,8 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     if given["as_json"]:
         output.print_json(_result(plan, folder, outcome.rows, outcome.summary))
     elif not quiet:
-        model = ["--model", given["model"]] if is_local(plan.settings) else []
         try:
-            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
+            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder)]))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a record that was changed
             told = f"'{folder}/run.json' is damaged: its summary cannot be shown ({excerpt(error)}). Run the same"
             raise ValueError(f"{told} command with --overwrite always.") from error

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from hf_equiv.formatting import read_fraction
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 IMAGES = (
@@ -25,10 +27,9 @@ def radius(text: str) -> float | None:
     """Parse a number or a fraction such as 8/255; `none` means no ball."""
     if text.strip().lower() == "none":
         return None
-    over, _, under = text.partition("/")
     try:
-        return float(over) / float(under or 1)
-    except (ValueError, ZeroDivisionError):
+        return read_fraction(text)
+    except ValueError:
         raise click.BadParameter(f"{text!r} is not a number or a fraction such as 8/255.") from None
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_equiv.analyses.plan import read_command
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
+from hf_equiv.models import places
 from hf_equiv.models.encoder import Encoder, is_local, load_recorded
 from hf_equiv.results import Status
 from hf_equiv.runs import directory, shards
@@ -68,6 +73,36 @@ class Run:
     def partial(self) -> bool:
         """Whether the run is unfinished."""
         return not self.record["complete"] or (self.there < self.listed and not self.changed)
+
+
+def commands_of(runs: Iterable[Run]) -> list[str]:
+    """Return the commands that repeat the runs and those that verify them, as they can be typed in this folder."""
+    again = [_command(run) for run in runs]
+    check = [f"hf-equiv verify {shlex.quote(_address(run))}" for run in runs]
+    return list(dict.fromkeys([command for command in again if command] + check))
+
+
+def _command(run: Run) -> str | None:
+    """Return the command of a run, with the paths that were typed on this machine; None if it is no such command."""
+    here = places.recall(places.key_of_run(run.analysis, run.settings))
+    command = here or run.record.get("command") or ""
+    try:
+        read_command(command, VERBS[run.analysis].CONFIG)  # a stranger's line may be any command of a shell
+    except ValueError:
+        return None
+    return command if here is None else shlex.join(map(_from_here, shlex.split(here)))
+
+
+def _from_here(word: str) -> str:
+    """Return a word of a command with a whole path as seen from the current folder."""
+    path = os.path.relpath(word) if os.path.isabs(word) else word
+    return path if path == word or os.sep in path else f".{os.sep}{path}"
+
+
+def _address(run: Run) -> str:
+    """Return the path of a run from the current folder, or the name of its dataset on the Hub."""
+    on_hub = "@" in run.name and not Path(run.name).exists()
+    return run.name.split("@")[0] if on_hub else os.path.relpath(run.folder)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -227,10 +228,20 @@ def test_a_local_checkpoint_is_recorded_by_name_and_found_again(tmp_path, monkey
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(written) >= 5
     assert not any(b"a-private-place" in data for data in written)
+    assert call(capsys, "verify", "run")[0] == 0  # its path is remembered on this machine
+    report = call(capsys, "report", "run", "--no-survival")
+    assert report[0] == 0
+    assert "hf-equiv match a-private-place/my-model " in (tmp_path / "reports" / "my-model.md").read_text()
+    moved = Path(model).rename(tmp_path / "elsewhere")
     code, _, err = call(capsys, "verify", "run")
     assert code == 2
     assert "this run used the local checkpoint 'my-model'" in err
-    assert call(capsys, "verify", "run", "--model", model)[0] == 0
+    assert f"is no longer at '{model}'. Name it with --model PATH." in err
+    save("vit_msn", Path(model))
+    code, _, err = call(capsys, "verify", "run")
+    assert code == 2
+    assert "has changed since the run" in err
+    assert call(capsys, "verify", "run", "--model", moved)[0] == 0
     other = save("vit_msn", tmp_path / "other" / "my-model")
     code, out, _ = call(capsys, "verify", "run", "--model", other)
     assert code == 1
