@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -59,43 +58,19 @@ class Plan:
     @property
     def command(self) -> str:
         """Command line that repeats the run, each local checkpoint, file or folder by its name without a path."""
-        return self._command(str(self.settings["model_id"]), lambda images, path: images.data_id)
-
-    @property
-    def local_command(self) -> str:
-        """The same with the whole paths of this machine, which no file of a run may hold."""
-        from hf_equiv.models.encoder import is_local  # brings transformers along
-
-        model = _whole(self.encoder.model_id) if is_local(self.settings) else str(self.settings["model_id"])
-        return self._command(model, lambda _, path: path)
-
-    def _command(self, model: str, name: Callable[[ImageSet, str], str]) -> str:
-        """Return the command line; `name` gives the word for a local file or folder of images."""
         config, settings = self.config, self.settings
         revision = str(settings["model_revision"])
-        words = ["hf-equiv", config.analysis, model]
-        words += [] if revision.startswith("sha256:") else ["--revision", revision]
-        targets = self.targets or self.images
         stated = replace(  # the loaded encoder overrides the readout and dtype of the config
             config,
+            model=str(settings["model_id"]),
+            revision=None if revision.startswith("sha256:") else revision,
             readout=settings["readout"],
             dtype=config.half or settings["dtype"],
-            source=_named(config.source, self.images, name),
-            target=_named(config.target, targets, name),
-            data=_named(config.data, self.images, name),
+            source=_public_name(config.source, self.images),
+            target=_public_name(config.target, self.targets or self.images),
+            data=_public_name(config.data, self.images),
         )
-        for field in fields(stated):
-            value = getattr(stated, field.name)
-            flag = "--" + field.name.replace("_", "-")
-            if value == field.default or field.name in ("model", "revision"):
-                continue
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            elif isinstance(value, float):
-                words += [flag, fraction(value)]
-            else:
-                words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-        return shlex.join(words)
+        return command_line(stated)
 
     @property
     def item_bytes(self) -> int:
@@ -194,8 +169,25 @@ def settings_of(
     }
 
 
+def command_line(config: Any) -> str:
+    """Return the command line of a config, without the options that have their default."""
+    words = ["hf-equiv", config.analysis, config.model]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if value == field.default or field.name == "model":
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, float):
+            words += [flag, fraction(value)]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
 def read_command(command: str, kind: Any) -> Any:
-    """Return the config, of the class `kind`, that `Plan.command` was made of; a ValueError names a wrong word."""
+    """Return the config, of the class `kind`, of a `command_line`; a ValueError names a wrong word."""
     program, analysis, model, *words = shlex.split(command)
     if shlex.join([program, analysis, model, *words]) != command:  # people paste it into a shell
         raise ValueError(f"`command` must be quoted as `shlex.join` does it; got {command!r}.")
@@ -235,12 +227,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _named(given: str | None, images: ImageSet, name: Callable[[ImageSet, str], str]) -> str | None:
-    """Return the option of a set of images, with another word in place of a local path."""
-    if given is None or given == "builtin" or not Path(given).expanduser().exists():
-        return given
-    return name(images, _whole(given))
-
-
-def _whole(path: str) -> str:
-    return os.path.abspath(Path(path).expanduser())
+def _public_name(given: str | None, images: ImageSet) -> str | None:
+    """Return the option of a set of images with the name of the set in place of a local path."""
+    local = given is not None and given != "builtin" and Path(given).expanduser().exists()
+    return images.data_id if local else given

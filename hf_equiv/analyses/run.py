@@ -97,12 +97,14 @@ def run_analysis(
 def _remember(plan: Plan) -> None:
     """Remember on this machine the paths that the run does not record."""
     from hf_equiv.models.encoder import is_local  # both bring transformers along
-    from hf_equiv.models.places import key_of_run, remember
+    from hf_equiv.models.places import remember
 
-    if plan.local_command != plan.command:
-        remember(key_of_run(plan.config.analysis, plan.settings), plan.local_command)
-    if is_local(plan.settings):
-        remember(plan.encoder.revision, os.path.abspath(Path(plan.encoder.model_id).expanduser()))
+    config, targets = plan.config, plan.targets or plan.images
+    named = [(plan.encoder.revision, plan.encoder.model_id)] if is_local(plan.settings) else []
+    named += [(plan.images.data_revision, config.source or config.data), (targets.data_revision, config.target)]
+    for revision, path in named:
+        if path is not None and Path(path).expanduser().exists():
+            remember(revision, path)
 
 
 class _Job:

@@ -398,7 +398,9 @@ def load_recorded(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    if model == place is not None and encoder.revision != revision:
+    if place is not None and encoder.revision != revision and model == place:
         told = f"the local checkpoint {name!r} at {place!r} has changed since the run: its weights are now"
-        raise ValueError(f"{told} {encoder.revision[:19]}…, the run used {revision[:19]}…. Name a copy with --model PATH.")
+        raise ValueError(
+            f"{told} {encoder.revision[:19]}…, the run used {revision[:19]}…. Name a copy with --model PATH."
+        )
     return encoder

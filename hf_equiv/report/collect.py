@@ -8,13 +8,13 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hf_equiv.analyses.plan import read_command
+from hf_equiv.analyses.plan import command_line, read_command
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
@@ -83,20 +83,17 @@ def commands_of(runs: Iterable[Run]) -> list[str]:
 
 
 def _command(run: Run) -> str | None:
-    """Return the command of a run, with the paths that were typed on this machine; None if it is no such command."""
-    here = places.recall(places.key_of_run(run.analysis, run.settings))
-    command = here or run.record.get("command") or ""
-    try:
-        read_command(command, VERBS[run.analysis].CONFIG)  # a stranger's line may be any command of a shell
+    """Return the command of a run, with the paths of local files on this machine; None if it states none."""
+    settings = run.settings
+    try:  # a stranger's line may be any command of a shell
+        config = read_command(run.record.get("command") or "", VERBS[run.analysis].CONFIG)
     except ValueError:
         return None
-    return command if here is None else shlex.join(map(_from_here, shlex.split(here)))
-
-
-def _from_here(word: str) -> str:
-    """Return a word of a command with a whole path as seen from the current folder."""
-    path = os.path.relpath(word) if os.path.isabs(word) else word
-    return path if path == word or os.sep in path else f".{os.sep}{path}"
+    revisions = dict(zip(*(str(settings[key]).split(" + ") for key in ("data_id", "data_revision")), strict=False))
+    given = {key: getattr(config, key) for key in ("source", "target", "data")}
+    here = {key: places.from_here(name, revisions.get(name, "")) for key, name in given.items() if name is not None}
+    model = places.from_here(config.model, settings["model_revision"]) if is_local(settings) else config.model
+    return command_line(replace(config, model=model, **here))
 
 
 def _address(run: Run) -> str:
