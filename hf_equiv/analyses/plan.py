@@ -138,7 +138,22 @@ def make_plan(config: Any, encoder: Encoder, *, cache_dir: str | None = None, lo
         told = f"{images.data_id!r} has no columns. Leave it out."
         raise ValueError(f"`{given[0]}` must come with a parquet file or a dataset; {told}")
     reader = Reader(encoder)
-    items = config.list_items(reader, images, targets)
+    return _settle(config, encoder, images, targets, config.list_items(reader, images, targets), reader, own)
+
+
+def with_config(plan: Plan, config: Any) -> Plan:
+    """Return a plan for the same images, which are not read again, with other options of the same or a similar verb."""
+    config.check()
+    own = config.settings(plan.encoder)
+    return _settle(config, plan.encoder, plan.images, plan.targets, plan.items, plan.reader, own)
+
+
+def _settle(
+    config: Any, encoder: Encoder, images: ImageSet, targets: ImageSet | None, items: tuple[Item, ...], reader: Reader,
+    own: Row,
+) -> Plan:  # fmt: skip
+    """Return a plan with its settings; `own` are those of its verb."""
+    sets = [images] if targets is None or targets is images else [images, targets]
     names = list(dict.fromkeys((one.data_id, one.data_revision) for one in sets))
     data_id, data_revision = (" + ".join(parts) for parts in zip(*names, strict=True))
     settings = settings_of(config, encoder, items, own, data_id, data_revision)

@@ -122,9 +122,7 @@ output_options = group(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
     click.option("-q", "--quiet", is_flag=True, help="No progress, no table; one line on stderr if something failed."),
 )
-analysis_options = group(
-    model_options,
-    option("--out", "Run directory. Default: runs/VERB/MODEL/HASH8.", "DIR", click.Path(path_type=Path)),
+run_options = group(
     option(
         "--overwrite",
         "missing: make missing rows and rows of status error; always: replace an earlier run; never: refuse one.",
@@ -138,6 +136,11 @@ analysis_options = group(
     option("--label-column", "Class column of a parquet file or dataset.", "NAME"),
     flag("--dry-run", "Show the plan and an estimate of the time; write nothing."),
     output_options,
+)
+analysis_options = group(
+    model_options,
+    option("--out", "Run directory. Default: runs/VERB/MODEL/HASH8.", "DIR", click.Path(path_type=Path)),
+    run_options,
 )
 source_options = group(
     images_option("--source", f"Images to analyse: {IMAGES}"),
