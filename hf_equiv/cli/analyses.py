@@ -315,13 +315,14 @@ def time_evaluation(encoder: Encoder, batch: int = 1) -> float:
 
 
 def count_evaluations(plan: Plan) -> float:
-    """Return roughly how many evaluations one item takes: 400 for a match, a Jacobian for everything linear."""
+    """Return roughly how many evaluations one item takes: 300 for a match, 800 in a ball, a Jacobian for the linear."""
     settings, name = plan.settings, plan.config.analysis
     from hf_equiv.jacobian import jacobian_cost
 
     jacobian = jacobian_cost(plan.encoder.embedding_dim)
     if name == "match":
-        return min(settings["max_evals"], 400) + (jacobian + 10 if settings["refine"] else 0)
+        search = 300 if settings["radius"] is None else 800  # those in a small ball do not converge
+        return min(settings["max_evals"], search) + (2 * jacobian if settings["refine"] else 0)
     if name == "spectrum":
         k = settings["k"]
         return 8 + (jacobian if k is None else min(jacobian, 4 / 3 * (2 * k + 7)))

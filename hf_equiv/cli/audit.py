@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hf_equiv.report.page import Report
 
 _LEVELS = (16, 8, 4, 2)  # radii of the sweep, in levels of 255
-_PHOTOS = 6  # photos of spectrum and constants; with fewer, a verdict of the report has a caveat
+_PHOTOS = 10  # photos of spectrum and constants; with fewer, a verdict of the report has a caveat
 _REPORT = 38 / 3  # evaluations that the report takes for a pair
 _TIMED = 8  # most images in the pass that is timed
 
@@ -117,7 +117,7 @@ def _plans(given: dict[str, Any]) -> dict[str, Plan]:
     match = make_plan(free, encoder, **where)
     balls = {f"match-{k}": with_config(match, replace(free, radius=k / 255)) for k in _LEVELS}
     spectrum = make_plan(config_of(SpectrumConfig, few), encoder, **where)
-    directions = f"random:16,top:{min(4, encoder.embedding_dim)},null:16"
+    directions = f"random:8,top:{min(4, encoder.embedding_dim)},null:8"
     constants = config_of(LipschitzConfig, few | {"directions": directions, "linearity": True})
     return {"match": match, **balls, "spectrum": spectrum, "lipschitz": with_config(spectrum, constants)}
 

@@ -117,7 +117,7 @@ def test_a_checkpoint_behind_a_login_page(path, hub, tmp_path, capsys):
     hub.add("models", "bob/vit", save("vit_head", tmp_path / "model"))
     for method in ("GET", "HEAD"):
         hub.fail(method, path, 200, times=1000, page=PAGE)
-    code, _, err = call(capsys, "match", "bob/vit", "--dry-run")
+    code, _, err = call(capsys, "match", "bob/vit", "--data", "builtin", "--dry-run")
     assert code == 2
     assert "answered with a web page" in err
     assert err.count("\n") == 1
