@@ -330,6 +330,7 @@ def test_only_geometry_or_only_a_match(runs, drawn):
     text = words_of(make_report([runs / "spectrum"]))
     assert "Not measured: no photos were matched." in text
     assert "To measure it: hf-equiv match builtin --readout cls --data " in text
+    assert "match your own photos first" in text
     text = words_of(make_report([runs / "free"], survival=False))
     for told in ("hf-equiv spectrum builtin", "hf-equiv lipschitz builtin", "hf-equiv walk builtin", "--no-survival",
                  "hf-equiv report runs/free --transfer ", "What helps? It was not measured whether JPEG",
