@@ -21,7 +21,7 @@ from hf_equiv.formatting import excerpt
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
-from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
+from hf_equiv.models.checkpoint import BUILTINS, Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
 from hf_equiv.models.readouts import Layout, check_size, embed, find_layout, native_size, probe, resolve_readout
@@ -368,7 +368,7 @@ class Encoder:
 
 def is_local(settings: Mapping[str, Any]) -> bool:
     """Return whether a run used a checkpoint of a folder, which no record names by its path."""
-    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
+    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] not in BUILTINS
 
 
 def load_recorded(
@@ -387,7 +387,7 @@ def load_recorded(
         model = f"./{name}"
     return Encoder.from_pretrained(
         model or name,
-        revision=None if local or name == "builtin" or model is not None else revision,
+        revision=None if local or model is not None else revision,
         readout=settings["readout"],
         normalize=settings["normalize"],
         dtype=getattr(torch, settings["dtype"].removeprefix("torch."), settings["dtype"]),
