@@ -88,7 +88,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Name to record: the Hub id, a name in BUILTINS, or a local folder's own name, never a path of this machine."""
+        """Name to record: Hub id, name in BUILTINS, or a local folder's own name, never a path of this machine."""
         if self.hub is not None or self.model_id in BUILTINS:
             return self.model_id
         return utf8(Path(self.model_id).expanduser().resolve().name) or "root"
@@ -193,9 +193,10 @@ def _builtin(name: str, revision: str | None) -> Checkpoint:
     for found in known:
         if revision in (None, found.revision):
             return found
+    revisions = ", ".join(sorted({found.revision for found in known}))
     raise ValueError(
-        f"`revision` must be None for {name!r}, or one of {', '.join(sorted({found.revision for found in known}))}; got "
-        f"{revision!r}. Install the version of hf_equiv that has it."
+        f"`revision` must be None for {name!r}, or one of {revisions}; got {revision!r}. Install the version of hf_equiv "
+        "that has it."
     )
 
 
