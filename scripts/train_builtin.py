@@ -577,8 +577,8 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
         recipe.append(f"The weights started from the first layers of {teacher}, cut down to this size.")
     if args.init:
         recipe.append(
-            f"The weights started from {Path(args.init).name}; its patch filters were enlarged and have the fine detail "
-            "of a random initialisation."
+            f"The weights started from {Path(args.init).name}; its patch filters were enlarged and have the fine "
+            "detail of a random initialisation."
         )
     if args.stored_size < args.image_size:
         recipe.append("The photos were enlarged with random blur and sharpening, and with fine detail of other photos.")

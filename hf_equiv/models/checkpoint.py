@@ -195,8 +195,8 @@ def _builtin(name: str, revision: str | None) -> Checkpoint:
             return found
     revisions = ", ".join(sorted({found.revision for found in known}))
     raise ValueError(
-        f"`revision` must be None for {name!r}, or one of {revisions}; got {revision!r}. Install the version of hf_equiv "
-        "that has it."
+        f"`revision` must be None for {name!r}, or one of {revisions}; got {revision!r}. Install the version of "
+        "hf_equiv that has it."
     )
 
 
