@@ -47,7 +47,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 PATH_OPTIONS = {"train_file", "validation_file", "work_dir", "output", "teacher", "init"}
 # Options that may differ between the run that wrote a checkpoint and the run that resumes from it.
-NOT_RECIPE = PATH_OPTIONS | {"threads", "fresh", "license", "data_description", "teacher_description"}
+NOT_RECIPE = PATH_OPTIONS | {"threads", "fresh", "blend", "license", "data_description", "teacher_description"}
 
 CARD = """\
 ---
@@ -136,6 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--teacher-label-column", help="column with each image's class index in the teacher")
     teacher.add_argument("--teacher-init", action="store_true", help="start from the first layers of a ViT teacher")
     teacher.add_argument("--init", help="folder of a ViT to start from instead, such as one of a smaller input size")
+    teacher.add_argument("--blend", type=float, default=1.0, help="share of trained weights, the rest as they started")
     teacher.add_argument("--teacher-views", type=int, choices=(1, 2), default=1, help="1: original; 2: also mirrored")
     teacher.add_argument("--teacher-size", type=int, help="pixels given to the teacher (default: its own input size)")
     teacher.add_argument("--teacher-description", default="", help="name of the teacher, for the model card")
@@ -150,6 +151,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--depth", type=int, default=5, help="number of layers (default: %(default)s)")
     model.add_argument("--heads", type=int, default=3, help="attention heads (default: %(default)s)")
     model.add_argument("--mlp", type=int, default=384, help="MLP width (default: %(default)s)")
+
+    model.add_argument("--init-std", type=float, default=0.02, help="of untrained weights (default: %(default)s)")
 
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=int, default=30, help="number of epochs (default: %(default)s)")
@@ -406,6 +409,7 @@ def make_student(args: argparse.Namespace, names: list[str]) -> ViTForImageClass
         num_attention_heads=args.heads,
         intermediate_size=args.mlp,
         encoder_stride=args.patch_size,
+        initializer_range=args.init_std,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(names)),
@@ -431,7 +435,8 @@ class Trainer:
     ) -> None:
         """Sets up optimizer, averaged weights and token dropping; ``targets`` are the teacher's logits."""
         self.student, self.train, self.targets, self.args = student, train, targets, args
-        self.ema = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        self.start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        self.ema = {name: tensor.clone() for name, tensor in self.start.items()}
         self.generator = torch.Generator()
         self.drop = TokenDrop(self.generator)
         student.vit.embeddings.register_forward_hook(self.drop)
@@ -443,6 +448,10 @@ class Trainer:
         self.steps_per_epoch = len(train.labels) // args.batch_size
         self.checkpoint = Path(args.work_dir) / "last.safetensors"
         self.recipe = json.dumps({k: v for k, v in sorted(vars(args).items()) if k not in NOT_RECIPE})
+
+    def result(self) -> dict[str, Tensor]:
+        """Returns the averaged weights, blended with those that the training started from (Wortsman et al., 2022)."""
+        return {name: torch.lerp(self.start[name], tensor, self.args.blend) for name, tensor in self.ema.items()}
 
     def save(self) -> None:
         """Writes model, averaged weights and optimizer state to one file, replacing the last one in one go."""
@@ -588,6 +597,11 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
         f"{args.epochs} epochs, {trainer.seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU threads. The "
         "exported weights are the moving average after the last epoch; no epoch was picked by its validation accuracy."
     )
+    if args.blend < 1:
+        recipe.append(
+            f"They were blended with the weights that the training started from, {args.blend:.0%} to the "
+            "rest, which helps with photos unlike those of the training (Wortsman et al., arXiv:2109.01903)."
+        )
     if args.teacher:
         recipe.append(
             "The teacher may have been trained on some of the validation images, which flatters the accuracy."
@@ -605,7 +619,7 @@ def export(trainer: Trainer, names: list[str], validation_data: Dataset) -> None
     """Writes float16 weights, both configurations and the model card; the card quotes the reloaded files' accuracy."""
     args, folder = trainer.args, Path(trainer.args.output)
     model = make_student(args, names)
-    model.load_state_dict(trainer.ema)
+    model.load_state_dict(trainer.result())
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     processor = {
@@ -675,7 +689,7 @@ def main() -> None:
     while trainer.epoch < args.epochs:
         loss = trainer.train_epoch()
         trainer.save()
-        averaged.load_state_dict(trainer.ema)
+        averaged.load_state_dict(trainer.result())
         batches = (normalise(enlarge(batch.float(), args.image_size)) for batch in validation.images.split(250))
         top1, _ = evaluate(averaged, batches, validation.labels)
         minutes = trainer.seconds / 60
