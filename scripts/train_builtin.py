@@ -99,7 +99,7 @@ Both numbers were measured with these exported float16 files, reloaded in float3
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-folder = "hf_equiv/assets/builtin"
+folder = "{output}"
 model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
 processor = AutoImageProcessor.from_pretrained(folder)
 ```
@@ -586,8 +586,9 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
         recipe.append(f"The weights started from the first layers of {teacher}, cut down to this size.")
     if args.init:
         recipe.append(
-            f"The weights started from {Path(args.init).name}; its patch filters were enlarged and have the fine "
-            "detail of a random initialisation."
+            f"The weights started from {Path(args.init).name}. Its patch filters were enlarged and got the fine detail of "
+            "a random initialisation, which the training hardly changed: it makes the checkpoint sensitive to single "
+            "pixels, as a ViT is that learnt from photos of this size."
         )
     if args.stored_size < args.image_size:
         recipe.append("The photos were enlarged with random blur and sharpening, and with fine detail of other photos.")
@@ -599,8 +600,8 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
     )
     if args.blend < 1:
         recipe.append(
-            f"They were blended with the weights that the training started from, {args.blend:.0%} to the "
-            "rest, which helps with photos unlike those of the training (Wortsman et al., arXiv:2109.01903)."
+            f"They are {args.blend:.0%} of these weights and {1 - args.blend:.0%} of those at the start, "
+            "which helps with photos unlike those of the training (Wortsman et al., arXiv:2109.01903)."
         )
     if args.teacher:
         recipe.append(
