@@ -586,9 +586,9 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
         recipe.append(f"The weights started from the first layers of {teacher}, cut down to this size.")
     if args.init:
         recipe.append(
-            f"The weights started from {Path(args.init).name}. Its patch filters were enlarged and got the fine detail of "
-            "a random initialisation, which the training hardly changed: it makes the checkpoint sensitive to single "
-            "pixels, as a ViT is that learnt from photos of this size."
+            f"The weights started from {Path(args.init).name}. Its patch filters were enlarged and got the fine detail "
+            "of a random initialisation, which the training hardly changed: it makes the checkpoint sensitive to "
+            "single pixels, as a ViT is that learnt from photos of this size."
         )
     if args.stored_size < args.image_size:
         recipe.append("The photos were enlarged with random blur and sharpening, and with fine detail of other photos.")
