@@ -27,9 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_equiv.formatting import utf8
 from hf_equiv.hub_client import api_of, checked, explained, version
+from hf_equiv.models.places import BUILTINS
 
-BUILTINS = {name: Path(__file__).parents[1] / "assets" / name for name in ("builtin", "builtin-64")}
-"""Folders of the checkpoints that ship with the package, by name."""
 
 _WEIGHTS = "model.safetensors"
 _PICKLED = (".bin", ".h5", ".msgpack", ".ckpt", ".pt", ".pth")

@@ -22,7 +22,7 @@ from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.models import places
-from hf_equiv.models.checkpoint import BUILTINS, Checkpoint, HubFiles, find_checkpoint
+from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
 from hf_equiv.models.readouts import Layout, check_size, embed, find_layout, native_size, probe, resolve_readout
@@ -369,7 +369,7 @@ class Encoder:
 
 def is_local(settings: Mapping[str, Any]) -> bool:
     """Return whether a run used a checkpoint of a folder, which no record names by its path."""
-    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] not in BUILTINS
+    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] not in places.BUILTINS
 
 
 def load_recorded(
