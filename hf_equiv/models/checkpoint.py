@@ -29,7 +29,6 @@ from hf_equiv.formatting import utf8
 from hf_equiv.hub_client import api_of, checked, explained, version
 from hf_equiv.models.places import BUILTINS
 
-
 _WEIGHTS = "model.safetensors"
 _PICKLED = (".bin", ".h5", ".msgpack", ".ckpt", ".pt", ".pth")
 
