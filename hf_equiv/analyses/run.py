@@ -103,7 +103,7 @@ def _remember(plan: Plan) -> None:
     named = [(plan.encoder.revision, plan.encoder.model_id)] if is_local(plan.settings) else []
     named += [(plan.images.data_revision, config.source or config.data), (targets.data_revision, config.target)]
     for revision, path in named:
-        if path is not None and Path(path).expanduser().exists():
+        if path is not None and path != "builtin" and Path(path).expanduser().exists():
             remember(revision, path)
 
 

@@ -98,6 +98,7 @@ def audit(**given: Any) -> int:
         elif environment.is_first():
             output.print_text("facts", facts={"would do": _in_words(facts)})
         return 0
+    progress.say(facts["choices"], quiet=quiet)
     progress.say([f"about {progress.duration(facts['estimated_seconds'])}: {_in_words(facts)['time']}"], quiet=quiet)
     done = [_compute(part, f"part {place} of {len(parts) + 1}", given) for place, part in enumerate(parts, 1)]
     return _finish(result, done, out, given) if environment.is_first() else 0
@@ -155,6 +156,7 @@ def _estimate(parts: list[Part]) -> dict[str, Any]:
         "revision": match.settings["model_revision"],
         "photos": match.settings["data_id"],
         "unusable_images": dict(why for part in parts for item in part.plan.items for why in item.unusable),
+        "choices": list(dict.fromkeys(choice for part in parts for choice in part.plan.choices)),
         "parts": {part.folder.name: f"{part.title}, {part.amount}" for part in parts},
         "evaluations": counts,
         "device": str(encoder.device),
@@ -173,10 +175,11 @@ def _in_words(facts: dict[str, Any]) -> dict[str, Any]:
     total = (
         f"{sum(counts.values()):,} evaluations (a rough count) of {1000 * each:.3g} ms, timed now on {facts['device']}"
     )
-    bad = facts["unusable_images"]
+    bad, choices = facts["unusable_images"], "; ".join(facts["choices"])
     return {
         **{key: facts[key] for key in ("model", "revision", "photos")},
         **({"unusable_images": some(bad, 10)} if bad else {}),
+        **({"choices": choices} if choices else {}),
         **{name: f"{told}, about {duration(counts[name] * each)}" for name, told in parts.items()},
         "in all": f"about {duration(facts['estimated_seconds'])}",
         "time": total,
@@ -219,7 +222,7 @@ def _report(runs: list[Path], path: Path, given: dict[str, Any]) -> Report:
     from hf_equiv.cli import progress
     from hf_equiv.report.page import make_report
 
-    place = {"device": given["device"], **where_of(given)}
+    place = {"model": given["model"], "device": given["device"], **where_of(given)}
     try:
         with progress.steps(quiet=given["as_json"] or given["quiet"], amount=progress.count) as tell:
             page = make_report(runs, out=path, observer=lambda step, now, total: tell(now, total, step), **place)
