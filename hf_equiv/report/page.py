@@ -15,6 +15,7 @@ from hf_equiv.analyses.figures import difference_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.models.encoder import Encoder, is_local
+from hf_equiv.models.places import BUILTINS
 from hf_equiv.report import claims, collect, render
 from hf_equiv.report.collect import Checkpoint, Place, Run
 from hf_equiv.report.figures import draw_figures
@@ -246,7 +247,7 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
         for name, png in draw_figures(checkpoint, numbers, measured).items()
     }
     gallery = _gallery(checkpoint, numbers, prefix)
-    other = SECOND if numbers.model_id.startswith("builtin") else "builtin"
+    other = SECOND if numbers.model_id in BUILTINS else "builtin"
     shown = [one for shot in gallery["shots"] for one in shot["pictures"].values()] if gallery else []
     versions = sorted({str(row["versions"]) for run in checkpoint.runs for row in run.rows if row["versions"]})
     return {
