@@ -106,7 +106,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 @place_options
 @output_options
 def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool, **given: Any) -> int:
-    """Report the evidence of runs on the paper's claims: one HTML page with figures, intervals and controls.
+    """Report whether encoders are exposed, how, and what helps: one HTML page from runs, with the evidence.
 
     Each DIR is a run directory or a folder of them, each USER/NAME a dataset on the Hub. Runs are grouped by
     checkpoint; several checkpoints are set side by side. Match runs with different --radius make a curve of error

@@ -17,6 +17,7 @@ ON_THE_WAY = 0.1  # a budget is enough if the median PNG error is at most this p
 YES, PARTLY, NO, OPEN = "supported", "supported with a caveat", "not supported", "not measured"
 UNDECIDED, NO_FEW = "not decided", "not supported with a caveat"
 EXPOSED, IN_PART, NOT_FOUND, UNCLEAR = "Exposed", "Partly exposed", "Not exposed in this test", "Undecided"
+_SEEN = ("", "visibly", "barely visibly", "invisibly")
 HARMFUL = ("matching", "structure", "alike", "downstream")  # claims that are bad for the owner of the encoder
 _TONES = {
     EXPOSED: "bad", IN_PART: "partly", NOT_FOUND: "good", YES: "bad", PARTLY: "partly", NO: "good", NO_FEW: "good",
@@ -53,11 +54,11 @@ class Reach(NamedTuple):
 
 
 def exposure(numbers: CheckpointNumbers) -> Exposure:
-    """Judge the exposure by the run of most pairs, or by one of as many pairs whose matches are seen less."""
+    """Judge the exposure by the run of most pairs, or by one of as many pairs whose change is less visible."""
     budgets = _compared(numbers)
     for exact in (True, False):
         if found := [b for b in budgets if _of_most(b.matched if exact else b.nearer)]:
-            return _exposure(EXPOSED, max(found, key=lambda b: b.psnr_db.value if b.psnr_db else 0.0), exact=exact)
+            return _exposure(EXPOSED, max(found, key=lambda b: _SEEN.index(_seen(b))), exact=exact)
     if not budgets:
         return Exposure()
     most = max(budgets, key=lambda b: sum(share.hits for share in (b.matched, b.nearer) if share))
@@ -71,13 +72,16 @@ def _of_most(share: Share | None) -> bool:
 
 
 def _exposure(verdict: str, budget: BudgetNumbers, *, exact: bool = True) -> Exposure:
-    psnr, seen = budget.psnr_db, ""
-    if psnr:
-        above, below = psnr.side_of(UNSEEN_DB), psnr.side_of(ALIKE_DB)
-        if psnr.low is None:  # a single pair
-            above, below = (1 if psnr.value >= UNSEEN_DB else 0), (-1 if psnr.value < ALIKE_DB else 0)
-        seen = "invisibly" if above > 0 else "visibly" if below < 0 else "barely visibly"
-    return Exposure(verdict, _TONES.get(verdict, "open"), budget, exact, seen)
+    return Exposure(verdict, _TONES.get(verdict, "open"), budget, exact, _seen(budget))
+
+
+def _seen(budget: BudgetNumbers) -> str:
+    """Say how visible a change is by the interval of the median PSNR, or by the PSNR of a single pair."""
+    psnr = budget.psnr_db
+    if psnr is None:
+        return ""
+    low, high = (psnr.value if end is None else end for end in (psnr.low, psnr.high))
+    return "invisibly" if low >= UNSEEN_DB else "visibly" if high < ALIKE_DB else "barely visibly"
 
 
 def _compared(numbers: CheckpointNumbers) -> list[BudgetNumbers]:

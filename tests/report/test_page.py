@@ -81,6 +81,15 @@ def runs(made, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(made, tmp_path / "runs"))
 
 
+@pytest.fixture(scope="module")
+def model(made) -> CheckpointNumbers:
+    """The numbers of a report on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "load_recorded", lambda s, *_: TinyEncoder(int(s["model_revision"][7:])))
+        patch.setattr(run_figures, "png_of", blank)
+        return numbers_of(made)
+
+
 def edit(folder: Path, change, *, images: bool = True) -> None:
     """Rewrite the rows of a match run, and its record where the digests are."""
     for path in shards.shard_files(folder):
@@ -534,8 +543,7 @@ def shares(hits: int, n: int) -> Share:
     return share_of([k < hits for k in range(n)])
 
 
-def test_verdicts_follow_their_rules(runs):
-    model = numbers_of(runs)
+def test_verdicts_follow_their_rules(model):
 
     def verdict(start: str, **changes) -> str:
         return next(c.verdict for c in claims(replace(model, **changes)) if c.claim.startswith(start))
@@ -587,8 +595,7 @@ def test_verdicts_follow_their_rules(runs):
     assert "beyond it" not in told
 
 
-def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
-    model = numbers_of(runs)
+def test_look_alikes_that_fall_short_of_the_rule_are_told(model):
     first, second = model.budgets
     psnr = Estimate(29.97, 29.0, 30.5, 50)
     near = replace(second, psnr_db=psnr, nearer=Share(0.9, 0.8, 0.95, 50, 45))
@@ -660,8 +667,8 @@ def test_words_for_numbers():
          "Undecided: none of the 12 photos tried could be made to pass for another, but the search ended early."),
     ],
 )  # fmt: skip
-def test_the_answer(runs, pairs, psnr, changes, told):
-    model, whole = numbers_of(runs), shares(pairs, pairs)
+def test_the_answer(model, pairs, psnr, changes, told):
+    whole = shares(pairs, pairs)
     found = None if pairs == 1 else psnr - 1
     usual = {"rows": pairs, "pairs": pairs, "sources": pairs, "matched": whole, "nearer": whole, "flipped": whole,
              "psnr_db": Estimate(psnr, found, found and psnr + 1, pairs), "cut_short": 0}  # fmt: skip
@@ -672,17 +679,18 @@ def test_the_answer(runs, pairs, psnr, changes, told):
     assert told in given["sentence"]
     assert given["sentence"].startswith(given["verdict"])
     assert (given["tone"] in ("bad", "partly")) is ("xposed:" in given["sentence"])
+    alike = replace(budget, run="alike", radius=0.5)  # of as many pairs; less visible changes would override
+    assert answer(replace(model, budgets=(budget, alike))) == given
     smaller = replace(budget, run="other", rows=pairs - 1, matched=shares(0, pairs), nearer=None, psnr_db=None)
     assert answer(replace(model, budgets=(smaller, budget))) == given
 
 
-def test_a_smaller_run_of_other_photos_overrides_nothing(runs, tmp_path, monkeypatch):
+def test_a_smaller_run_of_other_photos_overrides_nothing(runs, model, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_equiv.analyses.figures.pairs_figure", lambda *_: None)
-    before = numbers_of(runs)
     config = MatchConfig(data="builtin", pairs=1, max_evals=60)  # without a ball, as the larger run
     run_analysis(make_plan(config, TinyEncoder()), tmp_path / "runs" / "a")
     after = numbers_of(runs)
-    assert (after.match, after.survival, answer(after)) == (before.match, before.survival, answer(before))
+    assert (after.match, after.survival, answer(after)) == (model.match, model.survival, answer(model))
     assert len(after.budgets) == 3
 
 
