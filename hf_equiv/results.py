@@ -18,6 +18,7 @@ class Status(StrEnum):
 
     CONVERGED = "converged"
     STALLED = "stalled"
+    REFINED = "refined"
     MAX_EVALS = "max_evals"
     INFEASIBLE = "infeasible"
     COMPLETED = "completed"
@@ -37,6 +38,8 @@ _ADVICE = {
     Status.CONVERGED: "The embedding error is at most `rtol`, even with the float noise of the encoder added.",
     Status.STALLED: "No further decrease was possible: the error is at the float noise of the encoder, which may be "
     "more than `rtol`, or the ball holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
+    Status.REFINED: "The 8-bit image is much nearer to the target than rounding would leave it, and no further step of "
+    "1/255 helps: 8-bit images seldom reach a small `rtol`.",
     Status.MAX_EVALS: "The evaluations ran out. Raise `max_evals`, or loosen `rtol`.",
     Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
     Status.COMPLETED: "The analysis is complete.",

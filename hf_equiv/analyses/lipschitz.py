@@ -186,7 +186,9 @@ def measure_image(
     if settings["regional"] is not None:
         tell("region", 0, 1)
         generator = image_generator(settings["seed"], image_id)
-        ball = regional_lipschitz(encoder, image[None], settings["regional"], settings["norm"], generator=generator)
+        ball = regional_lipschitz(
+            encoder, image[None], settings["regional"], settings["norm"], generator=generator, progress=False
+        )
     return found, reach, ball
 
 
