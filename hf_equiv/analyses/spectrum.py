@@ -39,13 +39,18 @@ _RESIDUAL, _TILT = {"full": 1e-5, "golub_kahan": 0.02}, 1e-6
 
 @dataclass(frozen=True)
 class SpectrumConfig(ImageConfig):
-    """Options of `spectrum`."""
+    """Options of `spectrum`.
+
+    Attributes:
+        k: number of singular values; None for all.
+        vectors: keep the singular vectors of the first `k`, or 8.
+    """
 
     analysis: ClassVar[str] = "spectrum"
     wants_target: ClassVar[str] = "the verb lipschitz or walk"
 
-    k: int | None = None  # number of singular values; None for all
-    vectors: bool = False  # keep the singular vectors of the first `k`, or 8
+    k: int | None = None
+    vectors: bool = False
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""

@@ -163,7 +163,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
     config.check()
     with environment.calm(quiet=quiet):
         where = {key: given[key] for key in ("cache_dir", "local_files_only")}
-        options = {key: given[key] for key in ("revision", "readout", "normalize", "device")}
+        options = {key: given[key] for key in ("import_", "revision", "readout", "normalize", "device")}
         dtype = "float32" if config.half else config.dtype
         encoder = environment.load_encoder(given["model"], dtype=dtype, **options, **where)
         plan = make_plan(config, encoder, **where)
@@ -210,6 +210,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
         output.print_json(_result(plan, folder, outcome.rows, outcome.summary))
     elif not quiet:
         model = ["--model", given["model"]] if is_local(plan.settings) else []
+        model = ["--import", given["import_"]] if given["import_"] else model
         try:
             output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a record that was changed

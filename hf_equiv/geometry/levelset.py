@@ -57,7 +57,7 @@ class WalkPoint:
     # ‖P_null d‖ / ‖d‖: a bound for d = destination − x, the model's value for d = x − origin; None for a fixed heading
     stationarity: float | None
     num_evals: float  # evaluations spent on the walk so far
-    pixels: Tensor | None  # x, (C, H, W); None unless `keep_points`
+    pixels: Tensor | None = field(repr=False)  # x, (C, H, W); None unless `keep_points`
 
 
 @dataclass(eq=False)
@@ -301,8 +301,8 @@ def trace_level_set(
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
         generator: source of the random heading, on the CPU; None for one with seed 0.
         keep_points: whether the points keep their pixels.
-        progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks. By default a bar in
-            a terminal or notebook; False for none.
+        progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks. By default a
+            bar in a terminal or notebook; False for none.
 
     Returns:
         The points of every walk with its cost and status.

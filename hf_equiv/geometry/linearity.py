@@ -53,6 +53,15 @@ class LinearityResult:
     num_evals: Tensor
     seconds: Tensor
 
+    def __repr__(self) -> str:
+        """State the number of images and the range of the radii of each kind of direction in one line."""
+        parts = []
+        for kind in dict.fromkeys(self.kinds):
+            radii = self.radii[:, [k for k, name in enumerate(self.kinds) if name == kind]].flatten()
+            good = radii[radii.isfinite()].tolist()
+            parts.append(f"{kind} {min(good):.2g} to {max(good):.2g}" if good else f"{kind} undetermined")
+        return f"LinearityResult({len(self.status)} images; radii: {', '.join(parts)})"
+
 
 def linearity_radius(
     f: Encoding,

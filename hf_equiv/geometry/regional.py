@@ -121,6 +121,13 @@ class RegionalResult:
     num_evals: Tensor
     seconds: Tensor
 
+    def __repr__(self) -> str:
+        """State the number of images, and the largest constants in the ball and at its centre, in one line."""
+        found, center = (
+            ", ".join(f"{v:.4g}" for v in values.tolist()) for values in (self.lower_bound, self.at_center)
+        )
+        return f"RegionalResult({len(self.status)} images: at least {found}; at the centre {center})"
+
 
 def regional_lipschitz(
     f: Encoding,

@@ -25,6 +25,9 @@ def shown(progress: Hook | bool | None, title: str, read: Read) -> Iterator[Hook
 
     None asks for a bar where somebody watches: stderr is a terminal, or this is a notebook. False asks for no bar, True
     for one anywhere.
+
+    Raises:
+        TypeError: `progress` is something else.
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         told = f"got {type(progress).__name__}. Leave it out for a bar in a terminal or notebook"

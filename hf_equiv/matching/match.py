@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def match_embedding(
         newton = isinstance(solver, LBFGS) and solver.newton and radius is None
         with bars.shown(progress, "match", bars.errors_to(rtol)) as hook:
             _drive(f, runs, rtol, max_evals, hook, newton=newton)
-        result = collect(runs)
+        result = replace(collect(runs), source=source, target=pixels_of(target))
     if raise_on_failure and not result.converged:
         raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
     return result
@@ -138,6 +138,11 @@ def target_embeddings(f: Encoding, images: Tensor, target: Tensor, name: str) ->
             target = f(target.to(images))
         checks.check_embeddings(target)
     return target.detach().to(images.device, torch.float64).expand(images.shape[0], -1)
+
+
+def pixels_of(target: Tensor) -> Tensor | None:
+    """Return a copy of the target if it is pixels, for the record of a result."""
+    return target.detach().clone() if target.ndim == 4 else None
 
 
 def _check_different(source: Tensor, target: Tensor) -> None:

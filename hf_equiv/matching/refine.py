@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import Jacobian, jacobian_cost
 from hf_equiv.matching import bars
 from hf_equiv.matching.lattice import Lattice, left_geometry, plan_moves
-from hf_equiv.matching.match import ProgressHook, Search, collect, snapshot, target_embeddings
+from hf_equiv.matching.match import ProgressHook, Search, collect, pixels_of, snapshot, target_embeddings
 from hf_equiv.precision import Encoding, no_autocast, no_tf32, power_of_two
 from hf_equiv.results import MatchResult, Status
 
@@ -67,12 +68,12 @@ def refine_8bit(
         norm: norm of the ball, "linf" or "l2".
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image; too few for a Jacobian leave the rounded image.
-        progress: called with a `Progress` after every round; an exception raised in it ends the run. By default a bar in a
-            terminal or notebook; False for none.
+        progress: called with a `Progress` after every round; an exception raised in it ends the run. By default a
+            bar in a terminal or notebook; False for none.
 
     Returns:
-        Images with values k/255, errors, costs and statuses: `refined` if the error is above `rtol` and at most half that
-        of rounding; unchanged and `infeasible` if the ball has no 8-bit image.
+        Images with values k/255, errors, costs and statuses: `refined` if the error is above `rtol` and at most half
+        that of rounding; unchanged and `infeasible` if the ball has no 8-bit image.
 
     Raises:
         ValueError: pixels outside [0, 1], shapes that do not fit, `radius` without `source`, or a bad number.
@@ -99,7 +100,7 @@ def refine_8bit(
             for run, center in zip(runs, centers, strict=True):
                 lattice = Lattice.around(run.best, center, radius, norm)
                 run.run(lattice, rtol, max_evals, lambda: None if hook is None else hook(snapshot(runs)))
-    return collect(runs)
+    return replace(collect(runs), source=None if source is None else centers, target=pixels_of(target))
 
 
 class _Refinement(Search):

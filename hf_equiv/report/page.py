@@ -49,8 +49,8 @@ class Report:
         problems: parts that could not be measured, and files that are not as recorded.
     """
 
-    html: str
-    markdown: str
+    html: str = field(repr=False)
+    markdown: str = field(repr=False)
     pictures: dict[str, bytes] = field(repr=False)
     folder: str
     models: tuple[CheckpointNumbers, ...] = field(repr=False)

@@ -147,6 +147,7 @@ def _config_of(settings: Row, kind: type) -> Any:
     if "directions" in values:
         counts = values["directions"].items()
         values["directions"] = ",".join(name if name in SINGLE else f"{name}:{n}" for name, n in counts)
+    values["import_"] = settings.get("import")
     values |= {key: tuple(values[key]) for key in ("radii", "labels") if values.get(key) is not None}
     if "solver" in values:
         values["solver"], *start = settings["solver"].split(", ")
