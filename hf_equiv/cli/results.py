@@ -106,9 +106,12 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 @click.option("--no-survival", "survival", flag_value=False, type=bool, default=True, show_default=False,
               help="Skip JPEG, resizing and blur (half of the time).")  # fmt: skip
 @option("--model", "Folder of the checkpoint, if a run used a local one; repeat.", "PATH", multiple=True)
+@import_option
 @place_options
 @output_options
-def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool, **given: Any) -> int:
+def report(
+    paths: tuple[str, ...], out: Path | None, import_: str | None, as_json: bool, quiet: bool, **given: Any
+) -> int:  # fmt: skip
     """Report the evidence of runs on the paper's claims: one HTML page with figures, intervals and controls.
 
     Each DIR is a run directory or a folder of them, each USER/NAME a dataset on the Hub. Runs are grouped by
@@ -122,12 +125,14 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
 
     Exit code 1: a part that needs the model could not be measured, or a file is not as recorded; the page says which.
     """  # noqa: D301, DOC201
-    from hf_equiv.cli import output, progress
+    from hf_equiv.cli import environment, output, progress
 
     with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
         from hf_equiv.report.collect import default_out
         from hf_equiv.report.page import make_report
 
+        if import_ is not None:
+            given["model"] = (*given["model"], environment.import_encoder(import_))
         path = out or default_out(paths)
         _refuse_unwritable(path)
         page = make_report(paths, out=path, observer=lambda step, done, total: tell(done, total, step), **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ def match_photos(
     norm: str = "linf",
     rtol: float = 1e-5,
     max_evals: int = 1000,
+    labels: Sequence[str] | None = None,
     progress: ProgressHook | bool | None = None,
 ) -> MatchResult:
     """Make an 8-bit image that looks like one photo and embeds as another.
@@ -39,12 +41,13 @@ def match_photos(
         norm: norm of the ball, "linf" or "l2".
         rtol: embedding error at which the match is done.
         max_evals: evaluations of the match, and of its refinement.
+        labels: class names for CLIP and SigLIP, whose text encoder then names the images; None for the model's head.
         progress: called as by `match_embedding` and `refine_8bit`. By default a bar in a terminal or notebook; False
             for none.
 
     Returns:
-        The 8-bit match with source, target, labels (if the checkpoint has a head), and cost and trace of both stages.
-        A match that was not reached has a status that says why.
+        The 8-bit match with source, target, labels (if the model has some), and cost and trace of both stages. A match
+        that was not reached has a status that says why.
 
     Raises:
         ValueError: unreadable or equal photos, a bad number, or a checkpoint that cannot be used.
@@ -61,10 +64,12 @@ def match_photos(
     pixels = encoder.preprocess([source, target])
     pixels = pixels.to(encoder.device, torch.promote_types(torch.float32, encoder.dtype))
     x, t = pixels.split(1)
-    ball: dict[str, Any] = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals, "progress": progress}
-    found = match_embedding(encoder, x, t, raise_on_failure=False, **ball)
-    exact = refine_8bit(encoder, found.images, t, source=x, **ball)
-    return _joined(found, exact, _labels(encoder, torch.cat([x, exact.images, t])))
+    seen = _classes(encoder, pixels, labels)  # before the work, since it may refuse `labels`
+    how: dict[str, Any] = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals, "progress": progress}
+    found = match_embedding(encoder, x, t, raise_on_failure=False, **how)
+    exact = refine_8bit(encoder, found.images, t, source=x, **how)
+    made = _classes(encoder, exact.images, labels)
+    return _joined(found, exact, ((seen[0], made[0], seen[1]),) if seen and made else None)
 
 
 def _joined(found: MatchResult, exact: MatchResult, labels: tuple[tuple[str, str, str], ...] | None) -> MatchResult:
@@ -75,11 +80,10 @@ def _joined(found: MatchResult, exact: MatchResult, labels: tuple[tuple[str, str
     return replace(exact, num_evals=cost, seconds=seconds, traces=(trace,), labels=labels)
 
 
-def _labels(encoder: Encoder, three: Tensor) -> tuple[tuple[str, str, str], ...] | None:
-    """Return the classes of source, match and target, if the encoder has a head."""
-    if encoder.label_names is None:
-        return None
+def _classes(encoder: Encoder, images: Tensor, labels: Sequence[str] | None) -> list[str]:
+    """Return the most likely class of each image, of `labels` or of the head; none without a head."""
+    names = encoder.label_names if labels is None else labels
+    if names is None:
+        return []
     with torch.no_grad(), no_tf32():
-        source, match, target = encoder.classify(three).argmax(dim=1).tolist()
-    names = encoder.label_names
-    return ((names[source], names[match], names[target]),)
+        return [names[k] for k in encoder.classify(images, labels).argmax(dim=1).tolist()]

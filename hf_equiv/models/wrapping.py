@@ -67,7 +67,7 @@ def wrap_module(
     checkpoint = Checkpoint(name or type(module).__name__, Path(), _digest(whole))
     whole = copy.deepcopy(whole).eval().requires_grad_(False).to(device, dtype)
     body = whole if isinstance(whole, WrappedModule) else whole.body
-    loaded = LoadedModel(whole, body, None, KIND, labels is not None, False, False)  # type: ignore[arg-type]
+    loaded = LoadedModel(whole, body, None, KIND, labels is not None, False, False)
     return checkpoint, loaded, split_processor(_processor(module, size, mean, std), checkpoint)
 
 

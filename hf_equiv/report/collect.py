@@ -191,8 +191,8 @@ def locate(name: str, place: Place) -> tuple[str, Path]:
     return f"{repo}@{commit[:8]}", folder
 
 
-def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tuple[Encoder | None, str]:
-    """Load the encoder of a checkpoint's runs, or return why that failed; `models` are local folders to try."""
+def load_own(checkpoint: Checkpoint, models: Sequence[str | Encoder], place: Place) -> tuple[Encoder | None, str]:
+    """Load the encoder of a checkpoint's runs, or return why that failed; `models` are folders and encoders to try."""
     settings = (checkpoint.matches or checkpoint.runs)[0].settings
     revision = settings["model_revision"]
     reasons: list[str] = []

@@ -85,7 +85,7 @@ class Asked:
     """Hold the options of a report. A string in `others` is the reason why that model could not be loaded."""
 
     place: Place
-    models: Sequence[str]
+    models: Sequence[str | Encoder]
     others: Mapping[str, Encoder | str]
     survival: bool
     labelled: ImageSet | None
@@ -99,7 +99,7 @@ def make_report(
     transfer: Sequence[str] = (),
     label_data: str | os.PathLike[str] | None = None,
     survival: bool = True,
-    model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    model: str | os.PathLike[str] | Encoder | Sequence[str | os.PathLike[str] | Encoder] = (),
     out: str | os.PathLike[str] | None = None,
     device: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -120,7 +120,8 @@ def make_report(
         transfer: names of other models that see the same matches.
         label_data: photos with classes for the kNN probe; see `load_images`.
         survival: whether to try JPEG, resizing and blur.
-        model: local checkpoints, whose paths runs do not record; the one of the recorded revision is used.
+        model: local checkpoints, whose paths runs do not record, or encoders; the one of the recorded revision is
+            used.
         out: path of the page; measurements are kept in the folder of its pictures.
         device: device of the encoder; by default CUDA if there is one.
         cache_dir: the Hub's cache.
@@ -145,7 +146,9 @@ def make_report(
     folder = f"{'report' if out is None else Path(out).stem}_files"
     cache = None if out is None else Path(out).parent / folder
     tell = observer or (lambda what, done, total: None)
-    return _report(runs, Asked(place, _several(model), others, survival, labelled, cache, tell), folder)
+    models = [*model] if isinstance(model, list | tuple) else [model]
+    asked = [one if isinstance(one, Encoder) else os.fspath(one) for one in models]
+    return _report(runs, Asked(place, asked, others, survival, labelled, cache, tell), folder)
 
 
 def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
