@@ -92,15 +92,16 @@ def refine_8bit(
         checks.check_like(source, images, "source", one=False)
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
+        source = None if source is None else source.detach().clone()
         f = admit(f, images, noise=True)
-        centers = [None] * len(images) if source is None else source.detach().clone()
+        centers = [None] * len(images) if source is None else source
         z = target_embeddings(f, images, target, "images")
         runs = [_Refinement(f, image, embedding) for image, embedding in zip(images, z, strict=True)]
         with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook:
             for run, center in zip(runs, centers, strict=True):
                 lattice = Lattice.around(run.best, center, radius, norm)
                 run.run(lattice, rtol, max_evals, lambda: None if hook is None else hook(snapshot(runs)))
-    return replace(collect(runs), source=None if source is None else centers, target=pixels_of(target))
+    return replace(collect(runs), source=source, target=pixels_of(target))
 
 
 class _Refinement(Search):
