@@ -190,7 +190,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     """Run a plan with progress, and print its rows, summary and verdict; return the exit code."""
     from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import environment, output, progress
-    from hf_equiv.models.encoder import is_local
+    from hf_equiv.models.recorded import is_local
     from hf_equiv.runs import shards
 
     quiet, total = given["as_json"] or given["quiet"], len(plan.items)

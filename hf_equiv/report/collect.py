@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
-from hf_equiv.models.encoder import Encoder, is_local, load_recorded
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.recorded import is_local, load_recorded
 from hf_equiv.results import Status
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name

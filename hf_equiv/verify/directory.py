@@ -20,7 +20,8 @@ from hf_equiv.formatting import many
 from hf_equiv.hub import card as hub_card
 from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING
 from hf_equiv.hub_client import RevisionNotFoundError
-from hf_equiv.models.encoder import Encoder, load_recorded
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.recorded import load_recorded
 from hf_equiv.png_file import SIGNATURE
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
