@@ -56,9 +56,8 @@ def match_photos(
     Example:
         >>> from hf_equiv import load_images, match_photos
         >>> cat, coffee, *_ = load_images("builtin")
-        >>> match = match_photos(cat, coffee)
-        >>> match.labels[0][0] != match.labels[0][1] == match.labels[0][2]  # seen as the coffee
-        True
+        >>> match_photos(cat, coffee).labels  # doctest: +SKIP
+        (('Egyptian cat', 'espresso', 'espresso'),)
     """
     encoder = model if isinstance(model, Encoder) else Encoder.from_pretrained(model)
     pixels = encoder.preprocess([source, target])

@@ -143,15 +143,8 @@ def test_one_image_in_every_form(tmp_path: Path) -> None:
     levels = np.asarray(image)
     tensor = torch.from_numpy(levels.copy()).permute(2, 0, 1)
     images = load_images(tmp_path / "odd.png")
-    forms = [str(tmp_path / "odd.png"), levels, levels[None], levels / 255, tensor, tensor.float() / 255]
-    for form in (
-        *forms,
-        tensor[None].double() / 255,
-        images[0],
-        images,
-        [images[0], levels][:1],
-        [tmp_path / "odd.png"],
-    ):
+    forms = [str(tmp_path / "odd.png"), [tmp_path / "odd.png"], images, images[0], levels, levels[None], levels / 255]
+    for form in (*forms, tensor, tensor.float() / 255, tensor[None].double() / 255):
         assert torch.equal(preprocess(form), preprocess(image))
     clear = image.convert("RGBA")
     clear.putalpha(0)
