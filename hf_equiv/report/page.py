@@ -146,9 +146,9 @@ def make_report(
     folder = f"{'report' if out is None else Path(out).stem}_files"
     cache = None if out is None else Path(out).parent / folder
     tell = observer or (lambda what, done, total: None)
-    models = [*model] if isinstance(model, list | tuple) else [model]
-    asked = [one if isinstance(one, Encoder) else os.fspath(one) for one in models]
-    return _report(runs, Asked(place, asked, others, survival, labelled, cache, tell), folder)
+    given = [model] if isinstance(model, str | os.PathLike | Encoder) else model
+    models = [one if isinstance(one, Encoder) else os.fspath(one) for one in given]
+    return _report(runs, Asked(place, models, others, survival, labelled, cache, tell), folder)
 
 
 def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
