@@ -82,8 +82,9 @@ def load_encoder(
         device = f"cuda:{rank}"
     if import_ is None:
         return Encoder.from_pretrained(model, dtype=DTYPES[dtype], device=device, **options)
-    if options["revision"] is not None:
-        raise ValueError(f"`revision` must be None for an imported model; got {options['revision']!r}. Leave it out.")
+    if options["revision"] is not None or model == "builtin":
+        name, got = ("revision", options["revision"]) if options["revision"] else ("model", model)
+        raise ValueError(f"`{name}` must not be {got!r} with an imported model. Leave out --import, or correct it.")
     made = import_encoder(import_)
     return restated(made, options["readout"], options["normalize"] or made.normalize, DTYPES[dtype], device, model)
 
@@ -93,10 +94,11 @@ def import_encoder(where: str) -> Encoder:
     import torch
 
     from hf_equiv.models.encoder import Encoder
+    from hf_equiv.models.wrapping import KIND
 
     package, _, function = where.partition(":")
-    if (here := os.getcwd()) not in sys.path:  # as for `python -m`
-        sys.path.insert(0, here)
+    if (here := os.getcwd()) not in sys.path:  # last, so that a file here replaces no installed package
+        sys.path.append(here)
     try:
         make = getattr(import_module(package), function)
     except (ImportError, AttributeError, ValueError) as error:
@@ -105,9 +107,9 @@ def import_encoder(where: str) -> Encoder:
     made = make()
     if isinstance(made, torch.nn.Module):
         made = Encoder.wrap(made, device="cpu")
-    if not isinstance(made, Encoder):
-        told = f"`import` must name a function that returns an Encoder or a torch module; {where!r} returns a"
-        raise TypeError(f"{told} {type(made).__name__}. Return Encoder.wrap(module, size=…, mean=…, std=…).")
+    if not isinstance(made, Encoder) or made.provenance["attention"] != KIND:
+        told = f"`import` must name a function that returns Encoder.wrap(…) or a torch module; {where!r} returns"
+        raise TypeError(f"{told} {made!r:.80}. Name a checkpoint as MODEL.")
     return made
 
 

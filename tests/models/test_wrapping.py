@@ -40,6 +40,9 @@ def timm():
 
 def text():
     return "no model"
+
+def named():
+    return Encoder.from_pretrained("builtin")
 """
 
 
@@ -119,10 +122,12 @@ def test_rows_of_an_imported_model_verify_with_the_same_import(place, capsys):
     capsys.readouterr()
     for words, told in (
         ("verify run", "this run used own_models:encoder, a model of Python code, which is run only if you ask for it"),
-        ("verify run --import own_models:text", "must name a function that returns an Encoder or a torch module"),
+        ("verify run --import own_models:text", "must name a function that returns Encoder.wrap(…) or a torch module"),
+        ("verify run --import own_models:named", "returns Encoder('builtin'"),
         ("verify run --import own_models", "`import` must be PACKAGE:FUNCTION that Python can import"),
         ("env mine --import absent:encoder", "`import` must be PACKAGE:FUNCTION that Python can import"),
-        ("env mine --import own_models:timm --revision main", "`revision` must be None for an imported model"),
+        ("env mine --import own_models:timm --revision main", "`revision` must not be 'main' with an"),
+        ("env builtin --import own_models:timm", "`model` must not be 'builtin' with an imported model"),
     ):
         assert command(words.split()) == 2
         assert told in capsys.readouterr().err
