@@ -123,6 +123,7 @@ def run_analysis(
         True
     """
     job = _Job(plan, Path(out or plan.default_out), batch_size)
+    _remember(plan)
     with bars.shown(observer, plan.config.analysis, _read) as hook:
         main = carry_out(job, overwrite, hook or (lambda _: None))
     record, found = directory.read_record(job.folder), job.found or read_back(job.folder, plan.layout, job.names, 0)
@@ -134,6 +135,19 @@ def run_analysis(
 def _read(p: RunProgress) -> tuple[float, str]:
     """Read the progress of a run for a bar."""
     return p.done / max(1, p.total), ", ".join(filter(None, (p.stage, p.message or some(p.pair_ids, 1))))
+
+
+def _remember(plan: Plan) -> None:
+    """Remember on this machine the paths that the run does not record."""
+    from hf_equiv.models.places import remember
+    from hf_equiv.models.recorded import is_local  # both bring transformers along
+
+    config, targets = plan.config, plan.targets or plan.images
+    named = [(plan.encoder.revision, plan.encoder.model_id)] if is_local(plan.settings) else []
+    named += [(plan.images.data_revision, config.source or config.data), (targets.data_revision, config.target)]
+    for revision, path in named:
+        if path is not None and Path(path).expanduser().exists():
+            remember(revision, path)
 
 
 class _Job:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hf_equiv.models import places
 from hf_equiv.models.encoder import Encoder, restated
 from hf_equiv.models.wrapping import KIND
 
@@ -31,17 +32,19 @@ def load_recorded(
             f"this run used {made}, a model of Python code, which is run only if you ask for it. Read that code, then "
             "name its function with --import PACKAGE:FUNCTION, or pass the encoder as `model`."
         )
-    # `model` locates the checkpoint if the recorded name does not, since the path of a local folder is not recorded.
-    # The caller checks that it is the recorded one.
+    # `model` is the folder of a local checkpoint, whose path no run records; without it, the folder is the one that was
+    # used on this machine, or one of that name here. The caller checks that a folder of these is the recorded one.
     name, revision, local = settings["model_id"], settings["model_revision"], is_local(settings)
-    if model is None and local:
+    place = places.recall(revision) if model is None and local else None
+    if place is not None and Path(place).is_dir():
+        model = place
+    elif model is None and local:
         if Path(name) not in Path().iterdir() or not Path(name).is_dir():  # a stranger's run opens no other folder
-            raise ValueError(
-                f"this run used the local checkpoint {name!r} ({revision[:19]}…), which is not in the current folder. "
-                "Name it with --model PATH."
-            )
+            where = "is not in the current folder" if place is None else f"is no longer at {place!r}"
+            told = f"this run used the local checkpoint {name!r} ({revision[:19]}…), which {where}"
+            raise ValueError(f"{told}. Name it with --model PATH.")
         model = f"./{name}"
-    return Encoder.from_pretrained(
+    encoder = Encoder.from_pretrained(
         model or name,
         revision=None if local or name == "builtin" or model is not None else revision,
         readout=settings["readout"],
@@ -51,3 +54,9 @@ def load_recorded(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    if place is not None and encoder.revision != revision and model == place:
+        told = f"the local checkpoint {name!r} at {place!r} has changed since the run: its weights are now"
+        raise ValueError(
+            f"{told} {encoder.revision[:19]}…, the run used {revision[:19]}…. Name a copy with --model PATH."
+        )
+    return encoder

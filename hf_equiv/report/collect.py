@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hf_equiv.analyses.plan import command_line, read_command
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
+from hf_equiv.models import places
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.models.recorded import is_local, load_recorded
 from hf_equiv.results import Status
@@ -69,6 +74,33 @@ class Run:
     def partial(self) -> bool:
         """Whether the run is unfinished."""
         return not self.record["complete"] or (self.there < self.listed and not self.changed)
+
+
+def commands_of(runs: Iterable[Run]) -> list[str]:
+    """Return the commands that repeat the runs and those that verify them, as they can be typed in this folder."""
+    again = [_command(run) for run in runs]
+    check = [f"hf-equiv verify {shlex.quote(_address(run))}" for run in runs]
+    return list(dict.fromkeys([command for command in again if command] + check))
+
+
+def _command(run: Run) -> str | None:
+    """Return the command of a run, with the paths of local files on this machine; None if it states none."""
+    settings = run.settings
+    try:  # a stranger's line may be any command of a shell
+        config = read_command(run.record.get("command") or "", VERBS[run.analysis].CONFIG)
+    except ValueError:
+        return None
+    revisions = dict(zip(*(str(settings[key]).split(" + ") for key in ("data_id", "data_revision")), strict=False))
+    given = {key: getattr(config, key) for key in ("source", "target", "data")}
+    here = {key: places.from_here(name, revisions.get(name, "")) for key, name in given.items() if name is not None}
+    model = places.from_here(config.model, settings["model_revision"]) if is_local(settings) else config.model
+    return command_line(replace(config, model=model, **here))
+
+
+def _address(run: Run) -> str:
+    """Return the path of a run from the current folder, or the name of its dataset on the Hub."""
+    on_hub = "@" in run.name and not Path(run.name).exists()
+    return run.name.split("@")[0] if on_hub else os.path.relpath(run.folder)
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
         "gallery": gallery,
         "figures": figures,
         "pictures": [*figures.values(), *shown],
-        "commands": [run.record["command"] for run in checkpoint.runs if run.record.get("command")],
+        "commands": collect.commands_of(checkpoint.runs),
         "versions": "; ".join(versions).replace('"', "").strip("{}"),
     }
 
