@@ -75,6 +75,7 @@ def load_encoder(
     from hf_equiv.analyses.config import DTYPES
     from hf_equiv.checks import check_choice
     from hf_equiv.models.encoder import Encoder, restated
+    from hf_equiv.models.places import BUILTINS
 
     check_choice(dtype, "dtype", DTYPES)
     rank = os.environ.get("LOCAL_RANK", "")
@@ -82,7 +83,7 @@ def load_encoder(
         device = f"cuda:{rank}"
     if import_ is None:
         return Encoder.from_pretrained(model, dtype=DTYPES[dtype], device=device, **options)
-    if options["revision"] is not None or model == "builtin":
+    if options["revision"] is not None or model in BUILTINS:
         name, got = ("revision", options["revision"]) if options["revision"] else ("model", model)
         raise ValueError(f"`{name}` must not be {got!r} with an imported model. Leave out --import, or correct it.")
     made = import_encoder(import_)

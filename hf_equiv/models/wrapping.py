@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from hf_equiv.models.checkpoint import BUILTIN, Checkpoint
+from hf_equiv.models.checkpoint import Checkpoint
 from hf_equiv.models.loading import LoadedModel
+from hf_equiv.models.places import BUILTINS
 from hf_equiv.models.preprocess import Preprocessor, split_processor
 from hf_equiv.models.readouts import OUTPUT
 
@@ -56,8 +57,8 @@ def wrap_module(
     for part, whose in ((module, "module"), (head, "head")):
         if not isinstance(part, torch.nn.Module) and (part is not None or whose == "module"):
             raise TypeError(f"`{whose}` must be a torch.nn.Module; got {type(part).__name__}.")
-    if name == BUILTIN:
-        raise ValueError(f"`name` must not be {BUILTIN!r}, the checkpoint of this package. Choose another.")
+    if name in BUILTINS:
+        raise ValueError(f"`name` must not be {name!r}, a checkpoint of this package. Choose another.")
     if labels is not None and (isinstance(labels, str) or len(labels) < 2):
         raise ValueError(f"`labels` must be at least two names; got {labels!r}. Leave it out without classes.")
     if head is not None and labels is None:
