@@ -41,9 +41,6 @@ _NORM = click.Choice(["linf", "l2"])
 _WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
 """Words for the items of a verb: in messages, as a number in a dry run, and after a failure."""
 
-BUILTINS = ("builtin", "builtin-64")
-"""Checkpoints that come with photos."""
-
 _USUAL_WORDS = ("images", "images_to_do", "were not completed")
 
 
@@ -187,6 +184,8 @@ def _run(name: str, given: dict[str, Any]) -> int:
 
 def config_of(kind: type, given: dict[str, Any]) -> Any:
     """Return the checked config that the options name; only the built-in checkpoints have photos by default."""
+    from hf_equiv.models.places import BUILTINS
+
     config = kind(**{option.name: given[option.name] for option in fields(kind) if option.name in given})
     config.check()
     if config.model not in BUILTINS and config.source is None and config.data is None:

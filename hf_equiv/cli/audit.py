@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_equiv.cli.analyses import (
-    BUILTINS,
     compute,
     config_of,
     count_evaluations,
@@ -109,6 +108,7 @@ def _plans(given: dict[str, Any]) -> dict[str, Plan]:
     """Return the plans by the names of their folders, in the order of the work."""
     from hf_equiv.analyses import LipschitzConfig, MatchConfig, SpectrumConfig
     from hf_equiv.analyses.plan import make_plan, with_config
+    from hf_equiv.models.places import BUILTINS
 
     if given["model"] in BUILTINS and given["data"] is None:
         given = given | {"data": "builtin"}

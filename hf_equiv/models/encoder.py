@@ -369,7 +369,7 @@ class Encoder:
 
 def is_local(settings: Mapping[str, Any]) -> bool:
     """Return whether a run used a checkpoint of a folder, which no record names by its path."""
-    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
+    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] not in places.BUILTINS
 
 
 def load_recorded(
@@ -390,7 +390,7 @@ def load_recorded(
         model = f"./{name}"
     encoder = Encoder.from_pretrained(
         model or name,
-        revision=None if local or name == "builtin" or model is not None else revision,
+        revision=None if local or model is not None else revision,
         readout=settings["readout"],
         normalize=settings["normalize"],
         dtype=getattr(torch, settings["dtype"].removeprefix("torch."), settings["dtype"]),

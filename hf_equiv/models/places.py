@@ -15,6 +15,9 @@ from pathlib import Path
 
 from huggingface_hub import cached_assets_path
 
+BUILTINS = {name: Path(__file__).parents[1] / "assets" / name for name in ("builtin", "builtin-64")}
+"""Folders of the checkpoints that ship with the package, by name."""
+
 
 def remember(revision: str, path: str) -> None:
     """Keep the path of local files under the SHA-256 of their contents; a cache that is read-only stays as it is."""
