@@ -23,7 +23,7 @@ T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # receives (bytes sent, bytes in total, what is being done)
 
 MAIN = "main"
-_PATIENCE = 5.0  # seconds in which the Hub must answer a dry run
+_PATIENCE = 3.0  # seconds in which the Hub must answer a dry run
 _GROUP_BYTES = 50_000_000  # bytes uploaded between two reports of progress
 
 
