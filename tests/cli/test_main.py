@@ -146,7 +146,7 @@ def test_env_of_the_built_in_model(capsys):
     code, out, _ = call(capsys, "env", "builtin", "--json")
     model = json.loads(out)["model"]
     assert code == 0
-    assert model["N"] == 3 * 64 * 64
+    assert model["N"] == 3 * 224 * 224
     assert model["jvp"] is True
     assert model["head"]["classes"] == 20
     assert "cls" in model["readouts"]
