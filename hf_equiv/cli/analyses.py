@@ -21,6 +21,7 @@ from hf_equiv.cli.options import (
     SHARE,
     analysis_options,
     flag,
+    helped,
     images_option,
     names,
     option,
@@ -29,7 +30,7 @@ from hf_equiv.cli.options import (
     source_options,
 )
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import excerpt, finite, some
+from hf_equiv.formatting import duration, excerpt, finite, some
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -41,12 +42,21 @@ _WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
 
 _USUAL_WORDS = ("images", "images_to_do", "were not completed")
 
+_DTYPES = "float32 or float64."
+_DERIVATIVES = {
+    "dtype": _DTYPES,
+    "batch_size": "Derivatives in one pass on a GPU. Default: 32, and on a CPU always 32.",
+}
+"""Help of shared options where it is not that of `match`."""
+
 
 @click.command()
 @click.argument("model")
 @images_option("--source", f"Images to start from: {IMAGES}")
-@images_option("--target", "Image of the wanted embedding; or one for each source, in the order of their paths.")
-@images_option("--data", "Set of images to draw pairs from, of different classes where there are classes.")
+@images_option(
+    "--target", "Image of the wanted embedding, or one for each source in the order of their paths; W as above."
+)
+@images_option("--data", "Set of images, W as above, to draw pairs from: of different classes if there are classes.")
 @option("--pairs", "Number of pairs to draw from --data. Default: 10, or as many as exist.", "N", COUNT)
 @option("--solver", "Solver of the float match.", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs")
 @option("--radius", "Radius of a ball about the source: 8/255, 0.03. Default: no ball.", "R", radius)
@@ -74,6 +84,7 @@ def match(**given: Any) -> int:
     return _run("match", given)
 
 
+@helped(**_DERIVATIVES)
 @click.command()
 @click.argument("model")
 @source_options
@@ -95,6 +106,7 @@ def spectrum(**given: Any) -> int:
     return _run("spectrum", given)
 
 
+@helped(**_DERIVATIVES)
 @click.command()
 @click.argument("model")
 @source_options
@@ -121,6 +133,7 @@ def lipschitz(**given: Any) -> int:
     return _run("lipschitz", given)
 
 
+@helped(dtype=_DTYPES, batch_size="No effect: a walk moves one image.")
 @click.command()
 @click.argument("model")
 @source_options
@@ -169,6 +182,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
         plan = make_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
     progress.say(plan.choices, quiet=quiet or given["dry_run"])
+    progress.say(environment.place(encoder.device), quiet=quiet)
     if given["out"] is None:
         progress.say(resume.other_states(folder, plan), quiet=quiet)
     if not given["dry_run"]:
@@ -180,6 +194,8 @@ def _run(name: str, given: dict[str, Any]) -> int:
         else:
             told = facts | {"unusable_images": some(facts["unusable_images"], 10)}
             told["choices"] = "; ".join(plan.choices)
+            for key in ("seconds_per_evaluation", "estimated_seconds"):
+                told[key.replace("seconds", "time")] = duration(told.pop(key))
             usual = ("_error", "_images", "choices")  # hidden when empty
             shown = {key: value for key, value in told.items() if value or not key.endswith(usual)}
             output.print_text("facts", facts={"would do": shown})

@@ -94,8 +94,11 @@ def match_embedding(
         Salman, Shams, Liu (2024), arXiv:2401.15568, §3. Mahendran, Vedaldi (2015), arXiv:1412.0035, eq. 1.
         Sabour et al. (2016), arXiv:1511.05122, eq. 1–2 (matching inside an L∞ ball).
     """
-    options = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals}
-    found = dict(each_match(f, source, target, solver, **options, start=start, progress=progress))
+    searches = each_match(
+        f, source, target, solver, radius=radius, norm=norm, rtol=rtol, max_evals=max_evals, start=start,
+        progress=progress,
+    )  # fmt: skip
+    found = dict(searches)
     with torch.inference_mode(False):
         result = collect([found[place] for place in range(len(found))])
     if raise_on_failure and not result.converged:
