@@ -182,7 +182,6 @@ def _run(name: str, given: dict[str, Any]) -> int:
         plan = make_plan(config, encoder, **where)
     folder: Path = given["out"] or plan.default_out
     progress.say(plan.choices, quiet=quiet or given["dry_run"])
-    progress.say(environment.place(encoder.device), quiet=quiet)
     if given["out"] is None:
         progress.say(resume.other_states(folder, plan), quiet=quiet)
     if not given["dry_run"]:
@@ -212,8 +211,9 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     quiet, total = given["as_json"] or given["quiet"], len(plan.items)
     what, _, failed = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
     how = {key: given[key] for key in ("overwrite", "batch_size")}
+    start = environment.place(plan.encoder.device)
     try:
-        with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what) as observer:
+        with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what, start=start) as observer:
             outcome = run_analysis(plan, folder, observer=observer, **how)
     except KeyboardInterrupt:
         kept = len(shards.ids_of(folder, plan.layout)) if folder.is_dir() else 0

@@ -106,7 +106,7 @@ def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) 
             if len(lines) > MAX_ROWS:
                 console.print(f"… and {len(lines) - MAX_ROWS} more")
             console.print()
-        for sentence in (outcome.summary["verdict"], *reasons(failures)):
+        for sentence in (outcome.summary["verdict"], *map(_with_flags, reasons(failures))):
             console.print(sentence, soft_wrap=not console.is_terminal)
         console.print()
         if (outcome.out / "figures").is_dir():

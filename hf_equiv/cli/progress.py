@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
@@ -47,18 +48,30 @@ def _bars() -> Progress:
 
 
 @contextlib.contextmanager
-def run_progress(*, quiet: bool, what: str = "rows") -> Iterator[Observer]:
+def run_progress(*, quiet: bool, what: str = "rows", start: Iterable[str] = ()) -> Iterator[Observer]:
     """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere."""
+    # The lines of `start` are shown once the run has begun, so not if it is refused.
     if quiet:
         yield lambda _: None
     elif not sys.stderr.isatty():
-        yield _Lines(what)
+        yield _after(start, _Lines(what))
     elif is_first():
         with _bars() as bars:
-            yield _Bars(bars, what)
+            yield _after(start, _Bars(bars, what))
     else:  # the bar of the first process counts the rows of all processes
         lines = _Lines(what)
         yield lambda p: lines(p) if p.stage == "note" else None
+
+
+def _after(start: Iterable[str], observer: Observer) -> Observer:
+    left = list(start)
+
+    def observe(p: RunProgress) -> None:
+        while left:
+            observer(replace(p, stage="info", message=left.pop(0)))
+        observer(p)
+
+    return observe
 
 
 class _Bars:
@@ -106,6 +119,7 @@ class _Pace:
         self.share = 0.0  # rows in work, each by the part of it that is done
         self.saved: set[str] = set()
         self.elapsed = 0.0
+        self.guessed = True  # whether the guess for a match still holds for one in work
 
     def left(self, p: RunProgress) -> float | None:
         """Take notice of a state, and return the seconds left if they can be told."""
@@ -122,8 +136,10 @@ class _Pace:
             parts = (p.num_evals / USUAL_EVALS).masked_fill(~p.active.to(p.num_evals.device), 1.0).clamp(max=MATCHING)
             named = zip(p.pair_ids, parts.tolist(), strict=True)
             self.share = sum(part for name, part in named if name not in self.saved)
+            self.guessed = bool((parts < MATCHING).any())
         made = self.made(p.done) + self.share
-        return self.elapsed * (p.total - p.done - self.share) / made if made > 0 and self.elapsed > 0 else None
+        known = made > 0 and self.elapsed > 0 and (self.guessed or self.made(p.done) > 0)
+        return self.elapsed * (p.total - p.done - self.share) / made if known else None
 
     def made(self, done: int) -> int:
         """Return the number of rows that took time."""
