@@ -183,7 +183,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
     )  # fmt: skip
     failed = False
     for i, found in searches:
-        if found.status in (None, Status.ERROR):
+        if found.status is Status.ERROR:
             failed = True
             continue
         name, evals, seconds = part[i].item.name, {"match": found.num_evals, "refine": 0.0}, found.seconds

@@ -121,13 +121,13 @@ def prepare_threads() -> None:
     """Set how many threads compute and how they wait, before PyTorch is imported and OpenMP reads it."""
     # Threads wait for each other by spinning. If another program has the core of one, the others burn theirs: on two
     # cores beside 12 busy threads an evaluation of the built-in checkpoint took 2.4 s, with sleeping threads 0.03 s.
-    cores, others = usable_cores(), _others()
-    if cores < (os.cpu_count() or 1):
+    cores, machine, others = usable_cores(), os.cpu_count() or 1, _others()
+    if cores < machine:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    if others + (int(threads) if threads.isdecimal() else cores) < cores + 1:
+    if others + (int(threads) if threads.isdecimal() else cores) < machine + 1:
         return
-    told = f"warning: other programs keep about {many(round(others), 'thread')} busy on {many(cores, 'core')}"
+    told = f"warning: other programs keep about {many(round(others), 'thread')} busy on {many(machine, 'core')}"
     if os.environ.setdefault("OMP_WAIT_POLICY", "passive").lower() == "passive":
         notes.append(f"{told}. Here threads sleep while they wait (OMP_WAIT_POLICY=passive), so they lose little.")
     else:

@@ -132,7 +132,10 @@ def _tables(analysis: str, lines: Iterable[Mapping[str, Any]], width: int) -> It
         for cell in template.render(analysis=analysis, line=line).strip().splitlines():
             name, _, text = cell.partition(": ")
             columns.setdefault(name, []).append(text)
-    first, *others = (name for name, cells in columns.items() if {*cells} != {"–"})
+    names = [name for name, cells in columns.items() if {*cells} != {"–"}]
+    if not names:
+        return
+    first, *others = names
     part, used = [first], _room(first, columns, width)
     for name in others:
         room = _GAP + _room(name, columns, width)

@@ -105,7 +105,7 @@ def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState, ch
 
 
 class _Rows:
-    """The items whose rows are on disk, from all processes. No method but `count` may run while the run is closed."""
+    """The items whose rows are on disk, from all processes; shards are read only while none can be merged."""
 
     def __init__(self, job: Any, tell: Observer, check: Callable[[], None], *, alone: bool) -> None:
         self.job, self.tell, self.check, self.alone = job, tell, check, alone
