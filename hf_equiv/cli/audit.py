@@ -99,7 +99,7 @@ def audit(**given: Any) -> int:
             output.print_text("facts", facts={"would do": _in_words(facts)})
         return 0
     device = plans["match"].encoder.device
-    time = f"about {duration(facts['estimated_seconds'])}: {_in_words(facts)['time']}"
+    time = f"about {duration(round(facts['estimated_seconds']))}: {_in_words(facts)['time']}"
     progress.say([*environment.place(device), time], quiet=quiet)
     done = [_compute(part, f"part {place} of {len(parts) + 1}", given) for place, part in enumerate(parts, 1)]
     return _finish(result, done, out, given) if environment.is_first() else 0
@@ -177,8 +177,8 @@ def _in_words(facts: dict[str, Any]) -> dict[str, Any]:
     return {
         **{key: facts[key] for key in ("model", "revision", "photos")},
         **({"unusable_images": some(bad, 10)} if bad else {}),
-        **{name: f"{told}, about {duration(counts[name] * each)}" for name, told in parts.items()},
-        "in all": f"about {duration(facts['estimated_seconds'])}",
+        **{name: f"{told}, about {duration(round(counts[name] * each))}" for name, told in parts.items()},
+        "in all": f"about {duration(round(facts['estimated_seconds']))}",
         "time": total,
         "out": facts["out"],
     }
