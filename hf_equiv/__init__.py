@@ -9,9 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_equiv.analyses import *  # noqa: F403
     from hf_equiv.data import *  # noqa: F403
     from hf_equiv.geometry import *  # noqa: F403
     from hf_equiv.hub import *  # noqa: F403
+    from hf_equiv.interactive import *  # noqa: F403
     from hf_equiv.jacobian import Jacobian as Jacobian
     from hf_equiv.matching import *  # noqa: F403
     from hf_equiv.models import *  # noqa: F403
@@ -28,6 +30,7 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
     __version__ = "0+unknown"
 
 _NAMES = {
+    "analyses": "LipschitzConfig MatchConfig RunOutcome SpectrumConfig WalkConfig make_plan run_analysis",
     "data": "draw_pairs load_images",
     "geometry": (
         "Directions LinearityResult LipschitzResult RegionalResult RowSpace SpectrumResult WalkResult "
@@ -35,6 +38,7 @@ _NAMES = {
         "regional_lipschitz row_space trace_level_set"
     ),
     "hub": "Published SpaceDeployment SpaceError deploy_space download_results load_results publish_results",
+    "interactive": "match_photos",
     "jacobian": "Jacobian",
     "matching": "LBFGS Adam GradientDescent match_embedding refine_8bit",
     "models": "Encoder",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +21,7 @@ class Status(StrEnum):
 
     CONVERGED = "converged"
     STALLED = "stalled"
+    REFINED = "refined"
     MAX_EVALS = "max_evals"
     INFEASIBLE = "infeasible"
     COMPLETED = "completed"
@@ -37,6 +41,8 @@ _ADVICE = {
     Status.CONVERGED: "The embedding error is at most `rtol`, even with the float noise of the encoder added.",
     Status.STALLED: "No further decrease was possible: the error is at the float noise of the encoder, which may be "
     "more than `rtol`, or the ball holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
+    Status.REFINED: "The 8-bit image is much nearer to the target than rounding would leave it, and no further step of "
+    "1/255 helps: 8-bit images seldom reach a small `rtol`.",
     Status.MAX_EVALS: "The evaluations ran out. Raise `max_evals`, or loosen `rtol`.",
     Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
     Status.COMPLETED: "The analysis is complete.",
@@ -64,6 +70,9 @@ class MatchResult:
         seconds: wall time of each image, (B,), float64; the images of a batch share the time of a step equally.
         status: one `Status` per image.
         traces: per image the (num_evals, error) pairs at which the best error improved, in order.
+        source: images that these should look like, (B, C, H, W), if they are known.
+        target: images whose embeddings these should have, (B or 1, C, H, W), if they were given as pixels.
+        labels: per image the classes of source, match and target, if an encoder has named them.
     """
 
     images: Tensor
@@ -72,19 +81,67 @@ class MatchResult:
     seconds: Tensor
     status: tuple[Status, ...]
     traces: tuple[tuple[tuple[float, float], ...], ...]
+    source: Tensor | None = None
+    target: Tensor | None = None
+    labels: tuple[tuple[str, str, str], ...] | None = None
 
     @property
     def converged(self) -> bool:
         """Whether every image of the batch reached its tolerance."""
         return all(s is Status.CONVERGED for s in self.status)
 
+    @property
+    def psnr_db(self) -> Tensor | None:
+        """PSNR of each image to its source, −10 log₁₀ mean (x − source)², (B,), float64; infinite for equal images."""
+        if self.source is None:
+            return None
+        return -10 * (self.images.double() - self.source.double()).square().flatten(1).mean(dim=1).log10()
+
+    def show(self) -> None:
+        """Show each image beside its source, their difference and its target: in a notebook, or else in a viewer."""
+        _figures().show(self)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the embedding error over the evaluations.
+
+        Args:
+            axes: axes of matplotlib to draw on; None for new ones.
+
+        Returns:
+            The axes.
+        """
+        return _figures().plot(self, axes)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the images as PNG files, with the numbers as `match.json` and the picture of `show` as `picture.png`.
+
+        Args:
+            folder: where to; it is made if it does not exist, and files of these names are replaced.
+
+        Returns:
+            The folder.
+        """
+        return Path(_figures().save(self, Path(folder)))
+
     def __repr__(self) -> str:
-        """State the number of images, their statuses, errors and cost in one line."""
+        """State the number of images, their statuses, errors, distance and cost in one line."""
         size = "×".join(map(str, self.images.shape[1:]))
         ends = ", ".join(f"{n} {status}" for status, n in Counter(map(str, self.status)).items())
-        errors = " to ".join(dict.fromkeys(f"{e:.1e}" for e in (self.errors.min(), self.errors.max())))
-        cost = f"{self.num_evals.sum():.0f} evaluations"
-        return f"MatchResult({len(self.status)} of {size}: {ends}; errors {errors}; {cost})"
+        told = [f"{len(self.status)} of {size}: {ends}"]
+        told += [f"{source!r} seen as {match!r}" for source, match, _ in (self.labels or ())[:1]]
+        told.append(f"errors {_span(self.errors, '.1e')}")
+        if (distances := self.psnr_db) is not None:
+            told.append(f"PSNR {_span(distances, '.1f')} dB")
+        return f"MatchResult({'; '.join(told)}; {self.num_evals.sum():.0f} evaluations)"
+
+
+def _span(values: Tensor, spec: str) -> str:
+    return " to ".join(dict.fromkeys(f"{value:{spec}}" for value in (values.min(), values.max())))
+
+
+def _figures() -> Any:
+    """Import the pictures of results, which need Pillow and matplotlib, when one is asked for."""
+    return import_module("hf_equiv.interactive.figures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +159,11 @@ class Progress:
     errors: Tensor
     num_evals: Tensor
     active: Tensor
+
+    def __repr__(self) -> str:
+        """State the images in work, errors and cost in one line."""
+        left = f"{int(self.active.sum())} of {len(self.active)} in work"
+        return f"Progress({left}; errors {_span(self.errors, '.1e')}; {self.num_evals.sum():.0f} evaluations)"
 
 
 class ConvergenceError(RuntimeError):

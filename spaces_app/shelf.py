@@ -51,6 +51,8 @@ MAX_DOWNLOAD = 300 * 2**20  # most bytes of a visitor's dataset
 
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 """Options of an event that is not part of the API."""
+QUICK = HIDDEN | {"queue": False}
+"""Options of an event that waits for nobody: visitors look around while others compute."""
 LIVE = "element.setAttribute('aria-live', 'polite');"
 """Script of an element whose changes are read out by screen readers."""
 

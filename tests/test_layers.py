@@ -21,13 +21,14 @@ PACKAGE = ROOT / "hf_equiv"
 FOLDERS = {
     "matching": [],
     "geometry": ["matching"],
-    "models": ["geometry"],
     "data": [],
+    "models": ["geometry", "data"],
     "runs": [],
     "analyses": ["models", "geometry", "matching", "data", "runs"],
     "hub": ["runs", "data"],
     "verify": ["analyses", "hub", "models", "geometry", "matching", "data", "runs"],
     "report": ["verify", "analyses", "hub", "models", "geometry", "matching", "data", "runs"],
+    "interactive": ["analyses", "models", "geometry", "matching", "data", "runs"],
     "cli": ["report", "verify", "analyses", "hub", "models", "geometry", "matching", "data", "runs"],
 }
 # In the root each file names the files that it may import.
@@ -55,13 +56,14 @@ HOMES = {
     "datasets": ["data", "runs", "hub"],
     "pyarrow": ["limits", "data", "runs"],
     "safetensors": ["models", "runs", "hub"],
-    "PIL": ["models", "data", "analyses/figures", "report/measure"],
+    "PIL": ["models", "data", "analyses/figures", "interactive/figures", "report/measure"],
     "numpy": ["models", "data", "analyses/figures", "report"],
-    "matplotlib": ["analyses/figures", "report/figures"],
+    "matplotlib": ["analyses/figures", "interactive/figures", "report/figures"],
     "jinja2": ["formatting", "report/render"],
     "markupsafe": ["formatting", "report/render"],
     "scipy": ["report/statistics"],
     "skimage": ["analyses/measures"],
+    "tqdm": ["matching/bars"],  # on first use, and the numerics work without it
     "click": ["cli"],
     "rich": ["cli"],
 }

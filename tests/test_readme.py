@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 
 from hf_equiv.cli.main import cli
 
@@ -37,6 +38,7 @@ def test_there_is_something_to_check():
 @pytest.mark.parametrize("text", PYTHON, ids=range(len(PYTHON)))
 def test_python_runs(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Image.Image, "show", lambda image: None)  # no viewer
     exec(compile(text, "README", "exec"), {"__name__": "__main__"})
 
 

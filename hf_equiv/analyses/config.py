@@ -21,22 +21,39 @@ Load = Callable[..., ImageSet]  # `load_images`, with the columns and the cache 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Options that change a number of a run, as the user states them; `run.VERBS` lists the methods that verbs add."""
+    """Options that change a number of a run, as the user states them.
+
+    Attributes:
+        model: Hub id, folder or `builtin`, or the name of an imported model; the encoder of the plan overrides it.
+        import_: function `package:function` that made the encoder, if the user imported it.
+        revision: commit, branch or tag of the Hub repository.
+        readout: output of the checkpoint that is the embedding; `auto` takes the usual one.
+        normalize: divide the embedding by its L2 norm; the encoder of the plan overrides it.
+        dtype: `float32` or `float64`.
+        source: images to start from or to analyse; see `load_images`.
+        target: images to match or to walk to: one for all sources, or as many as sources.
+        data: a set to draw from, instead of `source`.
+        streaming: fetch only the first images of the Hub dataset `data`; done unasked above 5 GB of files.
+        image_column: image column of a parquet file or dataset.
+        label_column: class column of a parquet file or dataset.
+        seed: seed of every random draw.
+    """
 
     analysis: ClassVar[str]
 
-    model: str = "builtin"  # Hub id, folder or `builtin`
-    revision: str | None = None  # commit, branch or tag of the Hub repository
-    readout: str = "auto"  # output of the checkpoint that is the embedding; `auto` takes the usual one
-    normalize: bool = False  # divide the embedding by its L2 norm
-    dtype: str = "float32"  # or `float64`
-    source: str | None = None  # images to start from or to analyse; see `load_images`
-    target: str | None = None  # images to match or to walk to: one for all sources, or as many as sources
-    data: str | None = None  # a set to draw from, instead of `source`
-    streaming: bool = False  # fetch only the first images of the Hub dataset `data`; done unasked above 5 GB of files
-    image_column: str | None = None  # image column of a parquet file or dataset
-    label_column: str | None = None  # class column of a parquet file or dataset
-    seed: int = 0  # seed of every random draw
+    model: str = "builtin"
+    import_: str | None = None
+    revision: str | None = None
+    readout: str = "auto"
+    normalize: bool = False
+    dtype: str = "float32"
+    source: str | None = None
+    target: str | None = None
+    data: str | None = None
+    streaming: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+    seed: int = 0
 
     @property
     def half(self) -> str | None:
@@ -55,11 +72,15 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class ImageConfig(BaseConfig):
-    """Options that the analyses of single images share: spectrum, lipschitz and walk."""
+    """Options that the analyses of single images share: spectrum, lipschitz and walk.
+
+    Attributes:
+        limit: images to draw from `data`; None for all.
+    """
 
     wants_target: ClassVar[str]  # names the options that need a target, for an error message
 
-    limit: int | None = None  # images to draw from `data`; None for all
+    limit: int | None = None
 
     @property
     def needs_target(self) -> bool:

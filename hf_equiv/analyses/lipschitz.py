@@ -45,17 +45,26 @@ _BATCH = 32  # images and tangents per pass
 
 @dataclass(frozen=True)
 class LipschitzConfig(ImageConfig):
-    """Options of `lipschitz`."""
+    """Options of `lipschitz`.
+
+    Attributes:
+        directions: kinds with counts, `random:64,top:8,gradient`; None for all, fewer where D is small.
+        radii: the ladder, ascending, L2 in pixel units.
+        regional: radius of the ball to search for the largest constant; None for no search.
+        norm: norm of that ball, `l2` or `linf`; None for `l2`, and without a ball.
+        linearity: measure the distance to which the first-order model holds along every direction.
+        rtol: embedding error of the match that the direction `match` leads to.
+    """
 
     analysis: ClassVar[str] = "lipschitz"
     wants_target: ClassVar[str] = "direction 'toward' or 'match'"
 
-    directions: str | None = None  # kinds with counts, `random:64,top:8,gradient`; None for all, fewer where D is small
-    radii: tuple[float, ...] | None = None  # the ladder, ascending, L2 in pixel units
-    regional: float | None = None  # radius of the ball to search for the largest constant; None for no search
-    norm: str | None = None  # norm of that ball, `l2` or `linf`; None for `l2`, and without a ball
-    linearity: bool = False  # measure the distance to which the first-order model holds along every direction
-    rtol: float = 1e-5  # embedding error of the match that the direction `match` leads to
+    directions: str | None = None
+    radii: tuple[float, ...] | None = None
+    regional: float | None = None
+    norm: str | None = None
+    linearity: bool = False
+    rtol: float = 1e-5
 
     @property
     def ball_norm(self) -> str:
@@ -186,7 +195,9 @@ def measure_image(
     if settings["regional"] is not None:
         tell("region", 0, 1)
         generator = image_generator(settings["seed"], image_id)
-        ball = regional_lipschitz(encoder, image[None], settings["regional"], settings["norm"], generator=generator)
+        ball = regional_lipschitz(
+            encoder, image[None], settings["regional"], settings["norm"], generator=generator, progress=False
+        )
     return found, reach, ball
 
 

@@ -51,19 +51,31 @@ _MEDIANS = (
 
 @dataclass(frozen=True)
 class MatchConfig(BaseConfig):
-    """Options of `match`; `dtype` may also be `bfloat16` (`bf16`) or `float16`, for the early iterations only."""
+    """Options of `match`; `dtype` may also be `bfloat16` (`bf16`) or `float16`, for the early iterations only.
+
+    Attributes:
+        pairs: number of pairs to draw from `data`.
+        solver: `lbfgs`, `adam` or `gd`.
+        radius: radius of the ball about the source: half-width (linf) or L2 length.
+        norm: norm of the ball, `linf` or `l2`; None for `linf`, and without a ball.
+        rtol: embedding error ‖f(x)−z‖/‖z‖ at which a match is finished.
+        max_evals: evaluations allowed per image.
+        refine: refine the match on the 8-bit lattice; otherwise it is rounded.
+        labels: class names for zero-shot classification.
+        compile: match with `torch.compile`; the plain encoder still computes every number.
+    """
 
     analysis: ClassVar[str] = "match"
 
-    pairs: int | None = None  # number of pairs to draw from `data`
-    solver: str = "lbfgs"  # or `adam`, `gd`
-    radius: float | None = None  # radius of the ball about the source: half-width (linf) or L2 length
-    norm: str | None = None  # norm of the ball, `linf` or `l2`; None for `linf`, and without a ball
-    rtol: float = 1e-5  # embedding error ‖f(x)−z‖/‖z‖ at which a match is finished
-    max_evals: int = 1000  # evaluations allowed per image
-    refine: bool = True  # refine the match on the 8-bit lattice; otherwise it is rounded
-    labels: tuple[str, ...] | None = None  # class names for zero-shot classification
-    compile: bool = False  # match with `torch.compile`; the plain encoder still computes every number
+    pairs: int | None = None
+    solver: str = "lbfgs"
+    radius: float | None = None
+    norm: str | None = None
+    rtol: float = 1e-5
+    max_evals: int = 1000
+    refine: bool = True
+    labels: tuple[str, ...] | None = None
+    compile: bool = False
 
     @property
     def ball_norm(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_equiv.analyses.pairs import Item, Reader, refuse_equal
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
-from hf_equiv.formatting import fraction, read_fraction
+from hf_equiv.formatting import fraction, many, read_fraction
 from hf_equiv.matching.stages import Draft
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
@@ -39,6 +39,11 @@ class Plan:
     provenance: Row  # the provenance columns, equal in every row
     reader: Reader  # keeps the images that were read for the plan
     drafts: tuple[Draft, ...] = ()  # cheaper forms of the encoder that matches start with
+
+    def __repr__(self) -> str:
+        """State the verb, the number of items, the images and the model in one line."""
+        what = f"{self.config.analysis}, {many(len(self.items), self.layout.listed.removesuffix('s'))}"
+        return f"Plan({what} of {self.images.data_id!r}; {self.encoder!r})"
 
     @property
     def layout(self) -> Layout:
@@ -123,9 +128,25 @@ Tell = Callable[..., None]  # receives the stage of the current items, the steps
 
 
 def make_plan(config: Any, encoder: Encoder, *, cache_dir: str | None = None, local_files_only: bool = False) -> Plan:
-    """Open the images, list the items, and refuse bad options and images; the class of the config names the verb."""
-    # Every image is read once here. Named images that are bad are refused before any work, all in one message; an
-    # unreadable image of `data` fails only its own rows.
+    """Plan a run: open the images, list the pairs or images, and refuse bad options before any work.
+
+    Every image is read once. Named images that are bad are refused in one message; an unreadable image of `data` fails
+    only its own rows.
+
+    Args:
+        config: the options of a `MatchConfig`, `SpectrumConfig`, `LipschitzConfig` or `WalkConfig`; its class names the
+            verb.
+        encoder: the encoder to analyse.
+        cache_dir: cache of Hub datasets; None for the Hub's default.
+        local_files_only: whether to use cached files only.
+
+    Returns:
+        The plan, for `run_analysis`.
+
+    Raises:
+        ValueError: a bad option, or images that cannot be used.
+        OSError: images that do not exist or cannot be fetched.
+    """
     config.check()
     own = config.settings(encoder)
     _refuse_constant(encoder)
@@ -153,6 +174,7 @@ def _settle(
     own: Row,
 ) -> Plan:  # fmt: skip
     """Return a plan with its settings; `own` are those of its verb."""
+    config = replace(config, normalize=encoder.normalize)
     sets = [images] if targets is None or targets is images else [images, targets]
     names = list(dict.fromkeys((one.data_id, one.data_revision) for one in sets))
     data_id, data_revision = (" + ".join(parts) for parts in zip(*names, strict=True))
@@ -179,6 +201,7 @@ def settings_of(
         "schema_version": SCHEMA_VERSION,
         "image_column": config.image_column,
         "label_column": config.label_column,
+        **({} if config.import_ is None else {"import": config.import_}),
         **config.settings_of_items(items),
         **own,
     }
@@ -189,7 +212,7 @@ def command_line(config: Any) -> str:
     words = ["hf-equiv", config.analysis, config.model]
     for field in fields(config):
         value = getattr(config, field.name)
-        flag = "--" + field.name.replace("_", "-")
+        flag = "--" + field.name.rstrip("_").replace("_", "-")
         if value == field.default or field.name == "model":
             continue
         if isinstance(value, bool):
@@ -210,7 +233,7 @@ def read_command(command: str, kind: Any) -> Any:
         raise ValueError(f"`command` must begin with hf-equiv {kind.analysis}; got {program} {analysis}.")
     types, left, values = get_type_hints(kind), iter(words), dict[str, Any](model=model)
     for flag in left:
-        name = flag.removeprefix("--").replace("-", "_")
+        name = "import_" if flag == "--import" else flag.removeprefix("--").replace("-", "_")
         if types.get(name.removeprefix("no_")) is bool:
             values[name.removeprefix("no_")] = not name.startswith("no_")
             continue

@@ -16,7 +16,8 @@ from hf_equiv.analyses.pairs import Item
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
 from hf_equiv.checks import check_count
 from hf_equiv.data.image_file import encode_png
-from hf_equiv.formatting import one_line
+from hf_equiv.formatting import many, one_line, some
+from hf_equiv.matching import bars
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.execute import Observer, RunProgress, carry_out
@@ -49,15 +50,25 @@ BATCH, CPU_BATCH = 32, 8  # items in one pass on a GPU and on a CPU, where there
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """A finished run."""
+    """A finished run.
 
-    analysis: str  # `match`, `spectrum`, `lipschitz` or `walk`
-    out: Path  # its directory
-    rows: tuple[Row, ...]  # its rows, without images, in the order of the pairs or images
-    summary: Row  # counts, medians and verdict, as in `run.json`
-    errors: Mapping[str, str]  # reason of each row of status `error`, by pair or image id
-    refine_evals: Mapping[str, float]  # evaluations of the 8-bit refinement, by pair id
-    main: bool = True  # whether this is the main process, the only one that reports
+    Attributes:
+        analysis: `match`, `spectrum`, `lipschitz` or `walk`.
+        out: its directory.
+        rows: its rows, without images, in the order of the pairs or images.
+        summary: counts, medians and verdict, as in `run.json`.
+        errors: reason of each row of status `error`, by pair or image id.
+        refine_evals: evaluations of the 8-bit refinement, by pair id.
+        main: whether this is the main process, the only one that reports.
+    """
+
+    analysis: str
+    out: Path
+    rows: tuple[Row, ...]
+    summary: Row
+    errors: Mapping[str, str]
+    refine_evals: Mapping[str, float]
+    main: bool = True
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -69,6 +80,11 @@ class RunOutcome:
         """Whether no row failed."""
         return not self.failed
 
+    def __repr__(self) -> str:
+        """State the verb, the directory, the rows and the verdict in one line."""
+        rows = many(len(self.rows), "row") + (f", {len(self.failed)} failed" if self.failed else "")
+        return f"RunOutcome({self.analysis} in {str(self.out)!r}: {rows}; {self.summary.get('verdict', '')})"
+
 
 def run_analysis(
     plan: Plan,
@@ -76,28 +92,55 @@ def run_analysis(
     *,
     overwrite: str = "missing",
     batch_size: int | None = None,
-    observer: Observer | None = None,
+    observer: Observer | bool | None = None,
 ) -> RunOutcome:
-    """Carry out a plan: make the missing rows of each pair or image, then summary, figures and card."""
-    # Rows are on disk after each batch, and finished rows also after an interruption. The same call resumes a run that
-    # was stopped at any moment. A pair or image that fails gets a row of status `error`, and the others go on.
-    # `overwrite` may be `missing` (make missing rows and remake those of status `error`), `always` (replace an earlier
-    # run) or `never` (refuse one). `batch_size` is the number of pairs at once, and on a GPU also the number of
-    # derivatives; it is halved when memory runs out, and on a CPU it changes no number. `observer` receives a
-    # `RunProgress` after each batched evaluation; an exception that it raises ends the run.
+    """Carry out a plan: make the missing rows of each pair or image, then summary, figures and card.
+
+    Rows are on disk after each batch, and finished rows also after an interruption. The same call resumes a run that was
+    stopped at any moment. A pair or image that fails gets a row of status `error`, and the others go on.
+
+    Args:
+        plan: the run, as `make_plan` returns it.
+        out: its directory; None for `runs/VERB/MODEL/HASH8`.
+        overwrite: `missing` (make missing rows and remake those of status `error`), `always` (replace an earlier run)
+            or `never` (refuse one).
+        batch_size: pairs at once, and on a GPU also derivatives; it is halved when memory runs out, and on a CPU it
+            changes no number.
+        observer: receives a `RunProgress` after each batched evaluation; an exception that it raises ends the run. By
+            default a bar in a terminal or notebook; False for none.
+
+    Returns:
+        The rows and summary of the run.
+
+    Raises:
+        ValueError: the directory holds another run, or an option is bad.
+
+    Example:
+        >>> from hf_equiv import Encoder, MatchConfig, make_plan, run_analysis
+        >>> config, encoder = MatchConfig(data="builtin", pairs=2), Encoder.from_pretrained("builtin")
+        >>> plan = make_plan(config, encoder)  # doctest: +SKIP
+        >>> run_analysis(plan, "runs/mine").completed  # doctest: +SKIP
+        True
+    """
     job = _Job(plan, Path(out or plan.default_out), batch_size)
     _remember(plan)
-    main = carry_out(job, overwrite, observer or (lambda _: None))
+    with bars.shown(observer, plan.config.analysis, _read) as hook:
+        main = carry_out(job, overwrite, hook or (lambda _: None))
     record, found = directory.read_record(job.folder), job.found or read_back(job.folder, plan.layout, job.names, 0)
     refine_evals = {name: cost["refine"] for name, cost in (found.costs or {}).items()}
     errors, rows = record.get("errors", {}), tuple(found.rows)
     return RunOutcome(plan.layout.analysis, job.folder, rows, record["summary"], errors, refine_evals, main)
 
 
+def _read(p: RunProgress) -> tuple[float, str]:
+    """Read the progress of a run for a bar."""
+    return p.done / max(1, p.total), ", ".join(filter(None, (p.stage, p.message or some(p.pair_ids, 1))))
+
+
 def _remember(plan: Plan) -> None:
     """Remember on this machine the paths that the run does not record."""
-    from hf_equiv.models.encoder import is_local  # both bring transformers along
     from hf_equiv.models.places import remember
+    from hf_equiv.models.recorded import is_local  # both bring transformers along
 
     config, targets = plan.config, plan.targets or plan.images
     named = [(plan.encoder.revision, plan.encoder.model_id)] if is_local(plan.settings) else []

@@ -39,13 +39,18 @@ _RESIDUAL, _TILT = {"full": 1e-5, "golub_kahan": 0.02}, 1e-6
 
 @dataclass(frozen=True)
 class SpectrumConfig(ImageConfig):
-    """Options of `spectrum`."""
+    """Options of `spectrum`.
+
+    Attributes:
+        k: number of singular values; None for all.
+        vectors: keep the singular vectors of the first `k`, or 8.
+    """
 
     analysis: ClassVar[str] = "spectrum"
     wants_target: ClassVar[str] = "the verb lipschitz or walk"
 
-    k: int | None = None  # number of singular values; None for all
-    vectors: bool = False  # keep the singular vectors of the first `k`, or 8
+    k: int | None = None
+    vectors: bool = False
 
     def check(self) -> None:
         """Refuse options that no run can have, before a checkpoint is loaded."""
@@ -73,7 +78,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
     (one,) = part
     tell("jacobian", 0, 1)
     k, vectors = plan.settings["k"], plan.settings["vectors"]
-    result = jacobian_spectrum(plan.encoder, one.image[None], k=k, vectors=vectors, batch=batch)
+    result = jacobian_spectrum(plan.encoder, one.image[None], k=k, vectors=vectors, batch=batch, progress=False)
     floats: dict[str, Tensor] = {}
     if result.right is not None and result.left is not None:
         kept = k or min(KEPT_VECTORS, result.right.shape[1])
@@ -156,7 +161,9 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     """Recompute a spectrum row; counts and sums over all singular values use the stated values."""
     (row,) = rows
     rtol = _earlier_rtol(row, encoder.dtype)
-    result = jacobian_spectrum(encoder, row["image"][None], k=settings["k"], rank_rtol=rtol, batch=_BATCH)
+    result = jacobian_spectrum(
+        encoder, row["image"][None], k=settings["k"], rank_rtol=rtol, batch=_BATCH, progress=False
+    )
     made = row_of(result) | {"left_open": () if rtol is None else (_EARLIER,)}
     sigma = [s or 0.0 for s in row["singular_values"] or []]
     values, whole = torch.tensor(sigma, dtype=torch.float64), made["rank"] is not None and settings["k"] is None

@@ -47,16 +47,24 @@ FROM_A_MATCH = ("nearest", "connect")  # headings whose walks start from a match
 
 @dataclass(frozen=True)
 class WalkConfig(ImageConfig):
-    """Options of `walk`."""
+    """Options of `walk`.
+
+    Attributes:
+        heading: `random`, `away`, `toward`, `nearest` or `connect`.
+        step: longest step, L2 in pixel units.
+        num_steps: points after the start.
+        rtol: largest drift ‖f(x)−z‖/‖z‖.
+        stop: ‖P_null d‖/‖d‖ at which a walk to an image is over; None for 0.01.
+    """
 
     analysis: ClassVar[str] = "walk"
     wants_target: ClassVar[str] = "heading 'toward', 'nearest' or 'connect'"
 
-    heading: str = "random"  # or `away`, `toward`, `nearest`, `connect`
-    step: float = 1.0  # longest step, L2 in pixel units
-    num_steps: int = 100  # points after the start
-    rtol: float = 1e-5  # largest drift ‖f(x)−z‖/‖z‖
-    stop: float | None = None  # ‖P_null d‖/‖d‖ at which a walk to an image is over; None for 0.01
+    heading: str = "random"
+    step: float = 1.0
+    num_steps: int = 100
+    rtol: float = 1e-5
+    stop: float | None = None
 
     @property
     def needs_target(self) -> bool:

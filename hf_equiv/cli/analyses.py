@@ -218,7 +218,7 @@ def load(config: Any, given: dict[str, Any]) -> Encoder:
     """Load the encoder of a config."""
     from hf_equiv.cli import environment
 
-    options = {key: given[key] for key in ("revision", "readout", "normalize", "device")}
+    options = {key: given[key] for key in ("import_", "revision", "readout", "normalize", "device")}
     dtype = "float32" if config.half else config.dtype
     return environment.load_encoder(config.model, dtype=dtype, **options, **where_of(given))
 
@@ -236,8 +236,9 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     if given["as_json"]:
         output.print_json(_result(plan, folder, outcome.rows, outcome.summary))
     elif not quiet:
+        own = ["--import", given["import_"]] if given["import_"] else []
         try:
-            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder)]))
+            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *own]))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a record that was changed
             told = f"'{folder}/run.json' is damaged: its summary cannot be shown ({excerpt(error)}). Run the same"
             raise ValueError(f"{told} command with --overwrite always.") from error

@@ -216,10 +216,11 @@ def _finish(result: dict[str, Any], done: list[RunOutcome], out: Path, given: di
 
 def _report(runs: list[Path], path: Path, given: dict[str, Any]) -> Report:
     """Measure and write the page; an interruption says which command goes on."""
-    from hf_equiv.cli import progress
+    from hf_equiv.cli import environment, progress
     from hf_equiv.report.page import make_report
 
     place = {"device": given["device"], **where_of(given)}
+    place |= {"model": environment.import_encoder(given["import_"])} if given["import_"] else {}
     try:
         with progress.steps(quiet=given["as_json"] or given["quiet"], amount=progress.count) as tell:
             page = make_report(runs, out=path, observer=lambda step, now, total: tell(now, total, step), **place)

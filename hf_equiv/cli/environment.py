@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_equiv.formatting import many, printable
+from hf_equiv.formatting import excerpt, many, printable
 
 if TYPE_CHECKING:
     import torch
@@ -69,19 +69,52 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def load_encoder(model: str, *, dtype: str, device: str | None, **options: Any) -> Encoder:
+def load_encoder(
+    model: str, *, dtype: str, device: str | None, import_: str | None = None, **options: Any
+) -> Encoder:  # fmt: skip
     """Load the encoder that the model options name; under a launcher, on the GPU of this process."""
     import torch
 
     from hf_equiv.analyses.config import DTYPES
     from hf_equiv.checks import check_choice
-    from hf_equiv.models.encoder import Encoder
+    from hf_equiv.models.encoder import Encoder, restated
+    from hf_equiv.models.places import BUILTINS
 
     check_choice(dtype, "dtype", DTYPES)
     rank = os.environ.get("LOCAL_RANK", "")
     if device in (None, "cuda") and rank.isdecimal() and torch.cuda.is_available():
         device = f"cuda:{rank}"
-    return Encoder.from_pretrained(model, dtype=DTYPES[dtype], device=device, **options)
+    if import_ is None:
+        return Encoder.from_pretrained(model, dtype=DTYPES[dtype], device=device, **options)
+    if options["revision"] is not None or model in BUILTINS:
+        name, got = ("revision", options["revision"]) if options["revision"] else ("model", model)
+        raise ValueError(f"`{name}` must not be {got!r} with an imported model. Leave out --import, or correct it.")
+    made = import_encoder(import_)
+    return restated(made, options["readout"], options["normalize"] or made.normalize, DTYPES[dtype], device, model)
+
+
+def import_encoder(where: str) -> Encoder:
+    """Run a function of the user, `package:function`, and return the encoder that it makes."""
+    import torch
+
+    from hf_equiv.models.encoder import Encoder
+    from hf_equiv.models.wrapping import KIND
+
+    package, _, function = where.partition(":")
+    if (here := os.getcwd()) not in sys.path:  # last, so that a file here replaces no installed package
+        sys.path.append(here)
+    try:
+        make = getattr(import_module(package), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        told = f"`import` must be PACKAGE:FUNCTION that Python can import; got {where!r} ({excerpt(error)})"
+        raise ValueError(f"{told}. Run the command in the folder of its file, or install its package.") from error
+    made = make()
+    if isinstance(made, torch.nn.Module):
+        made = Encoder.wrap(made, device="cpu")
+    if not isinstance(made, Encoder) or made.provenance["attention"] != KIND:
+        told = f"`import` must name a function that returns Encoder.wrap(…) or a torch module; {where!r} returns"
+        raise TypeError(f"{told} {made!r:.80}. Name a checkpoint as MODEL.")
+    return made
 
 
 # --- cores and threads ---

@@ -123,7 +123,12 @@ place_options = group(
     option("--cache-dir", "Folder of Hub downloads.", "DIR"),
     flag("--local-files-only", "Use cached files only; never ask the Hub."),
 )
+import_option = click.option(
+    "--import", "import_", metavar="PACKAGE:FUNCTION",
+    help="Run this function of yours, and take the Encoder or torch module that it returns; MODEL is its name.",
+)  # fmt: skip
 model_options = group(
+    import_option,
     option("--revision", "Commit, branch or tag of the model on the Hub.", "REV"),
     option("--readout", "auto, cls, mean, pooler, tokens, logits, hidden:K or projection.", "NAME", default="auto"),
     flag("--normalize", "Divide embeddings by their L2 norm."),

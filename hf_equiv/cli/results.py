@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from hf_equiv.cli.options import flag, option, output_options, place_options, visibility
+from hf_equiv.cli.options import flag, import_option, option, output_options, place_options, visibility
 from hf_equiv.cli.streams import to_stderr
 
 
@@ -18,10 +18,11 @@ from hf_equiv.cli.streams import to_stderr
 @click.argument("where", metavar="DIR|USER/NAME[@REV]")
 @option("--revision", "Branch, tag, commit or refs/pr/N of the dataset on the Hub.", "REV")
 @option("--model", "Folder of a local checkpoint, if the run was made elsewhere or the folder has moved.", "PATH")
+@import_option
 @place_options
 @flag("--allow-withheld", "Accept rows whose photos are withheld.")
 @output_options
-def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
+def verify(where: str, import_: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
     """Recompute every row of a run directory, or of a dataset on the Hub, from its images.
 
     Checks the SHA-256 of each file, that no row is missing or doubled, and every number within max(3 x the float noise
@@ -30,11 +31,13 @@ def verify(where: str, as_json: bool, quiet: bool, **given: Any) -> int:
     is printed as not verified. Rows whose photos are withheld cannot be recomputed, which counts as a
     problem unless --allow-withheld is given.
     """  # noqa: DOC201 (this is the help text)
-    from hf_equiv.cli import output, progress
+    from hf_equiv.cli import environment, output, progress
 
     with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
         from hf_equiv.verify.dataset import verify_results
 
+        if import_ is not None:
+            given["model"] = environment.import_encoder(import_)
         report = verify_results(where, observer=lambda done, total: tell(done, total, "verifying"), **given)
     if as_json:
         output.print_json(report.to_json())
@@ -103,9 +106,12 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 @click.option("--no-survival", "survival", flag_value=False, type=bool, default=True, show_default=False,
               help="Skip JPEG, resizing and blur (half of the time).")  # fmt: skip
 @option("--model", "Folder of a local checkpoint, as for hf-equiv verify; repeat.", "PATH", multiple=True)
+@import_option
 @place_options
 @output_options
-def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool, **given: Any) -> int:
+def report(
+    paths: tuple[str, ...], out: Path | None, import_: str | None, as_json: bool, quiet: bool, **given: Any
+) -> int:  # fmt: skip
     """Report the evidence of runs on the paper's claims: one HTML page with figures, intervals and controls.
 
     Each DIR is a run directory or a folder of them, each USER/NAME a dataset on the Hub. Runs are grouped by
@@ -119,12 +125,14 @@ def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool,
 
     Exit code 1: a part that needs the model could not be measured, or a file is not as recorded; the page says which.
     """  # noqa: D301, DOC201
-    from hf_equiv.cli import output, progress
+    from hf_equiv.cli import environment, output, progress
 
     with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
         from hf_equiv.report.collect import default_out
         from hf_equiv.report.page import make_report
 
+        if import_ is not None:
+            given["model"] = (*given["model"], environment.import_encoder(import_))
         path = out or default_out(paths)
         _refuse_unwritable(path)
         page = make_report(paths, out=path, observer=lambda step, done, total: tell(done, total, step), **given)

@@ -55,9 +55,9 @@ def open_image(source: str | Path | bytes, name: str | None = None, *, sha256: s
             if data.startswith(SIGNATURE):
                 _correct_transparency(image, data)
                 if data[24] == 16 and image.mode == "RGB" and not np.asarray(image).any():
-                    return _to_rgb(_low_bytes(data), name)  # 8-bit levels in a file of 16 bit
+                    return to_rgb(_low_bytes(data), name)  # 8-bit levels in a file of 16 bit
         with _explained(data, name):  # Pillow looks at a palette only here
-            return _to_rgb(image, name)
+            return to_rgb(image, name)
 
 
 def open_array(values: Any, name: str) -> Image.Image:
@@ -78,7 +78,7 @@ def open_array(values: Any, name: str) -> Image.Image:
         raise _too_many_pixels(array.shape[1], array.shape[0], name)
     low, high = int(array.min()), int(array.max())
     levels = _to_8_bit(array[..., 0] if array.shape[2:] == (1,) else array, low, high, name, array.dtype)
-    return _to_rgb(Image.fromarray(levels), name)
+    return to_rgb(Image.fromarray(levels), name)
 
 
 def _read(source: str | Path | bytes, name: str | None, sha256: str | None) -> tuple[bytes, str]:
@@ -113,10 +113,15 @@ def _read(source: str | Path | bytes, name: str | None, sha256: str | None) -> t
 
 def encode_png(pixels: Tensor) -> bytes:
     """Write pixels (3, H, W) in [0, 1] as PNG bytes, each value rounded to the nearest k/255."""
-    levels = (pixels.detach().to("cpu", torch.float64) * 255.0).round().clamp(0, 255).to(torch.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), mode="RGB").save(buffer, "PNG", compress_level=6)
+    to_image(pixels).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Return pixels (3, H, W) in [0, 1] as an image, each value rounded to the nearest k/255."""
+    levels = (pixels.detach().to("cpu", torch.float64) * 255.0).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), mode="RGB")
 
 
 def decode_png(data: bytes, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -234,7 +239,7 @@ def _low_bytes(data: bytes) -> Image.Image:
     return low
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Convert to RGB over white, a strip at a time where that takes more memory than the image."""
     if image.mode == "F":
         raise _RefusedError(f"image {name!r} must hold integers; got floating point (mode F). Scale it to 8 bit first.")

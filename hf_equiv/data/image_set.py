@@ -1,13 +1,20 @@
-"""Define a set of images under one name, decoded one by one."""
+"""Define a set of images under one name, decoded one by one, and read images that are given in other forms."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from hf_equiv.data.image_file import open_array, open_image, to_rgb
+from hf_equiv.formatting import many, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,50 @@ class ImageSet:
             labels=tuple(self.labels[i] for i in chosen),
             read=lambda i: self.read(chosen[i]),
         )
+
+    def __repr__(self) -> str:
+        """State the name, the number of images and the first ids in one line."""
+        return f"ImageSet({self.data_id!r}: {many(len(self), 'image')}, {some(self.ids, 4)})"
+
+
+def read_images(given: Any) -> Iterator[Image.Image]:
+    """Yield one or several images as upright 8-bit RGB: paths, PIL images, arrays, tensors, or those of `load_images`.
+
+    Arrays are (H, W), (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W) with C of 1 or 3. Integers are
+    levels from 0 to 255, floating-point values lie in [0, 1] and are rounded to the nearest level.
+    """
+    if isinstance(given, np.ndarray | Tensor):
+        several: Any = given if given.ndim == 4 else [given]
+    elif isinstance(given, ImageSet) or (isinstance(given, Sequence) and not isinstance(given, str)):
+        several = given
+    else:
+        several = [given]
+    for place, one in enumerate(several):
+        yield _read_image(one, f"images[{place}]")
+
+
+def _read_image(one: Any, name: str) -> Image.Image:
+    if isinstance(one, ImageItem):
+        return one.image
+    if isinstance(one, Image.Image):
+        return one if one.mode == "RGB" and not one.has_transparency_data else to_rgb(one, name)
+    if isinstance(one, str | os.PathLike):
+        return open_image(Path(one).expanduser())
+    if isinstance(one, Tensor):
+        if one.ndim != 3 or one.shape[0] not in (1, 3):
+            raise ValueError(f"`{name}` must be a tensor (3, H, W); got {tuple(one.shape)}. Put the channels first.")
+        one = one.detach().cpu().movedim(0, -1)
+        one = (one.double() if one.is_floating_point() else one).numpy()
+    if not isinstance(one, np.ndarray):
+        raise TypeError(
+            f"`{name}` must be a path, a PIL image, an array (H, W, 3), a tensor (3, H, W) or an image of "
+            f"`load_images`; got {type(one).__name__}."
+        )
+    if one.dtype.kind == "f":
+        if not (one.size and np.isfinite(one).all() and one.min() >= 0 and one.max() <= 1):
+            raise ValueError(f"`{name}` must lie in [0, 1], or hold integers from 0 to 255. Scale it first.")
+        one = np.rint(one.astype(np.float64) * 255).astype(np.uint8)
+    return open_array(one, name)
 
 
 def file_digest(path: Path, most: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -200,6 +201,11 @@ class Directions:
     def __len__(self) -> int:
         """Return K, the directions of each image."""
         return len(self.kinds)
+
+    def __repr__(self) -> str:
+        """State the number of images and the directions of each kind in one line."""
+        counts = ", ".join(f"{kind} {count}" for kind, count in Counter(self.kinds).items())
+        return f"Directions({len(self.vectors)} of {'×'.join(map(str, self.vectors.shape[2:]))}: {counts})"
 
 
 def make_directions(

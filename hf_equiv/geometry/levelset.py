@@ -21,6 +21,7 @@ from hf_equiv import checks
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
 from hf_equiv.jacobian import Jacobian, measure_images
+from hf_equiv.matching import bars
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.matching.match import target_embeddings
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
@@ -56,7 +57,7 @@ class WalkPoint:
     # ‖P_null d‖ / ‖d‖: a bound for d = destination − x, the model's value for d = x − origin; None for a fixed heading
     stationarity: float | None
     num_evals: float  # evaluations spent on the walk so far
-    pixels: Tensor | None  # x, (C, H, W); None unless `keep_points`
+    pixels: Tensor | None = field(repr=False)  # x, (C, H, W); None unless `keep_points`
 
 
 @dataclass(eq=False)
@@ -272,7 +273,7 @@ def trace_level_set(
     stop: float = STOP,
     generator: torch.Generator | None = None,
     keep_points: bool = False,
-    progress: Callable[[WalkPoint], None] | None = None,
+    progress: Callable[[WalkPoint], None] | bool | None = None,
 ) -> WalkResult:
     """Walk from each image through the images with the same embedding, {x in [0, 1]^N : f(x) = z}.
 
@@ -298,9 +299,10 @@ def trace_level_set(
         target: destination of toward and connect, (B or 1, C, H, W); else the pixels or embedding of the level set.
         origin: reference of l2, linf and psnr_db, (B or 1, C, H, W); default: the start.
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
-        generator: source of the random heading.
+        generator: source of the random heading, on the CPU; None for one with seed 0.
         keep_points: whether the points keep their pixels.
-        progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks.
+        progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks. By default a
+            bar in a terminal or notebook; False for none.
 
     Returns:
         The points of every walk with its cost and status.
@@ -345,7 +347,7 @@ def trace_level_set(
                 way = Toward(aims[b], stop)
             else:
                 way = Ahead(aims[b], home[b] if heading == "away" else None)
-            walk = Walk(b, corrector, way, home[b], step, keep_points, progress)
+            walk = Walk(b, corrector, way, home[b], step, keep_points, hook)
             with no_autocast():
                 walk.run(images[b], num_steps)
             return {
@@ -356,7 +358,12 @@ def trace_level_set(
                 "status": walk.status,
             }
 
-        return WalkResult(**measure_images(f, images, 1, measure))
+        def read(point: WalkPoint) -> tuple[float, str]:
+            done = (point.image + point.step / num_steps) / len(images)
+            return done, f"L2 {point.l2:.3g}, drift {point.drift:.1e}, {point.num_evals:.0f} evaluations"
+
+        with bars.shown(progress, "walk", read) as hook:
+            return WalkResult(**measure_images(f, images, 1, measure))
 
 
 def _aims(
@@ -374,6 +381,7 @@ def _aims(
     if heading not in HEADINGS:
         raise ValueError(f"`heading` must be one of {', '.join(HEADINGS)}, or a tensor; got {heading!r}.")
     if heading == "random":
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
         return torch.randn(images.shape, generator=generator, dtype=torch.float64, device="cpu").to(images)
     if heading == "away":
         return torch.where(home <= 0.5, 1.0, -1.0).to(images)

@@ -19,6 +19,7 @@ from hf_equiv.geometry.directions import Directions, as_directions
 from hf_equiv.geometry.lipschitz import Counted, measure_directions
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian
+from hf_equiv.matching import bars
 from hf_equiv.precision import Encoding, no_tf32
 from hf_equiv.results import Status
 
@@ -52,6 +53,15 @@ class LinearityResult:
     num_evals: Tensor
     seconds: Tensor
 
+    def __repr__(self) -> str:
+        """State the number of images and the range of the radii of each kind of direction in one line."""
+        parts = []
+        for kind in dict.fromkeys(self.kinds):
+            radii = self.radii[:, [k for k, name in enumerate(self.kinds) if name == kind]].flatten()
+            good = radii[radii.isfinite()].tolist()
+            parts.append(f"{kind} {min(good):.2g} to {max(good):.2g}" if good else f"{kind} undetermined")
+        return f"LinearityResult({len(self.status)} images; radii: {', '.join(parts)})"
+
 
 def linearity_radius(
     f: Encoding,
@@ -63,7 +73,7 @@ def linearity_radius(
     max_radius: float | None = None,
     rtol: float = 1e-3,
     batch: int = 32,
-    progress: Counted | None = None,
+    progress: Counted | bool | None = None,
 ) -> LinearityResult:
     """Find how far f is linear along given directions: a test of "piecewise linear".
 
@@ -83,7 +93,8 @@ def linearity_radius(
         max_radius: largest h tried, in pixel units (L2); default √N, the diagonal of the box.
         rtol: relative width at which the bisection ends; the lower end is returned.
         batch: images per forward pass and tangents per JVP.
-        progress: called with (directions done, directions in all) after each batch of directions.
+        progress: called with (directions done, directions in all) after each batch of directions; by default a bar in a
+            terminal or notebook, False for none.
 
     Returns:
         The radii with their statuses.
@@ -108,7 +119,8 @@ def linearity_radius(
     against = auto if relative_to == "auto" else (relative_to,) * len(given)
     flat = torch.tensor([name == "embedding" for name in against], device=images.device)
     f = admit(f, images)
-    fields = measure_directions(f, images, given, batch, progress, lambda J: _Line(f, J, tau, limit, flat, rtol))
+    with bars.shown(progress, "linearity", bars.count) as hook:
+        fields = measure_directions(f, images, given, batch, hook, lambda J: _Line(f, J, tau, limit, flat, rtol))
     del fields["noise_method"]
     return LinearityResult(relative_to=against, **fields)
 

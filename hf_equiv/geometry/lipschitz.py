@@ -18,6 +18,7 @@ from hf_equiv.conditions import admit
 from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, central_secants, read_secants, secant_noise
 from hf_equiv.jacobian import Jacobian, measure_images
+from hf_equiv.matching import bars
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
@@ -101,7 +102,7 @@ def directional_lipschitz(
     noise: str = "auto",
     std: Tensor | Sequence[float] | None = None,
     batch: int = 32,
-    progress: Counted | None = None,
+    progress: Counted | bool | None = None,
 ) -> LipschitzResult:
     """Measure the local Lipschitz constant of f along given directions, and separate it from float noise.
 
@@ -124,7 +125,8 @@ def directional_lipschitz(
         noise: method for the noise floor: "twin", "ecnoise" or "auto" (`secants.secant_noise`).
         std: per-channel standard deviation by which f normalises, (C,); default from the encoder.
         batch: images per forward pass and tangents per JVP.
-        progress: called with (directions done, directions in all) after each batch of directions.
+        progress: called with (directions done, directions in all) after each batch of directions; by default a bar in a
+            terminal or notebook, False for none.
 
     Returns:
         Values with errors, exact JVPs, ladders, noise floors, plateaus and statuses.
@@ -149,7 +151,8 @@ def directional_lipschitz(
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
     f = admit(f, images, gradient=False)  # the values come from secants
-    fields = measure_directions(f, images, given, batch, progress, lambda J: _Ladder(f, J, ladder, noise, scale))
+    with bars.shown(progress, "secants", bars.count) as hook:
+        fields = measure_directions(f, images, given, batch, hook, lambda J: _Ladder(f, J, ladder, noise, scale))
     return LipschitzResult(radii=ladder.cpu(), noise_method=fields.pop("noise_method")[-1], **fields)
 
 

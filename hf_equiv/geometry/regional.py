@@ -31,6 +31,7 @@ from hf_equiv.derivatives import forward_mode
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian, in_double, measure_images
+from hf_equiv.matching import bars
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
@@ -120,6 +121,13 @@ class RegionalResult:
     num_evals: Tensor
     seconds: Tensor
 
+    def __repr__(self) -> str:
+        """State the number of images, and the largest constants in the ball and at its centre, in one line."""
+        found, center = (
+            ", ".join(f"{v:.4g}" for v in values.tolist()) for values in (self.lower_bound, self.at_center)
+        )
+        return f"RegionalResult({len(self.status)} images: at least {found}; at the centre {center})"
+
 
 def regional_lipschitz(
     f: Encoding,
@@ -132,7 +140,7 @@ def regional_lipschitz(
     batch_size: int = 4,
     std: Tensor | Sequence[float] | None = None,
     generator: torch.Generator | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> RegionalResult:
     """Search a ball for the largest local Lipschitz constant of f, a lower bound of the constant on the whole ball.
 
@@ -152,7 +160,7 @@ def regional_lipschitz(
         batch_size: random points behind each maximum.
         std: per-channel standard deviation by which f normalises, (C,); default from the encoder.
         generator: source of the random points, on the CPU; None for one with seed 0.
-        progress: called with (images done, images in all).
+        progress: called with (images done, images in all); by default a bar in a terminal or notebook, False for none.
 
     Returns:
         Bounds with their points and directions, and estimates.
@@ -177,7 +185,8 @@ def regional_lipschitz(
         found = _Search(f, J, radius, norm, generator).run(num_steps, num_batches, batch_size)
         return {**found, "unit_factor": unit_factor(found["directions"][None], scale)[0].cpu()}
 
-    return RegionalResult(**measure_images(f, images, 32, measure, progress))
+    with bars.shown(progress, "regional", bars.count) as hook:
+        return RegionalResult(**measure_images(f, images, 32, measure, hook))
 
 
 def _check(images: Tensor, radius: float, norm: str, num_steps: int, num_batches: int, batch_size: int) -> None:

@@ -15,6 +15,7 @@ from hf_equiv.conditions import admit
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
 from hf_equiv.jacobian import Jacobian, measure_images
+from hf_equiv.matching import bars
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
@@ -103,7 +104,7 @@ def jacobian_spectrum(
     rank_rtol: float | None = None,
     rtol: float = 1e-4,
     batch: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> SpectrumResult:
     """Compute the singular values of J = ∂f/∂x at each image: how far the embedding moves, along how many directions.
 
@@ -122,7 +123,8 @@ def jacobian_spectrum(
         rank_rtol: threshold of the rank over σ₁; None for the error bound of a zero.
         rtol: bound over σ₁ at which "golub_kahan" stops.
         batch: most cotangents per pass; memory grows with it.
-        progress: called after each image with (images done, images in all).
+        progress: called after each image with (images done, images in all); by default a bar in a terminal or notebook,
+            False for none.
 
     Returns:
         The spectrum of each image.
@@ -150,7 +152,8 @@ def jacobian_spectrum(
         checks.check_count(k, "k")
     options = k, method, vectors, rank_rtol, rtol
     f = admit(f, images, each=True)
-    fields = measure_images(f, images, batch, lambda J, _: _measure(f, J, *options), progress)
+    with bars.shown(progress, "spectrum", bars.count) as hook:
+        fields = measure_images(f, images, batch, lambda J, _: _measure(f, J, *options), hook)
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
 
 

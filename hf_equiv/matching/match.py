@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_equiv import checks
 from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import jacobian_cost, stacked
+from hf_equiv.matching import bars
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.matching.lbfgs import LBFGS
@@ -46,7 +47,7 @@ def match_embedding(
     max_evals: int = 1000,
     raise_on_failure: bool = True,
     start: MatchResult | None = None,
-    progress: ProgressHook | None = None,
+    progress: ProgressHook | bool | None = None,
 ) -> MatchResult:
     """Find an image near `source` with the embedding of `target` (a *match*, or metamer).
 
@@ -73,6 +74,7 @@ def match_embedding(
         raise_on_failure: raise if an image misses `rtol`; False returns it with its status.
         start: an earlier result for the same images to continue from; its evaluations and seconds count.
         progress: called with a `Progress` after every batched evaluation; an exception raised in it ends the run.
+            By default a bar in a terminal or notebook; False for none.
 
     Returns:
         The best iterate of each image with its error, cost and status.
@@ -94,13 +96,15 @@ def match_embedding(
         Salman, Shams, Liu (2024), arXiv:2401.15568, §3. Mahendran, Vedaldi (2015), arXiv:1412.0035, eq. 1.
         Sabour et al. (2016), arXiv:1511.05122, eq. 1–2 (matching inside an L∞ ball).
     """
-    searches = each_match(
-        f, source, target, solver, radius=radius, norm=norm, rtol=rtol, max_evals=max_evals, start=start,
-        progress=progress,
-    )  # fmt: skip
-    found = dict(searches)
+    with bars.shown(progress, "match", bars.errors_to(rtol)) as hook:
+        searches = each_match(
+            f, source, target, solver, radius=radius, norm=norm, rtol=rtol, max_evals=max_evals, start=start,
+            progress=hook,
+        )  # fmt: skip
+        found = dict(searches)
     with torch.inference_mode(False):
         result = collect([found[place] for place in range(len(found))])
+        result = replace(result, source=source.detach().clone(), target=pixels_of(target))
     if raise_on_failure and not result.converged:
         raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
     return result
@@ -157,6 +161,11 @@ def target_embeddings(f: Encoding, images: Tensor, target: Tensor, name: str) ->
             target = f(target.to(images))
         checks.check_embeddings(target)
     return target.detach().to(images.device, torch.float64).expand(images.shape[0], -1)
+
+
+def pixels_of(target: Tensor) -> Tensor | None:
+    """Return a copy of the target if it is pixels, for the record of a result."""
+    return target.detach().clone() if target.ndim == 4 else None
 
 
 def _check_different(source: Tensor, target: Tensor) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from torch import Tensor
 from hf_equiv import checks
 from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import Jacobian, jacobian_cost
+from hf_equiv.matching import bars
 from hf_equiv.matching.lattice import Lattice, left_geometry, plan_moves
-from hf_equiv.matching.match import ProgressHook, Search, collect, snapshot, target_embeddings
+from hf_equiv.matching.match import ProgressHook, Search, collect, pixels_of, snapshot, target_embeddings
 from hf_equiv.precision import Encoding, no_autocast, no_tf32, power_of_two
 from hf_equiv.results import MatchResult, Status
 
@@ -33,6 +35,7 @@ _CROWDED = 0.1  # share of pixels at the cap that doubles the cap, because too f
 _MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to the accuracy of J in the last
 _WORTH = 5  # times rtol: a smaller error does not justify another Jacobian
 _EXCURSION = 3  # times the best error: limit of a round that raises the error but lowers the whitened one
+_GAIN = 0.5  # share of the error of the rounded image, from which an image counts as refined
 _STALE = 3  # rounds in a row with hardly a decrease before a new Jacobian
 
 
@@ -46,7 +49,7 @@ def refine_8bit(
     norm: str = "linf",
     rtol: float = 1e-5,
     max_evals: int = 1000,
-    progress: ProgressHook | None = None,
+    progress: ProgressHook | bool | None = None,
 ) -> MatchResult:
     """Round matches to 8 bit and repair the embedding by single steps of ±1/255.
 
@@ -65,10 +68,12 @@ def refine_8bit(
         norm: norm of the ball, "linf" or "l2".
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image; too few for a Jacobian leave the rounded image.
-        progress: called with a `Progress` after every round; an exception raised in it ends the run.
+        progress: called with a `Progress` after every round; an exception raised in it ends the run. By default a
+            bar in a terminal or notebook; False for none.
 
     Returns:
-        Images with values k/255, errors, costs and statuses; unchanged and `infeasible` if the ball has no 8-bit image.
+        Images with values k/255, errors, costs and statuses: `refined` if the error is above `rtol` and at most half
+        that of rounding; unchanged and `infeasible` if the ball has no 8-bit image.
 
     Raises:
         ValueError: pixels outside [0, 1], shapes that do not fit, `radius` without `source`, or a bad number.
@@ -87,14 +92,16 @@ def refine_8bit(
         checks.check_like(source, images, "source", one=False)
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
+        source = None if source is None else source.detach().clone()
         f = admit(f, images, noise=True)
-        centers = [None] * len(images) if source is None else source.detach().clone()
+        centers = [None] * len(images) if source is None else source
         z = target_embeddings(f, images, target, "images")
         runs = [_Refinement(f, image, embedding) for image, embedding in zip(images, z, strict=True)]
-        for run, center in zip(runs, centers, strict=True):
-            lattice = Lattice.around(run.best, center, radius, norm)
-            run.run(lattice, rtol, max_evals, lambda: None if progress is None else progress(snapshot(runs)))
-    return collect(runs)
+        with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook:
+            for run, center in zip(runs, centers, strict=True):
+                lattice = Lattice.around(run.best, center, radius, norm)
+                run.run(lattice, rtol, max_evals, lambda: None if hook is None else hook(snapshot(runs)))
+    return replace(collect(runs), source=source, target=pixels_of(target))
 
 
 class _Refinement(Search):
@@ -154,12 +161,17 @@ class _Refinement(Search):
             if self.num_evals + cost + _FORWARD > max_evals:
                 return Status.MAX_EVALS
             if self.model is not None and (self.error > 0.5 * self.since or self.error <= _WORTH * rtol):
-                return Status.STALLED
+                return self._ended()
             self._renew()
             self.num_evals += cost
             if self.model is None:
                 return Status.ERROR
         return Status.MAX_EVALS if self.num_evals + _FORWARD > max_evals else None
+
+    def _ended(self) -> Status:
+        """Return the status of an image that no further step improves."""
+        rounded = self.trace[0][1]
+        return Status.REFINED if self.error <= _GAIN * rounded else Status.STALLED
 
     def _renew(self) -> None:
         """Form J at the best point; leave no model if it is not finite."""
@@ -186,7 +198,7 @@ class _Refinement(Search):
         if not bool(moves.any()):
             self.failed = _STALE
             if self.since == self.error:
-                self.status = Status.STALLED
+                self.status = self._ended()
             return False
         r_new = self._residual(self.here + moves)
         step, change = moves.to(jacobian.dtype), (reach @ (r_new - self.r_here)).to(jacobian.dtype)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch.autograd import forward_ad
 
 from hf_equiv.checks import check_tensor
 from hf_equiv.conditions import Function
+from hf_equiv.data.image_file import to_image
 from hf_equiv.derivatives import PlainStrides
 from hf_equiv.formatting import excerpt
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
-from hf_equiv.models import places
+from hf_equiv.models import wrapping
 from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
@@ -165,14 +166,65 @@ class Encoder:
             FileNotFoundError: the folder, its safetensors or its image processor file is absent.
             OSError: a damaged file, or the Hub's own error (RepositoryNotFoundError, GatedRepoError, no network).
         """
-        if dtype not in _DTYPES:
-            raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
-        place = find_device(device)
+        place = _checked(dtype, device)
         cache = None if cache_dir is None else os.fspath(cache_dir)
         hub = HubFiles(os.fspath(model_id), "", subfolder, token, cache, local_files_only)
         checkpoint = find_checkpoint(hub, revision, trust_remote_code)
         loaded, preprocessor = load_model(checkpoint, dtype, place), load_preprocessor(checkpoint)
         return cls(checkpoint, loaded, preprocessor, place, dtype, readout=readout, normalize=normalize)
+
+    @classmethod
+    def wrap(
+        cls,
+        module: torch.nn.Module,
+        *,
+        size: int | tuple[int, int] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        head: torch.nn.Module | None = None,
+        labels: Sequence[str] | None = None,
+        name: str | None = None,
+        normalize: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> Encoder:
+        """Make an encoder of any torch module, such as one of timm or torchvision, or your own.
+
+        z = module((x − mean) / std), flattened to (B, D). `preprocess` resizes the short side of a photo to `size`
+        (bicubic) and cuts out the centre. The module is copied, frozen and put into eval mode.
+
+        Args:
+            module: maps normalised images (B, 3, H, W) to one tensor (B, …).
+            size: side or (H, W) of the images; None for that of timm's `pretrained_cfg`, else 224.
+            mean: mean of each channel, or of all; None for that of timm's `pretrained_cfg`.
+            std: standard deviation, in the same way. A module that normalises by itself takes mean=0 and std=1.
+            head: maps embeddings (B, D) to class scores; None if the output of `module` is the scores.
+            labels: class names in the order of the scores; None if there are no classes.
+            name: name for records; None for the class of `module`.
+            normalize: whether to scale embeddings to unit L2 norm.
+            dtype: type of weights and embeddings.
+            device: device to run on; None for CUDA if present, else the CPU.
+
+        Returns:
+            The encoder, with the readout "output" and the SHA-256 of the weights as its revision.
+
+        Raises:
+            TypeError: `dtype` is not a floating-point type, or `module` no torch module.
+            ValueError: `mean` or `std` is unknown, a bad number, or labels that do not fit the scores.
+
+        Example:
+            >>> import torch
+            >>> from hf_equiv import Encoder
+            >>> body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(2))
+            >>> Encoder.wrap(body, size=16, mean=0.5, std=0.5).embedding_dim
+            32
+        """
+        place = _checked(dtype, device)
+        parts = wrapping.wrap_module(module, size, mean, std, head, labels, name, dtype, place)
+        encoder = cls(*parts, place, dtype, readout="auto", normalize=normalize)
+        if labels is not None:
+            wrapping.check_labels(encoder.classify(encoder._grey), labels)
+        return encoder
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the embedding z = f(x) of each image, (B, D), differentiable in the pixels.
@@ -223,13 +275,15 @@ class Encoder:
     def _interpolates(self, pixels: Tensor) -> bool:
         return self._native is not None and tuple(pixels.shape[2:]) != self._native
 
-    def preprocess(self, images: Sequence[Image] | Image) -> Tensor:
+    def preprocess(self, images: Any) -> Tensor:
         """Return the output of the checkpoint's own image processor before it normalises, (B, 3, H, W).
 
         It equals bit for bit the processor that transformers selects in this environment; `provenance` records it.
 
         Args:
-            images: one PIL image or a sequence of them; converted to RGB first.
+            images: one image or a sequence of them: paths, PIL images, arrays (H, W, 3), tensors (3, H, W), or what
+                `load_images` gives. Integers are levels from 0 to 255; floating-point values lie in [0, 1] and are
+                rounded to the nearest level. Transparent pixels are laid over white.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1], every value k/255; derivatives in float64 need `.double()` of it.
@@ -238,6 +292,17 @@ class Encoder:
             ValueError: this environment cannot run the processor (DINOv3's needs torchvision), or split it exactly.
         """
         return self._preprocessor(images)
+
+    def to_pil(self, images: Tensor) -> list[Image]:
+        """Return pixels as PIL images, each value rounded to the nearest k/255.
+
+        Args:
+            images: (B, 3, H, W) or (3, H, W), in [0, 1].
+
+        Returns:
+            One image for each of the batch.
+        """
+        return [to_image(one) for one in (images if images.ndim == 4 else images[None])]
 
     def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
         """Return class scores s(x) before the softmax, (B, num_classes), for one forward pass.
@@ -292,11 +357,7 @@ class Encoder:
         Returns:
             The copy, on the same device.
         """
-        loaded = self._loaded.in_dtype(dtype)
-        return Encoder(
-            self._checkpoint, loaded, self._preprocessor, self.device, dtype, readout=self.readout,
-            normalize=self.normalize
-        )  # fmt: skip
+        return restated(self, self.readout, self.normalize, dtype, self.device)
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
         """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: embedding errors below this are meaningless.
@@ -367,40 +428,20 @@ class Encoder:
         return f"Encoder({what}, readout={readout}, {dtype} on {self.device})"
 
 
-def is_local(settings: Mapping[str, Any]) -> bool:
-    """Return whether a run used a checkpoint of a folder, which no record names by its path."""
-    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] not in places.BUILTINS
+def _checked(dtype: torch.dtype, device: str | torch.device | None) -> torch.device:
+    """Require a floating-point type, and return the device."""
+    if dtype not in _DTYPES:
+        raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
+    return find_device(device)
 
 
-def load_recorded(
-    settings: dict[str, Any], model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
-) -> Encoder:
-    """Load the model of a run at its recorded revision, with its readout and dtype."""
-    # `model` is the folder of a local checkpoint, whose path no run records; without it, the folder is the one that was
-    # used on this machine, or one of that name here. The caller checks that a folder of these is the recorded one.
-    name, revision, local = settings["model_id"], settings["model_revision"], is_local(settings)
-    place = places.recall(revision) if model is None and local else None
-    if place is not None and Path(place).is_dir():
-        model = place
-    elif model is None and local:
-        if Path(name) not in Path().iterdir() or not Path(name).is_dir():  # a stranger's run opens no other folder
-            where = "is not in the current folder" if place is None else f"is no longer at {place!r}"
-            told = f"this run used the local checkpoint {name!r} ({revision[:19]}…), which {where}"
-            raise ValueError(f"{told}. Name it with --model PATH.")
-        model = f"./{name}"
-    encoder = Encoder.from_pretrained(
-        model or name,
-        revision=None if local or model is not None else revision,
-        readout=settings["readout"],
-        normalize=settings["normalize"],
-        dtype=getattr(torch, settings["dtype"].removeprefix("torch."), settings["dtype"]),
-        device=device,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
-    if place is not None and encoder.revision != revision and model == place:
-        told = f"the local checkpoint {name!r} at {place!r} has changed since the run: its weights are now"
-        raise ValueError(
-            f"{told} {encoder.revision[:19]}…, the run used {revision[:19]}…. Name a copy with --model PATH."
-        )
-    return encoder
+def restated(
+    encoder: Encoder, readout: str, normalize: bool, dtype: torch.dtype, device: str | torch.device | None,
+    name: str = "",
+) -> Encoder:  # fmt: skip
+    """Return a copy of an encoder with other options and, if one is given, another name; "auto" keeps its readout."""
+    place = _checked(dtype, device)
+    checkpoint = replace(encoder._checkpoint, model_id=name) if name else encoder._checkpoint
+    readout = encoder.readout if readout == "auto" else readout
+    loaded, preprocessor = encoder._loaded.copied(dtype, place), encoder._preprocessor
+    return Encoder(checkpoint, loaded, preprocessor, place, dtype, readout=readout, normalize=normalize)

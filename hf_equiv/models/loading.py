@@ -42,10 +42,10 @@ class LoadedModel:
         """Whether the backward pass needs `derivatives.PlainStrides`."""
         return any(isinstance(module, _BatchNorm) for module in self.model.modules())
 
-    def in_dtype(self, dtype: torch.dtype) -> LoadedModel:
+    def copied(self, dtype: torch.dtype, device: torch.device) -> LoadedModel:
         """Return a copy with parameters in `dtype`; float64 keeps every float32 value exactly."""
         twin = copy.deepcopy((self.model, self.backbone, self.projection))  # one call, so that shared parts stay shared
-        model, backbone, projection = (part if part is None else part.to(dtype) for part in twin)
+        model, backbone, projection = (part if part is None else part.to(device, dtype) for part in twin)
         return replace(self, model=model, backbone=backbone, projection=projection)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
+from hf_equiv.data.image_set import read_images
 from hf_equiv.formatting import excerpt
 from hf_equiv.limits import MAX_PIXELS
 from hf_equiv.models.checkpoint import Checkpoint, quiet
@@ -59,22 +59,17 @@ class Preprocessor:
     record: str  # the processor's settings and backend as one JSON string
     processor: Any = None  # the transformers image processor; None if it cannot be built here
 
-    def __call__(self, images: Sequence[Image.Image] | Image.Image) -> Tensor:
+    def __call__(self, images: Any) -> Tensor:
         """Return the pixels k/255 of the images, (B, 3, H, W) float32."""
-        if isinstance(images, Image.Image):
-            images = [images]
-        for image in images if isinstance(images, Sequence) else [images]:
-            if not isinstance(image, Image.Image):
-                raise TypeError(
-                    f"`images` must be PIL images; got {type(image).__name__}. Use load_images(path)[0].image."
-                )
-        if not images:
-            raise ValueError("`images` must hold at least one image; got none. Pass load_images(path)[0].image.")
-        if self.refusal:
-            raise ValueError(self.refusal)
-        for image in images:
+        pixels = list[Tensor]()
+        for image in read_images(images):
+            if self.refusal:
+                raise ValueError(self.refusal)
             _refuse_thin(self.processor, *image.size)
-        return torch.stack([_to_pixels(self.processor, image) for image in images])
+            pixels.append(_to_pixels(self.processor, image))
+        if not pixels:
+            raise ValueError("`images` must hold at least one image; got none. Pass load_images(path).")
+        return torch.stack(pixels)
 
 
 def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
@@ -95,13 +90,18 @@ def load_preprocessor(checkpoint: Checkpoint) -> Preprocessor:
             elif name.startswith(_OFF_GRID):
                 must = f"{must} DINOv3's exists only for torchvision, which is not usable here."
                 refusal = f"{must} Install one for this PyTorch. {_CURE}"
-        record = dict(settings if processor is None else processor.to_dict())
-        if processor is None:
-            scaling, size = _stated(record, checkpoint, why), None
-        else:
-            _refuse_huge(record, checkpoint)
-            scaling, square = _measure(processor, record, checkpoint)
-            size, refusal = _check_split(processor, scaling, square)
+        if processor is not None:
+            return split_processor(processor, checkpoint)
+    record = json.dumps(settings | {"backend": "none"}, sort_keys=True, default=str)
+    return Preprocessor(_stated(settings, checkpoint, why), None, refusal, record)
+
+
+def split_processor(processor: Any, checkpoint: Checkpoint) -> Preprocessor:
+    """Split an image processor of transformers into its 8-bit part and a scaling, or note why that is impossible."""
+    record = dict(processor.to_dict())
+    _refuse_huge(record, checkpoint)
+    scaling, square = _measure(processor, record, checkpoint)
+    size, refusal = _check_split(processor, scaling, square)
     record["backend"] = str(getattr(processor, "backend", "none"))
     return Preprocessor(scaling, size, refusal, json.dumps(record, sort_keys=True, default=str), processor)
 

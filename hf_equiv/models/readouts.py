@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hf_equiv.models.loading import LoadedModel
 
+OUTPUT = "output"  # the readout of a wrapped module
+
 # Families whose float32 embeddings on the CPU have the same bits in every batch (tests/models/test_encoder.py).
 _SAME_IN_BATCHES = frozenset(
     "vit deit beit data2vec-vision dinov2 dinov2_with_registers dinov3_vit dinov3_convnext clip_vision_model "
@@ -37,6 +39,8 @@ class Layout:
 
 def find_layout(loaded: LoadedModel, outputs: Mapping[str, Any], image_size: tuple[int, int]) -> Layout:
     """Read the layout off the outputs of one forward pass of two images at `image_size`."""
+    if OUTPUT in outputs:
+        return Layout(0, 0, None, True, 0, (OUTPUT, "logits") if loaded.has_head else (OUTPUT,))
     last = _last(loaded, outputs)
     if not isinstance(last, Tensor) or last.ndim not in (3, 4) or not last.is_floating_point():
         raise ValueError(
@@ -80,7 +84,7 @@ def resolve_readout(readout: str, layout: Layout, model_id: str) -> str:
     """Return the available readout that `readout` names ("auto" and negative K included), or refuse it."""
     if not isinstance(readout, str):
         raise TypeError(f"`readout` must be a string; got {type(readout).__name__}. Use readout='auto'.")
-    default = next(name for name in ("projection", "pooler", "cls", "mean") if name in layout.available)
+    default = next(name for name in ("projection", "pooler", "cls", "mean", OUTPUT) if name in layout.available)
     if readout == "auto":
         return default
     negative = re.fullmatch(r"hidden:-(\d+)", readout)
@@ -92,7 +96,7 @@ def resolve_readout(readout: str, layout: Layout, model_id: str) -> str:
         raise ValueError(
             f"readout 'pooler' is not in this checkpoint (its weights would be random). Use readout='{default}'."
         )
-    known = ("cls", "mean", "tokens", "logits", "projection")
+    known = ("cls", "mean", "tokens", "logits", "projection", OUTPUT)
     if readout not in known and not readout.startswith("hidden:"):
         raise ValueError(f"`readout` must be one of {_listed(layout)}; got {readout!r}. Use readout='{default}'.")
     raise ValueError(
@@ -111,6 +115,8 @@ def embed(loaded: LoadedModel, layout: Layout, readout: str, pixel_values: Tenso
         return run(loaded.model, pixel_values, interpolate)[0]  # the scores come first; PPLCNet gives them no name
     deep = readout.startswith("hidden:")
     outputs = run(loaded.backbone, pixel_values, interpolate, output_hidden_states=deep or loaded.is_bare_head)
+    if readout == OUTPUT:
+        return outputs[OUTPUT]
     if readout == "pooler":
         return outputs.pooler_output.flatten(1)  # some convolutional networks give (B, D, 1, 1)
     if readout == "projection":

@@ -19,7 +19,8 @@ from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.models import places
-from hf_equiv.models.encoder import Encoder, is_local, load_recorded
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.recorded import is_local, load_recorded
 from hf_equiv.results import Status
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
@@ -230,8 +231,8 @@ def locate(name: str, place: Place) -> tuple[str, Path]:
     return f"{repo}@{commit[:8]}", folder
 
 
-def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tuple[Encoder | None, str]:
-    """Load the encoder of a checkpoint's runs, or return why that failed; `models` are local folders to try."""
+def load_own(checkpoint: Checkpoint, models: Sequence[str | Encoder], place: Place) -> tuple[Encoder | None, str]:
+    """Load the encoder of a checkpoint's runs, or return why that failed; `models` are folders and encoders to try."""
     settings = (checkpoint.main or checkpoint.runs[0]).settings
     revision = settings["model_revision"]
     reasons: list[str] = []

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -43,7 +44,7 @@ def draw_figures(checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: R
 
 def _fit(figure: Figure) -> Figure:
     """Set the width of a figure, and move its legends below the axes."""
-    shown = {}
+    shown: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))

@@ -14,7 +14,8 @@ from pathlib import Path
 from hf_equiv.analyses.figures import difference_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
-from hf_equiv.models.encoder import Encoder, is_local
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.recorded import is_local
 from hf_equiv.report import claims, collect, render
 from hf_equiv.report.collect import Checkpoint, Place, Run
 from hf_equiv.report.figures import draw_figures
@@ -53,8 +54,8 @@ class Report:
         problems: parts that could not be measured, and files that are not as recorded.
     """
 
-    html: str
-    markdown: str
+    html: str = field(repr=False)
+    markdown: str = field(repr=False)
     pictures: dict[str, bytes] = field(repr=False)
     folder: str
     models: tuple[CheckpointNumbers, ...] = field(repr=False)
@@ -91,7 +92,7 @@ class Asked:
 
     place: Place
     names: Sequence[str]  # of the paths, in the report
-    models: Sequence[str]
+    models: Sequence[str | Encoder]
     others: Mapping[str, Encoder | str]
     survival: bool
     labelled: ImageSet | None
@@ -105,7 +106,7 @@ def make_report(
     transfer: Sequence[str] = (),
     label_data: str | os.PathLike[str] | None = None,
     survival: bool = True,
-    model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    model: str | os.PathLike[str] | Encoder | Sequence[str | os.PathLike[str] | Encoder] = (),
     out: str | os.PathLike[str] | None = None,
     device: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -126,7 +127,8 @@ def make_report(
         transfer: names of other models that see the same matches.
         label_data: photos with classes for the kNN probe; see `load_images`.
         survival: whether to try JPEG, resizing and blur.
-        model: local checkpoints, whose paths runs do not record; the one of the recorded revision is used.
+        model: local checkpoints, whose paths runs do not record, or encoders; the one of the recorded revision is
+            used.
         out: path of the page; measurements are kept in the folder of its pictures.
         device: device of the encoder; by default CUDA if there is one.
         cache_dir: the Hub's cache.
@@ -152,7 +154,9 @@ def make_report(
     folder = f"{'report' if out is None else Path(out).stem}_files"
     cache = None if out is None else Path(out).parent / folder
     tell = observer or (lambda what, done, total: None)
-    return _report(runs, Asked(place, names, _several(model), others, survival, labelled, cache, tell), folder)
+    given = [model] if isinstance(model, str | os.PathLike | Encoder) else model
+    models = [one if isinstance(one, Encoder) else os.fspath(one) for one in given]
+    return _report(runs, Asked(place, names, models, others, survival, labelled, cache, tell), folder)
 
 
 def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ class RunProgress:
     done: int = 0  # rows on disk, from all processes
     total: int = 0  # rows of the whole run
     pair_ids: tuple[str, ...] = ()  # ids of the current batch
-    errors: Tensor | None = None  # embedding errors of that batch, (B,)
-    num_evals: Tensor | None = None  # evaluations in that stage so far, (B,)
-    active: Tensor | None = None  # images still in work, (B,)
+    errors: Tensor | None = field(default=None, repr=False)  # embedding errors of that batch, (B,)
+    num_evals: Tensor | None = field(default=None, repr=False)  # evaluations in that stage so far, (B,)
+    active: Tensor | None = field(default=None, repr=False)  # images still in work, (B,)
     message: str = ""  # text of a note or of an info
     step: int = 0  # steps done in the stage of one image
     steps: int = 0  # all steps of the stage

@@ -13,7 +13,8 @@ from hf_equiv.analyses.measures import largest
 from hf_equiv.hub import card as hub_card
 from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING
 from hf_equiv.hub.load import download_results, foreign_files, local_folder, run_folders, split_name
-from hf_equiv.models.encoder import is_local
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.recorded import is_local
 from hf_equiv.runs import directory
 from hf_equiv.runs.directory import CARD, RUNS, run_name
 from hf_equiv.runs.schema import Row
@@ -69,7 +70,7 @@ def verify_results(
     where: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    model: str | None = None,
+    model: str | Encoder | None = None,
     device: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,

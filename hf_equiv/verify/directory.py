@@ -16,10 +16,12 @@ from hf_equiv.analyses.figures import same_picture
 from hf_equiv.analyses.measures import largest
 from hf_equiv.analyses.plan import RunRows
 from hf_equiv.analyses.run import VERBS, read_back
+from hf_equiv.formatting import many
 from hf_equiv.hub import card as hub_card
 from hf_equiv.hub.dataset_files import BESIDE_RUNS, FOR_LOADING
 from hf_equiv.hub_client import RevisionNotFoundError
-from hf_equiv.models.encoder import Encoder, load_recorded
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.recorded import load_recorded
 from hf_equiv.png_file import SIGNATURE
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
@@ -53,6 +55,11 @@ class VerifyReport:
     revision: str = ""  # its recorded revision
     unverified: tuple[str, ...] = ()  # columns, settings, keys and files that stored images cannot prove
 
+    def __repr__(self) -> str:
+        """State the run, the rows verified and the problems in one line."""
+        told = f"{self.verified} of {self.rows} rows verified, {many(len(self.problems), 'problem')}"
+        return f"VerifyReport({self.name}: {told}, {'holds' if self.holds else 'does not hold'})"
+
     @property
     def holds(self) -> bool:
         """Whether there is a row to check, and nothing was found wrong."""
@@ -74,7 +81,7 @@ class VerifyReport:
 def verify_run(
     folder: str | os.PathLike[str],
     *,
-    model: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | Encoder | None = None,
     device: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -91,7 +98,8 @@ def verify_run(
 
     Args:
         folder: run directory.
-        model: folder of the checkpoint if it was local, since its path is not recorded.
+        model: folder of the checkpoint if it was local, since its path is not recorded; or the encoder, if it was
+            wrapped or imported.
         device: device of the encoder; by default CUDA if there is one.
         cache_dir: the Hub's cache.
         local_files_only: whether to use cached files only.
@@ -115,7 +123,8 @@ def verify_run(
     layout = directory.check_record(folder, record)
     encoder, problems = None, list[Problem]()
     if not directory.is_withheld(record):
-        checkpoint, cache = (None if path is None else os.fspath(path) for path in (model, cache_dir))
+        cache = None if cache_dir is None else os.fspath(cache_dir)
+        checkpoint = model if model is None or isinstance(model, Encoder) else os.fspath(model)
         encoder, problems = _load(record["settings"], checkpoint, cache, device, local_files_only)
     for name, stated, now, fault in directory.file_faults(folder, record):
         problems.append(problem(name, None, "sha256", stated, now, f"the file {fault}"))
@@ -132,7 +141,7 @@ def verify_run(
 
 
 def _load(
-    settings: Row, model: str | None, cache_dir: str | None, device: str | None, local_files_only: bool
+    settings: Row, model: str | Encoder | None, cache_dir: str | None, device: str | None, local_files_only: bool
 ) -> tuple[Encoder | None, list[Problem]]:
     """Load the model that the run states; a commit that is gone from the Hub is a problem."""
     stated = settings["model_revision"]

@@ -13,7 +13,8 @@ from hf_equiv.analyses.pairs import Item
 from hf_equiv.analyses.plan import read_command, settings_of
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import some
-from hf_equiv.models.encoder import Encoder, is_local
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.recorded import is_local
 from hf_equiv.results import SCHEMA_VERSION, Status
 from hf_equiv.runs.directory import HEAD, RECORD, WITHHELD, is_withheld
 from hf_equiv.runs.schema import Layout, Row
@@ -147,6 +148,7 @@ def _config_of(settings: Row, kind: type) -> Any:
     if "directions" in values:
         counts = values["directions"].items()
         values["directions"] = ",".join(name if name in SINGLE else f"{name}:{n}" for name, n in counts)
+    values["import_"] = settings.get("import")
     values |= {key: tuple(values[key]) for key in ("radii", "labels") if values.get(key) is not None}
     if "solver" in values:
         values["solver"], *start = settings["solver"].split(", ")

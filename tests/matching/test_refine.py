@@ -170,6 +170,15 @@ def test_ball_smaller_than_a_level_holds_a_source_on_the_grid_alone(norm):
     check_statement(linear(), exact, linear()(images(1, seed=9)))
 
 
+def test_an_image_much_better_than_rounding_is_refined():
+    f, x, z = smooth_mlp(), images(1, seed=42), smooth_mlp()(images(1, seed=43))
+    exact = refine_8bit(f, match_embedding(f, x, z).images, z, source=x)
+    assert float(exact.errors) > 1e-5
+    assert float(exact.errors) <= 0.5 * exact.traces[0][0][1]
+    assert exact.status == (Status.REFINED,)
+    assert not exact.converged
+
+
 @pytest.mark.parametrize(("norm", "radius"), [("linf", 0.3 / 255), ("l2", 0.3 * math.sqrt(192) / 255)])
 def test_infeasible(norm, radius):
     source = (torch.full((2, *SHAPE), 100.5) / 255).requires_grad_(True)

@@ -16,6 +16,7 @@ from tiny_models import IMAGENET, PROCESSORS, save
 from transformers import AutoImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
+from hf_equiv.data import load_images
 from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint, quiet
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
@@ -135,13 +136,37 @@ def test_missing_or_useless_file_is_named(tmp_path: Path) -> None:
         load_preprocessor(point)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((4, 4, 3), np.uint8), "cat.png", [np.zeros((4, 4, 3), np.uint8)]])
-def test_only_pil_images(bad: Any, tmp_path: Path) -> None:
+def test_one_image_in_every_form(tmp_path: Path) -> None:
     preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS["vit"]))
-    with pytest.raises(TypeError, match=r"`images` must be PIL images; got"):
+    image = PHOTOS["odd"]
+    image.save(tmp_path / "odd.png")
+    levels = np.asarray(image)
+    tensor = torch.from_numpy(levels.copy()).permute(2, 0, 1)
+    images = load_images(tmp_path / "odd.png")
+    forms = [str(tmp_path / "odd.png"), [tmp_path / "odd.png"], images, images[0], levels, levels[None], levels / 255]
+    for form in (*forms, tensor, tensor.float() / 255, tensor[None].double() / 255):
+        assert torch.equal(preprocess(form), preprocess(image))
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    assert bool((preprocess(clear) == 1).all())  # transparent pixels are laid over white, as in a file
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], "`images` must hold at least one image; got none"),
+        (7, r"`images\[0\]` must be a path, a PIL image, an array"),
+        (torch.zeros(4, 4, 3), r"`images\[0\]` must be a tensor \(3, H, W\); got \(4, 4, 3\)"),
+        (np.zeros((3, 4, 5), np.uint8), r"'images\[0\]' must have the shape \(H, W\)"),
+        ([np.full((4, 4, 3), 200.0)], r"`images\[0\]` must lie in \[0, 1\], or hold integers"),
+        (torch.full((3, 4, 4), torch.nan), r"`images\[0\]` must lie in \[0, 1\]"),
+        (torch.full((3, 4, 4), -1), "must have values from 0 to 65535"),
+    ],
+)
+def test_other_forms_are_refused(bad: Any, message: str, tmp_path: Path) -> None:
+    preprocess = load_preprocessor(checkpoint(tmp_path, PROCESSORS["vit"]))
+    with pytest.raises((TypeError, ValueError), match=message):
         preprocess(bad)
-    with pytest.raises(ValueError, match="`images` must hold at least one image; got none"):
-        preprocess([])
 
 
 def test_save_writes_what_from_pretrained_reads(tmp_path: Path) -> None:

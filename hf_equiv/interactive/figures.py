@@ -1,0 +1,99 @@
+"""Show, draw and save the results of matches, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from PIL import Image
+
+from hf_equiv.analyses.figures import INK, LINES, MAX_PAIRS, OWN_STYLE, RULE, Tile, difference_png, sheet
+from hf_equiv.data.image_file import encode_png
+from hf_equiv.formatting import cut, finite, short
+from hf_equiv.results import MatchResult
+
+
+def show(match: MatchResult) -> None:
+    """Display the picture of a result below the cell of a notebook, or else in the viewer of this machine."""
+    image = Image.open(io.BytesIO(picture(match)), formats=["PNG"])
+    if "ipykernel" in sys.modules:
+        import_module("IPython.display").display(image)
+    else:
+        image.show()
+
+
+def save(match: MatchResult, folder: Path) -> Path:
+    """Write images, numbers and picture of a result, and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for k in range(len(match.status)):
+        number = f"-{k + 1}" if len(match.status) > 1 else ""
+        files = {kind: png for kind, png in _images(match, k).items() if png is not None}
+        for kind, png in files.items():
+            (folder / f"{kind}{number}.png").write_bytes(png)
+        levels = match.images[k].double() * 255
+        entry = {
+            "file": f"match{number}.png",
+            "status": str(match.status[k]),
+            "embedding_error": finite(match.errors[k]),
+            "rounded": bool((levels - levels.round()).abs().max() > 1e-3),  # the error is that of the image before
+            "psnr_db": None if match.psnr_db is None else finite(match.psnr_db[k]),
+            "num_evals": finite(match.num_evals[k]),
+            "seconds": finite(match.seconds[k]),
+        }
+        if match.labels is not None:
+            entry |= dict(zip(("source_label", "match_label", "target_label"), match.labels[k], strict=True))
+        entries.append(entry)
+    (folder / "match.json").write_text(json.dumps(entries, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "picture.png").write_bytes(picture(match))
+    return folder
+
+
+def _images(match: MatchResult, k: int) -> dict[str, bytes | None]:
+    """Return source, match and target of one image as PNG files, None for those that the result does not know."""
+    target = None if match.target is None else match.target[k % len(match.target)]
+    return {
+        "source": None if match.source is None else encode_png(match.source[k]),
+        "match": encode_png(match.images[k]),
+        "target": None if target is None else encode_png(target),
+    }
+
+
+@style.context(OWN_STYLE)
+def picture(match: MatchResult) -> bytes:
+    """Draw the first images beside source, difference and target, as far as the result knows them, as a PNG file."""
+    lines = []
+    for k in range(min(len(match.status), MAX_PAIRS)):
+        found, distances = _images(match, k), match.psnr_db
+        seen = [f"seen as {cut(name.split(',')[0], 26)}" for name in match.labels[k]] if match.labels else [""] * 3
+        error = [seen[1], f"error {short(finite(match.errors[k]))}", str(match.status[k])]
+        line: list[Tile] = [(found["match"] or b"", "match", [told for told in error if told])]
+        if found["source"] is not None and distances is not None:
+            gap, gain = difference_png(found["source"], found["match"] or b"")
+            line.insert(0, (found["source"], "source", [seen[0]]))
+            line.append((gap, f"(match − source) × {gain}", [f"PSNR {float(distances[k]):.1f} dB"]))
+        if found["target"] is not None:
+            line.append((found["target"], "target", [seen[2]]))
+        lines.append(line)
+    note = "error is ‖f(x) − z‖ / ‖z‖, with z the embedding of the target"
+    return sheet("Images that look like a source and embed as a target", note, lines, side=2.35)
+
+
+def plot(match: MatchResult, axes: Any = None) -> Axes:
+    """Draw the best embedding error so far of each image over its evaluations, on a logarithmic axis."""
+    with style.context(OWN_STYLE):
+        if axes is None:
+            axes = import_module("matplotlib.pyplot").subplots(figsize=(6.5, 3.6), layout="constrained")[1]
+        for k, trace in enumerate(match.traces):
+            counts, errors = zip(*trace, strict=True) if trace else ((), ())
+            axes.plot(counts, errors, color=LINES[k % len(LINES)], lw=1.4, marker="o", ms=2.4)
+        axes.set(yscale="log", xlabel="evaluations", ylabel="embedding error ‖f(x) − z‖ / ‖z‖")
+        axes.xaxis.label.set_color(INK)
+        axes.grid(axis="y", color=RULE)
+    return axes
