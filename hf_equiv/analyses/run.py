@@ -96,8 +96,8 @@ def run_analysis(
 ) -> RunOutcome:
     """Carry out a plan: make the missing rows of each pair or image, then summary, figures and card.
 
-    Rows are on disk after each batch, and finished rows also after an interruption. The same call resumes a run that was
-    stopped at any moment. A pair or image that fails gets a row of status `error`, and the others go on.
+    Rows are on disk after each batch, and finished rows also after an interruption. The same call resumes a run that
+    was stopped at any moment. A pair or image that fails gets a row of status `error`, and the others go on.
 
     Args:
         plan: the run, as `make_plan` returns it.
