@@ -68,6 +68,22 @@ def short(value: float | None) -> str:
     return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
+def duration(seconds: float | None) -> str:
+    """Format a time for people: 12 ms, 9.4 s, 38 s, 4 min 10 s, 25 min, 4 h 50 min, 3 d 2 h."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 59.5:
+        return f"{1000 * seconds:.2g} ms" if 0 < seconds < 0.0995 else f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 10:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    days, left = divmod(hours, 24)
+    if days > 1:
+        return f"{days} d {left} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def ball(radius: float | None, norm: str | None) -> str:
     """Format a limit on the change: `no limit`, `ε = 8/255`, `L2 ε = 2`."""
     if radius is None:
@@ -104,7 +120,8 @@ def text_templates(**options: Any) -> Environment:
         loader=jinja2.PackageLoader("hf_equiv"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         **usual | options,
     )  # fmt: skip
-    environment.filters |= {"ball": ball, "cut": cut, "cut_name": cut_name, "form": form, "short": short}
+    environment.filters |= {"ball": ball, "cut": cut, "cut_name": cut_name, "duration": duration, "form": form}
+    environment.filters |= {"short": short}
     return environment
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -146,7 +146,7 @@ def parse_directions(text: str) -> dict[str, int]:
 CONFIG = LipschitzConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
     """Make the rows of one image, one for each direction."""
     (one,) = part
     settings, name, image, target = plan.settings, one.item.name, one.image, one.target
@@ -163,7 +163,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> lis
         if result is not None:
             evals, seconds = evals + float(result.num_evals[0]), seconds + float(result.seconds[0])
     rows = [row | {"num_evals": evals, "seconds": seconds} for row in rows_of(found, reach, ball)]
-    return [Made(rows, {f"{name}/{key}": value for key, value in floats.items()})]
+    yield one, Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
 
 
 def directions_of_run(

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -178,45 +178,47 @@ class MatchConfig(BaseConfig):
 CONFIG = MatchConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
-    """Match all pairs at once, refine, save as PNG, read back and measure; one row per pair."""
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
+    """Match all pairs at once; refine each that has ended, save it as PNG, read it back, measure it, and yield it."""
     config, encoder = plan.config, plan.encoder
     source = torch.stack([one.image for one in part])
     target = torch.stack([one.target for one in part if one.target is not None])
 
-    def hook(stage: str) -> Callable[[Progress], None]:
-        return lambda p: tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active)
+    def hook(stage: str, **more: Any) -> Callable[[Progress], None]:
+        return lambda p: tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active, **more)
 
     z = measures.embed(encoder, target)
     goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
-    found = match_in_stages(
+    searches = match_in_stages(
         encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
         **goal,
     )  # fmt: skip
-    if config.refine:
-        exact = refine_8bit(encoder, found.images, z, source=source, progress=hook("refine"), **goal)
-        grid, refine_evals, refine_seconds = exact.images, exact.num_evals.tolist(), exact.seconds.tolist()
-    else:
-        pairs = zip(found.images, source, strict=True)
-        grid = torch.stack([round_into_ball(image, s, config.radius, config.ball_norm) for image, s in pairs])
-        refine_evals = refine_seconds = [0.0] * len(part)
-    made = []
-    for i, one in enumerate(part):
-        if found.status[i] is Status.ERROR:
-            raise RuntimeError(found.status[i].advice)
-        png = encode_png(grid[i])
+    failed = False
+    for i, found in searches:
+        if found.status is Status.ERROR:
+            failed = True
+            continue
+        name, evals, seconds = part[i].item.name, {"match": found.num_evals, "refine": 0.0}, found.seconds
+        if config.refine:
+            alone = hook("refine", pair_ids=(name,))
+            this = slice(i, i + 1)
+            exact = refine_8bit(encoder, found.best[None], z[this], source=source[this], progress=alone, **goal)
+            grid, evals["refine"], seconds = exact.images[0], float(exact.num_evals), seconds + float(exact.seconds)
+        else:
+            grid = round_into_ball(found.best, source[i], config.radius, config.ball_norm)
+        png = encode_png(grid)
         three = source[i], decode_png(png, source.dtype), target[i]
-        row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=one.item.name, labels=config.labels)
-        evals = {"match": float(found.num_evals[i]), "refine": refine_evals[i]}
+        row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=name, labels=config.labels)
         row |= {
             "match": png,
-            "status": str(found.status[i]),
-            "embedding_error": finite(found.errors[i]),
+            "status": str(found.status),
+            "embedding_error": finite(found.error),
             "num_evals": evals["match"],  # the number that `max_evals` bounds
-            "seconds": float(found.seconds[i]) + refine_seconds[i],
+            "seconds": seconds,
         }
-        made.append(Made([row], {one.item.name: found.images[i]}, evals))
-    return made
+        yield part[i], Made([row], {name: found.best}, evals)
+    if failed:  # after the others, which are kept
+        raise RuntimeError(Status.ERROR.advice)
 
 
 def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ the most bytes of the images and float images of one item;
 `SUCCEEDED`, the statuses of rows that are a success;
 `BATCH`, the unit of the batch size: `items`, `derivatives` of one item, or `nothing`;
 `SHOWN`, the number of first items whose images summary and figures need;
-`make_rows(plan, part, batch, tell)`, which makes the rows of some items, one item unless `BATCH` is `items`;
+`make_rows(plan, part, batch, tell)`, which yields each of some items with its rows, one item unless `BATCH` is `items`;
 `summarize(encoder, settings, made)`, which sums up the rows of a run;
 `draw_figures(settings, summary, made)`, which draws the figures of a run, as bytes by file name.
 
@@ -96,8 +96,8 @@ def run_analysis(
 ) -> RunOutcome:
     """Carry out a plan: make the missing rows of each pair or image, then summary, figures and card.
 
-    Rows are on disk after each batch, and the same call resumes a run that was stopped at any moment. A pair or image
-    that fails gets a row of status `error`, and the others go on.
+    Rows are on disk after each batch, and finished rows also after an interruption. The same call resumes a run that
+    was stopped at any moment. A pair or image that fails gets a row of status `error`, and the others go on.
 
     Args:
         plan: the run, as `make_plan` returns it.
@@ -165,23 +165,16 @@ class _Job:
         self.size = self.at_once if by_items else 1
         self.found: RunRows | None = None
 
-    def make(self, block: Sequence[Item], tell: Observer) -> tuple[list[Row], dict[str, Tensor], Row, dict[str, str]]:
-        """Return rows, float images, costs and errors; an item that cannot be read or computed has an error row."""
-        made, loaded = dict[str, Made](), list[Loaded]()
+    def make(self, block: Sequence[Item], tell: Observer) -> Iterator[tuple[Item, Made]]:
+        """Yield each item with its rows; an item that cannot be read or computed has an error row."""
+        loaded = list[Loaded]()
         for item in block:
             try:
                 loaded.append(_load(self.plan, item))
             except (ValueError, OSError) as error:
-                made[item.name] = _failed(self.plan, item, one_line(error))
+                yield item, _failed(self.plan, item, one_line(error))
         if loaded:
-            made |= {one.item.name: own for one, own in zip(loaded, self._compute(loaded, tell), strict=True)}
-        rows = [row for item in block for row in made[item.name].rows]
-        floats = {name: image for one in made.values() for name, image in one.floats.items()}
-        costs = {name: one.cost for name, one in made.items() if one.cost is not None}
-        errors = {name: one.error for name, one in made.items() if one.error is not None}
-        for name, why in errors.items():
-            tell(RunProgress("note", pair_ids=(name,), message=f"{name}: {why}"))
-        return rows, floats, costs, errors
+            yield from self._compute(loaded, tell)
 
     def finish(self) -> Row:
         """Write figures and card, and return the summary."""
@@ -195,31 +188,38 @@ class _Job:
         shards.write_atomic(self.folder / directory.CARD, text.encode())
         return summary
 
-    def _compute(self, part: Sequence[Loaded], tell: Observer) -> list[Made]:
+    def _compute(self, part: Sequence[Loaded], tell: Observer) -> Iterator[tuple[Item, Made]]:
         plan, size, names = self.plan, self.at_once, tuple(one.item.name for one in part)
         if len(part) > size:
-            return [*self._compute(part[:size], tell), *self._compute(part[size:], tell)]
+            yield from self._compute(part[:size], tell)
+            yield from self._compute(part[size:], tell)
+            return
 
         def stage(name: str, step: int = 0, steps: int = 0, **more: Any) -> None:
-            tell(RunProgress(name, pair_ids=names, step=step, steps=steps, **more))
+            tell(RunProgress(name, step=step, steps=steps, **{"pair_ids": names} | more))
 
+        left = {one.item.name: one for one in part}
         try:
-            made = self.verb.make_rows(plan, part, size, stage)
-            return [_with_ids(plan, one, own) for one, own in zip(part, made, strict=True)]
+            for one, own in self.verb.make_rows(plan, part, size, stage):
+                del left[one.item.name]
+                yield one.item, _with_ids(plan, one, own)
+            return
         except (RuntimeError, ValueError, OSError, MemoryError) as error:  # NaN, no JVP, a heading that leads nowhere
             why, full = one_line(error), ran_out(error)
         # outside the `except` block, the memory that the error kept alive is free
-        tried = {"items": len(part), "derivatives": size}.get(self.verb.BATCH, 1)
+        tried = {"items": len(left), "derivatives": size}.get(self.verb.BATCH, 1)
         if full and tried > 1:
             half = self.at_once = fewer_at_once(tried)
             told = f"out of memory with {tried} at once; going on with {half} (--batch-size {half})"
             tell(RunProgress("info", message=told))
-            return self._compute(part, tell)
-        if len(part) > 1:
-            return [made for one in part for made in self._compute([one], tell)]
-        what = plan.layout.item.removesuffix("_id")
-        why = f"out of memory with a single {what}: {why}" if full else why
-        return [_failed(plan, part[0].item, why, part[0])]
+            yield from self._compute([*left.values()], tell)
+        elif len(part) > 1:
+            for one in left.values():
+                yield from self._compute([one], tell)
+        else:
+            what = plan.layout.item.removesuffix("_id")
+            why = f"out of memory with a single {what}: {why}" if full else why
+            yield part[0].item, _failed(plan, part[0].item, why, part[0])
 
 
 def _with_ids(plan: Plan, one: Loaded, own: Made) -> Made:

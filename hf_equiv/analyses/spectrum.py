@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,7 +73,7 @@ class SpectrumConfig(ImageConfig):
 CONFIG = SpectrumConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
     """Make the row of one image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
     (one,) = part
     tell("jacobian", 0, 1)
@@ -83,7 +83,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> lis
     if result.right is not None and result.left is not None:
         kept = k or min(KEPT_VECTORS, result.right.shape[1])
         floats = {"right": result.right[0, :kept].clone(), "left": result.left[0, :, :kept]}  # frees the others
-    return [Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()})]
+    yield one, Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()})
 
 
 def row_of(result: SpectrumResult) -> Row:

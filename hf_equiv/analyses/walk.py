@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -108,7 +108,7 @@ class WalkConfig(ImageConfig):
 CONFIG = WalkConfig
 
 
-def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> list[Made]:
+def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
     """Walk from one image (`nearest` and `connect`: from a match that starts at it); make a row for each point."""
     (one,) = part
     encoder, settings = plan.encoder, plan.settings
@@ -140,7 +140,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> lis
     ]
     origin = image if from_match else frames[0].clone()  # a copy does not keep the other frames in memory
     floats = {"frames": frames, "origin": origin} | ({} if target is None else {"target": target})
-    return [Made(rows, {f"{name}/{key}": value for key, value in floats.items()})]
+    yield one, Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
 
 
 def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:

@@ -21,6 +21,7 @@ from hf_equiv.cli.options import (
     SHARE,
     analysis_options,
     flag,
+    helped,
     images_option,
     names,
     option,
@@ -29,7 +30,7 @@ from hf_equiv.cli.options import (
     source_options,
 )
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import excerpt, finite, some
+from hf_equiv.formatting import duration, excerpt, finite, some
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -43,12 +44,21 @@ _WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
 
 _USUAL_WORDS = ("images", "images_to_do", "were not completed")
 
+_DTYPES = "float32 or float64."
+_DERIVATIVES = {
+    "dtype": _DTYPES,
+    "batch_size": "Derivatives in one pass on a GPU. Default: 32, and on a CPU always 32.",
+}
+"""Help of shared options where it is not that of `match`."""
+
 
 @click.command()
 @click.argument("model")
 @images_option("--source", f"Images to start from: {IMAGES}")
-@images_option("--target", "Image of the wanted embedding; or one for each source, in the order of their paths.")
-@images_option("--data", "Set of images to draw pairs from, of different classes where there are classes.")
+@images_option(
+    "--target", "Image of the wanted embedding, or one for each source in the order of their paths; W as above."
+)
+@images_option("--data", "Set of images, W as above, to draw pairs from: of different classes if there are classes.")
 @option("--pairs", "Number of pairs to draw from --data. Default: 10, or as many as exist.", "N", COUNT)
 @option("--solver", "Solver of the float match.", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs")
 @option("--radius", "Radius of a ball about the source: 8/255, 0.03. Default: no ball.", "R", radius)
@@ -76,6 +86,7 @@ def match(**given: Any) -> int:
     return _run("match", given)
 
 
+@helped(**_DERIVATIVES)
 @click.command()
 @click.argument("model")
 @source_options
@@ -97,6 +108,7 @@ def spectrum(**given: Any) -> int:
     return _run("spectrum", given)
 
 
+@helped(**_DERIVATIVES)
 @click.command()
 @click.argument("model")
 @source_options
@@ -123,6 +135,7 @@ def lipschitz(**given: Any) -> int:
     return _run("lipschitz", given)
 
 
+@helped(dtype=_DTYPES, batch_size="No effect: a walk moves one image.")
 @click.command()
 @click.argument("model")
 @source_options
@@ -176,6 +189,8 @@ def _run(name: str, given: dict[str, Any]) -> int:
         else:
             told = facts | {"unusable_images": some(facts["unusable_images"], 10)}
             told["choices"] = "; ".join(plan.choices)
+            for key in ("seconds_per_evaluation", "estimated_seconds"):
+                told[key.replace("seconds", "time")] = duration(told.pop(key))
             usual = ("_error", "_images", "choices")  # hidden when empty
             shown = {key: value for key, value in told.items() if value or not key.endswith(usual)}
             output.print_text("facts", facts={"would do": shown})
@@ -210,11 +225,11 @@ def load(config: Any, given: dict[str, Any]) -> Encoder:
 
 def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     """Run a plan with progress, and print its rows, summary and verdict; return the exit code."""
-    from hf_equiv.cli import output, progress
+    from hf_equiv.cli import environment, output, progress
 
     quiet, total = given["as_json"] or given["quiet"], len(plan.items)
     what, _, failed = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
-    outcome = compute(plan, folder, given)
+    outcome = compute(plan, folder, given, environment.place(plan.encoder.device))
     if not outcome.main:
         return 0
     failures = output.failures(outcome)
@@ -237,7 +252,7 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     return 1 if failures else 0
 
 
-def compute(plan: Plan, folder: Path, given: dict[str, Any]) -> RunOutcome:
+def compute(plan: Plan, folder: Path, given: dict[str, Any], start: Sequence[str] = ()) -> RunOutcome:
     """Run a plan with progress; an interruption says what is kept, and which command goes on."""
     from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import environment, progress
@@ -247,7 +262,7 @@ def compute(plan: Plan, folder: Path, given: dict[str, Any]) -> RunOutcome:
     what, *_ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
     how = {key: given[key] for key in ("overwrite", "batch_size")}
     try:
-        with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what) as observer:
+        with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what, start=start) as observer:
             return run_analysis(plan, folder, observer=observer, **how)
     except KeyboardInterrupt:
         kept = len(shards.ids_of(folder, plan.layout)) if folder.is_dir() else 0

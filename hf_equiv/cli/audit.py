@@ -20,7 +20,7 @@ from hf_equiv.cli.analyses import (
 )
 from hf_equiv.cli.options import COUNT, images_option, model_options, names, option, run_options
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import many, some
+from hf_equiv.formatting import duration, many, some
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -98,8 +98,9 @@ def audit(**given: Any) -> int:
         elif environment.is_first():
             output.print_text("facts", facts={"would do": _in_words(facts)})
         return 0
-    progress.say(facts["choices"], quiet=quiet)
-    progress.say([f"about {progress.duration(facts['estimated_seconds'])}: {_in_words(facts)['time']}"], quiet=quiet)
+    device = plans["match"].encoder.device
+    time = f"about {duration(round(facts['estimated_seconds']))}: {_in_words(facts)['time']}"
+    progress.say([*facts["choices"], *environment.place(device), time], quiet=quiet)
     done = [_compute(part, f"part {place} of {len(parts) + 1}", given) for place, part in enumerate(parts, 1)]
     return _finish(result, done, out, given) if environment.is_first() else 0
 
@@ -168,8 +169,6 @@ def _estimate(parts: list[Part]) -> dict[str, Any]:
 
 def _in_words(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of a dry run for a person, with the time that each part takes."""
-    from hf_equiv.cli.progress import duration
-
     each, counts = facts["seconds_per_evaluation"], facts["evaluations"]
     parts = facts["parts"] | {"report": "report with survival"}
     total = (
@@ -180,8 +179,8 @@ def _in_words(facts: dict[str, Any]) -> dict[str, Any]:
         **{key: facts[key] for key in ("model", "revision", "photos")},
         **({"unusable_images": some(bad, 10)} if bad else {}),
         **({"choices": choices} if choices else {}),
-        **{name: f"{told}, about {duration(counts[name] * each)}" for name, told in parts.items()},
-        "in all": f"about {duration(facts['estimated_seconds'])}",
+        **{name: f"{told}, about {duration(round(counts[name] * each))}" for name, told in parts.items()},
+        "in all": f"about {duration(round(facts['estimated_seconds']))}",
         "time": total,
         "out": facts["out"],
     }

@@ -87,6 +87,18 @@ def images_option(name: str, text: str) -> Callable[[F], F]:
     return option(name, text, "W", multiple=True, callback=once)
 
 
+def helped(**texts: str) -> Callable[[click.Command], click.Command]:
+    """Replace the help of shared options, given by their names, for one command."""
+
+    def apply(command: click.Command) -> click.Command:
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                parameter.help = texts.get(parameter.name or "", parameter.help)
+        return command
+
+    return apply
+
+
 def visibility(kind: str) -> Callable[[F], F]:
     """Return `--private/--public` as the keyword `private`: True, False, or None without a flag."""
     text = f"Who sees it. Default: a new {kind} is private, an existing one is left as it is."
@@ -120,7 +132,7 @@ model_options = group(
     option("--revision", "Commit, branch or tag of the model on the Hub.", "REV"),
     option("--readout", "auto, cls, mean, pooler, tokens, logits, hidden:K or projection.", "NAME", default="auto"),
     flag("--normalize", "Divide embeddings by their L2 norm."),
-    option("--dtype", "float32, float64; match also: bf16, float16 for early iterations.", "TYPE", default="float32"),
+    option("--dtype", "float32 or float64; bf16 or float16 for early iterations only.", "TYPE", default="float32"),
     place_options,
 )
 output_options = group(
@@ -135,7 +147,7 @@ run_options = group(
         default="missing",
     ),
     option("--seed", "Seed of all random draws.", "N", click.IntRange(min=0), 0),
-    option("--batch-size", "Pairs, or on a GPU derivatives, in one pass. Default: 8, on a GPU 32.", "B", COUNT),
+    option("--batch-size", "Pairs in one pass. Default: 8, on a GPU 32.", "B", COUNT),
     flag("--streaming", "Fetch only the first images of the Hub dataset in --data. Default above 5 GB."),
     option("--image-column", "Image column of a parquet file or dataset.", "NAME"),
     option("--label-column", "Class column of a parquet file or dataset.", "NAME"),
@@ -149,6 +161,6 @@ analysis_options = group(
 )
 source_options = group(
     images_option("--source", f"Images to analyse: {IMAGES}"),
-    images_option("--data", "Set of images from which --limit images are drawn."),
+    images_option("--data", "Set of images, W as above, from which --limit images are drawn."),
     option("--limit", "Number of images to draw from --data. Default: all.", "N", COUNT),
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 20
 
+_GAP = 2  # columns between two columns of a table
+
 _OF_WORDS = ("source", "image", "direction", "seen as", "zeros")
 """Prefixes of the table columns that hold text. All other columns except `status` hold numbers."""
+
+
+_NO_WIDTH, _LEAST_WIDTH = 10_000, 24  # columns of a file, and of the narrowest terminal that tables are made for
 
 
 class SafeConsole(Console):
@@ -44,8 +50,12 @@ class SafeConsole(Console):
 
 
 def _console() -> SafeConsole:
-    """Return a console for stdout that does not break lines."""
-    return SafeConsole(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
+    """Return a console for stdout that does not break lines; a file has no width."""
+    if not sys.stdout.isatty():
+        return SafeConsole(width=_NO_WIDTH, soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
+    console.width = max(_LEAST_WIDTH, console.width)
+    return console
 
 
 def print_json(value: Any) -> None:
@@ -91,11 +101,12 @@ def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) 
 
     console, lines = _console(), _lines(outcome)
     with writing(sys.stdout):
-        console.print(_table(outcome.analysis, lines[:MAX_ROWS]), soft_wrap=False)
-        if len(lines) > MAX_ROWS:
-            console.print(f"… and {len(lines) - MAX_ROWS} more")
-        console.print()
-        for sentence in (outcome.summary["verdict"], *reasons(failures)):
+        for table in _tables(outcome.analysis, lines[:MAX_ROWS], console.width):
+            console.print(table, soft_wrap=False)
+            if len(lines) > MAX_ROWS:
+                console.print(f"… and {len(lines) - MAX_ROWS} more")
+            console.print()
+        for sentence in (outcome.summary["verdict"], *map(_with_flags, reasons(failures))):
             console.print(sentence, soft_wrap=not console.is_terminal)
         console.print()
         if (outcome.out / "figures").is_dir():
@@ -113,21 +124,42 @@ def _lines(outcome: RunOutcome) -> list[Mapping[str, Any]]:
     return list(outcome.rows if outcome.analysis == "spectrum" else outcome.summary.get("walks", []))
 
 
-def _table(analysis: str, lines: Iterable[Mapping[str, Any]]) -> Table:
+def _tables(analysis: str, lines: Iterable[Mapping[str, Any]], width: int) -> Iterator[Table]:
+    """Yield the table of a run, in several parts where it is wider than the terminal: no number is ever cut."""
     template = _templates().get_template("run_table.txt.jinja")
     columns: dict[str, list[str]] = {}
     for line in lines:
         for cell in template.render(analysis=analysis, line=line).strip().splitlines():
             name, _, text = cell.partition(": ")
             columns.setdefault(name, []).append(text)
-    table, shown = Table(box=None, pad_edge=False, header_style="bold"), []
-    for name, cells in columns.items():
+    names = [name for name, cells in columns.items() if {*cells} != {"–"}]
+    if not names:
+        return
+    first, *others = names
+    part, used = [first], _room(first, columns, width)
+    for name in others:
+        room = _GAP + _room(name, columns, width)
+        if used + room > width and len(part) > 1:
+            yield _table(part, columns)
+            part, used = [first], _room(first, columns, width)
+        part.append(name)
+        used += room
+    yield _table(part, columns)
+
+
+def _room(name: str, columns: Mapping[str, Sequence[str]], width: int) -> int:
+    """Return the least width of a column: that of its longest number; words can be folded."""
+    longest = max(cell_len(text) for text in (name, *columns[name]))
+    return min(longest, width // 3) if name.startswith(_OF_WORDS) else longest
+
+
+def _table(names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for name in names:
         words = name.startswith(_OF_WORDS)
-        if not words or set(cells) != {"–"}:
-            left = words or name == "status"
-            table.add_column(name, justify="left" if left else "right", no_wrap=not words, overflow="fold")
-            shown.append(cells)
-    for row in zip(*shown, strict=True):
+        left = words or name == "status"
+        table.add_column(name, justify="left" if left else "right", no_wrap=not words, overflow="fold")
+    for row in zip(*(columns[name] for name in names), strict=True):
         table.add_row(*row)
     return table
 

@@ -6,22 +6,26 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from hf_equiv.cli.environment import calm, is_first
 from hf_equiv.cli.output import SafeConsole
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import cut, many, short
+from hf_equiv.formatting import cut, cut_name, duration, many, short
 
 if TYPE_CHECKING:
     from hf_equiv.runs.execute import Observer, RunProgress
 
 LINE_EVERY = 15.0
 """Seconds between plain lines when stderr is not a terminal."""
+
+USUAL_EVALS, MATCHING = 400, 0.75
+"""A first guess of the evaluations of a match, for the time left; and the part of them before its refinement."""
 
 
 def say(lines: Iterable[str], *, quiet: bool) -> None:
@@ -30,30 +34,44 @@ def say(lines: Iterable[str], *, quiet: bool) -> None:
         to_stderr(line)
 
 
+_STATE, _STAGE = 36, 22  # columns for the longest state, and for stage and bar; the rest of a line is for names
+
+
 def _bars() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=SafeConsole(stderr=True), transient=True,
-        refresh_per_second=4,
-    )  # fmt: skip
+    console = SafeConsole(stderr=True)
+    bar = [BarColumn(bar_width=8)] if console.width >= 72 else []
+    parts = TextColumn("{task.description}"), *bar, TextColumn("{task.fields[state]}")
+    return Progress(*parts, console=console, transient=True, refresh_per_second=4)
 
 
 # --- a run ---
 
 
 @contextlib.contextmanager
-def run_progress(*, quiet: bool, what: str = "rows") -> Iterator[Observer]:
+def run_progress(*, quiet: bool, what: str = "rows", start: Iterable[str] = ()) -> Iterator[Observer]:
     """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere."""
+    # The lines of `start` are shown once the run has begun, so not if it is refused.
     if quiet:
         yield lambda _: None
     elif not sys.stderr.isatty():
-        yield _Lines(what)
+        yield _after(start, _Lines(what))
     elif is_first():
         with _bars() as bars:
-            yield _Bars(bars, what)
+            yield _after(start, _Bars(bars, what))
     else:  # the bar of the first process counts the rows of all processes
         lines = _Lines(what)
         yield lambda p: lines(p) if p.stage == "note" else None
+
+
+def _after(start: Iterable[str], observer: Observer) -> Observer:
+    left = list(start)
+
+    def observe(p: RunProgress) -> None:
+        while left:
+            observer(replace(p, stage="info", message=left.pop(0)))
+        observer(p)
+
+    return observe
 
 
 class _Bars:
@@ -63,12 +81,17 @@ class _Bars:
         self.bars = bars
         self.whole = bars.add_task(what, total=None, state="")
         self.images: dict[str, Any] = {}
+        self.pace = _Pace()
+        self.room = min(36, bars.console.width - _STATE - _STAGE)
 
     def __call__(self, p: RunProgress) -> None:
+        left = self.pace.left(p)
         if p.stage in ("note", "info"):
             self.bars.console.print(_message(p))
             return
-        self.bars.update(self.whole, total=p.total, completed=p.done, state=count(p.done, p.total))
+        clock = f"{duration(round(self.pace.elapsed))} so far" if left is None else f"{duration(round(left))} left"
+        state = f"{count(p.done, p.total)}, {clock}"
+        self.bars.update(self.whole, total=p.total, completed=p.done + self.pace.share, state=state)
         names = () if p.stage == "saved" else p.pair_ids
         for name in set(self.images) - set(names):
             self.bars.remove_task(self.images.pop(name))
@@ -80,10 +103,47 @@ class _Bars:
                 shown = {"total": p.steps, "completed": p.step, "state": count(p.step, p.steps)}
             elif p.errors is not None and p.num_evals is not None and p.active is not None:
                 done = not p.active[place]
-                state = f"error {short(float(p.errors[place]))}  {p.num_evals[place]:.0f} evaluations"
-                state += "  done" if done else ""
+                state = f"error {short(float(p.errors[place]))}, {p.num_evals[place]:.0f} evaluations"
+                state += ", done" if done else ""
                 shown = {"total": 1 if done else None, "completed": int(done), "state": state}
-            self.bars.update(self.images[name], description=f"  {p.stage} {escape(cut(name, 36))}", **shown)
+            description = f"  {p.stage} {escape(cut_name(name, self.room)) if self.room > 1 else ''}"
+            self.bars.update(self.images[name], description=description, **shown)
+
+
+class _Pace:
+    """The time left, by the rows made so far and by the parts of those in work."""
+
+    def __init__(self) -> None:
+        self.start: tuple[float, int] | None = None
+        self.failed = 0  # rows that take no time
+        self.share = 0.0  # rows in work, each by the part of it that is done
+        self.saved: set[str] = set()
+        self.elapsed = 0.0
+        self.guessed = True  # whether the guess for a match still holds for one in work
+
+    def left(self, p: RunProgress) -> float | None:
+        """Take notice of a state, and return the seconds left if they can be told."""
+        now = time.monotonic()
+        self.start = self.start or (now, p.done)
+        self.elapsed = now - self.start[0]
+        self.failed += p.stage == "note"
+        if p.stage == "saved":
+            self.share = 0.0
+            self.saved |= {*p.pair_ids}
+        elif p.steps:
+            self.share = p.step / p.steps
+        elif p.stage == "match" and p.num_evals is not None and p.active is not None:
+            parts = (p.num_evals / USUAL_EVALS).masked_fill(~p.active.to(p.num_evals.device), 1.0).clamp(max=MATCHING)
+            named = zip(p.pair_ids, parts.tolist(), strict=True)
+            self.share = sum(part for name, part in named if name not in self.saved)
+            self.guessed = bool((parts < MATCHING).any())
+        made = self.made(p.done) + self.share
+        known = made > 0 and self.elapsed > 0 and (self.guessed or self.made(p.done) > 0)
+        return self.elapsed * (p.total - p.done - self.share) / made if known else None
+
+    def made(self, done: int) -> int:
+        """Return the number of rows that took time."""
+        return done - (self.start[1] if self.start else done) - self.failed
 
 
 class _Lines:
@@ -92,46 +152,37 @@ class _Lines:
     def __init__(self, what: str) -> None:
         self.what = what
         self.last = time.monotonic()
-        self.start: tuple[float, int] | None = None
-        self.failed = 0
+        self.pace = _Pace()
 
     def __call__(self, p: RunProgress) -> None:
+        left = self.pace.left(p)
+        told = f", {duration(round(left))} left" if left is not None else ""
         if p.stage in ("note", "info"):
-            self.failed += p.stage == "note"
             line = _message(p)
         elif p.stage == "saved":
-            line = f"{count(p.done, p.total)} {self.what} on disk{self._pace(p.done, p.total)}"
+            line = f"{count(p.done, p.total)} {self.what} on disk{self._rate(p, told)}"
         elif time.monotonic() - self.last < LINE_EVERY:
             return
         elif p.errors is not None and p.num_evals is not None:
             known = p.errors[p.errors.isfinite()]
             worst, images = short(float(known.max()) if len(known) else None), many(len(p.pair_ids), "image")
             line = f"{count(p.done, p.total)}: {p.stage} {images}, worst error {worst}, "
-            line += f"{float(p.num_evals.max()):.0f} evaluations"
+            line += f"{float(p.num_evals.max()):.0f} evaluations{told}"
         elif p.steps:
-            line = f"{count(p.done, p.total)}: {p.pair_ids[0]}, {p.stage} {count(p.step, p.steps)}"
+            line = f"{count(p.done, p.total)}: {p.pair_ids[0]}, {p.stage} {count(p.step, p.steps)}{told}"
         else:
             return
         to_stderr(f"rank {p.rank}: {line}" if p.processes > 1 else line)
         self.last = time.monotonic()
 
-    def _pace(self, done: int, total: int) -> str:
-        """Return rows a minute and the time left; failed rows are left out, since they take no time."""
-        now = time.monotonic()
-        self.start = self.start or (now, done)
-        made, seconds = done - self.start[1] - self.failed, now - self.start[0]
-        if made <= 0 or seconds <= 0:
+    def _rate(self, p: RunProgress, told: str) -> str:
+        """Return rows a minute and the time left."""
+        made = self.pace.made(p.done)
+        if made <= 0 or self.pace.elapsed <= 0:
             return ""
-        rate = 60 * made / seconds
+        rate = 60 * made / self.pace.elapsed
         pace = f"{float(f'{rate:.3g}'):,.0f}" if rate >= 100 else f"{rate:.3g}"
-        return f" ({pace} a minute" + (f", {duration(seconds * (total - done) / made)} left)" if done < total else ")")
-
-
-def duration(seconds: float) -> str:
-    """Return a time for a person."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return f" ({pace} a minute{told if p.done < p.total else ''})"
 
 
 def _message(p: RunProgress) -> str:
@@ -159,9 +210,9 @@ def steps(*, quiet: bool, amount: Callable[[int, int], str]) -> Iterator[Callabl
             yield line
         else:
             with _bars() as bars:
-                task = bars.add_task("", total=None, state="")
+                task, room = bars.add_task("", total=None, state=""), max(8, bars.console.width - 30)
                 yield lambda done, total, step: bars.update(  # before anything is done the bar only shows activity
-                    task, description=escape(cut(step, 60)), completed=done, total=total if done else None,
+                    task, description=escape(cut(step, room)), completed=done, total=total if done else None,
                     state=amount(done, total),
                 )  # fmt: skip
 

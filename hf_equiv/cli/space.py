@@ -34,7 +34,7 @@ _app_options = group(
 @_app_options
 @flag("--share", "Also open a public link of Gradio, for 72 hours at most.")
 def space_run(host: str, port: int, dataset: str | None, models: tuple[str, ...], share: bool) -> int:
-    """Serve the app on this machine until Ctrl-C; it needs pip install "hf_equiv[space]"."""
+    """Serve the app on this machine until Ctrl-C; it needs gradio (in a clone: pip install ".[space]")."""
     from hf_equiv.hub.space_files import DATASET, MODELS
 
     if any("," in model for model in models):
@@ -56,7 +56,7 @@ def load_app() -> ModuleType:
     from hf_equiv.hub.space_files import APP, app_folder
 
     if importlib.util.find_spec("gradio") is None:
-        raise ImportError('the app needs gradio, which is not installed. Run pip install "hf_equiv[space]".')
+        raise ImportError("the app needs gradio, which is not installed. Run pip install gradio.")
     folder = app_folder()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # as in a Space, where files beside the app can be imported

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -96,6 +96,34 @@ def match_embedding(
         Salman, Shams, Liu (2024), arXiv:2401.15568, §3. Mahendran, Vedaldi (2015), arXiv:1412.0035, eq. 1.
         Sabour et al. (2016), arXiv:1511.05122, eq. 1–2 (matching inside an L∞ ball).
     """
+    with bars.shown(progress, "match", bars.errors_to(rtol)) as hook:
+        searches = each_match(
+            f, source, target, solver, radius=radius, norm=norm, rtol=rtol, max_evals=max_evals, start=start,
+            progress=hook,
+        )  # fmt: skip
+        found = dict(searches)
+    with torch.inference_mode(False):
+        result = collect([found[place] for place in range(len(found))])
+        result = replace(result, source=source.detach().clone(), target=pixels_of(target))
+    if raise_on_failure and not result.converged:
+        raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
+    return result
+
+
+def each_match(
+    f: Encoding,
+    source: Tensor,
+    target: Tensor,
+    solver: Solver | None = None,
+    *,
+    radius: float | None,
+    norm: str,
+    rtol: float,
+    max_evals: int,
+    start: MatchResult | None = None,
+    progress: ProgressHook | None = None,
+) -> Iterator[tuple[int, Search]]:
+    """Yield the place in the batch and the search of each image of `match_embedding`, as soon as it has ended."""
     checks.check_match(source, "source", target, radius, norm, rtol, max_evals)
     solver = LBFGS() if solver is None else solver
     checks.check_solver(solver)
@@ -117,13 +145,8 @@ def match_embedding(
             if start is not None:
                 run.num_evals, run.seconds = float(start.num_evals[i]), float(start.seconds[i])
             runs.append(run)
-        newton = isinstance(solver, LBFGS) and solver.newton and radius is None
-        with bars.shown(progress, "match", bars.errors_to(rtol)) as hook:
-            _drive(f, runs, rtol, max_evals, hook, newton=newton)
-        result = replace(collect(runs), source=source, target=pixels_of(target))
-    if raise_on_failure and not result.converged:
-        raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
-    return result
+    newton = isinstance(solver, LBFGS) and solver.newton and radius is None
+    yield from _drive(f, runs, rtol, max_evals, progress, newton=newton)
 
 
 def target_embeddings(f: Encoding, images: Tensor, target: Tensor, name: str) -> Tensor:
@@ -215,21 +238,26 @@ class _Run(Search):
 
 def _drive(
     f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress: ProgressHook | None, *, newton: bool
-) -> None:
-    """Evaluate the points of all unfinished images in one batch until none is left."""
-    while active := [run for run in runs if run.status is None]:
+) -> Iterator[tuple[int, Search]]:
+    """Evaluate the points of all unfinished images in one batch until none is left; yield each that has ended."""
+    left = dict(enumerate(runs))
+    while left:
         start = time.perf_counter()
-        residuals, gradients, noise = _evaluate(f, active)
-        with no_autocast():
-            for run, residual, gradient in zip(active, residuals, gradients, strict=True):
-                _advance(run, residual, gradient, noise, rtol, max_evals)
-                if newton and _is_slow(run, rtol, max_evals):
-                    _newton(f, run, rtol, max_evals)
-        share = (time.perf_counter() - start) / len(active)
-        for run in active:
-            run.seconds += share
-        if progress is not None:
-            progress(snapshot(runs))
+        with torch.inference_mode(False), no_tf32():  # the caller has its own rules back between two steps
+            active = list(left.values())
+            residuals, gradients, noise = _evaluate(f, active)
+            with no_autocast():
+                for run, residual, gradient in zip(active, residuals, gradients, strict=True):
+                    _advance(run, residual, gradient, noise, rtol, max_evals)
+                    if newton and _is_slow(run, rtol, max_evals):
+                        _newton(f, run, rtol, max_evals)
+            share = (time.perf_counter() - start) / len(active)
+            for run in active:
+                run.seconds += share
+            if progress is not None:
+                progress(snapshot(runs))
+        for place in [place for place, run in left.items() if run.status is not None]:
+            yield place, left.pop(place)
 
 
 def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:

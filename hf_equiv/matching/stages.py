@@ -6,7 +6,7 @@ stage is the encoder as it is, so every stated error is its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_equiv.conditions import as_function
 from hf_equiv.matching.lbfgs import LBFGS
-from hf_equiv.matching.match import ProgressHook, match_embedding
+from hf_equiv.matching.match import ProgressHook, Search, each_match, match_embedding
 from hf_equiv.matching.solvers import Solver
 from hf_equiv.precision import Encoding
 from hf_equiv.results import MatchResult
@@ -36,22 +36,22 @@ class Draft:
 def match_in_stages(
     encoder: Encoding, drafts: Sequence[Draft], source: Tensor, target: Tensor, solver: Solver, *,
     rtol: float, max_evals: int, progress: ProgressHook, **ball: Any
-) -> MatchResult:  # fmt: skip
-    """Match with each draft in turn from the end of the last one, then with the encoder; add up the cost."""
-    # L-BFGS skips its start after the first stage, and only the last stage takes Newton steps.
+) -> Iterator[tuple[int, Search]]:  # fmt: skip
+    """Match with each draft in turn from the end of the last one, then with the encoder, as `each_match` does."""
+    # L-BFGS skips its start after the first stage, and only the last stage takes Newton steps. Costs add up.
     found: MatchResult | None = None
 
-    def run_stage(f: Encoding, rtol: float, most: int, *, newton: bool) -> MatchResult:
-        own = solver
-        if isinstance(solver, LBFGS):
-            own = replace(solver, newton=solver.newton and newton, warmup=0 if found is not None else solver.warmup)
-        return match_embedding(
-            f, source, target, own, rtol=rtol, max_evals=most, raise_on_failure=False, start=found, progress=progress,
-            **ball
-        )  # fmt: skip
+    def own(*, newton: bool) -> Solver:
+        if not isinstance(solver, LBFGS):
+            return solver
+        return replace(solver, newton=solver.newton and newton, warmup=0 if found is not None else solver.warmup)
 
     for draft in drafts:
         most = min(int(draft.share * max_evals), max_evals - 1)  # the encoder needs one evaluation at least
         if most >= 1:
-            found = run_stage(as_function(draft.f), max(rtol, draft.rtol), most, newton=False)
-    return run_stage(encoder, rtol, max_evals, newton=True)
+            found = match_embedding(
+                as_function(draft.f), source, target, own(newton=False), rtol=max(rtol, draft.rtol), max_evals=most,
+                raise_on_failure=False, start=found, progress=progress, **ball
+            )  # fmt: skip
+    goal = {"rtol": rtol, "max_evals": max_evals, **ball}
+    return each_match(encoder, source, target, own(newton=True), start=found, progress=progress, **goal)

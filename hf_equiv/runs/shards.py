@@ -338,7 +338,7 @@ def merge_shards(folder: Path, layout: Layout, names: Sequence[str], file_items:
     for number, parts in sorted(files.items()):
         first = number * file_items
         wanted = list(names[first : first + file_items])
-        there = [name for path in parts for name in _ids(path, layout)]
+        there = [name for path in parts for name in names_in(path, layout)]
         merged = len(parts) == 1 and shard_index(parts[0]) == first and there == wanted
         if merged or sorted(there) != sorted(wanted):  # already merged, or cut differently by another version
             continue
@@ -350,10 +350,10 @@ def merge_shards(folder: Path, layout: Layout, names: Sequence[str], file_items:
 def settle(folder: Path, layout: Layout) -> None:
     """Complete every exchange of shards for a merged file that a killed process has begun."""
     for staged in sorted((folder / layout.folder).glob(f".part-*.parquet{_STAGED}")):
-        first, merged = shard_index(staged), set(_ids(staged, layout))
+        first, merged = shard_index(staged), set(names_in(staged, layout))
         for path in shard_files(folder, layout):
             inside = first <= shard_index(path) < first + len(merged)
-            if inside and merged.issuperset(_ids(path, layout)):
+            if inside and merged.issuperset(names_in(path, layout)):
                 path.unlink()
                 float_file(path).unlink(missing_ok=True)
         shard = shard_path(folder, first, layout)
@@ -368,6 +368,6 @@ def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}{_STAGED}")
 
 
-def _ids(path: Path, layout: Layout) -> list[str]:
+def names_in(path: Path, layout: Layout) -> list[str]:
     """Return the ids of the pairs or images of a shard, in order, each once."""
     return list(dict.fromkeys(row[layout.item] for row in read_shard(path, layout=layout)))

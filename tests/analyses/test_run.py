@@ -13,10 +13,11 @@ import pytest
 import torch
 from fakes import SIZE, TinyEncoder, draw_photo
 from PIL import Image
+from runcases import files_of, rows_of
 
 from hf_equiv.analyses import figures, make_plan, match, pairs, run
 from hf_equiv.analyses.match import MatchConfig, round_into_ball
-from hf_equiv.runs import directory, processes, shards
+from hf_equiv.runs import directory, execute, processes, shards
 from hf_equiv.runs.schema import PROVENANCE_FEATURES, ROW_FEATURES
 
 KEYS = (
@@ -162,6 +163,29 @@ def test_interrupted_run_goes_on(plan, tmp_path):
     assert same_rows(outcome.rows, run.run_analysis(plan, tmp_path / "b").rows)
     assert run.run_analysis(plan, tmp_path / "a").summary == outcome.summary
     assert snapshot(tmp_path / "a") == after  # nothing left to do, nothing touched
+
+
+@pytest.mark.parametrize("every", [1e9, 0.0], ids=["at the interruption", "when finished"])
+def test_an_interruption_keeps_the_finished_pairs_of_a_batch(every, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "WRITE_EVERY", every)
+    refined = {}
+
+    def stop(progress):
+        refined.update(dict.fromkeys(progress.pair_ids if progress.stage == "refine" else ()))
+        if len(refined) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run_analysis(plan, tmp_path / "a", batch_size=5, observer=stop)
+    kept = {row["pair_id"]: row for row in shards.read_rows(tmp_path / "a", images=True)}
+    assert set(kept) == {*list(refined)[:2]}
+    made = set()
+    outcome = run.run_analysis(plan, tmp_path / "a", batch_size=5, observer=lambda p: made.update(p.pair_ids))
+    assert made == {row["pair_id"] for row in outcome.rows} - set(kept)
+    assert all(row == kept.get(row["pair_id"], row) for row in shards.read_rows(tmp_path / "a", images=True))
+    run.run_analysis(plan, tmp_path / "b")
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
 def test_leftovers_of_a_kill_are_swept(plan, tmp_path, monkeypatch):
@@ -430,7 +454,7 @@ def test_the_command_repeats_the_run(photos, tiny, tmp_path):
     command = json.loads((tmp_path / "out" / "run.json").read_text())["command"]
     assert command == plan.command
     assert command == (
-        "hf-equiv match builtin --readout cls --data photos --pairs 5 --radius 0.03137254901960784 --norm linf "
+        "hf-equiv match builtin --readout cls --data photos --pairs 5 --radius 8/255 --norm linf "
         "--max-evals 60 --no-refine"
     )
 

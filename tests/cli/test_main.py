@@ -67,6 +67,35 @@ def test_help_is_quick_and_complete():
     assert all(flag in told.stdout for flag in flags.split())
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("spectrum builtin --pairs 3", "No such option '--pairs'. For spectrum it is --limit."),
+        ("match builtin --limit 3", "No such option '--limit'. For match it is --pairs."),
+        ("walk builtin --steps 3", "No such option '--steps'. For walk it is --num-steps."),
+        ("match builtin --linearity", "No such option '--linearity'. It is an option of lipschitz."),
+        ("match builtin --radus 1", "--radius"),
+        ("space run --foo", "See hf-equiv space run --help."),
+    ],
+)
+def test_an_unknown_option_names_the_right_one(given, said, capsys):
+    code, out, err = call(capsys, *given.split())
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_help_of_shared_options_fits_the_command(capsys):
+    def told(verb):
+        return " ".join(call(capsys, verb, "--help")[1].split())
+
+    assert "Pairs in one pass. Default: 8, on a GPU 32." in told("match")
+    assert "bf16 or float16 for early iterations only" in told("match")
+    for verb in ("spectrum", "lipschitz"):
+        assert "Derivatives in one pass on a GPU" in told(verb)
+        assert "bf16" not in told(verb)
+    assert "a walk moves one image" in told("walk")
+
+
 def test_of_several_processes_the_first_verifies_and_publishes(place, capsys, monkeypatch):
     assert call(capsys, *PAIR, "--out", "run", "--rtol", "0.9")[0] == 0
     monkeypatch.setenv("RANK", "1")
@@ -100,7 +129,7 @@ def test_match_for_people(place, capsys):
     folder = next((place / "runs" / "match" / "builtin").iterdir()).relative_to(place)
     assert "1.png -> 2.png" in out
     refined = next(iter(shards.read_costs(place / folder).values()))["refine"]
-    assert re.search(rf"evals +refine +seconds.*\n.* 30 +{refined:.0f} ", out)
+    assert re.search(rf"evals +refine +time.*\n.* 30 +{refined:.0f} ", out)
     assert f"pictures:  {folder}/figures\n" in out
     assert f"check it:  hf-equiv verify {folder}" in out
     assert "1 of 1 rows on disk" in err
@@ -163,7 +192,7 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_equiv.matching.stages.match_embedding", stop)
+    monkeypatch.setattr("hf_equiv.matching.stages.each_match", stop)
     code, out, err = call(capsys, *PAIR, "--out", "run", "-q", *again)
     assert code == 130
     assert out == ""
@@ -372,7 +401,7 @@ def test_each_cause_of_an_error_is_told_once(place, capsys, monkeypatch):
         raise RuntimeError("this image is too much")
 
     save_photos(place / "photos")
-    monkeypatch.setattr("hf_equiv.matching.stages.match_embedding", broken)
+    monkeypatch.setattr("hf_equiv.matching.stages.each_match", broken)
     code, out, _ = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "4", "--out", "run")
     assert code == 1
     assert out.count("this image is too much") == 1

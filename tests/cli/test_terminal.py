@@ -14,12 +14,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from fakes import TinyEncoder, draw_photo, reseal
 from hubcases import call
 
-from hf_equiv.cli import environment
-from hf_equiv.formatting import excerpt, one_line, printable
+from hf_equiv.analyses.run import RunOutcome, read_back
+from hf_equiv.cli import environment, output, progress
+from hf_equiv.formatting import duration, excerpt, one_line, printable
 from hf_equiv.report import collect
+from hf_equiv.runs.execute import RunProgress
+from hf_equiv.runs.schema import LAYOUTS
 from hf_equiv.verify import directory
 
 EVIL = "x\x1b[2J\x1b]0;t\x07\x9b31m\r\nerror: all is well\u202e\u2066\u200b\x7f[bold red]:smile: y"
@@ -156,6 +160,92 @@ def test_a_report_says_which_runs_are_partial(runs, tmp_path, capsys):
     assert code == 0
     assert "\npartial:   run holds 2 of 2 pairs" in out
     assert "partial:" not in call(capsys, "report", runs["match"], "--no-survival", "--out", "whole.html")[1]
+
+
+# --- numbers, times, cores ---
+
+
+@pytest.mark.parametrize("width", [24, 40, 80])
+@pytest.mark.parametrize("verb", LAYOUTS)
+def test_no_number_is_cut_at_any_width(verb, width, runs, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    record, layout = json.loads((runs[verb] / "run.json").read_text()), LAYOUTS[verb]
+    made = read_back(runs[verb], layout, [item[layout.item] for item in record[layout.listed]], 0)
+    lines = output._lines(RunOutcome(verb, runs[verb], tuple(made.rows), record["summary"], {}, {}))
+    whole, console = next(output._tables(verb, lines, 10_000)), output._console()
+    for table in output._tables(verb, lines, console.width):
+        console.print(table, soft_wrap=False)
+    printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert max(map(len, printed.splitlines())) <= width
+    words = printed.split()
+    for column in whole.columns:
+        if column.no_wrap:
+            assert {word for cell in (column.header, *column.cells) for word in cell.split()} <= {*words}, column.header
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_time_left_is_readable_at_any_width(width, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    bars = progress._bars()
+    show = progress._Bars(bars, "rows")
+    show(RunProgress("saved", 0, 1000))
+    clock[0], names = 60.0, ("folder/photo1.jpg->folder/photo2.jpg", "cat->coffee")
+    evals, active = torch.tensor([200.0, 150.0]), torch.tensor([True, False])
+    show(RunProgress("match", 0, 1000, names, torch.tensor([1.2e-3, 9e-6]), evals, active))
+    with bars.console.capture() as told:
+        bars.console.print(bars.get_renderable())
+    assert "0 of 1000, 13 h 19 min left" in told.get()  # half of a pair and three quarters of another in a minute
+    assert max(map(len, told.get().splitlines())) <= width
+
+
+def test_times_for_people():
+    times = {None: "–", 0: "0 s", 0.0123: "12 ms", 0.5: "0.5 s", 9.4: "9.4 s", 38.2: "38 s", 59.6: "1 min 0 s"}
+    times |= {250: "4 min 10 s", 1500: "25 min", 17373.3: "4 h 50 min", 86_400 * 3.1: "3 d 2 h", float("nan"): "–"}
+    assert {seconds: duration(seconds) for seconds in times} == times
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8), ({"cpu.max": "max 100000\n"}, 8), ({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "odd"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)  # fmt: skip
+def test_cores_of_a_container(files, cores, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert environment.usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "others", "left", "said"),
+    [
+        ({}, 8, 0.4, {}, ""), ({}, 2, 0.4, {"OMP_NUM_THREADS": "2"}, ""),
+        ({}, 8, 3.2, {"OMP_WAIT_POLICY": "passive"}, "about 3 threads busy on 8 cores. Here threads sleep"),
+        ({"OMP_NUM_THREADS": "2"}, 8, 5.0, {"OMP_NUM_THREADS": "2"}, ""),
+        ({"OMP_WAIT_POLICY": "active"}, 8, 3.2, {"OMP_WAIT_POLICY": "active"}, "Set OMP_WAIT_POLICY=passive, or else"),
+    ],
+)  # fmt: skip
+def test_threads_on_a_loaded_machine(given, cores, others, left, said, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**given})
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(environment, "usable_cores", lambda: cores)
+    monkeypatch.setattr(environment, "_others", lambda: others)
+    monkeypatch.setattr(environment, "notes", [])
+    environment.prepare_threads()
+    assert os.environ == left
+    lines = environment.place(torch.device("cpu"))
+    assert re.fullmatch(rf"computing on the CPU: \d+ threads? on {cores} cores", lines[0])
+    assert [said in line for line in lines[1:]] == ([True] if said else [])
 
 
 # --- streams ---
