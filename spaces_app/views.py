@@ -54,3 +54,4 @@ _environment.filters |= {
 }  # fmt: skip
 _environment.globals |= {"difference": difference_png, "psnr": psnr_db}
 html: Any = _environment.get_template("views.html.jinja").module
+making: Any = _environment.get_template("make.html.jinja").module
