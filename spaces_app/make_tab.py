@@ -187,7 +187,7 @@ def _photo(which: str) -> tuple[Photo, gr.HTML]:
     with gr.Column(min_width=230):
         image = Photo(
             file_of(_offered()[chosen], f"{chosen}.jpg"), type="filepath", format="png", label=label, elem_id=which,
-            sources=["upload", "webcam", "clipboard"], height=250, buttons=[], alt_text=f"{label}: the {which} photo",
+            sources=["upload", "webcam", "clipboard"], height=220, buttons=[], alt_text=f"{label}: the {which} photo",
         )  # fmt: skip
         thumbs = gr.HTML(views.making.thumbs(_offered(), which), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False)
         note = gr.HTML(elem_id=f"seen-{which}", padding=False, js_on_load=LIVE)
@@ -221,7 +221,7 @@ def _others(key: str) -> str:
 
 def make_tab() -> None:
     """Lay out the tab."""
-    gr.HTML(views.making.head())
+    gr.HTML(views.making.head(), padding=False)
     with gr.Row(elem_id="two"):
         source, seen_source = _photo("source")
         swap = gr.Button("⇄ Swap", elem_id="swap", scale=0, min_width=90, size="sm")
@@ -234,18 +234,19 @@ def make_tab() -> None:
     with gr.Row():
         go = gr.Button("Make the lookalike", variant="primary", elem_id="go", min_width=150, scale=2)
         halt = gr.Button("Stop", elem_id="halt", min_width=80, scale=1)
-    view = gr.HTML(elem_id="made", js_on_load=_SCRIPT)
+    view = gr.HTML(elem_id="made", js_on_load=_SCRIPT, padding=False)
     told = gr.HTML(elem_id="told", elem_classes="unseen", padding=False, js_on_load=LIVE)
     key = gr.State("")
     with gr.Column(visible=False, elem_id="tools") as tools:
         with gr.Row():
-            proof = gr.Button("Prove it", elem_id="prove", size="sm")
-            changes = [gr.Button(change, elem_id=f"try-{k}", size="sm") for k, change in enumerate(CHANGES)]
-            png = gr.DownloadButton("Download the PNG", elem_id="png", size="sm")
-            row = gr.DownloadButton("Numbers (JSON)", elem_id="row", size="sm")
-            share = gr.DownloadButton("Picture to share", elem_id="share", size="sm")
-        proven, trial = gr.HTML(elem_id="proven", js_on_load=LIVE), gr.HTML(elem_id="trial", js_on_load=LIVE)
-        others = gr.HTML(elem_id="others")
+            proof = gr.Button("Prove it", elem_id="prove", size="sm", min_width=130)
+            changes = [gr.Button(change, elem_id=f"try-{k}", size="sm", min_width=130) for k, change in enumerate(CHANGES)]
+            png = gr.DownloadButton("Download the PNG", elem_id="png", size="sm", min_width=130)
+            row = gr.DownloadButton("Numbers (JSON)", elem_id="row", size="sm", min_width=130)
+            share = gr.DownloadButton("Picture to share", elem_id="share", size="sm", min_width=130)
+        proven = gr.HTML(elem_id="proven", js_on_load=LIVE, padding=False)
+        trial = gr.HTML(elem_id="trial", js_on_load=LIVE, padding=False)
+        others = gr.HTML(elem_id="others", padding=False)
     private = {"api_visibility": "private", "concurrency_limit": None}
     quietly = private | {"show_progress": "hidden"}
     for image, note, name in ((source, seen_source, "source"), (target, seen_target, "target")):

@@ -41,7 +41,9 @@ except ImportError:
 
 HERE = Path(__file__).parent
 BUILTIN_RESULTS = "built-in checkpoint, four photos"
-DATASET = os.environ.get("HF_EQUIV_DATASET", "").strip()  # of the Hub, or a local folder of runs
+_DATASET_AT = os.environ.get("HF_EQUIV_DATASET", "").strip()
+DATASET = Path(_DATASET_AT).resolve().name if _DATASET_AT and Path(_DATASET_AT).is_dir() else _DATASET_AT
+"""The owner's results as visitors see them: a dataset of the Hub, or the last part of a local folder's path."""
 MODELS = {
     Path(model).name if Path(model).is_dir() else model: model
     for model in ["builtin", *map(str.strip, os.environ.get("HF_EQUIV_MODELS", "").split(","))]
@@ -127,7 +129,7 @@ def recorded_encoder(row: dict[str, Any], dataset: str | None) -> Encoder:
 @lru_cache(maxsize=2)
 def _own_results(name: str) -> Showcase:
     with telling(name):
-        return open_showcase(HERE / "results") if name == BUILTIN_RESULTS else open_showcase(name, local=True)
+        return open_showcase(HERE / "results") if name == BUILTIN_RESULTS else open_showcase(_DATASET_AT, local=True)
 
 
 def results(name: str) -> Showcase:

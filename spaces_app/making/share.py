@@ -21,7 +21,7 @@ def share_picture(made: Made) -> bytes:
     """Draw a match as a PNG file of 1200 × 630 pixels."""
     row, canvas = made.row, Image.new("RGB", SIZE, _GROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.text((48, 30), cut(str(views.making.headline(row)), 64), _INK, _font(34, "bold"))
+    draw.text((48, 36), cut(str(views.making.headline(row)), 66), _INK, _font(30, "bold"))
     columns = (("source", "First photo"), ("match", "Lookalike"), ("target", "Second photo"))
     for left, (who, role) in zip(range(48, 1200, 378), columns, strict=False):
         canvas.paste(stored_image(row[who]).resize((348, 348), Image.Resampling.BICUBIC), (left, 98))
