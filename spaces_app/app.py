@@ -1,4 +1,4 @@
-"""Serve the Space: matches to look at and check, a match to make, directions to move along, a walk to play.
+"""Serve the Space: a lookalike to wonder at, one to make, a walk to play, and why all this works.
 
 Each tab has its file. Run the app with `hf-equiv space run` or `python spaces_app/app.py`. Its settings come from the
 environment: HF_EQUIV_DATASET (dataset USER/NAME to show beside the built-in results), HF_EQUIV_MODELS (checkpoints that
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import re
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -19,38 +20,48 @@ import anyio
 import gradio as gr
 import shelf
 import views
+from gradio.route_utils import get_root_url
+from look_tab import check_match, first_match, get_match, list_matches, look_tab, preview_of, show_dataset
 from make_tab import make_tab
 from making.jobs import soon
 from making.uploads import LARGEST, UploadLimit
-from matches_tab import check_match, get_match, list_matches, matches_tab, show_dataset
-from sensitivity_tab import look_along, sensitivity_tab
+from melt_tab import film, get_walk, list_walks, melt_tab
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from walk_tab import get_walk, list_walks, walk_tab
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from why_tab import look_along, warm_up, why_tab
 
 THEME = gr.themes.Base(
     primary_hue="blue", neutral_hue="slate", font=["ui-sans-serif", "system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"], radius_size="md",
 )  # fmt: skip
-TABS = ("matches", "make", "sensitivity", "walk", "about")
+TABS = {"look": "Look", "make": "Make one", "melt": "Melt", "why": "Why it works", "about": "About"}
+
+_PREVIEW = re.compile(r'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>')
+_KEPT = {"cache-control": "public, max-age=3600"}
 
 
 def open_page(request: gr.Request) -> tuple[Any, ...]:
-    """Open the page that a link names: ?tab=walk, ?pair=KEY, ?dataset=USER/NAME."""
+    """Open the page that a link names: ?tab=melt, ?match=KEY, ?dataset=USER/NAME."""
     asked = dict(request.query_params)
-    home = shelf.home_of("matches")
-    dataset = asked.get("dataset") or home
-    try:
-        shown = show_dataset(dataset, asked.get("pair"))
-    except gr.Error as error:
-        shelf.warn(f"{error.message} Shown instead: {home}.")
-        dataset, shown = home, show_dataset(home)
     # keep the tab if the link names none, since the visitor may have chosen one meanwhile
     tab = gr.Tabs(selected=asked["tab"]) if asked.get("tab") in TABS else gr.skip()
+    home = shelf.home_of("matches")
+    dataset = asked.get("dataset") or home
+    if dataset == home and not asked.get("match"):
+        return *(gr.skip(),) * 10, tab
+    try:
+        shown = show_dataset(dataset, asked.get("match"))
+    except gr.Error as error:
+        dataset, shown = home, show_dataset(home, told=views.html.notice(f"{error.message} Shown instead: {home}."))
     return dataset, dataset, *shown, tab
 
 
-def for_programs(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an action of the API that refuses all but text where it states text."""
+def for_programs(action: Callable[..., Any], *, heavy: bool = False) -> Callable[..., Any]:
+    """Return an action of the API that refuses all but text where it states text; a heavy one is done in its turn."""
     stated = inspect.signature(action).parameters.values()
 
     @wraps(action)
@@ -60,44 +71,104 @@ def for_programs(action: Callable[..., Any]) -> Callable[..., Any]:
                 raise shelf.refused(f"`{argument.name}` must be text; got {value!r}.")
         if (dataset := inspect.signature(action).bind(*given).arguments.get("dataset")) is not None:
             await anyio.to_thread.run_sync(shelf.named_results, dataset)  # which may take long, and hinders nobody
-        return await soon(action, *given)
+        return await (soon(action, *given) if heavy else anyio.to_thread.run_sync(action, *given))
 
     return call
 
 
 def build_demo() -> gr.Blocks:
     """Build the whole app."""
-    title = "hf_equiv: two photos, one embedding"
-    with gr.Blocks(title=title, analytics_enabled=False) as demo:
-        gr.HTML(views.html.header())
-        with gr.Tabs() as tabs:
-            with gr.Tab("Two photos, one embedding", id="matches"):
-                parts = matches_tab()
-            with gr.Tab("Make one", id="make"):
+    with gr.Blocks(title=views.TITLE, analytics_enabled=False) as demo:
+        gr.HTML(views.html.header(), elem_classes="unseen")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab(TABS["look"], id="look") as look:
+                parts = look_tab(tabs)
+            with gr.Tab(TABS["make"], id="make") as make:
                 make_tab()
-            with gr.Tab("Sensitivity", id="sensitivity") as tab:
-                sensitivity_tab(tab)
-            with gr.Tab("Walk", id="walk") as tab:
-                walk_tab(tab)
-            with gr.Tab("About", id="about"):
+            with gr.Tab(TABS["melt"], id="melt") as melt:
+                melt_tab(melt)
+            with gr.Tab(TABS["why"], id="why") as why:
+                why_tab(why)
+            with gr.Tab(TABS["about"], id="about") as about:
                 gr.Markdown((shelf.HERE / "about.md").read_text(encoding="utf-8"))
-        demo.load(open_page, None, [*parts, tabs], **shelf.HIDDEN)
-        for action in (list_matches, get_match, check_match, look_along, list_walks, get_walk):
-            gr.api(for_programs(action), api_name=action.__name__, concurrency_limit=None)
+        # the address keeps the tab, by page.js; what else it keeps is given to `keepInLink` in the same way
+        for name, tab in zip(TABS, (look, make, melt, why, about), strict=True):
+            tab.select(None, js=f"() => keepInLink({{tab: '{name if name != 'look' else ''}'}})")
+        demo.load(open_page, None, [*parts, tabs], **shelf.QUICK).then(None, js="() => { window.linkRead = true; }")
+        for action in (list_matches, get_match, list_walks, get_walk):
+            gr.api(for_programs(action), api_name=action.__name__, queue=False)
+        for action in (check_match, look_along):
+            gr.api(for_programs(action, heavy=True), api_name=action.__name__, concurrency_limit=None)
     return demo.queue(max_size=64)
+
+
+class FirstScreen:
+    """Puts a match and the tags of link previews into the page, where they need no script and no second request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request; only the page itself is changed."""
+        if scope["type"] != "http" or scope["path"] != "/":
+            return await self.app(scope, receive, send)
+        start: Message = {}
+        body = b""
+
+        async def collect(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                page = with_first_screen(body.decode(), Request(scope)).encode() if body else body
+                if body:
+                    MutableHeaders(raw=start["headers"])["content-length"] = str(len(page))
+                await send(start)
+                await send({"type": "http.response.body", "body": page})
+
+        await self.app(scope, receive, collect)
+
+
+def with_first_screen(page: str, request: Request) -> str:
+    """Return gradio's page with a preview of the match that a link names, and that match if the link leads to it."""
+    asked = request.query_params
+    row = first_match(asked.get("match"))
+    head = views.html.head(row, get_root_url(request, "/", None))
+    page = _PREVIEW.sub("", page).replace("</head>", f"{head}</head>", 1)
+    if asked.get("tab", "look") == "look" and not asked.get("dataset"):
+        page = page.replace("<gradio-app", f"{views.html.first_screen(row, TABS)}<gradio-app", 1)
+    return page
+
+
+def send_preview(request: Request) -> Response:
+    """Send the picture of a link preview."""
+    return Response(preview_of(first_match(request.query_params.get("match"))["key"]), 200, _KEPT, "image/png")
+
+
+def send_film(request: Request) -> Response:
+    """Send a walk as an animated picture."""
+    kind = request.url.path.rpartition(".")[2]
+    try:
+        return Response(film(request.query_params.get("walk", ""), kind.upper()), 200, _KEPT, f"image/{kind}")
+    except gr.Error as error:
+        return Response(error.message, 404, media_type="text/plain")
 
 
 def main(host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None:
     """Serve the app until Ctrl-C."""
     # load the model before the first visitor comes
-    threading.Thread(target=shelf.encoder_of, args=("builtin",), daemon=True).start()
+    threading.Thread(target=warm_up, daemon=True).start()
     agents = importlib.util.find_spec("mcp") is not None  # comes with gradio[mcp]
+    pictures = [Route("/preview.png", send_preview), *(Route(f"/melt.{kind}", send_film) for kind in ("gif", "webp"))]
     demo = build_demo()
     shelf.keep_swept({path for block in demo.blocks.values() for path in getattr(block, "keep_in_cache", ())})
     demo.launch(
-        server_name=host, server_port=port, share=share, theme=THEME, css_paths=[shelf.HERE / "style.css", shelf.HERE / "make.css"],
-        max_file_size=LARGEST, mcp_server=agents, ssr_mode=False, footer_links=["api"],
-        app_kwargs={"middleware": [Middleware(UploadLimit)]},
+        server_name=host, server_port=port, share=share, theme=THEME,
+        css_paths=[shelf.HERE / "style.css", shelf.HERE / "make.css"], max_file_size=LARGEST, mcp_server=agents,
+        ssr_mode=False, footer_links=["api"],
+        app_kwargs={"routes": pictures, "middleware": [Middleware(FirstScreen), Middleware(UploadLimit)]},
     )  # fmt: skip
     raise KeyboardInterrupt("the app was stopped.")  # gradio returns only then
 

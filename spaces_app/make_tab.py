@@ -20,7 +20,6 @@ from live import LiveMatch, live_match
 from making import outcome
 from making.jobs import MATCHES, Job, followed, soon
 from making.outcome import CHANGES, MADE, Made
-from making.share import share_picture
 from making.uploads import Photo, read_upload, shown
 from shelf import HERE, HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused, warn
 
@@ -37,7 +36,7 @@ _SCRIPT = (HERE / "make.js").read_text(encoding="utf-8")
 
 
 def look_at(path: str | None, model: str, name: str) -> tuple[Any, Any]:
-    """Tell what the AI model sees in a new photo; remove one that cannot be read, and convert one that no browser shows."""
+    """Tell what the AI model sees in a photo; take one away that cannot be read, convert one that browsers do not show."""
     if not path:
         return gr.skip(), gr.skip()
     try:
@@ -117,8 +116,12 @@ def shown_again(key: str) -> tuple[Any, ...]:
     """Show a match that was made: view, key, tools, three downloads."""
     made = MADE.get(key)
     numbers = {name: value for name, value in made.row.items() if not isinstance(value, bytes)}
-    files = {"match.png": made.row["match"], "row.json": json.dumps(numbers, indent=1).encode()}
-    files["share.png"] = share_picture(made)
+    headline, caption = str(views.making.headline(made.row)), str(views.making.caption(made))
+    files = {
+        "match.png": made.row["match"],
+        "row.json": json.dumps(numbers, indent=1).encode(),
+        "share.png": views.share_picture(made.row, headline, caption),
+    }
     view = views.making.result(made, f"?{urlencode({'tab': 'make', 'made': key})}", TIME_LIMIT)
     downloads = [gr.DownloadButton(value=file_of(data, name)) for name, data in files.items()]
     return view, key, gr.Column(visible=True), *downloads
@@ -140,10 +143,8 @@ async def make_match(
     Returns:
         The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
     """
-    state = None
     with MATCHES.entered(request) as job:
-        async for state in _states(job, source, target, model, budget, effort):
-            pass
+        *_, state = [None, *[now async for now in _states(job, source, target, model, budget, effort)][-1:]]
     if not isinstance(state, LiveMatch):
         raise refused("The match was stopped before it began.")
     return file_of(state.png, "match.png"), state.row or {}
@@ -189,7 +190,9 @@ def _photo(which: str) -> tuple[Photo, gr.HTML]:
             file_of(_offered()[chosen], f"{chosen}.jpg"), type="filepath", format="png", label=label, elem_id=which,
             sources=["upload", "webcam", "clipboard"], height=220, buttons=[], alt_text=f"{label}: the {which} photo",
         )  # fmt: skip
-        thumbs = gr.HTML(views.making.thumbs(_offered(), which), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False)
+        thumbs = gr.HTML(
+            views.making.thumbs(_offered()), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False
+        )  # fmt: skip
         note = gr.HTML(elem_id=f"seen-{which}", padding=False, js_on_load=LIVE)
     thumbs.click(_take, None, image, queue=False, **HIDDEN)
     image.clear(lambda: "", None, note, queue=False, **HIDDEN)
@@ -239,11 +242,12 @@ def make_tab() -> None:
     key = gr.State("")
     with gr.Column(visible=False, elem_id="tools") as tools:
         with gr.Row():
-            proof = gr.Button("Prove it", elem_id="prove", size="sm", min_width=130)
-            changes = [gr.Button(change, elem_id=f"try-{k}", size="sm", min_width=130) for k, change in enumerate(CHANGES)]
-            png = gr.DownloadButton("Download the PNG", elem_id="png", size="sm", min_width=130)
-            row = gr.DownloadButton("Numbers (JSON)", elem_id="row", size="sm", min_width=130)
-            share = gr.DownloadButton("Picture to share", elem_id="share", size="sm", min_width=130)
+            small = {"size": "sm", "min_width": 130}
+            proof = gr.Button("Prove it", elem_id="prove", **small)
+            changes = [gr.Button(change, elem_id=f"try-{k}", **small) for k, change in enumerate(CHANGES)]
+            png = gr.DownloadButton("Download the PNG", elem_id="png", **small)
+            row = gr.DownloadButton("Numbers (JSON)", elem_id="row", **small)
+            share = gr.DownloadButton("Picture to share", elem_id="share", **small)
         proven = gr.HTML(elem_id="proven", js_on_load=LIVE, padding=False)
         trial = gr.HTML(elem_id="trial", js_on_load=LIVE, padding=False)
         others = gr.HTML(elem_id="others", padding=False)
@@ -259,8 +263,9 @@ def make_tab() -> None:
         watch_match, asked, [*outputs, told, proven, trial, others], show_progress="minimal", **private
     )  # fmt: skip
     done.then(partial(soon, _others), key, others, **quietly)
+    done.then(None, key, js="(made) => keepInLink({tab: 'make', made})", api_visibility="private")
     halt.click(MATCHES.stop, api_visibility="private", queue=False)
-    proof.click(partial(soon, lambda key: views.making.proof(outcome.prove(key))), key, proven, **private)
+    proof.click(partial(soon, lambda key: views.html.verdict(outcome.prove(key))), key, proven, **private)
     for button, change in zip(changes, CHANGES, strict=True):
         button.click(partial(soon, partial(_broken, change)), key, trial, **private)
     page = Context.root_block

@@ -57,6 +57,8 @@ MAX_DOWNLOAD = 300 * 2**20  # most bytes of a visitor's dataset
 
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 """Options of an event that is not part of the API."""
+QUICK = HIDDEN | {"queue": False}
+"""Options of an event that waits for nobody: visitors look around while others compute."""
 LIVE = "element.setAttribute('aria-live', 'polite');"
 """Script of an element whose changes are read out by screen readers."""
 
@@ -202,7 +204,7 @@ def file_of(data: bytes, name: str) -> str:
 
 
 def sweep(kept: Container[str]) -> None:
-    """Delete the files of visitors after an hour, and folders that an earlier process has left, but not those `kept`."""
+    """Delete files of visitors that are an hour old, but not those `kept`, and the folders of earlier processes."""
     os.utime(FOLDER)  # the sign of life for another process that serves the app
     old = time.time() - _HOUR
     for folder in FOLDER.parent.glob(f"{_PREFIX}*"):

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
-from pathlib import Path
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 
 from hf_equiv.analyses.figures import difference_png, thumbnail
 from hf_equiv.analyses.measures import psnr_db
-from hf_equiv.data.image_file import decode_png
-from hf_equiv.formatting import short
+from hf_equiv.data.image_file import decode_png, stored_image
+from hf_equiv.formatting import cut, short
+
+TITLE = "Looks like one thing, seen as another"
+_HERE = Path(__file__).parent
+_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '-]){0,39}")
+_VOWEL = re.compile(r"(?!uni|eu|one|use)[aeiou]|hour|heir|honest", re.IGNORECASE)
+_PLURAL = re.compile(r".*[^siu]s", re.IGNORECASE)
 
 
 def alike(error: float) -> str:
@@ -32,26 +45,92 @@ def percent(probability: float, digits: int = 0) -> str:
     return f"{share:.{digits}f} %"
 
 
+def with_article(label: Any) -> str:
+    """Write the first synonym of a label with its article, `an espresso`; plurals have none."""
+    name = _first_name(label)
+    return name if _PLURAL.fullmatch(name) else f"{'an' if _VOWEL.match(name) else 'a'} {name}"
+
+
+def noun(row: Mapping[str, Any], who: str) -> str:
+    """Return a word for the source or target of a row: its class if that is one, else the model's label, else none."""
+    names = (_first_name(row.get(f"{who}_{kind}") or "") for kind in ("class", "label"))
+    return next((name for name in names if _WORD.fullmatch(name)), "")
+
+
+def name(row: Mapping[str, Any], who: str) -> str:
+    """Return the noun for the source or target of a row, or else the name of its file."""
+    return noun(row, who) or cut(PurePosixPath(row[f"{who}_id"]).stem, 40)
+
+
+def script(name: str) -> str:
+    """Read a script or style sheet of the app."""
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
 def _share(ratio: float) -> str:
     return f"{100 * ratio:,.0f} %" if ratio >= 10 else f"{100 * ratio:.3g} %"
 
 
+def _whole(ratio: float) -> str:
+    return "under 1 %" if 0 < ratio < 0.01 else f"{100 * ratio:,.0f} %"
+
+
 def _first_name(label: Any) -> str:
-    return str(label).split(",")[0]
+    return cut(str(label).split(",")[0], 60)
 
 
 def _data_uri(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def frame(png: bytes) -> bytes:
+    """Return a PNG file as a smaller WebP file, for looking at it in a film and not for measuring it."""
+    buffer = io.BytesIO()
+    stored_image(png).save(buffer, "WEBP", quality=85, method=2)
+    return buffer.getvalue()
+
+
+def share_picture(row: Mapping[str, Any], headline: str = "", note: str = "") -> bytes:
+    """Draw a match with a headline as a PNG of 1200 × 630 pixels, the size of link previews."""
+    canvas = Image.new("RGB", (1200, 630), "#f5f7f9")
+    draw = ImageDraw.Draw(canvas)
+    text = headline or cut(str(html.headline(row)), 40)
+    fonts = (_font(size, "bold") for size in (60, 44, 32, 24))
+    font = next((font for font in fonts if draw.textlength(text, font) <= 1104), _font(18, "bold"))
+    draw.text((48, 68), text, "#16202b", font, anchor="lm")
+    draw.text((48, 588), note, "#4b5a69", _font(22))
+    for left, who, role in (
+        (48, "source", "The photo"),
+        (426, "match", "The lookalike"),
+        (804, "target", "The other photo"),
+    ):
+        canvas.paste(stored_image(row[who]).resize((348, 348), Image.Resampling.BICUBIC), (left, 130))
+        draw.text((left, 494), role, "#4b5a69", _font(26))
+        label = row[f"{who}_label"]
+        told = "" if label is None else f"AI sees {with_article(label)}"
+        size = next((size for size in (30, 26, 22, 18) if draw.textlength(told, _font(size, "bold")) <= 348), 12)
+        draw.text((left, 532), told, "#1f5fbf" if who == "source" else "#b4460f", _font(size, "bold"))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@lru_cache
+def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(findfont(f"DejaVu Sans:weight={weight}"), size)
+
+
 _environment = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-    lstrip_blocks=True,
+    loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 _environment.filters |= {
-    "alike": alike, "first_name": _first_name, "percent": percent, "pixels": decode_png, "share": _share,
-    "short": short, "thumbnail": thumbnail, "uri": _data_uri,
+    "a": with_article, "alike": alike, "first_name": _first_name, "frame": frame, "name": name, "noun": noun,
+    "percent": percent,
+    "pixels": decode_png, "share": _share, "short": short, "thumbnail": thumbnail, "uri": _data_uri, "whole": _whole,
 }  # fmt: skip
-_environment.globals |= {"difference": difference_png, "psnr": psnr_db}
+_environment.globals |= {
+    "difference": difference_png, "psnr": psnr_db, "page_script": Markup(script("page.js")), "title": TITLE,
+    "style": Markup(script("style.css")),
+}  # fmt: skip
 html: Any = _environment.get_template("views.html.jinja").module
 making: Any = _environment.get_template("make.html.jinja").module

@@ -394,15 +394,15 @@ def contact_sheet(
     return sheet(title, note, lines, side=1.3)
 
 
-def animation(frames: Sequence[bytes]) -> bytes:
-    """Show one walk there and back as an animated GIF, small images enlarged by a whole factor."""
+def animation(frames: Sequence[bytes], kind: str = "GIF") -> bytes:
+    """Show one walk there and back as an animated GIF or WEBP, small images enlarged by a whole factor."""
     images = [stored_image(frames[k]) for k in _evenly(len(frames), GIF_FRAMES)]
     factor = max(1, GIF_SIDE // max(images[0].size))
     pictures = [ImageOps.scale(image, factor, Image.Resampling.NEAREST) for image in images]
     ring, buffer = [*pictures, *pictures[-2:0:-1]], io.BytesIO()
     pause = [GIF_MS] * len(ring)
     pause[0] = pause[len(pictures) - 1] = 600
-    ring[0].save(buffer, "GIF", save_all=True, append_images=ring[1:], duration=pause, loop=0)
+    ring[0].save(buffer, kind, save_all=True, append_images=ring[1:], duration=pause, loop=0)
     return buffer.getvalue()
 
 

@@ -26,7 +26,9 @@ from hf_equiv.limits import MAX_BYTES, MAX_PIXELS
 from hf_equiv.png_file import SIGNATURE, check_png, chunks
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .jp2 .j2k .jpx .ppm .pgm .pnm .avif".split())
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .jp2 .j2k .jpx .ppm .pgm .pnm .avif".split()
+)
 
 
 class _RefusedError(ValueError):

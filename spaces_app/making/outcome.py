@@ -38,7 +38,7 @@ class Made:
 
 
 class Shelf:
-    """The matches of the last hour by a key that nobody can guess, so that a link to one is as private as its owner keeps it."""
+    """The matches of the last hour, by keys that nobody can guess: a link is as private as its owner keeps it."""
 
     def __init__(self) -> None:
         self._made: OrderedDict[str, Made] = OrderedDict()

@@ -6,12 +6,12 @@ import io
 import os
 import threading
 import time
+from abc import ABCMeta
 from collections import deque
 from pathlib import Path
 
 import gradio as gr
 from gradio.data_classes import ImageData
-from making.jobs import address_of
 from PIL.Image import Image
 from shelf import file_of, refused
 from starlette.requests import Request
@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hf_equiv.data.image_file import open_image
+from making.jobs import address_of
 
 LARGEST = 25 * 2**20
 MOST_PIXELS = 65_000_000
@@ -29,15 +30,16 @@ _UNSEEN = (b"II*\0", b"II+\0", b"MM\0*", b"MM\0+", b"\0\0\0\x0cjP", b"\xff\x4f\x
 """How files begin that browsers do not show: TIFF, JPEG 2000, PPM."""
 
 
-class Photo(gr.Image):
-    """A photo of a visitor: its preprocessing gives the path of the file as it was sent, and nothing decodes it."""
+def _path_of(_: gr.Image, payload: ImageData | None) -> str | None:
+    return payload.path if payload else None
 
-    # A class, since gradio makes the component of a session anew once an answer has changed it.
-    is_template = True  # the page shows a `gr.Image`
 
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        """Return the path of the file."""
-        return payload.path if payload else None
+# A photo of a visitor as the path of the file as it was sent: nothing decodes it before `read_upload`. It is a class,
+# since gradio makes the component of a session anew once an answer changes it. gradio's own way to make a class would
+# write a stub file beside this one.
+Photo = ABCMeta.__new__(
+    type(gr.Image), "Photo", (gr.Image,), {"preprocess": _path_of, "is_template": True, "__module__": __name__}
+)
 
 
 def read_upload(path: str | None, name: str) -> Image:

@@ -31,11 +31,11 @@ def parts():
     """The modules of the app."""
     sys.path.insert(0, str(APP))
     try:
-        import matches_tab
+        import look_tab
         import shelf
         import try_tab
 
-        yield SimpleNamespace(shelf=shelf, try_tab=try_tab, matches_tab=matches_tab)
+        yield SimpleNamespace(shelf=shelf, try_tab=try_tab, look_tab=look_tab)
     finally:
         sys.path.remove(str(APP))
 
@@ -98,10 +98,10 @@ def test_names_of_models_are_text(parts):
 
 @pytest.mark.parametrize("value", [None, 5])
 def test_rows_that_cannot_be_shown_are_refused_in_words(parts, monkeypatch, value):
-    row = open_showcase(APP / "results").matches[0] | {"source_id": value, "source_class": None}
-    monkeypatch.setattr(parts.matches_tab, "named_results", lambda _: Showcase("x", matches=(row,)))
+    row = open_showcase(APP / "results").matches[0] | {"match": value}
+    monkeypatch.setattr(parts.look_tab, "named_results", lambda _: Showcase("x", matches=(row,)))
     with pytest.raises(gr.Error, match="'a/broken' cannot be shown"):
-        parts.matches_tab.strip_of("a/broken", "")
+        parts.look_tab.strip_of("a/broken", "")
 
 
 def test_addresses_of_the_hub_stay_in_messages(parts):
@@ -164,13 +164,15 @@ def test_files_for_visitors_are_among_those_that_gradio_deletes(parts, tmp_path,
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_link_holds_any_name(parts, monkeypatch):
-    shown = open_showcase(APP / "results")
-    row = shown.matches[0] | {"key": "0.a&dataset=evil/x#b+c->d", "model_id": "![](https://evil)<b>"}
-    monkeypatch.setattr(parts.matches_tab, "row_of", lambda *_: row)
-    page = parts.matches_tab.match_shown("me/data", row["key"])
-    assert 'href="?pair=0.a%26dataset%3Devil%2Fx%23b%2Bc-%3Ed&amp;dataset=me%2Fdata"' in page
-    assert "<b>" not in parts.matches_tab.note_of(Showcase("x", matches=(row,)))
+def test_a_view_holds_any_name(parts, monkeypatch):
+    """Scripts read the names for the address from the view, and the preview names the match in its own."""
+    row = open_showcase(APP / "results").matches[0]
+    row |= {"key": '0.a&dataset=evil/x#b+c->d"', "model_id": "![](https://evil)<b>"}
+    monkeypatch.setattr(parts.look_tab, "row_of", lambda *_: row)
+    shown, *_ = parts.look_tab.match_shown('me/"data', row["key"])
+    assert 'data-key="0.a&amp;dataset=evil/x#b+c-&gt;d&#34;" data-dataset="me/&#34;data"' in shown
+    assert "preview.png?match=0.a%26dataset%3Devil/x%23b%2Bc-%3Ed%22" in views.html.head(row, "https://x")
+    assert "<b>" not in parts.look_tab.note_of(Showcase("x", matches=(row,)))
 
 
 def test_pictures_of_other_sizes_are_refused_unopened(tmp_path):
@@ -220,11 +222,10 @@ def test_a_pair_that_is_there_twice_is_refused(tmp_path):
 
 def test_the_eye_is_asked_about_match_and_target():
     shown = open_showcase(APP / "results")
-    row = shown.matches[0] | {"embedding_error_8bit": 1e-6, "psnr_db": 70.0}
-    unlike = views.html.match(row | {"match": row["source"]})
-    same = views.html.match(row | {"match": row["target"]})
-    assert "Your eye can." in unlike
-    assert "Neither can you, at a glance." in same
+    row = shown.matches[0] | {"embedding_error_8bit": 1e-6, "psnr_db": 70.0, "match_label": None}
+    assert views.html.headline(row | {"match": row["source"]}).startswith("Two pictures to you, one to")
+    assert views.html.headline(row | {"match": row["target"]}).startswith("Nearly one picture to you")
+    assert "So it is to you, at a glance." in views.html.lead(row | {"match": row["target"]})
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.999, "over 99 %"), (1.0, "100 %"), (1e-5, "under 1 %"), (0.5, "50 %")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -12,11 +13,12 @@ import torch
 import views
 from charts import Axis, Series, chart
 from live import Stop, stops_along
-from matches_tab import strip_of
-from sensitivity_tab import along_view, constants_view, ladder_view, spectrum_view
+from look_tab import strip_of
+from melt_tab import film, player
+from PIL import Image
 from showcase import check_shown, open_showcase
 from try_tab import curve_view
-from walk_tab import player
+from why_tab import along_view, constants_view, ladder_view, spectrum_view
 
 from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png, encode_png
@@ -133,16 +135,44 @@ def test_never_more_alike_than_measured(error, said):
 
 
 @pytest.mark.parametrize(
-    ("error", "start"),
-    [(1e-5, "The model cannot tell"), (0.02, "To the model the match is nearly"), (0.5, "This did not")],
+    ("error", "said"),
+    [(1e-5, "To the AI model it is the coffee: 99.999 %"), (0.02, "it is nearly the coffee"), (0.5, "only 50 % the")],
 )
-def test_the_headline_goes_with_the_error(shown, error, start):
-    assert views.html.headline(shown.matches[0] | {"embedding_error_8bit": error}).startswith(start)
+def test_the_lead_goes_with_the_error(shown, error, said):
+    assert said in views.html.lead(shown.matches[0] | {"embedding_error_8bit": error})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "This cat is an espresso."),
+        ({"source_class": "n02123045"}, "This Egyptian cat is an espresso."),
+        ({"source_class": None, "source_label": None}, "This picture is an espresso."),
+        ({"target_label": "jeans, denim", "match_label": "jeans, denim"}, "This cat is jeans."),
+        ({"target_label": "hourglass"}, "This cat is not an hourglass yet."),
+        ({"source_label": "espresso"}, "Two pictures to you, one to the AI model."),
+        ({"match_label": None, "embedding_error_8bit": 0.02}, "Two pictures to you, almost one to the AI model."),
+        ({"match_label": None, "embedding_error_8bit": 0.5}, "This one did not work."),
+        ({"match_label": None, "embedding_error_8bit": None}, "This picture could not be measured."),
+    ],
+)
+def test_labels_lead_and_nothing_else_is_claimed(shown, changed, said):
+    assert views.html.headline(shown.matches[0] | changed) == said
 
 
 def test_a_match_near_its_source_is_still_told_from_its_target(shown):
-    said = views.html.headline(shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0})
-    assert said.endswith("Your eye can.")
+    row = shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0}
+    assert "to you" not in views.html.lead(row)
+
+
+def test_the_pictures_to_share(shown):
+    """A preview of the size that sites expect, and the walk as a film of all its pictures, there and back."""
+    (name, path) = next(iter(shown.paths.items()))
+    preview = Image.open(io.BytesIO(views.share_picture(shown.matches[0] | {"match_label": "x" * 500})))
+    assert (preview.format, preview.size) == ("PNG", (1200, 630))
+    for kind in ("GIF", "WEBP"):
+        moving = Image.open(io.BytesIO(film(name, kind)))
+        assert (moving.format, moving.n_frames) == (kind, 2 * len(path) - 2)
 
 
 def test_a_leap_and_a_drift_of_none_are_explained(shown):
@@ -163,7 +193,7 @@ def test_shares_are_written_out():
 
 def test_names_cannot_become_markup(shown, monkeypatch):
     row = shown.matches[0] | {"source_id": "<script>x</script>", "key": '"><b>', "match_label": "<i>cat</i>"}
-    monkeypatch.setattr("matches_tab.named_results", lambda _: replace(shown, matches=(row,)))
+    monkeypatch.setattr("look_tab.named_results", lambda _: replace(shown, matches=(row,)))
     page = strip_of("somebody/else", "") + views.html.match(row)
     assert not re.search(r"<script|<b>|<i>", page)
 

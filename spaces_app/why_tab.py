@@ -1,4 +1,4 @@
-"""Lay out the sensitivity tab: a slider along a direction, secants, constants and the spectrum."""
+"""Lay out the tab on directions: three pushes to compare, then any direction, secants, constants and the spectrum."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from functools import lru_cache
 from typing import Any
 
 import gradio as gr
+import torch
 import views
 from charts import NARROW, Axis, Series, chart
 from live import Stop, stops_along
-from shelf import HIDDEN, home_of, on_gpu, recorded_encoder, refused, results
+from shelf import HIDDEN, encoder_of, home_of, on_gpu, recorded_encoder, refused, results
 from showcase import Row
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png
 
 _STYLES = {"top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
+KINDS = ("top", "random", "null")
 _UNRELATED = 2.1  # a chart goes up to this relative distance at least; unrelated embeddings are 1 to 2 apart
 
 
@@ -183,22 +185,60 @@ def facts_view(image_id: str, direction: str) -> str:
     return views.html.facts(facts.items())
 
 
-def sensitivity_tab(tab: gr.Tab) -> None:
+@on_gpu
+def pushed_view(image_id: str, kind: str, slider: float) -> str:
+    """Show a photo moved along the first direction of a kind; the end of the slider is a strong push for the model."""
+    direction = f"{kind} 0"
+    if direction not in _constants(image_id):
+        return ""
+    reach = 4.0 / max(_stops(image_id, "top 0", [1.0])[0].first_order, 0.25)
+    (stop,) = _stops(image_id, direction, [reach * (slider / 100) ** 2])
+    return views.html.pushed(kind, stop.png, stop)
+
+
+def warm_up() -> None:
+    """Load the model of the directions and compute those of the first photo, before a visitor asks for them."""
+    encoder_of("builtin")
+    if not torch.cuda.is_available():  # on ZeroGPU there is none yet; a GPU is quick
+        _vectors(results(home_of("constants")).constants[0]["key"])
+
+
+def why_tab(tab: gr.Tab) -> None:
     """Lay out the tab."""
     constants = results(home_of("constants")).constants
     ids = list(dict.fromkeys(row["key"] for row in constants))
     names = list(_constants(ids[0]))
-    gr.HTML(views.html.about_directions(dict.fromkeys(row["model_id"] for row in constants)))
+    gr.HTML(views.html.about_push())
+    image = gr.Radio(ids, value=ids[0], label="Photo", elem_id="photo")
+    sliders, pictures = [], []
     with gr.Row():
-        image = gr.Radio(ids, value=ids[0], label="Photo")
-        first = "top 0" if "top 0" in names else names[0]
-        direction = gr.Dropdown(names, value=first, label="Direction (kind and number)")
-    slider = gr.Slider(-100, 100, value=30, step=1, label="Move along it (fine near the middle)", elem_id="along")
-    moved, facts = gr.HTML(elem_id="moved"), gr.HTML()
-    asked = [image, direction, slider]
-    slider.input(moved_view, asked, moved, trigger_mode="always_last", concurrency_limit=2, **HIDDEN)
+        for kind in KINDS:
+            with gr.Column(min_width=220):
+                # the photo itself is there before the model is, so that the tab is never blank
+                pictures.append(gr.HTML(views.html.pushed(kind, constants[0]["image"], None), elem_id=f"pushed-{kind}"))
+                told = views.html.push_name(kind)
+                sliders.append(gr.Slider(0, 100, value=50, step=1, label=told, elem_id=f"push-{kind}", buttons=[]))
+    for kind, slider, picture in zip(KINDS, sliders, pictures, strict=True):
+        slider.input(
+            lambda image, slider, kind=kind: pushed_view(image, kind, slider), [image, slider], picture,
+            trigger_mode="always_last", concurrency_id="push", concurrency_limit=2, **HIDDEN,
+        )  # fmt: skip
     gr.on(
-        [tab.select, image.change, direction.change],
+        [tab.select, image.change],
+        lambda image, *at: [pushed_view(image, kind, slider) for kind, slider in zip(KINDS, at, strict=True)],
+        [image, *sliders], pictures, concurrency_id="push", concurrency_limit=2, **HIDDEN,
+    )  # fmt: skip
+    with gr.Accordion("Details: all directions, and the numbers", open=False, elem_id="directions") as details:
+        gr.HTML(views.html.about_directions(dict.fromkeys(row["model_id"] for row in constants)))
+        direction = gr.Dropdown(
+            names, value="top 0" if "top 0" in names else names[0], label="Direction (kind and number)"
+        )
+        along = gr.Slider(-100, 100, value=30, step=1, label="Move along it (fine near the middle)", elem_id="along")
+        moved, facts = gr.HTML(elem_id="moved"), gr.HTML()
+    asked = [image, direction, along]
+    along.input(moved_view, asked, moved, trigger_mode="always_last", concurrency_limit=2, **HIDDEN)
+    gr.on(
+        [details.expand, image.change, direction.change],
         lambda image, direction, slider: (moved_view(image, direction, slider), facts_view(image, direction)),
         asked, [moved, facts], concurrency_limit=2, **HIDDEN,
     )  # fmt: skip

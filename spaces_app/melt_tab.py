@@ -1,17 +1,19 @@
-"""Lay out the walk tab, which plays a path through images that share an embedding."""
+"""Lay out the tab that plays a walk: a path through images that share an embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlencode
 
 import gradio as gr
 import views
 from charts import Axis, Series, chart
-from shelf import BUILTIN_RESULTS, HERE, HIDDEN, home_of, named_results, refused, results, telling
+from shelf import BUILTIN_RESULTS, QUICK, home_of, named_results, refused, results, telling
 from showcase import Row
 
+from hf_equiv.analyses.figures import animation
 from hf_equiv.formatting import short
 
 _LEAST = 1e-7  # smallest drift on a chart, unless the allowed drift is as small
@@ -55,10 +57,16 @@ def walk_view(name: str, dataset: str | None = BUILTIN_RESULTS) -> str:
     """Show a walk to play."""
     path = _path(name, dataset)
     with telling(dataset):
-        return player(path, path[0]["settings"]["rtol"])
+        return player(path, path[0]["settings"]["rtol"], name)
 
 
-def player(path: Sequence[Row], rtol: float) -> str:
+@lru_cache(maxsize=4)
+def film(name: str, kind: str) -> bytes:
+    """Return a walk of this tab as an animated picture, GIF or WEBP."""
+    return animation([row["frame"] for row in _path(name, home_of("paths"))], kind)
+
+
+def player(path: Sequence[Row], rtol: float, name: str = "") -> str:
     """Show the frames of a walk with a slider, and their drift; player.js moves them."""
     least = min(_LEAST, rtol / 100)
     drift = [(row["arc_length"], max(row["drift"], least)) for row in path]
@@ -74,14 +82,15 @@ def player(path: Sequence[Row], rtol: float) -> str:
         mark=drift[0],
         note=f"Drawn at {short(least)}: drift below it, and none at all." if below else "",
     )
-    return views.html.player(path, drawn)
+    files = {kind: f"melt.{kind}?{urlencode({'walk': name})}" for kind in ("gif", "webp")}
+    return views.html.player(path, drawn, files)
 
 
-def walk_tab(tab: gr.Tab) -> None:
+def melt_tab(tab: gr.Tab) -> None:
     """Lay out the tab."""
     home = home_of("paths")
-    names = list(results(home).paths)
-    gr.Markdown(views.html.about_walks(home == BUILTIN_RESULTS))
-    name = gr.Dropdown(names, value=names[0], label="Walk", visible=len(names) > 1)
-    view = gr.HTML(elem_id="walk", js_on_load=(HERE / "player.js").read_text(encoding="utf-8"))
-    gr.on([tab.select, name.change], lambda name: walk_view(name, home), name, view, **HIDDEN)
+    paths = results(home).paths
+    names = list(paths)
+    view = gr.HTML(views.html.still(paths[names[0]][0]), elem_id="walk", js_on_load=views.script("player.js"))
+    name = gr.Dropdown(names, value=names[0], label="Film", visible=len(names) > 1)
+    gr.on([tab.select, name.change], lambda name: walk_view(name, home), name, view, **QUICK)

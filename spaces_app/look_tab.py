@@ -1,0 +1,172 @@
+"""Lay out the first tab: visitors look at a match, have it checked, choose another and play with it."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import gradio as gr
+import shelf
+import views
+from shelf import BUILTIN_RESULTS, QUICK, named_results, refused, telling
+from showcase import Row, Showcase, check_shown
+
+
+def list_matches(dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
+    """List the matches of a result dataset.
+
+    Args:
+        dataset: USER/NAME of the Hub; by default the results that ship with this Space.
+
+    Returns:
+        For each match its key, source, target, embedding error of the PNG, PSNR and class.
+    """
+    keys = ("key", "source_id", "target_id", "embedding_error_8bit", "psnr_db", "match_label")
+    return [{key: row[key] for key in keys} for row in named_results(dataset).matches]
+
+
+def get_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
+    """Give all numbers of one match.
+
+    Args:
+        key: key of the match, as `list_matches` gives it.
+        dataset: USER/NAME of the Hub; by default the results that ship with this Space.
+
+    Returns:
+        The row without its pictures.
+    """
+    return {k: v for k, v in row_of(dataset, key).items() if k != "settings" and not isinstance(v, bytes)}
+
+
+@shelf.on_gpu
+def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
+    """Encode the three PNG files of a match again, now, and compare the results with its row.
+
+    Args:
+        key: key of the match, as `list_matches` gives it.
+        dataset: USER/NAME of the Hub; by default the results that ship with this Space.
+
+    Returns:
+        Whether all numbers hold, and each number as stated and as computed now.
+    """
+    row, start = row_of(dataset, key), time.perf_counter()
+    with telling(dataset):
+        found = check_shown(shelf.recorded_encoder(row, dataset), row)
+    numbers = {c.name: {"stated": c.stated, "now": c.now, "holds": c.holds} for c in found}
+    return {"holds": all(c.holds for c in found), "seconds": time.perf_counter() - start, "numbers": numbers}
+
+
+def row_of(dataset: str | None, key: str) -> Row:
+    """Return one match by its key."""
+    shown = named_results(dataset)
+    for row in shown.matches:
+        if row["key"] == key:
+            return row
+    raise refused(f"There is no match {str(key)[:200]!r} in {shown.name!r}.")
+
+
+def first_match(asked: str | None = None) -> Row:
+    """Return the match of this Space's own results that a link names, or else the first one."""
+    rows = shelf.results(shelf.home_of("matches")).matches
+    return next((row for row in rows if row["key"] == asked), rows[0])
+
+
+@lru_cache(maxsize=32)
+def preview_of(key: str) -> bytes:
+    """Return the picture of link previews for a match of this Space's own results."""
+    return views.share_picture(first_match(key))
+
+
+def check_view(key: str, dataset: str) -> str:
+    """Check a match and show the verdict, with a table."""
+    return views.html.verdict(check_match(key, dataset))
+
+
+@lru_cache(maxsize=32)
+def match_shown(dataset: str | None, key: str) -> tuple[str, str, str]:
+    """Show one match, its numbers and the game with it; the view names the dataset that a link to it must name."""
+    dataset, row = dataset or BUILTIN_RESULTS, row_of(dataset, key)
+    named = "" if dataset == shelf.home_of("matches") else dataset
+    with telling(dataset):
+        return views.html.match(row, named), views.html.numbers(row), views.html.game(row)
+
+
+@lru_cache(maxsize=32)
+def strip_of(dataset: str | None, key: str) -> str:
+    """Show the matches of a dataset as buttons with small pictures."""
+    with telling(dataset):
+        return views.html.strip(named_results(dataset).matches, key)
+
+
+def show_match(dataset: str | None, key: str, told: str = "") -> tuple[Any, ...]:
+    """Return the parts of the tab that change with the match: key, view, way to its walk, verdict, numbers, game."""
+    row = row_of(dataset, key)
+    shown, numbers, game = match_shown(dataset, key)
+    return key, shown, gr.update(visible=_has_walk(row, dataset)), told, numbers, game
+
+
+def show_dataset(dataset: str | None, asked: str | None = None, told: str = "") -> tuple[Any, ...]:
+    """Return the contents of the tab: gallery, note, then those of `show_match` with a word for the visitor."""
+    shown = named_results(dataset)
+    if not shown.matches:
+        raise refused(f"{shown.name!r} holds no matches with pictures.")
+    key = row_of(dataset, asked)["key"] if asked else shown.matches[0]["key"]
+    return strip_of(dataset, key), note_of(shown), *show_match(dataset, key, told)
+
+
+def _has_walk(row: Row, dataset: str | None) -> bool:
+    """Return whether the first walk of the other tab starts and ends at the photos of a match."""
+    home = shelf.home_of("paths")
+    walk = next(iter(shelf.results(home).paths.values()))[0]
+    ends = (walk["image_id"], walk["target_id"])
+    return (dataset or BUILTIN_RESULTS) == home and (row["source_id"], row["target_id"]) == ends
+
+
+def note_of(shown: Showcase) -> str:
+    """Return a note with the number of matches and their checkpoints."""
+    made = sorted({f"{row['model_id']} ({row['readout']})" for row in shown.matches})
+    return views.html.note(shown, made, "" if shelf.home_of("matches") == shelf.DATASET else shelf.DATASET)
+
+
+def _select(dataset: str, event: gr.EventData) -> tuple[Any, ...]:
+    return show_match(dataset, str(event.key))
+
+
+def _change(name: str, opened: str) -> tuple[Any, ...]:
+    if (name or BUILTIN_RESULTS) == opened:
+        return (gr.skip(),) * 10
+    try:
+        return gr.skip(), name or BUILTIN_RESULTS, *show_dataset(name)
+    except gr.Error as error:  # keep the results that are shown, and restore their name
+        return opened, gr.skip(), gr.skip(), views.html.notice(error.message), *(gr.skip(),) * 6
+
+
+def look_tab(tabs: gr.Tabs) -> list[Any]:
+    """Lay out the tab and return its parts: dataset, opened dataset, then the outputs of `show_dataset`."""
+    # the first match is in the page from the start, so that nobody waits for it
+    offered, home = [BUILTIN_RESULTS, *([shelf.DATASET] if shelf.DATASET else [])], shelf.home_of("matches")
+    strip, told, first, shown, way, _, numbers_shown, game_shown = show_dataset(home)
+    key, opened = gr.State(first), gr.State(home)
+    view = gr.HTML(shown, elem_id="shown", js_on_load=views.script("shown.js"))
+    with gr.Row(elem_classes="actions"):
+        check = gr.Button("Prove it", variant="primary", elem_id="check", scale=0, min_width=130)
+        melt = gr.Button("Watch it melt", elem_id="melt", scale=0, min_width=130, visible=way["visible"])
+    verdict = gr.HTML(elem_id="verdict", js_on_load=shelf.LIVE)
+    numbers = gr.HTML(numbers_shown, elem_id="numbers")
+    gr.HTML('<h2 class="section">Other pairs</h2>')
+    gallery = gr.HTML(strip, elem_id="gallery", js_on_load=views.script("strip.js"))
+    game = gr.HTML(game_shown, elem_id="game", js_on_load=views.script("game.js"))
+    with gr.Accordion("Lookalikes from another dataset", open=False):
+        dataset = gr.Dropdown(
+            offered, value=home, label="Results", allow_custom_value=True, elem_id="dataset",
+            info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",
+        )  # fmt: skip
+        note = gr.HTML(told, elem_classes="small")  # not Markdown, which would format the names in a stranger's dataset
+    changing = [key, view, melt, verdict, numbers, game]
+    parts = [dataset, opened, gallery, note, *changing]
+    dataset.change(_change, [dataset, opened], parts, api_visibility="private", queue=False)
+    gallery.click(_select, opened, changing, **QUICK)
+    check.click(check_view, [key, opened], verdict, api_visibility="private", concurrency_limit=2)
+    melt.click(lambda: gr.Tabs(selected="melt"), None, tabs, **QUICK)
+    return parts

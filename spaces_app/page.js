@@ -1,0 +1,24 @@
+// Keeps the state of the page in its address, so that a link leads back to it. An empty value leaves the address.
+window.keepInLink = (changes) => {
+  if ('tab' in changes && !window.linkRead) return;  // the first tab opens itself before the link is read
+  const url = new URL(location.href);
+  for (const [name, value] of Object.entries(changes)) {
+    if (value) url.searchParams.set(name, value); else url.searchParams.delete(name);
+  }
+  history.replaceState(history.state, '', url);
+  // the page of a Space shows the app in a frame and takes the address from it
+  const kept = new URLSearchParams([...url.searchParams].filter(([name]) => !name.startsWith('__')));
+  if (window.parent !== window) window.parent.postMessage({ queryString: `${kept}`, hash: '' }, 'https://huggingface.co');
+};
+// Takes the first screen, which is there before the app, away once the app shows the same.
+document.addEventListener('DOMContentLoaded', () => {
+  const first = document.getElementById('first');
+  if (!first) return;
+  const same = `gradio-app #shown .match[data-key="${CSS.escape(first.querySelector('.match').dataset.key)}"]`;
+  const look = new MutationObserver(() => {
+    if (!document.querySelector(same)) return;
+    first.remove();
+    look.disconnect();
+  });
+  look.observe(document.querySelector('gradio-app'), { childList: true, subtree: true });
+});
