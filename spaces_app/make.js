@@ -1,4 +1,8 @@
-// Small photos to take, and the link to copy.
+// Small photos to take, the link to copy, and the address of the page, which leads to what was made.
+new MutationObserver(() => {
+  const link = element.querySelector('.link a');
+  if (link) keepInLink({ tab: 'make', made: new URL(link.href).searchParams.get('made') });
+}).observe(element, { childList: true, subtree: true });
 element.addEventListener('click', (e) => {
   const photo = e.target.closest('button[data-key]');
   const copy = e.target.closest('button[data-link]');

@@ -36,7 +36,7 @@ _SCRIPT = (HERE / "make.js").read_text(encoding="utf-8")
 
 
 def look_at(path: str | None, model: str, name: str) -> tuple[Any, Any]:
-    """Tell what the AI model sees in a photo; take one away that cannot be read, convert one that browsers do not show."""
+    """Tell what the AI model sees in a photo; remove one that cannot be read, convert one that browsers do not show."""
     if not path:
         return gr.skip(), gr.skip()
     try:
@@ -143,11 +143,19 @@ async def make_match(
     Returns:
         The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
     """
+    state = await _last_state(request, source, target, model, budget, effort)
+    return file_of(state.png, "match.png"), state.row or {}
+
+
+async def _last_state(request: gr.Request, *asked: str) -> LiveMatch:
+    state: int | LiveMatch | None = None
     with MATCHES.entered(request) as job:
-        *_, state = [None, *[now async for now in _states(job, source, target, model, budget, effort)][-1:]]
+        async with aclosing(_states(job, *asked)) as states:
+            async for now in states:
+                state = now
     if not isinstance(state, LiveMatch):
         raise refused("The match was stopped before it began.")
-    return file_of(state.png, "match.png"), state.row or {}
+    return state
 
 
 def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
@@ -263,7 +271,6 @@ def make_tab() -> None:
         watch_match, asked, [*outputs, told, proven, trial, others], show_progress="minimal", **private
     )  # fmt: skip
     done.then(partial(soon, _others), key, others, **quietly)
-    done.then(None, key, js="(made) => keepInLink({tab: 'make', made})", api_visibility="private")
     halt.click(MATCHES.stop, api_visibility="private", queue=False)
     proof.click(partial(soon, lambda key: views.html.verdict(outcome.prove(key))), key, proven, **private)
     for button, change in zip(changes, CHANGES, strict=True):
