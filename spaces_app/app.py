@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import anyio
@@ -134,12 +134,17 @@ class FirstScreen:
 def with_first_screen(page: str, request: Request) -> str:
     """Return gradio's page with a preview of the match that a link names, and that match if the link leads to it."""
     asked = request.query_params
-    row = first_match(asked.get("match"))
-    head = views.html.head(row, get_root_url(request, "/", None))
+    head, screen = _first_screen(first_match(asked.get("match"))["key"], get_root_url(request, "/", None))
     page = _PREVIEW.sub("", page).replace("</head>", f"{head}</head>", 1)
     if asked.get("tab", "look") == "look" and not asked.get("dataset"):
-        page = page.replace("<gradio-app", f"{views.html.first_screen(row, TABS)}<gradio-app", 1)
+        page = page.replace("<gradio-app", f"{screen}<gradio-app", 1)
     return page
+
+
+@lru_cache(maxsize=64)
+def _first_screen(key: str, address: str) -> tuple[str, str]:
+    row = first_match(key)
+    return views.html.head(row, address), views.html.first_screen(row, TABS)
 
 
 def send_preview(request: Request) -> Response:

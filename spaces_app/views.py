@@ -72,7 +72,7 @@ def _share(ratio: float) -> str:
 
 
 def _whole(ratio: float) -> str:
-    return "under 1 %" if 0 < ratio < 0.01 else f"{100 * ratio:,.0f} %"
+    return "under 1\N{NO-BREAK SPACE}%" if 0 < ratio < 0.01 else f"{100 * ratio:,.0f}\N{NO-BREAK SPACE}%"
 
 
 def _first_name(label: Any) -> str:

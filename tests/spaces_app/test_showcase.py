@@ -165,6 +165,13 @@ def test_a_match_near_its_source_is_still_told_from_its_target(shown):
     assert "to you" not in views.html.lead(row)
 
 
+def test_a_model_without_labels_is_proved_without_them():
+    number = {"stated": 1e-5, "now": 2e-5, "holds": False}
+    told = views.html.verdict({"holds": False, "seconds": 0.21, "numbers": {"embedding_error_8bit": number}})
+    assert "1 of 1 numbers do not hold" in told
+    assert "AI sees" not in told
+
+
 def test_the_pictures_to_share(shown):
     """A preview of the size that sites expect, and the walk as a film of all its pictures, there and back."""
     (name, path) = next(iter(shown.paths.items()))
