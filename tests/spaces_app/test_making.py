@@ -94,7 +94,7 @@ def photo_files() -> dict[str, bytes]:
     clear = image.copy()
     clear.putalpha(Image.linear_gradient("L").resize(image.size))
     save("clear.png", clear, "PNG")
-    save("deep.png", Image.fromarray((rgb[..., 0].astype(np.uint16) * 257)), "PNG")
+    save("deep.png", Image.fromarray(rgb[..., 0].astype(np.uint16) * 257), "PNG")
     save("palette.png", image.quantize(16), "PNG")
     exif = Image.Exif()
     exif[274] = 6
