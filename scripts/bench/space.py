@@ -15,12 +15,14 @@ import argparse
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
 
@@ -38,13 +40,10 @@ def main() -> None:
     parser.add_argument("--visitors", type=int, default=10)
     parser.add_argument("--flood", type=int, default=100)
     given = parser.parse_args()
-    from loopback_hub import Hub
-
-    hub = Hub().start()
-    os.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": "1"}
     from appserver import served
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, a_hub() as endpoint:
+        os.environ |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": "1"}
         os.environ["HF_HOME"] = f"{folder}/home"
         heavy_dataset(Path(folder) / "heavy")
         begin = time.perf_counter()
@@ -243,6 +242,18 @@ def opening(url: str) -> Callable[[], Callable[[], str]]:
         return end
 
     return start
+
+
+@contextmanager
+def a_hub() -> Iterator[str]:
+    """Serve a Hub in a process of its own, and give its address."""
+    script = "import loopback_hub, time; print(loopback_hub.Hub().start().endpoint, flush=True); time.sleep(1e6)"
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT / "tests") as process:
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
 
 
 def heavy_dataset(folder: Path) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import anyio
@@ -245,3 +249,12 @@ def test_a_slow_dataset_delays_nobody_else(monkeypatch):
     release.set()
     waiting.join(30)
     shelf._strangers.clear()
+
+
+def test_a_local_run_is_shown_by_its_name(tmp_path):
+    run = shutil.copytree(Path(shelf.__file__).parent / "results" / "match", tmp_path / "runs" / "deit")
+    script = "import shelf; print(shelf.DATASET, len(shelf.named_results('deit').matches), shelf.home_of('matches'))"
+    env = os.environ | {"HF_EQUIV_DATASET": str(run), "GRADIO_TEMP_DIR": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(shelf.__file__).parent), *sys.path])
+    told = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["deit", "12", "deit"]
