@@ -105,7 +105,7 @@ def live_match(
     radius: float | None = None,  # radius of the ball about the source
     norm: str = "linf",
     rtol: float = 1e-5,
-    max_evals: int = 400,  # the 8-bit refinement may take the same number
+    max_evals: int = 400,  # of the float match
     time_limit: float = math.inf,  # seconds after which the match stops as it is
     every: float = 0.4,  # seconds between two states
     stop: threading.Event | None = None,
@@ -150,12 +150,13 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
     }  # fmt: skip
     with suppress(_Enough):
         z = measures.embed(encoder, aim)
+        goal = {key: ball[key] for key in ("radius", "norm", "rtol")}  # as the command line refines
         found = match_embedding(encoder, x, z, raise_on_failure=False, progress=work.hook("match"), **ball)
         if found.status[0] is Status.ERROR:
             raise ValueError(found.status[0].advice)
         cost = float(found.num_evals[0])
         work.now = ("refine", found.images[0], work.now[2])
-        exact = refine_8bit(encoder, found.images, z, source=x, progress=work.hook("refine", cost), **ball)
+        exact = refine_8bit(encoder, found.images, z, source=x, progress=work.hook("refine", cost), **goal)
         work.now = ("refine", exact.images[0], work.now[2])
         row |= {
             "solver": "lbfgs", "seed": 0, "schema_version": SCHEMA_VERSION, "status": str(found.status[0]),
