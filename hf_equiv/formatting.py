@@ -72,7 +72,22 @@ def ball(radius: float | None, norm: str | None) -> str:
     """Format a limit on the change: `no limit`, `ε = 8/255`, `L2 ε = 2`."""
     if radius is None:
         return "no limit"
-    return f"ε = {radius * 255:.3g}/255" if norm == "linf" else f"L2 ε = {radius:.3g}"
+    return f"ε = {radius * 255:.3g}/255" if norm == "linf" else f"L2 ε = {fraction(radius, '.3g')}"
+
+
+def fraction(value: float, spec: str = "") -> str:
+    """Format a radius: as k/255 if it is that very number and no shorter one, such as 8/255; else by `spec`."""
+    text = f"{value * 255:.0f}/255"
+    return text if read_fraction(text) == value and len(text) < len(str(value)) else format(value, spec)
+
+
+def read_fraction(text: str) -> float:
+    """Read a number or a fraction such as 8/255; a ValueError if it is neither."""
+    over, _, under = text.partition("/")
+    try:
+        return float(over) / float(under or 1)
+    except ZeroDivisionError:
+        raise ValueError(f"{text!r} is no number") from None
 
 
 def text_templates(**options: Any) -> Environment:

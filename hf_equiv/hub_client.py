@@ -9,9 +9,11 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
@@ -105,6 +107,20 @@ def patiently(call: Callable[[], T], say: Say, what: str, waits: Sequence[float]
                 raise
             pause(error, wait, say, what)
     return call()
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return the result of a call, or raise a TimeoutError after `seconds`: the Hub client has no time limit."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()  # a thread that the exit of Python does not wait for
+    return future.result(seconds)
 
 
 def pause(error: BaseException, wait: float, say: Say, what: str) -> None:

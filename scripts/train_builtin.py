@@ -21,6 +21,7 @@ import shlex
 import sys
 import textwrap
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ from hf_equiv.data.tables import table_images
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-PATH_OPTIONS = {"train_file", "validation_file", "work_dir", "output", "teacher"}
+PATH_OPTIONS = {"train_file", "validation_file", "work_dir", "output", "teacher", "init"}
 # Options that may differ between the run that wrote a checkpoint and the run that resumes from it.
-NOT_RECIPE = PATH_OPTIONS | {"threads", "fresh", "license", "data_description", "teacher_description"}
+NOT_RECIPE = PATH_OPTIONS | {"threads", "fresh", "blend", "license", "data_description", "teacher_description"}
 
 CARD = """\
 ---
@@ -98,7 +99,7 @@ Both numbers were measured with these exported float16 files, reloaded in float3
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-folder = "hf_equiv/assets/builtin"
+folder = "{output}"
 model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
 processor = AutoImageProcessor.from_pretrained(folder)
 ```
@@ -134,6 +135,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     teacher.add_argument("--teacher", help="Hub id or folder of an image-classification checkpoint to distil from")
     teacher.add_argument("--teacher-label-column", help="column with each image's class index in the teacher")
     teacher.add_argument("--teacher-init", action="store_true", help="start from the first layers of a ViT teacher")
+    teacher.add_argument("--init", help="folder of a ViT to start from instead, such as one of a smaller input size")
+    teacher.add_argument("--blend", type=float, default=1.0, help="share of trained weights, the rest as they started")
     teacher.add_argument("--teacher-views", type=int, choices=(1, 2), default=1, help="1: original; 2: also mirrored")
     teacher.add_argument("--teacher-size", type=int, help="pixels given to the teacher (default: its own input size)")
     teacher.add_argument("--teacher-description", default="", help="name of the teacher, for the model card")
@@ -142,11 +145,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     model.add_argument("--image-size", type=int, default=64, help="input side in pixels (default: %(default)s)")
+    model.add_argument("--stored-size", type=int, help="side of the images before enlarging (default: the same)")
     model.add_argument("--patch-size", type=int, default=8, help="patch side in pixels (default: %(default)s)")
     model.add_argument("--width", type=int, default=192, help="hidden size (default: %(default)s)")
     model.add_argument("--depth", type=int, default=5, help="number of layers (default: %(default)s)")
     model.add_argument("--heads", type=int, default=3, help="attention heads (default: %(default)s)")
     model.add_argument("--mlp", type=int, default=384, help="MLP width (default: %(default)s)")
+
+    model.add_argument("--init-std", type=float, default=0.02, help="of untrained weights (default: %(default)s)")
 
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=int, default=30, help="number of epochs (default: %(default)s)")
@@ -158,6 +164,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--mixup", type=float, default=0.3, help="share of images mixed (default: %(default)s)")
     train.add_argument("--min-crop", type=float, default=0.4, help="smallest crop area (default: %(default)s)")
     train.add_argument("--jitter", type=float, default=0.3, help="colour jitter strength (default: %(default)s)")
+    train.add_argument("--sharpness", type=float, default=0.0, help="most sharpening and blur (default: %(default)s)")
+    train.add_argument("--detail", type=float, default=0.0, help="most detail of other photos (default: %(default)s)")
     train.add_argument("--erase", type=float, default=0.25, help="probability of random erasing (default: %(default)s)")
     train.add_argument("--token-keep", type=float, default=1.0, help="share of patches used at first (default: all)")
     train.add_argument("--token-keep-until", type=float, default=0.75, help="share of training with --token-keep")
@@ -175,6 +183,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --dataset, or both --train-file and --validation-file")
     if args.teacher_init and not args.teacher:
         parser.error("--teacher-init needs --teacher")
+    args.stored_size = args.stored_size or args.image_size
     return args
 
 
@@ -189,7 +198,7 @@ class Split:
     @classmethod
     def from_dataset(cls, dataset: Dataset, args: argparse.Namespace) -> Split:
         """Decodes and resizes every image of a split."""
-        size, names = args.image_size, dataset.column_names
+        size, names = args.stored_size, dataset.column_names
         photos = table_images(dataset, "", "the split", args.image_column, args.label_column)
         images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
         for index, item in enumerate(tqdm(photos, desc="decoding", leave=False)):
@@ -221,8 +230,15 @@ def normalise(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, 
     return (images.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def random_crop_flip(images: Tensor, min_area: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Takes a random crop (area and aspect ratio) of every image, mirrors half of them, and says which."""
+def enlarge(images: Tensor, size: int) -> Tensor:
+    """Resizes float images in 0..255 to a square of ``size`` pixels."""
+    if images.shape[-1] == size:
+        return images
+    return functional.interpolate(images, size=(size, size), mode="bicubic").clamp(0, 255)
+
+
+def random_crop_flip(images: Tensor, size: int, min_area: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Takes a random crop (area and aspect ratio) of every image at ``size``, mirrors half, and says which."""
     count = len(images)
     area, aspect, x, y, mirror = torch.rand(5, count, generator=generator)
     area = min_area + (1 - min_area) * area
@@ -234,8 +250,10 @@ def random_crop_flip(images: Tensor, min_area: float, generator: torch.Generator
     theta[:, 1, 1] = high
     theta[:, 0, 2] = (2 * x - 1) * (1 - wide)
     theta[:, 1, 2] = (2 * y - 1) * (1 - high)
-    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
-    return functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False), flipped
+    grid = functional.affine_grid(theta, [count, 3, size, size], align_corners=False)
+    mode = "bicubic" if size > images.shape[-1] else "bilinear"
+    crops = functional.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
+    return crops.clamp(0, 255), flipped
 
 
 def jitter_colours(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -244,6 +262,30 @@ def jitter_colours(images: Tensor, strength: float, generator: torch.Generator) 
     images = images * factors[0]
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True).expand_as(images), images, factors[1])
     return torch.lerp(images.mean(1, keepdim=True).expand_as(images), images, factors[2]).clamp(0, 255)
+
+
+def high_pass(images: Tensor) -> Tensor:
+    """Returns what an image loses when it is shrunk to a quarter and enlarged again."""
+    small = functional.avg_pool2d(images, 4)
+    return images - functional.interpolate(small, size=images.shape[-2:], mode="bilinear")
+
+
+def change_sharpness(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Blurs or sharpens images in 0..255, each by a random amount up to ``strength``."""
+    amount = torch.rand(len(images), 1, 1, 1, generator=generator) * (1 + strength) - 1
+    return torch.addcmul(images, high_pass(images), amount).clamp(0, 255)
+
+
+def add_detail(images: Tensor, photos: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Adds fine detail, as photos of this size have and enlarged ones lack: that of ``photos`` laid side by side."""
+    count, size, side = len(images), images.shape[-1], photos.shape[-1]
+    tiles = math.ceil(size / side)
+    chosen = torch.randint(len(photos), (count // 16, tiles * tiles), generator=generator)
+    mosaic = photos[chosen].float().unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    detail = high_pass(mosaic)[..., :size, :size]
+    number = torch.randint(len(detail), (count,), generator=generator)
+    amount = strength * torch.rand(count, 1, 1, 1, generator=generator) ** 2
+    return torch.addcmul(images, detail[number], amount).clamp(0, 255)
 
 
 def erase_rectangles(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -279,8 +321,7 @@ def teacher_logits(teacher: PreTrainedModel, images: Tensor, args: argparse.Name
         parts = []
         for batch in tqdm(images.split(64), desc=f"teacher, view {view + 1}"):
             pixels = batch.flip(-1) if view else batch
-            pixels = functional.interpolate(pixels.float(), size=(size, size), mode="bicubic").clamp(0, 255)
-            pixels = normalise(pixels, processor.image_mean, processor.image_std)
+            pixels = normalise(enlarge(pixels.float(), size), processor.image_mean, processor.image_std)
             parts.append(teacher(pixel_values=pixels, **resampled).logits)
         views.append(torch.cat(parts))
     logits = torch.stack(views, 1).half()
@@ -298,20 +339,33 @@ def teacher_classes(split: Split, num_classes: int) -> Tensor | None:
     return pairs[:, 1]
 
 
-def init_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, classes: Tensor | None) -> None:
+def resize_filters(filters: Tensor, start: Tensor) -> Tensor:
+    """Returns patch filters of the size of ``start`` that act on an image as ``filters`` do on it at their own size.
+
+    Smaller filters are sums over blocks of pixels. Larger ones are interpolated; their fine detail is that of
+    ``start``, and an enlarged image has none to meet it.
+    """
+    old, new = filters.shape[-1], start.shape[-1]
+    if new <= old:
+        factor = old // new
+        return functional.avg_pool2d(filters, factor) * factor**2
+    coarse = functional.interpolate(start, size=(old, old), mode="area")
+    detail = start - functional.interpolate(coarse, size=(new, new), mode="bicubic")
+    return functional.interpolate(filters, size=(new, new), mode="bicubic") * (old / new) ** 2 + detail
+
+
+@torch.no_grad()
+def start_from(student: PreTrainedModel, model: PreTrainedModel, classes: Tensor | None) -> None:
     """Copies the first layers of a ViT of equal width into the student, cut down where the student is smaller.
 
-    The patch filters are summed over blocks of pixels, which makes them act on the student's input as the teacher's act
-    on the same image enlarged. Position embeddings are interpolated. A narrower MLP keeps the neurons with the largest
-    weights, and the classifier keeps the rows of the student's classes. The teacher is taken to expect the same
-    normalisation (``MEAN``, ``STD``).
+    Position embeddings are interpolated. A narrower MLP keeps the neurons with the largest weights, and the classifier
+    keeps the rows of the student's classes. The model is taken to expect the same normalisation (``MEAN``, ``STD``).
     """
-    source, target = teacher.state_dict(), student.state_dict()
+    source, target = model.state_dict(), student.state_dict()
     for name, old in target.items():
         new = source[name]
         if name.endswith("projection.weight"):
-            factor = new.shape[-1] // old.shape[-1]
-            new = functional.avg_pool2d(new, factor) * factor**2
+            new = resize_filters(new, old)
         elif name.endswith("position_embeddings"):
             side, goal = (math.isqrt(t.shape[1] - 1) for t in (new, old))
             grid = new[:, 1:].transpose(1, 2).unflatten(2, (side, side))
@@ -324,7 +378,7 @@ def init_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, classe
             new = new[:, neurons] if name.endswith("fc2.weight") else new[neurons]
         elif name.startswith("classifier") and classes is not None:
             new = new[classes]
-        old.copy_(new)  # refuses a teacher of another width
+        old.copy_(new)  # refuses a model of another width
 
 
 class TokenDrop:
@@ -355,6 +409,7 @@ def make_student(args: argparse.Namespace, names: list[str]) -> ViTForImageClass
         num_attention_heads=args.heads,
         intermediate_size=args.mlp,
         encoder_stride=args.patch_size,
+        initializer_range=args.init_std,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(names)),
@@ -364,10 +419,10 @@ def make_student(args: argparse.Namespace, names: list[str]) -> ViTForImageClass
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Returns top-1 and top-5 accuracy."""
+def evaluate(model: PreTrainedModel, batches: Iterable[Tensor], labels: Tensor) -> tuple[float, float]:
+    """Returns top-1 and top-5 accuracy on batches of normalised images."""
     model.eval()
-    logits = torch.cat([model(pixel_values=batch).logits for batch in pixels.split(250)])
+    logits = torch.cat([model(pixel_values=batch).logits for batch in batches])
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
 
@@ -380,7 +435,8 @@ class Trainer:
     ) -> None:
         """Sets up optimizer, averaged weights and token dropping; ``targets`` are the teacher's logits."""
         self.student, self.train, self.targets, self.args = student, train, targets, args
-        self.ema = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        self.start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        self.ema = {name: tensor.clone() for name, tensor in self.start.items()}
         self.generator = torch.Generator()
         self.drop = TokenDrop(self.generator)
         student.vit.embeddings.register_forward_hook(self.drop)
@@ -392,6 +448,10 @@ class Trainer:
         self.steps_per_epoch = len(train.labels) // args.batch_size
         self.checkpoint = Path(args.work_dir) / "last.safetensors"
         self.recipe = json.dumps({k: v for k, v in sorted(vars(args).items()) if k not in NOT_RECIPE})
+
+    def result(self) -> dict[str, Tensor]:
+        """Returns the averaged weights, blended with those that the training started from (Wortsman et al., 2022)."""
+        return {name: torch.lerp(self.start[name], tensor, self.args.blend) for name, tensor in self.ema.items()}
 
     def save(self) -> None:
         """Writes model, averaged weights and optimizer state to one file, replacing the last one in one go."""
@@ -430,8 +490,13 @@ class Trainer:
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns augmented images with their label distribution and the teacher's logits."""
         args, generator = self.args, self.generator
-        images, flipped = random_crop_flip(self.train.images[index].float(), args.min_crop, generator)
-        pixels = normalise(jitter_colours(images, args.jitter, generator))
+        images = jitter_colours(self.train.images[index].float(), args.jitter, generator)
+        images, flipped = random_crop_flip(images, args.image_size, args.min_crop, generator)
+        if args.sharpness:
+            images = change_sharpness(images, args.sharpness, generator)
+        if args.detail:
+            images = add_detail(images, self.train.images, args.detail, generator)
+        pixels = normalise(images)
         pixels = erase_rectangles(pixels, args.erase, generator)
         labels = functional.one_hot(self.train.labels[index], self.student.config.num_labels).float()
         teacher = None
@@ -519,12 +584,25 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
         )
     if args.teacher_init:
         recipe.append(f"The weights started from the first layers of {teacher}, cut down to this size.")
+    if args.init:
+        recipe.append(
+            f"The weights started from {Path(args.init).name}. Its patch filters were enlarged and got the fine detail "
+            "of a random initialisation, which the training hardly changed: it makes the checkpoint sensitive to "
+            "single pixels, as a ViT is that learnt from photos of this size."
+        )
+    if args.stored_size < args.image_size:
+        recipe.append("The photos were enlarged with random blur and sharpening, and with fine detail of other photos.")
     if args.teacher and args.distill_weight > 0:
         recipe.append(f"Distilled from {teacher}; its logits were computed once on the enlarged training images.")
     recipe.append(
         f"{args.epochs} epochs, {trainer.seconds / 60:.0f} minutes on {torch.get_num_threads()} CPU threads. The "
         "exported weights are the moving average after the last epoch; no epoch was picked by its validation accuracy."
     )
+    if args.blend < 1:
+        recipe.append(
+            f"They are {args.blend:.0%} of these weights and {1 - args.blend:.0%} of those at the start, "
+            "which helps with photos unlike those of the training (Wortsman et al., arXiv:2109.01903)."
+        )
     if args.teacher:
         recipe.append(
             "The teacher may have been trained on some of the validation images, which flatters the accuracy."
@@ -532,7 +610,7 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
     paragraphs = {
         "classes": ", ".join(names) + ".",
         "data": f"{source}: {len(trainer.train.labels):,} training and {validation_count:,} validation images, at "
-        f"{args.image_size} x {args.image_size} pixels. The images are not part of this folder.",
+        f"{args.stored_size} x {args.stored_size} pixels. The images are not part of this folder.",
         "recipe": " ".join(recipe),
     }
     return {key: textwrap.fill(text, 120) for key, text in paragraphs.items()}
@@ -542,7 +620,7 @@ def export(trainer: Trainer, names: list[str], validation_data: Dataset) -> None
     """Writes float16 weights, both configurations and the model card; the card quotes the reloaded files' accuracy."""
     args, folder = trainer.args, Path(trainer.args.output)
     model = make_student(args, names)
-    model.load_state_dict(trainer.ema)
+    model.load_state_dict(trainer.result())
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     processor = {
@@ -561,14 +639,14 @@ def export(trainer: Trainer, names: list[str], validation_data: Dataset) -> None
     model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
     loaded = AutoImageProcessor.from_pretrained(folder)
     photos = table_images(validation_data, "", "the validation split", args.image_column, args.label_column)
-    pixels = torch.cat([loaded(item.image, return_tensors="pt").pixel_values for item in photos])
-    top1, top5 = evaluate(model, pixels, torch.tensor(validation_data[args.label_column][:]))
+    batches = (loaded(item.image, return_tensors="pt").pixel_values for item in photos)
+    top1, top5 = evaluate(model, batches, torch.tensor(validation_data[args.label_column][:]))
     card = CARD.format(
         **vars(args),
-        **card_sections(trainer, names, len(pixels)),
+        **card_sections(trainer, names, len(validation_data)),
         params=model.num_parameters(),
         n_classes=len(names),
-        n_val=len(pixels),
+        n_val=len(validation_data),
         top1=top1,
         top5=top5,
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
@@ -601,19 +679,20 @@ def main() -> None:
             agreement = (targets[:, 0].argmax(-1) == train.labels).float().mean()
             print(f"teacher's top-1 on the training images: {agreement:.1%}")
         if args.teacher_init:
-            with torch.no_grad():
-                init_from_teacher(student, teacher, classes)
+            start_from(student, teacher, classes)
         del teacher
+    if args.init:
+        start_from(student, AutoModelForImageClassification.from_pretrained(args.init, dtype=torch.float32), None)
 
     trainer = Trainer(student, train, targets, args)
     trainer.resume()
     averaged = make_student(args, names)
-    pixels = normalise(validation.images)
     while trainer.epoch < args.epochs:
         loss = trainer.train_epoch()
         trainer.save()
-        averaged.load_state_dict(trainer.ema)
-        top1, _ = evaluate(averaged, pixels, validation.labels)
+        averaged.load_state_dict(trainer.result())
+        batches = (normalise(enlarge(batch.float(), args.image_size)) for batch in validation.images.split(250))
+        top1, _ = evaluate(averaged, batches, validation.labels)
         minutes = trainer.seconds / 60
         print(f"epoch {trainer.epoch}/{args.epochs}: loss {loss:.3f}, top-1 {top1:.1%}, {minutes:.1f} min", flush=True)
     export(trainer, names, data[args.validation_split])

@@ -386,7 +386,7 @@ def test_the_cost_of_the_conditions():
 
 
 def test_an_encoder_is_tried_once_for_each_size():
-    encoder = Encoder.from_pretrained("builtin")
+    encoder = Encoder.from_pretrained("builtin-64")
     images = torch.rand(2, *encoder.input_shape, generator=torch.Generator().manual_seed(0))
     first = admit(encoder, images)
     assert isinstance(first, Function)

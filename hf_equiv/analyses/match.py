@@ -21,7 +21,7 @@ from hf_equiv.checks import NORMS, check_choice, check_count, check_positive, ch
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import DEFAULT_PAIRS
-from hf_equiv.formatting import finite
+from hf_equiv.formatting import finite, fraction
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
@@ -290,7 +290,7 @@ def outside_ball(column: str, image: Tensor, source: Tensor, radius: float, norm
     distance = float(gap.abs().max() if norm == "linf" else gap.norm())
     if distance <= radius * (1 + 1e-6) + 1e-7:
         return []
-    return [(column, f"within {norm} distance {radius:g}", f"it is outside the ball, at {distance:g}")]
+    return [(column, f"within {norm} distance {fraction(radius, 'g')}", f"it is outside the ball, at {distance:g}")]
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_equiv.analyses.pairs import Item, Reader, refuse_equal
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
+from hf_equiv.formatting import fraction, read_fraction
 from hf_equiv.matching.stages import Draft
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
@@ -59,27 +60,17 @@ class Plan:
         """Command line that repeats the run, each local checkpoint, file or folder by its name without a path."""
         config, settings = self.config, self.settings
         revision = str(settings["model_revision"])
-        words = ["hf-equiv", config.analysis, str(settings["model_id"])]
-        words += [] if revision.startswith("sha256:") else ["--revision", revision]
-        targets = self.targets or self.images
         stated = replace(  # the loaded encoder overrides the readout and dtype of the config
             config,
+            model=str(settings["model_id"]),
+            revision=None if revision.startswith("sha256:") else revision,
             readout=settings["readout"],
             dtype=config.half or settings["dtype"],
             source=_public_name(config.source, self.images),
-            target=_public_name(config.target, targets),
+            target=_public_name(config.target, self.targets or self.images),
             data=_public_name(config.data, self.images),
         )
-        for field in fields(stated):
-            value = getattr(stated, field.name)
-            flag = "--" + field.name.replace("_", "-")
-            if value == field.default or field.name in ("model", "revision"):
-                continue
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-        return shlex.join(words)
+        return command_line(stated)
 
     @property
     def item_bytes(self) -> int:
@@ -147,7 +138,22 @@ def make_plan(config: Any, encoder: Encoder, *, cache_dir: str | None = None, lo
         told = f"{images.data_id!r} has no columns. Leave it out."
         raise ValueError(f"`{given[0]}` must come with a parquet file or a dataset; {told}")
     reader = Reader(encoder)
-    items = config.list_items(reader, images, targets)
+    return _settle(config, encoder, images, targets, config.list_items(reader, images, targets), reader, own)
+
+
+def with_config(plan: Plan, config: Any) -> Plan:
+    """Return a plan for the same images, which are not read again, with other options of the same or a similar verb."""
+    config.check()
+    own = config.settings(plan.encoder)
+    return _settle(config, plan.encoder, plan.images, plan.targets, plan.items, plan.reader, own)
+
+
+def _settle(
+    config: Any, encoder: Encoder, images: ImageSet, targets: ImageSet | None, items: tuple[Item, ...], reader: Reader,
+    own: Row,
+) -> Plan:  # fmt: skip
+    """Return a plan with its settings; `own` are those of its verb."""
+    sets = [images] if targets is None or targets is images else [images, targets]
     names = list(dict.fromkeys((one.data_id, one.data_revision) for one in sets))
     data_id, data_revision = (" + ".join(parts) for parts in zip(*names, strict=True))
     settings = settings_of(config, encoder, items, own, data_id, data_revision)
@@ -178,8 +184,25 @@ def settings_of(
     }
 
 
+def command_line(config: Any) -> str:
+    """Return the command line of a config, without the options that have their default."""
+    words = ["hf-equiv", config.analysis, config.model]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if value == field.default or field.name == "model":
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, float):
+            words += [flag, fraction(value)]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
 def read_command(command: str, kind: Any) -> Any:
-    """Return the config, of the class `kind`, that `Plan.command` was made of; a ValueError names a wrong word."""
+    """Return the config, of the class `kind`, of a `command_line`; a ValueError names a wrong word."""
     program, analysis, model, *words = shlex.split(command)
     if shlex.join([program, analysis, model, *words]) != command:  # people paste it into a shell
         raise ValueError(f"`command` must be quoted as `shlex.join` does it; got {command!r}.")
@@ -198,7 +221,7 @@ def read_command(command: str, kind: Any) -> Any:
         if tuple[str, ...] in known or tuple[float, ...] in known:
             values[name] = tuple(map(str if tuple[str, ...] in known else float, text.split(",")))
         else:
-            values[name] = int(text) if int in known else float(text) if float in known else text
+            values[name] = int(text) if int in known else read_fraction(text) if float in known else text
     return kind(**values)
 
 

@@ -86,11 +86,25 @@ def run_analysis(
     # CPU it changes no number. `observer` receives a `RunProgress` after each batched evaluation; an exception that it
     # raises ends the run.
     job = _Job(plan, Path(out or plan.default_out), batch_size)
+    _remember(plan)
     main = carry_out(job, overwrite, observer or (lambda _: None))
     record, found = directory.read_record(job.folder), job.found or read_back(job.folder, plan.layout, job.names, 0)
     refine_evals = {name: cost["refine"] for name, cost in (found.costs or {}).items()}
     errors, rows = record.get("errors", {}), tuple(found.rows)
     return RunOutcome(plan.layout.analysis, job.folder, rows, record["summary"], errors, refine_evals, main)
+
+
+def _remember(plan: Plan) -> None:
+    """Remember on this machine the paths that the run does not record."""
+    from hf_equiv.models.encoder import is_local  # both bring transformers along
+    from hf_equiv.models.places import remember
+
+    config, targets = plan.config, plan.targets or plan.images
+    named = [(plan.encoder.revision, plan.encoder.model_id)] if is_local(plan.settings) else []
+    named += [(plan.images.data_revision, config.source or config.data), (targets.data_revision, config.target)]
+    for revision, path in named:
+        if path is not None and Path(path).expanduser().exists():
+            remember(revision, path)
 
 
 class _Job:

@@ -33,6 +33,8 @@ from hf_equiv.formatting import excerpt, finite, some
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
+    from hf_equiv.analyses.run import RunOutcome
+    from hf_equiv.models.encoder import Encoder
 
 _NORM = click.Choice(["linf", "l2"])
 
@@ -158,15 +160,9 @@ def _run(name: str, given: dict[str, Any]) -> int:
     from hf_equiv.runs import resume
 
     quiet = given["as_json"] or given["quiet"]
-    kind = VERBS[name].CONFIG
-    config = kind(**{option.name: given[option.name] for option in fields(kind) if option.name in given})
-    config.check()
+    config = config_of(VERBS[name].CONFIG, given)
     with environment.calm(quiet=quiet):
-        where = {key: given[key] for key in ("cache_dir", "local_files_only")}
-        options = {key: given[key] for key in ("revision", "readout", "normalize", "device")}
-        dtype = "float32" if config.half else config.dtype
-        encoder = environment.load_encoder(given["model"], dtype=dtype, **options, **where)
-        plan = make_plan(config, encoder, **where)
+        plan = make_plan(config, load(config, given), **where_of(given))
     folder: Path = given["out"] or plan.default_out
     progress.say(plan.choices, quiet=quiet or given["dry_run"])
     if given["out"] is None:
@@ -186,32 +182,47 @@ def _run(name: str, given: dict[str, Any]) -> int:
     return 0
 
 
+def config_of(kind: type, given: dict[str, Any]) -> Any:
+    """Return the checked config that the options name; only the built-in checkpoints have photos by default."""
+    from hf_equiv.models.places import BUILTINS
+
+    config = kind(**{option.name: given[option.name] for option in fields(kind) if option.name in given})
+    config.check()
+    if config.model not in BUILTINS and config.source is None and config.data is None:
+        told = f"`data` must name photos for a checkpoint other than builtin; got none for {config.model!r}"
+        raise ValueError(f"{told}. Add --data W with your photos, or --data builtin for the built-in ones.")
+    return config
+
+
+def where_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that say where files of the Hub are looked for."""
+    return {key: given[key] for key in ("cache_dir", "local_files_only")}
+
+
+def load(config: Any, given: dict[str, Any]) -> Encoder:
+    """Load the encoder of a config."""
+    from hf_equiv.cli import environment
+
+    options = {key: given[key] for key in ("revision", "readout", "normalize", "device")}
+    dtype = "float32" if config.half else config.dtype
+    return environment.load_encoder(config.model, dtype=dtype, **options, **where_of(given))
+
+
 def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     """Run a plan with progress, and print its rows, summary and verdict; return the exit code."""
-    from hf_equiv.analyses.run import run_analysis
-    from hf_equiv.cli import environment, output, progress
-    from hf_equiv.models.encoder import is_local
-    from hf_equiv.runs import shards
+    from hf_equiv.cli import output, progress
 
     quiet, total = given["as_json"] or given["quiet"], len(plan.items)
     what, _, failed = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
-    how = {key: given[key] for key in ("overwrite", "batch_size")}
-    try:
-        with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what) as observer:
-            outcome = run_analysis(plan, folder, observer=observer, **how)
-    except KeyboardInterrupt:
-        kept = len(shards.ids_of(folder, plan.layout)) if folder.is_dir() else 0
-        told = f"interrupted; {kept} of {total} {what} are kept in {folder}. {_how_to_go_on()}"
-        raise KeyboardInterrupt(told) from None
+    outcome = compute(plan, folder, given)
     if not outcome.main:
         return 0
     failures = output.failures(outcome)
     if given["as_json"]:
         output.print_json(_result(plan, folder, outcome.rows, outcome.summary))
     elif not quiet:
-        model = ["--model", given["model"]] if is_local(plan.settings) else []
         try:
-            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *model]))
+            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder)]))
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a record that was changed
             told = f"'{folder}/run.json' is damaged: its summary cannot be shown ({excerpt(error)}). Run the same"
             raise ValueError(f"{told} command with --overwrite always.") from error
@@ -223,6 +234,24 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
         told = f"exit code 1: {told} All rows are on disk; the launcher reports the code as a failure."
         progress.say([told], quiet=quiet)
     return 1 if failures else 0
+
+
+def compute(plan: Plan, folder: Path, given: dict[str, Any]) -> RunOutcome:
+    """Run a plan with progress; an interruption says what is kept, and which command goes on."""
+    from hf_equiv.analyses.run import run_analysis
+    from hf_equiv.cli import environment, progress
+    from hf_equiv.runs import shards
+
+    quiet, total = given["as_json"] or given["quiet"], len(plan.items)
+    what, *_ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
+    how = {key: given[key] for key in ("overwrite", "batch_size")}
+    try:
+        with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what) as observer:
+            return run_analysis(plan, folder, observer=observer, **how)
+    except KeyboardInterrupt:
+        kept = len(shards.ids_of(folder, plan.layout)) if folder.is_dir() else 0
+        told = f"interrupted; {kept} of {total} {what} are kept in {folder}. {how_to_go_on()}"
+        raise KeyboardInterrupt(told) from None
 
 
 def _result(plan: Plan, folder: Path, rows: Sequence[Any], summary: Any) -> dict[str, Any]:
@@ -238,7 +267,7 @@ def _result(plan: Plan, folder: Path, rows: Sequence[Any], summary: Any) -> dict
     }
 
 
-def _how_to_go_on() -> str:
+def how_to_go_on() -> str:
     """Return the command that continues an interrupted run: the same without --overwrite, which would begin anew."""
     typed = shlex.join(["hf-equiv", *(click.get_current_context().obj or [])])
     command = re.sub(r" --overwrite[ =]\w+", "", typed)
@@ -247,16 +276,13 @@ def _how_to_go_on() -> str:
 
 def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:
     """Return the facts of a dry run; the time comes from a timed evaluation and a rough count of them."""
-    import torch
-
     from hf_equiv.analyses import run
 
     encoder, settings, items = plan.encoder, plan.settings, plan.items
     match = plan.config.analysis == "match"
     what, to_do, _ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
-    left, failing, evaluations = len(items) - there, sum(bool(item.unusable) for item in items), _evaluations(plan)
-    x = torch.full((1, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype, requires_grad=True)
-    seconds = min(timeit.repeat(lambda: torch.autograd.grad(encoder(x).square().sum(), x), number=1, repeat=3))
+    left, failing, evaluations = len(items) - there, sum(bool(item.unusable) for item in items), count_evaluations(plan)
+    seconds = time_evaluation(encoder)
     facts = {
         "model": settings["model_id"],
         "revision": settings["model_revision"],
@@ -279,14 +305,23 @@ def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> d
     return facts
 
 
-def _evaluations(plan: Plan) -> float:
-    """Return roughly how many evaluations one item takes: 400 for a match, a Jacobian for everything linear."""
+def time_evaluation(encoder: Encoder, batch: int = 1) -> float:
+    """Return the seconds of one evaluation, forward and backward, of one image in a batch: the best of three."""
+    import torch
+
+    x = torch.full((batch, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype, requires_grad=True)
+    return min(timeit.repeat(lambda: torch.autograd.grad(encoder(x).square().sum(), x), number=1, repeat=3)) / batch
+
+
+def count_evaluations(plan: Plan) -> float:
+    """Return roughly how many evaluations one item takes: 300 for a match, 800 in a ball, a Jacobian for the linear."""
     settings, name = plan.settings, plan.config.analysis
     from hf_equiv.jacobian import jacobian_cost
 
     jacobian = jacobian_cost(plan.encoder.embedding_dim)
     if name == "match":
-        return min(settings["max_evals"], 400) + (jacobian + 10 if settings["refine"] else 0)
+        search = 300 if settings["radius"] is None else 800  # those in a small ball do not converge
+        return min(settings["max_evals"], search) + (2 * jacobian if settings["refine"] else 0)
     if name == "spectrum":
         k = settings["k"]
         return 8 + (jacobian if k is None else min(jacobian, 4 / 3 * (2 * k + 7)))

@@ -10,12 +10,13 @@ import click
 
 from hf_equiv.cli import environment
 from hf_equiv.cli.analyses import lipschitz, match, spectrum, walk
+from hf_equiv.cli.audit import audit
 from hf_equiv.cli.options import flag_note, model_options, output_options
 from hf_equiv.cli.results import publish, report, verify
 from hf_equiv.cli.space import space
 from hf_equiv.cli.streams import open_streams, to_stderr
 
-_SHARED = ("match", "spectrum", "lipschitz", "walk")
+_SHARED = ("match", "spectrum", "lipschitz", "walk", "audit")
 """Commands whose work several processes share; all others run in the first process only."""
 
 
@@ -27,14 +28,15 @@ def cli(context: click.Context) -> None:
 
     \b
     hf-equiv match builtin                          cat -> coffee with the built-in model
+    hf-equiv audit MODEL --data photos/             is that model exposed? the whole story, in one page
     hf-equiv match facebook/deit-tiny-patch16-224 --source dog.jpg --target car.jpg
     hf-equiv verify runs/match/builtin/1a2b3c4d     recompute every row from its PNG files
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches    to the Hub, as a private dataset
     hf-equiv report runs                            one page: the paper's claims, with intervals and controls
     hf-equiv space run                              try it in a browser, on this machine
 
-    MODEL is a Hub id, a folder or 'builtin'. Without images, an analysis takes the built-in photos. A run directory is
-    a dataset; the same command continues a stopped run.
+    MODEL is a Hub id, a folder or 'builtin'. Without images, builtin takes the built-in photos; for every other MODEL,
+    name yours with --data. A run directory is a dataset; the same command continues a stopped run.
 
     Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input; 130 stopped by
     Ctrl-C, after which the same command goes on.
@@ -62,7 +64,7 @@ def env(model: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
     return 0
 
 
-for command in (match, spectrum, lipschitz, walk, verify, publish, report, space):
+for command in (audit, match, spectrum, lipschitz, walk, verify, publish, report, space):
     cli.add_command(command)
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from hf_equiv.formatting import read_fraction
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 IMAGES = (
@@ -25,10 +27,9 @@ def radius(text: str) -> float | None:
     """Parse a number or a fraction such as 8/255; `none` means no ball."""
     if text.strip().lower() == "none":
         return None
-    over, _, under = text.partition("/")
     try:
-        return float(over) / float(under or 1)
-    except (ValueError, ZeroDivisionError):
+        return read_fraction(text)
+    except ValueError:
         raise click.BadParameter(f"{text!r} is not a number or a fraction such as 8/255.") from None
 
 
@@ -121,9 +122,7 @@ output_options = group(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
     click.option("-q", "--quiet", is_flag=True, help="No progress, no table; one line on stderr if something failed."),
 )
-analysis_options = group(
-    model_options,
-    option("--out", "Run directory. Default: runs/VERB/MODEL/HASH8.", "DIR", click.Path(path_type=Path)),
+run_options = group(
     option(
         "--overwrite",
         "missing: make missing rows and rows of status error; always: replace an earlier run; never: refuse one.",
@@ -137,6 +136,11 @@ analysis_options = group(
     option("--label-column", "Class column of a parquet file or dataset.", "NAME"),
     flag("--dry-run", "Show the plan and an estimate of the time; write nothing."),
     output_options,
+)
+analysis_options = group(
+    model_options,
+    option("--out", "Run directory. Default: runs/VERB/MODEL/HASH8.", "DIR", click.Path(path_type=Path)),
+    run_options,
 )
 source_options = group(
     images_option("--source", f"Images to analyse: {IMAGES}"),

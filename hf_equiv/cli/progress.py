@@ -124,10 +124,11 @@ class _Lines:
             return ""
         rate = 60 * made / seconds
         pace = f"{float(f'{rate:.3g}'):,.0f}" if rate >= 100 else f"{rate:.3g}"
-        return f" ({pace} a minute" + (f", {_duration(seconds * (total - done) / made)} left)" if done < total else ")")
+        return f" ({pace} a minute" + (f", {duration(seconds * (total - done) / made)} left)" if done < total else ")")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time for a person."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

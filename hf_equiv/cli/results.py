@@ -17,7 +17,7 @@ from hf_equiv.cli.streams import to_stderr
 @click.command()
 @click.argument("where", metavar="DIR|USER/NAME[@REV]")
 @option("--revision", "Branch, tag, commit or refs/pr/N of the dataset on the Hub.", "REV")
-@option("--model", "Folder of the checkpoint, if the run used a local one.", "PATH")
+@option("--model", "Folder of a local checkpoint, if the run was made elsewhere or the folder has moved.", "PATH")
 @place_options
 @flag("--allow-withheld", "Accept rows whose photos are withheld.")
 @output_options
@@ -63,7 +63,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     runs/NAME/; a run of the same settings is updated. Photos are published if they are free: the built-in ones, and
     those of a Hub dataset with a free licence. Otherwise rows and ids are published with empty image columns.
 
-    A dry run also says whether the Hub would refuse; its exit code is 0 in any case.
+    A dry run also says whether the Hub would refuse, and needs no network for the rest; its exit code is 0 in any case.
 
     \b
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches --dry-run
@@ -102,7 +102,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 @option("--label-data", "Photos with classes for a nearest-neighbour probe of the embedding.", "W")
 @click.option("--no-survival", "survival", flag_value=False, type=bool, default=True, show_default=False,
               help="Skip JPEG, resizing and blur (half of the time).")  # fmt: skip
-@option("--model", "Folder of the checkpoint, if a run used a local one; repeat.", "PATH", multiple=True)
+@option("--model", "Folder of a local checkpoint, as for hf-equiv verify; repeat.", "PATH", multiple=True)
 @place_options
 @output_options
 def report(paths: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool, **given: Any) -> int:

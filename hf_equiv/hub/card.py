@@ -50,7 +50,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
         DatasetCard.from_template(
             DatasetCardData(**facts),
             template_path=str(_TEMPLATE),
-            md=run_card.escape, code=_code, run_name=run_name, analysis_of=analysis_of,
+            md=run_card.escape, code=run_card.code, run_name=run_name, analysis_of=analysis_of,
             is_withheld=is_withheld, rows_of=_rows, numbers_of=_numbers, versions_of=_versions, before=above,
             after=below, start=START, end=END, title=made["pretty_name"], repo_id=repo_id, config=config,
             runs=sorted(runs.items()), configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
@@ -165,11 +165,6 @@ def _facts(runs: Runs) -> dict[str, Any]:
         "size_categories": [next((name for limit, name in _SIZES if rows < limit), "n>1T")],
         "configs": configs_of(runs),
     }
-
-
-def _code(text: str) -> str:
-    """Return a line of a code block, which ends neither the block nor the generated part."""
-    return printable(text).replace("```", "`` `").replace("<!--", "<!- -")
 
 
 def check_summary(record: Mapping[str, Any], where: str) -> None:

@@ -35,20 +35,22 @@ class PhotoRights:
 
 
 def photo_rights(
-    settings: Mapping[str, Any], *, license: str | None = None, i_have_the_right: bool = False, token: Any = None
-) -> PhotoRights:
-    """Decide whether the photos of a run with these settings may be published."""
+    settings: Mapping[str, Any], *, license: str | None = None, i_have_the_right: bool = False, token: Any = None,
+    ask: bool = True,
+) -> PhotoRights:  # fmt: skip
+    """Decide whether the photos of a run with these settings may be published; `ask` the Hub for its licences."""
     # The built-in photos are free, and so are Hub datasets that are not gated and whose card names a licence in `FREE`.
     # Folders, files and datasets without a licence in the card have an unknown licence, which `license` states.
     # Gated sets, sets that are known to be restricted and all other licences need `i_have_the_right`.
     stated = license.lower() if license else None
     licences, free, reasons = set(), [], []
     for name, revision in sorted(_sources(settings)):
-        found, why = _licence_of(name, revision, token)
+        found, why = _licence_of(name, revision, token, ask)
         if why is not None:
             reasons.append(f"{name} {why}")
         elif found is None and stated not in FREE:
-            reasons.append(f"the licence of {name!r} is not known")
+            asked = ask or not _COMMIT.fullmatch(revision)
+            reasons.append(f"the licence of {name!r} is not known{'' if asked else ' without the Hub'}")
         else:
             licences.add(found or stated)
             free.append(f"{name}: {found or license}")
@@ -78,13 +80,13 @@ def _sources(settings: Mapping[str, Any]) -> set[tuple[str, str]]:
     return set(zip(names, revisions, strict=True))
 
 
-def _licence_of(name: str, revision: str, token: Any) -> tuple[str | None, str | None]:
+def _licence_of(name: str, revision: str, token: Any, ask: bool) -> tuple[str | None, str | None]:
     """Return (licence or None, why the images are restricted or None)."""
     if name == "builtin" and revision == load_images("builtin").data_revision:
         return "cc0-1.0", None
     if _CLOSED_SETS.search(name):
         return None, "is known to be restricted"
-    if not _COMMIT.fullmatch(revision):
+    if not ask or not _COMMIT.fullmatch(revision):
         return None, None
     try:
         info = api_of(token).dataset_info(name.split(":")[0], revision=revision)

@@ -50,6 +50,7 @@ class Published:
         collection_private: whether only you can see that collection; a new one is private.
         dry_run: whether nothing was written.
         refused: in a dry run, the reason why the Hub would refuse the commit, as far as it is known.
+        unchecked: in a dry run, the reason why the Hub was not asked; the plan is then that of a new dataset.
     """
 
     repo_id: str
@@ -74,6 +75,7 @@ class Published:
     collection_private: bool | None = None
     dry_run: bool = False
     refused: str | None = None
+    unchecked: str | None = None
 
 
 def publish_results(
@@ -104,7 +106,8 @@ def publish_results(
         private: visibility. None does not change an existing dataset, and makes a new one private.
         create_pr: open a pull request on `main` instead; you need not own the dataset.
         revision: branch to commit to, made from `main` if missing; or `refs/pr/N`.
-        dry_run: read, decide and list, but write nothing. `refused` of the result says why the Hub would refuse.
+        dry_run: read, decide and list, but write nothing. `refused` of the result says why the Hub would refuse,
+            `unchecked` why it could not be asked.
         license: licence of the images if it is not known, such as `cc-by-4.0`.
         i_have_the_right: you may publish the photos although their licence is not known to be free.
         withhold_photos: leave the photos out although they are free.
@@ -122,14 +125,18 @@ def publish_results(
         ConnectionError: the Hub is out of reach.
     """
     name = check_repo_id(repo_id, "dataset", otherwise="results are published as datasets")
-    tell, waits = progress or (lambda done, total, what: None), WAITS[:1] if dry_run else WAITS
-    remote = Remote(api_of(token), name, "dataset", tell, waits)
+    tell = progress or (lambda done, total, what: None)
+    remote = Remote(api_of(token), name, "dataset", tell, () if dry_run else WAITS)
     _check_arguments(create_pr, revision, license, i_have_the_right)
     remote.say("checking the run and its files")
     run = read_run(Path(folder))
     check_summary(run.record, str(run.folder / RECORD))
-    rights = _rights(run, withhold_photos, license=license, i_have_the_right=i_have_the_right, token=token)
+    unchecked = remote.why_unchecked() if dry_run else None
+    stated = {"license": license, "i_have_the_right": i_have_the_right, "token": token, "ask": unchecked is None}
+    rights = _rights(run, withhold_photos, **stated)
     job = Publication(remote, run, rights, revision or MAIN, create_pr, message)
+    if unchecked is not None:
+        return replace(_published(job, _change(job, Dataset()), private), dry_run=True, unchecked=unchecked)
     with explained(name, revision=revision, write=True, dry_run=dry_run, token=token):
         if dry_run:
             return _plan_only(job, private)

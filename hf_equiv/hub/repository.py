@@ -16,13 +16,14 @@ from huggingface_hub.hf_api import CommitInfo, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from hf_equiv.formatting import many
-from hf_equiv.hub_client import WAITS, Say, checked, link_expired, passes, patiently, pause
+from hf_equiv.hub_client import WAITS, Say, checked, explained, link_expired, passes, patiently, pause, within
 from hf_equiv.runs.shards import sha256_file
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # receives (bytes sent, bytes in total, what is being done)
 
 MAIN = "main"
+_PATIENCE = 5.0  # seconds in which the Hub must answer a dry run
 _GROUP_BYTES = 50_000_000  # bytes uploaded between two reports of progress
 
 
@@ -62,6 +63,17 @@ class Remote:
             raise
         except hub_errors.RepositoryNotFoundError:
             return None
+
+    def why_unchecked(self) -> str | None:
+        """Return why the Hub cannot be asked in a dry run, which needs no network; None if it answers."""
+        try:
+            with explained(self.repo_id, kind=self.kind, write=True, dry_run=True):
+                within(_PATIENCE, self.find)
+        except ConnectionError as error:
+            return str(error)
+        except hub_errors.HfHubHTTPError as error:
+            return str(error) if passes(error) else None
+        return None
 
     def set_private(self, private: bool) -> None:
         """Set the visibility."""

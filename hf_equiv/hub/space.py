@@ -51,6 +51,7 @@ class SpaceDeployment:
         warnings: sets and models that the Space cannot read, and the cure.
         stage: the last stage that was seen; None in a dry run and without waiting.
         dry_run: whether nothing was written.
+        unchecked: in a dry run, the reason why the Hub was not asked; the plan is then that of a new Space.
     """
 
     repo_id: str
@@ -68,6 +69,7 @@ class SpaceDeployment:
     warnings: tuple[str, ...]
     stage: str | None = None
     dry_run: bool = False
+    unchecked: str | None = None
 
 
 class SpaceError(OSError):
@@ -125,12 +127,14 @@ def deploy_space(
         SpaceError: deployed, but it could not be built or started, or did not run in time.
     """
     name = check_repo_id(repo_id, "space", otherwise="the app is deployed to a Space")
-    tell, waits = progress or (lambda done, total, what: None), WAITS[:1] if dry_run else WAITS
-    remote = Remote(api_of(token), name, "space", tell, waits)
+    tell = progress or (lambda done, total, what: None)
+    remote = Remote(api_of(token), name, "space", tell, () if dry_run else WAITS)
     app = app_of(None if wheel is None else Path(wheel))
     job = Deployment(remote, app, _given(dataset, models), private, hardware, force)
     if not dry_run:
         require_token(token, "deploying a Space")
+    elif (unchecked := remote.why_unchecked()) is not None:
+        return replace(_result(job, Space(), _plan(job, Space())), dry_run=True, unchecked=unchecked)
     warnings = _warnings(job)
     with explained(name, kind="space", write=True, dry_run=dry_run, token=token):
         first = _look(job)

@@ -27,9 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_equiv.formatting import utf8
 from hf_equiv.hub_client import api_of, checked, explained, version
-
-BUILTIN = "builtin"
-BUILTIN_FOLDER = Path(__file__).parents[1] / "assets" / "builtin"
+from hf_equiv.models.places import BUILTINS
 
 _WEIGHTS = "model.safetensors"
 _PICKLED = (".bin", ".h5", ".msgpack", ".ckpt", ".pt", ".pth")
@@ -80,7 +78,7 @@ class HubFiles:
 class Checkpoint:
     """The files of one checkpoint at one revision."""
 
-    model_id: str  # the user's Hub id, folder or "builtin"; only loading uses it, see `name`
+    model_id: str  # the user's Hub id, folder or a name in BUILTINS; only loading uses it, see `name`
     folder: Path  # folder of config and weights on this machine
     revision: str  # commit sha on the Hub, or "sha256:…" of the weights of a local folder
     trust_remote_code: bool = False  # whether Python files of the checkpoint may be executed
@@ -88,8 +86,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Name to record: the Hub id, "builtin", or a local folder's own name, never a path of this machine."""
-        if self.hub is not None or self.model_id == BUILTIN:
+        """Name to record: Hub id, name in BUILTINS, or a local folder's own name, never a path of this machine."""
+        if self.hub is not None or self.model_id in BUILTINS:
             return self.model_id
         return utf8(Path(self.model_id).expanduser().resolve().name) or "root"
 
@@ -163,12 +161,14 @@ def find_checkpoint(hub: HubFiles, revision: str | None = None, trust_remote_cod
     name = hub.repo_id  # a Hub id, a folder or "builtin"
     if not name:
         raise ValueError("`model_id` must be a Hub id, a folder or 'builtin'; got an empty string.")
-    if name == BUILTIN or os.path.isdir(name) or _looks_like_a_path(name):
+    if name in BUILTINS:
+        return _builtin(name, revision)
+    if os.path.isdir(name) or _looks_like_a_path(name):
         if revision is not None:
-            kind = "the built-in checkpoint" if name == BUILTIN else "a local folder"
-            raise ValueError(f"`revision` must be None for {kind}; got {revision!r}. Only Hub ids have revisions.")
-        folder = (BUILTIN_FOLDER if name == BUILTIN else Path(name).expanduser()) / hub.subfolder
-        return _local(Checkpoint(name, folder, "", trust_remote_code))
+            raise ValueError(
+                f"`revision` must be None for a local folder; got {revision!r}. Only Hub ids have revisions."
+            )
+        return _local(Checkpoint(name, Path(name).expanduser() / hub.subfolder, "", trust_remote_code))
     try:
         validate_repo_id(name)
     except hub_errors.HFValidationError as error:
@@ -183,6 +183,19 @@ def find_checkpoint(hub: HubFiles, revision: str | None = None, trust_remote_cod
         )
     hub = replace(hub, commit=resolved.resolved)
     return Checkpoint(name, hub.fetch("config.json").parent, hub.commit, trust_remote_code, hub)
+
+
+def _builtin(name: str, revision: str | None) -> Checkpoint:
+    """Return a checkpoint of the package; a run of an earlier version of it names the weights by their digest."""
+    known = [_local(Checkpoint(name, folder, "")) for folder in (BUILTINS[name], *BUILTINS.values())]
+    for found in known:
+        if revision in (None, found.revision):
+            return found
+    revisions = ", ".join(sorted({found.revision for found in known}))
+    raise ValueError(
+        f"`revision` must be None for {name!r}, or one of {revisions}; got {revision!r}. Install the version of "
+        "hf_equiv that has it."
+    )
 
 
 def _local(found: Checkpoint) -> Checkpoint:

@@ -21,6 +21,7 @@ from hf_equiv.formatting import excerpt
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
+from hf_equiv.models import places
 from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
@@ -368,26 +369,28 @@ class Encoder:
 
 def is_local(settings: Mapping[str, Any]) -> bool:
     """Return whether a run used a checkpoint of a folder, which no record names by its path."""
-    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] != "builtin"
+    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] not in places.BUILTINS
 
 
 def load_recorded(
     settings: dict[str, Any], model: str | None, device: str | None, cache_dir: str | None, local_files_only: bool
 ) -> Encoder:
     """Load the model of a run at its recorded revision, with its readout and dtype."""
-    # `model` locates the checkpoint if the recorded name does not, since the path of a local folder is not recorded.
-    # The caller checks that it is the recorded one.
+    # `model` is the folder of a local checkpoint, whose path no run records; without it, the folder is the one that was
+    # used on this machine, or one of that name here. The caller checks that a folder of these is the recorded one.
     name, revision, local = settings["model_id"], settings["model_revision"], is_local(settings)
-    if model is None and local:
+    place = places.recall(revision) if model is None and local else None
+    if place is not None and Path(place).is_dir():
+        model = place
+    elif model is None and local:
         if Path(name) not in Path().iterdir() or not Path(name).is_dir():  # a stranger's run opens no other folder
-            raise ValueError(
-                f"this run used the local checkpoint {name!r} ({revision[:19]}…), which is not in the current folder. "
-                "Name it with --model PATH."
-            )
+            where = "is not in the current folder" if place is None else f"is no longer at {place!r}"
+            told = f"this run used the local checkpoint {name!r} ({revision[:19]}…), which {where}"
+            raise ValueError(f"{told}. Name it with --model PATH.")
         model = f"./{name}"
-    return Encoder.from_pretrained(
+    encoder = Encoder.from_pretrained(
         model or name,
-        revision=None if local or name == "builtin" or model is not None else revision,
+        revision=None if local or model is not None else revision,
         readout=settings["readout"],
         normalize=settings["normalize"],
         dtype=getattr(torch, settings["dtype"].removeprefix("torch."), settings["dtype"]),
@@ -395,3 +398,9 @@ def load_recorded(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    if place is not None and encoder.revision != revision and model == place:
+        told = f"the local checkpoint {name!r} at {place!r} has changed since the run: its weights are now"
+        raise ValueError(
+            f"{told} {encoder.revision[:19]}…, the run used {revision[:19]}…. Name a copy with --model PATH."
+        )
+    return encoder

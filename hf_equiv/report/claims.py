@@ -1,4 +1,4 @@
-"""Judge the paper's claims by stated rules, and write the findings in sentences."""
+"""Judge exposure and the paper's claims by stated rules, and write the findings in sentences."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import NamedTuple
 
 from hf_equiv.formatting import many
 from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
-from hf_equiv.report.render import ALIKE_DB, findings, interval, tenth, three
+from hf_equiv.report.render import ALIKE_DB, UNSEEN_DB, findings, interval, tenth, three
 from hf_equiv.report.statistics import SMALL, Estimate, Share
+from hf_equiv.runs.schema import Row
 
 FEW = SMALL  # with fewer pairs or photos, a verdict has a caveat
 ON_THE_WAY = 0.1  # a budget is enough if the median PNG error is at most this part of the distance of unrelated images
 YES, PARTLY, NO, OPEN = "supported", "supported with a caveat", "not supported", "not measured"
 UNDECIDED, NO_FEW = "not decided", "not supported with a caveat"
+EXPOSED, IN_PART, NOT_FOUND, UNCLEAR = "Exposed", "Partly exposed", "Not exposed in this test", "Undecided"
+HARMFUL = ("matching", "structure", "alike", "downstream")  # claims that are bad for the owner of the encoder
+_TONES = {
+    EXPOSED: "bad", IN_PART: "partly", NOT_FOUND: "good", YES: "bad", PARTLY: "partly", NO: "good", NO_FEW: "good",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,17 @@ class Claim:
     measured: str = "–"
     interval: str = "–"
     verdict: str = OPEN
+    tone: str = "open"  # `good`, `partly` or `bad` for the owner of the encoder
+
+
+class Exposure(NamedTuple):
+    """Whether photos can be made to pass for others: the verdict and the run behind it, None without a match."""
+
+    verdict: str = "Not measured"
+    tone: str = "open"
+    budget: BudgetNumbers | None = None
+    exact: bool = False  # whether it counts photos with the very embedding of another, else those that came nearer
+    seen: str = ""  # `invisibly`, `barely visibly` or `visibly`
 
 
 class Reach(NamedTuple):
@@ -35,6 +52,44 @@ class Reach(NamedTuple):
     kind: str
 
 
+def exposure(numbers: CheckpointNumbers) -> Exposure:
+    """Judge the exposure by the run of most pairs, or by one of as many pairs whose matches are seen less."""
+    budgets = _compared(numbers)
+    for exact in (True, False):
+        if found := [b for b in budgets if _of_most(b.matched if exact else b.nearer)]:
+            return _exposure(EXPOSED, max(found, key=lambda b: b.psnr_db.value if b.psnr_db else 0.0), exact=exact)
+    if not budgets:
+        return Exposure()
+    most = max(budgets, key=lambda b: sum(share.hits for share in (b.matched, b.nearer) if share))
+    if any(share and share.hits for share in (most.matched, most.nearer)):
+        return _exposure(IN_PART, most, exact=most.matched is not None and most.matched.hits > 0)
+    return _exposure(UNCLEAR if most.cut_short or most.pairs < FEW else NOT_FOUND, most)
+
+
+def _of_most(share: Share | None) -> bool:
+    return share is not None and share.hits > 0 and (share.hits == share.n or share.side_of(0.5) > 0)
+
+
+def _exposure(verdict: str, budget: BudgetNumbers, *, exact: bool = True) -> Exposure:
+    psnr, seen = budget.psnr_db, ""
+    if psnr:
+        above, below = psnr.side_of(UNSEEN_DB), psnr.side_of(ALIKE_DB)
+        if psnr.low is None:  # a single pair
+            above, below = (1 if psnr.value >= UNSEEN_DB else 0), (-1 if psnr.value < ALIKE_DB else 0)
+        seen = "invisibly" if above > 0 else "visibly" if below < 0 else "barely visibly"
+    return Exposure(verdict, _TONES.get(verdict, "open"), budget, exact, seen)
+
+
+def _compared(numbers: CheckpointNumbers) -> list[BudgetNumbers]:
+    """List the runs with as many pairs as the page's own: a smaller one, of other photos perhaps, overrides nothing."""
+    return [b for b in numbers.budgets if numbers.match and b.rows >= numbers.match.rows]
+
+
+def undone(numbers: CheckpointNumbers) -> dict[str, int]:
+    """Return for each transform 1 if it undoes most matches, -1 if most survive it, and 0 if that is undecided."""
+    return {name: -one.taken.side_of(0.5) for name, one in (numbers.survival or {}).items() if one.taken}
+
+
 def near_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
     """Return the smallest ball with a median PNG error within a tenth of the distance of its unrelated images."""
     enough = [b for b, error in _errors(numbers) if error <= ON_THE_WAY]
@@ -43,7 +98,8 @@ def near_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
 
 def failed_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
     """Return the smallest ball whose median PNG does not match and is worse than that of a run without a ball."""
-    free = [b.embedding_error_8bit.value for b in numbers.budgets if b.radius is None and b.embedding_error_8bit]
+    own = _compared(numbers)
+    free = [b.embedding_error_8bit.value for b in own if b.radius is None and b.embedding_error_8bit]
     balls = [b for b, error in _errors(numbers) if error > MATCHED]
     failed = [b for b in balls if b.embedding_error_8bit and b.embedding_error_8bit.value > min(free, default=0.0)]
     return min(failed, key=lambda b: b.radius or 0.0, default=None)
@@ -53,7 +109,7 @@ def _errors(numbers: CheckpointNumbers) -> list[tuple[BudgetNumbers, float]]:
     """List each ball with its median PNG error, as a part of the distance of unrelated images."""
     return [
         (b, b.embedding_error_8bit.value / b.unrelated)
-        for b in numbers.budgets
+        for b in _compared(numbers)
         if b.radius is not None and b.embedding_error_8bit and b.unrelated
     ]
 
@@ -61,14 +117,14 @@ def _errors(numbers: CheckpointNumbers) -> list[tuple[BudgetNumbers, float]]:
 def look_alike(numbers: CheckpointNumbers) -> BudgetNumbers | None:
     """Return the smallest budget whose matches look like their sources and mostly embed nearer to their targets."""
     # If there is none, return the widest budget whose matches look like their sources.
-    alike = [b for b in numbers.budgets if b.nearer and b.psnr_db and b.psnr_db.value >= ALIKE_DB]
+    alike = [b for b in _compared(numbers) if b.nearer and b.psnr_db and b.psnr_db.value >= ALIKE_DB]
     alike.sort(key=lambda b: (b.radius is None, b.norm != "linf", b.radius or 0.0))
     return next((b for b in alike if b.nearer and b.nearer.value > 0.5), alike[-1] if alike else None)
 
 
 def most_alike(numbers: CheckpointNumbers) -> BudgetNumbers | None:
     """Return the budget whose matches look most like their sources by median PSNR, however low that is."""
-    known = [b for b in numbers.budgets if b.nearer and b.psnr_db]
+    known = [b for b in _compared(numbers) if b.nearer and b.psnr_db]
     return max(known, key=lambda b: b.psnr_db.value if b.psnr_db else 0.0, default=None)
 
 
@@ -91,11 +147,14 @@ def _against(n: int) -> str:
     return NO if n >= FEW else NO_FEW
 
 
+def _supported(n: int) -> str:
+    return YES if n >= FEW else PARTLY
+
+
 def _verdict(share: Share) -> str:
-    """Judge whether a share exceeds one half, with a caveat if its interval does not or there are few pairs."""
-    if share.value <= 0.5:
-        return _against(share.n)
-    return YES if share.n >= FEW and share.low is not None and share.low > 0.5 else PARTLY
+    """Judge whether a share exceeds one half, with a caveat if there are few pairs."""
+    side = share.side_of(0.5)
+    return UNDECIDED if side == 0 else _supported(share.n) if side > 0 else _against(share.n)
 
 
 def _matching(numbers: CheckpointNumbers) -> Judged:
@@ -107,10 +166,10 @@ def _structure(numbers: CheckpointNumbers) -> Judged:
     match = numbers.match
     if match is None or match.psnr_match_target is None:
         return None
-    verdict = _verdict(match.matched) if match.matched else OPEN
-    if match.psnr_match_target.value >= ALIKE_DB:
-        verdict = _against(match.psnr_match_target.n)
-    return interval(match.psnr_match_target, tenth), verdict
+    verdict, apart = _verdict(match.matched) if match.matched else OPEN, match.psnr_match_target
+    if side := apart.side_of(ALIKE_DB):
+        return interval(apart, tenth), verdict if side < 0 else _against(apart.n)
+    return interval(apart, tenth), UNDECIDED
 
 
 def _linear(numbers: CheckpointNumbers) -> Judged:
@@ -118,7 +177,7 @@ def _linear(numbers: CheckpointNumbers) -> Judged:
     if reach is None or numbers.lipschitz is None:
         return None
     n = min(reach.match.n, numbers.lipschitz.images)
-    verdict = YES if n >= FEW and reach.match.is_below(reach.linear) else PARTLY
+    verdict = _supported(n) if reach.match.is_below(reach.linear) else UNDECIDED
     verdict = _against(n) if reach.linear.is_below(reach.match) else verdict
     return interval(reach.linear, three), verdict
 
@@ -132,8 +191,7 @@ def _null(numbers: CheckpointNumbers) -> Judged:
     photos = many(found.full, "photo")
     if len(found.ranks) == 1 and found.full > 1:
         photos = f"the same at all {photos}"
-    verdict = YES if found.full >= FEW else PARTLY
-    return photos, verdict if found.nullity > found.pixels / 2 else _against(found.full)
+    return photos, _supported(found.full) if found.nullity > found.pixels / 2 else _against(found.full)
 
 
 def _alike(numbers: CheckpointNumbers) -> Judged:
@@ -152,14 +210,15 @@ def _normal(numbers: CheckpointNumbers) -> Judged:
     ratio = top.value.value / random.value.value
     good = ratio >= 10 and (null is None or not null.resolved)
     n = min(found.images, top.value.n, random.value.n)
-    return interval(top.value, three), _against(n) if ratio < 2 else (YES if good and n >= FEW else PARTLY)
+    verdict = _against(n) if ratio < 2 else _supported(n) if good else PARTLY
+    return interval(top.value, three), verdict if random.value.is_below(top.value) else UNDECIDED
 
 
 def _downstream(numbers: CheckpointNumbers) -> Judged:
     shares = [found.flipped for found in (numbers.heads, numbers.probe) if found and found.flipped]
     if not shares:
         return None
-    verdict = min((_verdict(one) for one in shares), key=(NO, NO_FEW, PARTLY, YES).index)
+    verdict = min((_verdict(one) for one in shares), key=(NO, NO_FEW, UNDECIDED, PARTLY, YES).index)
     return "; ".join(interval(one) for one in shares), verdict
 
 
@@ -172,15 +231,18 @@ RULES: dict[str, Callable[[CheckpointNumbers], Judged]] = {
 
 def claims(numbers: CheckpointNumbers) -> tuple[Claim, ...]:
     """Judge the paper's claims, in its order, by the runs of a checkpoint."""
-    text = texts(numbers)
-    found = ((text(f"claim_{name}"), text(f"measured_{name}"), rule(numbers)) for name, rule in RULES.items())
-    return tuple(Claim(told, measured, *judged) if judged else Claim(told) for told, measured, judged in found)
+    text, found = texts(numbers), list[Claim]()
+    for name, rule in RULES.items():
+        told, judged = text(f"claim_{name}"), rule(numbers)
+        tone = _TONES.get(judged[1], "open") if judged and name in HARMFUL else "open"
+        found.append(Claim(told, text(f"measured_{name}"), *judged, tone) if judged else Claim(told))
+    return tuple(found)
 
 
 FINDINGS = {
-    "summary": ("matching", "nearness", "heads", "survival", "geometry"),
+    "summary": ("answer", "exposed", "how", "helps"),
     "against": ("not_linear", "not_random", "not_noise", "not_zeros", "not_saved", "not_small", "not_elsewhere"),
-    "consequences": ("trust", "retrain", "recompress", "second_model", "own_photos"),
+    "consequences": ("trust", "nearness", "retrain", "recompress", "second_model", "own_photos"),
     "limits": ("few_pairs", "shared_photos", "first_pairs", "not_found", "scaled"),
 }
 """Names of the template's texts: answer, disagreements with the paper, consequences for a user, open questions."""
@@ -191,10 +253,18 @@ def say(part: str, numbers: CheckpointNumbers) -> tuple[str, ...]:
     return tuple(text for text in map(texts(numbers), FINDINGS[part]) if text)
 
 
+def answer(numbers: CheckpointNumbers) -> Row:
+    """Return the verdict on the exposure, the run behind it, and the sentences of the first screen."""
+    found, sentences = exposure(numbers), map(texts(numbers), FINDINGS["summary"])
+    run = found.budget.run if found.budget else None
+    told = zip(("sentence", *FINDINGS["summary"][1:]), sentences, strict=True)
+    return {"verdict": found.verdict, "tone": found.tone, "run": run, **dict(told)}
+
+
 def texts(numbers: CheckpointNumbers) -> Callable[..., str]:
     """Return a function that writes a text of the template by its name."""
-    _, matched = _matching(numbers) or ("", OPEN)
     return findings(
-        n=numbers, near=near_budget(numbers), failed=failed_budget(numbers), alike=look_alike(numbers),
-        best=most_alike(numbers), reach=linear_reach(numbers), matched=matched, ALIKE_DB=ALIKE_DB, MATCHED=MATCHED,
+        n=numbers, e=exposure(numbers), undone=undone(numbers), near=near_budget(numbers),
+        failed=failed_budget(numbers), alike=look_alike(numbers), best=most_alike(numbers),
+        reach=linear_reach(numbers), few=FEW, ALIKE_DB=ALIKE_DB, UNSEEN_DB=UNSEEN_DB, MATCHED=MATCHED,
     )  # fmt: skip

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hf_equiv.analyses.plan import command_line, read_command
+from hf_equiv.analyses.run import VERBS
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
+from hf_equiv.models import places
 from hf_equiv.models.encoder import Encoder, is_local, load_recorded
 from hf_equiv.results import Status
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
 
 _ENCODER = ("model_id", "model_revision", "readout", "normalize", "dtype")
+_OPTIONS = ("solver", "radius", "norm", "rtol", "max_evals", "refine", "labels")  # of `match`, kept in its settings
+_MANY = 50  # pairs that a command proposes where more would tell more
 _FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # causes of a missing model; other errors are bugs
 
 
@@ -70,6 +77,33 @@ class Run:
         return not self.record["complete"] or (self.there < self.listed and not self.changed)
 
 
+def commands_of(runs: Iterable[Run]) -> list[str]:
+    """Return the commands that repeat the runs and those that verify them, as they can be typed in this folder."""
+    again = [_command(run) for run in runs]
+    check = [f"hf-equiv verify {shlex.quote(address_of(run.name, run.folder))}" for run in runs]
+    return list(dict.fromkeys([command for command in again if command] + check))
+
+
+def _command(run: Run) -> str | None:
+    """Return the command of a run, with the paths of local files on this machine; None if it states none."""
+    settings = run.settings
+    try:  # a stranger's line may be any command of a shell
+        config = read_command(run.record.get("command") or "", VERBS[run.analysis].CONFIG)
+    except ValueError:
+        return None
+    revisions = dict(zip(*(str(settings[key]).split(" + ") for key in ("data_id", "data_revision")), strict=False))
+    given = {key: getattr(config, key) for key in ("source", "target", "data")}
+    here = {key: places.from_here(name, revisions.get(name, "")) for key, name in given.items() if name is not None}
+    model = places.from_here(config.model, settings["model_revision"]) if is_local(settings) else config.model
+    return command_line(replace(config, model=model, **here))
+
+
+def address_of(name: str, folder: Path) -> str:
+    """Return the path of a folder from the current one, or the name of its dataset on the Hub, for a command."""
+    on_hub = "@" in name and not Path(name).exists()
+    return name.split("@")[0] if on_hub else os.path.relpath(folder)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One encoder, as a map from pixels to embeddings, and its runs, match runs first."""
@@ -87,6 +121,11 @@ class Checkpoint:
         good = [run for run in self.of(MATCH.analysis) if run.good]
         good.sort(key=lambda run: (-(run.settings["radius"] or math.inf), -len(run.good), run.name))
         return tuple(good)
+
+    @property
+    def main(self) -> Run | None:
+        """The match run that the page is about: of the runs with most pairs, the first one of `matches`."""
+        return max(self.matches, key=lambda run: run.there, default=None)
 
 
 def find_runs(paths: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
@@ -193,7 +232,7 @@ def locate(name: str, place: Place) -> tuple[str, Path]:
 
 def load_own(checkpoint: Checkpoint, models: Sequence[str], place: Place) -> tuple[Encoder | None, str]:
     """Load the encoder of a checkpoint's runs, or return why that failed; `models` are local folders to try."""
-    settings = (checkpoint.matches or checkpoint.runs)[0].settings
+    settings = (checkpoint.main or checkpoint.runs[0]).settings
     revision = settings["model_revision"]
     reasons: list[str] = []
     for model in [*models, None] if is_local(settings) else [None]:
@@ -216,6 +255,44 @@ def load_other(name: str, place: Place) -> Encoder | str:
     except _FAILURES as error:
         told = one_line(error).rstrip(".")
         return f"transfer to {Path(name).name if Path(name).is_dir() else name}: {told}"
+
+
+def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed: Any) -> str:
+    """Return a command with the model, data, seed and options of a checkpoint's runs, for `count` pairs or photos.
+
+    Without a count it is for many pairs, hence of the reader's own photos if the runs used the few built-in ones.
+    """
+    settings, match = (checkpoint.main or checkpoint.runs[0]).settings, verb == MATCH.analysis
+    local = str(settings["model_revision"]).startswith("sha256:")
+    stated: Row = {"model": model_of(settings), "revision": None if local else settings["model_revision"]}
+    names = ("readout", "normalize", "dtype", "image_column", "label_column", "seed", *(_OPTIONS if match else ()))
+    given = {name: settings[name] for name in names if name in settings}
+    stated |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if match and stated.get("radius") is None:
+        stated["norm"] = None
+    ids, revisions = (str(settings[key]).split(" + ") for key in ("data_id", "data_revision"))
+    sets = [_data_of(name, revision) for name, revision in zip(ids, revisions, strict=False)]
+    if len(sets) > 1 and not settings.get("drawn", True):
+        stated |= {"source": sets[0]} | ({"target": sets[1]} if match else {})
+    else:
+        own = "PATH" if count is None and sets[0] == "builtin" else sets[0]
+        stated |= {"data": own, "pairs" if match else "limit": count or _MANY}
+    return command_line(VERBS[verb].CONFIG(**stated | changed))
+
+
+def model_of(settings: Row) -> str:
+    """Return the model of a run for a command: a local one by its path, or PATH/NAME if that is not known."""
+    name, revision = str(settings["model_id"]), str(settings["model_revision"])
+    return _path(name, revision) if is_local(settings) else name
+
+
+def _data_of(name: str, revision: str) -> str:
+    return _path(name, revision) if revision.startswith("sha256:") and name != "builtin" else name
+
+
+def _path(name: str, revision: str) -> str:
+    here = places.from_here(name, revision)
+    return here if here != name else f"PATH/{name}"
 
 
 def default_out(paths: Sequence[str | Path]) -> Path:

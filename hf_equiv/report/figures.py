@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -20,9 +21,11 @@ from hf_equiv.runs.schema import Row
 
 BLUE, ORANGE, GREEN, PURPLE, *_ = LINES
 _FLOOR = 1e-8  # an error of exactly 0 is drawn here
+_WIDTH = 5.2  # inches: its text is legible on a phone, where a figure is 370 pixels wide
+_STYLE = {**STYLE, "font.size": 11.5, "legend.fontsize": 10.5}
 
 
-@rc_context(STYLE)
+@rc_context(_STYLE)
 def draw_figures(checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: Row | None) -> dict[str, bytes]:
     """Draw all figures of one checkpoint that have something to show, as PNG bytes by name (`errors`, `budget-l2`)."""
     made = {
@@ -35,14 +38,29 @@ def draw_figures(checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: R
         "proportion": _proportion(checkpoint, numbers),
         "walks": _walks(checkpoint),
     }
-    return {name: figures.png_of(figure) for name, figure in made.items() if figure}
+    return {name: figures.png_of(_fit(figure)) for name, figure in made.items() if figure}
+
+
+def _fit(figure: Figure) -> Figure:
+    """Set the width of a figure, and move its legends below the axes."""
+    shown = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+        if legend := axes.get_legend():
+            legend.remove()
+    columns = 2 if max(map(len, shown), default=0) < 26 else 1
+    figure.set_size_inches(_WIDTH, figure.get_figheight() + 0.22 * math.ceil(len(shown) / columns))
+    if shown:
+        figure.legend(shown.values(), shown, loc="outside lower left", ncols=columns)
+    return figure
 
 
 def _errors(checkpoint: Checkpoint, measured: Row | None) -> Figure | None:
     """Draw the share of pairs at most as far as each distance: two curves of the match, three controls."""
-    if not checkpoint.matches:
+    run, measured = checkpoint.main, measured or {}
+    if run is None:
         return None
-    run, measured = checkpoint.matches[0], measured or {}
     curves = {
         "float match": [row["embedding_error"] for row in run.good],
         "8-bit PNG match": [row["embedding_error_8bit"] for row in run.good],
@@ -58,11 +76,10 @@ def _errors(checkpoint: Checkpoint, measured: Row | None) -> Figure | None:
     for (name, values), (color, line, width) in zip(known.items(), looks, strict=False):
         axes.ecdf(np.maximum(values, _FLOOR), color=color, ls=line, lw=width, label=name)
     axes.axvline(run.settings["rtol"], color=QUIET, lw=0.9, label=f"rtol {short(run.settings['rtol'])}")
-    axes.set(xscale="log", ylim=(0, 1.02), ylabel="share of pairs")
-    axes.set_xlabel("relative embedding distance (1 = length of the embedding)")
+    axes.set(xscale="log", ylim=(0, 1), ylabel="share of pairs")
+    axes.set_xlabel("relative embedding distance")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid()
-    figure.legend(loc="outside lower left", ncols=2)
     return figure
 
 
@@ -92,7 +109,6 @@ def _budget(budgets: Sequence[BudgetNumbers], norm: str) -> Figure | None:
     axes.set_xticks(list(places.values()), names)
     axes.set(yscale="log", xlim=(-0.4, len(places) - 0.6), xlabel=f"budget ε: {unit}", ylabel="embedding error, median")
     axes.grid(axis="y")
-    axes.legend()
     return figure
 
 
@@ -114,11 +130,10 @@ def _nearness(checkpoint: Checkpoint) -> Figure | None:
     figure, axes = panel()
     for (label, rows), color, mark in zip(known.items(), LINES, "os^Dv*", strict=False):
         points = column(rows, "psnr_db"), column(rows, "ssim")
-        axes.scatter(*points, s=34, marker=mark, color=color, alpha=0.85, label=label, zorder=3)
+        axes.scatter(*points, s=34, marker=mark, color=color, alpha=0.85, label=label, zorder=3, clip_on=False)
     axes.set(xlabel="PSNR to the source [dB]", ylabel="SSIM to the source")
-    axes.set_ylim(top=1.02)
+    axes.set_ylim(top=1)
     axes.grid()
-    axes.legend(loc="lower right")
     return figure
 
 
@@ -137,11 +152,10 @@ def _survival(numbers: CheckpointNumbers) -> Figure | None:
         axes.errorbar(middle, list(lines), xerr=spans, ls="none", color=color, marker=mark, capsize=3, label=label)
     if numbers.match and numbers.match.unrelated:
         axes.axvline(numbers.match.unrelated.median, color=INK, lw=1.4, ls=":", label="unrelated images")
-    axes.set(xscale="log", xlabel="distance from the target's embedding, median")
+    axes.set(xscale="log", xlabel="distance from the target, median")
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.invert_yaxis()
     axes.grid(axis="x")
-    figure.legend(loc="outside upper left", ncols=3)
     return figure
 
 
@@ -163,7 +177,7 @@ def _proportion(checkpoint: Checkpoint, numbers: CheckpointNumbers) -> Figure | 
     }
     if not any(any(values) for _, values in lengths.values()):
         return None
-    lengths["matches"] = INK, [row["l2"] for run in checkpoint.matches[:1] for row in run.good]
+    lengths["matches"] = INK, [row["l2"] for row in checkpoint.main.good] if checkpoint.main else []
     lengths["ends of walks"] = INK, [walk["l2"] for walk in numbers.walk.walks] if numbers.walk else []
     bands: list[Band] = [
         (name, color, known, ()) for name, (color, values) in lengths.items() if (known := [v for v in values if v])

@@ -64,7 +64,7 @@ class CheckpointNumbers:
 
 def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: Sequence[Row]) -> CheckpointNumbers:
     """Compute every number of one checkpoint, with the results of `measure_run` and `measure_transfer`."""
-    first = checkpoint.matches[0] if checkpoint.matches else None
+    first = checkpoint.main
     settings, measured = checkpoint.runs[0].settings, measured or {}
     spectrum = geometry.spectrum_numbers(checkpoint.of("spectrum"))
     return CheckpointNumbers(
@@ -75,7 +75,7 @@ def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: S
         pixels=measured.get("pixels") or (spectrum.pixels if spectrum else None),
         runs=tuple(_run_line(run) for run in checkpoint.runs),
         match=_match(first, measured) if first else None,
-        budgets=tuple(_budget(run, checkpoint.matches[0], measured) for run in checkpoint.matches),
+        budgets=tuple(_budget(run, first, measured) for run in checkpoint.matches if first),
         heads=_heads(first) if first else None,
         survival=_survival(measured.get("pairs", ())) or None,
         transfer=tuple(_transfer(one) for one in transfer if one["pairs"]),
@@ -107,12 +107,18 @@ def _run_line(run: Run) -> Row:
 
 @dataclass(frozen=True)
 class MatchRun:
-    """Medians over the pairs of one match run, and its settings."""
+    """Medians over the pairs of one match run, and its settings.
+
+    `matched` is the share of PNG matches within 1 % of the distance of unrelated photos, `cut_short` the number of
+    pairs whose evaluations ran out.
+    """
 
     run: str
     listed: int
     rows: int
     pairs: int
+    sources: int
+    cut_short: int
     solver: str
     radius: float | None
     norm: str
@@ -126,6 +132,7 @@ class MatchRun:
     ssim: Estimate | None
     l2: Estimate | None
     converged: Share | None
+    matched: Share | None
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,6 @@ class MatchNumbers(MatchRun):
     ssim_match_target: Estimate | None
     measured_pairs: int
     unrelated: Spread | None
-    matched: Share | None
 
 
 @dataclass(frozen=True)
@@ -169,11 +175,9 @@ class BudgetNumbers(MatchRun):
 def _match(run: Run, measured: Row) -> MatchNumbers:
     pairs = measured.get("pairs", ())
     errors = {"float": column(run.good, "embedding_error"), "8bit": column(run.good, "embedding_error_8bit")}
-    unrelated, matched = _unrelated(run, measured), None
-    if unrelated and unrelated.median:
-        matched = _at_most(errors["8bit"], MATCHED * unrelated.median)
+    unrelated = _unrelated(run, measured)
     return _match_run(
-        MatchNumbers, run, pairs, unrelated=unrelated, matched=matched, measured_pairs=len(pairs),
+        MatchNumbers, run, pairs, unrelated=unrelated, matched=_matched(run, unrelated), measured_pairs=len(pairs),
         within={kind: {f"{t:g}": _at_most(own, t) for t in THRESHOLDS} for kind, own in errors.items()},
         photos=len({row[key] for row in run.good for key in ("source_id", "target_id")}),
     )  # fmt: skip
@@ -183,9 +187,16 @@ def _budget(run: Run, first: Run, measured: Row) -> BudgetNumbers:
     same = all(run.settings[key] == first.settings[key] for key in ("data_id", "data_revision"))
     unrelated = (_unrelated(first, measured) if same else None) or _unrelated(run, {})
     return _match_run(
-        BudgetNumbers, run, unrelated=unrelated.median if unrelated else None, flipped=_heads(run).flipped,
+        BudgetNumbers, run, unrelated=unrelated.median if unrelated else None, matched=_matched(run, unrelated),
+        flipped=_heads(run).flipped,
         nearer=share(_less(row["cosine_to_source"], row["cosine_to_target"]) for row in run.good),
     )  # fmt: skip
+
+
+def _matched(run: Run, unrelated: Spread | None) -> Share | None:
+    if unrelated is None or not unrelated.median:
+        return None
+    return _at_most(column(run.good, "embedding_error_8bit"), MATCHED * unrelated.median)
 
 
 def _match_run(record: Any, run: Run, measured: Rows = (), **given: Any) -> Any:
@@ -193,7 +204,8 @@ def _match_run(record: Any, run: Run, measured: Rows = (), **given: Any) -> Any:
     psnr = (IDENTICAL_DB if row["psnr_db"] is None and row["l2"] == 0 else row["psnr_db"] for row in run.good)
     return fill(
         record, (*run.good, *measured), run.settings, run=run.name, listed=run.listed, rows=len(run.rows),
-        pairs=len(run.good), psnr_db=estimate(psnr),
+        pairs=len(run.good), sources=len({row["source_id"] for row in run.good}), psnr_db=estimate(psnr),
+        cut_short=sum(row["status"] == Status.MAX_EVALS for row in run.rows),
         converged=share(row["status"] == Status.CONVERGED for row in run.rows), **given,
     )  # fmt: skip
 
@@ -242,30 +254,36 @@ def _heads(run: Run) -> HeadNumbers:
 
 @dataclass(frozen=True)
 class SurvivalNumbers:
-    """The match after one transform, and the target after the same transform (`control`)."""
+    """The match after one transform, and the target after the same transform (`control`).
+
+    `taken` is the share that is still nearer to the target than to its source, of the matches that were before.
+    """
 
     error: Estimate | None
     control: Estimate | None
     to_source: Estimate | None
     label: Share | None
     control_label: Share | None
+    taken: Share | None
 
 
 def _survival(pairs: Rows) -> dict[str, SurvivalNumbers]:
     found: dict[str, list[Row]] = {}
     for pair in pairs:
+        before = _less(pair["error"], pair["moved"])
         for name, row in pair["survival"].items():
-            found.setdefault(name, []).append(row)
-    labels = ("label", "control_label")
+            taken = _less(row["error"], row["to_source"]) if before else None
+            found.setdefault(name, []).append(row | {"taken": taken})
+    shares = ("label", "control_label", "taken")
     return {
-        name: fill(SurvivalNumbers, rows, {key: share(column(rows, key)) for key in labels})
+        name: fill(SurvivalNumbers, rows, {key: share(column(rows, key)) for key in shares})
         for name, rows in found.items()
     }
 
 
 @dataclass(frozen=True)
 class TransferNumbers:
-    """The matches seen by another model."""
+    """The matches seen by another model; `taken` is the share nearer to the target than to the source, by cosine."""
 
     model: str
     revision: str
@@ -278,6 +296,7 @@ class TransferNumbers:
     cosine_to_source: Estimate | None
     cosine_source_target: Estimate | None
     nearer: Share | None
+    taken: Share | None
     flipped: Share | None
     kept: Share | None
     unrelated: Spread | None
@@ -288,6 +307,7 @@ def _transfer(one: Row) -> TransferNumbers:
     return fill(
         TransferNumbers, one["pairs"], one, unrelated=_distribution(one["unrelated"]),
         nearer=share(_less(pair["error"], pair["distance"]) for pair in one["pairs"]),
+        taken=share(_less(pair["cosine_to_source"], pair["cosine_to_target"]) for pair in one["pairs"]),
         flipped=share(match == target for _, match, target in named),
         kept=share(match == source for source, match, _ in named),
     )  # fmt: skip

@@ -1,8 +1,11 @@
-"""`make_report`: one page that answers the paper's claims for one or several checkpoints, from their runs."""
+"""`make_report`: one page that says whether checkpoints are exposed, and how that was measured, from their runs."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +14,7 @@ from pathlib import Path
 from hf_equiv.analyses.figures import difference_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
-from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.encoder import Encoder, is_local
 from hf_equiv.report import claims, collect, render
 from hf_equiv.report.collect import Checkpoint, Place, Run
 from hf_equiv.report.figures import draw_figures
@@ -23,7 +26,8 @@ from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 Tell = Callable[[str, int, int], None]
 
-SHOWN = 4  # matches shown as pictures
+SHOWN = 12  # matches shown as pictures
+SECOND = "facebook/deit-tiny-patch16-224"  # the encoder proposed for a second opinion on the built-in one
 WITHHELD = "the photos are withheld from this data set"
 
 
@@ -58,8 +62,9 @@ class Report:
 
     @property
     def numbers(self) -> Row:
-        """Every number of the page as plain data (`models`, with intervals and n), and `problems`."""
-        return {"models": [model.to_json() for model in self.models], "problems": list(self.problems)}
+        """Every number of the page as plain data (`models`, with intervals, n and the answer), and `problems`."""
+        models = [model.to_json() | {"answer": claims.answer(model)} for model in self.models]
+        return {"models": models, "problems": list(self.problems)}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the page, the Markdown beside it, and the pictures into their folder.
@@ -85,6 +90,7 @@ class Asked:
     """Hold the options of a report. A string in `others` is the reason why that model could not be loaded."""
 
     place: Place
+    names: Sequence[str]  # of the paths, in the report
     models: Sequence[str]
     others: Mapping[str, Encoder | str]
     survival: bool
@@ -109,9 +115,9 @@ def make_report(
     """Report what the runs of one or several checkpoints say about the paper's claims, with intervals and controls.
 
     Runs are grouped by model, revision, readout and dtype. Numbers come from the rows; controls, survival, transfer,
-    retrieval and the kNN probe are measured anew with the recorded model, on the match run without a ball (or with the
-    largest one). If a model cannot be loaded, these parts say so. Rows whose files differ from the `run.json` of a
-    finished run are left out; the page says how many.
+    retrieval and the kNN probe are measured anew with the recorded model, on the match run of most pairs (of equal
+    ones that without a ball, or with the largest). If a model cannot be loaded, these parts say so. Rows whose files
+    differ from the `run.json` of a finished run are left out; the page says how many.
 
     Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo.
 
@@ -139,13 +145,14 @@ def make_report(
         >>> report.write("report.html")  # doctest: +SKIP
     """
     place = Place(device, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
-    runs = _runs(_several(paths), place)
+    places = [collect.locate(path, place) for path in _several(paths)]
+    runs, names = _runs(places), [collect.address_of(name, folder) for name, folder in places]
     labelled = None if label_data is None else _labelled(label_data, place)
     others: dict[str, Encoder | str] = {name: collect.load_other(name, place) for name in dict.fromkeys(transfer)}
     folder = f"{'report' if out is None else Path(out).stem}_files"
     cache = None if out is None else Path(out).parent / folder
     tell = observer or (lambda what, done, total: None)
-    return _report(runs, Asked(place, _several(model), others, survival, labelled, cache, tell), folder)
+    return _report(runs, Asked(place, names, _several(model), others, survival, labelled, cache, tell), folder)
 
 
 def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
@@ -157,9 +164,10 @@ def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
     problems += [other for other in asked.others.values() if isinstance(other, str)]
     problems += [f"{page['numbers'].title}: {page['reason']}" for page in pages if page["reason"] not in ("", WITHHELD)]
     whole = {
-        "title": f"Images that share an embedding: {', '.join(checkpoint.title for checkpoint in checkpoints)}",
+        "title": f"{'Is' if len(pages) == 1 else 'Are'} {_listed([one.title for one in checkpoints])} exposed?",
         "say": say, "models": pages, "several": len(pages) > 1, "same": _alike(checkpoints), "labelled": asked.labelled,
         "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": render.ALIKE_DB,
+        "unseen_db": render.UNSEEN_DB,
     }  # fmt: skip
     return Report(
         html=render.to_html(whole),
@@ -175,10 +183,14 @@ def _several(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -
     return tuple(os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given))
 
 
-def _runs(paths: Sequence[str], place: Place) -> tuple[Run, ...]:
-    if not paths:
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _runs(places: Sequence[tuple[str, Path]]) -> tuple[Run, ...]:
+    if not places:
         raise ValueError("`paths` must name a run directory. Make one with hf-equiv match MODEL.")
-    runs = collect.find_runs([collect.locate(path, place) for path in paths])
+    runs = collect.find_runs(places)
     if any(run.changed for run in runs) and not any(run.rows for run in runs):
         raise ValueError(
             f"`paths` must hold rows that are as recorded; in {', '.join(run.name for run in runs if run.changed)} no "
@@ -198,9 +210,9 @@ def _labelled(label_data: str | os.PathLike[str], place: Place) -> ImageSet:
 
 def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row], str]:
     """Measure the first match run with its own encoder and with others; the last value is the reason of a failure."""
-    if not checkpoint.matches:
+    run = checkpoint.main
+    if run is None:
         return None, [], ""
-    run = checkpoint.matches[0]
     encoder, reason = collect.load_own(checkpoint, asked.models, asked.place)
     if encoder is None:
         return None, [], reason
@@ -233,7 +245,8 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
         name: Picture(f"{prefix}-{name}.png", png, text(f"alt_{name.split('-')[0]}"))
         for name, png in draw_figures(checkpoint, numbers, measured).items()
     }
-    gallery = _gallery(checkpoint, numbers, prefix) if checkpoint.matches else None
+    gallery = _gallery(checkpoint, numbers, prefix)
+    other = SECOND if numbers.model_id.startswith("builtin") else "builtin"
     shown = [one for shot in gallery["shots"] for one in shot["pictures"].values()] if gallery else []
     versions = sorted({str(row["versions"]) for run in checkpoint.runs for row in run.rows if row["versions"]})
     return {
@@ -242,26 +255,41 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
         "reason": reason,
         "numbers": numbers,
         "near": claims.near_budget(numbers),
+        "answer": claims.answer(numbers),
+        "budget": claims.exposure(numbers).budget,
+        "again": partial(collect.again, checkpoint),
+        "report_again": partial(_report_again, checkpoint, asked),
+        "second": _report_again(checkpoint, asked, "--transfer", other),
         "runs": checkpoint.runs,
-        "match_attempted": any(run.rows for run in checkpoint.of("match")),
         "claims": claims.claims(numbers),
         **{part: claims.say(part, numbers) for part in claims.FINDINGS},
-        "first": checkpoint.matches[0] if checkpoint.matches else None,
+        "first": checkpoint.main,
         "gallery": gallery,
         "figures": figures,
         "pictures": [*figures.values(), *shown],
-        "commands": [run.record["command"] for run in checkpoint.runs if run.record.get("command")],
+        "commands": collect.commands_of(checkpoint.runs),
         "versions": "; ".join(versions).replace('"', "").strip("{}"),
     }
 
 
-def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) -> Row:
-    """Show the first matches at the smallest budget that is enough, else of the first run."""
-    near = claims.near_budget(numbers)
-    run = next((one for one in checkpoint.matches if near and one.name == near.run), checkpoint.matches[0])
-    ids = [row["pair_id"] for row in run.good][:SHOWN]
+def _report_again(checkpoint: Checkpoint, asked: Asked, *options: str) -> str:
+    """Return the command of this report with more options."""
+    model = collect.model_of(settings) if is_local(settings := checkpoint.runs[0].settings) else ""
+    local = ["--model", model] if model.startswith("PATH/") else []  # other paths are remembered
+    return shlex.join(["hf-equiv", "report", *asked.names, *local, *options])
+
+
+def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) -> Row | None:
+    """Show matches of the run behind the answer: one that is near its target, then the others in their order."""
+    budget = claims.exposure(numbers).budget
+    if budget is None:
+        return None
+    run, limit = next(one for one in checkpoint.matches if one.name == budget.run), MATCHED * (budget.unrelated or 0.0)
+    near = (row["pair_id"] for row in run.good if (row["embedding_error_8bit"] or math.inf) <= limit)
+    ids = list(dict.fromkeys([*itertools.islice(near, 1), *(row["pair_id"] for row in run.good)]))
     shots: list[Row] = []
-    for row, _ in collect.read_pictures(run, ids):
+    rows = [row for row, _ in collect.read_pictures(run, ids[:SHOWN])]
+    for row in sorted(rows, key=lambda row: ids.index(row["pair_id"])):
         if None not in (row[name] for name in IMAGE_COLUMNS):
             difference, gain = difference_png(row["source"], row["match"])
             files = {"source": row["source"], "match": row["match"], "difference": difference, "target": row["target"]}
@@ -270,11 +298,12 @@ def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) ->
                 name: Picture(f"{place}-{name}.png", png, f"{name} of {row['pair_id']}") for name, png in files.items()
             }
             shots.append({"row": row, "gain": gain, "pictures": pictures})
-    return {"run": run, "shots": shots}
+    told = claims.texts(numbers)("pictured", shots[0]["row"]) if shots else ""
+    return {"run": run, "shots": shots, "left_out": len(ids) - len(shots), "told": told}
 
 
 def _alike(checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether the checkpoints were measured on the same pairs with the same budget."""
     settings = ("data_revision", "seed", "radius", "norm", "solver", "max_evals", "rtol", "refine")
-    firsts = [checkpoint.matches[0] for checkpoint in checkpoints if checkpoint.matches]
+    firsts = [checkpoint.main for checkpoint in checkpoints if checkpoint.main]
     return len({(len(run.good), *(run.settings.get(key) for key in settings)) for run in firsts}) <= 1

@@ -19,6 +19,7 @@ from hf_equiv.formatting import ball, many, printable, short, text_templates
 from hf_equiv.report.statistics import LEVEL, Estimate, Share
 
 ALIKE_DB = 30.0  # least PSNR at which a match looks like its source: differences show only on a close look
+UNSEEN_DB = 36.0  # least PSNR of a change that is invisible at a glance: as much as JPEG 85 does to a 224 px photo
 
 
 def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit: str = "") -> str:
@@ -114,7 +115,7 @@ def _environment(kind: str) -> Environment:
         "flat": lambda text: Markup(" ".join(text.split())),
         "data": lambda png: Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii")),
         "raw": Markup, "value": lambda estimate: estimate.value if estimate else None, "headings": _headings,
-        "stem": lambda name: str(name).split(",")[0],
+        "after": lambda text, start: str(text).removeprefix(start), "stem": lambda name: str(name).split(",")[0],
     }  # fmt: skip
     return environment
 

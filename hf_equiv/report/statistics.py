@@ -34,6 +34,12 @@ class Estimate:
         """Return whether this interval ends before the other one begins."""
         return self.high is not None and other.low is not None and self.high < other.low
 
+    def side_of(self, limit: float) -> int:
+        """Return 1 if the interval lies above a limit, -1 if it lies below, and 0 if it includes it or is unknown."""
+        if self.low is None or self.high is None:
+            return 0
+        return (self.low > limit) - (self.high < limit)
+
 
 @dataclass(frozen=True)
 class Share(Estimate):

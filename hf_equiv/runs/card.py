@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_equiv.formatting import form, printable, text_templates
+from hf_equiv.formatting import form, fraction, printable, text_templates
 from hf_equiv.runs.schema import MATCH, Layout
 
 _OPTIONS = "solver k directions radii regional linearity heading step num_steps rtol radius norm max_evals stop".split()
@@ -21,6 +21,11 @@ def escape(value: Any) -> Any:
         return value
     text = printable(value).lstrip().translate(_ESCAPES).replace("](", "]&#40;")
     return _BLOCK.sub(r"\1\\", text.replace("://", ":&#47;/").replace("www.", "www&#46;"))
+
+
+def code(text: str) -> str:
+    """Return a line of a code block, which ends neither the block nor the generated part."""
+    return printable(text).replace("```", "`` `").replace("<!--", "<!- -")
 
 
 _TEMPLATES = text_templates(autoescape=False, finalize=escape)  # escapes every value but the result of `tojson`
@@ -44,6 +49,7 @@ def run_card(
         numbers=match_numbers(summary) if layout is MATCH else [],
         options=_options(settings),
         command=command,
+        code=code,
     )
 
 
@@ -79,4 +85,4 @@ def _option(value: Any) -> str:
         return " ".join(f"{k}:{n}" for k, n in value.items())
     if isinstance(value, list):
         return f"{value[0]:g} to {value[-1]:g} ({len(value)})"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return fraction(value, ".6g") if isinstance(value, float) else str(value)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_equiv.formatting import cut
+from hf_equiv.formatting import cut, fraction
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.directory import CARD, OWN_FOLDERS, RECORD, analysis_of, read_record
 from hf_equiv.runs.schema import MATCH, Layout, Row
@@ -90,6 +90,8 @@ def refuse_other_settings(folder: Path, plan: Any, *, mendable: bool) -> None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return fraction(value)
     return cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 60)
 
 

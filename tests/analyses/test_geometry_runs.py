@@ -724,7 +724,7 @@ def test_a_spectrum_of_an_earlier_version_keeps_its_rule_of_the_rank():
     (table,) = (folder / "spectra").glob("*.parquet")
     row = next(row for row in pq.read_table(table).to_pylist() if row["image_id"] == "coffee")
     settings = json.loads((folder / "run.json").read_text())["settings"]
-    encoder = Encoder.from_pretrained("builtin", device="cpu")
+    encoder = Encoder.from_pretrained("builtin-64", device="cpu")
     (made,) = spectrum.remake(encoder, settings, [row | {"image": open_png(encoder, row["image"]["bytes"])}], {})
     limits = spectrum.tolerances(made, settings)
     for column in ("singular_values", "error_bound", "rank_threshold", "rank", "nullity", "structural_zeros"):

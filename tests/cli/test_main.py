@@ -5,18 +5,22 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
 from fakes import TinyEncoder, draw_photo, save_photos
 
+from hf_equiv.analyses import figures, run
 from hf_equiv.cli import environment, progress
 from hf_equiv.cli.options import flag_note
+from hf_equiv.report import collect
 from hf_equiv.runs import shards
 from hf_equiv.runs.execute import RunProgress
 from hf_equiv.verify import directory
 
 main = importlib.import_module("hf_equiv.cli.main")  # `hf_equiv.cli.main` is the function
+audit = importlib.import_module("hf_equiv.cli.audit")
 
 
 @pytest.fixture
@@ -220,17 +224,30 @@ def test_a_local_checkpoint_is_recorded_by_name_and_found_again(tmp_path, monkey
 
     model = save("vit_head", tmp_path / "a-private-place" / "my-model")
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call(capsys, "match", model, "--max-evals", "3", "--out", "run", "--json")
+    data = save_photos(tmp_path / "another-private-place" / "photos", 2)
+    given = "--data", data, "--pairs", "1", "--radius", "8/255", "--max-evals", "3"
+    code, out, _ = call(capsys, "match", model, *given, "--out", "run", "--json")
     assert code == 1
     assert json.loads(out)["model"] == json.loads(out)["rows"][0]["model_id"] == "my-model"
-    assert "a-private-place" not in out
+    assert "private-place" not in out
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(written) >= 5
-    assert not any(b"a-private-place" in data for data in written)
+    assert not any(b"private-place" in data for data in written)
+    assert call(capsys, "verify", "run")[0] == 0  # its path is remembered on this machine
+    report = call(capsys, "report", "run", "--no-survival")
+    assert report[0] == 0
+    made = (tmp_path / "reports" / "my-model.md").read_text().split("hf-equiv match a-private-place/my-model ")[1]
+    assert made.split("\n")[0].endswith(" --data another-private-place/photos --pairs 1 --radius 8/255 --max-evals 3")
+    moved = Path(model).rename(tmp_path / "elsewhere")
     code, _, err = call(capsys, "verify", "run")
     assert code == 2
     assert "this run used the local checkpoint 'my-model'" in err
-    assert call(capsys, "verify", "run", "--model", model)[0] == 0
+    assert f"is no longer at '{model}'. Name it with --model PATH." in err
+    save("vit_msn", Path(model))
+    code, _, err = call(capsys, "verify", "run")
+    assert code == 2
+    assert "has changed since the run" in err
+    assert call(capsys, "verify", "run", "--model", moved)[0] == 0
     other = save("vit_msn", tmp_path / "other" / "my-model")
     code, out, _ = call(capsys, "verify", "run", "--model", other)
     assert code == 1
@@ -426,3 +443,58 @@ def test_built_in_model_from_an_empty_folder(tmp_path):
     told = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert told.returncode == 1, told.stderr
     assert json.loads(told.stdout)["rows"][0]["pair_id"] == "cat->coffee"
+
+
+def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
+    monkeypatch.setattr(collect, "load_recorded", lambda *_: TinyEncoder())
+    monkeypatch.setattr(audit, "_PHOTOS", 1)
+    monkeypatch.setattr(audit, "_LEVELS", (8,))
+    for name, drawn in {"pairs": None, "spectrum": {}, "lipschitz": {}}.items():  # which takes most of the time
+        monkeypatch.setattr(figures, f"{name}_figure{'' if drawn is None else 's'}", lambda *_, drawn=drawn: drawn)
+    monkeypatch.setattr(figures, "png_of", lambda _: b"drawn")
+    save_photos(place / "photos")
+    words = ["audit", "builtin", "--data", "photos", "--pairs", "2", "--out", "here"]
+    code, out, err = call(capsys, *words, "--dry-run")
+    assert (code, err) == (0, "")
+    assert re.search(r"match-8 +match within 8/255, 2 pairs, about \d+ (s|min)\n", out)
+    assert re.search(r"in all +about \d+ (s|min)\n +time +[\d,]+ evaluations \(a rough count\) of \S+ ms, timed", out)
+    told = json.loads(call(capsys, *words, "--dry-run", "--json")[1])
+    assert told["dry_run"]["evaluations"].keys() == told["dry_run"]["parts"].keys() | {"report"}
+    assert not (place / "here").exists()
+
+    carry_out, started = run.run_analysis, []
+
+    def stop_at_third(plan, folder, **how):
+        started.append(folder)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return carry_out(plan, folder, **how)
+
+    monkeypatch.setattr(run, "run_analysis", stop_at_third)
+    report, made = audit._report, []
+    monkeypatch.setattr(audit, "_report", lambda *given: (made or made.append(report(*given)) or made)[0])  # once
+    code, _, err = call(capsys, *words)
+    assert code == 130
+    assert "part 2 of 5: match within 8/255, 2 pairs\n" in err
+    assert f"The same command goes on: hf-equiv {' '.join(words)}\n" in err
+    code, out, err = call(capsys, *words)
+    assert code == 0
+    assert "part 2 of 5: match within 8/255, 2 pairs, 0 to do\n" in err
+    assert out.split("\n\n")[0].count("\n") == 0  # the answer
+    assert "report:    here/report.html\nruns:      here/match\n           here/match-8\n" in out
+    assert "--radius 8/255\n" in (place / "here" / "report.md").read_text()
+    assert call(capsys, "verify", "here/match-8")[0] == 0
+    code, again, err = call(capsys, *words, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(again)["answer"] == out.split("\n")[0]
+    assert [one["out"] for one in json.loads(again)["runs"]][-2:] == ["here/spectrum", "here/lipschitz"]
+    code, _, err = call(capsys, *words[:-1], "here/match")
+    assert code == 2
+    assert "`out` must be a folder of runs; 'here/match' is a run directory." in err
+
+
+@pytest.mark.parametrize("verb", ["audit", "match", "spectrum", "lipschitz", "walk"])
+def test_only_builtin_has_photos_by_default(verb, capsys):
+    code, out, err = call(capsys, verb, "a/b")
+    assert (code, out) == (2, "")
+    assert "`data` must name photos for a checkpoint other than builtin; got none for 'a/b'. Add --data W" in err

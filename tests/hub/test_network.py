@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from huggingface_hub import HfFileSystem, constants, errors
 from loopback_hub import PAGE
 from tiny_models import save
 
+from hf_equiv.hub import repository
 from hf_equiv.hub.load import download_results, load_results
 from hf_equiv.hub.publish import publish_results
 from hf_equiv.models.checkpoint import HubFiles, find_checkpoint
@@ -115,7 +117,7 @@ def test_a_checkpoint_behind_a_login_page(path, hub, tmp_path, capsys):
     hub.add("models", "bob/vit", save("vit_head", tmp_path / "model"))
     for method in ("GET", "HEAD"):
         hub.fail(method, path, 200, times=1000, page=PAGE)
-    code, _, err = call(capsys, "match", "bob/vit", "--dry-run")
+    code, _, err = call(capsys, "match", "bob/vit", "--data", "builtin", "--dry-run")
     assert code == 2
     assert "answered with a web page" in err
     assert err.count("\n") == 1
@@ -160,15 +162,28 @@ def test_rows_that_arrived_damaged_are_fetched_again(hub, runs):
     assert len(load_results(NAME)) == 2
 
 
-def test_a_dry_run_without_a_network_ends_soon(hub, runs, capsys, waits):
+def test_dry_runs_need_no_network(hub, runs, capsys, waits, monkeypatch):
     publish_results(runs["seed"], NAME)
     for method in ("GET", "POST", "HEAD"):
         hub.fail(method, "/", 0, times=1000)
-    code, _, err = call(capsys, "publish", runs["match"], NAME, "--dry-run")
-    assert code == 2
-    assert "could not be looked at" in err
-    assert "nothing was written" in err
-    assert sum(waits) <= 2
+    for words in (
+        ("publish", runs["match"], NAME),
+        ("space", "deploy", NAME, "--dataset", "alice/a", "--model", "a/b"),
+    ):
+        code, out, err = call(capsys, *words, "--dry-run")
+        assert code == 0, err
+        assert "Hub not checked: " in out
+        assert "could not be looked at" in out
+        assert "nothing was written" in out
+    assert "matches/part-00000.parquet" in call(capsys, "publish", runs["match"], NAME, "--dry-run")[1]
+    hub.faults.clear()
+    hub.hold("GET", "/api/datasets/")  # takes the request and says nothing
+    monkeypatch.setattr(repository, "_PATIENCE", 0.2)
+    code, out, _ = call(capsys, "publish", runs["match"], NAME, "--dry-run", "--json")
+    assert code == 0
+    assert "cannot be reached" in json.loads(out)["unchecked"]
+    assert json.loads(out)["photos"]
+    assert waits == []
 
 
 @pytest.mark.parametrize("what", [("env", "bob/vit"), ("verify", NAME), ("match", "builtin", "--data", "bob/photos")])

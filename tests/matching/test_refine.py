@@ -524,7 +524,7 @@ def test_l2_rounding_stays_in_the_ball_near_the_image():
 
 
 def test_builtin_cat_as_coffee():
-    encoder = Encoder.from_pretrained("builtin")
+    encoder = Encoder.from_pretrained("builtin-64")
     photos = load_images("builtin")
     source, target = (encoder.preprocess(photos[i].image) for i in (0, 1))
     match = match_embedding(encoder, source, target, rtol=1e-4)

@@ -56,7 +56,7 @@ def test_rows_do_not_depend_on_the_batch(photos, tmp_path):
 
 
 def test_a_copy_of_an_encoder_in_bfloat16(photos):
-    encoder = Encoder.from_pretrained("builtin", device="cpu")
+    encoder = Encoder.from_pretrained("builtin-64", device="cpu")
     pixels = encoder.preprocess([item.image for item in _builtin()])
     half = encoder.in_dtype(torch.bfloat16)
     z, low = encoder(pixels), half(pixels)
@@ -118,7 +118,7 @@ def test_a_compiled_match_is_ended_and_stated_by_the_plain_encoder(photos, tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_torch_compile(tmp_path):
-    encoder = Encoder.from_pretrained("builtin", device="cpu")
+    encoder = Encoder.from_pretrained("builtin-64", device="cpu")
     drafts = MatchConfig(compile=True).drafts(encoder)
     pixels = encoder.preprocess([item.image for item in _builtin()])
     assert torch.allclose(drafts[0].f(pixels), encoder(pixels), rtol=1e-4, atol=1e-4)

@@ -23,11 +23,12 @@ from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import ball, short
 from hf_equiv.geometry import spectrum
 from hf_equiv.report import collect, measure, page, render
-from hf_equiv.report.claims import NO, NO_FEW, OPEN, PARTLY, UNDECIDED, YES, claims, near_budget, say
+from hf_equiv.report.claims import NO, NO_FEW, OPEN, PARTLY, UNDECIDED, YES, answer, claims, near_budget, say
 from hf_equiv.report.collect import default_out, find_runs, group_runs
 from hf_equiv.report.numbers import CheckpointNumbers
 from hf_equiv.report.page import Report, make_report
 from hf_equiv.report.statistics import Estimate, Share
+from hf_equiv.report.statistics import share as share_of
 from hf_equiv.runs import directory, schema, shards
 
 OPTIONS = {
@@ -109,7 +110,11 @@ def words_of(report: Report) -> str:
 def test_everything_is_there(runs, drawn, tmp_path):
     report = make_report([runs])
     text, page = words_of(report), checked(report.html)
-    assert page.tags.count("img") == len(report.pictures) == 16 + 8
+    assert page.tags.count("img") == len(report.pictures) + 2 == 5 * 4 + 8 + 2  # two pictures are also at the top
+    assert "All 5 pairs are shown" in text
+    parts = ["Is builtin exposed?", "Exposed: all 5", "What it means for you", "Matching:", "The paper's claims"]
+    for format_ in (text, report.markdown.replace("\\", "")):
+        assert sorted(parts, key=format_.index) == parts
     for table in tables_of(report.markdown):
         assert len({len(row) for row in table}) == 1, table
     for name in report.pictures:
@@ -135,7 +140,7 @@ def test_everything_is_there(runs, drawn, tmp_path):
     make_report([runs / "free"], survival=False).write(tmp_path / "report.html")
     assert len(list((tmp_path / "report_files").iterdir())) < len(report.pictures)
     assert json.loads(json.dumps(report.numbers, allow_nan=False)) == report.numbers
-    assert len(say("summary", report.models[0])) == 5
+    assert len(say("summary", report.models[0])) == 4
     assert len(claims(report.models[0])) == 7
     assert not any("prove" in line.lower() for line in (report.html, report.markdown))
 
@@ -234,7 +239,7 @@ def test_data_ids_cannot_run(runs):
     )
     page = make_report([runs])
     assert words_of(page).count("alert(1)") > 10
-    lines = [line for line in page.markdown.splitlines() if not line.startswith("    ")]  # those are code
+    lines = [re.sub("`[^`]*`", "", line) for line in page.markdown.splitlines() if line[:4] != "    "]  # without code
     assert not [line for line in lines if "<" in line.replace("\\<", "")]
     for table in tables_of(page.markdown):
         assert len({len(row) for row in table}) == 1, table
@@ -323,10 +328,12 @@ def test_without_a_head_the_probe_stands_in(runs, tmp_path, monkeypatch):
 
 def test_only_geometry_or_only_a_match(runs, drawn):
     text = words_of(make_report([runs / "spectrum"]))
-    assert "hf-equiv match MODEL" in text
+    assert "Not measured: no photos were matched." in text
+    assert "To measure it: hf-equiv match builtin --readout cls --data " in text
     text = words_of(make_report([runs / "free"], survival=False))
-    for told in ("hf-equiv spectrum MODEL", "hf-equiv lipschitz MODEL", "hf-equiv walk MODEL", "--no-survival",
-                 "--transfer MODEL2"):  # fmt: skip
+    for told in ("hf-equiv spectrum builtin", "hf-equiv lipschitz builtin", "hf-equiv walk builtin", "--no-survival",
+                 "hf-equiv report runs/free --transfer ", "What helps? It was not measured whether JPEG",
+                 "To measure what helps: hf-equiv report runs/free"):  # fmt: skip
         assert told in text
 
 
@@ -339,10 +346,10 @@ def test_a_spectrum_of_the_largest_values_has_no_rank(tmp_path, monkeypatch):
     assert "rank []" not in report.html + report.markdown
     assert re.search(r"Singular values of the Jacobian, largest [\d.]+\.\"", report.html)
     text = words_of(report)
-    assert "Not measured: rank and nullity. To add it: hf-equiv spectrum MODEL without --k" in text
+    assert "Not measured: rank and nullity. To add it: hf-equiv spectrum builtin --readout cls --data builtin" in text
     (null,) = (claim for claim in claims(report.models[0]) if claim.claim.startswith("Null space"))
     assert (null.measured, null.verdict) == (
-        "the spectrum has no rank; run hf-equiv spectrum without --k to add it", OPEN,
+        "the spectrum has no rank: only its largest values were computed", OPEN,
     )  # fmt: skip
     assert null.measured in text
 
@@ -438,7 +445,7 @@ def test_a_run_with_no_row_as_recorded_is_left_out(runs):
     text = words_of(report)
     assert "The run is left out of every number: none of its 5 pairs is as recorded" in text
     assert "none of its 2 images is as recorded" in text
-    assert "hf-equiv spectrum MODEL" in text  # as for a verb that was not run
+    assert "hf-equiv spectrum builtin" in text  # as for a verb that was not run
 
 
 # --- several checkpoints ---
@@ -522,22 +529,35 @@ def numbers_of(runs: Path) -> CheckpointNumbers:
     return make_report([runs]).models[0]
 
 
+def shares(hits: int, n: int) -> Share:
+    return share_of([k < hits for k in range(n)])
+
+
 def test_verdicts_follow_their_rules(runs):
     model = numbers_of(runs)
 
     def verdict(start: str, **changes) -> str:
         return next(c.verdict for c in claims(replace(model, **changes)) if c.claim.startswith(start))
 
-    good, few, none = (
-        Share(hits / n, low, 1.0, n, hits) for hits, n, low in ((50, 50, 0.93), (5, 5, 0.57), (2, 50, 0.01))
-    )
+    good, few, none = (shares(hits, n) for hits, n in ((50, 50), (5, 5), (2, 50)))
     for share, expected in ((good, YES), (few, PARTLY), (none, NO)):
         assert verdict("Matching", match=replace(model.match, matched=share)) == expected
         assert verdict("Downstream", heads=replace(model.heads, flipped=share), probe=None) == expected
     assert verdict("Matching", match=None) == OPEN
-    assert verdict("Equivalence", match=replace(model.match, psnr_match_target=Estimate(30.0, 29.0, 31.0, 50))) == NO
-    assert verdict("Equivalence", match=replace(model.match, psnr_match_target=Estimate(30.0, 29.0, 31.0, 9))) == NO_FEW
-    assert verdict("Matching", match=replace(model.match, matched=Share(0.0, 0.0, 0.66, 2, 0))) == NO_FEW
+    for apart, expected in (
+        (Estimate(32.0, 31.0, 33.0, 50), NO),
+        (Estimate(32.0, 31.0, 33.0, 9), NO_FEW),
+        (Estimate(30.0, 29.0, 31.0, 50), UNDECIDED),
+    ):
+        assert verdict("Equivalence", match=replace(model.match, psnr_match_target=apart)) == expected
+    for share, expected in (
+        (Share(0.0, 0.0, 0.39, 6, 0), NO_FEW),
+        (Share(0.0, 0.0, 0.66, 2, 0), UNDECIDED),
+        (Share(0.42, 0.19, 0.68, 12, 5), UNDECIDED),
+        (Share(0.58, 0.32, 0.81, 12, 7), UNDECIDED),
+        (Share(1.0, None, None, 1, 1), UNDECIDED),
+    ):
+        assert verdict("Matching", match=replace(model.match, matched=share)) == expected
     assert verdict("Null", spectrum=replace(model.spectrum, full=2, nullity=0)) == NO_FEW
     near, far = Estimate(0.5, 0.4, 0.6, 20), Estimate(5.0, 4.0, 6.0, 20)
     close, lone = Estimate(0.2, 0.1, 0.3, 20), Estimate(0.1, None, None, 1)
@@ -547,11 +567,11 @@ def test_verdicts_follow_their_rules(runs):
     for geometry, distance, expected in (
         (many, far, NO),
         (bent, far, NO_FEW),  # four photos
-        (bent, replace(far, low=0.55), PARTLY),
-        (bent, near, PARTLY),
+        (many, replace(far, low=0.55), UNDECIDED),
+        (many, near, UNDECIDED),
         (many, close, YES),
         (bent, close, PARTLY),  # four photos
-        (many, lone, PARTLY),
+        (many, lone, UNDECIDED),
     ):
         assert verdict("Locally", lipschitz=geometry, match=replace(model.match, l2=distance)) == expected
     assert verdict("Locally", lipschitz=None) == OPEN
@@ -560,6 +580,10 @@ def test_verdicts_follow_their_rules(runs):
     assert verdict("Null", spectrum=replace(model.spectrum, full=20, nullity=0)) == NO
     told = say("against", replace(model, lipschitz=bent, match=replace(model.match, l2=far)))
     assert any("no exactly linear region" in text and "beyond it" in text for text in told)
+    wide = replace(model.match, l2=replace(far, low=0.55))
+    told = " ".join(say("against", replace(model, lipschitz=bent, match=wide)))
+    assert "the intervals overlap: it is not decided" in told
+    assert "beyond it" not in told
 
 
 def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
@@ -577,7 +601,6 @@ def test_look_alikes_that_fall_short_of_the_rule_are_told(runs):
     assert "ε = 16/255, PSNR 29.97 dB to the source, short of the 30 dB of the rule: 45 of 50" in short_of.measured
     assert claim(far, replace(near, psnr_db=replace(psnr, value=30.0))).verdict == YES
     assert claim(replace(near, psnr_db=None)).verdict == OPEN
-    assert "29.97 dB" in " ".join(say("summary", replace(model, budgets=(far, near))))
 
 
 def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypatch):
@@ -592,6 +615,8 @@ def test_each_budget_is_set_against_its_own_data(runs, drawn, tmp_path, monkeypa
     assert "The budgets have different photos" in words_of(report)
     assert "ε = 64/255, builtin" in words_of(report)
     wide = replace(wide, embedding_error_8bit=Estimate(0.05, 0.04, 0.06, 5))
+    assert near_budget(replace(model, budgets=(free, replace(wide, unrelated=0.6)))) is None  # it has fewer pairs
+    wide = replace(wide, rows=free.rows)
     for apart, enough in ((0.6, True), (0.4, False)):  # a tenth of the distance in its own data, not in the first run's
         budgets = (free, replace(wide, unrelated=apart))
         assert (near_budget(replace(model, budgets=budgets)) is not None) is enough
@@ -611,14 +636,53 @@ def test_words_for_numbers():
     assert ball(2.0, "l2") == "L2 ε = 2"
 
 
-def test_what_it_means_follows_from_the_verdict(runs):
-    model = numbers_of(runs)
-    good, none = Share(1.0, 0.93, 1.0, 50, 50), Share(0.04, 0.01, 0.13, 50, 2)
-    for share, told in ((good, "no proof of equal content"), (none, "found few matches")):
-        text = " ".join(say("consequences", replace(model, match=replace(model.match, matched=share))))
-        assert told in text
-        assert f"{share.hits} of 50" in text
-    assert "match your own photos first" in " ".join(say("consequences", replace(model, match=None, heads=None)))
+@pytest.mark.parametrize(
+    ("pairs", "psnr", "changes", "told"),
+    [
+        (10, 40.8, {}, "Exposed: all 10 photos, invisibly (40.8 dB), every label follows; JPEG 75 undoes it."),
+        (10, 33.0, {"flipped": shares(7, 9)}, "all 10 photos, barely visibly (33.0 dB), 7 of 9 labels follow; "),
+        (10, 26.6, {"flipped": None}, "Exposed: all 10 photos, visibly (26.6 dB); JPEG 75 undoes it."),
+        (10, 40.8, {"sources": 4}, "Exposed: all 10 pairs of photos, invisibly"),
+        (3, 40.8, {}, "Exposed: all 3 photos tried, invisibly (40.8 dB), every label follows; JPEG 75 undid 3 of 3."),
+        (1, 40.8, {}, "Exposed: the one photo tried, invisibly (40.8 dB), its label follows; JPEG 75 undid 1 of 1."),
+        (10, 40.8, {"radius": 4 / 255}, "invisibly (40.8 dB, no pixel value changed by more than 4/255), every"),
+        (10, 40.8, {"radius": 3.0, "norm": "l2"}, "invisibly (40.8 dB, changed by at most 3 in L2), every"),
+        (10, 40.8, {"matched": shares(4, 10), "nearer": shares(6, 10)}, "Partly exposed: 4 of 10 photos, invisibly"),
+        (10, 40.8, {"matched": None, "nearer": shares(2, 10)}, "Partly exposed: 2 of 10 photos came nearer to another"),
+        (10, 40.8, {"matched": shares(4, 10)}, "Exposed: all 10 photos came nearer to another photo than to their own"),
+        (10, 44.0, {"matched": shares(0, 10)}, "Exposed: all 10 photos came nearer to another photo than to their own"),
+        (12, 44.0, {"matched": shares(0, 12), "nearer": shares(0, 12)},
+         "Not exposed in this test: none of the 12 photos tried could be made to pass for another."),
+        (3, 44.0, {"matched": shares(0, 3), "nearer": shares(0, 3)},
+         "Undecided: none of the 3 photos tried could be made to pass for another, which is too few to tell."),
+        (12, 44.0, {"matched": shares(0, 12), "nearer": shares(0, 12), "cut_short": 2},
+         "Undecided: none of the 12 photos tried could be made to pass for another, but the search ended early."),
+    ],
+)  # fmt: skip
+def test_the_answer(runs, pairs, psnr, changes, told):
+    model, whole = numbers_of(runs), shares(pairs, pairs)
+    found = None if pairs == 1 else psnr - 1
+    usual = {"rows": pairs, "pairs": pairs, "sources": pairs, "matched": whole, "nearer": whole, "flipped": whole,
+             "psnr_db": Estimate(psnr, found, found and psnr + 1, pairs), "cut_short": 0}  # fmt: skip
+    budget = replace(model.budgets[0], **usual | changes)
+    jpeg = replace(model.survival["JPEG 75"], taken=shares(0, pairs))
+    model = replace(model, match=replace(model.match, rows=pairs), budgets=(budget,), survival={"JPEG 75": jpeg})
+    given = answer(model)
+    assert told in given["sentence"]
+    assert given["sentence"].startswith(given["verdict"])
+    assert (given["tone"] in ("bad", "partly")) is ("xposed:" in given["sentence"])
+    smaller = replace(budget, run="other", rows=pairs - 1, matched=shares(0, pairs), nearer=None, psnr_db=None)
+    assert answer(replace(model, budgets=(smaller, budget))) == given
+
+
+def test_a_smaller_run_of_other_photos_overrides_nothing(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_equiv.analyses.figures.pairs_figure", lambda *_: None)
+    before = numbers_of(runs)
+    config = MatchConfig(data="builtin", pairs=1, max_evals=60)  # without a ball, as the larger run
+    run_analysis(make_plan(config, TinyEncoder()), tmp_path / "runs" / "a")
+    after = numbers_of(runs)
+    assert (after.match, after.survival, answer(after)) == (before.match, before.survival, answer(before))
+    assert len(after.budgets) == 3
 
 
 # --- the command ---

@@ -20,14 +20,15 @@ def page(*cells: str, title: str = NASTY) -> dict:
         normalize=False, title=title,
     )  # fmt: skip
     model = {
-        "prefix": "model", "numbers": numbers, "near": None, "runs": (), "summary": cells,
-        "claims": [Claim(cell, cell, cell, PARTLY) for cell in cells], "match_attempted": False, "consequences": cells,
+        "prefix": "model", "numbers": numbers, "near": None, "runs": (), "budget": None, "gallery": None,
+        "answer": {"verdict": NASTY, "tone": "bad", "sentence": NASTY, "exposed": NASTY, "how": NASTY, "helps": NASTY},
+        "claims": [Claim(cell, cell, cell, PARTLY, "partly") for cell in cells], "consequences": cells,
         "against": cells, "limits": cells, "commands": [*cells], "versions": NASTY, "figures": {},
-        "reason": "",
+        "reason": "", "again": lambda *_, **__: NASTY,
     }  # fmt: skip
     return {
         "title": title, "models": [model], "several": False, "same": True, "labelled": None,
-        "resamples": 10_000, "few": 10, "matched": 0.01, "alike_db": 30.0,
+        "resamples": 10_000, "few": 10, "matched": 0.01, "alike_db": 30.0, "unseen_db": 36.0,
     }  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def test_html_is_whole_and_escapes():
     assert html.startswith("<!DOCTYPE html>")
     assert "".join(found.text).count("<script>alert('x')</script>") >= 4
     assert ("span", "class", "badge partly") in found.attributes
+    assert ("section", "class", "answer bad") in found.attributes
     assert not re.search(r"[\x00-\x08]", html)
 
 

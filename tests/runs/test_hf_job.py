@@ -72,17 +72,17 @@ def test_a_job_says_what_it_needs(tmp_path):
 
 
 def test_a_job_runs_and_checks(tmp_path):
-    told = call(JOB, "--model", "builtin", "--data", "builtin", "--pairs", "2", "--out", "out", "--dry-run",
+    told = call(JOB, "--model", "builtin-64", "--data", "builtin", "--pairs", "2", "--out", "out", "--dry-run",
                 "--", "--rtol", "0.9", "--no-refine", cwd=tmp_path)  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert "estimated seconds" in told.stdout
     assert not (tmp_path / "out").exists()
-    told = call(JOB, "--verb", "spectrum", "--model", "builtin", "--data", "builtin", "--pairs", "1", "--out", "out",
+    told = call(JOB, "--verb", "spectrum", "--model", "builtin-64", "--data", "builtin", "--pairs", "1", "--out", "out",
                 "--", "--k", "1", cwd=tmp_path)  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert re.findall(r"^\+ (\w+)", told.stderr, re.MULTILINE) == ["spectrum", "verify"]
     assert "The row of out holds" in told.stdout
-    assert call(JOB, "--model", "builtin", "--data", "none.png", cwd=tmp_path).returncode == 2
+    assert call(JOB, "--model", "builtin-64", "--data", "none.png", cwd=tmp_path).returncode == 2
 
 
 def test_a_job_publishes_last(monkeypatch):

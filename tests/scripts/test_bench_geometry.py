@@ -133,7 +133,7 @@ def test_the_euler_walk_ends_at_the_drift_that_was_asked_for(bench):
 
 
 def test_regional_rows_compare_one_margin(bench):
-    encoder = Encoder.from_pretrained("builtin")
+    encoder = Encoder.from_pretrained("builtin-64")
     image = encoder.preprocess([load_images("builtin")[0].image])
     sigma = float(jacobian_spectrum(encoder, image, k=1).sigma_max[0])
     runner = bench["rows"].Bench()
