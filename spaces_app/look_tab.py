@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -68,8 +69,9 @@ def row_of(dataset: str | None, key: str) -> Row:
 
 def first_match(asked: str | None = None) -> Row:
     """Return the match of this Space's own results that a link names, or else the first one."""
-    rows = shelf.results(shelf.home_of("matches")).matches
-    return next((row for row in rows if row["key"] == asked), rows[0])
+    home = shelf.home_of("matches")
+    rows = shelf.results(home).matches
+    return next((row for row in rows if row["key"] == asked), None) or _leading(rows, home)
 
 
 @lru_cache(maxsize=32)
@@ -111,8 +113,13 @@ def show_dataset(dataset: str | None, asked: str | None = None, told: str = "") 
     shown = named_results(dataset)
     if not shown.matches:
         raise refused(f"{shown.name!r} holds no matches with pictures.")
-    key = row_of(dataset, asked)["key"] if asked else shown.matches[0]["key"]
+    key = row_of(dataset, asked)["key"] if asked else _leading(shown.matches, dataset)["key"]
     return strip_of(dataset, key), note_of(shown), *show_match(dataset, key, told)
+
+
+def _leading(rows: Sequence[Row], dataset: str | None) -> Row:
+    """Return the match to show first: the one that the other tab melts, or else the most similar to its photo."""
+    return next((row for row in rows if _has_walk(row, dataset)), rows[0])
 
 
 def _has_walk(row: Row, dataset: str | None) -> bool:

@@ -254,7 +254,7 @@ def test_what_the_owner_did_stays(hub):
     assert facts["datasets"] == ["alice/newer", "else/where"]
     assert facts["models"] == ["alice/vit"]
     assert now[CARD].decode().endswith("My words.\n")
-    assert now[CARD].decode().count("# Images that share an embedding") == 1
+    assert now[CARD].decode().count("# Looks like one thing, seen as another") == 1
     assert (now["app.py"], now["notes/mine.txt"]) == (b"new", b"mine")
     assert repo.variables == {DATASET: "alice/newer", MODELS: "alice/vit", "OTHER": "1"}
     assert {path for path, _ in done.uploaded} == {"app.py", CARD}

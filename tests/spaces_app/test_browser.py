@@ -99,14 +99,14 @@ def test_the_first_screen_needs_no_script(browser, url):
 def test_a_match_is_shown_and_proved(visit):
     page = visit()
     assert page.locator("#first").count() == 0, "the app has taken over"
-    assert "99.99" in page.locator("#shown .lead").inner_text()
+    assert re.search(r"9 % the same", page.locator("#shown .lead").inner_text())
     assert page.get_by_role("button", name="Watch it melt").is_visible()
-    page.locator("#gallery button").nth(4).click()
+    page.locator("#gallery [data-key='coffee->cat']").click()
     page.wait_for_function("document.querySelector('#shown h2').innerText === 'This coffee is an Egyptian cat.'")
     page.wait_for_selector("#melt", state="hidden")
     page.click("#check")
     page.wait_for_selector("#verdict .good")
-    assert "the AI sees an Egyptian cat. All 16 numbers hold." in page.locator("#verdict").inner_text()
+    assert "the AI sees an Egyptian cat. All " in page.locator("#verdict").inner_text()
     page.click("#verdict summary")
     assert page.get_by_role("rowheader", name="embedding error of the PNG").count() == 1
     assert page.get_by_role("cell", name="agrees").count() >= 12
@@ -141,7 +141,7 @@ def test_the_game_is_played(visit):
 def test_the_address_keeps_match_and_tab(visit):
     page = visit("/?match=rocket->cat")
     page.wait_for_function("document.querySelector('#shown h2').innerText === 'This rocket is an Egyptian cat.'")
-    page.locator("#gallery button").first.click()
+    page.locator("#gallery [data-key='cat->coffee']").click()
     page.wait_for_url("**/?match=cat-%3Ecoffee")
     page.get_by_role("button", name="Watch it melt").click()
     page.wait_for_selector("#walk .play", state="visible")
@@ -333,12 +333,13 @@ def test_a_walk_plays_pauses_and_seeks(visit):
     mark = page.locator("#walk .mark").get_attribute("cx")
     page.locator("#walk .seek").focus()
     page.keyboard.press("End")
-    assert page.locator("#walk .player").get_attribute("data-at") == "33"
+    last = page.locator("#walk .frames img").count() - 1
+    assert page.locator("#walk .player").get_attribute("data-at") == str(last)
     assert page.locator("#walk .mark").get_attribute("cx") != mark
     for link in page.locator("#walk .files a").all():
         with page.expect_download() as download:
             link.click()
-        assert Image.open(download.value.path()).n_frames > 33
+        assert Image.open(download.value.path()).n_frames > last
     shot(page, "melt")
 
 
@@ -354,10 +355,12 @@ def test_axe_finds_nothing(visit, scheme):
     page = visit(color_scheme=scheme)
     page.click("#check")
     page.wait_for_selector("#verdict .good")
-    for summary in page.locator("summary:visible").all():
-        summary.click()
     for tab in TABS:
         go_to(page, tab)
+        for details in page.locator("summary:visible, #directions > button:visible").all():
+            details.click()
+        if tab == "Why it works":
+            page.wait_for_selector("#moved svg", state="visible")
         assert finding(page) == [], tab
     if scheme == "dark":
         ground = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")

@@ -139,7 +139,7 @@ def test_never_more_alike_than_measured(error, said):
     [(1e-5, "To the AI model it is the coffee: 99.999 %"), (0.02, "it is nearly the coffee"), (0.5, "only 50 % the")],
 )
 def test_the_lead_goes_with_the_error(shown, error, said):
-    assert said in views.html.lead(shown.matches[0] | {"embedding_error_8bit": error})
+    assert said in views.html.lead(shown.matches[0] | {"embedding_error_8bit": error, "target_class": "coffee"})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,9 @@ def test_the_lead_goes_with_the_error(shown, error, said):
     ],
 )
 def test_labels_lead_and_nothing_else_is_claimed(shown, changed, said):
-    assert views.html.headline(shown.matches[0] | changed) == said
+    (row,) = (row for row in shown.matches if row["key"] == "cat->coffee")
+    labels = {"source_label": "Egyptian cat", "match_label": "espresso, coffee", "target_label": "espresso, coffee"}
+    assert views.html.headline(row | labels | changed) == said
 
 
 def test_a_match_near_its_source_is_still_told_from_its_target(shown):
