@@ -16,11 +16,15 @@ from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any
 
+import anyio
 import gradio as gr
 import shelf
 import views
 from gradio.route_utils import get_root_url
 from look_tab import check_match, first_match, get_match, list_matches, look_tab, preview_of, show_dataset
+from make_tab import make_tab
+from making.jobs import soon
+from making.uploads import LARGEST, UploadLimit
 from melt_tab import film, get_walk, list_walks, melt_tab
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -28,7 +32,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from try_tab import LARGEST_UPLOAD, try_tab
 from why_tab import look_along, warm_up, why_tab
 
 THEME = gr.themes.Base(
@@ -57,29 +60,31 @@ def open_page(request: gr.Request) -> tuple[Any, ...]:
     return dataset, dataset, *shown, tab
 
 
-def for_programs(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an action of the API that refuses all but text where it states text."""
+def for_programs(action: Callable[..., Any], *, heavy: bool = False) -> Callable[..., Any]:
+    """Return an action of the API that refuses all but text where it states text; a heavy one is done in its turn."""
     stated = inspect.signature(action).parameters.values()
 
     @wraps(action)
-    def call(*given: Any) -> Any:
+    async def call(*given: Any) -> Any:
         for argument, value in zip(stated, given, strict=False):
             if argument.annotation == "str" and not isinstance(value, str | None):
                 raise shelf.refused(f"`{argument.name}` must be text; got {value!r}.")
-        return action(*given)
+        if (dataset := inspect.signature(action).bind(*given).arguments.get("dataset")) is not None:
+            await anyio.to_thread.run_sync(shelf.named_results, dataset)  # which may take long, and hinders nobody
+        return await (soon(action, *given) if heavy else anyio.to_thread.run_sync(action, *given))
 
     return call
 
 
 def build_demo() -> gr.Blocks:
     """Build the whole app."""
-    with gr.Blocks(title=views.TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+    with gr.Blocks(title=views.TITLE, analytics_enabled=False) as demo:
         gr.HTML(views.html.header(), elem_classes="unseen")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(TABS["look"], id="look") as look:
                 parts = look_tab(tabs)
             with gr.Tab(TABS["make"], id="make") as make:
-                try_tab()
+                make_tab()
             with gr.Tab(TABS["melt"], id="melt") as melt:
                 melt_tab(melt)
             with gr.Tab(TABS["why"], id="why") as why:
@@ -93,7 +98,7 @@ def build_demo() -> gr.Blocks:
         for action in (list_matches, get_match, list_walks, get_walk):
             gr.api(for_programs(action), api_name=action.__name__, queue=False)
         for action in (check_match, look_along):
-            gr.api(for_programs(action), api_name=action.__name__)
+            gr.api(for_programs(action, heavy=True), api_name=action.__name__, concurrency_limit=None)
     return demo.queue(max_size=64)
 
 
@@ -162,10 +167,13 @@ def main(host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None
     threading.Thread(target=warm_up, daemon=True).start()
     agents = importlib.util.find_spec("mcp") is not None  # comes with gradio[mcp]
     pictures = [Route("/preview.png", send_preview), *(Route(f"/melt.{kind}", send_film) for kind in ("gif", "webp"))]
-    build_demo().launch(
-        server_name=host, server_port=port, share=share, theme=THEME, css_paths=shelf.HERE / "style.css",
-        max_file_size=LARGEST_UPLOAD, mcp_server=agents, ssr_mode=False, footer_links=["api"],
-        app_kwargs={"routes": pictures, "middleware": [Middleware(FirstScreen)]},
+    demo = build_demo()
+    shelf.keep_swept({path for block in demo.blocks.values() for path in getattr(block, "keep_in_cache", ())})
+    demo.launch(
+        server_name=host, server_port=port, share=share, theme=THEME,
+        css_paths=[shelf.HERE / "style.css", shelf.HERE / "make.css"], max_file_size=LARGEST, mcp_server=agents,
+        ssr_mode=False, footer_links=["api"],
+        app_kwargs={"routes": pictures, "middleware": [Middleware(FirstScreen), Middleware(UploadLimit)]},
     )  # fmt: skip
     raise KeyboardInterrupt("the app was stopped.")  # gradio returns only then
 

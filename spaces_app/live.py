@@ -39,6 +39,7 @@ class LiveMatch:
     seconds: float
     source: bytes
     target: bytes
+    ball: Row  # radius, norm, rtol, max_evals
     row: Row | None = None  # set at the end: `stopped` and a match row, or only its measures after a stop
 
     @property
@@ -50,6 +51,27 @@ class LiveMatch:
     def num_evals(self) -> float:
         """Evaluations so far, refinement included."""
         return self.curve[-1][1] if self.curve else 0.0
+
+    @property
+    def progress(self) -> float:
+        """Share of the work that is done, from 0 to 1, as a guess: by the error of the match, then by evaluations."""
+        if self.stage not in ("match", "refine"):
+            return 0.97 if self.stage == "measure" else 1.0
+        begun = [(evals, error) for stage, evals, error in self.curve if stage == "match" and error > 0]
+        if not begun or not self.error > 0:
+            return 0.0
+        if self.stage == "refine":
+            return _MATCHED + (0.97 - _MATCHED) * min(1.0, (self.num_evals - begun[-1][0]) / _REFINING)
+        fallen = math.log(begun[0][1] / self.error) / max(math.log(begun[0][1] / self.ball["rtol"]), 1e-9)
+        return _MATCHED * min(1.0, max(fallen, self.num_evals / self.ball["max_evals"], 0.0))
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the end, if the rest goes on as before; None while there is too little to go by."""
+        return self.seconds * (1 - self.progress) / self.progress if self.progress >= 0.05 else None
+
+
+_MATCHED, _REFINING = 0.6, 350  # where the refinement begins, by time, and its usual number of evaluations
 
 
 class _Enough(Exception):  # noqa: N818 (not an error)
@@ -83,7 +105,7 @@ def live_match(
     radius: float | None = None,  # radius of the ball about the source
     norm: str = "linf",
     rtol: float = 1e-5,
-    max_evals: int = 400,  # the 8-bit refinement may take the same number
+    max_evals: int = 400,  # of the float match
     time_limit: float = math.inf,  # seconds after which the match stops as it is
     every: float = 0.4,  # seconds between two states
     stop: threading.Event | None = None,
@@ -106,7 +128,7 @@ def live_match(
 
     def state(row: Row | None = None) -> LiveMatch:
         stage, image, curve = work.now
-        return LiveMatch(stage, encode_png(image), curve, time.monotonic() - work.start, *files, row)
+        return LiveMatch(stage, encode_png(image), curve, time.monotonic() - work.start, *files, ball, row)
 
     worker = threading.Thread(target=run, daemon=True, name="live match")
     worker.start()
@@ -122,27 +144,31 @@ def live_match(
 
 def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[bytes], ball: Row) -> Row:
     """Match, refine, measure, and return the row."""
-    row: Row = {}
+    row: Row = {
+        **encoder.provenance, **ball, "pair_id": "source->target", "source_id": "source", "target_id": "target",
+        "stopped": True,
+    }  # fmt: skip
     with suppress(_Enough):
         z = measures.embed(encoder, aim)
+        goal = {key: ball[key] for key in ("radius", "norm", "rtol")}  # as the command line refines
         found = match_embedding(encoder, x, z, raise_on_failure=False, progress=work.hook("match"), **ball)
         if found.status[0] is Status.ERROR:
             raise ValueError(found.status[0].advice)
         cost = float(found.num_evals[0])
         work.now = ("refine", found.images[0], work.now[2])
-        exact = refine_8bit(encoder, found.images, z, source=x, progress=work.hook("refine", cost), **ball)
+        exact = refine_8bit(encoder, found.images, z, source=x, progress=work.hook("refine", cost), **goal)
         work.now = ("refine", exact.images[0], work.now[2])
-        row = {
-            **encoder.provenance, **ball, "pair_id": "source->target", "source_id": "source", "target_id": "target",
+        row |= {
             "solver": "lbfgs", "seed": 0, "schema_version": SCHEMA_VERSION, "status": str(found.status[0]),
             "embedding_error": finite(found.errors[0]), "num_evals": cost, "seconds": time.monotonic() - work.start,
+            "stopped": False,
         }  # fmt: skip
     _, image, curve = work.now
     work.now = ("measure", image, curve)
     three = [measures.open_png(encoder, png) for png in (files[0], encode_png(image), files[1])]
     measured = measures.measure_match(encoder, *three, seed=0, pair_id="source->target")
-    work.now = ("done" if row else "stopped", image, curve)
-    return {"stopped": not row, **row, **measured}
+    work.now = ("stopped" if row["stopped"] else "done", image, curve)
+    return row | measured
 
 
 @dataclass(frozen=True, slots=True)

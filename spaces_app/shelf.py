@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Container, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,9 @@ except ImportError:
 
 HERE = Path(__file__).parent
 BUILTIN_RESULTS = "built-in checkpoint, four photos"
-DATASET = os.environ.get("HF_EQUIV_DATASET", "").strip()
+_DATASET_AT = os.environ.get("HF_EQUIV_DATASET", "").strip()
+DATASET = Path(_DATASET_AT).resolve().name if _DATASET_AT and Path(_DATASET_AT).is_dir() else _DATASET_AT
+"""The owner's results as visitors see them: a dataset of the Hub, or the last part of a local folder's path."""
 MODELS = {
     Path(model).name if Path(model).is_dir() else model: model
     for model in ["builtin", *map(str.strip, os.environ.get("HF_EQUIV_MODELS", "").split(","))]
@@ -61,7 +67,20 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 _DATASET_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, TemplateError)
-_loading = threading.Lock()
+_loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+_KEPT, _AT_ONCE, _AWAITED = 4, 2, 8  # datasets of visitors in memory, being opened at the same time, not yet opened
+_strangers: OrderedDict[str, Future[Showcase]] = OrderedDict()
+_opening, _seats = threading.Lock(), threading.BoundedSemaphore(16)  # each seat is a thread that waits
+_openers = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="open dataset")
+
+_HOUR = 3600.0
+_PREFIX = "hf_equiv_space_"
+_base = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
+_base.mkdir(parents=True, exist_ok=True)
+FOLDER = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base))
+"""Folder of the temporary files of this process; `sweep` deletes them when they are an hour old."""
+os.environ["GRADIO_TEMP_DIR"] = str(FOLDER)
 
 
 def refused(text: str) -> gr.Error:
@@ -86,7 +105,7 @@ def encoder_of(
     """Return a checkpoint of the allow-list or, if `trusted`, of the owner's own results; it is loaded once."""
     if not (trusted or model in MODELS):
         raise refused(f"This Space offers {', '.join(MODELS)}; {model!r} is not among them.")
-    with _loading:
+    with _loading[model]:  # a slow download delays only those who want this checkpoint
         try:
             return _load(MODELS.get(model, model), revision, readout, normalize, dtype)
         except (OSError, ValueError) as error:
@@ -109,17 +128,41 @@ def recorded_encoder(row: dict[str, Any], dataset: str | None) -> Encoder:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
+def _own_results(name: str) -> Showcase:
+    with telling(name):
+        return open_showcase(HERE / "results") if name == BUILTIN_RESULTS else open_showcase(_DATASET_AT, local=True)
+
+
 def results(name: str) -> Showcase:
     """Open the results that ship with the app, the owner's dataset, or a public dataset of the Hub."""
-    if name == BUILTIN_RESULTS:
-        return open_showcase(HERE / "results")
-    with telling(name):
-        if name == DATASET:
-            return open_showcase(name, local=True)
-        # a visitor sees only public datasets, none that need the owner's token; the rows stay in memory
-        with tempfile.TemporaryDirectory(prefix="hf_equiv_", ignore_cleanup_errors=True) as cache:
-            return open_showcase(name, token=False, most_bytes=MAX_DOWNLOAD, local=False, cache_dir=cache)
+    if name in (BUILTIN_RESULTS, DATASET):
+        return _own_results(name)
+    with _opening:
+        if name not in _strangers:
+            if sum(not opened.done() for opened in _strangers.values()) >= _AWAITED:
+                raise refused("Other datasets are being opened. Try again in a minute.")
+            _strangers[name] = _openers.submit(_open_strange, name)
+        opened = _strangers[name]
+        _strangers.move_to_end(name)
+        ready = [other for other, found in _strangers.items() if found.done()]
+        for other in ready[: max(0, len(ready) - _KEPT)]:
+            del _strangers[other]
+    if not opened.done():
+        if not _seats.acquire(blocking=False):
+            raise refused(f"{name!r} is being opened. Try again in a minute.")
+        wait([opened])
+        _seats.release()
+    if opened.exception() is not None:
+        with _opening:
+            _strangers.pop(name, None)  # it may be there tomorrow
+    return opened.result()
+
+
+def _open_strange(name: str) -> Showcase:
+    """Open a public dataset, never one that needs the owner's token; the rows stay in memory, and no file is kept."""
+    with telling(name), tempfile.TemporaryDirectory(dir=FOLDER, ignore_cleanup_errors=True) as cache:
+        return open_showcase(name, token=False, most_bytes=MAX_DOWNLOAD, local=False, cache_dir=cache)
 
 
 @contextmanager
@@ -156,5 +199,30 @@ def home_of(kind: str) -> str:
 
 
 def file_of(data: bytes, name: str) -> str:
-    """Write a file to gradio's upload folder, which the app's `delete_cache` empties."""
+    """Write a file for a visitor to gradio's upload folder."""
     return save_bytes_to_cache(data, name, cache_dir=get_upload_folder())
+
+
+def sweep(kept: Container[str]) -> None:
+    """Delete files of visitors that are an hour old, but not those `kept`, and the folders of earlier processes."""
+    os.utime(FOLDER)  # the sign of life for another process that serves the app
+    old = time.time() - _HOUR
+    for folder in FOLDER.parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if folder != FOLDER and folder.stat().st_mtime < old:
+                shutil.rmtree(folder)
+    for file in FOLDER.rglob("*"):
+        with suppress(OSError):
+            if file.is_file() and file.stat().st_mtime < old and str(file) not in kept:
+                file.unlink()
+
+
+def keep_swept(kept: Container[str], every: float = 600.0) -> None:
+    """Sweep now, and again and again for as long as the process lives."""
+
+    def work() -> None:
+        while True:
+            sweep(kept)
+            time.sleep(every)
+
+    threading.Thread(target=work, daemon=True, name="sweep").start()

@@ -90,11 +90,15 @@ def frame(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def share_picture(row: Mapping[str, Any]) -> bytes:
-    """Draw a match with its headline as a PNG of 1200 × 630 pixels, the size of link previews."""
+def share_picture(row: Mapping[str, Any], headline: str = "", note: str = "") -> bytes:
+    """Draw a match with a headline as a PNG of 1200 × 630 pixels, the size of link previews."""
     canvas = Image.new("RGB", (1200, 630), "#f5f7f9")
     draw = ImageDraw.Draw(canvas)
-    draw.text((48, 34), cut(str(html.headline(row)), 40), "#16202b", _font(60, "bold"))
+    text = headline or cut(str(html.headline(row)), 40)
+    fonts = (_font(size, "bold") for size in (60, 44, 32, 24))
+    font = next((font for font in fonts if draw.textlength(text, font) <= 1104), _font(18, "bold"))
+    draw.text((48, 68), text, "#16202b", font, anchor="lm")
+    draw.text((48, 588), note, "#4b5a69", _font(22))
     for left, who, role in (
         (48, "source", "The photo"),
         (426, "match", "The lookalike"),
@@ -129,3 +133,4 @@ _environment.globals |= {
     "style": Markup(script("style.css")),
 }  # fmt: skip
 html: Any = _environment.get_template("views.html.jinja").module
+making: Any = _environment.get_template("make.html.jinja").module

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ def space() -> None:
 
 
 _app_options = group(
-    option("--dataset", "Published matches to show; in a Space, '' shows none.", "USER/NAME[@REV]"),
+    option("--dataset", "Published matches to show, or a run of yours; in a Space, '' shows none.", "USER/NAME[@REV]"),
     click.option("--model", "models", metavar="M", multiple=True, help="Checkpoint to offer beside builtin; repeat."),
 )
 
@@ -35,11 +36,20 @@ _app_options = group(
 @flag("--share", "Also open a public link of Gradio, for 72 hours at most.")
 def space_run(host: str, port: int, dataset: str | None, models: tuple[str, ...], share: bool) -> int:
     """Serve the app on this machine until Ctrl-C; it needs gradio (in a clone: pip install ".[space]")."""
+    check_port(host, port)
     from hf_equiv.hub.space_files import DATASET, MODELS
 
     if any("," in model for model in models):
         raise ValueError(f"`models` must be names without commas; got {', '.join(models)}. Repeat the flag.")
+    check_results(dataset)
+    check_models(models)
     os.environ |= ({} if dataset is None else {DATASET: dataset}) | ({MODELS: ",".join(models)} if models else {})
+    load_app().main(host=host, port=port, share=share)
+    return 0
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that another program has taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -47,8 +57,27 @@ def space_run(host: str, port: int, dataset: str | None, models: tuple[str, ...]
         except OSError as error:
             why = error.strerror or error
             raise ValueError(f"`port` must be free; got {port} of {host}: {why}. Choose another.") from error
-    load_app().main(host=host, port=port, share=share)
-    return 0
+
+
+def check_results(dataset: str | None) -> None:
+    """Refuse a folder without runs, and a name that neither a folder nor a dataset of the Hub can have."""
+    from hf_equiv.hub.load import split_name
+    from hf_equiv.runs.directory import folders_in
+
+    if not dataset:
+        return
+    if not Path(dataset).is_dir():
+        split_name(dataset)
+    elif not folders_in(Path(dataset)):
+        raise ValueError(f"`dataset` must hold runs; got {dataset!r} without any run.json. Name a run directory.")
+
+
+def check_models(models: Sequence[str]) -> None:
+    """Refuse checkpoints that do not exist, before the app loads the first of them for a visitor."""
+    from hf_equiv.models.checkpoint import HubFiles, find_checkpoint
+
+    for model in models:
+        find_checkpoint(HubFiles(model))
 
 
 def load_app() -> ModuleType:

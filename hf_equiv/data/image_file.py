@@ -25,8 +25,10 @@ from torch import Tensor
 from hf_equiv.limits import MAX_BYTES, MAX_PIXELS
 from hf_equiv.png_file import SIGNATURE, check_png, chunks
 
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "AVIF")
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .avif".split())
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .jp2 .j2k .jpx .ppm .pgm .pnm .avif".split()
+)
 
 
 class _RefusedError(ValueError):
@@ -38,16 +40,19 @@ _LONGEST_TEXT = 1 << 20
 _STRIP = 1 << 22  # pixels that are converted at once
 
 
-def open_image(source: str | Path | bytes, name: str | None = None, *, sha256: str | None = None) -> Image.Image:
+def open_image(
+    source: str | Path | bytes, name: str | None = None, *, sha256: str | None = None, most_pixels: int | None = None
+) -> Image.Image:
     """Read a file, or the bytes of one, as upright 8-bit RGB without metadata; `name` is its name in messages."""
     # Grey, palette and CMYK become RGB; transparency is laid over white; 16-bit grey is scaled to 8 bit (value / 257,
     # rounded); the EXIF orientation is applied; an animation gives its first frame. A JPEG above `MAX_PIXELS` is
-    # decoded at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded.
+    # decoded at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded. With
+    # `most_pixels` every larger image is refused.
     data, name = _read(source, name, sha256)
     with _patient_pillow():
         with _explained(data, name):
             image = Image.open(io.BytesIO(_pixel_chunks(data)), formats=FORMATS)
-        _fit(image, name)
+        _fit(image, name, most_pixels)
         with _explained(data, name):
             image.load()
             with suppress(Exception):  # damaged metadata does not spoil the pixels
@@ -75,7 +80,7 @@ def open_array(values: Any, name: str) -> Image.Image:
         told = f"image {name!r} must have the shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); got {array.shape}"
         raise ValueError(f"{told}. Store it in that shape.")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise _too_many_pixels(array.shape[1], array.shape[0], name)
+        raise _too_many_pixels(array.shape[1], array.shape[0], name, MAX_PIXELS)
     low, high = int(array.min()), int(array.max())
     levels = _to_8_bit(array[..., 0] if array.shape[2:] == (1,) else array, low, high, name, array.dtype)
     return to_rgb(Image.fromarray(levels), name)
@@ -195,9 +200,11 @@ def _explained(data: bytes, name: str) -> Iterator[None]:
         raise ValueError(f"image {name!r} is damaged or truncated ({why}). Copy or download it again.") from error
 
 
-def _fit(image: Image.Image, name: str) -> None:
+def _fit(image: Image.Image, name: str, most_pixels: int | None) -> None:
     """Have a large JPEG decoded smaller, and refuse another large image."""
     width, height = image.size
+    if most_pixels is not None and width * height > most_pixels:
+        raise _too_many_pixels(width, height, name, most_pixels)
     # a progressive JPEG takes memory for all of its pixels at any scale
     if width * height > MAX_PIXELS and image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
         scale = next((s for s in (2, 4, 8) if (width // s) * (height // s) <= MAX_PIXELS), 8)
@@ -205,11 +212,11 @@ def _fit(image: Image.Image, name: str) -> None:
     tile = [getattr(image, "tag_v2", {}).get(tag, 1) for tag in (322, 323)]  # a TIFF tile is decoded whole
     for wide, high in (image.size, tile):
         if wide * high > MAX_PIXELS:
-            raise _too_many_pixels(wide, high, name)
+            raise _too_many_pixels(wide, high, name, MAX_PIXELS)
 
 
-def _too_many_pixels(width: int, height: int, name: str) -> ValueError:
-    told = f"image {name!r} must have at most {MAX_PIXELS:,} pixels; got {width} x {height}"
+def _too_many_pixels(width: int, height: int, name: str, most: int) -> ValueError:
+    told = f"image {name!r} must have at most {most:,} pixels; got {width} x {height}"
     return ValueError(f"{told}. Shrink it first: encoders look at a few hundred pixels a side.")
 
 

@@ -720,7 +720,7 @@ def test_the_direction_to_a_match(photos, tmp_path, monkeypatch):
 
 def test_a_spectrum_of_an_earlier_version_keeps_its_rule_of_the_rank():
     """Its threshold was 1000 eps σ₁ and its bounds were averages."""
-    folder = Path(__file__).parents[2] / "spaces_app" / "results" / "spectrum"
+    folder = Path(__file__).parent / "earlier_spectrum"
     (table,) = (folder / "spectra").glob("*.parquet")
     row = next(row for row in pq.read_table(table).to_pylist() if row["image_id"] == "coffee")
     settings = json.loads((folder / "run.json").read_text())["settings"]

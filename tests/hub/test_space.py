@@ -673,3 +673,24 @@ def test_a_port_that_is_taken_is_named():
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"`port` must be free; got {port}"):
             space_command.space_run.callback(host="127.0.0.1", port=port, dataset=None, models=(), share=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"models": ("./nothing",)}, "there is no folder 'nothing'. Check the path."),
+        ({"models": ("not a name",)}, "`model_id` must be a Hub id"),
+        ({"models": ("a,b",)}, "`models` must be names without commas"),
+        ({"dataset": "nothing"}, "'nothing' must be a run directory; it does not exist."),
+        ({"dataset": "."}, "`dataset` must hold runs; got '.' without any run.json."),
+    ],
+)
+def test_wrong_names_are_told_before_the_app_is_loaded(tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(space_command, "load_app", lambda: pytest.fail("the app was loaded"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = {"host": "127.0.0.1", "port": port, "dataset": None, "models": (), "share": False}
+    with pytest.raises((ValueError, OSError), match=re.escape(said)):
+        space_command.space_run.callback(**options | given)

@@ -6,7 +6,6 @@ import ast
 import json
 import shutil
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ import gradio as gr
 import pytest
 import torch
 import views
-from gradio.route_utils import delete_files_created_by_app
 from hostile import NO_PHOTOS, NOT_STORED
 from showcase import Showcase, open_showcase
 
@@ -33,9 +31,9 @@ def parts():
     try:
         import look_tab
         import shelf
-        import try_tab
+        from making import uploads
 
-        yield SimpleNamespace(shelf=shelf, try_tab=try_tab, look_tab=look_tab)
+        yield SimpleNamespace(shelf=shelf, uploads=uploads, look_tab=look_tab)
     finally:
         sys.path.remove(str(APP))
 
@@ -83,7 +81,7 @@ def test_messages_of_the_app_have_one_door(parts, monkeypatch):
         assert "<" not in told
         assert told.isprintable()
         assert len(told) <= 800
-    for path in APP.glob("*.py"):
+    for path in APP.rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         made = {ast.unparse(call.func) for call in calls} & {"gr.Error", "gr.Warning", "gr.Info", "gr.Success"}
         assert made == ({"gr.Error", "gr.Warning"} if path.name == "shelf.py" else set())
@@ -123,45 +121,6 @@ def test_weights_of_a_pull_request_are_not_loaded(parts, monkeypatch):
     monkeypatch.setattr(parts.shelf, "DATASET", "me/data")
     parts.shelf.recorded_encoder(row | {"settings": {"normalize": False}}, "me/data")
     assert asked[1][:2] == ("org/model", "5" * 40)
-
-
-def test_stop_stops_the_matches_of_one_visitor(parts, monkeypatch):
-    try_tab, events = parts.try_tab, []
-
-    def forever(*_, stop, **__):
-        events.append(stop)
-        while True:
-            yield None
-
-    monkeypatch.setattr(try_tab, "live_match", forever)
-    monkeypatch.setattr(try_tab, "read_upload", lambda *_: None)
-    monkeypatch.setattr(try_tab, "encoder_of", lambda *_: None)
-    made = [try_tab._matching("a", "b", "builtin", "any change", "quick", who) for who in ("x", "x", "y", "", "")]
-    for match in made:
-        next(match)
-    try_tab.stop_match(SimpleNamespace(session_hash=None))
-    try_tab.stop_match(SimpleNamespace(session_hash=""))
-    assert not any(event.is_set() for event in events)
-    made[0].close()
-    try_tab.stop_match(SimpleNamespace(session_hash="x"))
-    assert [event.is_set() for event in events] == [False, True, False, False, False]
-    for match in made:
-        match.close()
-    assert not try_tab._running
-    assert isinstance(events[0], threading.Event)
-
-
-def test_files_for_visitors_are_among_those_that_gradio_deletes(parts, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    first, second = (parts.shelf.file_of(data, "a.png") for data in (b"1", b"2"))
-    with gr.Blocks() as demo:
-        button = gr.DownloadButton()
-    for path in (first, second):
-        assert button.move_resource_to_block_cache(path) == path, "no copy is made"
-    delete_files_created_by_app(demo, age=60)
-    assert [Path(path).read_bytes() for path in (first, second)] == [b"1", b"2"]
-    delete_files_created_by_app(demo, age=-1)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_view_holds_any_name(parts, monkeypatch):
@@ -237,12 +196,12 @@ def test_an_upload_is_a_file_like_others(parts, tmp_path, monkeypatch):
     for name, data in NO_PHOTOS.items():
         (tmp_path / f"{name}.png").write_bytes(data)
         with pytest.raises(gr.Error, match="The source photo must be an image"):
-            parts.try_tab.read_upload(str(tmp_path / f"{name}.png"), "source")
+            parts.uploads.read_upload(str(tmp_path / f"{name}.png"), "source")
     (tmp_path / "a.png").write_bytes(encode_png(torch.zeros(3, 10, 10)))
-    assert parts.try_tab.read_upload(str(tmp_path / "a.png"), "source").size == (10, 10)
+    assert parts.uploads.read_upload(str(tmp_path / "a.png"), "source").size == (10, 10)
     monkeypatch.setattr("hf_equiv.data.image_file.MAX_PIXELS", 99)  # the one limit
     with pytest.raises(gr.Error, match="at most 99 pixels"):
-        parts.try_tab.read_upload(str(tmp_path / "a.png"), "source")
+        parts.uploads.read_upload(str(tmp_path / "a.png"), "source")
 
 
 @pytest.mark.parametrize("kind", ["gamma", "tail", "second frame", "eps", "palette"])

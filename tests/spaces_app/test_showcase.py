@@ -14,10 +14,10 @@ import views
 from charts import Axis, Series, chart
 from live import Stop, stops_along
 from look_tab import strip_of
+from make_tab import curve_view
 from melt_tab import film, player
 from PIL import Image
 from showcase import check_shown, open_showcase
-from try_tab import curve_view
 from why_tab import along_view, constants_view, ladder_view, spectrum_view
 
 from hf_equiv.analyses.lipschitz import directions_of_run

@@ -1,0 +1,14 @@
+// Small photos to take, the link to copy, and the address of the page, which leads to what was made.
+new MutationObserver(() => {
+  const link = element.querySelector('.link a');
+  if (link) keepInLink({ tab: 'make', made: new URL(link.href).searchParams.get('made') });
+}).observe(element, { childList: true, subtree: true });
+element.addEventListener('click', (e) => {
+  const photo = e.target.closest('button[data-key]');
+  const copy = e.target.closest('button[data-link]');
+  if (photo) trigger('click', { key: photo.dataset.key });
+  if (copy) {
+    navigator.clipboard.writeText(new URL(copy.dataset.link, window.location.href).href)
+      .then(() => { copy.textContent = 'Copied'; }, () => { copy.textContent = 'Copy it from the address of the link'; });
+  }
+});

@@ -1,0 +1,284 @@
+"""Lay out the tab where visitors make a lookalike of their own: two photos, an AI model, the match in progress."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import gradio as gr
+import views
+from charts import Axis, Series, chart
+from gradio.context import Context
+from live import LiveMatch, live_match
+from making import outcome
+from making.jobs import MATCHES, Job, followed, soon
+from making.outcome import CHANGES, MADE, Made
+from making.uploads import Photo, read_upload, shown
+from shelf import HERE, HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused, warn
+
+import hf_equiv
+from hf_equiv.data.image_file import encode_png
+from hf_equiv.data.sources import BUILTIN_PHOTOS
+
+BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
+EFFORTS = {"quick": 0.4, "normal": 1.0}
+PHOTOS = {"source": ("cat", "Looks like this"), "target": ("coffee", "Seen as this")}
+
+_JACOBIAN = 20  # a curve with more evaluations between two points needs an explanation
+_SCRIPT = (HERE / "make.js").read_text(encoding="utf-8")
+
+
+def look_at(path: str | None, model: str, name: str) -> tuple[Any, Any]:
+    """Tell what the AI model sees in a photo; remove one that cannot be read, convert one that browsers do not show."""
+    if not path:
+        return gr.skip(), gr.skip()
+    try:
+        image = read_upload(path, name)
+        picture = shown(path, image)
+    except gr.Error as error:
+        warn(error.message)
+        return None, ""
+    if picture:
+        return picture, gr.skip()  # a change that leads here once more
+    encoder = encoder_of(model)
+    return gr.skip(), views.making.seen(outcome.sights(encoder, encoder.preprocess([image]))[0])
+
+
+def _rtol(budget: str) -> float:
+    return RTOL if BUDGETS[budget] is None else 1e-4
+
+
+@on_gpu
+def match_uploads(source: str, target: str, model: str, budget: str, effort: str, key: str) -> Iterator[LiveMatch]:
+    """Yield the states of a match of two uploads, within the limits of this Space; `key` is that of the job."""
+    images = read_upload(source, "source"), read_upload(target, "target")
+    try:
+        yield from live_match(
+            encoder_of(model), *images, radius=BUDGETS[budget], rtol=_rtol(budget), stop=MATCHES.stop_of(key),
+            time_limit=TIME_LIMIT, every=0.3, max_evals=max(1, round(MAX_EVALS * EFFORTS[effort])),
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        raise refused(str(error)) from error
+
+
+async def _states(job: Job, *asked: str) -> AsyncIterator[int | LiveMatch]:
+    """Give the place in the queue for as long as the job waits, then the states of its match."""
+    *_, model, budget, effort = asked
+    if budget not in [*BUDGETS] or effort not in [*EFFORTS] or model not in MODELS:
+        named = f"a budget ({', '.join(BUDGETS)}), an effort ({', '.join(EFFORTS)}) and a model ({', '.join(MODELS)})"
+        raise refused(f"Choose {named}; each must be in the list.")
+    async for place in MATCHES.turn(job):
+        yield place
+    if not job.stop.is_set():
+        async with aclosing(followed(match_uploads(*asked, job.key))) as states:
+            async for state in states:
+                yield state
+
+
+async def watch_match(
+    source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
+) -> AsyncIterator[tuple[Any, ...]]:
+    """Match two photos and show the match while it is made: view, key, tools, downloads, words for screen readers."""
+    told, state = "", None
+    with MATCHES.entered(request) as job:
+        async with aclosing(_states(job, source, target, model, budget, effort)) as states:
+            async for now in states:
+                if isinstance(now, int):
+                    stage, view = f"place {now}", views.making.waiting(now)
+                else:
+                    stage, state = now.stage, now
+                    if stage in ("done", "stopped"):
+                        break
+                    view = views.making.making(now, curve_view(now.curve, _rtol(budget)), TIME_LIMIT)
+                words = gr.skip() if stage == told else _words(now)  # once a stage
+                told = stage
+                yield view, "", gr.Column(visible=False), *(gr.skip(),) * 3, words, *("",) * 3
+    if state is None:
+        yield views.making.halted(), *(gr.skip(),) * 5, views.making.halted(), *(gr.skip(),) * 3
+        return
+    row = {"source": state.source, "match": state.png, "target": state.target, **(state.row or {})}
+    made = Made(row, model, state.seconds, curve_view(state.curve, _rtol(budget)))
+    yield *shown_again(MADE.put(made)), f"<p>{views.making.headline(row)}</p>", "", "", ""
+
+
+def _words(now: int | LiveMatch) -> str:
+    return views.making.waiting(now) if isinstance(now, int) else f"<p>{views.making.doing(now.stage)}</p>"
+
+
+def shown_again(key: str) -> tuple[Any, ...]:
+    """Show a match that was made: view, key, tools, three downloads."""
+    made = MADE.get(key)
+    numbers = {name: value for name, value in made.row.items() if not isinstance(value, bytes)}
+    headline, caption = str(views.making.headline(made.row)), str(views.making.caption(made))
+    files = {
+        "match.png": made.row["match"],
+        "row.json": json.dumps(numbers, indent=1).encode(),
+        "share.png": views.share_picture(made.row, headline, caption),
+    }
+    view = views.making.result(made, f"?{urlencode({'tab': 'make', 'made': key})}", TIME_LIMIT)
+    downloads = [gr.DownloadButton(value=file_of(data, name)) for name, data in files.items()]
+    return view, key, gr.Column(visible=True), *downloads
+
+
+async def make_match(
+    source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
+) -> tuple[str, dict[str, Any]]:
+    """Make an image that looks like the source photo and embeds as the target photo.
+
+    Args:
+        source: photo that the match shall look like.
+        target: photo whose embedding it shall have.
+        model: one of the checkpoints of this Space.
+        budget: how far each pixel may move.
+        effort: "quick" or "normal".
+        request: request of the visitor; gradio fills it in.
+
+    Returns:
+        The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
+    """
+    state = await _last_state(request, source, target, model, budget, effort)
+    return file_of(state.png, "match.png"), state.row or {}
+
+
+async def _last_state(request: gr.Request, *asked: str) -> LiveMatch:
+    state: int | LiveMatch | None = None
+    with MATCHES.entered(request) as job:
+        async with aclosing(_states(job, *asked)) as states:
+            async for now in states:
+                state = now
+    if not isinstance(state, LiveMatch):
+        raise refused("The match was stopped before it began.")
+    return state
+
+
+def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
+    """Draw the embedding error against evaluations, the float match and its refinement apart."""
+    last = max((evals for _, evals, _ in curve), default=1.0)
+    points = {key: [(evals, error) for stage, evals, error in curve if stage == key] for key in ("match", "refine")}
+    series = [
+        Series([(0.0, rtol), (max(last, 50.0), rtol)], "goal", "limit"),
+        Series(points["match"], "float match"),
+        Series(points["refine"], "8-bit PNG", "two"),
+    ]
+    leap = max((b[1] - a[1] for a, b in pairwise(curve)), default=0.0)
+    note = f"Where it leaps, by up to {leap:.0f} evaluations, a whole Jacobian is computed."
+    return chart(
+        "Embedding error against evaluations", series, Axis("evaluations (forward + backward)", low=0.0),
+        Axis("embedding error", log=True, high=max([2.0, *(e for _, _, e in curve if e < math.inf)])),
+        note=note if leap >= _JACOBIAN else "",
+    )  # fmt: skip
+
+
+@lru_cache
+def _offered() -> dict[str, bytes]:
+    """Return the files of the four photos by name."""
+    folder = Path(hf_equiv.__file__).parent / "assets" / "photos"
+    return {name: (folder / f"{name}.jpg").read_bytes() for name in BUILTIN_PHOTOS}
+
+
+def _take(event: gr.EventData) -> str:
+    name = str(event.key)
+    if name not in _offered():
+        raise refused(f"Take one of the four photos: {', '.join(_offered())}.")
+    return file_of(_offered()[name], f"{name}.jpg")
+
+
+def _photo(which: str) -> tuple[Photo, gr.HTML]:
+    """Lay out one photo with the four to take instead, and a place for what the AI model sees in it."""
+    chosen, label = PHOTOS[which]
+    with gr.Column(min_width=230):
+        image = Photo(
+            file_of(_offered()[chosen], f"{chosen}.jpg"), type="filepath", format="png", label=label, elem_id=which,
+            sources=["upload", "webcam", "clipboard"], height=220, buttons=[], alt_text=f"{label}: the {which} photo",
+        )  # fmt: skip
+        thumbs = gr.HTML(
+            views.making.thumbs(_offered()), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False
+        )  # fmt: skip
+        note = gr.HTML(elem_id=f"seen-{which}", padding=False, js_on_load=LIVE)
+    thumbs.click(_take, None, image, queue=False, **HIDDEN)
+    image.clear(lambda: "", None, note, queue=False, **HIDDEN)
+    return image, note
+
+
+def _open_link(request: gr.Request) -> tuple[Any, ...]:
+    """Show the match that a link names."""
+    key = request.query_params.get("made")
+    return shown_again(key) if key else (gr.skip(),) * 6
+
+
+@lru_cache
+def _first_notes() -> list[str]:
+    """Tell what the built-in model sees in the two photos that are there at first."""
+    photos = [read_upload(file_of(_offered()[name], f"{name}.jpg"), name) for name, _ in PHOTOS.values()]
+    encoder = encoder_of("builtin")
+    return [views.making.seen(sight) for sight in outcome.sights(encoder, encoder.preprocess(photos))]
+
+
+def _broken(change: str, key: str) -> str:
+    made, now = outcome.changed(key, change)
+    return views.making.broken(made, now, encode_png(now.pixels))
+
+
+def _others(key: str) -> str:
+    return views.making.others(outcome.compared(key), MADE.get(key).model) if key and len(MODELS) > 1 else ""
+
+
+def make_tab() -> None:
+    """Lay out the tab."""
+    gr.HTML(views.making.head(), padding=False)
+    with gr.Row(elem_id="two"):
+        source, seen_source = _photo("source")
+        swap = gr.Button("⇄ Swap", elem_id="swap", scale=0, min_width=90, size="sm")
+        target, seen_target = _photo("target")
+    with gr.Row(), gr.Column():
+        with gr.Accordion("Options", open=len(MODELS) > 1):
+            model = gr.Dropdown(list(MODELS), value="builtin", label="AI model", visible=len(MODELS) > 1)
+            budget = gr.Dropdown(list(BUDGETS), value="any change", label="How far each pixel may move")
+            effort = gr.Radio(list(EFFORTS), value="normal", label="Effort", info=f"At most {TIME_LIMIT:.0f} seconds.")
+    with gr.Row():
+        go = gr.Button("Make the lookalike", variant="primary", elem_id="go", min_width=150, scale=2)
+        halt = gr.Button("Stop", elem_id="halt", min_width=80, scale=1)
+    view = gr.HTML(elem_id="made", js_on_load=_SCRIPT, padding=False)
+    told = gr.HTML(elem_id="told", elem_classes="unseen", padding=False, js_on_load=LIVE)
+    key = gr.State("")
+    with gr.Column(visible=False, elem_id="tools") as tools:
+        with gr.Row():
+            small = {"size": "sm", "min_width": 130}
+            proof = gr.Button("Prove it", elem_id="prove", **small)
+            changes = [gr.Button(change, elem_id=f"try-{k}", **small) for k, change in enumerate(CHANGES)]
+            png = gr.DownloadButton("Download the PNG", elem_id="png", **small)
+            row = gr.DownloadButton("Numbers (JSON)", elem_id="row", **small)
+            share = gr.DownloadButton("Picture to share", elem_id="share", **small)
+        proven = gr.HTML(elem_id="proven", js_on_load=LIVE, padding=False)
+        trial = gr.HTML(elem_id="trial", js_on_load=LIVE, padding=False)
+        others = gr.HTML(elem_id="others", padding=False)
+    private = {"api_visibility": "private", "concurrency_limit": None}
+    quietly = private | {"show_progress": "hidden"}
+    for image, note, name in ((source, seen_source, "source"), (target, seen_target, "target")):
+        look = partial(soon, partial(look_at, name=name))
+        image.change(look, [image, model], [image, note], **quietly)
+        model.change(look, [image, model], [image, note], **quietly)
+    swap.click(None, [source, target], [target, source], js="(a, b) => [a, b]", api_visibility="private")
+    asked, outputs = [source, target, model, budget, effort], [view, key, tools, png, row, share]
+    done = go.click(
+        watch_match, asked, [*outputs, told, proven, trial, others], show_progress="minimal", **private
+    )  # fmt: skip
+    done.then(partial(soon, _others), key, others, **quietly)
+    halt.click(MATCHES.stop, api_visibility="private", queue=False)
+    proof.click(partial(soon, lambda key: views.html.verdict(outcome.prove(key))), key, proven, **private)
+    for button, change in zip(changes, CHANGES, strict=True):
+        button.click(partial(soon, partial(_broken, change)), key, trial, **private)
+    page = Context.root_block
+    page.load(_first_notes, None, [seen_source, seen_target], queue=False, **HIDDEN)
+    page.load(_open_link, None, outputs, queue=False, **HIDDEN)
+    page.unload(MATCHES.stop)
+    # programs call `make_match` by its name and get a file and numbers
+    answer = [gr.File(label="match", visible=False), gr.JSON(label="row", visible=False)]
+    gr.Button(visible=False).click(make_match, asked, answer, api_name="make_match", concurrency_limit=None)

@@ -1,0 +1,1 @@
+"""Make a match of a visitor's own photos: uploads, turns, and the result with all that can be done with it."""
