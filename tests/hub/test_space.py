@@ -622,6 +622,8 @@ def test_run_tells_the_app_what_to_show(capsys, monkeypatch):
         main=lambda **given: served.append((given, os.environ.get(DATASET), os.environ.get(MODELS)))
     )
     monkeypatch.setattr(space_command, "load_app", lambda: fake)
+    for check in ("check_port", "check_results", "check_models"):
+        monkeypatch.setattr(space_command, check, lambda *_: None)
     usual = {"host": "127.0.0.1", "port": 7860, "share": False}
     assert call(capsys, "space", "run")[0] == 0
     flags = "--host 0.0.0.0 --port 80 --dataset me/x@v1 --model a/b --model folder --share".split()

@@ -156,7 +156,7 @@ def test_visitors_are_not_mixed_up_and_others_can_browse(url, client):
     assert browsed == 12
     assert still > 0, "browsing did not wait for the matches"
     seen = {name: answer["match_label"] for name, answer in answers.items()}
-    assert seen == {"coffee": "espresso", "rocket": "beacon", "astronaut": "sports car"}
+    assert seen == {"coffee": "espresso", "rocket": "beacon", "astronaut": "ladybug"}
     assert len({answer["png"] for answer in answers.values()}) == 3
 
 
