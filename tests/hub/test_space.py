@@ -635,6 +635,22 @@ def test_run_tells_the_app_what_to_show(capsys, monkeypatch):
     assert "without commas" in call(capsys, "space", "run", "--model", "a/b,c/d")[2]
 
 
+def test_run_checks_its_flags_before_the_app_loads(capsys, monkeypatch, tmp_path):
+    def load():
+        raise AssertionError("the app was loaded")
+
+    monkeypatch.setattr(space_command, "load_app", load)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, _, err = call(capsys, "space", "run", "--port", port)
+    assert code == 2
+    assert port in err
+    for flag in ("--model", "--dataset"):
+        code, _, err = call(capsys, "space", "run", "--port", "0", flag, str(tmp_path / "none"))
+        assert code == 2
+        assert str(tmp_path / "none") in err
+
+
 def test_without_gradio(capsys, monkeypatch):
     monkeypatch.setattr(space_command.importlib.util, "find_spec", lambda name: None)
     code, _, err = call(capsys, "space", "run")
