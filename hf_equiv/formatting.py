@@ -44,6 +44,11 @@ def cut_name(name: str, size: int) -> str:
     return name if len(name) <= size else "…" + name[1 - size :]
 
 
+def first_name(label: str | None, size: int = 60) -> str:
+    """Return the first synonym of a class name, or a dash without one."""
+    return cut((label or "–").split(",")[0], size)
+
+
 def some(names: Iterable[str], count: int) -> str:
     """Return the first names on one line."""
     shown = [cut(name, 60) for name in names]
@@ -121,7 +126,7 @@ def text_templates(**options: Any) -> Environment:
         **usual | options,
     )  # fmt: skip
     environment.filters |= {"ball": ball, "cut": cut, "cut_name": cut_name, "duration": duration, "form": form}
-    environment.filters |= {"short": short}
+    environment.filters |= {"first_name": first_name, "short": short}
     return environment
 
 

@@ -184,6 +184,19 @@ class Stop:
 
 @torch.no_grad()
 @no_tf32()
+def likeliest(encoder: Encoder, images: Tensor, most: int) -> list[tuple[tuple[str, float], ...]]:
+    """Return the first classes of each image (B, 3, H, W) with their probabilities; an empty list without a head."""
+    if not encoder.has_head:
+        return []
+    names = encoder.label_names or ()
+    scores = encoder.classify(images.to(encoder.device))
+    best = measures.probabilities(encoder, scores).topk(min(most, len(names)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [tuple((names[k], p) for k, p in zip(*pair, strict=True)) for pair in pairs]
+
+
+@torch.no_grad()
+@no_tf32()
 def stops_along(
     encoder: Encoder, image: Tensor, direction: Tensor, steps: Sequence[float], jvp: float
 ) -> tuple[Stop, ...]:
@@ -192,19 +205,14 @@ def stops_along(
     h = torch.tensor(list(steps), dtype=torch.float64, device=encoder.device).view(-1, 1, 1, 1)
     places = (image.double() + h * direction.double()).clamp(0, 1).to(image.dtype)
     z, moved = encoder(image[None])[0].double(), encoder(places).double()
-    likeliest: list[tuple[tuple[str, float], ...]] = [()] * len(places)
-    if encoder.has_head:
-        names = encoder.label_names or ()
-        best = measures.probabilities(encoder, encoder.classify(places)).topk(min(5, len(names)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        likeliest = [tuple((names[i], p) for i, p in zip(*pair, strict=True)) for pair in pairs]
+    classes = likeliest(encoder, places, 5) or [()] * len(places)
     return tuple(
         Stop(
             step=step,
             distance=measures.relative_error(moved[k], z),
             first_order=abs(step) * jvp / float(z.norm()),
             png=encode_png(places[k]),
-            classes=likeliest[k],
+            classes=classes[k],
         )
         for k, step in enumerate(steps)
     )

@@ -21,7 +21,7 @@ from making import outcome
 from making.jobs import MATCHES, Job, followed, soon
 from making.outcome import CHANGES, MADE, Made
 from making.uploads import Photo, read_upload, shown
-from shelf import HERE, HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused, warn
+from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused, warn
 
 import hf_equiv
 from hf_equiv.data.image_file import encode_png
@@ -32,7 +32,7 @@ EFFORTS = {"quick": 0.4, "normal": 1.0}
 PHOTOS = {"source": ("cat", "Looks like this"), "target": ("coffee", "Seen as this")}
 
 _JACOBIAN = 20  # a curve with more evaluations between two points needs an explanation
-_SCRIPT = (HERE / "make.js").read_text(encoding="utf-8")
+_SCRIPT = views.script("make.js")
 
 
 def look_at(path: str | None, model: str, name: str) -> tuple[Any, Any]:
@@ -198,9 +198,7 @@ def _photo(which: str) -> tuple[Photo, gr.HTML]:
             file_of(_offered()[chosen], f"{chosen}.jpg"), type="filepath", format="png", label=label, elem_id=which,
             sources=["upload", "webcam", "clipboard"], height=220, buttons=[], alt_text=f"{label}: the {which} photo",
         )  # fmt: skip
-        thumbs = gr.HTML(
-            views.making.thumbs(_offered()), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False
-        )  # fmt: skip
+        thumbs = gr.HTML(views.making.thumbs(_offered()), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False)
         note = gr.HTML(elem_id=f"seen-{which}", padding=False, js_on_load=LIVE)
     thumbs.click(_take, None, image, queue=False, **HIDDEN)
     image.clear(lambda: "", None, note, queue=False, **HIDDEN)
@@ -260,19 +258,17 @@ def make_tab() -> None:
         trial = gr.HTML(elem_id="trial", js_on_load=LIVE, padding=False)
         others = gr.HTML(elem_id="others", padding=False)
     private = {"api_visibility": "private", "concurrency_limit": None}
-    quietly = private | {"show_progress": "hidden"}
+    quietly = HIDDEN | {"concurrency_limit": None}
     for image, note, name in ((source, seen_source, "source"), (target, seen_target, "target")):
         look = partial(soon, partial(look_at, name=name))
         image.change(look, [image, model], [image, note], **quietly)
         model.change(look, [image, model], [image, note], **quietly)
     swap.click(None, [source, target], [target, source], js="(a, b) => [a, b]", api_visibility="private")
     asked, outputs = [source, target, model, budget, effort], [view, key, tools, png, row, share]
-    done = go.click(
-        watch_match, asked, [*outputs, told, proven, trial, others], show_progress="minimal", **private
-    )  # fmt: skip
+    done = go.click(watch_match, asked, [*outputs, told, proven, trial, others], show_progress="minimal", **private)
     done.then(partial(soon, _others), key, others, **quietly)
     halt.click(MATCHES.stop, api_visibility="private", queue=False)
-    proof.click(partial(soon, lambda key: views.html.verdict(outcome.prove(key))), key, proven, **private)
+    proof.click(partial(soon, lambda key: views.html.verdict(outcome.proven(key))), key, proven, **private)
     for button, change in zip(changes, CHANGES, strict=True):
         button.click(partial(soon, partial(_broken, change)), key, trial, **private)
     page = Context.root_block

@@ -74,7 +74,8 @@ _strangers: OrderedDict[str, Future[Showcase]] = OrderedDict()
 _opening, _seats = threading.Lock(), threading.BoundedSemaphore(16)  # each seat is a thread that waits
 _openers = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="open dataset")
 
-_HOUR = 3600.0
+HOUR = 3600.0
+"""Seconds for which uploads and lookalikes of visitors are kept."""
 _PREFIX = "hf_equiv_space_"
 _base = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
 _base.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,7 @@ def file_of(data: bytes, name: str) -> str:
 def sweep(kept: Container[str]) -> None:
     """Delete files of visitors that are an hour old, but not those `kept`, and the folders of earlier processes."""
     os.utime(FOLDER)  # the sign of life for another process that serves the app
-    old = time.time() - _HOUR
+    old = time.time() - HOUR
     for folder in FOLDER.parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             if folder != FOLDER and folder.stat().st_mtime < old:

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from hf_equiv.analyses.figures import difference_png, thumbnail
 from hf_equiv.analyses.measures import psnr_db
 from hf_equiv.data.image_file import decode_png, stored_image
-from hf_equiv.formatting import cut, short
+from hf_equiv.formatting import cut, first_name, short
 
 TITLE = "Looks like one thing, seen as another"
 _HERE = Path(__file__).parent
@@ -47,13 +47,13 @@ def percent(probability: float, digits: int = 0) -> str:
 
 def with_article(label: Any) -> str:
     """Write the first synonym of a label with its article, `an espresso`; plurals have none."""
-    name = _first_name(label)
+    name = first_name(label)
     return name if _PLURAL.fullmatch(name) else f"{'an' if _VOWEL.match(name) else 'a'} {name}"
 
 
 def noun(row: Mapping[str, Any], who: str) -> str:
     """Return a word for the source or target of a row: its class if that is one, else the model's label, else none."""
-    names = (_first_name(row.get(f"{who}_{kind}") or "") for kind in ("class", "label"))
+    names = (first_name(row.get(f"{who}_{kind}") or "") for kind in ("class", "label"))
     return next((name for name in names if _WORD.fullmatch(name)), "")
 
 
@@ -72,11 +72,12 @@ def _share(ratio: float) -> str:
 
 
 def _whole(ratio: float) -> str:
-    return "under 1\N{NO-BREAK SPACE}%" if 0 < ratio < 0.01 else f"{100 * ratio:,.0f}\N{NO-BREAK SPACE}%"
+    return "under 1 %" if 0 < ratio < 0.01 else f"{100 * ratio:,.0f} %"
 
 
-def _first_name(label: Any) -> str:
-    return cut(str(label).split(",")[0], 60)
+def _unbroken(form: Callable[..., str]) -> Callable[..., str]:
+    """Return a filter that keeps a number and its percent sign on one line."""
+    return lambda *given: form(*given).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _data_uri(data: bytes, kind: str = "png") -> str:
@@ -95,9 +96,7 @@ def share_picture(row: Mapping[str, Any], headline: str = "", note: str = "") ->
     canvas = Image.new("RGB", (1200, 630), "#f5f7f9")
     draw = ImageDraw.Draw(canvas)
     text = headline or cut(str(html.headline(row)), 40)
-    fonts = (_font(size, "bold") for size in (60, 44, 32, 24))
-    font = next((font for font in fonts if draw.textlength(text, font) <= 1104), _font(18, "bold"))
-    draw.text((48, 68), text, "#16202b", font, anchor="lm")
+    draw.text((48, 68), text, "#16202b", _fitting(draw, text, 1104, (60, 44, 32, 24, 18)), anchor="lm")
     draw.text((48, 588), note, "#4b5a69", _font(22))
     for left, who, role in (
         (48, "source", "The photo"),
@@ -108,11 +107,17 @@ def share_picture(row: Mapping[str, Any], headline: str = "", note: str = "") ->
         draw.text((left, 494), role, "#4b5a69", _font(26))
         label = row[f"{who}_label"]
         told = "" if label is None else f"AI sees {with_article(label)}"
-        size = next((size for size in (30, 26, 22, 18) if draw.textlength(told, _font(size, "bold")) <= 348), 12)
-        draw.text((left, 532), told, "#1f5fbf" if who == "source" else "#b4460f", _font(size, "bold"))
+        font = _fitting(draw, told, 348, (30, 26, 22, 18, 12))
+        draw.text((left, 532), told, "#1f5fbf" if who == "source" else "#b4460f", font)
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int, sizes: tuple[int, ...]) -> ImageFont.FreeTypeFont:
+    """Return the bold font of the first size at which a text is at most this wide, else of the last size."""
+    fonts = [_font(size, "bold") for size in sizes]
+    return next((font for font in fonts if draw.textlength(text, font) <= width), fonts[-1])
 
 
 @lru_cache
@@ -124,9 +129,9 @@ _environment = Environment(
     loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 _environment.filters |= {
-    "a": with_article, "alike": alike, "first_name": _first_name, "frame": frame, "name": name, "noun": noun,
-    "percent": percent,
-    "pixels": decode_png, "share": _share, "short": short, "thumbnail": thumbnail, "uri": _data_uri, "whole": _whole,
+    "a": with_article, "alike": alike, "first_name": first_name, "frame": frame, "name": name, "noun": noun,
+    "percent": _unbroken(percent), "pixels": decode_png, "share": _share, "short": short, "thumbnail": thumbnail,
+    "uri": _data_uri, "whole": _unbroken(_whole),
 }  # fmt: skip
 _environment.globals |= {
     "difference": difference_png, "psnr": psnr_db, "page_script": Markup(script("page.js")), "title": TITLE,

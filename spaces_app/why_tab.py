@@ -223,8 +223,8 @@ def why_tab(tab: gr.Tab) -> None:
             with gr.Column(min_width=220):
                 # the photo itself is there before the model is, so that the tab is never blank
                 pictures.append(gr.HTML(views.html.pushed(kind, constants[0]["image"], None), elem_id=f"pushed-{kind}"))
-                told = views.html.push_name(kind)
-                sliders.append(gr.Slider(0, 100, value=50, step=1, label=told, elem_id=f"push-{kind}", buttons=[]))
+                label = views.html.PUSHES[kind][0]
+                sliders.append(gr.Slider(0, 100, value=50, step=1, label=label, elem_id=f"push-{kind}", buttons=[]))
     gr.HTML(views.html.so_it_works())
     for kind, slider, picture in zip(kinds, sliders, pictures, strict=True):
         slider.input(

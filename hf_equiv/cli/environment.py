@@ -51,7 +51,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         encoder.jvp_probe()
     except (RuntimeError, ValueError, NotImplementedError) as error:
         why = " ".join(str(error).split())
-    record, names = encoder.provenance, encoder.label_names if encoder.has_head else None
+    record, names = encoder.provenance, encoder.label_names
     return {
         "model_id": record["model_id"],
         "revision": encoder.revision,
@@ -69,9 +69,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def load_encoder(
-    model: str, *, dtype: str, device: str | None, import_: str | None = None, **options: Any
-) -> Encoder:  # fmt: skip
+def load_encoder(model: str, *, dtype: str, device: str | None, import_: str | None = None, **options: Any) -> Encoder:
     """Load the encoder that the model options name; under a launcher, on the GPU of this process."""
     import torch
 

@@ -73,12 +73,8 @@ def print_text(template: str, **values: Any) -> None:
 @cache
 def _templates() -> Any:
     texts = text_templates()
-    texts.filters |= {"first_name": _first_name, "flags": _with_flags, "loads": json.loads, "plain": _plain}
+    texts.filters |= {"flags": _with_flags, "loads": json.loads, "plain": _plain}
     return texts
-
-
-def _first_name(label: str | None) -> str:
-    return cut((label or "–").split(",")[0], 60)
 
 
 def _with_flags(text: str) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_equiv.analyses.figures import INK, LINES, MAX_PAIRS, OWN_STYLE, RULE, Tile, difference_png, sheet
 from hf_equiv.data.image_file import encode_png
-from hf_equiv.formatting import cut, finite, short
+from hf_equiv.formatting import finite, first_name, short
 from hf_equiv.results import MatchResult
 
 
@@ -34,8 +34,7 @@ def save(match: MatchResult, folder: Path) -> Path:
     entries = []
     for k in range(len(match.status)):
         number = f"-{k + 1}" if len(match.status) > 1 else ""
-        files = {kind: png for kind, png in _images(match, k).items() if png is not None}
-        for kind, png in files.items():
+        for kind, png in _images(match, k).items():
             (folder / f"{kind}{number}.png").write_bytes(png)
         levels = match.images[k].double() * 255
         entry = {
@@ -55,14 +54,10 @@ def save(match: MatchResult, folder: Path) -> Path:
     return folder
 
 
-def _images(match: MatchResult, k: int) -> dict[str, bytes | None]:
-    """Return source, match and target of one image as PNG files, None for those that the result does not know."""
-    target = None if match.target is None else match.target[k % len(match.target)]
-    return {
-        "source": None if match.source is None else encode_png(match.source[k]),
-        "match": encode_png(match.images[k]),
-        "target": None if target is None else encode_png(target),
-    }
+def _images(match: MatchResult, k: int) -> dict[str, bytes]:
+    """Return match, source and target of one image as PNG files, as far as the result knows them."""
+    known = {"match": match.images, "source": match.source, "target": match.target}
+    return {kind: encode_png(images[k % len(images)]) for kind, images in known.items() if images is not None}
 
 
 @style.context(OWN_STYLE)
@@ -71,14 +66,14 @@ def picture(match: MatchResult) -> bytes:
     lines = []
     for k in range(min(len(match.status), MAX_PAIRS)):
         found, distances = _images(match, k), match.psnr_db
-        seen = [f"seen as {cut(name.split(',')[0], 26)}" for name in match.labels[k]] if match.labels else [""] * 3
+        seen = [f"seen as {first_name(name, 26)}" for name in match.labels[k]] if match.labels else [""] * 3
         error = [seen[1], f"error {short(finite(match.errors[k]))}", str(match.status[k])]
-        line: list[Tile] = [(found["match"] or b"", "match", [told for told in error if told])]
-        if found["source"] is not None and distances is not None:
-            gap, gain = difference_png(found["source"], found["match"] or b"")
+        line: list[Tile] = [(found["match"], "match", [told for told in error if told])]
+        if distances is not None:  # the source is known
+            gap, gain = difference_png(found["source"], found["match"])
             line.insert(0, (found["source"], "source", [seen[0]]))
             line.append((gap, f"(match − source) × {gain}", [f"PSNR {float(distances[k]):.1f} dB"]))
-        if found["target"] is not None:
+        if "target" in found:
             line.append((found["target"], "target", [seen[2]]))
         lines.append(line)
     note = "error is ‖f(x) − z‖ / ‖z‖, with z the embedding of the target"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -304,5 +303,5 @@ def default_out(paths: Sequence[str | Path]) -> Path:
             names.append(str(directory.read_record(record.parent)["settings"]["model_id"]))
         if not path.exists():
             names.append(str(path).split("@")[0])
-    slugs = dict.fromkeys(re.sub(r"[^A-Za-z0-9._-]+", "--", name).strip(".-") or "model" for name in names)
+    slugs = dict.fromkeys(map(directory.slug, names))
     return Path("reports") / f"{'-and-'.join(list(slugs)[:4])[:120] or 'report'}.html"

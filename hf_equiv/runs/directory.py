@@ -74,11 +74,15 @@ def is_summed_up(record: Mapping[str, Any]) -> bool:
     return isinstance(record["summary"], dict) and "verdict" in record["summary"]
 
 
+def slug(model: str) -> str:
+    """Return the name of a model as a part of a path."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "--", model).strip(".-") or "model"
+
+
 def default_folder(analysis: str, settings: Row) -> Path:
     """Return `runs/VERB/MODEL-slug/HASH8`."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", settings["model_id"]).strip(".-") or "model"
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    return Path("runs") / analysis / slug / hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Path("runs") / analysis / slug(settings["model_id"]) / hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def run_name(record: Mapping[str, Any]) -> str:

@@ -12,16 +12,16 @@ from typing import Any
 
 import gradio as gr
 import torch
-from shelf import MODELS, encoder_of, refused
-from showcase import Row, check_shown
+from live import likeliest
+from shelf import HOUR, MODELS, encoder_of, refused
+from showcase import Row, prove
 
 from hf_equiv.analyses import measures
 from hf_equiv.data.image_file import stored_image
 from hf_equiv.models.encoder import Encoder
-from hf_equiv.precision import no_tf32
 from hf_equiv.report.measure import TRANSFORMS, handle
 
-MOST, HOUR = 200, 3600.0
+MOST = 200
 CHANGES = {"JPEG 75": "JPEG 75", "Half size": "resize to 50 % and back"}
 """What may be done to a lookalike, by the words of the button."""
 
@@ -77,29 +77,19 @@ SURE, FEW = 0.5, 100
 """A model with few classes is said not to know a photo when it gives no class this probability."""
 
 
-@torch.no_grad()
-@no_tf32()
 def sights(encoder: Encoder, images: torch.Tensor) -> list[Sight]:
     """Return the likeliest class of each image (B, 3, H, W); without a label for an encoder without a head."""
-    if not encoder.has_head:
-        return [Sight(None, None)] * len(images)
-    names = tuple(encoder.label_names or ())
-    best = measures.probabilities(encoder, encoder.classify(images.to(encoder.device))).max(dim=1)
-    found = []
-    for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        known = names if len(names) <= FEW and p < SURE else ()
-        found.append(Sight(names[k], p, known))
-    return found
+    names, found = tuple(encoder.label_names or ()), likeliest(encoder, images, 1)
+    few = names if len(names) <= FEW else ()
+    return [Sight(name, p, few if p < SURE else ()) for ((name, p),) in found] or [Sight(None, None)] * len(images)
 
 
-def prove(key: str) -> dict[str, Any]:
+def proven(key: str) -> dict[str, Any]:
     """Encode the three PNG files of a match again, now, and compare the results with its numbers."""
-    made, start = MADE.get(key), time.perf_counter()
+    made = MADE.get(key)
     encoder = encoder_of(made.model)
     settings = {"seed": 0, "normalize": encoder.normalize, "labels": None} | {k: made.row[k] for k in ("dtype", "norm")}
-    found = check_shown(encoder, made.row | {"settings": settings})
-    numbers = {c.name: {"stated": c.stated, "now": c.now, "holds": c.holds} for c in found}
-    return {"holds": all(c.holds for c in found), "seconds": time.perf_counter() - start, "numbers": numbers}
+    return prove(encoder, made.row | {"settings": settings})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.data_classes import ImageData
 from PIL.Image import Image
-from shelf import file_of, refused
+from shelf import HOUR, file_of, refused
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,7 +23,7 @@ from making.jobs import address_of
 
 LARGEST = 25 * 2**20
 MOST_PIXELS = 65_000_000
-OF_ADDRESS, OF_ALL, HOUR = 300 * 2**20, 4 * 2**30, 3600.0
+OF_ADDRESS, OF_ALL = 300 * 2**20, 4 * 2**30
 """Most bytes that one address, and all together, may upload in an hour; files are deleted after an hour."""
 
 _UNSEEN = (b"II*\0", b"II+\0", b"MM\0*", b"MM\0+", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"P")
