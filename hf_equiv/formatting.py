@@ -97,13 +97,13 @@ def ball(radius: float | None, norm: str | None) -> str:
 
 
 def fraction(value: float, spec: str = "") -> str:
-    """Format a radius: as k/255 if it is that very number and no shorter one, such as 8/255; else by `spec`."""
+    """Format a radius as k/255, such as 8/255, if that is equal and shorter, or else by `spec`."""
     text = f"{value * 255:.0f}/255"
     return text if read_fraction(text) == value and len(text) < len(str(value)) else format(value, spec)
 
 
 def read_fraction(text: str) -> float:
-    """Read a number or a fraction such as 8/255; a ValueError if it is neither."""
+    """Read a number or a fraction such as 8/255, or raise a ValueError."""
     over, _, under = text.partition("/")
     try:
         return float(over) / float(under or 1)

@@ -61,7 +61,7 @@ def open_page(request: gr.Request) -> tuple[Any, ...]:
 
 
 def for_programs(action: Callable[..., Any], *, heavy: bool = False) -> Callable[..., Any]:
-    """Return an action of the API that refuses all but text where it states text; a heavy one is done in its turn."""
+    """Return an action for the API: it refuses other values where it states text, and a heavy one waits its turn."""
     stated = inspect.signature(action).parameters.values()
 
     @wraps(action)
@@ -70,7 +70,7 @@ def for_programs(action: Callable[..., Any], *, heavy: bool = False) -> Callable
             if argument.annotation == "str" and not isinstance(value, str | None):
                 raise shelf.refused(f"`{argument.name}` must be text; got {value!r}.")
         if (dataset := inspect.signature(action).bind(*given).arguments.get("dataset")) is not None:
-            await anyio.to_thread.run_sync(shelf.named_results, dataset)  # which may take long, and hinders nobody
+            await anyio.to_thread.run_sync(shelf.named_results, dataset)  # in a thread: it may take long
         return await (soon(action, *given) if heavy else anyio.to_thread.run_sync(action, *given))
 
     return call
@@ -91,7 +91,7 @@ def build_demo() -> gr.Blocks:
                 why_tab(why)
             with gr.Tab(TABS["about"], id="about") as about:
                 gr.Markdown((shelf.HERE / "about.md").read_text(encoding="utf-8"))
-        # the address keeps the tab, by page.js; what else it keeps is given to `keepInLink` in the same way
+        # `keepInLink` of page.js keeps the tab in the address of the page
         for name, tab in zip(TABS, (look, make, melt, why, about), strict=True):
             tab.select(None, js=f"() => keepInLink({{tab: '{name if name != 'look' else ''}'}})")
         demo.load(open_page, None, [*parts, tabs], **shelf.QUICK).then(None, js="() => { window.linkRead = true; }")

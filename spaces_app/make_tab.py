@@ -69,7 +69,7 @@ def match_uploads(source: str, target: str, model: str, budget: str, effort: str
 
 
 async def _states(job: Job, *asked: str) -> AsyncIterator[int | LiveMatch]:
-    """Give the place in the queue for as long as the job waits, then the states of its match."""
+    """Yield the place in the queue while the job waits, then the states of its match."""
     *_, model, budget, effort = asked
     if budget not in [*BUDGETS] or effort not in [*EFFORTS] or model not in MODELS:
         named = f"a budget ({', '.join(BUDGETS)}), an effort ({', '.join(EFFORTS)}) and a model ({', '.join(MODELS)})"
@@ -133,8 +133,8 @@ async def make_match(
     """Make an image that looks like the source photo and embeds as the target photo.
 
     Args:
-        source: photo that the match shall look like.
-        target: photo whose embedding it shall have.
+        source: photo that the match should look like.
+        target: photo whose embedding it should have.
         model: one of the checkpoints of this Space.
         budget: how far each pixel may move.
         effort: "quick" or "normal".

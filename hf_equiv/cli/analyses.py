@@ -210,7 +210,7 @@ def config_of(kind: type, given: dict[str, Any]) -> Any:
 
 
 def where_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that say where files of the Hub are looked for."""
+    """Return the options that say where to look for files of the Hub."""
     return {key: given[key] for key in ("cache_dir", "local_files_only")}
 
 
@@ -330,7 +330,7 @@ def time_evaluation(encoder: Encoder, batch: int = 1) -> float:
 
 
 def count_evaluations(plan: Plan) -> float:
-    """Return roughly how many evaluations one item takes: 300 for a match, 800 in a ball, a Jacobian for the linear."""
+    """Return a rough number of evaluations for one item: 300 for a match, 800 in a ball, Jacobians for the rest."""
     settings, name = plan.settings, plan.config.analysis
     from hf_equiv.jacobian import jacobian_cost
 

@@ -44,7 +44,7 @@ class Part:
 
     @property
     def title(self) -> str:
-        """The part in words."""
+        """Name of the part for a person."""
         config = self.plan.config
         if config.analysis != "match":
             return {"spectrum": "spectrum", "lipschitz": "local constants"}[config.analysis]
@@ -69,8 +69,8 @@ def audit(**given: Any) -> int:
     """Answer whether an encoder is exposed: can photos be changed to pass for others?
 
     Matches pairs of photos without a limit and within 16, 8, 4 and 2 levels of 255, measures spectrum and local
-    constants of some photos, and writes the page of hf-equiv report, with survival of JPEG, resizing and blur. Says
-    first how long that takes. Stop it with Ctrl-C at any time: the same command goes on.
+    constants of some photos, and writes the page of hf-equiv report, with survival of JPEG, resizing and blur. It
+    first says how long that takes. You can stop it with Ctrl-C at any time; the same command goes on.
 
     \b
     hf-equiv audit builtin
@@ -171,9 +171,7 @@ def _in_words(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the facts of a dry run for a person, with the time that each part takes."""
     each, counts = facts["seconds_per_evaluation"], facts["evaluations"]
     parts = facts["parts"] | {"report": "report with survival"}
-    total = (
-        f"{sum(counts.values()):,} evaluations (a rough count) of {1000 * each:.3g} ms, timed now on {facts['device']}"
-    )
+    count = f"{sum(counts.values()):,} evaluations (a rough count)"
     bad, choices = facts["unusable_images"], "; ".join(facts["choices"])
     return {
         **{key: facts[key] for key in ("model", "revision", "photos")},
@@ -181,7 +179,7 @@ def _in_words(facts: dict[str, Any]) -> dict[str, Any]:
         **({"choices": choices} if choices else {}),
         **{name: f"{told}, about {duration(round(counts[name] * each))}" for name, told in parts.items()},
         "in all": f"about {duration(round(facts['estimated_seconds']))}",
-        "time": total,
+        "time": f"{count} of {1000 * each:.3g} ms, timed now on {facts['device']}",
         "out": facts["out"],
     }
 

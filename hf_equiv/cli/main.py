@@ -28,7 +28,7 @@ def cli(context: click.Context) -> None:
 
     \b
     hf-equiv match builtin                          cat -> coffee with the built-in model
-    hf-equiv audit MODEL --data photos/             is that model exposed? the whole story, in one page
+    hf-equiv audit MODEL --data photos/             is that model exposed? all runs and one page
     hf-equiv match facebook/deit-tiny-patch16-224 --source dog.jpg --target car.jpg
     hf-equiv verify runs/match/builtin/1a2b3c4d     recompute every row from its PNG files
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches    to the Hub, as a private dataset

@@ -25,7 +25,7 @@ LINE_EVERY = 15.0
 """Seconds between plain lines when stderr is not a terminal."""
 
 USUAL_EVALS, MATCHING = 400, 0.75
-"""A first guess of the evaluations of a match, for the time left; and the part of them before its refinement."""
+"""A first guess of the evaluations of a match, for the time left, and the share of them before its refinement."""
 
 
 def say(lines: Iterable[str], *, quiet: bool) -> None:
@@ -111,7 +111,7 @@ class _Bars:
 
 
 class _Pace:
-    """The time left, by the rows made so far and by the parts of those in work."""
+    """The time left, from the rows made so far and the share that is done of those in work."""
 
     def __init__(self) -> None:
         self.start: tuple[float, int] | None = None
@@ -122,7 +122,7 @@ class _Pace:
         self.guessed = True  # whether the guess for a match still holds for one in work
 
     def left(self, p: RunProgress) -> float | None:
-        """Take notice of a state, and return the seconds left if they can be told."""
+        """Count a state in, and return the seconds left if they are known."""
         now = time.monotonic()
         self.start = self.start or (now, p.done)
         self.elapsed = now - self.start[0]

@@ -66,7 +66,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     runs/NAME/; a run of the same settings is updated. Photos are published if they are free: the built-in ones, and
     those of a Hub dataset with a free licence. Otherwise rows and ids are published with empty image columns.
 
-    A dry run also says whether the Hub would refuse, and needs no network for the rest; its exit code is 0 in any case.
+    A dry run also says whether the Hub would refuse; nothing else in it needs the network. Its exit code is always 0.
 
     \b
     hf-equiv publish runs/match/builtin/1a2b3c4d me/matches --dry-run

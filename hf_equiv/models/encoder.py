@@ -209,8 +209,8 @@ class Encoder:
             The encoder, with the readout "output" and the SHA-256 of the weights as its revision.
 
         Raises:
-            TypeError: `dtype` is not a floating-point type, or `module` no torch module.
-            ValueError: `mean` or `std` is unknown, a bad number, or labels that do not fit the scores.
+            TypeError: `dtype` is not a floating-point type, or `module` is not a torch module.
+            ValueError: `mean` or `std` is unknown or bad, or `labels` do not fit the scores.
 
         Example:
             >>> import torch

@@ -19,7 +19,7 @@ from hf_equiv.models.places import BUILTINS
 from hf_equiv.models.preprocess import Preprocessor, split_processor
 from hf_equiv.models.readouts import OUTPUT
 
-KIND = "module"  # `attention` of a wrapped module in records, as its type in its configuration
+KIND = "module"  # marks a wrapped module: `attention` of its records, `model_type` of its configuration
 
 
 class WrappedModule(torch.nn.Module):
@@ -106,7 +106,7 @@ def _processor(module: Any, size: Any, mean: Any, std: Any) -> Any:
 def _one_tensor(value: Any, batch: int, whose: str) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != batch or not value.is_floating_point():
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"`{whose}` must return one float tensor ({batch}, …); got {got}. Wrap it in one that does")
+        raise ValueError(f"`{whose}` must return one float tensor ({batch}, …); got {got}. Wrap it in one that does.")
     return value.flatten(1)
 
 

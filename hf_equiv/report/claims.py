@@ -1,4 +1,4 @@
-"""Judge exposure and the paper's claims by stated rules, and write the findings in sentences."""
+"""Judge exposure and the paper's claims by stated rules, and state the findings in sentences."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Exposure(NamedTuple):
     verdict: str = "Not measured"
     tone: str = "open"
     budget: BudgetNumbers | None = None
-    exact: bool = False  # whether it counts photos with the very embedding of another, else those that came nearer
+    exact: bool = False  # whether it counts photos with the embedding of another, and not those that only came nearer
     seen: str = ""  # `invisibly`, `barely visibly` or `visibly`
 
 
@@ -85,7 +85,7 @@ def _seen(budget: BudgetNumbers) -> str:
 
 
 def _compared(numbers: CheckpointNumbers) -> list[BudgetNumbers]:
-    """List the runs with as many pairs as the page's own: a smaller one, of other photos perhaps, overrides nothing."""
+    """List the runs with as many pairs as the page's own; a smaller one may have other photos and overrides nothing."""
     return [b for b in numbers.budgets if numbers.match and b.rows >= numbers.match.rows]
 
 

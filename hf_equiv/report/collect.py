@@ -260,7 +260,7 @@ def load_other(name: str, place: Place) -> Encoder | str:
 def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed: Any) -> str:
     """Return a command with the model, data, seed and options of a checkpoint's runs, for `count` pairs or photos.
 
-    Without a count it is for many pairs, hence of the reader's own photos if the runs used the few built-in ones.
+    Without a count it is for 50 of them. If the runs used the built-in photos, PATH then stands for the reader's own.
     """
     settings, match = (checkpoint.main or checkpoint.runs[0]).settings, verb == MATCH.analysis
     local = str(settings["model_revision"]).startswith("sha256:")

@@ -1,4 +1,4 @@
-"""`make_report`: one page that says whether checkpoints are exposed, and how that was measured, from their runs."""
+"""Make one page from runs: whether checkpoints are exposed, and how that was measured."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def make_report(
     local_files_only: bool = False,
     observer: Tell | None = None,
 ) -> Report:
-    """Report what the runs of one or several checkpoints say about the paper's claims, with intervals and controls.
+    """Report whether checkpoints are exposed and whether their runs support the paper, with intervals and controls.
 
     Runs are grouped by model, revision, readout and dtype. Numbers come from the rows; controls, survival, transfer,
     retrieval and the kNN probe are measured anew with the recorded model, on the match run of most pairs (of equal

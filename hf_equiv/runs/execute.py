@@ -105,7 +105,7 @@ def _make_rows(job: Any, tell: Observer, claims: Claims, state: PartialState, ch
 
 
 class _Rows:
-    """The items whose rows are on disk, from all processes; shards are read only while none can be merged."""
+    """The items whose rows are on disk, from all processes. Shards are read only before they are merged."""
 
     def __init__(self, job: Any, tell: Observer, check: Callable[[], None], *, alone: bool) -> None:
         self.job, self.tell, self.check, self.alone = job, tell, check, alone
@@ -116,7 +116,7 @@ class _Rows:
         self._read()
 
     def look(self) -> None:
-        """Take notice of the shards that other processes have written."""
+        """Read the shards that other processes have written, and report them."""
         if not self.alone:
             self._read()
             self.count()

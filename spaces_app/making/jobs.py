@@ -1,4 +1,4 @@
-"""Let visitors take turns: a queue for all of them, limits for each one, and an end for work that nobody awaits."""
+"""Let visitors take turns: a queue for all, limits for each, and an end to work that nobody waits for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shelf import WORKERS, refused
 T = TypeVar("T")
 
 OF_ADDRESS, OF_ALL = 12, 18
-"""Most jobs of a line, waiting or running; each takes one of gradio's 40 places, so some of these stay free."""
+"""Most jobs of one address, and of all, in a line. Each takes one of gradio's 40 places, so some of these stay free."""
 LOOK = 0.25  # seconds between two looks at the queue
 
 _numbers = count()
@@ -63,7 +63,7 @@ class Line:
                 self._jobs.remove(job)
 
     async def turn(self, job: Job) -> AsyncIterator[int]:
-        """Give the place in the queue, from 1, again and again; end when the job may run, or is stopped."""
+        """Yield the place in the queue, from 1, until the job may run or is stopped."""
         while not job.stop.is_set() and (place := self._place(job)):
             yield place
             await anyio.sleep(LOOK)
@@ -115,7 +115,7 @@ async def soon(work: Callable[..., T], *given: Any) -> T:
 
 
 async def followed(states: Generator[T]) -> AsyncIterator[T]:
-    """Give what a blocking generator gives, and close it in the end."""
+    """Yield what a blocking generator yields, and close it at the end."""
     end: Any = object()
     try:
         while (state := await anyio.to_thread.run_sync(next, states, end)) is not end:

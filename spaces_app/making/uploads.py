@@ -27,7 +27,7 @@ OF_ADDRESS, OF_ALL = 300 * 2**20, 4 * 2**30
 """Most bytes that one address, and all together, may upload in an hour; files are deleted after an hour."""
 
 _UNSEEN = (b"II*\0", b"II+\0", b"MM\0*", b"MM\0+", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"P")
-"""How files begin that browsers do not show: TIFF, JPEG 2000, PPM."""
+"""First bytes of the files that browsers do not show: TIFF, JPEG 2000, PPM."""
 
 
 def _path_of(_: gr.Image, payload: ImageData | None) -> str | None:
