@@ -32,8 +32,8 @@ def load_recorded(
             f"this run used {made}, a model of Python code, which is run only if you ask for it. Read that code, then "
             "name its function with --import PACKAGE:FUNCTION, or pass the encoder as `model`."
         )
-    # No run records the path of a local checkpoint, so `model` may name its folder. By default it is the folder last used
-    # on this machine, or one of that name here. The caller checks that its weights are the recorded ones.
+    # No run records the path of a local checkpoint, so `model` may name its folder. By default it is the folder that
+    # was last used on this machine, or one of that name here. The caller checks its weights.
     name, revision, local = settings["model_id"], settings["model_revision"], is_local(settings)
     place = places.recall(revision) if model is None and local else None
     if place is not None and Path(place).is_dir():
