@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -23,8 +22,8 @@ from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import SCHEMA_VERSION, Progress, Status
+from hf_equiv.runs.schema import Row
 
-Row = dict[str, Any]
 Curve = tuple[tuple[str, float, float], ...]
 """(stage, evaluations, embedding error) after every step; evaluations include those of earlier stages."""
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from functools import lru_cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,12 +22,12 @@ from making.outcome import CHANGES, MADE, Made
 from making.uploads import Photo, read_upload, shown
 from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused, warn
 
-import hf_equiv
 from hf_equiv.data.image_file import encode_png
 from hf_equiv.data.sources import BUILTIN_PHOTOS
 
 BUDGETS = {"any change": None, "16 of 255 grey levels": 16 / 255, "8 of 255": 8 / 255, "4 of 255": 4 / 255}
 EFFORTS = {"quick": 0.4, "normal": 1.0}
+OFFERED = {name: file.read_bytes() for name, file in BUILTIN_PHOTOS.items()}
 PHOTOS = {"source": ("cat", "Looks like this"), "target": ("coffee", "Seen as this")}
 
 _JACOBIAN = 20  # a curve with more evaluations between two points needs an explanation
@@ -176,18 +175,15 @@ def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
     )  # fmt: skip
 
 
-@lru_cache
-def _offered() -> dict[str, bytes]:
-    """Return the files of the four photos by name."""
-    folder = Path(hf_equiv.__file__).parent / "assets" / "photos"
-    return {name: (folder / f"{name}.jpg").read_bytes() for name in BUILTIN_PHOTOS}
+def _take(name: str) -> str:
+    """Write one of the four photos to a file for the visitor."""
+    if name not in OFFERED:
+        raise refused(f"Take one of the four photos: {', '.join(OFFERED)}.")
+    return file_of(OFFERED[name], f"{name}.jpg")
 
 
-def _take(event: gr.EventData) -> str:
-    name = str(event.key)
-    if name not in _offered():
-        raise refused(f"Take one of the four photos: {', '.join(_offered())}.")
-    return file_of(_offered()[name], f"{name}.jpg")
+def _take_chosen(event: gr.EventData) -> str:
+    return _take(str(event.key))
 
 
 def _photo(which: str) -> tuple[Photo, gr.HTML]:
@@ -195,12 +191,12 @@ def _photo(which: str) -> tuple[Photo, gr.HTML]:
     chosen, label = PHOTOS[which]
     with gr.Column(min_width=230):
         image = Photo(
-            file_of(_offered()[chosen], f"{chosen}.jpg"), type="filepath", format="png", label=label, elem_id=which,
+            _take(chosen), type="filepath", format="png", label=label, elem_id=which,
             sources=["upload", "webcam", "clipboard"], height=220, buttons=[], alt_text=f"{label}: the {which} photo",
         )  # fmt: skip
-        thumbs = gr.HTML(views.making.thumbs(_offered()), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False)
+        thumbs = gr.HTML(views.making.thumbs(OFFERED), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False)
         note = gr.HTML(elem_id=f"seen-{which}", padding=False, js_on_load=LIVE)
-    thumbs.click(_take, None, image, queue=False, **HIDDEN)
+    thumbs.click(_take_chosen, None, image, queue=False, **HIDDEN)
     image.clear(lambda: "", None, note, queue=False, **HIDDEN)
     return image, note
 
@@ -214,7 +210,7 @@ def _open_link(request: gr.Request) -> tuple[Any, ...]:
 @lru_cache
 def _first_notes() -> list[str]:
     """Tell what the built-in model sees in the two photos that are there at first."""
-    photos = [read_upload(file_of(_offered()[name], f"{name}.jpg"), name) for name, _ in PHOTOS.values()]
+    photos = [read_upload(_take(name), name) for name, _ in PHOTOS.values()]
     encoder = encoder_of("builtin")
     return [views.making.seen(sight) for sight in outcome.sights(encoder, encoder.preprocess(photos))]
 

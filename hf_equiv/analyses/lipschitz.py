@@ -95,7 +95,7 @@ class LipschitzConfig(ImageConfig):
         """Return the next image of the set as the target of each; for a single image, a built-in photo."""
         if len(images) > 1:
             return images, images
-        other = BUILTIN_PHOTOS.index("cat" if images.ids[0] == "coffee" else "coffee")
+        other = list(BUILTIN_PHOTOS).index("cat" if images.ids[0] == "coffee" else "coffee")
         return images, load("builtin").select([other])
 
     def settings(self, encoder: Encoder) -> Row:

@@ -16,7 +16,8 @@ from hf_equiv.data.image_set import ImageSet, content_hash, file_digest
 from hf_equiv.formatting import some, utf8
 from hf_equiv.limits import MAX_BYTES
 
-BUILTIN_PHOTOS = ("cat", "coffee", "rocket", "astronaut")
+_PHOTOS = Path(__file__).parents[1] / "assets" / "photos"
+BUILTIN_PHOTOS = {name: _PHOTOS / f"{name}.jpg" for name in ("cat", "coffee", "rocket", "astronaut")}
 DEFAULT_PAIRS = 10
 
 
@@ -87,8 +88,8 @@ def load_images(
 def _local(what: str, open_tables: Callable[[str, Sequence[Path], Path], ImageSet]) -> ImageSet | None:
     """Open images on this machine, or return None for the name of a Hub dataset."""
     if what == "builtin":
-        folder = Path(__file__).parents[1] / "assets" / "photos"
-        return _image_files(what, [folder / f"{name}.jpg" for name in BUILTIN_PHOTOS], BUILTIN_PHOTOS, BUILTIN_PHOTOS)
+        names = list(BUILTIN_PHOTOS)
+        return _image_files(what, list(BUILTIN_PHOTOS.values()), names, names)
     path = Path(what).expanduser()
     if path.is_dir():
         return _folder(path, open_tables)
