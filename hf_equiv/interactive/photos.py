@@ -68,15 +68,14 @@ def match_photos(
     found = match_embedding(encoder, x, t, raise_on_failure=False, **how)
     exact = refine_8bit(encoder, found.images, t, source=x, **how)
     made = _classes(encoder, exact.images, labels)
-    return _joined(found, exact, ((seen[0], made[0], seen[1]),) if seen and made else None)
-
-
-def _joined(found: MatchResult, exact: MatchResult, labels: tuple[tuple[str, str, str], ...] | None) -> MatchResult:
-    """Return the 8-bit result with the cost and trace of the match before it."""
     before = float(found.num_evals[0])
-    trace = (*found.traces[0], *((before + count, error) for count, error in exact.traces[0]))
-    cost, seconds = found.num_evals + exact.num_evals, found.seconds + exact.seconds
-    return replace(exact, num_evals=cost, seconds=seconds, traces=(trace,), labels=labels)
+    return replace(
+        exact,
+        num_evals=found.num_evals + exact.num_evals,
+        seconds=found.seconds + exact.seconds,
+        traces=((*found.traces[0], *((before + count, error) for count, error in exact.traces[0])),),
+        labels=((seen[0], made[0], seen[1]),) if made else None,
+    )
 
 
 def _classes(encoder: Encoder, images: Tensor, labels: Sequence[str] | None) -> list[str]:
