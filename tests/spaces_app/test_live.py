@@ -21,17 +21,17 @@ def photos():
 
 
 @pytest.fixture(scope="module")
-def whole(encoder, photos):
-    return list(live_match(encoder, photos["cat"], photos["coffee"], rtol=1e-3, every=0.05))
+def whole(small, photos):
+    return list(live_match(small, photos["cat"], photos["coffee"], rtol=1e-3, every=0.05))
 
 
-def test_the_last_state_is_what_the_library_computes(encoder, photos, whole):
+def test_the_last_state_is_what_the_library_computes(small, photos, whole):
     last = whole[-1]
-    x = torch.stack([decode_png(encode_png(p)) for p in encoder.preprocess([photos["cat"], photos["coffee"]])])
+    x = torch.stack([decode_png(encode_png(p)) for p in small.preprocess([photos["cat"], photos["coffee"]])])
     with torch.no_grad():
-        z = encoder(x[1:])
-    found = match_embedding(encoder, x[:1], z, rtol=1e-3, max_evals=400)
-    exact = refine_8bit(encoder, found.images, z, source=x[:1], rtol=1e-3, max_evals=400)
+        z = small(x[1:])
+    found = match_embedding(small, x[:1], z, rtol=1e-3, max_evals=400)
+    exact = refine_8bit(small, found.images, z, source=x[:1], rtol=1e-3, max_evals=400)
     assert last.stage == "done"
     assert torch.equal(decode_png(last.png), (exact.images[0] * 255).round() / 255)
     assert last.row["num_evals"] == float(found.num_evals[0])
@@ -40,12 +40,12 @@ def test_the_last_state_is_what_the_library_computes(encoder, photos, whole):
     assert last.row["match_label"] == last.row["target_label"] != last.row["source_label"]
 
 
-def test_the_row_is_that_of_the_png(encoder, whole):
+def test_the_row_is_that_of_the_png(small, whole):
     last = whole[-1]
     with torch.no_grad():
-        z, aim = (encoder(decode_png(png)[None]).double() for png in (last.png, last.target))
+        z, aim = (small(decode_png(png)[None]).double() for png in (last.png, last.target))
     assert last.row["embedding_error_8bit"] == pytest.approx(float((z - aim).norm() / aim.norm()), rel=1e-3)
-    assert last.row["model_revision"] == encoder.revision
+    assert last.row["model_revision"] == small.revision
 
 
 def test_states_come_in_order_and_the_error_falls(whole):
@@ -59,10 +59,10 @@ def test_states_come_in_order_and_the_error_falls(whole):
     assert len(whole) > 4, "there are several states to watch"
 
 
-def test_stopping_keeps_the_image_so_far(encoder, photos):
+def test_stopping_keeps_the_image_so_far(small, photos):
     stop = threading.Event()
     states = []
-    for state in live_match(encoder, photos["cat"], photos["coffee"], every=0.01, stop=stop):
+    for state in live_match(small, photos["cat"], photos["coffee"], every=0.01, stop=stop):
         states.append(state)
         if state.num_evals >= 5:
             stop.set()
@@ -73,22 +73,22 @@ def test_stopping_keeps_the_image_so_far(encoder, photos):
     assert 0.001 < last.row["embedding_error_8bit"] < states[0].error
 
 
-def test_the_time_limit_stops(encoder, photos):
-    *_, last = live_match(encoder, photos["cat"], photos["rocket"], time_limit=1e-6)
+def test_the_time_limit_stops(small, photos):
+    *_, last = live_match(small, photos["cat"], photos["rocket"], time_limit=1e-6)
     assert last.stage == "stopped"
     assert last.num_evals <= 2
 
 
-def test_closing_the_iterator_ends_the_work(encoder, photos):
-    states = live_match(encoder, photos["cat"], photos["coffee"], every=0.01)
+def test_closing_the_iterator_ends_the_work(small, photos):
+    states = live_match(small, photos["cat"], photos["coffee"], every=0.01)
     next(states)
     states.close()
     assert not [t for t in threading.enumerate() if t.name == "live match"]
 
 
-def test_two_at_once_do_not_mix(encoder, photos):
+def test_two_at_once_do_not_mix(small, photos):
     def watch(name):
-        states[name] = list(live_match(encoder, photos["cat"], photos[name], max_evals=20, every=0.01))
+        states[name] = list(live_match(small, photos["cat"], photos[name], max_evals=20, every=0.01))
 
     states: dict[str, list] = {}
     watch("coffee")
@@ -102,12 +102,12 @@ def test_two_at_once_do_not_mix(encoder, photos):
     assert states["rocket"][-1].row["target_label"] == "beacon"
 
 
-def test_equal_photos_are_refused(encoder, photos):
+def test_equal_photos_are_refused(small, photos):
     with pytest.raises(ValueError, match="`source` and `target` must differ"):
-        list(live_match(encoder, photos["cat"], photos["cat"]))
+        list(live_match(small, photos["cat"], photos["cat"]))
 
 
-def test_errors_of_the_thread_are_raised_in_the_caller(encoder, photos, monkeypatch):
+def test_errors_of_the_thread_are_raised_in_the_caller(small, photos, monkeypatch):
     monkeypatch.setattr("live.match_embedding", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(live_match(encoder, photos["cat"], photos["coffee"]))
+        list(live_match(small, photos["cat"], photos["coffee"]))

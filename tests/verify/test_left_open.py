@@ -295,7 +295,7 @@ def test_the_list_names_only_what_the_run_has(copied):
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("processor", None, "processor"), ("processor", "[" * 9000, "processor"), ("processor", "7", "processor"),
+        ("processor", None, "must be None"), ("processor", "[" * 9000, "processor"), ("processor", "7", "processor"),
         ("dtype", "bool", "`dtype` must be"), ("dtype", "none such", "`dtype` must be"),
         ("model_id", "..", "not in the current folder"), ("model_id", "a" * 300, "not in the current folder"),
     ],
