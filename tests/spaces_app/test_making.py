@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import anyio
 import gradio as gr
+import make_tab
 import numpy as np
 import pytest
 import shelf
@@ -74,6 +75,21 @@ def test_stop_works_while_waiting_and_for_one_visitor():
     assert anyio.run(places, mine) == []
     assert line.stop_of(theirs.key) is theirs.stop
     leave(stack)
+
+
+def test_waiting_is_shown_and_can_be_stopped(monkeypatch):
+    async def watch():
+        views, who = [], visitor("a")
+        async for view, *_ in make_tab.watch_match("a.png", "b.png", "builtin", "any change", "quick", who):
+            views.append(str(view))
+            line.stop(who)
+        return views
+
+    line = Line(0, of_session=2)
+    monkeypatch.setattr(make_tab, "MATCHES", line)
+    waiting, ended = anyio.run(watch)
+    assert "in the queue" in waiting
+    assert "Stopped before it began" in ended
 
 
 def test_the_address_of_a_visitor_cannot_be_chosen(monkeypatch):
