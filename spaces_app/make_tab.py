@@ -204,7 +204,10 @@ def _photo(which: str) -> tuple[Photo, gr.HTML]:
 def _open_link(request: gr.Request) -> tuple[Any, ...]:
     """Show the match that a link names."""
     key = request.query_params.get("made")
-    return shown_again(key) if key else (gr.skip(),) * 6
+    try:
+        return shown_again(key) if key else (gr.skip(),) * 6
+    except gr.Error as error:
+        return views.html.notice(error.message), *(gr.skip(),) * 5
 
 
 @lru_cache

@@ -243,6 +243,12 @@ def test_a_made_match_is_kept_for_an_hour(monkeypatch):
         made.get(key)
 
 
+def test_a_link_to_a_match_that_is_gone_says_so():
+    view, *others = make_tab._open_link(SimpleNamespace(query_params={"made": "unknown"}))
+    assert "This lookalike is gone" in view
+    assert len(others) == 5
+
+
 def test_a_slow_dataset_delays_nobody_else(monkeypatch):
     started, release = shelf.threading.Event(), shelf.threading.Event()
 
