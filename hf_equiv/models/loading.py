@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from torch.nn.functional import conv2d
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -61,7 +63,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             model, report, attention = _from_pretrained(model_class, config, checkpoint, dtype)
         except Exception as error:
             raise _load_error(error, checkpoint) from error
-    model.eval().requires_grad_(False)
+    multiply_patches(model.eval().requires_grad_(False))
     _check_labels(model, report["mismatched_keys"], checkpoint)
     two_tower = hasattr(model, "get_image_features") and hasattr(model, "vision_model")
     backbone = model.vision_model if two_tower else _backbone(model)
@@ -147,10 +149,59 @@ class _PerImage(torch.nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
+    def forward(self, state: Tensor) -> Tensor:
         if state.shape[0] == 1 or state.device.type != "cpu":
             return self.module(state)
         return torch.cat([self.module(one) for one in state.split(1)])
+
+
+class _PatchProduct(torch.autograd.Function):
+    """A convolution of patches that do not overlap, with a matrix product as its backward pass.
+
+    On a CPU the backward pass of the convolution takes 4 to 6 times as long: half the time of the built-in checkpoint.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return conv2d(pixels, weight, bias, stride=weight.shape[2:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pixels, weight, _ = inputs
+        ctx.shape = pixels.shape
+        ctx.save_for_backward(weight)
+        ctx.save_for_forward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        patches = torch.tensordot(cotangent, weight, ([1], [0]))  # (B, H/h, W/w, C, h, w)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(ctx.shape), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return conv2d(tangent, weight, stride=weight.shape[2:])
+
+
+class _PatchEmbedding(torch.nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        if any(whole % side for whole, side in zip(input.shape[2:], self.kernel_size, strict=True)):
+            return super().forward(input)
+        product: Tensor = _PatchProduct.apply(input, self.weight, self.bias)
+        return product
+
+
+def multiply_patches(model: torch.nn.Module) -> torch.nn.Module:
+    """Let the convolutions of a frozen `model` whose kernels do not overlap go backward by a matrix product."""
+    for module in model.modules():
+        if type(module) is not torch.nn.Conv2d or module.padding != (0, 0) or module.dilation != (1, 1):
+            continue
+        if module.kernel_size == module.stride != (1, 1) and module.groups == 1:
+            module.__class__ = _PatchEmbedding
+    return model
 
 
 def _choose_class(config: PreTrainedConfig, checkpoint: Checkpoint) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from hf_equiv.models.checkpoint import Checkpoint
-from hf_equiv.models.loading import LoadedModel
+from hf_equiv.models.loading import LoadedModel, multiply_patches
 from hf_equiv.models.places import BUILTINS
 from hf_equiv.models.preprocess import Preprocessor, split_processor
 from hf_equiv.models.readouts import OUTPUT
@@ -67,6 +67,7 @@ def wrap_module(
     whole = body if labels is None else WrappedHead(body, head)
     checkpoint = Checkpoint(name or type(module).__name__, Path(), _digest(whole))
     whole = copy.deepcopy(whole).eval().requires_grad_(False).to(device, dtype)
+    multiply_patches(whole)
     body = whole if isinstance(whole, WrappedModule) else whole.body
     loaded = LoadedModel(whole, body, None, KIND, labels is not None, False, False)
     return checkpoint, loaded, split_processor(_processor(module, size, mean, std), checkpoint)

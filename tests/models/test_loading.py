@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -20,6 +21,7 @@ from tiny_models import save
 
 from hf_equiv.models.checkpoint import HubFiles, find_checkpoint, quiet
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.loading import multiply_patches
 
 
 @pytest.fixture
@@ -161,6 +163,7 @@ def test_labels_need_a_tokenizer_that_knows_them(tmp_path: Path) -> None:
 _CLIENT = """
 import json, sys
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.loading import multiply_patches
 import torch
 results = []
 for case in json.load(sys.stdin):
@@ -268,3 +271,28 @@ def test_what_the_hub_refuses(case: str, kind: str, message: str, hub: tuple[str
     got = _online(*hub[:2])[case]
     assert got[0] == kind
     assert message in got[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "options"), [((8, 12), {}), ((9, 14), {}), ((8, 12), {"bias": False})])
+def test_products_of_patches_are_the_convolution_and_its_derivatives(size: Any, options: Any, dtype: Any) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(3, 5, (4, 2), stride=(4, 2), dtype=dtype, **options).requires_grad_(False)
+    quick = multiply_patches(copy.deepcopy(torch.nn.Sequential(plain)))
+    x, v = torch.randn(2, 2, 3, *size, dtype=dtype)
+    u = torch.randn(4, *plain(x).shape, dtype=dtype)
+    (own, pushed), (wanted, moved) = (torch.func.jvp(f, (x,), (v,)) for f in (quick, plain))
+    assert torch.equal(own, wanted)
+    torch.testing.assert_close(pushed, moved)
+    pulled = [
+        torch.autograd.grad(f(y := x.clone().requires_grad_()), y, u, is_grads_batched=True)[0] for f in (quick, plain)
+    ]
+    torch.testing.assert_close(*pulled)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 3}, {"kernel_size": 1, "stride": 1}]
+)
+def test_other_convolutions_stay(options: dict[str, Any]) -> None:
+    convolution = torch.nn.Conv2d(3, 6, **{"kernel_size": 4, "stride": 4, **options})
+    assert type(multiply_patches(convolution)) is torch.nn.Conv2d
