@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -80,7 +79,7 @@ class Run:
 def commands_of(runs: Iterable[Run]) -> list[str]:
     """Return the commands that repeat the runs and those that verify them, as they can be typed in this folder."""
     again = [_command(run) for run in runs]
-    check = [f"hf-equiv verify {shlex.quote(address_of(run.name, run.folder))}" for run in runs]
+    check = [directory.check_command(address_of(run.name, run.folder), run.settings) for run in runs]
     return list(dict.fromkeys([command for command in again if command] + check))
 
 
@@ -264,7 +263,8 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
     """
     settings, match = (checkpoint.main or checkpoint.runs[0]).settings, verb == MATCH.analysis
     local = str(settings["model_revision"]).startswith("sha256:")
-    stated: Row = {"model": model_of(settings), "revision": None if local else settings["model_revision"]}
+    stated: Row = {"model": model_of(settings), "import_": settings.get("import")}
+    stated["revision"] = None if local else settings["model_revision"]
     names = ("readout", "normalize", "dtype", "image_column", "label_column", "seed", *(_OPTIONS if match else ()))
     given = {name: settings[name] for name in names if name in settings}
     stated |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -283,7 +283,7 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
 def model_of(settings: Row) -> str:
     """Return the model of a run for a command: a local one by its path, or PATH/NAME if that is not known."""
     name, revision = str(settings["model_id"]), str(settings["model_revision"])
-    return _path(name, revision) if is_local(settings) else name
+    return _path(name, revision) if is_local(settings) and "import" not in settings else name
 
 
 def _data_of(name: str, revision: str) -> str:
