@@ -316,8 +316,8 @@ def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> d
         "choices": list(plan.choices),
         "out": str(folder),
     }
-    usual = run.CPU_BATCH if encoder.device.type == "cpu" else run.BATCH
-    facts |= {"batch_size": batch_size or usual} if match else {"evaluations_per_image": round(evaluations)}
+    size = batch_size or (run.CPU_BATCH if encoder.device.type == "cpu" else run.BATCH)
+    facts |= {"batch_size": size} if match else {"evaluations_per_image": round(evaluations)}
     return facts | costs(plan, {plan.config.analysis: round(max(0, left - failing) * evaluations)})
 
 

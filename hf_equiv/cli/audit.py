@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _LEVELS = (16, 8, 4, 2)  # radii of the sweep, in levels of 255
 _PHOTOS = 10  # photos of spectrum and constants; with fewer, a verdict of the report has a caveat
-_PAGE, _REPORT = "report with survival", 38 / 3  # the last part, and the evaluations that it takes for a pair
+_PAGE, _REPORT = "report with survival (without its figures)", 38 / 3  # the last part, its evaluations per pair
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def prepare_threads() -> None:
         return
     told = f"warning: other programs keep about {many(round(others), 'thread')} busy on {many(machine, 'core')}"
     policy = os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    notes.append(f"{told}. Threads that wait are {policy} (OMP_WAIT_POLICY); passive ones lose little.")
+    notes.append(f"{told}. OMP_WAIT_POLICY is {policy}; with passive, threads sleep while they wait and lose little.")
 
 
 def place(device: torch.device) -> list[str]:

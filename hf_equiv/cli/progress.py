@@ -68,8 +68,7 @@ class _Bars:
         self.whole = bars.add_task(what, total=None, state="")
         self.images: dict[str, Any] = {}
         self.pace = _Pace()
-        wide = bars.console.width >= _NARROW
-        self.room = min(36, bars.console.width - _STATE - _STAGE - (_BAR if wide else 0))
+        self.room = min(36, bars.console.width - _STATE - _STAGE - (_BAR if bars.console.width >= _NARROW else 0))
 
     def __call__(self, p: RunProgress) -> None:
         left = self.pace.left(p)
@@ -103,7 +102,8 @@ class _Pace:
     def __init__(self) -> None:
         self.start: tuple[float, int] | None = None
         self.failed = 0  # rows that take no time
-        self.share = 0.0  # rows in work, each by the part of it that is done
+        self.parts: dict[str, float] = {}  # the part that is done of each row in work
+        self.share = 0.0  # their sum
         self.saved: set[str] = set()
         self.elapsed = 0.0
         self.guessed = True  # whether the guess for a match still holds for one in work
@@ -115,15 +115,14 @@ class _Pace:
         self.elapsed = now - self.start[0]
         self.failed += p.stage == "note"
         if p.stage == "saved":
-            self.share = 0.0
             self.saved |= {*p.pair_ids}
         elif p.steps:
-            self.share = p.step / p.steps
+            self.parts = {p.pair_ids[0]: p.step / p.steps}
         elif p.stage == "match" and p.num_evals is not None and p.active is not None:
             parts = (p.num_evals / SEARCH).masked_fill(~p.active.to(p.num_evals.device), 1.0).clamp(max=MATCHING)
-            named = zip(p.pair_ids, parts.tolist(), strict=True)
-            self.share = sum(part for name, part in named if name not in self.saved)
+            self.parts = dict(zip(p.pair_ids, parts.tolist(), strict=True))
             self.guessed = bool((parts < MATCHING).any())
+        self.share = sum(part for name, part in self.parts.items() if name not in self.saved)
         made = self.made(p.done) + self.share
         known = made > 0 and self.elapsed > 0 and (self.guessed or self.made(p.done) > 0)
         return self.elapsed * (p.total - p.done - self.share) / made if known else None

@@ -23,11 +23,11 @@ from hf_equiv.results import MatchResult
 
 def show(match: MatchResult) -> None:
     """Display the picture of a result below the cell of a notebook, in a viewer, or without a screen as a file."""
-    data, screens = picture(match), {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
+    data = picture(match)
     image = Image.open(io.BytesIO(data), formats=["PNG"])
     if "ipykernel" in sys.modules:
         import_module("IPython.display").display(image)
-    elif screens or sys.platform in ("darwin", "win32"):
+    elif sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
         image.show()
     else:
         path = Path(tempfile.mkdtemp()) / "picture.png"

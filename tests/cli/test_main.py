@@ -492,7 +492,7 @@ def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
     code, out, err = call(capsys, *words, "--dry-run")
     assert (code, err) == (0, "")
     assert re.search(r"match-8 +match within 8/255, 2 pairs, about \d+ (s|min)\n", out)
-    assert re.search(r"report +report with survival, about [1-9]\d* s\n", out)
+    assert re.search(r"report +report with survival \(without its figures\), about [1-9]\d* s\n", out)
     assert re.search(
         r"time +about \d+ (s|min): [\d,]+ evaluations \(a rough count\) of \S+ ms, timed now on cpu\n", out
     )
