@@ -72,15 +72,7 @@ for command in (audit, match, spectrum, lipschitz, walk, verify, publish, report
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 not all held, 2 bad input, 130 interrupted."""
     environment.prepare_threads()
-    try:
-        code = _run(arguments)
-    except MemoryError:  # not even enough for the message, nor for an orderly exit
-        os.write(2, _NO_MEMORY)
-        os._exit(2)
-    sys.exit(code)
-
-
-_NO_MEMORY = b"error: memory ran out at the start. Close other programs and try again.\n"
+    sys.exit(_run(arguments))
 
 
 def _run(arguments: list[str] | None) -> int:

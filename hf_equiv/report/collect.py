@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_equiv.analyses.plan import command_line, read_command
 from hf_equiv.analyses.run import VERBS
+from hf_equiv.data.sources import DEFAULT_PAIRS
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.models import places
@@ -259,9 +260,12 @@ def load_other(name: str, place: Place) -> Encoder | str:
 def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed: Any) -> str:
     """Return a command with the model, data, seed and options of a checkpoint's runs, for `count` pairs or photos.
 
-    Without a count it is for 50 of them. If the runs used the built-in photos, PATH then stands for the reader's own.
+    Without a count it is for 50 of them. If the runs used the built-in photos, or drew all pairs of a smaller set, PATH
+    then stands for the reader's own.
     """
-    settings, match = (checkpoint.main or checkpoint.runs[0]).settings, verb == MATCH.analysis
+    run, match = checkpoint.main or checkpoint.runs[0], verb == MATCH.analysis
+    settings, typed = run.settings, str(run.record.get("command"))
+    whole = run.layout is MATCH and "--pairs" not in typed and run.listed < DEFAULT_PAIRS
     local = str(settings["model_revision"]).startswith("sha256:")
     stated: Row = {"model": model_of(settings), "import_": settings.get("import")}
     stated["revision"] = None if local else settings["model_revision"]
@@ -275,7 +279,7 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
     if len(sets) > 1 and not settings.get("drawn", True):
         stated |= {"source": sets[0]} | ({"target": sets[1]} if match else {})
     else:
-        own = "PATH" if count is None and sets[0] == "builtin" else sets[0]
+        own = "PATH" if count is None and (whole or sets[0] == "builtin") else sets[0]
         stated |= {"data": own, "pairs" if match else "limit": count or _MANY}
     return command_line(VERBS[verb].CONFIG(**stated | changed))
 

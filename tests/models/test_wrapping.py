@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +126,10 @@ def test_rows_of_an_imported_model_verify_with_the_same_import(place, capsys):
     assert collect.commands_of(runs)[-1] == "hf-equiv verify run --import own_models:encoder"
     (checkpoint,) = collect.group_runs(runs)
     assert collect.again(checkpoint, "match").startswith("hf-equiv match mine --import own_models:encoder --readout")
+    for typed, data in (("hf-equiv match mine --data photos", "PATH"), (record["command"], "PATH/photos")):
+        changed = record | {"command": typed, "settings": settings | {"data_id": "photos"}}
+        command_for_more = collect.again(replace(checkpoint, runs=(replace(runs[0], record=changed),)), "match")
+        assert f"--data {data} --pairs 50" in command_for_more  # PATH: all pairs of that folder have been drawn
     assert command("verify run --import own_models:encoder -q".split()) == 0
     assert "model_revision" in {problem.column for problem in verify_run("run", model=place.other()).problems}
     capsys.readouterr()
