@@ -126,7 +126,7 @@ def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) 
             if len(lines) > MAX_ROWS:
                 console.print(f"… and {len(lines) - MAX_ROWS} more")
             console.print()
-        for sentence in (outcome.summary["verdict"], *map(_flagged, reasons(failures))):
+        for sentence in (outcome.summary["verdict"], *reasons(failures)):
             console.print(sentence, soft_wrap=not console.is_terminal)
         console.print()
         if (outcome.out / "figures").is_dir():
@@ -200,7 +200,7 @@ def failures(outcome: RunOutcome) -> dict[str, list[str]]:
 
 def reasons(failures: Mapping[str, list[str]]) -> list[str]:
     """Return one sentence for each cause, with the number of its pairs or images and the first ones."""
-    return [f"{why} ({len(ids)}: {some(ids, 3)})" for why, ids in failures.items()]
+    return [f"{_flagged(why)} ({len(ids)}: {some(ids, 3)})" for why, ids in failures.items()]
 
 
 def print_summary(report: Report, path: Path) -> None:

@@ -135,6 +135,7 @@ def test_match_for_people(place, capsys):
     code, out, err = call(capsys, *PAIR, "--rtol", "1e-13", "-q")
     assert (code, out) == (1, "")
     assert err.startswith(f"1 of 1 rows in {folder} did not converge. ")
+    assert "Raise --max-evals, or loosen --rtol." in err
     assert err.count("\n") == 1
     code, out, _ = call(capsys, "verify", folder)
     assert code == 0
