@@ -45,9 +45,6 @@ _WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
 
 _USUAL_WORDS = ("images", "images_to_do", "were not completed")
 
-SEARCH, SEARCH_IN_BALL = 300, 800
-"""Usual evaluations of a float match; those in a small ball do not converge."""
-
 _DTYPES = "float32 or float64."
 _DERIVATIVES = {
     "dtype": _DTYPES,
@@ -340,9 +337,10 @@ def costs(plan: Plan, evaluations: dict[str, int]) -> dict[str, Any]:
 
 def count_evaluations(plan: Plan) -> float:
     """Return a rough number of evaluations for one item."""
-    settings, name = plan.settings, plan.config.analysis
+    from hf_equiv.cli.progress import SEARCH, SEARCH_IN_BALL
     from hf_equiv.jacobian import jacobian_cost
 
+    settings, name = plan.settings, plan.config.analysis
     jacobian = jacobian_cost(plan.encoder.embedding_dim)
     if name == "match":
         search = SEARCH if settings["radius"] is None else SEARCH_IN_BALL

@@ -12,7 +12,6 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from hf_equiv.cli.analyses import SEARCH
 from hf_equiv.cli.environment import calm, is_first
 from hf_equiv.cli.output import SafeConsole
 from hf_equiv.cli.streams import to_stderr
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from hf_equiv.runs.execute import Observer, RunProgress
 
 LINE_EVERY = 15.0  # seconds between plain lines when stderr is not a terminal
+SEARCH, SEARCH_IN_BALL = 300, 800  # usual evaluations of a float match; those in a small ball do not converge
 MATCHING = 0.75  # a first guess, for the time left, of the share of a match before its refinement
 
 
