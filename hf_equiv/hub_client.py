@@ -361,5 +361,5 @@ def _unreachable(
     if write:
         return f"'{repo_id}' was not {_DONE[kind]}: {why}. {cure}; what was uploaded already is not sent twice."
     missing = "its files are not all" if file is None else f"its file '{file}' is not"
-    other = ", or pass a local folder or 'builtin'" if kind == "model" else ""
-    return f"'{repo_id}' is no folder here, {missing} in the cache, and {why}. {cure}{other}."
+    other = "the path or the name" + (", or pass a local folder or 'builtin'" if kind == "model" else "")
+    return f"'{repo_id}' is no folder here, {missing} in the cache, and {why}. {cure}, or correct {other}."

@@ -73,6 +73,7 @@ class MatchResult:
         source: images that these should look like, (B, C, H, W), if they are known.
         target: images whose embeddings these should have, (B or 1, C, H, W), if they were given as pixels.
         labels: per image the classes of source, match and target, if an encoder has named them.
+        float_errors: embedding errors of the float images that these 8-bit images come from, (B,), float64, if known.
     """
 
     images: Tensor
@@ -84,6 +85,7 @@ class MatchResult:
     source: Tensor | None = None
     target: Tensor | None = None
     labels: tuple[tuple[str, str, str], ...] | None = None
+    float_errors: Tensor | None = None
 
     @property
     def converged(self) -> bool:
@@ -98,7 +100,7 @@ class MatchResult:
         return -10 * (self.images.double() - self.source.double()).square().flatten(1).mean(dim=1).log10()
 
     def show(self) -> None:
-        """Show each image beside its source, their difference and its target: in a notebook, or else in a viewer."""
+        """Show each image beside source, difference and target: in a notebook, a viewer, or a file that is named."""
         _figures().show(self)
 
     def plot(self, axes: Any = None) -> Any:

@@ -179,7 +179,7 @@ CONFIG = MatchConfig
 
 
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
-    """Match all pairs at once; refine each that has ended, save it as PNG, read it back, measure it, and yield it."""
+    """Match all pairs at once, and yield each that has ended with the row of its refined PNG."""
     config, encoder = plan.config, plan.encoder
     source = torch.stack([one.image for one in part])
     target = torch.stack([one.target for one in part if one.target is not None])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import shlex
 import timeit
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from hf_equiv.cli.options import (
     source_options,
 )
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import duration, excerpt, finite, some
+from hf_equiv.formatting import finite
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
@@ -184,16 +185,7 @@ def _run(name: str, given: dict[str, Any]) -> int:
         return _carry_out(plan, folder, given)
     if environment.is_first():
         facts = _estimate(plan, folder, resume.refuse_early(folder, plan, given["overwrite"]), given["batch_size"])
-        if given["as_json"]:
-            output.print_json(_result(plan, folder, [], None) | {"dry_run": facts})
-        else:
-            told = facts | {"unusable_images": some(facts["unusable_images"], 10)}
-            told["choices"] = "; ".join(plan.choices)
-            for key in ("seconds_per_evaluation", "estimated_seconds"):
-                told[key.replace("seconds", "time")] = duration(told.pop(key))
-            usual = ("_error", "_images", "choices")  # hidden when empty
-            shown = {key: value for key, value in told.items() if value or not key.endswith(usual)}
-            output.print_text("facts", facts={"would do": shown})
+        output.print_plan(facts, _result(plan, folder, [], None) if given["as_json"] else None)
     return 0
 
 
@@ -215,9 +207,12 @@ def where_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(config: Any, given: dict[str, Any]) -> Encoder:
-    """Load the encoder of a config."""
+    """Load the encoder of a config, unless another run is writing into its folder."""
     from hf_equiv.cli import environment
+    from hf_equiv.runs.directory import refuse_busy
 
+    if given["out"] is not None and not given["dry_run"] and environment.is_first():
+        refuse_busy(given["out"])
     options = {key: given[key] for key in ("import_", "revision", "readout", "normalize", "device")}
     dtype = "float32" if config.half else config.dtype
     return environment.load_encoder(config.model, dtype=dtype, **options, **where_of(given))
@@ -226,22 +221,20 @@ def load(config: Any, given: dict[str, Any]) -> Encoder:
 def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     """Run a plan with progress, and print its rows, summary and verdict; return the exit code."""
     from hf_equiv.cli import environment, output, progress
+    from hf_equiv.runs.directory import check_command
 
     quiet, total = given["as_json"] or given["quiet"], len(plan.items)
     what, _, failed = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
-    outcome = compute(plan, folder, given, environment.place(plan.encoder.device))
+    progress.say(environment.place(plan.encoder.device), quiet=quiet)
+    with interruptible({folder: plan}, folder, what):
+        outcome = compute(plan, folder, given)
     if not outcome.main:
         return 0
     failures = output.failures(outcome)
     if given["as_json"]:
         output.print_json(_result(plan, folder, outcome.rows, outcome.summary))
     elif not quiet:
-        own = ["--import", given["import_"]] if given["import_"] else []
-        try:
-            output.print_outcome(outcome, failures, shlex.join(["hf-equiv", "verify", str(folder), *own]))
-        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of a record that was changed
-            told = f"'{folder}/run.json' is damaged: its summary cannot be shown ({excerpt(error)}). Run the same"
-            raise ValueError(f"{told} command with --overwrite always.") from error
+        output.print_outcome(outcome, failures, check_command(str(folder), plan.settings))
     count = len({item for ids in failures.values() for item in ids})
     told = f"{count} of {total} {what} in {folder} {failed}."
     if quiet and failures:
@@ -252,21 +245,30 @@ def _carry_out(plan: Plan, folder: Path, given: dict[str, Any]) -> int:
     return 1 if failures else 0
 
 
-def compute(plan: Plan, folder: Path, given: dict[str, Any], start: Sequence[str] = ()) -> RunOutcome:
-    """Run a plan with progress; an interruption says what is kept, and which command goes on."""
+def compute(plan: Plan, folder: Path, given: dict[str, Any]) -> RunOutcome:
+    """Run a plan with progress."""
     from hf_equiv.analyses.run import run_analysis
     from hf_equiv.cli import environment, progress
-    from hf_equiv.runs import shards
 
-    quiet, total = given["as_json"] or given["quiet"], len(plan.items)
+    quiet = given["as_json"] or given["quiet"]
     what, *_ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
     how = {key: given[key] for key in ("overwrite", "batch_size")}
+    with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what) as observer:
+        return run_analysis(plan, folder, observer=observer, **how)
+
+
+@contextlib.contextmanager
+def interruptible(runs: Mapping[Path, Plan], out: Path, what: str) -> Iterator[None]:
+    """Let an interruption say how many pairs or images of some runs are kept, and which command goes on."""
+    from hf_equiv.runs.shards import ids_of
+
     try:
-        with environment.calm(quiet=quiet), progress.run_progress(quiet=quiet, what=what, start=start) as observer:
-            return run_analysis(plan, folder, observer=observer, **how)
+        yield
     except KeyboardInterrupt:
-        kept = len(shards.ids_of(folder, plan.layout)) if folder.is_dir() else 0
-        told = f"interrupted; {kept} of {total} {what} are kept in {folder}. {how_to_go_on()}"
+        kept = sum(len(ids_of(folder, plan.layout)) for folder, plan in runs.items() if folder.is_dir())
+        total = sum(len(plan.items) for plan in runs.values())
+        others = ", the others begin anew" if kept < total else ""
+        told = f"interrupted; {kept} of {total} {what} are kept in {out}{others}. {_how_to_go_on()}"
         raise KeyboardInterrupt(told) from None
 
 
@@ -283,7 +285,7 @@ def _result(plan: Plan, folder: Path, rows: Sequence[Any], summary: Any) -> dict
     }
 
 
-def how_to_go_on() -> str:
+def _how_to_go_on() -> str:
     """Return the command that continues an interrupted run: the same without --overwrite, which would begin anew."""
     typed = shlex.join(["hf-equiv", *(click.get_current_context().obj or [])])
     command = re.sub(r" --overwrite[ =]\w+", "", typed)
@@ -298,54 +300,59 @@ def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> d
     match = plan.config.analysis == "match"
     what, to_do, _ = _WORDS.get(plan.config.analysis, _USUAL_WORDS)
     left, failing, evaluations = len(items) - there, sum(bool(item.unusable) for item in items), count_evaluations(plan)
-    seconds = time_evaluation(encoder)
-    facts = {
+    facts: dict[str, Any] = {
         "model": settings["model_id"],
         "revision": settings["model_revision"],
         "embedding": f"{settings['readout']}, D = {encoder.embedding_dim}, N = {math.prod(encoder.input_shape)}",
         "images": settings["data_id"] if match else f"{len(items)} of {settings['data_id']}",
-        "pairs": len(items),
+        **({"pairs": len(items)} if match else {}),
         f"{what}_there": there,
         to_do: left,
         f"{what}_of_status_error": failing,
         "unusable_images": {image: why for item in items for image, why in item.unusable},
         "choices": list(plan.choices),
         "out": str(folder),
-        "batch_size": batch_size or (run.CPU_BATCH if encoder.device.type == "cpu" else run.BATCH),
-        "seconds_per_evaluation": round(seconds, 4),
-        "evaluations_per_image": round(evaluations),
-        "estimated_seconds": round((left - failing) * evaluations * seconds, 1),
     }
-    for other in ["evaluations_per_image"] if match else ["pairs", "batch_size"]:
-        del facts[other]
-    return facts
+    size = batch_size or (run.CPU_BATCH if encoder.device.type == "cpu" else run.BATCH)
+    facts |= {"batch_size": size} if match else {"evaluations_per_image": round(evaluations)}
+    return facts | costs(plan, {plan.config.analysis: round(max(0, left - failing) * evaluations)})
 
 
-def time_evaluation(encoder: Encoder, batch: int = 1) -> float:
-    """Return the seconds of one evaluation, forward and backward, of one image in a batch: the best of three."""
+def costs(plan: Plan, evaluations: dict[str, int]) -> dict[str, Any]:
+    """Return the facts of a dry run on time: the best of three timed evaluations of a batch, times their number."""
     import torch
 
+    from hf_equiv.analyses.run import CPU_BATCH
+
+    encoder, batch = plan.encoder, min(len(plan.items), CPU_BATCH)
     x = torch.full((batch, *encoder.input_shape), 0.5, device=encoder.device, dtype=encoder.dtype, requires_grad=True)
-    return min(timeit.repeat(lambda: torch.autograd.grad(encoder(x).square().sum(), x), number=1, repeat=3)) / batch
+    times = timeit.repeat(lambda: torch.autograd.grad(encoder(x).square().sum(), x), number=1, repeat=3)
+    return {
+        "evaluations": evaluations,
+        "device": str(encoder.device),
+        "seconds_per_evaluation": round(min(times) / batch, 4),
+        "estimated_seconds": round(sum(evaluations.values()) * min(times) / batch, 1),
+    }
 
 
 def count_evaluations(plan: Plan) -> float:
-    """Return a rough number of evaluations for one item: 300 for a match, 800 in a ball, Jacobians for the rest."""
-    settings, name = plan.settings, plan.config.analysis
+    """Return a rough number of evaluations for one item."""
+    from hf_equiv.cli.progress import SEARCH, SEARCH_IN_BALL
     from hf_equiv.jacobian import jacobian_cost
 
+    settings, name = plan.settings, plan.config.analysis
     jacobian = jacobian_cost(plan.encoder.embedding_dim)
     if name == "match":
-        search = 300 if settings["radius"] is None else 800  # those in a small ball do not converge
-        return min(settings["max_evals"], search) + (2 * jacobian if settings["refine"] else 0)
+        search = SEARCH if settings["radius"] is None else SEARCH_IN_BALL
+        return min(settings["max_evals"], search) + (jacobian if settings["refine"] else 0)
     if name == "spectrum":
         k = settings["k"]
         return 8 + (jacobian if k is None else min(jacobian, 4 / 3 * (2 * k + 7)))
     if name == "lipschitz":
         forwards = 2 * len(settings["radii"]) + (30 if settings["linearity"] else 0)
         secants = sum(settings["directions"].values()) * (forwards + 4) / 3
-        extra = (250 if settings["regional"] else 0) + (300 if "match" in settings["directions"] else 0)
+        extra = (250 if settings["regional"] else 0) + (SEARCH if "match" in settings["directions"] else 0)
         return jacobian + secants + extra
     point = {"random": 15, "away": 15, "nearest": 100}.get(settings["heading"], 30)  # evaluations, an upper estimate
-    start = 300 if settings["solver"] else 0
+    start = SEARCH if settings["solver"] else 0
     return jacobian + settings["num_steps"] * point * min(1, settings["step"]) + start

@@ -9,28 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_equiv.cli.analyses import (
-    compute,
-    config_of,
-    count_evaluations,
-    how_to_go_on,
-    load,
-    time_evaluation,
-    where_of,
-)
+from hf_equiv.cli.analyses import compute, config_of, costs, count_evaluations, interruptible, load, where_of
 from hf_equiv.cli.options import COUNT, images_option, model_options, names, option, run_options
 from hf_equiv.cli.streams import to_stderr
-from hf_equiv.formatting import duration, many, some
+from hf_equiv.formatting import many
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
     from hf_equiv.analyses.run import RunOutcome
-    from hf_equiv.report.page import Report
 
 _LEVELS = (16, 8, 4, 2)  # radii of the sweep, in levels of 255
 _PHOTOS = 10  # photos of spectrum and constants; with fewer, a verdict of the report has a caveat
-_REPORT = 38 / 3  # evaluations that the report takes for a pair
-_TIMED = 8  # most images in the pass that is timed
+_PAGE, _REPORT = "report with survival (without its figures)", 38 / 3  # the last part, its evaluations per pair
 
 
 @dataclass(frozen=True)
@@ -93,16 +83,14 @@ def audit(**given: Any) -> int:
     result = {"analysis": "audit", "model": settings["model_id"], "revision": settings["model_revision"]}
     result["out"] = str(out)
     if given["dry_run"]:
-        if environment.is_first() and given["as_json"]:
-            output.print_json(result | {"runs": [], "dry_run": facts})
-        elif environment.is_first():
-            output.print_text("facts", facts={"would do": _in_words(facts)})
+        if environment.is_first():
+            output.print_plan(facts, result | {"runs": []} if given["as_json"] else None)
         return 0
-    device = plans["match"].encoder.device
-    time = f"about {duration(round(facts['estimated_seconds']))}: {_in_words(facts)['time']}"
-    progress.say([*facts["choices"], *environment.place(device), time], quiet=quiet)
-    done = [_compute(part, f"part {place} of {len(parts) + 1}", given) for place, part in enumerate(parts, 1)]
-    return _finish(result, done, out, given) if environment.is_first() else 0
+    device = environment.place(plans["match"].encoder.device)
+    progress.say([*facts["choices"], *device, output.time_in_words(facts)], quiet=quiet)
+    with interruptible({part.folder: part.plan for part in parts}, out, "pairs and photos"):
+        done = [_compute(part, f"part {place} of {len(parts) + 1}", given) for place, part in enumerate(parts, 1)]
+        return _finish(result, done, out, given) if environment.is_first() else 0
 
 
 def _plans(given: dict[str, Any]) -> dict[str, Plan]:
@@ -149,38 +137,17 @@ def _parts(plans: Mapping[str, Plan], out: Path, overwrite: str) -> list[Part]:
 def _estimate(parts: list[Part]) -> dict[str, Any]:
     """Return the facts of a dry run: the evaluations of each part, and the time of one on this checkpoint."""
     match = parts[0].plan
-    encoder, pairs = match.encoder, len(match.items)
-    seconds = time_evaluation(encoder, min(pairs, _TIMED))
-    counts = {part.folder.name: round(part.evaluations) for part in parts} | {"report": round(_REPORT * pairs)}
+    counts = {part.folder.name: round(part.evaluations) for part in parts}
+    counts["report"] = round(_REPORT * len(match.items))
     return {
         "model": match.settings["model_id"],
         "revision": match.settings["model_revision"],
         "photos": match.settings["data_id"],
         "unusable_images": dict(why for part in parts for item in part.plan.items for why in item.unusable),
         "choices": list(dict.fromkeys(choice for part in parts for choice in part.plan.choices)),
-        "parts": {part.folder.name: f"{part.title}, {part.amount}" for part in parts},
-        "evaluations": counts,
-        "device": str(encoder.device),
-        "seconds_per_evaluation": round(seconds, 4),
-        "estimated_seconds": round(sum(counts.values()) * seconds, 1),
+        "parts": {part.folder.name: f"{part.title}, {part.amount}" for part in parts} | {"report": _PAGE},
         "out": str(parts[0].folder.parent),
-    }
-
-
-def _in_words(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts of a dry run for a person, with the time that each part takes."""
-    each, counts = facts["seconds_per_evaluation"], facts["evaluations"]
-    parts = facts["parts"] | {"report": "report with survival"}
-    count = f"{sum(counts.values()):,} evaluations (a rough count)"
-    bad, choices = facts["unusable_images"], "; ".join(facts["choices"])
-    return {
-        **{key: facts[key] for key in ("model", "revision", "photos")},
-        **({"unusable_images": some(bad, 10)} if bad else {}),
-        **({"choices": choices} if choices else {}),
-        **{name: f"{told}, about {duration(round(counts[name] * each))}" for name, told in parts.items()},
-        "in all": f"about {duration(round(facts['estimated_seconds']))}",
-        "time": f"{count} of {1000 * each:.3g} ms, timed now on {facts['device']}",
-        "out": facts["out"],
+        **costs(match, counts),
     }
 
 
@@ -197,35 +164,24 @@ def _compute(part: Part, place: str, given: dict[str, Any]) -> RunOutcome:
 
 def _finish(result: dict[str, Any], done: list[RunOutcome], out: Path, given: dict[str, Any]) -> int:
     """Write the page, print its answer and where everything is, and return the exit code."""
-    from hf_equiv.cli import output
+    from hf_equiv.cli import environment, output, progress
     from hf_equiv.report.claims import say
+    from hf_equiv.report.page import make_report
 
     path, quiet = out / "report.html", given["as_json"] or given["quiet"]
-    page = _report([run.out for run in done], path, given)
+    how = {"model": given["model"], "device": given["device"], **where_of(given)}
+    how |= {"model": environment.import_encoder(given["import_"])} if given["import_"] else {}
+    with progress.steps(quiet=quiet, amount=progress.count) as tell:
+        runs = [run.out for run in done]
+        page = make_report(runs, out=path, observer=lambda step, now, total: tell(now, total, step), **how)
+    page.write(path)
     answer = next(iter(say("summary", page.models[0])), "Nothing could be measured.")
     problems = [f"{run.out}: {name}: {why}" for run in done for name, why in run.errors.items()] + [*page.problems]
     if given["as_json"]:
-        runs = [{"analysis": run.analysis, "out": str(run.out), "summary": run.summary} for run in done]
-        output.print_json(result | {"answer": answer, "report": str(path), "runs": runs, **page.numbers})
+        made = [{"analysis": run.analysis, "out": str(run.out), "summary": run.summary} for run in done]
+        output.print_json(result | {"answer": answer, "report": str(path), "runs": made, **page.numbers})
     elif not quiet:
-        output.print_text("audit", answer=answer, path=path, runs=[run.out for run in done])
+        output.print_text("audit", answer=answer, path=path, runs=runs)
     for told in problems:
         to_stderr(f"not complete: {told}")
     return 1 if problems else 0
-
-
-def _report(runs: list[Path], path: Path, given: dict[str, Any]) -> Report:
-    """Measure and write the page; an interruption says which command goes on."""
-    from hf_equiv.cli import environment, progress
-    from hf_equiv.report.page import make_report
-
-    place = {"model": given["model"], "device": given["device"], **where_of(given)}
-    place |= {"model": environment.import_encoder(given["import_"])} if given["import_"] else {}
-    try:
-        with progress.steps(quiet=given["as_json"] or given["quiet"], amount=progress.count) as tell:
-            page = make_report(runs, out=path, observer=lambda step, now, total: tell(now, total, step), **place)
-    except KeyboardInterrupt:
-        told = f"interrupted; all runs are kept in {path.parent}. {how_to_go_on()}"
-        raise KeyboardInterrupt(told) from None
-    page.write(path)
-    return page

@@ -159,10 +159,8 @@ def prepare_threads() -> None:
     if others + (int(threads) if threads.isdecimal() else cores) < machine + 1:
         return
     told = f"warning: other programs keep about {many(round(others), 'thread')} busy on {many(machine, 'core')}"
-    if os.environ.setdefault("OMP_WAIT_POLICY", "passive").lower() == "passive":
-        notes.append(f"{told}. Here threads sleep while they wait (OMP_WAIT_POLICY=passive), so they lose little.")
-    else:
-        notes.append(f"{told}. Set OMP_WAIT_POLICY=passive, or else OMP_NUM_THREADS=1: it is many times as fast.")
+    policy = os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    notes.append(f"{told}. OMP_WAIT_POLICY is {policy}; with passive, threads sleep while they wait and lose little.")
 
 
 def place(device: torch.device) -> list[str]:

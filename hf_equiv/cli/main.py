@@ -11,7 +11,7 @@ import click
 from hf_equiv.cli import environment
 from hf_equiv.cli.analyses import lipschitz, match, spectrum, walk
 from hf_equiv.cli.audit import audit
-from hf_equiv.cli.options import flag_note, helped, model_options, output_options
+from hf_equiv.cli.options import helped, model_options, output_options, with_flags
 from hf_equiv.cli.results import publish, report, verify
 from hf_equiv.cli.space import space
 from hf_equiv.cli.streams import open_streams, to_stderr
@@ -72,15 +72,7 @@ for command in (audit, match, spectrum, lipschitz, walk, verify, publish, report
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 not all held, 2 bad input, 130 interrupted."""
     environment.prepare_threads()
-    try:
-        code = _run(arguments)
-    except MemoryError:  # not even enough for the message, nor for an orderly exit
-        os.write(2, _NO_MEMORY)
-        os._exit(2)
-    sys.exit(code)
-
-
-_NO_MEMORY = b"error: memory ran out at the start. Close other programs and try again.\n"
+    sys.exit(_run(arguments))
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -113,26 +105,18 @@ def _run(arguments: list[str] | None) -> int:
             message = f"memory ran out ({message}). Close other programs, take a smaller model, or pass --batch-size 1."
         elif not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
             message = f"{type(error).__name__}: {message} (HF_EQUIV_DEBUG=1 shows where)"
-        commands = [*cli.commands.values(), *space.commands.values()]
-        return _fail(message + flag_note(message, (option for command in commands for option in command.params)))
-
-
-_MEANT = {
-    "--pairs": ("--limit",), "--limit": ("--pairs",), "--n": ("--pairs", "--limit"), "--num": ("--pairs", "--limit"),
-    "--eps": ("--radius", "--regional"), "--epsilon": ("--radius", "--regional"), "--steps": ("--num-steps",),
-    "--images": ("--data",), "--image": ("--source",), "--epochs": ("--max-evals",), "--output": ("--out",),
-}  # fmt: skip
-"""Flags that people try, and those that they may mean."""
+        command: Any = cli
+        for word in typed:
+            command = getattr(command, "commands", {}).get(word, command)
+        return _fail(with_flags(message, command.params))
 
 
 def _hint(error: click.NoSuchOption, context: click.Context) -> str:
-    """Name the flag that an unknown one may stand for, or the commands that have it."""
-    typed, flags = error.option_name, {flag for option in context.command.params for flag in option.opts}
-    if meant := [flag for flag in _MEANT.get(typed, ()) if flag in flags]:
-        return f"No such option {typed!r}. For {context.command.name} it is {' or '.join(meant)}."
+    """Name the flags that click finds similar to an unknown one, or else the commands that have it."""
+    told, typed = error.format_message(), error.option_name
     if other := [name for name, one in cli.commands.items() if any(typed in option.opts for option in one.params)]:
-        return f"No such option {typed!r}. It is an option of {', '.join(other)}."
-    return f"{error.format_message()} See {context.command_path} --help."
+        told = f"No such option {typed!r}. It is an option of {', '.join(other)}."
+    return f"{told} See {context.command_path} --help."
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -63,11 +63,15 @@ def once(context: click.Context, option: click.Parameter, values: tuple[Any, ...
     return values[0] if values else None
 
 
-def flag_note(message: str, options: Iterable[click.Parameter]) -> str:
-    """Return a note on the parameters in a message whose flags have other names; empty if there are none."""
-    flags = {option.name: option.opts[0] for option in options}
-    found = dict.fromkeys(name for name in re.findall(r"`(\w+)", message) if flags.get(name, name).lstrip("-") != name)
-    return f" ({', '.join(f'`{name}` is {flags[name]}' for name in found)}.)" if found else ""
+def with_flags(message: str, options: Iterable[click.Parameter]) -> str:
+    """Put flags in place of the parameters that a message of the library names: `rtol`, `license='mit'`."""
+    flags = {str(option.name).rstrip("_"): option.opts[0] for option in options if isinstance(option, click.Option)}
+
+    def typed(found: re.Match[str]) -> str:
+        name, value = found[1], (found[2] or "").strip("'")
+        return found[0] if name not in flags else f"{flags[name]} {value.removeprefix('True')}".rstrip()
+
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", typed, message)
 
 
 def option(

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_equiv.cli.options import flag_note
+from hf_equiv.cli import environment
+from hf_equiv.cli.options import with_flags
 from hf_equiv.cli.streams import writing
-from hf_equiv.formatting import cut, printable, some, text_templates
+from hf_equiv.formatting import cut, duration, printable, some, text_templates
 
 if TYPE_CHECKING:
     from hf_equiv.analyses.run import RunOutcome
@@ -73,12 +74,12 @@ def print_text(template: str, **values: Any) -> None:
 @cache
 def _templates() -> Any:
     texts = text_templates()
-    texts.filters |= {"flags": _with_flags, "loads": json.loads, "plain": _plain}
+    texts.filters |= {"flags": _flagged, "loads": json.loads, "plain": _plain}
     return texts
 
 
-def _with_flags(text: str) -> str:
-    return text + flag_note(text, click.get_current_context().command.params)
+def _flagged(text: str) -> str:
+    return with_flags(text, click.get_current_context().command.params)
 
 
 def _plain(value: Any) -> str:
@@ -89,6 +90,29 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{k}: {_plain(v)}" for k, v in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def print_plan(facts: dict[str, Any], result: dict[str, Any] | None) -> None:
+    """Print the facts of a dry run: in words without those that are empty, or beside an empty `result` as JSON."""
+    if result is not None:
+        print_json(result | {"dry_run": facts})
+        return
+    of_time = {"parts", "evaluations", "device", "seconds_per_evaluation", "estimated_seconds"}
+    if_any = ("_error", "_images", "choices")
+    words = facts | {"unusable_images": some(facts["unusable_images"], 10), "choices": "; ".join(facts["choices"])}
+    told = {key: value for key, value in words.items() if key not in of_time and (value or not key.endswith(if_any))}
+    for name, part in facts.get("parts", {}).items():
+        seconds = facts["evaluations"][name] * facts["seconds_per_evaluation"]
+        told[name] = part + (f", about {duration(max(1, round(seconds)))}" if facts["evaluations"][name] else "")
+    print_text("facts", facts={"would do": told | {"time": time_in_words(facts)}})
+
+
+def time_in_words(facts: dict[str, Any]) -> str:
+    """Return the estimated time of a dry run with its reasons."""
+    where = "this busy machine" if facts["device"] == "cpu" and environment.notes else facts["device"]
+    count, each = sum(facts["evaluations"].values()), 1000 * facts["seconds_per_evaluation"]
+    total = duration(round(facts["estimated_seconds"]))
+    return f"about {total}: {count:,} evaluations (a rough count) of {each:.3g} ms, timed now on {where}"
 
 
 def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) -> None:
@@ -102,7 +126,7 @@ def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) 
             if len(lines) > MAX_ROWS:
                 console.print(f"… and {len(lines) - MAX_ROWS} more")
             console.print()
-        for sentence in (outcome.summary["verdict"], *map(_with_flags, reasons(failures))):
+        for sentence in (outcome.summary["verdict"], *reasons(failures)):
             console.print(sentence, soft_wrap=not console.is_terminal)
         console.print()
         if (outcome.out / "figures").is_dir():
@@ -176,7 +200,7 @@ def failures(outcome: RunOutcome) -> dict[str, list[str]]:
 
 def reasons(failures: Mapping[str, list[str]]) -> list[str]:
     """Return one sentence for each cause, with the number of its pairs or images and the first ones."""
-    return [f"{why} ({len(ids)}: {some(ids, 3)})" for why, ids in failures.items()]
+    return [f"{_flagged(why)} ({len(ids)}: {some(ids, 3)})" for why, ids in failures.items()]
 
 
 def print_summary(report: Report, path: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
@@ -21,11 +20,9 @@ from hf_equiv.formatting import cut, cut_name, duration, many, short
 if TYPE_CHECKING:
     from hf_equiv.runs.execute import Observer, RunProgress
 
-LINE_EVERY = 15.0
-"""Seconds between plain lines when stderr is not a terminal."""
-
-USUAL_EVALS, MATCHING = 400, 0.75
-"""A first guess of the evaluations of a match, for the time left, and the share of them before its refinement."""
+LINE_EVERY = 15.0  # seconds between plain lines when stderr is not a terminal
+SEARCH, SEARCH_IN_BALL = 300, 800  # usual evaluations of a float match; those in a small ball do not converge
+MATCHING = 0.75  # a first guess, for the time left, of the share of a match before its refinement
 
 
 def say(lines: Iterable[str], *, quiet: bool) -> None:
@@ -34,12 +31,13 @@ def say(lines: Iterable[str], *, quiet: bool) -> None:
         to_stderr(line)
 
 
-_STATE, _STAGE = 36, 22  # columns for the longest state, and for stage and bar; the rest of a line is for names
+_STATE, _STAGE, _BAR = 30, 13, 9  # columns for the longest state, the stage and the bar; the others are for names
+_NARROW = 72  # columns below which there is no bar
 
 
 def _bars() -> Progress:
     console = SafeConsole(stderr=True)
-    bar = [BarColumn(bar_width=8)] if console.width >= 72 else []
+    bar = [BarColumn(bar_width=_BAR - 1)] if console.width >= _NARROW else []
     parts = TextColumn("{task.description}"), *bar, TextColumn("{task.fields[state]}")
     return Progress(*parts, console=console, transient=True, refresh_per_second=4)
 
@@ -48,30 +46,18 @@ def _bars() -> Progress:
 
 
 @contextlib.contextmanager
-def run_progress(*, quiet: bool, what: str = "rows", start: Iterable[str] = ()) -> Iterator[Observer]:
+def run_progress(*, quiet: bool, what: str = "rows") -> Iterator[Observer]:
     """Show a run: a bar and one line per image on a terminal, a plain line now and then elsewhere."""
-    # The lines of `start` are shown once the run has begun, so not if it is refused.
     if quiet:
         yield lambda _: None
     elif not sys.stderr.isatty():
-        yield _after(start, _Lines(what))
+        yield _Lines(what)
     elif is_first():
         with _bars() as bars:
-            yield _after(start, _Bars(bars, what))
+            yield _Bars(bars, what)
     else:  # the bar of the first process counts the rows of all processes
         lines = _Lines(what)
         yield lambda p: lines(p) if p.stage == "note" else None
-
-
-def _after(start: Iterable[str], observer: Observer) -> Observer:
-    left = list(start)
-
-    def observe(p: RunProgress) -> None:
-        while left:
-            observer(replace(p, stage="info", message=left.pop(0)))
-        observer(p)
-
-    return observe
 
 
 class _Bars:
@@ -82,7 +68,7 @@ class _Bars:
         self.whole = bars.add_task(what, total=None, state="")
         self.images: dict[str, Any] = {}
         self.pace = _Pace()
-        self.room = min(36, bars.console.width - _STATE - _STAGE)
+        self.room = min(36, bars.console.width - _STATE - _STAGE - (_BAR if bars.console.width >= _NARROW else 0))
 
     def __call__(self, p: RunProgress) -> None:
         left = self.pace.left(p)
@@ -103,10 +89,10 @@ class _Bars:
                 shown = {"total": p.steps, "completed": p.step, "state": count(p.step, p.steps)}
             elif p.errors is not None and p.num_evals is not None and p.active is not None:
                 done = not p.active[place]
-                state = f"error {short(float(p.errors[place]))}, {p.num_evals[place]:.0f} evaluations"
+                state = f"error {short(float(p.errors[place]))}, {p.num_evals[place]:.0f} evals"
                 state += ", done" if done else ""
                 shown = {"total": 1 if done else None, "completed": int(done), "state": state}
-            description = f"  {p.stage} {escape(cut_name(name, self.room)) if self.room > 1 else ''}"
+            description = f"  {p.stage} {escape(cut_name(name, self.room)) if self.room >= 12 else ''}"
             self.bars.update(self.images[name], description=description, **shown)
 
 
@@ -116,7 +102,8 @@ class _Pace:
     def __init__(self) -> None:
         self.start: tuple[float, int] | None = None
         self.failed = 0  # rows that take no time
-        self.share = 0.0  # rows in work, each by the part of it that is done
+        self.parts: dict[str, float] = {}  # the part that is done of each row in work
+        self.share = 0.0  # their sum
         self.saved: set[str] = set()
         self.elapsed = 0.0
         self.guessed = True  # whether the guess for a match still holds for one in work
@@ -128,15 +115,14 @@ class _Pace:
         self.elapsed = now - self.start[0]
         self.failed += p.stage == "note"
         if p.stage == "saved":
-            self.share = 0.0
             self.saved |= {*p.pair_ids}
         elif p.steps:
-            self.share = p.step / p.steps
+            self.parts = {p.pair_ids[0]: p.step / p.steps}
         elif p.stage == "match" and p.num_evals is not None and p.active is not None:
-            parts = (p.num_evals / USUAL_EVALS).masked_fill(~p.active.to(p.num_evals.device), 1.0).clamp(max=MATCHING)
-            named = zip(p.pair_ids, parts.tolist(), strict=True)
-            self.share = sum(part for name, part in named if name not in self.saved)
+            parts = (p.num_evals / SEARCH).masked_fill(~p.active.to(p.num_evals.device), 1.0).clamp(max=MATCHING)
+            self.parts = dict(zip(p.pair_ids, parts.tolist(), strict=True))
             self.guessed = bool((parts < MATCHING).any())
+        self.share = sum(part for name, part in self.parts.items() if name not in self.saved)
         made = self.made(p.done) + self.share
         known = made > 0 and self.elapsed > 0 and (self.guessed or self.made(p.done) > 0)
         return self.elapsed * (p.total - p.done - self.share) / made if known else None
@@ -160,7 +146,7 @@ class _Lines:
         if p.stage in ("note", "info"):
             line = _message(p)
         elif p.stage == "saved":
-            line = f"{count(p.done, p.total)} {self.what} on disk{self._rate(p, told)}"
+            line = f"{count(p.done, p.total)} {self.what} on disk{told if p.done < p.total else ''}"
         elif time.monotonic() - self.last < LINE_EVERY:
             return
         elif p.errors is not None and p.num_evals is not None:
@@ -174,15 +160,6 @@ class _Lines:
             return
         to_stderr(f"rank {p.rank}: {line}" if p.processes > 1 else line)
         self.last = time.monotonic()
-
-    def _rate(self, p: RunProgress, told: str) -> str:
-        """Return rows a minute and the time left."""
-        made = self.pace.made(p.done)
-        if made <= 0 or self.pace.elapsed <= 0:
-            return ""
-        rate = 60 * made / self.pace.elapsed
-        pace = f"{float(f'{rate:.3g}'):,.0f}" if rate >= 100 else f"{rate:.3g}"
-        return f" ({pace} a minute{told if p.done < p.total else ''})"
 
 
 def _message(p: RunProgress) -> str:

@@ -74,7 +74,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     hf-equiv publish DIR somebody/matches --create-pr
     """  # noqa: D301, DOC201, DOC501 (this is the help text, and click looks for the backspace itself)
     from hf_equiv.cli import output, progress
-    from hf_equiv.runs.directory import refuse_folder_of_runs
+    from hf_equiv.runs.directory import check_command, read_record, refuse_folder_of_runs
 
     typed: list[str] = click.get_current_context().obj or []
 
@@ -94,7 +94,9 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     if as_json:
         output.print_json(asdict(done))
     elif not quiet:
-        output.print_text("publication", done=done, config=LAYOUTS[done.run.split("-")[0]].folder)
+        name = done.repo_id + ("" if done.revision == "main" else f"@{done.revision}")
+        check = check_command(name, read_record(directory)["settings"])
+        output.print_text("publication", done=done, config=LAYOUTS[done.run.split("-")[0]].folder, check=check)
     return 0
 
 

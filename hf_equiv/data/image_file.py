@@ -44,10 +44,8 @@ def open_image(
     source: str | Path | bytes, name: str | None = None, *, sha256: str | None = None, most_pixels: int | None = None
 ) -> Image.Image:
     """Read a file, or the bytes of one, as upright 8-bit RGB without metadata; `name` is its name in messages."""
-    # Grey, palette and CMYK become RGB; transparency is laid over white; 16-bit grey is scaled to 8 bit (value / 257,
-    # rounded); the EXIF orientation is applied; an animation gives its first frame. A JPEG above `MAX_PIXELS` is
-    # decoded at 1/2, 1/4 or 1/8 of its size; other formats above it are refused before any pixel is decoded. With
-    # `most_pixels` every larger image is refused.
+    # 16-bit grey is scaled to 8 bit (value / 257, rounded). A JPEG above `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of
+    # its size; other formats above it, and with `most_pixels` every larger image, are refused before they are decoded.
     data, name = _read(source, name, sha256)
     with _patient_pillow():
         with _explained(data, name):

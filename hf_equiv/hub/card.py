@@ -14,7 +14,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_equiv.formatting import excerpt, printable
 from hf_equiv.runs import card as run_card
-from hf_equiv.runs.directory import RUNS, analysis_of, is_withheld, run_name
+from hf_equiv.runs.directory import RUNS, analysis_of, check_command, is_withheld, run_name
 from hf_equiv.runs.schema import LAYOUTS, MATCH
 
 Runs = Mapping[str, Mapping[str, Any]]  # records by place: "" for the root, or `runs/NAME`
@@ -56,6 +56,7 @@ def dataset_card(repo_id: str, runs: Runs, previous: str | None = None, before: 
             runs=sorted(runs.items()), configurations=", ".join(f"`{item['config_name']}`" for item in made["configs"]),
             data_files=f"{place}/{config}/*.parquet" if place else f"{config}/*.parquet",
             run_of_config=run_name(record),
+            check=check_command(repo_id, next((s for r in runs.values() if "import" in (s := r["settings"])), {})),
         )
     )  # fmt: skip
 

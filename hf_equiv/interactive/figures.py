@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,17 @@ from hf_equiv.results import MatchResult
 
 
 def show(match: MatchResult) -> None:
-    """Display the picture of a result below the cell of a notebook, or else in the viewer of this machine."""
-    image = Image.open(io.BytesIO(picture(match)), formats=["PNG"])
+    """Display the picture of a result below the cell of a notebook, in a viewer, or without a screen as a file."""
+    data = picture(match)
+    image = Image.open(io.BytesIO(data), formats=["PNG"])
     if "ipykernel" in sys.modules:
         import_module("IPython.display").display(image)
-    else:
+    elif sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
         image.show()
+    else:
+        path = Path(tempfile.mkdtemp()) / "picture.png"
+        path.write_bytes(data)
+        sys.stdout.write(f"{path}\n")
 
 
 def save(match: MatchResult, folder: Path) -> Path:
@@ -41,6 +48,7 @@ def save(match: MatchResult, folder: Path) -> Path:
             "file": f"match{number}.png",
             "status": str(match.status[k]),
             "embedding_error": finite(match.errors[k]),
+            "embedding_error_float": None if match.float_errors is None else finite(match.float_errors[k]),
             "rounded": bool((levels - levels.round()).abs().max() > 1e-3),  # the error is that of the image before
             "psnr_db": None if match.psnr_db is None else finite(match.psnr_db[k]),
             "num_evals": finite(match.num_evals[k]),

@@ -75,6 +75,7 @@ def match_photos(
         seconds=found.seconds + exact.seconds,
         traces=((*found.traces[0], *((before + count, error) for count, error in exact.traces[0])),),
         labels=((seen[0], made[0], seen[1]),) if made else None,
+        float_errors=found.errors,
     )
 
 

@@ -37,8 +37,13 @@ def shown(progress: Hook | bool | None, title: str, read: Read) -> Iterator[Hook
         yield progress if callable(progress) else None
         return
 
+    begun = False
+
     def move(*state: Any) -> None:
+        nonlocal begun
         share, text = read(*state)
+        if not begun:  # what an earlier run has done says nothing about the pace of this one
+            begun, bar.initial = True, 100 * share
         bar.set_postfix_str(text, refresh=False)
         bar.update(max(0.0, 100 * share - bar.n))
 

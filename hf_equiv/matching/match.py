@@ -187,10 +187,19 @@ class Search:
     f: Function
     error: float = math.inf
     noise: float | None = None  # of f near the best image, relative; None until an error is small enough
-    num_evals: float = 0.0
+    thirds: int = 0  # of the evaluations, an exact count
     seconds: float = 0.0
     status: Status | None = None
     trace: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def num_evals(self) -> float:
+        """Evaluations so far, a multiple of 1/3."""
+        return self.thirds / 3
+
+    @num_evals.setter
+    def num_evals(self, count: float) -> None:
+        self.thirds = round(3 * count)
 
     def reached(self, rtol: float) -> Status | None:
         """Return the status if the error reached rtol with its noise on top, or as nearly as noise allows."""

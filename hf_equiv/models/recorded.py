@@ -30,7 +30,7 @@ def load_recorded(
         made = settings.get("import") or f"a wrapped {settings['model_id']}"
         raise ValueError(
             f"this run used {made}, a model of Python code, which is run only if you ask for it. Read that code, then "
-            "name its function with --import PACKAGE:FUNCTION, or pass the encoder as `model`."
+            "name its function with --import PACKAGE:FUNCTION, or in Python pass the encoder."
         )
     # No run records the path of a local checkpoint, so `model` may name its folder. By default it is the folder that
     # was last used on this machine, or one of that name here. The caller checks its weights.

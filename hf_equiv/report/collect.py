@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from hf_equiv.analyses.plan import command_line, read_command
 from hf_equiv.analyses.run import VERBS
+from hf_equiv.data.sources import DEFAULT_PAIRS
 from hf_equiv.formatting import one_line
 from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.models import places
@@ -80,7 +80,7 @@ class Run:
 def commands_of(runs: Iterable[Run]) -> list[str]:
     """Return the commands that repeat the runs and those that verify them, as they can be typed in this folder."""
     again = [_command(run) for run in runs]
-    check = [f"hf-equiv verify {shlex.quote(address_of(run.name, run.folder))}" for run in runs]
+    check = [directory.check_command(address_of(run.name, run.folder), run.settings) for run in runs]
     return list(dict.fromkeys([command for command in again if command] + check))
 
 
@@ -260,11 +260,15 @@ def load_other(name: str, place: Place) -> Encoder | str:
 def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed: Any) -> str:
     """Return a command with the model, data, seed and options of a checkpoint's runs, for `count` pairs or photos.
 
-    Without a count it is for 50 of them. If the runs used the built-in photos, PATH then stands for the reader's own.
+    Without a count it is for 50 of them. If the runs used the built-in photos, or drew all pairs of a smaller set, PATH
+    then stands for the reader's own.
     """
-    settings, match = (checkpoint.main or checkpoint.runs[0]).settings, verb == MATCH.analysis
+    run, match = checkpoint.main or checkpoint.runs[0], verb == MATCH.analysis
+    settings, typed = run.settings, str(run.record.get("command"))
+    whole = run.layout is MATCH and "--pairs" not in typed and run.listed < DEFAULT_PAIRS
     local = str(settings["model_revision"]).startswith("sha256:")
-    stated: Row = {"model": model_of(settings), "revision": None if local else settings["model_revision"]}
+    stated: Row = {"model": model_of(settings), "import_": settings.get("import")}
+    stated["revision"] = None if local else settings["model_revision"]
     names = ("readout", "normalize", "dtype", "image_column", "label_column", "seed", *(_OPTIONS if match else ()))
     given = {name: settings[name] for name in names if name in settings}
     stated |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -275,7 +279,7 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
     if len(sets) > 1 and not settings.get("drawn", True):
         stated |= {"source": sets[0]} | ({"target": sets[1]} if match else {})
     else:
-        own = "PATH" if count is None and sets[0] == "builtin" else sets[0]
+        own = "PATH" if count is None and (whole or sets[0] == "builtin") else sets[0]
         stated |= {"data": own, "pairs" if match else "limit": count or _MANY}
     return command_line(VERBS[verb].CONFIG(**stated | changed))
 
@@ -283,7 +287,7 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
 def model_of(settings: Row) -> str:
     """Return the model of a run for a command: a local one by its path, or PATH/NAME if that is not known."""
     name, revision = str(settings["model_id"]), str(settings["model_revision"])
-    return _path(name, revision) if is_local(settings) else name
+    return _path(name, revision) if is_local(settings) and "import" not in settings else name
 
 
 def _data_of(name: str, revision: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_equiv.formatting import form, fraction, printable, text_templates
+from hf_equiv.runs.directory import check_command
 from hf_equiv.runs.schema import MATCH, Layout
 
 _OPTIONS = "solver k directions radii regional linearity heading step num_steps rtol radius norm max_evals stop".split()
@@ -49,6 +50,7 @@ def run_card(
         numbers=match_numbers(summary) if layout is MATCH else [],
         options=_options(settings),
         command=command,
+        check=check_command(".", settings),
         code=code,
     )
 

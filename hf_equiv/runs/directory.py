@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ def default_folder(analysis: str, settings: Row) -> Path:
 def run_name(record: Mapping[str, Any]) -> str:
     """Name the folder of a run in `runs/` of a dataset: `ANALYSIS-MODELSLUG-HASH8`, equal for equal settings."""
     return "-".join(default_folder(analysis_of(record), record["settings"]).parts[1:])
+
+
+def check_command(where: str, settings: Mapping[str, Any]) -> str:
+    """Return the command that verifies a run, with the function that made its model if the user imported one."""
+    own = ["--import", str(settings["import"])] if settings.get("import") else []
+    return shlex.join(["hf-equiv", "verify", where, *own])
 
 
 def read_record(folder: Path) -> Row:
@@ -278,6 +285,13 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             with contextlib.suppress(OSError):  # Windows does not delete an open file
                 if is_held():
                     (folder / _LOCK).unlink()
+
+
+def refuse_busy(folder: Path) -> None:
+    """Refuse a run directory, or a folder of them, into which another run is writing."""
+    for path in filter(Path.exists, (folder / _LOCK, *folder.glob(f"*/{_LOCK}"))):
+        with locked(path.parent):
+            pass
 
 
 def refuse_odd_name(folder: Path) -> None:

@@ -65,7 +65,8 @@ def carry_out(job: Any, overwrite: str, observer: Observer) -> bool:
         with Claims(folder, state) as claims:
             if failed:
                 told = f"{failed} {job.plan.layout.listed} whose rows have status error are tried again"
-                tell(RunProgress("info", message=told))
+                there = len(shards.ids_of(folder, job.plan.layout))
+                tell(RunProgress("info", there, len(job.plan.items), message=told))
             processes.meet(state)
             made = _make_rows(job, tell, claims, state, check)
             record = directory.read_record(folder)

@@ -29,7 +29,7 @@ from hf_equiv.runs.directory import CARD, WITHHELD
 from hf_equiv.runs.schema import MATCH, Layout, Row, row_name
 from hf_equiv.verify.record import alike, check_keys, check_list, check_settings, leaves, left_open
 from hf_equiv.verify.rows import Problem, agrees, check_item, check_pixels, check_stated, differs, problem
-from hf_equiv.verify.unverified import by_subject, unverified_of
+from hf_equiv.verify.unverified import SUBJECTS, UNVERIFIED, unverified_of
 
 _PICTURES = {".png": SIGNATURE, ".gif": b"GIF8"}
 BY_SOFTWARE = ("settings.attention", "settings.processor", "settings.solver_parameters", "settings.prompt")
@@ -67,8 +67,9 @@ class VerifyReport:
 
     @property
     def left_open(self) -> str:
-        """`unverified` in words, by subject."""
-        return by_subject(self.unverified)
+        """The subjects of `unverified`, and its other entries."""
+        subjects = [subject for subject, own in SUBJECTS.items() if {*own} & {*self.unverified}]
+        return ", ".join(subjects + [name for name in self.unverified if name not in UNVERIFIED])
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data; rows of status `error` are neither verified nor failed."""

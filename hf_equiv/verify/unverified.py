@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from hf_equiv.runs.schema import Layout, Row
@@ -37,10 +37,3 @@ def unverified_of(record: Row, layout: Layout) -> Iterator[str]:
     """Yield the entries of `UNVERIFIED` that a run has."""
     known = {*layout.features, *record["settings"], *record, "versions", "digits", "compression"}
     yield from (name for name in UNVERIFIED if name.partition(" ")[0] in known)
-
-
-def by_subject(names: Sequence[str]) -> str:
-    """Return entries of `UNVERIFIED` in brackets behind their subjects, and then other names."""
-    parts = [(subject, [name for name in own if name in names]) for subject, own in SUBJECTS.items()]
-    others = [name for name in names if name not in UNVERIFIED]
-    return "; ".join([f"{subject} ({', '.join(own)})" for subject, own in parts if own] + others)

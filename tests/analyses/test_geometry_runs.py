@@ -656,8 +656,8 @@ def test_help_is_quick_and_lists_the_flags(analysis):
 
 
 WRONG = [
-    (["spectrum", "builtin", "--k", "99"], "`k` must be at most the embedding size 12; got 99"),
-    (["walk", "builtin", "--source", "photos", "--heading", "connect"], "`target` must come with heading 'connect'"),
+    (["spectrum", "builtin", "--k", "99"], "--k must be at most the embedding size 12; got 99"),
+    (["walk", "builtin", "--source", "photos", "--heading", "connect"], "--target must come with heading 'connect'"),
     (["walk", "builtin", "--step", "0"], "Invalid value for '--step': 0.0 is not in the range x>0."),
     (
         ["lipschitz", "builtin", "--radii", "a,b"],
@@ -669,14 +669,14 @@ WRONG = [
     ),
     (
         ["lipschitz", "builtin", "--directions", "top:13"],
-        "top:K of `directions` must ask for at most 12, the embedding size; got 13",
+        "top:K of --directions must ask for at most 12, the embedding size; got 13",
     ),
     (
         ["walk", "builtin", "--heading", "nearest", "--stop", "1.5"],
         "Invalid value for '--stop': 1.5 is not in the range 0<x<1.",
     ),
-    (["lipschitz", "builtin", "--directions", "up:3"], "`directions` must be a list of random:N"),
-    (["spectrum", "builtin", "--limit", "3"], "`limit` must come with `data`"),
+    (["lipschitz", "builtin", "--directions", "up:3"], "--directions must be a list of random:N"),
+    (["spectrum", "builtin", "--limit", "3"], "--limit must come with --data"),
     (["spectrum", "builtin", "--source", "nowhere.png"], "'nowhere.png' does not exist"),
 ]
 

@@ -13,9 +13,10 @@ from fakes import TinyEncoder, draw_photo, save_photos
 
 from hf_equiv.analyses import figures, run
 from hf_equiv.cli import environment, progress
-from hf_equiv.cli.options import flag_note
-from hf_equiv.report import collect
+from hf_equiv.cli.options import with_flags
+from hf_equiv.report import collect, page
 from hf_equiv.runs import shards
+from hf_equiv.runs.directory import locked
 from hf_equiv.runs.execute import RunProgress
 from hf_equiv.verify import directory
 
@@ -70,10 +71,8 @@ def test_help_is_quick_and_complete():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("spectrum builtin --pairs 3", "No such option '--pairs'. For spectrum it is --limit."),
-        ("match builtin --limit 3", "No such option '--limit'. For match it is --pairs."),
-        ("walk builtin --steps 3", "No such option '--steps'. For walk it is --num-steps."),
-        ("match builtin --linearity", "No such option '--linearity'. It is an option of lipschitz."),
+        ("walk builtin --steps 3", "--num-steps"),
+        ("match builtin --linearity", "No such option '--linearity'. It is an option of lipschitz. See"),
         ("match builtin --radus 1", "--radius"),
         ("space run --foo", "See hf-equiv space run --help."),
     ],
@@ -136,6 +135,7 @@ def test_match_for_people(place, capsys):
     code, out, err = call(capsys, *PAIR, "--rtol", "1e-13", "-q")
     assert (code, out) == (1, "")
     assert err.startswith(f"1 of 1 rows in {folder} did not converge. ")
+    assert "Raise --max-evals, or loosen --rtol." in err
     assert err.count("\n") == 1
     code, out, _ = call(capsys, "verify", folder)
     assert code == 0
@@ -197,7 +197,7 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     assert code == 130
     assert out == ""
     assert err.lstrip() == (  # click ends the line of the ^C first
-        "error: interrupted; 0 of 1 rows are kept in run. "
+        "error: interrupted; 0 of 1 rows are kept in run, the others begin anew. "
         f"{'Without --overwrite the same' if again else 'The same'} command goes on: "
         "hf-equiv match builtin --source 1.png --target 2.png --max-evals 30 --out run -q\n"
     )
@@ -209,26 +209,26 @@ BAD = [
     ([*PAIR, "2.png", "3.png"], "Got unexpected extra arguments (2.png 3.png). A flag takes one name: for several"),
     (["match", "builtin", "--rtol", "tiny"], "'tiny' is not a valid float"),
     (["match", "builtin", "--solver", "magic"], "'magic' is not one of"),
-    ([*PAIR, "--radius", "0"], "`radius` must lie in (0, 1]"),
-    ([*PAIR, "--radius", "-8/255"], "`radius` must lie in (0, 1]"),
-    ([*PAIR, "--radius", "nan"], "`radius` must lie in (0, 1]"),
+    ([*PAIR, "--radius", "0"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "-8/255"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "nan"], "--radius must lie in (0, 1]"),
     ([*PAIR, "--radius", "8/0"], "Invalid value for '--radius': '8/0' is not a number or a fraction such as 8/255."),
-    ([*PAIR, "--radius", "1.5"], "`radius` must lie in (0, 1]"),
-    ([*PAIR, "--radius", "30", "--norm", "l2"], "`radius` must lie in (0, 27.7"),
-    ([*PAIR, "--radius", "0", "--norm", "l2"], "`radius` must be finite and above 0"),
+    ([*PAIR, "--radius", "1.5"], "--radius must lie in (0, 1]"),
+    ([*PAIR, "--radius", "30", "--norm", "l2"], "--radius must lie in (0, 27.7"),
+    ([*PAIR, "--radius", "0", "--norm", "l2"], "--radius must be finite and above 0"),
     ([*PAIR, "--rtol", "1"], "Invalid value for '--rtol': 1.0 is not in the range 0<x<1."),
     ([*PAIR, "--rtol", "0"], "Invalid value for '--rtol': 0.0 is not in the range 0<x<1."),
-    ([*PAIR, "--rtol", "nan"], "`rtol` must be finite and above 0"),
+    ([*PAIR, "--rtol", "nan"], "--rtol must be finite and above 0"),
     ([*PAIR, "--batch-size", "0"], "Invalid value for '--batch-size': 0 is not in the range x>=1."),
-    ([*PAIR, "--labels", "cat"], "`labels` must be at least two different names"),
-    (["match", "builtin", "--source", "1.png"], "`source` must come with `target`"),
+    ([*PAIR, "--labels", "cat"], "--labels must be at least two different names"),
+    (["match", "builtin", "--source", "1.png"], "--source must come with --target"),
     (["match", "builtin", "--source", "1.png", "--target", "1.png"], "source and target must be different images"),
     (["match", "builtin", "--source", "1.png", "--target", "9.png"], "'9.png' does not exist"),
-    (["match", "builtin", "--data", "builtin", "--pairs", "99"], "`pairs` must be at most 12"),
-    ([*PAIR, "--norm", "linf"], "`norm` must come with `radius`; got 'linf' alone"),
+    (["match", "builtin", "--data", "builtin", "--pairs", "99"], "--pairs must be at most 12"),
+    ([*PAIR, "--norm", "linf"], "--norm must come with --radius; got 'linf' alone"),
     ([*PAIR, "--source", "2.png"], "--source may be given once; got 1.png, 2.png."),
-    ([*PAIR, "--image-column", "photo"], "`image_column` must come with a parquet file or a dataset; '1.png' has no"),
-    (["match", "builtin", "--label-column", "kind"], "`label_column` must come with a parquet file or a dataset"),
+    ([*PAIR, "--image-column", "photo"], "--image-column must come with a parquet file or a dataset; '1.png' has no"),
+    (["match", "builtin", "--label-column", "kind"], "--label-column must come with a parquet file or a dataset"),
     (["match", "builtin", "--source", "*.png", "--target", "1.png"], "'*.png' does not exist, and patterns are not"),
     (["match", "builtin", "--data", "notes.txt"], "'notes.txt' must be an image file"),
     ([*PAIR, "--dry-run", "--out", "1.png"], "run directory '1.png' cannot be written: Not a directory."),
@@ -338,7 +338,7 @@ def test_one_of_several_image_columns_is_said_aloud(place, capsys):
         assert "taking" not in call(capsys, *given, *more)[2]
 
 
-def test_pace_is_in_plain_numbers_and_of_rows_that_took_time(capsys, monkeypatch):
+def test_the_time_left_is_that_of_rows_that_take_time(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("hf_equiv.cli.progress.time.monotonic", lambda: clock[0])
     with progress.run_progress(quiet=False) as tell:
@@ -355,9 +355,9 @@ def test_pace_is_in_plain_numbers_and_of_rows_that_took_time(capsys, monkeypatch
         "0 of 20 rows on disk",
         "error: a: torn",
         "1 of 20 rows on disk",
-        "6 of 20 rows on disk (5,000 a minute, 0 s left)",
-        "12 of 20 rows on disk (11 a minute, 44 s left)",
-        "20 of 20 rows on disk (1.9 a minute)",
+        "6 of 20 rows on disk, 0 s left",
+        "12 of 20 rows on disk, 44 s left",
+        "20 of 20 rows on disk",
     ]
 
 
@@ -420,25 +420,32 @@ def test_each_cause_of_an_error_is_told_once(place, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("message", "note"),
+    ("message", "told"),
     [
-        ("`max_evals` must be at least 1; got 0.", " (`max_evals` is --max-evals.)"),
-        ("not cached and `local_files_only=True`. Run", " (`local_files_only` is --local-files-only.)"),
+        ("`max_evals` must be at least 1; got 0.", "--max-evals must be at least 1; got 0."),
+        ("not cached and `local_files_only=True`. Run", "not cached and --local-files-only. Run"),
         (
-            "`local_files_only` or `max_evals`",
-            " (`local_files_only` is --local-files-only, `max_evals` is --max-evals.)",
+            "as in `license='cc-by-4.0'`. Or `i_have_the_right=True`.",
+            "as in --license cc-by-4.0. Or --i-have-the-right.",
         ),
-        ("Raise `rtol` or use `device='cpu'`. Log in with `hf auth login`.", ""),
-        ("source and target must differ: https://h.co/a?max_evals=x", ""),
+        ("pass `raise_on_failure=False`, log in with `hf auth login`", None),
+        ("source and target must differ: https://h.co/a?max_evals=x", None),
     ],
 )
-def test_flags_with_another_name_are_named(message, note):
-    assert flag_note(message, main.match.params) == note
+def test_a_message_names_flags(message, told):
+    assert with_flags(message, [*main.match.params, *main.publish.params]) == (told or message)
 
 
-def test_a_message_names_its_flag(place, capsys):
-    _, _, err = call(capsys, *PAIR, "--image-column", "photo")
-    assert err.endswith(" Leave it out. (`image_column` is --image-column.)\n")
+@pytest.mark.parametrize("command", [PAIR, ["audit", "builtin"]], ids=lambda command: command[0])
+def test_a_folder_in_work_is_refused_before_the_model_is_loaded(command, place, capsys, monkeypatch):
+    monkeypatch.setattr(environment, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    busy = place / "out" / ("" if command is PAIR else "match-8")
+    with locked(busy):
+        code, _, err = call(capsys, *command, "--out", place / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"'{busy}' is being written by another run. Wait for it" in err
+    with pytest.raises(pytest.fail.Exception):
+        call(capsys, *command, "--out", place / "out")
 
 
 def test_other_settings_exit_2(place, capsys):
@@ -486,9 +493,12 @@ def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
     code, out, err = call(capsys, *words, "--dry-run")
     assert (code, err) == (0, "")
     assert re.search(r"match-8 +match within 8/255, 2 pairs, about \d+ (s|min)\n", out)
-    assert re.search(r"in all +about \d+ (s|min)\n +time +[\d,]+ evaluations \(a rough count\) of \S+ ms, timed", out)
+    assert re.search(r"report +report with survival \(without its figures\), about [1-9]\d* s\n", out)
+    assert re.search(
+        r"time +about \d+ (s|min): [\d,]+ evaluations \(a rough count\) of \S+ ms, timed now on cpu\n", out
+    )
     told = json.loads(call(capsys, *words, "--dry-run", "--json")[1])
-    assert told["dry_run"]["evaluations"].keys() == told["dry_run"]["parts"].keys() | {"report"}
+    assert told["dry_run"]["evaluations"].keys() == told["dry_run"]["parts"].keys()
     assert not (place / "here").exists()
 
     carry_out, started = run.run_analysis, []
@@ -500,11 +510,17 @@ def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
         return carry_out(plan, folder, **how)
 
     monkeypatch.setattr(run, "run_analysis", stop_at_third)
-    report, made = audit._report, []
-    monkeypatch.setattr(audit, "_report", lambda *given: (made or made.append(report(*given)) or made)[0])  # once
+    report, made = page.make_report, []
+
+    def once(*given, **how):
+        made.extend([] if made else [report(*given, **how)])
+        return made[0]
+
+    monkeypatch.setattr(page, "make_report", once)
     code, _, err = call(capsys, *words)
     assert code == 130
     assert "part 2 of 5: match within 8/255, 2 pairs\n" in err
+    assert "interrupted; 4 of 6 pairs and photos are kept in here, the others begin anew. The same" in err
     assert f"The same command goes on: hf-equiv {' '.join(words)}\n" in err
     code, out, err = call(capsys, *words)
     assert code == 0
@@ -519,11 +535,11 @@ def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
     assert [one["out"] for one in json.loads(again)["runs"]][-2:] == ["here/spectrum", "here/lipschitz"]
     code, _, err = call(capsys, *words[:-1], "here/match")
     assert code == 2
-    assert "`out` must be a folder of runs; 'here/match' is a run directory." in err
+    assert "--out must be a folder of runs; 'here/match' is a run directory." in err
 
 
 @pytest.mark.parametrize("verb", ["audit", "match", "spectrum", "lipschitz", "walk"])
 def test_only_builtin_has_photos_by_default(verb, capsys):
     code, out, err = call(capsys, verb, "a/b")
     assert (code, out) == (2, "")
-    assert "`data` must name photos for a checkpoint other than builtin; got none for 'a/b'. Add --data W" in err
+    assert "--data must name photos for a checkpoint other than builtin; got none for 'a/b'. Add --data W" in err

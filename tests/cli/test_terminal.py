@@ -199,8 +199,23 @@ def test_the_time_left_is_readable_at_any_width(width, monkeypatch):
     show(RunProgress("match", 0, 1000, names, torch.tensor([1.2e-3, 9e-6]), evals, active))
     with bars.console.capture() as told:
         bars.console.print(bars.get_renderable())
-    assert "0 of 1000, 13 h 19 min left" in told.get()  # half of a pair and three quarters of another in a minute
+    assert "0 of 1000, 11 h 45 min left" in told.get()  # two thirds of a pair and three quarters of another in a minute
     assert max(map(len, told.get().splitlines())) <= width
+    show(RunProgress("saved", 1, 1000, names[1:]))  # and the part of the other pair still counts
+    assert show.pace.left(RunProgress("refine", 1, 1000, names[:1])) == pytest.approx(60 * (999 - 2 / 3) / (1 + 2 / 3))
+    assert ("cat->coffee" in told.get()) == (width >= 60)  # whole or not at all
+
+
+def test_the_estimate_says_that_the_machine_is_busy(monkeypatch):
+    facts = {"device": "cpu", "evaluations": {"match": 1000}, "seconds_per_evaluation": 0.026, "estimated_seconds": 26}
+    said = "about 26 s: 1,000 evaluations (a rough count) of 26 ms, timed now on "
+    for notes, device, where in (
+        ([], "cpu", "cpu"),
+        (["busy"], "cpu", "this busy machine"),
+        (["busy"], "cuda", "cuda"),
+    ):
+        monkeypatch.setattr(environment, "notes", notes)
+        assert output.time_in_words(facts | {"device": device}) == said + where
 
 
 def test_times_for_people():
@@ -230,9 +245,9 @@ def test_cores_of_a_container(files, cores, tmp_path, monkeypatch):
     ("given", "cores", "others", "left", "said"),
     [
         ({}, 8, 0.4, {}, ""), ({}, 2, 0.4, {"OMP_NUM_THREADS": "2"}, ""),
-        ({}, 8, 3.2, {"OMP_WAIT_POLICY": "passive"}, "about 3 threads busy on 8 cores. Here threads sleep"),
+        ({}, 8, 3.2, {"OMP_WAIT_POLICY": "passive"}, "about 3 threads busy on 8 cores. OMP_WAIT_POLICY is passive;"),
         ({"OMP_NUM_THREADS": "2"}, 8, 5.0, {"OMP_NUM_THREADS": "2"}, ""),
-        ({"OMP_WAIT_POLICY": "active"}, 8, 3.2, {"OMP_WAIT_POLICY": "active"}, "Set OMP_WAIT_POLICY=passive, or else"),
+        ({"OMP_WAIT_POLICY": "active"}, 8, 3.2, {"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY is active;"),
     ],
 )  # fmt: skip
 def test_threads_on_a_loaded_machine(given, cores, others, left, said, monkeypatch):

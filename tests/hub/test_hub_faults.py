@@ -162,7 +162,7 @@ def test_the_owners_gitignore_leaves_nothing_out(hub, runs):
         ("hf_alice_reads", NAME, "the token can only read. Make a write token at"),
         ("hf_bob", "acme/results", "your role in 'acme' is 'read'"),
         ("hf_bob", "alice/open", "'alice' is neither you nor an organisation of yours. Publish as 'bob/NAME'. To "
-         "propose the results to the owner of a dataset that exists, pass `create_pr=True`"),
+         "propose the results to the owner of a dataset that exists, pass --create-pr"),
         ("hf_bob", "alice/new", "'alice' is neither you nor an organisation of yours"),
         ("hf_alice", "bob/gated", "bob/gated"),
         ("hf_alice", "alice/foreign", "must be empty or hold runs of hf_equiv; it holds data/train.parquet"),

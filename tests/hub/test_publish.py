@@ -440,8 +440,8 @@ def test_photos_of_unknown_licence_are_withheld(hub, runs, capsys):
     code, out, _ = call(capsys, "publish", runs["folder"], NAME)
     assert code == 0
     assert "WITHHELD" in out
-    assert "`license='cc-by-4.0'`" in out
-    assert "--i-have-the-right" in out
+    assert "as in --license cc-by-4.0. With the right to publish them, pass --i-have-the-right." in out
+    assert f"check it:  hf-equiv verify {NAME} --allow-withheld\n" in out
     files = hub.files("datasets", NAME)
     assert set(files) == {".gitattributes", "README.md", "run.json", "matches/part-00000.parquet"}
     assert record_of(hub)["photos"] == "withheld"

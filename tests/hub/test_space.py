@@ -537,10 +537,10 @@ def test_for_people(hub, capsys):
         ("hf_bob", "alice/ours", [], "'alice' is neither you nor an organisation of yours. Deploy to 'bob/NAME'."),
         ("hf_alice", NAME, ["--hardware", "t4-small"], "the Hub wants to be paid for 'alice/app' (HTTP 402: Payment "
          "required: add a payment method or subscribe to PRO). Free accounts get "
-         "`hardware='cpu-basic'`"),
+         "--hardware cpu-basic"),
         ("hf_alice", "alice/ours", ["--hardware", "t4-small"], "the Hub wants to be paid"),
         ("hf_alice", "alice/theirs", [], "`repo_id` must be a new Space or one that hf_equiv has deployed; "
-         "'alice/theirs' holds another app (sdk gradio). Choose another name, or pass `force=True` to replace its "
+         "'alice/theirs' holds another app (sdk gradio). Choose another name, or pass --force to replace its "
          "app."),
         ("hf_alice", "alice/docker", [], "'alice/docker' holds another app (sdk docker)"),
         ("hf_alice", "datasets/alice/x", [], "`repo_id` must be the name of a Space, USER/NAME; got "
@@ -549,10 +549,10 @@ def test_for_people(hub, capsys):
         ("hf_alice", NAME, ["--dataset", "alice/none"], "there is no such dataset or it is private"),
         ("hf_alice", NAME, ["--dataset", "alice/results@v9"], "`revision` must exist in the dataset 'alice/results'; "
          "got 'v9'"),
-        ("hf_alice", NAME, ["--dataset", "spaces/alice/x"], "`dataset` must be the name of a dataset"),
+        ("hf_alice", NAME, ["--dataset", "spaces/alice/x"], "--dataset must be the name of a dataset"),
         ("hf_alice", NAME, ["--model", "alice/none"], "there is no such model or it is private"),
-        ("hf_alice", NAME, ["--model", "./folder"], "`models` must be the name of a model"),
-        ("hf_alice", NAME, ["--wheel", "pyproject.toml"], "`wheel` must be a wheel file"),
+        ("hf_alice", NAME, ["--model", "./folder"], "--model must be the name of a model"),
+        ("hf_alice", NAME, ["--wheel", "pyproject.toml"], "--wheel must be a wheel file"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_cure(token, name, flags, message, hub, capsys, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,12 +62,14 @@ def test_a_match_is_made_and_described(encoder, match):
     assert f"{names[0]!r} seen as {names[1]!r}" in repr(match)
 
 
-def test_a_match_is_saved_shown_and_drawn(encoder, match, tmp_path, monkeypatch):
+def test_a_match_is_saved_shown_and_drawn(encoder, match, tmp_path, monkeypatch, capsys):
     folder = match.save(tmp_path / "new" / "place")
     names = ("match.json", "match.png", "picture.png", "source.png", "target.png")
     assert sorted(path.name for path in folder.iterdir()) == list(names)
     (entry,) = json.loads((folder / "match.json").read_text())
     assert entry["embedding_error"] == float(match.errors)
+    assert entry["embedding_error_float"] == float(match.float_errors)
+    assert entry["embedding_error_float"] in [error for _, error in match.traces[0]]
     assert entry["rounded"] is False
     assert entry["match_label"] == match.labels[0][1]
     assert torch.equal(encoder.preprocess(folder / "match.png"), match.images)
@@ -73,8 +77,14 @@ def test_a_match_is_saved_shown_and_drawn(encoder, match, tmp_path, monkeypatch)
     assert image.tobytes() == Image.open(folder / "match.png").tobytes()
     shown = []
     monkeypatch.setattr(Image.Image, "show", lambda picture: shown.append(picture.size))
+    monkeypatch.setenv("DISPLAY", ":0")
     match.show()
     assert shown == [Image.open(folder / "picture.png").size]
+    assert capsys.readouterr().out == ""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    match.show()
+    assert Path(capsys.readouterr().out.strip()).read_bytes() == (folder / "picture.png").read_bytes()
     (line,) = match.plot().lines
     assert list(zip(*line.get_data(), strict=True)) == list(match.traces[0])
 
@@ -85,7 +95,7 @@ def test_what_a_result_does_not_know_is_left_out(match, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["match.json", "match.png", "picture.png"]
     (entry,) = json.loads((folder / "match.json").read_text())
     assert entry["rounded"] is True
-    assert entry["psnr_db"] is None
+    assert entry["psnr_db"] is entry["embedding_error_float"] is None
 
 
 @pytest.mark.parametrize(("watched", "progress", "bar"), [(0, None, 0), (1, None, 1), (1, False, 0), (0, True, 1)])
@@ -96,6 +106,16 @@ def test_a_bar_where_somebody_watches(watched, progress, bar, capsys, monkeypatc
         if hook is not None:
             hook(1, 4)
     assert ("matching:" in capsys.readouterr().err) == bool(bar)
+
+
+def test_the_pace_of_a_resumed_run_is_its_own(monkeypatch):
+    bar = SimpleNamespace(n=0.0, initial=0.0, update=lambda _: None, close=lambda: None)
+    bar.set_postfix_str = lambda *_, **__: None
+    monkeypatch.setattr(bars, "_open", lambda _: bar)
+    with bars.shown(True, "matching", bars.count) as hook:
+        for done in (2, 3):
+            hook(done, 4)
+            assert bar.initial == 50
 
 
 def test_a_hook_of_the_caller_is_used_and_others_are_refused():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_equiv.conditions import admit
 from hf_equiv.matching.lbfgs import LBFGS
-from hf_equiv.matching.match import match_embedding
+from hf_equiv.matching.match import Search, match_embedding
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 
@@ -703,3 +703,10 @@ def test_a_tolerance_below_the_noise_is_not_reached():
     assert "float noise" in Status.STALLED.advice
     with pytest.raises(ConvergenceError, match="float noise"):
         match_embedding(noisy, x, noisy(y), rtol=1e-7, max_evals=300)
+
+
+def test_evaluations_are_counted_in_exact_thirds():
+    search = Search(torch.zeros(1), linear())
+    for _ in range(1075):
+        search.num_evals += 1 / 3
+    assert (search.thirds, search.num_evals) == (1075, 1075 / 3)

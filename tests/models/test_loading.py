@@ -244,11 +244,11 @@ def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, 
     assert offline[1] == [
         "ConnectionError",
         "'acme/other' is no folder here, its file 'config.json' is not in the cache, and HF_HUB_OFFLINE=1 is set. "
-        "Unset it, or pass a local folder or 'builtin'.",
+        "Unset it, or correct the path or the name, or pass a local folder or 'builtin'.",
     ]
     unreachable = client(closed, home, [{"id": "acme/other"}])
     assert unreachable[0][0] == "ConnectionError"
-    assert f"{closed} cannot be reached. Check the network and try again, or pass a local folder" in unreachable[0][1]
+    assert f"{closed} cannot be reached. Check the network and try again, or correct the path" in unreachable[0][1]
 
 
 @pytest.mark.parametrize(

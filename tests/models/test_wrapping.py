@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from torch import nn
 
 from hf_equiv import Encoder, load_images, verify_run
 from hf_equiv.cli.main import _run as command
+from hf_equiv.hub.card import dataset_card
+from hf_equiv.report import collect
 
 CODE = """
 import torch
@@ -117,6 +120,16 @@ def test_rows_of_an_imported_model_verify_with_the_same_import(place, capsys):
     assert (settings["import"], settings["model_id"]) == ("own_models:encoder", "mine")
     assert settings["model_revision"] == place.encoder().revision
     assert "match mine --import own_models:encoder" in record["command"]
+    assert "with `hf-equiv verify . --import own_models:encoder`\n" in Path("run/README.md").read_text()
+    assert "`hf-equiv verify me/x --import own_models:encoder` downloads" in dataset_card("me/x", {"": record})
+    runs = collect.find_runs([("run", Path("run"))])
+    assert collect.commands_of(runs)[-1] == "hf-equiv verify run --import own_models:encoder"
+    (checkpoint,) = collect.group_runs(runs)
+    assert collect.again(checkpoint, "match").startswith("hf-equiv match mine --import own_models:encoder --readout")
+    for typed, data in (("hf-equiv match mine --data photos", "PATH"), (record["command"], "PATH/photos")):
+        changed = record | {"command": typed, "settings": settings | {"data_id": "photos"}}
+        command_for_more = collect.again(replace(checkpoint, runs=(replace(runs[0], record=changed),)), "match")
+        assert f"--data {data} --pairs 50" in command_for_more  # PATH: all pairs of that folder have been drawn
     assert command("verify run --import own_models:encoder -q".split()) == 0
     assert "model_revision" in {problem.column for problem in verify_run("run", model=place.other()).problems}
     capsys.readouterr()
@@ -124,9 +137,9 @@ def test_rows_of_an_imported_model_verify_with_the_same_import(place, capsys):
         ("verify run", "this run used own_models:encoder, a model of Python code, which is run only if you ask for it"),
         ("verify run --import own_models:text", "must name a function that returns Encoder.wrap(…) or a torch module"),
         ("verify run --import own_models:named", "returns Encoder('builtin'"),
-        ("verify run --import own_models", "`import` must be PACKAGE:FUNCTION that Python can import"),
-        ("env mine --import absent:encoder", "`import` must be PACKAGE:FUNCTION that Python can import"),
-        ("env mine --import own_models:timm --revision main", "`revision` must not be 'main' with an"),
+        ("verify run --import own_models", "--import must be PACKAGE:FUNCTION that Python can import"),
+        ("env mine --import absent:encoder", "--import must be PACKAGE:FUNCTION that Python can import"),
+        ("env mine --import own_models:timm --revision main", "--revision must not be 'main' with an"),
         ("env builtin --import own_models:timm", "`model` must not be 'builtin' with an imported model"),
     ):
         assert command(words.split()) == 2

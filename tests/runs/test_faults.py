@@ -121,7 +121,7 @@ def test_names_that_are_no_utf8(verb, place, capsys):
     for more in ([], ["--dry-run"]):
         code, _, err = call(capsys, verb, "builtin", "--out", odd, "-q", *more)
         assert code == 2
-        assert "`out` must be a name in UTF-8; got 'out\\udcfe'. Give another --out." in err
+        assert "--out must be a name in UTF-8; got 'out\\udcfe'. Give another --out." in err
         assert not Path(odd).exists()
     more = ["--pairs", "3", "--max-evals", "20", "--rtol", "0.9"] if verb == "match" else []
     code, told, _ = call(capsys, verb, "builtin", "--data", os.fsdecode(folder), "--out", out, "--json", *more)

@@ -57,8 +57,10 @@ def test_rows_that_failed_are_made_once_the_cause_is_gone(plan, with_errors, tmp
     with pytest.raises(ValueError, match="--overwrite is never"):
         run.run_analysis(plan, with_errors, overwrite="never")
     told = []
-    outcome = run.run_analysis(plan, with_errors, batch_size=2, observer=lambda p: told.append(p.message))
-    assert "3 pairs whose rows have status error are tried again" in told
+    outcome = run.run_analysis(
+        plan, with_errors, batch_size=2, observer=lambda p: told.append((p.message, p.done, p.total))
+    )
+    assert told[0] == ("3 pairs whose rows have status error are tried again", 4, 7)
     run.run_analysis(plan, tmp_path / "whole")
     assert rows_of(with_errors) == rows_of(tmp_path / "whole")
     assert files_of(with_errors) == files_of(tmp_path / "whole")
