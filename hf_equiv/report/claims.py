@@ -254,7 +254,7 @@ def claims(numbers: CheckpointNumbers) -> tuple[Claim, ...]:
 
 FINDINGS = {
     "summary": ("answer", "exposed", "how", "helps"),
-    "against": ("not_linear", "not_random", "not_noise", "not_zeros", "not_small"),
+    "against": ("not_linear", "not_random", "not_noise", "not_small"),
     "consequences": ("trust", "nearness", "retrain", "recompress", "second_model", "own_photos"),
     "limits": ("shared_photos", "first_pairs", "scaled"),
 }

@@ -675,8 +675,8 @@ def test_words_for_numbers():
 @pytest.mark.parametrize(
     ("pairs", "psnr", "changes", "told"),
     [
-        (10, 40.8, {}, "Exposed: all 10 photos, by a change that is invisible at a glance (40.8 dB); the classifier gives "
-         "every one of them the label of the other photo; JPEG 75 undid all 10."),
+        (10, 40.8, {}, "Exposed: all 10 photos, by a change that is invisible at a glance (40.8 dB); the classifier "
+         "gives every one of them the label of the other photo; JPEG 75 undid all 10."),
         (10, 33.0, {"flipped": shares(7, 9)}, "on a close look (33.0 dB); the classifier gives 7 of 9 the label"),
         (10, 26.6, {"flipped": None}, "all 10 photos, by a change that is visible (26.6 dB); JPEG 75 undid all"),
         (10, 40.8, {"sources": 4}, "Exposed: all 10 pairs of photos, by a change that is invisible"),
