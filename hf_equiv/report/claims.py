@@ -256,7 +256,7 @@ FINDINGS = {
     "summary": ("answer", "exposed", "how", "helps"),
     "against": ("not_linear", "not_random", "not_noise", "not_small"),
     "consequences": ("trust", "nearness", "retrain", "recompress", "second_model", "own_photos"),
-    "limits": ("shared_photos", "first_pairs", "scaled"),
+    "limits": ("first_pairs", "scaled"),
 }
 """Names of the template's texts: answer, disagreements with the paper, consequences for a user, open questions."""
 
