@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from hf_equiv.analyses.figures import difference_png, thumbnail
 from hf_equiv.analyses.measures import psnr_db
 from hf_equiv.data.image_file import decode_png, stored_image
-from hf_equiv.formatting import cut, first_name, short
+from hf_equiv.formatting import ALIKE_DB, UNSEEN_DB, cut, first_name, short, visibility
 
 TITLE = "Looks like one thing, seen as another"
 _HERE = Path(__file__).parent
@@ -131,11 +131,11 @@ _environment = Environment(
 _environment.filters |= {
     "a": with_article, "alike": alike, "first_name": first_name, "frame": frame, "name": name, "noun": noun,
     "percent": _unbroken(percent), "pixels": decode_png, "share": _share, "short": short, "thumbnail": thumbnail,
-    "uri": _data_uri, "whole": _unbroken(_whole),
+    "uri": _data_uri, "visibility": visibility, "whole": _unbroken(_whole),
 }  # fmt: skip
 _environment.globals |= {
     "difference": difference_png, "psnr": psnr_db, "page_script": Markup(script("page.js")), "title": TITLE,
-    "style": Markup(script("style.css")),
+    "style": Markup(script("style.css")), "ALIKE_DB": ALIKE_DB, "UNSEEN_DB": UNSEEN_DB,
 }  # fmt: skip
 html: Any = _environment.get_template("views.html.jinja").module
 making: Any = _environment.get_template("make.html.jinja").module

@@ -138,6 +138,14 @@ def measure_match(
     }
 
 
+def top_classes(encoder: Any, pixels: Tensor, labels: Sequence[str] | None = None) -> list[int] | None:
+    """Return the top-1 class of each image (B, 3, H, W), by the head or zero-shot; None without either."""
+    if labels is None and not encoder.has_head:
+        return None
+    with torch.no_grad(), no_tf32():
+        return [int(k) for k in encoder.classify(pixels, labels).argmax(dim=1)]
+
+
 def probabilities(encoder: Any, scores: Tensor) -> Tensor:
     """Return the probabilities of scores (B, C): a softmax, or a sigmoid of each score of a multi-label head."""
     scores = scores.double()

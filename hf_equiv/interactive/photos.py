@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from hf_equiv.analyses.measures import top_classes
 from hf_equiv.matching.match import ProgressHook, match_embedding
 from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.models.encoder import Encoder
-from hf_equiv.precision import no_tf32
 from hf_equiv.results import MatchResult
 
 
@@ -63,26 +62,18 @@ def match_photos(
     pixels = encoder.preprocess([source, target])
     pixels = pixels.to(encoder.device, torch.promote_types(torch.float32, encoder.dtype))
     x, t = pixels.split(1)
-    seen = _classes(encoder, pixels, labels)  # before the work, since it may refuse `labels`
+    seen = top_classes(encoder, pixels, labels)  # before the work, since it may refuse `labels`
     how: dict[str, Any] = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals, "progress": progress}
     found = match_embedding(encoder, x, t, raise_on_failure=False, **how)
     exact = refine_8bit(encoder, found.images, t, source=x, **how)
-    made = _classes(encoder, exact.images, labels)
+    made = top_classes(encoder, exact.images, labels)
+    names = encoder.label_names if labels is None else labels
     before = float(found.num_evals[0])
     return replace(
         exact,
         num_evals=found.num_evals + exact.num_evals,
         seconds=found.seconds + exact.seconds,
         traces=((*found.traces[0], *((before + count, error) for count, error in exact.traces[0])),),
-        labels=((seen[0], made[0], seen[1]),) if made else None,
+        labels=((names[seen[0]], names[made[0]], names[seen[1]]),) if seen and made and names else None,
         float_errors=found.errors,
     )
-
-
-def _classes(encoder: Encoder, images: Tensor, labels: Sequence[str] | None) -> list[str]:
-    """Return the most likely class of each image, of `labels` or of the head; none without a head."""
-    names = encoder.label_names if labels is None else labels
-    if names is None:
-        return []
-    with torch.no_grad(), no_tf32():
-        return [names[k] for k in encoder.classify(images, labels).argmax(dim=1).tolist()]

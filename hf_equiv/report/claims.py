@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-from hf_equiv.formatting import many
+from hf_equiv.formatting import ALIKE_DB, UNSEEN_DB, VISIBILITY, many, visibility
 from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
-from hf_equiv.report.render import ALIKE_DB, UNSEEN_DB, findings, interval, tenth, three
+from hf_equiv.report.render import findings, interval, tenth, three
 from hf_equiv.report.statistics import SMALL, Estimate, Share
 from hf_equiv.runs.schema import Row
 
@@ -17,7 +18,6 @@ ON_THE_WAY = 0.1  # a budget is enough if the median PNG error is at most this p
 YES, PARTLY, NO, OPEN = "supported", "supported with a caveat", "not supported", "not measured"
 UNDECIDED, NO_FEW = "not decided", "not supported with a caveat"
 EXPOSED, IN_PART, NOT_FOUND, UNCLEAR = "Exposed", "Partly exposed", "Not exposed in this test", "Undecided"
-_SEEN = ("", "visibly", "barely visibly", "invisibly")
 HARMFUL = ("matching", "structure", "alike", "downstream")  # claims that are bad for the owner of the encoder
 _TONES = {
     EXPOSED: "bad", IN_PART: "partly", NOT_FOUND: "good", YES: "bad", PARTLY: "partly", NO: "good", NO_FEW: "good",
@@ -42,7 +42,7 @@ class Exposure(NamedTuple):
     tone: str = "open"
     budget: BudgetNumbers | None = None
     exact: bool = False  # whether it counts photos with the embedding of another, and not those that only came nearer
-    seen: str = ""  # `invisibly`, `barely visibly` or `visibly`
+    seen: str = ""  # how visible the change is, in a word of `VISIBILITY`
 
 
 class Reach(NamedTuple):
@@ -53,35 +53,44 @@ class Reach(NamedTuple):
     kind: str
 
 
-def exposure(numbers: CheckpointNumbers) -> Exposure:
-    """Judge the exposure by the run of most pairs, or by one of as many pairs whose change is less visible."""
-    budgets = _compared(numbers)
-    for exact in (True, False):
-        if found := [b for b in budgets if _of_most(b.matched if exact else b.nearer)]:
-            return _exposure(EXPOSED, max(found, key=lambda b: _SEEN.index(_seen(b))), exact=exact)
-    if not budgets:
-        return Exposure()
-    most = max(budgets, key=lambda b: sum(share.hits for share in (b.matched, b.nearer) if share))
-    if any(share and share.hits for share in (most.matched, most.nearer)):
-        return _exposure(IN_PART, most, exact=most.matched is not None and most.matched.hits > 0)
-    return _exposure(UNCLEAR if most.cut_short or most.pairs < FEW else NOT_FOUND, most)
-
-
-def _of_most(share: Share | None) -> bool:
-    return share is not None and share.hits > 0 and (share.hits == share.n or share.side_of(0.5) > 0)
-
-
-def _exposure(verdict: str, budget: BudgetNumbers, *, exact: bool = True) -> Exposure:
-    return Exposure(verdict, _TONES.get(verdict, "open"), budget, exact, _seen(budget))
-
-
 def _seen(budget: BudgetNumbers) -> str:
     """Say how visible a change is by the interval of the median PSNR, or by the PSNR of a single pair."""
     psnr = budget.psnr_db
     if psnr is None:
         return ""
-    low, high = (psnr.value if end is None else end for end in (psnr.low, psnr.high))
-    return "invisibly" if low >= UNSEEN_DB else "visibly" if high < ALIKE_DB else "barely visibly"
+    return visibility(*(psnr.value if end is None else end for end in (psnr.low, psnr.high)))
+
+
+def _unseen(budget: BudgetNumbers) -> int:
+    return ("", *VISIBILITY).index(_seen(budget))
+
+
+def _hits(budget: BudgetNumbers) -> int:
+    return sum(share.hits for share in (budget.matched, budget.nearer) if share)
+
+
+EXPOSURE: tuple[tuple[str, bool, Callable[[BudgetNumbers], bool], Callable[[BudgetNumbers], int]], ...] = (
+    (EXPOSED, True, lambda b: b.matched is not None and b.matched.most > 0, _unseen),
+    (EXPOSED, False, lambda b: b.nearer is not None and b.nearer.most > 0, _unseen),
+    (IN_PART, True, lambda b: b.matched is not None and b.matched.hits > 0, _hits),
+    (IN_PART, False, lambda b: b.nearer is not None and b.nearer.hits > 0, _hits),
+    (UNCLEAR, False, lambda b: b.cut_short > 0 or b.pairs < FEW, _hits),
+    (NOT_FOUND, False, lambda b: True, _hits),
+)
+"""Verdict, whether it counts photos with the embedding of another, the test of a run, and the run to prefer.
+
+The first verdict that a run passes holds. Of several runs the largest decides, of equal ones the first.
+"""
+
+
+@lru_cache(8)
+def exposure(numbers: CheckpointNumbers) -> Exposure:
+    """Judge the exposure by the runs of most pairs."""
+    for verdict, exact, holds, preferred in EXPOSURE:
+        if found := [budget for budget in _compared(numbers) if holds(budget)]:
+            budget = max(found, key=preferred)
+            return Exposure(verdict, _TONES.get(verdict, "open"), budget, exact, _seen(budget))
+    return Exposure()
 
 
 def _compared(numbers: CheckpointNumbers) -> list[BudgetNumbers]:
@@ -91,7 +100,7 @@ def _compared(numbers: CheckpointNumbers) -> list[BudgetNumbers]:
 
 def undone(numbers: CheckpointNumbers) -> dict[str, int]:
     """Return for each transform 1 if it undoes most matches, -1 if most survive it, and 0 if that is undecided."""
-    return {name: -one.taken.side_of(0.5) for name, one in (numbers.survival or {}).items() if one.taken}
+    return {name: -one.taken.most for name, one in (numbers.survival or {}).items() if one.taken}
 
 
 def near_budget(numbers: CheckpointNumbers) -> BudgetNumbers | None:
@@ -245,9 +254,9 @@ def claims(numbers: CheckpointNumbers) -> tuple[Claim, ...]:
 
 FINDINGS = {
     "summary": ("answer", "exposed", "how", "helps"),
-    "against": ("not_linear", "not_random", "not_noise", "not_zeros", "not_saved", "not_small", "not_elsewhere"),
+    "against": ("not_linear", "not_random", "not_noise", "not_small"),
     "consequences": ("trust", "nearness", "retrain", "recompress", "second_model", "own_photos"),
-    "limits": ("few_pairs", "shared_photos", "first_pairs", "not_found", "scaled"),
+    "limits": ("first_pairs", "scaled"),
 }
 """Names of the template's texts: answer, disagreements with the paper, consequences for a user, open questions."""
 
@@ -265,6 +274,7 @@ def answer(numbers: CheckpointNumbers) -> Row:
     return {"verdict": found.verdict, "tone": found.tone, "run": run, **dict(told)}
 
 
+@lru_cache(8)
 def texts(numbers: CheckpointNumbers) -> Callable[..., str]:
     """Return a function that writes a text of the template by its name."""
     return findings(

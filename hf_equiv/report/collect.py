@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
 
 _ENCODER = ("model_id", "model_revision", "readout", "normalize", "dtype")
 _OPTIONS = ("solver", "radius", "norm", "rtol", "max_evals", "refine", "labels")  # of `match`, kept in its settings
+AUDIT = {"match", "match-16", "match-8", "match-4", "match-2", "spectrum", "lipschitz"}  # folders of an audit
 _MANY = 50  # pairs that a command proposes where more would tell more
 _FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # causes of a missing model; other errors are bugs
 
@@ -82,6 +84,19 @@ def commands_of(runs: Iterable[Run]) -> list[str]:
     again = [_command(run) for run in runs]
     check = [directory.check_command(address_of(run.name, run.folder), run.settings) for run in runs]
     return list(dict.fromkeys([command for command in again if command] + check))
+
+
+def to_finish(runs: Sequence[Run]) -> list[str]:
+    """Return the commands that finish runs: that of the audit whose folder they fill, or else their own."""
+    left = [run for run in runs if run.partial]
+    first = next((run for run in runs if run.folder.name == MATCH.analysis), None)
+    names = {run.folder.name for run in runs if first and run.folder.parent == first.folder.parent}
+    if first and len(names) == len(runs) and names <= AUDIT and (left or 1 < len(names) < len(AUDIT)):
+        command = (_command(first) or "").replace("hf-equiv match ", "hf-equiv audit ", 1)
+        commands = [(command, first.folder.parent)]
+    else:
+        commands = [(_command(run) or "", run.folder) for run in left]
+    return [f"{command} --out {shlex.quote(os.path.relpath(out))}" for command, out in commands if command]
 
 
 def _command(run: Run) -> str | None:

@@ -21,7 +21,8 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from hf_equiv.analyses.measures import cosine, distances_apart, median_of, open_png, psnr_db, relative_error, ssim
+from hf_equiv.analyses import measures
+from hf_equiv.analyses.measures import cosine, distances_apart, median_of, open_png, relative_error, top_classes
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.data.image_file import encode_png, open_image, stored_image
 from hf_equiv.data.image_set import ImageSet
@@ -98,8 +99,8 @@ def measure_pair(
         "random_moved": median_of(relative_error(z, z_source) for z in z_random),
         "random_error": median_of(relative_error(z, z_target) for z in z_random),
         "random_l2": median_of(finite((x.double() - source.double()).norm()) for x in draws),
-        "psnr_match_target": psnr_db(match, target),
-        "ssim_match_target": ssim(match, target),
+        "psnr_match_target": measures.psnr_db(match, target),
+        "ssim_match_target": measures.ssim(match, target),
         "rounded_error": None,
         "survival": _survival(encoder, (match, target), (z_source, z_target), labels) if survival else {},
     }
@@ -113,12 +114,12 @@ def _survival(
 ) -> dict[str, Row]:
     """Apply each transform T, and compare T(match) with target and source, and T(target) with target (`control`)."""
     z_source, z_target = embeddings
-    wanted = classes_of(encoder, pixels[1][None], labels)
+    wanted = top_classes(encoder, pixels[1][None], labels)
     found = {}
     for name, change in TRANSFORMS.items():
         both = torch.stack([handle(x, change) for x in pixels])
         z_changed, z_control = encoder(both)
-        seen = classes_of(encoder, both, labels)
+        seen = top_classes(encoder, both, labels)
         found[name] = {
             "error": relative_error(z_changed, z_target),
             "control": relative_error(z_control, z_target),
@@ -129,20 +130,13 @@ def _survival(
     return found
 
 
-def classes_of(encoder: Any, pixels: Tensor, labels: Sequence[str] | None = None) -> list[int] | None:
-    """Return the top-1 class of each image (B, 3, H, W), by the head or zero-shot; None without either."""
-    if not labels and not encoder.has_head:
-        return None
-    return [int(k) for k in encoder.classify(pixels, labels or None).argmax(dim=1)]
-
-
 @torch.no_grad()
 @no_tf32()
 def transfer_pair(other: Any, images: Sequence[Tensor]) -> tuple[Row, Tensor, Tensor]:
     """Measure how another encoder g embeds source, match and target, (3, H, W) each."""
     three = torch.stack(list(images)).to(other.device)
     z_source, z_match, z_target = other(three)
-    seen = classes_of(other, three)
+    seen = top_classes(other, three)
     row = {
         "error": relative_error(z_match, z_target),
         "distance": relative_error(z_source, z_target),
@@ -174,14 +168,22 @@ def measure_run(
 ) -> Row:
     """Measure a match run with its own encoder: controls, survival, retrieval and probe; kept in `cache`."""
     data = None if labelled is None else [labelled.data_id, labelled.data_revision, len(labelled)]
-    key = [*_identity(run, encoder), "pairs", survival, data]
-    return _kept(cache, key, lambda: _measure_run(run, encoder, survival, labelled, tell))
+    path = _place(cache, run, "pairs", [*_function(encoder), survival, data])
+    return _kept(path, lambda: _measure_run(run, encoder, survival, labelled, tell))
+
+
+def measured_earlier(run: Run, cache: Path | None) -> Row | None:
+    """Return the newest measurements of a match run that an earlier report kept, whatever its options; None without."""
+    path = _place(cache, run, "pairs", [])
+    there = path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*.json") if path else ()
+    found = map(_read_kept, sorted(there, key=lambda path: path.stat().st_mtime, reverse=True))
+    return next(filter(None, found), None)
 
 
 def measure_transfer(run: Run, other: Any, *, cache: Path | None, tell: Tell) -> Row:
     """Measure a match run with another encoder, through its image processor if its input has another size."""
-    key = [*_identity(run, other), "transfer"]
-    return _kept(cache, key, lambda: _measure_transfer(run, other, tell))
+    path = _place(cache, run, "transfer", _function(other))
+    return _kept(path, lambda: _measure_transfer(run, other, tell))
 
 
 def _read(run: Run, encoder: Any, tell: Callable[[int], None]) -> Iterator[tuple[Row, list[Tensor], Any]]:
@@ -263,22 +265,31 @@ def _measured_ids(run: Run) -> list[str]:
     return [row["pair_id"] for row in run.good][:MEASURED_PAIRS]
 
 
-def _identity(run: Run, encoder: Any) -> list[Any]:
-    """List everything that changes a number: the files, the encoder, the device, and this code."""
+def _place(cache: Path | None, run: Run, kind: str, options: Sequence[Any]) -> Path | None:
+    """Return the file that keeps measurements: its name tells the rows and this code, then the encoder and options."""
     paths = [path for name in (run.layout.folder, "float") for path in sorted((run.folder / name).glob("[!.]*.*"))]
     names = ((path.relative_to(run.folder).as_posix(), path) for path in paths)
     files = [[name, shards.sha256_file(path)] for name, path in names if name not in run.changed]
+    parts = [_VERSION, MEASURED_PAIRS, files, _measured_ids(run), kind], options
+    digests = (hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for part in parts)
+    return None if cache is None else cache / f"measured-{'-'.join(digests)}.json"
+
+
+def _function(encoder: Any) -> list[Any]:
+    """List what changes a number besides the rows: the encoder and its device."""
     provenance = {key: encoder.provenance.get(key) for key in ("model_id", "model_revision", "readout", "dtype")}
-    return [_VERSION, MEASURED_PAIRS, files, _measured_ids(run), provenance, encoder.normalize, str(encoder.device),
-            torch.__version__]  # fmt: skip
+    return [provenance, encoder.normalize, str(encoder.device), torch.__version__]
 
 
-def _kept(cache: Path | None, key: Sequence[Any], make: Callable[[], Row]) -> Row:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = None if cache is None else cache / f"measured-{digest[:16]}.json"
-    if path is not None and path.is_file():
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a damaged file is measured again
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+def _read_kept(path: Path) -> Row | None:
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a damaged file is measured again
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return None
+
+
+def _kept(path: Path | None, make: Callable[[], Row]) -> Row:
+    if path is not None and (there := _read_kept(path)):
+        return there
     text = json.dumps(make(), allow_nan=False)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

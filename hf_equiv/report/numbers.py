@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from hf_equiv.report import geometry
 from hf_equiv.report.collect import Checkpoint, Run
 from hf_equiv.report.statistics import Estimate, Rows, Share, Spread, column, estimate, fill, share
@@ -20,7 +18,7 @@ IDENTICAL_DB = 100.0  # PSNR of a match that equals its source; one grey level i
 MATCHED = 0.01  # a PNG counts as matched within this part of the median distance of unrelated images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # its findings are kept by it
 class CheckpointNumbers:
     """Every number that a report states about one checkpoint; None for a part without data."""
 
@@ -332,11 +330,10 @@ class RetrievalNumbers:
 def _retrieval(stored: Row | None) -> RetrievalNumbers | None:
     if not stored:
         return None
-    columns = {key: column(stored["pairs"], key) for key in ("rank", "source_rank", "overlap", "source_overlap")}
+    columns = {key: column(stored["pairs"], key) for key in ("rank", "source_rank")}
     return fill(
         RetrievalNumbers, stored["pairs"], stored, unranked=columns["rank"].count(None),
         first=_at_most(columns["rank"], 1), source_first=_at_most(columns["source_rank"], 1),
-        overlap=estimate(columns["overlap"], np.mean), source_overlap=estimate(columns["source_overlap"], np.mean),
     )  # fmt: skip
 
 

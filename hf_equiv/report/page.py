@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+import hashlib
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hf_equiv.analyses.figures import difference_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
+from hf_equiv.formatting import ALIKE_DB, UNSEEN_DB
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.models.places import BUILTINS
 from hf_equiv.models.recorded import is_local
 from hf_equiv.report import claims, collect, render
 from hf_equiv.report.collect import Checkpoint, Place, Run
 from hf_equiv.report.figures import draw_figures
-from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer
-from hf_equiv.report.numbers import MATCHED, CheckpointNumbers, checkpoint_numbers
+from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer, measured_earlier
+from hf_equiv.report.numbers import IDENTICAL_DB, MATCHED, CheckpointNumbers, checkpoint_numbers
 from hf_equiv.report.statistics import RESAMPLES
-from hf_equiv.runs import shards
+from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
 Tell = Callable[[str, int, int], None]
@@ -93,6 +94,7 @@ class Asked:
 
     place: Place
     names: Sequence[str]  # of the paths, in the report
+    out: str | None  # the page, in the report
     models: Sequence[str | Encoder]
     others: Mapping[str, Encoder | str]
     survival: bool
@@ -118,8 +120,9 @@ def make_report(
 
     Runs are grouped by model, revision, readout and dtype. Numbers come from the rows; controls, survival, transfer,
     retrieval and the kNN probe are measured anew with the recorded model, on the match run of most pairs (of equal
-    ones that without a ball, or with the largest). If a model cannot be loaded, these parts say so. Rows whose files
-    differ from the `run.json` of a finished run are left out; the page says how many.
+    ones that without a ball, or with the largest). If a model cannot be loaded, these parts say so, or show what an
+    earlier report to the same `out` measured. Rows whose files differ from the `run.json` of a finished run are left
+    out; the page says how many.
 
     Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo.
 
@@ -157,7 +160,8 @@ def make_report(
     tell = observer or (lambda what, done, total: None)
     given = [model] if isinstance(model, str | os.PathLike | Encoder) else model
     models = [one if isinstance(one, Encoder) else os.fspath(one) for one in given]
-    return _report(runs, Asked(place, names, models, others, survival, labelled, cache, tell), folder)
+    page = None if out is None else os.path.relpath(out)
+    return _report(runs, Asked(place, names, page, models, others, survival, labelled, cache, tell), folder)
 
 
 def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
@@ -167,12 +171,13 @@ def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
     say = render.findings()
     problems = [say("changed_files", run) for run in runs if run.changed]
     problems += [other for other in asked.others.values() if isinstance(other, str)]
-    problems += [f"{page['numbers'].title}: {page['reason']}" for page in pages if page["reason"] not in ("", WITHHELD)]
+    failed = [(page["numbers"].title, page["reason"] or page["unchecked"]) for page in pages]
+    problems += [f"{title}: {reason}" for title, reason in failed if reason not in ("", WITHHELD)]
     whole = {
         "title": f"{'Is' if len(pages) == 1 else 'Are'} {_listed([one.title for one in checkpoints])} exposed?",
         "say": say, "models": pages, "several": len(pages) > 1, "same": _alike(checkpoints), "labelled": asked.labelled,
-        "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": render.ALIKE_DB,
-        "unseen_db": render.UNSEEN_DB,
+        "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": ALIKE_DB,
+        "unseen_db": UNSEEN_DB,
     }  # fmt: skip
     return Report(
         html=render.to_html(whole),
@@ -220,23 +225,26 @@ def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row
         return None, [], ""
     encoder, reason = collect.load_own(checkpoint, asked.models, asked.place)
     if encoder is None:
+        measured = measured_earlier(run, asked.cache)
+    else:
+        measured = measure_run(
+            run, encoder, survival=asked.survival, labelled=asked.labelled, cache=asked.cache,
+            tell=partial(asked.tell, checkpoint.title),
+        )  # fmt: skip
+    if measured is None:
         return None, [], reason
-    measured = measure_run(
-        run, encoder, survival=asked.survival, labelled=asked.labelled, cache=asked.cache,
-        tell=partial(asked.tell, checkpoint.title),
-    )  # fmt: skip
     if not measured["pairs"]:
         return measured, [], WITHHELD
     moved = [
         measure_transfer(run, other, cache=asked.cache, tell=partial(asked.tell, f"{checkpoint.title} in {name}"))
         for name, other in asked.others.items()
-        if not isinstance(other, str) and _differ(other, encoder)
+        if not isinstance(other, str) and _differ(other, run.settings)
     ]
-    return measured, moved, ""
+    return measured, moved, reason
 
 
-def _differ(other: Encoder, encoder: Encoder) -> bool:
-    return (other.revision, other.readout, other.normalize) != (encoder.revision, encoder.readout, encoder.normalize)
+def _differ(other: Encoder, own: Row) -> bool:
+    return (other.revision, other.readout, other.normalize) != (own["model_revision"], own["readout"], own["normalize"])
 
 
 # These functions return what the templates print, apart from the numbers.
@@ -244,6 +252,7 @@ def _differ(other: Encoder, encoder: Encoder) -> bool:
 
 def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
     measured, moved, reason = _measure(checkpoint, asked)
+    kept = bool(measured and measured["pairs"])  # then a reason says that they are of an earlier report
     numbers = checkpoint_numbers(checkpoint, measured, moved)
     text = claims.texts(numbers)
     figures = {
@@ -257,12 +266,14 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
     return {
         "prefix": prefix,
         "asked": asked,
-        "reason": reason,
+        "reason": "" if kept else reason,
+        "unchecked": reason if kept else "",
         "numbers": numbers,
         "near": claims.near_budget(numbers),
         "answer": claims.answer(numbers),
         "budget": claims.exposure(numbers).budget,
-        "again": partial(collect.again, checkpoint),
+        "to_finish": collect.to_finish(checkpoint.runs),
+        "again": partial(_again, checkpoint, asked),
         "report_again": partial(_report_again, checkpoint, asked),
         "second": _report_again(checkpoint, asked, "--transfer", other),
         "runs": checkpoint.runs,
@@ -277,21 +288,32 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
     }
 
 
+def _again(checkpoint: Checkpoint, asked: Asked, verb: str, count: int | None = None, **changed: Any) -> str:
+    """Return the commands of one more run, beside or in the folder of the others, and of this report on all."""
+    command = collect.again(checkpoint, verb, count, **changed)
+    mark = f"{verb}-{hashlib.sha256(command.encode()).hexdigest()[:4]}"
+    inside = Path(asked.names[0]).is_dir() and not (Path(asked.names[0]) / directory.RECORD).exists()
+    out = f"{asked.names[0]}{'/' if inside else '-'}{mark}"
+    names = asked.names if inside else [*asked.names, out]
+    return f"{command} --out {shlex.quote(out)} && {_report_again(checkpoint, replace(asked, names=names))}"
+
+
 def _report_again(checkpoint: Checkpoint, asked: Asked, *options: str) -> str:
     """Return the command of this report with more options."""
     model = collect.model_of(settings) if is_local(settings := checkpoint.runs[0].settings) else ""
     local = ["--model", model] if model.startswith("PATH/") else []  # other paths are remembered
-    return shlex.join(["hf-equiv", "report", *asked.names, *local, *options])
+    page = [] if asked.out is None else ["--out", asked.out]
+    return shlex.join(["hf-equiv", "report", *asked.names, *local, *options, *page])
 
 
 def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) -> Row | None:
-    """Show matches of the run behind the answer: one that is near its target, then the others in their order."""
+    """Show matches of the run behind the answer: the middle one by PSNR, then the others in their order."""
     budget = claims.exposure(numbers).budget
     if budget is None:
         return None
-    run, limit = next(one for one in checkpoint.matches if one.name == budget.run), MATCHED * (budget.unrelated or 0.0)
-    near = (row["pair_id"] for row in run.good if (row["embedding_error_8bit"] or math.inf) <= limit)
-    ids = list(dict.fromkeys([*itertools.islice(near, 1), *(row["pair_id"] for row in run.good)]))
+    run = next(one for one in checkpoint.matches if one.name == budget.run)
+    ordered = sorted(run.good, key=lambda row: IDENTICAL_DB if row["psnr_db"] is None else row["psnr_db"])
+    ids = list(dict.fromkeys(row["pair_id"] for row in (ordered[(len(ordered) - 1) // 2], *run.good)))
     shots: list[Row] = []
     rows = [row for row, _ in collect.read_pictures(run, ids[:SHOWN])]
     for row in sorted(rows, key=lambda row: ids.index(row["pair_id"])):

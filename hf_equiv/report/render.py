@@ -18,24 +18,24 @@ from markupsafe import Markup, escape
 from hf_equiv.formatting import ball, many, printable, short, text_templates
 from hf_equiv.report.statistics import LEVEL, Estimate, Share
 
-ALIKE_DB = 30.0  # least PSNR at which a match looks like its source: differences show only on a close look
-UNSEEN_DB = 36.0  # least PSNR of a change that is invisible at a glance: as much as JPEG 85 does to a 224 px photo
-
 
 def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit: str = "") -> str:
-    """Write a median with interval and n: `1.2e-5 (95 % CI 9.1e-6 to 1.6e-5, n = 6)`."""
+    """Write a median with interval and n: `1.2e-5 (96.9 % CI 9.1e-6 to 1.6e-5, n = 6)`."""
     return "–" if estimate is None else f"{form(estimate.value)}{unit} ({interval(estimate, form)})"
 
 
 def interval(estimate: Estimate | None, form: Callable[[float], str] = short) -> str:
-    """Write the interval and n alone; for a share, Wilson's interval in percent."""
+    """Write the interval and n alone, or the range of few values; for a share, Wilson's interval in percent."""
     if estimate is None:
         return "–"
     if estimate.low is None or estimate.high is None:
         return f"n = {estimate.n}, no interval"
     if isinstance(estimate, Share):
-        return f"{_level(estimate)} {100 * estimate.low:.0f} % to {100 * estimate.high:.0f} %"
-    return f"{_level(estimate)} {form(estimate.low)} to {form(estimate.high)}, n = {estimate.n}"
+        return f"95 % CI {100 * estimate.low:.0f} % to {100 * estimate.high:.0f} %"
+    low, high = form(estimate.low), form(estimate.high)
+    if estimate.coverage < LEVEL:  # of 2 to 5 values, the least and the largest
+        return f"{'equal values' if low == high else f'range {low} to {high}'}, n = {estimate.n}"
+    return f"{100 * estimate.coverage:.3g} % CI {low} to {high}, n = {estimate.n}"
 
 
 def brief(estimate: Estimate | None, form: Callable[[float], str] = short) -> str:
@@ -44,12 +44,7 @@ def brief(estimate: Estimate | None, form: Callable[[float], str] = short) -> st
         return count(estimate).replace("95 % CI ", "")
     if estimate is None or estimate.low is None or estimate.high is None:
         return "–" if estimate is None else form(estimate.value)
-    level = "" if estimate.coverage == LEVEL else _level(estimate).replace("CI", "")
-    return f"{form(estimate.value)} ({level}{form(estimate.low)} to {form(estimate.high)})"
-
-
-def _level(estimate: Estimate) -> str:
-    return f"{100 * estimate.coverage:.3g} % CI"
+    return f"{form(estimate.value)} ({form(estimate.low)} to {form(estimate.high)})"
 
 
 def count(share: Share | None) -> str:
@@ -59,7 +54,13 @@ def count(share: Share | None) -> str:
     return f"{share.hits} of {share.n}" + ("" if share.low is None else f" ({interval(share)})")
 
 
-tenth, thousandth = "{:.1f}".format, "{:.3f}".format
+def tally(count: int, total: int) -> str:
+    """Write a count: `all 3`, `2 of 3`, `none of 3`."""
+    word = {0: "none of", total: "all"}.get(count) if total > 1 else None
+    return f"{word or f'{count} of'} {total}"
+
+
+whole, tenth, thousandth = "{:,.0f}".format, "{:.1f}".format, "{:.3f}".format
 
 
 def three(value: float) -> str:
@@ -67,11 +68,6 @@ def three(value: float) -> str:
     if 1e3 <= abs(value) < 1e7:
         return f"{value:,.0f}"
     return short(value) if abs(value) < 1e-3 or abs(value) >= 1e7 else f"{value:.3g}"
-
-
-def decibels(psnr: float) -> str:
-    """Write one decimal, or as many as distinguish the value from `ALIKE_DB`."""
-    return next(text for n in range(1, 18) if float(text := f"{psnr:.{n}f}") != ALIKE_DB or psnr == ALIKE_DB)
 
 
 def to_html(page: Mapping[str, Any]) -> str:
@@ -93,11 +89,11 @@ def findings(**values: Any) -> Callable[..., str]:
 
 _FORMATS: dict[str, Callable[..., Any]] = {
     "number": number, "interval": interval, "brief": brief, "count": count,
-    "tenth": tenth, "thousandth": thousandth, "three": three, "short": short, "decibels": decibels, "ball": ball,
-    "many": many,
+    "tally": tally, "whole": whole, "tenth": tenth, "thousandth": thousandth, "three": three, "short": short,
+    "ball": ball, "many": many,
 }  # fmt: skip
 _SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
-_WHOLE = re.compile(rf"\({_SPAN}\)|\d[\d.]* % CI {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b")
+_WHOLE = re.compile(rf"\({_SPAN}\)|(?:\d[\d.]* % CI|range) {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b|\b\d+ %")
 _SIGNS = re.compile(r"([\\`*_<>\[\]|#~&]|:(?=//))")
 
 
@@ -115,7 +111,7 @@ def _environment(kind: str) -> Environment:
         "flat": lambda text: Markup(" ".join(text.split())),
         "data": lambda png: Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii")),
         "raw": Markup, "value": lambda estimate: estimate.value if estimate else None, "headings": _headings,
-        "after": lambda text, start: str(text).removeprefix(start), "stem": lambda name: str(name).split(",")[0],
+        "after": lambda text, start: str(text).removeprefix(start),
     }  # fmt: skip
     return environment
 

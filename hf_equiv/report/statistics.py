@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ Rows = Sequence[Mapping[str, Any]]
 Record = TypeVar("Record")
 
 RESAMPLES = 10_000
-SMALL = 10  # with fewer values the bootstrap of a median or mean is too narrow: 74 % at n = 3, 87 % at 4
+SMALL = 10  # with fewer values the bootstrap of a median is too narrow: 74 % at n = 3, 87 % at 4
 LEVEL = 0.95
 _CHUNK = 4_000_000  # values drawn at once
 
@@ -28,7 +28,7 @@ class Estimate:
     high: float | None
     n: int
     coverage: float = field(default=LEVEL, kw_only=True)  # of the interval; below 95 % for the range of 2 to 5 values
-    method: str = field(default="bootstrap", kw_only=True)  # or "order statistics", "Student", "Wilson"
+    method: str = field(default="bootstrap", kw_only=True)  # or "order statistics", "Wilson"
 
     def is_below(self, other: Estimate) -> bool:
         """Return whether this interval ends before the other one begins."""
@@ -47,6 +47,11 @@ class Share(Estimate):
 
     hits: int
 
+    @property
+    def most(self) -> int:
+        """1 for all, or more than half by the lower end of the interval; -1 for none, or fewer than half; else 0."""
+        return self.side_of(0.5) if 0 < self.hits < self.n else 1 if self.hits else -1
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -60,34 +65,29 @@ class Spread:
     n: int
 
 
-def estimate(
-    values: Iterable[float | None], measure: Callable[..., Any] = np.median, *, seed: int = 0
-) -> Estimate | None:
-    """Estimate a median or mean with an interval that covers it in 95 % of samples; None without a value."""
+def estimate(values: Iterable[float | None], *, seed: int = 0) -> Estimate | None:
+    """Estimate a median with an interval that covers it in 95 % of samples; None without a value."""
     # From 10 values on it is the percentile bootstrap (Efron 1979). It ignores that pairs may share an image.
     known = _finite(values)
     if not len(known):
         return None
-    value, n = float(measure(known)), len(known)
+    value, n = float(np.median(known)), len(known)
     if n == 1:
         return Estimate(value, None, None, 1)
     if n < SMALL:
-        return _of_few(value, np.sort(known), median=measure is np.median)
+        return _of_few(value, np.sort(known))
     interval = stats.bootstrap(
-        (known,), measure, n_resamples=RESAMPLES, batch=max(1, _CHUNK // n), confidence_level=LEVEL,
+        (known,), np.median, n_resamples=RESAMPLES, batch=max(1, _CHUNK // n), confidence_level=LEVEL,
         method="percentile", rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return Estimate(value, float(interval.low), float(interval.high), n)
 
 
-def _of_few(value: float, known: np.ndarray, *, median: bool) -> Estimate:
-    """Estimate from 2 to 9 ascending values: a median between two of them, a mean by Student's t."""
+def _of_few(value: float, known: np.ndarray) -> Estimate:
+    """Estimate a median between two of 2 to 9 ascending values."""
     # The k-th least and k-th largest of n enclose the median with probability 1 − 2 P(fewer than k of n fair coins fall
     # heads), which is 1 − 2¹⁻ⁿ for the range. Below 6 values the range covers less than 95 %.
     n = len(known)
-    if not median:
-        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * stats.sem(known))  # 0 for equal values, without a warning
-        return Estimate(value, value - half, value + half, n, method="Student")
     k = max(1, int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5)))
     coverage = 1 - 2 * float(stats.binom.cdf(k - 1, n, 0.5))
     return Estimate(value, float(known[k - 1]), float(known[-k]), n, coverage=coverage, method="order statistics")

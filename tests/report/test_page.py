@@ -17,11 +17,13 @@ from hf_equiv.analyses import MatchConfig, SpectrumConfig, make_plan, run_analys
 from hf_equiv.analyses import figures as run_figures
 from hf_equiv.analyses import spectrum as spectrum_analysis
 from hf_equiv.analyses.run import VERBS
+from hf_equiv.cli import audit as audit_command
 from hf_equiv.cli.main import cli
 from hf_equiv.cli.main import main as command
 from hf_equiv.data.image_file import encode_png
-from hf_equiv.formatting import ball, short
+from hf_equiv.formatting import ball, short, visibility
 from hf_equiv.geometry import spectrum
+from hf_equiv.report import claims as claim_rules
 from hf_equiv.report import collect, measure, page, render
 from hf_equiv.report.claims import NO, NO_FEW, OPEN, PARTLY, UNDECIDED, YES, answer, claims, near_budget, say
 from hf_equiv.report.collect import default_out, find_runs, group_runs
@@ -119,7 +121,9 @@ def words_of(report: Report) -> str:
 def test_everything_is_there(runs, drawn, tmp_path):
     report = make_report([runs])
     text, page = words_of(report), checked(report.html)
-    assert page.tags.count("img") == len(report.pictures) + 2 == 5 * 4 + 8 + 2  # two pictures are also at the top
+    assert page.tags.count("img") == len(report.pictures) + 3 == 5 * 4 + 8 + 3  # three pictures are also at the top
+    assert "Photo A The encoder sees: " in text
+    assert "Of 5 pairs, this is the middle one by PSNR." in text
     assert "All 5 pairs are shown" in text
     parts = ["Is builtin exposed?", "Exposed: all 5", "What it means for you", "Matching:", "The paper's claims"]
     for format_ in (text, report.markdown.replace("\\", "")):
@@ -167,7 +171,8 @@ def test_the_same_again_to_the_byte_with_and_without_what_was_kept(runs, drawn, 
     first = make_report([runs], out=out)
     assert len(list((tmp_path / "out" / "page_files").glob("measured-*.json"))) == 1
     again = make_report([runs], out=out)
-    anew = make_report([runs], out=tmp_path / "other" / "page.html")
+    shutil.move(out.parent, tmp_path / "other")
+    anew = make_report([runs], out=out)
     for other in (again, anew):
         assert (other.html, other.markdown, other.pictures) == (first.html, first.markdown, first.pictures)
     kept = next((tmp_path / "out" / "page_files").glob("measured-*.json"))
@@ -195,12 +200,12 @@ def test_what_was_kept_is_used_and_forgotten_when_the_rows_change(runs, tmp_path
         ("embedding_error_8bit", "1.2e-1 "),
         ("embedding_error", "0.12 "),
         ("psnr_db", "12.3 dB"),
-        ("num_evals", "4321.0"),
+        ("num_evals", "4,321 "),
         ("target_label_prob", "0.123"),
     ],
 )
 def test_numbers_come_from_the_rows(runs, column, told):
-    numbers = {"embedding_error_8bit": 0.123, "embedding_error": 0.123, "psnr_db": 12.3, "num_evals": 4321.0,
+    numbers = {"embedding_error_8bit": 0.123, "embedding_error": 0.123, "psnr_db": 12.3, "num_evals": 4321.0000001,
                "target_label_prob": 0.1234}  # fmt: skip
     before = words_of(make_report([runs / "free"], survival=False))
     edit(runs / "free", lambda row: row | {column: numbers[column]})
@@ -293,7 +298,8 @@ def test_one_pair_has_no_interval(runs, drawn):
     report = make_report([runs / "free"])
     text, match = words_of(report), report.numbers["models"][0]["match"]
     assert "n = 1, no interval" in text
-    assert "1 pair only" in text
+    assert "Only 1 pair: " in text
+    assert "middle one by PSNR" not in text
     assert match["embedding_error"]["low"] is None
     assert match["converged"]["low"] is None
     assert match["unrelated"]["n"] == 1
@@ -342,6 +348,7 @@ def test_only_geometry_or_only_a_match(runs, drawn):
     assert "match your own photos first" in text
     text = words_of(make_report([runs / "free"], survival=False))
     for told in ("hf-equiv spectrum builtin", "hf-equiv lipschitz builtin", "hf-equiv walk builtin", "--no-survival",
+                 "--out runs/free-spectrum-", "&& hf-equiv report runs/free runs/free-spectrum-",
                  "hf-equiv report runs/free --transfer ", "What helps? It was not measured whether JPEG",
                  "To measure what helps: hf-equiv report runs/free"):  # fmt: skip
         assert told in text
@@ -375,6 +382,18 @@ def test_model_that_is_not_found_leaves_the_rest(runs, monkeypatch):
     assert report.numbers["models"][0]["match"]["embedding_error"]["n"] == 5
     monkeypatch.setattr(collect, "load_recorded", lambda *_: TinyEncoder(7))
     assert "the run used" in make_report([runs]).problems[0]
+
+
+def test_a_model_that_is_gone_leaves_what_was_measured(runs, monkeypatch):
+    before = make_report([runs / "free"], out="page.html")
+    monkeypatch.setattr(collect, "load_recorded", lambda *_: TinyEncoder(7))
+    after = make_report([runs / "free"], out="page.html", survival=False)
+    assert after.numbers["models"] == before.numbers["models"]
+    assert "the run used" in after.problems[0]
+    assert "Cannot be checked now: its model could not be loaded" in words_of(after)
+    assert "because its model" not in words_of(after)
+    edit(runs / "free", lambda row: row | {"seconds": 1.0})  # other rows: nothing was measured of them
+    assert make_report([runs / "free"], out="page.html").numbers["models"][0]["survival"] is None
 
 
 def split(folder: Path, count: int) -> None:
@@ -487,7 +506,10 @@ def test_transfer(runs, monkeypatch):
     assert same["error"]["value"] == pytest.approx(match["embedding_error_8bit"]["value"], rel=1e-4)
     assert same["distance"]["value"] == pytest.approx(match["distance"]["value"], rel=1e-6)
     assert stranger["error"]["value"] > 100 * same["error"]["value"]
-    assert "Sharing an embedding in one checkpoint does not mean sharing it in another" in words_of(report)
+    told = words_of(report)
+    assert "A second encoder does not help: for builtin, all 5 are nearer to the other photo." in told
+    assert "A second encoder helps: for builtin, none of 5 are nearer to the other photo. Only 5 pairs: try 10." in told
+    assert "A second encoder gives these matches away: in builtin none of 5 are nearer to the other photo" in told
 
 
 def test_transfer_model_that_is_not_there(runs):
@@ -640,6 +662,12 @@ def test_words_for_numbers():
     assert render.number(None) == "–"
     assert render.count(Share(5 / 6, 0.4365, 0.97, 6, 5)) == "5 of 6 (95 % CI 44 % to 97 %)"
     assert render.number(Estimate(1.2e-5, 1e-5, 2e-5, 9)) == "1.2e-5 (95 % CI 1e-5 to 2e-5, n = 9)"
+    assert render.number(Estimate(1.2, 1.0, 2.0, 3, coverage=0.75)) == "1.20 (range 1.00 to 2.00, n = 3)"
+    assert render.number(Estimate(1.0, 1.0, 1.0, 3, coverage=0.75)) == "1.00 (equal values, n = 3)"
+    assert [render.tally(k, 3) for k in (0, 2, 3)] == ["none of 3", "2 of 3", "all 3"]
+    assert [visibility(psnr) for psnr in (29.9, 30.0, 35.9, 36.0)] == [
+        "visible", "visible on a close look", "visible on a close look", "invisible at a glance",
+    ]  # fmt: skip
     assert ball(8 / 255, "linf") == "ε = 8/255"
     assert ball(2.0, "l2") == "L2 ε = 2"
 
@@ -647,15 +675,17 @@ def test_words_for_numbers():
 @pytest.mark.parametrize(
     ("pairs", "psnr", "changes", "told"),
     [
-        (10, 40.8, {}, "Exposed: all 10 photos, invisibly (40.8 dB), every label follows; JPEG 75 undoes it."),
-        (10, 33.0, {"flipped": shares(7, 9)}, "all 10 photos, barely visibly (33.0 dB), 7 of 9 labels follow; "),
-        (10, 26.6, {"flipped": None}, "Exposed: all 10 photos, visibly (26.6 dB); JPEG 75 undoes it."),
-        (10, 40.8, {"sources": 4}, "Exposed: all 10 pairs of photos, invisibly"),
-        (3, 40.8, {}, "Exposed: all 3 photos tried, invisibly (40.8 dB), every label follows; JPEG 75 undid 3 of 3."),
-        (1, 40.8, {}, "Exposed: the one photo tried, invisibly (40.8 dB), its label follows; JPEG 75 undid 1 of 1."),
-        (10, 40.8, {"radius": 4 / 255}, "invisibly (40.8 dB, no pixel value changed by more than 4/255), every"),
-        (10, 40.8, {"radius": 3.0, "norm": "l2"}, "invisibly (40.8 dB, changed by at most 3 in L2), every"),
-        (10, 40.8, {"matched": shares(4, 10), "nearer": shares(6, 10)}, "Partly exposed: 4 of 10 photos, invisibly"),
+        (10, 40.8, {}, "Exposed: all 10 photos, by a change that is invisible at a glance (40.8 dB); the classifier "
+         "gives every one of them the label of the other photo; JPEG 75 undid all 10."),
+        (10, 33.0, {"flipped": shares(7, 9)}, "on a close look (33.0 dB); the classifier gives 7 of 9 the label"),
+        (10, 26.6, {"flipped": None}, "all 10 photos, by a change that is visible (26.6 dB); JPEG 75 undid all"),
+        (10, 40.8, {"sources": 4}, "Exposed: all 10 pairs of photos, by a change that is invisible"),
+        (3, 40.8, {}, "of the other photo; JPEG 75 undid all 3 (only 3 pairs: try 10)."),
+        (1, 40.8, {}, "the one photo tried, by a change that is invisible at a glance (40.8 dB); the classifier "
+         "gives 1 of 1 the label of the other photo; JPEG 75 undid 1 of 1 (only 1 pair: try 10)."),
+        (10, 40.8, {"radius": 4 / 255}, "at a glance (40.8 dB, no pixel value changed by more than 4/255); the"),
+        (10, 40.8, {"radius": 3.0, "norm": "l2"}, "at a glance (40.8 dB, changed by at most 3 in L2); the"),
+        (10, 40.8, {"matched": shares(4, 10), "nearer": shares(6, 10)}, "Partly exposed: 4 of 10 photos, by a change"),
         (10, 40.8, {"matched": None, "nearer": shares(2, 10)}, "Partly exposed: 2 of 10 photos came nearer to another"),
         (10, 40.8, {"matched": shares(4, 10)}, "Exposed: all 10 photos came nearer to another photo than to their own"),
         (10, 44.0, {"matched": shares(0, 10)}, "Exposed: all 10 photos came nearer to another photo than to their own"),
@@ -677,12 +707,46 @@ def test_the_answer(model, pairs, psnr, changes, told):
     model = replace(model, match=replace(model.match, rows=pairs), budgets=(budget,), survival={"JPEG 75": jpeg})
     given = answer(model)
     assert told in given["sentence"]
+    helps = {True: f"it is embedded: JPEG 75 (undid {render.tally(pairs, pairs)}).", False: ""}
+    assert helps["xposed:" in given["sentence"]] in given["helps"]
+    assert ("pair: try 10." in given["helps"].replace("pairs", "pair")) is (
+        pairs < 10 and "xposed:" in given["sentence"]
+    )
     assert given["sentence"].startswith(given["verdict"])
     assert (given["tone"] in ("bad", "partly")) is ("xposed:" in given["sentence"])
     alike = replace(budget, run="alike", radius=0.5)  # of as many pairs; less visible changes would override
     assert answer(replace(model, budgets=(budget, alike))) == given
     smaller = replace(budget, run="other", rows=pairs - 1, matched=shares(0, pairs), nearer=None, psnr_db=None)
     assert answer(replace(model, budgets=(smaller, budget))) == given
+
+
+def test_the_exposure_is_judged_once_for_a_page(runs, monkeypatch):
+    asked = []
+    rules = [(verdict, exact, lambda b, holds=holds: asked.append(b) or holds(b), order)
+             for verdict, exact, holds, order in claim_rules.EXPOSURE]  # fmt: skip
+    monkeypatch.setattr(claim_rules, "EXPOSURE", rules)
+    budgets = make_report([runs / "free"], survival=False).models[0].budgets
+    assert len(asked) <= len(rules) * len(budgets)
+
+
+def test_an_unfinished_audit_names_the_command_that_completes_it(runs, tmp_path):
+    audit = tmp_path / "my audit"
+    for name, own in (("free", "match"), ("near", "match-16"), ("spectrum", "spectrum")):
+        shutil.copytree(runs / name, audit / own)
+    told = r"To finish this audit: hf-equiv audit builtin --readout cls --data \S+ --pairs 5 .*--out 'my audit'"
+    assert re.search(told, words_of(make_report(audit, survival=False)))
+    update(audit / "match-16", lambda record: record | {"complete": False})
+    assert re.search(told, words_of(make_report(audit, survival=False)))
+    (tmp_path / "one").mkdir()
+    shutil.copytree(audit / "match-16", tmp_path / "one" / "mine")
+    text = words_of(make_report("one/mine", survival=False))
+    assert re.search(r"To finish a run: hf-equiv match builtin .* --radius 16/255 .*--out one/mine ", text)
+    assert {"match", *(f"match-{k}" for k in audit_command._LEVELS), "spectrum", "lipschitz"} == collect.AUDIT
+
+
+def test_more_runs_go_where_the_same_report_finds_them(runs):
+    text = words_of(make_report([runs], survival=False, out="runs/page.html"))
+    assert re.search(r"--pairs 50 .*--out runs/match-[0-9a-f]{4} && hf-equiv report runs --out runs/page\.html", text)
 
 
 def test_a_smaller_run_of_other_photos_overrides_nothing(runs, model, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def page(*cells: str, title: str = NASTY) -> dict:
         "answer": {"verdict": NASTY, "tone": "bad", "sentence": NASTY, "exposed": NASTY, "how": NASTY, "helps": NASTY},
         "claims": [Claim(cell, cell, cell, PARTLY, "partly") for cell in cells], "consequences": cells,
         "against": cells, "limits": cells, "commands": [*cells], "versions": NASTY, "figures": {},
-        "reason": "", "again": lambda *_, **__: NASTY,
+        "reason": "", "unchecked": "", "to_finish": [], "again": lambda *_, **__: NASTY,
     }  # fmt: skip
     return {
         "title": title, "models": [model], "several": False, "same": True, "labelled": None,
@@ -54,8 +54,8 @@ def test_markdown_is_whole_and_escapes():
 
 
 def test_numbers_with_exponents_stay_whole():
-    html = render.to_html(page("error 4.3e-5 (95 % CI 2.3e-5 to 5.2e-5, n = 6)"))
-    for whole in ("4.3e-5", "95 % CI 2.3e-5 to 5.2e-5", "n = 6"):
+    html = render.to_html(page("error 4.3e-5 (95 % CI 2.3e-5 to 5.2e-5, n = 6), 1.0 (range 0.5 to 2.0, n = 3)"))
+    for whole in ("4.3e-5", "95 % CI 2.3e-5 to 5.2e-5", "n = 6", "range 0.5 to 2.0"):
         assert f'<span class="whole">{whole}</span>' in html
 
 
@@ -66,10 +66,13 @@ def test_values_and_code():
         render._environment(kind).get_template(f"report.{name}.jinja").make_module(page("1") | {"folder": "files"})
         for kind, name in (("html", "html"), ("markdown", "md"))
     )
-    assert html.code("a|`<b") == '<code class="whole">a|`&lt;b</code>'
+    words = '<code><span class="whole">a|`&lt;b</span> <span class="whole">--out</span></code>'
+    assert html.code("a|`<b --out") == words  # a line breaks between words
     assert markdown.code("a|`<b") == "`a/'<b`"
     assert render._environment("html").from_string("{{ x }}{{ x }}").render(x="<b>") == "&lt;b&gt;" * 2
-    assert html.code("y" * 40) == f"<code>{'y' * 40}</code>"  # may be broken
+    assert html.code("y" * 40) == f"<code><span>{'y' * 40}</span></code>"  # may be broken
+    assert html.link("method", "How to read").endswith('<a href="#method">How to read</a>')
+    assert markdown.link("method", "How to read") == "[How to read](#how-to-read)"
 
 
 @pytest.mark.parametrize("kind", ["html", "markdown"])
