@@ -115,7 +115,7 @@ def live_match(
     files = [encode_png(x) for x in encoder.preprocess([source, target])]
     x, aim = (measures.open_png(encoder, png)[None] for png in files)
     if bool((x == aim).all()):
-        raise ValueError("`source` and `target` must differ; the encoder sees the same pixels in both. Choose another.")
+        raise ValueError("Both photos are the same to the AI model. Choose another one.")
     work, row = _Work(("match", x[0], ()), stop or threading.Event(), time_limit), Future[Row]()
     ball = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals}
 

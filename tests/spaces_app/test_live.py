@@ -103,7 +103,7 @@ def test_two_at_once_do_not_mix(small, photos):
 
 
 def test_equal_photos_are_refused(small, photos):
-    with pytest.raises(ValueError, match="`source` and `target` must differ"):
+    with pytest.raises(ValueError, match="Both photos are the same to the AI model"):
         list(live_match(small, photos["cat"], photos["cat"]))
 
 
