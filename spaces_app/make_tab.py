@@ -16,7 +16,7 @@ from charts import Axis, Series, chart
 from gradio.context import Context
 from live import LiveMatch, live_match
 from making import outcome
-from making.jobs import MATCHES, Job, followed, soon
+from making.jobs import MATCHES, followed, soon
 from making.outcome import CHANGES, MADE, Made
 from making.uploads import Photo, read_upload, shown
 from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused, warn
@@ -75,40 +75,36 @@ async def _states(request: gr.Request, *asked: str) -> AsyncIterator[int | LiveM
     with MATCHES.entered(request) as job:
         async for place in MATCHES.turn(job):
             yield place
-        if not job.stop.is_set():
-            yield 0
-            async with aclosing(followed(match_uploads(*asked, job.key))) as states:
-                async for state in states:
-                    yield state
+        if job.stop.is_set():
+            raise refused("You pressed Stop before it began.")
+        yield 0
+        async with aclosing(followed(match_uploads(*asked, job.key))) as states:
+            async for state in states:
+                yield state
 
 
 async def watch_match(
     source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
 ) -> AsyncIterator[tuple[Any, ...]]:
     """Match two photos and show the match while it is made: view, key, tools, share, words, three empty answers."""
-    view, told, state = "", "", None
+    told = ""
     try:
         async with aclosing(_states(request, source, target, model, budget, effort)) as states:
             async for now in states:
                 if isinstance(now, int):
                     words = view = views.making.waiting(now, TIME_LIMIT)
-                elif now.stage in ("done", "stopped"):
-                    state = now
-                else:
+                elif now.row is None:
                     words = views.making.doing(now.stage)
                     view = views.making.making(now, curve_view(now.curve, _rtol(budget)), TIME_LIMIT)
-                if state is None:
-                    yield *_no_result(view), gr.skip() if words == told else words, *("",) * 3  # once a stage
-                    told = words
+                else:
+                    row = {"source": now.source, "match": now.png, "target": now.target, **now.row}
+                    key = MADE.put(Made(row, model, now.seconds, curve_view(now.curve, _rtol(budget))))
+                    yield *shown_again(key), views.making.headline(row), *("",) * 3
+                    return
+                yield *_no_result(view), gr.skip() if words == told else words, *("",) * 3  # once a stage
+                told = words
     except gr.Error as error:
         yield *_no_result(views.html.notice(error.message)), *("",) * 4
-        return
-    if state is None:
-        yield *_no_result(views.making.halted()), views.making.halted(), *("",) * 3
-        return
-    row = {"source": state.source, "match": state.png, "target": state.target, **(state.row or {})}
-    made = Made(row, model, state.seconds, curve_view(state.curve, _rtol(budget)))
-    yield *shown_again(MADE.put(made)), views.making.headline(row), *("",) * 3
 
 
 def _no_result(view: str) -> tuple[Any, ...]:
@@ -119,7 +115,7 @@ def shown_again(key: str) -> tuple[Any, ...]:
     """Show a match that was made: view, key, tools, picture to share."""
     made = MADE.get(key)
     numbers = {name: value for name, value in made.row.items() if not isinstance(value, bytes)}
-    picture = views.share_picture(made.row, str(views.making.headline(made.row)), str(views.making.caption(made.row)))
+    picture = views.share_picture(made.row, str(views.making.headline(made.row)))
     view = views.making.result(made, f"?{urlencode({'tab': 'make', 'made': key})}", TIME_LIMIT, numbers)
     return view, key, gr.Column(visible=True), gr.DownloadButton(value=file_of(picture, "share.png"))
 
@@ -140,18 +136,11 @@ async def make_match(
     Returns:
         The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
     """
-    state = await _last_state(request, source, target, model, budget, effort)
-    return file_of(state.png, "match.png"), state.row or {}
-
-
-async def _last_state(request: gr.Request, *asked: str) -> LiveMatch:
-    state: int | LiveMatch | None = None
-    async with aclosing(_states(request, *asked)) as states:
+    state: Any = None
+    async with aclosing(_states(request, source, target, model, budget, effort)) as states:
         async for now in states:
             state = now
-    if not isinstance(state, LiveMatch):
-        raise refused("The match was stopped before it began.")
-    return state
+    return file_of(state.png, "match.png"), state.row or {}
 
 
 def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
@@ -199,7 +188,7 @@ def _photo(which: str) -> tuple[Photo, gr.HTML]:
 
 
 def _open_page(request: gr.Request) -> tuple[Any, ...]:
-    """Tell what the AI model sees in the first two photos, or show the match that a link names, its photos and model."""
+    """Tell what the AI model sees in the first two photos, or show the match of a link, its photos and model."""
     key = request.query_params.get("made")
     view: Any = gr.skip()
     if key:
@@ -236,7 +225,7 @@ def make_tab() -> None:
         swap = gr.Button("⇄ Swap", elem_id="swap", scale=0, min_width=90, size="sm")
         target, seen_target = _photo("target")
     with gr.Row(), gr.Column():
-        with gr.Accordion("Options", open=len(MODELS) > 1, elem_id="options"):
+        with gr.Accordion("Options", open=len(MODELS) > 1):
             model = gr.Dropdown(list(MODELS), value="builtin", label="AI model", visible=len(MODELS) > 1)
             budget = gr.Dropdown(list(BUDGETS), value="any change", label="How far each pixel may move")
             effort = gr.Radio(list(EFFORTS), value="normal", label="Effort", info=f"At most {TIME_LIMIT:.0f} seconds.")
