@@ -30,8 +30,9 @@ def parts():
     try:
         import look_tab
         import shelf
+        from making import uploads
 
-        yield SimpleNamespace(shelf=shelf, look_tab=look_tab)
+        yield SimpleNamespace(shelf=shelf, uploads=uploads, look_tab=look_tab)
     finally:
         sys.path.remove(str(APP))
 
