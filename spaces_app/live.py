@@ -166,8 +166,9 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
     work.now = ("measure", image, curve)
     three = [measures.open_png(encoder, png) for png in (files[0], encode_png(image), files[1])]
     measured = measures.measure_match(encoder, *three, seed=0, pair_id="source->target")
+    (source, *_), _, (target, *_) = likeliest(encoder, torch.stack(three), 1) or [((None, None),)] * 3
     work.now = ("stopped" if row["stopped"] else "done", image, curve)
-    return row | measured
+    return row | measured | {"source_prob": source[1], "target_prob": target[1]}
 
 
 @dataclass(frozen=True, slots=True)

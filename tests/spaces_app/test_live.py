@@ -46,6 +46,7 @@ def test_the_row_is_that_of_the_png(small, whole):
         z, aim = (small(decode_png(png)[None]).double() for png in (last.png, last.target))
     assert last.row["embedding_error_8bit"] == pytest.approx(float((z - aim).norm() / aim.norm()), rel=1e-3)
     assert last.row["model_revision"] == small.revision
+    assert last.row["target_prob"] == pytest.approx(last.row["match_prob"], abs=0.01) != last.row["source_prob"]
 
 
 def test_states_come_in_order_and_the_error_falls(whole):
