@@ -231,11 +231,12 @@ def why_tab(tab: gr.Tab) -> None:
                 label = views.html.PUSHES[kind][0]
                 sliders.append(gr.Slider(0, 100, value=50, step=1, label=label, elem_id=f"push-{kind}", buttons=[]))
     gr.HTML(views.html.so_it_works())
-    quietly = HIDDEN | {"concurrency_limit": None}  # `soon` lets visitors take turns
+    # `soon` lets visitors take turns; a choice made meanwhile is followed
+    quietly = HIDDEN | {"concurrency_limit": None, "trigger_mode": "always_last"}
     for kind, slider, picture in zip(kinds, sliders, pictures, strict=True):
         slider.input(
             partial(soon, lambda image, at, kind=kind: pushed_views(image, {kind: at})[0]), [image, slider], picture,
-            trigger_mode="always_last", **quietly,
+            **quietly,
         )  # fmt: skip
     gr.on(
         [tab.select, image.change],
@@ -250,7 +251,7 @@ def why_tab(tab: gr.Tab) -> None:
         along = gr.Slider(-100, 100, value=30, step=1, label="Move along it (fine near the middle)", elem_id="along")
         moved, facts = gr.HTML(elem_id="moved"), gr.HTML()
     asked = [image, direction, along]
-    along.input(partial(soon, moved_view), asked, moved, trigger_mode="always_last", **quietly)
+    along.input(partial(soon, moved_view), asked, moved, **quietly)
     gr.on(
         [details.expand, image.change, direction.change],
         partial(soon, lambda image, direction, at: (moved_view(image, direction, at), facts_view(image, direction))),

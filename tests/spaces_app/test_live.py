@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from itertools import pairwise
 
+import gradio as gr
 import pytest
 import torch
 from live import live_match
+from why_tab import why_tab
 
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.sources import load_images
@@ -112,3 +114,9 @@ def test_errors_of_the_thread_are_raised_in_the_caller(small, photos, monkeypatc
     monkeypatch.setattr("live.match_embedding", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(live_match(small, photos["cat"], photos["coffee"]))
+
+
+def test_a_photo_chosen_while_another_is_pushed_is_pushed_next():
+    with gr.Blocks() as page, gr.Tab() as tab:
+        why_tab(tab)
+    assert {event["trigger_mode"] for event in page.config["dependencies"]} == {"always_last"}
