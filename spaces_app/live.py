@@ -115,7 +115,7 @@ def live_match(
     files = [encode_png(x) for x in encoder.preprocess([source, target])]
     x, aim = (measures.open_png(encoder, png)[None] for png in files)
     if bool((x == aim).all()):
-        raise ValueError("`source` and `target` must differ; the encoder sees the same pixels in both. Choose another.")
+        raise ValueError("Both photos are the same to the AI model. Choose another one.")
     work, row = _Work(("match", x[0], ()), stop or threading.Event(), time_limit), Future[Row]()
     ball = {"radius": radius, "norm": norm, "rtol": rtol, "max_evals": max_evals}
 
@@ -166,8 +166,9 @@ def _make(encoder: Encoder, work: _Work, x: Tensor, aim: Tensor, files: list[byt
     work.now = ("measure", image, curve)
     three = [measures.open_png(encoder, png) for png in (files[0], encode_png(image), files[1])]
     measured = measures.measure_match(encoder, *three, seed=0, pair_id="source->target")
+    (source, *_), _, (target, *_) = likeliest(encoder, torch.stack(three), 1) or [((None, None),)] * 3
     work.now = ("stopped" if row["stopped"] else "done", image, curve)
-    return row | measured
+    return row | measured | {"source_prob": source[1], "target_prob": target[1]}
 
 
 @dataclass(frozen=True, slots=True)

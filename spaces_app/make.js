@@ -1,7 +1,14 @@
-// Small photos to take, the link to copy, and the address of the page, which leads to what was made.
+// Small photos to take, the link to copy, the address of the page, and the way to what is made.
+let shown;
 new MutationObserver(() => {
   const link = element.querySelector('.link a');
-  if (link) keepInLink({ tab: 'make', made: new URL(link.href).searchParams.get('made') });
+  const now = link ? link.href : element.querySelector('.live') ? 'live' : element.querySelector('.verdict') && 'begun';
+  if (now === shown) return;
+  shown = now;
+  if (!link) return now && document.getElementById('go').scrollIntoView();
+  keepInLink({ tab: 'make', made: new URL(link.href).searchParams.get('made') });
+  element.querySelector('.outcome').focus({ preventScroll: true });
+  element.querySelector('.outcome').scrollIntoView();
 }).observe(element, { childList: true, subtree: true });
 element.addEventListener('click', (e) => {
   const photo = e.target.closest('button[data-key]');

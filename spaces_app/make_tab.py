@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
@@ -17,7 +16,7 @@ from charts import Axis, Series, chart
 from gradio.context import Context
 from live import LiveMatch, live_match
 from making import outcome
-from making.jobs import MATCHES, Job, followed, soon
+from making.jobs import MATCHES, followed, soon
 from making.outcome import CHANGES, MADE, Made
 from making.uploads import Photo, read_upload, shown
 from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused, warn
@@ -34,12 +33,12 @@ _JACOBIAN = 20  # a curve with more evaluations between two points needs an expl
 _SCRIPT = views.script("make.js")
 
 
-def look_at(path: str | None, model: str, name: str) -> tuple[Any, Any]:
+def look_at(path: str | None, model: str, label: str) -> tuple[Any, Any]:
     """Tell what the AI model sees in a photo; remove one that cannot be read, convert one that browsers do not show."""
     if not path:
         return gr.skip(), gr.skip()
     try:
-        image = read_upload(path, name)
+        image = read_upload(path, label)
         picture = shown(path, image)
     except gr.Error as error:
         warn(error.message)
@@ -57,7 +56,7 @@ def _rtol(budget: str) -> float:
 @on_gpu
 def match_uploads(source: str, target: str, model: str, budget: str, effort: str, key: str) -> Iterator[LiveMatch]:
     """Yield the states of a match of two uploads, within the limits of this Space; `key` is that of the job."""
-    images = read_upload(source, "source"), read_upload(target, "target")
+    images = [read_upload(path, label) for path, (_, label) in zip((source, target), PHOTOS.values(), strict=True)]
     try:
         yield from live_match(
             encoder_of(model), *images, radius=BUDGETS[budget], rtol=_rtol(budget), stop=MATCHES.stop_of(key),
@@ -67,15 +66,18 @@ def match_uploads(source: str, target: str, model: str, budget: str, effort: str
         raise refused(str(error)) from error
 
 
-async def _states(job: Job, *asked: str) -> AsyncIterator[int | LiveMatch]:
-    """Yield the place in the queue while the job waits, then the states of its match."""
+async def _states(request: gr.Request, *asked: str) -> AsyncIterator[int | LiveMatch]:
+    """Yield the place in the queue while a visitor waits, 0 at the end of it, then the states of the match."""
     *_, model, budget, effort = asked
     if budget not in [*BUDGETS] or effort not in [*EFFORTS] or model not in MODELS:
         named = f"a budget ({', '.join(BUDGETS)}), an effort ({', '.join(EFFORTS)}) and a model ({', '.join(MODELS)})"
         raise refused(f"Choose {named}; each must be in the list.")
-    async for place in MATCHES.turn(job):
-        yield place
-    if not job.stop.is_set():
+    with MATCHES.entered(request) as job:
+        async for place in MATCHES.turn(job):
+            yield place
+        if job.stop.is_set():
+            raise refused("You pressed Stop before it began.")
+        yield 0
         async with aclosing(followed(match_uploads(*asked, job.key))) as states:
             async for state in states:
                 yield state
@@ -84,46 +86,38 @@ async def _states(job: Job, *asked: str) -> AsyncIterator[int | LiveMatch]:
 async def watch_match(
     source: str, target: str, model: str, budget: str, effort: str, request: gr.Request
 ) -> AsyncIterator[tuple[Any, ...]]:
-    """Match two photos and show the match while it is made: view, key, tools, downloads, words for screen readers."""
-    told, state = "", None
-    with MATCHES.entered(request) as job:
-        async with aclosing(_states(job, source, target, model, budget, effort)) as states:
+    """Match two photos and show the match while it is made: view, key, tools, share, words, three empty answers."""
+    told = ""
+    try:
+        async with aclosing(_states(request, source, target, model, budget, effort)) as states:
             async for now in states:
                 if isinstance(now, int):
-                    stage, view = f"place {now}", views.making.waiting(now)
-                else:
-                    stage, state = now.stage, now
-                    if stage in ("done", "stopped"):
-                        break
+                    words = view = views.making.waiting(now, TIME_LIMIT)
+                elif now.row is None:
+                    words = views.making.doing(now.stage)
                     view = views.making.making(now, curve_view(now.curve, _rtol(budget)), TIME_LIMIT)
-                words = gr.skip() if stage == told else _words(now)  # once a stage
-                told = stage
-                yield view, "", gr.Column(visible=False), *(gr.skip(),) * 3, words, *("",) * 3
-    if state is None:
-        yield views.making.halted(), *(gr.skip(),) * 5, views.making.halted(), *(gr.skip(),) * 3
-        return
-    row = {"source": state.source, "match": state.png, "target": state.target, **(state.row or {})}
-    made = Made(row, model, state.seconds, curve_view(state.curve, _rtol(budget)))
-    yield *shown_again(MADE.put(made)), f"<p>{views.making.headline(row)}</p>", "", "", ""
+                else:
+                    row = {"source": now.source, "match": now.png, "target": now.target, **now.row}
+                    key = MADE.put(Made(row, model, now.seconds, curve_view(now.curve, _rtol(budget))))
+                    yield *shown_again(key), views.making.headline(row), *("",) * 3
+                    return
+                yield *_no_result(view), gr.skip() if words == told else words, *("",) * 3  # once a stage
+                told = words
+    except gr.Error as error:
+        yield *_no_result(views.html.notice(error.message)), *("",) * 4
 
 
-def _words(now: int | LiveMatch) -> str:
-    return views.making.waiting(now) if isinstance(now, int) else f"<p>{views.making.doing(now.stage)}</p>"
+def _no_result(view: str) -> tuple[Any, ...]:
+    return view, "", gr.Column(visible=False), gr.skip()
 
 
 def shown_again(key: str) -> tuple[Any, ...]:
-    """Show a match that was made: view, key, tools, three downloads."""
+    """Show a match that was made: view, key, tools, picture to share."""
     made = MADE.get(key)
     numbers = {name: value for name, value in made.row.items() if not isinstance(value, bytes)}
-    headline, caption = str(views.making.headline(made.row)), str(views.making.caption(made))
-    files = {
-        "match.png": made.row["match"],
-        "row.json": json.dumps(numbers, indent=1).encode(),
-        "share.png": views.share_picture(made.row, headline, caption),
-    }
-    view = views.making.result(made, f"?{urlencode({'tab': 'make', 'made': key})}", TIME_LIMIT)
-    downloads = [gr.DownloadButton(value=file_of(data, name)) for name, data in files.items()]
-    return view, key, gr.Column(visible=True), *downloads
+    picture = views.share_picture(made.row, str(views.making.headline(made.row)))
+    view = views.making.result(made, f"?{urlencode({'tab': 'make', 'made': key})}", TIME_LIMIT, numbers)
+    return view, key, gr.Column(visible=True), gr.DownloadButton(value=file_of(picture, "share.png"))
 
 
 async def make_match(
@@ -142,19 +136,11 @@ async def make_match(
     Returns:
         The match as a PNG file, and its row: embedding errors, PSNR, classes, cost, settings.
     """
-    state = await _last_state(request, source, target, model, budget, effort)
+    state: Any = None
+    async with aclosing(_states(request, source, target, model, budget, effort)) as states:
+        async for now in states:
+            state = now
     return file_of(state.png, "match.png"), state.row or {}
-
-
-async def _last_state(request: gr.Request, *asked: str) -> LiveMatch:
-    state: int | LiveMatch | None = None
-    with MATCHES.entered(request) as job:
-        async with aclosing(_states(job, *asked)) as states:
-            async for now in states:
-                state = now
-    if not isinstance(state, LiveMatch):
-        raise refused("The match was stopped before it began.")
-    return state
 
 
 def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
@@ -201,19 +187,23 @@ def _photo(which: str) -> tuple[Photo, gr.HTML]:
     return image, note
 
 
-def _open_link(request: gr.Request) -> tuple[Any, ...]:
-    """Show the match that a link names."""
+def _open_page(request: gr.Request) -> tuple[Any, ...]:
+    """Tell what the AI model sees in the first two photos, or show the match of a link, its photos and model."""
     key = request.query_params.get("made")
-    try:
-        return shown_again(key) if key else (gr.skip(),) * 6
-    except gr.Error as error:
-        return views.html.notice(error.message), *(gr.skip(),) * 5
+    view: Any = gr.skip()
+    if key:
+        try:
+            made = MADE.get(key)
+            photos = [file_of(made.row[name], f"{name}.png") for name in PHOTOS]
+            return *shown_again(key), *photos, made.model, gr.skip(), gr.skip()
+        except gr.Error as error:
+            view = views.html.notice(error.message)
+    return view, *(gr.skip(),) * 6, *_first_notes()
 
 
 @lru_cache
 def _first_notes() -> list[str]:
-    """Tell what the built-in model sees in the two photos that are there at first."""
-    photos = [read_upload(_take(name), name) for name, _ in PHOTOS.values()]
+    photos = [read_upload(_take(name), label) for name, label in PHOTOS.values()]
     encoder = encoder_of("builtin")
     return [views.making.seen(sight) for sight in outcome.sights(encoder, encoder.preprocess(photos))]
 
@@ -249,30 +239,28 @@ def make_tab() -> None:
         with gr.Row():
             small = {"size": "sm", "min_width": 130}
             proof = gr.Button("Prove it", elem_id="prove", **small)
-            changes = [gr.Button(change, elem_id=f"try-{k}", **small) for k, change in enumerate(CHANGES)]
-            png = gr.DownloadButton("Download the PNG", elem_id="png", **small)
-            row = gr.DownloadButton("Numbers (JSON)", elem_id="row", **small)
             share = gr.DownloadButton("Picture to share", elem_id="share", **small)
         proven = gr.HTML(elem_id="proven", js_on_load=LIVE, padding=False)
+        gr.HTML('<h3 class="block-title">Try to break it</h3>', padding=False)
+        with gr.Row():
+            changes = [gr.Button(change, elem_id=f"try-{k}", **small) for k, change in enumerate(CHANGES)]
         trial = gr.HTML(elem_id="trial", js_on_load=LIVE, padding=False)
         others = gr.HTML(elem_id="others", padding=False)
     private = {"api_visibility": "private", "concurrency_limit": None}
     quietly = HIDDEN | {"concurrency_limit": None}
-    for image, note, name in ((source, seen_source, "source"), (target, seen_target, "target")):
-        look = partial(soon, partial(look_at, name=name))
-        image.change(look, [image, model], [image, note], **quietly)
-        model.change(look, [image, model], [image, note], **quietly)
+    for image, note in ((source, seen_source), (target, seen_target)):
+        look = partial(soon, partial(look_at, label=image.label))
+        gr.on([image.change, model.change], look, [image, model], [image, note], **quietly)
     swap.click(None, [source, target], [target, source], js="(a, b) => [a, b]", api_visibility="private")
-    asked, outputs = [source, target, model, budget, effort], [view, key, tools, png, row, share]
-    done = go.click(watch_match, asked, [*outputs, told, proven, trial, others], show_progress="minimal", **private)
+    asked, outputs = [source, target, model, budget, effort], [view, key, tools, share]
+    done = go.click(watch_match, asked, [*outputs, told, proven, trial, others], **quietly)
     done.then(partial(soon, _others), key, others, **quietly)
     halt.click(MATCHES.stop, api_visibility="private", queue=False)
     proof.click(partial(soon, lambda key: views.html.verdict(outcome.proven(key))), key, proven, **private)
     for button, change in zip(changes, CHANGES, strict=True):
         button.click(partial(soon, partial(_broken, change)), key, trial, **private)
     page = Context.root_block
-    page.load(_first_notes, None, [seen_source, seen_target], queue=False, **HIDDEN)
-    page.load(_open_link, None, outputs, queue=False, **HIDDEN)
+    page.load(_open_page, None, [*outputs, source, target, model, seen_source, seen_target], queue=False, **HIDDEN)
     page.unload(MATCHES.stop)
     # programs call `make_match` by its name and get a file and numbers
     answer = [gr.File(label="match", visible=False), gr.JSON(label="row", visible=False)]

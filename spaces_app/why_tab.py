@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import gradio as gr
@@ -12,6 +12,7 @@ import torch
 import views
 from charts import NARROW, Axis, Series, chart
 from live import Stop, stops_along
+from making.jobs import soon
 from shelf import HIDDEN, encoder_of, home_of, on_gpu, recorded_encoder, refused, results
 from showcase import Row
 from torch import Tensor
@@ -190,14 +191,18 @@ def facts_view(image_id: str, direction: str) -> str:
 @on_gpu
 def pushed_views(image_id: str, sliders: dict[str, float]) -> list[str]:
     """Show a photo moved along the first direction of each kind; 100 is a strong push for the model."""
-    rows, vectors = _constants(image_id), _vectors(image_id)
-    strongest = max(vectors, key=lambda name: rows[name]["jvp"])
-    reach = min(16.0, 4.0 / max(_stops(image_id, strongest, [1.0])[0].first_order, 1e-3))
     shown = []
     for kind, slider in sliders.items():
-        (stop,) = _stops(image_id, f"{kind} 0", [reach * (slider / 100) ** 2])
+        (stop,) = _stops(image_id, f"{kind} 0", [_reach(image_id) * (slider / 100) ** 2])
         shown.append(views.html.pushed(kind, stop.png, stop))
     return shown
+
+
+@lru_cache(maxsize=16)
+def _reach(image_id: str) -> float:
+    rows, vectors = _constants(image_id), _vectors(image_id)
+    strongest = max(vectors, key=lambda name: rows[name]["jvp"])
+    return min(16.0, 4.0 / max(_stops(image_id, strongest, [1.0])[0].first_order, 1e-3))
 
 
 def warm_up() -> None:
@@ -226,14 +231,17 @@ def why_tab(tab: gr.Tab) -> None:
                 label = views.html.PUSHES[kind][0]
                 sliders.append(gr.Slider(0, 100, value=50, step=1, label=label, elem_id=f"push-{kind}", buttons=[]))
     gr.HTML(views.html.so_it_works())
+    # `soon` lets visitors take turns; a choice made meanwhile is followed
+    quietly = HIDDEN | {"concurrency_limit": None, "trigger_mode": "always_last"}
     for kind, slider, picture in zip(kinds, sliders, pictures, strict=True):
         slider.input(
-            lambda image, at, kind=kind: pushed_views(image, {kind: at})[0], [image, slider], picture,
-            trigger_mode="always_last", concurrency_id="push", concurrency_limit=2, **HIDDEN,
+            partial(soon, lambda image, at, kind=kind: pushed_views(image, {kind: at})[0]), [image, slider], picture,
+            **quietly,
         )  # fmt: skip
     gr.on(
-        [tab.select, image.change], lambda image, *at: pushed_views(image, dict(zip(kinds, at, strict=True))),
-        [image, *sliders], pictures, concurrency_id="push", concurrency_limit=2, **HIDDEN,
+        [tab.select, image.change],
+        partial(soon, lambda image, *at: pushed_views(image, dict(zip(kinds, at, strict=True)))),
+        [image, *sliders], pictures, **quietly,
     )  # fmt: skip
     with gr.Accordion("Details: all directions, and the numbers", open=False, elem_id="directions") as details:
         gr.HTML(views.html.about_directions(dict.fromkeys(row["model_id"] for row in constants)))
@@ -243,9 +251,9 @@ def why_tab(tab: gr.Tab) -> None:
         along = gr.Slider(-100, 100, value=30, step=1, label="Move along it (fine near the middle)", elem_id="along")
         moved, facts = gr.HTML(elem_id="moved"), gr.HTML()
     asked = [image, direction, along]
-    along.input(moved_view, asked, moved, trigger_mode="always_last", concurrency_limit=2, **HIDDEN)
+    along.input(partial(soon, moved_view), asked, moved, **quietly)
     gr.on(
         [details.expand, image.change, direction.change],
-        lambda image, direction, slider: (moved_view(image, direction, slider), facts_view(image, direction)),
-        asked, [moved, facts], concurrency_limit=2, **HIDDEN,
+        partial(soon, lambda image, direction, at: (moved_view(image, direction, at), facts_view(image, direction))),
+        asked, [moved, facts], **quietly,
     )  # fmt: skip

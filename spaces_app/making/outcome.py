@@ -22,7 +22,7 @@ from hf_equiv.models.encoder import Encoder
 from hf_equiv.report.measure import TRANSFORMS, handle
 
 MOST = 200
-CHANGES = {"JPEG 75": "JPEG 75", "Half size": "resize to 50 % and back"}
+CHANGES = {"Shrink to half": "resize to 50 % and back", "Save as JPEG": "JPEG 75"}
 """What may be done to a lookalike, by the words of the button."""
 
 
@@ -70,18 +70,18 @@ class Sight:
 
     label: str | None
     probability: float | None
-    known: tuple[str, ...] = ()  # all that a small model knows, if the picture seems to be none of it
+    known: tuple[str, ...] = ()  # all classes of a model that has few
 
 
-SURE, FEW = 0.5, 100
-"""A model with few classes is said not to know a photo when it gives no class this probability."""
+FEW = 100
+"""A model with so few classes names them all when it can only guess."""
 
 
 def sights(encoder: Encoder, images: torch.Tensor) -> list[Sight]:
     """Return the likeliest class of each image (B, 3, H, W); without a label for an encoder without a head."""
     names, found = tuple(encoder.label_names or ()), likeliest(encoder, images, 1)
     few = names if len(names) <= FEW else ()
-    return [Sight(name, p, few if p < SURE else ()) for ((name, p),) in found] or [Sight(None, None)] * len(images)
+    return [Sight(name, p, few) for ((name, p),) in found] or [Sight(None, None)] * len(images)
 
 
 def proven(key: str) -> dict[str, Any]:

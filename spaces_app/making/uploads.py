@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import time
 from abc import ABCMeta
@@ -42,18 +43,21 @@ Photo = ABCMeta.__new__(
 )
 
 
-def read_upload(path: str | None, name: str) -> Image:
-    """Open a visitor's file as an image without metadata."""
+def read_upload(path: str | None, label: str) -> Image:
+    """Open a visitor's file as an image without metadata; `label` is that of its component."""
     if not path:
-        raise refused(f"Choose a {name} photo first: upload one, or take one of the four.")
+        raise refused(f"Choose a photo for “{label}” first.")
     try:
         if os.path.getsize(path) > LARGEST:
-            raise refused(f"The {name} photo is larger than 25 MB. Make it smaller.")
-        return open_image(Path(path).read_bytes(), f"the {name} photo", most_pixels=MOST_PIXELS)
+            raise refused(f"The photo for “{label}” is larger than 25 MB. Shrink it first.")
+        return open_image(Path(path).read_bytes(), label, most_pixels=MOST_PIXELS)
     except OSError as error:
-        raise refused(f"The {name} photo is gone: files are deleted after an hour. Choose it again.") from error
+        raise refused(f"The photo for “{label}” is gone: files are deleted after an hour. Choose it again.") from error
     except ValueError as error:
-        raise refused(str(error).replace(f"image 'the {name} photo'", f"The {name} photo")) from error
+        if size := re.search(r"(\d+) x (\d+)\. Shrink", told := str(error)):
+            told = f"{size[1]} × {size[2]} is too large (at most {MOST_PIXELS / 1e6:.0f} megapixels). Shrink it first."
+        told = told.replace(f" ({error.__cause__})", "")  # words of Pillow
+        raise refused(told.replace(f"image {label!r}", f"The photo for “{label}”")) from error
 
 
 def shown(path: str, image: Image) -> str | None:

@@ -241,28 +241,33 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     page.wait_for_function("document.querySelector('#target img').naturalWidth === 300")
     page.click("#go")
     page.wait_for_selector("#made .live img")  # while it is made
-    assert "s left" in page.locator("#made .bar-line").inner_text() or page.locator("#made .bar-line").is_visible()
+    assert (
+        " s left" in page.locator("#made .bar-line").inner_text()
+        or "up to 120 s" in page.locator("#made .bar-line").inner_text()
+    )
     shot(page, "making")
     page.wait_for_selector("#made .outcome")
+    assert page.evaluate("document.activeElement.className") == "outcome"
+    page.click("text=How it went")
     files = {}
-    for button in ("#png", "#row", "#share"):
+    for button in ("Download the PNG", "All numbers (JSON)", "Picture to share"):
         with page.expect_download() as download:
-            page.click(button)
+            page.get_by_text(button).click()
         files[button] = Path(download.value.path()).read_bytes()
-    row = json.loads(files["#row"])
+    row = json.loads(files["All numbers (JSON)"])
     pictures = page.locator("#made .three .photo img")
     shown = [base64.b64decode(pictures.nth(k).get_attribute("src").partition(",")[2]) for k in (0, 1)]
     used = [encode_png(x) for x in encoder.preprocess([open_image(clear), open_image(tiff)])]
     assert shown == used, "the pixels are those that the command line takes from the same files"
     with torch.no_grad():
-        z, aim = (encoder(decode_png(png)[None]).double() for png in (files["#png"], used[1]))
+        z, aim = (encoder(decode_png(png)[None]).double() for png in (files["Download the PNG"], used[1]))
     assert float((z - aim).norm() / aim.norm()) == pytest.approx(row["embedding_error_8bit"], abs=1e-6)
     assert row["match_label"] == row["target_label"]
-    assert Image.open(io.BytesIO(files["#share"])).size == (1200, 630)
+    assert Image.open(io.BytesIO(files["Picture to share"])).size == (1200, 630)
     page.click("#prove")
     page.wait_for_selector("#proven .good")
     page.click("#try-0")
-    page.wait_for_selector("#trial >> text=JPEG 75:")
+    page.wait_for_selector("#trial >> text=Broken:")
     page.wait_for_selector("#others >> text=my-model")
     page.wait_for_url("**made=*")
     outcome = page.locator("#made .outcome").inner_text()
@@ -271,15 +276,19 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     page.reload()
     page.wait_for_selector("#made .outcome")
     assert page.locator("#made .outcome").inner_text() == outcome
+    page.wait_for_selector("#source img[src*='source.png']")  # the photos of the link
 
 
 def test_a_match_can_be_stopped(visit):
     page = open_make(visit)
+    assert not page.locator("#halt").is_visible()
     begin_slow(page)
     page.wait_for_selector("#made .live img")
     page.click("#halt")
     page.wait_for_selector("#made .outcome")
     assert "Stopped early: " in page.locator("#made").inner_text()
+    assert "You pressed Stop." in page.locator("#made").inner_text()
+    assert not page.locator("#halt").is_visible()
 
 
 def test_pushes_and_directions(visit):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from itertools import pairwise
 
+import gradio as gr
 import pytest
 import torch
 from live import live_match
+from why_tab import why_tab
 
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.sources import load_images
@@ -46,6 +48,7 @@ def test_the_row_is_that_of_the_png(small, whole):
         z, aim = (small(decode_png(png)[None]).double() for png in (last.png, last.target))
     assert last.row["embedding_error_8bit"] == pytest.approx(float((z - aim).norm() / aim.norm()), rel=1e-3)
     assert last.row["model_revision"] == small.revision
+    assert last.row["target_prob"] == pytest.approx(last.row["match_prob"], abs=0.01) != last.row["source_prob"]
 
 
 def test_states_come_in_order_and_the_error_falls(whole):
@@ -103,7 +106,7 @@ def test_two_at_once_do_not_mix(small, photos):
 
 
 def test_equal_photos_are_refused(small, photos):
-    with pytest.raises(ValueError, match="`source` and `target` must differ"):
+    with pytest.raises(ValueError, match="Both photos are the same to the AI model"):
         list(live_match(small, photos["cat"], photos["cat"]))
 
 
@@ -111,3 +114,9 @@ def test_errors_of_the_thread_are_raised_in_the_caller(small, photos, monkeypatc
     monkeypatch.setattr("live.match_embedding", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(live_match(small, photos["cat"], photos["coffee"]))
+
+
+def test_a_photo_chosen_while_another_is_pushed_is_pushed_next():
+    with gr.Blocks() as page, gr.Tab() as tab:
+        why_tab(tab)
+    assert {event["trigger_mode"] for event in page.config["dependencies"]} == {"always_last"}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from hf_equiv.data.image_file import encode_png, open_image
+from hf_equiv.data.sources import BUILTIN_PHOTOS
 
 
 def visitor(session: str | None = "a", address: str = "1.1.1.1", **headers: str) -> SimpleNamespace:
@@ -88,8 +90,26 @@ def test_waiting_is_shown_and_can_be_stopped(monkeypatch):
     line = Line(0, of_session=2)
     monkeypatch.setattr(make_tab, "MATCHES", line)
     waiting, ended = anyio.run(watch)
-    assert "in the queue" in waiting
-    assert "Stopped before it began" in ended
+    assert "You are number 1 in the queue" in waiting
+    assert "You pressed Stop before it began." in ended
+
+
+def test_what_goes_wrong_is_said_in_place_of_an_earlier_result(tmp_path):
+    async def watch(*photos):
+        who = visitor("a")
+        return [shown async for shown in make_tab.watch_match(*photos, "builtin", "any change", "quick", who)]
+
+    photo = tmp_path / "a.png"
+    photo.write_bytes(encode_png(torch.zeros(3, 10, 10)))
+    for photos, said in (
+        ((str(photo), str(photo)), "Both photos are the same to the AI model. Choose another one."),
+        ((None, str(photo)), "Choose a photo for “Looks like this” first."),
+    ):
+        (begun, *_), (ended, key, tools, *_) = anyio.run(watch, *photos)
+        assert "up to 120 s, most take less" in begun, "it is said at once what happens"
+        assert said in ended
+        assert not key
+        assert not tools.visible
 
 
 def test_the_address_of_a_visitor_cannot_be_chosen(monkeypatch):
@@ -138,7 +158,7 @@ def test_an_upload_is_read_as_the_command_line_reads_the_file(tmp_path, name):
     again = first.__class__(**first.constructor_args)  # as gradio makes it once an answer has changed it
     for photo in (first, again):
         assert photo.preprocess(ImageData(path=path)) == path
-    image = uploads.read_upload(path, "source")
+    image = uploads.read_upload(path, "Seen as this")
     assert image.tobytes() == want.tobytes()
     seen = uploads.shown(path, image)
     assert (seen is not None) == (name in ("a.tif", "a.jp2"))
@@ -150,15 +170,18 @@ def test_an_upload_is_read_as_the_command_line_reads_the_file(tmp_path, name):
 def test_uploads_that_cannot_be_used_are_refused_in_words(tmp_path, monkeypatch):
     for name, data in NO_PHOTOS.items():
         (tmp_path / f"{name}.png").write_bytes(data)
-        with pytest.raises(gr.Error, match="The source photo must be an image"):
-            uploads.read_upload(str(tmp_path / f"{name}.png"), "source")
+        with pytest.raises(gr.Error, match="The photo for “Seen as this” must be an image"):
+            uploads.read_upload(str(tmp_path / f"{name}.png"), "Seen as this")
     with pytest.raises(gr.Error, match="is gone: files are deleted after an hour") as caught:
-        uploads.read_upload(str(tmp_path / "nothing.png"), "source")
+        uploads.read_upload(str(tmp_path / "nothing.png"), "Seen as this")
     assert str(tmp_path) not in caught.value.message
     (tmp_path / "a.png").write_bytes(encode_png(torch.zeros(3, 10, 10)))
+    (tmp_path / "cut.jpg").write_bytes(BUILTIN_PHOTOS["cat"].read_bytes()[:9000])
+    with pytest.raises(gr.Error, match=r"^.The photo for “Seen as this” is damaged or truncated\. Copy or"):
+        uploads.read_upload(str(tmp_path / "cut.jpg"), "Seen as this")
     monkeypatch.setattr(uploads, "MOST_PIXELS", 99)
-    with pytest.raises(gr.Error, match="The source photo must have at most 99 pixels; got 10 x 10"):
-        uploads.read_upload(str(tmp_path / "a.png"), "source")
+    with pytest.raises(gr.Error, match=r"10 × 10 is too large \(at most 0 megapixels\)\. Shrink it first\."):
+        uploads.read_upload(str(tmp_path / "a.png"), "Seen as this")
 
 
 def test_uploads_of_one_address_are_limited(monkeypatch):
@@ -191,7 +214,7 @@ def test_temporary_files_are_deleted_after_an_hour_also_those_of_an_earlier_proc
 
 ROW = {
     "embedding_error_8bit": 1e-5, "source_label": "Egyptian cat", "match_label": "espresso, coffee",
-    "target_label": "espresso, coffee", "same_top1": True, "stopped": False, "radius": None,
+    "target_label": "espresso, coffee", "same_top1": True, "stopped": False, "radius": None, "match_prob": 0.9,
 }  # fmt: skip
 
 
@@ -199,6 +222,7 @@ ROW = {
     ("given", "said"),
     [
         ({}, "It looks like the photo. The AI model sees an espresso."),
+        ({"match_prob": 0.37}, "The AI model guesses an espresso (37\xa0%), as for the other photo."),
         ({"source_label": "espresso, coffee"}, "Both photos are seen as an espresso, and so is the lookalike."),
         ({"match_label": None}, "It looks like the photo; to the AI model it is the other one."),
         ({"embedding_error_8bit": 0.16, "stopped": True}, "Stopped early: 84 % there, and already an espresso."),
@@ -217,16 +241,33 @@ def test_the_labels_lead_and_failure_does_not_contradict_them(given, said):
     assert views.making.headline(ROW | given) == said
 
 
-def test_a_small_model_says_what_it_knows(encoder, monkeypatch):
-    grey = torch.full((1, 3, *encoder.input_shape[1:]), 0.5)
-    monkeypatch.setattr(outcome, "SURE", 1.0)
-    (sight,) = outcome.sights(encoder, grey)
+@pytest.mark.parametrize(("seconds", "said"), [(119.9, "You pressed <em>Stop</em>."), (120.0, "Time was up (120 s).")])
+def test_a_match_that_was_ended_says_why(seconds, said):
+    assert views.making.advice(ROW | {"embedding_error_8bit": 0.16, "stopped": True}, 120.0, seconds) == said
+
+
+def test_a_lookalike_that_breaks_says_so():
+    made = outcome.Made(ROW, "builtin", 1.0, "")
+    for label, error, said in (
+        (
+            "espresso, coffee",
+            0.98,
+            "<strong>Broken:</strong>\n 2 % the same instead of 99.999 % (still guessed an espresso).",
+        ),
+        ("Egyptian cat", 0.5, "(now guessed <strong>an Egyptian cat</strong>, no longer an espresso)."),
+        ("espresso, coffee", 1e-4, "<strong>It holds:</strong>"),
+    ):
+        now = outcome.Changed("Save as JPEG", torch.zeros(3, 2, 2), outcome.Sight(label, 0.4), error)
+        assert said in views.making.broken(made, now, b"")
+
+
+def test_a_small_model_says_what_it_knows(encoder):
+    (sight,) = outcome.sights(encoder, torch.full((1, 3, *encoder.input_shape[1:]), 0.5))
     assert sight.known == encoder.label_names
-    said = views.making.seen(sight)
-    assert "The AI model is not sure: perhaps" in said
-    assert f"I know {len(encoder.label_names)} things" in said
-    monkeypatch.setattr(outcome, "SURE", 0.0)
-    assert outcome.sights(encoder, grey)[0].known == ()
+    said = views.making.seen(replace(sight, probability=0.4))
+    assert "AI guesses <strong>" in said
+    assert f"It knows {len(encoder.label_names)} things" in said
+    assert "things" not in views.making.seen(replace(sight, probability=0.6))
 
 
 def test_a_made_match_is_kept_for_an_hour(monkeypatch):
@@ -244,9 +285,10 @@ def test_a_made_match_is_kept_for_an_hour(monkeypatch):
 
 
 def test_a_link_to_a_match_that_is_gone_says_so():
-    view, *others = make_tab._open_link(SimpleNamespace(query_params={"made": "unknown"}))
+    view, *_, source, target = make_tab._open_page(SimpleNamespace(query_params={"made": "unknown"}))
     assert "This lookalike is gone" in view
-    assert len(others) == 5
+    assert "Egyptian cat" in source
+    assert "espresso" in target
 
 
 def test_a_slow_dataset_delays_nobody_else(monkeypatch):

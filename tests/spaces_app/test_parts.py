@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
-import torch
 import views
-from hostile import NO_PHOTOS, NOT_STORED
+from hostile import NOT_STORED
 from showcase import Showcase, open_showcase
 
 from hf_equiv.data.image_file import decode_png, encode_png
@@ -191,18 +190,6 @@ def test_the_eye_is_asked_about_match_and_target():
 @pytest.mark.parametrize(("share", "said"), [(0.999, "over 99 %"), (1.0, "100 %"), (1e-5, "under 1 %"), (0.5, "50 %")])
 def test_only_certain_classes_are_called_certain(share, said):
     assert views.percent(share) == said
-
-
-def test_an_upload_is_a_file_like_others(parts, tmp_path, monkeypatch):
-    for name, data in NO_PHOTOS.items():
-        (tmp_path / f"{name}.png").write_bytes(data)
-        with pytest.raises(gr.Error, match="The source photo must be an image"):
-            parts.uploads.read_upload(str(tmp_path / f"{name}.png"), "source")
-    (tmp_path / "a.png").write_bytes(encode_png(torch.zeros(3, 10, 10)))
-    assert parts.uploads.read_upload(str(tmp_path / "a.png"), "source").size == (10, 10)
-    monkeypatch.setattr("hf_equiv.data.image_file.MAX_PIXELS", 99)  # the one limit
-    with pytest.raises(gr.Error, match="at most 99 pixels"):
-        parts.uploads.read_upload(str(tmp_path / "a.png"), "source")
 
 
 @pytest.mark.parametrize("kind", ["gamma", "tail", "second frame", "eps", "palette"])
