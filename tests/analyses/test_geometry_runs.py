@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from fakes import SIZE, TinyEncoder
 from PIL import Image
 from runcases import python
 
-from hf_equiv.analyses import figures, lipschitz, make_plan, run, run_analysis, spectrum
+from hf_equiv.analyses import figures, lipschitz, make_plan, run_analysis, spectrum
 from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.lipschitz import LipschitzConfig, parse_directions
 from hf_equiv.analyses.measures import open_png

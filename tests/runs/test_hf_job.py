@@ -3,7 +3,6 @@
 import re
 import sys
 import tomllib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
