@@ -2,11 +2,11 @@
 
     python scripts/bench/kills.py --kills 30
 
-A run of the small built-in checkpoint over drawn photos is made once undisturbed. Then it is made again and again: started
-with one to three processes, of which one or all are killed after a random time; restarted; after a few kills left to
-finish. After every kill the rows on disk must be whole and different ones; at the end the rows must be those of the
-undisturbed run, and so must the bytes of every file but for `seconds`. A process that outlives a killed one must end by
-itself.
+A run of the small built-in checkpoint over drawn photos is made once undisturbed. Then it is made again and again:
+started with one to three processes, of which one or all are killed after a random time; restarted; after a few kills
+left to finish. After every kill the rows on disk must be whole and different ones; at the end the rows must be those
+of the undisturbed run, and so must the bytes of every file but for `seconds`. A process that outlives a killed one must
+end by itself.
 """
 
 from __future__ import annotations
