@@ -88,7 +88,7 @@ def save_photos(folder: Path, count: int = 6, classes: int = 3) -> Path:
 
 def shorten_searches() -> None:
     """Search the balls of runs in a few steps; the default number is tested in `geometry/test_regional.py`."""
-    lipschitz.regional_lipschitz = partial(regional_lipschitz, num_steps=5, num_batches=5)
+    lipschitz.regional_lipschitz = partial(regional_lipschitz, num_steps=5, batch_size=2)
 
 
 class Known:
