@@ -66,6 +66,13 @@ def _figures_drawn_once():
         setattr(figures, name, once(getattr(figures, name)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _balls_searched_in_a_few_steps():
+    from fakes import shorten_searches
+
+    shorten_searches()
+
+
 @pytest.fixture(scope="session")
 def loopback() -> Hub:
     """The loopback Hub as the last test left it, for fixtures that outlive a test."""

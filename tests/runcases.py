@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import torch
 
 from hf_equiv.runs import shards
 
 ROOT = Path(__file__).parents[1]
+COMMAND = "import sys; from hf_equiv.cli.main import main; main(sys.argv[1:])"
+"""Script of the command line."""
+SCRIPT = """
+    import os, runpy, sys
+    del sys.argv[0]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Script that carries out the file that is its first argument."""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [f"hf_equiv.{name}" for name in ("cli.main", "analyses", "models.encoder", "hub.publish")]
+)
 
 
 class KilledError(BaseException):
@@ -58,11 +74,45 @@ def files_of(out: Path) -> dict[str, bytes]:
     return found
 
 
-def python(script: str, *arguments, **options) -> subprocess.CompletedProcess:
-    here = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(here), "OMP_NUM_THREADS": "1"} | options
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+class Process:
+    """A script in a process of its own: the fork of one that has imported the package, and computed nothing yet."""
+
+    def __init__(self, script: str, *arguments: object, cwd: Path | None = None, **environment: str) -> None:
+        self._told = tempfile.TemporaryDirectory()
+        given = script, [str(a) for a in arguments], environment, cwd or Path.cwd(), Path(self._told.name)
+        self._child = _FORKS.Process(target=_carry_out, args=given)
+        self._child.start()
+
+    def runs(self) -> bool:
+        return self._child.is_alive()
+
+    def kill(self) -> subprocess.CompletedProcess:
+        """Without a chance to say or to clear up anything."""
+        self._child.kill()
+        return self.end()
+
+    def end(self) -> subprocess.CompletedProcess:
+        """Wait for it."""
+        self._child.join(timeout=300)
+        assert not self.runs(), "it hangs"
+        out, err = ((Path(self._told.name) / name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess([], self._child.exitcode, out, err)
+
+
+def _carry_out(script: str, arguments: list[str], environment: dict[str, str], cwd: Path, told: Path) -> None:
+    os.environ |= environment
+    os.chdir(cwd)
+    tempfile.tempdir = None  # which TMPDIR may name
+    torch.set_num_threads(1)
+    for number, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(told / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        setattr(sys, f"std{name}", open(number, "w", buffering=1, closefd=False))
+    sys.argv = ["-c", *arguments]
+    exec(compile(textwrap.dedent(script), "<script>", "exec"), {"__name__": "__main__"})
+
+
+def python(script: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+    return Process(script, *arguments, **options).end()
 
 
 def free_ports(count: int) -> list[int]:

@@ -163,7 +163,8 @@ def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> l
     columns = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
     try:
         with _open(path) as file:
-            if missing := [c for c in columns if c not in file.schema_arrow.names]:
+            there = file.schema_arrow.names
+            if missing := [c for c in columns if c not in there]:
                 raise ValueError(f"columns {', '.join(missing)} are missing")
         rows: list[Row] = [row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist()]
         for row in rows if images else ():

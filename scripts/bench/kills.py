@@ -2,11 +2,11 @@
 
     python scripts/bench/kills.py --kills 30
 
-A run of the built-in checkpoint over drawn photos is made once undisturbed. Then it is made again and again: started
-with one to three processes, of which one or all are killed after a random time; restarted; after a few kills left to
-finish. After every kill the rows on disk must be whole and different ones; at the end the rows must be those of the
-undisturbed run, and so must the bytes of every file but for `seconds`. A process that outlives a killed one must end by
-itself.
+A run of the small built-in checkpoint over drawn photos is made once undisturbed. Then it is made again and again:
+started with one to three processes, of which one or all are killed after a random time; restarted; after a few kills
+left to finish. After every kill the rows on disk must be whole and different ones; at the end the rows must be those
+of the undisturbed run, and so must the bytes of every file but for `seconds`. A process that outlives a killed one must
+end by itself.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ def clean(row: dict) -> dict:
 
 
 def make_run(photos: Path, pairs: int, analysis: str):
-    """A quick run of the built-in checkpoint."""
-    encoder = Encoder.from_pretrained("builtin", device="cpu")
+    """A quick run of the small built-in checkpoint."""
+    encoder = Encoder.from_pretrained("builtin-64", device="cpu")
     if analysis == "match":
         return make_plan(MatchConfig(data=str(photos), pairs=pairs, max_evals=8, refine=False), encoder)
     return make_plan(WalkConfig(data=str(photos), limit=pairs, num_steps=2, step=0.3), encoder)

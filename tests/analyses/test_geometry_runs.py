@@ -4,11 +4,9 @@ import importlib
 import io
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +18,9 @@ import pytest
 import torch
 from fakes import SIZE, TinyEncoder
 from PIL import Image
+from runcases import python
 
-from hf_equiv.analyses import figures, lipschitz, make_plan, run, run_analysis, spectrum
+from hf_equiv.analyses import figures, lipschitz, make_plan, run_analysis, spectrum
 from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.lipschitz import LipschitzConfig, parse_directions
 from hf_equiv.analyses.measures import open_png
@@ -208,34 +207,29 @@ def test_headings(heading, photos, tmp_path, monkeypatch):
 # --- going on, and refusing to ---
 
 
+KILLED = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from fakes import TinyEncoder, shorten_searches
+    from hf_equiv import analyses
+
+    shorten_searches()
+
+    def kill(progress):
+        if progress.done == 1 and progress.stage != "saved":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    name, options = json.loads(sys.argv[1])
+    plan = analyses.make_plan(getattr(analyses, name)(**options), TinyEncoder())
+    analyses.run_analysis(plan, Path(sys.argv[2]), observer=kill)
+"""
+
+
 @every_analysis
 def test_a_killed_run_goes_on(analysis, finished, photo_folder, tmp_path):
     out = tmp_path / "out"
-    script = textwrap.dedent(f"""
-        import os, signal
-        from pathlib import Path
-        from fakes import TinyEncoder
-        from hf_equiv.analyses import make_plan
-        from hf_equiv.analyses import run_analysis
-        from test_geometry_runs import config_of
-
-        def kill(progress):
-            if progress.done == 1 and progress.stage != "saved":
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        plan = make_plan(config_of({analysis!r}, Path({str(photo_folder)!r})), TinyEncoder())
-        run_analysis(plan, Path({str(out)!r}), observer=kill)
-    """)
-    here = [
-        str(Path(__file__).parent),
-        str(Path(__file__).parents[1]),
-        str(Path(run.__file__).parents[2]),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.pathsep.join(here)}, check=False
-    )
-    assert done.returncode == -signal.SIGKILL
+    config = VERBS[analysis].CONFIG.__name__, {"data": str(photo_folder), "limit": 2} | OPTIONS[analysis]
+    assert python(KILLED, json.dumps(config), out).returncode == -signal.SIGKILL
     kept = list(shards.read_rows(out, images=True, layout=LAYOUTS[analysis]))
     assert len({row["image_id"] for row in kept}) == 1
     outcome = finish(analysis, photo_folder, out)

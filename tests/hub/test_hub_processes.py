@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 from fakes import TinyEncoder
-from hubcases import NAME, surroundings, titles, whole
+from hubcases import NAME, titles, whole
 from huggingface_hub import HfFileSystem
+from runcases import COMMAND, Process
 
 from hf_equiv.hub.publish import publish_results
 from hf_equiv.verify import directory
@@ -22,31 +22,25 @@ def _encoder(monkeypatch):
 
 
 class Publisher:
-    """`python -m hf_equiv publish` as a process, with a home and a place for temporary files of its own."""
+    """`hf-equiv publish` as a process, with a place for temporary files of its own."""
 
-    def __init__(self, hub, home: Path, folder: Path, name: str, *options: str) -> None:
-        self.folder, self.temporary = folder, home / "tmp"
-        self.temporary.mkdir(parents=True)
+    def __init__(self, temporary: Path, folder: Path, name: str, *options: str) -> None:
+        self.folder, self.temporary = folder, temporary
+        self.temporary.mkdir()
         self.before = _files(folder)
-        environment = surroundings(home, hub.endpoint, HF_HUB_DISABLE_XET="1", TMPDIR=str(self.temporary))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "hf_equiv", "publish", str(folder), name, *options], env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        self.process = Process(COMMAND, "publish", folder, name, *options, TMPDIR=str(self.temporary))
 
     def end(self) -> str:
         """Wait for it; returns what it has said."""
-        told, _ = self.process.communicate(timeout=100)
-        assert self.process.returncode == 0, told
+        told = self.process.end()
+        assert told.returncode == 0, told.stderr
         self._left_nothing()
-        return told
+        return told.stdout + told.stderr
 
     def kill(self) -> None:
         """Without a chance to say or to clear up anything."""
-        assert self.process.poll() is None, self.process.communicate()[0]
-        self.process.kill()
-        told, _ = self.process.communicate(timeout=100)
-        assert self.process.returncode == -9, told
+        assert self.process.runs(), self.process.end()
+        assert self.process.kill().returncode == -signal.SIGKILL
         self._left_nothing()
 
     def _left_nothing(self) -> None:
@@ -61,7 +55,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 def test_two_processes_that_commit_at_the_same_moment(hub, runs, tmp_path):
     """Both have read the same commit, and send theirs on top of it: one is refused, reads anew, and builds upon it."""
     both = hub.delay("POST", "/commit/", times=2)
-    publishers = [Publisher(hub, tmp_path / name, runs[name], NAME) for name in ("match", "seed")]
+    publishers = [Publisher(tmp_path / name, runs[name], NAME) for name in ("match", "seed")]
     both.wait(2)
     assert titles(hub) == ["initial commit"]
     both.let_go()
@@ -86,7 +80,7 @@ MOMENTS = {
 def test_killed_and_started_again(moment, hub, runs, tmp_path):
     method, path, after, commits = MOMENTS[moment]
     held = hub.hold(method, path, after=after)
-    publisher = Publisher(hub, tmp_path / "home", runs["match"], NAME)
+    publisher = Publisher(tmp_path / "home", runs["match"], NAME)
     held.wait()
     publisher.kill()
     held.let_go()
@@ -110,7 +104,7 @@ def test_killed_while_a_pull_request_is_opened(hub, runs, tmp_path):
     """The request is there and its answer is not: the same command finds it, and opens no second one."""
     publish_results(runs["seed"], "bob/results", private=False, token="hf_bob")
     held = hub.hold("POST", "/commit/", after=True)
-    publisher = Publisher(hub, tmp_path / "home", runs["match"], "bob/results", "--create-pr")
+    publisher = Publisher(tmp_path / "home", runs["match"], "bob/results", "--create-pr")
     held.wait()
     publisher.kill()
     held.let_go()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants, errors
 from loopback_hub import Hub
 from safetensors.torch import load_file, save_file
 from tiny_models import save
@@ -22,6 +23,8 @@ from tiny_models import save
 from hf_equiv.models.checkpoint import HubFiles, find_checkpoint, quiet
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.models.loading import multiply_patches
+
+CLOSED = "http://127.0.0.1:9"  # nothing listens there
 
 
 @pytest.fixture
@@ -159,113 +162,87 @@ def test_labels_need_a_tokenizer_that_knows_them(tmp_path: Path) -> None:
         encoder.classify(torch.rand(1, *encoder.input_shape), labels=["cat", "dog"])
 
 
-# Runs in a process of its own: the clients read HF_ENDPOINT when they are imported.
-_CLIENT = """
+# A process of its own: the clients read HF_HUB_OFFLINE when they are imported.
+OFFLINE = """
 import json, sys
 from hf_equiv.models.encoder import Encoder
-from hf_equiv.models.loading import multiply_patches
 import torch
-results = []
-for case in json.load(sys.stdin):
-    try:
-        encoder = Encoder.from_pretrained(case.pop("id"), **case)
-        z = encoder(torch.full((1, 3, 32, 32), 0.25))
-        results.append(["", encoder.revision, float(z.double().sum()), encoder.provenance["model_id"]])
-    except OSError as error:
-        results.append([type(error).__name__, str(error)])
-    except ValueError as error:
-        results.append([type(error).__name__, str(error)])
-print(json.dumps(results))
+
+encoder = Encoder.from_pretrained("acme/vit", cache_dir=sys.argv[1])
+print(encoder.revision, float(encoder(torch.full((1, 3, 32, 32), 0.25)).double().sum()))
+try:
+    Encoder.from_pretrained("acme/other", cache_dir=sys.argv[1])
+except ConnectionError as error:
+    print(error)
 """
 
 
-def client(endpoint: str, home: Path, cases: list[dict[str, Any]], **environment: str) -> list[list[Any]]:
-    settings = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        **environment,
-    }
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+def test_hub_checkpoint_is_pinned_and_works_offline(
+    vit: Path, hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sha = hub.add("models", "acme/vit", vit).at("main").sha
+    encoder = Encoder.from_pretrained("acme/vit", cache_dir=tmp_path / "cache", device="cpu")
+    assert capfd.readouterr() == ("", "")  # nothing of the clients reaches the user
+    assert (encoder.revision, encoder.provenance["model_id"]) == (sha, "acme/vit")
+    x = torch.full((1, 3, 32, 32), 0.25)
+    assert torch.equal(encoder(x), Encoder.from_pretrained(vit, device="cpu")(x))
+    closed = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": CLOSED, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, "-c", _CLIENT],
-        input=json.dumps(cases),
-        env={**kept, **settings},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", OFFLINE, tmp_path / "cache"], env=os.environ | closed, capture_output=True, text=True,
         check=True,
-        timeout=200,
-    )
-    assert done.stderr == ""  # nothing but our own messages reaches the user
-    answers: list[list[Any]] = json.loads(done.stdout)
-    return answers
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path, str]:
-    repos = tmp_path_factory.mktemp("repos")
-    with quiet():
-        save("vit_head", repos / "vit")
-        save("vit_head", repos / "pickled")
-    (repos / "pickled" / "model.safetensors").rename(repos / "pickled" / "pytorch_model.bin")
-    server = Hub().start()
-    for name, facts in {"vit": {}, "pickled": {}, "private": {"private": True}, "gated": {"gated": True}}.items():
-        server.add("models", f"acme/{name}", repos / (name if name == "pickled" else "vit"), **facts)
-    return server.endpoint, tmp_path_factory.mktemp("home"), repos, server.repos["models", "acme/vit"].at("main").sha
-
-
-@functools.cache
-def _online(endpoint: str, home: Path) -> dict[str, list[Any]]:
-    cases = {
-        "good": {"id": "acme/vit"},
-        "unknown": {"id": "acme/nothing"},
-        "private": {"id": "acme/private"},
-        "gated": {"id": "acme/gated"},
-        "revision": {"id": "acme/vit", "revision": "v9"},
-        "pickled": {"id": "acme/pickled"},
-        "subfolder": {"id": "acme/vit", "subfolder": "nope"},
-        "local": {"id": "acme/other", "local_files_only": True},
-    }
-    return dict(zip(cases, client(endpoint, home, list(cases.values())), strict=True))
-
-
-def test_hub_checkpoint_is_pinned_and_works_offline(hub: tuple[str, Path, Path, str]) -> None:
-    endpoint, home, repos, sha = hub
-    error, revision, total, name = _online(endpoint, home)["good"]
-    assert (error, revision, name) == ("", sha, "acme/vit")
-    local = Encoder.from_pretrained(repos / "vit", device="cpu")
-    assert total == pytest.approx(float(local(torch.full((1, 3, 32, 32), 0.25)).double().sum()), rel=1e-5)
-    closed = "http://127.0.0.1:9"  # nothing listens there
-    offline = client(closed, home, [{"id": "acme/vit"}, {"id": "acme/other"}], HF_HUB_OFFLINE="1")
-    assert offline[0] == ["", sha, total, "acme/vit"]
-    assert offline[1] == [
-        "ConnectionError",
+    )  # fmt: skip
+    assert done.stderr == ""
+    revision, total, message = done.stdout.split(maxsplit=2)
+    assert revision == sha
+    assert float(total) == pytest.approx(float(encoder(x).double().sum()), rel=1e-5)
+    assert message == (
         "'acme/other' is no folder here, its file 'config.json' is not in the cache, and HF_HUB_OFFLINE=1 is set. "
+<<<<<<< HEAD
         "Unset it, or correct the path or the name, or pass a local folder or 'builtin'.",
     ]
     unreachable = client(closed, home, [{"id": "acme/other"}])
     assert unreachable[0][0] == "ConnectionError"
     assert f"{closed} cannot be reached. Check the network and try again, or correct the path" in unreachable[0][1]
+=======
+        "Unset it, or pass a local folder or 'builtin'.\n"
+    )
+
+
+def test_a_hub_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", CLOSED)
+    told = f"{CLOSED} cannot be reached. Check the network and try again, or pass a local folder"
+    with pytest.raises(ConnectionError, match=re.escape(told)):
+        Encoder.from_pretrained("acme/other")
+>>>>>>> s9_prune
 
 
 @pytest.mark.parametrize(
-    ("case", "kind", "message"),
+    ("name", "options", "kind", "message"),
     [
         (
-            "unknown",
-            "RepositoryNotFoundError",
+            "nothing", {}, errors.RepositoryNotFoundError,
             "'acme/nothing' is no folder here, and on the Hub there is no such model or it is private. Check",
         ),
-        ("private", "RepositoryNotFoundError", "for a private one log in with `hf auth login`, or set HF_TOKEN"),
-        ("gated", "GatedRepoError", "'acme/gated' is gated. Ask for access at http://127.0.0.1"),
-        ("revision", "RevisionNotFoundError", "`revision` must exist in the model 'acme/vit'; got 'v9'."),
-        ("pickled", "FileNotFoundError", "weights as safetensors; 'acme/pickled' has only pytorch_model.bin"),
-        ("subfolder", "RemoteEntryNotFoundError", "has no file 'config.json'. Check the id and `subfolder`"),
-        ("local", "ConnectionError", "is not in the cache, and `local_files_only=True`. Run once without it"),
+        (
+            "private", {"token": False}, errors.RepositoryNotFoundError,
+            "for a private one log in with `hf auth login`, or set HF_TOKEN",
+        ),
+        ("gated", {"token": False}, errors.GatedRepoError, "'acme/gated' is gated. Ask for access at http://127.0.0.1"),
+        (
+            "vit", {"revision": "v9"}, errors.RevisionNotFoundError,
+            "`revision` must exist in the model 'acme/vit'; got 'v9'.",
+        ),
+        ("pickled", {}, FileNotFoundError, "weights as safetensors; 'acme/pickled' has only pytorch_model.bin"),
+        (
+            "vit", {"subfolder": "nope"}, errors.RemoteEntryNotFoundError,
+            "has no file 'config.json'. Check the id and `subfolder`",
+        ),
+        (
+            "vit", {"local_files_only": True}, ConnectionError,
+            "is not in the cache, and `local_files_only=True`. Run once without it",
+        ),
     ],
+<<<<<<< HEAD
 )
 def test_what_the_hub_refuses(case: str, kind: str, message: str, hub: tuple[str, Path, Path, str]) -> None:
     got = _online(*hub[:2])[case]
@@ -296,3 +273,16 @@ def test_products_of_patches_are_the_convolution_and_its_derivatives(size: Any, 
 def test_other_convolutions_stay(options: dict[str, Any]) -> None:
     convolution = torch.nn.Conv2d(3, 6, **{"kernel_size": 4, "stride": 4, **options})
     assert type(multiply_patches(convolution)) is torch.nn.Conv2d
+=======
+    ids=["unknown", "private", "gated", "revision", "pickled", "subfolder", "local"],
+)  # fmt: skip
+def test_what_the_hub_refuses(
+    name: str, options: dict[str, Any], kind: type[Exception], message: str, vit: Path, hub: Hub, tmp_path: Path
+) -> None:
+    if name != "nothing":
+        pickled = {"config.json": (vit / "config.json").read_bytes(), "pytorch_model.bin": b""}
+        facts = {name: True} if name in ("private", "gated") else {}
+        hub.add("models", f"acme/{name}", pickled if name == "pickled" else vit, **facts)
+    with pytest.raises(kind, match=re.escape(message)):
+        Encoder.from_pretrained(f"acme/{name}", cache_dir=tmp_path / "cache", **options)
+>>>>>>> s9_prune

@@ -4,21 +4,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fakes import TinyEncoder, draw_photo, save_photos
-from runcases import free_ports, python
+from runcases import COMMAND, ROOT, SCRIPT, Process, free_ports, python
 
 from hf_equiv.analyses import MatchConfig, make_plan, run
 from hf_equiv.cli.main import _run
 from hf_equiv.runs import processes, shards
 from hf_equiv.runs.schema import LAYOUTS
 
-ROOT = Path(__file__).parents[2]
 MAIN, OTHER = (SimpleNamespace(num_processes=2, is_main_process=main) for main in (True, False))
 
 SEVERAL = """
@@ -206,34 +204,27 @@ def test_a_folder_that_is_not_that_of_the_main_process_is_told(stale, tmp_path):
         pass
 
 
-def test_two_nodes_give_the_rows_of_one_process(tmp_path, monkeypatch):
-    work = ["-m", "hf_equiv", "match", "builtin", "--data", "builtin", "--pairs", "3", "--max-evals", "20", "--rtol",
-            "0.9", "--no-refine"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    port = free_ports(1)[0]
+def test_two_nodes_give_the_rows_of_one_process(tmp_path):
+    work = ["match", "builtin-64", "--data", "builtin", "--pairs", "3", "--max-evals", "20", "--rtol", "0.9"]
+    work += ["--no-refine"]
 
-    def start(node: int, folder: Path) -> subprocess.Popen:
-        folder.mkdir(exist_ok=True)
-        launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1",
-                    "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
-        command = [sys.executable, *launcher, *work, "--out", "two"]
-        return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def nodes(*folders: Path) -> list[subprocess.CompletedProcess]:
+        given = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_ports(1)[0]}"}
+        started = []
+        for rank, folder in enumerate(folders):
+            folder.mkdir(exist_ok=True)
+            started.append(Process(COMMAND, *work, "--out", "two", cwd=folder, RANK=f"{rank}", **given))
+        return [node.end() for node in started]
 
-    def ends(nodes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-        told = [node.communicate(timeout=300)[1] for node in nodes]
-        return [(node.returncode, text) for node, text in zip(nodes, told, strict=True)]
-
-    apart = ends([start(0, tmp_path / "here"), start(1, tmp_path / "there")])  # two disks
-    assert [code for code, _ in apart] == [1, 1]
-    assert "another process of this run has ended before the work was shared" in apart[0][1]
-    assert "is not the folder of the main process. Give a path that all nodes share." in apart[1][1]
-    shared = ends([start(0, tmp_path), start(1, tmp_path)])
-    assert [code for code, _ in shared] == [0, 0], shared
-    assert "rank 1: 2 processes share 3 rows" in shared[1][1]
-    monkeypatch.chdir(tmp_path)
-    assert _run([*work[2:], "--out", "one"]) == 0
+    apart = nodes(tmp_path / "here", tmp_path / "there")  # two disks
+    assert [node.returncode for node in apart] == [2, 2]
+    assert "another process of this run has ended before the work was shared" in apart[0].stderr
+    assert "is not the folder of the main process. Give a path that all nodes share." in apart[1].stderr
+    shared = nodes(tmp_path, tmp_path)
+    assert [node.returncode for node in shared] == [0, 0], shared
+    assert "rank 1: 2 processes share 3 rows" in shared[1].stderr
+    assert ["hf-equiv verify two" in node.stdout for node in shared] == [True, False]
+    assert _run([*work, "--out", str(tmp_path / "one")]) == 0
     one, two = (
         [row | {"seconds": 0} for row in shards.read_rows(tmp_path / name, images=True, layout=LAYOUTS["match"])]
         for name in ("one", "two")
@@ -243,31 +234,19 @@ def test_two_nodes_give_the_rows_of_one_process(tmp_path, monkeypatch):
 
 
 def test_kills_lose_double_and_damage_nothing():
-    script = ROOT / "scripts" / "bench" / "kills.py"
-    told = subprocess.run(
-        [sys.executable, str(script), "--kills", "5", "--pairs", "6"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    told = python(SCRIPT, ROOT / "scripts" / "bench" / "kills.py", "--kills", "5", "--pairs", "6")
     assert told.returncode == 0, told.stdout + told.stderr
     assert told.stdout.startswith("5 kills in ") or "\n5 kills in " in told.stdout
 
 
-@pytest.mark.parametrize("verb", ["match", "spectrum"])
-def test_torchrun_and_accelerate_launch(verb, tmp_path):
-    launcher = {
-        "match": ["-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master_port={free_ports(1)[0]}"],
-        "spectrum": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                     f"--main_process_port={free_ports(1)[0]}"],
-    }  # fmt: skip
-    work = {
-        "match": ["--data", "builtin", "--pairs", "3", "--max-evals", "20", "--rtol", "0.9", "--no-refine"],
-        "spectrum": ["--k", "2"],
-    }
-    command = [sys.executable, *launcher[verb], "-m", "hf_equiv", verb, "builtin", *work[verb], "--out", "out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+def test_accelerate_launch(tmp_path):
+    """Which starts the processes by torchrun."""
+    script = "from accelerate.commands.launch import main; main()"
+    given = ["--multi_gpu", "--num_processes", "2", f"--main_process_port={free_ports(1)[0]}", "-m", "hf_equiv"]
+    given += ["spectrum", "builtin-64", "--k", "2", "--out", "out"]
+    told = python(script, *given, cwd=tmp_path, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     assert told.returncode == 0, told.stderr
-    assert f"rank 1: 2 processes share {3 if verb == 'match' else 4}" in told.stderr
+    assert "rank 1: 2 processes share 4" in told.stderr
     assert told.stdout.count("hf-equiv verify out") == 1
     assert json.loads((tmp_path / "out" / "run.json").read_text())["complete"]
 

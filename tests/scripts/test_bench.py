@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import DIM, images, linear, smooth_mlp
+from runcases import SCRIPT, python
 
 from hf_equiv import LBFGS, Adam, GradientDescent, match_embedding, refine_8bit
 from hf_equiv.conditions import admit
@@ -111,9 +110,9 @@ def test_the_library_counts_its_evaluations_as_the_meter_does(solver, meter):
 
 
 def test_script_reports_every_method_and_skips_absent_peers(tmp_path):
-    command = [sys.executable, BENCH / "match.py", "--pairs", "1", "--max-evals", "60"]
-    command += ["--methods", "lbfgs,paper,scipy,plenoptic-adam", "--json", "bench.json", "--markdown", "bench.md"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    given = ["--model", "builtin-64", "--pairs", "1", "--max-evals", "60"]
+    given += ["--methods", "lbfgs,paper,scipy,plenoptic-adam", "--json", "bench.json", "--markdown", "bench.md"]
+    done = python(SCRIPT, BENCH / "match.py", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     names = ["lbfgs", "paper", "scipy", *([] if report["skipped"] else ["plenoptic-adam"])]
@@ -130,7 +129,6 @@ def test_script_reports_every_method_and_skips_absent_peers(tmp_path):
 
 
 def test_script_names_unknown_methods(tmp_path):
-    command = [sys.executable, BENCH / "match.py", "--methods", "magic"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = python(SCRIPT, BENCH / "match.py", "--methods", "magic", cwd=tmp_path)
     assert done.returncode == 2
     assert "unknown method magic" in done.stderr

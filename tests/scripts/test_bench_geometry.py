@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import SIGMA, images, linear, smooth_mlp
+from runcases import SCRIPT, python
 
 from hf_equiv import Encoder, Jacobian, jacobian_spectrum, load_images
 from hf_equiv.conditions import admit
@@ -177,9 +177,9 @@ def test_tables_have_a_line_for_every_method(bench):
 
 
 def test_script_runs_reports_and_writes(tmp_path):
-    command = [sys.executable, BENCH / "geometry.py", "--limit", "1", "--num-steps", "1", "--sections", "walk"]
-    command += ["--json", "bench.json", "--markdown", "bench.md"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    given = ["--model", "builtin-64", "--limit", "1", "--num-steps", "1", "--sections", "walk"]
+    given += ["--json", "bench.json", "--markdown", "bench.md"]
+    done = python(SCRIPT, BENCH / "geometry.py", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert [row["method"] for row in report["walk"]] == ["**hf_equiv**", "Euler in the null space, no correction"]
