@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any
 from urllib.parse import urlencode
 
@@ -45,6 +45,7 @@ THEME = gr.themes.Base(
 TABS = {"look": "Look", "make": "Make one", "melt": "Melt", "why": "Why it works", "about": "About"}
 
 _PREVIEW = re.compile(r'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>')
+_SHEET = re.compile(r'<link rel="stylesheet"[^>]*>')
 _KEPT = {"cache-control": "public, max-age=3600"}
 
 
@@ -142,15 +143,12 @@ def with_first_screen(page: str, request: Request) -> str:
     """Return gradio's page with a preview of the match that a link names, and that match if the link leads to it."""
     asked, (query, row) = request.query_params, linked(request)
     head = views.html.head(row, get_root_url(request, "/", None), query)
-    page = _PREVIEW.sub("", page).replace("</head>", f"{head}</head>", 1)
+    sheets = "".join(_SHEET.findall(page))  # gradio's own: the first screen is drawn before they come
+    page = _SHEET.sub("", _PREVIEW.sub("", page)).replace("</head>", f"{head}</head>", 1)
     elsewhere = asked.get("made") or asked.get("dataset") or asked.get("tab", "look") in {*TABS} - {"look"}
-    screen = "" if elsewhere else _first_screen(row["key"])
-    return page.replace("<gradio-app", f'<header class="unseen"><h1>{views.TITLE}</h1></header>{screen}<gradio-app', 1)
-
-
-@lru_cache(maxsize=64)
-def _first_screen(key: str) -> str:
-    return views.html.first_screen(as_shown(shelf.home_of("matches"), key), TABS)
+    screen = "" if elsewhere else views.html.first_screen(row, TABS)
+    title = f'<header class="unseen"><h1>{views.TITLE}</h1></header>'
+    return page.replace("<gradio-app", f"{title}{screen}{sheets}<gradio-app", 1)
 
 
 def linked(request: Request) -> tuple[str, Row]:
@@ -158,9 +156,10 @@ def linked(request: Request) -> tuple[str, Row]:
     asked = request.query_params
     with suppress(gr.Error):
         if asked.get("made"):
-            return urlencode({"tab": "make", "made": asked["made"]}), MADE.get(asked["made"]).row
-    row = first_match(asked.get("match"))
-    return urlencode({"match": row["key"]}), row
+            row = MADE.get(asked["made"]).row | {"source_class": "photo", "target_class": "other photo"}
+            return urlencode({"tab": "make", "made": asked["made"]}), row
+    key = first_match(asked.get("match"))["key"]
+    return urlencode({"match": key}), as_shown(shelf.home_of("matches"), key)
 
 
 def send_preview(request: Request) -> Response:

@@ -107,8 +107,8 @@ def share_picture(row: Mapping[str, Any], headline: str = "", note: str = "") ->
     ):
         canvas.paste(stored_image(row[who]).resize((348, 348), Image.Resampling.BICUBIC), (left, 130))
         draw.text((left, 494), role, "#4b5a69", _font(26))
-        label = row[f"{who}_label"]
-        told = "" if label is None else f"AI sees {with_article(label)}"
+        label, verb = row[f"{who}_label"], "guesses" if html.guessed(row.get(f"{who}_prob")) else "sees"
+        told = "" if label is None else f"AI {verb} {with_article(label)}"
         font = _fitting(draw, told, 348, (30, 26, 22, 18, 12))
         draw.text((left, 532), told, "#1f5fbf" if who == "source" else "#b4460f", font)
     buffer = io.BytesIO()

@@ -141,9 +141,11 @@ def test_a_view_holds_any_name(parts, monkeypatch):
 def test_a_link_to_a_match_that_was_made_leads_to_it(parts):
     import app
 
-    made = parts.outcome.Made({"match_label": "cup"}, "builtin", 1.0, "")
-    key = parts.outcome.MADE.put(made)
-    assert app.linked(SimpleNamespace(query_params={"made": key})) == (f"tab=make&made={key}", made.row)
+    row = open_showcase(APP / "results").matches[0]
+    key = parts.outcome.MADE.put(parts.outcome.Made(row, "builtin", 1.0, ""))
+    query, found = app.linked(SimpleNamespace(query_params={"made": key}))
+    assert (query, found["match"]) == (f"tab=make&made={key}", row["match"])
+    assert "You see a photo. The AI model sees the other photo, 99.9" in views.html.head(found, "https://x", query)
     assert app.linked(SimpleNamespace(query_params={"made": "gone"}))[0] == "match=cat-%3Ecoffee"
 
 
