@@ -13,19 +13,23 @@ import os
 import re
 import threading
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from contextlib import suppress
+from functools import wraps
 from typing import Any
+from urllib.parse import urlencode
 
 import anyio
 import gradio as gr
 import shelf
 import views
 from gradio.route_utils import get_root_url
-from look_tab import check_match, first_match, get_match, list_matches, look_tab, preview_of, show_dataset
+from look_tab import as_shown, check_match, first_match, get_match, list_matches, look_tab, picture_of, show_dataset
 from make_tab import make_tab
 from making.jobs import soon
+from making.outcome import MADE
 from making.uploads import LARGEST, UploadLimit
 from melt_tab import film, get_walk, list_walks, melt_tab
+from showcase import Row
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -41,23 +45,26 @@ THEME = gr.themes.Base(
 TABS = {"look": "Look", "make": "Make one", "melt": "Melt", "why": "Why it works", "about": "About"}
 
 _PREVIEW = re.compile(r'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>')
+_SHEET = re.compile(r'<link rel="stylesheet"[^>]*>')
 _KEPT = {"cache-control": "public, max-age=3600"}
 
 
 def open_page(request: gr.Request) -> tuple[Any, ...]:
-    """Open the page that a link names: ?tab=melt, ?match=KEY, ?dataset=USER/NAME."""
+    """Open the page that a link names: ?tab=melt, ?match=KEY, ?dataset=USER/NAME, ?made=KEY."""
     asked = dict(request.query_params)
+    home, told = shelf.home_of("matches"), ""
+    dataset, shown = asked.get("dataset") or home, (gr.skip(),) * 10
+    if dataset != home or asked.get("match"):
+        try:
+            shown = dataset, dataset, *show_dataset(dataset, asked.get("match"))
+        except gr.Error as error:
+            told = f"{error.message} You see the first lookalike of this page instead."
+    name = asked.get("tab") or ("make" if asked.get("made") else "")
+    if name and name not in TABS:
+        told = f"There is no tab {name[:40]!r}. Choose one of these."
     # keep the tab if the link names none, since the visitor may have chosen one meanwhile
-    tab = gr.Tabs(selected=asked["tab"]) if asked.get("tab") in TABS else gr.skip()
-    home = shelf.home_of("matches")
-    dataset = asked.get("dataset") or home
-    if dataset == home and not asked.get("match"):
-        return *(gr.skip(),) * 10, tab
-    try:
-        shown = show_dataset(dataset, asked.get("match"))
-    except gr.Error as error:
-        dataset, shown = home, show_dataset(home, told=views.html.notice(f"{error.message} Shown instead: {home}."))
-    return dataset, dataset, *shown, tab
+    tab = gr.Tabs(selected=name) if name in TABS else gr.skip()
+    return *shown, tab, gr.HTML(views.html.notice(told), visible=True) if told else gr.skip()
 
 
 def for_programs(action: Callable[..., Any], *, heavy: bool = False) -> Callable[..., Any]:
@@ -79,7 +86,7 @@ def for_programs(action: Callable[..., Any], *, heavy: bool = False) -> Callable
 def build_demo() -> gr.Blocks:
     """Build the whole app."""
     with gr.Blocks(title=views.TITLE, analytics_enabled=False) as demo:
-        gr.HTML(f"<h1>{views.TITLE}</h1>", elem_classes="unseen")
+        notice = gr.HTML(visible=False, padding=False)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(TABS["look"], id="look") as look:
                 parts = look_tab(tabs)
@@ -94,7 +101,8 @@ def build_demo() -> gr.Blocks:
         # `keepInLink` of page.js keeps the tab in the address of the page
         for name, tab in zip(TABS, (look, make, melt, why, about), strict=True):
             tab.select(None, js=f"() => keepInLink({{tab: '{name if name != 'look' else ''}'}})")
-        demo.load(open_page, None, [*parts, tabs], **shelf.QUICK).then(None, js="() => { window.linkRead = true; }")
+        opened = demo.load(open_page, None, [*parts, tabs, notice], **shelf.QUICK)
+        opened.then(None, js="() => { window.linkRead = true; }")
         for action in (list_matches, get_match, list_walks, get_walk):
             gr.api(for_programs(action), api_name=action.__name__, queue=False)
         for action in (check_match, look_along):
@@ -133,30 +141,48 @@ class FirstScreen:
 
 def with_first_screen(page: str, request: Request) -> str:
     """Return gradio's page with a preview of the match that a link names, and that match if the link leads to it."""
+    asked, (query, row) = request.query_params, linked(request)
+    head = views.html.head(row, get_root_url(request, "/", None), query)
+    sheets = "".join(_SHEET.findall(page))  # gradio's own: the first screen is drawn before they come
+    page = _SHEET.sub("", _PREVIEW.sub("", page)).replace("</head>", f"{head}</head>", 1)
+    elsewhere = asked.get("made") or asked.get("dataset") or asked.get("tab", "look") in {*TABS} - {"look"}
+    screen = "" if elsewhere else views.html.first_screen(row, TABS)
+    title = f'<header class="unseen"><h1>{views.TITLE}</h1></header>'
+    return page.replace("<gradio-app", f"{title}{screen}{sheets}<gradio-app", 1)
+
+
+def linked(request: Request) -> tuple[str, Row]:
+    """Return the query and the match of a link: a visitor's, one of this Space's own results, or else the first."""
     asked = request.query_params
-    head, screen = _first_screen(first_match(asked.get("match"))["key"], get_root_url(request, "/", None))
-    page = _PREVIEW.sub("", page).replace("</head>", f"{head}</head>", 1)
-    if asked.get("tab", "look") == "look" and not asked.get("dataset"):
-        page = page.replace("<gradio-app", f"{screen}<gradio-app", 1)
-    return page
-
-
-@lru_cache(maxsize=64)
-def _first_screen(key: str, address: str) -> tuple[str, str]:
-    row = first_match(key)
-    return views.html.head(row, address), views.html.first_screen(row, TABS)
+    with suppress(gr.Error):
+        if asked.get("made"):
+            row = MADE.get(asked["made"]).row | {"source_class": "photo", "target_class": "other photo"}
+            return urlencode({"tab": "make", "made": asked["made"]}), row
+    key = first_match(asked.get("match"))["key"]
+    return urlencode({"match": key}), as_shown(shelf.home_of("matches"), key)
 
 
 def send_preview(request: Request) -> Response:
     """Send the picture of a link preview."""
-    return Response(preview_of(first_match(request.query_params.get("match"))["key"]), 200, _KEPT, "image/png")
+    return _sent(lambda: views.share_picture(linked(request)[1]), "png")
 
 
 def send_film(request: Request) -> Response:
     """Send a walk as an animated picture."""
     kind = request.url.path.rpartition(".")[2]
+    return _sent(lambda: film(request.query_params.get("walk", ""), kind.upper()), kind)
+
+
+def send_picture(request: Request) -> Response:
+    """Send a picture of a match."""
+    asked = request.query_params
+    names = asked.get("dataset") or shelf.home_of("matches"), asked.get("match", ""), asked.get("of", "")
+    return _sent(lambda: picture_of(*names), "jpeg" if names[-1] == "small" else "png")
+
+
+def _sent(make: Callable[[], bytes], kind: str) -> Response:
     try:
-        return Response(film(request.query_params.get("walk", ""), kind.upper()), 200, _KEPT, f"image/{kind}")
+        return Response(make(), 200, _KEPT, f"image/{kind}")
     except gr.Error as error:
         return Response(error.message, 404, media_type="text/plain")
 
@@ -166,7 +192,8 @@ def main(host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None
     # load the model before the first visitor comes
     threading.Thread(target=warm_up, daemon=True).start()
     agents = importlib.util.find_spec("mcp") is not None  # comes with gradio[mcp]
-    pictures = [Route("/preview.png", send_preview), *(Route(f"/melt.{kind}", send_film) for kind in ("gif", "webp"))]
+    films = (Route(f"/melt.{kind}", send_film) for kind in ("gif", "webp"))
+    pictures = [Route("/preview.png", send_preview), Route("/picture", send_picture), *films]
     demo = build_demo()
     shelf.keep_swept({path for block in demo.blocks.values() for path in getattr(block, "keep_in_cache", ())})
     demo.launch(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlencode
+from zlib import crc32
 
 import gradio as gr
 import shelf
 import views
+from live import likeliest
 from shelf import BUILTIN_RESULTS, QUICK, named_results, refused, telling
 from showcase import Row, Showcase, prove
+
+from hf_equiv.analyses.figures import difference_png, thumbnail
+from hf_equiv.analyses.measures import open_png
+from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.places import BUILTINS
+from hf_equiv.runs.schema import IMAGE_COLUMNS
 
 
 def list_matches(dataset: str = BUILTIN_RESULTS) -> list[dict[str, Any]]:
@@ -57,11 +67,10 @@ def check_match(key: str, dataset: str = BUILTIN_RESULTS) -> dict[str, Any]:
 
 def row_of(dataset: str | None, key: str) -> Row:
     """Return one match by its key."""
-    shown = named_results(dataset)
-    for row in shown.matches:
+    for row in named_results(dataset).matches:
         if row["key"] == key:
             return row
-    raise refused(f"There is no match {str(key)[:200]!r} in {shown.name!r}.")
+    raise refused(f"There is no lookalike {str(key)[:200]!r} in {dataset or BUILTIN_RESULTS!r}.")
 
 
 def first_match(asked: str | None = None) -> Row:
@@ -71,18 +80,50 @@ def first_match(asked: str | None = None) -> Row:
     return next((row for row in rows if row["key"] == asked), None) or _leading(rows, home)
 
 
+def picture_of(dataset: str, key: str, who: str) -> bytes:
+    """Return a picture of a match as the page names it: a column of the row, `change`, or `small`."""
+    row = row_of(dataset, key)
+    with telling(dataset):
+        if who == "small":
+            return _small(dataset, key)
+        return row[who] if who in IMAGE_COLUMNS else difference_png(row["source"], row["match"])[0]
+
+
+@lru_cache(maxsize=256)
+def _small(dataset: str, key: str) -> bytes:
+    return thumbnail(row_of(dataset, key)["match"], 160)
+
+
+def _address(row: Row, dataset: str) -> str:
+    """Return the address of the pictures of a match, which changes with them and goes on with the name of one."""
+    named = {"dataset": dataset} if dataset != shelf.home_of("matches") else {}
+    return f"picture?{urlencode({'match': row['key'], 'v': crc32(row['match']), **named})}&of="
+
+
+def as_shown(dataset: str, key: str) -> Row:
+    """Return a match with its address and, if its checkpoint is at hand, the probabilities of the photos' classes."""
+    row = row_of(dataset, key)
+    row = row | {"at": _address(row, dataset)}
+    if row["model_id"] in BUILTINS and dataset == shelf.home_of("matches"):
+        with suppress(gr.Error), telling(dataset):  # runs do not record them
+            encoder = shelf.recorded_encoder(row, dataset)
+            return row | {f"{who}_prob": _probability(encoder, row[who]) for who in ("source", "target")}
+    return row
+
+
 @lru_cache(maxsize=32)
-def preview_of(key: str) -> bytes:
-    """Return the picture of link previews for a match of this Space's own results."""
-    return views.share_picture(first_match(key))
+def _probability(encoder: Encoder, png: bytes) -> float | None:
+    likely = likeliest(encoder, open_png(encoder, png)[None], 1)
+    return likely[0][0][1] if likely else None
 
 
 @lru_cache(maxsize=32)
 def match_shown(dataset: str | None, key: str) -> tuple[str, str, str]:
     """Show one match, its numbers and the game with it; the view names the dataset that a link to it must name."""
-    dataset, row = dataset or BUILTIN_RESULTS, row_of(dataset, key)
+    dataset = dataset or BUILTIN_RESULTS
     named = "" if dataset == shelf.home_of("matches") else dataset
     with telling(dataset):
+        row = as_shown(dataset, key)
         return views.html.match(row, named), views.html.numbers(row), views.html.game(row)
 
 
@@ -90,23 +131,25 @@ def match_shown(dataset: str | None, key: str) -> tuple[str, str, str]:
 def strip_of(dataset: str | None, key: str) -> str:
     """Show the matches of a dataset as buttons with small pictures."""
     with telling(dataset):
-        return views.html.strip(named_results(dataset).matches, key)
+        dataset = dataset or BUILTIN_RESULTS
+        rows = [row | {"at": _address(row, dataset)} for row in named_results(dataset).matches]
+        return views.html.strip(rows, key)
 
 
-def show_match(dataset: str | None, key: str, told: str = "") -> tuple[Any, ...]:
+def show_match(dataset: str | None, key: str) -> tuple[Any, ...]:
     """Return the parts of the tab that change with the match: key, view, way to its walk, verdict, numbers, game."""
     row = row_of(dataset, key)
     shown, numbers, game = match_shown(dataset, key)
-    return key, shown, gr.update(visible=_has_walk(row, dataset)), told, numbers, game
+    return key, shown, gr.update(visible=_has_walk(row, dataset)), "", numbers, game
 
 
-def show_dataset(dataset: str | None, asked: str | None = None, told: str = "") -> tuple[Any, ...]:
-    """Return the contents of the tab: gallery, note, then those of `show_match` with a word for the visitor."""
+def show_dataset(dataset: str | None, asked: str | None = None) -> tuple[Any, ...]:
+    """Return the contents of the tab: gallery, note, then those of `show_match`."""
     shown = named_results(dataset)
     if not shown.matches:
         raise refused(f"{shown.name!r} holds no matches with pictures.")
     key = row_of(dataset, asked)["key"] if asked else _leading(shown.matches, dataset)["key"]
-    return strip_of(dataset, key), note_of(shown), *show_match(dataset, key, told)
+    return strip_of(dataset, key), note_of(shown), *show_match(dataset, key)
 
 
 def _leading(rows: Sequence[Row], dataset: str | None) -> Row:
@@ -130,6 +173,13 @@ def note_of(shown: Showcase) -> str:
 
 def _select(dataset: str, event: gr.EventData) -> tuple[Any, ...]:
     return show_match(dataset, str(event.key))
+
+
+def _check(key: str, dataset: str) -> str:
+    try:
+        return views.html.verdict(check_match(key, dataset))
+    except gr.Error as error:
+        return views.html.notice(error.message)
 
 
 def _change(name: str, opened: str) -> tuple[Any, ...]:
@@ -166,9 +216,7 @@ def look_tab(tabs: gr.Tabs) -> list[Any]:
     parts = [dataset, opened, gallery, note, *changing]
     dataset.change(_change, [dataset, opened], parts, api_visibility="private", queue=False)
     gallery.click(_select, opened, changing, **QUICK)
-    check.click(
-        lambda key, dataset: views.html.verdict(check_match(key, dataset)), [key, opened], verdict,
-        api_visibility="private", concurrency_limit=2,
-    )  # fmt: skip
+    check.click(None, None, verdict, js="() => '<p class=verdict>Checking …</p>'", **QUICK)
+    check.click(_check, [key, opened], verdict, concurrency_limit=2, **shelf.HIDDEN)
     melt.click(lambda: gr.Tabs(selected="melt"), None, tabs, **QUICK)
     return parts

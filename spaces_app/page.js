@@ -22,3 +22,12 @@ document.addEventListener('DOMContentLoaded', () => {
   });
   look.observe(document.querySelector('gradio-app'), { childList: true, subtree: true });
 });
+// Chooses tabs by arrow keys, as readers of the screen announce it.
+document.addEventListener('keydown', (e) => {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[e.key], tabs = [...(e.target.closest('[role=tablist]')?.children ?? [])];
+  const at = tabs.indexOf(e.target);
+  if (!step || at < 0) return;
+  const next = tabs[(at + step + tabs.length) % tabs.length];
+  next.focus();
+  next.click();
+});

@@ -26,7 +26,9 @@ from jinja2 import TemplateError
 from showcase import Showcase, open_showcase
 
 from hf_equiv import Encoder
+from hf_equiv.cli.environment import usable_cores
 from hf_equiv.formatting import cut, one_line
+from hf_equiv.models.places import BUILTINS
 
 try:
     import spaces
@@ -62,8 +64,8 @@ QUICK = HIDDEN | {"queue": False}
 LIVE = "element.setAttribute('aria-live', 'polite');"
 """Script of an element whose changes are read out by screen readers."""
 
-WORKERS = 1 if torch.cuda.is_available() else max(1, min(2, os.cpu_count() or 1))
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+WORKERS = 1 if torch.cuda.is_available() else min(2, usable_cores())
+torch.set_num_threads(max(1, usable_cores() // WORKERS))
 
 _DATASET_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, TemplateError)
@@ -116,12 +118,14 @@ def encoder_of(
 def recorded_encoder(row: dict[str, Any], dataset: str | None) -> Encoder:
     """Return the checkpoint that a row of a dataset names.
 
-    Only the owner's results may choose the revision: anybody can put weights into a pull request to a repository, and
-    its commit then belongs to that repository. Rows record only the name of a local folder. `check_shown` refuses an
-    encoder that does not match the row.
+    Only the owner's results may choose the revision on the Hub: anybody can put weights into a pull request to a
+    repository, and its commit then belongs to that repository. A revision of a built-in checkpoint is one of those that
+    ship with the package. Rows record only the name of a local folder. `check_shown` refuses an encoder that does not
+    match the row.
     """
     local = str(row["model_revision"]).startswith("sha256:")
-    trusted = bool(DATASET) and dataset == DATASET and not local
+    built_in = MODELS.get(row["model_id"], row["model_id"]) in BUILTINS
+    trusted = built_in or (bool(DATASET) and dataset == DATASET and not local)
     return encoder_of(
         row["model_id"], row["model_revision"] if trusted else None, row["readout"],
         normalize=bool(row["settings"]["normalize"]), trusted=trusted,

@@ -35,6 +35,7 @@ class Showcase:
     spectra: tuple[Row, ...] = ()
     constants: tuple[Row, ...] = ()
     paths: dict[str, tuple[Row, ...]] = field(default_factory=dict)  # points of each walk in order, by its name
+    films: dict[str, bytes] = field(default_factory=dict)  # GIF files of walks as their runs have drawn them
     withheld: int = 0  # number of matches without pictures
 
 
@@ -71,11 +72,15 @@ def open_showcase(
         raise ValueError(f"{name!r} must hold runs; got no run.json in it. Name a run directory, or a folder of them.")
     found: dict[str, list[Row]] = {analysis: [] for analysis in LAYOUTS}
     paths: dict[str, tuple[Row, ...]] = {}
+    films: dict[str, bytes] = {}
     withheld, left = 0, None if most_bytes is None else _EXPANSION * most_bytes
     for number, place in enumerate(places):
         layout, rows, left = _read_run(place, most, left)
         if layout.analysis == "walk":
-            paths |= {_free(walk, paths, number): points for walk, points in _walks(rows).items()}
+            walks = {_free(walk, paths, number): points for walk, points in _walks(rows).items()}
+            paths |= walks
+            if walks and (drawn := place / "figures" / "walk.gif").is_file():
+                films[next(iter(walks))] = drawn.read_bytes()
             continue
         taken = {row["key"] for row in found[layout.analysis]}
         shown = [row for row in rows if all(row[column] for column in layout.images)]
@@ -84,7 +89,7 @@ def open_showcase(
     matches = sorted(found["match"][:most], key=lambda row: -(row["psnr_db"] or 0.0))
     if len({row["key"] for row in matches}) < len(matches):
         raise ValueError("a run must have each pair once; got one twice.")
-    return Showcase(name, tuple(matches), tuple(found["spectrum"]), tuple(found["lipschitz"]), paths, withheld)
+    return Showcase(name, tuple(matches), tuple(found["spectrum"]), tuple(found["lipschitz"]), paths, films, withheld)
 
 
 def _read_run(place: Path, most: int, left: int | None) -> tuple[Layout, list[Row], int | None]:

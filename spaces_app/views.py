@@ -93,6 +93,8 @@ def frame(png: bytes) -> bytes:
 
 def share_picture(row: Mapping[str, Any], headline: str = "", note: str = "") -> bytes:
     """Draw a match with a headline as a PNG of 1200 × 630 pixels, the size of link previews."""
+    if row["embedding_error_8bit"] is not None:
+        note = note or f"{alike(row['embedding_error_8bit'])} alike to the AI model · made with hf_equiv"
     canvas = Image.new("RGB", (1200, 630), "#f5f7f9")
     draw = ImageDraw.Draw(canvas)
     text = headline or cut(str(html.headline(row)), 40)
@@ -105,8 +107,8 @@ def share_picture(row: Mapping[str, Any], headline: str = "", note: str = "") ->
     ):
         canvas.paste(stored_image(row[who]).resize((348, 348), Image.Resampling.BICUBIC), (left, 130))
         draw.text((left, 494), role, "#4b5a69", _font(26))
-        label = row[f"{who}_label"]
-        told = "" if label is None else f"AI sees {with_article(label)}"
+        label, verb = row[f"{who}_label"], "guesses" if html.guessed(row.get(f"{who}_prob")) else "sees"
+        told = "" if label is None else f"AI {verb} {with_article(label)}"
         font = _fitting(draw, told, 348, (30, 26, 22, 18, 12))
         draw.text((left, 532), told, "#1f5fbf" if who == "source" else "#b4460f", font)
     buffer = io.BytesIO()

@@ -191,18 +191,20 @@ def facts_view(image_id: str, direction: str) -> str:
 @on_gpu
 def pushed_views(image_id: str, sliders: dict[str, float]) -> list[str]:
     """Show a photo moved along the first direction of each kind; 100 is a strong push for the model."""
-    shown = []
+    (reach, own), shown = _reach(image_id), []
     for kind, slider in sliders.items():
-        (stop,) = _stops(image_id, f"{kind} 0", [_reach(image_id) * (slider / 100) ** 2])
-        shown.append(views.html.pushed(kind, stop.png, stop))
+        (stop,) = _stops(image_id, f"{kind} 0", [reach * (slider / 100) ** 2])
+        shown.append(views.html.pushed(kind, stop.png, stop, own))
     return shown
 
 
 @lru_cache(maxsize=16)
-def _reach(image_id: str) -> float:
+def _reach(image_id: str) -> tuple[float, str | None]:
+    """Return the length of a strong push, and the label of the photo itself."""
     rows, vectors = _constants(image_id), _vectors(image_id)
     strongest = max(vectors, key=lambda name: rows[name]["jvp"])
-    return min(16.0, 4.0 / max(_stops(image_id, strongest, [1.0])[0].first_order, 1e-3))
+    still, moved = _stops(image_id, strongest, [0.0, 1.0])
+    return min(16.0, 4.0 / max(moved.first_order, 1e-3)), next((label for label, _ in still.classes), None)
 
 
 def warm_up() -> None:
@@ -228,7 +230,7 @@ def why_tab(tab: gr.Tab) -> None:
             with gr.Column(min_width=220):
                 # the photo itself is there before the model is, so that the tab is never blank
                 pictures.append(gr.HTML(views.html.pushed(kind, constants[0]["image"], None), elem_id=f"pushed-{kind}"))
-                label = views.html.PUSHES[kind][0]
+                label = views.html.PUSHES[kind]
                 sliders.append(gr.Slider(0, 100, value=50, step=1, label=label, elem_id=f"push-{kind}", buttons=[]))
     gr.HTML(views.html.so_it_works())
     # `soon` lets visitors take turns; a choice made meanwhile is followed

@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 PHOTOS = ROOT / "hf_equiv" / "assets" / "photos"
-SEEN = {"cat": "Egyptian cat", "coffee": "espresso", "rocket": "beacon", "astronaut": "sports car"}
+SHIPPED = ROOT / "spaces_app" / "results" / "match"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
 
@@ -44,11 +44,11 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, a_hub() as endpoint:
         os.environ |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": "1"}
-        os.environ["HF_HOME"] = f"{folder}/home"
+        os.environ |= {"HF_HOME": f"{folder}/home", "HF_HUB_OFFLINE": "0"}
         heavy_dataset(Path(folder) / "heavy")
         begin = time.perf_counter()
         with served(Path(folder), HF_HUB_OFFLINE="0") as url:
-            print(f"started in {time.perf_counter() - begin:.1f} s\n")
+            print(f"started in {time.perf_counter() - begin:.1f} s; the page has {len(_read(url)) / 1e3:.0f} kB\n")
             print("| what | median [s] | largest [s] | must |\n| --- | ---: | ---: | ---: |")
             in_a_browser(url, given.repeat)
             visitors(url, given.visitors)
@@ -62,7 +62,7 @@ def in_a_browser(url: str, repeat: int) -> None:
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        painted, shown, chosen, checked, first, done = ([] for _ in range(6))
+        painted, shown, chosen, checked, film, first, done = ([] for _ in range(7))
         for k in range(repeat):
             context = browser.new_context(viewport={"width": 1280, "height": 900})
             page = context.new_page()
@@ -74,14 +74,14 @@ def in_a_browser(url: str, repeat: int) -> None:
             page.wait_for_selector("#shown .match")
             paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000"
             painted.append(page.evaluate(paint))
-            buttons = page.locator("#gallery button")
-            before = page.locator("#shown .compare img").first.get_attribute("src")
+            chosen.append(_choose(page, k))
+            checked.append(_until(page, lambda page=page: page.click("#check"), "#verdict .good"))
+            page.get_by_role("tab", name="Melt", exact=True).click()
             begin = time.perf_counter()
-            buttons.nth(k % 11 + 1).click()
-            changed = "src => document.querySelector('#shown .compare img').src !== src"
-            page.wait_for_function(changed, arg=before, polling=5)
-            chosen.append(time.perf_counter() - begin)
-            checked.append(_until(page, lambda page=page: page.click("#check"), "#verdict .verdict"))
+            with page.expect_download() as download:
+                page.get_by_role("link", name="GIF").click()
+            download.value.path()
+            film.append(time.perf_counter() - begin)
             page.get_by_role("tab", name="Make one", exact=True).click()
             page.wait_for_selector("#go", state="visible")
             begin = time.perf_counter()
@@ -96,8 +96,25 @@ def in_a_browser(url: str, repeat: int) -> None:
     row("the first match is there", shown, 1.5)
     row("chosen in the gallery, everything shown", chosen, 0.3)
     row("Prove it", checked, 1)
+    row("the film as a GIF", film, 1)
     row("Make one: first picture", first, 2)
     row("Make one: done", done, 20)
+
+
+def _read(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=60) as page:
+        return page.read()
+
+
+def _choose(page, k: int) -> float:
+    """Choose another match, and return the seconds until its pictures are there."""
+    before = page.locator("#shown .match").get_attribute("data-key")
+    there = """key => document.querySelector('#shown .match').dataset.key !== key
+        && [...document.querySelectorAll('#shown img')].every((img) => img.complete && img.naturalWidth)"""
+    begin = time.perf_counter()
+    page.locator("#gallery button").nth(k % 11 + 1).click()
+    page.wait_for_function(there, arg=before, polling=5)
+    return time.perf_counter() - begin
 
 
 def _until(page, act: Callable[[], None], selector: str) -> float:
@@ -116,7 +133,8 @@ def visitors(url: str, count: int) -> None:
     """Many visitors at the same moment, and somebody who browses meanwhile."""
     from gradio_client import Client, handle_file
 
-    pairs = list(permutations(SEEN, 2))[:count]
+    seen = {row["source_class"]: row["source_label"] for row in shipped_rows()}
+    pairs = list(permutations(seen, 2))[:count]
     waited: list[float] = []
     mixed: list[str] = []
     lost: list[str] = []
@@ -132,7 +150,7 @@ def visitors(url: str, count: int) -> None:
             lost.append(f"{source} -> {target}: {error}")
             return
         waited.append(time.perf_counter() - begin)
-        if answer["source_label"] != SEEN[source] or answer["target_label"] != SEEN[target]:
+        if answer["source_label"] != seen[source] or answer["target_label"] != seen[target]:
             mixed.append(f"{source} -> {target}")
 
     start = threading.Barrier(len(pairs) + 1)
@@ -165,19 +183,14 @@ def meanwhile(url: str, name: str, start: Callable[[], Callable[[], str]]) -> No
         page = browser.new_page()
         page.goto(url)
         page.wait_for_selector("#gallery button")
-        reader, buttons = Client(url, verbose=False), page.locator("#gallery button")
+        reader = Client(url, verbose=False)
         opened, chosen, listed = [], [], []
         end, begun = start(), time.perf_counter()
         for k in range(12):
             begin = time.perf_counter()
-            urllib.request.urlopen(url, timeout=60).read()
+            _read(url)
             opened.append(time.perf_counter() - begin)
-            before = page.locator("#shown .compare img").first.get_attribute("src")
-            changed = "src => document.querySelector('#shown .compare img').src !== src"
-            begin = time.perf_counter()
-            buttons.nth(k % 11 + 1).click()
-            page.wait_for_function(changed, arg=before, polling=5)
-            chosen.append(time.perf_counter() - begin)
+            chosen.append(_choose(page, k))
             begin = time.perf_counter()
             reader.predict(api_name="/list_matches")
             listed.append(time.perf_counter() - begin)
@@ -256,6 +269,14 @@ def a_hub() -> Iterator[str]:
             process.terminate()
 
 
+def shipped_rows() -> list[dict]:
+    """Return the matches of the four photos that ship with the app."""
+    from hf_equiv.runs.shards import read_shard
+
+    (shard,) = SHIPPED.glob("matches/*.parquet")
+    return read_shard(shard, images=True)
+
+
 def heavy_dataset(folder: Path) -> None:
     """Publish a run with pictures of noise, 240 MB of them."""
     import torch
@@ -263,13 +284,12 @@ def heavy_dataset(folder: Path) -> None:
 
     from hf_equiv.data.image_file import encode_png
     from hf_equiv.runs.schema import MATCH
-    from hf_equiv.runs.shards import read_shard, shard_bytes
+    from hf_equiv.runs.shards import shard_bytes
 
-    shutil.copytree(ROOT / "spaces_app" / "results" / "match", folder)
+    shutil.copytree(SHIPPED, folder)
     (shard,) = folder.glob("matches/*.parquet")
     names = ("source", "match", "target")
-    rows = read_shard(shard, images=True)
-    rows = [row | {name: encode_png(torch.rand(3, 1480, 1480)) for name in names} for row in rows]
+    rows = [row | {name: encode_png(torch.rand(3, 1480, 1480)) for name in names} for row in shipped_rows()]
     shard.write_bytes(shard_bytes(rows, MATCH, {}))
     api = HfApi()
     api.create_repo("alice/heavy", repo_type="dataset", private=False)

@@ -94,7 +94,7 @@ def test_a_walk_stays_on_its_level_set(client):
         (("/list_matches", "nobody/nothing"), "cannot be shown"),
         (("/list_matches", 5), "`dataset` must be text; got 5."),
         (("/get_walk", ["nowhere"]), "`name` must be text"),
-        (("/get_match", "1.nothing"), "There is no match"),
+        (("/get_match", "1.nothing"), "There is no lookalike"),
         (("/get_walk", "nowhere"), "There is no walk"),
         (("/look_along", "dog", "top 0", 1.0), "no constants of 'dog'"),
         (("/look_along", "cat", "up", 1.0), "no direction"),

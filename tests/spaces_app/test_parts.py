@@ -13,6 +13,7 @@ import gradio as gr
 import pytest
 import views
 from hostile import NOT_STORED
+from live import Stop
 from showcase import Showcase, open_showcase
 
 from hf_equiv.data.image_file import decode_png, encode_png
@@ -30,9 +31,9 @@ def parts():
     try:
         import look_tab
         import shelf
-        from making import uploads
+        from making import outcome, uploads
 
-        yield SimpleNamespace(shelf=shelf, uploads=uploads, look_tab=look_tab)
+        yield SimpleNamespace(shelf=shelf, uploads=uploads, look_tab=look_tab, outcome=outcome)
     finally:
         sys.path.remove(str(APP))
 
@@ -120,6 +121,9 @@ def test_weights_of_a_pull_request_are_not_loaded(parts, monkeypatch):
     monkeypatch.setattr(parts.shelf, "DATASET", "me/data")
     parts.shelf.recorded_encoder(row | {"settings": {"normalize": False}}, "me/data")
     assert asked[1][:2] == ("org/model", "5" * 40)
+    earlier = {"model_id": "builtin", "model_revision": "sha256:5", "settings": {"normalize": False}}
+    parts.shelf.recorded_encoder(row | earlier, "evil/data")
+    assert asked[2][:2] == ("builtin", "sha256:5"), "one of those of the package"
 
 
 def test_a_view_holds_any_name(parts, monkeypatch):
@@ -129,8 +133,20 @@ def test_a_view_holds_any_name(parts, monkeypatch):
     monkeypatch.setattr(parts.look_tab, "row_of", lambda *_: row)
     shown, *_ = parts.look_tab.match_shown('me/"data', row["key"])
     assert 'data-key="0.a&amp;dataset=evil/x#b+c-&gt;d&#34;" data-dataset="me/&#34;data"' in shown
-    assert "preview.png?match=0.a%26dataset%3Devil/x%23b%2Bc-%3Ed%22" in views.html.head(row, "https://x")
+    assert "picture?match=0.a%26dataset%3Devil%2Fx%23b%2Bc-%3Ed%22" in shown
+    assert "preview.png?&#34;" in views.html.head(row, "https://x", '"')
     assert "<b>" not in parts.look_tab.note_of(Showcase("x", matches=(row,)))
+
+
+def test_a_link_to_a_match_that_was_made_leads_to_it(parts):
+    import app
+
+    row = open_showcase(APP / "results").matches[0]
+    key = parts.outcome.MADE.put(parts.outcome.Made(row, "builtin", 1.0, ""))
+    query, found = app.linked(SimpleNamespace(query_params={"made": key}))
+    assert (query, found["match"]) == (f"tab=make&made={key}", row["match"])
+    assert "You see a photo. The AI model sees the other photo, 99.9" in views.html.head(found, "https://x", query)
+    assert app.linked(SimpleNamespace(query_params={"made": "gone"}))[0] == "match=cat-%3Ecoffee"
 
 
 def test_pictures_of_other_sizes_are_refused_unopened(tmp_path):
@@ -179,12 +195,20 @@ def test_a_pair_that_is_there_twice_is_refused(tmp_path):
         open_showcase(copy_run(tmp_path / "a", pair_id="cat->coffee"))
 
 
+def test_a_pushed_photo_says_what_the_model_sees():
+    stop = Stop(1.0, 1.13, 2.0, b"", (("espresso", 0.8),))
+    moved, still = (views.html.pushed("top", b"", stop, own) for own in ("Egyptian cat", "espresso"))
+    assert "moved by 100\xa0% or more" in moved
+    assert "seen as-target" in moved, "in the colour of the other photo"
+    assert "as-target" not in still
+
+
 def test_the_eye_is_asked_about_match_and_target():
     shown = open_showcase(APP / "results")
     row = shown.matches[0] | {"embedding_error_8bit": 1e-6, "psnr_db": 70.0, "match_label": None}
     assert views.html.headline(row | {"match": row["source"]}).startswith("Two pictures to you, one to")
     assert views.html.headline(row | {"match": row["target"]}).startswith("Nearly one picture to you")
-    assert "So it is to you, at a glance." in views.html.lead(row | {"match": row["target"]})
+    assert "So do you, at a glance." in views.html.lead(row | {"match": row["target"]})
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.999, "over 99 %"), (1.0, "100 %"), (1e-5, "under 1 %"), (0.5, "50 %")])

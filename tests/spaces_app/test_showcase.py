@@ -144,7 +144,11 @@ def test_never_more_alike_than_measured(error, said):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(1e-5, "To the AI model it is the coffee: 99.999 %"), (0.02, "it is nearly the coffee"), (0.5, "only 50 % the")],
+    [
+        (1e-5, "The AI model sees the coffee, 99.999 % alike."),
+        (0.02, "nearly sees the coffee, 98 %"),
+        (0.5, "only 50 % the"),
+    ],
 )
 def test_the_lead_goes_with_the_error(shown, error, said):
     assert said in views.html.lead(shown.matches[0] | {"embedding_error_8bit": error, "target_class": "coffee"})
@@ -154,6 +158,7 @@ def test_the_lead_goes_with_the_error(shown, error, said):
     ("changed", "said"),
     [
         ({}, "This cat is an espresso."),
+        ({"match_prob": 0.37}, "This cat is an espresso?"),
         ({"source_class": "n02123045"}, "This Egyptian cat is an espresso."),
         ({"source_class": None, "source_label": None}, "This picture is an espresso."),
         ({"target_label": "jeans, denim", "match_label": "jeans, denim"}, "This cat is jeans."),
@@ -170,6 +175,14 @@ def test_labels_lead_and_nothing_else_is_claimed(shown, changed, said):
     assert views.html.headline(row | labels | changed) == said
 
 
+def test_the_model_guesses_below_one_half(shown):
+    row = next(row for row in shown.matches if row["key"] == "cat->coffee") | {"match_prob": 0.37, "target_prob": 0.5}
+    told = views.html.match(row).replace("\N{NO-BREAK SPACE}", " ")
+    assert "You see a cat. The AI model guesses an espresso (37 %), as for the coffee: 99.9" in told
+    assert "AI guesses <strong>an espresso</strong>, 37 %" in told
+    assert "AI sees <strong>an espresso</strong>, 50 %" in told
+
+
 def test_a_match_near_its_source_is_still_told_from_its_target(shown):
     row = shown.matches[0] | {"embedding_error_8bit": 1e-5, "psnr_db": 80.0}
     assert "to you" not in views.html.lead(row)
@@ -178,7 +191,7 @@ def test_a_match_near_its_source_is_still_told_from_its_target(shown):
 def test_a_model_without_labels_is_proved_without_them():
     number = {"stated": 1e-5, "now": 2e-5, "holds": False}
     told = views.html.verdict({"holds": False, "seconds": 0.21, "numbers": {"embedding_error_8bit": number}})
-    assert "1 of 1 numbers do not hold" in told
+    assert "Checked just now: 1 of 1 numbers do not agree (0.2 s)." in told
     assert "AI sees" not in told
 
 
@@ -190,6 +203,7 @@ def test_the_pictures_to_share(shown):
     for kind in ("GIF", "WEBP"):
         moving = Image.open(io.BytesIO(film(name, kind)))
         assert (moving.format, moving.n_frames) == (kind, 2 * len(path) - 2)
+    assert film(name, "GIF") == (RESULTS / "walk" / "figures" / "walk.gif").read_bytes(), "drawn once, by the run"
 
 
 def test_a_leap_and_a_drift_of_none_are_explained(shown):
