@@ -118,9 +118,8 @@ def _probability(encoder: Encoder, png: bytes) -> float | None:
 
 
 @lru_cache(maxsize=32)
-def match_shown(dataset: str | None, key: str) -> tuple[str, str, str]:
+def match_shown(dataset: str, key: str) -> tuple[str, str, str]:
     """Show one match, its numbers and the game with it; the view names the dataset that a link to it must name."""
-    dataset = dataset or BUILTIN_RESULTS
     named = "" if dataset == shelf.home_of("matches") else dataset
     with telling(dataset):
         row = as_shown(dataset, key)
@@ -128,22 +127,21 @@ def match_shown(dataset: str | None, key: str) -> tuple[str, str, str]:
 
 
 @lru_cache(maxsize=32)
-def strip_of(dataset: str | None, key: str) -> str:
+def strip_of(dataset: str, key: str) -> str:
     """Show the matches of a dataset as buttons with small pictures."""
     with telling(dataset):
-        dataset = dataset or BUILTIN_RESULTS
         rows = [row | {"at": _address(row, dataset)} for row in named_results(dataset).matches]
         return views.html.strip(rows, key)
 
 
-def show_match(dataset: str | None, key: str) -> tuple[Any, ...]:
+def show_match(dataset: str, key: str) -> tuple[Any, ...]:
     """Return the parts of the tab that change with the match: key, view, way to its walk, verdict, numbers, game."""
     row = row_of(dataset, key)
     shown, numbers, game = match_shown(dataset, key)
     return key, shown, gr.update(visible=_has_walk(row, dataset)), "", numbers, game
 
 
-def show_dataset(dataset: str | None, asked: str | None = None) -> tuple[Any, ...]:
+def show_dataset(dataset: str, asked: str | None = None) -> tuple[Any, ...]:
     """Return the contents of the tab: gallery, note, then those of `show_match`."""
     shown = named_results(dataset)
     if not shown.matches:
@@ -152,17 +150,17 @@ def show_dataset(dataset: str | None, asked: str | None = None) -> tuple[Any, ..
     return strip_of(dataset, key), note_of(shown), *show_match(dataset, key)
 
 
-def _leading(rows: Sequence[Row], dataset: str | None) -> Row:
+def _leading(rows: Sequence[Row], dataset: str) -> Row:
     """Return the match to show first: the one that the other tab melts, or else the most similar to its photo."""
     return next((row for row in rows if _has_walk(row, dataset)), rows[0])
 
 
-def _has_walk(row: Row, dataset: str | None) -> bool:
+def _has_walk(row: Row, dataset: str) -> bool:
     """Return whether the first walk of the other tab starts and ends at the photos of a match."""
     home = shelf.home_of("paths")
     walk = next(iter(shelf.results(home).paths.values()))[0]
     ends = (walk["image_id"], walk["target_id"])
-    return (dataset or BUILTIN_RESULTS) == home and (row["source_id"], row["target_id"]) == ends
+    return dataset == home and (row["source_id"], row["target_id"]) == ends
 
 
 def note_of(shown: Showcase) -> str:
@@ -183,10 +181,11 @@ def _check(key: str, dataset: str) -> str:
 
 
 def _change(name: str, opened: str) -> tuple[Any, ...]:
-    if (name or BUILTIN_RESULTS) == opened:
+    name = (name or "").strip() or BUILTIN_RESULTS
+    if name == opened:
         return (gr.skip(),) * 10
     try:
-        return gr.skip(), name or BUILTIN_RESULTS, *show_dataset(name)
+        return gr.skip(), name, *show_dataset(name)
     except gr.Error as error:  # keep the results that are shown, and restore their name
         return opened, gr.skip(), gr.skip(), views.html.notice(error.message), *(gr.skip(),) * 6
 
