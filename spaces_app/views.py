@@ -91,10 +91,10 @@ def frame(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def share_picture(row: Mapping[str, Any], headline: str = "", note: str = "") -> bytes:
+def share_picture(row: Mapping[str, Any], headline: str = "") -> bytes:
     """Draw a match with a headline as a PNG of 1200 × 630 pixels, the size of link previews."""
-    if row["embedding_error_8bit"] is not None:
-        note = note or f"{alike(row['embedding_error_8bit'])} alike to the AI model · made with hf_equiv"
+    error = row["embedding_error_8bit"]
+    note = "made with hf_equiv" if error is None else f"{alike(error)} alike to the AI model · made with hf_equiv"
     canvas = Image.new("RGB", (1200, 630), "#f5f7f9")
     draw = ImageDraw.Draw(canvas)
     text = headline or cut(str(html.headline(row)), 40)
