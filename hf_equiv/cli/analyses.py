@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _NORM = click.Choice(["linf", "l2"])
 
 _WORDS = {"match": ("rows", "rows_to_make", "did not converge")}
-"""Words for the items of a verb: in messages, as a number in a dry run, and after a failure."""
+"""The name of the items of an analysis, its key in a dry run, and its words for a failure."""
 
 _USUAL_WORDS = ("images", "images_to_do", "were not completed")
 
@@ -50,7 +50,7 @@ _DERIVATIVES = {
     "dtype": _DTYPES,
     "batch_size": "Derivatives in one pass on a GPU. Default: 32, and on a CPU always 32.",
 }
-"""Help of shared options where it is not that of `match`."""
+"""Help of shared options where it differs from that of `match`."""
 
 
 @click.command()
@@ -151,7 +151,7 @@ def lipschitz(**given: Any) -> int:
 @option("--rtol", "Largest drift of the embedding, relative.", "X", POSITIVE, 1e-5)
 @analysis_options
 def walk(**given: Any) -> int:
-    """Walk through images that share an embedding, each point corrected back.
+    """Walk through images that share an embedding, correcting each point.
 
     Records drift, distances, label and frame of every point. Headings: random, one random direction; away, from the
     start; toward, to the target; nearest, from a match of the target back to the source; connect, from that match on to
@@ -259,7 +259,7 @@ def compute(plan: Plan, folder: Path, given: dict[str, Any]) -> RunOutcome:
 
 @contextlib.contextmanager
 def interruptible(runs: Mapping[Path, Plan], out: Path, what: str) -> Iterator[None]:
-    """Let an interruption say how many pairs or images of some runs are kept, and which command goes on."""
+    """Let an interruption say how many pairs or images are kept, and which command continues."""
     from hf_equiv.runs.shards import ids_of
 
     try:
@@ -267,8 +267,7 @@ def interruptible(runs: Mapping[Path, Plan], out: Path, what: str) -> Iterator[N
     except KeyboardInterrupt:
         kept = sum(len(ids_of(folder, plan.layout)) for folder, plan in runs.items() if folder.is_dir())
         total = sum(len(plan.items) for plan in runs.values())
-        others = ", the others begin anew" if kept < total else ""
-        told = f"interrupted; {kept} of {total} {what} are kept in {out}{others}. {_how_to_go_on()}"
+        told = f"interrupted; {kept} of {total} {what} are kept in {out}; unfinished ones start again. {_continued()}"
         raise KeyboardInterrupt(told) from None
 
 
@@ -285,11 +284,11 @@ def _result(plan: Plan, folder: Path, rows: Sequence[Any], summary: Any) -> dict
     }
 
 
-def _how_to_go_on() -> str:
-    """Return the command that continues an interrupted run: the same without --overwrite, which would begin anew."""
+def _continued() -> str:
+    """Name the command that continues an interrupted run: the same without --overwrite, which would start again."""
     typed = shlex.join(["hf-equiv", *(click.get_current_context().obj or [])])
     command = re.sub(r" --overwrite[ =]\w+", "", typed)
-    return f"{'The same' if command == typed else 'Without --overwrite the same'} command goes on: {command}"
+    return f"To continue{'' if command == typed else ' without --overwrite'}: {command}"
 
 
 def _estimate(plan: Plan, folder: Path, there: int, batch_size: int | None) -> dict[str, Any]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _LEVELS = (16, 8, 4, 2)  # radii of the sweep, in levels of 255
 _PHOTOS = 10  # photos of spectrum and constants; with fewer, a verdict of the report has a caveat
-_PAGE, _REPORT = "report with survival (without its figures)", 38 / 3  # the last part, its evaluations per pair
+_PAGE = "page with JPEG, resizing and blur (time without figures)"
+_PAGE_COST = 38 / 3  # evaluations per pair
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def audit(**given: Any) -> int:
 
     Matches pairs of photos without a limit and within 16, 8, 4 and 2 levels of 255, measures spectrum and local
     constants of some photos, and writes the page of hf-equiv report, with survival of JPEG, resizing and blur. It
-    first says how long that takes. You can stop it with Ctrl-C at any time; the same command goes on.
+    first says how long that takes. You can stop it with Ctrl-C at any time and continue with the same command.
 
     \b
     hf-equiv audit builtin
@@ -88,7 +89,7 @@ def audit(**given: Any) -> int:
         return 0
     device = environment.place(plans["match"].encoder.device)
     progress.say([*facts["choices"], *device, output.time_in_words(facts)], quiet=quiet)
-    with interruptible({part.folder: part.plan for part in parts}, out, "pairs and photos"):
+    with interruptible({part.folder: part.plan for part in parts}, out, "pairs and photos of all parts"):
         done = [_compute(part, f"part {place} of {len(parts) + 1}", given) for place, part in enumerate(parts, 1)]
         return _finish(result, done, out, given) if environment.is_first() else 0
 
@@ -138,7 +139,7 @@ def _estimate(parts: list[Part]) -> dict[str, Any]:
     """Return the facts of a dry run: the evaluations of each part, and the time of one on this checkpoint."""
     match = parts[0].plan
     counts = {part.folder.name: round(part.evaluations) for part in parts}
-    counts["report"] = round(_REPORT * len(match.items))
+    counts["report"] = round(_PAGE_COST * len(match.items))
     return {
         "model": match.settings["model_id"],
         "revision": match.settings["model_revision"],
@@ -175,7 +176,7 @@ def _finish(result: dict[str, Any], done: list[RunOutcome], out: Path, given: di
         runs = [run.out for run in done]
         page = make_report(runs, out=path, observer=lambda step, now, total: tell(now, total, step), **how)
     page.write(path)
-    answer = next(iter(say("summary", page.models[0])), "Nothing could be measured.")
+    answer = next(iter(say("summary", page.models[0])))
     problems = [f"{run.out}: {name}: {why}" for run in done for name, why in run.errors.items()] + [*page.problems]
     if given["as_json"]:
         made = [{"analysis": run.analysis, "out": str(run.out), "summary": run.summary} for run in done]

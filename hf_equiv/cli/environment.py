@@ -131,7 +131,7 @@ def usable_cores() -> int:
 
 
 def _quota() -> float:
-    """Return the cores that the control group of a container grants, in either of its forms."""
+    """Return the cores that the control group of a container grants, of version 1 or 2."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         with contextlib.suppress(OSError, ValueError):
             quota, period = (float(text) for name in names for text in (_CGROUP / name).read_text().split())
@@ -143,14 +143,14 @@ def _quota() -> float:
 def _others() -> float:
     """Return about how many threads of other programs want a core now."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    with contextlib.suppress(OSError, ValueError, IndexError):  # the load is a mean that outlives its programs
+    with contextlib.suppress(OSError, ValueError, IndexError):  # the load average decays slowly
         load = min(load, int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1.0)
     return load
 
 
 def prepare_threads() -> None:
     """Set how many threads compute and how they wait, before PyTorch is imported and OpenMP reads it."""
-    # Threads wait for each other by spinning. If another program has the core of one, the others burn theirs: on two
+    # Threads wait for each other by spinning. If another program has the core of one, the others spin in vain: on two
     # cores beside 12 busy threads an evaluation of the built-in checkpoint took 2.4 s, with sleeping threads 0.03 s.
     cores, machine, others = usable_cores(), os.cpu_count() or 1, _others()
     if cores < machine:
@@ -190,11 +190,11 @@ def calm(*, quiet: bool) -> Iterator[None]:
     client = logging.getLogger("huggingface_hub")
     record, warning, level = logging.getLogRecordFactory(), warnings.formatwarning, client.level
     if quiet:
-        client.setLevel(logging.ERROR)  # it tells of its retries
+        client.setLevel(logging.ERROR)  # no messages on retries
 
     def printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
         made = record(*arguments, **options)
-        # the links of storage carry their permission behind a question mark
+        # the query of a signed URL carries its token
         made.msg, made.args = printable(re.sub(r"(://[^\s?]+)\?\S+", r"\1", made.getMessage())), None
         return made
 

@@ -39,7 +39,7 @@ def cli(context: click.Context) -> None:
     name yours with --data. A run directory is a dataset; the same command continues a stopped run.
 
     Exit codes: 0 done; 1 some row did not converge or complete, or a check did not hold; 2 bad input; 130 stopped by
-    Ctrl-C, after which the same command goes on.
+    Ctrl-C; run the same command to continue.
     """  # noqa: D301 (click looks for the backspace itself)
     if context.invoked_subcommand not in _SHARED and not environment.is_first():
         context.exit()
@@ -60,7 +60,7 @@ def env(model: str | None, as_json: bool, quiet: bool, **given: Any) -> int:
             facts["model"] = environment.describe(environment.load_encoder(model, **given))
     if as_json:
         output.print_json(facts)
-    else:
+    elif not quiet:
         output.print_text("facts", facts=facts)
     return 0
 
@@ -92,9 +92,6 @@ def _run(arguments: list[str] | None) -> int:
         return _fail(message)
     except (KeyboardInterrupt, click.Abort) as error:  # click turns the first into the second
         return _fail(str(error) or str(error.__cause__ or error.__context__ or "") or "interrupted.", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         if os.environ.get("HF_EQUIV_DEBUG", "0") not in ("", "0"):
             raise

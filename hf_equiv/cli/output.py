@@ -46,7 +46,7 @@ class SafeConsole(Console):
         return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:
-        """Leave it to `writing`."""
+        """Let `writing` handle a closed pipe."""
         raise
 
 
@@ -112,7 +112,7 @@ def time_in_words(facts: dict[str, Any]) -> str:
     where = "this busy machine" if facts["device"] == "cpu" and environment.notes else facts["device"]
     count, each = sum(facts["evaluations"].values()), 1000 * facts["seconds_per_evaluation"]
     total = duration(round(facts["estimated_seconds"]))
-    return f"about {total}: {count:,} evaluations (a rough count) of {each:.3g} ms, timed now on {where}"
+    return f"about {total}: roughly {count:,} evaluations, {each:.3g} ms each as timed now on {where}"
 
 
 def print_outcome(outcome: RunOutcome, failures: Mapping[str, Any], check: str) -> None:

@@ -89,8 +89,8 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 
             done = publish_results(directory, repo_id, progress=tell, **given)
     except KeyboardInterrupt:
-        told = "interrupted. The same command goes on: uploaded files are not sent again, and a finished commit is "
-        raise KeyboardInterrupt(told + "found.") from None
+        told = "interrupted. Run the same command to continue: it sends no uploaded file and makes no commit twice."
+        raise KeyboardInterrupt(told) from None
     if as_json:
         output.print_json(asdict(done))
     elif not quiet:

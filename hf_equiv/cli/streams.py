@@ -32,7 +32,7 @@ def writing(stream: TextIO) -> Iterator[TextIO]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the rest of the text, and for Python's exit
         if stream is not sys.stderr and not isinstance(error, BrokenPipeError):
             told = f"standard output cannot be written: {error.strerror}"
-            raise OSError(f"{told}. Files of the command are whole; print to another place.") from error
+            raise OSError(f"{told}. The files of the command are complete; redirect its output elsewhere.") from error
 
 
 def to_stderr(text: str) -> None:

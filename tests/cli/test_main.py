@@ -53,7 +53,7 @@ def test_help_is_quick_and_complete():
     for verb in ("match", "spectrum", "lipschitz", "walk", "verify", "publish", "report", "env"):
         assert f" {verb} " in text.split("Commands:")[1] + " "
     assert "Exit codes: 0 done; 1 some row did not" in text
-    assert "; 2 bad input; 130 stopped by Ctrl-C, after which the same command goes on." in text
+    assert "; 2 bad input; 130 stopped by Ctrl-C; run the same command to continue." in text
     script = """if True:
         import sys
         from hf_equiv.cli.main import _run, cli
@@ -197,8 +197,8 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     assert code == 130
     assert out == ""
     assert err.lstrip() == (  # click ends the line of the ^C first
-        "error: interrupted; 0 of 1 rows are kept in run, the others begin anew. "
-        f"{'Without --overwrite the same' if again else 'The same'} command goes on: "
+        "error: interrupted; 0 of 1 rows are kept in run; unfinished ones start again. "
+        f"To continue{' without --overwrite' if again else ''}: "
         "hf-equiv match builtin --source 1.png --target 2.png --max-evals 30 --out run -q\n"
     )
 
@@ -493,10 +493,8 @@ def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
     code, out, err = call(capsys, *words, "--dry-run")
     assert (code, err) == (0, "")
     assert re.search(r"match-8 +match within 8/255, 2 pairs, about \d+ (s|min)\n", out)
-    assert re.search(r"report +report with survival \(without its figures\), about [1-9]\d* s\n", out)
-    assert re.search(
-        r"time +about \d+ (s|min): [\d,]+ evaluations \(a rough count\) of \S+ ms, timed now on cpu\n", out
-    )
+    assert re.search(r"report +page with JPEG, resizing and blur \(time without figures\), about [1-9]\d* s\n", out)
+    assert re.search(r"time +about \d+ (s|min): roughly [\d,]+ evaluations, \S+ ms each as timed now on cpu\n", out)
     told = json.loads(call(capsys, *words, "--dry-run", "--json")[1])
     assert told["dry_run"]["evaluations"].keys() == told["dry_run"]["parts"].keys()
     assert not (place / "here").exists()
@@ -520,8 +518,8 @@ def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
     code, _, err = call(capsys, *words)
     assert code == 130
     assert "part 2 of 5: match within 8/255, 2 pairs\n" in err
-    assert "interrupted; 4 of 6 pairs and photos are kept in here, the others begin anew. The same" in err
-    assert f"The same command goes on: hf-equiv {' '.join(words)}\n" in err
+    assert "interrupted; 4 of 6 pairs and photos of all parts are kept in here; unfinished ones start again. " in err
+    assert f"To continue: hf-equiv {' '.join(words)}\n" in err
     code, out, err = call(capsys, *words)
     assert code == 0
     assert "part 2 of 5: match within 8/255, 2 pairs, 0 to do\n" in err

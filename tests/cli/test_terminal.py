@@ -208,7 +208,7 @@ def test_the_time_left_is_readable_at_any_width(width, monkeypatch):
 
 def test_the_estimate_says_that_the_machine_is_busy(monkeypatch):
     facts = {"device": "cpu", "evaluations": {"match": 1000}, "seconds_per_evaluation": 0.026, "estimated_seconds": 26}
-    said = "about 26 s: 1,000 evaluations (a rough count) of 26 ms, timed now on "
+    said = "about 26 s: roughly 1,000 evaluations, 26 ms each as timed now on "
     for notes, device, where in (
         ([], "cpu", "cpu"),
         (["busy"], "cpu", "this busy machine"),

@@ -218,7 +218,7 @@ def test_command_line(hub, runs, capsys):
     assert code == 0
     for told in (
         f"{hub.endpoint}/datasets/{NAME} (private)", f"hf-equiv verify {NAME}", 'load_dataset("alice/results"',
-        "photos:    are in (free: builtin",
+        "photos:    are included (free: builtin",
     ):  # fmt: skip
         assert told in out
     files = hub.files("datasets", NAME)
@@ -258,7 +258,7 @@ def test_interrupted_while_it_uploads(hub, runs, capsys, monkeypatch):
     monkeypatch.setattr("hf_equiv.hub.publish.send", stop)
     code, out, err = call(capsys, "publish", runs["match"], NAME, "-q")
     assert (code, out) == (130, "")
-    assert err.lstrip().startswith("error: interrupted. The same command goes on: uploaded files are not sent again")
+    assert err.lstrip().startswith("error: interrupted. Run the same command to continue: it sends")
 
 
 def test_progress_counts_what_has_gone(hub, runs, monkeypatch, capsys):

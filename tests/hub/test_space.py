@@ -503,7 +503,7 @@ def test_dry_run(hub, capsys):
     deploy_space(NAME, **GIVEN)
     hub.log.clear()
     code, out, _ = call(capsys, "space", "deploy", NAME, "--dry-run")
-    assert "nothing: the Space is as it should be" in out
+    assert "nothing: the Space is up to date" in out
     code, out, _ = call(capsys, "space", "deploy", NAME, "--public", "--dry-run", "--json")
     plan = json.loads(out)
     assert (plan["dry_run"], plan["changed"], plan["private"], plan["uploaded"]) == (True, True, False, [])
@@ -523,7 +523,7 @@ def test_for_people(hub, capsys):
         "running",
     ]
     assert call(capsys, "space", "deploy", NAME, "-q") == (0, "", "")
-    assert "unchanged: the Space is as it should be" in call(capsys, "space", "deploy", NAME)[1]
+    assert "unchanged: the Space is up to date" in call(capsys, "space", "deploy", NAME)[1]
 
 
 @pytest.mark.parametrize(

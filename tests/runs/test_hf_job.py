@@ -77,7 +77,7 @@ def test_a_job_runs_and_checks(job, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["--model", "builtin-64", "--data", "builtin", "--out", "out"]
     assert job.main([*given, "--pairs", "2", "--dry-run", "--", "--rtol", "0.9", "--no-refine"]) == 0
-    assert "estimated time" in capsys.readouterr().out
+    assert "timed now on" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert job.main([*given, "--verb", "spectrum", "--pairs", "1", "--", "--k", "1"]) == 0
     told = capsys.readouterr()

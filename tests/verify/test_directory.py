@@ -350,7 +350,7 @@ def test_missing_rows_are_counted(photos, tiny, tmp_path, monkeypatch, capsys):
     assert _run(["verify", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().out.splitlines()
     assert sum("is listed and missing from matches/" in line for line in told) == 5
-    assert "… and 4 more rows are missing; --json names each." in told
+    assert "… and 4 more pairs have no rows; --json names each." in told
     assert told[-1].startswith(f"9 problems in {tmp_path / 'out'}: 1 of 10 rows hold")
     assert _run(["verify", str(tmp_path / "out"), "--json"]) == 1
     assert len(json.loads(capsys.readouterr().out)["problems"]) == 9
