@@ -362,4 +362,5 @@ def _unreachable(
         return f"'{repo_id}' was not {_DONE[kind]}: {why}. {cure}; what was uploaded already is not sent twice."
     missing = "its files are not all" if file is None else f"its file '{file}' is not"
     other = "the path or the name" + (", or pass a local folder or 'builtin'" if kind == "model" else "")
-    return f"'{repo_id}' is no folder here, {missing} in the cache, and {why}. {cure}, or correct {other}."
+    told = f"'{repo_id}' is no folder here, {missing} in the cache, and {why}"
+    return f"{told}. Correct {other}, or {cure[0].lower()}{cure[1:]}."

@@ -43,7 +43,8 @@ _ADVICE = {
     "more than `rtol`, or the ball holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
     Status.REFINED: "The 8-bit image is much nearer to the target than rounding would leave it, and no further step of "
     "1/255 helps: 8-bit images seldom reach a small `rtol`.",
-    Status.MAX_EVALS: "The evaluations ran out. Raise `max_evals`, or loosen `rtol`.",
+    Status.MAX_EVALS: "The evaluations ran out before the error, with the float noise added, was at most `rtol`. Raise "
+    "`max_evals`, or loosen `rtol`.",
     Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
     Status.COMPLETED: "The analysis is complete.",
     Status.RESOLVED: "The value was read from a plateau of the secants, above the float noise.",

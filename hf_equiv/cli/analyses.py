@@ -267,8 +267,9 @@ def interruptible(runs: Mapping[Path, Plan], out: Path, what: str) -> Iterator[N
     except KeyboardInterrupt:
         kept = sum(len(ids_of(folder, plan.layout)) for folder, plan in runs.items() if folder.is_dir())
         total = sum(len(plan.items) for plan in runs.values())
-        told = f"interrupted; {kept} of {total} {what} are kept in {out}; unfinished ones start again. {_continued()}"
-        raise KeyboardInterrupt(told) from None
+        told = f"interrupted; {kept} of {total} {what} are kept in {out}; unfinished ones start again."
+        page = f" For a page of those: hf-equiv report {shlex.quote(str(out))}." if len(runs) > 1 and kept else ""
+        raise KeyboardInterrupt(f"{told}{page} {_continued()}") from None
 
 
 def _result(plan: Plan, folder: Path, rows: Sequence[Any], summary: Any) -> dict[str, Any]:

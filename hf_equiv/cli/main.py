@@ -91,7 +91,8 @@ def _run(arguments: list[str] | None) -> int:
             message += ". A flag takes one name: for several images, name the folder."
         return _fail(message)
     except (KeyboardInterrupt, click.Abort) as error:  # click turns the first into the second
-        return _fail(str(error) or str(error.__cause__ or error.__context__ or "") or "interrupted.", 130)
+        to_stderr(str(error) or str(error.__cause__ or error.__context__ or "") or "interrupted.")
+        return 130
     except Exception as error:
         if os.environ.get("HF_EQUIV_DEBUG", "0") not in ("", "0"):
             raise
@@ -123,9 +124,9 @@ def _lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in told for sign in signs)
 
 
-def _fail(message: str, code: int = 2) -> int:
+def _fail(message: str) -> int:
     """Print an error on one line, or on several if it lists items."""
     head, *items = (" ".join(item.split()) for item in message.split("\n- "))
     for line in (f"error: {head}", *(f"- {item}" for item in items)):
         to_stderr(line)
-    return code
+    return 2

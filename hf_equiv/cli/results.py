@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def verify(where: str, import_: str | None, as_json: bool, quiet: bool, **given:
     problem unless --allow-withheld is given.
     """  # noqa: DOC201 (this is the help text)
     from hf_equiv.cli import environment, output, progress
+    from hf_equiv.runs.directory import refuse_folder_of_runs
 
+    refuse_folder_of_runs(Path(where), _same_for(Path(where)))
     with progress.steps(quiet=as_json or quiet, amount=progress.count) as tell:
         from hf_equiv.verify.dataset import verify_results
 
@@ -44,6 +47,12 @@ def verify(where: str, import_: str | None, as_json: bool, quiet: bool, **given:
     elif not quiet or not report.holds:
         output.print_text("verification", report=report, place=where)
     return 0 if report.holds else 1
+
+
+def _same_for(directory: Path) -> Callable[[str], str]:
+    """Return a function that names the typed command with another run in place of a directory."""
+    typed: list[str] = click.get_current_context().obj or []
+    return lambda run: shlex.join(["hf-equiv", *(run if Path(word) == directory else word for word in typed)])
 
 
 @click.command()
@@ -76,12 +85,7 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
     from hf_equiv.cli import output, progress
     from hf_equiv.runs.directory import check_command, read_record, refuse_folder_of_runs
 
-    typed: list[str] = click.get_current_context().obj or []
-
-    def same_for(run: str) -> str:
-        return shlex.join(["hf-equiv", *(run if Path(word) == directory else word for word in typed)])
-
-    refuse_folder_of_runs(directory, same_for)
+    refuse_folder_of_runs(directory, _same_for(directory))
     try:
         with progress.steps(quiet=as_json or quiet, amount=progress.sent) as tell:
             from hf_equiv.hub.publish import publish_results

@@ -89,9 +89,9 @@ def _read(source: str | Path | bytes, name: str | None, sha256: str | None) -> t
         name, size = name or "image", len(source)
     else:
         path = Path(source)
-        name = name or path.name
+        named, name = name or str(path), name or path.name
         if not os.path.exists(path):  # a name may be too long for `Path.exists`
-            raise FileNotFoundError(f"image file {name!r} does not exist. Check the path.")
+            raise FileNotFoundError(f"image file {named!r} does not exist. Check the path.")
         if not path.is_file():
             kind = "a folder. Name a file inside it" if path.is_dir() else "a device or a pipe. Copy it to a file"
             raise ValueError(f"{name!r} must be an image file; got {kind}.")

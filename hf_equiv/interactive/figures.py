@@ -39,17 +39,18 @@ def save(match: MatchResult, folder: Path) -> Path:
     """Write images, numbers and picture of a result, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
+    floats = [None] * len(match.status) if match.float_errors is None else [*map(finite, match.float_errors)]
     for k in range(len(match.status)):
         number = f"-{k + 1}" if len(match.status) > 1 else ""
         for kind, png in _images(match, k).items():
             (folder / f"{kind}{number}.png").write_bytes(png)
         levels = match.images[k].double() * 255
+        exact = bool((levels - levels.round()).abs().max() < 1e-3)
         entry = {
             "file": f"match{number}.png",
             "status": str(match.status[k]),
-            "embedding_error": finite(match.errors[k]),
-            "embedding_error_float": None if match.float_errors is None else finite(match.float_errors[k]),
-            "rounded": bool((levels - levels.round()).abs().max() > 1e-3),  # the error is that of the image before
+            "embedding_error": floats[k] if exact else finite(match.errors[k]),  # of the float image, as in rows
+            "embedding_error_8bit": finite(match.errors[k]) if exact else None,
             "psnr_db": None if match.psnr_db is None else finite(match.psnr_db[k]),
             "num_evals": finite(match.num_evals[k]),
             "seconds": finite(match.seconds[k]),

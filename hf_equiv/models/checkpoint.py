@@ -201,8 +201,8 @@ def _builtin(name: str, revision: str | None) -> Checkpoint:
 def _local(found: Checkpoint) -> Checkpoint:
     if not found.folder.is_dir():
         raise FileNotFoundError(
-            f"`model_id` must be an existing folder, a Hub id or 'builtin'; got '{found.model_id}', but there is no "
-            f"folder '{found.folder}'. Check the path."
+            f"`model_id` must be an existing folder, a Hub id or 'builtin'; got '{found.folder}', which is no folder. "
+            "Check the path."
         )
     if utf8(str(found.folder)) != str(found.folder):  # safetensors does not open it
         raise ValueError(f"`model_id` must be a name in UTF-8; got {str(found.folder)!r}. Rename the folder.")

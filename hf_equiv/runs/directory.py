@@ -369,8 +369,8 @@ def refuse_folder_of_runs(folder: Path, command: Callable[[str], str] = str) -> 
         lines.append(f"\n- {command(path.as_posix())}{note}")
     if lines:
         raise ValueError(
-            f"{folder.as_posix()!r} must be one run directory; it is a folder of {many(len(lines), 'run')}. A dataset "
-            f"takes any number of runs, one after the other. Publish each:{''.join(lines)}"
+            f"{folder.as_posix()!r} must be one run directory; it is a folder of {many(len(lines), 'run')}. Name one "
+            f"after the other:{''.join(lines)}"
         )
 
 

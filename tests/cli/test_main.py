@@ -197,7 +197,7 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     assert code == 130
     assert out == ""
     assert err.lstrip() == (  # click ends the line of the ^C first
-        "error: interrupted; 0 of 1 rows are kept in run; unfinished ones start again. "
+        "interrupted; 0 of 1 rows are kept in run; unfinished ones start again. "
         f"To continue{' without --overwrite' if again else ''}: "
         "hf-equiv match builtin --source 1.png --target 2.png --max-evals 30 --out run -q\n"
     )
@@ -518,7 +518,10 @@ def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
     code, _, err = call(capsys, *words)
     assert code == 130
     assert "part 2 of 5: match within 8/255, 2 pairs\n" in err
-    assert "interrupted; 4 of 6 pairs and photos of all parts are kept in here; unfinished ones start again. " in err
+    assert (
+        "interrupted; 4 of 6 pairs and photos of all parts are kept in here; unfinished ones start again. For a page of those: hf-equiv report here. "
+        in err
+    )
     assert f"To continue: hf-equiv {' '.join(words)}\n" in err
     code, out, err = call(capsys, *words)
     assert code == 0

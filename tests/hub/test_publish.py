@@ -258,7 +258,7 @@ def test_interrupted_while_it_uploads(hub, runs, capsys, monkeypatch):
     monkeypatch.setattr("hf_equiv.hub.publish.send", stop)
     code, out, err = call(capsys, "publish", runs["match"], NAME, "-q")
     assert (code, out) == (130, "")
-    assert err.lstrip().startswith("error: interrupted. Run the same command to continue: it sends")
+    assert err.lstrip().startswith("interrupted. Run the same command to continue: it sends")
 
 
 def test_progress_counts_what_has_gone(hub, runs, monkeypatch, capsys):
@@ -293,13 +293,13 @@ def test_a_folder_of_runs_is_refused_with_the_command_for_each(hub, runs, tmp_pa
     assert (code, out) == (2, "")
     flags = f"{NAME} --public --license cc-by-4.0 --dry-run"
     assert err.splitlines() == [
-        "error: 'runs' must be one run directory; it is a folder of 3 runs. A dataset takes any number of runs, one "
-        "after the other. Publish each:",
+        "error: 'runs' must be one run directory; it is a folder of 3 runs. Name one after the other:",
         f"- hf-equiv publish runs/broken {flags} (its run.json cannot be read)",
         f"- hf-equiv publish runs/match/a {flags}",
         f"- hf-equiv publish 'runs/walk/b c' {flags} (not finished: run the same walk command)",
     ]
-    with pytest.raises(ValueError, match=r"it is a folder of 1 run\..* Publish each:\n- runs/match/a$"):
+    assert "\n- hf-equiv verify runs/match/a\n" in call(capsys, "verify", "runs")[2]
+    with pytest.raises(ValueError, match=r"it is a folder of 1 run\. Name one after the other:\n- runs/match/a$"):
         publish_results("runs/match", NAME)
     assert not hub.log
 

@@ -696,7 +696,7 @@ def test_a_port_that_is_taken_is_named():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"models": ("./nothing",)}, "there is no folder 'nothing'. Check the path."),
+        ({"models": ("./nothing",)}, "got 'nothing', which is no folder. Check the path."),
         ({"models": ("not a name",)}, "`model_id` must be a Hub id"),
         ({"models": ("a,b",)}, "`models` must be names without commas"),
         ({"dataset": "nothing"}, "'nothing' must be a run directory; it does not exist."),

@@ -67,10 +67,9 @@ def test_a_match_is_saved_shown_and_drawn(encoder, match, tmp_path, monkeypatch,
     names = ("match.json", "match.png", "picture.png", "source.png", "target.png")
     assert sorted(path.name for path in folder.iterdir()) == list(names)
     (entry,) = json.loads((folder / "match.json").read_text())
-    assert entry["embedding_error"] == float(match.errors)
-    assert entry["embedding_error_float"] == float(match.float_errors)
-    assert entry["embedding_error_float"] in [error for _, error in match.traces[0]]
-    assert entry["rounded"] is False
+    assert entry["embedding_error_8bit"] == float(match.errors)
+    assert entry["embedding_error"] == float(match.float_errors)
+    assert entry["embedding_error"] in [error for _, error in match.traces[0]]
     assert entry["match_label"] == match.labels[0][1]
     assert torch.equal(encoder.preprocess(folder / "match.png"), match.images)
     (image,) = encoder.to_pil(match.images)
@@ -94,8 +93,8 @@ def test_what_a_result_does_not_know_is_left_out(match, tmp_path):
     folder = bare.save(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["match.json", "match.png", "picture.png"]
     (entry,) = json.loads((folder / "match.json").read_text())
-    assert entry["rounded"] is True
-    assert entry["psnr_db"] is entry["embedding_error_float"] is None
+    assert entry["embedding_error"] == float(match.errors)
+    assert entry["psnr_db"] is entry["embedding_error_8bit"] is None
 
 
 @pytest.mark.parametrize(("watched", "progress", "bar"), [(0, None, 0), (1, None, 1), (1, False, 0), (0, True, 1)])
