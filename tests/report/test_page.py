@@ -699,8 +699,8 @@ def test_words_for_numbers():
         (10, 40.8, {"psnr_db": None}, "Exposed: in all 10 pairs, a change gave the photo the other's embedding"),
         (10, 40.8, {"matched": shares(4, 10), "nearer": shares(6, 10)}, "Partly exposed: in 4 of 10 pairs, a change"),
         (10, 40.8, {"matched": None, "nearer": shares(2, 10)}, "Partly exposed: in 2 of 10 pairs, a change that is "
-         "invisible at a glance (40.8 dB) moved the photo's embedding nearer to the other's than to its own; JPEG 75"),
-        (10, 40.8, {"matched": shares(4, 10)}, "moved the photo's embedding nearer to the other's than to its own; "),
+         "invisible at a glance (40.8 dB) moved the photo's embedding nearer to the other's than to the original; "),
+        (10, 40.8, {"matched": shares(4, 10)}, "the photo's embedding nearer to the other's than to the original; "),
         (10, 44.0, {"matched": shares(0, 10)}, "Exposed: in all 10 pairs, a change that is invisible at a glance (44"),
         (12, 44.0, {"matched": shares(0, 12), "nearer": shares(0, 12)},
          "Not exposed in this test: in none of the 12 pairs could the photo be made to pass for the other one."),
