@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from hf_equiv.analyses.plan import Plan
     from hf_equiv.analyses.run import RunOutcome
 
-_LEVELS = (16, 8, 4, 2)  # radii of the sweep, in levels of 255
 _PHOTOS = 10  # photos of spectrum and constants; with fewer, a verdict of the report has a caveat
 _PAGE = "page with JPEG, resizing and blur (time without figures)"
 _PAGE_COST = 38 / 3  # evaluations per pair
@@ -99,6 +98,7 @@ def _plans(given: dict[str, Any]) -> dict[str, Plan]:
     from hf_equiv.analyses import LipschitzConfig, MatchConfig, SpectrumConfig
     from hf_equiv.analyses.plan import make_plan, with_config
     from hf_equiv.models.places import BUILTINS
+    from hf_equiv.report.collect import AUDIT_LEVELS
 
     if given["model"] in BUILTINS and given["data"] is None:
         given = given | {"data": "builtin"}
@@ -106,7 +106,7 @@ def _plans(given: dict[str, Any]) -> dict[str, Plan]:
     few = given | {"limit": _PHOTOS, "dtype": "float32" if free.half else free.dtype}
     encoder = load(free, given)
     match = make_plan(free, encoder, **where)
-    balls = {f"match-{k}": with_config(match, replace(free, radius=k / 255)) for k in _LEVELS}
+    balls = {f"match-{k}": with_config(match, replace(free, radius=k / 255)) for k in AUDIT_LEVELS}
     spectrum = make_plan(config_of(SpectrumConfig, few), encoder, **where)
     directions = f"random:8,top:{min(4, encoder.embedding_dim)},null:8"
     constants = config_of(LipschitzConfig, few | {"directions": directions, "linearity": True})

@@ -37,9 +37,9 @@ def recall(revision: str) -> str | None:
 
 
 def from_here(name: str, revision: str) -> str:
-    """Return the path of local files as it can be typed in the current folder; their name if it is not known."""
+    """Return the path of local files as it can be typed in the current folder; their name if there is none."""
     path = recall(revision)
-    if path is None or not os.path.exists(path):
+    if path is None or not path.isprintable() or not os.path.exists(path):
         return name
     near = os.path.relpath(path)
     return near if os.sep in near else f".{os.sep}{near}"  # never a name of the Hub

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from hf_equiv.formatting import ALIKE_DB, UNSEEN_DB, VISIBILITY, many, visibility
+from hf_equiv.formatting import ALIKE_DB, VISIBILITY, many, visibility
 from hf_equiv.report.numbers import MATCHED, BudgetNumbers, CheckpointNumbers
 from hf_equiv.report.render import findings, interval, tenth, three
 from hf_equiv.report.statistics import SMALL, Estimate, Share
 from hf_equiv.runs.schema import Row
 
-FEW = SMALL  # with fewer pairs or photos, a verdict has a caveat
 ON_THE_WAY = 0.1  # a budget is enough if the median PNG error is at most this part of the distance of unrelated images
 YES, PARTLY, NO, OPEN = "supported", "supported with a caveat", "not supported", "not measured"
 UNDECIDED, NO_FEW = "not decided", "not supported with a caveat"
@@ -74,7 +73,7 @@ EXPOSURE: tuple[tuple[str, bool, Callable[[BudgetNumbers], bool], Callable[[Budg
     (EXPOSED, False, lambda b: b.nearer is not None and b.nearer.most > 0, _unseen),
     (IN_PART, True, lambda b: b.matched is not None and b.matched.hits > 0, _hits),
     (IN_PART, False, lambda b: b.nearer is not None and b.nearer.hits > 0, _hits),
-    (UNCLEAR, False, lambda b: b.cut_short > 0 or b.pairs < FEW, _hits),
+    (UNCLEAR, False, lambda b: b.cut_short > 0 or b.pairs < SMALL, _hits),
     (NOT_FOUND, False, lambda b: True, _hits),
 )
 """Verdict, whether it counts photos with the embedding of another, the test of a run, and the run to prefer.
@@ -94,7 +93,7 @@ def exposure(numbers: CheckpointNumbers) -> Exposure:
 
 
 def _compared(numbers: CheckpointNumbers) -> list[BudgetNumbers]:
-    """List the runs with as many pairs as the page's own; a smaller one may have other photos and overrides nothing."""
+    """List the runs with as many pairs as the page's own. Ignore smaller runs; they may have other photos."""
     return [b for b in numbers.budgets if numbers.match and b.rows >= numbers.match.rows]
 
 
@@ -157,11 +156,11 @@ Judged = tuple[str, str] | None
 
 def _against(n: int) -> str:
     """Return the verdict on a claim that fails for n pairs or photos, with a caveat if there are few."""
-    return NO if n >= FEW else NO_FEW
+    return NO if n >= SMALL else NO_FEW
 
 
 def _supported(n: int) -> str:
-    return YES if n >= FEW else PARTLY
+    return YES if n >= SMALL else PARTLY
 
 
 def _verdict(share: Share) -> str:
@@ -255,7 +254,7 @@ def claims(numbers: CheckpointNumbers) -> tuple[Claim, ...]:
 FINDINGS = {
     "summary": ("answer", "exposed", "how", "helps"),
     "against": ("not_linear", "not_random", "not_noise", "not_small"),
-    "consequences": ("trust", "nearness", "retrain", "recompress", "second_model", "own_photos"),
+    "consequences": ("trust", "nearness", "retrain", "own_photos"),
     "limits": ("first_pairs", "scaled"),
 }
 """Names of the template's texts: answer, disagreements with the paper, consequences for a user, open questions."""
@@ -280,5 +279,5 @@ def texts(numbers: CheckpointNumbers) -> Callable[..., str]:
     return findings(
         n=numbers, e=exposure(numbers), undone=undone(numbers), near=near_budget(numbers),
         failed=failed_budget(numbers), alike=look_alike(numbers), best=most_alike(numbers),
-        reach=linear_reach(numbers), few=FEW, ALIKE_DB=ALIKE_DB, UNSEEN_DB=UNSEEN_DB, MATCHED=MATCHED,
+        reach=linear_reach(numbers),
     )  # fmt: skip

@@ -27,7 +27,10 @@ from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
 
 _ENCODER = ("model_id", "model_revision", "readout", "normalize", "dtype")
 _OPTIONS = ("solver", "radius", "norm", "rtol", "max_evals", "refine", "labels")  # of `match`, kept in its settings
-AUDIT = {"match", "match-16", "match-8", "match-4", "match-2", "spectrum", "lipschitz"}  # folders of an audit
+AUDIT_LEVELS = (16, 8, 4, 2)  # radii of the sweep of an audit, in levels of 255
+_BALLS = {f"match-{k}" for k in AUDIT_LEVELS}
+_AUDIT = {"match", *_BALLS, "spectrum", "lipschitz"}  # folders of an audit
+_NOT_OF_AUDIT = {"--source", "--solver", "--radius", "--rtol", "--max-evals", "--no-refine", "--compile"}  # of `match`
 _MANY = 50  # pairs that a command proposes where more would tell more
 _FAILURES = (ValueError, OSError, RuntimeError, ImportError)  # causes of a missing model; other errors are bugs
 
@@ -88,14 +91,12 @@ def commands_of(runs: Iterable[Run]) -> list[str]:
 
 def to_finish(runs: Sequence[Run]) -> list[str]:
     """Return the commands that finish runs: that of the audit whose folder they fill, or else their own."""
-    left = [run for run in runs if run.partial]
-    first = next((run for run in runs if run.folder.name == MATCH.analysis), None)
-    names = {run.folder.name for run in runs if first and run.folder.parent == first.folder.parent}
-    if first and len(names) == len(runs) and names <= AUDIT and (left or 1 < len(names) < len(AUDIT)):
-        command = (_command(first) or "").replace("hf-equiv match ", "hf-equiv audit ", 1)
-        commands = [(command, first.folder.parent)]
-    else:
-        commands = [(_command(run) or "", run.folder) for run in left]
+    commands = [(_command(run) or "", run.folder) for run in runs if run.partial]
+    named, folders = {run.folder.name: run for run in runs}, {run.folder.parent for run in runs}
+    if len(folders) == 1 and MATCH.analysis in named and _BALLS & named.keys() and named.keys() <= _AUDIT:
+        command = _command(named[MATCH.analysis]) or ""
+        if not _NOT_OF_AUDIT & set(shlex.split(command)) and (commands or named.keys() < _AUDIT):
+            commands = [(command.replace("hf-equiv match ", "hf-equiv audit ", 1), folders.pop())]
     return [f"{command} --out {shlex.quote(os.path.relpath(out))}" for command, out in commands if command]
 
 
@@ -287,6 +288,7 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
     names = ("readout", "normalize", "dtype", "image_column", "label_column", "seed", *(_OPTIONS if match else ()))
     given = {name: settings[name] for name in names if name in settings}
     stated |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    stated |= changed
     if match and stated.get("radius") is None:
         stated["norm"] = None
     ids, revisions = (str(settings[key]).split(" + ") for key in ("data_id", "data_revision"))
@@ -296,7 +298,7 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
     else:
         own = "PATH" if count is None and (whole or sets[0] == "builtin") else sets[0]
         stated |= {"data": own, "pairs" if match else "limit": count or _MANY}
-    return command_line(VERBS[verb].CONFIG(**stated | changed))
+    return command_line(VERBS[verb].CONFIG(**stated))
 
 
 def model_of(settings: Row) -> str:

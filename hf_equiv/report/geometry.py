@@ -35,7 +35,6 @@ class SpectrumNumbers:
     full: int
     sigma_max: Estimate | None
     effective_rank: Estimate | None
-    participation: Estimate | None
     structural_zeros: Mapping[str, Any]
     near_structural: Mapping[str, Any]
     ranks: tuple[int, ...]
@@ -84,7 +83,6 @@ class DirectionNumbers:
     spread: Spread | None
     jvp: Spread | None
     linearity: Estimate | None
-    linearity_spread: Spread | None
     at_limit: int
 
 
@@ -117,15 +115,14 @@ def lipschitz_numbers(runs: Sequence[Run]) -> LipschitzNumbers | None:
 
 
 def _direction(rows: Rows) -> DirectionNumbers:
-    values, reach = column(rows, "value"), column(rows, "linearity_radius")
+    values = column(rows, "value")
     return DirectionNumbers(
         count=len(rows),
         resolved=sum(value is not None for value in values),
         value=estimate(values),
         spread=spread(values),
         jvp=spread(column(rows, "jvp")),
-        linearity=estimate(reach),
-        linearity_spread=spread(reach),
+        linearity=estimate(column(rows, "linearity_radius")),
         at_limit=sum(bool(row["linearity_at_limit"]) for row in rows),
     )
 
@@ -144,11 +141,9 @@ def _regional(runs: Sequence[Run]) -> tuple[float | None, str | None, list[Row]]
 
 @dataclass(frozen=True)
 class WalkNumbers:
-    """Walks through images of one embedding: medians over walks, and each walk as its run sums it up."""
+    """Walks through images of one embedding: the median distance reached, and each walk as its run sums it up."""
 
     l2: Estimate | None
-    arc_length: Estimate | None
-    psnr_db: Estimate | None
     largest_drift: float
     walks: tuple[Row, ...]
     one_label: Share | None

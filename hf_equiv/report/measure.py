@@ -173,7 +173,7 @@ def measure_run(
 
 
 def measured_earlier(run: Run, cache: Path | None) -> Row | None:
-    """Return the newest measurements of a match run that an earlier report kept, whatever its options; None without."""
+    """Return the newest measurements of a run that an earlier report kept with any options; None if there are none."""
     path = _place(cache, run, "pairs", [])
     there = path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*.json") if path else ()
     found = map(_read_kept, sorted(there, key=lambda path: path.stat().st_mtime, reverse=True))
@@ -267,12 +267,14 @@ def _measured_ids(run: Run) -> list[str]:
 
 def _place(cache: Path | None, run: Run, kind: str, options: Sequence[Any]) -> Path | None:
     """Return the file that keeps measurements: its name tells the rows and this code, then the encoder and options."""
+    if cache is None:
+        return None
     paths = [path for name in (run.layout.folder, "float") for path in sorted((run.folder / name).glob("[!.]*.*"))]
     names = ((path.relative_to(run.folder).as_posix(), path) for path in paths)
     files = [[name, shards.sha256_file(path)] for name, path in names if name not in run.changed]
     parts = [_VERSION, MEASURED_PAIRS, files, _measured_ids(run), kind], options
     digests = (hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for part in parts)
-    return None if cache is None else cache / f"measured-{'-'.join(digests)}.json"
+    return cache / f"measured-{'-'.join(digests)}.json"
 
 
 def _function(encoder: Any) -> list[Any]:

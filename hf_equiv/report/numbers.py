@@ -18,7 +18,7 @@ IDENTICAL_DB = 100.0  # PSNR of a match that equals its source; one grey level i
 MATCHED = 0.01  # a PNG counts as matched within this part of the median distance of unrelated images
 
 
-@dataclass(frozen=True, eq=False)  # its findings are kept by it
+@dataclass(frozen=True, eq=False)  # compared by identity, because `texts` caches by it
 class CheckpointNumbers:
     """Every number that a report states about one checkpoint; None for a part without data."""
 
@@ -115,7 +115,6 @@ class MatchRun:
     listed: int
     rows: int
     pairs: int
-    sources: int
     cut_short: int
     solver: str
     radius: float | None
@@ -135,14 +134,11 @@ class MatchRun:
 
 @dataclass(frozen=True)
 class MatchNumbers(MatchRun):
-    """The first match run; `within` is the share of pairs up to each error; fields from `distance` on are measured."""
+    """The run of most pairs; `within` is the share of pairs up to an error; fields from `distance` on are measured."""
 
-    refine: bool
     noise_floor: Estimate | None
-    linf: Estimate | None
     num_evals: Estimate | None
     target_label_prob: Estimate | None
-    match_prob: Estimate | None
     within: Mapping[str, Mapping[str, Share | None]]
     photos: int
     distance: Estimate | None
@@ -202,7 +198,7 @@ def _match_run(record: Any, run: Run, measured: Rows = (), **given: Any) -> Any:
     psnr = (IDENTICAL_DB if row["psnr_db"] is None and row["l2"] == 0 else row["psnr_db"] for row in run.good)
     return fill(
         record, (*run.good, *measured), run.settings, run=run.name, listed=run.listed, rows=len(run.rows),
-        pairs=len(run.good), sources=len({row["source_id"] for row in run.good}), psnr_db=estimate(psnr),
+        pairs=len(run.good), psnr_db=estimate(psnr),
         cut_short=sum(row["status"] == Status.MAX_EVALS for row in run.rows),
         converged=share(row["status"] == Status.CONVERGED for row in run.rows), **given,
     )  # fmt: skip
@@ -219,13 +215,9 @@ def _less(a: float | None, b: float | None) -> bool | None:
 def _unrelated(run: Run, measured: Row) -> Spread | None:
     """Return the distances of unrelated photos: as measured, else from the run's own summary."""
     if measured.get("unrelated"):
-        return _distribution(measured["unrelated"])
+        return fill(Spread, (), measured["unrelated"])
     stated = (run.record.get("summary") or {}).get("baseline")
     return fill(Spread, (), stated["distance"], n=stated["num_pairs"]) if stated else None
-
-
-def _distribution(stored: Row | None) -> Spread | None:
-    return fill(Spread, (), stored) if stored else None
 
 
 @dataclass(frozen=True)
@@ -303,7 +295,7 @@ class TransferNumbers:
 def _transfer(one: Row) -> TransferNumbers:
     named = [pair["labels"] for pair in one["pairs"] if pair["labels"] and pair["labels"][0] != pair["labels"][2]]
     return fill(
-        TransferNumbers, one["pairs"], one, unrelated=_distribution(one["unrelated"]),
+        TransferNumbers, one["pairs"], one, unrelated=fill(Spread, (), one["unrelated"]) if one["unrelated"] else None,
         nearer=share(_less(pair["error"], pair["distance"]) for pair in one["pairs"]),
         taken=share(_less(pair["cosine_to_source"], pair["cosine_to_target"]) for pair in one["pairs"]),
         flipped=share(match == target for _, match, target in named),
@@ -320,7 +312,6 @@ class RetrievalNumbers:
     chance: float
     first: Share | None
     source_first: Share | None
-    unranked: int
     rank: Estimate | None
     source_rank: Estimate | None
     overlap: Estimate | None
@@ -330,11 +321,8 @@ class RetrievalNumbers:
 def _retrieval(stored: Row | None) -> RetrievalNumbers | None:
     if not stored:
         return None
-    columns = {key: column(stored["pairs"], key) for key in ("rank", "source_rank")}
-    return fill(
-        RetrievalNumbers, stored["pairs"], stored, unranked=columns["rank"].count(None),
-        first=_at_most(columns["rank"], 1), source_first=_at_most(columns["source_rank"], 1),
-    )  # fmt: skip
+    first, source_first = (_at_most(column(stored["pairs"], key), 1) for key in ("rank", "source_rank"))
+    return fill(RetrievalNumbers, stored["pairs"], stored, first=first, source_first=source_first)
 
 
 @dataclass(frozen=True)

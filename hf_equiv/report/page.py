@@ -14,7 +14,6 @@ from typing import Any
 from hf_equiv.analyses.figures import difference_png
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
-from hf_equiv.formatting import ALIKE_DB, UNSEEN_DB
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.models.places import BUILTINS
 from hf_equiv.models.recorded import is_local
@@ -22,8 +21,7 @@ from hf_equiv.report import claims, collect, render
 from hf_equiv.report.collect import Checkpoint, Place, Run
 from hf_equiv.report.figures import draw_figures
 from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer, measured_earlier
-from hf_equiv.report.numbers import IDENTICAL_DB, MATCHED, CheckpointNumbers, checkpoint_numbers
-from hf_equiv.report.statistics import RESAMPLES
+from hf_equiv.report.numbers import IDENTICAL_DB, CheckpointNumbers, checkpoint_numbers
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 
@@ -119,10 +117,10 @@ def make_report(
     """Report whether checkpoints are exposed and whether their runs support the paper, with intervals and controls.
 
     Runs are grouped by model, revision, readout and dtype. Numbers come from the rows; controls, survival, transfer,
-    retrieval and the kNN probe are measured anew with the recorded model, on the match run of most pairs (of equal
-    ones that without a ball, or with the largest). If a model cannot be loaded, these parts say so, or show what an
-    earlier report to the same `out` measured. Rows whose files differ from the `run.json` of a finished run are left
-    out; the page says how many.
+    retrieval and the kNN probe are measured anew with the recorded model, on the match run of most pairs (ties: no
+    ball first, then the largest radius). If a model cannot be loaded, these parts say so, or show what an earlier
+    report to the same `out` measured. Rows whose files differ from the `run.json` of a finished run are left out; the
+    page says how many.
 
     Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo.
 
@@ -171,13 +169,11 @@ def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
     say = render.findings()
     problems = [say("changed_files", run) for run in runs if run.changed]
     problems += [other for other in asked.others.values() if isinstance(other, str)]
-    failed = [(page["numbers"].title, page["reason"] or page["unchecked"]) for page in pages]
+    failed = [(page["numbers"].title, page["reason"]) for page in pages]
     problems += [f"{title}: {reason}" for title, reason in failed if reason not in ("", WITHHELD)]
     whole = {
         "title": f"{'Is' if len(pages) == 1 else 'Are'} {_listed([one.title for one in checkpoints])} exposed?",
         "say": say, "models": pages, "several": len(pages) > 1, "same": _alike(checkpoints), "labelled": asked.labelled,
-        "resamples": RESAMPLES, "few": claims.FEW, "matched": MATCHED, "alike_db": ALIKE_DB,
-        "unseen_db": UNSEEN_DB,
     }  # fmt: skip
     return Report(
         html=render.to_html(whole),
@@ -219,7 +215,7 @@ def _labelled(label_data: str | os.PathLike[str], place: Place) -> ImageSet:
 
 
 def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row], str]:
-    """Measure the first match run with its own encoder and with others; the last value is the reason of a failure."""
+    """Measure the match run of most pairs with its own encoder and others; the last value says why that failed."""
     run = checkpoint.main
     if run is None:
         return None, [], ""
@@ -247,12 +243,11 @@ def _differ(other: Encoder, own: Row) -> bool:
     return (other.revision, other.readout, other.normalize) != (own["model_revision"], own["readout"], own["normalize"])
 
 
-# These functions return what the templates print, apart from the numbers.
+# These functions return the template values except the numbers.
 
 
 def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
     measured, moved, reason = _measure(checkpoint, asked)
-    kept = bool(measured and measured["pairs"])  # then a reason says that they are of an earlier report
     numbers = checkpoint_numbers(checkpoint, measured, moved)
     text = claims.texts(numbers)
     figures = {
@@ -266,8 +261,9 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
     return {
         "prefix": prefix,
         "asked": asked,
-        "reason": "" if kept else reason,
-        "unchecked": reason if kept else "",
+        "reason": reason,  # of what is not measured now
+        "earlier": bool(reason and measured and measured["pairs"]),  # the measurements are of an earlier report
+        "can_measure": not reason or bool(_unknown_path(checkpoint)),
         "numbers": numbers,
         "near": claims.near_budget(numbers),
         "answer": claims.answer(numbers),
@@ -300,10 +296,15 @@ def _again(checkpoint: Checkpoint, asked: Asked, verb: str, count: int | None = 
 
 def _report_again(checkpoint: Checkpoint, asked: Asked, *options: str) -> str:
     """Return the command of this report with more options."""
-    model = collect.model_of(settings) if is_local(settings := checkpoint.runs[0].settings) else ""
-    local = ["--model", model] if model.startswith("PATH/") else []  # other paths are remembered
+    local = ["--model", model] if (model := _unknown_path(checkpoint)) else []  # other paths are remembered
     page = [] if asked.out is None else ["--out", asked.out]
     return shlex.join(["hf-equiv", "report", *asked.names, *local, *options, *page])
+
+
+def _unknown_path(checkpoint: Checkpoint) -> str:
+    """Return PATH/NAME for a local model whose path is not known here, else nothing."""
+    model = collect.model_of(settings) if is_local(settings := checkpoint.runs[0].settings) else ""
+    return model if model.startswith("PATH/") else ""
 
 
 def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) -> Row | None:

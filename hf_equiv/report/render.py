@@ -15,8 +15,9 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from hf_equiv.formatting import ball, many, printable, short, text_templates
-from hf_equiv.report.statistics import LEVEL, Estimate, Share
+from hf_equiv.formatting import ALIKE_DB, UNSEEN_DB, ball, many, printable, short, text_templates
+from hf_equiv.report.numbers import MATCHED
+from hf_equiv.report.statistics import LEVEL, RESAMPLES, SMALL, Estimate, Share
 
 
 def number(estimate: Estimate | None, form: Callable[[float], str] = short, unit: str = "") -> str:
@@ -87,10 +88,10 @@ def findings(**values: Any) -> Callable[..., str]:
     return lambda name, *about: " ".join(str(getattr(template, name)(*about)).split())
 
 
-_FORMATS: dict[str, Callable[..., Any]] = {
-    "number": number, "interval": interval, "brief": brief, "count": count,
-    "tally": tally, "whole": whole, "tenth": tenth, "thousandth": thousandth, "three": three, "short": short,
-    "ball": ball, "many": many,
+_NUMBERS: dict[str, Callable[..., Any]] = {"whole": whole, "tenth": tenth, "thousandth": thousandth, "three": three}
+_GLOBALS = {
+    "ball": ball, "many": many, "zip": zip, "ALIKE_DB": ALIKE_DB, "UNSEEN_DB": UNSEEN_DB, "MATCHED": MATCHED,
+    "SMALL": SMALL, "RESAMPLES": RESAMPLES,
 }  # fmt: skip
 _SPAN = r"[\d.e-]+(?: %)? to [\d.e-]+(?: %)?"
 _WHOLE = re.compile(rf"\({_SPAN}\)|(?:\d[\d.]* % CI|range) {_SPAN}|\bn = \d+|\bε = [\d./]+|\b\d[\d.]*e-\d+\b|\b\d+ %")
@@ -105,8 +106,9 @@ def _environment(kind: str) -> Environment:
         autoescape=kind != "text", keep_trailing_newline=False, extensions=["jinja2.ext.do"],
         finalize=lambda value: value if isinstance(value, Markup) else print_value(value),
     )  # fmt: skip
-    environment.globals |= _FORMATS | {"zip": zip}
-    environment.filters |= _FORMATS | {
+    environment.globals |= _NUMBERS | _GLOBALS
+    environment.filters |= _NUMBERS | {
+        "number": number, "interval": interval, "brief": brief, "count": count, "tally": tally,
         "plain": plain, "shell": shlex.quote, "quoted": lambda text: escape(plain(text)),
         "flat": lambda text: Markup(" ".join(text.split())),
         "data": lambda png: Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii")),

@@ -72,7 +72,7 @@ def retrieve(z_match: Tensor, source: int, target: int, database: Tensor, k: int
 
 
 def vote(query: Tensor, database: Tensor, classes: Sequence[str], k: int, without: Sequence[int] = ()) -> str | None:
-    """Return the class of a query by its k nearest neighbours, a tie by the sum of their cosines; None without any."""
+    """Return the class of a query by its k nearest neighbours, ties by the sum of cosines; None if there are none."""
     near = similarities(query, database)
     tally: dict[str, tuple[int, float]] = {}
     for i in nearest(query, database, k, without):

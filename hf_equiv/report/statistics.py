@@ -14,7 +14,7 @@ Rows = Sequence[Mapping[str, Any]]
 Record = TypeVar("Record")
 
 RESAMPLES = 10_000
-SMALL = 10  # with fewer values the bootstrap of a median is too narrow: 74 % at n = 3, 87 % at 4
+SMALL = 10  # with fewer values a verdict has a caveat, and the bootstrap of a median is too narrow: 87 % at n = 4
 LEVEL = 0.95
 _CHUNK = 4_000_000  # values drawn at once
 
@@ -105,7 +105,7 @@ def share(flags: Iterable[Any]) -> Share | None:
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Return median, 5 % and 95 % quantiles, extremes and count of values; None without any."""
+    """Return median, 5 % and 95 % quantiles, extremes and count of values; None if there are none."""
     known = _finite(values)
     if not len(known):
         return None

@@ -484,7 +484,7 @@ def test_built_in_model_from_an_empty_folder(tmp_path):
 def test_an_audit_is_one_command_that_goes_on(place, capsys, monkeypatch):
     monkeypatch.setattr(collect, "load_recorded", lambda *_: TinyEncoder())
     monkeypatch.setattr(audit, "_PHOTOS", 1)
-    monkeypatch.setattr(audit, "_LEVELS", (8,))
+    monkeypatch.setattr(collect, "AUDIT_LEVELS", (8,))
     for name, drawn in {"pairs": None, "spectrum": {}, "lipschitz": {}}.items():  # which takes most of the time
         monkeypatch.setattr(figures, f"{name}_figure{'' if drawn is None else 's'}", lambda *_, drawn=drawn: drawn)
     monkeypatch.setattr(figures, "png_of", lambda _: b"drawn")

@@ -115,6 +115,10 @@ def test_transfer_to_itself_and_to_a_stranger():
     assert torch.allclose(z_source, source.flatten().double())
 
 
+def test_without_a_place_to_keep_measurements_no_file_is_read():
+    assert measure.measured_earlier(None, None) is None
+
+
 def test_unrelated_distances():
     a, b, c = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
     assert measure._unrelated([(a, a), (b, b)])["curve"] == pytest.approx([5**0.5 / 2, 5**0.5])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -125,7 +126,7 @@ def test_everything_is_there(runs, drawn, tmp_path):
     assert "Photo A The encoder sees: " in text
     assert "Of 5 pairs, this is the middle one by PSNR." in text
     assert "All 5 pairs are shown" in text
-    parts = ["Is builtin exposed?", "Exposed: all 5", "What it means for you", "Matching:", "The paper's claims"]
+    parts = ["Is builtin exposed?", "Exposed: in all 5", "What it means for you", "Matching:", "The paper's claims"]
     for format_ in (text, report.markdown.replace("\\", "")):
         assert sorted(parts, key=format_.index) == parts
     for table in tables_of(report.markdown):
@@ -390,8 +391,18 @@ def test_a_model_that_is_gone_leaves_what_was_measured(runs, monkeypatch):
     after = make_report([runs / "free"], out="page.html", survival=False)
     assert after.numbers["models"] == before.numbers["models"]
     assert "the run used" in after.problems[0]
-    assert "Cannot be checked now: its model could not be loaded" in words_of(after)
+    assert "The model cannot be checked now: its model could not be loaded" in words_of(after)
     assert "because its model" not in words_of(after)
+    edit(runs / "free", lambda row: row | {"source_class": None, "target_class": None})
+    monkeypatch.setattr(collect, "load_recorded", lambda *_: TinyEncoder())
+    make_report([runs / "free"], out="page.html", survival=False)
+    monkeypatch.setattr(collect, "load_recorded", lambda *_: TinyEncoder(7))
+    for asked in (True, False):
+        text = words_of(make_report([runs / "free"], out="page.html", survival=asked))
+        for what in ("survival", "the kNN probe"):
+            assert f"Not measured: {what}, because its model could not be loaded" in text
+        assert "To measure what helps" not in text
+        assert "--label-data" not in text
     edit(runs / "free", lambda row: row | {"seconds": 1.0})  # other rows: nothing was measured of them
     assert make_report([runs / "free"], out="page.html").numbers["models"][0]["survival"] is None
 
@@ -509,7 +520,6 @@ def test_transfer(runs, monkeypatch):
     told = words_of(report)
     assert "A second encoder does not help: for builtin, all 5 are nearer to the other photo." in told
     assert "A second encoder helps: for builtin, none of 5 are nearer to the other photo. Only 5 pairs: try 10." in told
-    assert "A second encoder gives these matches away: in builtin none of 5 are nearer to the other photo" in told
 
 
 def test_transfer_model_that_is_not_there(runs):
@@ -675,39 +685,44 @@ def test_words_for_numbers():
 @pytest.mark.parametrize(
     ("pairs", "psnr", "changes", "told"),
     [
-        (10, 40.8, {}, "Exposed: all 10 photos, by a change that is invisible at a glance (40.8 dB); the classifier "
-         "gives every one of them the label of the other photo; JPEG 75 undid all 10."),
-        (10, 33.0, {"flipped": shares(7, 9)}, "on a close look (33.0 dB); the classifier gives 7 of 9 the label"),
-        (10, 26.6, {"flipped": None}, "all 10 photos, by a change that is visible (26.6 dB); JPEG 75 undid all"),
-        (10, 40.8, {"sources": 4}, "Exposed: all 10 pairs of photos, by a change that is invisible"),
-        (3, 40.8, {}, "of the other photo; JPEG 75 undid all 3 (only 3 pairs: try 10)."),
-        (1, 40.8, {}, "the one photo tried, by a change that is invisible at a glance (40.8 dB); the classifier "
-         "gives 1 of 1 the label of the other photo; JPEG 75 undid 1 of 1 (only 1 pair: try 10)."),
-        (10, 40.8, {"radius": 4 / 255}, "at a glance (40.8 dB, no pixel value changed by more than 4/255); the"),
-        (10, 40.8, {"radius": 3.0, "norm": "l2"}, "at a glance (40.8 dB, changed by at most 3 in L2); the"),
-        (10, 40.8, {"matched": shares(4, 10), "nearer": shares(6, 10)}, "Partly exposed: 4 of 10 photos, by a change"),
-        (10, 40.8, {"matched": None, "nearer": shares(2, 10)}, "Partly exposed: 2 of 10 photos came nearer to another"),
-        (10, 40.8, {"matched": shares(4, 10)}, "Exposed: all 10 photos came nearer to another photo than to their own"),
-        (10, 44.0, {"matched": shares(0, 10)}, "Exposed: all 10 photos came nearer to another photo than to their own"),
+        (10, 40.8, {}, "Exposed: in all 10 pairs, a change that is invisible at a glance (40.8 dB) gave the photo the "
+         "other's embedding and label; JPEG 75 undid it."),
+        (10, 33.0, {"flipped": shares(7, 9)}, "on a close look (33.0 dB) gave the photo the other's embedding; JPEG"),
+        (10, 26.6, {"flipped": None}, "in all 10 pairs, a change that is visible (26.6 dB) gave the photo the other's "
+         "embedding; JPEG 75 undid it."),
+        (3, 40.8, {}, "Exposed: in all 3 pairs tried, a change"),
+        (3, 40.8, {}, "and label; JPEG 75 undid it (only 3 pairs: try 10)."),
+        (1, 40.8, {}, "Exposed: in the one pair tried, a change that is invisible at a glance (40.8 dB) gave the "
+         "photo the other's embedding and label; JPEG 75 undid it (only 1 pair: try 10)."),
+        (10, 40.8, {"radius": 4 / 255}, "at a glance (40.8 dB, at most 4/255) gave the photo the other's"),
+        (10, 40.8, {"radius": 3.0, "norm": "l2"}, "at a glance (40.8 dB, at most 3 in L2) gave the photo the other's"),
+        (10, 40.8, {"psnr_db": None}, "Exposed: in all 10 pairs, a change gave the photo the other's embedding"),
+        (10, 40.8, {"matched": shares(4, 10), "nearer": shares(6, 10)}, "Partly exposed: in 4 of 10 pairs, a change"),
+        (10, 40.8, {"matched": None, "nearer": shares(2, 10)}, "Partly exposed: in 2 of 10 pairs, a change that is "
+         "invisible at a glance (40.8 dB) moved the photo's embedding nearer to the other's than to the original; "),
+        (10, 40.8, {"matched": shares(4, 10)}, "the photo's embedding nearer to the other's than to the original; "),
+        (10, 44.0, {"matched": shares(0, 10)}, "Exposed: in all 10 pairs, a change that is invisible at a glance (44"),
         (12, 44.0, {"matched": shares(0, 12), "nearer": shares(0, 12)},
-         "Not exposed in this test: none of the 12 photos tried could be made to pass for another."),
-        (3, 44.0, {"matched": shares(0, 3), "nearer": shares(0, 3)},
-         "Undecided: none of the 3 photos tried could be made to pass for another, which is too few to tell."),
-        (12, 44.0, {"matched": shares(0, 12), "nearer": shares(0, 12), "cut_short": 2},
-         "Undecided: none of the 12 photos tried could be made to pass for another, but the search ended early."),
+         "Not exposed in this test: in none of the 12 pairs could the photo be made to pass for the other one."),
+        (12, 44.0, {"matched": shares(0, 12), "nearer": shares(0, 12), "radius": 8 / 255},
+         "in none of the 12 pairs could the photo be made to pass for the other one within 8/255."),
+        (3, 44.0, {"matched": shares(0, 3), "nearer": shares(0, 3)}, "Undecided: in none of the 3 pairs could the "
+         "photo be made to pass for the other one, which is too few to tell."),
+        (12, 44.0, {"matched": shares(0, 12), "nearer": shares(0, 12), "cut_short": 2}, "Undecided: in none of the 12 "
+         "pairs could the photo be made to pass for the other one, but the search ended early."),
     ],
 )  # fmt: skip
 def test_the_answer(model, pairs, psnr, changes, told):
     whole = shares(pairs, pairs)
     found = None if pairs == 1 else psnr - 1
-    usual = {"rows": pairs, "pairs": pairs, "sources": pairs, "matched": whole, "nearer": whole, "flipped": whole,
+    usual = {"rows": pairs, "pairs": pairs, "matched": whole, "nearer": whole, "flipped": whole,
              "psnr_db": Estimate(psnr, found, found and psnr + 1, pairs), "cut_short": 0}  # fmt: skip
     budget = replace(model.budgets[0], **usual | changes)
     jpeg = replace(model.survival["JPEG 75"], taken=shares(0, pairs))
     model = replace(model, match=replace(model.match, rows=pairs), budgets=(budget,), survival={"JPEG 75": jpeg})
     given = answer(model)
     assert told in given["sentence"]
-    helps = {True: f"it is embedded: JPEG 75 (undid {render.tally(pairs, pairs)}).", False: ""}
+    helps = {True: f"before embedding: JPEG 75 (undid {render.tally(pairs, pairs)}).", False: ""}
     assert helps["xposed:" in given["sentence"]] in given["helps"]
     assert ("pair: try 10." in given["helps"].replace("pairs", "pair")) is (
         pairs < 10 and "xposed:" in given["sentence"]
@@ -733,15 +748,34 @@ def test_an_unfinished_audit_names_the_command_that_completes_it(runs, tmp_path)
     audit = tmp_path / "my audit"
     for name, own in (("free", "match"), ("near", "match-16"), ("spectrum", "spectrum")):
         shutil.copytree(runs / name, audit / own)
-    told = r"To finish this audit: hf-equiv audit builtin --readout cls --data \S+ --pairs 5 .*--out 'my audit'"
-    assert re.search(told, words_of(make_report(audit, survival=False)))
+    update(audit / "match", lambda record: record | {"command": record["command"].replace(" --max-evals 60", "")})
+    told = r"To finish this audit: (hf-equiv audit builtin --readout cls --data \S+ --pairs 5 --out 'my audit')"
+    found = re.search(told, words_of(make_report(audit, survival=False)))
+    assert audit_command.audit.make_context("audit", shlex.split(found[1])[2:]).params["pairs"] == 5
     update(audit / "match-16", lambda record: record | {"complete": False})
     assert re.search(told, words_of(make_report(audit, survival=False)))
+    update(audit / "match", lambda record: record | {"command": record["command"] + " --solver adam"})
+    text = words_of(make_report(audit, survival=False))  # these runs were made one by one, with options of match
+    assert "To finish this audit" not in text
+    assert re.search(r"To finish a run: hf-equiv match .*--out 'my audit/match-16'", text)
     (tmp_path / "one").mkdir()
-    shutil.copytree(audit / "match-16", tmp_path / "one" / "mine")
+    shutil.move(audit / "match-16", tmp_path / "one" / "mine")
+    assert "To finish" not in words_of(make_report(audit, survival=False))
     text = words_of(make_report("one/mine", survival=False))
     assert re.search(r"To finish a run: hf-equiv match builtin .* --radius 16/255 .*--out one/mine ", text)
-    assert {"match", *(f"match-{k}" for k in audit_command._LEVELS), "spectrum", "lipschitz"} == collect.AUDIT
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("near", "--radius 16/255 --norm linf --out "), ("free", "--pairs 5 --out ")]
+)
+def test_a_longer_search_has_the_budget_of_the_run_that_ended_early(runs, name, told):
+    lost = {"embedding_error_8bit": 1.0, "cosine_to_target": 0.0, "cosine_to_source": 1.0}
+    for other in ("free", "near"):
+        edit(runs / other, lambda row: row | lost)
+    first = _listed(runs / name)[0]
+    edit(runs / name, lambda row: row | {"status": "max_evals", "cosine_to_target": 2.0 * (row["pair_id"] == first)})
+    text = words_of(make_report([runs], survival=False))
+    assert re.search(f"To search longer: hf-equiv match builtin .*{told}", text)
 
 
 def test_more_runs_go_where_the_same_report_finds_them(runs):
@@ -825,4 +859,4 @@ def test_a_copy_of_a_run_counts_once(runs):
 def test_transfer_to_the_model_itself_is_said_to_be_that(runs, monkeypatch):
     monkeypatch.setattr(page, "_differ", lambda other, own: False)
     report = make_report([runs / "free"], survival=False, transfer=["builtin"])
-    assert "the model named is the one that the matches were made for" in report.html
+    assert "the named model is the one the matches were made for" in report.html

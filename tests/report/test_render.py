@@ -24,12 +24,9 @@ def page(*cells: str, title: str = NASTY) -> dict:
         "answer": {"verdict": NASTY, "tone": "bad", "sentence": NASTY, "exposed": NASTY, "how": NASTY, "helps": NASTY},
         "claims": [Claim(cell, cell, cell, PARTLY, "partly") for cell in cells], "consequences": cells,
         "against": cells, "limits": cells, "commands": [*cells], "versions": NASTY, "figures": {},
-        "reason": "", "unchecked": "", "to_finish": [], "again": lambda *_, **__: NASTY,
+        "reason": "", "earlier": False, "can_measure": True, "to_finish": [], "again": lambda *_, **__: NASTY,
     }  # fmt: skip
-    return {
-        "title": title, "models": [model], "several": False, "same": True, "labelled": None,
-        "resamples": 10_000, "few": 10, "matched": 0.01, "alike_db": 30.0, "unseen_db": 36.0,
-    }  # fmt: skip
+    return {"title": title, "models": [model], "several": False, "same": True, "labelled": None}
 
 
 def test_html_is_whole_and_escapes():

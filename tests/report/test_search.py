@@ -92,7 +92,7 @@ def test_an_embedding_without_a_direction_has_no_rank(bad):
     pairs = [{"rank": 1, "source_rank": 2, "overlap": 1.0, "source_overlap": 0.0}] * 2
     pairs += [{"rank": None, "source_rank": 3, "overlap": None, "source_overlap": 0.0}]
     told = numbers._retrieval({"photos": 9, "k": 2, "chance": 0.1, "pairs": pairs})
-    assert (told.first.hits, told.first.n, told.unranked) == (2, 2, 1)
+    assert (told.first.hits, told.first.n) == (2, 2)
     assert (told.rank.n, told.source_rank.n) == (2, 3)
 
 
