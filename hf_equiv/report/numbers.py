@@ -128,6 +128,7 @@ class MatchRun:
     psnr_db: Estimate | None
     ssim: Estimate | None
     l2: Estimate | None
+    num_evals: Estimate | None
     converged: Share | None
     matched: Share | None
 
@@ -137,7 +138,6 @@ class MatchNumbers(MatchRun):
     """The run of most pairs; `within` is the share of pairs up to an error; fields from `distance` on are measured."""
 
     noise_floor: Estimate | None
-    num_evals: Estimate | None
     target_label_prob: Estimate | None
     within: Mapping[str, Mapping[str, Share | None]]
     photos: int

@@ -291,7 +291,7 @@ def _again(checkpoint: Checkpoint, asked: Asked, verb: str, count: int | None = 
     inside = Path(asked.names[0]).is_dir() and not (Path(asked.names[0]) / directory.RECORD).exists()
     out = f"{asked.names[0]}{'/' if inside else '-'}{mark}"
     names = asked.names if inside else [*asked.names, out]
-    return f"{command} --out {shlex.quote(out)} && {_report_again(checkpoint, replace(asked, names=names))}"
+    return f"{command} --out {shlex.quote(out)}; {_report_again(checkpoint, replace(asked, names=names))}"
 
 
 def _report_again(checkpoint: Checkpoint, asked: Asked, *options: str) -> str:

@@ -56,7 +56,9 @@ def count(share: Share | None) -> str:
 
 
 def tally(count: int, total: int) -> str:
-    """Write a count: `all 3`, `2 of 3`, `none of 3`."""
+    """Write a count: `all 3`, `both`, `2 of 3`, `none of 3`."""
+    if count == total == 2:
+        return "both"
     word = {0: "none of", total: "all"}.get(count) if total > 1 else None
     return f"{word or f'{count} of'} {total}"
 
