@@ -243,8 +243,11 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     text.write_text("I am a text")
     take_away(page, "#source")
     upload(page, "#source", text)
-    page.wait_for_selector("text=Convert it to PNG or JPEG")
+    page.wait_for_selector("#seen-source >> text=This is not a picture.")
     page.wait_for_selector("#source img", state="detached")  # put away again
+    assert page.locator("text=This is not a picture.").count() == 1
+    page.click("#go")
+    page.wait_for_selector("#made >> text=Choose a photo for")
     assert str(Path.home()) not in page.content()
     clear, tiff = tmp_path / "my rocket.png", tmp_path / "my cat.tiff"
     rocket = Image.open(PHOTOS / "rocket.jpg").convert("RGBA").resize((300, 200))
@@ -256,6 +259,7 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     upload(page, "#target", tiff)
     page.wait_for_selector("#target img[src$='.png']")  # shown after conversion
     page.wait_for_function("document.querySelector('#target img').naturalWidth === 300")
+    assert "Choose a photo for" not in page.locator("#made").inner_text()
     page.click("#go")
     page.wait_for_selector("#made .live img")  # while it is made
     assert (
@@ -267,7 +271,7 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     assert page.evaluate("document.activeElement.className") == "outcome"
     page.click("text=How it went")
     files = {}
-    for button in ("Download the PNG", "All numbers (JSON)", "Picture to share"):
+    for button in ("Download the PNG", "All numbers (JSON)", "Download a picture to share"):
         with page.expect_download() as download:
             page.get_by_text(button).click()
         files[button] = Path(download.value.path()).read_bytes()
@@ -280,7 +284,7 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
         z, aim = (encoder(decode_png(png)[None]).double() for png in (files["Download the PNG"], used[1]))
     assert float((z - aim).norm() / aim.norm()) == pytest.approx(row["embedding_error_8bit"], abs=1e-6)
     assert row["match_label"] == row["target_label"]
-    assert Image.open(io.BytesIO(files["Picture to share"])).size == (1200, 630)
+    assert Image.open(io.BytesIO(files["Download a picture to share"])).size == (1200, 630)
     page.click("#prove")
     page.wait_for_selector("#proven .good")
     page.click("#try-0")
