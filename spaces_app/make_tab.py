@@ -236,12 +236,12 @@ def make_tab() -> None:
     told = gr.HTML(elem_id="told", elem_classes="unseen", padding=False, js_on_load=LIVE)
     key = gr.State("")
     with gr.Column(visible=False, elem_id="tools") as tools:
-        with gr.Row():
+        with gr.Row(elem_classes="actions"):
             proof = gr.Button("Prove it", variant="primary", elem_id="prove", min_width=130)
             share = gr.DownloadButton("Download a picture to share", elem_id="share", min_width=130)
         proven = gr.HTML(elem_id="proven", js_on_load=LIVE, padding=False)
         gr.HTML('<h3 class="block-title">Try to break it</h3>', padding=False)
-        with gr.Row():
+        with gr.Row(elem_classes="actions"):
             changes = [gr.Button(change, elem_id=f"try-{k}", min_width=130) for k, change in enumerate(CHANGES)]
         trial = gr.HTML(elem_id="trial", js_on_load=LIVE, padding=False)
         others = gr.HTML(elem_id="others", padding=False)
