@@ -246,6 +246,9 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     page.wait_for_selector("#seen-source >> text=This is not a picture.")
     page.wait_for_selector("#source img", state="detached")  # put away again
     assert page.locator("text=This is not a picture.").count() == 1
+    for note in ("#seen-target", "#seen-source"):
+        page.click("#swap")
+        page.wait_for_selector(f"{note} >> text=This is not a picture.")  # it goes with its box
     page.click("#go")
     page.wait_for_selector("#made >> text=Choose a photo for")
     assert str(Path.home()) not in page.content()
@@ -305,8 +308,10 @@ def test_a_match_can_be_stopped(visit):
     assert not page.locator("#halt").is_visible()
     begin_slow(page)
     page.wait_for_selector("#made .live img")
+    assert page.evaluate("document.getElementById('two').inert"), "the photos are in use"
     page.click("#halt")
     page.wait_for_selector("#made .outcome")
+    assert not page.evaluate("document.getElementById('two').inert")
     assert "Stopped early: " in page.locator("#made").inner_text()
     assert "You pressed Stop." in page.locator("#made").inner_text()
     assert not page.locator("#halt").is_visible()
@@ -323,6 +328,7 @@ def test_pushes_and_directions(visit):
     page.wait_for_function("document.querySelector('#pushed-top').innerText.includes('Egyptian cat')")
     page.get_by_role("button", name="Details: all directions").click()
     page.wait_for_selector("#moved svg", state="visible")
+    assert not page.locator("input[type=number]:visible").count(), "they may be left empty"
     before = page.locator("#moved figcaption").first.inner_text()
     assert re.search(r"moved by \d", before)
     page.locator("#along input[type=range]").focus()
