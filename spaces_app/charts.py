@@ -29,7 +29,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis; without given ends it reaches to the outermost points, and its numbers may have names."""
+    """One axis; without given ends it spans the points, and its numbers may have names."""
 
     label: str
     log: bool = False

@@ -2,6 +2,7 @@
 let shown;
 new MutationObserver(() => {
   const link = element.querySelector('.link a');
+  document.getElementById('two').inert = !!element.querySelector('.going');  // the photos are in use
   const now = link ? link.href : element.querySelector('.live') ? 'live' : element.querySelector('.verdict') && 'begun';
   if (now === shown) return;
   shown = now;

@@ -19,7 +19,7 @@ from making import outcome
 from making.jobs import MATCHES, followed, soon
 from making.outcome import CHANGES, MADE, Made
 from making.uploads import Photo, read_upload, shown
-from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused, warn
+from shelf import HIDDEN, LIVE, MAX_EVALS, MODELS, QUICK, RTOL, TIME_LIMIT, encoder_of, file_of, on_gpu, refused
 
 from hf_equiv.data.image_file import encode_png
 from hf_equiv.data.sources import BUILTIN_PHOTOS
@@ -41,10 +41,9 @@ def look_at(path: str | None, model: str, label: str) -> tuple[Any, Any]:
         image = read_upload(path, label)
         picture = shown(path, image)
     except gr.Error as error:
-        warn(error.message)
-        return None, ""
+        return None, views.html.notice(error.message)
     if picture:
-        return picture, gr.skip()  # a change that leads here once more
+        return picture, gr.skip()  # this triggers the handler again
     encoder = encoder_of(model)
     return gr.skip(), views.making.seen(outcome.sights(encoder, encoder.preprocess([image]))[0])
 
@@ -76,7 +75,7 @@ async def _states(request: gr.Request, *asked: str) -> AsyncIterator[int | LiveM
         async for place in MATCHES.turn(job):
             yield place
         if job.stop.is_set():
-            raise refused("You pressed Stop before it began.")
+            return
         yield 0
         async with aclosing(followed(match_uploads(*asked, job.key))) as states:
             async for state in states:
@@ -103,6 +102,7 @@ async def watch_match(
                     return
                 yield *_no_result(view), gr.skip() if words == told else words, *("",) * 3  # once a stage
                 told = words
+        yield *_no_result('<p class="verdict">You pressed Stop before it began.</p>'), *("",) * 4
     except gr.Error as error:
         yield *_no_result(views.html.notice(error.message)), *("",) * 4
 
@@ -144,19 +144,19 @@ async def make_match(
 
 
 def curve_view(curve: Sequence[tuple[str, float, float]], rtol: float) -> str:
-    """Draw the embedding error against evaluations, the float match and its refinement apart."""
+    """Draw the embedding error against evaluations, the float match and its refinement apart, in words of a visitor."""
     last = max((evals for _, evals, _ in curve), default=1.0)
     points = {key: [(evals, error) for stage, evals, error in curve if stage == key] for key in ("match", "refine")}
     series = [
         Series([(0.0, rtol), (max(last, 50.0), rtol)], "goal", "limit"),
-        Series(points["match"], "float match"),
-        Series(points["refine"], "8-bit PNG", "two"),
+        Series(points["match"], "changing pixels"),
+        Series(points["refine"], "rounding to a PNG file", "two"),
     ]
     leap = max((b[1] - a[1] for a, b in pairwise(curve)), default=0.0)
-    note = f"Where it leaps, by up to {leap:.0f} evaluations, a whole Jacobian is computed."
+    note = f"Where it leaps, by up to {leap:.0f} tries, all directions are tried at once."
     return chart(
-        "Embedding error against evaluations", series, Axis("evaluations (forward + backward)", low=0.0),
-        Axis("embedding error", log=True, high=max([2.0, *(e for _, _, e in curve if e < math.inf)])),
+        "Distance from the other photo against tries", series, Axis("tries", low=0.0),
+        Axis("how far from the other photo", log=True, high=max([2.0, *(e for _, _, e in curve if e < math.inf)])),
         note=note if leap >= _JACOBIAN else "",
     )  # fmt: skip
 
@@ -182,8 +182,8 @@ def _photo(which: str) -> tuple[Photo, gr.HTML]:
         )  # fmt: skip
         thumbs = gr.HTML(views.making.thumbs(OFFERED), elem_id=f"take-{which}", js_on_load=_SCRIPT, padding=False)
         note = gr.HTML(elem_id=f"seen-{which}", padding=False, js_on_load=LIVE)
-    thumbs.click(_take_chosen, None, image, queue=False, **HIDDEN)
-    image.clear(lambda: "", None, note, queue=False, **HIDDEN)
+    thumbs.click(_take_chosen, None, image, **QUICK)
+    image.clear(lambda: "", None, note, **QUICK)
     return image, note
 
 
@@ -236,14 +236,13 @@ def make_tab() -> None:
     told = gr.HTML(elem_id="told", elem_classes="unseen", padding=False, js_on_load=LIVE)
     key = gr.State("")
     with gr.Column(visible=False, elem_id="tools") as tools:
-        with gr.Row():
-            small = {"size": "sm", "min_width": 130}
-            proof = gr.Button("Prove it", elem_id="prove", **small)
-            share = gr.DownloadButton("Picture to share", elem_id="share", **small)
+        with gr.Row(elem_classes="actions"):
+            proof = gr.Button("Prove it", variant="primary", elem_id="prove", min_width=130)
+            share = gr.DownloadButton("Download a picture to share", elem_id="share", min_width=130)
         proven = gr.HTML(elem_id="proven", js_on_load=LIVE, padding=False)
         gr.HTML('<h3 class="block-title">Try to break it</h3>', padding=False)
-        with gr.Row():
-            changes = [gr.Button(change, elem_id=f"try-{k}", **small) for k, change in enumerate(CHANGES)]
+        with gr.Row(elem_classes="actions"):
+            changes = [gr.Button(change, elem_id=f"try-{k}", min_width=130) for k, change in enumerate(CHANGES)]
         trial = gr.HTML(elem_id="trial", js_on_load=LIVE, padding=False)
         others = gr.HTML(elem_id="others", padding=False)
     private = {"api_visibility": "private", "concurrency_limit": None}
@@ -251,7 +250,9 @@ def make_tab() -> None:
     for image, note in ((source, seen_source), (target, seen_target)):
         look = partial(soon, partial(look_at, label=image.label))
         gr.on([image.change, model.change], look, [image, model], [image, note], **quietly)
-    swap.click(None, [source, target], [target, source], js="(a, b) => [a, b]", api_visibility="private")
+        image.change(None, view, view, js="(v) => v.includes('verdict bad') ? '' : v", **QUICK)
+    both = [source, target, seen_source, seen_target]
+    swap.click(None, both, [target, source, seen_target, seen_source], js="(...a) => a", api_visibility="private")
     asked, outputs = [source, target, model, budget, effort], [view, key, tools, share]
     done = go.click(watch_match, asked, [*outputs, told, proven, trial, others], **quietly)
     done.then(partial(soon, _others), key, others, **quietly)
@@ -260,7 +261,7 @@ def make_tab() -> None:
     for button, change in zip(changes, CHANGES, strict=True):
         button.click(partial(soon, partial(_broken, change)), key, trial, **private)
     page = Context.root_block
-    page.load(_open_page, None, [*outputs, source, target, model, seen_source, seen_target], queue=False, **HIDDEN)
+    page.load(_open_page, None, [*outputs, source, target, model, seen_source, seen_target], **QUICK)
     page.unload(MATCHES.stop)
     # programs call `make_match` by its name and get a file and numbers
     answer = [gr.File(label="match", visible=False), gr.JSON(label="row", visible=False)]

@@ -91,11 +91,6 @@ def refused(text: str) -> gr.Error:
     return gr.Error(cut(text, 800).replace("<", "(").replace(">", ")"), print_exception=False)
 
 
-def warn(text: str) -> None:
-    """Show a warning to the visitor, with the text of `refused`."""
-    gr.Warning(refused(text).message)
-
-
 @lru_cache(maxsize=4)
 def _load(model: str, revision: str | None, readout: str, normalize: bool, dtype: torch.dtype) -> Encoder:
     return Encoder.from_pretrained(model, revision=revision, readout=readout, normalize=normalize, dtype=dtype)

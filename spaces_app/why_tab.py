@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -28,10 +28,10 @@ _UNRELATED = 2.1  # a chart goes up to this relative distance at least; unrelate
 
 @on_gpu
 def look_along(image_id: str, direction: str, step: float) -> dict[str, Any]:
-    """Move one of the four photos along a direction and give the distance and classes that the encoder finds there.
+    """Move one of the photos along a direction and give the distance and classes that the encoder finds there.
 
     Args:
-        image_id: cat, coffee, rocket or astronaut.
+        image_id: name of the photo; cat, coffee, rocket or astronaut in the results that ship with this Space.
         direction: kind and index, such as "top 0", "null 3", "random 0", "gradient 0".
         step: how far, L2 with pixels in [0, 1], from −16 to 16.
 
@@ -82,7 +82,7 @@ def _stops(image_id: str, direction: str, steps: Sequence[float]) -> tuple[Stop,
         raise refused("`step` must be from −16 to 16.")
     row, vectors = _direction(image_id, direction), _vectors(image_id)
     if direction not in vectors:
-        raise refused(f"The direction {direction!r} cannot be recomputed here.")
+        raise refused("There is nothing to move along: this direction leads to an image that is not here.")
     encoder = recorded_encoder(row, home_of("constants"))
     return stops_along(encoder, decode_png(row["image"]), vectors[direction], steps, row["jvp"])
 
@@ -96,9 +96,10 @@ def _profile(image_id: str, direction: str) -> tuple[Stop, ...]:
 @on_gpu
 def moved_view(image_id: str, direction: str, slider: float) -> str:
     """Show the image at the slider, its classes, and the distance of its embedding."""
-    if direction not in _vectors(image_id):
-        return '<p class="small">There is nothing to move along: this direction leads to an image that is not here.</p>'
-    (stop,) = _stops(image_id, direction, [step_of(slider)])
+    try:
+        (stop,) = _stops(image_id, direction, [step_of(slider)])
+    except gr.Error as error:
+        return views.html.notice(error.message)
     return along_view(stop, _profile(image_id, direction), f"{image_id} moved along {direction}")
 
 
@@ -198,6 +199,13 @@ def pushed_views(image_id: str, sliders: dict[str, float]) -> list[str]:
     return shown
 
 
+async def _renewed(kinds: Sequence[str], image_id: str, *sliders: float) -> AsyncIterator[list[str]]:
+    """Show the photo itself at once, then moved: the first time, its directions take seconds."""
+    photo = next(iter(_constants(image_id).values()))["image"]
+    yield [views.html.pushed(kind, photo, None) for kind in kinds]
+    yield await soon(pushed_views, image_id, dict(zip(kinds, sliders, strict=True)))
+
+
 @lru_cache(maxsize=16)
 def _reach(image_id: str) -> tuple[float, str | None]:
     """Return the length of a strong push, and the label of the photo itself."""
@@ -208,12 +216,13 @@ def _reach(image_id: str) -> tuple[float, str | None]:
 
 
 def warm_up() -> None:
-    """Load the model of the directions and compute those of the first photo, before a visitor asks for them."""
+    """Load the model of the directions and compute those of the first photos, before a visitor asks for them."""
     with suppress(gr.Error):  # the page shows it
         encoder_of("builtin")
         if torch.cuda.is_available():
             return  # a GPU is quick, and on ZeroGPU there is none yet
-        _vectors(results(home_of("constants")).constants[0]["key"])
+        for image_id in list(dict.fromkeys(row["key"] for row in results(home_of("constants")).constants))[:4]:
+            _vectors(image_id)
 
 
 def why_tab(tab: gr.Tab) -> None:
@@ -240,11 +249,7 @@ def why_tab(tab: gr.Tab) -> None:
             partial(soon, lambda image, at, kind=kind: pushed_views(image, {kind: at})[0]), [image, slider], picture,
             **quietly,
         )  # fmt: skip
-    gr.on(
-        [tab.select, image.change],
-        partial(soon, lambda image, *at: pushed_views(image, dict(zip(kinds, at, strict=True)))),
-        [image, *sliders], pictures, **quietly,
-    )  # fmt: skip
+    gr.on([tab.select, image.change], partial(_renewed, kinds), [image, *sliders], pictures, **quietly)
     with gr.Accordion("Details: all directions, and the numbers", open=False, elem_id="directions") as details:
         gr.HTML(views.html.about_directions(dict.fromkeys(row["model_id"] for row in constants)))
         direction = gr.Dropdown(

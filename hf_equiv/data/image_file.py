@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
-class _RefusedError(ValueError):
+class RefusedError(ValueError):
     """An image that is whole but cannot be taken."""
 
 
@@ -189,10 +189,10 @@ def _explained(data: bytes, name: str) -> Iterator[None]:
         known = f"an image file ({', '.join(FORMATS)})"
         told = f"image {name!r} must be {known}; got {len(data):,} bytes of something else"
         raise ValueError(f"{told}. Convert it to PNG or JPEG.") from None
-    except _RefusedError:
+    except RefusedError:
         raise
     except MemoryError:
-        raise ValueError(f"image {name!r} does not fit into memory. Shrink it.") from None
+        raise RefusedError(f"image {name!r} does not fit into memory. Shrink it.") from None
     except Exception as error:
         why = str(error) or type(error).__name__
         raise ValueError(f"image {name!r} is damaged or truncated ({why}). Copy or download it again.") from error
@@ -213,9 +213,9 @@ def _fit(image: Image.Image, name: str, most_pixels: int | None) -> None:
             raise _too_many_pixels(wide, high, name, MAX_PIXELS)
 
 
-def _too_many_pixels(width: int, height: int, name: str, most: int) -> ValueError:
+def _too_many_pixels(width: int, height: int, name: str, most: int) -> RefusedError:
     told = f"image {name!r} must have at most {most:,} pixels; got {width} x {height}"
-    return ValueError(f"{told}. Shrink it first: encoders look at a few hundred pixels a side.")
+    return RefusedError(f"{told}. Shrink it first: encoders look at a few hundred pixels a side.")
 
 
 def _correct_transparency(image: Image.Image, data: bytes) -> None:
@@ -247,14 +247,14 @@ def _low_bytes(data: bytes) -> Image.Image:
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Convert to RGB over white, a strip at a time where that takes more memory than the image."""
     if image.mode == "F":
-        raise _RefusedError(f"image {name!r} must hold integers; got floating point (mode F). Scale it to 8 bit first.")
+        raise RefusedError(f"image {name!r} must hold integers; got floating point (mode F). Scale it to 8 bit first.")
     grey, clear = image.mode.startswith("I"), image.has_transparency_data or image.mode in ("RGBa", "La")
     if not grey and not clear:
         try:
             rgb = image.convert("RGB")
         except ValueError as error:
             told = f"image {name!r} of mode {image.mode} has no RGB form ({error})"
-            raise _RefusedError(f"{told}. Convert it to RGB.") from error
+            raise RefusedError(f"{told}. Convert it to RGB.") from error
         rgb.info = {}
         return rgb
     rgb, (width, height) = Image.new("RGB", image.size), image.size
@@ -285,6 +285,6 @@ def _to_8_bit(values: np.ndarray, low: int, high: int, name: str, kind: Any, mos
     # The container does not: 8-bit levels in integers of Pillow or NumPy are saved as files of 16 bit.
     if low < 0 or high > 65535:
         told = f"image {name!r} must have values from 0 to 65535; got {low} to {high} ({kind})"
-        raise _RefusedError(f"{told}. Scale it to 8 or 16 bit first.")
+        raise RefusedError(f"{told}. Scale it to 8 or 16 bit first.")
     most = most or (255 if high <= 255 else 65535)
     return np.rint(values.astype(np.float64) / (most / 255)).astype(np.uint8)

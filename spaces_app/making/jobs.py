@@ -39,7 +39,7 @@ class Job:
 
 
 class Line:
-    """A queue in which visitors take turns: one who has asked for much does not delay the first job of another."""
+    """A queue in which visitors take turns; visitors with many jobs queue behind others' first jobs."""
 
     def __init__(self, places: int, of_session: int) -> None:
         self._places, self._of_session, self._lock = places, of_session, threading.Lock()

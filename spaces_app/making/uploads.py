@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import threading
 import time
 from abc import ABCMeta
@@ -19,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hf_equiv.data.image_file import open_image
+from hf_equiv.data.image_file import RefusedError, open_image
 from making.jobs import address_of
 
 LARGEST = 25 * 2**20
@@ -53,11 +52,13 @@ def read_upload(path: str | None, label: str) -> Image:
         return open_image(Path(path).read_bytes(), label, most_pixels=MOST_PIXELS)
     except OSError as error:
         raise refused(f"The photo for “{label}” is gone: files are deleted after an hour. Choose it again.") from error
+    except RefusedError as error:
+        told = f"This photo has over {MOST_PIXELS / 1e6:.0f} megapixels, or a rare format. Save it as a smaller JPEG."
+        raise refused(told) from error
     except ValueError as error:
-        if size := re.search(r"(\d+) x (\d+)\. Shrink", told := str(error)):
-            told = f"{size[1]} × {size[2]} is too large (at most {MOST_PIXELS / 1e6:.0f} megapixels). Shrink it first."
-        told = told.replace(f" ({error.__cause__})", "")  # words of Pillow
-        raise refused(told.replace(f"image {label!r}", f"The photo for “{label}”")) from error
+        if error.__cause__:
+            raise refused("This photo is damaged. Copy or download it again.") from error
+        raise refused("This is not a picture. Choose a JPEG, PNG, WebP, GIF, BMP or TIFF file.") from error
 
 
 def shown(path: str, image: Image) -> str | None:

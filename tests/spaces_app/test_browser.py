@@ -243,8 +243,14 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     text.write_text("I am a text")
     take_away(page, "#source")
     upload(page, "#source", text)
-    page.wait_for_selector("text=Convert it to PNG or JPEG")
+    page.wait_for_selector("#seen-source >> text=This is not a picture.")
     page.wait_for_selector("#source img", state="detached")  # put away again
+    assert page.locator("text=This is not a picture.").count() == 1
+    for note in ("#seen-target", "#seen-source"):
+        page.click("#swap")
+        page.wait_for_selector(f"{note} >> text=This is not a picture.")  # it goes with its box
+    page.click("#go")
+    page.wait_for_selector("#made >> text=Choose a photo for")
     assert str(Path.home()) not in page.content()
     clear, tiff = tmp_path / "my rocket.png", tmp_path / "my cat.tiff"
     rocket = Image.open(PHOTOS / "rocket.jpg").convert("RGBA").resize((300, 200))
@@ -256,6 +262,7 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     upload(page, "#target", tiff)
     page.wait_for_selector("#target img[src$='.png']")  # shown after conversion
     page.wait_for_function("document.querySelector('#target img').naturalWidth === 300")
+    assert "Choose a photo for" not in page.locator("#made").inner_text()
     page.click("#go")
     page.wait_for_selector("#made .live img")  # while it is made
     assert (
@@ -267,7 +274,7 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     assert page.evaluate("document.activeElement.className") == "outcome"
     page.click("text=How it went")
     files = {}
-    for button in ("Download the PNG", "All numbers (JSON)", "Picture to share"):
+    for button in ("Download the PNG", "All numbers (JSON)", "Download a picture to share"):
         with page.expect_download() as download:
             page.get_by_text(button).click()
         files[button] = Path(download.value.path()).read_bytes()
@@ -280,7 +287,7 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
         z, aim = (encoder(decode_png(png)[None]).double() for png in (files["Download the PNG"], used[1]))
     assert float((z - aim).norm() / aim.norm()) == pytest.approx(row["embedding_error_8bit"], abs=1e-6)
     assert row["match_label"] == row["target_label"]
-    assert Image.open(io.BytesIO(files["Picture to share"])).size == (1200, 630)
+    assert Image.open(io.BytesIO(files["Download a picture to share"])).size == (1200, 630)
     page.click("#prove")
     page.wait_for_selector("#proven .good")
     page.click("#try-0")
@@ -301,8 +308,10 @@ def test_a_match_can_be_stopped(visit):
     assert not page.locator("#halt").is_visible()
     begin_slow(page)
     page.wait_for_selector("#made .live img")
+    assert page.evaluate("document.getElementById('two').inert"), "the photos are in use"
     page.click("#halt")
     page.wait_for_selector("#made .outcome")
+    assert not page.evaluate("document.getElementById('two').inert")
     assert "Stopped early: " in page.locator("#made").inner_text()
     assert "You pressed Stop." in page.locator("#made").inner_text()
     assert not page.locator("#halt").is_visible()
@@ -319,6 +328,7 @@ def test_pushes_and_directions(visit):
     page.wait_for_function("document.querySelector('#pushed-top').innerText.includes('Egyptian cat')")
     page.get_by_role("button", name="Details: all directions").click()
     page.wait_for_selector("#moved svg", state="visible")
+    assert not page.locator("input[type=number]:visible").count(), "they may be left empty"
     before = page.locator("#moved figcaption").first.inner_text()
     assert re.search(r"moved by \d", before)
     page.locator("#along input[type=range]").focus()

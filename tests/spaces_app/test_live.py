@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from itertools import pairwise
 
+import anyio
 import gradio as gr
 import pytest
 import torch
+import why_tab
 from live import live_match
-from why_tab import why_tab
 
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.data.sources import load_images
@@ -118,5 +119,28 @@ def test_errors_of_the_thread_are_raised_in_the_caller(small, photos, monkeypatc
 
 def test_a_photo_chosen_while_another_is_pushed_is_pushed_next():
     with gr.Blocks() as page, gr.Tab() as tab:
-        why_tab(tab)
+        why_tab.why_tab(tab)
     assert {event["trigger_mode"] for event in page.config["dependencies"]} == {"always_last"}
+
+
+def test_a_photo_is_shown_before_it_is_pushed(monkeypatch):
+    async def shown():
+        return [views async for views in why_tab._renewed(["top", "null"], "rocket", 50, 60)]
+
+    monkeypatch.setattr(why_tab, "pushed_views", lambda *given: [str(given)])
+    begun, ended = anyio.run(shown)
+    assert [view.count("Working …") for view in begun] == [1, 1]
+    assert ended == ["('rocket', {'top': 50, 'null': 60})"]
+
+
+def test_directions_of_all_four_photos_are_computed_before_a_visitor_asks(monkeypatch):
+    computed = []
+    monkeypatch.setattr(why_tab, "_vectors", computed.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    why_tab.warm_up()
+    assert sorted(computed) == ["astronaut", "cat", "coffee", "rocket"]
+
+
+def test_a_direction_that_is_not_here_is_explained(monkeypatch):
+    monkeypatch.setattr(why_tab, "_vectors", lambda _: {})
+    assert "leads to an image that is not here" in why_tab.moved_view("cat", "top 0", 30)

@@ -91,7 +91,7 @@ def test_waiting_is_shown_and_can_be_stopped(monkeypatch):
     monkeypatch.setattr(make_tab, "MATCHES", line)
     waiting, ended = anyio.run(watch)
     assert "You are number 1 in the queue" in waiting
-    assert "You pressed Stop before it began." in ended
+    assert ended == '<p class="verdict">You pressed Stop before it began.</p>', "no error"
 
 
 def test_what_goes_wrong_is_said_in_place_of_an_earlier_result(tmp_path):
@@ -170,17 +170,17 @@ def test_an_upload_is_read_as_the_command_line_reads_the_file(tmp_path, name):
 def test_uploads_that_cannot_be_used_are_refused_in_words(tmp_path, monkeypatch):
     for name, data in NO_PHOTOS.items():
         (tmp_path / f"{name}.png").write_bytes(data)
-        with pytest.raises(gr.Error, match="The photo for “Seen as this” must be an image"):
+        with pytest.raises(gr.Error, match=r"^.This is not a picture\. Choose a JPEG, PNG,"):
             uploads.read_upload(str(tmp_path / f"{name}.png"), "Seen as this")
     with pytest.raises(gr.Error, match="is gone: files are deleted after an hour") as caught:
         uploads.read_upload(str(tmp_path / "nothing.png"), "Seen as this")
     assert str(tmp_path) not in caught.value.message
     (tmp_path / "a.png").write_bytes(encode_png(torch.zeros(3, 10, 10)))
     (tmp_path / "cut.jpg").write_bytes(BUILTIN_PHOTOS["cat"].read_bytes()[:9000])
-    with pytest.raises(gr.Error, match=r"^.The photo for “Seen as this” is damaged or truncated\. Copy or"):
+    with pytest.raises(gr.Error, match=r"^.This photo is damaged\. Copy or"):
         uploads.read_upload(str(tmp_path / "cut.jpg"), "Seen as this")
     monkeypatch.setattr(uploads, "MOST_PIXELS", 99)
-    with pytest.raises(gr.Error, match=r"10 × 10 is too large \(at most 0 megapixels\)\. Shrink it first\."):
+    with pytest.raises(gr.Error, match=r"has over 0 megapixels, or a rare format\. Save it as a smaller"):
         uploads.read_upload(str(tmp_path / "a.png"), "Seen as this")
 
 
@@ -215,6 +215,7 @@ def test_temporary_files_are_deleted_after_an_hour_also_those_of_an_earlier_proc
 ROW = {
     "embedding_error_8bit": 1e-5, "source_label": "Egyptian cat", "match_label": "espresso, coffee",
     "target_label": "espresso, coffee", "same_top1": True, "stopped": False, "radius": None, "match_prob": 0.9,
+    "psnr_db": 40.0,
 }  # fmt: skip
 
 
@@ -225,16 +226,19 @@ ROW = {
         ({"match_prob": 0.37}, "The AI model guesses an espresso (37\xa0%), as for the other photo."),
         ({"source_label": "espresso, coffee"}, "Both photos are seen as an espresso, and so is the lookalike."),
         ({"match_label": None}, "It looks like the photo; to the AI model it is the other one."),
-        ({"embedding_error_8bit": 0.16, "stopped": True}, "Stopped early: 84 % there, and already an espresso."),
+        (
+            {"embedding_error_8bit": 0.16, "stopped": True},
+            "Stopped early: 84 % the same so far, and already an espresso.",
+        ),
         (
             {"embedding_error_8bit": 0.16, "match_label": "Egyptian cat", "same_top1": False},
-            "Not all the way: 84 % there, but still seen as an Egyptian cat.",
+            "Not all the way: 84 % the same, but still seen as an Egyptian cat.",
         ),
         (
             {"embedding_error_8bit": 2.0, "match_label": "pizza", "same_top1": False, "stopped": True},
-            "Stopped early: 0 % there, and seen as a pizza, which is neither.",
+            "Stopped early: 0 % the same so far, and seen as a pizza, which is neither.",
         ),
-        ({"embedding_error_8bit": 0.5, "match_label": None, "stopped": True}, "Stopped early: 50 % there."),
+        ({"embedding_error_8bit": 0.5, "match_label": None, "stopped": True}, "Stopped early: 50 % the same so far."),
     ],
 )
 def test_the_labels_lead_and_failure_does_not_contradict_them(given, said):
@@ -244,6 +248,11 @@ def test_the_labels_lead_and_failure_does_not_contradict_them(given, said):
 @pytest.mark.parametrize(("seconds", "said"), [(119.9, "You pressed <em>Stop</em>."), (120.0, "Time was up (120 s).")])
 def test_a_match_that_was_ended_says_why(seconds, said):
     assert views.making.advice(ROW | {"embedding_error_8bit": 0.16, "stopped": True}, 120.0, seconds) == said
+
+
+@pytest.mark.parametrize(("psnr", "seen"), [(40.0, False), (35.7, True), (None, False)])
+def test_specks_are_stated_where_they_are_seen(psnr, seen):
+    assert ("Look closely and you see specks." in views.making.advice(ROW | {"psnr_db": psnr}, 120.0, 1.0)) == seen
 
 
 def test_a_lookalike_that_breaks_says_so():
@@ -256,6 +265,7 @@ def test_a_lookalike_that_breaks_says_so():
         ),
         ("Egyptian cat", 0.5, "(now guessed <strong>an Egyptian cat</strong>, no longer an espresso)."),
         ("espresso, coffee", 1e-4, "<strong>It holds:</strong>"),
+        (None, None, "<p>This picture could not be measured.</p>"),
     ):
         now = outcome.Changed("Save as JPEG", torch.zeros(3, 2, 2), outcome.Sight(label, 0.4), error)
         assert said in views.making.broken(made, now, b"")
@@ -264,10 +274,10 @@ def test_a_lookalike_that_breaks_says_so():
 def test_a_small_model_says_what_it_knows(encoder):
     (sight,) = outcome.sights(encoder, torch.full((1, 3, *encoder.input_shape[1:]), 0.5))
     assert sight.known == encoder.label_names
-    said = views.making.seen(replace(sight, probability=0.4))
-    assert "AI guesses <strong>" in said
-    assert f"It knows {len(encoder.label_names)} things" in said
-    assert "things" not in views.making.seen(replace(sight, probability=0.6))
+    for probability, verb in ((0.4, "guesses"), (0.6, "sees")):
+        said = views.making.seen(replace(sight, probability=probability))
+        assert f"AI {verb} <strong>" in said
+        assert f"This small model knows only {len(encoder.label_names)} things" in said
 
 
 def test_a_made_match_is_kept_for_an_hour(monkeypatch):
