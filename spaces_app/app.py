@@ -1,4 +1,4 @@
-"""Serve the Space: a lookalike to wonder at, one to make, a walk to play, and why all this works.
+"""Serve the Space: four tabs and an about page.
 
 Each tab has its file. Run the app with `hf-equiv space run` or `python spaces_app/app.py`. Its settings come from the
 environment: HF_EQUIV_DATASET (dataset USER/NAME to show beside the built-in results), HF_EQUIV_MODELS (checkpoints that
@@ -147,8 +147,7 @@ def with_first_screen(page: str, request: Request) -> str:
     page = _SHEET.sub("", _PREVIEW.sub("", page)).replace("</head>", f"{head}</head>", 1)
     elsewhere = asked.get("made") or asked.get("dataset") or asked.get("tab", "look") in {*TABS} - {"look"}
     screen = "" if elsewhere else views.html.first_screen(row, TABS)
-    title = f'<header class="unseen"><h1>{views.TITLE}</h1></header>'
-    return page.replace("<gradio-app", f"{title}{screen}{sheets}<gradio-app", 1)
+    return page.replace("<gradio-app", f"{views.html.before()}{screen}{sheets}<gradio-app", 1)
 
 
 def linked(request: Request) -> tuple[str, Row]:
@@ -199,7 +198,7 @@ def main(host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None
     demo.launch(
         server_name=host, server_port=port, share=share, theme=THEME,
         css_paths=[shelf.HERE / "style.css", shelf.HERE / "make.css"], max_file_size=LARGEST, mcp_server=agents,
-        ssr_mode=False, footer_links=["api"],
+        ssr_mode=False, footer_links=[],
         app_kwargs={"routes": pictures, "middleware": [Middleware(FirstScreen), Middleware(UploadLimit)]},
     )  # fmt: skip
     raise KeyboardInterrupt("the app was stopped.")  # gradio returns only then

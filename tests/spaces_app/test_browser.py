@@ -25,6 +25,8 @@ PHOTOS = Path(__file__).parents[2] / "hf_equiv" / "assets" / "photos"
 TABS = ["Look", "Make one", "Melt", "Why it works", "About"]
 READY = {"Make one": "#go", "Melt": "#walk .play", "Why it works": "#pushed-null .meter", "About": "text=Use it well"}
 WAIT = 60_000  # ms; a loaded machine is slow
+SHIFT = """() => new Promise((told) => new PerformanceObserver((found) => told(
+    found.getEntries().reduce((sum, shift) => sum + shift.value, 0))).observe({ type: 'layout-shift', buffered: true }))"""
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +384,7 @@ def test_axe_finds_nothing(visit, scheme, width):
 
 def test_on_a_small_phone(visit):
     page = visit(viewport={"width": 320, "height": 640}, is_mobile=True, has_touch=True)
+    assert page.evaluate(SHIFT) < 0.08, "the first screen stays in its place while the app loads"
     for tab in ("look", "make", "melt", "why", "about"):
         page.goto(page.url.split("?")[0] + f"?tab={tab}")
         page.wait_for_selector("#shown .match", state="attached")
