@@ -58,7 +58,8 @@ def open_page(request: gr.Request) -> tuple[Any, ...]:
         try:
             shown = dataset, dataset, *show_dataset(dataset, asked.get("match"))
         except gr.Error as error:
-            told = f"{error.message} You see the first lookalike of this page instead."
+            said = error.message if dataset != home else "This link names no lookalike of ours."
+            told = f"{said} You see the first lookalike of this page instead."
     name = asked.get("tab") or ("make" if asked.get("made") else "")
     if name and name not in TABS:
         told = f"There is no tab {name[:40]!r}. Choose one of these."
@@ -100,9 +101,11 @@ def build_demo() -> gr.Blocks:
                 gr.Markdown((shelf.HERE / "about.md").read_text(encoding="utf-8"))
         # `keepInLink` of page.js keeps the tab in the address of the page
         for name, tab in zip(TABS, (look, make, melt, why, about), strict=True):
-            tab.select(None, js=f"() => keepInLink({{tab: '{name if name != 'look' else ''}'}})")
+            tab.select(None, js=f"() => keepInLink({{tab: '{name if name != 'look' else ''}'}}, true)")
         opened = demo.load(open_page, None, [*parts, tabs, notice], **shelf.QUICK)
-        opened.then(None, js="() => { window.linkRead = true; }")
+        opened.then(
+            None, notice, js="(told) => { window.linkRead = true; if (told) keepInLink({match: '', dataset: ''}); }"
+        )
         for action in (list_matches, get_match, list_walks, get_walk):
             gr.api(for_programs(action), api_name=action.__name__, queue=False)
         for action in (check_match, look_along):
