@@ -132,8 +132,8 @@ _environment = Environment(
 )  # fmt: skip
 _environment.filters |= {
     "a": with_article, "alike": alike, "first_name": first_name, "frame": frame, "name": name, "noun": noun,
-    "percent": _unbroken(percent), "pixels": decode_png, "share": _share, "short": short, 
-    "uri": _data_uri, "visibility": visibility, "whole": _unbroken(_whole),
+    "percent": _unbroken(percent), "pixels": decode_png, "share": _share, "short": short, "uri": _data_uri,
+    "visibility": visibility, "whole": _unbroken(_whole),
 }  # fmt: skip
 _environment.globals |= {
     "difference": difference_png, "psnr": psnr_db, "page_script": Markup(script("page.js")), "title": TITLE,

@@ -30,6 +30,9 @@ SHIFT = """() => new Promise((told) => {
     .observe({ type: 'layout-shift', buffered: true });
   setTimeout(told, 2000, 0);  // nothing moved
 })"""
+CUT = """() => [...document.querySelectorAll('.facts > div, #verdict table')].filter((part) => part.offsetParent)
+  .filter((part) => part.getBoundingClientRect().right > part.closest('.block').getBoundingClientRect().right + 1)
+  .map((part) => part.className || part.tagName)"""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,10 @@ def test_the_first_screen_needs_no_script(browser, url):
     page = context.new_page()
     page.goto(url)
     assert page.locator("h2").inner_text() == "This cat is an espresso."
-    assert "AI sees an espresso, 93\N{NO-BREAK SPACE}% sure" in page.locator("#first .compare").inner_text()
+    assert (
+        "AI sees an espresso, 93\N{NO-BREAK SPACE}%\N{NO-BREAK SPACE}sure"
+        in page.locator("#first .compare").inner_text()
+    )
     assert "AI guesses an Egyptian cat" in page.locator("#first .photo").first.inner_text()
     first = page.locator("#first .compare img").first.get_attribute("src")
     assert decode_png(context.request.get(f"{url}/{first}").body()).shape == (3, 224, 224)
@@ -407,6 +413,7 @@ def test_axe_finds_nothing(visit, scheme, width):
         if tab == "Why it works":
             page.wait_for_selector("#moved svg", state="visible")
         assert finding(page) == [], tab
+        assert page.evaluate(CUT) == [], f"{tab}: these are cut at the right"
     if scheme == "dark":
         ground = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
         assert max(int(c) for c in re.findall(r"\d+", ground)[:3]) < 60
