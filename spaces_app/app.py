@@ -1,4 +1,4 @@
-"""Serve the Space: a lookalike to wonder at, one to make, a walk to play, and why all this works.
+"""Serve the Space: four tabs and an about page.
 
 Each tab has its file. Run the app with `hf-equiv space run` or `python spaces_app/app.py`. Its settings come from the
 environment: HF_EQUIV_DATASET (dataset USER/NAME to show beside the built-in results), HF_EQUIV_MODELS (checkpoints that
@@ -58,7 +58,8 @@ def open_page(request: gr.Request) -> tuple[Any, ...]:
         try:
             shown = dataset, dataset, *show_dataset(dataset, asked.get("match"))
         except gr.Error as error:
-            told = f"{error.message} You see the first lookalike of this page instead."
+            said = error.message if dataset != home else "This link names no lookalike of ours."
+            told = f"{said} You see the first lookalike of this page instead."
     name = asked.get("tab") or ("make" if asked.get("made") else "")
     if name and name not in TABS:
         told = f"There is no tab {name[:40]!r}. Choose one of these."
@@ -100,9 +101,11 @@ def build_demo() -> gr.Blocks:
                 gr.Markdown((shelf.HERE / "about.md").read_text(encoding="utf-8"))
         # `keepInLink` of page.js keeps the tab in the address of the page
         for name, tab in zip(TABS, (look, make, melt, why, about), strict=True):
-            tab.select(None, js=f"() => keepInLink({{tab: '{name if name != 'look' else ''}'}})")
+            tab.select(None, js=f"() => keepInLink({{tab: '{name if name != 'look' else ''}'}}, true)")
         opened = demo.load(open_page, None, [*parts, tabs, notice], **shelf.QUICK)
-        opened.then(None, js="() => { window.linkRead = true; }")
+        opened.then(
+            None, notice, js="(told) => { window.linkRead = true; if (told) keepInLink({match: '', dataset: ''}); }"
+        )
         for action in (list_matches, get_match, list_walks, get_walk):
             gr.api(for_programs(action), api_name=action.__name__, queue=False)
         for action in (check_match, look_along):
@@ -147,8 +150,7 @@ def with_first_screen(page: str, request: Request) -> str:
     page = _SHEET.sub("", _PREVIEW.sub("", page)).replace("</head>", f"{head}</head>", 1)
     elsewhere = asked.get("made") or asked.get("dataset") or asked.get("tab", "look") in {*TABS} - {"look"}
     screen = "" if elsewhere else views.html.first_screen(row, TABS)
-    title = f'<header class="unseen"><h1>{views.TITLE}</h1></header>'
-    return page.replace("<gradio-app", f"{title}{screen}{sheets}<gradio-app", 1)
+    return page.replace("<gradio-app", f"{views.html.before()}{screen}{sheets}<gradio-app", 1)
 
 
 def linked(request: Request) -> tuple[str, Row]:
@@ -199,7 +201,7 @@ def main(host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None
     demo.launch(
         server_name=host, server_port=port, share=share, theme=THEME,
         css_paths=[shelf.HERE / "style.css", shelf.HERE / "make.css"], max_file_size=LARGEST, mcp_server=agents,
-        ssr_mode=False, footer_links=["api"],
+        ssr_mode=False, footer_links=[],
         app_kwargs={"routes": pictures, "middleware": [Middleware(FirstScreen), Middleware(UploadLimit)]},
     )  # fmt: skip
     raise KeyboardInterrupt("the app was stopped.")  # gradio returns only then

@@ -95,7 +95,7 @@ def _small(dataset: str, key: str) -> bytes:
 
 
 def _address(row: Row, dataset: str) -> str:
-    """Return the address of the pictures of a match, which changes with them and goes on with the name of one."""
+    """Return the URL prefix of a match's pictures, with a checksum so that caches refresh."""
     named = {"dataset": dataset} if dataset != shelf.home_of("matches") else {}
     return f"picture?{urlencode({'match': row['key'], 'v': crc32(row['match']), **named})}&of="
 
@@ -165,7 +165,7 @@ def _has_walk(row: Row, dataset: str) -> bool:
 
 def note_of(shown: Showcase) -> str:
     """Return a note with the number of matches and their checkpoints."""
-    made = sorted({f"{row['model_id']} ({row['readout']})" for row in shown.matches})
+    made = sorted({row["model_id"] for row in shown.matches})
     return views.html.note(shown, made, "" if shelf.home_of("matches") == shelf.DATASET else shelf.DATASET)
 
 
@@ -192,7 +192,7 @@ def _change(name: str, opened: str) -> tuple[Any, ...]:
 
 def look_tab(tabs: gr.Tabs) -> list[Any]:
     """Lay out the tab and return its parts: dataset, opened dataset, then the outputs of `show_dataset`."""
-    # the first match is in the page from the start, so that nobody waits for it
+    # the page holds the first match from the start
     offered, home = [BUILTIN_RESULTS, *([shelf.DATASET] if shelf.DATASET else [])], shelf.home_of("matches")
     strip, told, first, shown, way, _, numbers_shown, game_shown = show_dataset(home)
     key, opened = gr.State(first), gr.State(home)
@@ -205,10 +205,10 @@ def look_tab(tabs: gr.Tabs) -> list[Any]:
     gr.HTML('<h2 class="section">Other pairs</h2>')
     gallery = gr.HTML(strip, elem_id="gallery", js_on_load=views.script("strip.js"))
     game = gr.HTML(game_shown, elem_id="game", js_on_load=views.script("game.js"))
-    with gr.Accordion("Lookalikes from another dataset", open=False):
+    with gr.Accordion("Other collections of lookalikes", open=False):
         dataset = gr.Dropdown(
-            offered, value=home, label="Results", allow_custom_value=True, elem_id="dataset",
-            info="Choose, or type USER/NAME of a dataset that hf-equiv has published.",
+            offered, value=home, label="Collection", allow_custom_value=True, elem_id="dataset",
+            info="Choose, or type the name of a dataset on the Hugging Face Hub, as USER/NAME.",
         )  # fmt: skip
         note = gr.HTML(told, elem_classes="small")  # not Markdown, which would format the names in a stranger's dataset
     changing = [key, view, melt, verdict, numbers, game]

@@ -1,11 +1,15 @@
-// Keeps the state of the page in its address, so that a link leads back to it. An empty value leaves the address.
-window.keepInLink = (changes) => {
+// Keeps the state of the page in its address, so that a link leads back to it. An empty value leaves the address. The
+// Back button undoes a `step`.
+let pair = {};  // of the first tab; the film of Melt has none
+window.keepInLink = (changes, step = false) => {
   if ('tab' in changes && !window.linkRead) return;  // the first tab opens itself before the link is read
-  const url = new URL(location.href);
-  for (const [name, value] of Object.entries(changes)) {
+  if ('match' in changes) pair = { ...pair, ...changes };
+  const url = new URL(location.href), before = `${url.searchParams}`;
+  const melts = (changes.tab ?? url.searchParams.get('tab')) === 'melt';
+  for (const [name, value] of Object.entries({ ...pair, ...changes, ...(melts && { match: '', dataset: '' }) })) {
     if (value) url.searchParams.set(name, value); else url.searchParams.delete(name);
   }
-  history.replaceState(history.state, '', url);
+  if (`${url.searchParams}` !== before) history[step ? 'pushState' : 'replaceState'](history.state, '', url);
   // the page of a Space shows the app in a frame and takes the address from it
   const kept = new URLSearchParams([...url.searchParams].filter(([name]) => !name.startsWith('__')));
   if (window.parent !== window) window.parent.postMessage({ queryString: `${kept}`, hash: '' }, 'https://huggingface.co');

@@ -60,7 +60,7 @@ MAX_DOWNLOAD = 300 * 2**20  # most bytes of a visitor's dataset
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 """Options of an event that is not part of the API."""
 QUICK = HIDDEN | {"queue": False}
-"""Options of an event that waits for nobody: visitors look around while others compute."""
+"""Options of an event that runs outside the queue, so that visitors look around while others compute."""
 LIVE = "element.setAttribute('aria-live', 'polite');"
 """Script of an element whose changes are read out by screen readers."""
 
@@ -155,7 +155,7 @@ def results(name: str) -> Showcase:
         _seats.release()
     if opened.exception() is not None:
         with _opening:
-            _strangers.pop(name, None)  # it may be there tomorrow
+            _strangers.pop(name, None)  # Retry on the next request.
     return opened.result()
 
 
@@ -205,7 +205,7 @@ def file_of(data: bytes, name: str) -> str:
 
 def sweep(kept: Container[str]) -> None:
     """Delete files of visitors that are an hour old, but not those `kept`, and the folders of earlier processes."""
-    os.utime(FOLDER)  # the sign of life for another process that serves the app
+    os.utime(FOLDER)  # heartbeat for another process that serves the app
     old = time.time() - HOUR
     for folder in FOLDER.parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):
@@ -218,7 +218,7 @@ def sweep(kept: Container[str]) -> None:
 
 
 def keep_swept(kept: Container[str], every: float = 600.0) -> None:
-    """Sweep now, and again and again for as long as the process lives."""
+    """Sweep now and every ten minutes."""
 
     def work() -> None:
         while True:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from hf_equiv.analyses.figures import difference_png, thumbnail
+from hf_equiv.analyses.figures import difference_png
 from hf_equiv.analyses.measures import psnr_db
 from hf_equiv.data.image_file import decode_png, stored_image
 from hf_equiv.formatting import ALIKE_DB, UNSEEN_DB, cut, first_name, short, visibility
@@ -94,7 +94,7 @@ def frame(png: bytes) -> bytes:
 def share_picture(row: Mapping[str, Any], headline: str = "") -> bytes:
     """Draw a match with a headline as a PNG of 1200 × 630 pixels, the size of link previews."""
     error = row["embedding_error_8bit"]
-    note = "made with hf_equiv" if error is None else f"{alike(error)} alike to the AI model · made with hf_equiv"
+    note = "made with hf_equiv" if error is None else f"{alike(error)} the same to the AI model · made with hf_equiv"
     canvas = Image.new("RGB", (1200, 630), "#f5f7f9")
     draw = ImageDraw.Draw(canvas)
     text = headline or cut(str(html.headline(row)), 40)
@@ -107,7 +107,7 @@ def share_picture(row: Mapping[str, Any], headline: str = "") -> bytes:
     ):
         canvas.paste(stored_image(row[who]).resize((348, 348), Image.Resampling.BICUBIC), (left, 130))
         draw.text((left, 494), role, "#4b5a69", _font(26))
-        label, verb = row[f"{who}_label"], "guesses" if html.guessed(row.get(f"{who}_prob")) else "sees"
+        label, verb = row[f"{who}_label"], html.sees(row.get(f"{who}_prob"))
         told = "" if label is None else f"AI {verb} {with_article(label)}"
         font = _fitting(draw, told, 348, (30, 26, 22, 18, 12))
         draw.text((left, 532), told, "#1f5fbf" if who == "source" else "#b4460f", font)
@@ -132,8 +132,8 @@ _environment = Environment(
 )  # fmt: skip
 _environment.filters |= {
     "a": with_article, "alike": alike, "first_name": first_name, "frame": frame, "name": name, "noun": noun,
-    "percent": _unbroken(percent), "pixels": decode_png, "share": _share, "short": short, "thumbnail": thumbnail,
-    "uri": _data_uri, "visibility": visibility, "whole": _unbroken(_whole),
+    "percent": _unbroken(percent), "pixels": decode_png, "share": _share, "short": short, "uri": _data_uri,
+    "visibility": visibility, "whole": _unbroken(_whole),
 }  # fmt: skip
 _environment.globals |= {
     "difference": difference_png, "psnr": psnr_db, "page_script": Markup(script("page.js")), "title": TITLE,

@@ -142,7 +142,7 @@ def test_a_link_to_a_match_that_was_made_leads_to_it(parts):
     key = parts.outcome.MADE.put(parts.outcome.Made(row, "builtin", 1.0, ""))
     query, found = app.linked(SimpleNamespace(query_params={"made": key}))
     assert (query, found["match"]) == (f"tab=make&made={key}", row["match"])
-    assert "You see a photo. The AI model sees the other photo, 99.9" in views.html.head(found, "https://x", query)
+    assert "You see a photo. To the AI model it is 99.9" in views.html.head(found, "https://x", query)
     assert app.linked(SimpleNamespace(query_params={"made": "gone"}))[0] == "match=cat-%3Ecoffee"
 
 
@@ -205,7 +205,7 @@ def test_the_eye_is_asked_about_match_and_target():
     row = shown.matches[0] | {"embedding_error_8bit": 1e-6, "psnr_db": 70.0, "match_label": None}
     assert views.html.headline(row | {"match": row["source"]}).startswith("Two pictures to you, one to")
     assert views.html.headline(row | {"match": row["target"]}).startswith("Nearly one picture to you")
-    assert "So do you, at a glance." in views.html.lead(row | {"match": row["target"]})
+    assert "To you too, at a glance." in views.html.lead(row | {"match": row["target"]})
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.999, "over 99 %"), (1.0, "100 %"), (1e-5, "under 1 %"), (0.5, "50 %")])

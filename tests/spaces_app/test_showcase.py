@@ -145,9 +145,9 @@ def test_never_more_alike_than_measured(error, said):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (1e-5, "The AI model sees the coffee, 99.999 % alike."),
-        (0.02, "nearly sees the coffee, 98 %"),
-        (0.5, "only 50 % the"),
+        (1e-5, "You see a cat. To the AI model it is 99.999 % the same as the coffee."),
+        (0.02, "98 % the same as the coffee. It could still tell them apart."),
+        (0.5, "only 50 % the same as the coffee."),
     ],
 )
 def test_the_lead_goes_with_the_error(shown, error, said):
@@ -178,9 +178,8 @@ def test_labels_lead_and_nothing_else_is_claimed(shown, changed, said):
 def test_the_model_guesses_below_one_half(shown):
     row = next(row for row in shown.matches if row["key"] == "cat->coffee") | {"match_prob": 0.37, "target_prob": 0.5}
     told = views.html.match(row).replace("\N{NO-BREAK SPACE}", " ")
-    assert "You see a cat. The AI model guesses an espresso (37 %), as for the coffee: 99.9" in told
-    assert "AI guesses <strong>an espresso</strong>, 37 %" in told
-    assert "AI sees <strong>an espresso</strong>, 50 %" in told
+    assert "AI guesses <strong>an espresso</strong>, 37 % sure" in told
+    assert "AI sees <strong>an espresso</strong>, 50 % sure" in told
 
 
 def test_a_match_near_its_source_is_still_told_from_its_target(shown):
@@ -191,7 +190,7 @@ def test_a_match_near_its_source_is_still_told_from_its_target(shown):
 def test_a_model_without_labels_is_proved_without_them():
     number = {"stated": 1e-5, "now": 2e-5, "holds": False}
     told = views.html.verdict({"holds": False, "seconds": 0.21, "numbers": {"embedding_error_8bit": number}})
-    assert "Checked just now: 1 of 1 numbers do not agree (0.2 s)." in told
+    assert "Checked just now: 1 of 1 numbers differ from those stated (0.2 s)." in told
     assert "AI sees" not in told
 
 
