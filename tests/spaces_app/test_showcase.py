@@ -207,7 +207,7 @@ def test_the_pictures_to_share(shown):
 
 def test_a_leap_and_a_drift_of_none_are_explained(shown):
     leaping = [("match", 1.0, 0.5), ("match", 131.0, 1e-5)]
-    assert "by up to 130 evaluations" in curve_view(leaping, 1e-5)
+    assert "by up to 130 tries" in curve_view(leaping, 1e-5)
     assert "leaps" not in curve_view([("match", float(k), 0.5) for k in range(1, 40)], 1e-5)
     (path,) = shown.paths.values()
     assert path[-1]["drift"] == 0.0
