@@ -131,7 +131,7 @@ _environment = Environment(
     loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 _environment.filters |= {
-    "a": with_article, "alike": alike, "first_name": first_name, "frame": frame, "name": name, "noun": noun,
+    "a": with_article, "alike": _unbroken(alike), "first_name": first_name, "frame": frame, "name": name, "noun": noun,
     "percent": _unbroken(percent), "pixels": decode_png, "share": _share, "short": short, "uri": _data_uri,
     "visibility": visibility, "whole": _unbroken(_whole),
 }  # fmt: skip

@@ -118,7 +118,7 @@ def test_a_match_is_shown_and_proved(visit):
     page = visit()
     assert page.locator("#first").count() == 0, "the app has taken over"
     assert re.search(
-        r"You see a cat. To the AI model it is 99\.9\d* % the same as the coffee\.",
+        r"You see a cat. To the AI model it is 99\.9\d*\s% the same as the coffee\.",
         page.locator("#shown .lead").inner_text(),
     )
     assert page.get_by_role("button", name="Watch it melt").is_visible()
