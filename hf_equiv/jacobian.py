@@ -211,6 +211,30 @@ def in_double(f: Encoding, image: Tensor) -> Jacobian | None:
     return exact if exact.eps == torch.finfo(torch.float64).eps else None
 
 
+def jacobians(f: Encoding, images: Tensor, batch: int = 32) -> Tensor:
+    """Form J of several images at once from D cotangents of each, with at most `batch` images in a backward pass.
+
+    Args:
+        f: the encoder, (B, *shape) -> (B, D), each image for itself.
+        images: x, (B, *shape).
+        batch: most pairs of a cotangent and an image in a pass, at least B; memory holds their activations.
+
+    Returns:
+        J (B, D, N), in the dtype of `images`; B·D·N numbers.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), no_tf32():
+        x = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_(True)
+        z = f(x)
+        matrices = x.new_empty((len(x), z.shape[1], x[0].numel()))
+        unit = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        count = max(1, batch // len(x))
+        with no_autocast():
+            for rows, out in zip(unit.split(count), matrices.split(count, dim=1), strict=True):
+                cotangents = rows[:, None].expand(-1, len(x), -1)
+                out.copy_(vjps(z, x, cotangents).flatten(2).transpose(0, 1))
+    return matrices
+
+
 def jacobian_cost(num_rows: int) -> float:
     """Return the evaluations of a full Jacobian: one forward and `num_rows` cotangents, (1 + 2·num_rows) / 3."""
     return (1 + 2 * num_rows) / 3

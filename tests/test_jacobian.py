@@ -8,7 +8,7 @@ from cases import DIM, EIGHT, images, linear, smooth_mlp
 
 from hf_equiv import jacobian
 from hf_equiv.conditions import admit
-from hf_equiv.jacobian import Jacobian, jacobian_cost, require_forward_mode
+from hf_equiv.jacobian import Jacobian, jacobian_cost, jacobians, require_forward_mode
 
 every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
 
@@ -49,6 +49,14 @@ def test_every_chunk_size_gives_the_same_rows(chunk, monkeypatch):
     assert sum(passes) == DIM
     assert max(passes) <= chunk
     torch.testing.assert_close(J, smooth_mlp().jacobian(x), rtol=0, atol=1e-13)
+
+
+@every_case
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_several_images_at_once_have_the_jacobian_of_each(case, batch):
+    x = images(3, seed=4, dtype=torch.float64)
+    each = [Jacobian(case.f, image).as_matrix() for image in x]
+    torch.testing.assert_close(jacobians(case.f, x, batch), torch.stack(each), rtol=0, atol=1e-13)
 
 
 def test_input_that_requires_grad_and_is_not_contiguous():
