@@ -13,52 +13,94 @@ from torch import Tensor
 
 NORMS = ("linf", "l2")
 
+Bounds = tuple[float, float] | None  # the box of the images; None for no box
+UNIT = (0.0, 1.0)  # the box of pixels
 
-def check_tensor(images: Tensor, name: str, channels: str = "C") -> None:
-    """Require a float tensor (B, C, H, W), with three channels for "3"."""
+
+def check_tensor(images: Tensor, name: str, channels: str | None = None) -> None:
+    """Require a float tensor (B, *shape), or with `channels` pictures (B, 3, H, W)."""
     if not isinstance(images, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor; got {type(images).__name__}. Use `encoder.preprocess(...)`.")
-    if images.ndim != 4 or (channels == "3" and images.shape[1] != 3):
-        cure = f"Add a batch axis with `{name}[None]`." if images.ndim == 3 else "Use `encoder.preprocess(...)`."
-        raise ValueError(f"`{name}` must have shape (B, {channels}, H, W); got {tuple(images.shape)}. {cure}")
+    fits = images.ndim >= 2 if channels is None else images.ndim == 4 and images.shape[1] == 3
+    if not fits:
+        wanted, single = ("*shape", 1) if channels is None else (f"{channels}, H, W", 3)
+        cure = f"Add a batch axis with `{name}[None]`." if images.ndim == single else "Use `encoder.preprocess(...)`."
+        raise ValueError(f"`{name}` must have shape (B, {wanted}); got {tuple(images.shape)}. {cure}")
     if not images.is_floating_point():
         raise TypeError(f"`{name}` must be a float tensor in [0, 1]; got dtype {images.dtype}. Divide uint8 by 255.")
 
 
-def check_images(images: Tensor, name: str = "images") -> None:
-    """Require a float tensor (B, C, H, W) of finite pixels in [0, 1]."""
+def check_bounds(bounds: Bounds, images: Tensor) -> tuple[float, float]:
+    """Require two finite numbers, ascending, or None; return them in the dtype of `images`, −∞ and ∞ for None."""
+    if bounds is None:
+        return -math.inf, math.inf
+    wanted = "two finite numbers (lower, upper), or None for no box"
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(f"`bounds` must be {wanted}; got {bounds!r}. Use (0, 1) for pixels.")
+    for end in bounds:
+        _check_number(end, "bounds", wanted)
+    low, high = torch.tensor(bounds, dtype=images.dtype, device="cpu").tolist()
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"`bounds` must be {wanted}, with lower < upper; got {bounds}. Use (0, 1) for pixels.")
+    return low, high
+
+
+def check_images(images: Tensor, name: str = "images", bounds: Bounds = UNIT) -> None:
+    """Require a float tensor (B, *shape) of finite values within the bounds, by default pixels in [0, 1]."""
     check_tensor(images, name)
-    if images.shape[0] == 0:
+    if images.numel() == 0:
         raise ValueError(f"`{name}` must hold at least one image; got an empty batch {tuple(images.shape)}.")
+    low, high = check_bounds(bounds, images)
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check how the images were read.")
-    low, high = float(images.detach().min()), float(images.detach().max())
-    if low < 0.0 or high > 1.0:
-        cure = "Pass raw pixels: the encoder normalises them itself." if low < 0.0 else "Divide 8-bit values by 255."
-        raise ValueError(f"`{name}` must lie in [0, 1]; got values in [{low:.4g}, {high:.4g}]. {cure}")
+    least, most = float(images.detach().min()), float(images.detach().max())
+    if low <= least and most <= high:
+        return
+    if bounds == UNIT:
+        cure = "Pass raw pixels: the encoder normalises them itself." if least < 0.0 else "Divide 8-bit values by 255."
+        raise ValueError(f"`{name}` must lie in [0, 1]; got values in [{least:.4g}, {most:.4g}]. {cure}")
+    outside = (images.detach() < low) | (images.detach() > high)
+    image, value = int(outside.nonzero()[0, 0]), float(images.detach()[outside][0])
+    raise ValueError(
+        f"`{name}` must lie within `bounds` [{low:g}, {high:g}]; got {value:.6g} in image {image}. Widen `bounds`, or "
+        "pass None for no box."
+    )
 
 
-def check_like(images: Tensor, like: Tensor, name: str, *, one: bool = True) -> None:
-    """Require images of the shape of `like` (B, C, H, W), or a single one unless `one` is false."""
-    check_images(images, name)
+def check_like(images: Tensor, like: Tensor, name: str, *, one: bool = True, bounds: Bounds = UNIT) -> None:
+    """Require images of the shape of `like` (B, *shape), or a single one unless `one` is false."""
+    check_images(images, name, bounds)
     if images.shape[0] not in (1 if one else len(like), len(like)) or images.shape[1:] != like.shape[1:]:
         raise ValueError(f"`{name}` must have the shape of `images` {tuple(like.shape)}; got {tuple(images.shape)}.")
 
 
-def check_target(target: Tensor, batch: int) -> None:
-    """Require pixels (B or 1, C, H, W) or finite non-zero embeddings (B or 1, D)."""
+def is_image(target: Tensor, images: Tensor) -> bool:
+    """Whether a target is an image, of as many axes as `images` (B, *shape), and not an embedding (B or 1, D)."""
+    # For vectors (B, N) a target (B, N) is an image, and any other length an embedding. Give the vectors another axis,
+    # (B, 1, N), to pass an embedding of N numbers.
+    return target.ndim == images.ndim and (target.ndim > 2 or target.shape[1:] == images.shape[1:])
+
+
+def check_target(target: Tensor, images: Tensor, name: str = "images", bounds: Bounds = UNIT) -> None:
+    """Require images (B or 1, *shape) or finite non-zero embeddings (B or 1, D); `is_image` tells them apart."""
     if not isinstance(target, Tensor):
         raise TypeError(f"`target` must be a torch.Tensor; got {type(target).__name__}.")
-    if target.ndim not in (2, 4):
-        hint = " Pass `target[None]` for a single one." if target.ndim in (1, 3) else ""
+    if target.ndim not in (2, images.ndim):
+        shape = ", ".join(map(str, images.shape[1:]))
+        hint = " Pass `target[None]` for a single one." if target.ndim in (1, images.ndim - 1) else ""
         raise ValueError(
-            f"`target` must be pixels (B, C, H, W) or embeddings (B, D); got shape {tuple(target.shape)}.{hint}"
+            f"`target` must be images (B, {shape}) or embeddings (B, D); got shape {tuple(target.shape)}.{hint}"
         )
-    if target.shape[0] not in (1, batch):
-        sizes = "1" if batch == 1 else f"1 or {batch}"
+    if target.shape[0] not in (1, len(images)):
+        sizes = "1" if len(images) == 1 else f"1 or {len(images)}"
         raise ValueError(f"`target` must have batch size {sizes}; got {target.shape[0]}. Pass one per source.")
-    if target.ndim == 4:
-        check_images(target, "target")
+    if is_image(target, images):
+        check_images(target, "target", bounds)
+        if target.shape[1:] != images.shape[1:]:
+            raise ValueError(
+                f"`target` must have the image shape of `{name}` {tuple(images.shape[1:])}; "
+                f"got {tuple(target.shape[1:])}. Preprocess both with the same encoder."
+            )
         return
     if not target.is_floating_point():
         raise TypeError(f"`target` must be a float tensor; got dtype {target.dtype}.")
@@ -79,16 +121,20 @@ def check_embeddings(z: Tensor) -> None:
         )
 
 
-def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "radius") -> None:
-    """Require a radius in (0, 1] for linf or (0, √N] for l2, or None."""
+def check_radius(radius: float | None, norm: str, num_pixels: int, name: str = "radius", bounds: Bounds = UNIT) -> None:
+    """Require a radius above 0, at most the side of the box for linf or its diagonal for l2, or None."""
     check_choice(norm, "norm", NORMS)
     if radius is None:
         return
     _check_number(radius, name, "a number or None")
-    limit = 1.0 if norm == "linf" else math.sqrt(num_pixels)
+    if bounds is None:
+        check_positive(radius, name)
+        return
+    limit = (bounds[1] - bounds[0]) * (1.0 if norm == "linf" else math.sqrt(num_pixels))
     if not math.isfinite(radius) or not 0.0 < radius <= limit:
+        box = "pixels in [0, 1]" if bounds == UNIT else f"`bounds` {bounds}"
         raise ValueError(
-            f"`{name}` must lie in (0, {limit:.6g}] for norm {norm!r} (pixels in [0, 1]); got {radius}. "
+            f"`{name}` must lie in (0, {limit:.6g}] for norm {norm!r} ({box}); got {radius}. "
             f"Leave it out for no ball, or use a value such as {'8/255' if norm == 'linf' else '2.5'}."
         )
 
@@ -119,7 +165,7 @@ def check_output(z: Tensor, batch: int) -> None:
     if not usual or z.shape[0] != batch or z.shape[1] == 0:
         got = f"shape {tuple(z.shape)}, dtype {z.dtype}, {z.layout}" if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(
-            f"`f` must map (B, C, H, W) to a float tensor (B, D); got {got}. Return one tensor, such as "
+            f"`f` must map (B, *shape) to a float tensor (B, D); got {got}. Return one tensor, such as "
             "`model(x).pooler_output`, flattened to (B, D)."
         )
 
@@ -156,12 +202,13 @@ def check_solver(solver: object) -> None:
 
 
 def check_match(
-    images: Tensor, name: str, target: Tensor, radius: float | None, norm: str, rtol: float, max_evals: int
-) -> None:
+    images: Tensor, name: str, target: Tensor, radius: float | None, norm: str, rtol: float, max_evals: int,
+    bounds: Bounds = UNIT
+) -> None:  # fmt: skip
     """Require the arguments that matching and refinement share."""
-    check_images(images, name)
-    check_target(target, len(images))
-    check_radius(radius, norm, images[0].numel())
+    check_images(images, name, bounds)
+    check_target(target, images, name, bounds)
+    check_radius(radius, norm, images[0].numel(), bounds=bounds)
     check_rtol(rtol)
     check_count(max_evals, "max_evals")
 
@@ -184,11 +231,11 @@ def check_radii(radii: Tensor) -> None:
 
 
 def check_directions(directions: Tensor, images: Tensor) -> None:
-    """Require float, finite, non-zero directions (B, K, C, H, W) for images (B, C, H, W)."""
+    """Require float, finite, non-zero directions (B, K, *shape) for images (B, *shape)."""
     if not isinstance(directions, Tensor) or not directions.is_floating_point():
         raise TypeError("`directions` must be a float tensor or the result of `make_directions`.")
     wanted = (images.shape[0], "K", *images.shape[1:])
-    fits = directions.ndim == 5 and directions.shape[0] == images.shape[0] and directions.shape[2:] == images.shape[1:]
+    fits = directions.shape[:1] == images.shape[:1] and directions.shape[2:] == images.shape[1:] and directions.ndim > 2
     if not fits or directions.shape[1] == 0:
         raise ValueError(
             f"`directions` must have shape ({', '.join(map(str, wanted))}) with K ≥ 1; got {tuple(directions.shape)}."

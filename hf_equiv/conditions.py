@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from hf_equiv.checks import check_output
+from hf_equiv.checks import UNIT, Bounds, check_bounds, check_output
 from hf_equiv.derivatives import PlainStrides, forward_mode, transposed, vjps
 from hf_equiv.precision import (
     Encoding,
@@ -51,10 +51,10 @@ _POINTS = 3  # at which such a derivative must be false
 _STRETCH = 64.0  # times a cotangent, where hooks and clips that act on large gradients show
 _SIGMAS = 3  # times the noise of a secant that is allowed on top
 _NOISE = 4  # noise of f in units of the spacing of its numbers, until it is measured
-_LONGEST = 2.0**-7  # largest step of a pixel in a secant
+_LONGEST = 2.0**-7  # largest step of a pixel in a secant, for a box of width 1
 _VARIES = 1.5  # times the noise at one image, for that at others
 _UNSEEN = 4.0  # a one-ulp change of the input repeats the random part of the rounding, not the systematic one
-_TINY = 2.0**-24  # step at which float64 is smooth and float32 is not
+_TINY = 2.0**-24  # step at which float64 is smooth and float32 is not, for a box of width 1
 _SMOOTH = 2.0**-30  # bend of f over its size that is no rounding of float32
 
 
@@ -68,11 +68,14 @@ class Function:
         plain: the function itself. It keeps the `torch.autocast` settings that hold now.
         strides: the mode that its batch norm needs, if it does.
         noise: relative rounding noise of one evaluation.
+        bounds: the box of its images.
         derivable: False if autograd is known to state a false derivative.
     """
 
-    def __init__(self, plain: Encoding, *, strides: PlainStrides | None = None, noise: float = 0.0) -> None:
-        self.plain, self.strides, self.noise, self.derivable = plain, strides, noise, True
+    def __init__(
+        self, plain: Encoding, *, strides: PlainStrides | None = None, noise: float = 0.0, bounds: Bounds = UNIT
+    ) -> None:
+        self.plain, self.strides, self.noise, self.bounds, self.derivable = plain, strides, noise, bounds, True
         self._call = with_autocast(plain)
 
     def apply(self, images: Tensor) -> Any:
@@ -91,13 +94,13 @@ class Function:
         return getattr(self.__dict__.get("plain"), name)
 
     def noise_near(self, image: Tensor) -> float:
-        """Return the relative noise of an evaluation near an image (C, H, W); an Encoder has one noise for all."""
+        """Return the relative noise of an evaluation near an image (*shape); an Encoder has one noise for all."""
         return self.noise if hasattr(self.plain, "admitted") else _Probe(self, image).noise
 
     def double(self) -> Function | None:
         """Return the float64 twin of f, if it offers one."""
         twin = float64_twin(self.plain)
-        return None if twin is None else Function(twin, strides=self.strides)
+        return None if twin is None else Function(twin, strides=self.strides, bounds=self.bounds)
 
 
 def as_function(f: Encoding) -> Function:
@@ -105,15 +108,19 @@ def as_function(f: Encoding) -> Function:
     return f if isinstance(f, Function) else Function(f)
 
 
-def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = False, each: bool = False) -> Function:
+def admit(
+    f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = False, each: bool = False,
+    bounds: Bounds = UNIT
+) -> Function:  # fmt: skip
     """Require the conditions of f near the first image on which it is finite, and return it as a `Function`.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D); a `Function` was admitted before.
-        images: (B, C, H, W), pixels in [0, 1].
+        f: the encoder, or any callable (B, *shape) -> (B, D); a `Function` was admitted before.
+        images: (B, *shape), within the bounds.
         gradient: whether to refuse a false derivative; False only notes it, for values that come from secants.
         noise: whether to measure the noise of f.
         each: whether to try a callable near every image, where a verb costs far more.
+        bounds: the box of the images; for None f is tried near the values as they are.
 
     Returns:
         f, to be called in place of the function given.
@@ -124,15 +131,16 @@ def admit(f: Encoding, images: Tensor, *, gradient: bool = True, noise: bool = F
     if isinstance(f, Function):
         return f
     known: dict[Any, Function] = getattr(f, "admitted", {})  # an Encoder has one
-    key = images.shape[1:], images.dtype, gradient, noise
+    key = images.shape[1:], images.dtype, gradient, noise, check_bounds(bounds, images)
     if key not in known or known[key].plain is not f:  # a wrapper may lend the attributes of an Encoder
-        known[key] = _admit(f, images, gradient, noise, each and not hasattr(f, "admitted"))
+        known[key] = _admit(f, images, gradient, noise, each and not hasattr(f, "admitted"), bounds)
     return known[key]
 
 
-def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool, each: bool) -> Function:
+def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool, each: bool, bounds: Bounds) -> Function:
     strides = PlainStrides()
-    call = Function(f, strides=strides)
+    call = Function(f, strides=strides, bounds=bounds)
+    grey = 0.0 if bounds is None else sum(bounds) / 2
     with torch.inference_mode(False), no_tf32(), _eval_mode():
         for image in images.detach():
             probe = _Probe(call, image)
@@ -143,9 +151,9 @@ def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool, each: bool)
                     if gradient:
                         raise
                     call.derivable = False
-                    probe.beside(_LONGEST)
+                    probe.beside(probe.longest)
                 # at a grey image, so that no result depends on the other images of a batch
-                call.noise = _Probe(call, torch.full_like(image, 0.5)).noise if noise else 0.0
+                call.noise = _Probe(call, torch.full_like(image, grey)).noise if noise else 0.0
                 if not each:
                     break
     call.strides = strides if strides.used else None
@@ -188,15 +196,27 @@ class _FalseDerivativeError(ValueError):
 class _Probe:
     """f at a point x near an image, inside the box and off the kinks that a black, grey or 8-bit image may have.
 
-    Embeddings and derivatives are in `unit`, float64. Two directions `ways` (2, C, H, W) change each pixel by ±1; their
+    Without a box, two standard deviations of the image about its mean stand in for it, and only its width counts.
+    Embeddings and derivatives are in `unit`, float64. Two directions `ways` (2, *shape) change each pixel by ±1; their
     secants (f(x + step·way) − f(x − step·way)) / 2 step are (2, D).
     """
 
     def __init__(self, call: Function, image: Tensor, seed: int = 0) -> None:
         self.call, self.generator = call, torch.Generator("cpu").manual_seed(seed)
-        grid = 2 * torch.finfo(image.dtype).eps  # x ± step is exact for multiples of it
+        wide, (low, high) = image.detach().double(), check_bounds(call.bounds, image)
+        self.low, self.high = low, high
+        if call.bounds is None:
+            mean, half = float(wide.mean()), 2 * float(wide.std(correction=0))
+            half = half or abs(mean) or 1.0
+            self.low, self.high = mean - half, mean + half
+        width = self.high - self.low
+        span = power_of_two(width) / 2
+        self.longest, self.tiny = _LONGEST * span, _TINY * span
+        near = wide.clamp(low + 3 / 16 * width, high - 3 / 16 * width)
+        near = near + (self._uniform(image.shape).to(image.device) - 0.5) * (width / 4)
+        size = max(float(near.abs().max()), 15 / 16 * width)
+        grid = 2 * torch.finfo(image.dtype).eps * power_of_two(size)  # x ± step is exact for multiples of it
         self.shortest = 4 * grid
-        near = image.double().clamp(3 / 16, 13 / 16) + (self._uniform(image.shape).to(image.device) - 0.5) / 4
         self.x = ((near / grid).round() * grid).to(image)[None].requires_grad_(True)
         signs = (self._uniform(image.shape) - 0.5).sign().to(image)
         self.ways = torch.stack([signs, torch.ones_like(signs)])  # the mean of many signs is near 0
@@ -223,7 +243,7 @@ class _Probe:
         # If f is exactly zero by cancellation, J is zero up to its rounding.
         zero = 0.0 if bool(self.here.any()) else _BATCH * self.eps * math.sqrt(self.x.numel())
         if not bool(self.rows.isfinite().all()):
-            self.beside(_LONGEST)
+            self.beside(self.longest)
         elif float(self.rows.norm()) <= zero:
             self._check_flat()
         else:
@@ -313,7 +333,7 @@ class _Probe:
         # f may be noisier than its numbers, or curved, or have many kinks
         exact, gap = self.exact
         if exact is not None and self.smooth:
-            for tiny in (2.0**-20, 2.0**-26):
+            for tiny in (16 * self.tiny, self.tiny / 4):
                 yield self._secants(tiny, exact), 0.0, _EXACT + 8 * max(self.eps, gap)
             return
         noise = max(self.eps / 2, self._jitter) * self.size
@@ -339,8 +359,8 @@ class _Probe:
         exact = self.exact[0]
         if exact is None or hasattr(self.call.plain, "admitted"):
             return exact is not None
-        bend = self._bend(exact, _TINY)
-        return bend <= _SMOOTH or bend / 100 <= self._bend(exact, _TINY / 8) <= bend / 40
+        bend = self._bend(exact, self.tiny)
+        return bend <= _SMOOTH or bend / 100 <= self._bend(exact, self.tiny / 8) <= bend / 40
 
     def _bend(self, f: Encoding, step: float) -> float:
         """Return ‖f(x + h) − 2 f(x) + f(x − h)‖ / ‖f(x)‖ for a float64 step h along the first direction."""
@@ -351,8 +371,9 @@ class _Probe:
 
     def _check_flat(self) -> None:
         """Require that f hardly moves where its derivative is zero, unlike a function that is constant by pieces."""
-        near, far = (float(secants[0].norm()) for secants in (self.beside(_LONGEST), self._secants(4 * _LONGEST)))
-        if 2 * _LONGEST * min(near, 4 * far) > _SIGMAS * _NOISE * self.eps * self.size:
+        step = self.longest
+        near, far = (float(secants[0].norm()) for secants in (self.beside(step), self._secants(4 * step)))
+        if 2 * step * min(near, 4 * far) > _SIGMAS * _NOISE * self.eps * self.size:
             self._refuse("differences of f", 0.0, near)
 
     def _compare(self, k: int, secant: Tensor, slope: float) -> tuple[float, float, float]:
@@ -369,8 +390,10 @@ class _Probe:
 
     def beside(self, step: float) -> Tensor:
         """Return the secants, from a batch with other images in it; require that they do not change f(x)."""
-        other = (self._uniform(self.x.shape[1:]) < 0.5).to(self.x)[None]
-        points = torch.cat([other, self.x.detach(), self._ends(step).to(self.x), 1 - other, other])
+        low, high = (torch.full_like(self.x, end, requires_grad=False) for end in (self.low, self.high))
+        first = (self._uniform(self.x.shape[1:]) < 0.5).to(self.x.device)
+        other, inverse = torch.where(first, high, low), torch.where(first, low, high)
+        points = torch.cat([other, self.x.detach(), self._ends(step).to(self.x), inverse, other])
         try:
             with torch.no_grad():
                 values = self.call.apply(points)
@@ -396,12 +419,12 @@ class _Probe:
         return (values[:2] - values[2:]) / (2 * step)
 
     def _ends(self, step: float) -> Tensor:
-        """Return x + step·way of both directions, then x − step·way, (4, C, H, W), float64."""
+        """Return x + step·way of both directions, then x − step·way, (4, *shape), float64."""
         return self.x.detach().double() + step * torch.cat([self.ways, -self.ways]).double()
 
     def _step(self, noise: float, slope: float) -> float:
         """Return the power of two that keeps noise below 0.05 % of a secant."""
-        return min(max(power_of_two(2000 * noise / slope), self.shortest), _LONGEST)
+        return min(max(power_of_two(2000 * noise / slope), self.shortest), self.longest)
 
     @cached_property
     def _jitter(self) -> float:
@@ -411,7 +434,7 @@ class _Probe:
             ends = [self._in_unit(self.call(self.x.detach() * (1 + sign * change)))[0] for sign in (1, -1)]
         change = float((ends[0] - ends[1]).norm()) / math.sqrt(2) / self.size
         hidden = self.x.dtype == torch.float64 and not self.smooth
-        return max(change, self._bend(self.call, _TINY)) if hidden else change
+        return max(change, self._bend(self.call, self.tiny)) if hidden else change
 
     def _in_unit(self, values: Tensor) -> Tensor:
         return values.detach().double() / self.unit

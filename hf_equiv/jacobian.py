@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import check_count
+from hf_equiv.checks import UNIT, Bounds, check_count
 from hf_equiv.conditions import admit, as_function
 from hf_equiv.derivatives import forward_mode, transposed, vjps
 from hf_equiv.precision import (
@@ -28,21 +28,22 @@ from hf_equiv.precision import (
 class Jacobian:
     """J = ∂f/∂x at one image as a matrix-free map: products with J and Jᵀ, several vectors at once.
 
-    z = f(x) (D,), J[d, n] = ∂z_d / ∂x_n (D, N) with N = C·H·W. `rmv` is reverse mode (VJP). `mv` is its transpose:
-    u -> Jᵀu is linear, so its own VJP along v is Jv (Townsend 2017, "A new trick for calculating Jacobian vector
-    products"); without second order it falls back to forward mode (JVP), at three times the cost. TF32 and autocast
-    are off. In float32 the products with J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
+    z = f(x) (D,), J[d, n] = ∂z_d / ∂x_n (D, N) for the N numbers of x. `rmv` is reverse mode (VJP). `mv` is its
+    transpose: u -> Jᵀu is linear, so its own VJP along v is Jv (Townsend 2017, "A new trick for calculating Jacobian
+    vector products"); without second order it falls back to forward mode (JVP), at three times the cost. TF32 and
+    autocast are off. In float32 the products with J and Jᵀ differ by the noise of the encoder, about 1e-5 ‖J‖.
 
     Cost: 2K/3 evaluations for a product of K vectors, and one for the graph of `mv`. The trial of f does not count.
     Memory: the activations of one image, three times that after the first `mv`, `batch` times that during a product.
 
     Args:
-        f: the encoder, (1, C, H, W) -> (1, D).
-        image: x, (C, H, W), pixels in [0, 1].
+        f: the encoder, (1, *shape) -> (1, D).
+        image: x, (*shape), such as pixels (C, H, W).
         batch: most vectors per pass; lower it when memory is short. A CPU takes at most 8, which is fastest there.
+        bounds: the box of the images, near which f is tried; None for none.
 
     Attributes:
-        image: x, (C, H, W).
+        image: x, (*shape).
         z: f(x), (D,), in the dtype of `image`; `output` is f(x) in the dtype of f.
         shape: (D, N).
         eps: relative spacing of the coarsest dtype among `image`, f's output and the numbers inside f.
@@ -59,11 +60,11 @@ class Jacobian:
         True
     """
 
-    def __init__(self, f: Encoding, image: Tensor, *, batch: int = 32) -> None:
-        if image.ndim != 3 or not image.is_floating_point():
-            raise ValueError(f"`image` must be a float tensor (C, H, W); got {image.dtype} {tuple(image.shape)}.")
+    def __init__(self, f: Encoding, image: Tensor, *, batch: int = 32, bounds: Bounds = UNIT) -> None:
+        if image.ndim == 0 or not image.is_floating_point():
+            raise ValueError(f"`image` must be a float tensor (*shape); got {image.dtype} {tuple(image.shape)}.")
         check_count(batch, "batch")
-        self._f = admit(f, image[None])
+        self._f = admit(f, image[None], bounds=bounds)
         self._batch = batch if image.is_cuda else min(batch, 8)
         with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
             self._x = image.detach().clone(memory_format=torch.contiguous_format)[None].requires_grad_(True)
@@ -87,7 +88,7 @@ class Jacobian:
         """Return J v of each tangent v.
 
         Args:
-            tangents: (K, C, H, W), with any length.
+            tangents: (K, *shape), with any length.
 
         Returns:
             (K, D), in embedding per unit of the tangents.
@@ -115,7 +116,7 @@ class Jacobian:
             cotangents: (K, D).
 
         Returns:
-            (K, C, H, W).
+            (K, *shape).
 
         Raises:
             ValueError: the shape of `cotangents` does not fit.
@@ -241,7 +242,7 @@ def jacobian_cost(num_rows: int) -> float:
 
 
 def require_forward_mode(f: Encoding, image: Tensor, name: str) -> None:
-    """Require a finite Jacobian–vector product of f at one image (1, C, H, W); an error calls f `name`."""
+    """Require a finite Jacobian–vector product of f at one image (1, *shape); an error calls f `name`."""
     tangent = torch.linspace(-1, 1, image.numel(), dtype=image.dtype, device=image.device).view_as(image)
     if not bool(torch.isfinite(forward_mode(f, image, tangent, name)).all()):
         raise RuntimeError(f"the JVP of {name} must be finite; got NaN or infinity. Use float32 or float64.")

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-Encoding = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) to embeddings (B, D)
+Encoding = Callable[[Tensor], Tensor]  # images (B, *shape) to embeddings (B, D)
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 _DTYPE = vars(torch._C.TensorBase)["dtype"].__get__  # `tensor.dtype`
@@ -123,23 +123,24 @@ class Recorded(TorchFunctionMode):
 
 
 def resolved_step(f: Encoding, image: Tensor, eps: float) -> tuple[float, int]:
-    """Return a change of the pixels that f resolves, 512 eps or more if f is coarser than `eps`; and the passes."""
+    """Return a change of the image that f resolves, 512 eps or more if f is coarser than `eps`; and the passes."""
     # Two equal steps from a point near x, off its kinks, change f by the same amount if they are above its rounding and
     # below its curvature. If no step does, nothing is known against `eps`.
     generator = torch.Generator().manual_seed(0)
+    size = max(1.0, float(image.abs().max()))
     draw = torch.rand(2, *image.shape, generator=generator, dtype=torch.float64).to(image)
     start, way = torch.lerp(image, draw[0], 2.0**-10), (draw[1] - 0.5).sign()
-    step, passes = _FINE * eps, 1
+    step, passes = _FINE * eps * size, 1
     with torch.no_grad(), no_tf32():
         first = f(start[None]).double()
-        while step < _COARSEST:
+        while step < _COARSEST * size:
             second, third = (f((start + k * step * way)[None]).double() for k in (1, 2))
             passes += 2
             bend, moved = float((third - 2 * second + first).norm()), float((third - first).norm())
             if moved > 0 and 8 * bend <= moved:
                 return step, passes
             step *= 64
-    return _FINE * eps, passes
+    return _FINE * eps * size, passes
 
 
 def dot(a: Tensor, b: Tensor) -> float:

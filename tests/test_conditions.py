@@ -134,7 +134,7 @@ def trace(*middle: nn.Module) -> nn.Module:
 SMOOTH_TRACE = trace(nn.GELU())
 
 BROKEN = {  # a function, or one that makes it anew for every verb; and the sentence
-    "tuple": (lambda x: (linear(x),), r"must map \(B, C, H, W\) to a float tensor \(B, D\); got tuple"),
+    "tuple": (lambda x: (linear(x),), r"must map \(B, \*shape\) to a float tensor \(B, D\); got tuple"),
     "dict": (lambda x: {"z": linear(x)}, "got dict"),
     "array": (lambda x: linear(x).detach().numpy(), "got ndarray"),
     "vector": (lambda x: x.sum((1, 2, 3)), r"got shape \(1,\)"),

@@ -205,5 +205,6 @@ def test_products_of_the_wrong_shape():
         J.mv(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match=r"`cotangents` must be \(K, 12\); got \(12,\)"):
         J.rmv(torch.zeros(12))
-    with pytest.raises(ValueError, match=r"`image` must be a float tensor \(C, H, W\)"):
-        Jacobian(linear(), images(1))
+    for wrong in (torch.tensor(0.5), images(1)[0].int()):
+        with pytest.raises(ValueError, match=r"`image` must be a float tensor \(\*shape\)"):
+            Jacobian(linear(), wrong)

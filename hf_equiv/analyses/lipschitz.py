@@ -172,7 +172,7 @@ def directions_of_run(
 ) -> Directions:  # fmt: skip
     """Make the directions at one image (3, H, W), in the order of its rows; settings, seed and image id fix them."""
     kinds: Mapping[str, int] = settings["directions"]
-    counts = {kind: kinds.get(kind, 0) for kind in COUNTED}
+    counts: dict[str, Any] = {kind: kinds.get(kind, 0) for kind in COUNTED}
     toward = target[None] if target is not None and "toward" in kinds else None
     return make_directions(
         encoder, image[None], **counts, gradient="gradient" in kinds, toward=toward,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit, as_function
 from hf_equiv.geometry.singular import combine, left_singular, times
 from hf_equiv.jacobian import Jacobian
@@ -45,10 +46,10 @@ class RowSpace:
         """Return the part VᵀV v of each v, which moves the embedding, to first order.
 
         Args:
-            vectors: v, (…, C, H, W).
+            vectors: v, (…, *shape).
 
         Returns:
-            (…, C, H, W), in the dtype of the basis.
+            (…, *shape), in the dtype of the basis.
         """
         return vectors - self.project_null(vectors)
 
@@ -56,12 +57,12 @@ class RowSpace:
         """Return the part (I − VᵀV) v of each v, which leaves the embedding, to first order.
 
         Args:
-            vectors: v, (…, C, H, W).
+            vectors: v, (…, *shape).
 
         Returns:
-            (…, C, H, W), in the dtype of the basis.
+            (…, *shape), in the dtype of the basis.
         """
-        rows = vectors.flatten(-3).reshape(-1, self.basis.shape[1]).to(self.basis)
+        rows = vectors.reshape(-1, self.basis.shape[1]).to(self.basis)
         with no_tf32(), no_autocast():
             for _ in range(2):
                 rows = torch.addmm(rows, rows @ self.basis.T, self.basis, alpha=-1)
@@ -80,17 +81,19 @@ def row_space(
     rank_rtol: float | None = None,
     matrix: Tensor | None = None,
     batch: int = 32,
+    bounds: Bounds = UNIT,
 ) -> RowSpace:
     """Return an orthonormal basis of the row space of J = ∂f/∂x at one image.
 
     Cost: (1 + 2D)/3 evaluations, unless `matrix` is given; memory 2·D·N numbers.
 
     Args:
-        f: the encoder (1, C, H, W) -> (1, D), or its `Jacobian` at the image.
-        image: x, (C, H, W), pixels in [0, 1]; None with a `Jacobian`.
+        f: the encoder (1, *shape) -> (1, D), or its `Jacobian` at the image.
+        image: x, (*shape); None with a `Jacobian`.
         rank_rtol: threshold of the rank over σ₁; None for 1000 eps of the dtype (float32 1.2e-4, float64 2.2e-13).
         matrix: J (D, N), if it is known, also with columns set to zero.
         batch: most cotangents per pass.
+        bounds: the box of the images, near which f is tried; None for none.
 
     Returns:
         The rows above the threshold; none for a constant f.
@@ -108,9 +111,9 @@ def row_space(
     if isinstance(f, Jacobian):
         J = f
     elif image is None:
-        raise ValueError("`image` must be (C, H, W); got None. Leave it out only with a `Jacobian`.")
+        raise ValueError("`image` must be a float tensor (*shape); got None. Leave it out only with a `Jacobian`.")
     else:
-        J = Jacobian(f, image, batch=batch)
+        J = Jacobian(f, image, batch=batch, bounds=bounds)
         J.check_deterministic()
     if rank_rtol is not None:
         checks.check_positive(rank_rtol, "rank_rtol", 1, or_zero=True)
@@ -188,7 +191,7 @@ class Directions:
     """Unit directions of a batch of images, with their kinds.
 
     Attributes:
-        vectors: v, (B, K, C, H, W), unit L2 norm in pixel units.
+        vectors: v, (B, K, *shape), unit L2 norm in pixel units.
         kinds: kind of each, K strings: random, top, row, null, gradient, toward or match.
         indices: number of each within its kind, K integers from 0; for `top` and `row` the index of the singular value,
             in the row space of the first image.
@@ -221,6 +224,7 @@ def make_directions(
     match: Tensor | None = None,
     generator: torch.Generator | None = None,
     batch: int = 32,
+    bounds: Bounds = UNIT,
 ) -> Directions:
     """Make unit directions of several kinds at each image.
 
@@ -237,17 +241,18 @@ def make_directions(
     Cost: `top`, `row` and `null` take one full Jacobian an image, `gradient` one cotangent. Memory: B·K images.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D). In half precision its float64 twin gives J.
-        images: x, (B, C, H, W), pixels in [0, 1].
+        f: the encoder, or any callable (B, *shape) -> (B, D). In half precision its float64 twin gives J.
+        images: x, (B, *shape), within `bounds`.
         random: number of random directions.
         top: number of top directions, at most the rank.
         row: number of row directions, at most the rank.
         null: number of null directions.
         gradient: whether to add the gradient.
-        toward: images t, (B or 1, C, H, W), pixels in [0, 1].
-        match: matches m, (B, C, H, W), pixels in [0, 1].
+        toward: images t, (B or 1, *shape).
+        match: matches m, (B, *shape).
         generator: source of the random numbers, on the CPU; None for one with seed 0.
         batch: cotangents per backward pass.
+        bounds: the box that all images must lie in; None for none.
 
     Returns:
         The directions, float32 (float64 for float64 images), those of one kind side by side.
@@ -262,18 +267,18 @@ def make_directions(
         >>> make_directions(lambda x: x.flatten(1) @ weight.T, x, top=2, null=1).kinds
         ('top', 'top', 'null')
     """
-    checks.check_images(images)
+    checks.check_images(images, bounds=bounds)
     counts = {"random": random, "top": top, "row": row, "null": null}
     for name, count in counts.items():
         checks.check_count(count, name, least=0)
     others = {name: other for name, other in (("toward", toward), ("match", match)) if other is not None}
     for name, other in others.items():
-        checks.check_like(other, images, name)
+        checks.check_like(other, images, name, bounds=bounds)
     if not any(counts.values()) and not gradient and not others:
         raise ValueError(f"`make_directions` must be asked for a direction; got none. Kinds: {', '.join(KINDS)}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     if top or row or null or gradient:
-        f = admit(f, images)
+        f = admit(f, images, bounds=bounds)
     rows, indices = [], tuple[int, ...]()
     for b, image in enumerate(images.detach()):
         aims = {name: other[b % len(other)].to(image) for name, other in others.items()}
@@ -290,14 +295,19 @@ def make_directions(
 
 
 def unit_directions(directions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return directions (K, C, H, W) scaled to unit L2 norm, in `dtype`."""
+    """Return directions (K, *shape) scaled to unit L2 norm, in `dtype`."""
     wide = directions.double()
-    return (wide / wide.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).to(dtype)
+    return (wide / by_image(wide.flatten(1).norm(dim=1), wide)).to(dtype)
 
 
-def as_directions(vectors: Directions | Tensor, images: Tensor) -> Directions:
-    """Return checked directions of checked images; a tensor (B, K, C, H, W) gets the kind `given`."""
-    checks.check_images(images)
+def by_image(numbers: Tensor, images: Tensor) -> Tensor:
+    """Return one number for each image, (K,), as (K, 1, …, 1), to be combined with images (K, *shape)."""
+    return numbers.view(-1, *(1,) * (images.ndim - 1))
+
+
+def as_directions(vectors: Directions | Tensor, images: Tensor, bounds: Bounds) -> Directions:
+    """Return checked directions of checked images; a tensor (B, K, *shape) gets the kind `given`."""
+    checks.check_images(images, bounds=bounds)
     if not isinstance(vectors, Directions):
         count = vectors.shape[1] if isinstance(vectors, Tensor) and vectors.ndim > 1 else 0
         vectors = Directions(vectors, ("given",) * count, tuple(range(count)))

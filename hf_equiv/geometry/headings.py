@@ -1,4 +1,4 @@
-"""Choose the next tangent direction of a level set, ahead or towards an image."""
+"""Choose the next tangent direction of a level set, ahead or towards an image, and correct the step along it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_equiv.checks import UNIT
 from hf_equiv.matching.corrector import Corrector, Place
-from hf_equiv.precision import dot
+from hf_equiv.precision import Encoding, dot
 
 MAX_PRODUCTS = 40  # most products with the Hessian in one Newton step
 _MEMORY = 20  # secant pairs of the descent towards an image
@@ -25,6 +26,9 @@ _NEAR = 0.12  # stationarity below which Newton steps are worth their products w
 _PROBE = 0.01  # L2 length of the differences that replace products with the Hessian
 _ACCURACY = 0.2  # accuracy of a Newton step
 _POOR, _FINE = 0.4, 0.75  # the radius shrinks below and grows above these shares of the predicted gain
+_MAX_TRIALS, _MAX_REJECTED = 40, 6
+_SHORTEST = 0.2  # least share of a correction to try: less cannot lower the drift enough
+_DECREASE = 0.9  # an accepted correction brings the drift below this share
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +79,44 @@ def _to_sphere(p: Tensor, v: Tensor, radius: float) -> float:
     return (root - b) / a if b <= 0 else -c / (root + b)
 
 
+class WalkCorrector(Corrector):
+    """Bring the points of a walk back onto {x : f(x) = z} inside a box (lower, upper), which may be infinite."""
+
+    def __init__(self, f: Encoding, z: Tensor, rtol: float, bounds: tuple[float, float] = UNIT) -> None:
+        super().__init__(f, z, rtol)
+        self.bounds = bounds
+
+    def correct(self, guess: Tensor, longest: float) -> Place | None:
+        """Bring a guess (*shape) back to the level set by steps no longer than `longest`; return None on failure."""
+        low, high = self.bounds
+        at = self.look(guess.clamp(low, high))
+        self.bend, self.trials = at.residual, 0
+        unknown, rejected, share = at.residual, 0, 1.0
+        while at.drift > 0.5 * self.rtol and self.trials < _MAX_TRIALS:
+            if rejected >= (_MAX_REJECTED if at.drift > self.rtol else 1):  # below rtol the rest may be noise
+                break
+            self.trials += 1
+            self.model.hold((at.image > low) & (at.image < high))
+            self.learn(at, unknown)
+            step = self.model.correction(at.residual)
+            length = float(torch.linalg.vector_norm(step))
+            there = self.look((at.image + step * min(share, longest / (length + 1e-300))).clamp(low, high))
+            if there.drift <= _DECREASE * at.drift:
+                at, unknown, rejected, share = there, there.residual, 0, min(1.0, 2 * share)
+                continue
+            unknown = there.residual - at.residual - self.model.apply(there.image - at.image)
+            if not bool(torch.isfinite(unknown).all()):
+                unknown = at.residual
+            rejected += 1
+            share = max(_SHORTEST, share * (1.0 if rejected == 1 else 0.5))
+        return at if at.drift <= self.rtol else None
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The next move from a point."""
 
-    direction: Tensor | None  # tangent t (C, H, W) of unit length: A t = 0 on the free pixels; None at the end
+    direction: Tensor | None  # tangent t (*shape) of unit length: A t = 0 on the free pixels; None at the end
     length: float  # the step that the heading would take without other limits
     stationarity: float | None = None  # ‖P_null d‖ / ‖d‖, see `WalkPoint`
 
@@ -95,7 +132,7 @@ class Ahead:
     def __init__(self, direction: Tensor, origin: Tensor | None = None) -> None:
         self.direction, self.origin = direction, origin
 
-    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
+    def plan(self, corrector: WalkCorrector, at: Place, reach: float) -> Plan:
         """Project the heading, after A has learnt the row along the last drift: the bend of the level set there."""
         wish = self.direction
         if self.origin is not None and bool((at.image != self.origin).any()):
@@ -123,8 +160,8 @@ class Toward:
     """Descend ½‖x − destination‖² inside the level set: by L-BFGS from afar, by Newton steps near a stationary point.
 
     The gradient on the level set in the box is −P d with d = destination − x and P the projection on its tangent cone,
-    {t : J t = 0, t inwards or zero at pixels at 0 and 1}. Once A has learnt the row along λ, e = d − Jᵀλ is exact, and
-    ‖P d‖ ≤ ‖e without its outward parts at 0 and 1‖ for any λ (Moreau): that over ‖d‖ certifies a stationary point
+    {t : J t = 0, t inwards or zero on the bounds}. Once A has learnt the row along λ, e = d − Jᵀλ is exact, and
+    ‖P d‖ ≤ ‖e without its outward parts on the bounds‖ for any λ (Moreau): that over ‖d‖ certifies a stationary point
     without the full Jacobian there, and below `stop` the search for a nearer image ends.
 
     A point is off the level set by r = f(x) − z, so gains are measured in the Lagrangian ½‖d‖² + λᵀr (Nocedal, Wright
@@ -143,7 +180,7 @@ class Toward:
         self.newton: Step | None = None
         self.radius = math.inf
 
-    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
+    def plan(self, corrector: WalkCorrector, at: Place, reach: float) -> Plan:
         """Find the descent direction, if there is one."""
         wish = self.destination - at.image
         distance, model = _norm(wish), corrector.model
@@ -155,7 +192,7 @@ class Toward:
         for _ in range(_ROUNDS):
             corrector.learn(at, multipliers)
             rest = wish - model.transpose(multipliers)
-            bound = min(bound, _norm(rest * _inwards(at.image, rest)) / distance)
+            bound = min(bound, _norm(rest * _inwards(at.image, rest, corrector.bounds)) / distance)
             tangent, multipliers = _tangent(corrector, at, wish)
             if bound <= max(self.stop, _CLOSE * _norm(tangent) / distance):
                 break
@@ -210,7 +247,7 @@ class Toward:
         return True
 
     def _newton(
-        self, corrector: Corrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float
+        self, corrector: WalkCorrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float
     ) -> Plan:
         """Plan the step to the stationary point of the quadratic model of the Lagrangian."""
         here = at.jacobian.rmv(multipliers[None].to(at.image))[0]
@@ -243,21 +280,21 @@ class Toward:
 Heading = Ahead | Toward
 
 
-def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
+def _tangent(corrector: WalkCorrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
     """Project a wish on the tangent cone of the level set in the box; return the tangent t and multipliers λ (D,)."""
-    # t = C(wish − Aᵀλ), where C removes what leads outwards at pixels at 0 and 1, and λ minimises the convex ½‖C(wish −
+    # t = C(wish − Aᵀλ), where C removes what leads outwards on the bounds, and λ minimises the convex ½‖C(wish −
     # Aᵀλ)‖², whose gradient is −A t. Semismooth Newton steps λ + G_F⁺ A t, with F the pixels that C lets move, are
     # halved until they descend (Qi, Sun 2006, SIAM J. Matrix Anal. Appl. 28:360). They end when a whole step changes no
     # such pixel: then t is exact.
-    x, model = at.image, corrector.model
+    x, model, box = at.image, corrector.model, corrector.bounds
     rest, multipliers = wish, wish.new_zeros(len(model.A), dtype=torch.float64)
-    free, nothing = _inwards(x, wish), _ROUNDING * torch.finfo(x.dtype).eps * _norm(wish)
+    free, nothing = _inwards(x, wish, box), _ROUNDING * torch.finfo(x.dtype).eps * _norm(wish)
     for _ in range(_ACTIVE):
         model.hold(free)
         step = model.multipliers(rest)
         change = model.transpose(step)
         there, share = rest - change, 1.0
-        now = _inwards(x, there)
+        now = _inwards(x, there, box)
         if not bool((free ^ now).any()):
             rest, multipliers = there, multipliers + step
             break
@@ -266,23 +303,23 @@ def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Ten
         while _norm(there * now) ** 2 > height**2 - 2e-4 * share * slope and share > _LEAST:
             share /= 2
             there = rest - share * change
-            now = _inwards(x, there)
+            now = _inwards(x, there, box)
         rest, multipliers, free = there, multipliers + share * step, now
         if share <= _LEAST or _norm(rest * free) <= nothing:
             break
     model.hold(free)
     tangent = model.project_null(rest)
-    blocked = free & ~_inwards(x, tangent)  # these pixels result from rounding or unfinished steps
+    blocked = free & ~_inwards(x, tangent, box)  # these pixels result from rounding or unfinished steps
     if bool(blocked.any()):
         model.hold(free & ~blocked)
         tangent = model.project_null(rest)
-        tangent = tangent * _inwards(x, tangent)
+        tangent = tangent * _inwards(x, tangent, box)
     return (tangent if _norm(tangent) > nothing else torch.zeros_like(tangent)), multipliers
 
 
-def _inwards(x: Tensor, step: Tensor) -> Tensor:
+def _inwards(x: Tensor, step: Tensor, box: tuple[float, float]) -> Tensor:
     """Return the pixels off the bounds, and those that a step leads off them."""
-    return ((x > 0) | (step > 0)) & ((x < 1) | (step < 0))
+    return ((x > box[0]) | (step > 0)) & ((x < box[1]) | (step < 0))
 
 
 def _norm(v: Tensor) -> float:

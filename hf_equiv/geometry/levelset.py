@@ -1,9 +1,9 @@
 """Walk along the images that share an embedding, with every point corrected back to f(x) = z.
 
 A step has a predictor x + h·t, with t = P_null v the part of the heading v that J maps to zero, and a corrector
-(`Corrector`). Pixels at 0 or 1 that would leave the box are taken out of J. The length h is halved when the corrector
-fails or the heading rejects the point, and grows again after easy corrections. The linear model of the corrector learns
-single rows on the way; a full Jacobian is formed again only after failures that its age may explain.
+(`WalkCorrector`). Pixels on a bound that would leave the box are taken out of J. The length h is halved when the
+corrector fails or the heading rejects the point, and grows again after easy corrections. The linear model of the
+corrector learns single rows on the way; a full Jacobian is formed again only after failures that its age may explain.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.checks import UNIT, Bounds, is_image
 from hf_equiv.conditions import admit
-from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
+from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward, WalkCorrector
 from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.matching import bars
-from hf_equiv.matching.corrector import Corrector, Place
-from hf_equiv.matching.match import target_embeddings
+from hf_equiv.matching.corrector import Place
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import Status
 
@@ -49,15 +49,17 @@ class WalkPoint:
     image: int  # index in the batch
     step: int  # 0 for the start
     drift: float  # ‖f(x) − z‖ / ‖z‖
-    arc_length: float  # sum of the L2 distances between the points so far, pixels in [0, 1]
+    arc_length: float  # sum of the L2 distances between the points so far
     l2: float  # ‖x − origin‖₂
     linf: float  # ‖x − origin‖_∞
-    psnr_db: float  # PSNR of x against the origin, −10 log₁₀ mean (x − origin)²; infinite at the origin
+    # PSNR of x against the origin, −10 log₁₀ mean (x − origin)² / (upper − lower)²; infinite at the origin. Without a
+    # box the range is taken as 1.
+    psnr_db: float
     remaining: float | None  # L2 distance to the destination; None without one
     # ‖P_null d‖ / ‖d‖: a bound for d = destination − x, the model's value for d = x − origin; None for a fixed heading
     stationarity: float | None
     num_evals: float  # evaluations spent on the walk so far
-    pixels: Tensor | None = field(repr=False)  # x, (C, H, W); None unless `keep_points`
+    pixels: Tensor | None = field(repr=False)  # x, (*shape); None unless `keep_points`
 
 
 @dataclass(eq=False)
@@ -65,7 +67,7 @@ class Walk:
     """A walk from one image: `path` has the points so far, `at` the pixels of the last, and `status` the end."""
 
     index: int  # index of the image in its batch
-    corrector: Corrector
+    corrector: WalkCorrector
     heading: Heading
     origin: Tensor
     step: float
@@ -75,6 +77,7 @@ class Walk:
     status: Status = Status.ERROR
     end: Place | None = None  # the destination if it lies on the level set
     at: Tensor = field(init=False)
+    width: float = field(init=False)  # of the box
     most: float = 0.0  # longest step
     h: float = 0.0  # length of the next step
     failures: int = 0
@@ -84,17 +87,17 @@ class Walk:
 
     def run(self, start: Tensor, num_steps: int) -> None:
         """Walk, and set `status`."""
-        self.at = start
+        self.at, self.width = start, self.corrector.bounds[1] - self.corrector.bounds[0]
         if self.corrector.f.noise > self.corrector.rtol:  # no drift that f states is below rtol for certain
             self.status = Status.DRIFT_EXCEEDED
             return
-        self.h = self.most = min(self.step, math.sqrt(start.numel()))  # no step is longer than the box
+        self.h = self.most = min(self.step, self.width * math.sqrt(start.numel()))  # no step is longer than the box
         self.status = self._walk(start, num_steps)
         del self.corrector.model  # D·N numbers
 
     def _walk(self, start: Tensor, num_steps: int) -> Status:
         """Bring the start to the level set and step from point to point until all are made or no step succeeds."""
-        corrector, heading = self.corrector, self.heading
+        corrector, heading, (low, high) = self.corrector, self.heading, self.corrector.bounds
         at = corrector.look(start)
         corrector.refresh(at)
         if not (math.isfinite(at.drift) and corrector.model.finite):
@@ -110,7 +113,7 @@ class Walk:
         plan = self._plan(at)
         self._record(at, plan)
         if plan.direction is None and plan.stationarity is None:
-            if bool(((start > 0) & (start < 1)).all()):  # otherwise the box may be the cause
+            if bool(((start > low) & (start < high)).all()):  # otherwise the box may be the cause
                 raise ValueError(
                     "`heading` must have a part in the null space of J; got less than 0.1 % of it for image "
                     f"{self.index}. Directions in the row space change the embedding; for D ≥ N there may be no others."
@@ -183,7 +186,7 @@ class Walk:
         assert plan.direction is not None
         if self.end is not None and float(torch.linalg.vector_norm(self.end.image - at.image)) <= snap:
             return self.end, Status.COMPLETED
-        guess = (at.image + length * plan.direction).clamp(0, 1)
+        guess = (at.image + length * plan.direction).clamp(*self.corrector.bounds)
         if float(torch.linalg.vector_norm(guess - at.image)) < 0.1 * length:
             return None, Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
         there = self.corrector.correct(guess, length)
@@ -202,7 +205,7 @@ class Walk:
             self.path[-1] = replace(self.path[-1], stationarity=left)
             return
         offset = (x - self.origin).double()
-        l2 = float(torch.linalg.vector_norm(offset))
+        l2, peak = float(torch.linalg.vector_norm(offset)), self.width if math.isfinite(self.width) else 1.0
         moved = _distance(x, self.at) if self.path else 0.0
         point = WalkPoint(
             image=self.index,
@@ -211,7 +214,7 @@ class Walk:
             arc_length=self.path[-1].arc_length + moved if self.path else 0.0,
             l2=l2,
             linf=float(offset.abs().max()),
-            psnr_db=10 * math.log10(x.numel() / l2**2) if l2 > 0 else math.inf,
+            psnr_db=10 * math.log10(x.numel() * peak**2 / l2**2) if l2 > 0 else math.inf,
             remaining=_distance(self.heading.destination, x) if isinstance(self.heading, Toward) else None,
             stationarity=plan.stationarity,
             num_evals=self.corrector.num_evals,
@@ -232,7 +235,7 @@ class WalkResult:
     """Walks along level sets, one per image of the batch.
 
     Attributes:
-        images: last point of each walk, (B, C, H, W); the start if no point was reached.
+        images: last point of each walk, (B, *shape); the start if no point was reached.
         paths: points of each walk in order; every one has drift ≤ rtol.
         num_evals: cost of each walk, (B,), float64: (forwards + 2·cotangents) / 3, full Jacobians included.
         num_jacobians: full Jacobians among them, (B,), int64.
@@ -273,9 +276,10 @@ def trace_level_set(
     stop: float = STOP,
     generator: torch.Generator | None = None,
     keep_points: bool = False,
+    bounds: Bounds = UNIT,
     progress: Callable[[WalkPoint], None] | bool | None = None,
 ) -> WalkResult:
-    """Walk from each image through the images with the same embedding, {x in [0, 1]^N : f(x) = z}.
+    """Walk from each image through the images with the same embedding, {x in the box : f(x) = z}.
 
         heading   v                 from          z                       ends early
         random    Gaussian, fixed   any image     f(images)               -
@@ -289,18 +293,19 @@ def trace_level_set(
     length, more towards an image. Memory: D·N numbers, and 40 images for a destination.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D), differentiable in reverse mode.
-        images: starting points, (B, C, H, W), float32 or float64, pixels in [0, 1].
-        heading: "random", "away", "toward", "nearest" or "connect"; or directions (B or 1, C, H, W).
+        f: the encoder, or any callable (B, *shape) -> (B, D), differentiable in reverse mode.
+        images: starting points, (B, *shape), float32 or float64, within `bounds`.
+        heading: "random", "away", "toward", "nearest" or "connect"; or directions (B or 1, *shape).
         step: longest predictor step, L2 in pixel units. Points of walks to an image are `step`/4 or 50 steps apart.
         num_steps: most points after the start.
         rtol: largest ‖f(x) − z‖/‖z‖ of any point. Below about 5e-6 float32 noise ends most walks (`drift_exceeded`),
             and below the measured noise of f none starts.
-        target: destination of toward and connect, (B or 1, C, H, W); else the pixels or embedding of the level set.
-        origin: reference of l2, linf and psnr_db, (B or 1, C, H, W); default: the start.
+        target: destination of toward and connect, (B or 1, *shape); else the pixels or embedding of the level set.
+        origin: reference of l2, linf and psnr_db, (B or 1, *shape); default: the start.
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
         generator: source of the random heading, on the CPU; None for one with seed 0.
         keep_points: whether the points keep their pixels.
+        bounds: the box of all points, which all images must lie in; None for none. By default pixels in [0, 1].
         progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks. By default a
             bar in a terminal or notebook; False for none.
 
@@ -321,7 +326,7 @@ def trace_level_set(
     References:
         Allgower, Georg (1990), Numerical Continuation Methods, ch. 2-3. Salman et al. (2024), arXiv:2401.15568, §4.
     """
-    checks.check_images(images)
+    checks.check_images(images, bounds=bounds)
     if images.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"`images` must be float32 or float64; got {images.dtype}. Walks need that accuracy.")
     checks.check_positive(step, "step")
@@ -331,17 +336,18 @@ def trace_level_set(
     if heading == "nearest" and origin is None:
         raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
     images = images.detach().clone(memory_format=torch.contiguous_format)
-    home = images if origin is None else _pixels(origin, images, "origin")
-    aims = _aims(heading, images, home, target, generator)
+    home = images if origin is None else _pixels(origin, images, "origin", bounds)
+    aims = _aims(heading, images, home, target, generator, bounds)
     goal = images if target is None or heading == "toward" else target  # its embedding is z
-    checks.check_target(goal, len(images))
+    checks.check_target(goal, images, bounds=bounds)
+    box = checks.check_bounds(bounds, images)
     with torch.inference_mode(False), no_tf32():
-        f = admit(f, images, noise=True)
-        z = target_embeddings(lambda x: torch.cat([f(one) for one in x.split(1)]), images, goal.detach(), "images")
+        f = admit(f, images, noise=True, bounds=bounds)
+        z = _embeddings(f, images, goal.detach())
 
         def measure(J: Jacobian, b: int) -> dict[str, Any]:
-            corrector = Corrector(f, z[b], rtol)
-            corrector.num_evals = J.num_evals + (1 / 3 if target is None or target.ndim == 4 else 0.0)  # with z
+            corrector = WalkCorrector(f, z[b], rtol, box)
+            corrector.num_evals = J.num_evals + (1 / 3 if is_image(goal, images) else 0.0)  # with z
             way: Heading
             if heading in TO_AN_IMAGE:
                 way = Toward(aims[b], stop)
@@ -366,13 +372,23 @@ def trace_level_set(
             return WalkResult(**measure_images(f, images, 1, measure))
 
 
+def _embeddings(f: Encoding, images: Tensor, goal: Tensor) -> Tensor:
+    """Return the embeddings z (B, D) of the level sets, float64: those of images, from one at a time, or as given."""
+    if is_image(goal, images):
+        with torch.no_grad():
+            goal = torch.cat([f(one) for one in goal.to(images).split(1)])
+        checks.check_embeddings(goal)
+    return goal.to(images.device, torch.float64).expand(len(images), -1)
+
+
 def _aims(
-    heading: str | Tensor, images: Tensor, home: Tensor, target: Tensor | None, generator: torch.Generator | None
-) -> Tensor:
-    """Return the direction or destination of each walk, (B, C, H, W)."""
+    heading: str | Tensor, images: Tensor, home: Tensor, target: Tensor | None, generator: torch.Generator | None,
+    bounds: Bounds
+) -> Tensor:  # fmt: skip
+    """Return the direction or destination of each walk, (B, *shape)."""
     if isinstance(heading, Tensor):
         shape = heading.shape
-        if heading.ndim != 4 or shape[0] not in (1, len(images)) or shape[1:] != images.shape[1:]:
+        if shape[:1] not in ((1,), images.shape[:1]) or shape[1:] != images.shape[1:]:
             raise ValueError(f"`heading` must have the shape of `images` {tuple(images.shape)}; got {tuple(shape)}.")
         norms = heading.detach().flatten(1).norm(dim=1)
         if not bool((torch.isfinite(norms) & (norms > 0)).all()):
@@ -384,14 +400,14 @@ def _aims(
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         return torch.randn(images.shape, generator=generator, dtype=torch.float64, device="cpu").to(images)
     if heading == "away":
-        return torch.where(home <= 0.5, 1.0, -1.0).to(images)
+        return torch.where(home <= (0.0 if bounds is None else sum(bounds) / 2), 1.0, -1.0).to(images)
     if heading == "nearest":
         return home
-    if target is None or target.ndim != 4:
-        raise ValueError(f"`target` must be pixels (B, C, H, W) for heading {heading!r}. Pass the image to walk to.")
-    return _pixels(target, images, "target")
+    if target is None or not is_image(target, images):
+        raise ValueError(f"`target` must be images (B, *shape) for heading {heading!r}. Pass the image to walk to.")
+    return _pixels(target, images, "target", bounds)
 
 
-def _pixels(value: Tensor, images: Tensor, name: str) -> Tensor:
-    checks.check_like(value, images, name)
+def _pixels(value: Tensor, images: Tensor, name: str, bounds: Bounds) -> Tensor:
+    checks.check_like(value, images, name, bounds=bounds)
     return value.detach().to(images).expand_as(images)

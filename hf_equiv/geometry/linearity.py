@@ -1,7 +1,7 @@
 """Find how far the first-order model of an encoder holds along given directions (arXiv:2401.15568, §5).
 
 h is doubled, then bisected: a residual that exceeds the bound and falls below it again within a factor of two is not
-seen. v and −v have separate radii. x + hv may step over the edge of [0, 1]. Radii whose bound is within four times the
+seen. v and −v have separate radii. x + hv may step over the edge of the box. Radii whose bound is within four times the
 float noise are not tested.
 """
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
-from hf_equiv.geometry.directions import Directions, as_directions
+from hf_equiv.geometry.directions import Directions, as_directions, by_image
 from hf_equiv.geometry.lipschitz import Counted, measure_directions
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian
@@ -73,6 +74,7 @@ def linearity_radius(
     max_radius: float | None = None,
     rtol: float = 1e-3,
     batch: int = 32,
+    bounds: Bounds = UNIT,
     progress: Counted | bool | None = None,
 ) -> LinearityResult:
     """Find how far f is linear along given directions: a test of "piecewise linear".
@@ -85,14 +87,15 @@ def linearity_radius(
     Cost: per direction one JVP and about 20 + log₂(1/rtol) forward passes.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D) with forward mode.
-        images: x, (B, C, H, W), pixels in [0, 1].
-        directions: from `make_directions`, or (B, K, C, H, W) with any length above 0: only the direction counts.
+        f: the encoder, or any callable (B, *shape) -> (B, D) with forward mode.
+        images: x, (B, *shape), within `bounds`.
+        directions: from `make_directions`, or (B, K, *shape) with any length above 0: only the direction counts.
         tau: τ, the residual allowed, relative.
         relative_to: reference of τ; "auto" is "embedding" for the kind `null` and "jvp" for all others.
-        max_radius: largest h tried, in pixel units (L2); default √N, the diagonal of the box.
+        max_radius: largest h tried, in pixel units (L2); default the diagonal of the box, √N without one.
         rtol: relative width at which the bisection ends; the lower end is returned.
         batch: images per forward pass and tangents per JVP.
+        bounds: the box that `images` must lie in; None for none.
         progress: called with (directions done, directions in all) after each batch of directions; by default a bar in a
             terminal or notebook, False for none.
 
@@ -100,7 +103,7 @@ def linearity_radius(
         The radii with their statuses.
 
     Raises:
-        ValueError: pixels outside [0, 1], a zero or non-finite direction, or a bad number.
+        ValueError: values outside `bounds`, a zero or non-finite direction, or a bad number.
         RuntimeError: f has no forward-mode derivative.
 
     Example:
@@ -110,15 +113,16 @@ def linearity_radius(
         >>> linearity_radius(f, x, x[None] + 1, tau=0.5).radii.round(decimals=2).tolist()  # 2(h − 0.25) = h/2
         [[0.33]]
     """
-    given = as_directions(directions, images)
-    limit = math.sqrt(images[0].numel()) if max_radius is None else max_radius
+    given = as_directions(directions, images, bounds)
+    width = 1.0 if bounds is None else bounds[1] - bounds[0]
+    limit = width * math.sqrt(images[0].numel()) if max_radius is None else max_radius
     for name, value in (("tau", tau), ("rtol", rtol), ("max_radius", limit)):
         checks.check_positive(value, name)
     checks.check_choice(relative_to, "relative_to", ("auto", "jvp", "embedding"))
     auto = tuple("embedding" if kind == "null" else "jvp" for kind in given.kinds)
     against = auto if relative_to == "auto" else (relative_to,) * len(given)
     flat = torch.tensor([name == "embedding" for name in against], device=images.device)
-    f = admit(f, images)
+    f = admit(f, images, bounds=bounds)
     with bars.shown(progress, "linearity", bars.count) as hook:
         fields = measure_directions(f, images, given, batch, hook, lambda J: _Line(f, J, tau, limit, flat, rtol))
     del fields["noise_method"]
@@ -150,7 +154,7 @@ class _Line:
 
         def holds(h: Tensor, which: Tensor) -> Tensor:
             with torch.no_grad(), no_tf32():
-                points = torch.addcmul(self.J.image.to(unit), unit[which], h[which].to(unit).view(-1, 1, 1, 1))
+                points = torch.addcmul(self.J.image.to(unit), unit[which], by_image(h[which].to(unit), unit))
                 moved = self.f(points.to(self.J.image)).double() - self.z
             self.forwards += len(which)
             residual = (moved - h[which, None] * jv[which]).norm(dim=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, central_secants, read_secants, secant_noise
@@ -102,6 +103,7 @@ def directional_lipschitz(
     noise: str = "auto",
     std: Tensor | Sequence[float] | None = None,
     batch: int = 32,
+    bounds: Bounds = UNIT,
     progress: Counted | bool | None = None,
 ) -> LipschitzResult:
     """Measure the local Lipschitz constant of f along given directions, and separate it from float noise.
@@ -113,18 +115,20 @@ def directional_lipschitz(
     The value is extrapolated from the range between rounding and curvature, never copied from autograd. It is
     `resolved` if its error estimate and its distance from the exact ‖Jv‖ are at most 1 % (the latter 5 % in half
     precision) and three radii in a row agree within 2 %; else `undetermined`, as all null directions are, or `error` if
-    f or its derivative is not finite. x ± hv may step over the edge of [0, 1].
+    f or its derivative is not finite. x ± hv may step over the edge of the box.
 
     Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D) with forward mode.
-        images: x, (B, C, H, W), pixels in [0, 1].
-        directions: from `make_directions`, or (B, K, C, H, W) with any length above 0: only the direction counts.
+        f: the encoder, or any callable (B, *shape) -> (B, D) with forward mode.
+        images: x, (B, *shape), within `bounds`.
+        directions: from `make_directions`, or (B, K, *shape) with any length above 0: only the direction counts.
         radii: h in pixel units (L2), ascending, at least four a decade; default 21 from 1e-5 to 1.
         noise: method for the noise floor: "twin", "ecnoise" or "auto" (`secants.secant_noise`).
-        std: per-channel standard deviation by which f normalises, (C,); default from the encoder.
+        std: standard deviations by which f normalises, (C,), one for each entry of the first axis of an image; default
+            from the encoder.
         batch: images per forward pass and tangents per JVP.
+        bounds: the box that `images` must lie in; None for none.
         progress: called with (directions done, directions in all) after each batch of directions; by default a bar in a
             terminal or notebook, False for none.
 
@@ -132,7 +136,7 @@ def directional_lipschitz(
         Values with errors, exact JVPs, ladders, noise floors, plateaus and statuses.
 
     Raises:
-        ValueError: pixels outside [0, 1], a zero or non-finite direction, or radii too few or too sparse.
+        ValueError: values outside `bounds`, a zero or non-finite direction, or radii too few or too sparse.
         RuntimeError: f has no forward-mode derivative.
 
     Example:
@@ -146,11 +150,11 @@ def directional_lipschitz(
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568, §4. Moré, Wild (2011), *SIAM J. Sci. Comput.* 33:1292 (noise).
     """
-    given = as_directions(directions, images)
+    given = as_directions(directions, images, bounds)
     ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
-    f = admit(f, images, gradient=False)  # the values come from secants
+    f = admit(f, images, gradient=False, bounds=bounds)  # the values come from secants
     with bars.shown(progress, "secants", bars.count) as hook:
         fields = measure_directions(f, images, given, batch, hook, lambda J: _Ladder(f, J, ladder, noise, scale))
     return LipschitzResult(radii=ladder.cpu(), noise_method=fields.pop("noise_method")[-1], **fields)
@@ -222,19 +226,21 @@ class _Ladder:
 
 
 def pixel_std(f: object, images: Tensor, std: Tensor | Sequence[float] | None) -> Tensor | None:
-    """Return the per-channel standard deviation of f, (C,) float64: `std` if given, else the encoder's, else None."""
+    """Return the standard deviations by which f normalises, (C,) float64: `std`, else the encoder's, else None."""
     values = getattr(f, "pixel_std", None) if std is None else std
     if values is None:
         return None
     scale = torch.as_tensor(values, dtype=torch.float64, device=images.device).flatten()
     if len(scale) != images.shape[1] or not bool((scale > 0).all()):
-        raise ValueError(f"`std` must be {images.shape[1]} positive numbers, one per channel; got {scale.tolist()}.")
+        raise ValueError(
+            f"`std` must be {images.shape[1]} positive numbers, one for each entry of axis 1; got {scale.tolist()}."
+        )
     return scale
 
 
 def unit_factor(directions: Tensor, std: Tensor | None) -> Tensor:
-    """Return 1 / ‖v / std‖ of unit directions (K, C, H, W), (K,) float64; NaN without std."""
+    """Return 1 / ‖v / std‖ of unit directions (K, *shape), (K,) float64; NaN without std."""
     if std is None:
         return torch.full((len(directions),), torch.nan, dtype=torch.float64, device=directions.device)
-    energy = directions.flatten(2).square().sum(dim=2, dtype=torch.float64)
+    energy = directions.unsqueeze(-1).flatten(2).square().sum(dim=2, dtype=torch.float64)
     return (energy / std.square()).sum(dim=1).rsqrt()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.derivatives import forward_mode
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
@@ -99,8 +100,8 @@ class RegionalResult:
             float64: the Lipschitz constant of f in the ball is at least this.
         at_center: ‖J(x)v‖ at the image itself after power iterations, a lower bound of its σ₁, or `lower_bound` if that
             is less, as at a kink, (B,), float64.
-        images: x′ where the bound is attained, (B, C, H, W), in the ball and in [0, 1].
-        directions: the unit v there, (B, C, H, W).
+        images: x′ where the bound is attained, (B, *shape), in the ball and the box.
+        directions: the unit v there, (B, *shape).
         clever: extreme-value estimate of the largest σ₁ in the ball, (B,), float64; neither an upper nor a lower bound;
             NaN if the sample shows no end point, or none was asked for.
         sample_maxima: largest constant of each batch of random points, (B, num_batches), float64.
@@ -140,33 +141,36 @@ def regional_lipschitz(
     batch_size: int = 4,
     std: Tensor | Sequence[float] | None = None,
     generator: torch.Generator | None = None,
+    bounds: Bounds = UNIT,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> RegionalResult:
     """Search a ball for the largest local Lipschitz constant of f, a lower bound of the constant on the whole ball.
 
-    The Lipschitz constant of f over the convex set B = {x′ in [0, 1]^N: ‖x′ − x‖ ≤ radius} is
+    The Lipschitz constant of f over the convex set B = {x′ in the box: ‖x′ − x‖ ≤ radius} is
 
         L = max over x′ in B, ‖v‖₂ = 1 of ‖J(x′)v‖ ≥ the value found.
 
     Cost: 5/3 evaluations a step of each of two ascents, 11/3 a random point.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D), twice differentiable by autograd.
-        images: x, (B, C, H, W), pixels in [0, 1].
+        f: the encoder, or any callable (B, *shape) -> (B, D), twice differentiable by autograd.
+        images: x, (B, *shape), within `bounds`.
         radius: radius of the ball, in pixel units of `norm`.
         norm: "l2" or "linf".
         num_steps: steps of each ascent.
         num_batches: maxima for the extreme-value fit, 0 for none, else at least 5.
         batch_size: random points behind each maximum.
-        std: per-channel standard deviation by which f normalises, (C,); default from the encoder.
+        std: standard deviations by which f normalises, (C,), one for each entry of the first axis of an image; default
+            from the encoder.
         generator: source of the random points, on the CPU; None for one with seed 0.
+        bounds: the box of all points, which `images` must lie in; None for none. By default pixels in [0, 1].
         progress: called with (images done, images in all); by default a bar in a terminal or notebook, False for none.
 
     Returns:
         Bounds with their points and directions, and estimates.
 
     Raises:
-        ValueError: pixels outside [0, 1], a bad radius, norm or count.
+        ValueError: values outside `bounds`, a bad radius, norm or count.
         RuntimeError: f has no forward-mode or no second derivative.
 
     Example:
@@ -176,22 +180,24 @@ def regional_lipschitz(
         >>> round(float(regional_lipschitz(lambda x: x.flatten(1).square(), x, 0.2).lower_bound), 10)
         1.4
     """
-    _check(images, radius, norm, num_steps, num_batches, batch_size)
+    checks.check_images(images, bounds=bounds)
+    checks.check_radius(radius, norm, images[0].numel(), bounds=bounds)
+    _check(radius, num_steps, num_batches, batch_size)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     scale = pixel_std(f, images, std)
-    f = admit(f, images)
+    f = admit(f, images, bounds=bounds)
 
     def measure(J: Jacobian, _: int) -> dict[str, Any]:
-        found = _Search(f, J, radius, norm, generator).run(num_steps, num_batches, batch_size)
+        found = _Search(f, J, FeasibleSet.around(J.image, radius, norm, bounds), radius, norm, generator).run(
+            num_steps, num_batches, batch_size
+        )
         return {**found, "unit_factor": unit_factor(found["directions"][None], scale)[0].cpu()}
 
     with bars.shown(progress, "regional", bars.count) as hook:
         return RegionalResult(**measure_images(f, images, 32, measure, hook))
 
 
-def _check(images: Tensor, radius: float, norm: str, num_steps: int, num_batches: int, batch_size: int) -> None:
-    checks.check_images(images)
-    checks.check_radius(radius, norm, images[0].numel())
+def _check(radius: float, num_steps: int, num_batches: int, batch_size: int) -> None:
     if radius is None:
         raise ValueError("`radius` must be a number; got None. A ball of pixels, such as 0.5 for norm 'l2'.")
     checks.check_count(num_steps, "num_steps", least=0)
@@ -216,9 +222,11 @@ def _value(found: _Found) -> float:
 class _Search:
     """The largest ‖J(x′)v‖ found so far in each part of the search of one ball."""
 
-    def __init__(self, f: Encoding, at: Jacobian, radius: float, norm: str, generator: torch.Generator) -> None:
+    def __init__(
+        self, f: Encoding, at: Jacobian, box: FeasibleSet, radius: float, norm: str, generator: torch.Generator
+    ) -> None:
         self.f, self.center, self.radius, self.norm, self.generator = f, at.image, radius, norm, generator
-        self.box = FeasibleSet.around(self.center, radius, norm)
+        self.box = box
         self.eps, self.num_evals = at.eps, at.num_evals
         self.found = [_Found(math.nan, self.center, _unit(self._gaussian()))]  # the largest of each part of the search
 
@@ -368,7 +376,8 @@ class _Search:
         low, high, center = (x.double() for x in (self.box.lower, self.box.upper, self.center))
         room = self.radius / 2 if self.norm == "linf" else self.radius / 2 / math.sqrt(center.numel())
         draw = torch.rand(center.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(center)
-        return center + ((low + high) / 2 - center).clamp(-room, room) + room / 4 * (2 * draw - 1)
+        middle = ((low + high) / 2).nan_to_num(0.0)  # of no box: any point
+        return center + (middle - center).clamp(-room, room) + room / 4 * (2 * draw - 1)
 
     def _draw(self) -> Tensor:
         """Return a uniform point of the ball, put into the box."""

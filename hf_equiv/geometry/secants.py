@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_choice
-from hf_equiv.geometry.directions import unit_directions
+from hf_equiv.geometry.directions import by_image, unit_directions
 from hf_equiv.precision import Encoding, exact_derivatives, float64_twin, no_tf32
 
 RADII = tuple(10 ** (-5 + i / 4) for i in range(21))  # default ladder: L2 in pixel units, four a decade from 1e-5 to 1
@@ -31,8 +31,8 @@ _SEED = 0x5EED  # seed of the probe directions: the noise of an image depends on
 
 
 def central_secants(f: Encoding, image: Tensor, directions: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-    """Return s(h) = (f(x + hv) − f(x − hv)) / 2h (K, R, D) for unit v (K, C, H, W), and the steps over h (K, R)."""
-    # x ± hv may leave [0, 1]: f is defined there, and a one-sided quotient would be curved to first order. The share
+    """Return s(h) = (f(x + hv) − f(x − hv)) / 2h (K, R, D) for unit v (K, *shape), and the steps over h (K, R)."""
+    # x ± hv may leave the box: f is defined there, and a one-sided quotient would be curved to first order. The share
     # ⟨x₊ − x₋, v⟩ / 2h of a step that the dtype of f can represent is 1, unless the step is lost between two
     # neighbouring numbers.
     start = image.to(directions.dtype)
@@ -176,12 +176,13 @@ def _twin_noise(f: Encoding, twin: Encoding, image: Tensor, radii: Tensor) -> tu
 
 def _table_noise(f: Encoding, image: Tensor, eps: float, radius: float | None) -> tuple[Tensor, int]:
     """Return ε, the standard deviation of f(x) as a vector, () float64, and the number of forward passes."""
-    fine = min(_ULPS * eps, 1e-2) * math.sqrt(image.numel())
+    largest = max(1.0, float(image.abs().max()))
+    fine = min(_ULPS * eps, 1e-2) * largest * math.sqrt(image.numel())
     steps = [fine] * _TABLES + ([] if radius is None else [share * radius for share in _COARSE])
     levels = []
     for step, v in zip(steps, _probes(image, len(steps)), strict=True):
         places = step * (torch.arange(_POINTS, dtype=torch.float64, device=image.device) - _POINTS // 2)
-        points = image.double() + places[:, None, None, None] * v
+        points = image.double() + by_image(places, v[None]) * v
         levels.append(ecnoise(f(points.to(image.dtype)).double()))
     noise = torch.stack([level for level, _ in levels[:_TABLES]]).square().mean().sqrt()
     for level, agreed in levels[_TABLES:]:  # differences that disagree show the curvature of f
@@ -210,7 +211,7 @@ def ecnoise(values: Tensor) -> tuple[Tensor, bool]:
 
 
 def _probes(image: Tensor, count: int) -> Tensor:
-    """Return the same random unit directions (count, C, H, W), float64, at every call."""
+    """Return the same random unit directions (count, *shape), float64, at every call."""
     generator = torch.Generator().manual_seed(_SEED)
     probes = torch.randn(count, *image.shape, generator=generator, dtype=torch.float64)
     return unit_directions(probes, torch.float64).to(image.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
@@ -22,7 +23,7 @@ from hf_equiv.results import Status
 
 @dataclass(frozen=True, slots=True)
 class SpectrumResult:
-    """Singular values of J = ∂f/∂x (D, N), N = C·H·W, at each image of the batch, in embedding per pixel in [0, 1].
+    """Singular values of J = ∂f/∂x (D, N) at each image of N numbers, in embedding per unit of these, such as pixels.
 
     Fields that need every singular value are None if only the largest were computed. An image whose status is `error`
     has NaN values and rank −1.
@@ -42,7 +43,7 @@ class SpectrumResult:
         near_structural: per image the values that would be exact zeros but for a small constant of the architecture.
         patch_nullity: part of the nullity that the patch embedding discards at every image; or None.
         left: left singular vectors, (B, D, K), or None.
-        right: right singular vectors as images, (B, K, C, H, W), or None.
+        right: right singular vectors as images, (B, K, *shape), or None.
         method: "full" or "golub_kahan", per image.
         num_evals: (forwards + 2·cotangents + 2·tangents) / 3, (B,), float64.
         seconds: wall time, (B,), float64.
@@ -104,6 +105,7 @@ def jacobian_spectrum(
     rank_rtol: float | None = None,
     rtol: float = 1e-4,
     batch: int = 32,
+    bounds: Bounds = UNIT,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> SpectrumResult:
     """Compute the singular values of J = ∂f/∂x at each image: how far the embedding moves, along how many directions.
@@ -115,14 +117,15 @@ def jacobian_spectrum(
     Cost: full (1 + 2D)/3 evaluations an image and D·N numbers of memory; golub_kahan 4/3 a pass, about 2k + 7 passes.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D).
-        images: (B, C, H, W), pixels in [0, 1].
+        f: the encoder, or any callable (B, *shape) -> (B, D).
+        images: (B, *shape), within `bounds`.
         k: number of singular values; None for all min(D, N).
         method: "full", "golub_kahan", or "auto" for the quicker.
         vectors: whether to return singular vectors.
         rank_rtol: threshold of the rank over σ₁; None for the error bound of a zero.
         rtol: bound over σ₁ at which "golub_kahan" stops.
         batch: most cotangents per pass; memory grows with it.
+        bounds: the box that `images` must lie in; None for none.
         progress: called after each image with (images done, images in all); by default a bar in a terminal or notebook,
             False for none.
 
@@ -130,7 +133,7 @@ def jacobian_spectrum(
         The spectrum of each image.
 
     Raises:
-        ValueError: pixels outside [0, 1], a bad argument, an f that is not differentiable or not deterministic, or a
+        ValueError: values outside `bounds`, a bad argument, an f that is not differentiable or not deterministic, or a
             Jacobian too large for the memory.
 
     Example:
@@ -143,7 +146,7 @@ def jacobian_spectrum(
     References:
         Salman, Shams, Liu (2024), arXiv:2401.15568, §3. Roy, Vetterli (2007), EUSIPCO, "The effective rank".
     """
-    checks.check_images(images)
+    checks.check_images(images, bounds=bounds)
     checks.check_positive(rtol, "rtol")
     checks.check_choice(method, "method", ("auto", "full", "golub_kahan"))
     if rank_rtol is not None:
@@ -151,7 +154,7 @@ def jacobian_spectrum(
     if k is not None:
         checks.check_count(k, "k")
     options = k, method, vectors, rank_rtol, rtol
-    f = admit(f, images, each=True)
+    f = admit(f, images, each=True, bounds=bounds)
     with bars.shown(progress, "spectrum", bars.count) as hook:
         fields = measure_images(f, images, batch, lambda J, _: _measure(f, J, *options), hook)
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)

@@ -1,11 +1,14 @@
-"""Project onto the set a match may lie in: the box [0, 1]^N and a ball about the source."""
+"""Project onto the set a match may lie in: a box, by default [0, 1]^N, and a ball about the source."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hf_equiv.checks import UNIT, Bounds, check_bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +25,19 @@ class FeasibleSet:
     linf: bool = False
 
     @classmethod
-    def around(cls, center: Tensor, radius: float | None, norm: str) -> FeasibleSet:
-        """Return [0, 1] ∩ the ball of `radius` about `center` (C, H, W), rounded inwards to `center.dtype`."""
-        zero, one = torch.zeros_like(center), torch.ones_like(center)
+    def around(cls, center: Tensor, radius: float | None, norm: str, bounds: Bounds = UNIT) -> FeasibleSet:
+        """Return the box ∩ the ball of `radius` about `center` (*shape), rounded inwards to `center.dtype`."""
+        low, high = (torch.full_like(center, end) for end in check_bounds(bounds, center))
         if radius is None or norm == "l2":
-            return cls(zero, one, center, radius)
+            return cls(low, high, center, radius)
         rounded = torch.tensor(radius, dtype=center.dtype)
         step = float(rounded if float(rounded) <= radius else torch.nextafter(rounded, torch.zeros_like(rounded)))
         lower, upper = center - step, center + step
         # center ± step is rounded to nearest: step one unit inwards if that leaves the ball.
-        wide = center.double()
-        lower = torch.where(wide - lower.double() > step, torch.nextafter(lower, one * 2), lower)
-        upper = torch.where(upper.double() - wide > step, torch.nextafter(upper, -one), upper)
-        return cls(torch.maximum(lower, zero), torch.minimum(upper, one), center, None, True)
+        wide, up = center.double(), torch.full_like(center, math.inf)
+        lower = torch.where(wide - lower.double() > step, torch.nextafter(lower, up), lower)
+        upper = torch.where(upper.double() - wide > step, torch.nextafter(upper, -up), upper)
+        return cls(torch.maximum(lower, low), torch.minimum(upper, high), center, None, True)
 
     def project(self, x: Tensor) -> Tensor:
         """Return the nearest point of the set: clip(c + t(x − c)) with the largest t in [0, 1] inside the ball."""
@@ -55,7 +58,7 @@ class FeasibleSet:
         return best
 
     def free(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Return the pixels (C, H, W) bool where a small step along −gradient stays in the box."""
+        """Return the pixels (*shape) bool where a small step along −gradient stays in the box."""
         return torch.clamp(x - gradient.sign(), self.lower, self.upper).ne(x).logical_or_(gradient == 0)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import jacrev
 
 from hf_equiv import jacobian
-from hf_equiv.geometry.headings import Toward
+from hf_equiv.geometry.headings import Toward, WalkCorrector
 from hf_equiv.geometry.levelset import trace_level_set
 from hf_equiv.jacobian import Jacobian, jacobian_cost
 from hf_equiv.matching import corrector
@@ -101,7 +101,7 @@ def test_linear_nearest_is_the_projection(f):
 
 def test_coming_nearer_by_leaving_the_level_set_is_no_gain():
     f, origin = linear(), images(1, seed=2, dtype=F64)[0]
-    fixer = corrector.Corrector(f, f(images(1, seed=1, dtype=F64))[0], 1e-12)
+    fixer = WalkCorrector(f, f(images(1, seed=1, dtype=F64))[0], 1e-12)
     at = fixer.look(images(1, seed=1, dtype=F64)[0])
     fixer.refresh(at)
     way = Toward(origin, stop=1e-11)
@@ -384,8 +384,8 @@ BAD = [
     ({"heading": torch.zeros(1, *SHAPE)}, ValueError, "`heading` must be finite and not zero"),
     ({"heading": torch.ones(1, 3, 4, 4)}, ValueError, "`heading` must have the shape of `images`"),
     ({"heading": "nearest"}, ValueError, "`origin` must be given"),
-    ({"heading": "toward"}, ValueError, "`target` must be pixels"),
-    ({"heading": "connect", "target": torch.ones(1, 12)}, ValueError, "`target` must be pixels"),
+    ({"heading": "toward"}, ValueError, "`target` must be images"),
+    ({"heading": "connect", "target": torch.ones(1, 12)}, ValueError, "`target` must be images"),
     ({"heading": "toward", "target": torch.ones(1, 3, 4, 4)}, ValueError, "`target` must have the shape"),
     ({"heading": "random", "origin": torch.ones(2, *SHAPE)}, ValueError, "`origin` must have the shape"),
     ({"heading": "random", "step": 0.0}, ValueError, "`step` must be finite and above 0"),
