@@ -24,6 +24,8 @@ from hf_equiv.precision import (
     no_tf32,
 )
 
+_FORWARDS = 8  # images of a forward pass without a graph, for each vector of a derivative pass
+
 
 class Jacobian:
     """J = ∂f/∂x at one image as a matrix-free map: products with J and Jᵀ, several vectors at once.
@@ -39,13 +41,16 @@ class Jacobian:
     Args:
         f: the encoder, (1, *shape) -> (1, D).
         image: x, (*shape), such as pixels (C, H, W).
-        batch: most vectors per pass; lower it when memory is short. A CPU takes at most 8, which is fastest there.
+        batch: most vectors per pass; lower it when memory is short. A CPU takes at most 8, which is fastest there. See
+            `forwards` for passes without a graph.
         bounds: the box of the images, near which f is tried; None for none.
 
     Attributes:
         image: x, (*shape).
         z: f(x), (D,), in the dtype of `image`; `output` is f(x) in the dtype of f.
         shape: (D, N).
+        forwards: most images in a forward pass without a graph. On a GPU that is eight times `batch`, since such a pass
+            keeps no activations. None on a CPU: passes stay small there, and the bits do not depend on `batch`.
         eps: relative spacing of the coarsest dtype among `image`, f's output and the numbers inside f.
         num_evals: evaluations spent so far, (forwards + 2·cotangents + 2·tangents) / 3.
 
@@ -66,6 +71,7 @@ class Jacobian:
         check_count(batch, "batch")
         self._f = admit(f, image[None], bounds=bounds)
         self._batch = batch if image.is_cuda else min(batch, 8)
+        self.forwards = _FORWARDS * batch if image.is_cuda else None
         with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
             self._x = image.detach().clone(memory_format=torch.contiguous_format)[None].requires_grad_(True)
             output = self._f(self._x)

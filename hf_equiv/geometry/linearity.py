@@ -121,7 +121,7 @@ def linearity_radius(
     checks.check_choice(relative_to, "relative_to", ("auto", "jvp", "embedding"))
     auto = tuple("embedding" if kind == "null" else "jvp" for kind in given.kinds)
     against = auto if relative_to == "auto" else (relative_to,) * len(given)
-    flat = torch.tensor([name == "embedding" for name in against], device=images.device)
+    flat = torch.tensor([name == "embedding" for name in against], device="cpu")
     f = admit(f, images, bounds=bounds)
     with bars.shown(progress, "linearity", bars.count) as hook:
         fields = measure_directions(f, images, given, batch, hook, lambda J: _Line(f, J, tau, limit, flat, rtol))
@@ -135,29 +135,32 @@ class _Line:
     def __init__(self, f: Encoding, J: Jacobian, tau: float, limit: float, flat: Tensor, rtol: float) -> None:
         self.f, self.J, self.tau, self.limit, self.rtol = f, J, tau, limit, rtol
         self.flat = flat  # which directions are measured against the embedding
-        one = torch.ones(1, dtype=torch.float64, device=J.image.device)
-        floor, self.noise_method, self.forwards = secant_noise(f, J.image, one)
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        floor, self.noise_method, self.forwards = secant_noise(f, J.image, one, most=J.forwards)
         self.forwards += 1  # the pass for z below
         self.noise = 2 * float(floor)  # noise of a difference f(x + hv) − f(x): floor(h)·2h
         with torch.no_grad(), no_tf32():
             self.z = f(J.image[None])[0].double()  # the same pass as below, since J.z may come from another kernel
 
     def measure(self, unit: Tensor, part: slice) -> dict[str, Tensor]:
+        # The state of the search is on the CPU, so that a GPU is waited for once in each round.
         flat = self.flat[part]
         jv = self.J.mv(unit).double()
-        jvp = jv.norm(dim=1)
-        finite = jvp.isfinite() & self.z.isfinite().all() & math.isfinite(self.noise)
+        jvp = jv.norm(dim=1).cpu()
+        size = float(self.z.norm())
+        finite = jvp.isfinite() & (math.isfinite(size) and math.isfinite(self.noise))
         scale = torch.where(flat, 0.0, self.tau * jvp)  # the bound is scale·h + constant
-        constant = torch.where(flat, self.tau * self.z.norm(), jvp.new_zeros(()))
+        constant = torch.where(flat, jvp.new_tensor(self.tau * size), 0.0)
         low = torch.where(flat, _LEAST, (_MARGIN * self.noise / scale).clamp_min(_LEAST))
         testable = finite & (low < self.limit) & ((constant > _MARGIN * self.noise) | ~flat)
 
         def holds(h: Tensor, which: Tensor) -> Tensor:
+            where, steps = which.to(unit.device), h[which].to(jv)
             with torch.no_grad(), no_tf32():
-                points = torch.addcmul(self.J.image.to(unit), unit[which], by_image(h[which].to(unit), unit))
+                points = torch.addcmul(self.J.image.to(unit), unit[where], by_image(steps.to(unit), unit))
                 moved = self.f(points.to(self.J.image)).double() - self.z
             self.forwards += len(which)
-            residual = (moved - h[which, None] * jv[which]).norm(dim=1)
+            residual = (moved - steps[:, None] * jv[where]).norm(dim=1).cpu()
             finite[which] &= residual.isfinite()
             return residual <= scale[which] * h[which] + constant[which]
 

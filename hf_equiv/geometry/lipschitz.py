@@ -127,7 +127,7 @@ def directional_lipschitz(
         noise: method for the noise floor: "twin", "ecnoise" or "auto" (`secants.secant_noise`).
         std: standard deviations by which f normalises, (C,), one for each entry of the first axis of an image; default
             from the encoder.
-        batch: images per forward pass and tangents per JVP.
+        batch: images per forward pass and tangents per JVP; on a GPU eight times as many images.
         bounds: the box that `images` must lie in; None for none.
         progress: called with (directions done, directions in all) after each batch of directions; by default a bar in a
             terminal or notebook, False for none.
@@ -151,13 +151,13 @@ def directional_lipschitz(
         Salman, Shams, Liu (2024), arXiv:2401.15568, §4. Moré, Wild (2011), *SIAM J. Sci. Comput.* 33:1292 (noise).
     """
     given = as_directions(directions, images, bounds)
-    ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device=images.device).detach()
+    ladder = torch.as_tensor(RADII if radii is None else radii, dtype=torch.float64, device="cpu").detach()
     checks.check_radii(ladder)
     scale = pixel_std(f, images, std)
     f = admit(f, images, gradient=False, bounds=bounds)  # the values come from secants
     with bars.shown(progress, "secants", bars.count) as hook:
         fields = measure_directions(f, images, given, batch, hook, lambda J: _Ladder(f, J, ladder, noise, scale))
-    return LipschitzResult(radii=ladder.cpu(), noise_method=fields.pop("noise_method")[-1], **fields)
+    return LipschitzResult(radii=ladder, noise_method=fields.pop("noise_method")[-1], **fields)
 
 
 def measure_directions(
@@ -193,11 +193,12 @@ class _Ladder:
     def __init__(self, f: Encoding, J: Jacobian, radii: Tensor, noise: str, std: Tensor | None) -> None:
         self.f, self.J, self.radii, self.std = f, J, radii, std
         self.derivable: bool = getattr(f, "derivable", True)
-        self.floor, self.noise_method, self.forwards = secant_noise(f, J.image, radii, method=noise)
+        self.floor, self.noise_method, self.forwards = secant_noise(f, J.image, radii, method=noise, most=J.forwards)
 
     def measure(self, unit: Tensor, part: slice) -> dict[str, Tensor]:
-        jvp = self.J.mv(unit).double().norm(dim=1)
-        secants, shares = central_secants(self.f, self.J.image, unit, self.radii)
+        # The figures below are small: on the CPU they cost no launches of a GPU.
+        jvp = self.J.mv(unit).double().norm(dim=1).cpu()
+        secants, shares = central_secants(self.f, self.J.image, unit, self.radii, self.J.forwards)
         self.forwards += 2 * len(unit) * len(self.radii)
         norms = secants.norm(dim=2)
         # Steps that the dtype rounds away are a known error of the secant, proportional to the constant itself.

@@ -343,7 +343,9 @@ class _Search:
             if not math.isfinite(near.value):
                 break
             if closer == 0:
-                floor, _, passes = secant_noise(self.f, one.place, torch.tensor([length]).to(self.center).double())
+                floor, _, passes = secant_noise(
+                    self.f, one.place, torch.tensor([length], device="cpu").to(self.center.dtype).double()
+                )
                 noise = float(floor) * length
                 self.num_evals += passes / 3
             slack = noise / length

@@ -30,24 +30,37 @@ _ULPS = 4  # step of a table per pixel, in units of the spacing of the dtype: ne
 _SEED = 0x5EED  # seed of the probe directions: the noise of an image depends on no other setting
 
 
-def central_secants(f: Encoding, image: Tensor, directions: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-    """Return s(h) = (f(x + hv) − f(x − hv)) / 2h (K, R, D) for unit v (K, *shape), and the steps over h (K, R)."""
+def central_secants(
+    f: Encoding, image: Tensor, directions: Tensor, radii: Tensor, most: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return s(h) = (f(x + hv) − f(x − hv)) / 2h (K, R, D) for unit v (K, *shape), and the steps over h (K, R).
+
+    A forward pass has at most `most` images, or the K of one end and radius. Radii and results are on the CPU.
+    """
     # x ± hv may leave the box: f is defined there, and a one-sided quotient would be curved to first order. The share
     # ⟨x₊ − x₋, v⟩ / 2h of a step that the dtype of f can represent is 1, unless the step is lost between two
     # neighbouring numbers.
-    start = image.to(directions.dtype)
+    start, count = image.to(directions.dtype), len(directions)
     own = getattr(f, "dtype", image.dtype)
     coarser = isinstance(own, torch.dtype) and torch.finfo(own).eps > torch.finfo(image.dtype).eps
     seen = own if coarser else image.dtype  # f rounds its pixels to this dtype
+    most = most or count
     secants, shares = [], []
+    for some in radii.split(max(1, most // (2 * count))):
+        steps = [sign * h for h in some.tolist() for sign in (1, -1)]
+        points = torch.cat([torch.add(start, directions, alpha=step) for step in steps]).to(seen)
+        ends = _values(f, points.to(image.dtype), most).cpu().view(len(some), 2, count, -1)
+        secants.append((ends[:, 0] - ends[:, 1]) / (2 * some[:, None, None]))
+        places = points.to(directions).view(len(some), 2, count, -1)
+        moved = torch.linalg.vecdot(places[:, 0] - places[:, 1], directions.flatten(1))
+        shares.append(moved.double().cpu() / (2 * some[:, None]))
+    return torch.cat(secants).transpose(0, 1), torch.cat(shares).T
+
+
+def _values(f: Encoding, points: Tensor, most: int) -> Tensor:
+    """Return f at points (K, *shape), (K, D) float64, with at most `most` of them in a pass."""
     with torch.no_grad(), no_tf32():
-        for h in radii.tolist():
-            points = [torch.add(start, directions, alpha=step).to(seen) for step in (h, -h)]
-            ends = [f(point.to(image.dtype)).double() for point in points]
-            secants.append((ends[0] - ends[1]) / (2 * h))
-            moved = (points[0].to(directions) - points[1].to(directions)).flatten(1)
-            shares.append(torch.linalg.vecdot(moved, directions.flatten(1)).double() / (2 * h))
-    return torch.stack(secants, dim=1), torch.stack(shares, dim=1)
+        return torch.cat([f(some).double() for some in points.split(most)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +140,12 @@ def _fit(secants: Tensor, radii: Tensor, noise: Tensor, order: int) -> tuple[Ten
     return terms[:, 0], spread
 
 
-def secant_noise(f: Encoding, image: Tensor, radii: Tensor, *, method: str = "auto") -> tuple[Tensor, str, int]:
+def secant_noise(
+    f: Encoding, image: Tensor, radii: Tensor, *, method: str = "auto", most: int | None = None
+) -> tuple[Tensor, str, int]:
     """Measure the rounding part of ‖f(x + hv) − f(x − hv)‖ / 2h at radii h; return it, the method and the passes."""
+    # A forward pass has at most `most` images, or those of one line. Radii and noise are on the CPU.
+    #
     # `twin`: at x ± hv for random unit v, f against its float64 twin f₆₄ at the same points before they are rounded:
     #
     #     floor(h) = ‖(f − f₆₄)(x + hv) − (f − f₆₄)(x − hv)‖ / 2h,
@@ -150,40 +167,38 @@ def secant_noise(f: Encoding, image: Tensor, radii: Tensor, *, method: str = "au
         eps = max(torch.finfo(z.dtype).eps, torch.finfo(image.dtype).eps)
         least = max(float(z.double().norm()) * eps / 4, torch.finfo(torch.float64).tiny)
         if twin is not None and method != "ecnoise":
-            noise, passes = _twin_noise(f, twin, image, radii)
+            noise, passes = _twin_noise(f, twin, image, radii, most)
             return noise.clamp_min(least) / radii, "twin", passes + 1
-        noise, passes = _table_noise(f, image, eps, float(radii[0]) if len(radii) > 1 else None)
+        noise, passes = _table_noise(f, image, eps, float(radii[0]) if len(radii) > 1 else None, most)
         return (noise / math.sqrt(2)).clamp_min(least) / radii, "ecnoise", passes + 1
 
 
-def _twin_noise(f: Encoding, twin: Encoding, image: Tensor, radii: Tensor) -> tuple[Tensor, int]:
+def _twin_noise(f: Encoding, twin: Encoding, image: Tensor, radii: Tensor, most: int | None) -> tuple[Tensor, int]:
     """Return floor(h)·h at each radius, (R,) float64, and the number of forward passes."""
     last = len(radii) - 1
     probed = sorted({*range(0, last, 2), last})
-    measured, wide = [], image.double()
-    for j, v in zip(probed, _probes(image, len(probed)), strict=True):
-        points = torch.stack([wide + float(radii[j]) * v, wide - float(radii[j]) * v])
-        with exact_derivatives():
-            exact = twin(points)
-        error = f(points.to(image.dtype)).double() - exact
-        measured.append(float((error[0] - error[1]).norm()) / 2)
-    errors = torch.tensor(measured, dtype=torch.float64, device=image.device)
+    wide, lines = image.double(), zip(radii[probed].tolist(), _probes(image, len(probed)), strict=True)
+    points = torch.cat([torch.stack([wide + h * v, wide - h * v]) for h, v in lines])
+    with exact_derivatives():
+        exact = _values(twin, points, most or 2)
+    gaps = (_values(f, points.to(image.dtype), most or 2) - exact).cpu().view(len(probed), 2, -1)
+    errors = torch.tensor([float((one - other).norm()) / 2 for one, other in gaps], dtype=torch.float64, device="cpu")
     # One direction each: pool the root mean square of three neighbours, and interpolate between the nearest two.
     pooled = [errors[max(0, i - 1) : i + 2].square().mean().sqrt() for i in range(len(probed))]
     noise = [(pooled[bisect_right(probed, j) - 1] + pooled[bisect_left(probed, j)]) / 2 for j in range(len(radii))]
-    return torch.stack(noise).to(image.device), 4 * len(probed)
+    return torch.stack(noise), 4 * len(probed)
 
 
-def _table_noise(f: Encoding, image: Tensor, eps: float, radius: float | None) -> tuple[Tensor, int]:
+def _table_noise(f: Encoding, image: Tensor, eps: float, radius: float | None, most: int | None) -> tuple[Tensor, int]:
     """Return ε, the standard deviation of f(x) as a vector, () float64, and the number of forward passes."""
     largest = max(1.0, float(image.abs().max()))
     fine = min(_ULPS * eps, 1e-2) * largest * math.sqrt(image.numel())
     steps = [fine] * _TABLES + ([] if radius is None else [share * radius for share in _COARSE])
-    levels = []
-    for step, v in zip(steps, _probes(image, len(steps)), strict=True):
-        places = step * (torch.arange(_POINTS, dtype=torch.float64, device=image.device) - _POINTS // 2)
-        points = image.double() + by_image(places, v[None]) * v
-        levels.append(ecnoise(f(points.to(image.dtype)).double()))
+    places = torch.arange(_POINTS, dtype=torch.float64, device=image.device) - _POINTS // 2
+    lines = zip(steps, _probes(image, len(steps)), strict=True)
+    points = torch.cat([image.double() + by_image(step * places, v[None]) * v for step, v in lines])
+    values = _values(f, points.to(image.dtype), most or _POINTS).cpu()
+    levels = [ecnoise(line) for line in values.split(_POINTS)]
     noise = torch.stack([level for level, _ in levels[:_TABLES]]).square().mean().sqrt()
     for level, agreed in levels[_TABLES:]:  # differences that disagree show the curvature of f
         noise = level if agreed and bool(level > _LOUDER * noise) else noise
