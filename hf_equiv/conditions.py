@@ -293,7 +293,7 @@ class _Probe:
         with no_autocast(), exact_derivatives():
             try:
                 u, gradient = transposed(self.call, self.x)
-                self.product = self._in_unit(vjps(gradient, u, self.ways[:1, None]))[0]
+                self.product = self._in_unit(vjps(gradient, u, self.ways[:1, None]))[0, 0]
             except (RuntimeError, NotImplementedError):
                 with suppress(RuntimeError):
                     self.product = self._in_unit(forward_mode(self.call, self.x.detach(), self.ways[:1]))[0]

@@ -29,9 +29,9 @@ def vjps(output: Tensor, variable: Tensor, cotangents: Tensor) -> Tensor:
 
 
 def transposed(f: Encoding, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u (D,) and Jᵀu (1, *shape) at x (1, *shape) with the graph between them."""
+    """Return u (B, D) and Jᵀu (B, *shape) at x (B, *shape) with the graph between them."""
     with torch.enable_grad():
-        z = f(x)[0]
+        z = f(x)
         u = torch.zeros_like(z, requires_grad=True)
         with no_autocast():
             (gradient,) = torch.autograd.grad(z, x, u, create_graph=True)
@@ -39,7 +39,7 @@ def transposed(f: Encoding, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_mode(f: Encoding, x: Tensor, v: Tensor, name: str = "f") -> Tensor:
-    """Return J v at x, both (1, *shape), by forward mode; an error calls f `name`."""
+    """Return J v at x, both (B, *shape), by forward mode; an error calls f `name`."""
     try:
         moved: Tensor = torch.func.jvp(f, (x,), (v,))[1]
     except (RuntimeError, NotImplementedError) as error:

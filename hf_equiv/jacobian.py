@@ -199,7 +199,7 @@ class Jacobian:
                     self._spent += 3
                 u, gradient = self._transpose
                 with no_autocast():
-                    return vjps(gradient, u, tangents[:, None])
+                    return vjps(gradient, u, tangents[:, None])[:, 0]
             except (RuntimeError, NotImplementedError):
                 self._transpose, self._forward_mode = None, True
 
@@ -207,6 +207,52 @@ class Jacobian:
             return forward_mode(self._f, self._x.detach(), tangent[None])[0]
 
         return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
+
+
+class Jacobians:
+    """J at each of several images: products of one vector an image, in shared passes.
+
+    Rules and costs are those of `Jacobian`; memory is that of as many images.
+
+    Args:
+        f: the encoder, admitted.
+        images: x, (B, *shape).
+    """
+
+    def __init__(self, f: Encoding, images: Tensor) -> None:
+        self._f = f
+        with torch.inference_mode(False), torch.enable_grad(), no_tf32():
+            self._x = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_(True)
+            self._z = f(self._x)
+        self._transpose: tuple[Tensor, Tensor] | None = None
+        self._spent = len(images)
+
+    @property
+    def num_evals(self) -> float:
+        """Evaluations of all images so far."""
+        return self._spent / 3
+
+    def mv(self, tangents: Tensor) -> Tensor:
+        """Return J v of the tangent of each image (B, *shape), (B, D)."""
+        self._spent += 2 * len(tangents)
+        with torch.inference_mode(False), exact_derivatives(), no_tf32():
+            try:
+                if self._transpose is None:
+                    self._transpose = transposed(self._f, self._x)
+                    self._spent += 3 * len(tangents)
+                u, gradient = self._transpose
+                with no_autocast():
+                    return vjps(gradient, u, tangents[None])[0].to(tangents)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError):
+                return forward_mode(self._f, self._x.detach(), tangents).to(tangents)
+
+    def rmv(self, cotangents: Tensor) -> Tensor:
+        """Return Jᵀu of the cotangent of each image (B, D), (B, *shape)."""
+        self._spent += 2 * len(cotangents)
+        with torch.inference_mode(False), no_tf32(), no_autocast():
+            return vjps(self._z, self._x, cotangents[None].to(self._z))[0]
 
 
 def in_double(f: Encoding, image: Tensor) -> Jacobian | None:

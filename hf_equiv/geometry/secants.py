@@ -54,7 +54,7 @@ def central_secants(
         places = points.to(directions).view(len(some), 2, count, -1)
         moved = torch.linalg.vecdot(places[:, 0] - places[:, 1], directions.flatten(1))
         shares.append(moved.double().cpu() / (2 * some[:, None]))
-    return torch.cat(secants).transpose(0, 1), torch.cat(shares).T
+    return torch.cat(secants).transpose(0, 1).contiguous(), torch.cat(shares).T.contiguous()
 
 
 def _values(f: Encoding, points: Tensor, most: int) -> Tensor:

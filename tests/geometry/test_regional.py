@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import SIGMA, images, invariant, kinked, linear, orthogonal, quadratic, smooth_mlp
 
+from hf_equiv.geometry import regional
 from hf_equiv.geometry.regional import regional_lipschitz
 
 
@@ -126,6 +127,17 @@ def test_normalised_units_cost_and_seed():
     other = regional_lipschitz(linear(), x, 0.1, std=std)
     assert torch.equal(one.sample_maxima, other.sample_maxima)
     assert regional_lipschitz(linear(), x, 0.1, num_batches=0).unit_factor.isnan().all()
+
+
+def test_random_points_may_share_passes(monkeypatch):
+    found = []
+    for at_once in (1, 3, 8):
+        monkeypatch.setattr(regional, "_at_once", lambda image, size=at_once: size)
+        found.append(regional_lipschitz(smooth_mlp(), images(1), 0.5, num_steps=3, num_batches=5, batch_size=4))
+    for other in found[1:]:
+        assert torch.equal(found[0].sample_maxima, other.sample_maxima)
+        assert torch.equal(found[0].images, other.images)
+        assert float(found[0].num_evals) == pytest.approx(float(other.num_evals), rel=1e-12)
 
 
 def test_nan_is_an_error_of_its_image():

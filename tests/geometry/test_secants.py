@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import images, linear
+from cases import images, linear, smooth_mlp
 
-from hf_equiv.geometry.secants import central_secants, read_secants
+from hf_equiv.geometry.directions import make_directions
+from hf_equiv.geometry.secants import central_secants, read_secants, secant_noise
 
 RADII = torch.logspace(-4, 0, 17, dtype=torch.float64)
 
@@ -76,3 +77,31 @@ def test_steps_that_the_dtype_rounds_away_are_seen():
     _, shares = central_secants(lambda y: y.flatten(1)[:, :3], x, v, RADII)
     assert float(shares[0, 0]) == 0
     assert float(shares[0, -1]) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("most", [1, 5, 12, 48, 1000])
+def test_the_size_of_a_pass_changes_its_number_alone(most):
+    x, passes = images(1)[0], []
+    v = make_directions(smooth_mlp(), x[None], random=6).vectors[0]
+
+    class Meter:
+        def __call__(self, points):
+            passes.append(len(points))
+            return smooth_mlp()(points)
+
+        def double(self):
+            return smooth_mlp()
+
+    def measure(most):
+        passes.clear()
+        found = [*central_secants(Meter(), x, v, RADII, most)]
+        assert sum(passes) == 12 * len(RADII)
+        assert most is None or max(passes) <= most
+        assert len(passes) == {None: 34, 48: 5, 1000: 1}.get(most, len(passes))
+        for method in ("twin", "ecnoise"):
+            noise, _, count = secant_noise(Meter(), x, RADII, method=method, most=most)
+            found += [noise, torch.tensor(count)]
+        return found
+
+    for one, other in zip(measure(None), measure(most), strict=True):
+        assert torch.equal(one, other)
