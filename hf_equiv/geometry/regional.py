@@ -237,15 +237,15 @@ class _Search:
         top, at_center = tops[0], float(constants)
         self._ascend(self.center, top, num_steps)
         self.found.append(_Found(math.nan, self.center, top))
-        maxima, clever = [], math.nan
-        for _ in range(num_batches):
-            points = torch.stack([self._draw() for _ in range(batch_size)])
-            largest = float(self._power(points, top, _SAMPLE_POWER)[1].amax())
-            maxima.append(largest if math.isfinite(largest) else math.nan)
+        maxima, clever = torch.empty(0, dtype=torch.float64, device="cpu"), math.nan
         if num_batches:
+            points = torch.stack([self._draw() for _ in range(num_batches * batch_size)])
+            constants = self._power(points, top, _SAMPLE_POWER)[1].view(num_batches, batch_size)
+            maxima = constants.nan_to_num(-math.inf, math.inf).amax(dim=1)
+            maxima = torch.where(maxima.isfinite(), maxima, torch.nan)
             self._ascend(self.found[-1].place, self.found[-1].direction, num_steps)
-            if all(map(math.isfinite, maxima)):
-                clever = fit_reverse_weibull(torch.tensor(maxima, dtype=torch.float64))[0]
+            if bool(maxima.isfinite().all()):
+                clever = fit_reverse_weibull(maxima)[0]
         best = self._rounded_down(self._confirmed())
         return {
             "lower_bound": best.value,
@@ -253,7 +253,7 @@ class _Search:
             "images": best.place,
             "directions": best.direction,
             "clever": clever,
-            "sample_maxima": torch.tensor(maxima, dtype=torch.float64, device="cpu"),
+            "sample_maxima": maxima,
             "status": Status.COMPLETED if math.isfinite(best.value) else Status.ERROR,
             "num_evals": self.num_evals,
         }

@@ -129,6 +129,16 @@ def test_normalised_units_cost_and_seed():
     assert regional_lipschitz(linear(), x, 0.1, num_batches=0).unit_factor.isnan().all()
 
 
+def test_random_points_without_a_number_do_not_count():
+    def f(x):
+        return linear()(x) * torch.where(x[:, :1, 0, 0] > 0.5, math.nan, 1.0)
+
+    x = torch.full((1, 3, 8, 8), 0.49, dtype=torch.float64)
+    found = regional_lipschitz(f, x, 0.3, num_steps=0, num_batches=5, batch_size=8)
+    assert 0.5 < float(found.sample_maxima.min()) <= float(found.sample_maxima.max()) <= float(SIGMA[0]) * (1 + 1e-9)
+    assert found.status == ("completed",)
+
+
 def test_random_points_may_share_passes(monkeypatch):
     found = []
     for at_once in (1, 3, 8):
