@@ -88,6 +88,7 @@ def check_target(target: Tensor, images: Tensor, name: str = "images", bounds: B
     if target.ndim not in (2, images.ndim):
         shape = ", ".join(map(str, images.shape[1:]))
         hint = " Pass `target[None]` for a single one." if target.ndim in (1, images.ndim - 1) else ""
+        hint = f" Add a batch axis with `{name}[None]`." if target.ndim == images.ndim + 1 else hint
         raise ValueError(
             f"`target` must be images (B, {shape}) or embeddings (B, D); got shape {tuple(target.shape)}.{hint}"
         )
