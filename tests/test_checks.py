@@ -71,7 +71,7 @@ BAD = {
     "source lacks a batch axis": (
         {"target": TOKENS[None]},
         ValueError,
-        "`target` must be images (B, 3, 4) or embeddings (B, D); got shape (1, 2, 3, 4). Add a batch axis with `source[",
+        "`target` must be images (B, 3, 4) or embeddings (B, D); got shape (1, 2, 3, 4). Add a batch axis with",
     ),
     "target 1-D": ({"target": Z[0]}, ValueError, "got shape (7,). Pass `target[None]` for a single one."),
     "source 1-D": ({"source": TOKENS[0, 0]}, ValueError, "must have shape (B, *shape); got (4,). Add a batch axis"),
