@@ -172,7 +172,8 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         found["share of f"] = ", ".join(f"{one['full_passes'] / one['seconds']:.0%}" for one in (match, both))
         found["× f+b"] = f"{match['seconds'] / match['passes']:.2f}"
         found["× calls"] = ", ".join(f"{one['seconds'] / one['calls']:.2f}" for one in (match, refine))
-    for name, one in row.get("counts", {}).items():
+    for name in ("evaluation", "match", "refine") if "counts" in row else ():
+        one = row["counts"][name]
         found[f"operations, syncs: {name}"] = f"{one['operations']:,.0f}, {one['synchronisations']:,.1f}"
     if memory := row.get("memory"):
         sizes = [f"{size / 2**20:,.0f}" for size in (memory["match"], memory["refine"], row["jacobian"])]
