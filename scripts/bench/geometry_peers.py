@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from meter import Counter
+from meter import Watched
 from methods import Module
 from torch import Tensor
 
@@ -23,14 +23,6 @@ POWER_ITERATIONS = 25
 """Of plenoptic's power method, whose default is at most 1000: a budget of this benchmark, not its limit."""
 SKETCH = 3
 """Measurements of skerch for each singular value."""
-
-
-class Watched(Counter):
-    """A counter that is in all else the encoder, its float64 twin included."""
-
-    def __getattr__(self, name: str) -> Any:
-        """What the counter lacks, the encoder has."""
-        return getattr(self.__dict__["encoder"], name)
 
 
 @dataclass(frozen=True)

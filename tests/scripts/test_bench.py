@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +65,51 @@ def test_tangents_are_counted_each(meter):
     with meter.measure():
         torch.vmap(lambda v: torch.func.jvp(meter, (x,), (v,))[1])(torch.ones(5, *x.shape))
     assert (meter.forwards, meter.tangents) == (4, 12)
+
+
+def test_the_calls_and_their_backward_passes_are_noted(meter):
+    x = images(2).requires_grad_(True)
+    with meter.measure():
+        z = meter(x)
+        torch.autograd.grad(z, x, torch.ones(3, *z.shape), is_grads_batched=True, retain_graph=True)
+        torch.autograd.grad(z, x, torch.ones_like(z))
+        meter(images(1))
+    assert [meter_module.shape_of(call) for call in meter.calls] == [(2, 3, 1), (1,)]
+
+
+def test_what_is_done_outside_the_encoder_is_counted():
+    f, x = meter_module.Watched(smooth_mlp()), images(2).requires_grad_(True)
+    ones = torch.ones(2, DIM)
+
+    def work():
+        for _ in range(4):
+            (gradient,) = torch.autograd.grad(f(x), x, ones)
+            float(gradient.view(-1).sum())  # a view, a sum, and a look that waits for it
+            gradient[gradient > 0]  # a mask, and an index that waits for its size
+        torch.autograd.grad(f(x), x, ones.expand(5, 2, DIM), is_grads_batched=True)
+        with torch.no_grad():
+            f(x)
+
+    _, seen = meter_module.outside(f, x.detach(), work)
+    assert seen == {"operations": 4 * 5 + 1, "synchronisations": 4 * 2}  # and the `expand`
+
+
+def test_the_clock_stands_still_while_a_call_is_repeated_bare(monkeypatch):
+    clock, f = SimpleNamespace(now=0.0), linear()
+    monkeypatch.setattr(meter_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def slow(x):
+        clock.now += len(x)
+        return f(x)
+
+    paired, x = meter_module.Paired(slow, images(1), every=2), images(2).requires_grad_(True)
+    with paired.measure():
+        for _ in range(6):
+            paired(x).sum().backward()
+            clock.now += 0.5
+    assert paired.seconds == 6 * 2 + 6 * 0.5
+    assert len(paired.times[2, 1]) == 3  # after 1, 3 and 5 evaluations
+    assert (paired.seconds_of((2, 1)), paired.seconds_of((1,)), paired.num_evals) == (2.0, 1.0, 12.0)
 
 
 def test_a_peer_is_stopped_at_its_budget(meter):
@@ -132,3 +180,39 @@ def test_script_names_unknown_methods(tmp_path):
     done = python(SCRIPT, BENCH / "match.py", "--methods", "magic", cwd=tmp_path)
     assert done.returncode == 2
     assert "unknown method magic" in done.stderr
+
+
+def test_throughput_reports_every_part(monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        throughput = importlib.import_module("throughput")
+    for name in ("throughput", "match", "meter", "methods"):
+        monkeypatch.delitem(sys.modules, name)
+
+    class Here:
+        """Carries out in this process what is meant for another."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, work, *given):
+            return SimpleNamespace(result=lambda: work(*given))
+
+    monkeypatch.setattr(throughput, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(throughput, "lower_peak", lambda _: None)  # which changes how this process takes memory
+    given = ["--model", "builtin-64", "--batch", "2", "--dtype", "bfloat16", "--max-evals", "12", "--device", "cpu"]
+    throughput.main([*given, "--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")])
+    (row,) = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["rows"]
+    assert row["seconds"]["match"]["evaluations"] == sum(row["seconds"]["evaluations_match"]) == 24
+    assert all(min(row["seconds"][name].values()) > 0 for name in ("match", "refine"))
+    assert min(row["counts"]["evaluation"].values()) > 1
+    assert min(row["memory"].values()) >= 0
+    text = (tmp_path / "a.md").read_text(encoding="utf-8")
+    assert text == capsys.readouterr().out
+    assert "| builtin-64 | cpu, bfloat16 | 2 |" in text
