@@ -209,12 +209,14 @@ def _descend(
     # Of all pairs of steps that begin with one of the best few, the best is made: the difference of two columns is much
     # shorter than either. The second step may be none.
     own, batch = gram.diagonal(dim1=1, dim2=2) / 2, torch.arange(len(r), device=r.device)[:, None]
-    turns = 0
-    going = most > 0
+    turns, going, kept = 0, most > 0, steps
+    before = torch.full_like(goal, math.inf)
     while True:
         left = r + apply(columns, steps)
         slope, size2 = 2 * apply(columns.mT, left).to(gram), left.square().sum(dim=1, keepdim=True)
-        going = going & (size2 > goal.square())
+        falls = size2 < before  # otherwise float32 misled the last steps
+        going, before = going & falls & (size2 > goal.square()), size2
+        steps = kept = torch.where(falls, steps, kept)
         if not bool(going.any()):
             return steps
         least = _LEAST * size2
