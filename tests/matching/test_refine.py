@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_equiv.conditions import admit
 from hf_equiv.data.sources import load_images
 from hf_equiv.jacobian import jacobian_cost
+from hf_equiv.matching import refine
 from hf_equiv.matching.lattice import Lattice, left_geometry
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
@@ -254,10 +255,10 @@ def test_the_unit_of_the_embedding_is_free(power):
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_left_geometry_at_any_scale(scale):
-    jacobian = smooth_mlp().jacobian(images(1)[0]).float()
-    for plain, scaled in zip(left_geometry(jacobian), left_geometry(jacobian * scale), strict=True):
+    matrices = torch.stack([smooth_mlp().jacobian(image).float() for image in images(2)])
+    for plain, scaled in zip(left_geometry(matrices), left_geometry(matrices * scale), strict=True):
         torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-6)
-    assert round(float(left_geometry(jacobian * scale)[0].trace()), 6) == DIM
+    assert [round(float(reach.trace()), 6) for reach in left_geometry(matrices * scale)[0]] == [DIM, DIM]
 
 
 def test_autocast_around_the_call_changes_nothing_but_f():
@@ -336,7 +337,7 @@ def test_every_pass_is_counted(f, max_evals, monkeypatch):
     real = torch.autograd.grad
 
     def grad(outputs, inputs, cotangents, **options):
-        spent["cotangent"] += cotangents.shape[0] if options.get("is_grads_batched") else len(outputs)
+        spent["cotangent"] += cotangents.shape[:-1].numel()
         return real(outputs, inputs, cotangents, **options)
 
     def counted(v: Tensor) -> Tensor:
@@ -397,6 +398,29 @@ def test_batch_equals_one_by_one_and_layout_does_not_matter():
         alone = refine_8bit(smooth_mlp(), x[i : i + 1], y[i : i + 1], **options)
         assert torch.equal(alone.images[0], together.images[i])
         assert (alone.status[0], alone.traces[0]) == (together.status[i], together.traces[i])
+
+
+def test_an_image_is_the_same_beside_others_that_end_early_and_when_memory_is_short(monkeypatch):
+    f, source, z = Wide(), wide_images(4, 50), Wide()(wide_images(4, 51))
+    source[1] = 100.5 / 255  # no level in its ball
+    source[2] = (source[2] * 255).round() / 255
+    z[2] = f(source[2:3])[0]  # matches already
+    ball = {"source": source, "radius": 0.4 / 255, "max_evals": 20}
+    together = refine_8bit(f, source, z, **ball)
+    assert together.status[1:3] == (Status.INFEASIBLE, Status.CONVERGED)
+    alone = [refine_8bit(f, source[i : i + 1], z[i : i + 1], **ball | {"source": source[i : i + 1]}) for i in (0, 3)]
+    real = refine.jacobians
+
+    def short(f, images, batch):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError
+        return real(f, images, batch)
+
+    monkeypatch.setattr(refine, "jacobians", short)
+    for result in (together, refine_8bit(f, source, z, **ball)):
+        for i, single in zip((0, 3), alone, strict=True):
+            assert torch.equal(result.images[i], single.images[0])
+            assert (result.status[i], result.traces[i]) == (single.status[0], single.traces[0])
 
 
 # Failures
@@ -492,11 +516,11 @@ def test_encoder_without_gradient():
 def test_every_level_survives_every_float_dtype():
     for dtype in (torch.float32, torch.float64):
         ramp = (torch.arange(256).double() / 255).to(dtype).view(1, 16, 16)
-        assert torch.equal(Lattice.around(ramp, None, None, "linf").round(ramp), torch.arange(256.0).double())
+        assert torch.equal(Lattice.around(ramp, None, None, "linf").round(ramp)[0], torch.arange(256.0).double()[None])
         for k in (1, 8, 100):
             ball = Lattice.around(ramp, ramp, k / 255, "linf")
-            assert torch.equal(ball.lower, (torch.arange(256.0) - k).clamp_min(0).double())
-            assert torch.equal(ball.upper, (torch.arange(256.0) + k).clamp_max(255).double())
+            assert torch.equal(ball.lower[0], (torch.arange(256.0) - k).clamp_min(0).double())
+            assert torch.equal(ball.upper[0], (torch.arange(256.0) + k).clamp_max(255).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -506,11 +530,12 @@ def test_linf_lattice_about_a_centre_off_the_grid_is_the_exact_ball(radius, dtyp
     grid = torch.arange(256.0).double() / 255
     center[: 2 * 256] = torch.cat([grid + radius, grid - radius]).clamp(0, 1)  # a level on the edge of the ball
     center = center.to(dtype)
-    lattice = Lattice.around(center, center, radius, "linf")
+    lattice = Lattice.around(center[None], center[None], radius, "linf")
     off = (center.double() * 255).round().div(255).to(dtype) != center
-    held = lattice.lower <= lattice.upper
+    lower, upper = lattice.lower[0], lattice.upper[0]
+    held = lower <= upper
     assert bool(off.sum() > 10_000)
-    for end, out in ((lattice.lower, -1), (lattice.upper, 1)):
+    for end, out in ((lower, -1), (upper, 1)):
         for pixels in (end / 255, (end / 255).to(dtype).double()):
             assert bool(((pixels - center.double()).abs() <= radius)[off & held].all())
         beyond = (end + out) / 255
@@ -518,15 +543,13 @@ def test_linf_lattice_about_a_centre_off_the_grid_is_the_exact_ball(radius, dtyp
 
 
 def test_l2_rounding_stays_in_the_ball_near_the_image():
-    center = torch.rand((3, 16, 16), generator=torch.Generator().manual_seed(34), dtype=torch.float64)
-    for seed in range(5):
-        offset = torch.randn(center.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        image = (center + offset * 0.1 / offset.norm()).clamp(0, 1)
-        lattice = Lattice.around(image, center, 0.1, "l2")
-        rounded = lattice.round(image)
-        assert rounded is not None
-        assert float((rounded / 255 - center.flatten()).norm()) <= 0.1 * (1 + 1e-9)
-        assert float((rounded - image.flatten() * 255).abs().max()) <= 1.5
+    center = torch.rand((1, 3, 16, 16), generator=torch.Generator().manual_seed(34), dtype=torch.float64)
+    offset = torch.randn((5, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = (center + 0.1 * offset / offset.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1)
+    rounded, inside = Lattice.around(images, center.expand(5, -1, -1, -1), 0.1, "l2").round(images)
+    assert bool(inside.all())
+    assert float((rounded / 255 - center.flatten()).norm(dim=1).max()) <= 0.1 * (1 + 1e-9)
+    assert float((rounded - images.flatten(1) * 255).abs().max()) <= 1.5
 
 
 # A trained checkpoint
