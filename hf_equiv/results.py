@@ -39,8 +39,9 @@ class Status(StrEnum):
 
 _ADVICE = {
     Status.CONVERGED: "The embedding error is at most `rtol`, even with the float noise of the encoder added.",
-    Status.STALLED: "No further decrease was possible: the error is at the float noise of the encoder, which may be "
-    "more than `rtol`, or the ball holds no better image. Widen `radius`, loosen `rtol`, or use float64.",
+    Status.STALLED: "No further decrease was possible, without a ball also from other starts: the error is at the "
+    "float noise of the encoder, which may be more than `rtol`, or no image near the source is better. More "
+    "evaluations do not help. Widen `radius`, loosen `rtol`, use float64, or choose another source.",
     Status.REFINED: "The 8-bit image is much nearer to the target than rounding would leave it, and no further step of "
     "1/255 helps: 8-bit images seldom reach a small `rtol`.",
     Status.MAX_EVALS: "The evaluations ran out before the error, with the float noise added, was at most `rtol`. Raise "

@@ -194,29 +194,32 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
         **goal,
     )  # fmt: skip
     failed = False
-    for i, found in searches:
-        if found.status is Status.ERROR:
-            failed = True
-            continue
-        name, evals, seconds = part[i].item.name, {"match": found.num_evals, "refine": 0.0}, found.seconds
-        if config.refine:
-            alone = hook("refine", pair_ids=(name,))
-            this = slice(i, i + 1)
-            exact = refine_8bit(encoder, found.best[None], z[this], source=source[this], progress=alone, **goal)
-            grid, evals["refine"], seconds = exact.images[0], float(exact.num_evals), seconds + float(exact.seconds)
-        else:
-            grid = round_into_ball(found.best, source[i], config.radius, config.ball_norm)
-        png = encode_png(grid)
-        three = source[i], decode_png(png, source.dtype), target[i]
-        row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=name, labels=config.labels)
-        row |= {
-            "match": png,
-            "status": str(found.status),
-            "embedding_error": finite(found.error),
-            "num_evals": evals["match"],  # the number that `max_evals` bounds
-            "seconds": seconds,
-        }
-        yield part[i], Made([row], {name: found.best}, evals)
+    for together in searches:
+        ended = {i: found for i, found in together.items() if found.status is not Status.ERROR}
+        failed = failed or len(ended) < len(together)
+        exact = None
+        if config.refine and ended:
+            alone = hook("refine", pair_ids=tuple(part[i].item.name for i in ended))
+            best, these = torch.stack([found.best for found in ended.values()]), list(ended)
+            exact = refine_8bit(encoder, best, z[these], source=source[these], progress=alone, **goal)
+        for k, (i, found) in enumerate(ended.items()):
+            name, evals, seconds = part[i].item.name, {"match": found.num_evals, "refine": 0.0}, found.seconds
+            if exact is None:
+                grid = round_into_ball(found.best, source[i], config.radius, config.ball_norm)
+            else:
+                grid, evals["refine"] = exact.images[k], float(exact.num_evals[k])
+                seconds += float(exact.seconds[k])
+            png = encode_png(grid)
+            three = source[i], decode_png(png, source.dtype), target[i]
+            row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=name, labels=config.labels)
+            row |= {
+                "match": png,
+                "status": str(found.status),
+                "embedding_error": finite(found.error),
+                "num_evals": evals["match"],  # the number that `max_evals` bounds
+                "seconds": seconds,
+            }
+            yield part[i], Made([row], {name: found.best}, evals)
     if failed:  # after the others, which are kept
         raise RuntimeError(Status.ERROR.advice)
 

@@ -27,8 +27,9 @@ from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_choice, check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import finite
-from hf_equiv.geometry.headings import Ahead, Toward, WalkCorrector
+from hf_equiv.geometry.headings import Ahead, Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
+from hf_equiv.matching.corrector import Corrector
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
@@ -260,7 +261,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
     made[0]["faults"] = _path_faults(settings, name, frames, origin, aim, 1 - len(z) / origin.numel())
     if heading != "random":
-        corrector = WalkCorrector(encoder, z.double(), settings["rtol"])
+        corrector = Corrector(encoder, z.double(), settings["rtol"])
         with no_tf32():
             at = corrector.look(frames[-1])
             corrector.refresh(at)

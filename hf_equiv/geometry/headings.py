@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import UNIT
 from hf_equiv.matching.corrector import Corrector, Place
-from hf_equiv.precision import Encoding, dot
+from hf_equiv.precision import dot
 
 MAX_PRODUCTS = 40  # most products with the Hessian in one Newton step
 _MEMORY = 20  # secant pairs of the descent towards an image
@@ -26,9 +25,6 @@ _NEAR = 0.12  # stationarity below which Newton steps are worth their products w
 _PROBE = 0.01  # L2 length of the differences that replace products with the Hessian
 _ACCURACY = 0.2  # accuracy of a Newton step
 _POOR, _FINE = 0.4, 0.75  # the radius shrinks below and grows above these shares of the predicted gain
-_MAX_TRIALS, _MAX_REJECTED = 40, 6
-_SHORTEST = 0.2  # least share of a correction to try: less cannot lower the drift enough
-_DECREASE = 0.9  # an accepted correction brings the drift below this share
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +75,6 @@ def _to_sphere(p: Tensor, v: Tensor, radius: float) -> float:
     return (root - b) / a if b <= 0 else -c / (root + b)
 
 
-class WalkCorrector(Corrector):
-    """Bring the points of a walk back onto {x : f(x) = z} inside a box (lower, upper), which may be infinite."""
-
-    def __init__(self, f: Encoding, z: Tensor, rtol: float, bounds: tuple[float, float] = UNIT) -> None:
-        super().__init__(f, z, rtol)
-        self.bounds = bounds
-
-    def correct(self, guess: Tensor, longest: float) -> Place | None:
-        """Bring a guess (*shape) back to the level set by steps no longer than `longest`; return None on failure."""
-        low, high = self.bounds
-        at = self.look(guess.clamp(low, high))
-        self.bend, self.trials = at.residual, 0
-        unknown, rejected, share = at.residual, 0, 1.0
-        while at.drift > 0.5 * self.rtol and self.trials < _MAX_TRIALS:
-            if rejected >= (_MAX_REJECTED if at.drift > self.rtol else 1):  # below rtol the rest may be noise
-                break
-            self.trials += 1
-            self.model.hold((at.image > low) & (at.image < high))
-            self.learn(at, unknown)
-            step = self.model.correction(at.residual)
-            length = float(torch.linalg.vector_norm(step))
-            there = self.look((at.image + step * min(share, longest / (length + 1e-300))).clamp(low, high))
-            if there.drift <= _DECREASE * at.drift:
-                at, unknown, rejected, share = there, there.residual, 0, min(1.0, 2 * share)
-                continue
-            unknown = there.residual - at.residual - self.model.apply(there.image - at.image)
-            if not bool(torch.isfinite(unknown).all()):
-                unknown = at.residual
-            rejected += 1
-            share = max(_SHORTEST, share * (1.0 if rejected == 1 else 0.5))
-        return at if at.drift <= self.rtol else None
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The next move from a point."""
@@ -132,7 +95,7 @@ class Ahead:
     def __init__(self, direction: Tensor, origin: Tensor | None = None) -> None:
         self.direction, self.origin = direction, origin
 
-    def plan(self, corrector: WalkCorrector, at: Place, reach: float) -> Plan:
+    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
         """Project the heading, after A has learnt the row along the last drift: the bend of the level set there."""
         wish = self.direction
         if self.origin is not None and bool((at.image != self.origin).any()):
@@ -180,7 +143,7 @@ class Toward:
         self.newton: Step | None = None
         self.radius = math.inf
 
-    def plan(self, corrector: WalkCorrector, at: Place, reach: float) -> Plan:
+    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
         """Find the descent direction, if there is one."""
         wish = self.destination - at.image
         distance, model = _norm(wish), corrector.model
@@ -247,7 +210,7 @@ class Toward:
         return True
 
     def _newton(
-        self, corrector: WalkCorrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float
+        self, corrector: Corrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float
     ) -> Plan:
         """Plan the step to the stationary point of the quadratic model of the Lagrangian."""
         here = at.jacobian.rmv(multipliers[None].to(at.image))[0]
@@ -280,7 +243,7 @@ class Toward:
 Heading = Ahead | Toward
 
 
-def _tangent(corrector: WalkCorrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
+def _tangent(corrector: Corrector, at: Place, wish: Tensor) -> tuple[Tensor, Tensor]:
     """Project a wish on the tangent cone of the level set in the box; return the tangent t and multipliers λ (D,)."""
     # t = C(wish − Aᵀλ), where C removes what leads outwards on the bounds, and λ minimises the convex ½‖C(wish −
     # Aᵀλ)‖², whose gradient is −A t. Semismooth Newton steps λ + G_F⁺ A t, with F the pixels that C lets move, are

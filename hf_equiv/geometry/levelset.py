@@ -1,7 +1,7 @@
 """Walk along the images that share an embedding, with every point corrected back to f(x) = z.
 
 A step has a predictor x + h·t, with t = P_null v the part of the heading v that J maps to zero, and a corrector
-(`WalkCorrector`). Pixels on a bound that would leave the box are taken out of J. The length h is halved when the
+(`Corrector`). Pixels on a bound that would leave the box are taken out of J. The length h is halved when the
 corrector fails or the heading rejects the point, and grows again after easy corrections. The linear model of the
 corrector learns single rows on the way; a full Jacobian is formed again only after failures that its age may explain.
 """
@@ -20,10 +20,10 @@ from torch import Tensor
 from hf_equiv import checks
 from hf_equiv.checks import UNIT, Bounds, is_image
 from hf_equiv.conditions import admit
-from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward, WalkCorrector
+from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
 from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.matching import bars
-from hf_equiv.matching.corrector import Place
+from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import Status
 
@@ -67,7 +67,7 @@ class Walk:
     """A walk from one image: `path` has the points so far, `at` the pixels of the last, and `status` the end."""
 
     index: int  # index of the image in its batch
-    corrector: WalkCorrector
+    corrector: Corrector
     heading: Heading
     origin: Tensor
     step: float
@@ -346,7 +346,7 @@ def trace_level_set(
         z = _embeddings(f, images, goal.detach())
 
         def measure(J: Jacobian, b: int) -> dict[str, Any]:
-            corrector = WalkCorrector(f, z[b], rtol, box)
+            corrector = Corrector(f, z[b], rtol, box)
             corrector.num_evals = J.num_evals + (1 / 3 if is_image(goal, images) else 0.0)  # with z
             way: Heading
             if heading in TO_AN_IMAGE:

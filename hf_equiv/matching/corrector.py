@@ -6,13 +6,12 @@ Jacobian serves a whole walk. A `Corrector` takes the shortest step that A says 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_equiv.checks import check_dimension
+from hf_equiv.checks import UNIT, check_dimension
 from hf_equiv.conditions import as_function
 from hf_equiv.jacobian import Jacobian
 from hf_equiv.precision import Encoding
@@ -22,10 +21,8 @@ _LARGEST = 16 * 2**30  # most bytes of A
 _COLUMNS = 8192  # columns of A held in float64 at a time
 _MAX_TRIALS = 40
 _MAX_REJECTED = 6
-_PATIENCE = 10  # Newton steps without progress
 _SHORTEST = 0.2  # least share of a correction to try: less cannot lower the drift enough
 _STALE = 3.0  # evaluations since the last full Jacobian, over its cost, that justify another after a failure
-_FAR = 10.0  # Newton steps end at this multiple of the first drift
 _DECREASE = 0.9  # an accepted correction brings the drift below this share
 
 
@@ -62,7 +59,7 @@ class LinearModel:
         return bool(torch.isfinite(self._gram.diagonal()).all())
 
     def hold(self, free: Tensor) -> None:
-        """Let only the pixels where `free` (C, H, W) is true move; remove the columns of the others from G."""
+        """Let only the pixels where `free` (*shape) is true move; remove the columns of the others from G."""
         free = free.flatten()
         changed = (free != self.free).nonzero().flatten()
         for index in changed.split(_COLUMNS):
@@ -90,36 +87,34 @@ class LinearModel:
         return True
 
     def apply(self, step: Tensor) -> Tensor:
-        """Return A s of a step s (C, H, W), the predicted change of the embedding, (D,) float64."""
+        """Return A s of a step s (*shape), the predicted change of the embedding, (D,) float64."""
         product = step.new_zeros(len(self.A), dtype=torch.float64)
         for columns, part in zip(self.A.split(_COLUMNS, dim=1), step.flatten().split(_COLUMNS), strict=True):
             product += columns.double() @ part.double()
         return product
 
-    def correction(self, residual: Tensor, left: float = 0.0) -> Tensor:
-        """Return the shortest step s (C, H, W) on the free pixels with ‖residual + A s‖ = left; 0 if already less."""
-        # s = −A_Fᵀ (G + μ)⁻¹ residual with the μ ≥ 0 that leaves `left` (the discrepancy principle): the rest may be
-        # noise, and following noise along the smallest singular values takes long steps.
-        return -self.pull(self._solve(residual) if left == 0.0 else self._damped(residual, left))
+    def correction(self, residual: Tensor) -> Tensor:
+        """Return the shortest step s = −A_Fᵀ G⁺ residual on the free pixels with residual + A s = 0."""
+        return -self.pull(self._solve(residual))
 
     def multipliers(self, v: Tensor) -> Tensor:
-        """Return λ (D,) = G⁺ A v_F, so that A_Fᵀ λ is the part of v (C, H, W) in the row space."""
+        """Return λ (D,) = G⁺ A v_F, so that A_Fᵀ λ is the part of v (*shape) in the row space."""
         return self._solve(self.apply(self.restrict(v)))
 
     def restrict(self, v: Tensor) -> Tensor:
-        """Return v (C, H, W) with zeros on the held pixels."""
+        """Return v (*shape) with zeros on the held pixels."""
         return v * self.free.view(self.shape)
 
     def pull(self, u: Tensor) -> Tensor:
-        """Return A_Fᵀ u, (C, H, W)."""
+        """Return A_Fᵀ u, (*shape)."""
         return self.restrict(self.transpose(u))
 
     def transpose(self, u: Tensor) -> Tensor:
-        """Return Aᵀ u over all pixels, (C, H, W)."""
+        """Return Aᵀ u over all pixels, (*shape)."""
         return (self.A.T @ u.to(self.A)).view(self.shape)
 
     def project_null(self, v: Tensor) -> Tensor:
-        """Return the part of v (C, H, W) on the free pixels that A maps to zero: twice v ← v − A_Fᵀ G⁺ A v."""
+        """Return the part of v (*shape) on the free pixels that A maps to zero: twice v ← v − A_Fᵀ G⁺ A v."""
         v = self.restrict(v)
         for _ in range(2):
             v = v - self.pull(self.multipliers(v))
@@ -129,19 +124,6 @@ class LinearModel:
         """Return G⁺ r; eigenvalues of G below the cut count as zero."""
         values, vectors = self._eigen()
         return vectors @ ((vectors.T @ r) / values)
-
-    def _damped(self, r: Tensor, left: float) -> Tensor:
-        """Return (G + μ)⁻¹ r on the eigenvectors above the cut, with ‖μ (G + μ)⁻¹ r‖ = left by bisection."""
-        values, vectors = self._eigen()
-        part = vectors.T @ r
-        if float(torch.linalg.vector_norm(part)) <= left:
-            return torch.zeros_like(r)
-        low, high = math.log(float(values[0])) - 70.0, math.log(float(values[-1])) + 70.0
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            kept = part / (1 + values * math.exp(-middle))
-            low, high = (low, middle) if float(torch.linalg.vector_norm(kept)) > left else (middle, high)
-        return vectors @ (part / (values + math.exp(low)))
 
     def _eigen(self) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues of G above the cut, ascending, and their eigenvectors."""
@@ -163,7 +145,7 @@ class Place:
 
     @property
     def image(self) -> Tensor:
-        """x, (C, H, W)."""
+        """x, (*shape)."""
         return self.jacobian.image
 
 
@@ -177,8 +159,8 @@ class Corrector:
 
     model: LinearModel
 
-    def __init__(self, f: Encoding, z: Tensor, rtol: float) -> None:
-        self.f, self.z, self.rtol = as_function(f), z, rtol
+    def __init__(self, f: Encoding, z: Tensor, rtol: float, bounds: tuple[float, float] = UNIT) -> None:
+        self.f, self.z, self.rtol, self.bounds = as_function(f), z, rtol, bounds
         self.scale = float(torch.linalg.vector_norm(z))
         self.num_evals = 0.0
         self.num_jacobians = 0
@@ -187,7 +169,7 @@ class Corrector:
         self.trials = 0
 
     def look(self, x: Tensor) -> Place:
-        """Encode one image (C, H, W)."""
+        """Encode one image (*shape)."""
         jacobian = Jacobian(self.f, x)
         self.num_evals += 1 / 3
         check_dimension(self.z, jacobian.shape[0])
@@ -212,25 +194,26 @@ class Corrector:
             self.num_evals += 2 / 3
 
     def pull_back(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return Jᵀu at an image (C, H, W), for one evaluation."""
+        """Return Jᵀu at an image (*shape), for one evaluation."""
         jacobian = Jacobian(self.f, x)
         self.num_evals += 1.0
         return jacobian.rmv(u[None])[0]
 
     def correct(self, guess: Tensor, longest: float) -> Place | None:
-        """Bring a guess (C, H, W) back to the level set by steps no longer than `longest`; return None on failure."""
-        at = self.look(guess.clamp(0, 1))
+        """Bring a guess (*shape) back to the level set by steps no longer than `longest`; return None on failure."""
+        low, high = self.bounds
+        at = self.look(guess.clamp(low, high))
         self.bend, self.trials = at.residual, 0
         unknown, rejected, share = at.residual, 0, 1.0
         while at.drift > 0.5 * self.rtol and self.trials < _MAX_TRIALS:
             if rejected >= (_MAX_REJECTED if at.drift > self.rtol else 1):  # below rtol the rest may be noise
                 break
             self.trials += 1
-            self.model.hold((at.image > 0) & (at.image < 1))
+            self.model.hold((at.image > low) & (at.image < high))
             self.learn(at, unknown)
             step = self.model.correction(at.residual)
             length = float(torch.linalg.vector_norm(step))
-            there = self.look((at.image + step * min(share, longest / (length + 1e-300))).clamp(0, 1))
+            there = self.look((at.image + step * min(share, longest / (length + 1e-300))).clamp(low, high))
             if there.drift <= _DECREASE * at.drift:
                 at, unknown, rejected, share = there, there.residual, 0, min(1.0, 2 * share)
                 continue
@@ -240,21 +223,3 @@ class Corrector:
             rejected += 1
             share = max(_SHORTEST, share * (1.0 if rejected == 1 else 0.5))
         return at if at.drift <= self.rtol else None
-
-    def newton(self, start: Place, most: int) -> Place:
-        """Take at most `most` Newton steps from a place with a fresh Jacobian; return the nearest place."""
-        # Every step is taken, even one that raises the error, since the next row learnt is the one that was wrong. The
-        # steps end at rtol, at ten times the error of the start, or after ten steps without progress.
-        at = best = start
-        since, self.trials = 0, 0
-        while best.drift > self.rtol and since < _PATIENCE and self.trials < most:
-            self.trials += 1
-            self.model.hold((at.image > 0) & (at.image < 1))
-            self.learn(at, at.residual)
-            step = self.model.correction(at.residual, 0.5 * self.rtol * self.scale)
-            at = self.look((at.image + step).clamp(0, 1))
-            since = 0 if at.drift < 0.95 * best.drift else since + 1
-            best = at if at.drift < best.drift else best
-            if not at.drift < _FAR * start.drift:
-                break
-        return best

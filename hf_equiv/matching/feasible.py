@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from hf_equiv.checks import UNIT, Bounds, check_bounds
+from hf_equiv.precision import inner
+
+_ROUNDS = 12  # steps towards the largest t
+_MARGINS = (1e-3, 1e-5, 1e-6, 1e-7, 0.0)  # by which a point is drawn inwards, until its rounding is harmless
 
 
-@dataclass(frozen=True, slots=True)
-class FeasibleSet:
+class Rows:
+    """The state of a batch, whose tensors have an axis of images in front."""
+
+    def keep(self, index: Tensor) -> Self:
+        """Return a copy with the images `index`, in order, in all tensors and states that this object holds."""
+        kept = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Rows) or (isinstance(value, Tensor) and value.ndim > 0):
+                vars(kept)[name] = value.keep(index) if isinstance(value, Rows) else value[index]
+        return kept
+
+
+@dataclass
+class FeasibleSet(Rows):
     """The box [lower, upper], intersected with the ball ‖x − center‖₂ ≤ l2_radius if there is one.
 
-    An L∞ ball is part of the box, and `linf` records it. `center` lies in the set, so the set is not empty.
+    The tensors belong to one image (*shape) or, if `batched`, to the images of a batch (B, *shape), each with its own
+    set. An L∞ ball is part of the box, and `linf` records it. `center` lies in the set, so the set is not empty.
     """
 
     lower: Tensor
@@ -23,13 +42,16 @@ class FeasibleSet:
     center: Tensor
     l2_radius: float | None = None
     linf: bool = False
+    batched: bool = False
 
     @classmethod
-    def around(cls, center: Tensor, radius: float | None, norm: str, bounds: Bounds = UNIT) -> FeasibleSet:
-        """Return the box ∩ the ball of `radius` about `center` (*shape), rounded inwards to `center.dtype`."""
+    def around(
+        cls, center: Tensor, radius: float | None, norm: str, bounds: Bounds = UNIT, *, batched: bool = False
+    ) -> FeasibleSet:
+        """Return the box ∩ the ball of `radius` about `center`, rounded inwards to `center.dtype`."""
         low, high = (torch.full_like(center, end) for end in check_bounds(bounds, center))
         if radius is None or norm == "l2":
-            return cls(low, high, center, radius)
+            return cls(low, high, center, radius, False, batched)
         rounded = torch.tensor(radius, dtype=center.dtype)
         step = float(rounded if float(rounded) <= radius else torch.nextafter(rounded, torch.zeros_like(rounded)))
         lower, upper = center - step, center + step
@@ -37,32 +59,50 @@ class FeasibleSet:
         wide, up = center.double(), torch.full_like(center, math.inf)
         lower = torch.where(wide - lower.double() > step, torch.nextafter(lower, up), lower)
         upper = torch.where(upper.double() - wide > step, torch.nextafter(upper, -up), upper)
-        return cls(torch.maximum(lower, low), torch.minimum(upper, high), center, None, True)
+        return cls(torch.maximum(lower, low), torch.minimum(upper, high), center, None, True, batched)
 
     def project(self, x: Tensor) -> Tensor:
-        """Return the nearest point of the set: clip(c + t(x − c)) with the largest t in [0, 1] inside the ball."""
-        inside = torch.clamp(x, self.lower, self.upper)
-        if self.l2_radius is None or _distance(inside, self.center) <= self.l2_radius:
+        """Return a near point of the set: clip(c + t(x − c)) with the largest t in [0, 1] inside the ball."""
+        whole = inside = torch.clamp(x, self.lower, self.upper)
+        if self.l2_radius is None:
             return inside
-        low, high, best = 0.0, 1.0, self.center
-        for _ in range(50):
-            t = 0.5 * (low + high)
-            trial = torch.clamp(self.center + t * (x - self.center), self.lower, self.upper)
-            distance = _distance(trial, self.center)
-            if distance <= self.l2_radius:
-                low, best = t, trial
-                if distance >= self.l2_radius * (1 - 1e-6):
-                    break
-            else:
-                high = t
-        return best
+        # As long as no further pixel is clipped, ‖clip(c + t(x − c)) − c‖² = C + t²S, and clipping only lowers it:
+        # solving this for the radius again and again raises t to the one wanted, from below.
+        away = (x - self.center).double()
+        t = self.l2_radius / self._length(away).clamp_min(1e-300)
+        for _ in range(_ROUNDS):
+            there = self.center + t * away
+            inside = torch.clamp(there, self.lower, self.upper)
+            slope = self._length((inside == there) * away).square()
+            missing = self.l2_radius**2 - self._distance(inside).square()
+            t = torch.where(slope > 0, (t.square() + missing.clamp_min(0.0) / slope).sqrt(), t)
+        # Of the points c + s(clip(…) − c), all in the box, take the last that its rounding leaves in the ball.
+        away, best = inside - self.center, self.center
+        for margin in _MARGINS:
+            trial = (self.center + (1 - margin) * away).to(x)
+            best = torch.where(self._distance(trial) <= self.l2_radius, trial, best)
+        return torch.where(self._distance(whole) <= self.l2_radius, whole, best)
+
+    def of(self, index: int, shape: torch.Size) -> FeasibleSet:
+        """Return the set of one image of a batch, in the shape of the image."""
+        lower, upper, center = (part[index].view(shape) for part in (self.lower, self.upper, self.center))
+        return FeasibleSet(lower, upper, center, self.l2_radius, self.linf)
+
+    def _distance(self, x: Tensor) -> Tensor:
+        """Return ‖x − c‖₂ of each image, float64, to broadcast over its pixels."""
+        return self._length(x.double() - self.center.double())
+
+    def _length(self, v: Tensor) -> Tensor:
+        flat = v.flatten(1) if self.batched else v.flatten()[None]
+        lengths = inner(flat, flat).sqrt()
+        return lengths.view(-1, *[1] * (v.ndim - 1)) if self.batched else lengths[0]
 
     def free(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Return the pixels (*shape) bool where a small step along −gradient stays in the box."""
+        """Return where (bool) a small step along −gradient stays in the box."""
         return torch.clamp(x - gradient.sign(), self.lower, self.upper).ne(x).logical_or_(gradient == 0)
 
 
-class SineChart:
+class SineChart(Rows):
     """Chart of the inside of a box as all of R^N: x = m + h·sin(w), with m the middle and h the half-width of a pixel.
 
     In a small L∞ ball most pixels end near a bound. A projected step fixes each pixel that reaches a bound, so progress
@@ -75,7 +115,7 @@ class SineChart:
         self._half = (box.upper - box.lower) / 2
         self.center = self.invert(box.center)
         bound = torch.full_like(self.center, torch.inf)
-        self.space = FeasibleSet(-bound, bound, self.center)
+        self.space = FeasibleSet(-bound, bound, self.center, batched=box.batched)
 
     def invert(self, x: Tensor) -> Tensor:
         """Return the w of an image, at most 0.98 of the half-width from the middle: the slope is 0 at the bound."""
@@ -88,7 +128,3 @@ class SineChart:
     def pull_back(self, gradient: Tensor, w: Tensor) -> Tensor:
         """Return the gradient in w of a function with this gradient in x."""
         return gradient * self._half * torch.cos(w)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float(torch.linalg.vector_norm((a.double() - b.double()).flatten()))

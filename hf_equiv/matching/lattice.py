@@ -16,7 +16,7 @@ _CANDIDATES = 1280  # pixels considered in a round
 _FINE = 0.2  # share of r for which half of them are chosen, since later steps are finer
 _LEADERS = 8  # first steps of the pairs considered at a time
 _LOOK = 16  # pairs of steps between two looks of the host
-_LEAST = 1e-3  # share of ‖r‖² that a pair of steps must remove
+_LEAST = 1e-5  # share of ‖r‖² that a pair of steps must remove
 _POOR = 0.7  # share of ‖r‖ left, from which the plain metric alone is tried
 
 
@@ -188,9 +188,8 @@ def _candidates(jacobians: Sequence[Tensor], norms2: Tensor, r: Tensor, levels: 
     blocked = (there < lattice.lower) | (there > lattice.upper)
     count = min(_CANDIDATES, slope.shape[1])
     coarse = torch.sub(2 * slope, norms2).masked_fill_(blocked, -math.inf).topk(count // 2).indices
-    fine = (
-        torch.sub(2 * _FINE * slope, norms2).masked_fill_(blocked, -1e300).scatter_(1, coarse, -math.inf)
-    )  # once each
+    fine = torch.sub(2 * _FINE * slope, norms2).masked_fill_(blocked, -1e300)
+    fine.scatter_(1, coarse, -math.inf)  # once each
     return torch.cat([coarse, fine.topk(count - count // 2).indices], dim=1)
 
 

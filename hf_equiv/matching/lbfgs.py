@@ -1,116 +1,104 @@
-"""Descend by projected L-BFGS: the secant pairs of one image, their direction, and the solver built on them."""
+"""Descend by projected L-BFGS: the secant pairs of a batch, their directions, and the solver built on them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_count, check_positive
-from hf_equiv.matching.feasible import FeasibleSet, SineChart
-from hf_equiv.matching.solvers import Evaluation, Iterates
-from hf_equiv.precision import dot
+from hf_equiv.matching.feasible import FeasibleSet, Rows, SineChart
+from hf_equiv.matching.solvers import Descent, Evaluations, pick
+from hf_equiv.precision import inner
+
+_FIRST = 40  # evaluations whose secants are kept at first
+_TRIALS = 8  # points on one line
+_LOUDEST = 30.0  # times the usual noise of an objective that the line search allows
+_RESETS = 3  # failures in a row, each with a new history, after which an image has stalled
 
 
-class SecantHistory:
-    """The last `capacity`, at most `most`, secant pairs (s, y) of one image and their inner products, for L-BFGS.
+class SecantHistory(Rows):
+    """The secant pairs (s, y) of the last `capacity` evaluations and their inner products, for L-BFGS.
 
-    H = γI + [S, γY] M [S, γY]ᵀ, so a direction costs two passes over the stored vectors: their products with the
-    gradient, and their sum. Products with the newest y = g′ − g are differences of those with g′ and with g.
+    H = γI + [S, γY] M [S, γY]ᵀ, with S and Y (N, m) of one image, so a direction costs two passes over the stored
+    vectors: their products with the gradient, and their sum. All images fill the same slot at the same time; the slot
+    of an image without a new pair is empty (`valid` is false), and its products count as zero.
     """
 
-    def __init__(self, capacity: int, like: Tensor, most: int = 0) -> None:
-        self.capacity = capacity
-        self.shape = like.shape
-        self.pairs = like.new_empty((0, 2, like.numel()))  # grows in blocks, so that memory follows use
-        self.order: list[int] = []
-        # sᵢ·yⱼ, valid for i not newer than j, and yᵢ·yⱼ
-        size = max(capacity, most)
-        self.sy, self.yy = torch.zeros((2, size, size), dtype=torch.float64, device="cpu")
-        self.unsettled: list[int] = []  # slots without products, oldest first
-        self.newest: tuple[Tensor, Tensor] | None = None  # the two gradients of the newest y
-        self.seen: tuple[Tensor, Tensor] | None = None  # the gradient of the last direction and its products
+    def __init__(self, like: Tensor, capacity: int) -> None:
+        batch, size = like.shape
+        self.capacity, self.count = capacity, 0  # slots, and pairs offered so far
+        self.pairs = like.new_zeros((batch, capacity, 2, size))
+        self.valid = torch.zeros((batch, capacity), dtype=torch.bool, device=like.device)
+        # sᵢ·yⱼ, needed for i not newer than j, and yᵢ·yⱼ
+        self.sy = torch.zeros((batch, capacity, capacity), dtype=torch.float64, device=like.device)
+        self.yy = torch.zeros_like(self.sy)
 
-    def clear(self) -> None:
-        """Drop all pairs."""
-        self.order, self.unsettled, self.newest, self.seen = [], [], None, None
+    def grow(self, capacity: int) -> None:
+        """Make room for the pairs of more evaluations."""
+        shift, more = self._shift(), capacity - self.capacity
+        for name in ("pairs", "valid", "sy", "yy"):
+            value = getattr(self, name).roll(shift, 1)
+            value = torch.cat([value, value.new_zeros((len(value), more, *value.shape[2:]))], dim=1)
+            setattr(self, name, value)
+        for name in ("sy", "yy"):
+            value = getattr(self, name).roll(shift, 2)
+            setattr(self, name, torch.cat([value, value.new_zeros((*value.shape[:2], more))], dim=2))
+        self.count, self.capacity = min(self.count, self.capacity), capacity
 
-    def add(self, s: Tensor, before: Tensor, after: Tensor) -> None:
-        """Store a step s and the change y of the gradient, unless their curvature s·y is not safely positive."""
-        y = after - before
-        sy, yy, ss = dot(s, y), dot(y, y), dot(s, s)
-        if not sy > 1e-10 * math.sqrt(ss * yy):
-            return
-        slot = self.order.pop(0) if len(self.order) == self.capacity else len(self.order)
-        if slot >= self.pairs.shape[0]:
-            grown = self.pairs.new_empty((min(self.capacity, slot + 20), 2, s.numel()))
-            grown[: self.pairs.shape[0]] = self.pairs
-            self.pairs = grown
-        self.pairs[slot, 0], self.pairs[slot, 1] = s.flatten(), y.flatten()
-        self.order.append(slot)
-        self.sy[slot, slot], self.yy[slot, slot] = sy, yy
-        self.unsettled = [other for other in self.unsettled if other != slot] + [slot]
-        self.newest = (before, after)
+    def _shift(self) -> int:
+        """Return the roll that puts the oldest pair first."""
+        return -(self.count % self.capacity) if self.count > self.capacity else 0
 
-    def direction(self, gradient: Tensor, free: Tensor) -> Tensor | None:
-        """Return −H·gradient on the free pixels, or None without a history or without descent."""
-        if not self.order:
-            return None
-        products = self._products(gradient.flatten())
-        self._settle(gradient, products)
-        self.seen = (gradient, products)
-        g = (gradient * free).flatten()
-        index = torch.tensor(self.order, device="cpu")
-        products = self._without_held(products, gradient, g, free)[index]
-        newest = self.order[-1]
-        gamma = float(self.sy[newest, newest] / self.yy[newest, newest])
-        r = torch.triu(self.sy[index][:, index])
-        w = torch.linalg.solve_triangular(r, products[:, :1], upper=True)
-        middle = (torch.diag(r.diagonal()) + gamma * self.yy[index][:, index]) @ w - gamma * products[:, 1:]
-        a = torch.linalg.solve_triangular(r.T, middle, upper=False)
-        weights = torch.empty((len(self.order), 2), dtype=torch.float64, device="cpu")
-        weights[index] = torch.cat([a, -gamma * w], dim=1)
-        step = torch.addmv(g, self._flat().T, weights.flatten().to(g), beta=-gamma, alpha=-1).view(self.shape) * free
-        return step if dot(step, gradient) < 0.0 else None
+    def add(self, s: Tensor, y: Tensor, wanted: Tensor) -> None:
+        """Store steps s (B, N) and changes y of the gradient where wanted (B,), if their curvature s·y is positive."""
+        slot = self.count % self.capacity
+        self.count += 1
+        sy, yy = inner(s, y), inner(y, y)
+        wanted = wanted & (sy > 1e-10 * (inner(s, s) * yy).sqrt())
+        self.pairs[:, slot, 0], self.pairs[:, slot, 1], self.valid[:, slot] = s, y, wanted
+        products = self._products(y)
+        used = products.shape[1]
+        self.sy[:, :used, slot] = products[:, :, 0]
+        self.yy[:, :used, slot] = self.yy[:, slot, :used] = products[:, :, 1]
+        self.sy[:, slot, slot], self.yy[:, slot, slot] = sy, yy
 
-    def _flat(self) -> Tensor:  # rows s₀, y₀, s₁, y₁, …
-        return self.pairs[: len(self.order)].view(2 * len(self.order), -1)
+    def clear(self, which: Tensor) -> None:
+        """Drop the pairs of some images (B,)."""
+        self.valid = self.valid & ~which[:, None]
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Return −H·gradient (B, N), or zero without a pair."""
+        if self.count == 0:
+            return torch.zeros_like(gradient)
+        products = self._products(gradient)
+        used = products.shape[1]
+        shift = self._shift()
+        valid = self.valid[:, :used].roll(shift, 1)
+        both = valid[:, :, None] & valid[:, None]
+        identity = torch.diag_embed((~valid).double())
+        sy = torch.where(both, self.sy[:, :used, :used].roll((shift, shift), (1, 2)).triu(), identity)
+        yy = torch.where(both, self.yy[:, :used, :used].roll((shift, shift), (1, 2)), 0.0)
+        products = torch.where(valid[:, :, None], products.roll(shift, 1), 0.0)
+        newest = (valid * torch.arange(1, used + 1, device=valid.device)).argmax(dim=1, keepdim=True)
+        diagonal = sy.diagonal(dim1=1, dim2=2)
+        gamma = diagonal.gather(1, newest) / yy.diagonal(dim1=1, dim2=2).gather(1, newest).clamp_min(1e-300)
+        gamma = (gamma * valid.any(dim=1, keepdim=True))[:, :, None]
+        w = torch.linalg.solve_triangular(sy, products[:, :, :1], upper=True)
+        middle = diagonal[:, :, None] * w + gamma * (yy @ w) - gamma * products[:, :, 1:]
+        a = torch.linalg.solve_triangular(sy.mT, middle, upper=False)
+        weights = torch.where(valid[:, :, None], torch.cat([a, -gamma * w], dim=2), 0.0).roll(-shift, 1)
+        flat = self.pairs[:, :used].flatten(1, 2)
+        step = torch.bmm(weights.flatten(1)[:, None].to(flat), flat)[:, 0]
+        return -step - gamma[:, 0].to(flat) * gradient
 
     def _products(self, v: Tensor) -> Tensor:
-        """Return (sᵢ·v, yᵢ·v) of every slot, float64 on the CPU: (slots, 2), or (slots, 2, columns) for several v."""
-        return (self._flat() @ v).view(len(self.order), 2, *v.shape[1:]).to("cpu", torch.float64)
-
-    def _settle(self, gradient: Tensor, products: Tensor) -> None:
-        """Fill in the products of the pairs added since the last direction."""
-        slots, self.unsettled = self.unsettled, []
-        if not slots:
-            return
-        ends = (None, None) if self.newest is None else self.newest
-        if len(slots) == 1 and self.seen is not None and ends[0] is self.seen[0] and ends[1] is gradient:
-            earlier = torch.zeros_like(products)
-            earlier[: len(self.seen[1])] = self.seen[1]
-            columns = (products - earlier)[:, :, None]
-        else:
-            columns = self._products(self.pairs[slots, 1].T)
-        count = len(self.order)
-        for slot, column in zip(slots, columns.unbind(dim=2), strict=True):
-            own = self.sy[slot, slot].item(), self.yy[slot, slot].item()
-            self.sy[:count, slot] = column[:, 0]
-            self.yy[:count, slot] = self.yy[slot, :count] = column[:, 1]
-            self.sy[slot, slot], self.yy[slot, slot] = own
-
-    def _without_held(self, products: Tensor, gradient: Tensor, g: Tensor, free: Tensor) -> Tensor:
-        """Return the products with g, the gradient on the free pixels, from those with the whole gradient."""
-        held = (~free).flatten().nonzero().flatten()
-        if len(held) == 0:
-            return products
-        if 16 * len(held) > len(g):
-            return self._products(g)
-        part = self._flat()[:, held] @ gradient.flatten()[held]
-        return products - part.view(-1, 2).to("cpu", torch.float64)
+        """Return (sᵢ·v, yᵢ·v) of every slot used, (B, m, 2) float64."""
+        used = min(self.count, self.capacity)
+        flat = self.pairs[:, :used].flatten(1, 2)
+        return torch.bmm(v[:, None], flat.mT)[:, 0].view(-1, used, 2).double()  # a row: its bits do not depend on B
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +117,8 @@ class LBFGS:
     the radius, L-BFGS continues in w, x = m + h·sin(w) (`SineChart`).
 
     Args:
-        history: most pairs kept, two images each; they start at 40 and double if the error does not halve in as many.
+        history: most evaluations whose secant pairs are kept, two images each. The first are 20 if Newton steps may end
+            the run, which then needs no more, otherwise 40; these double after four times as many evaluations.
         warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball at most ten times this number.
         momentum: momentum of the start, in [0, 1).
         proximity: weight of staying near the source against the remaining error; more takes more evaluations.
@@ -157,142 +146,170 @@ class LBFGS:
         check_positive(self.proximity, "proximity", or_zero=True)
         check_positive(self.release, "release", or_zero=True)
 
-    def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
-        """Yield the points to evaluate for one image."""
+    def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
+        """Return the state of a batch at the start of a phase, or None after the last.
+
+        Args:
+            start: first points, (B, N).
+            feasible: the sets of these images.
+            phase: 0, 1, …
+
+        Returns:
+            The state, whose first points are to be evaluated.
+        """
         if not feasible.linf:
-            yield from self._descend(source, feasible, self.warmup)
-            return
-        x = yield from self._signed(source, feasible)
-        chart = SineChart(feasible)
-        inside = self._descend(chart.invert(x), chart.space, 0)
-        w = next(inside)
-        while True:
-            at = yield chart.place(w)
-            try:
-                w = inside.send(replace(at, gradient=chart.pull_back(at.gradient, w)))
-            except StopIteration:
-                return
-
-    def _signed(self, source: Tensor, feasible: FeasibleSet) -> Generator[Tensor, Evaluation, Tensor]:
-        """Take signed steps with momentum and Polyak's length for ‖r‖ in the L∞ norm; return the best point."""
-        x = feasible.project(source)
-        radius = 0.5 * float((feasible.upper - feasible.lower).max())
-        run, best, least = torch.zeros_like(x), x, math.inf
-        for _ in range(10 * self.warmup):
-            at = yield x
-            if at.objective < least:
-                best, least = x, at.objective
-            if at.objective == math.inf:
-                break
-            slope = float((at.gradient * feasible.free(x, at.gradient)).abs().sum(dtype=torch.float64))
-            step = min(2 * at.objective / slope, 0.25 * radius, 1 / 255) if slope > 0.0 else 0.0
-            if step < 0.01 * radius:
-                break
-            run = 0.9 * run + at.gradient / at.gradient.abs().mean()
-            x = feasible.project(x - step * run.sign())
-        return best
-
-    def _descend(self, source: Tensor, feasible: FeasibleSet, warmup: int) -> Iterates:
-        """Run start and descent in one feasible set."""
-        memory = SecantHistory(min(self.history, 40), source, self.history)
-        x, raw = yield from self._polyak(source, feasible, memory, warmup)
-        weight, slack, failures, steps, milestone = math.inf, 1.0, 0, 0, raw.error
-        at, charged = raw, weight  # the objective at x, and the weight of the penalty in it
-        while failures < 3:
-            if raw.error < 0.5 * milestone:
-                steps, milestone = 0, raw.error
-            elif steps == memory.capacity:
-                steps, memory.capacity = 0, min(2 * memory.capacity, self.history)
-            steps += 1
-            pull = self._pull(x, raw, feasible)
-            if pull < 0.5 * weight:  # change it rarely, because the history belongs to the old objective
-                weight = pull
-            if weight != charged:
-                at, charged = _penalised(x, raw, feasible, weight), weight
-            free = feasible.free(x, at.gradient)
-            direction = memory.direction(at.gradient, free)
-            if direction is None:
-                norm2 = dot(at.gradient, at.gradient)
-                if norm2 == 0.0:
-                    return
-                direction = at.gradient * free * (-0.25 * at.objective / norm2)
-            found = yield from _backtrack(x, at, direction, feasible, weight, slack)
-            if found is None and weight > 0.0:
-                weight = 0.0  # the penalty, not the encoder, stopped the descent
-            elif found is None and slack < 30.0:
-                slack *= 6.0  # the encoder may be noisier here than most
-            elif found is None:
-                failures = failures + 1 if memory.order else 3
-                memory.clear()
-            else:
-                failures = 0
-                moved, here, there = found
-                memory.add(moved - x, at.gradient, there.gradient)
-                if here.error > 0.99 * raw.error:
-                    weight *= 0.5
-                x, raw, at = moved, here, there
-
-    def _pull(self, x: Tensor, at: Evaluation, feasible: FeasibleSet) -> float:
-        """Return the weight λ = proximity·‖r‖²/‖x − source‖² of the penalty: ∞ at the source, 0 near the target."""
-        if at.error < self.release or self.proximity == 0.0:
-            return 0.0
-        offset = x - feasible.center
-        distance2 = dot(offset, offset)
-        return self.proximity * 2 * at.objective / distance2 if distance2 > 0.0 else math.inf
-
-    def _polyak(
-        self, source: Tensor, feasible: FeasibleSet, memory: SecantHistory, warmup: int
-    ) -> Generator[Tensor, Evaluation, tuple[Tensor, Evaluation]]:
-        """Take Polyak steps with momentum; return the best point and leave the secants in `memory`."""
-        x = feasible.project(source)
-        at = yield x
-        best, last, previous = (x, at), (x, at), x
-        for _ in range(warmup):
-            norm2 = dot(at.gradient, at.gradient)
-            if norm2 == 0.0:
-                break
-            # A step beyond the diagonal of the box means a flat spot, not a distant minimum.
-            step = min(at.objective / norm2, math.sqrt(x.numel() / norm2))
-            moved = feasible.project(x - (1 - self.momentum) * step * at.gradient)
-            x = feasible.project(moved + self.momentum * (moved - previous))
-            previous = moved
-            at = yield x
-            if at.objective == math.inf:
-                break
-            memory.add(x - last[0], last[1].gradient, at.gradient)
-            last = (x, at)
-            if at.objective < best[1].objective:
-                best = (x, at)
-        return best
+            return None if phase else _Path(self, start, feasible, self.warmup)
+        if phase == 0:
+            return _Signed(start, feasible, 10 * self.warmup)
+        return _Path(self, start, feasible, 0) if phase == 1 else None
 
 
-def _penalised(x: Tensor, at: Evaluation, feasible: FeasibleSet, weight: float) -> Evaluation:
-    """Return the evaluation of ½‖r‖² + ½·weight·‖x − source‖²; an infinite weight is not yet known and adds nothing."""
-    if weight in (0.0, math.inf):
-        return at
-    offset = x - feasible.center
-    objective = at.objective + 0.5 * weight * dot(offset, offset)
-    return replace(at, objective=objective, gradient=torch.add(at.gradient, offset, alpha=weight))
+class _Path(Rows):
+    """Start and descent of a batch in one feasible set, or in the charts of L∞ balls."""
 
+    def __init__(self, solver: LBFGS, start: Tensor, feasible: FeasibleSet, warmup: int) -> None:
+        self.chart = SineChart(feasible) if feasible.linf else None
+        self.feasible = feasible if self.chart is None else self.chart.space
+        self.solver, self.warmup, self.count = solver, warmup, 0
+        self.history = SecantHistory(start, min(solver.history, _FIRST // 2 if solver.newton else _FIRST))
+        self.trial = self.moved = self.x = (
+            self.feasible.project(start) if self.chart is None else self.chart.invert(start)
+        )
+        none = start.new_full((len(start),), math.inf, dtype=torch.float64)
+        self.at = Evaluations(none, torch.zeros_like(start), none, none, none)  # at x; infinite until it is known
+        self.best, self.best_at, self.direction = self.x, self.at, self.at.gradient
+        # of the line search: weight of the penalty, slope along the step, share of the direction, points tried
+        self.weight, self.slope, self.share, self.tried = none, -none, torch.ones_like(none), torch.zeros_like(none)
+        self.slack, self.failures = torch.ones_like(none), torch.zeros_like(none)
 
-def _backtrack(
-    x: Tensor, at: Evaluation, direction: Tensor, feasible: FeasibleSet, weight: float, slack: float
-) -> Generator[Tensor, Evaluation, tuple[Tensor, Evaluation, Evaluation] | None]:
-    """Backtrack along the projected path to Armijo's condition; return None if no step decreases the objective."""
-    step = 1.0
-    for _ in range(8):
-        trial = feasible.project(torch.add(x, direction, alpha=step))
-        slope = dot(at.gradient, trial - x)
-        if slope >= 0.0:
-            return None
-        here = yield trial
-        there = _penalised(trial, here, feasible, weight)
-        if there.objective <= at.objective + 1e-4 * slope + slack * at.noise:
-            return trial, here, there
-        if there.objective == math.inf:
-            step *= 0.1
-            continue
+    @property
+    def points(self) -> Tensor:
+        """The points to evaluate next, (B, N)."""
+        return self.trial if self.chart is None else self.chart.place(self.trial)
+
+    def advance(self, at: Evaluations) -> Tensor:
+        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
+        if self.chart is not None:
+            at = replace(at, gradient=self.chart.pull_back(at.gradient, self.trial))
+        self.count += 1
+        room = self.history.capacity
+        if self.count == 4 * room and room < self.solver.history and not self.solver.newton:
+            self.history.grow(min(2 * room, self.solver.history))
+        if self.count > self.warmup + 1:
+            return self._search(at)
+        self._look(at)
+        if self.count <= self.warmup:
+            return self._polyak(at.objective.isfinite())
+        self.x, self.at = self.best, self.best_at
+        return self._aim(torch.ones_like(self.slope, dtype=torch.bool), torch.ones_like(self.slope))
+
+    def _look(self, at: Evaluations) -> None:
+        """Note the best point of the start, and the secant to the last one."""
+        finite = at.objective.isfinite()
+        if self.count > 1:
+            change = at.gradient - self.at.gradient
+            self.history.add(self.trial - self.x, change, finite & self.at.objective.isfinite())
+        better = at.objective < self.best_at.objective
+        self.best, self.best_at = pick(better, self.trial, self.best), at.where(better, self.best_at)
+        self.x, self.at = pick(finite, self.trial, self.best), at.where(finite, self.best_at)
+
+    def _polyak(self, finite: Tensor) -> Tensor:
+        """Take a Polyak step with momentum; from the best point, and ten times shorter, if f is not finite here."""
+        self.share = torch.where(finite, self.share, 0.1 * self.share)
+        norm2 = inner(self.at.gradient, self.at.gradient)
+        # A step beyond the diagonal of the box means a flat spot, not a distant minimum.
+        far = self._width() * math.sqrt(self.x.shape[1]) / norm2.sqrt()
+        step = self.share * torch.minimum(self.at.objective / norm2, far)
+        step = torch.where((norm2 > 0) & step.isfinite(), step, 0.0)[:, None].to(self.x)
+        momentum = self.solver.momentum
+        moved = self.feasible.project(self.x - (1 - momentum) * step * self.at.gradient)
+        self.trial = self.feasible.project(moved + momentum * (moved - pick(finite, self.moved, self.x)))
+        self.moved = moved
+        return norm2 == 0
+
+    def _width(self) -> Tensor:
+        return (self.feasible.upper - self.feasible.lower).amax().double()
+
+    def _search(self, at: Evaluations) -> Tensor:
+        """Test Armijo's condition at the points; go on along the line, or from there, by the next direction."""
+        here, there = self._penalised(self.x, self.at), self._penalised(self.trial, at)
+        enough = here.objective + 1e-4 * self.slope + self.slack * self.at.noise
+        good = (there.objective <= enough) & (self.slope < 0)
+        self.tried = self.tried + 1
         # The minimum of the parabola through both values and the slope, within [0.1, 0.5] of the step.
-        excess = there.objective - at.objective - slope
-        step *= min(0.5, max(0.1, -0.5 * slope / excess))
-    return None
+        excess = there.objective - here.objective - self.slope
+        shrink = torch.where(there.objective.isfinite(), (-0.5 * self.slope / excess).clamp(0.1, 0.5), 0.1)
+        failed = ~good & ((self.tried >= _TRIALS) | (self.slope >= 0))
+        self._give_in(failed)
+        self.failures = torch.where(good, 0.0, self.failures)
+        self.history.add(self.trial - self.x, there.gradient - here.gradient, good)
+        slow = good & (at.error > 0.99 * self.at.error)
+        self.weight = torch.where(slow, 0.5 * self.weight, self.weight)
+        self.x, self.at = pick(good, self.trial, self.x), at.where(good, self.at)
+        fresh = good | failed
+        return self._aim(fresh, torch.where(fresh, 1.0, self.share * shrink))
+
+    def _give_in(self, failed: Tensor) -> None:
+        """Drop the penalty of the images whose line holds no better point, then allow noise, then drop the history."""
+        penalty = failed & (self._weight() > 0)
+        quiet = failed & ~penalty & (self.slack < _LOUDEST)
+        lost = failed & ~penalty & ~quiet
+        self.weight = torch.where(penalty, 0.0, self.weight)
+        self.slack = torch.where(quiet, 6 * self.slack, self.slack)  # the encoder may be noisier here than most
+        self.failures = self.failures + torch.where(self.history.valid.any(dim=1), 1.0, _RESETS) * lost
+        self.history.clear(lost)
+
+    def _aim(self, fresh: Tensor, share: Tensor) -> Tensor:
+        """Choose the next points: on a new line where `fresh`, at another share of the last direction elsewhere."""
+        pull = self._pull()
+        # The weight changes rarely, because the history belongs to the old objective.
+        self.weight = torch.where(fresh & (pull < 0.5 * self.weight), pull, self.weight)
+        here = self._penalised(self.x, self.at)
+        free = self.feasible.free(self.x, here.gradient)
+        gradient = here.gradient * free
+        direction = self.history.direction(gradient) * free
+        norm2 = inner(gradient, gradient)
+        plain = torch.where(norm2 > 0, -0.25 * here.objective / norm2, 0.0)[:, None].to(gradient) * gradient
+        direction = pick(inner(direction, gradient) < 0, direction, plain)
+        self.direction = pick(fresh, direction, self.direction)
+        self.share, self.tried = share, torch.where(fresh, 0.0, self.tried)
+        self.trial = self.feasible.project(self.x + share[:, None].to(self.x) * self.direction)
+        self.slope = inner(here.gradient, self.trial - self.x)
+        return (self.failures >= _RESETS) | (self.slope == 0)
+
+    def _weight(self) -> Tensor:
+        """Return the weight in use: an infinite one is not yet known and adds nothing."""
+        return torch.where(self.weight.isinf(), 0.0, self.weight)
+
+    def _pull(self) -> Tensor:
+        """Return the weight λ = proximity·‖r‖²/‖x − source‖² of the penalty: ∞ at the source, 0 near the target."""
+        offset = self.x - self.feasible.center
+        wanted = (self.at.error >= self.solver.release) & (self.solver.proximity > 0)
+        return torch.where(wanted, self.solver.proximity * 2 * self.at.objective / inner(offset, offset), 0.0)
+
+    def _penalised(self, x: Tensor, at: Evaluations) -> Evaluations:
+        """Return the evaluation of ½‖r‖² + ½λ‖x − source‖²."""
+        offset, weight = x - self.feasible.center, self._weight()
+        objective = at.objective + 0.5 * weight * inner(offset, offset)
+        return replace(at, objective=objective, gradient=at.gradient + weight[:, None].to(offset) * offset)
+
+
+class _Signed(Rows):
+    """Signed steps of a batch towards the corners of its L∞ balls."""
+
+    def __init__(self, start: Tensor, feasible: FeasibleSet, most: int) -> None:
+        self.feasible, self.left = feasible, most
+        self.points, self.momentum = feasible.project(start), torch.zeros_like(start)
+        self.radius = 0.5 * (feasible.upper - feasible.lower).amax(dim=1).double()
+
+    def advance(self, at: Evaluations) -> Tensor:
+        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
+        self.left -= 1
+        gradient = at.gradient.abs()
+        slope = inner(gradient, self.feasible.free(self.points, at.gradient).to(gradient))
+        step = torch.where(slope > 0, 2 * at.objective / slope, 0.0)
+        step = torch.minimum(step, 0.25 * self.radius).clamp_max(1 / 255)
+        size = (inner(gradient, torch.ones_like(gradient)) / gradient.shape[1]).to(gradient)[:, None]
+        self.momentum = 0.9 * self.momentum + torch.where(size > 0, at.gradient / size, 0.0)
+        self.points = self.feasible.project(self.points - step[:, None].to(size) * self.momentum.sign())
+        return (step < 0.01 * self.radius) | at.objective.isinf() | (self.left <= 0)

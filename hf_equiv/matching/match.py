@@ -6,18 +6,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv import checks
+from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import jacobian_cost, stacked
 from hf_equiv.matching import bars
-from hf_equiv.matching.corrector import Corrector
-from hf_equiv.matching.feasible import FeasibleSet
+from hf_equiv.matching.feasible import FeasibleSet, Rows
 from hf_equiv.matching.lbfgs import LBFGS
-from hf_equiv.matching.solvers import Adam, Evaluation, GradientDescent, Iterates, Solver
+from hf_equiv.matching.newton import end_by_newton
+from hf_equiv.matching.solvers import BatchSolver, Descent, Evaluations, OneByOne, Solver, pick
 from hf_equiv.precision import Encoding, no_autocast, no_tf32, power_of_two
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 
@@ -28,21 +30,28 @@ _NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch
 
 _FAINT = 0.01  # noise of f at a grey image, over rtol, from which it is measured at the image found too
 _LOUDER = 2.0  # and how many times more must be found there to count
-_NEAR = 3e-3  # embedding error below which Newton steps from one Jacobian reach the target
+_NEAR = 0.02  # embedding error below which Newton steps from one Jacobian reach the target
 _PACE = 30  # evaluations over which the pace of a run is measured
-_WORTH = 1.5  # estimated remaining cost, in Jacobians, that justifies one
-_STEPS = (10, 40)  # Newton steps: the fewest that are worth a Jacobian, and the most
+_WORTH = 0.5  # estimated remaining cost, in Jacobians, that justifies one; the pace falls as the error does
+_STEPS = 10  # evaluations of Newton steps that are worth a Jacobian
 _LARGEST = 2**30  # most bytes of a Jacobian that the solver may form
+_MEMORY = 2**32  # most bytes of the Jacobians that it may form at once
+_ROWS = 32  # pairs of a cotangent and an image in a backward pass
+_WINDOW, _PROGRESS = 150, 0.9  # evaluations over which the error should fall below this share
+_RESTARTS = 3  # of an image that does not
+_SHAKE = 0.5 / 255  # change of every pixel at its first restart, halved; it doubles with each
+_CLEAR = 10  # times the noise of f: an error above it that falls no further is not that of noise
 
 
 def match_embedding(
     f: Encoding,
     source: Tensor,
     target: Tensor,
-    solver: Solver | None = None,
+    solver: Solver | BatchSolver | None = None,
     *,
     radius: float | None = None,
     norm: str = "linf",
+    bounds: Bounds = UNIT,
     rtol: float = 1e-5,
     max_evals: int = 1000,
     raise_on_failure: bool = True,
@@ -51,23 +60,26 @@ def match_embedding(
 ) -> MatchResult:
     """Find an image near `source` with the embedding of `target` (a *match*, or metamer).
 
-    Minimises ½‖f(x) − z‖² from x = source over [0, 1]^N ∩ {‖x − source‖ ≤ radius}, for each image b of the batch:
+    Minimises ½‖f(x) − z‖² from x = source over the box ∩ {‖x − source‖ ≤ radius}, for each image b of the batch:
 
-        xᵇ (C, H, W), z = f(target) or target (D,), error ‖f(xᵇ) − zᵇ‖ / ‖zᵇ‖ ≤ rtol.
+        xᵇ (*shape), z = f(target) or target (D,), error ‖f(xᵇ) − zᵇ‖ / ‖zᵇ‖ ≤ rtol.
 
     Every iterate lies in the feasible set. f runs in the dtype of `source`, with TF32 off. If f does not depend on the
-    batch, neither does the result of an image.
+    batch, neither does the result of an image. Without a ball, an image that comes no nearer begins again from a
+    slightly changed image, at most three times.
 
     Cost: one evaluation is one forward and one backward pass of one image. The default solver keeps 2·`history` images
-    of memory per image. Encoding the target once and the check of f (`conditions`) are not counted.
+    of memory per image, and for its Newton steps D·N numbers and 64 images, of at most 4 GiB of images at a time.
+    Encoding the target once and the check of f (`conditions`) are not counted.
 
     Args:
-        f: the encoder, or any callable (B, C, H, W) -> (B, D).
-        source: starting images to stay near, (B, C, H, W), pixels in [0, 1]: photos, constants or noise.
-        target: pixels (B or 1, C, H, W), or embeddings (B or 1, D).
+        f: the encoder, or any callable (B, *shape) -> (B, D).
+        source: starting images to stay near, (B, *shape), such as pixels (B, C, H, W): photos, constants or noise.
+        target: images (B or 1, *shape), or embeddings (B or 1, D).
         solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) serve comparisons.
         radius: radius of the ball about the source, in pixel units; None for the box alone.
         norm: norm of the ball, "linf" or "l2".
+        bounds: smallest and largest value of a pixel, or None for no box.
         rtol: embedding error, with the float noise of f added, at which an image is done. Below about 3e-6 float32
             noise ends most runs.
         max_evals: evaluations per image.
@@ -98,10 +110,10 @@ def match_embedding(
     """
     with bars.shown(progress, "match", bars.errors_to(rtol)) as hook:
         searches = each_match(
-            f, source, target, solver, radius=radius, norm=norm, rtol=rtol, max_evals=max_evals, start=start,
-            progress=hook,
+            f, source, target, solver, radius=radius, norm=norm, bounds=bounds, rtol=rtol, max_evals=max_evals,
+            start=start, progress=hook,
         )  # fmt: skip
-        found = dict(searches)
+        found = {place: run for together in searches for place, run in together.items()}
     with torch.inference_mode(False):
         result = collect([found[place] for place in range(len(found))])
         result = replace(result, source=source.detach().clone(), target=pixels_of(target))
@@ -114,17 +126,18 @@ def each_match(
     f: Encoding,
     source: Tensor,
     target: Tensor,
-    solver: Solver | None = None,
+    solver: Solver | BatchSolver | None = None,
     *,
     radius: float | None,
     norm: str,
+    bounds: Bounds = UNIT,
     rtol: float,
     max_evals: int,
     start: MatchResult | None = None,
     progress: ProgressHook | None = None,
-) -> Iterator[tuple[int, Search]]:
-    """Yield the place in the batch and the search of each image of `match_embedding`, as soon as it has ended."""
-    checks.check_match(source, "source", target, radius, norm, rtol, max_evals)
+) -> Iterator[dict[int, Search]]:
+    """Yield the searches of `match_embedding` that end together, by their place in the batch, as soon as they have."""
+    checks.check_match(source, "source", target, radius, norm, rtol, max_evals, bounds)
     solver = LBFGS() if solver is None else solver
     checks.check_solver(solver)
     if start is not None and start.images.shape != source.shape:
@@ -134,19 +147,24 @@ def each_match(
     with torch.inference_mode(False), no_tf32():
         source = source.detach().clone(memory_format=torch.contiguous_format)
         _check_different(source, target)
-        f = admit(f, source, noise=True)
+        f = admit(f, source, noise=True, bounds=bounds)
         z = target_embeddings(f, source, target.detach(), "source")
-        runs = []
-        for i, (image, embedding) in enumerate(zip(source, z, strict=True)):
-            feasible = FeasibleSet.around(image, radius, norm)
-            keeps_bounds = isinstance(solver, LBFGS | Adam | GradientDescent)
-            begin = image if start is None else start.images[i].to(image, copy=True)
-            run = _Run(f, solver.iterate(begin, feasible), embedding, begin, None if keeps_bounds else feasible)
-            if start is not None:
-                run.num_evals, run.seconds = float(start.num_evals[i]), float(start.seconds[i])
-            runs.append(run)
-    newton = isinstance(solver, LBFGS) and solver.newton and radius is None
-    yield from _drive(f, runs, rtol, max_evals, progress, newton=newton)
+        begin = source if start is None else start.images.to(source, copy=True)
+        feasible = FeasibleSet.around(source.flatten(1), radius, norm, bounds, batched=True)
+        batch = _Batch(f, z, feasible, begin, rtol, max_evals, progress)
+        if start is not None:
+            for run, evals, seconds in zip(
+                batch.searches, start.num_evals.tolist(), start.seconds.tolist(), strict=True
+            ):
+                run.thirds, run.seconds = round(3 * evals), seconds
+        newton = isinstance(solver, LBFGS) and solver.newton and radius is None
+        newton = newton and z.shape[1] * begin[0].numel() * begin.element_size() <= _LARGEST
+        if isinstance(solver, LBFGS):
+            solver = replace(solver, newton=newton)
+    for places in _match(batch, solver, newton=newton):
+        for place in places:
+            batch.searches[place].best = batch.images()[place].clone()
+        yield {place: batch.searches[place] for place in places}
 
 
 def target_embeddings(f: Encoding, images: Tensor, target: Tensor, name: str) -> Tensor:
@@ -181,166 +199,289 @@ def _check_different(source: Tensor, target: Tensor) -> None:
 
 @dataclass(eq=False)
 class Search:
-    """State of the search for one match: its best image so far, cost and status."""
+    """The search for one match: the error of its best image so far, cost and status; the image once it has ended."""
 
-    best: Tensor
-    f: Function
+    best: Tensor  # in the shape of an image
     error: float = math.inf
     noise: float | None = None  # of f near the best image, relative; None until an error is small enough
     thirds: int = 0  # of the evaluations, an exact count
     seconds: float = 0.0
     status: Status | None = None
     trace: list[tuple[float, float]] = field(default_factory=list)
+    finite: bool = True  # whether the last evaluation was
+    tried: float = math.inf  # the error at the last attempt by Newton steps
+    restarts: int = 0
+    mark: tuple[float, float] = 0.0, math.inf  # evaluations and error at the last clear progress
 
     @property
     def num_evals(self) -> float:
         """Evaluations so far, a multiple of 1/3."""
         return self.thirds / 3
 
-    @num_evals.setter
-    def num_evals(self, count: float) -> None:
-        self.thirds = round(3 * count)
-
-    def reached(self, rtol: float) -> Status | None:
-        """Return the status if the error reached rtol with its noise on top, or as nearly as noise allows."""
-        noise = self.f.noise if self.noise is None else self.noise
-        if self.error + noise <= rtol and self.noise is None and noise > _FAINT * rtol:
-            near = self.f.noise_near(self.best)
-            self.noise = noise = near if near > _LOUDER * noise else noise
-        if self.error + noise <= rtol:
-            return Status.CONVERGED
-        return Status.STALLED if self.error <= rtol < 1.5 * noise else None
-
-    def offer(self, image: Tensor, error: float) -> None:
-        """Keep an image if it is the best so far."""
+    def offer(self, error: float) -> None:
+        """Note the error of an image if it is the best so far."""
         if error < self.error:
-            self.error, self.best = error, image
+            self.error = error
             self.trace.append((self.num_evals, error))
+            if error < _PROGRESS * self.mark[1]:
+                self.mark = self.num_evals, error
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the error has hardly fallen over many evaluations."""
+        return self.num_evals - self.mark[0] >= _WINDOW
+
+    def restart(self) -> bool:
+        """Count a restart and return True, or end the search as stalled if there were enough."""
+        if self.restarts == _RESTARTS:
+            self.status = Status.STALLED
+            return False
+        self.restarts, self.mark, self.tried = self.restarts + 1, (self.num_evals, self.error), math.inf
+        return True
+
+    def earlier(self, evals: float) -> float | None:
+        """Return the error that the search had a number of evaluations ago, if it had any."""
+        return next((error for count, error in reversed(self.trace) if count <= self.num_evals - evals), None)
 
 
-class _Run(Search):
-    """One image, its solver and the point to evaluate next."""
+class _Batch:
+    """The images of one call of `match_embedding`: their targets, best images and searches."""
 
     def __init__(
-        self, f: Function, iterates: Iterates, target: Tensor, start: Tensor, bounds: FeasibleSet | None
-    ) -> None:
-        super().__init__(start, f)
-        self.iterates, self.target = iterates, target
-        self.bounds = bounds  # solvers from outside the package may leave them
-        self.tried = math.inf  # the error at the last attempt by Newton steps
-        self.scale = float(target.norm())
-        self.unit = power_of_two(self.scale)  # in this unit, residuals and gradients neither overflow nor lose a bit
-        self.point = next(iterates)
+        self, f: Function, z: Tensor, feasible: FeasibleSet, start: Tensor, rtol: float, max_evals: int,
+        progress: ProgressHook | None,
+    ) -> None:  # fmt: skip
+        self.f, self.z, self.feasible, self.shape = f, z, feasible, start.shape
+        self.rtol, self.max_evals, self.progress = rtol, max_evals, progress
+        self.best = start.flatten(1).clone()
+        self.searches = [Search(image) for image in start]
+        self.scale = torch.linalg.vector_norm(z, dim=1)
+        units = [power_of_two(scale) for scale in self.scale.tolist()]
+        self.unit = self.scale.new_tensor(
+            units
+        )  # in this unit, residuals and gradients neither overflow nor lose a bit
 
-    def offer(self, image: Tensor, error: float) -> None:
-        """Keep an image if it is the best so far; an unknown solver may reuse its image, so check and copy it."""
-        if error < self.error and self.bounds is not None:
-            if not torch.equal(self.bounds.project(image), image):
-                raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
-            image = image.clone()
-        super().offer(image, error)
+    def images(self) -> Tensor:
+        """Return the best images, (B, *shape)."""
+        return self.best.view(self.shape)
 
-    def finish(self, status: Status) -> None:
-        self.status = status
-        self.iterates.close()
+    def settle(self, place: int, error: float, thirds: int) -> bool:
+        """Note an error and its cost; return whether the search of an image has ended by it."""
+        run = self.searches[place]
+        run.thirds += thirds
+        run.offer(error)
+        run.status = self._reached(place)
+        if run.status is None and run.num_evals + 1 > self.max_evals:
+            run.status = Status.STALLED if run.is_stuck else Status.MAX_EVALS
+        return run.status is not None
+
+    def noise(self, run: Search) -> float:
+        """Return the relative noise of f, as far as it is known near the best image."""
+        return self.f.noise if run.noise is None else run.noise
+
+    def goal(self, place: int) -> float:
+        """Return the error at which an image is done: `rtol` less the noise, if that is below it."""
+        noise = self.noise(self.searches[place])
+        return self.rtol - noise if 1.5 * noise <= self.rtol else self.rtol
+
+    def _reached(self, place: int) -> Status | None:
+        """Return the status if the error reached rtol with its noise on top, or as nearly as noise allows."""
+        run = self.searches[place]
+        noise = self.noise(run)
+        if run.error + noise <= self.rtol and run.noise is None and noise > _FAINT * self.rtol:
+            near = self.f.noise_near(self.images()[place])
+            run.noise = noise = near if near > _LOUDER * noise else noise
+        if run.error + noise <= self.rtol:
+            return Status.CONVERGED
+        return Status.STALLED if run.error <= self.rtol < 1.5 * noise else None
+
+    def report(self) -> None:
+        """Call the progress hook."""
+        if self.progress is not None:
+            self.progress(_snapshot(self.images().clone(), self.searches))
 
 
-def _drive(
-    f: Encoding, runs: list[_Run], rtol: float, max_evals: int, progress: ProgressHook | None, *, newton: bool
-) -> Iterator[tuple[int, Search]]:
-    """Evaluate the points of all unfinished images in one batch until none is left; yield each that has ended."""
-    left = dict(enumerate(runs))
-    while left:
-        start = time.perf_counter()
-        with torch.inference_mode(False), no_tf32():  # the caller has its own rules back between two steps
-            active = list(left.values())
-            residuals, gradients, noise = _evaluate(f, active)
+class _Pool(Rows):
+    """The images in one phase of a solver, evaluated together."""
+
+    def __init__(self, batch: _Batch, places: list[int], descent: Descent) -> None:
+        self.places, self.descent = torch.tensor(places, device=batch.z.device), descent
+        self.z, self.scale, self.unit = (part[self.places] for part in (batch.z, batch.scale, batch.unit))
+        self.best = batch.best[self.places]
+        errors = [batch.searches[place].error for place in places]
+        self.error = self.scale.new_tensor(errors)
+
+    def evaluate(self, f: Encoding, shape: torch.Size) -> list[list[float]]:
+        """Evaluate the points and advance the solver; return error, finite and through of each image."""
+        points = self.descent.points
+        images = points.view(-1, *shape[1:]).requires_grad_(True)
+        with torch.enable_grad():
+            z = f(images)
+            checks.check_dimension(self.z[0], z.shape[1])
+            residual = (z.detach().double() - self.z) / self.unit[:, None]
             with no_autocast():
-                for run, residual, gradient in zip(active, residuals, gradients, strict=True):
-                    _advance(run, residual, gradient, noise, rtol, max_evals)
-                    if newton and _is_slow(run, rtol, max_evals):
-                        _newton(f, run, rtol, max_evals)
-            share = (time.perf_counter() - start) / len(active)
-            for run in active:
-                run.seconds += share
-            if progress is not None:
-                progress(snapshot(runs))
-        for place in [place for place, run in left.items() if run.status is not None]:
-            yield place, left.pop(place)
-
-
-def _evaluate(f: Encoding, runs: list[_Run]) -> tuple[Tensor, Tensor, float]:
-    """Return residuals r = (f(x) − z)/unit (B, D), gradients Jᵀr/unit (B, C, H, W), and the relative noise of f."""
-    points = torch.stack([run.point for run in runs]).requires_grad_(True)
-    units = points.new_tensor([run.unit for run in runs], dtype=torch.float64)[:, None]
-    with torch.enable_grad():
-        z = f(points)
-        checks.check_dimension(runs[0].target, z.shape[1])
-        residuals = (z.detach().double() - torch.stack([run.target for run in runs])) / units
+                (gradient,) = torch.autograd.grad(z, images, residual.to(z.dtype))
+        points = points.detach()
+        gradient = gradient.flatten(1) / self.unit[:, None].to(gradient)
         with no_autocast():
-            (gradients,) = torch.autograd.grad(z, points, residuals.to(z.dtype))
-    gradients = (gradients / units[:, :, None, None].to(gradients)).contiguous()
-    return residuals, gradients, max(_NOISE[z.dtype], _NOISE[points.dtype])
+            norm = torch.linalg.vector_norm(residual, dim=1)
+            error = norm * self.unit / self.scale
+            steepest = gradient.abs().amax(dim=1)
+            finite = error.isfinite() & steepest.isfinite()
+            better = error < self.error  # false for NaN
+            self.best, self.error = pick(better, points, self.best), torch.where(better, error, self.error)
+            slack = max(_NOISE[z.dtype], _NOISE[points.dtype]) * norm * self.scale / self.unit
+            at = Evaluations(0.5 * norm**2, gradient, slack, error, self.unit)
+            none = torch.full_like(norm, math.inf)
+            at = at.where(finite, Evaluations(none, torch.zeros_like(gradient), none, none, self.unit))
+            through = self.descent.advance(at) | (steepest == 0)
+        return torch.stack([error, finite, through], dim=1).tolist()  # the one wait for the device
 
 
-def _advance(run: _Run, residual: Tensor, gradient: Tensor, noise: float, rtol: float, max_evals: int) -> None:
-    """Count one evaluation of an image and ask its solver for the next point."""
-    run.num_evals += 1.0
-    norm = float(residual.norm())
-    error = norm * run.unit / run.scale
-    run.offer(run.point, error)
-    finite = math.isfinite(error) and all(math.isfinite(float(end)) for end in torch.aminmax(gradient))
-    if (ended := run.reached(rtol)) is not None:
-        run.finish(ended)
-    elif not finite and run.error == math.inf:
-        run.finish(Status.ERROR)
-    elif run.num_evals + 1 > max_evals:
-        run.finish(Status.MAX_EVALS)
+@dataclass
+class _Work:
+    """Images that begin a phase of a solver together."""
+
+    solver: Any
+    places: list[int]
+    phase: int = 0
+    shaken: bool = False  # whether they begin beside their best images, not at these
+
+
+def _match(batch: _Batch, solver: Any, *, newton: bool) -> Iterator[list[int]]:
+    """Match all images: the phases of the solver in turn, Newton steps near the target, restarts where it is stuck."""
+    todo = [_Work(solver, list(range(len(batch.searches))))]
+    while todo:
+        work = todo.pop()
+        onward, near, stuck, lost = (list[int]() for _ in range(4))
+        yield from _descend(batch, work, onward, near, stuck, newton=newton)
+        for group in _groups(batch, near):
+            yield _end(batch, group, lost)
+        if stuck:
+            todo.append(_Work(solver, stuck, shaken=True))
+        if lost:
+            todo.append(_Work(replace(work.solver, warmup=0), lost))
+        if onward:
+            todo.append(_Work(work.solver, onward, work.phase + 1))
+
+
+def _descend(
+    batch: _Batch, work: _Work, onward: list[int], near: list[int], stuck: list[int], *, newton: bool
+) -> Iterator[list[int]]:
+    """Run one phase of a solver; yield the images that end, and note those that go on in another way."""
+    with torch.inference_mode(False), no_tf32():
+        pool = _open(batch, work)
+    if pool is None:
+        yield _give_up(batch, work.places, stuck if newton else None)
+        return
+    places = work.places
+    while places:
+        began = time.perf_counter()
+        ended, left = [], []
+        with torch.inference_mode(False), no_tf32():  # the caller has its own rules back between two steps
+            table = pool.evaluate(batch.f, batch.shape)
+            batch.best[pool.places] = pool.best
+            for i, (place, (error, finite, through)) in enumerate(zip(places, table, strict=True)):
+                run = batch.searches[place]
+                run.finite = bool(finite)
+                if batch.settle(place, error, 3):
+                    ended.append(place)
+                elif not finite and run.error == math.inf:
+                    run.status = Status.ERROR
+                    ended.append(place)
+                elif through:
+                    onward.append(place)
+                elif newton and run.is_stuck:
+                    (stuck if run.restart() else ended).append(place)
+                elif newton and _is_worth(batch, run):
+                    near.append(place)
+                else:
+                    left.append(i)
+            for place in places:
+                batch.searches[place].seconds += (time.perf_counter() - began) / len(places)
+            if len(left) < len(places):
+                places = [places[i] for i in left]
+                pool = pool.keep(torch.tensor(left, dtype=torch.long, device=pool.best.device))
+            batch.report()
+        if ended:
+            yield ended
+
+
+def _give_up(batch: _Batch, places: list[int], stuck: list[int] | None) -> list[int]:
+    """End the images of a solver that sees no way on, unless one may begin again: far from the target, without ball."""
+    ended = []
+    for place in places:
+        run = batch.searches[place]
+        if stuck is not None and run.finite and run.error > _CLEAR * batch.noise(run) and run.restart():
+            stuck.append(place)
+        else:
+            run.status = Status.STALLED if run.finite else Status.ERROR
+            ended.append(place)
+    return ended
+
+
+def _open(batch: _Batch, work: _Work) -> _Pool | None:
+    """Return the pool of some images at the start of a phase, or None if the solver has no such phase."""
+    index = torch.tensor(work.places, device=batch.best.device)
+    feasible, start = batch.feasible.keep(index), batch.best[index]
+    if work.shaken:
+        signs = torch.rand(start.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+        scale = [_SHAKE * 2 ** batch.searches[place].restarts for place in work.places]
+        start = feasible.project(start + start.new_tensor(scale)[:, None] * signs.sign().to(start))
+    if hasattr(work.solver, "begin"):
+        descent = work.solver.begin(start, feasible, work.phase)
     else:
-        slack = noise * norm * run.scale / run.unit
-        at = Evaluation(0.5 * norm**2, gradient, slack, error, run.unit)
-        if not finite:
-            at = Evaluation(math.inf, torch.zeros_like(gradient), math.inf, math.inf, run.unit)
-        try:
-            run.point = run.iterates.send(at)
-        except StopIteration:
-            run.finish(Status.STALLED if finite else Status.ERROR)
+        descent = None if work.phase else OneByOne(work.solver, start, feasible, batch.shape[1:])
+    return None if descent is None else _Pool(batch, work.places, descent)
 
 
-def _is_slow(run: _Run, rtol: float, max_evals: int) -> bool:
+def _is_worth(batch: _Batch, run: Search) -> bool:
     """Whether a Jacobian is cheaper than going on: extrapolate the log error of the last evaluations to rtol."""
-    if run.status is not None or run.error > min(_NEAR, 0.1 * run.tried):
+    if run.error > min(_NEAR, 0.1 * run.tried):
         return False
-    jacobian = jacobian_cost(len(run.target))
-    size = len(run.target) * run.best.numel() * run.best.element_size()
-    if run.num_evals + jacobian + _STEPS[0] > max_evals or size > _LARGEST:
+    cost = jacobian_cost(batch.z.shape[1])
+    earlier = run.earlier(_PACE)
+    if earlier is None or run.num_evals + cost + _STEPS > batch.max_evals:
         return False
-    earlier = next((error for count, error in reversed(run.trace) if count <= run.num_evals - _PACE), None)
-    if earlier is None:
-        return False
-    left = math.log(run.error / rtol) * _PACE / max(math.log(earlier / run.error), 1e-9)
-    return left > _WORTH * jacobian
+    left = math.log(run.error / batch.rtol) * _PACE / max(math.log(earlier / run.error), 1e-9)
+    return left > _WORTH * cost
 
 
-def _newton(f: Encoding, run: _Run, rtol: float, max_evals: int) -> None:
-    """Bring the best image of a run nearer to the target by a full Jacobian and Newton steps; the solver continues."""
-    run.tried = run.error
-    corrector = Corrector(f, run.target, rtol)
-    start = corrector.look(run.best)
-    corrector.refresh(start)
-    place = corrector.newton(start, min(_STEPS[1], int(max_evals - run.num_evals - corrector.num_evals)))
-    run.num_evals += corrector.num_evals
-    run.offer(place.image, place.drift)
-    if (ended := run.reached(rtol)) is not None:
-        run.finish(ended)
-    elif run.num_evals + 1 > max_evals:
-        run.finish(Status.MAX_EVALS)
+def _groups(batch: _Batch, places: list[int]) -> list[list[int]]:
+    """Divide images into groups whose Jacobians fit into the memory for them."""
+    size = batch.z.shape[1] * batch.best.shape[1] * batch.best.element_size()
+    most = max(1, _MEMORY // size)
+    return [places[i : i + most] for i in range(0, len(places), most)]
 
 
-def snapshot(runs: Sequence[Search]) -> Progress:
+def _end(batch: _Batch, places: list[int], lost: list[int]) -> list[int]:
+    """Take Newton steps from the best images of a group; return those that end, and note the others as lost."""
+    began = time.perf_counter()
+    runs = [batch.searches[place] for place in places]
+    before = [(run.thirds, run.seconds) for run in runs]
+    for run in runs:
+        run.tried = run.error
+    with torch.inference_mode(False), no_tf32(), no_autocast():
+        index = torch.tensor(places, device=batch.best.device)
+        goal = batch.scale.new_tensor([batch.goal(place) for place in places])
+        most = index.new_tensor([int(3 * batch.max_evals) - run.thirds for run in runs])
+        start, box = batch.images()[index], batch.feasible.keep(index)
+        for images, errors, costs in end_by_newton(batch.f, start, batch.z[index], box, goal, most, _ROWS):
+            better = errors < errors.new_tensor([run.error for run in runs])
+            batch.best[index] = pick(better, images, batch.best[index])
+            share = (time.perf_counter() - began) / len(runs)
+            for run, error, cost, (thirds, seconds) in zip(runs, errors.tolist(), costs.tolist(), before, strict=True):
+                run.thirds, run.seconds = thirds + cost, seconds + share
+                run.offer(error)
+            batch.report()
+        lost += [place for place in places if not batch.settle(place, math.inf, 0)]
+    return [place for place in places if place not in lost]
+
+
+def _snapshot(images: Tensor, runs: Sequence[Search]) -> Progress:
     """Return the state of all images for a progress hook."""
     return Progress(
-        stacked([run.best for run in runs]),
+        images,
         stacked([run.error for run in runs]),
         stacked([run.num_evals for run in runs]),
         torch.tensor([run.status is None for run in runs], device="cpu"),
@@ -349,7 +490,7 @@ def snapshot(runs: Sequence[Search]) -> Progress:
 
 def collect(runs: Sequence[Search]) -> MatchResult:
     """Return the record of finished searches."""
-    end = snapshot(runs)
+    end = _snapshot(torch.stack([run.best for run in runs]), runs)
     return MatchResult(
         end.images,
         end.errors,

@@ -194,14 +194,15 @@ class _Group:
             self._keep(active, self.rounded[active], r)
             for i, error in zip(active, self._errors(active, r).tolist(), strict=True):
                 self.runs[i].improve(error)
+                self.runs[i].status = self._reached(i, rtol)
         while active := self._active():
             spent = sum(run.thirds for run in self.runs)
-            for i in active:
-                self.runs[i].status = self._reached(i, rtol)
             cost = 1 + 2 * self.z.shape[1]
             self._renew([i for i in self._active() if self.runs[i].wants_jacobian(rtol, max_evals, cost)], cost)
             if left := self._active():
                 self._round(left, rtol)
+            for i in self._active():
+                self.runs[i].status = self._reached(i, rtol)
             seconds, start = time.perf_counter() - start, time.perf_counter()
             for i in active:
                 self.runs[i].seconds += seconds / len(active)

@@ -1,21 +1,21 @@
-"""Minimise ½‖f(x) − z‖² inside a feasible set; a solver has hyper-parameters and a generator for one image.
+"""Minimise ½‖f(x) − z‖² inside a feasible set, for all images of a batch at once.
 
-`solver.iterate(source, feasible)` yields points x to evaluate and receives an `Evaluation` of each. Every image has its
-own history and line search, and `match_embedding` batches the points. A generator that returns has stalled.
+A solver has hyper-parameters; `solver.begin(start, feasible)` returns a `Descent`: the points (B, N) to evaluate next,
+and a method that takes the evaluations there. Each image has its own steps, and no result depends on the other images.
+A solver of your own may work on one image at a time instead (`Solver`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_positive
-from hf_equiv.matching.feasible import FeasibleSet
+from hf_equiv.matching.feasible import FeasibleSet, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +26,83 @@ class Evaluation:
     """
 
     objective: float  # ½‖r‖², float64
-    gradient: Tensor  # Jᵀr / unit, (C, H, W)
+    gradient: Tensor  # Jᵀr / unit, in the shape of the image
     noise: float  # change of the objective that rounding in f can explain: ‖r‖·ε·‖z‖ / unit, ε the float noise of f
     error: float  # ‖f(x) − z‖ / ‖z‖
     unit: float = 1.0  # a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding
+
+
+@dataclass
+class Evaluations(Rows):
+    """The fields of `Evaluation` for a batch: float64 tensors (B,), and the gradient (B, N)."""
+
+    objective: Tensor
+    gradient: Tensor
+    noise: Tensor
+    error: Tensor
+    unit: Tensor
+
+    def where(self, chosen: Tensor, other: Evaluations) -> Evaluations:
+        """Return these evaluations for the chosen images (B,) bool, the other ones elsewhere."""
+        return Evaluations(*(pick(chosen, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
 Iterates = Generator[Tensor, Evaluation, None]  # points out, evaluations in
 
 
 class Solver(Protocol):
-    """Interface of a solver for `match_embedding`."""
+    """Interface of a solver for `match_embedding` that works on one image at a time."""
 
     def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
         """Yield the points to evaluate for one image and receive their evaluations.
 
         Args:
-            source: starting point, (C, H, W), pixels in [0, 1].
-            feasible: the set that every point lies in.
+            source: starting point, in the shape of one image.
+            feasible: the set that every point lies in; its tensors have one image of that shape.
 
         Returns:
-            A generator of points (C, H, W). It ends when the solver makes no further progress.
+            A generator of points. It ends when the solver makes no further progress.
         """
         ...
+
+
+class BatchSolver(Protocol):
+    """Interface of a solver for `match_embedding` that works on all images at once."""
+
+    def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
+        """Return the state of a batch at the start of a phase, or None after the last.
+
+        Args:
+            start: first points, (B, N).
+            feasible: the sets of these images.
+            phase: 0, 1, …
+
+        Returns:
+            The state, whose first points are to be evaluated.
+        """
+        ...
+
+
+class Descent(Protocol):
+    """One phase of a solver on the images of a batch."""
+
+    @property
+    def points(self) -> Tensor:
+        """The points to evaluate next, (B, N)."""
+        ...
+
+    def keep(self, index: Tensor) -> Self:
+        """Return the state of the images `index`, in order."""
+        ...
+
+    def advance(self, at: Evaluations) -> Tensor:
+        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
+        ...
+
+
+def pick(chosen: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return the rows of `first` where `chosen` (B,) bool is true, those of `second` elsewhere."""
+    return torch.where(chosen.view(-1, *[1] * (first.ndim - 1)), first, second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +122,22 @@ class GradientDescent:
         """Check the hyper-parameters."""
         check_positive(self.lr, "lr")
 
-    def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
-        """Yield the points to evaluate for one image."""
-        return _steps(source, feasible, lambda at: self.lr * at.unit**2 * at.gradient)
+    def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
+        """Return the state of a batch at the start of a phase; there is one.
+
+        Args:
+            start: first points, (B, N).
+            feasible: the sets of these images.
+            phase: 0, 1, …
+
+        Returns:
+            The state, whose first points are to be evaluated.
+        """
+        return (
+            None
+            if phase
+            else _Steps(start, feasible, lambda at, _: self.lr * at.unit[:, None].square().to(start) * at.gradient)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,29 +164,79 @@ class Adam:
             check_positive(beta, "betas", 1, or_zero=True)
         check_positive(self.eps, "eps", or_zero=True)
 
-    def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
-        """Yield the points to evaluate for one image."""
-        mean, square, step = torch.zeros_like(source), torch.zeros_like(source), 0
+    def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
+        """Return the state of a batch at the start of a phase; there is one.
 
-        def change(at: Evaluation) -> Tensor:
-            nonlocal mean, square, step
-            step += 1
-            mean = self.betas[0] * mean + (1 - self.betas[0]) * at.gradient
-            square = self.betas[1] * square + (1 - self.betas[1]) * at.gradient**2
-            scale = (square / (1 - self.betas[1] ** step)).sqrt() + self.eps / at.unit**2
-            return self.lr / (1 - self.betas[0] ** step) * mean / scale
+        Args:
+            start: first points, (B, N).
+            feasible: the sets of these images.
+            phase: 0, 1, …
 
-        return _steps(source, feasible, change)
+        Returns:
+            The state, whose first points are to be evaluated.
+        """
+
+        def change(at: Evaluations, state: _Steps) -> Tensor:
+            state.mean = self.betas[0] * state.mean + (1 - self.betas[0]) * at.gradient
+            state.square = self.betas[1] * state.square + (1 - self.betas[1]) * at.gradient**2
+            eps = (self.eps / at.unit.square()).to(start)[:, None]
+            scale = (state.square / (1 - self.betas[1] ** state.count)).sqrt() + eps
+            return self.lr / (1 - self.betas[0] ** state.count) * state.mean / scale
+
+        return None if phase else _Steps(start, feasible, change)
 
 
-def _steps(source: Tensor, feasible: FeasibleSet, change: Callable[[Evaluation], Tensor]) -> Iterates:
+class _Steps(Rows):
     """Take the steps x ← P(x − change) until x stays where it is."""
-    x = feasible.project(source)
-    while True:
-        at = yield x
-        if at.objective == math.inf:
-            return
-        moved = feasible.project(x - change(at))
-        if torch.equal(moved, x):
-            return
-        x = moved
+
+    def __init__(self, start: Tensor, feasible: FeasibleSet, change: Callable[[Evaluations, _Steps], Tensor]) -> None:
+        self.feasible, self.change, self.count = feasible, change, 0
+        self.points = feasible.project(start)
+        self.mean, self.square = torch.zeros_like(start), torch.zeros_like(start)
+
+    def advance(self, at: Evaluations) -> Tensor:
+        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
+        self.count += 1
+        moved = self.feasible.project(self.points - self.change(at, self))
+        still = (moved == self.points).all(dim=1) | at.objective.isinf()
+        self.points = moved
+        return still
+
+
+class OneByOne(Rows):
+    """Run a `Solver` that works on one image at a time for every image of a batch."""
+
+    def __init__(self, solver: Solver, start: Tensor, feasible: FeasibleSet, shape: torch.Size) -> None:
+        self.feasible, self.shape = feasible, shape
+        sets = [feasible.of(i, shape) for i in range(len(start))]
+        self.iterates = [solver.iterate(x.view(shape), each) for x, each in zip(start, sets, strict=True)]
+        self.points = self._checked([next(each) for each in self.iterates])
+
+    def advance(self, at: Evaluations) -> Tensor:
+        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
+        numbers = torch.stack([at.objective, at.noise, at.error, at.unit], dim=1).tolist()
+        points, stalled = list(self.points.view(-1, *self.shape)), []
+        for i, (iterates, (objective, noise, error, unit)) in enumerate(zip(self.iterates, numbers, strict=True)):
+            try:
+                gradient = at.gradient[i].view(self.shape)
+                points[i] = iterates.send(Evaluation(objective, gradient, noise, error, unit))
+                stalled.append(False)
+            except StopIteration:
+                stalled.append(True)
+        self.points = self._checked(points)
+        return torch.tensor(stalled, device=at.objective.device)
+
+    def keep(self, index: Tensor) -> Self:
+        """Return a copy with the images `index`, in order; end the generators of the others."""
+        kept, places = super().keep(index), index.tolist()
+        for i, each in enumerate(self.iterates):
+            if i not in places:
+                each.close()
+        kept.iterates = [self.iterates[i] for i in places]
+        return kept
+
+    def _checked(self, points: list[Tensor]) -> Tensor:
+        stacked = torch.stack(points).flatten(1)  # copies: a solver may reuse its image
+        if not torch.equal(self.feasible.project(stacked), stacked):
+            raise ValueError("`solver` must yield points of the feasible set. Use `feasible.project`.")
+        return stacked

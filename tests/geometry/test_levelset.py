@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.func import jacrev
 
 from hf_equiv import jacobian
-from hf_equiv.geometry.headings import Toward, WalkCorrector
+from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import trace_level_set
 from hf_equiv.jacobian import Jacobian, jacobian_cost
 from hf_equiv.matching import corrector
+from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import Status
@@ -101,7 +102,7 @@ def test_linear_nearest_is_the_projection(f):
 
 def test_coming_nearer_by_leaving_the_level_set_is_no_gain():
     f, origin = linear(), images(1, seed=2, dtype=F64)[0]
-    fixer = WalkCorrector(f, f(images(1, seed=1, dtype=F64))[0], 1e-12)
+    fixer = Corrector(f, f(images(1, seed=1, dtype=F64))[0], 1e-12)
     at = fixer.look(images(1, seed=1, dtype=F64)[0])
     fixer.refresh(at)
     way = Toward(origin, stop=1e-11)

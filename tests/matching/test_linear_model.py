@@ -84,28 +84,3 @@ def test_a_zero_direction_teaches_nothing():
     before = model.A.clone()
     assert not model.learn(Jacobian(smooth_mlp(), x), torch.zeros(DIM, dtype=torch.float64))
     assert torch.equal(model.A, before)
-
-
-@every_case
-@pytest.mark.parametrize("share", [0.9, 0.3, 1e-3])
-def test_a_damped_correction_leaves_what_was_asked_by_the_shortest_step(case, share):
-    x = images(1, seed=2, dtype=torch.float64)[0]
-    model = LinearModel(Jacobian(case.f, x))
-    model.hold(some_free())
-    A = case.f.jacobian(x) * some_free().flatten()
-    r = A @ gaussian(A.shape[1], seed=7)  # within reach
-    left = share * float(r.norm())
-    step = model.correction(r, left).flatten()
-    rest = r + A @ step
-    assert abs(float(rest.norm()) - left) <= 1e-9 * float(r.norm())
-    # The condition of ‖s‖ being least on ‖r + A s‖ = left: s = −Aᵀ rest / μ for one μ > 0.
-    pull = A.T @ rest
-    mu = -float(pull @ step) / float(step @ step)
-    assert mu > 0
-    assert float((pull + mu * step).norm()) <= 1e-7 * float(pull.norm())
-
-
-def test_nothing_is_corrected_that_may_be_left():
-    x = images(1, seed=2, dtype=torch.float64)[0]
-    model, r = LinearModel(Jacobian(smooth_mlp(), x)), gaussian(DIM)
-    assert float(model.correction(r, 1.01 * float(r.norm())).abs().max()) == 0.0

@@ -468,7 +468,7 @@ NAN = torch.where(torch.arange(8) == 0, math.nan, GOOD)
 # ruff: noqa: E501
 BAD = {
     "source no tensor": ([0.5], OTHER, {}, TypeError, "`source` must be a torch.Tensor; got list."),
-    "source 3-D": (GOOD[0], OTHER, {}, ValueError, "`source` must have shape (B, C, H, W); got (3, 8, 8)."),
+    "source 3-D": (GOOD[0], OTHER, {}, ValueError, "`target` must be images (B, 8, 8) or embeddings (B, D); got shape (2, 3, 8, 8)."),
     "source uint8": (GOOD.byte(), OTHER, {}, TypeError, "`source` must be a float tensor in [0, 1]; got dtype torch.uint8"),
     "source empty": (GOOD[:0], OTHER, {}, ValueError, "`source` must hold at least one image; got an empty batch"),
     "source NaN": (NAN, OTHER, {}, ValueError, "`source` must be finite; got NaN or infinity."),
@@ -476,8 +476,8 @@ BAD = {
     "source above 1": (GOOD * 255, OTHER, {}, ValueError, "`source` must lie in [0, 1]; got values in ["),
     "source below 0": (GOOD - 1, OTHER, {}, ValueError, "`source` must lie in [0, 1]; got values in [-"),
     "target no tensor": (GOOD, "cat", {}, TypeError, "`target` must be a torch.Tensor; got str."),
-    "target 3-D": (GOOD, OTHER[0], {}, ValueError, "`target` must be pixels (B, C, H, W) or embeddings (B, D); got"),
-    "target 1-D": (GOOD, Z[0], {}, ValueError, "`target` must be pixels (B, C, H, W) or embeddings (B, D); got"),
+    "target 3-D": (GOOD, OTHER[0], {}, ValueError, "`target` must be images (B, 3, 8, 8) or embeddings (B, D); got"),
+    "target 1-D": (GOOD, Z[0], {}, ValueError, "`target` must be images (B, 3, 8, 8) or embeddings (B, D); got"),
     "target batch": (GOOD, images(3), {}, ValueError, "`target` must have batch size 1 or 2; got 3."),
     "target batch of embeddings": (GOOD[:1], Z, {}, ValueError, "`target` must have batch size 1; got 2."),
     "target above 1": (GOOD, OTHER + 1, {}, ValueError, "`target` must lie in [0, 1]"),
@@ -526,10 +526,10 @@ def test_largest_radii_are_allowed(radius):
 
 
 BAD_F = {
-    "tuple": (lambda v: (linear()(v),), "`f` must map (B, C, H, W) to a float tensor (B, D); got tuple."),
-    "3-D": (lambda v: linear()(v)[:, None], "`f` must map (B, C, H, W) to a float tensor (B, D); got shape (1, 1, 12)"),
-    "1-D": (lambda v: v.sum((1, 2, 3)), "`f` must map (B, C, H, W) to a float tensor (B, D); got shape (1,)"),
-    "batch": (lambda v: linear()(v)[:1], "`f` must map (B, C, H, W) to a float tensor (B, D); got shape (1, 12)"),
+    "tuple": (lambda v: (linear()(v),), "`f` must map (B, *shape) to a float tensor (B, D); got tuple."),
+    "3-D": (lambda v: linear()(v)[:, None], "`f` must map (B, *shape) to a float tensor (B, D); got shape (1, 1, 12)"),
+    "1-D": (lambda v: v.sum((1, 2, 3)), "`f` must map (B, *shape) to a float tensor (B, D); got shape (1,)"),
+    "batch": (lambda v: linear()(v)[:1], "`f` must map (B, *shape) to a float tensor (B, D); got shape (1, 12)"),
     "integers": (lambda v: linear()(v).long(), "got shape (1, 12), dtype torch.int64"),
     "detached": (lambda v: linear()(v.detach()), "`f` must be differentiable and use its input; got no gradient."),
     "NaN": (lambda v: linear()(v) * math.nan, "`target` embeddings must be finite"),
@@ -706,7 +706,5 @@ def test_a_tolerance_below_the_noise_is_not_reached():
 
 
 def test_evaluations_are_counted_in_exact_thirds():
-    search = Search(torch.zeros(1), linear())
-    for _ in range(1075):
-        search.num_evals += 1 / 3
-    assert (search.thirds, search.num_evals) == (1075, 1075 / 3)
+    search = Search(torch.zeros(1), thirds=1075)
+    assert search.num_evals == 1075 / 3

@@ -723,7 +723,7 @@ def test_the_answer(model, pairs, psnr, changes, told):
     given = answer(model)
     assert told in given["sentence"]
     helps = {
-        True: f"before embedding: JPEG 75 (undid {render.tally(pairs, pairs)}, but 2 of 5 keep the other label).",
+        True: f"before embedding: JPEG 75 (undid {render.tally(pairs, pairs)}, but 3 of 5 keep the other label).",
         False: "",
     }
     assert helps["xposed:" in given["sentence"]] in given["helps"]

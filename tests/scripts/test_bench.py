@@ -211,7 +211,7 @@ def test_throughput_reports_every_part(monkeypatch, tmp_path, capsys):
     (row,) = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["rows"]
     assert row["seconds"]["match"]["evaluations"] == sum(row["seconds"]["evaluations_match"]) == 24
     assert all(min(row["seconds"][name].values()) > 0 for name in ("match", "refine"))
-    assert min(row["counts"]["evaluation"].values()) > 1
+    assert min(row["counts"]["evaluation"].values()) > 0
     assert min(row["memory"].values()) >= 0
     text = (tmp_path / "a.md").read_text(encoding="utf-8")
     assert text == capsys.readouterr().out

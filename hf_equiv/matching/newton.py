@@ -1,0 +1,215 @@
+"""End a match by Newton steps: one Jacobian of each image, kept current by two-sided secants, in a trust region.
+
+A ≈ J starts as the Jacobian at x. With r = f(x) − z and G = AAᵀ, each step minimises ‖r + As‖ over ‖s‖ ≤ Δ, down to a
+part of r that may be noise:
+
+    s = −Aᵀ(G + μ)⁻¹r,   x⁺ = clip(x + s),   A ← A + (r⁺ − r − As) sᵀ/‖s‖²   (Broyden).
+
+x⁺ is accepted if the error falls in the metric ‖r‖² = rᵀ(G + μ)⁻¹r, which is the squared length of the step that it
+still takes (the natural level function): in the plain metric a few sensitive directions of the embedding, which the
+next step repairs, hide the progress of all others. If the decrease is less than half of what A promised, A learns the
+row combination uᵀJ(x⁺) along u ∝ (G + μ)⁻¹r⁺, the direction that the next step relies on, by one VJP.
+
+Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3. Moré (1978), Lecture Notes in Math. 630 (trust region).
+Schlenkrich, Griewank, Walther (2010), Math. Program. 121, eq. 4 (adjoint Broyden updates).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_equiv.derivatives import vjps
+from hf_equiv.jacobian import jacobians
+from hf_equiv.matching.feasible import FeasibleSet, Rows
+from hf_equiv.matching.solvers import pick
+from hf_equiv.precision import Encoding, inner, no_autocast
+
+_CUT = 1e-8  # share of the largest eigenvalue of G below which a direction is noise
+_DAMPINGS = 64  # trial values of μ, over 20 decades
+_UPDATES = 32  # rank-one updates held apart from J
+_GOOD, _POOR = 0.35, 0.25  # share of the promised decrease: no row is learnt above, the trust region shrinks below
+_FAR = 20  # times the best error at which a point is refused
+_PATIENCE = 60  # steps without a lower error
+_MOST = 200  # steps
+_TINY = 1e-12  # radius of the trust region at which the steps end
+
+
+class _Model(Rows):
+    """A = J + PᵀQ of each image, (B, D, N), with G = AAᵀ (B, D, D) in float64; P (B, K, D) and Q (B, K, N)."""
+
+    def __init__(self, J: Tensor) -> None:
+        self.J, self.count = J, 0
+        self.P = J.new_zeros((len(J), _UPDATES, J.shape[1]))
+        self.Q = J.new_zeros((len(J), _UPDATES, J.shape[2]))
+        self.G = J.new_zeros((len(J), J.shape[1], J.shape[1]), dtype=torch.float64)
+        for part in J.split(8192, dim=2):
+            self.G += part.double() @ part.double().mT
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Return A s of steps s (B, N), (B, D) float64."""
+        inside = torch.bmm(s[:, None], self.Q.mT)
+        return (torch.bmm(s[:, None], self.J.mT) + torch.bmm(inside, self.P))[:, 0].double()
+
+    def pull(self, u: Tensor) -> Tensor:
+        """Return Aᵀu of u (B, D), (B, N)."""
+        u = u.to(self.J)[:, None]
+        return (torch.bmm(u, self.J) + torch.bmm(torch.bmm(u, self.P.mT), self.Q))[:, 0]
+
+    def learn(self, u: Tensor, change: Tensor, product: Tensor, wanted: Tensor) -> None:
+        """Add u·changeᵀ to A where wanted (B,), for u (B, D), change (B, N) and product = A·change before it."""
+        u, change, product = (torch.where(wanted[:, None], part, 0.0) for part in (u, change, product))
+        cross = u[:, :, None] * product[:, None]
+        self.G = self.G + cross + cross.mT + inner(change, change)[:, None, None] * u[:, :, None] * u[:, None]
+        if self.count == _UPDATES:
+            self.J.baddbmm_(self.P.mT, self.Q)
+            self.count = 0
+            self.P.zero_(), self.Q.zero_()
+        self.P[:, self.count], self.Q[:, self.count] = u.to(self.P), change
+        self.count += 1
+
+
+@dataclass
+class _State(Rows):
+    x: Tensor  # (B, N)
+    r: Tensor  # (f(x) − z)/‖z‖, (B, D) float64
+    best: Tensor  # (B, N)
+    error: Tensor  # of the best, (B,) float64
+    radius: Tensor  # Δ, (B,)
+    since: Tensor  # steps since the error last fell, (B,)
+    cost: Tensor  # thirds of an evaluation, (B,) int64
+
+
+def end_by_newton(
+    f: Encoding, images: Tensor, z: Tensor, feasible: FeasibleSet, goal: Tensor, most: Tensor, batch: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Bring images (B, *shape) near their targets z (B, D) to embedding errors of at most `goal` (B,).
+
+    Args:
+        f: the encoder.
+        images: points with an embedding error of a few percent.
+        z: target embeddings, float64.
+        feasible: the box of the flat images (B, N).
+        goal: embedding errors at which an image is done.
+        most: thirds of an evaluation that each image may spend, at least those of a Jacobian and one step.
+        batch: most pairs of a cotangent and an image in a backward pass.
+
+    Yields:
+        After every step the best flat images (B, N), their errors, and the thirds of an evaluation spent (B,).
+    """
+    size = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    J = jacobians(f, images, batch).div_(size[:, :, None].to(images))
+    finite = J.flatten(1).isfinite().all(dim=1)
+    model = _Model(torch.where(finite[:, None, None], J, 0.0))
+    x = images.flatten(1)
+    r = _residual(f, x, z, size, images.shape)
+    error = torch.linalg.vector_norm(r, dim=1)
+    spent = torch.full_like(most, 2 + 2 * z.shape[1])
+    at = _State(x, r, x, error, torch.where(finite, math.inf, 0.0).to(error), torch.zeros_like(most), spent)
+    best, errors, costs = x.clone(), error.clone(), spent.clone()
+    left = torch.arange(len(images), device=images.device)
+    yield best, errors, costs
+    for _ in range(_MOST):
+        going = (at.error > goal) & (at.since < _PATIENCE) & (at.cost + 4 <= most) & (at.radius > _TINY)
+        kept = going.nonzero().flatten()
+        if len(kept) < len(left):
+            left, z, size, goal, most = left[kept], z[kept], size[kept], goal[kept], most[kept]
+            at, model, feasible = at.keep(kept), model.keep(kept), feasible.keep(kept)
+        if not len(kept):
+            return
+        _step(f, at, model, feasible, z, size, goal, images.shape)
+        best[left], errors[left], costs[left] = at.best, at.error, at.cost
+        yield best, errors, costs
+
+
+def _step(
+    f: Encoding,
+    at: _State,
+    model: _Model,
+    feasible: FeasibleSet,
+    z: Tensor,
+    size: Tensor,
+    goal: Tensor,
+    shape: torch.Size,
+) -> None:
+    """Take one trial step of every image, and let its model learn from the result."""
+    values, vectors = torch.linalg.eigh(model.G)
+    values = torch.where(values > _CUT * values[:, -1:], values, math.inf)  # 1/∞ leaves noise out
+    part = (vectors.mT @ at.r[:, :, None])[:, :, 0]
+    damping = _damping(values, part, 0.5 * goal, at.radius)
+    scale = values + damping
+
+    def back(q: Tensor) -> Tensor:
+        return (vectors @ q[:, :, None])[:, :, 0]
+
+    def level(q: Tensor) -> Tensor:
+        return torch.linalg.vector_norm((vectors.mT @ q[:, :, None])[:, :, 0] / scale.sqrt(), dim=1)
+
+    x = feasible.project(at.x - model.pull(back(part / scale)))
+    step = x - at.x
+    promised = at.r + (moved := model.apply(step))
+    r = _residual(f, x, z, size, shape)
+    surprise, length2 = r - promised, inner(step, step)
+    now, then = level(at.r), level(r)
+    share = (now - then) / (now - level(promised)).clamp_min(1e-300)
+    finite = r.isfinite().all(dim=1)
+    usable = finite & (length2 > 0)
+    model.learn(surprise / length2[:, None].clamp_min(1e-300), step, moved, usable)
+    error = torch.linalg.vector_norm(r, dim=1)
+    at.cost = at.cost + 1
+    learns = usable & ~(share >= _GOOD) & (error > goal)
+    if bool(learns.any()):
+        _learn_rows(f, at, model, x, back((vectors.mT @ r[:, :, None])[:, :, 0] / scale), learns, size, shape)
+    length = length2.sqrt()
+    shorter = 0.5 * torch.minimum(at.radius, length)
+    longer = torch.where((share > _GOOD) & (length > 0.8 * at.radius), 2 * at.radius, at.radius)
+    at.radius = torch.where(finite & (share >= _POOR), longer, shorter)
+    better = error < at.error
+    accepted = finite & (then < now) & (error < _FAR * at.error)
+    at.since = torch.where(error < 0.95 * at.error, 0, at.since + 1)
+    at.x, at.r = pick(accepted, x, at.x), pick(accepted, r, at.r)
+    at.best, at.error = pick(better, x, at.best), torch.where(better, error, at.error)
+
+
+def _learn_rows(
+    f: Encoding, at: _State, model: _Model, x: Tensor, u: Tensor, learns: Tensor, size: Tensor, shape: torch.Size
+) -> None:
+    """Set the row combinations uᵀA of some images to uᵀJ(x), by one evaluation of each."""
+    index = learns.nonzero().flatten()
+    u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(1e-300)
+    with torch.enable_grad():
+        points = x[index].view(-1, *shape[1:]).requires_grad_(True)
+        output = f(points)
+        with no_autocast():
+            rows = vjps(output, points, u[index].to(output)[None])[0].flatten(1) / size[index].to(x)
+    change = torch.zeros_like(x)
+    change[index] = rows
+    change = change - model.pull(u)
+    finite = change.isfinite().all(dim=1)
+    change = torch.where((learns & finite)[:, None], change, 0.0)
+    model.learn(u, change, model.apply(change), learns & finite)
+    at.cost = at.cost + 3 * learns
+
+
+def _damping(values: Tensor, part: Tensor, left: Tensor, radius: Tensor) -> Tensor:
+    """Return the μ (B, 1) of a table that leaves a residual of `left`, or more if the step is longer than `radius`."""
+    exponents = torch.linspace(-14, 6, _DAMPINGS, dtype=values.dtype, device=values.device)
+    largest = values.masked_fill(values.isinf(), 0.0).amax(dim=1, keepdim=True)
+    table = largest * 10**exponents  # (B, K), ascending
+    weights = 1 / (values[:, None] + table[:, :, None])
+    kept = torch.where(values.isinf(), 0.0, part)[:, None]
+    residual = torch.linalg.vector_norm(kept * table[:, :, None] * weights, dim=2)
+    lengths = torch.linalg.vector_norm(kept * torch.where(values.isinf(), 0.0, values).sqrt()[:, None] * weights, dim=2)
+    small = (residual <= left[:, None]).sum(dim=1, keepdim=True) - 1
+    index = torch.maximum(small, (lengths > radius[:, None]).sum(dim=1, keepdim=True))
+    return table.gather(1, index.clamp(0, _DAMPINGS - 1))
+
+
+def _residual(f: Encoding, x: Tensor, z: Tensor, size: Tensor, shape: torch.Size) -> Tensor:
+    """Return r = (f(x) − z)/‖z‖, (B, D) float64."""
+    with torch.no_grad():
+        return (f(x.view(-1, *shape[1:])).double() - z) / size

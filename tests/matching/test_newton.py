@@ -1,0 +1,186 @@
+"""Newton steps: the model against dense algebra, the end of a match, and images that do not disturb each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import DIM, images, linear, quadratic, smooth_mlp
+from torch import Tensor
+
+from hf_equiv import LBFGS, match_embedding
+from hf_equiv.conditions import admit
+from hf_equiv.matching import newton
+from hf_equiv.matching.feasible import FeasibleSet
+from hf_equiv.matching.newton import end_by_newton
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def end(f, x: Tensor, z: Tensor, goal: float = 1e-9, most: int = 3000) -> tuple[Tensor, Tensor, Tensor]:
+    box = FeasibleSet.around(x.flatten(1), None, "linf", batched=True)
+    full = torch.full((len(x),), goal, dtype=torch.float64)
+    *_, (best, errors, costs) = end_by_newton(f, x, z.double(), box, full, torch.full((len(x),), most), 8)
+    return best.view(x.shape), errors, costs
+
+
+def near(f, seed: int, batch: int = 3, away: float = 0.02) -> tuple[Tensor, Tensor]:
+    """Images, and the embeddings of others beside them."""
+    x = images(batch, seed=seed, dtype=torch.float64)
+    return x, f(x + away * random(*x.shape, seed=seed + 1))
+
+
+@pytest.mark.parametrize("updates", [3, 40])
+def test_the_model_is_the_matrix_that_its_updates_make(updates):
+    """Also when there are more updates than are held apart."""
+    A = random(2, 5, 30, seed=0)
+    model = newton._Model(A.clone())
+    for k in range(updates):
+        u, change, wanted = random(2, 5, seed=10 + k), random(2, 30, seed=60 + k), torch.tensor([True, k % 3 > 0])
+        model.learn(u, change, model.apply(change), wanted)
+        A = A + (u[:, :, None] * change[:, None]) * wanted[:, None, None]
+    s, u = random(2, 30, seed=3), random(2, 5, seed=4)
+    torch.testing.assert_close(model.apply(s), (A @ s[:, :, None])[:, :, 0], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(model.pull(u), (A.mT @ u[:, :, None])[:, :, 0], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(model.G, A @ A.mT, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize(("left", "radius"), [(1e-3, math.inf), (0.0, math.inf), (0.0, 0.3), (0.5, 0.01)])
+def test_damping_leaves_a_residual_or_a_length(left, radius):
+    values, part = random(1, 6, seed=1).exp(), random(1, 6, seed=2)
+    mu = float(newton._damping(values, part, torch.tensor([left]), torch.tensor([radius])))
+    ratio = 10 ** (20 / 63)  # the table's
+
+    def residual(mu: float) -> float:
+        return float((part * mu / (values + mu)).norm())
+
+    def length(mu: float) -> float:
+        return float((part * values.sqrt() / (values + mu)).norm())
+
+    fits = length(mu) <= radius
+    assert fits
+    assert length(mu / ratio) > radius or residual(mu) <= left or mu <= 2e-14 * float(values.max())
+    if radius == math.inf and left:
+        assert residual(mu) <= left < residual(ratio * mu)
+
+
+def test_a_linear_map_takes_one_step_of_least_length():
+    f = linear()
+    x, z = near(f, 20)
+    found, errors, costs = end(f, x, z)
+    J = f.jacobian(x[0])
+    shortest = torch.linalg.pinv(J) @ (z - f(x)).double().T
+    torch.testing.assert_close((found - x).flatten(1).T, shortest, rtol=0, atol=1e-6)
+    assert float(errors.max()) <= 1e-9
+    assert costs.tolist() == [2 + 2 * DIM + 1] * 3  # a Jacobian, an embedding and a step, in thirds
+
+
+@pytest.mark.parametrize("f", [quadratic(), smooth_mlp()], ids=lambda f: type(f).__name__)
+def test_curved_maps_are_matched_from_one_jacobian(f, monkeypatch):
+    x, z = near(f, 30)
+    forwards, formed, real = [], [], newton.jacobians
+    monkeypatch.setattr(newton, "jacobians", lambda *args: formed.append(1) or real(*args))
+
+    def counted(v: Tensor) -> Tensor:
+        forwards.append(len(v))
+        return f(v)
+
+    found, errors, costs = end(counted, x, z)
+    again = (f(found) - z).norm(dim=1) / z.norm(dim=1)
+    torch.testing.assert_close(errors, again, rtol=1e-6, atol=1e-12)
+    assert float(errors.max()) <= 1e-9
+    assert formed == [1]
+    assert bool((found >= 0).all() & (found <= 1).all())
+    learnt = int(costs.sum()) - sum(forwards) - 2 * 3 * DIM
+    assert learnt % 2 == 0, "each row learnt costs a forward and a cotangent"
+
+
+def test_an_image_alone_takes_the_same_steps():
+    f = smooth_mlp()
+    x, z = near(f, 40, batch=5)
+    z[1] = f(x[1:2])[0] * (1 + 1e-12)  # there at once
+    z[3] = 10 * z[3]  # out of reach
+    together = end(f, x, z, most=400)
+    for i in range(5):
+        alone = end(f, x[i : i + 1], z[i : i + 1], most=400)
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_image_without_a_finite_jacobian_stays_where_it_is(bad):
+    f = smooth_mlp()
+    x, z = near(f, 50)
+    marked = x.clone()
+    marked[1, 0, 0, 0] = 0.999
+
+    def broken(v: Tensor) -> Tensor:
+        factor = torch.where(v[:, 0, 0, 0] == 0.999, bad, 1.0)[:, None]
+        return f(v) + 0.0 * factor * (v.flatten(1).sum(dim=1, keepdim=True))
+
+    found, errors, _ = end(broken, marked, z)
+    assert torch.equal(found[1], marked[1])
+    assert float(errors[[0, 2]].max()) <= 1e-9
+
+
+def test_the_evaluations_allowed_are_kept():
+    f = smooth_mlp()
+    x, z = near(f, 60, away=0.1)
+    for most in (2 + 2 * DIM, 2 + 2 * DIM + 5, 200):
+        assert int(end(f, x, z, goal=0.0, most=most)[2].max()) <= most
+
+
+# Where `match_embedding` ends by Newton steps
+
+
+def steep(seed: int = 0):
+    """A linear map whose singular values span three decades: L-BFGS with a short history creeps along the smallest."""
+    inner = linear()
+    U, _, V = torch.linalg.svd(inner.A, full_matrices=False)
+    scale = torch.logspace(0, -3, DIM, dtype=torch.float64)
+    return lambda x: ((x.flatten(1) - 0.5).to(torch.float64) @ V.T.to(torch.float64) * scale @ U.T).to(x)
+
+
+def test_a_slow_match_ends_by_newton_steps():
+    f = steep()
+    x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
+    slow, quick = (
+        match_embedding(f, x, y, LBFGS(history=1, newton=newton), max_evals=2000, raise_on_failure=False)
+        for newton in (False, True)
+    )
+    assert quick.converged
+    assert float(quick.num_evals) < 0.5 * float(slow.num_evals)
+
+
+def test_newton_steps_are_counted_and_stay_within_the_evaluations():
+    thirds = []
+
+    def f(v):  # a forward pass alone, or with one backward pass, but for that of a Jacobian
+        thirds.append((3 if v.requires_grad else 1) * len(v))
+        return steep()(v)
+
+    x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
+    z, jacobians, tried = steep()(y), 0, admit(f, x, noise=True)
+    for most in range(40, 200, 16):
+        thirds.clear()
+        result = match_embedding(tried, x, z, LBFGS(history=1), max_evals=most, raise_on_failure=False)
+        formed = (3 * float(result.num_evals) - sum(thirds)) / (2 * DIM - 2)
+        assert formed == pytest.approx(round(formed), abs=1e-9)
+        assert float(result.num_evals) <= most
+        assert result.traces[0][-1][1] == float(result.errors)
+        jacobians += round(formed)
+    assert jacobians > 0
+
+
+def test_in_a_ball_there_are_none():
+    f = steep()
+    x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
+    runs = [
+        match_embedding(
+            f, x, y, LBFGS(history=1, newton=newton), radius=0.9, norm="l2", max_evals=200, raise_on_failure=False
+        )
+        for newton in (False, True)
+    ]
+    assert torch.equal(runs[0].images, runs[1].images)
