@@ -133,11 +133,11 @@ class GradientDescent:
         Returns:
             The state, whose first points are to be evaluated.
         """
-        return (
-            None
-            if phase
-            else _Steps(start, feasible, lambda at, _: self.lr * at.unit[:, None].square().to(start) * at.gradient)
-        )
+
+        def change(at: Evaluations, _: _Steps) -> Tensor:
+            return self.lr * at.unit[:, None].square().to(start) * at.gradient
+
+        return None if phase else _Steps(start, feasible, change)
 
 
 @dataclass(frozen=True, slots=True)
