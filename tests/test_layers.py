@@ -34,6 +34,7 @@ FOLDERS = {
 # In the root each file names the files that it may import.
 ROOT_FILES = {
     "results": [],
+    "bars": ["results"],
     "checks": [],
     "precision": ["checks"],
     "derivatives": ["precision"],
@@ -63,7 +64,7 @@ HOMES = {
     "markupsafe": ["formatting", "report/render"],
     "scipy": ["report/statistics"],
     "skimage": ["analyses/measures"],
-    "tqdm": ["matching/bars"],  # on first use, and the numerics work without it
+    "tqdm": ["bars"],  # on first use, and the numerics work without it
     "click": ["cli"],
     "rich": ["cli"],
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_equiv import bars
 from hf_equiv.analyses import lipschitz, match, spectrum, walk
 from hf_equiv.analyses.measures import open_png
 from hf_equiv.analyses.pairs import Item
@@ -17,7 +18,6 @@ from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows
 from hf_equiv.checks import check_count
 from hf_equiv.data.image_file import encode_png
 from hf_equiv.formatting import many, one_line, some
-from hf_equiv.matching import bars
 from hf_equiv.results import Status
 from hf_equiv.runs import card, directory, shards
 from hf_equiv.runs.execute import Observer, RunProgress, carry_out

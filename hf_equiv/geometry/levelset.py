@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_equiv import checks
+from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds, is_image
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
 from hf_equiv.jacobian import Jacobian, measure_images
-from hf_equiv.matching import bars
 from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import Status

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_equiv import checks
+from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.directions import Directions, as_directions, by_image
 from hf_equiv.geometry.lipschitz import Counted, measure_directions
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian
-from hf_equiv.matching import bars
 from hf_equiv.precision import Encoding, no_tf32
 from hf_equiv.results import Status
 

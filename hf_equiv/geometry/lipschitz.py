@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_equiv import checks
+from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, central_secants, read_secants, secant_noise
 from hf_equiv.jacobian import Jacobian, measure_images
-from hf_equiv.matching import bars
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_equiv import checks
+from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.derivatives import forward_mode
@@ -33,7 +33,6 @@ from hf_equiv.geometry.directions import by_image
 from hf_equiv.geometry.lipschitz import pixel_std, unit_factor
 from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.jacobian import Jacobian, Jacobians, in_double, measure_images
-from hf_equiv.matching import bars
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status

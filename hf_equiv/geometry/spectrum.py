@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_equiv import checks
+from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
 from hf_equiv.jacobian import Jacobian, measure_images
-from hf_equiv.matching import bars
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 

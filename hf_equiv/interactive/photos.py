@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from hf_equiv.analyses.measures import top_classes
-from hf_equiv.matching.match import ProgressHook, match_embedding
+from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
+from hf_equiv.matching.search import ProgressHook
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import MatchResult
 

@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_equiv import checks
+from hf_equiv import bars, checks
 from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import jacobians, stacked
-from hf_equiv.matching import bars
 from hf_equiv.matching.lattice import Lattice, Moves, apply, left_geometry, plan_moves
-from hf_equiv.matching.match import ProgressHook, pixels_of, target_embeddings
+from hf_equiv.matching.search import ProgressHook, pixels_of, target_embeddings
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import MatchResult, Progress, Status
 

@@ -18,6 +18,7 @@ from hf_equiv import (
     MatchResult,
     Progress,
     Status,
+    bars,
     directional_lipschitz,
     linearity_radius,
     load_images,
@@ -26,7 +27,6 @@ from hf_equiv import (
     regional_lipschitz,
     trace_level_set,
 )
-from hf_equiv.matching import bars
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_equiv.conditions import admit
 from hf_equiv.matching.lbfgs import LBFGS
-from hf_equiv.matching.match import Search, match_embedding
+from hf_equiv.matching.match import match_embedding
+from hf_equiv.matching.search import Search
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 
