@@ -117,13 +117,13 @@ class LBFGS:
     the radius, L-BFGS continues in w, x = m + h·sin(w) (`SineChart`).
 
     Args:
-        history: most evaluations whose secant pairs are kept, two images each. The first are 20 if Newton steps may end
-            the run, which then needs no more, otherwise 40; these double after four times as many evaluations.
+        history: most evaluations whose secant pairs are kept, two images each. 20 are enough without a ball if Newton
+            steps may end the run; otherwise the first are 40, and double after four times as many evaluations.
         warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball at most ten times this number.
         momentum: momentum of the start, in [0, 1).
         proximity: weight of staying near the source against the remaining error; more takes more evaluations.
         release: embedding error below which the penalty is dropped.
-        newton: whether `match_embedding` may end a slow run without a ball by one full Jacobian and Newton steps.
+        newton: whether `match_embedding` may end a slow run by full Jacobians and Newton steps; not in an L2 ball.
 
     References:
         Polyak (1987), *Introduction to Optimization*, §5.3. Bertsekas (1982), *SIAM J. Control Optim.* 20:221.
@@ -171,7 +171,8 @@ class _Path(Rows):
         self.chart = SineChart(feasible) if feasible.linf else None
         self.feasible = feasible if self.chart is None else self.chart.space
         self.solver, self.warmup, self.count = solver, warmup, 0
-        self.history = SecantHistory(start, min(solver.history, _FIRST // 2 if solver.newton else _FIRST))
+        self.grows = not solver.newton or feasible.linf
+        self.history = SecantHistory(start, min(solver.history, _FIRST if self.grows else _FIRST // 2))
         self.trial = self.moved = self.x = (
             self.feasible.project(start) if self.chart is None else self.chart.invert(start)
         )
@@ -193,7 +194,7 @@ class _Path(Rows):
             at = replace(at, gradient=self.chart.pull_back(at.gradient, self.trial))
         self.count += 1
         room = self.history.capacity
-        if self.count == 4 * room and room < self.solver.history and not self.solver.newton:
+        if self.grows and self.count == 4 * room and room < self.solver.history:
             self.history.grow(min(2 * room, self.solver.history))
         if self.count > self.warmup + 1:
             return self._search(at)

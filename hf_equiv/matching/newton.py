@@ -1,17 +1,22 @@
 """End a match by Newton steps: one Jacobian of each image, kept current by two-sided secants, in a trust region.
 
-A ≈ J starts as the Jacobian at x. With r = f(x) − z and G = AAᵀ, each step minimises ‖r + As‖ over ‖s‖ ≤ Δ, down to a
-part of r that may be noise:
+A ≈ J starts as the Jacobian at x. With r = f(x) − z, each step s minimises ‖r + As‖² + μ‖s‖² over the steps that stay
+in the box, with the smallest μ of a table at which ‖s‖ ≤ Δ and not only noise of r is left. Its optimum has a
+multiplier λ (D,):
 
-    s = −Aᵀ(G + μ)⁻¹r,   x⁺ = clip(x + s),   A ← A + (r⁺ − r − As) sᵀ/‖s‖²   (Broyden).
+    s = clip(x + Aᵀλ) − x,   As + μλ = −r,   solved by Newton's method in λ,   A ← A + (r⁺ − r − As) sᵀ/‖s‖² (Broyden).
+
+The derivative of As + μλ is G + μ, with G = A_F A_Fᵀ of the pixels F that the clipping leaves alone. Without it, a
+clipped step loses half of its length or more, for many pixels of a photo lie at a bound, and most of a small L∞ ball.
 
 x⁺ is accepted if the error falls in the metric ‖r‖² = rᵀ(G + μ)⁻¹r, which is the squared length of the step that it
 still takes (the natural level function): in the plain metric a few sensitive directions of the embedding, which the
-next step repairs, hide the progress of all others. If the decrease is less than half of what A promised, A learns the
-row combination uᵀJ(x⁺) along u ∝ (G + μ)⁻¹r⁺, the direction that the next step relies on, by one VJP.
+next step repairs, hide the progress of all others. If the decrease is less than 60 % of what A promised, A learns
+the row combination uᵀJ(x⁺) along u ∝ (G + μ)⁻¹r⁺, the direction that the next step relies on, by one backward pass.
 
 Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3. Moré (1978), Lecture Notes in Math. 630 (trust region).
 Schlenkrich, Griewank, Walther (2010), Math. Program. 121, eq. 4 (adjoint Broyden updates).
+Qi, Sun (1993), Math. Program. 58:353 (Newton's method for piecewise smooth equations).
 """
 
 from __future__ import annotations
@@ -27,25 +32,28 @@ from hf_equiv.derivatives import vjps
 from hf_equiv.jacobian import jacobians
 from hf_equiv.matching.feasible import FeasibleSet, Rows
 from hf_equiv.matching.solvers import pick
-from hf_equiv.precision import Encoding, inner, no_autocast
+from hf_equiv.precision import Encoding, inner
 
 _CUT = 1e-8  # share of the largest eigenvalue of G below which a direction is noise
 _DAMPINGS = 64  # trial values of μ, over 20 decades
 _UPDATES = 32  # rank-one updates held apart from J
-_GOOD, _POOR = 0.35, 0.25  # share of the promised decrease: no row is learnt above, the trust region shrinks below
+_CLIPS, _LEFT = 6, 1e-2  # most corrections of λ, and the share of ‖r‖ left that needs none
+_GOOD, _POOR = 0.6, 0.25  # share of the promised decrease: no row is learnt above, the trust region shrinks below
+_RIGHT = 0.7  # share from which it grows
 _FAR = 20  # times the best error at which a point is refused
-_PATIENCE = 60  # steps without a lower error
-_MOST = 200  # steps
+_PATIENCE = 60  # steps without half the error
+_MOST = 300  # steps
 _TINY = 1e-12  # radius of the trust region at which the steps end
 
 
 class _Model(Rows):
-    """A = J + PᵀQ of each image, (B, D, N), with G = AAᵀ (B, D, D) in float64; P (B, K, D) and Q (B, K, N)."""
+    """A = J + PᵀQ of each image, (B, D, N), with P (B, K, D) and Q (B, K, N), and G = A_F A_Fᵀ (B, D, D) in float64."""
 
     def __init__(self, J: Tensor) -> None:
         self.J, self.count = J, 0
         self.P = J.new_zeros((len(J), _UPDATES, J.shape[1]))
         self.Q = J.new_zeros((len(J), _UPDATES, J.shape[2]))
+        self.free = torch.ones_like(J[:, 0], dtype=torch.bool)  # F: pixels whose change G counts, (B, N)
         self.G = J.new_zeros((len(J), J.shape[1], J.shape[1]), dtype=torch.float64)
         for part in J.split(8192, dim=2):
             self.G += part.double() @ part.double().mT
@@ -60,11 +68,22 @@ class _Model(Rows):
         u = u.to(self.J)[:, None]
         return (torch.bmm(u, self.J) + torch.bmm(torch.bmm(u, self.P.mT), self.Q))[:, 0]
 
-    def learn(self, u: Tensor, change: Tensor, product: Tensor, wanted: Tensor) -> None:
-        """Add u·changeᵀ to A where wanted (B,), for u (B, D), change (B, N) and product = A·change before it."""
-        u, change, product = (torch.where(wanted[:, None], part, 0.0) for part in (u, change, product))
-        cross = u[:, :, None] * product[:, None]
-        self.G = self.G + cross + cross.mT + inner(change, change)[:, None, None] * u[:, :, None] * u[:, None]
+    def restrict(self, free: Tensor) -> None:
+        """Let G count these pixels (B, N) bool: add or subtract the columns of A in which they differ from before."""
+        changed = free != self.free
+        counts = changed.sum(dim=1).tolist()
+        for b, places in enumerate(changed.nonzero()[:, 1].split(counts)):  # each image alone: its bits are its own
+            columns = self.J[b].index_select(1, places) + self.P[b].T @ self.Q[b].index_select(1, places)
+            signed = torch.where(free[b, places], columns, -columns)
+            self.G[b] += signed.double() @ columns.double().T
+        self.free = free
+
+    def learn(self, u: Tensor, change: Tensor, wanted: Tensor) -> None:
+        """Add u·changeᵀ to A where wanted (B,), for u (B, D) and change (B, N)."""
+        u, change = torch.where(wanted[:, None], u, 0.0), torch.where(wanted[:, None], change, 0.0)
+        free = torch.where(self.free, change, 0.0)
+        cross = u[:, :, None] * self.apply(free)[:, None]
+        self.G = self.G + cross + cross.mT + inner(free, free)[:, None, None] * u[:, :, None] * u[:, None]
         if self.count == _UPDATES:
             self.J.baddbmm_(self.P.mT, self.Q)
             self.count = 0
@@ -80,7 +99,8 @@ class _State(Rows):
     best: Tensor  # (B, N)
     error: Tensor  # of the best, (B,) float64
     radius: Tensor  # Δ, (B,)
-    since: Tensor  # steps since the error last fell, (B,)
+    since: Tensor  # steps since the error last halved, (B,)
+    mark: Tensor  # the error then, (B,) float64
     cost: Tensor  # thirds of an evaluation, (B,) int64
 
 
@@ -106,15 +126,17 @@ def end_by_newton(
     finite = J.flatten(1).isfinite().all(dim=1)
     model = _Model(torch.where(finite[:, None, None], J, 0.0))
     x = images.flatten(1)
-    r = _residual(f, x, z, size, images.shape)
+    with torch.no_grad():
+        r = (f(images).double() - z) / size
     error = torch.linalg.vector_norm(r, dim=1)
     spent = torch.full_like(most, 2 + 2 * z.shape[1])
-    at = _State(x, r, x, error, torch.where(finite, math.inf, 0.0).to(error), torch.zeros_like(most), spent)
+    radius = torch.where(finite, math.inf, 0.0).to(error)
+    at = _State(x, r, x, error, radius, torch.zeros_like(most), error, spent)
     best, errors, costs = x.clone(), error.clone(), spent.clone()
     left = torch.arange(len(images), device=images.device)
     yield best, errors, costs
     for _ in range(_MOST):
-        going = (at.error > goal) & (at.since < _PATIENCE) & (at.cost + 4 <= most) & (at.radius > _TINY)
+        going = (at.error > goal) & (at.since < _PATIENCE) & (at.cost + 3 <= most) & (at.radius > _TINY)
         kept = going.nonzero().flatten()
         if len(kept) < len(left):
             left, z, size, goal, most = left[kept], z[kept], size[kept], goal[kept], most[kept]
@@ -127,72 +149,80 @@ def end_by_newton(
 
 
 def _step(
-    f: Encoding,
-    at: _State,
-    model: _Model,
-    feasible: FeasibleSet,
-    z: Tensor,
-    size: Tensor,
-    goal: Tensor,
+    f: Encoding, at: _State, model: _Model, feasible: FeasibleSet, z: Tensor, size: Tensor, goal: Tensor,
     shape: torch.Size,
-) -> None:
+) -> None:  # fmt: skip
     """Take one trial step of every image, and let its model learn from the result."""
     values, vectors = torch.linalg.eigh(model.G)
     values = torch.where(values > _CUT * values[:, -1:], values, math.inf)  # 1/∞ leaves noise out
-    part = (vectors.mT @ at.r[:, :, None])[:, :, 0]
+    part = _times(vectors.mT, at.r)
     damping = _damping(values, part, 0.5 * goal, at.radius)
-    scale = values + damping
 
-    def back(q: Tensor) -> Tensor:
-        return (vectors @ q[:, :, None])[:, :, 0]
+    def solve(q: Tensor) -> Tensor:
+        return _times(vectors, _times(vectors.mT, q) / (values + damping))
 
     def level(q: Tensor) -> Tensor:
-        return torch.linalg.vector_norm((vectors.mT @ q[:, :, None])[:, :, 0] / scale.sqrt(), dim=1)
+        return torch.linalg.vector_norm(_times(vectors.mT, q) / (values + damping).sqrt(), dim=1)
 
-    x = feasible.project(at.x - model.pull(back(part / scale)))
+    reachable = _times(vectors, torch.where(values.isinf(), 0.0, part))  # r without noise
+    x, moved = _move(at.x, reachable, model, feasible, -solve(at.r), damping)
+    promised = at.r + moved
     step = x - at.x
-    promised = at.r + (moved := model.apply(step))
-    r = _residual(f, x, z, size, shape)
+    with torch.enable_grad():
+        points = x.view(-1, *shape[1:]).requires_grad_(True)
+        output = f(points)
+    r = (output.detach().double() - z) / size
     surprise, length2 = r - promised, inner(step, step)
     now, then = level(at.r), level(r)
     share = (now - then) / (now - level(promised)).clamp_min(1e-300)
     finite = r.isfinite().all(dim=1)
     usable = finite & (length2 > 0)
-    model.learn(surprise / length2[:, None].clamp_min(1e-300), step, moved, usable)
+    model.learn(surprise / length2[:, None].clamp_min(1e-300), step, usable)
     error = torch.linalg.vector_norm(r, dim=1)
-    at.cost = at.cost + 1
     learns = usable & ~(share >= _GOOD) & (error > goal)
     if bool(learns.any()):
-        _learn_rows(f, at, model, x, back((vectors.mT @ r[:, :, None])[:, :, 0] / scale), learns, size, shape)
+        u = solve(r)
+        u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(1e-300)
+        rows = vjps(output, points, u.to(output)[None])[0].flatten(1) / size.to(x)
+        change = rows - model.pull(u)
+        model.learn(u, change, learns & change.isfinite().all(dim=1))
+    at.cost = at.cost + 1 + 2 * learns
     length = length2.sqrt()
     shorter = 0.5 * torch.minimum(at.radius, length)
-    longer = torch.where((share > _GOOD) & (length > 0.8 * at.radius), 2 * at.radius, at.radius)
+    longer = torch.where(share > _RIGHT, 2 * at.radius, at.radius)
     at.radius = torch.where(finite & (share >= _POOR), longer, shorter)
     better = error < at.error
     accepted = finite & (then < now) & (error < _FAR * at.error)
-    at.since = torch.where(error < 0.95 * at.error, 0, at.since + 1)
     at.x, at.r = pick(accepted, x, at.x), pick(accepted, r, at.r)
     at.best, at.error = pick(better, x, at.best), torch.where(better, error, at.error)
+    halved = at.error < 0.5 * at.mark
+    at.since, at.mark = torch.where(halved, 0, at.since + 1), torch.where(halved, at.error, at.mark)
 
 
-def _learn_rows(
-    f: Encoding, at: _State, model: _Model, x: Tensor, u: Tensor, learns: Tensor, size: Tensor, shape: torch.Size
-) -> None:
-    """Set the row combinations uᵀA of some images to uᵀJ(x), by one evaluation of each."""
-    index = learns.nonzero().flatten()
-    u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(1e-300)
-    with torch.enable_grad():
-        points = x[index].view(-1, *shape[1:]).requires_grad_(True)
-        output = f(points)
-        with no_autocast():
-            rows = vjps(output, points, u[index].to(output)[None])[0].flatten(1) / size[index].to(x)
-    change = torch.zeros_like(x)
-    change[index] = rows
-    change = change - model.pull(u)
-    finite = change.isfinite().all(dim=1)
-    change = torch.where((learns & finite)[:, None], change, 0.0)
-    model.learn(u, change, model.apply(change), learns & finite)
-    at.cost = at.cost + 3 * learns
+def _move(
+    x: Tensor, r: Tensor, model: _Model, feasible: FeasibleSet, multiplier: Tensor, damping: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return x + s = clip(x + Aᵀλ) (B, N) and As, with As + μλ = −r nearly, from a first λ (B, D)."""
+    for k in range(_CLIPS + 1):
+        wanted = x + model.pull(multiplier)
+        there = feasible.project(wanted)
+        moved = model.apply(there - x)
+        left = moved + damping * multiplier + r
+        model.restrict(wanted == there)
+        poor = torch.linalg.vector_norm(left, dim=1) > _LEFT * torch.linalg.vector_norm(r, dim=1)
+        if k == _CLIPS or not bool(poor.any()):
+            break
+        diagonal = model.G.diagonal(dim1=1, dim2=2)
+        least = torch.maximum(damping, _CUT * diagonal.sum(dim=1, keepdim=True))
+        change = torch.linalg.solve_ex(model.G + torch.diag_embed(least.expand_as(diagonal)), left)[0]
+        solved = poor & change.isfinite().all(dim=1)  # not where no pixel is free
+        multiplier = torch.where(solved[:, None], multiplier - change, multiplier)
+    return there, moved
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return the products (B, M) of matrices (B, M, K) with vectors (B, K)."""
+    return (matrices @ vectors[:, :, None])[:, :, 0]
 
 
 def _damping(values: Tensor, part: Tensor, left: Tensor, radius: Tensor) -> Tensor:
@@ -207,9 +237,3 @@ def _damping(values: Tensor, part: Tensor, left: Tensor, radius: Tensor) -> Tens
     small = (residual <= left[:, None]).sum(dim=1, keepdim=True) - 1
     index = torch.maximum(small, (lengths > radius[:, None]).sum(dim=1, keepdim=True))
     return table.gather(1, index.clamp(0, _DAMPINGS - 1))
-
-
-def _residual(f: Encoding, x: Tensor, z: Tensor, size: Tensor, shape: torch.Size) -> Tensor:
-    """Return r = (f(x) − z)/‖z‖, (B, D) float64."""
-    with torch.no_grad():
-        return (f(x.view(-1, *shape[1:])).double() - z) / size

@@ -33,6 +33,7 @@ _NEAR = 0.02  # embedding error below which Newton steps from one Jacobian reach
 _PACE = 30  # evaluations over which the pace of a run is measured
 _WORTH = 0.5  # estimated remaining cost, in Jacobians, that justifies one; the pace falls as the error does
 _STEPS = 10  # evaluations of Newton steps that are worth a Jacobian
+_NEARER = 0.5  # share of the error left by Newton steps from which others follow at once
 _LARGEST = 2**30  # most bytes of a Jacobian that the solver may form
 _MEMORY = 2**32  # most bytes of the Jacobians that it may form at once
 _ROWS = 32  # pairs of a cotangent and an image in a backward pass
@@ -77,11 +78,11 @@ def each_match(
                 batch.searches, start.num_evals.tolist(), start.seconds.tolist(), strict=True
             ):
                 run.thirds, run.seconds = round(3 * evals), seconds
-        newton = isinstance(solver, LBFGS) and solver.newton and radius is None
-        newton = newton and z.shape[1] * begin[0].numel() * begin.element_size() <= _LARGEST
         if isinstance(solver, LBFGS):
-            solver = replace(solver, newton=newton)
-    for places in _match(batch, solver, newton=newton):
+            fits = z.shape[1] * begin[0].numel() * begin.element_size() <= _LARGEST
+            batch.newton = solver.newton and fits and feasible.l2_radius is None
+            solver = replace(solver, newton=batch.newton)
+    for places in _match(batch, solver):
         for place in places:
             batch.searches[place].best = batch.images()[place].clone()
         yield {place: batch.searches[place] for place in places}
@@ -173,6 +174,7 @@ class _Batch:
     ) -> None:  # fmt: skip
         self.f, self.z, self.feasible, self.shape = f, z, feasible, start.shape
         self.rtol, self.max_evals, self.progress = rtol, max_evals, progress
+        self.newton = False  # whether Newton steps may end a search
         self.best = start.flatten(1).clone()
         self.searches = [Search(image) for image in start]
         self.scale = torch.linalg.vector_norm(z, dim=1)
@@ -180,6 +182,11 @@ class _Batch:
         self.unit = self.scale.new_tensor(
             units
         )  # in this unit, residuals and gradients neither overflow nor lose a bit
+
+    @property
+    def restarts(self) -> bool:
+        """Whether an image that is stuck begins again: without a ball, all targets should be reached."""
+        return self.newton and not self.feasible.linf
 
     def images(self) -> Tensor:
         """Return the best images, (B, *shape)."""
@@ -268,31 +275,29 @@ class _Work:
     shaken: bool = False  # whether they begin beside their best images, not at these
 
 
-def _match(batch: _Batch, solver: Any, *, newton: bool) -> Iterator[list[int]]:
+def _match(batch: _Batch, solver: Any) -> Iterator[list[int]]:
     """Match all images: the phases of the solver in turn, Newton steps near the target, restarts where it is stuck."""
     todo = [_Work(solver, list(range(len(batch.searches))))]
     while todo:
         work = todo.pop()
         onward, near, stuck, lost = (list[int]() for _ in range(4))
-        yield from _descend(batch, work, onward, near, stuck, newton=newton)
+        yield from _descend(batch, work, onward, near, stuck)
         for group in _groups(batch, near):
             yield _end(batch, group, lost)
         if stuck:
             todo.append(_Work(solver, stuck, shaken=True))
         if lost:
-            todo.append(_Work(replace(work.solver, warmup=0), lost))
+            todo.append(_Work(replace(work.solver, warmup=0), lost, work.phase))
         if onward:
             todo.append(_Work(work.solver, onward, work.phase + 1))
 
 
-def _descend(
-    batch: _Batch, work: _Work, onward: list[int], near: list[int], stuck: list[int], *, newton: bool
-) -> Iterator[list[int]]:
+def _descend(batch: _Batch, work: _Work, onward: list[int], near: list[int], stuck: list[int]) -> Iterator[list[int]]:
     """Run one phase of a solver; yield the images that end, and note those that go on in another way."""
     with torch.inference_mode(False), no_tf32():
         pool = _open(batch, work)
     if pool is None:
-        yield _give_up(batch, work.places, stuck if newton else None)
+        yield _give_up(batch, work.places, stuck)
         return
     places = work.places
     while places:
@@ -311,9 +316,9 @@ def _descend(
                     ended.append(place)
                 elif through:
                     onward.append(place)
-                elif newton and run.is_stuck:
+                elif batch.restarts and run.is_stuck:
                     (stuck if run.restart() else ended).append(place)
-                elif newton and _is_worth(batch, run):
+                elif batch.newton and _is_worth(batch, run):
                     near.append(place)
                 else:
                     left.append(i)
@@ -327,12 +332,12 @@ def _descend(
             yield ended
 
 
-def _give_up(batch: _Batch, places: list[int], stuck: list[int] | None) -> list[int]:
+def _give_up(batch: _Batch, places: list[int], stuck: list[int]) -> list[int]:
     """End the images of a solver that sees no way on, unless one may begin again: far from the target, without ball."""
     ended = []
     for place in places:
         run = batch.searches[place]
-        if stuck is not None and run.finite and run.error > _CLEAR * batch.noise(run) and run.restart():
+        if batch.restarts and run.finite and run.error > _CLEAR * batch.noise(run) and run.restart():
             stuck.append(place)
         else:
             run.status = Status.STALLED if run.finite else Status.ERROR
@@ -394,8 +399,16 @@ def _end(batch: _Batch, places: list[int], lost: list[int]) -> list[int]:
                 run.thirds, run.seconds = thirds + cost, seconds + share
                 run.offer(error)
             batch.report()
-        lost += [place for place in places if not batch.settle(place, math.inf, 0)]
-    return [place for place in places if place not in lost]
+        missed = [place for place in places if not batch.settle(place, math.inf, 0)]
+    again = [place for place in missed if _is_nearer(batch, batch.searches[place])]
+    lost += [place for place in missed if place not in again]
+    return [place for place in places if place not in missed] + (_end(batch, again, lost) if again else [])
+
+
+def _is_nearer(batch: _Batch, run: Search) -> bool:
+    """Whether Newton steps came so much nearer that a new Jacobian will be valid for the rest of the way."""
+    cost = jacobian_cost(batch.z.shape[1]) + _STEPS
+    return run.error < _NEARER * run.tried and run.num_evals + cost <= batch.max_evals
 
 
 def _snapshot(images: Tensor, runs: Sequence[Search]) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -35,17 +36,45 @@ def near(f, seed: int, batch: int = 3, away: float = 0.02) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("updates", [3, 40])
 def test_the_model_is_the_matrix_that_its_updates_make(updates):
-    """Also when there are more updates than are held apart."""
+    """Also when there are more updates than are held apart, and while the pixels that may move change."""
     A = random(2, 5, 30, seed=0)
     model = newton._Model(A.clone())
     for k in range(updates):
         u, change, wanted = random(2, 5, seed=10 + k), random(2, 30, seed=60 + k), torch.tensor([True, k % 3 > 0])
-        model.learn(u, change, model.apply(change), wanted)
+        model.learn(u, change, wanted)
+        model.restrict(random(2, 30, seed=90 + k) > -1)
         A = A + (u[:, :, None] * change[:, None]) * wanted[:, None, None]
     s, u = random(2, 30, seed=3), random(2, 5, seed=4)
     torch.testing.assert_close(model.apply(s), (A @ s[:, :, None])[:, :, 0], rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(model.pull(u), (A.mT @ u[:, :, None])[:, :, 0], rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(model.G, A @ A.mT, rtol=1e-10, atol=1e-9)
+    free = A * model.free[:, None]
+    assert 0 < int(model.free.sum()) < model.free.numel()
+    torch.testing.assert_close(model.G, free @ free.mT, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1])
+def test_a_step_is_the_best_one_in_the_box(damping):
+    """Against projected gradients; clipping the best step without a box is worse."""
+    A, x, r = random(3, 4, 40, seed=0), random(3, 40, seed=1).sigmoid(), 4 * random(3, 4, seed=2)
+    box = FeasibleSet.around(torch.full_like(x, 0.5), None, "linf", batched=True)
+    mu = torch.full((3, 1), damping, dtype=torch.float64)
+    first = -torch.linalg.solve(A @ A.mT + damping * torch.eye(4), r[:, :, None])[:, :, 0]
+    moved, change = newton._move(x, r, newton._Model(A.clone()), box, first, mu)
+
+    def cost(y: Tensor) -> Tensor:
+        return newton._times(A, y - x).add(r).square().sum(dim=1) + damping * (y - x).square().sum(dim=1)
+
+    best = x.clone()
+    rate = 1 / (torch.linalg.matrix_norm(A, 2).square() + damping)[:, None]
+    for _ in range(20_000):
+        slope = newton._times(A.mT, newton._times(A, best - x) + r) + damping * (best - x)
+        best = (best - rate * slope).clamp(0, 1)
+    assert float(((best == 0) | (best == 1)).double().mean()) > 0.05, "the box matters"
+    torch.testing.assert_close(moved, best, rtol=0, atol=5e-2)
+    torch.testing.assert_close(cost(moved), cost(best), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(change, newton._times(A, moved - x))
+    clipped = box.project(x + newton._times(A.mT, first))
+    assert bool((cost(clipped) > 1.05 * cost(best)).all())
 
 
 @pytest.mark.parametrize(("left", "radius"), [(1e-3, math.inf), (0.0, math.inf), (0.0, 0.3), (0.5, 0.01)])
@@ -95,7 +124,7 @@ def test_curved_maps_are_matched_from_one_jacobian(f, monkeypatch):
     assert formed == [1]
     assert bool((found >= 0).all() & (found <= 1).all())
     learnt = int(costs.sum()) - sum(forwards) - 2 * 3 * DIM
-    assert learnt % 2 == 0, "each row learnt costs a forward and a cotangent"
+    assert learnt % 2 == 0, "each row learnt costs a cotangent more"
 
 
 def test_an_image_alone_takes_the_same_steps():
@@ -143,38 +172,49 @@ def steep(seed: int = 0):
     return lambda x: ((x.flatten(1) - 0.5).to(torch.float64) @ V.T.to(torch.float64) * scale @ U.T).to(x)
 
 
-def test_a_slow_match_ends_by_newton_steps():
+@pytest.mark.parametrize("radius", [None, 0.05])
+def test_a_slow_match_ends_by_newton_steps(radius):
     f = steep()
     x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
+    (slope,) = torch.autograd.grad(f(y.requires_grad_())[0, 0], y)  # f is linear: only this corner of a ball has its z
+    z = f((x + (0.04 if radius else 0.3) * slope.sign()).clamp(0, 1))
     slow, quick = (
-        match_embedding(f, x, y, LBFGS(history=1, newton=newton), max_evals=2000, raise_on_failure=False)
+        match_embedding(f, x, z, LBFGS(history=1, newton=newton), radius=radius, max_evals=2000, raise_on_failure=False)
         for newton in (False, True)
     )
+    if radius:
+        assert float((quick.images - x).abs().max()) <= radius
+        assert float(((quick.images - x).abs() > 0.99 * radius).double().mean()) > 0.05, "the ball matters"
     assert quick.converged
     assert float(quick.num_evals) < 0.5 * float(slow.num_evals)
 
 
-def test_newton_steps_are_counted_and_stay_within_the_evaluations():
-    thirds = []
+def test_newton_steps_are_counted_and_stay_within_the_evaluations(monkeypatch):
+    forwards, backwards, calls = [], [], Counter()
 
-    def f(v):  # a forward pass alone, or with one backward pass, but for that of a Jacobian
-        thirds.append((3 if v.requires_grad else 1) * len(v))
+    def f(v):
+        forwards.append(len(v))
+        backwards.append(v.requires_grad)
         return steep()(v)
 
+    for name in ("jacobians", "vjps", "_step"):
+        real = getattr(newton, name)
+        monkeypatch.setattr(newton, name, lambda *args, name=name, real=real: calls.update([name]) or real(*args))
     x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
-    z, jacobians, tried = steep()(y), 0, admit(f, x, noise=True)
+    z, formed, tried = steep()(y), 0, admit(f, x, noise=True)
     for most in range(40, 200, 16):
-        thirds.clear()
+        forwards.clear(), backwards.clear(), calls.clear()
         result = match_embedding(tried, x, z, LBFGS(history=1), max_evals=most, raise_on_failure=False)
-        formed = (3 * float(result.num_evals) - sum(thirds)) / (2 * DIM - 2)
-        assert formed == pytest.approx(round(formed), abs=1e-9)
+        descent = sum(backwards) - calls["jacobians"] - calls["_step"]  # each with one cotangent
+        cotangents = descent + calls["vjps"] + DIM * calls["jacobians"]
+        assert 3 * float(result.num_evals) == pytest.approx(sum(forwards) + 2 * cotangents, abs=1e-9)
         assert float(result.num_evals) <= most
         assert result.traces[0][-1][1] == float(result.errors)
-        jacobians += round(formed)
-    assert jacobians > 0
+        formed += calls["jacobians"]
+    assert formed > 0
 
 
-def test_in_a_ball_there_are_none():
+def test_in_an_l2_ball_there_are_none():
     f = steep()
     x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
     runs = [
