@@ -58,8 +58,8 @@ def refine_8bit(
 
         minimise ‖r + J·Δ/255‖ over integer Δ, greedily;   k ← k + Δ;   r ← f(k/255) − z;   J ← Broyden's update.
 
-    Cost: (1 + 2D)/3 evaluations for J, a third of one for every round. Memory: D·N numbers an image; as many images
-    are refined together as 2 GiB hold, up to twice that while some of them form J afresh.
+    Cost: (1 + 2D)/3 evaluations for J, a third of one for every round. Memory: D·N numbers and 26 MB an image; as many
+    images are refined together as 2 GiB hold of either.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
@@ -98,7 +98,7 @@ def refine_8bit(
         f = admit(f, images, noise=True)
         z = target_embeddings(f, images, target, "images")
         runs = [_Run(image) for image in images]
-        count = max(1, _BYTES // (z.shape[1] * images[0].numel() * images.element_size() + WORKSPACE))
+        count = max(1, _BYTES // max(z.shape[1] * images[0].numel() * images.element_size(), WORKSPACE))
         with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook:
             for part in (slice(start, start + count) for start in range(0, len(images), count)):
                 lattice = Lattice.around(images[part], None if source is None else source[part], radius, norm)
