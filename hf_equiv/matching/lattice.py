@@ -191,19 +191,21 @@ def _candidates(jacobians: Sequence[Tensor], norms2: Tensor, r: Tensor, levels: 
 class _Pursuit:
     """Greedy descent of ‖r + A·Δ‖² over integer Δ (B, K), for A (B, D, K) and r (B, D).
 
-    There are M = 2K + 1 moves: a step of +1 or of −1 of each pixel, and none. A move with column a costs ‖a‖² + 2aᵀ(r +
-    AΔ), in squared error, and changes the costs of the others by a row of 2(±A)ᵀ(±A), in float32, which is enough between
-    two exact residuals. Of all pairs of moves that begin with one of the best few the best is made: the difference of
-    two columns is much shorter than either.
+    There are M = 2K + 1 moves: +1 or −1 of each pixel, and none. A move of column a costs ‖a‖² + 2aᵀ(r + AΔ), and
+    changes the costs of the others by a row of 2(±A)ᵀ(±A), in float32, which is enough between two exact residuals. Of
+    all pairs of moves that begin with one of the best few the best is made: the difference of two columns is much
+    shorter than either.
     """
 
     def __init__(self, A: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, room: Tensor | None) -> None:
         self.A, self.r, self.levels, self.lattice, self.room = A, r, levels, lattice, room
         narrow, count = A.float(), A.shape[2]
         block = 2 * narrow.mT @ narrow
-        self.rows = block.new_zeros((len(A), 2 * count + 1, 2 * count + 1))
-        for i, j, sign in ((0, 0, 1), (0, 1, -1), (1, 0, -1), (1, 1, 1)):
-            self.rows[:, i * count : (i + 1) * count, j * count : (j + 1) * count] = sign * block
+        self.rows = block.new_empty((len(A), 2 * count + 1, 2 * count + 1))
+        self.rows[:, -1] = self.rows[:, :, -1] = 0.0
+        quarters = [part for half in self.rows[:, :-1].split(count, dim=1) for part in half[:, :, :-1].split(count, 2)]
+        for part, sign in zip(quarters, (1, -1, -1, 1), strict=True):
+            torch.mul(block, sign, out=part)
         diagonal = self.rows.diagonal(dim1=1, dim2=2)
         self.own = diagonal / 2
         diagonal[:, :-1] = math.inf  # a move is made once between two exact residuals
@@ -228,14 +230,15 @@ class _Pursuit:
                 return steps
             bars = torch.where(going & (turns + pairs < most[:, 0]), -_LEAST * size2[:, 0], -math.inf)
             moves, made = self._look(left, steps, bars.unbind())
-            going, turns = made[:, 0], turns + 2 * _LOOK
+            going, turns, count = made[:, 0], turns + 2 * _LOOK, steps.shape[1]
             taken = torch.zeros_like(self.own, dtype=steps.dtype).scatter_add_(1, moves, made.repeat(1, 2).to(steps))
-            steps = steps + taken[:, : steps.shape[1]] - taken[:, steps.shape[1] : -1]
+            steps = steps + taken[:, :count] - taken[:, count:-1]
 
     def _look(self, left: Tensor, steps: Tensor, bars: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return pairs of moves from the residual `left`, first moves (B, L) before second ones, and those made (B, L).
+        """Choose a pair of moves for each bar (B,), to be made if its cost is lower; images that are done wait.
 
-        A pair is made if it lowers the squared error by more than its bar (B,); images that are done wait for the others.
+        Returns:
+            The moves (B, 2L), all first ones before the second ones, and whether each pair was made (B, L).
         """
         k, none = self.levels + steps, torch.zeros_like(steps[:, :1])
         slope = 2 * apply(self.A.mT, left).to(self.rows)
@@ -246,7 +249,7 @@ class _Pursuit:
             ahead = [self.lattice.longer(k, torch.full_like(k, sign)) for sign in (1, -1)]
             longer = torch.cat([*ahead, none], dim=1)
             free = free - self.lattice.longer(self.levels, steps).sum(dim=1, keepdim=True)
-        moves, made = [], []
+        firsts, seconds, made = [], [], []
         for bar in bars:
             change, first = _within(cost, longer, free).topk(min(_LEADERS, cost.shape[1]), largest=False)
             after = self.rows[self.batch[:, None], first].add_(cost[:, None])
@@ -254,15 +257,15 @@ class _Pursuit:
             least, second = _within(after, longer[:, None], rest).min(dim=2)
             least, best = least.add_(change).min(dim=1)
             going = least < bar
-            pair = first[self.batch, best], second[self.batch, best]
-            there = after[self.batch, best] + self.rows[self.batch, pair[1]]
+            one, two = first[self.batch, best], second[self.batch, best]
+            there = after[self.batch, best] + self.rows[self.batch, two]
             cost = torch.where(going[:, None], there, cost)
             if free is not None:
-                used = longer[self.batch, pair[0]] + longer[self.batch, pair[1]]
-                free = free - (used * going)[:, None]
-            moves.append(pair)
+                free = free - ((longer[self.batch, one] + longer[self.batch, two]) * going)[:, None]
+            firsts.append(one)
+            seconds.append(two)
             made.append(going)
-        return torch.stack([*(pair[0] for pair in moves), *(pair[1] for pair in moves)], dim=1), torch.stack(made, dim=1)
+        return torch.stack([*firsts, *seconds], dim=1), torch.stack(made, dim=1)
 
 
 def _within(cost: Tensor, longer: Tensor, free: Tensor | None) -> Tensor:

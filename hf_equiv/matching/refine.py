@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv import bars, checks
+from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import jacobians
 from hf_equiv.matching.feasible import Rows
@@ -48,6 +49,7 @@ def refine_8bit(
     source: Tensor | None = None,
     radius: float | None = None,
     norm: str = "linf",
+    bounds: Bounds = UNIT,
     rtol: float = 1e-5,
     max_evals: int = 1000,
     progress: ProgressHook | bool | None = None,
@@ -68,6 +70,7 @@ def refine_8bit(
         source: centre of the ball, (B, C, H, W); needed with `radius`.
         radius: radius of the ball about `source`, in pixel units (whole steps if k/255); None for the box alone.
         norm: norm of the ball, "linf" or "l2".
+        bounds: (0, 1), the only box of 8-bit images.
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image; too few for a Jacobian leave the rounded image.
         progress: called with a `Progress` after every round; an exception raised in it ends the run. By default a
@@ -78,7 +81,8 @@ def refine_8bit(
         that of rounding; unchanged and `infeasible` if the ball has no 8-bit image.
 
     Raises:
-        ValueError: pixels outside [0, 1], shapes that do not fit, `radius` without `source`, or a bad number.
+        ValueError: pixels or bounds other than [0, 1], shapes that do not fit, `radius` without `source`, or a bad
+            number.
 
     Example:
         >>> import torch
@@ -87,6 +91,10 @@ def refine_8bit(
         >>> refine_8bit(lambda x: x.mean((2, 3)), image, image.mean((2, 3)), rtol=1e-3).converged
         True
     """
+    if bounds not in (UNIT, list(UNIT)):
+        raise ValueError(
+            f"`bounds` must be (0, 1) for 8-bit images k/255; got {bounds}. Match within (0, 1), or do not refine."
+        )
     checks.check_match(images, "images", target, radius, norm, rtol, max_evals)
     if radius is not None and source is None:
         raise ValueError("`source` must be given with `radius`; got None. Pass the centre of the ball.")
@@ -166,9 +174,7 @@ class _Group(Rows):
         max_evals: evaluations per image.
     """
 
-    def __init__(
-        self, f: Function, runs: list[_Run], z: Tensor, lattice: Lattice, rtol: float, max_evals: int
-    ) -> None:
+    def __init__(self, f: Function, runs: list[_Run], z: Tensor, lattice: Lattice, rtol: float, max_evals: int) -> None:
         self.f, self.runs, self.z, self.lattice, self.rtol, self.max_evals = f, runs, z, lattice, rtol, max_evals
         self.rounded, inside = lattice.round(torch.stack([run.best for run in runs]))
         for run, feasible in zip(runs, inside.tolist(), strict=True):
@@ -230,8 +236,8 @@ class _Group(Rows):
         falls = apply(white, r).norm(dim=1) < apply(white, self.r_here).norm(dim=1)
         error, before, promised = (self._errors(v) for v in (r, self.r_here, self.r_here + predicted))
         share = ((before - error) / (before - promised).clamp_min(1e-12))[:, None]
-        fewer = (torch.minimum(self.trust, count) / 3).floor().clamp_min(8)
-        self.trust = torch.where((share < 0.25) & moved[:, None], fewer, torch.where(share > 0.6, 2 * self.trust, self.trust))
+        fewer, more = (torch.minimum(self.trust, count) / 3).floor().clamp_min(8), torch.where(share > 0.6, 2, 1)
+        self.trust = torch.where((share < 0.25) & (count > 0), fewer, more * self.trust)
         better = error < self.error
         onward = better | ((error < _EXCURSION * self.error) & falls)
         self.levels, self.r = pick(better, there, self.levels), pick(better, r, self.r)
