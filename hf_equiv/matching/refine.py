@@ -30,7 +30,7 @@ from hf_equiv.matching.solvers import pick
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import MatchResult, Status
 
-_PAIRS = 128  # most pairs of a cotangent and an image in a backward pass; a quarter of it on a CPU
+_PAIRS = 128  # most cotangents of an image in a backward pass; a quarter of it on a CPU
 _BYTES = 2 * 2**30  # most bytes of the Jacobians of the images refined together
 _CAP = 3  # most steps of one pixel in all; otherwise a few sensitive pixels take 20 and show as specks
 _CROWDED = 0.1  # share of pixels at the cap that doubles the cap, because too few others are left
