@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_equiv.matching.feasible import Rows
 from hf_equiv.precision import no_autocast
 
 _ROUNDED = 1e-6  # relative tolerance: a float32 radius of k/255 is k whole steps
 _CANDIDATES = 1280  # pixels considered in a round
+WORKSPACE = 4 * (2 * _CANDIDATES + 1) ** 2  # bytes of the moves of an image
 _FINE = 0.2  # share of r for which half of them are chosen, since later steps are finer
 _LEADERS = 8  # first steps of the pairs considered at a time
 _LOOK = 16  # pairs of steps between two looks of the host
@@ -20,8 +22,8 @@ _LEAST = 1e-5  # share of ‖r‖² that a pair of steps must remove
 _POOR = 0.7  # share of ‖r‖ left, from which the plain metric alone is tried
 
 
-@dataclass(frozen=True, slots=True)
-class Lattice:
+@dataclass(frozen=True)
+class Lattice(Rows):
     """The integers k (B, N) with k/255 in the box and the L∞ ball; an L2 ball bounds the sum of squares.
 
     Images whose centre is k/255 in its dtype measure distance in whole steps. Elsewhere distances refer to the
@@ -67,11 +69,6 @@ class Lattice:
         return replace(
             self, lower=torch.maximum(self.lower, levels - most), upper=torch.minimum(self.upper, levels + most)
         )
-
-    def of(self, images: list[int]) -> Lattice:
-        """Return the lattices of some images of the batch."""
-        lower, upper, center, places = (part[images] for part in (self.lower, self.upper, self.center, self.places))
-        return Lattice(lower, upper, center, places, None if self.l2_budget is None else self.l2_budget[images])
 
     def at(self, index: Tensor) -> Lattice:
         """Return the ranges and centres of some pixels (B, K) of each image."""
@@ -160,19 +157,17 @@ def plan_moves(
     columns = torch.stack([J.index_select(1, i) for J, i in zip(jacobians, index, strict=True)]).double()
     room = None if lattice.l2_budget is None else lattice.l2_budget - lattice.used(levels)
     part, k = lattice.at(index), levels.gather(1, index)
-    gram = _gram(columns)
-
-    def descend(steps: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-        steps = _descend(columns, gram, r, k, steps, part, room, goal, most)
-        return steps, (r + apply(columns, steps)).norm(dim=1, keepdim=True)
-
-    white, none = whiten @ columns, torch.zeros_like(k)
-    first = _descend(white, _gram(white), apply(whiten, r), k, none, part, room, 0.3 * goal, most)
-    steps, left = descend(first, most)
+    none = torch.zeros_like(k)
+    white = _Pursuit(whiten @ columns, apply(whiten, r), k, part, room)
+    steps = white.descend(none, 0.3 * goal, most)
+    del white  # the largest tensor of a round
+    plain = _Pursuit(columns, r, k, part, room)
+    steps = plain.descend(steps, goal, most)
+    left = plain.left(steps).norm(dim=1, keepdim=True)
     poor = left > torch.maximum(goal, _POOR * r.norm(dim=1, keepdim=True))
     if bool(poor.any()):
-        plain, other = descend(none, most * poor)
-        steps = torch.where(poor & (other < left), plain, steps)
+        alone = plain.descend(none, goal, most * poor)
+        steps = torch.where(poor & (plain.left(alone).norm(dim=1, keepdim=True) < left), alone, steps)
     return Moves(index, columns, steps)
 
 
@@ -193,54 +188,86 @@ def _candidates(jacobians: Sequence[Tensor], norms2: Tensor, r: Tensor, levels: 
     return torch.cat([coarse, fine.topk(count - count // 2).indices], dim=1)
 
 
-def _gram(columns: Tensor) -> Tensor:
-    """Return 2AᵀA (B, K, K) in float32, which is enough between two exact residuals."""
-    narrow = columns.float()
-    return 2 * narrow.mT @ narrow
+class _Pursuit:
+    """Greedy descent of ‖r + A·Δ‖² over integer Δ (B, K), for A (B, D, K) and r (B, D).
+
+    There are M = 2K + 1 moves: +1 or −1 of each pixel, and none. A move of column a costs ‖a‖² + 2aᵀ(r + AΔ), and
+    changes the costs of the others by a row of 2(±A)ᵀ(±A), in float32, which is enough between two exact residuals. Of
+    all pairs of moves that begin with one of the best few the best is made: the difference of two columns is much
+    shorter than either.
+    """
+
+    def __init__(self, A: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, room: Tensor | None) -> None:
+        self.A, self.r, self.levels, self.lattice, self.room = A, r, levels, lattice, room
+        narrow, count = A.float(), A.shape[2]
+        block = 2 * narrow.mT @ narrow
+        self.rows = block.new_empty((len(A), 2 * count + 1, 2 * count + 1))
+        self.rows[:, -1] = self.rows[:, :, -1] = 0.0
+        quarters = [part for half in self.rows[:, :-1].split(count, dim=1) for part in half[:, :, :-1].split(count, 2)]
+        for part, sign in zip(quarters, (1, -1, -1, 1), strict=True):
+            torch.mul(block, sign, out=part)
+        diagonal = self.rows.diagonal(dim1=1, dim2=2)
+        self.own = diagonal / 2
+        diagonal[:, :-1] = math.inf  # a move is made once between two exact residuals
+        self.batch = torch.arange(len(A), device=A.device)
+
+    def left(self, steps: Tensor) -> Tensor:
+        """Return r + A·Δ."""
+        return self.r + apply(self.A, steps)
+
+    def descend(self, steps: Tensor, goal: Tensor, most: Tensor) -> Tensor:
+        """Add about `most` (B, 1) steps to Δ, until ‖r + A·Δ‖ is at most `goal` (B, 1) or no pair is worth it."""
+        turns, going, kept = 0, most[:, 0] > 0, steps
+        before = torch.full_like(goal, math.inf)
+        pairs = 2 * torch.arange(_LOOK, device=goal.device)[:, None]
+        while True:
+            left = self.left(steps)
+            size2 = left.square().sum(dim=1, keepdim=True)
+            falls = size2 < before  # otherwise float32 misled the last steps
+            steps = kept = torch.where(falls, steps, kept)
+            going, before = going & (falls & (size2 > goal.square()))[:, 0], size2
+            if not bool(going.any()):
+                return steps
+            bars = torch.where(going & (turns + pairs < most[:, 0]), -_LEAST * size2[:, 0], -math.inf)
+            moves, made = self._look(left, steps, bars.unbind())
+            going, turns, count = made[:, 0], turns + 2 * _LOOK, steps.shape[1]
+            taken = torch.zeros_like(self.own, dtype=steps.dtype).scatter_add_(1, moves, made.repeat(1, 2).to(steps))
+            steps = steps + taken[:, :count] - taken[:, count:-1]
+
+    def _look(self, left: Tensor, steps: Tensor, bars: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Choose a pair of moves for each bar (B,), to be made if its cost is lower; images that are done wait.
+
+        Returns:
+            The moves (B, 2L), all first ones before the second ones, and whether each pair was made (B, L).
+        """
+        k, none = self.levels + steps, torch.zeros_like(steps[:, :1])
+        slope = 2 * apply(self.A.mT, left).to(self.rows)
+        blocked = torch.cat([k >= self.lattice.upper, k <= self.lattice.lower], dim=1)
+        cost = torch.cat([slope, -slope], dim=1).masked_fill_(blocked, math.inf)
+        cost, free, longer = self.own + torch.cat([cost, none.to(cost)], dim=1), self.room, none
+        if free is not None:
+            ahead = [self.lattice.longer(k, torch.full_like(k, sign)) for sign in (1, -1)]
+            longer = torch.cat([*ahead, none], dim=1)
+            free = free - self.lattice.longer(self.levels, steps).sum(dim=1, keepdim=True)
+        firsts, seconds, made = [], [], []
+        for bar in bars:
+            change, first = _within(cost, longer, free).topk(min(_LEADERS, cost.shape[1]), largest=False)
+            after = self.rows[self.batch[:, None], first].add_(cost[:, None])
+            rest = None if free is None else (free - longer.gather(1, first))[:, :, None]
+            least, second = _within(after, longer[:, None], rest).min(dim=2)
+            least, best = least.add_(change).min(dim=1)
+            going = least < bar
+            one, two = first[self.batch, best], second[self.batch, best]
+            there = after[self.batch, best] + self.rows[self.batch, two]
+            cost = torch.where(going[:, None], there, cost)
+            if free is not None:
+                free = free - ((longer[self.batch, one] + longer[self.batch, two]) * going)[:, None]
+            firsts.append(one)
+            seconds.append(two)
+            made.append(going)
+        return torch.stack([*firsts, *seconds], dim=1), torch.stack(made, dim=1)
 
 
-def _descend(
-    columns: Tensor, gram: Tensor, r: Tensor, levels: Tensor, steps: Tensor, lattice: Lattice, room: Tensor | None,
-    goal: Tensor, most: Tensor,
-) -> Tensor:  # fmt: skip
-    """Add integer steps Δ (B, K) that make ‖r + A·Δ‖ small greedily; images that are done wait for the others."""
-    # A step s = ±1 of pixel n changes ‖r + AΔ‖² by s·cₙ + ‖Aₙ‖², with c = 2Aᵀ(r + AΔ), and c by s·Gₙ, with G = 2AᵀA.
-    # Of all pairs of steps that begin with one of the best few, the best is made: the difference of two columns is much
-    # shorter than either. The second step may be none.
-    own, batch = gram.diagonal(dim1=1, dim2=2) / 2, torch.arange(len(r), device=r.device)[:, None]
-    turns, going, kept = 0, most > 0, steps
-    before = torch.full_like(goal, math.inf)
-    while True:
-        left = r + apply(columns, steps)
-        slope, size2 = 2 * apply(columns.mT, left).to(gram), left.square().sum(dim=1, keepdim=True)
-        falls = size2 < before  # otherwise float32 misled the last steps
-        going, before = going & falls & (size2 > goal.square()), size2
-        steps = kept = torch.where(falls, steps, kept)
-        if not bool(going.any()):
-            return steps
-        least = _LEAST * size2
-        for _ in range(_LOOK):
-            k = levels + steps
-            up, down = torch.where(k < lattice.upper, own, math.inf), torch.where(k > lattice.lower, own, math.inf)
-            if room is not None:
-                free = room - lattice.longer(levels, steps).sum(dim=1, keepdim=True)
-                more, less = lattice.longer(k, torch.ones_like(k)), lattice.longer(k, -torch.ones_like(k))
-                up, down = torch.where(more > free, math.inf, up), torch.where(less > free, math.inf, down)
-            rise, fall = up + slope, down - slope
-            change, lead = torch.minimum(rise, fall).topk(min(_LEADERS, k.shape[1]), largest=False)
-            s = torch.where((rise > fall).gather(1, lead), -1.0, 1.0)[:, :, None]
-            after = torch.addcmul(slope[:, None], s, gram[batch, lead])
-            rise, fall = up[:, None] + after, down[:, None] - after
-            if room is not None:
-                free = (free - torch.where(s[:, :, 0] > 0, more.gather(1, lead), less.gather(1, lead)))[:, :, None]
-                rise.masked_fill_(more[:, None] > free, math.inf)
-                fall.masked_fill_(less[:, None] > free, math.inf)
-            both = torch.minimum(rise, fall).scatter_(2, lead[:, :, None], 0.0).add_(change[:, :, None])
-            won, best = both.flatten(1).min(dim=1, keepdim=True)
-            going = going & (-won > least) & (most > turns)
-            a, second = best // k.shape[1], best % k.shape[1]
-            first, s = lead.gather(1, a), s[:, :, 0].gather(1, a) * going
-            t = torch.where((rise > fall).flatten(1).gather(1, best), -1.0, 1.0) * (going & (first != second))
-            slope = torch.addcmul(torch.addcmul(slope, s, gram[batch, first][:, 0]), t, gram[batch, second][:, 0])
-            steps = steps.scatter_add(1, torch.cat([first, second], dim=1), torch.cat([s, t], dim=1).double())
-            turns += 2
+def _within(cost: Tensor, longer: Tensor, free: Tensor | None) -> Tensor:
+    """Return the costs of moves, ∞ for those that need more room in an L2 ball than there is."""
+    return cost if free is None else cost.masked_fill(longer > free, math.inf)

@@ -165,6 +165,17 @@ class Search:
         return next((error for count, error in reversed(self.trace) if count <= self.num_evals - evals), None)
 
 
+def reached(f: Function, run: Search, image: Tensor, rtol: float) -> Status | None:
+    """Return the status if the error reached rtol with its noise on top, or as nearly as noise allows."""
+    noise = f.noise if run.noise is None else run.noise
+    if run.error + noise <= rtol and run.noise is None and noise > _FAINT * rtol:
+        near = f.noise_near(image)
+        run.noise = noise = near if near > _LOUDER * noise else noise
+    if run.error + noise <= rtol:
+        return Status.CONVERGED
+    return Status.STALLED if run.error <= rtol < 1.5 * noise else None
+
+
 class _Batch:
     """The images of one call of `match_embedding`: their targets, best images and searches."""
 
@@ -197,7 +208,7 @@ class _Batch:
         run = self.searches[place]
         run.thirds += thirds
         run.offer(error)
-        run.status = self._reached(place)
+        run.status = reached(self.f, run, self.images()[place], self.rtol)
         if run.status is None and run.num_evals + 1 > self.max_evals:
             run.status = Status.STALLED if run.is_stuck else Status.MAX_EVALS
         return run.status is not None
@@ -211,21 +222,10 @@ class _Batch:
         noise = self.noise(self.searches[place])
         return self.rtol - noise if 1.5 * noise <= self.rtol else self.rtol
 
-    def _reached(self, place: int) -> Status | None:
-        """Return the status if the error reached rtol with its noise on top, or as nearly as noise allows."""
-        run = self.searches[place]
-        noise = self.noise(run)
-        if run.error + noise <= self.rtol and run.noise is None and noise > _FAINT * self.rtol:
-            near = self.f.noise_near(self.images()[place])
-            run.noise = noise = near if near > _LOUDER * noise else noise
-        if run.error + noise <= self.rtol:
-            return Status.CONVERGED
-        return Status.STALLED if run.error <= self.rtol < 1.5 * noise else None
-
     def report(self) -> None:
         """Call the progress hook."""
         if self.progress is not None:
-            self.progress(_snapshot(self.images().clone(), self.searches))
+            self.progress(snapshot(self.images().clone(), self.searches))
 
 
 class _Pool(Rows):
@@ -411,7 +411,7 @@ def _is_nearer(batch: _Batch, run: Search) -> bool:
     return run.error < _NEARER * run.tried and run.num_evals + cost <= batch.max_evals
 
 
-def _snapshot(images: Tensor, runs: Sequence[Search]) -> Progress:
+def snapshot(images: Tensor, runs: Sequence[Search]) -> Progress:
     """Return the state of all images for a progress hook."""
     return Progress(
         images,
@@ -423,7 +423,7 @@ def _snapshot(images: Tensor, runs: Sequence[Search]) -> Progress:
 
 def collect(runs: Sequence[Search]) -> MatchResult:
     """Return the record of finished searches."""
-    end = _snapshot(torch.stack([run.best for run in runs]), runs)
+    end = snapshot(torch.stack([run.best for run in runs]), runs)
     return MatchResult(
         end.images,
         end.errors,
