@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_equiv import bars, checks
 from hf_equiv.conditions import Function, admit
-from hf_equiv.jacobian import jacobians, stacked
+from hf_equiv.jacobian import Parts, jacobians, stacked
 from hf_equiv.matching.lattice import Lattice, Moves, apply, left_geometry, plan_moves
 from hf_equiv.matching.search import ProgressHook, pixels_of, target_embeddings
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
@@ -97,7 +97,7 @@ def refine_8bit(
         images, target = images.detach().clone(), target.detach().clone()
         source = None if source is None else source.detach().clone()
         f = admit(f, images, noise=True)
-        z = target_embeddings(f, images, target, "images")
+        z = target_embeddings(f, images, target)
         runs = [_Run() for _ in images]
         count = max(1, _BYTES // (z.shape[1] * images[0].numel() * images.element_size()))
         with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook:
@@ -114,7 +114,7 @@ def refine_8bit(
         tuple(run.status or Status.ERROR for run in runs),
         tuple(tuple(run.trace) for run in runs),
         source,
-        pixels_of(target),
+        pixels_of(target, images),
     )
 
 
@@ -175,7 +175,7 @@ class _Group:
     """
 
     def __init__(self, f: Function, images: Tensor, z: Tensor, lattice: Lattice, runs: Sequence[_Run]) -> None:
-        self.f, self.images, self.z, self.lattice, self.runs = f, images, z, lattice, runs
+        self.f, self.images, self.z, self.lattice, self.runs, self.parts = f, images, z, lattice, runs, Parts()
         length = z.norm(dim=1, keepdim=True)
         self.unit = torch.ldexp(torch.ones_like(length), torch.frexp(length).exponent)  # z of any scale is near 1 in it
         self.scale, self.cap = length / self.unit, torch.full_like(length, _CAP)
@@ -228,7 +228,7 @@ class _Group:
 
     def _residuals(self, at: list[int], levels: Tensor) -> Tensor:
         with torch.no_grad():
-            output = self.f(self._pixels(levels))
+            (output,) = self.parts(lambda part: (self.f(self._pixels(levels[part])),), len(levels))
         checks.check_dimension(self.z[0], output.shape[1])
         for i in at:
             self.runs[i].thirds += 1
