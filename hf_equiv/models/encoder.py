@@ -27,7 +27,7 @@ from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
 from hf_equiv.models.readouts import Layout, check_size, embed, find_layout, native_size, probe, resolve_readout
-from hf_equiv.models.structure import left_relations, patch_weight
+from hf_equiv.models.structure import EmbeddingSet, find_embedding_set, left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
 from hf_equiv.precision import InFloat64, exact_derivatives, no_autocast, no_tf32
 
@@ -101,6 +101,7 @@ class Encoder:
         self._twin: Encoder | None = None
         self.admitted: dict[Any, Function] = {}  # by `conditions.admit`: an encoder is frozen, so it is tried once
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
+        self._sets: dict[tuple[object, ...], EmbeddingSet | None] = {}
 
     def _find_layout(self, size: tuple[int, int]) -> Layout:
         """Read the layout off one forward pass of two images, or refuse a model that cannot embed them."""
@@ -294,14 +295,7 @@ class Encoder:
         return self._preprocessor(images)
 
     def to_pil(self, images: Tensor) -> list[Image]:
-        """Return pixels as PIL images, each value rounded to the nearest k/255.
-
-        Args:
-            images: (B, 3, H, W) or (3, H, W), in [0, 1].
-
-        Returns:
-            One image for each of the batch.
-        """
+        """Return pixels (B, 3, H, W) or (3, H, W) as PIL images, each value rounded to the nearest k/255."""
         return [to_image(one) for one in (images if images.ndim == 4 else images[None])]
 
     def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
@@ -349,14 +343,7 @@ class Encoder:
         return self._twin or self
 
     def in_dtype(self, dtype: torch.dtype) -> Encoder:
-        """Return the same function in another floating-point type, with weights of its own.
-
-        Args:
-            dtype: type of weights and embeddings.
-
-        Returns:
-            The copy, on the same device.
-        """
+        """Return the same function in another floating-point type, on the same device, with weights of its own."""
         return restated(self, self.readout, self.normalize, dtype, self.device)
 
     def noise_floor(self, pixels: Tensor) -> Tensor:
@@ -379,15 +366,28 @@ class Encoder:
         return torch.stack(floors)
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
-        """Return the left vectors u of J = ∂f/∂x with uᵀJ in closed form, from the last LayerNorm onwards.
+        """Return the left vectors u of J at an image (3, H, W) with uᵀJ in closed form, exact zeros first."""
+        return left_relations(self, self._loaded.model, image)
+
+    def least_errors(self, image: Tensor, z: Tensor) -> Tensor:
+        """Return an embedding error ‖f(x) − z‖ / ‖z‖ below which no image x can come, by the last LayerNorm.
+
+        Behind it, with weights γ and β, embeddings lie in the ellipsoid γ⊙u + β with Σu = 0 and ‖u‖² ≤ D, and those
+        that are scaled to unit length lie on the sphere. The set is found once for each image size.
 
         Args:
-            image: (3, H, W), in [0, 1].
+            image: (3, H, W), in [0, 1], of the size of all images x.
+            z: embeddings, (B, D).
 
         Returns:
-            The relations, exact zeros first.
+            (B,) float64; 0 where nothing is known, because the layers after the LayerNorm are not linear.
         """
-        return left_relations(self, self._loaded.model, image)
+        key = self.readout, self.normalize, image.shape
+        if key not in self._sets:
+            with torch.inference_mode(False), torch.enable_grad(), no_tf32(), no_autocast():
+                self._sets[key] = find_embedding_set(self, self._loaded.model, image)
+        found, z = self._sets[key], z.double()
+        return z.new_zeros(len(z)) if found is None else found.distances(z) / z.norm(dim=1)
 
     @property
     def pixel_std(self) -> Tensor:
