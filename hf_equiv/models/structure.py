@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_equiv.checks import check_dimension
 from hf_equiv.geometry.zeros import LeftRelation
-from hf_equiv.precision import Encoding
+from hf_equiv.precision import Encoding, no_autocast, no_tf32
 
 _INSIDE = 1e-4  # sine of the angle below which a vector lies in a space: W is that of the dtype of f
 _AFFINE = 16  # times the spacing of the numbers in f: largest relative error of an affine T
@@ -43,6 +43,10 @@ class EmbeddingSet:
         return torch.hypot(within.norm(dim=1), (away - b @ self.axes.T).norm(dim=1))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
+@no_tf32()
+@no_autocast()
 def find_embedding_set(f: Encoding, model: nn.Module, image: Tensor) -> EmbeddingSet | None:
     """Return a set of which the embedding of every image of this size is a member; None if the layers tell of none."""
     # z = T(y), and y = γu + β is the output of the last LayerNorm, with Σu = 0 and ‖u‖² ≤ d at every token. If T is
