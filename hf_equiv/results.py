@@ -47,8 +47,8 @@ _ADVICE = {
     Status.MAX_EVALS: "The evaluations ran out before the error, with the float noise added, was at most `rtol`. Raise "
     "`max_evals`, or loosen `rtol`.",
     Status.INFEASIBLE: "No image can be a match: by the last layers of the encoder none has this embedding, or, in "
-    "`refine_8bit`, the ball holds no 8-bit image. Pass an unscaled embedding of the same encoder and readout, or loosen "
-    "`rtol` to above the error that `Encoder.least_errors` states; for 8-bit images widen `radius`.",
+    "`refine_8bit`, the ball holds no 8-bit image. Pass an unscaled embedding of the same encoder and readout, or "
+    "loosen `rtol` to above the error that `Encoder.least_errors` states; for 8-bit images widen `radius`.",
     Status.COMPLETED: "The analysis is complete.",
     Status.RESOLVED: "The value was read from a plateau of the secants, above the float noise.",
     Status.UNDETERMINED: "Float noise or curvature hides the value at every radius. Use float64, or radii between the "
