@@ -27,7 +27,7 @@ def check_tensor(images: Tensor, name: str, channels: str | None = None) -> None
         cure = f"Add a batch axis with `{name}[None]`." if images.ndim == single else "Use `encoder.preprocess(...)`."
         raise ValueError(f"`{name}` must have shape (B, {wanted}); got {tuple(images.shape)}. {cure}")
     if not images.is_floating_point():
-        raise TypeError(f"`{name}` must be a float tensor in [0, 1]; got dtype {images.dtype}. Divide uint8 by 255.")
+        raise TypeError(f"`{name}` must be a float tensor; got dtype {images.dtype}. Divide 8-bit values by 255.")
 
 
 def check_bounds(bounds: Bounds, images: Tensor) -> tuple[float, float]:
@@ -51,20 +51,29 @@ def check_images(images: Tensor, name: str = "images", bounds: Bounds = UNIT) ->
     if images.numel() == 0:
         raise ValueError(f"`{name}` must hold at least one image; got an empty batch {tuple(images.shape)}.")
     low, high = check_bounds(bounds, images)
-    if not bool(torch.isfinite(images).all()):
-        raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check how the images were read.")
+    if bad := _not_finite(images):
+        raise ValueError(f"`{name}` must be finite; got NaN or infinity in {bad}. Check how it was read.")
     least, most = float(images.detach().min()), float(images.detach().max())
     if low <= least and most <= high:
         return
     if bounds == UNIT:
         cure = "Pass raw pixels: the encoder normalises them itself." if least < 0.0 else "Divide 8-bit values by 255."
-        raise ValueError(f"`{name}` must lie in [0, 1]; got values in [{least:.4g}, {most:.4g}]. {cure}")
+        raise ValueError(
+            f"`{name}` must lie in [0, 1]; got values in [{least:.4g}, {most:.4g}]. {cure} For inputs "
+            "that are no pixels pass `bounds`; they have no 8-bit form."
+        )
     outside = (images.detach() < low) | (images.detach() > high)
     image, value = int(outside.nonzero()[0, 0]), float(images.detach()[outside][0])
     raise ValueError(
         f"`{name}` must lie within `bounds` [{low:g}, {high:g}]; got {value:.6g} in image {image}. Widen `bounds`, or "
         "pass None for no box."
     )
+
+
+def _not_finite(values: Tensor) -> str:
+    """Name the first image of a batch that has a value that is not finite, if there is one."""
+    bad = (~torch.isfinite(values.detach())).flatten(1).any(dim=1).nonzero()
+    return f"image {int(bad[0])}" if len(bad) else ""
 
 
 def check_like(images: Tensor, like: Tensor, name: str, *, one: bool = True, bounds: Bounds = UNIT) -> None:
@@ -110,8 +119,10 @@ def check_target(target: Tensor, images: Tensor, name: str = "images", bounds: B
 
 def check_embeddings(z: Tensor) -> None:
     """Require finite, non-zero embeddings whose squares neither overflow nor vanish: errors are relative to ‖z‖."""
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError("`target` embeddings must be finite; got NaN or infinity. Check `f` if they come from it.")
+    if bad := _not_finite(z):
+        raise ValueError(
+            f"`target` embeddings must be finite; got NaN or infinity for {bad}. Check `f` if they come from it."
+        )
     largest = z.double().abs().amax(dim=1)
     if bool((largest == 0).any()):
         raise ValueError("`target` embeddings must have non-zero norm: the embedding error is relative to it.")

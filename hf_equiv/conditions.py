@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -27,19 +27,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from hf_equiv import precision
 from hf_equiv.checks import UNIT, Bounds, check_bounds, check_output
 from hf_equiv.derivatives import PlainStrides, forward_mode, transposed, vjps
-from hf_equiv.precision import (
-    Encoding,
-    Recorded,
-    exact_derivatives,
-    float64_twin,
-    in_float64,
-    no_autocast,
-    no_tf32,
-    power_of_two,
-    with_autocast,
-)  # fmt: skip
+from hf_equiv.precision import Encoding, no_autocast, no_tf32, power_of_two
 
 _REPEAT = 100  # times the spacing of the numbers in f: largest difference of two calls, relative
 _BATCH = 1000  # the same for an image alone and in a batch, and for two products with J by autograd
@@ -76,7 +67,7 @@ class Function:
         self, plain: Encoding, *, strides: PlainStrides | None = None, noise: float = 0.0, bounds: Bounds = UNIT
     ) -> None:
         self.plain, self.strides, self.noise, self.bounds, self.derivable = plain, strides, noise, bounds, True
-        self._call = with_autocast(plain)
+        self._call = precision.with_autocast(plain)
 
     def apply(self, images: Tensor) -> Any:
         """Return the output of f as it is."""
@@ -99,7 +90,7 @@ class Function:
 
     def double(self) -> Function | None:
         """Return the float64 twin of f, if it offers one."""
-        twin = float64_twin(self.plain)
+        twin = precision.float64_twin(self.plain)
         return None if twin is None else Function(twin, strides=self.strides, bounds=self.bounds)
 
 
@@ -141,7 +132,7 @@ def _admit(f: Encoding, images: Tensor, gradient: bool, noise: bool, each: bool,
     strides = PlainStrides()
     call = Function(f, strides=strides, bounds=bounds)
     grey = 0.0 if bounds is None else sum(bounds) / 2
-    with torch.inference_mode(False), no_tf32(), _eval_mode():
+    with torch.inference_mode(False), no_tf32(), register_module_forward_pre_hook(_refuse_training):
         for image in images.detach():
             probe = _Probe(call, image)
             if probe.finite:
@@ -171,22 +162,13 @@ def _run(probe: _Probe, image: Tensor) -> None:
             probe = _Probe(probe.call, image, seed)
 
 
-@contextmanager
-def _eval_mode() -> Iterator[None]:
+def _refuse_training(module: torch.nn.Module, args: Any) -> None:
     """Refuse a call of batch norm or dropout in train mode, before it changes its statistics."""
-
-    def look(module: torch.nn.Module, args: Any) -> None:
-        acts = isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
-        if acts and module.training:
-            raise ValueError(f"`f` must be in eval mode; got {module} in train mode. Call `model.eval()` first.")
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise ValueError(f"`f` must map each image for itself; {module} has no statistics but those of the batch.")
-
-    hook = register_module_forward_pre_hook(look)
-    try:
-        yield
-    finally:
-        hook.remove()
+    acts = isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0)
+    if acts and module.training:
+        raise ValueError(f"`f` must be in eval mode; got {module} in train mode. Call `model.eval()` first.")
+    if isinstance(module, _BatchNorm) and module.running_mean is None:
+        raise ValueError(f"`f` must map each image for itself; {module} has no statistics but those of the batch.")
 
 
 class _FalseDerivativeError(ValueError):
@@ -206,8 +188,8 @@ class _Probe:
         wide, (low, high) = image.detach().double(), check_bounds(call.bounds, image)
         self.low, self.high = low, high
         if call.bounds is None:
-            mean, half = float(wide.mean()), 2 * float(wide.std(correction=0))
-            half = half or abs(mean) or 1.0
+            mean = float(wide.mean())
+            half = 2 * float(wide.std(correction=0)) or abs(mean) or 1.0
             self.low, self.high = mean - half, mean + half
         width = self.high - self.low
         span = power_of_two(width) / 2
@@ -220,7 +202,7 @@ class _Probe:
         self.x = ((near / grid).round() * grid).to(image)[None].requires_grad_(True)
         signs = (self._uniform(image.shape) - 0.5).sign().to(image)
         self.ways = torch.stack([signs, torch.ones_like(signs)])  # the mean of many signs is near 0
-        with torch.enable_grad(), Recorded() as seen:
+        with torch.enable_grad(), precision.Recorded() as seen:
             self.z = call(self.x)
         self.finite = bool(self.z.isfinite().all())
         self.eps = max(seen.eps, torch.finfo(self.z.dtype).eps, torch.finfo(image.dtype).eps)
@@ -259,14 +241,14 @@ class _Probe:
         hidden = exact is None or (self.x.dtype == torch.float64 and not self.smooth)
         return max(_VARIES * gap, _UNSEEN * self._jitter if hidden else 0.0)
 
+    @no_autocast()
     def _find_rows(self, second: Tensor, again: Tensor) -> None:
         """Set the rows Jᵀu (K, N) of random cotangents u (K, D), and the first of them from a second call of f."""
         self.u = torch.randn(2, self.z.shape[1], generator=self.generator, dtype=torch.float64, device="cpu").to(self.z)
         found, factor = None, _STRETCH if self.eps <= torch.finfo(torch.float32).eps else 1.0
         if second.requires_grad:
             try:
-                with no_autocast():
-                    (found,) = torch.autograd.grad(second, again, factor * self.u[:1], allow_unused=True)
+                (found,) = torch.autograd.grad(second, again, factor * self.u[:1], allow_unused=True)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -280,17 +262,16 @@ class _Probe:
                 "round, compare, sort or keep results of earlier calls."
             )
         found = found / factor
-        with no_autocast():
-            try:
-                rows = vjps(self.z[0], self.x, self.u)
-            except RuntimeError:  # a backward pass of f takes one cotangent at a time
-                rows = torch.cat([found, vjps(self.z[0], self.x, self.u[1:])[0]])
+        try:
+            rows = vjps(self.z[0], self.x, self.u)
+        except RuntimeError:  # a backward pass of f takes one cotangent at a time
+            rows = torch.cat([found, vjps(self.z[0], self.x, self.u[1:])[0]])
         self.rows, self.alone = self._in_unit(rows).flatten(1), self._in_unit(found).flatten()
 
     def _find_product(self) -> None:
         """Set J v (D,), or None without second order and forward mode; require that all products with J agree."""
         self.product = None
-        with no_autocast(), exact_derivatives():
+        with no_autocast(), precision.exact_derivatives():
             try:
                 u, gradient = transposed(self.call, self.x)
                 self.product = self._in_unit(vjps(gradient, u, self.ways[:1, None]))[0, 0]
@@ -315,15 +296,11 @@ class _Probe:
         """Require that differences of f agree with autograd at a step where neither noise nor curvature hides it."""
         slope, misses = float(self.rows.norm()) / math.sqrt(len(self.rows)), []
         for secants, noise, rtol in self._tries(slope):
-            excesses = []
-            for k, secant in enumerate(secants):
-                stated, seen, size = self._compare(k, secant, slope)
-                excesses.append((abs(stated - seen) - rtol * size - noise, stated, seen))
-            if not max(excesses)[0] > 0:
+            compared = (self._compare(k, secant, slope) for k, secant in enumerate(secants))
+            misses.append(max((abs(a - b) - rtol * size - noise, a, b) for a, b, size in compared))
+            if not misses[-1][0] > 0:
                 return
-            misses.append(max(excesses))
-        _, stated, seen = min(misses)
-        self._refuse("differences of f", stated, seen)
+        self._refuse("differences of f", *min(misses)[1:])
 
     def _tries(self, slope: float) -> Iterator[tuple[Tensor, float, float]]:
         """Yield the secants of one step after another, the noise in them, and the relative difference allowed."""
@@ -345,7 +322,7 @@ class _Probe:
     def exact(self) -> tuple[Encoding | None, float]:
         """Return f in float64 and its relative distance from f; None and 0 if it cannot be had."""
         try:
-            exact = float64_twin(self.call) or in_float64(self.call.plain)
+            exact = precision.float64_twin(self.call) or precision.in_float64(self.call.plain)
             with torch.enable_grad():  # as for `here`
                 z = self._in_unit(exact(self.x.detach().double()))[0]
         except Exception:  # f may raise any error on float64, or memory may run out
@@ -390,8 +367,8 @@ class _Probe:
 
     def beside(self, step: float) -> Tensor:
         """Return the secants, from a batch with other images in it; require that they do not change f(x)."""
-        low, high = (torch.full_like(self.x, end, requires_grad=False) for end in (self.low, self.high))
-        first = (self._uniform(self.x.shape[1:]) < 0.5).to(self.x.device)
+        low, high = self.x.new_tensor([self.low, self.high])
+        first = (self._uniform(self.x.shape) < 0.5).to(self.x.device)
         other, inverse = torch.where(first, high, low), torch.where(first, low, high)
         points = torch.cat([other, self.x.detach(), self._ends(step).to(self.x), inverse, other])
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import defaultdict
@@ -286,6 +287,39 @@ def jacobians(f: Encoding, images: Tensor, batch: int = 32) -> Tensor:
                 cotangents = rows[:, None].expand(-1, len(x), -1)
                 out.copy_(vjps(z, x, cotangents).flatten(2).transpose(0, 1))
     return matrices
+
+
+class Parts:
+    """Calls of f on all images of a batch at once, in smaller parts once memory has run out."""
+
+    most: int | None = None  # images in a part
+
+    def __call__(self, call: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
+        """Return the tensors of `call` for `count` images; NaN for one that alone runs out of memory, unless all do."""
+        made: list[tuple[slice, tuple[Tensor, ...]]] = []
+        size, full = self.most or count, None
+        todo = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        while todo:
+            part = todo.pop()
+            try:
+                made.append((part, call(part)))
+                continue
+            except torch.OutOfMemoryError as error:
+                full = error.with_traceback(None)  # which keeps memory alive
+            middle = (part.start + part.stop) // 2
+            if middle > part.start:
+                todo += [slice(part.start, middle), slice(middle, part.stop)]
+        if full is not None:
+            if not made:
+                raise full
+            self.most = max(part.stop - part.start for part, _ in made)
+        elif len(made) == 1:
+            return made[0][1]
+        whole = tuple(like.new_full((count, *like.shape[1:]), math.nan) for like in made[0][1])
+        for part, values in made:
+            for rows, value in zip(whole, values, strict=True):
+                rows[part] = value
+        return whole
 
 
 def jacobian_cost(num_rows: int) -> float:

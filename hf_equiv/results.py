@@ -46,18 +46,20 @@ _ADVICE = {
     "1/255 helps: 8-bit images seldom reach a small `rtol`.",
     Status.MAX_EVALS: "The evaluations ran out before the error, with the float noise added, was at most `rtol`. Raise "
     "`max_evals`, or loosen `rtol`.",
-    Status.INFEASIBLE: "The feasible set around this source holds no image with this embedding. Widen `radius`.",
+    Status.INFEASIBLE: "No image can be a match: by the last layers of the encoder none has this embedding, or, in "
+    "`refine_8bit`, the ball holds no 8-bit image. Pass an unscaled embedding of the same encoder and readout, or "
+    "loosen `rtol` to above the error that `Encoder.least_errors` states; for 8-bit images widen `radius`.",
     Status.COMPLETED: "The analysis is complete.",
     Status.RESOLVED: "The value was read from a plateau of the secants, above the float noise.",
     Status.UNDETERMINED: "Float noise or curvature hides the value at every radius. Use float64, or radii between the "
     "noise and the bend.",
     Status.DRIFT_EXCEEDED: "The corrector could not bring the embedding back within `rtol`. Make `step` smaller, "
     "loosen `rtol`, or use float64.",
-    Status.BOX_BLOCKED: "Every further step leaves the pixel range [0, 1]. Choose another heading, or start from an "
-    "image with fewer pixels at 0 and 1.",
-    Status.ERROR: "The image failed: it was unreadable or equal to its target, or the encoder returned NaN or raised "
-    "an exception. The cause was printed, and run.json of a run keeps it under `errors`. Run the same command again "
-    "to retry.",
+    Status.BOX_BLOCKED: "Every further step leaves the box, by default pixels in [0, 1]. Choose another heading, or "
+    "start from an image with fewer values at its bounds.",
+    Status.ERROR: "The image failed: it was unreadable, equal to its target or too large for the memory, or the "
+    "encoder returned NaN or raised an exception. The cause was printed, and run.json of a run keeps it under "
+    "`errors`. Run the same command again to retry.",
 }
 
 
@@ -66,14 +68,14 @@ class MatchResult:
     """Images whose embedding is (nearly) the target's, one entry per image of the batch.
 
     Attributes:
-        images: best iterates, (B, C, H, W), pixels in [0, 1], inside the feasible set.
+        images: best iterates, (B, *shape), inside the feasible set.
         errors: embedding errors ‖f(x) − z‖ / ‖z‖ of these images, (B,), float64.
         num_evals: evaluations spent on each image, (forwards + 2·cotangents + 2·tangents) / 3, (B,), float64.
         seconds: wall time of each image, (B,), float64; the images of a batch share the time of a step equally.
         status: one `Status` per image.
         traces: per image the (num_evals, error) pairs at which the best error improved, in order.
-        source: images that these should look like, (B, C, H, W), if they are known.
-        target: images whose embeddings these should have, (B or 1, C, H, W), if they were given as pixels.
+        source: images that these should look like, (B, *shape), if they are known.
+        target: images whose embeddings these should have, (B or 1, *shape), if they were given as images.
         labels: per image the classes of source, match and target, if an encoder has named them.
         float_errors: embedding errors of the float images that these 8-bit images come from, (B,), float64, if known.
     """
@@ -153,7 +155,7 @@ class Progress:
     """State of a batch, passed to a `progress` hook after every batched evaluation.
 
     Attributes:
-        images: best iterates so far, (B, C, H, W); a view, copy it before keeping it.
+        images: best iterates so far, (B, *shape); a view, copy it before keeping it.
         errors: their embedding errors, (B,), float64.
         num_evals: evaluations spent so far on each image, (B,), float64.
         active: whether work on the image continues, (B,), bool.

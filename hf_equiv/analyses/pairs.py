@@ -114,23 +114,27 @@ def _settle(
     reader: Reader, images: ImageSet, targets: ImageSet | None, places: Sequence[tuple[int, int | None]],
     columns: Mapping[str, dict[str, str | None]], *, drawn: bool,
 ) -> tuple[Item, ...]:  # fmt: skip
-    """Read every image and make the items; refuse bad images that were named, or all images of a data set."""
+    """Read every image and make the items; refuse bad images that were named, or all images of a set or pairs."""
     own = [reader.digest(images, i) for i, _ in places]
     others = [] if targets is None else [reader.digest(targets, j) for _, j in places if j is not None]
     beside = targets is not images  # the user named targets outside the data set
     usable = any(own) or (not beside and any(others))
     if reader.bad and (not drawn or not usable or (beside and None in others)):
         raise ValueError(_unusable(reader.bad, drawn=drawn))
-    items = []
+    items, equal = [], list[str]()
     for index, ((i, j), (name, facts)) in enumerate(zip(places, columns.items(), strict=True)):
         ids, digests = [images.ids[i]], [own[index]]
         if targets is not None and j is not None:
             ids.append(targets.ids[j])
             digests.append(others[index])
-            refuse_equal(*ids, same=own[index] is not None and own[index] == others[index])
         whole = None if None in digests else _digest_of_all(filter(None, digests))
-        reasons = tuple((image, why) for image in ids for why, found in reader.bad.items() if image in found)
-        items.append(Item(index, name, facts, i, j, whole, reasons))
+        reasons = [(image, why) for image in ids for why, found in reader.bad.items() if image in found]
+        if whole is not None and len(ids) == 2 and digests[0] == digests[1]:
+            equal.append(say_equal(*ids))
+            reasons.append((ids[0], equal[-1]))
+        items.append(Item(index, name, facts, i, j, whole, tuple(reasons)))
+    if equal and len(equal) == len(items):
+        raise ValueError(equal[0])
     return tuple(items)
 
 
@@ -148,13 +152,10 @@ def _digest_of_all(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def refuse_equal(source_id: str, target_id: str, *, same: bool) -> None:
-    """Refuse a source and a target with equal pixels."""
-    if same:
-        raise ValueError(
-            f"source and target must be different images; {source_id!r} and {target_id!r} are the same pixels for the "
-            "model. Choose another."
-        )
+def say_equal(source_id: str, target_id: str) -> str:
+    """Return the error of a source and a target with equal pixels."""
+    told = f"{source_id!r} and {target_id!r} are the same pixels for the model"
+    return f"source and target must be different images; {told}. Choose another."
 
 
 def image_generator(seed: int, image_id: str) -> torch.Generator:

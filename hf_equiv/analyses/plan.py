@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from hf_equiv.analyses.pairs import Item, Reader, refuse_equal
+from hf_equiv.analyses.pairs import Item, Reader, say_equal
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.formatting import fraction, many, read_fraction
@@ -88,7 +88,8 @@ class Plan:
         if self.targets is None or item.target is None:
             return source, None
         target = self.reader.pixels(self.targets, item.target)
-        refuse_equal(self.images.ids[item.source], self.targets.ids[item.target], same=torch.equal(source, target))
+        if torch.equal(source, target):
+            raise ValueError(say_equal(self.images.ids[item.source], self.targets.ids[item.target]))
         return source, target
 
 

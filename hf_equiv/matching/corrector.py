@@ -150,9 +150,9 @@ class Place:
 
 
 class Corrector:
-    """Bring images near {x : f(x) = z} onto it: ‖f(x) − z‖/‖z‖ ≤ rtol, pixels in [0, 1].
+    """Bring images near {x : f(x) = z} onto it: ‖f(x) − z‖/‖z‖ ≤ rtol, inside the box.
 
-    With r = f(x) − z, repeat: hold the pixels at 0 and 1; let A learn the row rᵀJ(x) by one VJP; set x ← clip(x −
+    With r = f(x) − z, repeat: hold the values at the bounds; let A learn the row rᵀJ(x) by one VJP; set x ← clip(x −
     A_Fᵀ(A_F A_Fᵀ)⁺ r) if that lowers ‖r‖; otherwise let A learn the row along its own error. A trial costs one
     evaluation. The corrector aims at half of `rtol`, so that other float32 kernels agree.
     """

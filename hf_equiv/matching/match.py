@@ -38,7 +38,8 @@ def match_embedding(
 
     Every iterate lies in the feasible set. f runs in the dtype of `source`, with TF32 off. If f does not depend on the
     batch, neither does the result of an image. Without a ball, an image that comes no nearer begins again from a
-    slightly changed image, at most three times.
+    slightly changed image, at most three times. If `f.least_errors` shows that no image can have a target embedding,
+    that image ends as `infeasible` after one evaluation.
 
     Cost: one evaluation is one forward and one backward pass of one image. The default solver keeps 2·`history` images
     of memory per image, and for its Newton steps D·N numbers and 64 images, of at most 4 GiB of images at a time.
@@ -81,24 +82,28 @@ def match_embedding(
         Sabour et al. (2016), arXiv:1511.05122, eq. 1–2 (matching inside an L∞ ball).
     """
     with bars.shown(progress, "match", bars.errors_to(rtol)) as hook:
-        searches = each_match(
+        ends = each_match(
             f, source, target, solver, radius=radius, norm=norm, bounds=bounds, rtol=rtol, max_evals=max_evals,
             start=start, progress=hook,
         )  # fmt: skip
-        found = {place: run for together in searches for place, run in together.items()}
+        found = {place: run for together in ends for place, run in together.items()}
     with torch.inference_mode(False):
-        result = collect([found[place] for place in range(len(found))])
-        result = replace(result, source=source.detach().clone(), target=pixels_of(target))
+        searches = [found[place] for place in range(len(found))]
+        result = collect(searches)
+        result = replace(result, source=source.detach().clone(), target=pixels_of(target, source))
     if raise_on_failure and not result.converged:
-        raise ConvergenceError(_describe_failure(result, rtol, max_evals), result)
+        least = [f"{run.least:.3g} for image {i}" for i, run in enumerate(searches) if run.least > 0]
+        raise ConvergenceError(_describe_failure(result, least, rtol, max_evals), result)
     return result
 
 
-def _describe_failure(result: MatchResult, rtol: float, max_evals: int) -> str:
+def _describe_failure(result: MatchResult, least: list[str], rtol: float, max_evals: int) -> str:
     missed = [i for i, status in enumerate(result.status) if status is not Status.CONVERGED]
     best = min(float(result.errors[i]) for i in missed)
     statuses = sorted({result.status[i] for i in missed})
     advice = " ".join(status.advice for status in statuses)
+    if least:
+        advice += f" The least possible error is {', '.join(least[:8])}."
     return (
         f"{len(missed)} of {len(result.status)} images did not reach rtol={rtol:g} in {max_evals} evaluations "
         f"({listing(missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "

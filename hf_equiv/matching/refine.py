@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
-from hf_equiv.jacobian import jacobians
+from hf_equiv.jacobian import Parts, jacobians
 from hf_equiv.matching.feasible import Rows
 from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, apply, left_geometry, plan_moves
 from hf_equiv.matching.search import ProgressHook, Search, collect, pixels_of, reached, snapshot, target_embeddings
@@ -104,7 +104,7 @@ def refine_8bit(
         images, target = images.detach().clone(), target.detach().clone()
         source = None if source is None else source.detach().clone()
         f = admit(f, images, noise=True)
-        z = target_embeddings(f, images, target, "images")
+        z = target_embeddings(f, images, target)
         runs = [_Run(image) for image in images]
         count = max(1, _BYTES // max(z.shape[1] * images[0].numel() * images.element_size(), WORKSPACE))
         with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook:
@@ -112,7 +112,7 @@ def refine_8bit(
                 lattice = Lattice.around(images[part], None if source is None else source[part], radius, norm)
                 group = _Group(f, runs[part], z[part], lattice, rtol, max_evals)
                 _refine(group.active(), lambda: None if hook is None else hook(snapshot(images, runs)))
-        return replace(collect(runs), source=source, target=pixels_of(target))
+        return replace(collect(runs), source=source, target=pixels_of(target, images))
 
 
 @dataclass(eq=False)
@@ -175,7 +175,8 @@ class _Group(Rows):
     """
 
     def __init__(self, f: Function, runs: list[_Run], z: Tensor, lattice: Lattice, rtol: float, max_evals: int) -> None:
-        self.f, self.runs, self.z, self.lattice, self.rtol, self.max_evals = f, runs, z, lattice, rtol, max_evals
+        self.f, self.runs, self.z, self.lattice, self.parts = f, runs, z, lattice, Parts()
+        self.rtol, self.max_evals = rtol, max_evals
         self.rounded, inside = lattice.round(torch.stack([run.best for run in runs]))
         for run, feasible in zip(runs, inside.tolist(), strict=True):
             run.status = None if feasible else Status.INFEASIBLE
@@ -251,7 +252,7 @@ class _Group(Rows):
     def _residuals(self, places: Tensor | slice, levels: Tensor) -> Tensor:
         """Evaluate points of some images of the group."""
         with torch.no_grad():
-            output = self.f(self._pixels(levels))
+            (output,) = self.parts(lambda part: (self.f(self._pixels(levels[part])),), len(levels))
         checks.check_dimension(self.z[0], output.shape[1])
         return (output.double() - self.z[places]) / self.unit[places]
 

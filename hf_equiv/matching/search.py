@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_equiv import checks
 from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
-from hf_equiv.jacobian import jacobian_cost, stacked
+from hf_equiv.jacobian import Parts, jacobian_cost, stacked
 from hf_equiv.matching.feasible import FeasibleSet, Rows
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.newton import end_by_newton
@@ -69,7 +69,7 @@ def each_match(
         source = source.detach().clone(memory_format=torch.contiguous_format)
         _check_different(source, target)
         f = admit(f, source, noise=True, bounds=bounds)
-        z = target_embeddings(f, source, target.detach(), "source")
+        z = target_embeddings(f, source, target.detach())
         begin = source if start is None else start.images.to(source, copy=True)
         feasible = FeasibleSet.around(source.flatten(1), radius, norm, bounds, batched=True)
         batch = _Batch(f, z, feasible, begin, rtol, max_evals, progress)
@@ -78,6 +78,9 @@ def each_match(
                 batch.searches, start.num_evals.tolist(), start.seconds.tolist(), strict=True
             ):
                 run.thirds, run.seconds = round(3 * evals), seconds
+        if not checks.is_image(target, source):
+            for run, least in zip(batch.searches, _least_errors(f, source, z), strict=True):
+                run.least = least if least > rtol + _CLEAR * max(f.noise, _NOISE[source.dtype]) else 0.0
         if isinstance(solver, LBFGS):
             fits = z.shape[1] * begin[0].numel() * begin.element_size() <= _LARGEST
             batch.newton = solver.newton and fits and feasible.l2_radius is None
@@ -88,28 +91,30 @@ def each_match(
         yield {place: batch.searches[place] for place in places}
 
 
-def target_embeddings(f: Encoding, images: Tensor, target: Tensor, name: str) -> Tensor:
-    """Return the embeddings (B, D) to reach, float64: computed from target pixels, or the target itself."""
-    if target.ndim == 4:
-        if target.shape[1:] != images.shape[1:]:
-            raise ValueError(
-                f"`target` must have the image shape of `{name}` {tuple(images.shape[1:])}; "
-                f"got {tuple(target.shape[1:])}. Preprocess both with the same encoder."
-            )
+def _least_errors(f: Function, source: Tensor, z: Tensor) -> list[float]:
+    """Return the errors below which no image can come, by what f knows of its embeddings; 0 if it knows nothing."""
+    state: Any = getattr(f, "least_errors", None)
+    own = getattr(state, "__self__", None) is f.plain  # a wrapper may lend the attributes of an Encoder
+    return state(source[0], z).tolist() if own else [0.0] * len(z)
+
+
+def target_embeddings(f: Encoding, images: Tensor, target: Tensor) -> Tensor:
+    """Return the embeddings (B, D) to reach, float64: computed from target images, or the target itself."""
+    if checks.is_image(target, images):
         with torch.no_grad():
             target = f(target.to(images))
         checks.check_embeddings(target)
     return target.detach().to(images.device, torch.float64).expand(images.shape[0], -1)
 
 
-def pixels_of(target: Tensor) -> Tensor | None:
-    """Return a copy of the target if it is pixels, for the record of a result."""
-    return target.detach().clone() if target.ndim == 4 else None
+def pixels_of(target: Tensor, images: Tensor) -> Tensor | None:
+    """Return a copy of the target if it is an image, for the record of a result."""
+    return target.detach().clone() if checks.is_image(target, images) else None
 
 
 def _check_different(source: Tensor, target: Tensor) -> None:
-    if target.shape[1:] != source.shape[1:]:
-        return  # embeddings, or pixels that `target_embeddings` refuses
+    if not checks.is_image(target, source):
+        return
     same = (source == target.to(source)).flatten(1).all(dim=1).nonzero().flatten().tolist()
     if same:
         raise ValueError(
@@ -124,6 +129,7 @@ class Search:
 
     best: Tensor  # in the shape of an image
     error: float = math.inf
+    least: float = 0.0  # error below which no image can come, if that is above the tolerance
     noise: float | None = None  # of f near the best image, relative; None until an error is small enough
     thirds: int = 0  # of the evaluations, an exact count
     seconds: float = 0.0
@@ -186,7 +192,7 @@ class _Batch:
         self.f, self.z, self.feasible, self.shape = f, z, feasible, start.shape
         self.rtol, self.max_evals, self.progress = rtol, max_evals, progress
         self.newton = False  # whether Newton steps may end a search
-        self.best = start.flatten(1).clone()
+        self.best, self.parts = start.flatten(1).clone(), Parts()
         self.searches = [Search(image) for image in start]
         self.scale = torch.linalg.vector_norm(z, dim=1)
         units = [power_of_two(scale) for scale in self.scale.tolist()]
@@ -209,6 +215,8 @@ class _Batch:
         run.thirds += thirds
         run.offer(error)
         run.status = reached(self.f, run, self.images()[place], self.rtol)
+        if run.status is None and run.least > 0 and run.error < math.inf:
+            run.status = Status.INFEASIBLE
         if run.status is None and run.num_evals + 1 > self.max_evals:
             run.status = Status.STALLED if run.is_stuck else Status.MAX_EVALS
         return run.status is not None
@@ -238,18 +246,21 @@ class _Pool(Rows):
         errors = [batch.searches[place].error for place in places]
         self.error = self.scale.new_tensor(errors)
 
-    def evaluate(self, f: Encoding, shape: torch.Size) -> list[list[float]]:
+    def evaluate(self, f: Encoding, shape: torch.Size, parts: Parts) -> list[list[float]]:
         """Evaluate the points and advance the solver; return error, finite and through of each image."""
-        points = self.descent.points
-        images = points.view(-1, *shape[1:]).requires_grad_(True)
-        with torch.enable_grad():
-            z = f(images)
-            checks.check_dimension(self.z[0], z.shape[1])
-            residual = (z.detach().double() - self.z) / self.unit[:, None]
-            with no_autocast():
-                (gradient,) = torch.autograd.grad(z, images, residual.to(z.dtype))
-        points = points.detach()
-        gradient = gradient.flatten(1) / self.unit[:, None].to(gradient)
+        points = self.descent.points.detach()
+
+        def pull(part: slice) -> tuple[Tensor, ...]:
+            images = points[part].view(-1, *shape[1:]).requires_grad_(True)
+            with torch.enable_grad():
+                z = f(images)
+                checks.check_dimension(self.z[0], z.shape[1])
+                residual = (z.detach().double() - self.z[part]) / self.unit[part, None]
+                with no_autocast():
+                    (gradient,) = torch.autograd.grad(z, images, residual.to(z.dtype))
+            return z.detach(), residual, gradient.flatten(1) / self.unit[part, None].to(gradient)
+
+        z, residual, gradient = parts(pull, len(points))
         with no_autocast():
             norm = torch.linalg.vector_norm(residual, dim=1)
             error = norm * self.unit / self.scale
@@ -304,7 +315,7 @@ def _descend(batch: _Batch, work: _Work, onward: list[int], near: list[int], stu
         began = time.perf_counter()
         ended, left = [], []
         with torch.inference_mode(False), no_tf32():  # the caller has its own rules back between two steps
-            table = pool.evaluate(batch.f, batch.shape)
+            table = pool.evaluate(batch.f, batch.shape, batch.parts)
             batch.best[pool.places] = pool.best
             for i, (place, (error, finite, through)) in enumerate(zip(places, table, strict=True)):
                 run = batch.searches[place]
@@ -381,6 +392,17 @@ def _groups(batch: _Batch, places: list[int]) -> list[list[int]]:
 
 def _end(batch: _Batch, places: list[int], lost: list[int]) -> list[int]:
     """Take Newton steps from the best images of a group; return those that end, and note the others as lost."""
+    try:
+        return _newton(batch, places, lost)
+    except torch.OutOfMemoryError:
+        if len(places) == 1:
+            lost += places
+            return []
+    middle = len(places) // 2  # outside the `except` block, the memory that the error kept alive is free
+    return _end(batch, places[:middle], lost) + _end(batch, places[middle:], lost)
+
+
+def _newton(batch: _Batch, places: list[int], lost: list[int]) -> list[int]:
     began = time.perf_counter()
     runs = [batch.searches[place] for place in places]
     before = [(run.thirds, run.seconds) for run in runs]

@@ -27,11 +27,10 @@ from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
 from hf_equiv.models.readouts import Layout, check_size, embed, find_layout, native_size, probe, resolve_readout
-from hf_equiv.models.structure import left_relations, patch_weight
+from hf_equiv.models.structure import EmbeddingSet, find_embedding_set, left_relations, patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
 from hf_equiv.precision import InFloat64, exact_derivatives, no_autocast, no_tf32
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
 
 
@@ -75,11 +74,9 @@ class Encoder:
             torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
             for values in (preprocessor.scaling.mean, preprocessor.scaling.std)
         )
-        self._batch_norm = loaded.has_batch_norm
-        self._native = native_size(loaded)
+        self._batch_norm, self._native = loaded.has_batch_norm, native_size(loaded)
         size = preprocessor.size or self._native or (224, 224)
-        self._sizes = {size}
-        self.input_shape = (3, *size)
+        self._sizes, self.input_shape = {size}, (3, *size)
         self._grey = torch.full((1, 3, *size), 0.5, dtype=dtype, device=device)
         self._layout = self._find_layout(size)
         self.readouts = self._layout.available
@@ -101,6 +98,7 @@ class Encoder:
         self._twin: Encoder | None = None
         self.admitted: dict[Any, Function] = {}  # by `conditions.admit`: an encoder is frozen, so it is tried once
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
+        self._sets: dict[tuple[object, ...], EmbeddingSet | None] = {}
 
     def _find_layout(self, size: tuple[int, int]) -> Layout:
         """Read the layout off one forward pass of two images, or refuse a model that cannot embed them."""
@@ -166,7 +164,7 @@ class Encoder:
             FileNotFoundError: the folder, its safetensors or its image processor file is absent.
             OSError: a damaged file, or the Hub's own error (RepositoryNotFoundError, GatedRepoError, no network).
         """
-        place = _checked(dtype, device)
+        place = find_device(dtype, device)
         cache = None if cache_dir is None else os.fspath(cache_dir)
         hub = HubFiles(os.fspath(model_id), "", subfolder, token, cache, local_files_only)
         checkpoint = find_checkpoint(hub, revision, trust_remote_code)
@@ -219,7 +217,7 @@ class Encoder:
             >>> Encoder.wrap(body, size=16, mean=0.5, std=0.5).embedding_dim
             32
         """
-        place = _checked(dtype, device)
+        place = find_device(dtype, device)
         parts = wrapping.wrap_module(module, size, mean, std, head, labels, name, dtype, place)
         encoder = cls(*parts, place, dtype, readout="auto", normalize=normalize)
         if labels is not None:
@@ -371,12 +369,9 @@ class Encoder:
             (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
         """
         self._check(pixels)
-        floors = []
         with torch.no_grad():
-            for image in pixels.to(self.dtype).split(1):
-                exact = self.double()(image.double())
-                floors.append((self(image).double() - exact).norm() / exact.norm())
-        return torch.stack(floors)
+            pairs = [(self(image).double(), self.double()(image.double())) for image in pixels.to(self.dtype).split(1)]
+        return torch.stack([(z - exact).norm() / exact.norm() for z, exact in pairs])
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
         """Return the left vectors u of J = ∂f/∂x with uᵀJ in closed form, from the last LayerNorm onwards.
@@ -389,6 +384,22 @@ class Encoder:
         """
         return left_relations(self, self._loaded.model, image)
 
+    def least_errors(self, image: Tensor, z: Tensor) -> Tensor:
+        """Return ‖y − z‖ / ‖z‖ of the nearest y that the last LayerNorm or a unit norm allows: no image comes nearer.
+
+        Args:
+            image: (3, H, W), in [0, 1], of the size of all images.
+            z: embeddings, (B, D).
+
+        Returns:
+            (B,) float64; 0 where nothing is known, as after other layers or in half precision.
+        """
+        key = self.readout, self.normalize, image.shape
+        if key not in self._sets:
+            self._sets[key] = find_embedding_set(self, self._loaded.model, image)
+        found, z = self._sets[key], z.double()
+        return z.new_zeros(len(z)) if found is None else found.distances(z) / z.norm(dim=1)
+
     @property
     def pixel_std(self) -> Tensor:
         """The standard deviation (3,) that divides each channel: one normalised-pixel unit in [0, 1]."""
@@ -397,10 +408,9 @@ class Encoder:
     @property
     def patch_weight(self) -> Tensor | None:
         """The weight (D, 3, p, p) of the patch embedding, per pixel in [0, 1]; None for models without one."""
-        if self._preprocessor.scaling.flipped:
-            weight = patch_weight(self._loaded.model, self._std.flip(1))
-            return None if weight is None else weight.flip(1)
-        return patch_weight(self._loaded.model, self._std)
+        flipped = self._preprocessor.scaling.flipped
+        weight = patch_weight(self._loaded.model, self._std.flip(1) if flipped else self._std)
+        return weight.flip(1) if flipped and weight is not None else weight
 
     def jvp_probe(self) -> bool:
         """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
@@ -428,19 +438,12 @@ class Encoder:
         return f"Encoder({what}, readout={readout}, {dtype} on {self.device})"
 
 
-def _checked(dtype: torch.dtype, device: str | torch.device | None) -> torch.device:
-    """Require a floating-point type, and return the device."""
-    if dtype not in _DTYPES:
-        raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
-    return find_device(device)
-
-
 def restated(
     encoder: Encoder, readout: str, normalize: bool, dtype: torch.dtype, device: str | torch.device | None,
     name: str = "",
 ) -> Encoder:  # fmt: skip
     """Return a copy of an encoder with other options and, if one is given, another name; "auto" keeps its readout."""
-    place = _checked(dtype, device)
+    place = find_device(dtype, device)
     checkpoint = replace(encoder._checkpoint, model_id=name) if name else encoder._checkpoint
     readout = encoder.readout if readout == "auto" else readout
     loaded, preprocessor = encoder._loaded.copied(dtype, place), encoder._preprocessor

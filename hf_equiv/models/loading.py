@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from hf_equiv.models.checkpoint import Checkpoint, quiet
 
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 # Weights that may be missing: they serve masked image modelling, or readouts that are then refused.
 _OPTIONAL = ("mask_token", "pooler", "text_model", "visual_projection", *_HEADS)
@@ -306,8 +307,10 @@ def _load_error(error: Exception, checkpoint: Checkpoint) -> Exception:
     )
 
 
-def find_device(device: str | torch.device | None) -> torch.device:
-    """Return the device named by `device`; None is CUDA if there is one, else the CPU."""
+def find_device(dtype: torch.dtype, device: str | torch.device | None) -> torch.device:
+    """Require a floating-point type, and return the device named by `device`; None is CUDA if present, else the CPU."""
+    if dtype not in _DTYPES:
+        raise TypeError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Use torch.float32.")
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,17 +1,86 @@
-"""Derive properties of the Jacobian from the layers of a model: its last LayerNorm and the layers after it."""
+"""Derive properties of f and its Jacobian from the last LayerNorm of a model and the layers after it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hf_equiv.checks import check_dimension
 from hf_equiv.geometry.zeros import LeftRelation
-from hf_equiv.precision import Encoding
+from hf_equiv.precision import Encoding, no_autocast, no_tf32
 
 _INSIDE = 1e-4  # sine of the angle below which a vector lies in a space: W is that of the dtype of f
+_AFFINE = 16  # times the spacing of the numbers in f: largest relative error of an affine T
+_HALVINGS = 128  # of an interval for the multiplier of a projection
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSet:
+    """A set of which every embedding is a member: c + A·diag(a)·q with ‖q‖ ≤ 1, or the unit sphere."""
+
+    center: Tensor  # c (D,), float64
+    axes: Tensor | None = None  # A (D, K), float64, orthonormal columns; None for the unit sphere about c = 0
+    lengths: Tensor | None = None  # semi-axes a (K,), float64
+
+    def distances(self, z: Tensor) -> Tensor:
+        """Return the distance (B,) of each z (B, D) to the set, float64."""
+        check_dimension(z[0], len(self.center))
+        away = z.to(self.center) - self.center
+        if self.axes is None or self.lengths is None:
+            return (away.norm(dim=1) - 1).abs()
+        # The nearest point has q = a·b/(a² + μ) with b = Aᵀ(z − c), and the μ ≥ 0 at which ‖q‖ = 1, or μ = 0 inside.
+        b, a2 = away @ self.axes, self.lengths.square()
+        low, high = torch.zeros_like(b[:, :1]), (b * self.lengths).norm(dim=1, keepdim=True)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            long = (b * self.lengths / (a2 + middle).clamp_min(1e-300)).norm(dim=1, keepdim=True) > 1
+            low, high = torch.where(long, middle, low), torch.where(long, high, middle)
+        within = b * high / (a2 + high).clamp_min(1e-300)
+        return torch.hypot(within.norm(dim=1), (away - b @ self.axes.T).norm(dim=1))
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+@no_tf32()
+@no_autocast()
+def find_embedding_set(f: Encoding, model: nn.Module, image: Tensor) -> EmbeddingSet | None:
+    """Return a set of which the embedding of every image of this size is a member; None if the layers tell of none."""
+    # z = T(y), and y = γu + β is the output of the last LayerNorm, with Σu = 0 and ‖u‖² ≤ d at every token. If T is
+    # affine and weighs the tokens by s, z = T(β) + W·diag(γ)·q with q = Σ sₜuₜ, hence Σq = 0 and ‖q‖ ≤ √d·Σ|sₜ|. A unit
+    # norm leaves the sphere. Half precision is too coarse to tell. Cost: six forwards, four VJPs, VJPs through T.
+    norm = find_last_norm(f, model, image)
+    kept: list[tuple[Tensor, Tensor]] = []
+    with _hooked(norm or nn.Identity(), lambda _, inputs, output: kept.append((inputs[0], output))):
+        z, x = _graph(f, image)
+    fine = z.dtype in (torch.float32, torch.float64)
+    if fine and _unit_norm(z[0], x):
+        return EmbeddingSet(torch.zeros_like(z[0], dtype=torch.float64))
+    tail = _tail(norm, *kept[0], z[0]) if fine and norm is not None and len(kept) == 1 else None
+    if norm is None or tail is None:
+        return None
+    gain, W, weights = tail
+    d, y, bias = len(gain), kept[0][1], getattr(norm, "bias", None)
+
+    def after(u: Tensor) -> Tensor:
+        moved = (gain * u + (0.0 if bias is None else bias.double())).to(y)
+        with torch.no_grad(), _hooked(norm, lambda *_: moved):
+            return f(image[None])[0].double()
+
+    draw = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(gain)
+    center, limit = after(torch.zeros_like(draw)), _AFFINE * torch.finfo(z.dtype).eps
+    for power in (1, 9):  # the other one has few large values
+        u = draw**power - (draw**power).mean(dim=-1, keepdim=True)
+        u *= d**0.5 / u.norm(dim=-1, keepdim=True)
+        stated = center + W @ (gain * (weights @ u.reshape(-1, d)))
+        if not float((after(u) - stated).norm()) <= limit * float(stated.norm()):
+            return None
+    columns = W * gain
+    axes, lengths, _ = torch.linalg.svd(columns - columns.mean(dim=1, keepdim=True), full_matrices=False)
+    return EmbeddingSet(center, axes, lengths * (d**0.5 * float(weights.abs().sum())))
 
 
 def find_last_norm(f: Encoding, model: nn.Module, image: Tensor) -> nn.Module | None:
@@ -56,15 +125,11 @@ def _after_norm(
     norm: nn.Module, h: Tensor, y: Tensor, z: Tensor, x: Tensor, *, unit_norm: bool
 ) -> Iterator[LeftRelation]:
     """Yield the relations of z = T(y), with y the output of the last LayerNorm for h."""
-    gamma, d = getattr(norm, "weight", None), h.shape[-1]
-    if gamma is not None and len(gamma) != d:
+    tail = _tail(norm, h, y, z)
+    if tail is None or not bool((tail[0] != 0).all()):
         return
-    gain = torch.ones(d, dtype=torch.float64, device=h.device) if gamma is None else gamma.detach().double()
-    again = nn.functional.layer_norm(h, (d,), gamma, getattr(norm, "bias", None), getattr(norm, "eps", 0.0))
-    plain = again.shape == y.shape and bool(torch.allclose(again, y, rtol=1e-3, atol=1e-3))  # false for other axes
-    W, token = _tail(z, y) if plain and bool((gain != 0).all()) else (None, None)
-    if W is None:
-        return
+    gain, W, scale = tail
+    token = int(scale.argmax()) if int((scale != 0).sum()) == 1 else None
     U, sigma, Vh = torch.linalg.svd(W, full_matrices=W.shape[0] <= 4096)
     rank = int((sigma > 1e3 * torch.finfo(z.dtype).eps * sigma[0]).sum())
     if W.shape[0] > W.shape[1] and U.shape[1] == W.shape[0]:
@@ -133,26 +198,27 @@ def patch_weight(model: nn.Module, std: Tensor) -> Tensor | None:
     return None
 
 
-def _tail(z: Tensor, y: Tensor) -> tuple[Tensor | None, int | None]:
-    """Return W = ∂z/∂y (D, d) at the token that z reads, and the token; no token if z averages several."""
+def _tail(norm: nn.Module, h: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return γ (d,), W = ∂z/∂y (D, d) at a token and the weights of all tokens, if z = T(y) reads a weighted sum."""
+    gamma, d = getattr(norm, "weight", None), h.shape[-1]
+    if gamma is not None and len(gamma) != d:
+        return None
+    again = nn.functional.layer_norm(h, (d,), gamma, getattr(norm, "bias", None), getattr(norm, "eps", 0.0))
+    if again.shape != y.shape or not bool(torch.allclose(again, y, rtol=1e-3, atol=1e-3)):  # it has other axes
+        return None
     generator = torch.Generator().manual_seed(0)
-    d = y.shape[-1]
     probes = torch.randn(2, z.numel(), generator=generator).to(z)
     seen = [torch.autograd.grad(z, y, probe, retain_graph=True)[0].reshape(-1, d).double() for probe in probes]
-    lengths = seen[0].norm(dim=1)
-    token = int(lengths.argmax())
-    if not float(lengths[token]) > 0:
-        return None, None
-    several = int((lengths > 0).sum()) > 1
-    if several:
-        scale = (seen[0] @ seen[0][token]) / seen[0][token].square().sum()
-        if any(float((g - scale[:, None] * g[token]).norm()) > 1e-4 * float(g.norm()) for g in seen):
-            return None, None
+    token = int(seen[0].norm(dim=1).argmax())
+    scale = (seen[0] @ seen[0][token]) / seen[0][token].square().sum()
+    if any(not float((g - scale[:, None] * g[token]).norm()) <= 1e-4 * float(g.norm()) for g in seen):
+        return None
     rows = []
     for unit in torch.eye(z.numel(), dtype=z.dtype, device=z.device).split(64):
         (part,) = torch.autograd.grad(z, y, unit, retain_graph=True, is_grads_batched=True)
         rows.append(part.reshape(len(unit), -1, d)[:, token].double())
-    return torch.cat(rows), None if several else token
+    gain = torch.ones(d, dtype=torch.float64, device=h.device) if gamma is None else gamma.detach().double()
+    return gain, torch.cat(rows), scale
 
 
 def _graph(f: Encoding, image: Tensor) -> tuple[Tensor, Tensor]:

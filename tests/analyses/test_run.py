@@ -334,8 +334,11 @@ def test_source_equal_to_target(photos, tiny, tmp_path):
     photo = str(photos / "class0" / "photo0.png")
     with pytest.raises(ValueError, match="source and target must be different images"):
         make_plan(MatchConfig(source=photo, target=photo), tiny)
-    with pytest.raises(ValueError, match=r"'class0/photo0\.png' and 'photo0\.png' are the same pixels"):
-        make_plan(MatchConfig(source=str(photos), target=photo), tiny)
+    plan = make_plan(MatchConfig(source=str(photos), target=photo, max_evals=5), tiny)
+    outcome = run.run_analysis(plan, tmp_path / "run")
+    assert [row["status"] == "error" for row in outcome.rows] == [True] + 5 * [False]
+    (why,) = outcome.errors.values()
+    assert "'class0/photo0.png' and 'photo0.png' are the same pixels" in why
 
 
 def test_named_bad_image_stops_at_the_door(photos, tiny, tmp_path):
@@ -576,9 +579,18 @@ class Small(TinyEncoder):
         return super().__call__(pixels)
 
 
-def test_batches_are_halved_when_memory_runs_out(photos, tiny, tmp_path):
-    told = []
+def test_batches_are_halved_when_memory_runs_out(photos, tiny, tmp_path, monkeypatch):
+    told, real = [], match.match_in_stages
+
+    def roomy(encoder, drafts, source, *given, **more):
+        if len(source) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(encoder, drafts, source, *given, **more)
+
     plan = make_plan(config_of(photos, pairs=20), Small())
+    run.run_analysis(plan, tmp_path / "whole", batch_size=8, observer=lambda p: told.append(p.message))
+    assert not any(told)  # evaluations are halved, and the solvers have room
+    monkeypatch.setattr(match, "match_in_stages", roomy)
     outcome = run.run_analysis(plan, tmp_path / "a", batch_size=8, observer=lambda p: told.append(p.message))
     said = [text for text in told if text]
     assert [text.partition(";")[0] for text in said] == [

@@ -12,6 +12,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from hf_equiv.conditions import admit
+from hf_equiv.matching import newton
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.search import Search
@@ -365,25 +366,131 @@ def test_default_device_is_not_asked():
         torch.set_default_device(None)
 
 
+class Marked:
+    """`linear()`, but for the images near 0.99, where `bad` is added or memory runs out; knows its rows beyond 1e3."""
+
+    def __init__(self, bad: float = 0.0) -> None:
+        self.bad, self.batches = bad, []
+
+    def __call__(self, v: Tensor) -> Tensor:
+        marked = v.detach().flatten(1).mean(dim=1) > 0.9
+        if v.requires_grad:
+            self.batches.append(len(v))
+            if self.bad == 0 and bool(marked.any()):
+                raise torch.OutOfMemoryError("no room")
+        return torch.stack([linear()(x[None])[0] + (self.bad if far else 0.0) for x, far in zip(v, marked)])  # noqa: B905
+
+    def least_errors(self, image: Tensor, z: Tensor) -> Tensor:
+        return 1 - 1e3 / z.double().norm(dim=1).clamp_min(1e3)
+
+
+BAD_IMAGES = {  # what f adds to the embedding of the image, its target in units of another, and its end
+    "NaN": (math.nan, 1, Status.ERROR),
+    "infinite": (math.inf, 1, Status.ERROR),
+    "minus infinite": (-math.inf, 1, Status.ERROR),
+    "no memory for it": (0.0, 1, Status.ERROR),
+    "target that no image has": (1.0, 1e6, Status.INFEASIBLE),
+    "matched already": (1.0, 0, Status.CONVERGED),
+}
+
+
 @every_solver
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_image_that_f_fails_on_spoils_no_other(solver, bad):
-    marked = images(3, seed=64)
-    marked[1] = 0.99
+@pytest.mark.parametrize("case", BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_a_bad_image_spoils_no_other(solver, case):
+    bad, scale, status = case
+    x, z = images(5, seed=64), linear()(images(5, seed=65))
+    x[1] = 0.99
+    f = Marked(bad)
+    z[1] = scale * z[1] if scale else linear()(x[1:2])[0] + bad
+    start = (linear()(x[1:2])[0] + bad - z[1]).double().norm() / z[1].double().norm()
+    options = {"max_evals": 30, "raise_on_failure": False}
+    result = match_embedding(f, x, z, solver, **options)
+    rest = [0, 2, 3, 4]
+    good = match_embedding(linear(), x[rest], z[rest], solver, **options)
+    assert result.status[1] is status
+    assert torch.equal(result.images[1], x[1])
+    torch.testing.assert_close(result.errors[1], start if bad == 1.0 else result.errors[1], rtol=1e-6, atol=1e-7)
+    assert math.isfinite(float(result.errors[1])) is (bad == 1.0)
+    assert result.num_evals[1] == 1
+    for name in ("images", "errors", "num_evals"):
+        assert torch.equal(getattr(result, name)[rest], getattr(good, name))
+    assert tuple(result.status[i] for i in rest) == good.status
+
+
+def test_memory_that_no_image_has_is_told():
+    x, z = images(3, seed=64) * 0 + 0.99, linear()(images(3, seed=65))
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        match_embedding(Marked(), x, z)
+
+
+def test_a_batch_is_halved_where_memory_runs_out_and_stays_so():
+    class Small(Marked):
+        def __call__(self, v: Tensor) -> Tensor:
+            if v.requires_grad and len(v) > 2:
+                raise torch.OutOfMemoryError
+            return super().__call__(v)
+
+    x, z, f = images(5, seed=66), linear()(images(5, seed=67)), Small(1.0)
+    assert same_result(match_embedding(f, x, z), match_embedding(linear(), x, z))
+    assert max(f.batches) == 2
+
+
+@pytest.mark.parametrize("room", [1, 0])
+def test_newton_steps_take_the_memory_there_is(monkeypatch, room):
+    f, x, y = scaled_rows(torch.float32), 0.2 + 0.6 * images(3, seed=70), 0.2 + 0.6 * images(3, seed=71)
+    real, asked = newton.jacobians, []
+
+    def short(f, points, batch):
+        asked.append(len(points))
+        if len(points) > room:
+            raise torch.OutOfMemoryError
+        return real(f, points, batch)
+
+    def g(v: Tensor) -> Tensor:
+        return torch.stack([f(one.flatten()) for one in v])
+
+    plain = match_embedding(g, x, g(y))
+    monkeypatch.setattr(newton, "jacobians", short)
+    found = match_embedding(g, x, g(y), raise_on_failure=room > 0)
+    assert max(asked) > 1
+    assert found.converged
+    assert same_result(found, plain) or room == 0
+
+
+def test_a_target_that_no_image_has_is_told_with_its_least_error():
+    x, z = images(2, seed=64), linear()(images(2, seed=65))
+    z[1] *= 2e3 / z[1].norm()
+    with pytest.raises(ConvergenceError, match=r"The least possible error is 0\.5 for image 1\.") as caught:
+        match_embedding(Marked(1.0), x, z)
+    assert caught.value.result.status == (Status.CONVERGED, Status.INFEASIBLE)
+
+    class Wrapper:  # lends the attributes of another function
+        def __init__(self) -> None:
+            self.inner = Marked(1.0)
+
+        def __call__(self, v: Tensor) -> Tensor:
+            return 1e6 * self.inner(v)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+    assert match_embedding(Wrapper(), x, 1e6 * linear()(images(2, seed=65))).converged
+
+
+@pytest.mark.parametrize("shape", [(40,), (5, 8), (2, 2, 2, 5)])
+@pytest.mark.parametrize("bounds", [(0, 1), (-1, 2), None])
+def test_images_of_any_shape_are_targets(shape, bounds):
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 
     def f(v: Tensor) -> Tensor:
-        return torch.stack([linear()(x[None])[0] + (bad if float(x.detach().mean()) > 0.9 else 0.0) for x in v])
+        return torch.stack([weight @ one.flatten() for one in v])
 
-    z = linear()(images(3, seed=65))
-    options = {"max_evals": 30, "raise_on_failure": False}
-    result = match_embedding(f, marked, z, solver, **options)
-    good = match_embedding(linear(), marked[[0, 2]], z[[0, 2]], solver, **options)
-    assert result.status[1] is Status.ERROR
-    assert torch.equal(result.images[1], marked[1])
-    assert not math.isfinite(float(result.errors[1]))
-    assert result.num_evals[1] == 1
-    assert torch.equal(result.images[[0, 2]], good.images)
-    assert torch.equal(result.errors[[0, 2]], good.errors)
+    x, y = (torch.rand(2, *shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    found = match_embedding(f, x, y, bounds=bounds)
+    assert same_result(found, match_embedding(f, x, f(y), bounds=bounds))
+    assert torch.equal(found.target, y)
+    with pytest.raises(ValueError, match="`target` must differ from `source`"):
+        match_embedding(f, x, x, bounds=bounds)
 
 
 def test_nan_in_the_gradient_is_an_error():
@@ -464,15 +571,15 @@ def test_exception_in_the_hook_ends_the_run(kind):
 GOOD = images(2)
 OTHER = images(2, seed=1)
 Z = linear()(OTHER)
-NAN = torch.where(torch.arange(8) == 0, math.nan, GOOD)
+NAN = torch.where(torch.arange(2).view(2, 1, 1, 1) == 1, math.nan, GOOD)
 
 # ruff: noqa: E501
 BAD = {
     "source no tensor": ([0.5], OTHER, {}, TypeError, "`source` must be a torch.Tensor; got list."),
     "source 3-D": (GOOD[0], OTHER, {}, ValueError, "`target` must be images (B, 8, 8) or embeddings (B, D); got shape (2, 3, 8, 8)."),
-    "source uint8": (GOOD.byte(), OTHER, {}, TypeError, "`source` must be a float tensor in [0, 1]; got dtype torch.uint8"),
+    "source uint8": (GOOD.byte(), OTHER, {}, TypeError, "`source` must be a float tensor; got dtype torch.uint8"),
     "source empty": (GOOD[:0], OTHER, {}, ValueError, "`source` must hold at least one image; got an empty batch"),
-    "source NaN": (NAN, OTHER, {}, ValueError, "`source` must be finite; got NaN or infinity."),
+    "source NaN": (NAN, OTHER, {}, ValueError, "`source` must be finite; got NaN or infinity in image 1."),
     "source infinite": (GOOD / 0, OTHER, {}, ValueError, "`source` must be finite"),
     "source above 1": (GOOD * 255, OTHER, {}, ValueError, "`source` must lie in [0, 1]; got values in ["),
     "source below 0": (GOOD - 1, OTHER, {}, ValueError, "`source` must lie in [0, 1]; got values in [-"),
@@ -482,14 +589,14 @@ BAD = {
     "target batch": (GOOD, images(3), {}, ValueError, "`target` must have batch size 1 or 2; got 3."),
     "target batch of embeddings": (GOOD[:1], Z, {}, ValueError, "`target` must have batch size 1; got 2."),
     "target above 1": (GOOD, OTHER + 1, {}, ValueError, "`target` must lie in [0, 1]"),
-    "target uint8": (GOOD, OTHER.byte(), {}, TypeError, "`target` must be a float tensor in [0, 1]"),
+    "target uint8": (GOOD, OTHER.byte(), {}, TypeError, "`target` must be a float tensor; got dtype torch.uint8"),
     "target other shape": (GOOD, OTHER[..., :4], {}, ValueError, "`target` must have the image shape of `source` (3, 8, 8)"),
     "target = source": (GOOD, GOOD.clone(), {}, ValueError, "`target` must differ from `source`; got the same pixels for images 0, 1."),
     "one target = source": (GOOD, torch.stack([OTHER[0], GOOD[1]]), {}, ValueError, "got the same pixels for image 1."),
     "shared target = source": (GOOD, GOOD[1:], {}, ValueError, "got the same pixels for image 1."),
     "target = source in another dtype": (GOOD, GOOD.double() + 1e-12, {}, ValueError, "`target` must differ from `source`"),
     "embeddings int": (GOOD, Z.long(), {}, TypeError, "`target` must be a float tensor; got dtype torch.int64."),
-    "embeddings NaN": (GOOD, Z * math.nan, {}, ValueError, "`target` embeddings must be finite; got NaN or infinity."),
+    "embeddings NaN": (GOOD, Z * math.nan, {}, ValueError, "`target` embeddings must be finite; got NaN or infinity for image 0."),
     "embeddings zero": (GOOD, Z * 0, {}, ValueError, "`target` embeddings must have non-zero norm"),
     "embeddings dimension": (GOOD, Z[:, :5], {}, ValueError, f"`target` embeddings must have the encoder's dimension {DIM}; got 5."),
     "embeddings dimension 1": (GOOD, Z[:, :1], {}, ValueError, f"`target` embeddings must have the encoder's dimension {DIM}; got 1."),

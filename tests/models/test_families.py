@@ -68,6 +68,7 @@ def test_readouts_batches_and_derivatives(name: str, tmp_path: Path) -> None:
         with torch.no_grad():
             z = f(x)
             assert torch.equal(z, torch.cat([f(one) for one in x.split(1)])), readout
+        assert float(f.least_errors(x[0], z).max()) < 2e-6, readout
         if readout == "hidden:1":
             own = own_hidden(own, z.shape[1], family)
         torch.testing.assert_close(z, own, rtol=1e-4, atol=1e-5 * float(own.abs().max()), msg=readout)
