@@ -27,9 +27,10 @@ from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_choice, check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import finite
-from hf_equiv.geometry.headings import Ahead, Toward
+from hf_equiv.geometry.headings import Ahead, Heading, Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
+from hf_equiv.passes import Work, alone
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
@@ -261,17 +262,22 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
     made[0]["faults"] = _path_faults(settings, name, frames, origin, aim, 1 - len(z) / origin.numel())
     if heading != "random":
-        corrector = Corrector(encoder, z.double(), settings["rtol"])
+        ahead = Ahead(torch.where(origin <= 0.5, 1.0, -1.0).to(origin), origin)
+        way = ahead if aim is None else Toward(aim.to(frames), stop=math.inf)
         with no_tf32():
-            at = corrector.look(frames[-1])
-            corrector.refresh(at)
-            ahead = Ahead(torch.where(origin <= 0.5, 1.0, -1.0).to(origin), origin)
-            way = ahead if aim is None else Toward(aim.to(frames), stop=math.inf)
-            made[-1]["stationarity"] = way.plan(corrector, at, 1.0).stationarity  # share along the level set
+            share = alone(_share(way, Corrector(encoder, z.double(), settings["rtol"]), frames[-1]))
+        made[-1]["stationarity"] = share
     if heading in TO_AN_IMAGE:
         early = made[-1]["step"] < settings["num_steps"] and rows[-1]["status"] == Status.COMPLETED
         made[-1]["most_left"] = at_rest(settings.get("stop", STOP)) if early else 1.0 + 1e-6
     return made
+
+
+def _share(way: Heading, corrector: Corrector, frame: Tensor) -> Work[float | None]:
+    """Return the share of the way from a frame that runs along the level set."""
+    at = yield from corrector.look(frame)
+    yield from corrector.refresh(at)
+    return (yield from way.plan(corrector, at, 1.0)).stationarity
 
 
 def _path_faults(

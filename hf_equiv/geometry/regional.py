@@ -263,9 +263,9 @@ class _Search:
         for some in points.split(self.at_once):
             J, v = Jacobians(self.f, some), start.expand_as(some)
             for _ in range(steps):
-                v = _units(J.rmv(_units(J.mv(v))), v)  # unit length keeps squares from overflowing
+                v = _units(J.pull(_units(J.push(v[None])[0])[None])[0], v)  # unit length keeps squares from overflowing
             directions.append(v)
-            constants.append(J.mv(v).double().norm(dim=1))
+            constants.append(J.push(v[None])[0].double().norm(dim=1))
             self.num_evals += J.num_evals
         found = torch.cat(directions), torch.cat(constants).cpu()
         for value, x, v in zip(found[1].tolist(), points, found[0], strict=True):

@@ -1,0 +1,190 @@
+"""Run the computations of several images side by side, so that they share the passes of f and its derivatives.
+
+A computation is a generator. It yields the next thing that it needs, f at an image (`look`) or products with J there
+(`Sight.mv`, `Sight.rmv`), and receives the answer. All wait for one another, products before looks, so that all come to
+their next images together, and one pass serves them all. Each gets the numbers that it gets alone, provided that f maps
+each image for itself.
+
+Memory: the activations of one image for each computation, since a sight closes at the next look; a product with an
+earlier sight costs its forward pass again. A product takes those of as many images as it has vectors. A pass that runs
+out of memory is halved, and only a computation that fails alone receives the error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_equiv.jacobian import CPU_VECTORS, Jacobians, measure_groups
+from hf_equiv.precision import Encoding
+
+MEMORY = 4 * 2**30  # most bytes of the Jacobians of images that are worked on side by side
+
+T = TypeVar("T")
+Work = Generator["Look | Product", Any, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A request for f at an image (*shape), which a `Sight` answers."""
+
+    f: Encoding
+    image: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A request for products of K vectors with J or Jᵀ at a sight."""
+
+    at: Sight
+    vectors: Tensor  # (K, D) if transposed, else (K, *shape)
+    transposed: bool
+
+
+class Sight:
+    """An image x (*shape) with f(x), and J there: the products of `Jacobian`, inside a computation."""
+
+    def __init__(self, f: Encoding, shared: Jacobians, index: int) -> None:
+        self.f, self.index = f, index
+        self.shared: Jacobians | None = shared  # the pass with the graph of the image; None if the sight is closed
+        self.image, self.output, self.eps = shared.images[index].clone(), shared.outputs[index].clone(), shared.eps
+        self.z = self.output.to(self.image)
+        self.shape = (self.output.numel(), self.image.numel())
+        self.num_evals, self.turned = 1 / 3, False
+
+    def mv(self, tangents: Tensor) -> Work[Tensor]:
+        """Return J v of each tangent (K, *shape), (K, D)."""
+        return (yield Product(self, tangents, transposed=False))
+
+    def rmv(self, cotangents: Tensor) -> Work[Tensor]:
+        """Return Jᵀu of each cotangent (K, D), (K, *shape)."""
+        return (yield Product(self, cotangents, transposed=True))
+
+    def as_matrix(self) -> Work[Tensor]:
+        """Form J (D, N) from D cotangents."""
+        rows = yield from self.rmv(torch.eye(self.shape[0], dtype=self.output.dtype, device=self.output.device))
+        return rows.flatten(1)
+
+
+def look(f: Encoding, image: Tensor) -> Work[Sight]:
+    """Return the sight of f at an image (*shape)."""
+    return (yield Look(f, image))
+
+
+def side_by_side(works: Sequence[Work[T]], most: int = 32) -> list[T]:
+    """Return the results of some computations, with at most `most` pairs of an image and a vector in a product."""
+    results: dict[int, T] = {}
+    asked: dict[int, Look | Product] = {}
+    held: dict[int, Sight] = {}  # the open sight of each
+    answers: dict[int, Any] = dict.fromkeys(range(len(works)))
+    while answers:
+        for b, answer in answers.items():
+            try:
+                failed = isinstance(answer, Exception)
+                asked[b] = works[b].throw(answer) if failed else works[b].send(answer)
+            except StopIteration as end:
+                results[b] = end.value
+                held.pop(b, None)
+        groups, products = defaultdict[Any, list[int]](list), any(isinstance(one, Product) for one in asked.values())
+        for b, one in asked.items():
+            if isinstance(one, Product) or not products:
+                if b in held and not (isinstance(one, Product) and one.at is held[b]):
+                    held.pop(b).shared = None
+                groups[_kind(one)].append(b)
+        answers = {}
+        for group in groups.values():
+            requests = [asked.pop(b) for b in group]
+            answers |= zip(group, _halved(requests, most), strict=True)
+            ends = (
+                (b, one.at if isinstance(one, Product) else answers[b]) for b, one in zip(group, requests, strict=True)
+            )
+            held |= {b: sight for b, sight in ends if isinstance(sight, Sight)}
+    return [results[b] for b in range(len(works))]
+
+
+def alone(work: Work[T]) -> T:
+    """Return the result of one computation."""
+    return side_by_side([work])[0]
+
+
+def _kind(one: Look | Product) -> tuple[Any, ...]:
+    """Return a key that requests have in common which one pass can answer."""
+    if isinstance(one, Look):
+        return id(one.f), one.image.shape, one.image.dtype
+    return id(one.at.shared or one.at.f), one.at.image.shape, one.at.image.dtype, one.transposed, len(one.vectors)
+
+
+def _halved(group: list[Any], most: int) -> list[Any]:
+    """Answer requests of one kind in one pass, or in two where memory runs out; an error is an answer too."""
+    try:
+        return _look(group) if isinstance(group[0], Look) else _multiply(group, most)
+    except torch.OutOfMemoryError as error:
+        if len(group) == 1:
+            return [error.with_traceback(None)]
+    except (RuntimeError, TypeError, ValueError) as error:
+        return [error] * len(group)
+    half = len(group) // 2  # outside the `except` block, the memory that the error kept alive is free
+    return _halved(group[:half], most) + _halved(group[half:], most)
+
+
+def _look(group: list[Look]) -> list[Sight]:
+    shared = Jacobians(group[0].f, torch.stack([one.image for one in group]))
+    return [Sight(one.f, shared, i) for i, one in enumerate(group)]
+
+
+def _multiply(group: list[Product], most: int) -> list[Tensor]:
+    """Return the products of K vectors with J at each of some images of a pass; those of the others are zero."""
+    sights = [one.at for one in group]
+    shared, count, backward = sights[0].shared, len(group[0].vectors), group[0].transposed
+    if shared is None:
+        shared = Jacobians(sights[0].f, torch.stack([sight.image for sight in sights]))
+        for i, sight in enumerate(sights):
+            sight.shared, sight.index, sight.num_evals, sight.turned = shared, i, sight.num_evals + 1 / 3, False
+    images, index = shared.images, [sight.index for sight in sights]
+    # The last bits of a product on a CPU depend on the number of vectors in a pass, so the images do not change it.
+    at_once = max(1, most // len(images)) if images.is_cuda else min(most, CPU_VECTORS)
+    given, wanted = (shared.outputs, images) if backward else (images, shared.outputs)
+    answers = [images.new_empty((count, *wanted.shape[1:])) for _ in group]
+    try:
+        for start in range(0, count, at_once):
+            part = slice(start, start + at_once)
+            some = torch.stack([one.vectors[part].to(given) for one in group], dim=1)
+            vectors = some.new_zeros((len(some), *given.shape))
+            vectors[:, index] = some
+            found = shared.pull(vectors) if backward else shared.push(vectors)
+            for answer, i in zip(answers, index, strict=True):
+                answer[part] = found[:, i]
+    except torch.OutOfMemoryError:
+        for sight in sights:
+            sight.shared = None
+        if len(images) == len(group):
+            raise
+    if sights[0].shared is None:
+        del shared, images, given, wanted
+        return _multiply(group, most)  # without the other images of the pass
+    for sight in sights:
+        first = not (backward or sight.turned or shared.by_forward_mode)
+        sight.num_evals, sight.turned = sight.num_evals + 2 * count / 3 + first, sight.turned or first
+    return answers
+
+
+def at_once(f: Encoding, images: Tensor, most: int) -> int:
+    """Return how many images to work on side by side: as many as have Jacobians within `MEMORY`; one on a CPU."""
+    if not images.is_cuda:
+        return 1
+    with torch.no_grad():
+        size = f(images[:1]).numel() * images[0].numel() * images.element_size()
+    return max(1, min(most, MEMORY // size))
+
+
+def measure_together(
+    count: int, images: Tensor, measure: Callable[[int], Work[dict[str, Any]]], most: int,
+    progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Return the fields of a result: those of `measure(b)` at each image b, `count` side by side, and seconds."""
+    return measure_groups(count, images, lambda places: side_by_side([measure(b) for b in places], most), progress)
