@@ -287,9 +287,10 @@ def measure_images(
     """Return the fields of a result: those that `measure(J, b)` finds at each image b, and their seconds."""
 
     def alone(places: list[int]) -> list[dict[str, Any]]:
+        start = time.perf_counter()
         J = Jacobian(f, images[places[0]].detach(), batch=batch)
         J.check_deterministic()
-        return [measure(J, places[0])]
+        return [measure(J, places[0]) | {"seconds": time.perf_counter() - start}]
 
     return measure_groups(1, images, alone, progress)
 
@@ -298,14 +299,11 @@ def measure_groups(
     count: int, images: Tensor, measure: Callable[[list[int]], list[dict[str, Any]]],
     progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the fields of a result: those of `count` images at a time, and equal parts of their seconds."""
+    """Return the fields of a result: those that `measure` finds of `count` images at a time."""
     columns: dict[str, list[Any]] = defaultdict(list)
     for places in torch.arange(len(images)).split(count):
-        start = time.perf_counter()
-        found = measure(places.tolist())
-        share = (time.perf_counter() - start) / len(places)
-        for b, fields in zip(places.tolist(), found, strict=True):
-            for name, value in {**fields, "seconds": share}.items():
+        for b, fields in zip(places.tolist(), measure(places.tolist()), strict=True):
+            for name, value in fields.items():
                 columns[name].append(value)
             if progress is not None:
                 progress(b + 1, len(images))

@@ -5,13 +5,14 @@ A computation is a generator. It yields the next thing that it needs, f at an im
 their next images together, and one pass serves them all. Each gets the numbers that it gets alone, provided that f maps
 each image for itself.
 
-Memory: the activations of one image for each computation, since a sight closes at the next look; a product with an
-earlier sight costs its forward pass again. A product takes those of as many images as it has vectors. A pass that runs
-out of memory is halved, and only a computation that fails alone receives the error.
+Memory: the activations of at most two images for each computation, since a sight closes at the next look; a product
+with an earlier sight costs its forward pass again. A product of K vectors takes those of K images. A pass that runs out
+of memory is halved, and only a computation that fails alone receives the error.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -76,20 +77,22 @@ def look(f: Encoding, image: Tensor) -> Work[Sight]:
     return (yield Look(f, image))
 
 
-def side_by_side(works: Sequence[Work[T]], most: int = 32) -> list[T]:
-    """Return the results of some computations, with at most `most` pairs of an image and a vector in a product."""
-    results: dict[int, T] = {}
+def side_by_side(works: Sequence[Work[T]], most: int = 32) -> list[tuple[T, float]]:
+    """Return the results of some computations and the seconds of each; a product has at most `most` vectors in all."""
+    results, spent = dict[int, T](), [0.0] * len(works)
     asked: dict[int, Look | Product] = {}
     held: dict[int, Sight] = {}  # the open sight of each
     answers: dict[int, Any] = dict.fromkeys(range(len(works)))
     while answers:
         for b, answer in answers.items():
+            start = time.perf_counter()
             try:
                 failed = isinstance(answer, Exception)
                 asked[b] = works[b].throw(answer) if failed else works[b].send(answer)
             except StopIteration as end:
                 results[b] = end.value
                 held.pop(b, None)
+            spent[b] += time.perf_counter() - start
         groups, products = defaultdict[Any, list[int]](list), any(isinstance(one, Product) for one in asked.values())
         for b, one in asked.items():
             if isinstance(one, Product) or not products:
@@ -98,18 +101,19 @@ def side_by_side(works: Sequence[Work[T]], most: int = 32) -> list[T]:
                 groups[_kind(one)].append(b)
         answers = {}
         for group in groups.values():
-            requests = [asked.pop(b) for b in group]
+            requests, start = [asked.pop(b) for b in group], time.perf_counter()
             answers |= zip(group, _halved(requests, most), strict=True)
-            ends = (
-                (b, one.at if isinstance(one, Product) else answers[b]) for b, one in zip(group, requests, strict=True)
-            )
-            held |= {b: sight for b, sight in ends if isinstance(sight, Sight)}
-    return [results[b] for b in range(len(works))]
+            share = (time.perf_counter() - start) / len(group)
+            for b, one in zip(group, requests, strict=True):
+                spent[b] += share
+                if isinstance(sight := one.at if isinstance(one, Product) else answers[b], Sight):
+                    held[b] = sight
+    return [(results[b], spent[b]) for b in range(len(works))]
 
 
 def alone(work: Work[T]) -> T:
     """Return the result of one computation."""
-    return side_by_side([work])[0]
+    return side_by_side([work])[0][0]
 
 
 def _kind(one: Look | Product) -> tuple[Any, ...]:
@@ -141,10 +145,12 @@ def _multiply(group: list[Product], most: int) -> list[Tensor]:
     """Return the products of K vectors with J at each of some images of a pass; those of the others are zero."""
     sights = [one.at for one in group]
     shared, count, backward = sights[0].shared, len(group[0].vectors), group[0].transposed
-    if shared is None:
+    closed = shared is None
+    if shared is None or 2 * len(group) < len(shared.images):  # then a pass of these images alone costs less
         shared = Jacobians(sights[0].f, torch.stack([sight.image for sight in sights]))
         for i, sight in enumerate(sights):
-            sight.shared, sight.index, sight.num_evals, sight.turned = shared, i, sight.num_evals + 1 / 3, False
+            sight.shared, sight.index = shared, i
+            sight.num_evals, sight.turned = sight.num_evals + closed / 3, sight.turned and not closed
     images, index = shared.images, [sight.index for sight in sights]
     # The last bits of a product on a CPU depend on the number of vectors in a pass, so the images do not change it.
     at_once = max(1, most // len(images)) if images.is_cuda else min(most, CPU_VECTORS)
@@ -187,4 +193,9 @@ def measure_together(
     progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """Return the fields of a result: those of `measure(b)` at each image b, `count` side by side, and seconds."""
-    return measure_groups(count, images, lambda places: side_by_side([measure(b) for b in places], most), progress)
+
+    def together(places: list[int]) -> list[dict[str, Any]]:
+        found = side_by_side([measure(b) for b in places], most)
+        return [fields | {"seconds": seconds} for fields, seconds in found]
+
+    return measure_groups(count, images, together, progress)

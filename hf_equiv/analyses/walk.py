@@ -39,7 +39,7 @@ from hf_equiv.runs.schema import Row
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
-SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
+SUCCEEDED, BATCH = (Status.COMPLETED,), "both"
 SHOWN = 6  # walks drawn one by one
 CHUNK = 16  # frames encoded at once
 _LONGEST, _ALONG = 2.0, 0.3  # most length of a step over `step`, and least cosine with a random heading, in `verify`
@@ -110,38 +110,51 @@ CONFIG = WalkConfig
 
 
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
-    """Walk from one image (`nearest` and `connect`: from a match that starts at it); make a row for each point."""
-    (one,) = part
+    """Walk from each image (`nearest` and `connect`: from a match that starts at it); make a row for each point."""
     encoder, settings = plan.encoder, plan.settings
-    name, image, target = one.item.name, one.image, one.target
-    from_match, steps = settings["solver"] is not None, settings["num_steps"]
-    start, evals, seconds = image, 0.0, 0.0
-    if from_match and target is not None:
-        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
+    from_match, steps, rtol = settings["solver"] is not None, settings["num_steps"], settings["rtol"]
+    images = torch.stack([one.image for one in part])
+    targets = [one.target for one in part if one.target is not None]
+    matches = zip(images, targets, strict=True) if from_match else ()
+    matched = [match_target(encoder, image, target, rtol, tell) for image, target in matches]
+    heading = settings["heading"]
+    if heading == "random":
+        heading = torch.stack([drawn(settings["seed"], one.item.name, one.image) for one in part])
     walk = trace_level_set(
-        encoder, start[None], heading=settings["heading"], step=settings["step"], num_steps=steps,
-        rtol=settings["rtol"], target=None if target is None else target[None], stop=settings.get("stop", STOP),
-        origin=image[None] if from_match else None, generator=image_generator(settings["seed"], name),
-        keep_points=True, progress=lambda point: tell("walk", point.step, steps),
+        encoder, torch.stack([start for start, _, _ in matched]) if from_match else images, heading=heading,
+        step=settings["step"], num_steps=steps, rtol=rtol, target=torch.stack(targets) if targets else None,
+        stop=settings.get("stop", STOP), origin=images if from_match else None, batch=batch, keep_points=True,
+        progress=lambda point: tell("walk", point.step, steps, pair_ids=(part[point.image].item.name,)),
     )  # fmt: skip
-    path, status = walk.paths[0], walk.status[0]
-    if not path or status is Status.ERROR:
-        raise RuntimeError(status.advice)
-    frames = torch.stack([point.pixels for point in path if point.pixels is not None])
-    z = level(encoder, frames[0], target if from_match else None)
-    whole: Row = {
-        "status": str(status),
-        "num_evals": evals + float(walk.num_evals[0]),
-        "seconds": seconds + float(walk.seconds[0]),
-    }
-    labels = labels_of(encoder, frames)
-    rows = [
-        _measures(encoder, point, frame, z) | label | whole
-        for point, frame, label in zip(path, frames, labels, strict=True)
-    ]
-    origin = image if from_match else frames[0].clone()  # a copy does not keep the other frames in memory
-    floats = {"frames": frames, "origin": origin} | ({} if target is None else {"target": target})
-    yield one, Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
+    failed = False
+    for b, one in enumerate(part):
+        name, path, status = one.item.name, walk.paths[b], walk.status[b]
+        if not path or status is Status.ERROR:
+            failed = True
+            continue
+        frames = torch.stack([point.pixels for point in path if point.pixels is not None])
+        z = level(encoder, frames[0], one.target if from_match else None)
+        _, evals, seconds = matched[b] if from_match else (None, 0.0, 0.0)
+        whole: Row = {
+            "status": str(status),
+            "num_evals": evals + float(walk.num_evals[b]),
+            "seconds": seconds + float(walk.seconds[b]),
+        }
+        labels = labels_of(encoder, frames)
+        rows = [
+            _measures(encoder, point, frame, z) | label | whole
+            for point, frame, label in zip(path, frames, labels, strict=True)
+        ]
+        origin = one.image if from_match else frames[0].clone()  # a copy does not keep the other frames in memory
+        floats = {"frames": frames, "origin": origin} | ({} if one.target is None else {"target": one.target})
+        yield one, Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
+    if failed:  # after the others, which are kept
+        raise RuntimeError(Status.ERROR.advice)
+
+
+def drawn(seed: int, name: str, image: Tensor) -> Tensor:
+    """Return the random heading of an image, of its shape and type."""
+    return torch.randn(image.shape, generator=image_generator(seed, name), dtype=torch.float64).to(image)
 
 
 def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:
@@ -288,15 +301,14 @@ def _path_faults(
     # `away` is farther from the origin. A `random` step follows the pixels of the drawn v that the box lets move, less
     # the row space of J (measured: cosine above 0.9), while the cosine of another direction is about 1/√N.
     points, found = frames.double(), []
-    drawn, generator = settings["heading"] == "random", image_generator(settings["seed"], name)
+    random = settings["heading"] == "random"
     if settings["solver"] is None and not torch.equal(frames[0], origin):
         found.append(("origin", "the first frame", "it is another image"))
-    v = torch.randn(origin.shape, generator=generator, dtype=torch.float64).to(points)
-    v = v if drawn else torch.where(origin <= 0.5, 1.0, -1.0).to(points)
+    v = drawn(settings["seed"], name, points[0]) if random else torch.where(origin <= 0.5, 1.0, -1.0).to(points)
     longest = _LONGEST * min(settings["step"], math.sqrt(origin.numel()))
     for step, (a, b) in enumerate(pairwise(points), 1):
         moved, middle = b - a, (a + b) / 2
-        if drawn or (aim is None and step == 1):  # `away` begins towards the farther end of each pixel
+        if random or (aim is None and step == 1):  # `away` begins towards the farther end of each pixel
             wish, least = v * (((a > 0) | (v > 0)) & ((a < 1) | (v < 0))), _ALONG * max(null_share, 0.0) ** 0.5
         else:
             wish, least = middle - origin if aim is None else aim - middle, -0.05

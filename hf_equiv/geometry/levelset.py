@@ -33,7 +33,6 @@ _MAX_FAILURES = 10  # halvings of one step
 _REFRESH_AFTER = 5  # halvings before a full Jacobian is formed anew
 _SHRUNK = 0.25  # share of the longest step since the last Jacobian below which another is worth its cost
 _SNAP = 0.1  # share of the allowed step within which a walk jumps to its destination
-_VECTORS = 32  # most pairs of an image and a cotangent in a backward pass, and most walks side by side
 _HOPS = 50  # most steps between two points
 
 
@@ -232,7 +231,7 @@ class WalkResult:
         paths: points of each walk in order; every one has drift ≤ rtol.
         num_evals: cost of each walk, (B,), float64: (forwards + 2·cotangents) / 3, full Jacobians included.
         num_jacobians: full Jacobians among them, (B,), int64.
-        seconds: wall time of each walk, (B,), float64; walks side by side have equal parts of theirs.
+        seconds: wall time of each walk, (B,), float64, with an equal part of the time of each shared pass.
         status: per image: completed (all steps made, or no further one is wanted), drift_exceeded, box_blocked, error.
     """
 
@@ -269,7 +268,7 @@ def trace_level_set(
     stop: float = STOP,
     generator: torch.Generator | None = None,
     keep_points: bool = False,
-    batch: int | None = None,
+    batch: int = 32,
     bounds: Bounds = UNIT,
     progress: Callable[[WalkPoint], None] | bool | None = None,
 ) -> WalkResult:
@@ -284,9 +283,10 @@ def trace_level_set(
         connect   target − x        a match       target's                no nearer image near, or there
 
     Cost: one full Jacobian, (1 + 2D)/3 evaluations; then, on a trained DeiT-Tiny, about 12 evaluations per unit of L2
-    length, more towards an image. Memory: each of `batch` walks has D·N numbers, at most 16 GiB, the activations of one
-    image, and 40 images for a destination; to form J takes the activations of 32 images (8 on a CPU), or of `batch`. A
-    pass that runs out of memory is halved, and a walk that fails alone among others has the status `error`.
+    length, more towards an image. Memory of a walk: D·N numbers, at most 16 GiB, the activations of two images, and 40
+    images for a destination; its Jacobian takes the activations of `batch` images. On a GPU walks go side by side in
+    shared passes: at most `batch`, with Jacobians of 4 GiB. A pass that runs out of memory is halved, and a walk that
+    fails alone has the status `error` if there are others.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D), differentiable in reverse mode.
@@ -301,8 +301,7 @@ def trace_level_set(
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
         generator: source of the random heading, on the CPU; None for one with seed 0.
         keep_points: whether the points keep their pixels.
-        batch: walks side by side, in shared passes; None for one on a CPU, and on a GPU for 32, or fewer if the
-            Jacobians would take more than 4 GiB.
+        batch: most cotangents per pass, and most walks side by side; a CPU takes at most 8, and one walk.
         bounds: the box of all points, which all images must lie in; None for none. By default pixels in [0, 1].
         progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks. By default a
             bar in a terminal or notebook; False for none.
@@ -331,8 +330,7 @@ def trace_level_set(
     checks.check_positive(rtol, "rtol")
     checks.check_positive(stop, "stop", 1)
     checks.check_count(num_steps, "num_steps")
-    if batch is not None:
-        checks.check_count(batch, "batch")
+    checks.check_count(batch, "batch")
     if heading == "nearest" and origin is None:
         raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
     images = images.detach().clone(memory_format=torch.contiguous_format)
@@ -344,7 +342,6 @@ def trace_level_set(
     with torch.inference_mode(False), no_tf32():
         f = admit(f, images, noise=True, bounds=bounds)
         z = _embeddings(f, images, goal.detach())
-        count = at_once(f, images, _VECTORS) if batch is None else batch
 
         def measure(b: int) -> Work[dict[str, Any]]:
             corrector = Corrector(f, z[b], rtol, box)
@@ -377,7 +374,7 @@ def trace_level_set(
             return done, f"L2 {point.l2:.3g}, drift {point.drift:.1e}, {point.num_evals:.0f} evaluations"
 
         with bars.shown(progress, "walk", read) as hook, no_autocast():
-            return WalkResult(**measure_together(count, images, measure, _VECTORS))
+            return WalkResult(**measure_together(at_once(f, images, batch), images, measure, batch))
 
 
 def _embeddings(f: Encoding, images: Tensor, goal: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class SpectrumResult:
         right: right singular vectors as images, (B, K, *shape), or None.
         method: "full" or "golub_kahan", per image.
         num_evals: (forwards + 2·cotangents + 2·tangents) / 3, (B,), float64.
-        seconds: wall time, (B,), float64; images that share their passes have equal parts of theirs.
+        seconds: wall time, (B,), float64, with an equal part of the time of each shared pass.
         status: `completed` or `error`, per image.
     """
 
@@ -115,8 +115,8 @@ def jacobian_spectrum(
     zeros of known cause are named.
 
     Cost: full (1 + 2D)/3 evaluations an image; golub_kahan 4/3 a pass, about 2k + 7 passes. Memory: full D·N numbers an
-    image, golub_kahan N float64 numbers a pass; and the activations of `batch` images. On a GPU as many images share
-    their passes as have Jacobians within 4 GiB, at most `batch`. A pass that runs out of memory is halved.
+    image, golub_kahan 3N a pass; and the activations of `batch` images. On a GPU images share passes: at most `batch`,
+    with Jacobians of 4 GiB. A pass that runs out of memory is halved.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D).
