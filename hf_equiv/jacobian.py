@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv.checks import UNIT, Bounds, check_count
-from hf_equiv.conditions import admit, as_function
+from hf_equiv.conditions import admit
 from hf_equiv.derivatives import forward_mode, transposed, vjps
 from hf_equiv.precision import (
     Encoding,
     Recorded,
     exact_derivatives,
-    float64_twin,
-    in_float64,
     no_autocast,
     no_tf32,
 )
@@ -235,15 +230,6 @@ def check_memory(image: Tensor, dim: int) -> None:
         )
 
 
-def in_double(f: Encoding, image: Tensor) -> Jacobian | None:
-    """Return the Jacobian of f with all its arithmetic in float64; None if f cannot be computed so."""
-    try:
-        exact = Jacobian(as_function(float64_twin(f) or in_float64(f)), image.double())
-    except (RuntimeError, TypeError, ValueError):
-        return None
-    return exact if exact.eps == torch.finfo(torch.float64).eps else None
-
-
 def jacobians(f: Encoding, images: Tensor, batch: int = 32) -> Tensor:
     """Form J of several images at once from D cotangents of each, with at most `batch` images in a backward pass.
 
@@ -278,36 +264,6 @@ def require_forward_mode(f: Encoding, image: Tensor, name: str) -> None:
     tangent = torch.linspace(-1, 1, image.numel(), dtype=image.dtype, device=image.device).view_as(image)
     if not bool(torch.isfinite(forward_mode(f, image, tangent, name)).all()):
         raise RuntimeError(f"the JVP of {name} must be finite; got NaN or infinity. Use float32 or float64.")
-
-
-def measure_images(
-    f: Encoding, images: Tensor, batch: int, measure: Callable[[Jacobian, int], dict[str, Any]],
-    progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:  # fmt: skip
-    """Return the fields of a result: those that `measure(J, b)` finds at each image b, and their seconds."""
-
-    def alone(places: list[int]) -> list[dict[str, Any]]:
-        start = time.perf_counter()
-        J = Jacobian(f, images[places[0]].detach(), batch=batch)
-        J.check_deterministic()
-        return [measure(J, places[0]) | {"seconds": time.perf_counter() - start}]
-
-    return measure_groups(1, images, alone, progress)
-
-
-def measure_groups(
-    count: int, images: Tensor, measure: Callable[[list[int]], list[dict[str, Any]]],
-    progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:  # fmt: skip
-    """Return the fields of a result: those that `measure` finds of `count` images at a time."""
-    columns: dict[str, list[Any]] = defaultdict(list)
-    for places in torch.arange(len(images)).split(count):
-        for b, fields in zip(places.tolist(), measure(places.tolist()), strict=True):
-            for name, value in fields.items():
-                columns[name].append(value)
-            if progress is not None:
-                progress(b + 1, len(images))
-    return {name: stacked(column) for name, column in columns.items()}
 
 
 def stacked(column: list[Any]) -> Any:

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hf_equiv.jacobian import CPU_VECTORS, Jacobians, measure_groups
-from hf_equiv.precision import Encoding
+from hf_equiv.conditions import Function
+from hf_equiv.jacobian import CPU_VECTORS, Jacobians, stacked
 
 MEMORY = 4 * 2**30  # most bytes of the Jacobians of images that are worked on side by side
 
@@ -34,7 +34,7 @@ Work = Generator["Look | Product", Any, T]
 class Look:
     """A request for f at an image (*shape), which a `Sight` answers."""
 
-    f: Encoding
+    f: Function
     image: Tensor
 
 
@@ -50,7 +50,7 @@ class Product:
 class Sight:
     """An image x (*shape) with f(x), and J there: the products of `Jacobian`, inside a computation."""
 
-    def __init__(self, f: Encoding, shared: Jacobians, index: int) -> None:
+    def __init__(self, f: Function, shared: Jacobians, index: int) -> None:
         self.f, self.index = f, index
         self.shared: Jacobians | None = shared  # the pass with the graph of the image; None if the sight is closed
         self.image, self.output, self.eps = shared.images[index].clone(), shared.outputs[index].clone(), shared.eps
@@ -72,7 +72,7 @@ class Sight:
         return rows.flatten(1)
 
 
-def look(f: Encoding, image: Tensor) -> Work[Sight]:
+def look(f: Function, image: Tensor) -> Work[Sight]:
     """Return the sight of f at an image (*shape)."""
     return (yield Look(f, image))
 
@@ -179,7 +179,7 @@ def _multiply(group: list[Product], most: int) -> list[Tensor]:
     return answers
 
 
-def at_once(f: Encoding, images: Tensor, most: int) -> int:
+def at_once(f: Function, images: Tensor, most: int) -> int:
     """Return how many images to work on side by side: as many as have Jacobians within `MEMORY`; one on a CPU."""
     if not images.is_cuda:
         return 1
@@ -188,14 +188,17 @@ def at_once(f: Encoding, images: Tensor, most: int) -> int:
     return max(1, min(most, MEMORY // size))
 
 
-def measure_together(
-    count: int, images: Tensor, measure: Callable[[int], Work[dict[str, Any]]], most: int,
-    progress: Callable[[int, int], None] | None = None
+def measure_images(
+    images: Tensor, measure: Callable[[int], Work[dict[str, Any]]], progress: Callable[[int, int], None] | None = None,
+    *, count: int = 1, most: int = 32
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the fields of a result: those of `measure(b)` at each image b, `count` side by side, and seconds."""
-
-    def together(places: list[int]) -> list[dict[str, Any]]:
-        found = side_by_side([measure(b) for b in places], most)
-        return [fields | {"seconds": seconds} for fields, seconds in found]
-
-    return measure_groups(count, images, together, progress)
+    """Return the fields of a result: those that `measure` finds at each image, `count` side by side, and seconds."""
+    columns = defaultdict[str, list[Any]](list)
+    for places in torch.arange(len(images)).split(count):
+        found = side_by_side([measure(b) for b in places.tolist()], most)
+        for b, (fields, seconds) in zip(places.tolist(), found, strict=True):
+            for name, value in {**fields, "seconds": seconds}.items():
+                columns[name].append(value)
+            if progress is not None:
+                progress(b + 1, len(images))
+    return {name: stacked(column) for name, column in columns.items()}

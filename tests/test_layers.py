@@ -40,7 +40,7 @@ ROOT_FILES = {
     "derivatives": ["precision"],
     "conditions": ["checks", "precision", "derivatives"],
     "jacobian": ["checks", "precision", "derivatives", "conditions"],
-    "passes": ["jacobian", "precision"],
+    "passes": ["conditions", "jacobian"],
     "formatting": [],
     "limits": [],
     "png_file": ["limits"],

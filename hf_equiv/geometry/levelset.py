@@ -22,7 +22,7 @@ from hf_equiv.checks import UNIT, Bounds, is_image
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
 from hf_equiv.matching.corrector import Corrector, Place
-from hf_equiv.passes import Work, at_once, measure_together
+from hf_equiv.passes import Work, at_once, measure_images
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import Status
 
@@ -374,7 +374,7 @@ def trace_level_set(
             return done, f"L2 {point.l2:.3g}, drift {point.drift:.1e}, {point.num_evals:.0f} evaluations"
 
         with bars.shown(progress, "walk", read) as hook, no_autocast():
-            return WalkResult(**measure_together(at_once(f, images, batch), images, measure, batch))
+            return WalkResult(**measure_images(images, measure, count=at_once(f, images, batch), most=batch))
 
 
 def _embeddings(f: Encoding, images: Tensor, goal: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_equiv.conditions import Function
 from hf_equiv.passes import Sight, Work, look
-from hf_equiv.precision import Encoding, power_of_two, resolved_step
+from hf_equiv.precision import power_of_two, resolved_step
 
 ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of the small matrices over σ₁
 
@@ -237,7 +238,7 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 
 
 def derivative_noise(
-    twin: Encoding, J: Sight, matrix: Tensor | None, left: Tensor, sigma: Tensor
+    J: Sight, matrix: Tensor | None, left: Tensor, sigma: Tensor
 ) -> Work[tuple[Tensor, float, str, float]]:
     """Bound |σ(J) − σ(J₆₄)| of each value, (K,), and of a zero; return also the method and the evaluations spent."""
     # Let E = J − J₆₄ and s_i = σ_i + σ₁/5, since the rounding of a backward pass grows with its result.
@@ -258,7 +259,7 @@ def derivative_noise(
         seen = (yield from J.rmv(cotangents.T)).flatten(1).double() / unit
     else:
         seen = combine(matrix, cotangents) / unit
-    exact = (yield from _in_float64(twin, J)) if J.eps > torch.finfo(torch.float64).eps else None
+    exact = (yield from in_double(J.f, J.image)) if J.eps > torch.finfo(torch.float64).eps else None
     method = "perturbed input" if exact is None else "float64 twin"
     if exact is None:
         rows, spent = yield from _beside(J, cotangents.T)
@@ -291,10 +292,10 @@ def _along(matrix: Tensor, exact: Sight, weights: Tensor, noise: Tensor, unit: f
     return float(torch.linalg.matrix_norm(weights.T @ ((times(matrix, Q.T) - moved.T.to(weights)) / unit), 2))
 
 
-def _in_float64(twin: Encoding, J: Sight) -> Work[Sight | None]:
-    """Return the sight of the twin with all its arithmetic in float64; None if it cannot be computed so."""
+def in_double(f: Function, image: Tensor) -> Work[Sight | None]:
+    """Return the sight of an image with all arithmetic of f in float64; None if it cannot be computed so."""
     try:
-        exact = yield from look(twin, J.image.double())
+        exact = yield from look(f.exact, image.double())
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError):

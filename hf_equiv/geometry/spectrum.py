@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
-from hf_equiv.conditions import admit, as_function
+from hf_equiv.conditions import Function, admit
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
 from hf_equiv.jacobian import check_equal, check_memory
-from hf_equiv.passes import Sight, Work, at_once, look, measure_together
-from hf_equiv.precision import Encoding, float64_twin, in_float64
+from hf_equiv.passes import Sight, Work, at_once, look, measure_images
+from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
 
@@ -157,17 +157,17 @@ def jacobian_spectrum(
         checks.check_count(k, "k")
     options = k, method, vectors, rank_rtol, rtol
     f = admit(f, images, each=True, bounds=bounds)
-    twin = as_function(float64_twin(f) or in_float64(f))
     with bars.shown(progress, "spectrum", bars.count) as hook:
-        count = at_once(f, images, batch)
-        fields = measure_together(count, images, lambda b: _measure(f, twin, images[b].detach(), *options), batch, hook)
+        fields = measure_images(
+            images, lambda b: _measure(f, images[b].detach(), *options), hook,
+            count=at_once(f, images, batch), most=batch,
+        )  # fmt: skip
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
 
 
 def _measure(
-    f: Encoding, twin: Encoding, image: Tensor, k: int | None, method: str, vectors: bool, rank_rtol: float | None,
-    rtol: float
-) -> Work[dict[str, Any]]:  # fmt: skip
+    f: Function, image: Tensor, k: int | None, method: str, vectors: bool, rank_rtol: float | None, rtol: float
+) -> Work[dict[str, Any]]:
     """Return the fields of one image by the method asked for, or the quicker."""
     first = yield from look(f, image)
     J = yield from look(f, image)
@@ -180,13 +180,11 @@ def _measure(
     # A pass of Golub–Kahan costs about two VJPs; forming J costs D of them.
     quicker = count < size and 2 * (2 * count + 6) < 0.8 * J.shape[0]
     if method == "golub_kahan" or (method == "auto" and quicker):
-        return (yield from _top(twin, J, count, vectors, rank_rtol, rtol))
-    return (yield from _full(f, twin, J, count, vectors, rank_rtol))
+        return (yield from _top(J, count, vectors, rank_rtol, rtol))
+    return (yield from _full(J, count, vectors, rank_rtol))
 
 
-def _full(
-    f: Encoding, twin: Encoding, J: Sight, k: int, vectors: bool, rank_rtol: float | None
-) -> Work[dict[str, Any]]:
+def _full(J: Sight, k: int, vectors: bool, rank_rtol: float | None) -> Work[dict[str, Any]]:
     """Return the fields of one image from the matrix."""
     check_memory(J.image, J.shape[0])
     matrix = yield from J.as_matrix()
@@ -196,11 +194,11 @@ def _full(
     left, sigma = left_singular(matrix)
     count = min(J.shape)
     scale = float(sigma[0])
-    bound, least, noise, spent = yield from derivative_noise(twin, J, matrix, left, sigma)
+    bound, least, noise, spent = yield from derivative_noise(J, matrix, left, sigma)
     exact_to = rounding(matrix, sigma)
     bound, least = bound + exact_to, least + float(exact_to[-1])
     threshold = least if rank_rtol is None else rank_rtol * scale
-    predict = getattr(f, "left_relations", None)
+    predict = getattr(J.f, "left_relations", None)
     relations: tuple[LeftRelation, ...] = predict(J.image) if predict is not None else ()
     sigma, bound = sigma[:count], bound[:count]
     wide = J.shape[0] > J.shape[1]  # then any f has D − N left null vectors
@@ -228,12 +226,12 @@ def _full(
     )
 
 
-def _top(twin: Encoding, J: Sight, k: int, vectors: bool, rank_rtol: float | None, rtol: float) -> Work[dict[str, Any]]:
+def _top(J: Sight, k: int, vectors: bool, rank_rtol: float | None, rtol: float) -> Work[dict[str, Any]]:
     """Return the fields of one image from products with J and Jᵀ."""
     if not bool(torch.isfinite((yield from J.rmv(torch.ones_like(J.z)[None]))).all()):
         return _failed(J, "golub_kahan", k, vectors)
     top = yield from golub_kahan(J, k, rtol)
-    noise, least, name, spent = yield from derivative_noise(twin, J, None, top.left, top.values)
+    noise, least, name, spent = yield from derivative_noise(J, None, top.left, top.values)
     threshold = least if rank_rtol is None else rank_rtol * float(top.values[0])
     pair = (top.left, top.right) if vectors else (None, None)
     more: dict[str, Any] = {"noise_method": name, "num_evals": J.num_evals + spent}
