@@ -144,13 +144,7 @@ def _look(group: list[Look]) -> list[Sight]:
 def _multiply(group: list[Product], most: int) -> list[Tensor]:
     """Return the products of K vectors with J at each of some images of a pass; those of the others are zero."""
     sights = [one.at for one in group]
-    shared, count, backward = sights[0].shared, len(group[0].vectors), group[0].transposed
-    closed = shared is None
-    if shared is None or 2 * len(group) < len(shared.images):  # then a pass of these images alone costs less
-        shared = Jacobians(sights[0].f, torch.stack([sight.image for sight in sights]))
-        for i, sight in enumerate(sights):
-            sight.shared, sight.index = shared, i
-            sight.num_evals, sight.turned = sight.num_evals + closed / 3, sight.turned and not closed
+    shared, count, backward = _pass_of(sights), len(group[0].vectors), group[0].transposed
     images, index = shared.images, [sight.index for sight in sights]
     # The last bits of a product on a CPU depend on the number of vectors in a pass, so the images do not change it.
     at_once = max(1, most // len(images)) if images.is_cuda else min(most, CPU_VECTORS)
@@ -177,6 +171,18 @@ def _multiply(group: list[Product], most: int) -> list[Tensor]:
         first = not (backward or sight.turned or shared.by_forward_mode)
         sight.num_evals, sight.turned = sight.num_evals + 2 * count / 3 + first, sight.turned or first
     return answers
+
+
+def _pass_of(sights: list[Sight]) -> Jacobians:
+    """Return the pass of some sights: a new one if it is closed, or has so many other images that it costs more."""
+    shared = sights[0].shared
+    if shared is not None and 2 * len(sights) >= len(shared.images):
+        return shared
+    closed, shared = shared is None, Jacobians(sights[0].f, torch.stack([sight.image for sight in sights]))
+    for i, sight in enumerate(sights):
+        sight.shared, sight.index = shared, i
+        sight.num_evals, sight.turned = sight.num_evals + closed / 3, sight.turned and not closed
+    return shared
 
 
 def at_once(f: Function, images: Tensor, most: int) -> int:

@@ -113,28 +113,37 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
     """Walk from each image (`nearest` and `connect`: from a match that starts at it); make a row for each point."""
     encoder, settings = plan.encoder, plan.settings
     from_match, steps, rtol = settings["solver"] is not None, settings["num_steps"], settings["rtol"]
+    matched, fault = dict[str, tuple[Tensor, float, float]](), None
+    for one in part:
+        if from_match and one.target is not None:
+            try:
+                matched[one.item.name] = match_target(encoder, one.image, one.target, rtol, tell)
+            except RuntimeError as error:
+                fault = error.with_traceback(None)
+        else:
+            matched[one.item.name] = one.image, 0.0, 0.0
+    part = [one for one in part if one.item.name in matched]
+    if not part and fault is not None:
+        raise fault
     images = torch.stack([one.image for one in part])
     targets = [one.target for one in part if one.target is not None]
-    matches = zip(images, targets, strict=True) if from_match else ()
-    matched = [match_target(encoder, image, target, rtol, tell) for image, target in matches]
     heading = settings["heading"]
     if heading == "random":
         heading = torch.stack([drawn(settings["seed"], one.item.name, one.image) for one in part])
     walk = trace_level_set(
-        encoder, torch.stack([start for start, _, _ in matched]) if from_match else images, heading=heading,
-        step=settings["step"], num_steps=steps, rtol=rtol, target=torch.stack(targets) if targets else None,
+        encoder, torch.stack([start for start, _, _ in matched.values()]), heading=heading, step=settings["step"],
+        num_steps=steps, rtol=rtol, target=torch.stack(targets) if targets else None,
         stop=settings.get("stop", STOP), origin=images if from_match else None, batch=batch, keep_points=True,
         progress=lambda point: tell("walk", point.step, steps, pair_ids=(part[point.image].item.name,)),
     )  # fmt: skip
-    failed = False
     for b, one in enumerate(part):
         name, path, status = one.item.name, walk.paths[b], walk.status[b]
         if not path or status is Status.ERROR:
-            failed = True
+            fault = fault or RuntimeError(Status.ERROR.advice)
             continue
         frames = torch.stack([point.pixels for point in path if point.pixels is not None])
         z = level(encoder, frames[0], one.target if from_match else None)
-        _, evals, seconds = matched[b] if from_match else (None, 0.0, 0.0)
+        _, evals, seconds = matched[name]
         whole: Row = {
             "status": str(status),
             "num_evals": evals + float(walk.num_evals[b]),
@@ -148,8 +157,8 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
         origin = one.image if from_match else frames[0].clone()  # a copy does not keep the other frames in memory
         floats = {"frames": frames, "origin": origin} | ({} if one.target is None else {"target": one.target})
         yield one, Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
-    if failed:  # after the others, which are kept
-        raise RuntimeError(Status.ERROR.advice)
+    if fault is not None:  # after the others, which are kept
+        raise fault
 
 
 def drawn(seed: int, name: str, image: Tensor) -> Tensor:
