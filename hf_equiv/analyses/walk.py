@@ -115,13 +115,13 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
     from_match, steps, rtol = settings["solver"] is not None, settings["num_steps"], settings["rtol"]
     matched, fault = dict[str, tuple[Tensor, float, float]](), None
     for one in part:
-        if from_match and one.target is not None:
-            try:
-                matched[one.item.name] = match_target(encoder, one.image, one.target, rtol, tell)
-            except RuntimeError as error:
-                fault = error.with_traceback(None)
-        else:
-            matched[one.item.name] = one.image, 0.0, 0.0
+        try:
+            begin = one.image, 0.0, 0.0
+            if from_match and one.target is not None:
+                begin = match_target(encoder, one.image, one.target, rtol, tell)
+            matched[one.item.name] = begin
+        except RuntimeError as error:
+            fault = error.with_traceback(None)
     part = [one for one in part if one.item.name in matched]
     if not part and fault is not None:
         raise fault

@@ -117,7 +117,8 @@ def directional_lipschitz(
     precision) and three radii in a row agree within 2 %; else `undetermined`, as all null directions are, or `error` if
     f or its derivative is not finite. x ± hv may step over the edge of the box.
 
-    Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise.
+    Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise. Memory: the activations of `batch`
+    images, one image at a time.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D) with forward mode.

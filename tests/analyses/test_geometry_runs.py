@@ -128,7 +128,7 @@ def test_images_made_together_have_the_rows_of_each(analysis, photo_folder, monk
 
 
 def test_a_target_that_one_image_cannot_match_leaves_the_other_walks(photo_folder, monkeypatch):
-    target = str(photo_folder / "class1" / "photo3.png")
+    target = str(photo_folder / "class1" / "photo1.png")
     plan = make_plan(config_of("walk", photo_folder, heading="nearest", target=target, num_steps=1), TinyEncoder())
     part, verb = [run._load(plan, item) for item in plan.items], VERBS["walk"]
 
