@@ -88,6 +88,11 @@ class Function:
         """Return the relative noise of an evaluation near an image (*shape); an Encoder has one noise for all."""
         return self.noise if hasattr(self.plain, "admitted") else _Probe(self, image).noise
 
+    @cached_property
+    def exact(self) -> Function:
+        """F with all its arithmetic in float64: its twin, if it offers one."""
+        return as_function(precision.float64_twin(self) or precision.in_float64(self))
+
     def double(self) -> Function | None:
         """Return the float64 twin of f, if it offers one."""
         twin = precision.float64_twin(self.plain)

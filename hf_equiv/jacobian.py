@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,22 +11,93 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import UNIT, Bounds, check_count
-from hf_equiv.conditions import admit, as_function
+from hf_equiv.conditions import admit
 from hf_equiv.derivatives import forward_mode, transposed, vjps
 from hf_equiv.precision import (
     Encoding,
     Recorded,
     exact_derivatives,
-    float64_twin,
-    in_float64,
     no_autocast,
     no_tf32,
 )
 
+CPU_VECTORS = 8  # most vectors in a pass on a CPU, which is fastest there
 _FORWARDS = 8  # images of a forward pass without a graph, for each vector of a derivative pass
 
 
-class Jacobian:
+class Jacobians:
+    """J = ∂f/∂x at each of several images, in shared passes.
+
+    Rules and costs are those of `Jacobian`. Memory: the activations of all images, three times that after the first
+    `push`, K times that during a product of K vectors an image.
+
+    Args:
+        f: the encoder, admitted.
+        images: x, (B, *shape).
+
+    Attributes:
+        images: x, detached.
+        outputs: f(x), (B, D), in the dtype of f.
+        eps: relative spacing of the coarsest dtype among `images`, f's output and the numbers inside f.
+    """
+
+    def __init__(self, f: Encoding, images: Tensor) -> None:
+        self._f = f
+        with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
+            self._x = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_(True)
+            self._z = f(self._x)
+        self.images, self.outputs = self._x.detach(), self._z.detach()
+        self.eps = max(torch.finfo(images.dtype).eps, torch.finfo(self._z.dtype).eps, seen.eps)
+        self._transpose: tuple[Tensor, Tensor] | None = None
+        self.by_forward_mode = False
+        self._spent = len(images)
+
+    @property
+    def num_evals(self) -> float:
+        """Evaluations of all images so far: (forwards + 2·cotangents + 2·tangents) / 3."""
+        return self._spent / 3
+
+    def push(self, tangents: Tensor) -> Tensor:
+        """Return J v of K tangents of each image (K, B, *shape), (K, B, D)."""
+        self._spent += 2 * tangents.shape[0] * tangents.shape[1]
+        with torch.inference_mode(False), exact_derivatives(), no_tf32():
+            return self._push(tangents.to(self.images)).to(self.images)
+
+    def pull(self, cotangents: Tensor) -> Tensor:
+        """Return Jᵀu of K cotangents of each image (K, B, D), (K, B, *shape)."""
+        self._spent += 2 * cotangents.shape[0] * cotangents.shape[1]
+        with torch.inference_mode(False), no_tf32(), no_autocast():
+            try:
+                return vjps(self._z, self._x, cotangents.to(self._z))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "`f` must allow several backward passes from one forward pass; it does not "
+                    f"({' '.join(str(error).split())[:160]}). Pass the function before `torch.compile`."
+                ) from error
+
+    def _push(self, tangents: Tensor) -> Tensor:
+        if not self.by_forward_mode:
+            try:
+                if self._transpose is None:
+                    self._transpose = transposed(self._f, self._x)
+                    self._spent += 3 * len(self._x)
+                u, gradient = self._transpose
+                with no_autocast():
+                    return vjps(gradient, u, tangents)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError):
+                self._transpose, self.by_forward_mode = None, True
+
+        def push(tangent: Tensor) -> Tensor:
+            return forward_mode(self._f, self._x.detach(), tangent)
+
+        return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
+
+
+class Jacobian(Jacobians):
     """J = ∂f/∂x at one image as a matrix-free map: products with J and Jᵀ, several vectors at once.
 
     z = f(x) (D,), J[d, n] = ∂z_d / ∂x_n (D, N) for the N numbers of x. `rmv` is reverse mode (VJP). `mv` is its
@@ -70,26 +139,12 @@ class Jacobian:
         if image.ndim == 0 or not image.is_floating_point():
             raise ValueError(f"`image` must be a float tensor (*shape); got {image.dtype} {tuple(image.shape)}.")
         check_count(batch, "batch")
-        self._f = admit(f, image[None], bounds=bounds)
-        self._batch = batch if image.is_cuda else min(batch, 8)
+        super().__init__(admit(f, image[None], bounds=bounds), image[None])
+        self._batch = batch if image.is_cuda else min(batch, CPU_VECTORS)
         self.forwards = _FORWARDS * batch if image.is_cuda else None
-        with torch.inference_mode(False), torch.enable_grad(), no_tf32(), Recorded() as seen:
-            self._x = image.detach().clone(memory_format=torch.contiguous_format)[None].requires_grad_(True)
-            output = self._f(self._x)
-            self._z = output[0]
-        self.image = self._x.detach()[0]
-        self.output = self._z.detach()
+        self.image, self.output = self.images[0], self.outputs[0]
         self.z = self.output.to(image.dtype)
         self.shape = (self.z.numel(), image.numel())
-        self.eps = max(torch.finfo(image.dtype).eps, torch.finfo(output.dtype).eps, seen.eps)
-        self._spent = 1
-        self._transpose: tuple[Tensor, Tensor] | None = None
-        self._forward_mode = False
-
-    @property
-    def num_evals(self) -> float:
-        """Evaluations spent so far: (forwards + 2·cotangents + 2·tangents) / 3."""
-        return self._spent / 3
 
     def mv(self, tangents: Tensor) -> Tensor:
         """Return J v of each tangent v.
@@ -107,13 +162,10 @@ class Jacobian:
         if tangents.shape[1:] != self.image.shape:
             wanted = ", ".join(map(str, self.image.shape))
             raise ValueError(f"`tangents` must be (K, {wanted}); got {tuple(tangents.shape)}.")
-        tangents = tangents.detach().to(self.image)
         products = self.image.new_empty((len(tangents), self.shape[0]))
-        with torch.inference_mode(False), exact_derivatives(), no_tf32():
-            for start in range(0, len(tangents), self._batch):
-                chunk = tangents[start : start + self._batch]
-                products[start : start + self._batch] = self._push(chunk)
-                self._spent += 2 * len(chunk)
+        for start in range(0, len(tangents), self._batch):
+            part = slice(start, start + self._batch)
+            products[part] = self.push(tangents[part, None].detach())[:, 0]
         return products
 
     def rmv(self, cotangents: Tensor) -> Tensor:
@@ -130,10 +182,10 @@ class Jacobian:
         """
         if cotangents.ndim != 2 or cotangents.shape[1] != self.shape[0]:
             raise ValueError(f"`cotangents` must be (K, {self.shape[0]}); got {tuple(cotangents.shape)}.")
-        cotangents = cotangents.detach().to(self._z)
         products = self.image.new_empty((len(cotangents), *self.image.shape))
         for start in range(0, len(cotangents), self._batch):
-            self._pull(cotangents[start : start + self._batch], products[start : start + self._batch])
+            part = slice(start, start + self._batch)
+            products[part] = self.pull(cotangents[part, None].detach())[:, 0]
         return products
 
     def as_matrix(self, batch: int | None = None) -> Tensor:
@@ -145,124 +197,39 @@ class Jacobian:
         Returns:
             J (D, N), in the dtype of `image`.
         """
-        count = self._batch if batch is None else batch
-        matrix = self.image.new_empty(self.shape)
-        unit = torch.eye(self.shape[0], dtype=self._z.dtype, device=self._z.device)
-        for cotangents, rows in zip(unit.split(count), matrix.split(count), strict=True):
-            self._pull(cotangents, rows.view(-1, *self.image.shape))
-        return matrix
+        return _matrices(self, self._batch if batch is None else batch)[0]
 
     def check_deterministic(self) -> None:
         """Require that a second call of f gives the same embedding up to rounding."""
         with torch.no_grad():
             again = self._f(self.image[None])[0].to(self.z)
         self._spent += 1
-        off = float((again - self.z).double().norm())
-        if off > 1e3 * self.eps * float(self.z.double().norm()):
-            raise ValueError(
-                f"`f` must be deterministic; two calls on one image differ by {off:.3g}. Switch dropout and sampling "
-                "off, for example with `model.eval()`."
-            )
-
-    def check_memory(self) -> None:
-        """Require that the matrix and D×D work fit into the memory of the machine or GPU."""
-        dim, size = self.shape
-        need = dim * size * self.image.element_size() + 4 * 8 * dim * dim
-        if self.image.is_cuda:
-            free = int(torch.cuda.mem_get_info(self.image.device)[0])
-        else:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if need > 0.8 * free:
-            raise ValueError(
-                f"`images` must have a Jacobian that fits into memory; {dim}×{size} takes {need / 2**30:.0f} GiB of "
-                f"{free / 2**30:.0f}. Pass `k=` for the largest singular values, or use another readout."
-            )
-
-    def _pull(self, cotangents: Tensor, out: Tensor) -> None:
-        with torch.inference_mode(False), no_tf32(), no_autocast():
-            try:
-                rows = vjps(self._z, self._x, cotangents)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise RuntimeError(
-                    "`f` must allow several backward passes from one forward pass; it does not "
-                    f"({' '.join(str(error).split())[:160]}). Pass the function before `torch.compile`."
-                ) from error
-        out.copy_(rows.view_as(out))
-        self._spent += 2 * len(cotangents)
-
-    def _push(self, tangents: Tensor) -> Tensor:
-        if not self._forward_mode:
-            try:
-                if self._transpose is None:
-                    self._transpose = transposed(self._f, self._x)
-                    self._spent += 3
-                u, gradient = self._transpose
-                with no_autocast():
-                    return vjps(gradient, u, tangents[:, None])[:, 0]
-            except (RuntimeError, NotImplementedError):
-                self._transpose, self._forward_mode = None, True
-
-        def push(tangent: Tensor) -> Tensor:
-            return forward_mode(self._f, self._x.detach(), tangent[None])[0]
-
-        return push(tangents[0])[None] if len(tangents) == 1 else torch.func.vmap(push)(tangents)
+        check_equal(self.z, again, self.eps)
 
 
-class Jacobians:
-    """J at each of several images: products of one vector an image, in shared passes.
-
-    Rules and costs are those of `Jacobian`; memory is that of as many images.
-
-    Args:
-        f: the encoder, admitted.
-        images: x, (B, *shape).
-    """
-
-    def __init__(self, f: Encoding, images: Tensor) -> None:
-        self._f = f
-        with torch.inference_mode(False), torch.enable_grad(), no_tf32():
-            self._x = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_(True)
-            self._z = f(self._x)
-        self._transpose: tuple[Tensor, Tensor] | None = None
-        self._spent = len(images)
-
-    @property
-    def num_evals(self) -> float:
-        """Evaluations of all images so far."""
-        return self._spent / 3
-
-    def mv(self, tangents: Tensor) -> Tensor:
-        """Return J v of the tangent of each image (B, *shape), (B, D)."""
-        self._spent += 2 * len(tangents)
-        with torch.inference_mode(False), exact_derivatives(), no_tf32():
-            try:
-                if self._transpose is None:
-                    self._transpose = transposed(self._f, self._x)
-                    self._spent += 3 * len(tangents)
-                u, gradient = self._transpose
-                with no_autocast():
-                    return vjps(gradient, u, tangents[None])[0].to(tangents)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError):
-                return forward_mode(self._f, self._x.detach(), tangents).to(tangents)
-
-    def rmv(self, cotangents: Tensor) -> Tensor:
-        """Return Jᵀu of the cotangent of each image (B, D), (B, *shape)."""
-        self._spent += 2 * len(cotangents)
-        with torch.inference_mode(False), no_tf32(), no_autocast():
-            return vjps(self._z, self._x, cotangents[None].to(self._z))[0]
+def check_equal(first: Tensor, second: Tensor, eps: float) -> None:
+    """Require that two calls of f on one image gave the same embedding up to rounding."""
+    off = float((second - first).double().norm())
+    if off > 1e3 * eps * float(first.double().norm()):
+        raise ValueError(
+            f"`f` must be deterministic; two calls on one image differ by {off:.3g}. Switch dropout and sampling off, "
+            "for example with `model.eval()`."
+        )
 
 
-def in_double(f: Encoding, image: Tensor) -> Jacobian | None:
-    """Return the Jacobian of f with all its arithmetic in float64; None if f cannot be computed so."""
-    try:
-        exact = Jacobian(as_function(float64_twin(f) or in_float64(f)), image.double())
-    except (RuntimeError, TypeError, ValueError):
-        return None
-    return exact if exact.eps == torch.finfo(torch.float64).eps else None
+def check_memory(image: Tensor, dim: int) -> None:
+    """Require that the Jacobian of an image and D×D work fit into the memory of the machine or GPU."""
+    size = image.numel()
+    need = dim * size * image.element_size() + 4 * 8 * dim * dim
+    if image.is_cuda:
+        free = int(torch.cuda.mem_get_info(image.device)[0])
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > 0.8 * free:
+        raise ValueError(
+            f"`images` must have a Jacobian that fits into memory; {dim}×{size} takes {need / 2**30:.0f} GiB of "
+            f"{free / 2**30:.0f}. Pass `k=` for the largest singular values, or use another readout."
+        )
 
 
 def jacobians(f: Encoding, images: Tensor, batch: int = 32) -> Tensor:
@@ -276,16 +243,16 @@ def jacobians(f: Encoding, images: Tensor, batch: int = 32) -> Tensor:
     Returns:
         J (B, D, N), in the dtype of `images`; B·D·N numbers.
     """
-    with torch.inference_mode(False), torch.enable_grad(), no_tf32():
-        x = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_(True)
-        z = f(x)
-        matrices = x.new_empty((len(x), z.shape[1], x[0].numel()))
-        unit = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        count = max(1, batch // len(x))
-        with no_autocast():
-            for rows, out in zip(unit.split(count), matrices.split(count, dim=1), strict=True):
-                cotangents = rows[:, None].expand(-1, len(x), -1)
-                out.copy_(vjps(z, x, cotangents).flatten(2).transpose(0, 1))
+    return _matrices(Jacobians(f, images), batch // len(images))
+
+
+def _matrices(at: Jacobians, count: int) -> Tensor:
+    """Form J (B, D, N) from `count` cotangents of each image at a time."""
+    (B, D), N = at.outputs.shape, at.images[0].numel()
+    matrices = at.images.new_empty((B, D, N))
+    unit = torch.eye(D, dtype=at.outputs.dtype, device=at.outputs.device)
+    for rows, out in zip(unit.split(max(1, count)), matrices.split(max(1, count), dim=1), strict=True):
+        out.copy_(at.pull(rows[:, None].expand(-1, B, -1)).flatten(2).transpose(0, 1))
     return matrices
 
 
@@ -332,24 +299,6 @@ def require_forward_mode(f: Encoding, image: Tensor, name: str) -> None:
     tangent = torch.linspace(-1, 1, image.numel(), dtype=image.dtype, device=image.device).view_as(image)
     if not bool(torch.isfinite(forward_mode(f, image, tangent, name)).all()):
         raise RuntimeError(f"the JVP of {name} must be finite; got NaN or infinity. Use float32 or float64.")
-
-
-def measure_images(
-    f: Encoding, images: Tensor, batch: int, measure: Callable[[Jacobian, int], dict[str, Any]],
-    progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:  # fmt: skip
-    """Return the fields of a result: those that `measure(J, b)` finds at each image b, and their seconds."""
-    columns: dict[str, list[Any]] = defaultdict(list)
-    for b, image in enumerate(images.detach()):
-        start = time.perf_counter()
-        J = Jacobian(f, image, batch=batch)
-        J.check_deterministic()
-        for name, value in measure(J, b).items():
-            columns[name].append(value)
-        columns["seconds"].append(time.perf_counter() - start)
-        if progress is not None:
-            progress(b + 1, len(images))
-    return {name: stacked(column) for name, column in columns.items()}
 
 
 def stacked(column: list[Any]) -> Any:

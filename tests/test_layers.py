@@ -40,13 +40,14 @@ ROOT_FILES = {
     "derivatives": ["precision"],
     "conditions": ["checks", "precision", "derivatives"],
     "jacobian": ["checks", "precision", "derivatives", "conditions"],
+    "passes": ["conditions", "jacobian"],
     "formatting": [],
     "limits": [],
     "png_file": ["limits"],
     "hub_client": ["formatting"],
     "__main__": ["cli"],
 }
-NUMERICS = ["matching", "geometry", "results", "checks", "precision", "derivatives", "conditions", "jacobian"]
+NUMERICS = ["matching", "geometry", "results", "checks", "precision", "derivatives", "conditions", "jacobian", "passes"]
 MOST_FILES = 10
 
 # Where a library may be imported: folders, files of the root, or single files. torch may be imported everywhere.

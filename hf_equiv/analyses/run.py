@@ -32,9 +32,9 @@ defaults filled in, unless they do not fit the encoder; `open_images(load)`, the
 the same set; `list_items(reader, images, targets)`; `settings_of_items(items)`; and `item_bytes(encoder, settings)`,
 the most bytes of the images and float images of one item;
 `SUCCEEDED`, the statuses of rows that are a success;
-`BATCH`, the unit of the batch size: `items`, `derivatives` of one item, or `nothing`;
+`BATCH`, the unit of the batch size: `items`, `derivatives` of one item, or `both`, but one item on a CPU;
 `SHOWN`, the number of first items whose images summary and figures need;
-`make_rows(plan, part, batch, tell)`, which yields each of some items with its rows, one item unless `BATCH` is `items`;
+`make_rows(plan, part, batch, tell)`, which yields each of some items with its rows, of one if `BATCH` is `derivatives`;
 `summarize(encoder, settings, made)`, which sums up the rows of a run;
 `draw_figures(settings, summary, made)`, which draws the figures of a run, as bytes by file name.
 
@@ -162,7 +162,7 @@ class _Job:
         self.at_once = batch_size or (CPU_BATCH if on_cpu else BATCH)
         if on_cpu and not by_items:  # the last bits of a derivative depend on how many there are in a pass
             self.at_once = BATCH
-        self.size = self.at_once if by_items else 1
+        self.size = self.at_once if by_items or (self.verb.BATCH == "both" and not on_cpu) else 1
         self.found: RunRows | None = None
 
     def make(self, block: Sequence[Item], tell: Observer) -> Iterator[tuple[Item, Made]]:
@@ -207,7 +207,7 @@ class _Job:
         except (RuntimeError, ValueError, OSError, MemoryError) as error:  # NaN, no JVP, a heading that leads nowhere
             why, full = one_line(error), ran_out(error)
         # outside the `except` block, the memory that the error kept alive is free
-        tried = {"items": len(left), "derivatives": size}.get(self.verb.BATCH, 1)
+        tried = len(left) if self.verb.BATCH == "items" else size
         if full and tried > 1:
             half = self.at_once = fewer_at_once(tried)
             told = f"out of memory with {tried} at once; going on with {half} (--batch-size {half})"

@@ -26,7 +26,7 @@ from hf_equiv.runs.schema import Row
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
-SUCCEEDED, BATCH = (Status.COMPLETED,), "derivatives"
+SUCCEEDED, BATCH = (Status.COMPLETED,), "both"
 SHOWN = 6  # images whose singular vectors a figure shows
 KEPT_VECTORS = 8  # singular vectors kept with `vectors` where no `k` is given
 
@@ -74,38 +74,38 @@ CONFIG = SpectrumConfig
 
 
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
-    """Make the row of one image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
-    (one,) = part
+    """Make the row of each image, and its singular vectors if they are kept: `ID/right` (K, 3, H, W), `ID/left`."""
     tell("jacobian", 0, 1)
-    k, vectors = plan.settings["k"], plan.settings["vectors"]
-    result = jacobian_spectrum(plan.encoder, one.image[None], k=k, vectors=vectors, batch=batch, progress=False)
-    floats: dict[str, Tensor] = {}
-    if result.right is not None and result.left is not None:
-        kept = k or min(KEPT_VECTORS, result.right.shape[1])
-        floats = {"right": result.right[0, :kept].clone(), "left": result.left[0, :, :kept]}  # frees the others
-    yield one, Made([row_of(result)], {f"{one.item.name}/{key}": value for key, value in floats.items()})
+    k, vectors, images = plan.settings["k"], plan.settings["vectors"], torch.stack([one.image for one in part])
+    result = jacobian_spectrum(plan.encoder, images, k=k, vectors=vectors, batch=batch, progress=False)
+    for b, one in enumerate(part):
+        floats: dict[str, Tensor] = {}
+        if result.right is not None and result.left is not None:
+            kept = k or min(KEPT_VECTORS, result.right.shape[1])
+            floats = {"right": result.right[b, :kept].clone(), "left": result.left[b, :, :kept].clone()}
+        yield one, Made([row_of(result, b)], {f"{one.item.name}/{key}": value for key, value in floats.items()})
 
 
-def row_of(result: SpectrumResult) -> Row:
-    """Return the columns that a spectrum of one image gives; None where there is no value."""
-    whole = result.rank is not None and int(result.rank[0]) >= 0
+def row_of(result: SpectrumResult, b: int = 0) -> Row:
+    """Return the columns that the spectrum of an image gives; None where there is no value."""
+    whole = result.rank is not None and int(result.rank[b]) >= 0
     return {
-        "singular_values": [finite(s) for s in result.singular_values[0].tolist()],
-        "rank": int(result.rank[0]) if result.rank is not None and whole else None,
-        "nullity": int(result.nullity[0]) if result.nullity is not None and whole else None,
-        "structural_zeros": _zeros(result.structural_zeros[0]),
-        "near_structural": _zeros(result.near_structural[0]),
-        "effective_rank": None if result.effective_rank is None else finite(result.effective_rank[0]),
-        "sigma_max": finite(result.sigma_max[0]),
-        "rank_threshold": finite(result.rank_threshold[0]),
-        "method": result.method[0],
-        "error_bound": [finite(e) for e in result.error_bound[0].tolist()],
-        "status": str(result.status[0]),
-        "participation": None if result.participation is None else finite(result.participation[0]),
+        "singular_values": [finite(s) for s in result.singular_values[b].tolist()],
+        "rank": int(result.rank[b]) if result.rank is not None and whole else None,
+        "nullity": int(result.nullity[b]) if result.nullity is not None and whole else None,
+        "structural_zeros": _zeros(result.structural_zeros[b]),
+        "near_structural": _zeros(result.near_structural[b]),
+        "effective_rank": None if result.effective_rank is None else finite(result.effective_rank[b]),
+        "sigma_max": finite(result.sigma_max[b]),
+        "rank_threshold": finite(result.rank_threshold[b]),
+        "method": result.method[b],
+        "error_bound": [finite(e) for e in result.error_bound[b].tolist()],
+        "status": str(result.status[b]),
+        "participation": None if result.participation is None else finite(result.participation[b]),
         "patch_nullity": result.patch_nullity,
-        "noise_method": result.noise_method[0],
-        "num_evals": float(result.num_evals[0]),
-        "seconds": float(result.seconds[0]),
+        "noise_method": result.noise_method[b],
+        "num_evals": float(result.num_evals[b]),
+        "seconds": float(result.seconds[b]),
     }
 
 

@@ -27,9 +27,10 @@ from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_choice, check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import finite
-from hf_equiv.geometry.headings import Ahead, Toward
+from hf_equiv.geometry.headings import Ahead, Heading, Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
 from hf_equiv.matching.corrector import Corrector
+from hf_equiv.passes import Work, alone
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs import shards
@@ -38,7 +39,7 @@ from hf_equiv.runs.schema import Row
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
 
-SUCCEEDED, BATCH = (Status.COMPLETED,), "nothing"
+SUCCEEDED, BATCH = (Status.COMPLETED,), "both"
 SHOWN = 6  # walks drawn one by one
 CHUNK = 16  # frames encoded at once
 _LONGEST, _ALONG = 2.0, 0.3  # most length of a step over `step`, and least cosine with a random heading, in `verify`
@@ -109,38 +110,60 @@ CONFIG = WalkConfig
 
 
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
-    """Walk from one image (`nearest` and `connect`: from a match that starts at it); make a row for each point."""
-    (one,) = part
+    """Walk from each image (`nearest` and `connect`: from a match that starts at it); make a row for each point."""
     encoder, settings = plan.encoder, plan.settings
-    name, image, target = one.item.name, one.image, one.target
-    from_match, steps = settings["solver"] is not None, settings["num_steps"]
-    start, evals, seconds = image, 0.0, 0.0
-    if from_match and target is not None:
-        start, evals, seconds = match_target(encoder, image, target, settings["rtol"], tell)
+    from_match, steps, rtol = settings["solver"] is not None, settings["num_steps"], settings["rtol"]
+    matched, fault = dict[str, tuple[Tensor, float, float]](), None
+    for one in part:
+        try:
+            begin = one.image, 0.0, 0.0
+            if from_match and one.target is not None:
+                begin = match_target(encoder, one.image, one.target, rtol, tell)
+            matched[one.item.name] = begin
+        except RuntimeError as error:
+            fault = error.with_traceback(None)
+    part = [one for one in part if one.item.name in matched]
+    if not part and fault is not None:
+        raise fault
+    images = torch.stack([one.image for one in part])
+    targets = [one.target for one in part if one.target is not None]
+    heading = settings["heading"]
+    if heading == "random":
+        heading = torch.stack([drawn(settings["seed"], one.item.name, one.image) for one in part])
     walk = trace_level_set(
-        encoder, start[None], heading=settings["heading"], step=settings["step"], num_steps=steps,
-        rtol=settings["rtol"], target=None if target is None else target[None], stop=settings.get("stop", STOP),
-        origin=image[None] if from_match else None, generator=image_generator(settings["seed"], name),
-        keep_points=True, progress=lambda point: tell("walk", point.step, steps),
+        encoder, torch.stack([start for start, _, _ in matched.values()]), heading=heading, step=settings["step"],
+        num_steps=steps, rtol=rtol, target=torch.stack(targets) if targets else None,
+        stop=settings.get("stop", STOP), origin=images if from_match else None, batch=batch, keep_points=True,
+        progress=lambda point: tell("walk", point.step, steps, pair_ids=(part[point.image].item.name,)),
     )  # fmt: skip
-    path, status = walk.paths[0], walk.status[0]
-    if not path or status is Status.ERROR:
-        raise RuntimeError(status.advice)
-    frames = torch.stack([point.pixels for point in path if point.pixels is not None])
-    z = level(encoder, frames[0], target if from_match else None)
-    whole: Row = {
-        "status": str(status),
-        "num_evals": evals + float(walk.num_evals[0]),
-        "seconds": seconds + float(walk.seconds[0]),
-    }
-    labels = labels_of(encoder, frames)
-    rows = [
-        _measures(encoder, point, frame, z) | label | whole
-        for point, frame, label in zip(path, frames, labels, strict=True)
-    ]
-    origin = image if from_match else frames[0].clone()  # a copy does not keep the other frames in memory
-    floats = {"frames": frames, "origin": origin} | ({} if target is None else {"target": target})
-    yield one, Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
+    for b, one in enumerate(part):
+        name, path, status = one.item.name, walk.paths[b], walk.status[b]
+        if not path or status is Status.ERROR:
+            fault = fault or RuntimeError(Status.ERROR.advice)
+            continue
+        frames = torch.stack([point.pixels for point in path if point.pixels is not None])
+        z = level(encoder, frames[0], one.target if from_match else None)
+        _, evals, seconds = matched[name]
+        whole: Row = {
+            "status": str(status),
+            "num_evals": evals + float(walk.num_evals[b]),
+            "seconds": seconds + float(walk.seconds[b]),
+        }
+        labels = labels_of(encoder, frames)
+        rows = [
+            _measures(encoder, point, frame, z) | label | whole
+            for point, frame, label in zip(path, frames, labels, strict=True)
+        ]
+        origin = one.image if from_match else frames[0].clone()  # a copy does not keep the other frames in memory
+        floats = {"frames": frames, "origin": origin} | ({} if one.target is None else {"target": one.target})
+        yield one, Made(rows, {f"{name}/{key}": value for key, value in floats.items()})
+    if fault is not None:  # after the others, which are kept
+        raise fault
+
+
+def drawn(seed: int, name: str, image: Tensor) -> Tensor:
+    """Return the random heading of an image, of its shape and type."""
+    return torch.randn(image.shape, generator=image_generator(seed, name), dtype=torch.float64).to(image)
 
 
 def _measures(encoder: Any, point: WalkPoint, frame: Tensor, z: Tensor) -> Row:
@@ -261,17 +284,22 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         } | ({"stationarity": None} if heading == "random" else {}))  # fmt: skip
     made[0]["faults"] = _path_faults(settings, name, frames, origin, aim, 1 - len(z) / origin.numel())
     if heading != "random":
-        corrector = Corrector(encoder, z.double(), settings["rtol"])
+        ahead = Ahead(torch.where(origin <= 0.5, 1.0, -1.0).to(origin), origin)
+        way = ahead if aim is None else Toward(aim.to(frames), stop=math.inf)
         with no_tf32():
-            at = corrector.look(frames[-1])
-            corrector.refresh(at)
-            ahead = Ahead(torch.where(origin <= 0.5, 1.0, -1.0).to(origin), origin)
-            way = ahead if aim is None else Toward(aim.to(frames), stop=math.inf)
-            made[-1]["stationarity"] = way.plan(corrector, at, 1.0).stationarity  # share along the level set
+            share = alone(_share(way, Corrector(encoder, z.double(), settings["rtol"]), frames[-1]))
+        made[-1]["stationarity"] = share
     if heading in TO_AN_IMAGE:
         early = made[-1]["step"] < settings["num_steps"] and rows[-1]["status"] == Status.COMPLETED
         made[-1]["most_left"] = at_rest(settings.get("stop", STOP)) if early else 1.0 + 1e-6
     return made
+
+
+def _share(way: Heading, corrector: Corrector, frame: Tensor) -> Work[float | None]:
+    """Return the share of the way from a frame that runs along the level set."""
+    at = yield from corrector.look(frame)
+    yield from corrector.refresh(at)
+    return (yield from way.plan(corrector, at, 1.0)).stationarity
 
 
 def _path_faults(
@@ -282,15 +310,14 @@ def _path_faults(
     # `away` is farther from the origin. A `random` step follows the pixels of the drawn v that the box lets move, less
     # the row space of J (measured: cosine above 0.9), while the cosine of another direction is about 1/√N.
     points, found = frames.double(), []
-    drawn, generator = settings["heading"] == "random", image_generator(settings["seed"], name)
+    random = settings["heading"] == "random"
     if settings["solver"] is None and not torch.equal(frames[0], origin):
         found.append(("origin", "the first frame", "it is another image"))
-    v = torch.randn(origin.shape, generator=generator, dtype=torch.float64).to(points)
-    v = v if drawn else torch.where(origin <= 0.5, 1.0, -1.0).to(points)
+    v = drawn(settings["seed"], name, points[0]) if random else torch.where(origin <= 0.5, 1.0, -1.0).to(points)
     longest = _LONGEST * min(settings["step"], math.sqrt(origin.numel()))
     for step, (a, b) in enumerate(pairwise(points), 1):
         moved, middle = b - a, (a + b) / 2
-        if drawn or (aim is None and step == 1):  # `away` begins towards the farther end of each pixel
+        if random or (aim is None and step == 1):  # `away` begins towards the farther end of each pixel
             wish, least = v * (((a > 0) | (v > 0)) & ((a < 1) | (v < 0))), _ALONG * max(null_share, 0.0) ** 0.5
         else:
             wish, least = middle - origin if aim is None else aim - middle, -0.05

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.matching.corrector import Corrector, Place
+from hf_equiv.passes import Work
 from hf_equiv.precision import dot
 
 MAX_PRODUCTS = 40  # most products with the Hessian in one Newton step
@@ -41,7 +42,9 @@ class Step:
         return share * self.slope - 0.5 * share**2 * self.curvature
 
 
-def newton_step(hessian: Callable[[Tensor], Tensor], gradient: Tensor, radius: float, accuracy: float) -> Step:
+def newton_step(
+    hessian: Callable[[Tensor], Work[Tensor]], gradient: Tensor, radius: float, accuracy: float
+) -> Work[Step]:
     """Maximise ⟨g, p⟩ − ½⟨p, H p⟩ over ‖p‖ ≤ radius by truncated conjugate gradients, at least as far as along g."""
     # The iteration ends where ‖g − H p‖ ≤ accuracy·‖g‖ or on the sphere; along directions of negative curvature it goes
     # on to the sphere. H is symmetric up to noise, and g is not zero. Steihaug (1983), SIAM J. Numer. Anal. 20,
@@ -51,7 +54,7 @@ def newton_step(hessian: Callable[[Tensor], Tensor], gradient: Tensor, radius: f
     search, size = residual.clone(), dot(residual, residual)
     enough, bound = accuracy**2 * size, False
     for _ in range(MAX_PRODUCTS):
-        bent = hessian(search)
+        bent = yield from hessian(search)
         curvature = dot(search, bent)
         length = size / curvature if curvature > 0 else math.inf
         ahead = _to_sphere(p, search, radius)
@@ -95,12 +98,12 @@ class Ahead:
     def __init__(self, direction: Tensor, origin: Tensor | None = None) -> None:
         self.direction, self.origin = direction, origin
 
-    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
+    def plan(self, corrector: Corrector, at: Place, reach: float) -> Work[Plan]:
         """Project the heading, after A has learnt the row along the last drift: the bend of the level set there."""
         wish = self.direction
         if self.origin is not None and bool((at.image != self.origin).any()):
             wish = at.image - self.origin
-        corrector.learn(at, corrector.bend)
+        yield from corrector.learn(at, corrector.bend)
         tangent, _ = _tangent(corrector, at, wish)
         length = _norm(tangent)
         share = length / _norm(wish)
@@ -143,17 +146,17 @@ class Toward:
         self.newton: Step | None = None
         self.radius = math.inf
 
-    def plan(self, corrector: Corrector, at: Place, reach: float) -> Plan:
+    def plan(self, corrector: Corrector, at: Place, reach: float) -> Work[Plan]:
         """Find the descent direction, if there is one."""
         wish = self.destination - at.image
         distance, model = _norm(wish), corrector.model
         if distance == 0.0:
             return Plan(None, 0.0, 0.0)
         bound = 1.0
-        corrector.learn(at, corrector.bend)
+        yield from corrector.learn(at, corrector.bend)
         tangent, multipliers = _tangent(corrector, at, wish)
         for _ in range(_ROUNDS):
-            corrector.learn(at, multipliers)
+            yield from corrector.learn(at, multipliers)
             rest = wish - model.transpose(multipliers)
             bound = min(bound, _norm(rest * _inwards(at.image, rest, corrector.bounds)) / distance)
             tangent, multipliers = _tangent(corrector, at, wish)
@@ -161,7 +164,7 @@ class Toward:
                 break
         self.multipliers = multipliers
         if self.stop < bound <= (_NEAR if self.newton is None else 2 * _NEAR):
-            return self._newton(corrector, at, tangent, multipliers, reach, bound)
+            return (yield from self._newton(corrector, at, tangent, multipliers, reach, bound))
         self.newton = None
         if bound <= self.stop or _norm(tangent) == 0.0:
             return Plan(None, 0.0, bound)
@@ -211,19 +214,19 @@ class Toward:
 
     def _newton(
         self, corrector: Corrector, at: Place, tangent: Tensor, multipliers: Tensor, reach: float, bound: float
-    ) -> Plan:
+    ) -> Work[Plan]:
         """Plan the step to the stationary point of the quadratic model of the Lagrangian."""
-        here = at.jacobian.rmv(multipliers[None].to(at.image))[0]
-        corrector.num_evals += 2 / 3
+        here = yield from corrector.pull(at, multipliers)
 
-        def hessian(v: Tensor) -> Tensor:
+        def hessian(v: Tensor) -> Work[Tensor]:
             probe = _PROBE / _norm(v)
-            there = corrector.pull_back(at.image + probe * v, multipliers.to(v))
+            beside = yield from corrector.look(at.image + probe * v)
+            there = yield from corrector.pull(beside, multipliers)
             return corrector.model.project_null(v + (there - here) / probe)
 
         self.pairs.clear()
         self.last = None
-        self.newton = newton_step(hessian, tangent, min(reach, self.radius), _ACCURACY)
+        self.newton = yield from newton_step(hessian, tangent, min(reach, self.radius), _ACCURACY)
         length = _norm(self.newton.step)
         return Plan(self.newton.step / length, length, bound)
 

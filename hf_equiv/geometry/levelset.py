@@ -21,8 +21,8 @@ from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds, is_image
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
-from hf_equiv.jacobian import Jacobian, measure_images
 from hf_equiv.matching.corrector import Corrector, Place
+from hf_equiv.passes import Work, at_once, measure_images
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import Status
 
@@ -73,7 +73,6 @@ class Walk:
     keep_points: bool
     progress: Callable[[WalkPoint], None] | None
     path: list[WalkPoint] = field(default_factory=list)
-    status: Status = Status.ERROR
     end: Place | None = None  # the destination if it lies on the level set
     at: Tensor = field(init=False)
     width: float = field(init=False)  # of the box
@@ -84,32 +83,26 @@ class Walk:
     longest: float = 0.0  # longest step since then
     reconsidered: bool = False  # whether the heading has replaced its plan after a rejected step
 
-    def run(self, start: Tensor, num_steps: int) -> None:
-        """Walk, and set `status`."""
-        self.at, self.width = start, self.corrector.bounds[1] - self.corrector.bounds[0]
-        if self.corrector.f.noise > self.corrector.rtol:  # no drift that f states is below rtol for certain
-            self.status = Status.DRIFT_EXCEEDED
-            return
-        self.h = self.most = min(self.step, self.width * math.sqrt(start.numel()))  # no step is longer than the box
-        self.status = self._walk(start, num_steps)
-        del self.corrector.model  # D·N numbers
-
-    def _walk(self, start: Tensor, num_steps: int) -> Status:
+    def run(self, start: Tensor, num_steps: int) -> Work[Status]:
         """Bring the start to the level set and step from point to point until all are made or no step succeeds."""
+        self.at, self.width = start, self.corrector.bounds[1] - self.corrector.bounds[0]
+        self.h = self.most = min(self.step, self.width * math.sqrt(start.numel()))  # no step is longer than the box
+        if self.corrector.f.noise > self.corrector.rtol:  # no drift that f states is below rtol for certain
+            return Status.DRIFT_EXCEEDED
         corrector, heading, (low, high) = self.corrector, self.heading, self.corrector.bounds
-        at = corrector.look(start)
-        corrector.refresh(at)
+        if isinstance(heading, Toward):
+            end = yield from corrector.look(heading.destination)
+            self.end = end if end.drift <= corrector.rtol else None
+        at = yield from corrector.look(start)
+        yield from corrector.refresh(at)
         if not (math.isfinite(at.drift) and corrector.model.finite):
             return Status.ERROR
         if at.drift > corrector.rtol:
-            corrected = corrector.correct(start, math.inf)
+            corrected = yield from corrector.correct(start, math.inf)
             if corrected is None:
                 return Status.DRIFT_EXCEEDED
             at = corrected
-        if isinstance(heading, Toward):
-            end = corrector.look(heading.destination)
-            self.end = end if end.drift <= corrector.rtol else None
-        plan = self._plan(at)
+        plan = yield from self._plan(at)
         self._record(at, plan)
         if plan.direction is None and plan.stationarity is None:
             if bool(((start > low) & (start < high)).all()):  # otherwise the box may be the cause
@@ -120,19 +113,19 @@ class Walk:
         since, hops = 0.0, 0  # length and steps since the last point
         while len(self.path) <= num_steps:
             if plan.direction is None and self.learnt and isinstance(heading, Ahead):  # A may be wrong
-                plan = self._renew(at)
+                plan = yield from self._renew(at)
                 continue
             if plan.direction is None:
                 self._record(at, plan)
                 return Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
             if self.learnt and corrector.stale and self.h < min(plan.length, _SHRUNK * self.longest):
                 self.longest = 0.0
-                plan = self._renew(at)
+                plan = yield from self._renew(at)
                 continue
             length = min(self.h, plan.length)
-            there, failure = self._try(at, plan, length, max(length, _SNAP * self.h))
+            there, failure = yield from self._try(at, plan, length, max(length, _SNAP * self.h))
             if there is None:
-                plan, ended = self._fail(at, plan, length, failure)
+                plan, ended = yield from self._fail(at, plan, length, failure)
                 if ended is not None:
                     return ended
                 continue
@@ -141,38 +134,38 @@ class Walk:
             self.longest = max(self.longest, length)
             since, hops = since + float(torch.linalg.vector_norm(there.image - at.image)), hops + 1
             at = there
-            plan = self._plan(at)
+            plan = yield from self._plan(at)
             if plan.direction is None or since >= heading.spacing * self.most or hops == _HOPS:
                 if len(self.path) == num_steps and self._unfinished(plan):  # the last point gets a good estimate
-                    plan = self._renew(at)
+                    plan = yield from self._renew(at)
                 self._record(at, plan)
                 since, hops = 0.0, 0
         return Status.COMPLETED
 
-    def _plan(self, at: Place) -> Plan:
-        return self.heading.plan(self.corrector, at, self.h)
+    def _plan(self, at: Place) -> Work[Plan]:
+        return (yield from self.heading.plan(self.corrector, at, self.h))
 
-    def _renew(self, at: Place) -> Plan:
+    def _renew(self, at: Place) -> Work[Plan]:
         """Plan again with a full Jacobian."""
-        self.corrector.refresh(at)
+        yield from self.corrector.refresh(at)
         self.learnt = False
-        return self._plan(at)
+        return (yield from self._plan(at))
 
     def _unfinished(self, plan: Plan) -> bool:
         """Whether the walk to an image is not at rest: too much of the way is left."""
         return isinstance(self.heading, Toward) and (plan.stationarity or 0.0) > at_rest(self.heading.stop)
 
-    def _fail(self, at: Place, plan: Plan, length: float, failure: Status) -> tuple[Plan, Status | None]:
+    def _fail(self, at: Place, plan: Plan, length: float, failure: Status) -> Work[tuple[Plan, Status | None]]:
         """Return the plan after a failed step, and the status of the walk if it ends here."""
         if failure is Status.COMPLETED and not self.reconsidered and isinstance(self.heading, Toward):
             self.reconsidered = self.heading.reconsider()
             if self.reconsidered:
-                return self._plan(at), None
+                return (yield from self._plan(at)), None
         if failure is Status.DRIFT_EXCEEDED and self.learnt and self.corrector.stale:
-            return self._renew(at), None
+            return (yield from self._renew(at)), None
         self.h, self.failures = length / 2, self.failures + 1
         if self.failures == _REFRESH_AFTER and self.learnt:
-            plan = self._renew(at)
+            plan = yield from self._renew(at)
         if self.failures < _MAX_FAILURES:
             return plan, None
         self._record(at, plan)
@@ -180,7 +173,7 @@ class Walk:
             failure = Status.DRIFT_EXCEEDED  # nearer points exist, but the noise of f hides them
         return plan, failure
 
-    def _try(self, at: Place, plan: Plan, length: float, snap: float) -> tuple[Place | None, Status]:
+    def _try(self, at: Place, plan: Plan, length: float, snap: float) -> Work[tuple[Place | None, Status]]:
         """Make one step, or jump to a destination within `snap`; return the place, or None and the reason."""
         assert plan.direction is not None
         if self.end is not None and float(torch.linalg.vector_norm(self.end.image - at.image)) <= snap:
@@ -188,7 +181,7 @@ class Walk:
         guess = (at.image + length * plan.direction).clamp(*self.corrector.bounds)
         if float(torch.linalg.vector_norm(guess - at.image)) < 0.1 * length:
             return None, Status.COMPLETED if plan.stationarity is not None else Status.BOX_BLOCKED
-        there = self.corrector.correct(guess, length)
+        there = yield from self.corrector.correct(guess, length)
         if there is None:
             return None, Status.DRIFT_EXCEEDED
         # If the heading rejects every corrected point, the walk has arrived, to the accuracy of f.
@@ -238,7 +231,7 @@ class WalkResult:
         paths: points of each walk in order; every one has drift ≤ rtol.
         num_evals: cost of each walk, (B,), float64: (forwards + 2·cotangents) / 3, full Jacobians included.
         num_jacobians: full Jacobians among them, (B,), int64.
-        seconds: wall time of each walk, (B,), float64.
+        seconds: wall time of each walk, (B,), float64, with an equal part of the time of each shared pass.
         status: per image: completed (all steps made, or no further one is wanted), drift_exceeded, box_blocked, error.
     """
 
@@ -275,6 +268,7 @@ def trace_level_set(
     stop: float = STOP,
     generator: torch.Generator | None = None,
     keep_points: bool = False,
+    batch: int = 32,
     bounds: Bounds = UNIT,
     progress: Callable[[WalkPoint], None] | bool | None = None,
 ) -> WalkResult:
@@ -289,7 +283,10 @@ def trace_level_set(
         connect   target − x        a match       target's                no nearer image near, or there
 
     Cost: one full Jacobian, (1 + 2D)/3 evaluations; then, on a trained DeiT-Tiny, about 12 evaluations per unit of L2
-    length, more towards an image. Memory: D·N numbers, and 40 images for a destination.
+    length, more towards an image. Memory of a walk: D·N numbers, at most 16 GiB, the activations of two images, and 40
+    images for a destination; its Jacobian takes the activations of `batch` images. On a GPU walks go side by side in
+    shared passes: at most `batch`, with Jacobians of 4 GiB. A pass that runs out of memory is halved, and a walk that
+    fails alone has the status `error` if there are others.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D), differentiable in reverse mode.
@@ -304,6 +301,7 @@ def trace_level_set(
         stop: ‖P_null d‖/‖d‖ at which a walk to an image ends. On a trained ViT 0.01 may be out of reach.
         generator: source of the random heading, on the CPU; None for one with seed 0.
         keep_points: whether the points keep their pixels.
+        batch: most cotangents per pass, and most walks side by side; a CPU takes at most 8, and one walk.
         bounds: the box of all points, which all images must lie in; None for none. By default pixels in [0, 1].
         progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks. By default a
             bar in a terminal or notebook; False for none.
@@ -332,6 +330,7 @@ def trace_level_set(
     checks.check_positive(rtol, "rtol")
     checks.check_positive(stop, "stop", 1)
     checks.check_count(num_steps, "num_steps")
+    checks.check_count(batch, "batch")
     if heading == "nearest" and origin is None:
         raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
     images = images.detach().clone(memory_format=torch.contiguous_format)
@@ -344,31 +343,38 @@ def trace_level_set(
         f = admit(f, images, noise=True, bounds=bounds)
         z = _embeddings(f, images, goal.detach())
 
-        def measure(J: Jacobian, b: int) -> dict[str, Any]:
+        def measure(b: int) -> Work[dict[str, Any]]:
             corrector = Corrector(f, z[b], rtol, box)
-            corrector.num_evals = J.num_evals + (1 / 3 if is_image(goal, images) else 0.0)  # with z
+            corrector.num_evals = 1 / 3 if is_image(goal, images) else 0.0  # of z
             way: Heading
             if heading in TO_AN_IMAGE:
                 way = Toward(aims[b], stop)
             else:
                 way = Ahead(aims[b], home[b] if heading == "away" else None)
             walk = Walk(b, corrector, way, home[b], step, keep_points, hook)
-            with no_autocast():
-                walk.run(images[b], num_steps)
+            try:
+                status = yield from walk.run(images[b], num_steps)
+            except torch.OutOfMemoryError:
+                if len(images) == 1:
+                    raise
+                status = Status.ERROR
             return {
                 "images": walk.at,
                 "paths": tuple(walk.path),
                 "num_evals": corrector.num_evals,
                 "num_jacobians": torch.tensor(corrector.num_jacobians, device="cpu"),
-                "status": walk.status,
+                "status": status,
             }
 
+        steps = [0] * len(images)
+
         def read(point: WalkPoint) -> tuple[float, str]:
-            done = (point.image + point.step / num_steps) / len(images)
+            steps[point.image] = point.step
+            done = sum(steps) / (num_steps * len(images))
             return done, f"L2 {point.l2:.3g}, drift {point.drift:.1e}, {point.num_evals:.0f} evaluations"
 
-        with bars.shown(progress, "walk", read) as hook:
-            return WalkResult(**measure_images(f, images, 1, measure))
+        with bars.shown(progress, "walk", read) as hook, no_autocast():
+            return WalkResult(**measure_images(images, measure, count=at_once(f, images, batch), most=batch))
 
 
 def _embeddings(f: Encoding, images: Tensor, goal: Tensor) -> Tensor:

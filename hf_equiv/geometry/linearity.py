@@ -83,7 +83,7 @@ def linearity_radius(
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·h·‖Jv‖        (relative_to="jvp")
         ‖f(x + hv) − f(x) − h·Jv‖ ≤ τ·‖f(x)‖        (relative_to="embedding"; for null directions, where Jv = 0)
 
-    Cost: per direction one JVP and about 20 + log₂(1/rtol) forward passes.
+    Cost: per direction one JVP and about 20 + log₂(1/rtol) forward passes. Memory: the activations of `batch` images.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D) with forward mode.

@@ -18,7 +18,8 @@ from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.directions import Directions, as_directions, unit_directions
 from hf_equiv.geometry.secants import JVP_RTOL, RADII, RTOL, central_secants, read_secants, secant_noise
-from hf_equiv.jacobian import Jacobian, measure_images
+from hf_equiv.jacobian import Jacobian
+from hf_equiv.passes import Work, measure_images
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
@@ -116,7 +117,8 @@ def directional_lipschitz(
     precision) and three radii in a row agree within 2 %; else `undetermined`, as all null directions are, or `error` if
     f or its derivative is not finite. x ± hv may step over the edge of the box.
 
-    Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise.
+    Cost: 2·K·R forward passes and K JVPs an image, and a few per cent for the noise. Memory: the activations of `batch`
+    images, one image at a time.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D) with forward mode.
@@ -169,7 +171,10 @@ def measure_directions(
     dtype = torch.promote_types(images.dtype, torch.float32)
     vectors = given.vectors.detach().to(images.device)
 
-    def measure(J: Jacobian, b: int) -> dict[str, Any]:
+    def measure(b: int) -> Work[dict[str, Any]]:
+        yield from ()  # the passes of an image are full
+        J = Jacobian(f, images[b].detach(), batch=batch)
+        J.check_deterministic()
         probe, chunks = probe_at(J), []
         for first in range(0, len(given), batch):
             part = slice(first, first + batch)
@@ -182,7 +187,7 @@ def measure_directions(
         spent = J.num_evals + probe.forwards / 3
         return {**columns, "status": status, "num_evals": spent, "noise_method": probe.noise_method}
 
-    fields = measure_images(f, images, batch, measure)
+    fields = measure_images(images, measure)
     return {**fields, "kinds": given.kinds, "indices": given.indices}
 
 

@@ -32,8 +32,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_equiv.jacobian import Jacobian, in_double
-from hf_equiv.precision import Encoding, power_of_two, resolved_step
+from hf_equiv.conditions import Function
+from hf_equiv.passes import Sight, Work, look
+from hf_equiv.precision import power_of_two, resolved_step
 
 ACCURACY = 100 * torch.finfo(torch.float64).eps  # error of the small matrices over σ₁
 
@@ -122,16 +123,16 @@ class TopSingular:
     passes: int  # products with Jᵀ; products with J are one more for each start, of which there are two or more
 
 
-def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingular:
+def golub_kahan(J: Sight, k: int, rtol: float, *, seed: int = 0) -> Work[TopSingular]:
     """Find the k largest singular values by Golub–Kahan bidiagonalisation: one JVP and VJP a pass, one JVP a start."""
     dim, size = J.shape
     full = min(dim, size)
     next_too = min(k + _NEXT, full)
     basis = _Bidiagonal(J, seed)
-    u, since, starts, tried = basis.start(), 0, 1, False
+    u, since, starts, tried = (yield from basis.start()), 0, 1, False
     seen = torch.empty(0, dtype=torch.float64, device=J.image.device)  # the values at the end of the last recursion
     for passes in range(1, full + 1):
-        w, gain = basis.extend(u)
+        w, gain = yield from basis.extend(u)
         since += 1
         empty = since == 1 and not gain > basis.nothing  # a new start finds no more
         Q, theta, Pt = torch.linalg.svd(basis.B)
@@ -147,7 +148,8 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
         if passes == full or (done and (empty or (tried and not ended and not news))):
             break
         if ended or (done and (starts == 1 or (tried and news))):
-            u, since, starts, tried, seen = basis.start(), 0, starts + 1, False, theta[:next_too]
+            u = yield from basis.start()
+            since, starts, tried, seen = 0, starts + 1, False, theta[:next_too]
         elif tried:  # continue the recursion whose value needs it most
             worst, _, length = _orthogonalise(rest[:, int(bound[:next_too].argmax())], basis.U)
             u = worst if length > basis.nothing else u
@@ -158,7 +160,7 @@ def golub_kahan(J: Jacobian, k: int, rtol: float, *, seed: int = 0) -> TopSingul
 class _Bidiagonal:
     """JᵀU = V B with orthonormal rows of U and V, and W = J V, in a unit in which squares are numbers."""
 
-    def __init__(self, J: Jacobian, seed: int) -> None:
+    def __init__(self, J: Sight, seed: int) -> None:
         self.J, self.scale, self.unit = J, 0.0, 0.0
         self.generator = torch.Generator().manual_seed(seed)
         self.eps = min(J.eps, torch.finfo(torch.float32).eps)  # in bfloat16 the values are noisy, but no less there
@@ -173,21 +175,21 @@ class _Bidiagonal:
         """Length below which a vector is the rounding of the products."""
         return _NOTHING * self.eps * self.scale
 
-    def start(self) -> Tensor:
+    def start(self) -> Work[Tensor]:
         """Return a start off U in which every singular vector has a part in proportion to its value."""
         noise = self._gaussian(self.J.shape[1]).view(1, *self.J.image.shape)
-        moved = self.J.mv(noise.to(self.J.image))[0].double()
+        moved = (yield from self.J.mv(noise.to(self.J.image)))[0].double()
         self.unit = self.unit or power_of_two(float(moved.abs().max()))
         start, _, length = _orthogonalise(moved / self.unit, self.U)
         if length > self.nothing:
             return start
         return _orthogonalise(self._gaussian(self.J.shape[0]).to(self.U.device), self.U)[0]
 
-    def extend(self, u: Tensor) -> tuple[Tensor, float]:
+    def extend(self, u: Tensor) -> Work[tuple[Tensor, float]]:
         """Add u and its v; return J v and ‖Jᵀu‖."""
         J = self.J
         self.U = torch.cat([self.U, u[None]])
-        g = J.rmv(u[None])[0].flatten().double() / self.unit
+        g = (yield from J.rmv(u[None]))[0].flatten().double() / self.unit
         v, coefficients, length = _orthogonalise(g, self.V)
         self.scale = max(self.scale, float(g.norm()))
         if not length > self.eps * self.scale:  # the row space is exhausted: any v will do, its coefficient is zero
@@ -195,7 +197,7 @@ class _Bidiagonal:
         self.B = torch.nn.functional.pad(self.B, (0, 1, 0, 1))
         self.B[:-1, -1], self.B[-1, -1] = coefficients, length
         self.V = torch.cat([self.V, v[None]])
-        w = J.mv(v.view(1, *J.image.shape).to(J.image))[0].double() / self.unit
+        w = (yield from J.mv(v.view(1, *J.image.shape).to(J.image)))[0].double() / self.unit
         self.W = torch.cat([self.W, w[None]])
         return w, float(g.norm())
 
@@ -236,8 +238,8 @@ def _bounds(theta: Tensor, residual: Tensor) -> Tensor:
 
 
 def derivative_noise(
-    f: Encoding, J: Jacobian, matrix: Tensor | None, left: Tensor, sigma: Tensor
-) -> tuple[Tensor, float, str, float]:
+    J: Sight, matrix: Tensor | None, left: Tensor, sigma: Tensor
+) -> Work[tuple[Tensor, float, str, float]]:
     """Bound |σ(J) − σ(J₆₄)| of each value, (K,), and of a zero; return also the method and the evaluations spent."""
     # Let E = J − J₆₄ and s_i = σ_i + σ₁/5, since the rounding of a backward pass grows with its result.
     # With F = diag(1/s) UᵀE over an orthonormal basis of all u, ‖Eᵀu‖ ≤ ‖F‖₂ ‖diag(s) Uᵀu‖, and by the minimax
@@ -247,7 +249,6 @@ def derivative_noise(
     # holds all of E, and never if many do. Off the K known vectors u, s is that of the last. With the matrix and a
     # twin, ‖FQ‖₂ ≤ ‖F‖₂ is measured too, with Q the span of the six Fᵀω, which holds most of a direction that stands
     # out.
-    references, method, passes = _references(f, J)
     unit = power_of_two(float(sigma[0]))
     top = float(sigma[0]) / unit
     size = sigma / unit + _EVEN * (top or 1.0)
@@ -255,47 +256,64 @@ def derivative_noise(
     omega = torch.randn(J.shape[0], _PROBES, generator=generator, dtype=torch.float64).to(left)
     cotangents = omega / size[-1] + left @ ((1 / size - 1 / size[-1])[:, None] * (left.T @ omega))
     if matrix is None:
-        seen = J.rmv(cotangents.T.to(J.image)).flatten(1).double() / unit
+        seen = (yield from J.rmv(cotangents.T)).flatten(1).double() / unit
     else:
         seen = combine(matrix, cotangents) / unit
-    parts = []
-    for own, group in zip(references, cotangents.split(_PROBES // len(references), dim=1), strict=True):
-        exact = [one.rmv(group.T.to(one.image)).flatten(1).to(left) / unit for one in own]
-        parts.append(torch.stack(exact).mean(dim=0))
-    noise = seen - torch.cat(parts)
+    exact = (yield from in_double(J.f, J.image)) if J.eps > torch.finfo(torch.float64).eps else None
+    method = "perturbed input" if exact is None else "float64 twin"
+    if exact is None:
+        rows, spent = yield from _beside(J, cotangents.T)
+    else:
+        rows, spent = (yield from exact.rmv(cotangents.T)), 0.0
+    noise = seen - rows.flatten(1).to(left) / unit
     scale = power_of_two(float(noise.abs().max()))
     inner = (noise / scale) @ (noise / scale).T
     norm = _CERTAIN * scale * float(inner[~torch.eye(_PROBES).bool()].square().mean()) ** 0.25
-    if matrix is not None and method == "float64 twin":
-        norm = min(norm, _RITZ * _along(matrix, references[0][0], left / size, noise, unit))
+    if matrix is not None and exact is not None:
+        norm = min(norm, _RITZ * (yield from _along(matrix, exact, left / size, noise, unit)))
     floor = ACCURACY
-    if method == "perturbed input":
+    if exact is None:
         norm, floor = _UNSEEN * norm, 8 * J.eps
-    spent = passes / 3 + sum(one.num_evals for own in references for one in own)
+    else:
+        spent = exact.num_evals
     zero = (norm * _EVEN + floor) * top / max(1 - norm, 1e-3)
     return (norm * size + floor * top) * unit, zero * unit, method, spent
 
 
-def _along(matrix: Tensor, reference: Jacobian, weights: Tensor, noise: Tensor, unit: float) -> float:
-    """Return ‖weightsᵀ E Q‖₂ with Q the span of rows of noise; infinity if the reference has no product with J."""
+def _along(matrix: Tensor, exact: Sight, weights: Tensor, noise: Tensor, unit: float) -> Work[float]:
+    """Return ‖weightsᵀ E Q‖₂ with Q the span of rows of noise; infinity if there is no product with J in float64."""
     Q = torch.linalg.svd(noise, full_matrices=False).Vh
     try:
-        exact = reference.mv(Q.view(-1, *reference.image.shape).to(reference.image)).T.to(weights)
+        moved = yield from exact.mv(Q.view(-1, *exact.image.shape))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return math.inf
-    return float(torch.linalg.matrix_norm(weights.T @ ((times(matrix, Q.T) - exact) / unit), 2))
+    return float(torch.linalg.matrix_norm(weights.T @ ((times(matrix, Q.T) - moved.T.to(weights)) / unit), 2))
 
 
-def _references(f: Encoding, J: Jacobian) -> tuple[list[list[Jacobian]], str, int]:
-    """Return Jacobians whose means lack the rounding of J: of f in float64, or around x; the method and more passes."""
-    reference = in_double(f, J.image) if J.eps > torch.finfo(torch.float64).eps else None
-    if reference is not None:
-        return [[reference]], "float64 twin", 0
+def in_double(f: Function, image: Tensor) -> Work[Sight | None]:
+    """Return the sight of an image with all arithmetic of f in float64; None if it cannot be computed so."""
+    try:
+        exact = yield from look(f.exact, image.double())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return exact if exact.eps == torch.finfo(torch.float64).eps else None
+
+
+def _beside(J: Sight, cotangents: Tensor) -> Work[tuple[Tensor, float]]:
+    """Return Jᵀu of cotangents u (K, D), averaged around x, without the rounding of J; and the evaluations spent."""
     # Equal steps to either side repeat all roundings at random, and their mean has the derivative of x.
-    step, passes = resolved_step(f, J.image, J.eps)
-    generator = torch.Generator().manual_seed(1)
-    around = []
-    for _ in range(_DRAWS):
+    step, passes = resolved_step(J.f, J.image, J.eps)
+    generator, spent, rows = torch.Generator().manual_seed(1), passes / 3, []
+    for some in cotangents.split(len(cotangents) // _DRAWS):
         up = torch.randint(0, 2, J.image.shape, generator=generator, dtype=torch.int8).to(J.image.device) * 2.0 - 1.0
-        around.append([Jacobian(f, J.image + sign * step * up.to(J.image)) for sign in (1, -1)])
-    return around, "perturbed input", passes
+        pair = []
+        for sign in (1, -1):
+            at = yield from look(J.f, J.image + sign * step * up.to(J.image))
+            pair.append((yield from at.rmv(some)))
+            spent += at.num_evals
+        rows.append(torch.stack(pair).mean(dim=0))
+    return torch.cat(rows), spent

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
-from hf_equiv.conditions import admit
+from hf_equiv.conditions import Function, admit
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
-from hf_equiv.jacobian import Jacobian, measure_images
+from hf_equiv.jacobian import check_equal, check_memory
+from hf_equiv.passes import Sight, Work, at_once, look, measure_images
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
 
@@ -45,7 +46,7 @@ class SpectrumResult:
         right: right singular vectors as images, (B, K, *shape), or None.
         method: "full" or "golub_kahan", per image.
         num_evals: (forwards + 2·cotangents + 2·tangents) / 3, (B,), float64.
-        seconds: wall time, (B,), float64.
+        seconds: wall time, (B,), float64, with an equal part of the time of each shared pass.
         status: `completed` or `error`, per image.
     """
 
@@ -113,7 +114,9 @@ def jacobian_spectrum(
     J and takes all σ from it in float64; "golub_kahan" finds the top k from products with J and Jᵀ. For an Encoder,
     zeros of known cause are named.
 
-    Cost: full (1 + 2D)/3 evaluations an image and D·N numbers of memory; golub_kahan 4/3 a pass, about 2k + 7 passes.
+    Cost: full (1 + 2D)/3 evaluations an image; golub_kahan 4/3 a pass, about 2k + 7 passes. Memory: full D·N numbers an
+    image, golub_kahan 3N a pass; and the activations of `batch` images. On a GPU images share passes: at most `batch`,
+    with Jacobians of 4 GiB. A pass that runs out of memory is halved.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D).
@@ -123,7 +126,7 @@ def jacobian_spectrum(
         vectors: whether to return singular vectors.
         rank_rtol: threshold of the rank over σ₁; None for the error bound of a zero.
         rtol: bound over σ₁ at which "golub_kahan" stops.
-        batch: most cotangents per pass; memory grows with it.
+        batch: most cotangents per pass, those of all images together; memory grows with it.
         bounds: the box that `images` must lie in; None for none.
         progress: called after each image with (images done, images in all); by default a bar in a terminal or notebook,
             False for none.
@@ -155,14 +158,21 @@ def jacobian_spectrum(
     options = k, method, vectors, rank_rtol, rtol
     f = admit(f, images, each=True, bounds=bounds)
     with bars.shown(progress, "spectrum", bars.count) as hook:
-        fields = measure_images(f, images, batch, lambda J, _: _measure(f, J, *options), hook)
+        fields = measure_images(
+            images, lambda b: _measure(f, images[b].detach(), *options), hook,
+            count=at_once(f, images, batch), most=batch,
+        )  # fmt: skip
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
 
 
 def _measure(
-    f: Encoding, J: Jacobian, k: int | None, method: str, vectors: bool, rank_rtol: float | None, rtol: float
-) -> dict[str, Any]:
+    f: Function, image: Tensor, k: int | None, method: str, vectors: bool, rank_rtol: float | None, rtol: float
+) -> Work[dict[str, Any]]:
     """Return the fields of one image by the method asked for, or the quicker."""
+    first = yield from look(f, image)
+    J = yield from look(f, image)
+    check_equal(first.z, J.z, J.eps)
+    J.num_evals += first.num_evals
     size = min(J.shape)
     count = size if k is None else k
     if count > size:
@@ -170,25 +180,25 @@ def _measure(
     # A pass of Golub–Kahan costs about two VJPs; forming J costs D of them.
     quicker = count < size and 2 * (2 * count + 6) < 0.8 * J.shape[0]
     if method == "golub_kahan" or (method == "auto" and quicker):
-        return _top(f, J, count, vectors, rank_rtol, rtol)
-    return _full(f, J, count, vectors, rank_rtol)
+        return (yield from _top(J, count, vectors, rank_rtol, rtol))
+    return (yield from _full(J, count, vectors, rank_rtol))
 
 
-def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | None) -> dict[str, Any]:
+def _full(J: Sight, k: int, vectors: bool, rank_rtol: float | None) -> Work[dict[str, Any]]:
     """Return the fields of one image from the matrix."""
-    J.check_memory()
-    matrix = J.as_matrix()
+    check_memory(J.image, J.shape[0])
+    matrix = yield from J.as_matrix()
     if not bool(torch.isfinite(matrix).all()):
         none, nan = torch.tensor(-1, device="cpu"), math.nan
         return _failed(J, "full", k, vectors, rank=none, nullity=none, effective_rank=nan, participation=nan)
     left, sigma = left_singular(matrix)
     count = min(J.shape)
     scale = float(sigma[0])
-    bound, least, noise, spent = derivative_noise(f, J, matrix, left, sigma)
+    bound, least, noise, spent = yield from derivative_noise(J, matrix, left, sigma)
     exact_to = rounding(matrix, sigma)
     bound, least = bound + exact_to, least + float(exact_to[-1])
     threshold = least if rank_rtol is None else rank_rtol * scale
-    predict = getattr(f, "left_relations", None)
+    predict = getattr(J.f, "left_relations", None)
     relations: tuple[LeftRelation, ...] = predict(J.image) if predict is not None else ()
     sigma, bound = sigma[:count], bound[:count]
     wide = J.shape[0] > J.shape[1]  # then any f has D − N left null vectors
@@ -216,26 +226,26 @@ def _full(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | No
     )
 
 
-def _top(f: Encoding, J: Jacobian, k: int, vectors: bool, rank_rtol: float | None, rtol: float) -> dict[str, Any]:
+def _top(J: Sight, k: int, vectors: bool, rank_rtol: float | None, rtol: float) -> Work[dict[str, Any]]:
     """Return the fields of one image from products with J and Jᵀ."""
-    if not bool(torch.isfinite(J.rmv(torch.ones_like(J.z)[None])).all()):
+    if not bool(torch.isfinite((yield from J.rmv(torch.ones_like(J.z)[None]))).all()):
         return _failed(J, "golub_kahan", k, vectors)
-    top = golub_kahan(J, k, rtol)
-    noise, least, name, spent = derivative_noise(f, J, None, top.left, top.values)
+    top = yield from golub_kahan(J, k, rtol)
+    noise, least, name, spent = yield from derivative_noise(J, None, top.left, top.values)
     threshold = least if rank_rtol is None else rank_rtol * float(top.values[0])
     pair = (top.left, top.right) if vectors else (None, None)
     more: dict[str, Any] = {"noise_method": name, "num_evals": J.num_evals + spent}
     return _fields(J, "golub_kahan", top.values, top.bound + noise, threshold, *pair, **more)
 
 
-def _failed(J: Jacobian, method: str, k: int, vectors: bool, **more: Any) -> dict[str, Any]:
+def _failed(J: Sight, method: str, k: int, vectors: bool, **more: Any) -> dict[str, Any]:
     nan = torch.full((k,), torch.nan, dtype=torch.float64, device=J.image.device)
     pair = (nan.expand(J.shape[0], -1), nan[:, None].expand(-1, J.shape[1])) if vectors else (None, None)
     return _fields(J, method, nan, nan, math.nan, *pair, status=Status.ERROR, **more)
 
 
 def _fields(
-    J: Jacobian, method: str, values: Tensor, bound: Tensor, threshold: float, left: Tensor | None,
+    J: Sight, method: str, values: Tensor, bound: Tensor, threshold: float, left: Tensor | None,
     right: Tensor | None, **more: Any
 ) -> dict[str, Any]:  # fmt: skip
     """Return the fields of one image; a field that needs every singular value is None unless it is given."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_equiv.checks import UNIT, check_dimension
 from hf_equiv.conditions import as_function
-from hf_equiv.jacobian import Jacobian
+from hf_equiv.passes import Sight, Work, look
 from hf_equiv.precision import Encoding
 
 _CUT, _CUT_SINGLE = 1e-5, 1e-4  # share of σ₁ below which learnt rows are noise (up to 5e-5 in float32)
@@ -37,16 +37,9 @@ class LinearModel:
     4). Products are summed and G is solved in float64. Memory: D·N numbers, at most 16 GiB.
     """
 
-    def __init__(self, at: Jacobian) -> None:
-        size = at.shape[0] * at.shape[1] * at.image.element_size()
-        if size > _LARGEST:
-            raise ValueError(
-                f"the Jacobian must fit in {_LARGEST / 2**30:.0f} GiB; got {at.shape[0]} × {at.shape[1]} numbers in "
-                f"{size / 2**30:.0f} GiB. Use a readout with fewer dimensions, such as 'cls' or 'mean'."
-            )
-        self.shape = at.image.shape
-        self.A = at.as_matrix()
-        self.free = torch.ones(at.image.numel(), dtype=torch.bool, device=at.image.device)
+    def __init__(self, matrix: Tensor, shape: torch.Size) -> None:
+        self.A, self.shape = matrix, shape
+        self.free = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
         self._gram = self.A.new_zeros((len(self.A), len(self.A)), dtype=torch.float64)
         for part in self.A.split(_COLUMNS, dim=1):
             columns = part.double()
@@ -68,23 +61,17 @@ class LinearModel:
             self._factor = None
         self.free = free
 
-    def learn(self, at: Jacobian, u: Tensor) -> bool:
-        """Set the row uᵀA to uᵀJ of another Jacobian, by one VJP, if it is finite; return False if u is zero."""
-        length = torch.linalg.vector_norm(u)
-        if not bool(length > 0):
-            return False
-        u = (u / length).to(self.A).double()  # rounded as A stores it
-        row = at.rmv(u[None])[0].flatten()
+    def learn(self, u: Tensor, row: Tensor) -> None:
+        """Set the row uᵀA to `row` (*shape), the uᵀJ of another point, if it is finite; ‖u‖ = 1 in the dtype of A."""
         if not bool(torch.isfinite(row).all()):
-            return True
-        change = row - self.transpose(u).flatten()
+            return
+        change = (row - self.transpose(u)).flatten()
         moving = change * self.free
         product = self.apply(moving)
         self._gram += torch.outer(u, product) + torch.outer(product, u)
         self._gram += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
         self.A.addr_(u.to(self.A), change)
         self._factor = None
-        return True
 
     def apply(self, step: Tensor) -> Tensor:
         """Return A s of a step s (*shape), the predicted change of the embedding, (D,) float64."""
@@ -139,14 +126,14 @@ class LinearModel:
 class Place:
     """An encoded image."""
 
-    jacobian: Jacobian  # J at the image; its products use the graph of one forward pass
+    sight: Sight  # f and J at the image
     residual: Tensor  # r = f(x) − z, (D,), float64
     drift: float  # ‖r‖ / ‖z‖
 
     @property
     def image(self) -> Tensor:
         """x, (*shape)."""
-        return self.jacobian.image
+        return self.sight.image
 
 
 class Corrector:
@@ -154,7 +141,8 @@ class Corrector:
 
     With r = f(x) − z, repeat: hold the values at the bounds; let A learn the row rᵀJ(x) by one VJP; set x ← clip(x −
     A_Fᵀ(A_F A_Fᵀ)⁺ r) if that lowers ‖r‖; otherwise let A learn the row along its own error. A trial costs one
-    evaluation. The corrector aims at half of `rtol`, so that other float32 kernels agree.
+    evaluation, and a third more after one that failed, for the forward pass of x again. The corrector aims at half of
+    `rtol`, so that other float32 kernels agree. Its steps are computations of `passes`.
     """
 
     model: LinearModel
@@ -168,41 +156,52 @@ class Corrector:
         self.bend = torch.zeros_like(z)
         self.trials = 0
 
-    def look(self, x: Tensor) -> Place:
+    def look(self, x: Tensor) -> Work[Place]:
         """Encode one image (*shape)."""
-        jacobian = Jacobian(self.f, x)
-        self.num_evals += 1 / 3
-        check_dimension(self.z, jacobian.shape[0])
-        residual = jacobian.output.double() - self.z
-        return Place(jacobian, residual, float(torch.linalg.vector_norm(residual)) / self.scale)
+        sight = yield from look(self.f, x)
+        self.num_evals += sight.num_evals
+        check_dimension(self.z, sight.shape[0])
+        residual = sight.output.double() - self.z
+        return Place(sight, residual, float(torch.linalg.vector_norm(residual)) / self.scale)
 
-    def refresh(self, at: Place) -> None:
+    def refresh(self, at: Place) -> Work[None]:
         """Form the full Jacobian at a place."""
-        self.model = LinearModel(at.jacobian)
-        self.num_evals += 2 * len(self.z) / 3
+        (dim, size), width = at.sight.shape, at.image.element_size()
+        if dim * size * width > _LARGEST:
+            raise ValueError(
+                f"the Jacobian must fit in {_LARGEST / 2**30:.0f} GiB; got {dim} × {size} numbers in "
+                f"{dim * size * width / 2**30:.0f} GiB. Use a readout with fewer dimensions, such as 'cls' or 'mean'."
+            )
+        self.model = LinearModel((yield from self._counted(at, at.sight.as_matrix())), at.image.shape)
         self.num_jacobians += 1
         self._refreshed = self.num_evals
+
+    def pull(self, at: Place, u: Tensor) -> Work[Tensor]:
+        """Return Jᵀu at a place, (*shape)."""
+        return (yield from self._counted(at, at.sight.rmv(u[None])))[0]
+
+    def _counted(self, at: Place, work: Work[Tensor]) -> Work[Tensor]:
+        before = at.sight.num_evals
+        found = yield from work
+        self.num_evals += at.sight.num_evals - before
+        return found
 
     @property
     def stale(self) -> bool:
         """Whether the evaluations since the last full Jacobian exceed three times its cost."""
         return self.num_evals - self._refreshed > _STALE * 2 * len(self.z) / 3
 
-    def learn(self, at: Place, u: Tensor) -> None:
-        """Set the row combination uᵀA to uᵀJ of the Jacobian at a place."""
-        if self.model.learn(at.jacobian, u):
-            self.num_evals += 2 / 3
+    def learn(self, at: Place, u: Tensor) -> Work[None]:
+        """Set the row combination uᵀA to uᵀJ of the Jacobian at a place, unless u is zero."""
+        length = torch.linalg.vector_norm(u)
+        if bool(length > 0):
+            u = (u / length).to(self.model.A).double()  # rounded as A stores it
+            self.model.learn(u, (yield from self.pull(at, u)))
 
-    def pull_back(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return Jᵀu at an image (*shape), for one evaluation."""
-        jacobian = Jacobian(self.f, x)
-        self.num_evals += 1.0
-        return jacobian.rmv(u[None])[0]
-
-    def correct(self, guess: Tensor, longest: float) -> Place | None:
+    def correct(self, guess: Tensor, longest: float) -> Work[Place | None]:
         """Bring a guess (*shape) back to the level set by steps no longer than `longest`; return None on failure."""
         low, high = self.bounds
-        at = self.look(guess.clamp(low, high))
+        at = yield from self.look(guess.clamp(low, high))
         self.bend, self.trials = at.residual, 0
         unknown, rejected, share = at.residual, 0, 1.0
         while at.drift > 0.5 * self.rtol and self.trials < _MAX_TRIALS:
@@ -210,10 +209,11 @@ class Corrector:
                 break
             self.trials += 1
             self.model.hold((at.image > low) & (at.image < high))
-            self.learn(at, unknown)
+            yield from self.learn(at, unknown)
             step = self.model.correction(at.residual)
             length = float(torch.linalg.vector_norm(step))
-            there = self.look((at.image + step * min(share, longest / (length + 1e-300))).clamp(low, high))
+            step = step * min(share, longest / (length + 1e-300))
+            there = yield from self.look((at.image + step).clamp(low, high))
             if there.drift <= _DECREASE * at.drift:
                 at, unknown, rejected, share = there, there.residual, 0, min(1.0, 2 * share)
                 continue

@@ -20,7 +20,7 @@ from fakes import SIZE, TinyEncoder
 from PIL import Image
 from runcases import python
 
-from hf_equiv.analyses import figures, lipschitz, make_plan, run_analysis, spectrum
+from hf_equiv.analyses import figures, lipschitz, make_plan, run, run_analysis, spectrum
 from hf_equiv.analyses.config import ImageConfig
 from hf_equiv.analyses.lipschitz import LipschitzConfig, parse_directions
 from hf_equiv.analyses.measures import open_png
@@ -29,6 +29,7 @@ from hf_equiv.analyses.run import VERBS
 from hf_equiv.cli import environment
 from hf_equiv.data.image_file import decode_png
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.results import Status
 from hf_equiv.runs import resume, shards
 from hf_equiv.runs.schema import LAYOUTS, PROVENANCE_FEATURES
 from hf_equiv.runs.shards import sha256_file
@@ -100,6 +101,47 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 # --- what a run leaves ---
+
+
+@pytest.mark.parametrize("analysis", ["spectrum", "walk"])
+def test_images_made_together_have_the_rows_of_each(analysis, photo_folder, monkeypatch):
+    """As on a GPU, where one that fails is made again alone."""
+    plan, verb = make_plan(config_of(analysis, photo_folder), TinyEncoder()), VERBS[analysis]
+    part = [run._load(plan, item) for item in plan.items]
+
+    def made(some):
+        rows, floats = [], {}
+        for _, own in verb.make_rows(plan, some, 32, lambda *_, **__: None):
+            rows += [{key: value for key, value in row.items() if key != "seconds"} for row in own.rows]
+            floats |= {name: image.tolist() for name, image in own.floats.items()}
+        return rows, floats
+
+    (first, ours), (second, theirs) = made(part[:1]), made(part[1:])
+    assert made(part) == (first + second, ours | theirs)
+    if analysis == "walk":
+        real, ends = verb.trace_level_set, (Status.ERROR, Status.COMPLETED)
+        monkeypatch.setattr(verb, "trace_level_set", lambda *a, **k: replace(real(*a, **k), status=ends))
+        rows = verb.make_rows(plan, part, 32, lambda *_, **__: None)
+        assert next(rows)[0] is part[1]
+        with pytest.raises(RuntimeError, match="The image failed"):
+            next(rows)
+
+
+def test_a_target_that_one_image_cannot_match_leaves_the_other_walks(photo_folder, monkeypatch):
+    target = str(photo_folder / "class1" / "photo1.png")
+    plan = make_plan(config_of("walk", photo_folder, heading="nearest", target=target, num_steps=1), TinyEncoder())
+    part, verb = [run._load(plan, item) for item in plan.items], VERBS["walk"]
+
+    def match(encoder, image, target, *_):
+        if image is part[0].image:
+            raise RuntimeError("no match of the target")
+        return target, 1.0, 0.0
+
+    monkeypatch.setattr(verb, "match_target", match)
+    rows = verb.make_rows(plan, part, 32, lambda *_, **__: None)
+    assert next(rows)[0] is part[1]
+    with pytest.raises(RuntimeError, match="no match of the target"):
+        next(rows)
 
 
 @every_analysis

@@ -92,7 +92,7 @@ def test_help_of_shared_options_fits_the_command(capsys):
     for verb in ("spectrum", "lipschitz"):
         assert "Derivatives in one pass on a GPU" in told(verb)
         assert "bf16" not in told(verb)
-    assert "a walk moves one image" in told("walk")
+    assert "Walks side by side" in told("walk")
 
 
 def test_of_several_processes_the_first_verifies_and_publishes(place, capsys, monkeypatch):

@@ -17,14 +17,15 @@ from tiny_models import save
 from torch import Tensor
 from torch.func import jacrev
 
-from hf_equiv import jacobian
+from hf_equiv import passes
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import trace_level_set
-from hf_equiv.jacobian import Jacobian, jacobian_cost
+from hf_equiv.jacobian import Jacobian, Jacobians, jacobian_cost
 from hf_equiv.matching import corrector
 from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.passes import alone
 from hf_equiv.results import Status
 
 ASSETS = Path(os.environ.get("HF_EQUIV_ASSETS") or Path(__file__).parents[3] / "shared" / "assets").resolve()
@@ -103,13 +104,13 @@ def test_linear_nearest_is_the_projection(f):
 def test_coming_nearer_by_leaving_the_level_set_is_no_gain():
     f, origin = linear(), images(1, seed=2, dtype=F64)[0]
     fixer = Corrector(f, f(images(1, seed=1, dtype=F64))[0], 1e-12)
-    at = fixer.look(images(1, seed=1, dtype=F64)[0])
-    fixer.refresh(at)
+    at = alone(fixer.look(images(1, seed=1, dtype=F64)[0]))
+    alone(fixer.refresh(at))
     way = Toward(origin, stop=1e-11)
-    tangent = way.plan(fixer, at, 1.0).direction
+    tangent = alone(way.plan(fixer, at, 1.0)).direction
     wish = origin - at.image
     normal = (wish - fixer.model.project_null(wish)) / (wish - fixer.model.project_null(wish)).norm()
-    along, off = fixer.look(at.image + 1e-3 * tangent), fixer.look(at.image + 1e-3 * normal)
+    along, off = (alone(fixer.look(at.image + 1e-3 * step)) for step in (tangent, normal))
     assert float((off.image - origin).norm()) < float((at.image - origin).norm())
     assert (way.accepts(at, along), way.accepts(at, off)) == (True, False)
 
@@ -285,13 +286,12 @@ def test_batch_is_one_by_one_and_the_seed_decides():
 def test_evaluations_are_counted(monkeypatch):
     made = []
 
-    class Recorded(Jacobian):
-        def __init__(self, f, image, **options):
-            super().__init__(f, image, **options)
+    class Recorded(Jacobians):
+        def __init__(self, f, images):
+            super().__init__(f, images)
             made.append(self)
 
-    for module in (corrector, jacobian):
-        monkeypatch.setattr(module, "Jacobian", Recorded)
+    monkeypatch.setattr(passes, "Jacobians", Recorded)
     start = images(1, seed=10, dtype=F64)
     walk = trace_level_set(smooth_mlp(), start, heading="random", step=0.3, num_steps=5, generator=generator())
     assert int(walk.num_jacobians) == 1

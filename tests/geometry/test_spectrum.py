@@ -8,12 +8,22 @@ import pytest
 import torch
 from cases import DIM, EIGHT, SIGMA, images, linear, rank_deficient, smooth_mlp
 
-from hf_equiv.geometry.singular import golub_kahan, left_singular
+from hf_equiv.geometry import singular
+from hf_equiv.geometry.singular import left_singular
 from hf_equiv.geometry.spectrum import jacobian_spectrum
 from hf_equiv.jacobian import Jacobian
+from hf_equiv.passes import alone, look
 from hf_equiv.results import Status
 
 every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
+
+
+def golub_kahan(J: Jacobian, k: int, rtol: float, seed: int = 0) -> singular.TopSingular:
+    def work():
+        at = yield from look(J._f, J.image)
+        return (yield from singular.golub_kahan(at, k, rtol, seed=seed))
+
+    return alone(work())
 
 
 def graded(sigma: torch.Tensor, columns: int = 5000, dtype: torch.dtype = torch.float64) -> torch.Tensor:

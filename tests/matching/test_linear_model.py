@@ -6,10 +6,20 @@ import pytest
 import torch
 from cases import DIM, EIGHT, SHAPE, images, smooth_mlp
 
-from hf_equiv.jacobian import Jacobian
-from hf_equiv.matching.corrector import LinearModel
+from hf_equiv.jacobian import Jacobian, jacobian_cost
+from hf_equiv.matching.corrector import Corrector, LinearModel
+from hf_equiv.passes import alone
 
 every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
+
+
+def linear_model(J: Jacobian) -> LinearModel:
+    return LinearModel(J.as_matrix(), J.image.shape)
+
+
+def learn(model: LinearModel, J: Jacobian, u: torch.Tensor) -> None:
+    u = (u / u.norm()).to(model.A).double()
+    model.learn(u, J.rmv(u[None])[0])
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -23,7 +33,7 @@ def some_free(seed: int = 1) -> torch.Tensor:
 @every_case
 def test_projection_and_correction_are_those_of_the_dense_matrix(case):
     x = images(1, seed=2, dtype=torch.float64)[0]
-    model, v, r = LinearModel(Jacobian(case.f, x)), gaussian(*SHAPE), gaussian(DIM, seed=3)
+    model, v, r = linear_model(Jacobian(case.f, x)), gaussian(*SHAPE), gaussian(DIM, seed=3)
     free = some_free()
     model.hold(some_free(seed=9))  # columns leave and come back
     model.hold(free)
@@ -41,17 +51,17 @@ def test_projection_and_correction_are_those_of_the_dense_matrix(case):
 def test_noise_along_the_smallest_singular_values_is_not_followed(dtype, followed):
     left, right = torch.linalg.qr(gaussian(3, 3))[0], torch.linalg.qr(gaussian(192, 3, seed=1))[0]
     A = left @ torch.diag(torch.tensor([1.0, 0.1, 5e-5], dtype=torch.float64)) @ right.T
-    model = LinearModel(Jacobian(lambda x: x.flatten(1) @ A.T.to(x), images(1, seed=2, dtype=dtype)[0]))
+    model = linear_model(Jacobian(lambda x: x.flatten(1) @ A.T.to(x), images(1, seed=2, dtype=dtype)[0]))
     step = model.correction(left @ torch.full((3,), 1e-6, dtype=torch.float64))
     assert float(step.norm()) == pytest.approx(0.02 if followed else 1e-5, rel=0.01)
 
 
 def test_a_learnt_row_is_true_and_the_others_stay():
     f, (x, y) = smooth_mlp(), images(2, seed=4, dtype=torch.float64)
-    model, u = LinearModel(Jacobian(f, x)), gaussian(DIM)
+    model, u = linear_model(Jacobian(f, x)), gaussian(DIM)
     before = model.A.clone()
     model.hold(some_free())
-    model.learn(Jacobian(f, y), u)
+    learn(model, Jacobian(f, y), u)
     torch.testing.assert_close(u @ model.A, u @ f.jacobian(y), rtol=0, atol=1e-13)
     other = gaussian(DIM, seed=5)
     other = other - (other @ u) / (u @ u) * u
@@ -60,27 +70,34 @@ def test_a_learnt_row_is_true_and_the_others_stay():
 
 def test_after_a_row_for_every_dimension_the_model_is_the_jacobian():
     f, (x, y) = smooth_mlp(), images(2, seed=4, dtype=torch.float64)
-    model = LinearModel(Jacobian(f, x))
+    model = linear_model(Jacobian(f, x))
     model.hold(some_free())
     for u in torch.linalg.qr(gaussian(DIM, DIM)).Q:
-        model.learn(Jacobian(f, y), u)
+        learn(model, Jacobian(f, y), u)
     torch.testing.assert_close(model.A, f.jacobian(y), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 2e-7)])
 def test_the_gram_matrix_follows_every_change(dtype, rtol):
     f, points = smooth_mlp(), images(40, seed=6, dtype=dtype)
-    model = LinearModel(Jacobian(f, points[0]))
+    model = linear_model(Jacobian(f, points[0]))
     for i, x in enumerate(points):
         model.hold(some_free(seed=i))
-        model.learn(Jacobian(f, x), gaussian(DIM, seed=100 + i))
+        learn(model, Jacobian(f, x), gaussian(DIM, seed=100 + i))
     A = (model.A * model.free).double()
     assert float((model._gram - A @ A.T).norm()) <= rtol * float(model._gram.norm())
 
 
 def test_a_zero_direction_teaches_nothing():
-    x = images(1, dtype=torch.float64)[0]
-    model = LinearModel(Jacobian(smooth_mlp(), x))
-    before = model.A.clone()
-    assert not model.learn(Jacobian(smooth_mlp(), x), torch.zeros(DIM, dtype=torch.float64))
-    assert torch.equal(model.A, before)
+    f, x = smooth_mlp(), images(1, dtype=torch.float64)[0]
+    corrector = Corrector(f, f(x[None])[0], 1e-12)
+
+    def work():
+        at = yield from corrector.look(x)
+        yield from corrector.refresh(at)
+        before = corrector.model.A.clone()
+        yield from corrector.learn(at, torch.zeros(DIM, dtype=torch.float64))
+        return before
+
+    assert torch.equal(alone(work()), corrector.model.A)
+    assert corrector.num_evals == pytest.approx(jacobian_cost(DIM))
