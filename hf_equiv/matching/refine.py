@@ -3,7 +3,7 @@
 Rounding a match moves its embedding by 3e-3 to 8e-2. But an 8-bit step of one pixel is small, and there are N ≫ D of
 them: the Jacobian at the rounded image tells which few steps cancel the rounding error, as a sparse integer
 least-squares problem (`lattice`). A round that does not lower the error still updates J, and is undone unless the
-whitened error fell, since the next round easily repairs such a rise. After three such rounds J is computed afresh.
+whitened error fell, since the next round easily repairs such a rise. After six such rounds J is computed afresh.
 
 Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
 Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3 (the natural monotonicity test).
@@ -38,7 +38,8 @@ _MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to th
 _WORTH = 5  # times rtol: a smaller error does not justify another Jacobian
 _EXCURSION = 3  # times the best error: limit of a round that raises the error but lowers the whitened one
 _GAIN = 0.5  # share of the error of the rounded image, from which an image counts as refined
-_STALE = 3  # rounds in a row with hardly a decrease before a new Jacobian
+_STALE = 6  # rounds in a row with hardly a decrease before a new Jacobian; by then they have few moves
+_SINCE = 0.8  # share of the error left since the last Jacobian, above which another does not help
 
 
 def refine_8bit(
@@ -137,7 +138,7 @@ class _Run(Search):
             self.status = Status.ERROR
         elif (status := reached(f, self, self.best, rtol)) is not None:
             self.status = status
-        elif renew and self.J is not None and (self.error > 0.5 * self.since or self.error <= _WORTH * rtol):
+        elif renew and self.J is not None and (self.error > _SINCE * self.since or self.error <= _WORTH * rtol):
             self.status = Status.REFINED if self.error <= _GAIN * self.trace[0][1] else Status.STALLED
         elif self.thirds + renew * cost + 1 > 3 * max_evals:
             self.status = Status.MAX_EVALS
