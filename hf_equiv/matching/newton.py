@@ -214,8 +214,9 @@ def _move(
             break
         diagonal = model.G.diagonal(dim1=1, dim2=2)
         least = torch.maximum(damping, _CUT * diagonal.sum(dim=1, keepdim=True))
-        change = torch.linalg.solve_ex(model.G + torch.diag_embed(least.expand_as(diagonal)), left)[0]
-        solved = poor & change.isfinite().all(dim=1)  # not where no pixel is free
+        factor, failed = torch.linalg.cholesky_ex(model.G + torch.diag_embed(least.expand_as(diagonal)))
+        change = torch.cholesky_solve(left[:, :, None], factor)[:, :, 0]
+        solved = poor & (failed == 0) & change.isfinite().all(dim=1)  # not where no pixel is free
         multiplier = torch.where(solved[:, None], multiplier - change, multiplier)
     return there, moved
 

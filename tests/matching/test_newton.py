@@ -96,6 +96,20 @@ def test_damping_leaves_a_residual_or_a_length(left, radius):
         assert residual(mu) <= left < residual(ratio * mu)
 
 
+def test_an_image_that_cannot_move_leaves_the_others_alone():
+    """A singular system of this size ends a threaded LU decomposition with an error."""
+    A, x, r = random(2, 384, 900, seed=0), random(2, 900, seed=1).sigmoid(), random(2, 384, seed=2)
+    A[0] = 0.0
+    box = FeasibleSet.around(x, None, "linf", batched=True)
+    steps = [
+        newton._move(x[k], r[k], newton._Model(A[k].clone()), box.keep(k), 0 * r[k], torch.zeros(len(k), 1))
+        for k in (torch.tensor([0, 1]), torch.tensor([1]))
+    ]
+    assert torch.equal(steps[0][0][0], x[0])
+    assert torch.equal(steps[0][0][1], steps[1][0][0])
+    assert not torch.equal(steps[1][0][0], x[1])
+
+
 def test_a_linear_map_takes_one_step_of_least_length():
     f = linear()
     x, z = near(f, 20)
