@@ -18,7 +18,7 @@ from hf_equiv.precision import Encoding
 
 _CUT, _CUT_SINGLE = 1e-5, 1e-4  # share of σ₁ below which learnt rows are noise (up to 5e-5 in float32)
 _LARGEST = 16 * 2**30  # most bytes of A
-_COLUMNS = 8192  # columns of A held in float64 at a time
+_COLUMNS = 2048  # columns of A whose products are summed in the dtype of A; these sums are added in float64
 _MAX_TRIALS = 40
 _MAX_REJECTED = 6
 _SHORTEST = 0.2  # least share of a correction to try: less cannot lower the drift enough
@@ -57,7 +57,7 @@ class LinearModel:
         changed = (free != self.free).nonzero().flatten()
         for index in changed.split(_COLUMNS):
             columns = self.A[:, index].double()
-            self._gram += (columns * torch.where(free[index], 1.0, -1.0).double()) @ columns.T
+            self._gram += torch.where(free[index], columns, -columns) @ columns.T
             self._factor = None
         self.free = free
 
@@ -77,7 +77,7 @@ class LinearModel:
         """Return A s of a step s (*shape), the predicted change of the embedding, (D,) float64."""
         product = step.new_zeros(len(self.A), dtype=torch.float64)
         for columns, part in zip(self.A.split(_COLUMNS, dim=1), step.flatten().split(_COLUMNS), strict=True):
-            product += columns.double() @ part.double()
+            product += columns @ part
         return product
 
     def correction(self, residual: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from hf_equiv.precision import Encoding, inner
 
 _CUT = 1e-8  # share of the largest eigenvalue of G below which a direction is noise
 _DAMPINGS = 64  # trial values of μ, over 20 decades
+_COLUMNS = 2048  # columns of J whose products are summed in the dtype of J; these sums are added in float64
 _UPDATES = 32  # rank-one updates held apart from J
 _CLIPS, _LEFT = 6, 1e-2  # most corrections of λ, and the share of ‖r‖ left that needs none
 _GOOD, _POOR = 0.6, 0.25  # share of the promised decrease: no row is learnt above, the trust region shrinks below
@@ -55,8 +56,9 @@ class _Model(Rows):
         self.Q = J.new_zeros((len(J), _UPDATES, J.shape[2]))
         self.free = torch.ones_like(J[:, 0], dtype=torch.bool)  # F: pixels whose change G counts, (B, N)
         self.G = J.new_zeros((len(J), J.shape[1], J.shape[1]), dtype=torch.float64)
-        for part in J.split(8192, dim=2):
-            self.G += part.double() @ part.double().mT
+        wide = torch.promote_types(J.dtype, torch.float32)
+        for part in J.split(_COLUMNS, dim=2):
+            self.G += part.to(wide) @ part.to(wide).mT
 
     def apply(self, s: Tensor) -> Tensor:
         """Return A s of steps s (B, N), (B, D) float64."""
@@ -70,12 +72,11 @@ class _Model(Rows):
 
     def restrict(self, free: Tensor) -> None:
         """Let G count these pixels (B, N) bool: add or subtract the columns of A in which they differ from before."""
-        changed = free != self.free
-        counts = changed.sum(dim=1).tolist()
-        for b, places in enumerate(changed.nonzero()[:, 1].split(counts)):  # each image alone: its bits are its own
-            columns = self.J[b].index_select(1, places) + self.P[b].T @ self.Q[b].index_select(1, places)
-            signed = torch.where(free[b, places], columns, -columns)
-            self.G[b] += signed.double() @ columns.double().T
+        for b, changed in enumerate(free != self.free):  # each image alone: its bits are its own
+            for index in changed.nonzero()[:, 0].split(_COLUMNS):
+                columns = self.J[b].index_select(1, index) + self.P[b].T @ self.Q[b].index_select(1, index)
+                signed = torch.where(free[b, index], columns, -columns)
+                self.G[b] += signed @ columns.T
         self.free = free
 
     def learn(self, u: Tensor, change: Tensor, wanted: Tensor) -> None:
@@ -123,8 +124,9 @@ def end_by_newton(
     """
     size = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     J = jacobians(f, images, batch).div_(size[:, :, None].to(images))
-    finite = J.flatten(1).isfinite().all(dim=1)
-    model = _Model(torch.where(finite[:, None, None], J, 0.0))
+    model = _Model(J)
+    finite = model.G.diagonal(dim1=1, dim2=2).isfinite().all(dim=1)
+    model.J[~finite], model.G[~finite] = 0.0, 0.0
     x = images.flatten(1)
     with torch.no_grad():
         r = (f(images).double() - z) / size
