@@ -17,8 +17,8 @@ from hf_equiv.passes import Sight, Work, look
 from hf_equiv.precision import Encoding
 
 _CUT, _CUT_SINGLE = 1e-5, 1e-4  # share of σ₁ below which learnt rows are noise (up to 5e-5 in float32)
+_BLOCKS = 32  # blocks of columns of A: each is multiplied in the dtype of A, and their products are summed in float64
 _LARGEST = 16 * 2**30  # most bytes of A
-_COLUMNS = 2048  # columns of A whose products are summed in the dtype of A; these sums are added in float64
 _MAX_TRIALS = 40
 _MAX_REJECTED = 6
 _SHORTEST = 0.2  # least share of a correction to try: less cannot lower the drift enough
@@ -27,62 +27,64 @@ _DECREASE = 0.9  # an accepted correction brings the drift below this share
 
 
 class LinearModel:
-    """A (D, N) ≈ J near the current point, with its Gram matrix G = A_F A_Fᵀ (D, D) over the free pixels F.
+    """A (D, N) ≈ J near the current point, with its Gram matrix G = A_F A_Fᵀ (D, D), float64, of the free pixels F.
 
-    `learn` sets the row combination uᵀA to the true uᵀJ of another point and changes nothing else: with ‖u‖ = 1
+    An update by u (D,) and v (N,) changes both, with w = v on F and zero elsewhere:
 
-        A ← A + u (Jᵀu − Aᵀu)ᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ,  w = (Jᵀu − Aᵀu) on F.
+        A ← A + u vᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ.
 
-    With u the residual this is the adjoint Broyden method (Schlenkrich, Griewank, Walther 2010, Math. Program. 121, eq.
-    4). Products are summed and G is solved in float64. Memory: D·N numbers, at most 16 GiB.
+    With u = r and v = (Jᵀu − Aᵀu) / ‖u‖² for the J of another point, uᵀA becomes uᵀJ and nothing else changes: the
+    adjoint Broyden method (Schlenkrich, Griewank, Walther 2010, Math. Program. 121, eq. 4). Memory: D·N numbers.
     """
 
     def __init__(self, matrix: Tensor, shape: torch.Size) -> None:
         self.A, self.shape = matrix, shape
         self.free = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
-        self._gram = self.A.new_zeros((len(self.A), len(self.A)), dtype=torch.float64)
-        for part in self.A.split(_COLUMNS, dim=1):
-            columns = part.double()
-            self._gram += columns @ columns.T
+        self.G = self.A.new_zeros((len(self.A), len(self.A)), dtype=torch.float64)
+        for columns in self.A.chunk(_BLOCKS, dim=1):
+            self.G += columns @ columns.T
         self._factor: tuple[Tensor, Tensor] | None = None
 
     @property
     def finite(self) -> bool:
         """Whether A holds neither NaN nor infinity."""
-        return bool(torch.isfinite(self._gram.diagonal()).all())
+        return bool(torch.isfinite(self.G.diagonal()).all())
 
     def hold(self, free: Tensor) -> None:
-        """Let only the pixels where `free` (*shape) is true move; remove the columns of the others from G."""
+        """Let G count only the pixels where `free` (*shape) is true, which may move."""
         free = free.flatten()
         changed = (free != self.free).nonzero().flatten()
-        for index in changed.split(_COLUMNS):
-            columns = self.A[:, index].double()
-            self._gram += torch.where(free[index], columns, -columns) @ columns.T
+        for index in changed.chunk(_BLOCKS) if len(changed) else ():
+            columns = self.A.index_select(1, index)
+            self.G += torch.where(free[index], columns, -columns) @ columns.T
             self._factor = None
         self.free = free
 
+    def update(self, u: Tensor, v: Tensor) -> None:
+        """Add u vᵀ to A, for u (D,) and v (*shape)."""
+        u, v = u.to(self.A).double(), v.flatten()  # u as A stores it
+        moving = v * self.free
+        product = self.apply(moving)
+        self.G += torch.outer(u, product) + torch.outer(product, u)
+        self.G += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
+        self.A.addr_(u.to(self.A), v)
+        self._factor = None
+
     def learn(self, u: Tensor, row: Tensor) -> None:
         """Set the row uᵀA to `row` (*shape), the uᵀJ of another point, if it is finite; ‖u‖ = 1 in the dtype of A."""
-        if not bool(torch.isfinite(row).all()):
-            return
-        change = (row - self.transpose(u)).flatten()
-        moving = change * self.free
-        product = self.apply(moving)
-        self._gram += torch.outer(u, product) + torch.outer(product, u)
-        self._gram += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
-        self.A.addr_(u.to(self.A), change)
-        self._factor = None
+        if bool(torch.isfinite(row).all()):
+            self.update(u, row - self.transpose(u))
 
     def apply(self, step: Tensor) -> Tensor:
         """Return A s of a step s (*shape), the predicted change of the embedding, (D,) float64."""
         product = step.new_zeros(len(self.A), dtype=torch.float64)
-        for columns, part in zip(self.A.split(_COLUMNS, dim=1), step.flatten().split(_COLUMNS), strict=True):
+        for columns, part in zip(self.A.chunk(_BLOCKS, dim=1), step.flatten().chunk(_BLOCKS), strict=True):
             product += columns @ part
         return product
 
     def correction(self, residual: Tensor) -> Tensor:
         """Return the shortest step s = −A_Fᵀ G⁺ residual on the free pixels with residual + A s = 0."""
-        return -self.pull(self._solve(residual))
+        return -self.restrict(self.transpose(self._solve(residual)))
 
     def multipliers(self, v: Tensor) -> Tensor:
         """Return λ (D,) = G⁺ A v_F, so that A_Fᵀ λ is the part of v (*shape) in the row space."""
@@ -92,34 +94,25 @@ class LinearModel:
         """Return v (*shape) with zeros on the held pixels."""
         return v * self.free.view(self.shape)
 
-    def pull(self, u: Tensor) -> Tensor:
-        """Return A_Fᵀ u, (*shape)."""
-        return self.restrict(self.transpose(u))
-
     def transpose(self, u: Tensor) -> Tensor:
         """Return Aᵀ u over all pixels, (*shape)."""
         return (self.A.T @ u.to(self.A)).view(self.shape)
 
     def project_null(self, v: Tensor) -> Tensor:
         """Return the part of v (*shape) on the free pixels that A maps to zero: twice v ← v − A_Fᵀ G⁺ A v."""
-        v = self.restrict(v)
         for _ in range(2):
-            v = v - self.pull(self.multipliers(v))
+            v = self.restrict(v - self.transpose(self.multipliers(v)))
         return v
 
     def _solve(self, r: Tensor) -> Tensor:
         """Return G⁺ r; eigenvalues of G below the cut count as zero."""
-        values, vectors = self._eigen()
-        return vectors @ ((vectors.T @ r) / values)
-
-    def _eigen(self) -> tuple[Tensor, Tensor]:
-        """Return the eigenvalues of G above the cut, ascending, and their eigenvectors."""
         if self._factor is None:
-            values, vectors = torch.linalg.eigh(self._gram)
+            values, vectors = torch.linalg.eigh(self.G)
             cut = _CUT if self.A.dtype == torch.float64 else _CUT_SINGLE
             kept = values > cut**2 * values[-1]
             self._factor = values[kept], vectors[:, kept]
-        return self._factor
+        values, vectors = self._factor
+        return vectors @ ((vectors.T @ r) / values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,13 @@ from torch import Tensor
 
 from hf_equiv.derivatives import vjps
 from hf_equiv.jacobian import jacobians
+from hf_equiv.matching.corrector import LinearModel
 from hf_equiv.matching.feasible import FeasibleSet, Rows
 from hf_equiv.matching.solvers import pick
 from hf_equiv.precision import Encoding, inner
 
 _CUT = 1e-8  # share of the largest eigenvalue of G below which a direction is noise
 _DAMPINGS = 64  # trial values of μ, over 20 decades
-_COLUMNS = 2048  # columns of J whose products are summed in the dtype of J; these sums are added in float64
-_UPDATES = 32  # rank-one updates held apart from J
 _CLIPS, _LEFT = 6, 1e-2  # most corrections of λ, and the share of ‖r‖ left that needs none
 _GOOD, _POOR = 0.6, 0.25  # share of the promised decrease: no row is learnt above, the trust region shrinks below
 _RIGHT = 0.7  # share from which it grows
@@ -45,52 +44,6 @@ _FAR = 20  # times the best error at which a point is refused
 _PATIENCE = 60  # steps without half the error
 _MOST = 300  # steps
 _TINY = 1e-12  # radius of the trust region at which the steps end
-
-
-class _Model(Rows):
-    """A = J + PᵀQ of each image, (B, D, N), with P (B, K, D) and Q (B, K, N), and G = A_F A_Fᵀ (B, D, D) in float64."""
-
-    def __init__(self, J: Tensor) -> None:
-        self.J, self.count = J, 0
-        self.P = J.new_zeros((len(J), _UPDATES, J.shape[1]))
-        self.Q = J.new_zeros((len(J), _UPDATES, J.shape[2]))
-        self.free = torch.ones_like(J[:, 0], dtype=torch.bool)  # F: pixels whose change G counts, (B, N)
-        self.G = J.new_zeros((len(J), J.shape[1], J.shape[1]), dtype=torch.float64)
-        wide = torch.promote_types(J.dtype, torch.float32)
-        for part in J.split(_COLUMNS, dim=2):
-            self.G += part.to(wide) @ part.to(wide).mT
-
-    def apply(self, s: Tensor) -> Tensor:
-        """Return A s of steps s (B, N), (B, D) float64."""
-        inside = torch.bmm(s[:, None], self.Q.mT)
-        return (torch.bmm(s[:, None], self.J.mT) + torch.bmm(inside, self.P))[:, 0].double()
-
-    def pull(self, u: Tensor) -> Tensor:
-        """Return Aᵀu of u (B, D), (B, N)."""
-        u = u.to(self.J)[:, None]
-        return (torch.bmm(u, self.J) + torch.bmm(torch.bmm(u, self.P.mT), self.Q))[:, 0]
-
-    def restrict(self, free: Tensor) -> None:
-        """Let G count these pixels (B, N) bool: add or subtract the columns of A in which they differ from before."""
-        for b, changed in enumerate(free != self.free):  # each image alone: its bits are its own
-            for index in changed.nonzero()[:, 0].split(_COLUMNS):
-                columns = self.J[b].index_select(1, index) + self.P[b].T @ self.Q[b].index_select(1, index)
-                signed = torch.where(free[b, index], columns, -columns)
-                self.G[b] += signed @ columns.T
-        self.free = free
-
-    def learn(self, u: Tensor, change: Tensor, wanted: Tensor) -> None:
-        """Add u·changeᵀ to A where wanted (B,), for u (B, D) and change (B, N)."""
-        u, change = torch.where(wanted[:, None], u, 0.0), torch.where(wanted[:, None], change, 0.0)
-        free = torch.where(self.free, change, 0.0)
-        cross = u[:, :, None] * self.apply(free)[:, None]
-        self.G = self.G + cross + cross.mT + inner(free, free)[:, None, None] * u[:, :, None] * u[:, None]
-        if self.count == _UPDATES:
-            self.J.baddbmm_(self.P.mT, self.Q)
-            self.count = 0
-            self.P.zero_(), self.Q.zero_()
-        self.P[:, self.count], self.Q[:, self.count] = u.to(self.P), change
-        self.count += 1
 
 
 @dataclass
@@ -124,9 +77,8 @@ def end_by_newton(
     """
     size = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     J = jacobians(f, images, batch).div_(size[:, :, None].to(images))
-    model = _Model(J)
-    finite = model.G.diagonal(dim1=1, dim2=2).isfinite().all(dim=1)
-    model.J[~finite], model.G[~finite] = 0.0, 0.0
+    models = [LinearModel(A, A.shape[1:]) for A in J]
+    finite = torch.tensor([model.finite for model in models], device=J.device)
     x = images.flatten(1)
     with torch.no_grad():
         r = (f(images).double() - z) / size
@@ -142,20 +94,20 @@ def end_by_newton(
         kept = going.nonzero().flatten()
         if len(kept) < len(left):
             left, z, size, goal, most = left[kept], z[kept], size[kept], goal[kept], most[kept]
-            at, model, feasible = at.keep(kept), model.keep(kept), feasible.keep(kept)
+            at, feasible, models = at.keep(kept), feasible.keep(kept), [models[k] for k in kept.tolist()]
         if not len(kept):
             return
-        _step(f, at, model, feasible, z, size, goal, images.shape)
+        _step(f, at, models, feasible, z, size, goal, images.shape)
         best[left], errors[left], costs[left] = at.best, at.error, at.cost
         yield best, errors, costs
 
 
 def _step(
-    f: Encoding, at: _State, model: _Model, feasible: FeasibleSet, z: Tensor, size: Tensor, goal: Tensor,
+    f: Encoding, at: _State, models: list[LinearModel], feasible: FeasibleSet, z: Tensor, size: Tensor, goal: Tensor,
     shape: torch.Size,
 ) -> None:  # fmt: skip
     """Take one trial step of every image, and let its model learn from the result."""
-    values, vectors = torch.linalg.eigh(model.G)
+    values, vectors = torch.linalg.eigh(torch.stack([model.G for model in models]))
     values = torch.where(values > _CUT * values[:, -1:], values, math.inf)  # 1/∞ leaves noise out
     part = _times(vectors.mT, at.r)
     damping = _damping(values, part, 0.5 * goal, at.radius)
@@ -167,7 +119,12 @@ def _step(
         return torch.linalg.vector_norm(_times(vectors.mT, q) / (values + damping).sqrt(), dim=1)
 
     reachable = _times(vectors, torch.where(values.isinf(), 0.0, part))  # r without noise
-    x, moved = _move(at.x, reachable, model, feasible, -solve(at.r), damping)
+    multipliers = -solve(at.r)
+    moves = [
+        _move(at.x[b], reachable[b], model, feasible.of(b, at.x[b].shape), multipliers[b], damping[b])
+        for b, model in enumerate(models)
+    ]
+    x, moved = map(torch.stack, zip(*moves, strict=True))
     promised = at.r + moved
     step = x - at.x
     with torch.enable_grad():
@@ -179,15 +136,16 @@ def _step(
     share = (now - then) / (now - level(promised)).clamp_min(1e-300)
     finite = r.isfinite().all(dim=1)
     usable = finite & (length2 > 0)
-    model.learn(surprise / length2[:, None].clamp_min(1e-300), step, usable)
+    for b in usable.nonzero().flatten().tolist():
+        models[b].update(surprise[b] / length2[b], step[b])
     error = torch.linalg.vector_norm(r, dim=1)
     learns = usable & ~(share >= _GOOD) & (error > goal)
     if bool(learns.any()):
         u = solve(r)
         u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(1e-300)
         rows = vjps(output, points, u.to(output)[None])[0].flatten(1) / size.to(x)
-        change = rows - model.pull(u)
-        model.learn(u, change, learns & change.isfinite().all(dim=1))
+        for b in learns.nonzero().flatten().tolist():
+            models[b].learn(u[b], rows[b])
     at.cost = at.cost + 1 + 2 * learns
     length = length2.sqrt()
     shorter = 0.5 * torch.minimum(at.radius, length)
@@ -202,24 +160,24 @@ def _step(
 
 
 def _move(
-    x: Tensor, r: Tensor, model: _Model, feasible: FeasibleSet, multiplier: Tensor, damping: Tensor
+    x: Tensor, r: Tensor, model: LinearModel, feasible: FeasibleSet, multiplier: Tensor, damping: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return x + s = clip(x + Aᵀλ) (B, N) and As, with As + μλ = −r nearly, from a first λ (B, D)."""
+    """Return x + s = clip(x + Aᵀλ) (N,) and As (D,), with As + μλ = −r nearly, from a first λ (D,)."""
     for k in range(_CLIPS + 1):
-        wanted = x + model.pull(multiplier)
+        wanted = x + model.transpose(multiplier)
         there = feasible.project(wanted)
         moved = model.apply(there - x)
         left = moved + damping * multiplier + r
-        model.restrict(wanted == there)
-        poor = torch.linalg.vector_norm(left, dim=1) > _LEFT * torch.linalg.vector_norm(r, dim=1)
-        if k == _CLIPS or not bool(poor.any()):
+        model.hold(wanted == there)
+        poor = torch.linalg.vector_norm(left) > _LEFT * torch.linalg.vector_norm(r)
+        if k == _CLIPS or not bool(poor):
             break
-        diagonal = model.G.diagonal(dim1=1, dim2=2)
-        least = torch.maximum(damping, _CUT * diagonal.sum(dim=1, keepdim=True))
-        factor, failed = torch.linalg.cholesky_ex(model.G + torch.diag_embed(least.expand_as(diagonal)))
-        change = torch.cholesky_solve(left[:, :, None], factor)[:, :, 0]
-        solved = poor & (failed == 0) & change.isfinite().all(dim=1)  # not where no pixel is free
-        multiplier = torch.where(solved[:, None], multiplier - change, multiplier)
+        least = torch.maximum(damping, _CUT * model.G.trace())
+        factor, failed = torch.linalg.cholesky_ex(model.G + torch.diag(least.expand(len(r))))
+        change = torch.cholesky_solve(left[:, None], factor)[:, 0]
+        if bool(failed) or not bool(change.isfinite().all()):  # no pixel is free
+            break
+        multiplier = multiplier - change
     return there, moved
 
 

@@ -85,7 +85,16 @@ def test_the_gram_matrix_follows_every_change(dtype, rtol):
         model.hold(some_free(seed=i))
         learn(model, Jacobian(f, x), gaussian(DIM, seed=100 + i))
     A = (model.A * model.free).double()
-    assert float((model._gram - A @ A.T).norm()) <= rtol * float(model._gram.norm())
+    assert float((model.G - A @ A.T).norm()) <= rtol * float(model.G.norm())
+
+
+def test_an_update_adds_its_product():
+    model, u, v = linear_model(Jacobian(smooth_mlp(), images(1, dtype=torch.float64)[0])), gaussian(DIM), gaussian(192)
+    A = model.A + torch.outer(u, v)
+    model.hold(some_free())
+    model.update(u, v)
+    torch.testing.assert_close(model.A, A, rtol=0, atol=1e-13)
+    torch.testing.assert_close(model.G, (A * model.free) @ A.T, rtol=1e-12, atol=1e-12)
 
 
 def test_a_zero_direction_teaches_nothing():
