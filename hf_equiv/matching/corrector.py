@@ -17,7 +17,6 @@ from hf_equiv.passes import Sight, Work, look
 from hf_equiv.precision import Encoding
 
 _CUT, _CUT_SINGLE = 1e-5, 1e-4  # share of σ₁ below which learnt rows are noise (up to 5e-5 in float32)
-_LARGEST = 16 * 2**30  # most bytes of A
 _COLUMNS = 8192  # columns of A held in float64 at a time
 _MAX_TRIALS = 40
 _MAX_REJECTED = 6
@@ -166,12 +165,6 @@ class Corrector:
 
     def refresh(self, at: Place) -> Work[None]:
         """Form the full Jacobian at a place."""
-        (dim, size), width = at.sight.shape, at.image.element_size()
-        if dim * size * width > _LARGEST:
-            raise ValueError(
-                f"the Jacobian must fit in {_LARGEST / 2**30:.0f} GiB; got {dim} × {size} numbers in "
-                f"{dim * size * width / 2**30:.0f} GiB. Use a readout with fewer dimensions, such as 'cls' or 'mean'."
-            )
         self.model = LinearModel((yield from self._counted(at, at.sight.as_matrix())), at.image.shape)
         self.num_jacobians += 1
         self._refreshed = self.num_evals
