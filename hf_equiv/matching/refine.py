@@ -106,7 +106,6 @@ def refine_8bit(
         checks.check_like(source, images, "source", one=False)
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
-        source = None if source is None else source.detach().clone()
         f = admit(f, images, noise=True)
         z = target_embeddings(f, images, target)
         runs = [_Run(image) for image in images]
@@ -270,12 +269,12 @@ class _Group(Rows):
 
     def _renew(self, i: int, run: _Run) -> None:
         """Form J of an image at its best point; the image ends if J is not finite."""
-        J = jacobians(self.f, run.best[None], 4 * VECTORS if self.z.is_cuda else VECTORS)
+        (J,) = jacobians(self.f, run.best[None], 4 * VECTORS if self.z.is_cuda else VECTORS)
         J /= (255 * self.unit[i]).to(J)
-        reach, whiten = left_geometry(J)
-        run.J, run.failed, run.since = J[0], 0, run.error
-        self.norms2[i] = J[0].square().sum(dim=0)
-        self.reach[i], self.whiten[i], self.trust[i] = reach[0], whiten[0], self.trust[i].clamp_min(_MOVES // 4)
+        run.J, run.failed, run.since = J, 0, run.error
+        self.norms2[i] = J.square().sum(dim=0)
+        self.reach[i], self.whiten[i] = left_geometry(J)
+        self.trust[i].clamp_min_(_MOVES // 4)
         self.here[i], self.r_here[i] = self.levels[i], self.r[i]
         if not bool(self.norms2[i].sum().isfinite()):
             run.status = Status.ERROR

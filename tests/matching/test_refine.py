@@ -256,10 +256,10 @@ def test_the_unit_of_the_embedding_is_free(power):
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_left_geometry_at_any_scale(scale):
-    matrices = torch.stack([smooth_mlp().jacobian(image).float() for image in images(2)])
-    for plain, scaled in zip(left_geometry(matrices), left_geometry(matrices * scale), strict=True):
+    for J in (smooth_mlp().jacobian(image).float() for image in images(2)):
+        plain, scaled = left_geometry(J), left_geometry(J * scale)
         torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-6)
-    assert [round(float(reach.trace()), 6) for reach in left_geometry(matrices * scale)[0]] == [DIM, DIM]
+        assert round(float(scaled[0].trace()), 6) == DIM
 
 
 def test_autocast_around_the_call_changes_nothing_but_f():
