@@ -165,6 +165,7 @@ class Corrector:
 
     def refresh(self, at: Place) -> Work[None]:
         """Form the full Jacobian at a place."""
+        vars(self).pop("model", None)  # so that no walk holds two Jacobians
         self.model = LinearModel((yield from self._counted(at, at.sight.as_matrix())), at.image.shape)
         self.num_jacobians += 1
         self._refreshed = self.num_evals
