@@ -30,6 +30,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from hf_equiv import precision
 from hf_equiv.checks import UNIT, Bounds, check_bounds, check_output
 from hf_equiv.derivatives import PlainStrides, forward_mode, transposed, vjps
+from hf_equiv.memory import unless_memory
 from hf_equiv.precision import Encoding, no_autocast, no_tf32, power_of_two
 
 _REPEAT = 100  # times the spacing of the numbers in f: largest difference of two calls, relative
@@ -254,9 +255,7 @@ class _Probe:
         if second.requires_grad:
             try:
                 (found,) = torch.autograd.grad(second, again, factor * self.u[:1], allow_unused=True)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+            except unless_memory(RuntimeError) as error:
                 raise ValueError(
                     "`f` must be differentiable; got an error in its backward pass "
                     f"({' '.join(str(error).split())[:160]}). Change no tensor in place that its gradient needs."
@@ -280,7 +279,7 @@ class _Probe:
             try:
                 u, gradient = transposed(self.call, self.x)
                 self.product = self._in_unit(vjps(gradient, u, self.ways[:1, None]))[0, 0]
-            except (RuntimeError, NotImplementedError):
+            except RuntimeError:
                 with suppress(RuntimeError):
                     self.product = self._in_unit(forward_mode(self.call, self.x.detach(), self.ways[:1]))[0]
         along = self.ways[0].double().flatten()

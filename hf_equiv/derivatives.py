@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hf_equiv.memory import unless_memory
 from hf_equiv.precision import Encoding, no_autocast
 
 _AXES = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -42,7 +43,7 @@ def forward_mode(f: Encoding, x: Tensor, v: Tensor, name: str = "f") -> Tensor:
     """Return J v at x, both (B, *shape), by forward mode; an error calls f `name`."""
     try:
         moved: Tensor = torch.func.jvp(f, (x,), (v,))[1]
-    except (RuntimeError, NotImplementedError) as error:
+    except unless_memory(RuntimeError) as error:
         raise RuntimeError(
             f"`encoder` must have forward-mode derivatives for this; {name} does not "
             f"({' '.join(str(error).split())[:160]}). Use a method that needs gradients only, such as match_embedding, "

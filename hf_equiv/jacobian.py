@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +11,11 @@ from torch import Tensor
 from hf_equiv.checks import UNIT, Bounds, check_count
 from hf_equiv.conditions import admit
 from hf_equiv.derivatives import forward_mode, transposed, vjps
-from hf_equiv.precision import (
-    Encoding,
-    Recorded,
-    exact_derivatives,
-    no_autocast,
-    no_tf32,
-)
+from hf_equiv.memory import unless_memory
+from hf_equiv.precision import Encoding, Recorded, exact_derivatives, no_autocast, no_tf32
 
-CPU_VECTORS = 8  # most vectors in a pass on a CPU, which is fastest there
+VECTORS = 32  # most pairs of a vector and an image in a pass, by default
+CPU_VECTORS = 8  # most vectors in a pass with one image on a CPU, which is fastest there
 _FORWARDS = 8  # images of a forward pass without a graph, for each vector of a derivative pass
 
 
@@ -69,9 +63,7 @@ class Jacobians:
         with torch.inference_mode(False), no_tf32(), no_autocast():
             try:
                 return vjps(self._z, self._x, cotangents.to(self._z))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+            except unless_memory(RuntimeError) as error:
                 raise RuntimeError(
                     "`f` must allow several backward passes from one forward pass; it does not "
                     f"({' '.join(str(error).split())[:160]}). Pass the function before `torch.compile`."
@@ -86,9 +78,7 @@ class Jacobians:
                 u, gradient = self._transpose
                 with no_autocast():
                     return vjps(gradient, u, tangents)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError):
+            except unless_memory(RuntimeError):
                 self._transpose, self.by_forward_mode = None, True
 
         def push(tangent: Tensor) -> Tensor:
@@ -135,7 +125,7 @@ class Jacobian(Jacobians):
         True
     """
 
-    def __init__(self, f: Encoding, image: Tensor, *, batch: int = 32, bounds: Bounds = UNIT) -> None:
+    def __init__(self, f: Encoding, image: Tensor, *, batch: int = VECTORS, bounds: Bounds = UNIT) -> None:
         if image.ndim == 0 or not image.is_floating_point():
             raise ValueError(f"`image` must be a float tensor (*shape); got {image.dtype} {tuple(image.shape)}.")
         check_count(batch, "batch")
@@ -162,11 +152,7 @@ class Jacobian(Jacobians):
         if tangents.shape[1:] != self.image.shape:
             wanted = ", ".join(map(str, self.image.shape))
             raise ValueError(f"`tangents` must be (K, {wanted}); got {tuple(tangents.shape)}.")
-        products = self.image.new_empty((len(tangents), self.shape[0]))
-        for start in range(0, len(tangents), self._batch):
-            part = slice(start, start + self._batch)
-            products[part] = self.push(tangents[part, None].detach())[:, 0]
-        return products
+        return self._in_passes(self.push, tangents, self.shape[:1])
 
     def rmv(self, cotangents: Tensor) -> Tensor:
         """Return Jᵀu of each cotangent u, by reverse mode.
@@ -182,10 +168,13 @@ class Jacobian(Jacobians):
         """
         if cotangents.ndim != 2 or cotangents.shape[1] != self.shape[0]:
             raise ValueError(f"`cotangents` must be (K, {self.shape[0]}); got {tuple(cotangents.shape)}.")
-        products = self.image.new_empty((len(cotangents), *self.image.shape))
-        for start in range(0, len(cotangents), self._batch):
+        return self._in_passes(self.pull, cotangents, self.image.shape)
+
+    def _in_passes(self, multiply: Callable[[Tensor], Tensor], vectors: Tensor, shape: Sequence[int]) -> Tensor:
+        products = self.image.new_empty((len(vectors), *shape))
+        for start in range(0, len(vectors), self._batch):
             part = slice(start, start + self._batch)
-            products[part] = self.pull(cotangents[part, None].detach())[:, 0]
+            products[part] = multiply(vectors[part, None].detach())[:, 0]
         return products
 
     def as_matrix(self, batch: int | None = None) -> Tensor:
@@ -217,22 +206,7 @@ def check_equal(first: Tensor, second: Tensor, eps: float) -> None:
         )
 
 
-def check_memory(image: Tensor, dim: int) -> None:
-    """Require that the Jacobian of an image and D×D work fit into the memory of the machine or GPU."""
-    size = image.numel()
-    need = dim * size * image.element_size() + 4 * 8 * dim * dim
-    if image.is_cuda:
-        free = int(torch.cuda.mem_get_info(image.device)[0])
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > 0.8 * free:
-        raise ValueError(
-            f"`images` must have a Jacobian that fits into memory; {dim}×{size} takes {need / 2**30:.0f} GiB of "
-            f"{free / 2**30:.0f}. Pass `k=` for the largest singular values, or use another readout."
-        )
-
-
-def jacobians(f: Encoding, images: Tensor, batch: int = 32) -> Tensor:
+def jacobians(f: Encoding, images: Tensor, batch: int = VECTORS) -> Tensor:
     """Form J of several images at once from D cotangents of each, with at most `batch` images in a backward pass.
 
     Args:
@@ -254,39 +228,6 @@ def _matrices(at: Jacobians, count: int) -> Tensor:
     for rows, out in zip(unit.split(max(1, count)), matrices.split(max(1, count), dim=1), strict=True):
         out.copy_(at.pull(rows[:, None].expand(-1, B, -1)).flatten(2).transpose(0, 1))
     return matrices
-
-
-class Parts:
-    """Calls of f on all images of a batch at once, in smaller parts once memory has run out."""
-
-    most: int | None = None  # images in a part
-
-    def __call__(self, call: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
-        """Return the tensors of `call` for `count` images; NaN for one that alone runs out of memory, unless all do."""
-        made: list[tuple[slice, tuple[Tensor, ...]]] = []
-        size, full = self.most or count, None
-        todo = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-        while todo:
-            part = todo.pop()
-            try:
-                made.append((part, call(part)))
-                continue
-            except torch.OutOfMemoryError as error:
-                full = error.with_traceback(None)  # which keeps memory alive
-            middle = (part.start + part.stop) // 2
-            if middle > part.start:
-                todo += [slice(part.start, middle), slice(middle, part.stop)]
-        if full is not None:
-            if not made:
-                raise full
-            self.most = max(part.stop - part.start for part, _ in made)
-        elif len(made) == 1:
-            return made[0][1]
-        whole = tuple(like.new_full((count, *like.shape[1:]), math.nan) for like in made[0][1])
-        for part, values in made:
-            for rows, value in zip(whole, values, strict=True):
-                rows[part] = value
-        return whole
 
 
 def jacobian_cost(num_rows: int) -> float:

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from hf_equiv.conditions import Function
-from hf_equiv.jacobian import CPU_VECTORS, Jacobians, stacked
-
-MEMORY = 4 * 2**30  # most bytes of the Jacobians of images that are worked on side by side
+from hf_equiv.jacobian import CPU_VECTORS, VECTORS, Jacobians, stacked
+from hf_equiv.memory import check_memory, halved, images_within, unless_memory
 
 T = TypeVar("T")
 Work = Generator["Look | Product", Any, T]
@@ -68,6 +67,7 @@ class Sight:
 
     def as_matrix(self) -> Work[Tensor]:
         """Form J (D, N) from D cotangents."""
+        check_memory(self.image, self.shape[0])
         rows = yield from self.rmv(torch.eye(self.shape[0], dtype=self.output.dtype, device=self.output.device))
         return rows.flatten(1)
 
@@ -77,7 +77,7 @@ def look(f: Function, image: Tensor) -> Work[Sight]:
     return (yield Look(f, image))
 
 
-def side_by_side(works: Sequence[Work[T]], most: int = 32) -> list[tuple[T, float]]:
+def side_by_side(works: Sequence[Work[T]], most: int = VECTORS) -> list[tuple[T, float]]:
     """Return the results of some computations and the seconds of each; a product has at most `most` vectors in all."""
     results, spent = dict[int, T](), [0.0] * len(works)
     asked: dict[int, Look | Product] = {}
@@ -102,7 +102,7 @@ def side_by_side(works: Sequence[Work[T]], most: int = 32) -> list[tuple[T, floa
         answers = {}
         for group in groups.values():
             requests, start = [asked.pop(b) for b in group], time.perf_counter()
-            answers |= zip(group, _halved(requests, most), strict=True)
+            answers |= zip(group, _answers(requests, most), strict=True)
             share = (time.perf_counter() - start) / len(group)
             for b, one in zip(group, requests, strict=True):
                 spent[b] += share
@@ -123,25 +123,24 @@ def _kind(one: Look | Product) -> tuple[Any, ...]:
     return id(one.at.shared or one.at.f), one.at.image.shape, one.at.image.dtype, one.transposed, len(one.vectors)
 
 
-def _halved(group: list[Any], most: int) -> list[Any]:
-    """Answer requests of one kind in one pass, or in two where memory runs out; an error is an answer too."""
-    try:
-        return _look(group) if isinstance(group[0], Look) else _multiply(group, most)
-    except torch.OutOfMemoryError as error:
-        if len(group) == 1:
-            return [error.with_traceback(None)]
-    except (RuntimeError, TypeError, ValueError) as error:
-        return [error] * len(group)
-    half = len(group) // 2  # outside the `except` block, the memory that the error kept alive is free
-    return _halved(group[:half], most) + _halved(group[half:], most)
+def _answers(group: list[Any], most: int) -> list[Any]:
+    """Answer requests of one kind in one pass, or in several where memory runs out; an error is an answer too."""
+
+    def answer(some: Sequence[Any]) -> list[Any]:
+        try:
+            return _look(some) if isinstance(some[0], Look) else _multiply(some, most)
+        except unless_memory(RuntimeError, TypeError, ValueError) as error:
+            return [error] * len(some)
+
+    return [one for _, found in halved(answer, group) for one in (found if isinstance(found, list) else [found])]
 
 
-def _look(group: list[Look]) -> list[Sight]:
+def _look(group: Sequence[Look]) -> list[Sight]:
     shared = Jacobians(group[0].f, torch.stack([one.image for one in group]))
     return [Sight(one.f, shared, i) for i, one in enumerate(group)]
 
 
-def _multiply(group: list[Product], most: int) -> list[Tensor]:
+def _multiply(group: Sequence[Product], most: int) -> list[Tensor]:
     """Return the products of K vectors with J at each of some images of a pass; those of the others are zero."""
     sights = [one.at for one in group]
     shared, count, backward = _pass_of(sights), len(group[0].vectors), group[0].transposed
@@ -185,18 +184,17 @@ def _pass_of(sights: list[Sight]) -> Jacobians:
     return shared
 
 
-def at_once(f: Function, images: Tensor, most: int) -> int:
-    """Return how many images to work on side by side: as many as have Jacobians within `MEMORY`; one on a CPU."""
+def at_once(f: Function, images: Tensor, most: int, memory: int) -> int:
+    """Return how many images to work on side by side: those that have Jacobians within `memory`; one on a CPU."""
     if not images.is_cuda:
         return 1
     with torch.no_grad():
-        size = f(images[:1]).numel() * images[0].numel() * images.element_size()
-    return max(1, min(most, MEMORY // size))
+        return max(1, min(most, images_within(memory, f(images[:1]).numel(), images[0])))
 
 
 def measure_images(
     images: Tensor, measure: Callable[[int], Work[dict[str, Any]]], progress: Callable[[int, int], None] | None = None,
-    *, count: int = 1, most: int = 32
+    *, count: int = 1, most: int = VECTORS
 ) -> dict[str, Any]:  # fmt: skip
     """Return the fields of a result: those that `measure` finds at each image, `count` side by side, and seconds."""
     columns = defaultdict[str, list[Any]](list)

@@ -149,6 +149,12 @@ def test_forward_mode_is_required_and_finite():
     with pytest.raises(RuntimeError, match=r"the JVP of 'it' must be finite; got NaN"):
         require_forward_mode(lambda v: (v - v).sqrt().flatten(1), x, "'it'")
 
+    def full(v):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        require_forward_mode(full, x, "'it'")
+
 
 @every_case
 @pytest.mark.parametrize("batch", [1, 3, 64])

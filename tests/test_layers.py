@@ -37,18 +37,19 @@ ROOT_FILES = {
     "bars": ["results"],
     "checks": [],
     "precision": ["checks"],
-    "derivatives": ["precision"],
-    "conditions": ["checks", "precision", "derivatives"],
-    "jacobian": ["checks", "precision", "derivatives", "conditions"],
-    "passes": ["conditions", "jacobian"],
+    "memory": [],
+    "derivatives": ["precision", "memory"],
+    "conditions": ["checks", "precision", "memory", "derivatives"],
+    "jacobian": ["checks", "precision", "memory", "derivatives", "conditions"],
+    "passes": ["memory", "conditions", "jacobian"],
     "formatting": [],
     "limits": [],
     "png_file": ["limits"],
     "hub_client": ["formatting"],
     "__main__": ["cli"],
 }
-NUMERICS = ["matching", "geometry", "results", "checks", "precision", "derivatives", "conditions", "jacobian", "passes"]
-MOST_FILES = 10
+NUMERICS = "matching geometry results checks precision memory derivatives conditions jacobian passes".split()
+MOST_FILES = 12
 
 # Where a library may be imported: folders, files of the root, or single files. torch may be imported everywhere.
 HOMES = {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import EIGHT, images, smooth_mlp
+from cases import EIGHT, images, linear, smooth_mlp
 
 from hf_equiv.conditions import Function
 from hf_equiv.geometry import levelset, spectrum
 from hf_equiv.geometry.levelset import trace_level_set
 from hf_equiv.geometry.spectrum import jacobian_spectrum
 from hf_equiv.models.encoder import Encoder
-from hf_equiv.passes import alone, look, side_by_side
+from hf_equiv.passes import alone, at_once, look, side_by_side
 from hf_equiv.results import Status
 
 
@@ -103,6 +103,17 @@ def test_a_pass_without_memory_is_halved(verb, room, grouped):
     halved = numbers(VERBS[verb](f, x))
     assert max(f.calls) == room
     assert halved[0] == whole[0]
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("images_held", "most", "count"), [(3, 32, 3), (2.9, 32, 2), (3, 2, 2), (0.5, 32, 1)])
+def test_images_side_by_side_have_jacobians_within_the_memory(images_held, most, count):
+    x, memory = images(5), int(images_held * 12 * 192 * 4)
+    assert at_once(linear(), x.as_subclass(OnGpu), most, memory) == count
+    assert at_once(linear(), x, most, memory) == 1
 
 
 def test_an_image_that_fails_alone_leaves_the_others(grouped):

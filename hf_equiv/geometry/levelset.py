@@ -22,6 +22,7 @@ from hf_equiv.checks import UNIT, Bounds, is_image
 from hf_equiv.conditions import admit
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
 from hf_equiv.matching.corrector import Corrector, Place
+from hf_equiv.memory import MEMORY
 from hf_equiv.passes import Work, at_once, measure_images
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import Status
@@ -269,6 +270,7 @@ def trace_level_set(
     generator: torch.Generator | None = None,
     keep_points: bool = False,
     batch: int = 32,
+    memory: int = MEMORY,
     bounds: Bounds = UNIT,
     progress: Callable[[WalkPoint], None] | bool | None = None,
 ) -> WalkResult:
@@ -283,9 +285,9 @@ def trace_level_set(
         connect   target − x        a match       target's                no nearer image near, or there
 
     Cost: one full Jacobian, (1 + 2D)/3 evaluations; then, on a trained DeiT-Tiny, about 12 evaluations per unit of L2
-    length, more towards an image. Memory of a walk: D·N numbers, at most 16 GiB, the activations of two images, and 40
-    images for a destination; its Jacobian takes the activations of `batch` images. On a GPU walks go side by side in
-    shared passes: at most `batch`, with Jacobians of 4 GiB. A pass that runs out of memory is halved, and a walk that
+    length, more towards an image. Memory of a walk: D·N numbers, the activations of two images, and 40 images for a
+    destination; its Jacobian takes the activations of `batch` images. On a GPU walks go side by side in shared passes:
+    at most `batch`, with Jacobians of at most `memory` bytes. A pass that runs out of memory is halved, and a walk that
     fails alone has the status `error` if there are others.
 
     Args:
@@ -302,6 +304,7 @@ def trace_level_set(
         generator: source of the random heading, on the CPU; None for one with seed 0.
         keep_points: whether the points keep their pixels.
         batch: most cotangents per pass, and most walks side by side; a CPU takes at most 8, and one walk.
+        memory: most bytes of the Jacobians held at once; at least one image is worked on, and on a CPU one.
         bounds: the box of all points, which all images must lie in; None for none. By default pixels in [0, 1].
         progress: receives every `WalkPoint` with its pixels; an exception raised in it ends the walks. By default a
             bar in a terminal or notebook; False for none.
@@ -331,6 +334,7 @@ def trace_level_set(
     checks.check_positive(stop, "stop", 1)
     checks.check_count(num_steps, "num_steps")
     checks.check_count(batch, "batch")
+    checks.check_count(memory, "memory")
     if heading == "nearest" and origin is None:
         raise ValueError("`origin` must be given for heading 'nearest'. Pass the source of the match.")
     images = images.detach().clone(memory_format=torch.contiguous_format)
@@ -374,7 +378,7 @@ def trace_level_set(
             return done, f"L2 {point.l2:.3g}, drift {point.drift:.1e}, {point.num_evals:.0f} evaluations"
 
         with bars.shown(progress, "walk", read) as hook, no_autocast():
-            return WalkResult(**measure_images(images, measure, count=at_once(f, images, batch), most=batch))
+            return WalkResult(**measure_images(images, measure, count=at_once(f, images, batch, memory), most=batch))
 
 
 def _embeddings(f: Encoding, images: Tensor, goal: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from hf_equiv.geometry.secants import secant_noise
 from hf_equiv.geometry.singular import in_double
 from hf_equiv.jacobian import Jacobian, Jacobians
 from hf_equiv.matching.feasible import FeasibleSet
+from hf_equiv.memory import unless_memory
 from hf_equiv.passes import Work, alone, measure_images
 from hf_equiv.precision import Encoding, exact_derivatives, no_autocast, no_tf32
 from hf_equiv.results import Status
@@ -303,9 +304,7 @@ class _Search:
             unit = _unit(moved.detach())  # gradients of ½‖Jv‖² without the factor ‖Jv‖, which might overflow
             try:
                 slopes = torch.autograd.grad(moved, (place, along), unit, allow_unused=True)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+            except unless_memory(RuntimeError) as error:
                 raise RuntimeError(
                     "`f` must be twice differentiable for a regional constant; its derivative has no gradient. Use a "
                     "smooth f without rounding, detach or checkpointing."

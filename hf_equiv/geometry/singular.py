@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.conditions import Function
+from hf_equiv.memory import unless_memory
 from hf_equiv.passes import Sight, Work, look
 from hf_equiv.precision import power_of_two, resolved_step
 
@@ -285,9 +286,7 @@ def _along(matrix: Tensor, exact: Sight, weights: Tensor, noise: Tensor, unit: f
     Q = torch.linalg.svd(noise, full_matrices=False).Vh
     try:
         moved = yield from exact.mv(Q.view(-1, *exact.image.shape))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except unless_memory(RuntimeError):
         return math.inf
     return float(torch.linalg.matrix_norm(weights.T @ ((times(matrix, Q.T) - moved.T.to(weights)) / unit), 2))
 
@@ -296,9 +295,7 @@ def in_double(f: Function, image: Tensor) -> Work[Sight | None]:
     """Return the sight of an image with all arithmetic of f in float64; None if it cannot be computed so."""
     try:
         exact = yield from look(f.exact, image.double())
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError):
+    except unless_memory(RuntimeError, TypeError, ValueError):
         return None
     return exact if exact.eps == torch.finfo(torch.float64).eps else None
 

@@ -15,7 +15,8 @@ from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
-from hf_equiv.jacobian import check_equal, check_memory
+from hf_equiv.jacobian import check_equal
+from hf_equiv.memory import MEMORY
 from hf_equiv.passes import Sight, Work, at_once, look, measure_images
 from hf_equiv.precision import Encoding
 from hf_equiv.results import Status
@@ -105,6 +106,7 @@ def jacobian_spectrum(
     rank_rtol: float | None = None,
     rtol: float = 1e-4,
     batch: int = 32,
+    memory: int = MEMORY,
     bounds: Bounds = UNIT,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> SpectrumResult:
@@ -116,7 +118,7 @@ def jacobian_spectrum(
 
     Cost: full (1 + 2D)/3 evaluations an image; golub_kahan 4/3 a pass, about 2k + 7 passes. Memory: full D·N numbers an
     image, golub_kahan 3N a pass; and the activations of `batch` images. On a GPU images share passes: at most `batch`,
-    with Jacobians of 4 GiB. A pass that runs out of memory is halved.
+    with Jacobians of at most `memory` bytes. A pass that runs out of memory is halved.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D).
@@ -127,6 +129,7 @@ def jacobian_spectrum(
         rank_rtol: threshold of the rank over σ₁; None for the error bound of a zero.
         rtol: bound over σ₁ at which "golub_kahan" stops.
         batch: most cotangents per pass, those of all images together; memory grows with it.
+        memory: most bytes of the Jacobians held at once; at least one image is worked on, and on a CPU one.
         bounds: the box that `images` must lie in; None for none.
         progress: called after each image with (images done, images in all); by default a bar in a terminal or notebook,
             False for none.
@@ -150,6 +153,7 @@ def jacobian_spectrum(
     """
     checks.check_images(images, bounds=bounds)
     checks.check_positive(rtol, "rtol")
+    checks.check_count(memory, "memory")
     checks.check_choice(method, "method", ("auto", "full", "golub_kahan"))
     if rank_rtol is not None:
         checks.check_positive(rank_rtol, "rank_rtol", 1, or_zero=True)
@@ -160,7 +164,7 @@ def jacobian_spectrum(
     with bars.shown(progress, "spectrum", bars.count) as hook:
         fields = measure_images(
             images, lambda b: _measure(f, images[b].detach(), *options), hook,
-            count=at_once(f, images, batch), most=batch,
+            count=at_once(f, images, batch, memory), most=batch,
         )  # fmt: skip
     return SpectrumResult(patch_nullity=_patch_nullity(f, images[0]), **fields)
 
@@ -186,7 +190,6 @@ def _measure(
 
 def _full(J: Sight, k: int, vectors: bool, rank_rtol: float | None) -> Work[dict[str, Any]]:
     """Return the fields of one image from the matrix."""
-    check_memory(J.image, J.shape[0])
     matrix = yield from J.as_matrix()
     if not bool(torch.isfinite(matrix).all()):
         none, nan = torch.tensor(-1, device="cpu"), math.nan

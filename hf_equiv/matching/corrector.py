@@ -13,106 +13,15 @@ from torch import Tensor
 
 from hf_equiv.checks import UNIT, check_dimension
 from hf_equiv.conditions import as_function
+from hf_equiv.matching.linear_model import LinearModel
 from hf_equiv.passes import Sight, Work, look
 from hf_equiv.precision import Encoding
 
-_CUT, _CUT_SINGLE = 1e-5, 1e-4  # share of σ₁ below which learnt rows are noise (up to 5e-5 in float32)
-_BLOCKS = 32  # blocks of columns of A: each is multiplied in the dtype of A, and their products are summed in float64
-_LARGEST = 16 * 2**30  # most bytes of A
 _MAX_TRIALS = 40
 _MAX_REJECTED = 6
 _SHORTEST = 0.2  # least share of a correction to try: less cannot lower the drift enough
 _STALE = 3.0  # evaluations since the last full Jacobian, over its cost, that justify another after a failure
 _DECREASE = 0.9  # an accepted correction brings the drift below this share
-
-
-class LinearModel:
-    """A (D, N) ≈ J near the current point, with its Gram matrix G = A_F A_Fᵀ (D, D), float64, of the free pixels F.
-
-    An update by u (D,) and v (N,) changes both, with w = v on F and zero elsewhere:
-
-        A ← A + u vᵀ,      G ← G + u (A w)ᵀ + (A w) uᵀ + ‖w‖² u uᵀ.
-
-    With u = r and v = (Jᵀu − Aᵀu) / ‖u‖² for the J of another point, uᵀA becomes uᵀJ and nothing else changes: the
-    adjoint Broyden method (Schlenkrich, Griewank, Walther 2010, Math. Program. 121, eq. 4). Memory: D·N numbers.
-    """
-
-    def __init__(self, matrix: Tensor, shape: torch.Size) -> None:
-        self.A, self.shape = matrix, shape
-        self.free = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
-        self.G = self.A.new_zeros((len(self.A), len(self.A)), dtype=torch.float64)
-        for columns in self.A.chunk(_BLOCKS, dim=1):
-            self.G += columns @ columns.T
-        self._factor: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def finite(self) -> bool:
-        """Whether A holds neither NaN nor infinity."""
-        return bool(torch.isfinite(self.G.diagonal()).all())
-
-    def hold(self, free: Tensor) -> None:
-        """Let G count only the pixels where `free` (*shape) is true, which may move."""
-        free = free.flatten()
-        changed = (free != self.free).nonzero().flatten()
-        for index in changed.chunk(_BLOCKS) if len(changed) else ():
-            columns = self.A.index_select(1, index)
-            self.G += torch.where(free[index], columns, -columns) @ columns.T
-            self._factor = None
-        self.free = free
-
-    def update(self, u: Tensor, v: Tensor) -> None:
-        """Add u vᵀ to A, for u (D,) and v (*shape)."""
-        u, v = u.to(self.A).double(), v.flatten()  # u as A stores it
-        moving = v * self.free
-        product = self.apply(moving)
-        self.G += torch.outer(u, product) + torch.outer(product, u)
-        self.G += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
-        self.A.addr_(u.to(self.A), v)
-        self._factor = None
-
-    def learn(self, u: Tensor, row: Tensor) -> None:
-        """Set the row uᵀA to `row` (*shape), the uᵀJ of another point, if it is finite; ‖u‖ = 1 in the dtype of A."""
-        if bool(torch.isfinite(row).all()):
-            self.update(u, row - self.transpose(u))
-
-    def apply(self, step: Tensor) -> Tensor:
-        """Return A s of a step s (*shape), the predicted change of the embedding, (D,) float64."""
-        product = step.new_zeros(len(self.A), dtype=torch.float64)
-        for columns, part in zip(self.A.chunk(_BLOCKS, dim=1), step.flatten().chunk(_BLOCKS), strict=True):
-            product += columns @ part
-        return product
-
-    def correction(self, residual: Tensor) -> Tensor:
-        """Return the shortest step s = −A_Fᵀ G⁺ residual on the free pixels with residual + A s = 0."""
-        return -self.restrict(self.transpose(self._solve(residual)))
-
-    def multipliers(self, v: Tensor) -> Tensor:
-        """Return λ (D,) = G⁺ A v_F, so that A_Fᵀ λ is the part of v (*shape) in the row space."""
-        return self._solve(self.apply(self.restrict(v)))
-
-    def restrict(self, v: Tensor) -> Tensor:
-        """Return v (*shape) with zeros on the held pixels."""
-        return v * self.free.view(self.shape)
-
-    def transpose(self, u: Tensor) -> Tensor:
-        """Return Aᵀ u over all pixels, (*shape)."""
-        return (self.A.T @ u.to(self.A)).view(self.shape)
-
-    def project_null(self, v: Tensor) -> Tensor:
-        """Return the part of v (*shape) on the free pixels that A maps to zero: twice v ← v − A_Fᵀ G⁺ A v."""
-        for _ in range(2):
-            v = self.restrict(v - self.transpose(self.multipliers(v)))
-        return v
-
-    def _solve(self, r: Tensor) -> Tensor:
-        """Return G⁺ r; eigenvalues of G below the cut count as zero."""
-        if self._factor is None:
-            values, vectors = torch.linalg.eigh(self.G)
-            cut = _CUT if self.A.dtype == torch.float64 else _CUT_SINGLE
-            kept = values > cut**2 * values[-1]
-            self._factor = values[kept], vectors[:, kept]
-        values, vectors = self._factor
-        return vectors @ ((vectors.T @ r) / values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +68,7 @@ class Corrector:
 
     def refresh(self, at: Place) -> Work[None]:
         """Form the full Jacobian at a place."""
-        (dim, size), width = at.sight.shape, at.image.element_size()
-        if dim * size * width > _LARGEST:
-            raise ValueError(
-                f"the Jacobian must fit in {_LARGEST / 2**30:.0f} GiB; got {dim} × {size} numbers in "
-                f"{dim * size * width / 2**30:.0f} GiB. Use a readout with fewer dimensions, such as 'cls' or 'mean'."
-            )
+        vars(self).pop("model", None)  # so that no walk holds two Jacobians
         self.model = LinearModel((yield from self._counted(at, at.sight.as_matrix())), at.image.shape)
         self.num_jacobians += 1
         self._refreshed = self.num_evals

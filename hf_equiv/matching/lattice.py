@@ -107,22 +107,19 @@ class Lattice(Rows):
 
 
 @no_autocast()
-def left_geometry(jacobians: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B, D, D) matrices from J = U S Vᵀ (B, D, N): projectors on their reach, and their damped whitening."""
+def left_geometry(J: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (D, D) matrices from J = U S Vᵀ (D, N): the projector on its reach, and its damped whitening."""
     # After a LayerNorm all embeddings lie on an ellipsoid, so r has a part across it, of second order in ‖r‖. No step
     # removes that part, and it vanishes as the rest does: U_k U_kᵀ with σ above 1e-4 σ₁, the float32 noise, projects it
     # away. In the whitened metric √μ·U (S² + μ)^(−1/2) Uᵀ, with μ a hundredth of the median σ², all directions of the
     # embedding cost alike; in the plain one the few that pixels hardly move (such as the score of the target's own
     # class) stay behind.
-    grams = []
-    for jacobian in jacobians:
-        scaled = jacobian / torch.linalg.vector_norm(torch.stack(torch.aminmax(jacobian)), ord=math.inf)
-        grams.append(scaled @ scaled.T)
-    values, vectors = torch.linalg.eigh(torch.stack(grams).nan_to_num().double())
-    kept = vectors * (values > 1e-8 * values[:, -1:])[:, None]
-    damping = 1e-2 * values.median(dim=1, keepdim=True).values
-    whiten = (vectors * (damping / (values.clamp_min(0) + damping)).sqrt()[:, None]) @ vectors.mT
-    return kept @ kept.mT, whiten
+    scaled = J / torch.linalg.vector_norm(torch.stack(torch.aminmax(J)), ord=math.inf)
+    values, vectors = torch.linalg.eigh((scaled @ scaled.T).nan_to_num().double())
+    kept = vectors * (values > 1e-8 * values[-1])
+    damping = 1e-2 * values.median()
+    whiten = (vectors * (damping / (values.clamp_min(0) + damping)).sqrt()) @ vectors.T
+    return kept @ kept.T, whiten
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_equiv import bars
+from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
-from hf_equiv.matching.search import ProgressHook, collect, each_match, listing, pixels_of
+from hf_equiv.conditions import Function, admit
+from hf_equiv.matching.driver import CLEAR, NOISE, Batch, drive
+from hf_equiv.matching.feasible import FeasibleSet
+from hf_equiv.matching.lbfgs import LBFGS
+from hf_equiv.matching.search import ProgressHook, Search, collect
 from hf_equiv.matching.solvers import BatchSolver, Solver
-from hf_equiv.precision import Encoding
+from hf_equiv.memory import MEMORY, images_within
+from hf_equiv.precision import Encoding, no_tf32
 from hf_equiv.results import ConvergenceError, MatchResult, Status
 
 
@@ -26,6 +33,7 @@ def match_embedding(
     bounds: Bounds = UNIT,
     rtol: float = 1e-5,
     max_evals: int = 1000,
+    memory: int = MEMORY,
     raise_on_failure: bool = True,
     start: MatchResult | None = None,
     progress: ProgressHook | bool | None = None,
@@ -42,7 +50,7 @@ def match_embedding(
     that image ends as `infeasible` after one evaluation.
 
     Cost: one evaluation is one forward and one backward pass of one image. The default solver keeps 2·`history` images
-    of memory per image, and for its Newton steps D·N numbers and 64 images, of at most 4 GiB of images at a time.
+    of memory per image, and for its Newton steps D·N numbers and 64 images, of as many at a time as `memory` holds.
     Encoding the target once and the check of f (`conditions`) are not counted.
 
     Args:
@@ -56,6 +64,7 @@ def match_embedding(
         rtol: embedding error, with the float noise of f added, at which an image is done. Below about 3e-6 float32
             noise ends most runs.
         max_evals: evaluations per image.
+        memory: most bytes of the Jacobians held at once; an image whose own is larger takes no Newton steps.
         raise_on_failure: raise if an image misses `rtol`; False returns it with its status.
         start: an earlier result for the same images to continue from; its evaluations and seconds count.
         progress: called with a `Progress` after every batched evaluation; an exception raised in it ends the run.
@@ -84,13 +93,12 @@ def match_embedding(
     with bars.shown(progress, "match", bars.errors_to(rtol)) as hook:
         ends = each_match(
             f, source, target, solver, radius=radius, norm=norm, bounds=bounds, rtol=rtol, max_evals=max_evals,
-            start=start, progress=hook,
+            memory=memory, start=start, progress=hook,
         )  # fmt: skip
         found = {place: run for together in ends for place, run in together.items()}
     with torch.inference_mode(False):
         searches = [found[place] for place in range(len(found))]
-        result = collect(searches)
-        result = replace(result, source=source.detach().clone(), target=pixels_of(target, source))
+        result = collect(searches, source, target)
     if raise_on_failure and not result.converged:
         least = [f"{run.least:.3g} for image {i}" for i, run in enumerate(searches) if run.least > 0]
         raise ConvergenceError(_describe_failure(result, least, rtol, max_evals), result)
@@ -106,6 +114,88 @@ def _describe_failure(result: MatchResult, least: list[str], rtol: float, max_ev
         advice += f" The least possible error is {', '.join(least[:8])}."
     return (
         f"{len(missed)} of {len(result.status)} images did not reach rtol={rtol:g} in {max_evals} evaluations "
-        f"({listing(missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "
+        f"({_listing(missed)}; best {best:.1e}; {', '.join(statuses)}). {advice} "
         "Or pass `raise_on_failure=False`."
     )
+
+
+def each_match(
+    f: Encoding,
+    source: Tensor,
+    target: Tensor,
+    solver: Solver | BatchSolver | None = None,
+    *,
+    radius: float | None,
+    norm: str,
+    bounds: Bounds = UNIT,
+    rtol: float,
+    max_evals: int,
+    memory: int = MEMORY,
+    start: MatchResult | None = None,
+    progress: ProgressHook | None = None,
+) -> Iterator[dict[int, Search]]:
+    """Yield the searches of `match_embedding` that end together, by their place in the batch, as soon as they have."""
+    checks.check_match(source, "source", target, radius, norm, rtol, max_evals, bounds)
+    solver = LBFGS() if solver is None else solver
+    checks.check_solver(solver)
+    checks.check_count(memory, "memory")
+    if start is not None and start.images.shape != source.shape:
+        raise ValueError(
+            f"`start` must hold images of the shape of `source` {tuple(source.shape)}; got {tuple(start.images.shape)}."
+        )
+    with torch.inference_mode(False), no_tf32():
+        source = source.detach().clone(memory_format=torch.contiguous_format)
+        _check_different(source, target)
+        f = admit(f, source, noise=True, bounds=bounds)
+        z = target_embeddings(f, source, target.detach())
+        begin = source if start is None else start.images.to(source, copy=True)
+        feasible = FeasibleSet.around(source.flatten(1), radius, norm, bounds, batched=True)
+        together = 0
+        if isinstance(solver, LBFGS):
+            if solver.newton and feasible.l2_radius is None:
+                together = images_within(memory, z.shape[1], begin[0])
+            solver = replace(solver, newton=together > 0)
+        batch = Batch(f, z, feasible, begin, rtol, max_evals, together, progress)
+        if start is not None:
+            spent = zip(start.num_evals.tolist(), start.seconds.tolist(), strict=True)
+            for run, (evals, seconds) in zip(batch.searches, spent, strict=True):
+                run.thirds, run.seconds = round(3 * evals), seconds
+        if not checks.is_image(target, source):
+            for run, least in zip(batch.searches, _least_errors(f, source, z), strict=True):
+                run.least = least if least > rtol + CLEAR * max(f.noise, NOISE[source.dtype]) else 0.0
+    for places in drive(batch, solver):
+        for place in places:
+            batch.searches[place].best = batch.images()[place].clone()
+        yield {place: batch.searches[place] for place in places}
+
+
+def _least_errors(f: Function, source: Tensor, z: Tensor) -> list[float]:
+    """Return the errors below which no image can come, by what f knows of its embeddings; 0 if it knows nothing."""
+    state: Any = getattr(f, "least_errors", None)
+    own = getattr(state, "__self__", None) is f.plain  # a wrapper may lend the attributes of an Encoder
+    return state(source[0], z).tolist() if own else [0.0] * len(z)
+
+
+def target_embeddings(f: Encoding, images: Tensor, target: Tensor) -> Tensor:
+    """Return the embeddings (B, D) to reach, float64: computed from target images, or the target itself."""
+    if checks.is_image(target, images):
+        with torch.no_grad():
+            target = f(target.to(images))
+        checks.check_embeddings(target)
+    return target.detach().to(images.device, torch.float64).expand(images.shape[0], -1)
+
+
+def _check_different(source: Tensor, target: Tensor) -> None:
+    if not checks.is_image(target, source):
+        return
+    if same := (source == target.to(source)).flatten(1).all(dim=1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"`target` must differ from `source`; got the same pixels for {_listing(same)}. "
+            "Any image is a match of itself: pass another target."
+        )
+
+
+def _listing(indices: list[int]) -> str:
+    """Name some images in a message."""
+    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+    return f"image{'s' if len(indices) > 1 else ''} {shown}"

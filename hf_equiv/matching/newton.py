@@ -30,8 +30,8 @@ from torch import Tensor
 
 from hf_equiv.derivatives import vjps
 from hf_equiv.jacobian import jacobians
-from hf_equiv.matching.corrector import LinearModel
 from hf_equiv.matching.feasible import FeasibleSet, Rows
+from hf_equiv.matching.linear_model import LinearModel
 from hf_equiv.matching.solvers import pick
 from hf_equiv.precision import Encoding, inner
 
@@ -59,7 +59,7 @@ class _State(Rows):
 
 
 def end_by_newton(
-    f: Encoding, images: Tensor, z: Tensor, feasible: FeasibleSet, goal: Tensor, most: Tensor, batch: int
+    f: Encoding, images: Tensor, z: Tensor, feasible: FeasibleSet, goal: Tensor, most: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Bring images (B, *shape) near their targets z (B, D) to embedding errors of at most `goal` (B,).
 
@@ -70,13 +70,12 @@ def end_by_newton(
         feasible: the box of the flat images (B, N).
         goal: embedding errors at which an image is done.
         most: thirds of an evaluation that each image may spend, at least those of a Jacobian and one step.
-        batch: most pairs of a cotangent and an image in a backward pass.
 
     Yields:
         After every step the best flat images (B, N), their errors, and the thirds of an evaluation spent (B,).
     """
     size = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    J = jacobians(f, images, batch).div_(size[:, :, None].to(images))
+    J = jacobians(f, images).div_(size[:, :, None].to(images))
     models = [LinearModel(A, A.shape[1:]) for A in J]
     finite = torch.tensor([model.finite for model in models], device=J.device)
     x = images.flatten(1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,16 +22,16 @@ from torch import Tensor
 from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
-from hf_equiv.jacobian import Parts, jacobians
+from hf_equiv.jacobian import VECTORS, jacobians
 from hf_equiv.matching.feasible import Rows
 from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, apply, left_geometry, plan_moves
-from hf_equiv.matching.search import ProgressHook, Search, collect, pixels_of, reached, snapshot, target_embeddings
+from hf_equiv.matching.match import target_embeddings
+from hf_equiv.matching.search import ProgressHook, Search, collect, reached, snapshot
 from hf_equiv.matching.solvers import pick
+from hf_equiv.memory import MEMORY, Parts, images_within
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import MatchResult, Status
 
-_PAIRS = 128  # most cotangents of an image in a backward pass; a quarter of it on a CPU
-_BYTES = 2 * 2**30  # most bytes of the Jacobians of the images refined together
 _CAP = 3  # most steps of one pixel in all; otherwise a few sensitive pixels take 20 and show as specks
 _CROWDED = 0.1  # share of pixels at the cap that doubles the cap, because too few others are left
 _MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to the accuracy of J in the last
@@ -53,6 +53,7 @@ def refine_8bit(
     bounds: Bounds = UNIT,
     rtol: float = 1e-5,
     max_evals: int = 1000,
+    memory: int = MEMORY,
     progress: ProgressHook | bool | None = None,
 ) -> MatchResult:
     """Round matches to 8 bit and repair the embedding by single steps of ±1/255.
@@ -62,7 +63,7 @@ def refine_8bit(
         minimise ‖r + J·Δ/255‖ over integer Δ, greedily;   k ← k + Δ;   r ← f(k/255) − z;   J ← Broyden's update.
 
     Cost: (1 + 2D)/3 evaluations for J, a third of one for every round. Memory: D·N numbers and 26 MB an image; as many
-    images are refined together as 2 GiB hold of either.
+    images are refined together as `memory` holds of either.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
@@ -74,6 +75,7 @@ def refine_8bit(
         bounds: (0, 1), the only box of 8-bit images.
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image; too few for a Jacobian leave the rounded image.
+        memory: most bytes of the Jacobians held at once; at least one image is worked on.
         progress: called with a `Progress` after every round; an exception raised in it ends the run. By default a
             bar in a terminal or notebook; False for none.
 
@@ -97,23 +99,23 @@ def refine_8bit(
             f"`bounds` must be (0, 1) for 8-bit images k/255; got {bounds}. Match within (0, 1), or do not refine."
         )
     checks.check_match(images, "images", target, radius, norm, rtol, max_evals)
+    checks.check_count(memory, "memory")
     if radius is not None and source is None:
         raise ValueError("`source` must be given with `radius`; got None. Pass the centre of the ball.")
     if source is not None:
         checks.check_like(source, images, "source", one=False)
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
-        source = None if source is None else source.detach().clone()
         f = admit(f, images, noise=True)
         z = target_embeddings(f, images, target)
         runs = [_Run(image) for image in images]
-        count = max(1, _BYTES // max(z.shape[1] * images[0].numel() * images.element_size(), WORKSPACE))
+        count = max(1, min(images_within(memory, z.shape[1], images[0]), memory // WORKSPACE))
         with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook:
             for part in (slice(start, start + count) for start in range(0, len(images), count)):
                 lattice = Lattice.around(images[part], None if source is None else source[part], radius, norm)
                 group = _Group(f, runs[part], z[part], lattice, rtol, max_evals)
                 _refine(group.active(), lambda: None if hook is None else hook(snapshot(images, runs)))
-        return replace(collect(runs), source=source, target=pixels_of(target, images))
+        return collect(runs, source, target)
 
 
 @dataclass(eq=False)
@@ -267,12 +269,12 @@ class _Group(Rows):
 
     def _renew(self, i: int, run: _Run) -> None:
         """Form J of an image at its best point; the image ends if J is not finite."""
-        J = jacobians(self.f, run.best[None], _PAIRS if self.z.is_cuda else _PAIRS // 4)
+        (J,) = jacobians(self.f, run.best[None], 4 * VECTORS if self.z.is_cuda else VECTORS)
         J /= (255 * self.unit[i]).to(J)
-        reach, whiten = left_geometry(J)
-        run.J, run.failed, run.since = J[0], 0, run.error
-        self.norms2[i] = J[0].square().sum(dim=0)
-        self.reach[i], self.whiten[i], self.trust[i] = reach[0], whiten[0], self.trust[i].clamp_min(_MOVES // 4)
+        run.J, run.failed, run.since = J, 0, run.error
+        self.norms2[i] = J.square().sum(dim=0)
+        self.reach[i], self.whiten[i] = left_geometry(J)
+        self.trust[i].clamp_min_(_MOVES // 4)
         self.here[i], self.r_here[i] = self.levels[i], self.r[i]
         if not bool(self.norms2[i].sum().isfinite()):
             run.status = Status.ERROR

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_equiv.conditions import as_function
 from hf_equiv.matching.lbfgs import LBFGS
-from hf_equiv.matching.match import match_embedding
-from hf_equiv.matching.search import ProgressHook, Search, each_match
+from hf_equiv.matching.match import each_match, match_embedding
+from hf_equiv.matching.search import ProgressHook, Search
 from hf_equiv.matching.solvers import Solver
 from hf_equiv.precision import Encoding
 from hf_equiv.results import MatchResult

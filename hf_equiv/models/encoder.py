@@ -22,6 +22,7 @@ from hf_equiv.formatting import excerpt
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
 from hf_equiv.jacobian import require_forward_mode
+from hf_equiv.memory import unless_memory
 from hf_equiv.models import wrapping
 from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
@@ -106,9 +107,7 @@ class Encoder:
         try:
             two = self._normalise(self._grey.expand(2, -1, -1, -1))
             outputs = probe(self._loaded, two, self._interpolates(self._grey))
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
+        except unless_memory(Exception) as error:
             raise ValueError(
                 f"`model_id` must embed RGB images of {size[0]}×{size[1]}, the size of its image processor; {name} of "
                 f"'{self.model_id}' cannot ({excerpt(error)}). Choose an image encoder, or correct its files."

@@ -211,7 +211,7 @@ def test_bad_input():
         jacobian_spectrum(f, 2 * x)
     with pytest.raises(ValueError, match="`rank_rtol` must"):
         jacobian_spectrum(f, x, rank_rtol=math.nan)
-    with pytest.raises(ValueError, match=r"must have a Jacobian that fits into memory; .*Pass `k=`"):
+    with pytest.raises(ValueError, match=r"must have a Jacobian that fits into memory; .*pass `k=`"):
         jacobian_spectrum(lambda v: v.flatten(1).expand(-1, 192).repeat(1, 4000), x)
     with pytest.raises(ValueError, match="Leave out `k=`"):
         jacobian_spectrum(f, x, k=2, method="golub_kahan").energy_share(1)

@@ -7,7 +7,8 @@ import torch
 from cases import DIM, EIGHT, SHAPE, images, smooth_mlp
 
 from hf_equiv.jacobian import Jacobian, jacobian_cost
-from hf_equiv.matching.corrector import Corrector, LinearModel
+from hf_equiv.matching.corrector import Corrector
+from hf_equiv.matching.linear_model import LinearModel
 from hf_equiv.passes import alone
 
 every_case = pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
@@ -84,17 +85,18 @@ def test_the_gram_matrix_follows_every_change(dtype, rtol):
     for i, x in enumerate(points):
         model.hold(some_free(seed=i))
         learn(model, Jacobian(f, x), gaussian(DIM, seed=100 + i))
-    A = (model.A * model.free).double()
+    A = (model.A * model.free.flatten()).double()
     assert float((model.G - A @ A.T).norm()) <= rtol * float(model.G.norm())
 
 
 def test_an_update_adds_its_product():
-    model, u, v = linear_model(Jacobian(smooth_mlp(), images(1, dtype=torch.float64)[0])), gaussian(DIM), gaussian(192)
-    A = model.A + torch.outer(u, v)
+    model = linear_model(Jacobian(smooth_mlp(), images(1, dtype=torch.float64)[0]))
+    u, v = gaussian(DIM), gaussian(*SHAPE)
+    A = model.A + torch.outer(u, v.flatten())
     model.hold(some_free())
     model.update(u, v)
     torch.testing.assert_close(model.A, A, rtol=0, atol=1e-13)
-    torch.testing.assert_close(model.G, (A * model.free) @ A.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.G, (A * model.free.flatten()) @ A.T, rtol=1e-12, atol=1e-12)
 
 
 def test_a_zero_direction_teaches_nothing():

@@ -17,6 +17,7 @@ from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.search import Search
 from hf_equiv.matching.solvers import Adam, GradientDescent
+from hf_equiv.memory import MEMORY
 from hf_equiv.results import ConvergenceError, MatchResult, Progress, Status
 
 SOLVERS = [LBFGS(), LBFGS(history=1, warmup=0), Adam(lr=0.02), GradientDescent(lr=0.05)]
@@ -435,26 +436,32 @@ def test_a_batch_is_halved_where_memory_runs_out_and_stays_so():
     assert max(f.batches) == 2
 
 
-@pytest.mark.parametrize("room", [1, 0])
-def test_newton_steps_take_the_memory_there_is(monkeypatch, room):
+J_BYTES = 8 * 192 * 4  # of a Jacobian of `scaled_rows`
+
+
+@pytest.mark.parametrize(
+    ("room", "memory", "together"),
+    [(1, MEMORY, 3), (0, MEMORY, 3), (3, 3 * J_BYTES - 1, 2), (3, J_BYTES, 1), (3, J_BYTES - 1, 0)],
+)
+def test_newton_steps_take_the_memory_there_is(monkeypatch, room, memory, together):
     f, x, y = scaled_rows(torch.float32), 0.2 + 0.6 * images(3, seed=70), 0.2 + 0.6 * images(3, seed=71)
     real, asked = newton.jacobians, []
 
-    def short(f, points, batch):
+    def short(f, points):
         asked.append(len(points))
         if len(points) > room:
             raise torch.OutOfMemoryError
-        return real(f, points, batch)
+        return real(f, points)
 
     def g(v: Tensor) -> Tensor:
         return torch.stack([f(one.flatten()) for one in v])
 
     plain = match_embedding(g, x, g(y))
     monkeypatch.setattr(newton, "jacobians", short)
-    found = match_embedding(g, x, g(y), raise_on_failure=room > 0)
-    assert max(asked) > 1
+    found = match_embedding(g, x, g(y), memory=memory, raise_on_failure=room > 0)
+    assert max(asked, default=0) == together
     assert found.converged
-    assert same_result(found, plain) or room == 0
+    assert same_result(found, plain) or room == 0 or together == 0
 
 
 def test_a_target_that_no_image_has_is_told_with_its_least_error():
@@ -616,6 +623,7 @@ BAD = {
     "rtol text": (GOOD, OTHER, {"rtol": "1e-5"}, TypeError, "`rtol` must be a number; got str."),
     "max_evals 0": (GOOD, OTHER, {"max_evals": 0}, ValueError, "`max_evals` must be at least 1; got 0."),
     "max_evals float": (GOOD, OTHER, {"max_evals": 1e3}, TypeError, "`max_evals` must be a whole number; got float."),
+    "memory 0": (GOOD, OTHER, {"memory": 0}, ValueError, "`memory` must be at least 1; got 0."),
     "max_evals bool": (GOOD, OTHER, {"max_evals": True}, TypeError, "`max_evals` must be a whole number; got bool."),
 }  # fmt: skip
 

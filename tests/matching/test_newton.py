@@ -13,8 +13,8 @@ from torch import Tensor
 from hf_equiv import LBFGS, match_embedding
 from hf_equiv.conditions import admit
 from hf_equiv.matching import newton
-from hf_equiv.matching.corrector import LinearModel
 from hf_equiv.matching.feasible import FeasibleSet
+from hf_equiv.matching.linear_model import LinearModel
 from hf_equiv.matching.newton import end_by_newton
 
 
@@ -25,7 +25,7 @@ def random(*shape: int, seed: int) -> Tensor:
 def end(f, x: Tensor, z: Tensor, goal: float = 1e-9, most: int = 3000) -> tuple[Tensor, Tensor, Tensor]:
     box = FeasibleSet.around(x.flatten(1), None, "linf", batched=True)
     full = torch.full((len(x),), goal, dtype=torch.float64)
-    *_, (best, errors, costs) = end_by_newton(f, x, z.double(), box, full, torch.full((len(x),), most), 8)
+    *_, (best, errors, costs) = end_by_newton(f, x, z.double(), box, full, torch.full((len(x),), most))
     return best.view(x.shape), errors, costs
 
 

@@ -17,9 +17,11 @@ from torch import Tensor
 from hf_equiv.conditions import admit
 from hf_equiv.data.sources import load_images
 from hf_equiv.jacobian import jacobian_cost
-from hf_equiv.matching.lattice import Lattice, left_geometry
+from hf_equiv.matching import refine
+from hf_equiv.matching.lattice import WORKSPACE, Lattice, left_geometry
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
+from hf_equiv.memory import MEMORY
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import MatchResult, Progress, Status
 
@@ -254,10 +256,10 @@ def test_the_unit_of_the_embedding_is_free(power):
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_left_geometry_at_any_scale(scale):
-    matrices = torch.stack([smooth_mlp().jacobian(image).float() for image in images(2)])
-    for plain, scaled in zip(left_geometry(matrices), left_geometry(matrices * scale), strict=True):
+    for J in (smooth_mlp().jacobian(image).float() for image in images(2)):
+        plain, scaled = left_geometry(J), left_geometry(J * scale)
         torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-6)
-    assert [round(float(reach.trace()), 6) for reach in left_geometry(matrices * scale)[0]] == [DIM, DIM]
+        assert round(float(scaled[0].trace()), 6) == DIM
 
 
 def test_autocast_around_the_call_changes_nothing_but_f():
@@ -411,6 +413,22 @@ def test_an_image_is_the_same_beside_others_that_end_early():
         single = refine_8bit(f, source[i : i + 1], z[i : i + 1], **ball | {"source": source[i : i + 1]})
         assert torch.equal(together.images[i], single.images[0])
         assert (together.status[i], together.traces[i]) == (single.status[0], single.traces[0])
+
+
+@pytest.mark.parametrize(("memory", "most"), [(MEMORY, 3), (3 * WORKSPACE - 1, 2), (1, 1)])
+def test_images_are_refined_together_as_memory_allows(monkeypatch, memory, most):
+    f, source, z = Wide(), wide_images(3, 50), Wide()(wide_images(3, 51))
+    planned, plan, plain = [], refine.plan_moves, refine_8bit(Wide(), source, z, max_evals=20)
+
+    def watched(matrices, *rest):
+        planned.append(len(matrices))
+        return plan(matrices, *rest)
+
+    monkeypatch.setattr(refine, "plan_moves", watched)
+    found = refine_8bit(f, source, z, max_evals=20, memory=memory)
+    assert max(planned) == most
+    assert torch.equal(found.images, plain.images)
+    assert found.traces == plain.traces
 
 
 # Failures
