@@ -43,8 +43,8 @@ class Corrector:
 
     With r = f(x) − z, repeat: hold the values at the bounds; let A learn the row rᵀJ(x) by one VJP; set x ← clip(x −
     A_Fᵀ(A_F A_Fᵀ)⁺ r) if that lowers ‖r‖; otherwise let A learn the row along its own error. A trial costs one
-    evaluation, and a third more after one that failed, for the forward pass of x again. The corrector aims at half of
-    `rtol`, so that other float32 kernels agree. Its steps are computations of `passes`.
+    evaluation; after a failed trial a third more, for another forward pass of x. The corrector aims at half of `rtol`,
+    because other float32 kernels give other drifts. Its methods are computations of `passes`.
     """
 
     model: LinearModel

@@ -42,10 +42,14 @@ class LinearModel:
             self.G += torch.where(free.flatten()[index], columns, -columns) @ columns.T
             self._factor = None
 
-    def update(self, u: Tensor, v: Tensor) -> None:
-        """Add u vᵀ to A, for u (D,) and v (*shape)."""
+    def update(self, u: Tensor, v: Tensor, known: Tensor | None = None) -> None:
+        """Add u vᵀ to A, for u (D,) and v (*shape); A v saves a pass over A if it is `known`."""
         u, moving = u.to(self.A).double(), v * self.free  # u as A stores it
-        product = self.apply(moving)
+        if known is None:
+            product = self.apply(moving)
+        else:
+            held = (v != moving).flatten().nonzero()[:, 0]
+            product = known - self.A.index_select(1, held) @ v.flatten()[held]
         self.G += torch.outer(u, product) + torch.outer(product, u)
         self.G += torch.linalg.vector_norm(moving, dtype=torch.float64).square() * torch.outer(u, u)
         self.A.addr_(u.to(self.A), v.flatten())

@@ -6,13 +6,13 @@ multiplier λ (D,):
 
     s = clip(x + Aᵀλ) − x,   As + μλ = −r,   solved by Newton's method in λ,   A ← A + (r⁺ − r − As) sᵀ/‖s‖² (Broyden).
 
-The derivative of As + μλ is G + μ, with G = A_F A_Fᵀ of the pixels F that the clipping leaves alone. Without it, a
-clipped step loses half of its length or more, for many pixels of a photo lie at a bound, and most of a small L∞ ball.
+The derivative of As + μλ is G + μ, with G = A_F A_Fᵀ of the pixels F that the clipping leaves alone. A step that is
+only clipped loses half of its length or more: many pixels of a photo lie at a bound, most of them in a small L∞ ball.
 
 x⁺ is accepted if the error falls in the metric ‖r‖² = rᵀ(G + μ)⁻¹r, which is the squared length of the step that it
-still takes (the natural level function): in the plain metric a few sensitive directions of the embedding, which the
-next step repairs, hide the progress of all others. If the decrease is less than 60 % of what A promised, A learns
-the row combination uᵀJ(x⁺) along u ∝ (G + μ)⁻¹r⁺, the direction that the next step relies on, by one backward pass.
+still takes (the natural level function). In the plain metric a few sensitive directions of the embedding, which the
+next step repairs, hide the progress of all others. If the decrease is less than 60 % of the decrease that A promised, A
+learns the row combination uᵀJ(x⁺) of u ∝ (G + μ)⁻¹r⁺, on which the next step relies, by one backward pass.
 
 Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3. Moré (1978), Lecture Notes in Math. 630 (trust region).
 Schlenkrich, Griewank, Walther (2010), Math. Program. 121, eq. 4 (adjoint Broyden updates).
@@ -136,7 +136,7 @@ def _step(
     finite = r.isfinite().all(dim=1)
     usable = finite & (length2 > 0)
     for b in usable.nonzero().flatten().tolist():
-        models[b].update(surprise[b] / length2[b], step[b])
+        models[b].update(surprise[b] / length2[b], step[b], moved[b])
     error = torch.linalg.vector_norm(r, dim=1)
     learns = usable & ~(share >= _GOOD) & (error > goal)
     if bool(learns.any()):

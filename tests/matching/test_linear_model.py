@@ -89,12 +89,13 @@ def test_the_gram_matrix_follows_every_change(dtype, rtol):
     assert float((model.G - A @ A.T).norm()) <= rtol * float(model.G.norm())
 
 
-def test_an_update_adds_its_product():
+@pytest.mark.parametrize("known", [False, True])
+def test_an_update_adds_its_product(known):
     model = linear_model(Jacobian(smooth_mlp(), images(1, dtype=torch.float64)[0]))
     u, v = gaussian(DIM), gaussian(*SHAPE)
     A = model.A + torch.outer(u, v.flatten())
     model.hold(some_free())
-    model.update(u, v)
+    model.update(u, v, model.apply(v) if known else None)
     torch.testing.assert_close(model.A, A, rtol=0, atol=1e-13)
     torch.testing.assert_close(model.G, (A * model.free.flatten()) @ A.T, rtol=1e-12, atol=1e-12)
 
