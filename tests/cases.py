@@ -291,3 +291,25 @@ CASES = (
 
 EIGHT = (*CASES, Case("kinked", kinked(), DIM), Case("sphere", sphere(), DIM - 1))
 """With a piecewise linear one and one whose embeddings lie on a sphere."""
+
+
+_WIDE = 32  # height and width: many more pixels than the other cases have, for 8-bit moves need N ≫ D
+
+
+class Wide:
+    """z = W·tanh(A·(x − ½) + b), N = 3072, D = 6."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.A = torch.randn(16, 3 * _WIDE * _WIDE, generator=generator, dtype=torch.float64) / 16
+        self.b = torch.randn(16, generator=generator, dtype=torch.float64)
+        self.W = torch.randn(6, 16, generator=generator, dtype=torch.float64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        A, b, W = self.A.to(x), self.b.to(x), self.W.to(x)
+        return torch.stack([W @ torch.tanh(A @ (image.flatten() - 0.5) + b) for image in x])
+
+
+def wide_images(batch: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (0.25 + 0.5 * torch.rand((batch, 3, _WIDE, _WIDE), generator=generator, dtype=torch.float64)).to(dtype)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from hf_equiv import checks
 from hf_equiv.conditions import Function
 from hf_equiv.jacobian import jacobian_cost
 from hf_equiv.matching.feasible import FeasibleSet, Rows
-from hf_equiv.matching.newton import end_by_newton
+from hf_equiv.matching.newton import Newton
 from hf_equiv.matching.search import ProgressHook, Search, reached, snapshot
 from hf_equiv.matching.solvers import Descent, Evaluations, OneByOne, pick
 from hf_equiv.memory import Parts, halved
@@ -261,11 +262,13 @@ def _newton(batch: Batch, places: Sequence[int]) -> Sequence[int]:
         goal = batch.scale.new_tensor([batch.goal(place) for place in places])
         most = index.new_tensor([int(3 * batch.max_evals) - run.thirds for run in runs])
         start, box = batch.images()[index], batch.feasible.keep(index)
-        for images, errors, costs in end_by_newton(batch.f, start, batch.z[index], box, goal, most):
-            better = errors < errors.new_tensor([run.error for run in runs])
-            batch.best[index] = pick(better, images, batch.best[index])
+        newton = Newton(batch.f, start, batch.z[index], box, goal, most)
+        for _ in chain([None], newton.run()):
+            better = newton.error < newton.error.new_tensor([run.error for run in runs])
+            batch.best[index] = pick(better, newton.best, batch.best[index])
             share = (time.perf_counter() - began) / len(runs)
-            for run, error, cost, (thirds, seconds) in zip(runs, errors.tolist(), costs.tolist(), before, strict=True):
+            table = zip(runs, newton.error.tolist(), newton.cost.tolist(), before, strict=True)
+            for run, error, cost, (thirds, seconds) in table:
                 run.thirds, run.seconds = thirds + cost, seconds + share
                 run.offer(error)
             batch.report()

@@ -75,10 +75,22 @@ class Lattice(Rows):
         lower, upper, center = (part.gather(1, index) for part in (self.lower, self.upper, self.center))
         return replace(self, lower=lower, upper=upper, center=center)
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return the nearest lattice points (B, N) of flat images, in the box alone."""
+        return torch.minimum(torch.maximum((x.double() * 255).round(), self.lower), self.upper)
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """Return flat images so far inside their L2 balls that rounding, by 1/12 of a squared step each, fits too."""
+        if self.l2_budget is None:
+            return x
+        away = 255 * x.double() - self.center
+        room = (self.l2_budget - (away != 0).sum(dim=1, keepdim=True) / 12).clamp_min(0)
+        share = (room / away.square().sum(dim=1, keepdim=True).clamp_min(1e-300)).sqrt().clamp_max(1)
+        return ((self.center + share * away) / 255).to(x)
+
     def round(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest lattice points (B, N), moved towards the centres into L2 balls; and whether they exist."""
-        levels = (images.detach().flatten(1).double() * 255).round()
-        nearest = torch.minimum(torch.maximum(levels, self.lower), self.upper)
+        nearest = self.nearest(images.detach().flatten(1))
         inside = (self.lower <= self.upper).all(dim=1)
         if self.l2_budget is None:
             return nearest, inside

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,12 +37,7 @@ class LinearModel:
 
     def hold(self, free: Tensor) -> None:
         """Let G count only the pixels where `free` (*shape) is true, which may move."""
-        changed = (free != self.free).flatten().nonzero()[:, 0]
-        self.free = free
-        for index in changed.split(1 + free.numel() // _BLOCKS) if len(changed) else ():
-            columns = self.A.index_select(1, index)
-            self.G += torch.where(free.flatten()[index], columns, -columns) @ columns.T
-            self._factor = None
+        hold_all([self], free[None])
 
     def update(self, u: Tensor, v: Tensor, known: Tensor | None = None) -> None:
         """Add u vᵀ to A, for u (D,) and v (*shape); A v saves a pass over A if it is `known`."""
@@ -63,7 +60,8 @@ class LinearModel:
     def apply(self, step: Tensor) -> Tensor:
         """Return A s of a step s (*shape), the predicted change of the embedding, (D,) float64."""
         product = step.new_zeros(len(self.A), dtype=torch.float64)
-        for columns, part in zip(self.A.chunk(_BLOCKS, dim=1), step.flatten().chunk(_BLOCKS), strict=True):
+        blocks = 1 if step.is_cuda else _BLOCKS  # a GPU sums in blocks of its own
+        for columns, part in zip(self.A.chunk(blocks, dim=1), step.flatten().chunk(blocks), strict=True):
             product += columns @ part
         return product
 
@@ -94,3 +92,15 @@ class LinearModel:
             self._factor = values[kept], vectors[:, kept]
         values, vectors = self._factor
         return vectors @ ((vectors.T @ r) / values)
+
+
+def hold_all(models: Sequence[LinearModel], free: Tensor) -> None:
+    """Let G of each model count only the pixels where `free` (B, *shape) is true: one wait for the device."""
+    changed = (free != torch.stack([model.free for model in models])).flatten(1)
+    places = changed.nonzero()[:, 1].split(changed.sum(dim=1).tolist())
+    for model, mask, indices in zip(models, free, places, strict=True):
+        model.free = mask
+        for index in indices.split(1 + mask.numel() // _BLOCKS) if len(indices) else ():
+            columns = model.A.index_select(1, index)
+            model.G += torch.where(mask.flatten()[index], columns, -columns) @ columns.T
+            model._factor = None

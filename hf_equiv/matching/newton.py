@@ -1,4 +1,4 @@
-"""End a match by Newton steps: one Jacobian of each image, kept current by two-sided secants, in a trust region.
+"""Bring images to their targets by Newton steps: one Jacobian of each, kept current by secants, in a trust region.
 
 A ≈ J starts as the Jacobian at x. With r = f(x) − z, each step s minimises ‖r + As‖² + μ‖s‖² over the steps that stay
 in the box, with the smallest μ of a table at which ‖s‖ ≤ Δ and not only noise of r is left. Its optimum has a
@@ -6,13 +6,13 @@ multiplier λ (D,):
 
     s = clip(x + Aᵀλ) − x,   As + μλ = −r,   solved by Newton's method in λ,   A ← A + (r⁺ − r − As) sᵀ/‖s‖² (Broyden).
 
-The derivative of As + μλ is G + μ, with G = A_F A_Fᵀ of the pixels F that the clipping leaves alone. A step that is
-only clipped loses half of its length or more: many pixels of a photo lie at a bound, most of them in a small L∞ ball.
+The derivative of As + μλ is G + μ, with G = A_F A_Fᵀ of the pixels F that the clipping leaves alone. Without it, a
+clipped step loses half of its length or more, for many pixels of a photo lie at a bound, and most of a small L∞ ball.
 
 x⁺ is accepted if the error falls in the metric ‖r‖² = rᵀ(G + μ)⁻¹r, which is the squared length of the step that it
-still takes (the natural level function). In the plain metric a few sensitive directions of the embedding, which the
-next step repairs, hide the progress of all others. If the decrease is less than 60 % of the decrease that A promised, A
-learns the row combination uᵀJ(x⁺) of u ∝ (G + μ)⁻¹r⁺, on which the next step relies, by one backward pass.
+still takes (the natural level function): in the plain metric a few sensitive directions of the embedding, which the
+next step repairs, hide the progress of all others. If the decrease is less than 60 % of what A promised, A learns
+the row combination uᵀJ(x⁺) along u ∝ (G + μ)⁻¹r⁺, the direction that the next step relies on, by one backward pass.
 
 Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3. Moré (1978), Lecture Notes in Math. 630 (trust region).
 Schlenkrich, Griewank, Walther (2010), Math. Program. 121, eq. 4 (adjoint Broyden updates).
@@ -22,8 +22,8 @@ Qi, Sun (1993), Math. Program. 58:353 (Newton's method for piecewise smooth equa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_equiv.derivatives import vjps
 from hf_equiv.jacobian import jacobians
 from hf_equiv.matching.feasible import FeasibleSet, Rows
-from hf_equiv.matching.linear_model import LinearModel
+from hf_equiv.matching.linear_model import LinearModel, hold_all
 from hf_equiv.matching.solvers import pick
 from hf_equiv.precision import Encoding, inner
 
@@ -46,143 +46,146 @@ _MOST = 300  # steps
 _TINY = 1e-12  # radius of the trust region at which the steps end
 
 
-@dataclass
-class _State(Rows):
-    x: Tensor  # (B, N)
-    r: Tensor  # (f(x) − z)/‖z‖, (B, D) float64
-    best: Tensor  # (B, N)
-    error: Tensor  # of the best, (B,) float64
-    radius: Tensor  # Δ, (B,)
-    since: Tensor  # steps since the error last halved, (B,)
-    mark: Tensor  # the error then, (B,) float64
-    cost: Tensor  # thirds of an evaluation, (B,) int64
-
-
-def end_by_newton(
-    f: Encoding, images: Tensor, z: Tensor, feasible: FeasibleSet, goal: Tensor, most: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Bring images (B, *shape) near their targets z (B, D) to embedding errors of at most `goal` (B,).
+class Newton(Rows):
+    """Images on their way to their targets, with a linear model of f at each.
 
     Args:
         f: the encoder.
-        images: points with an embedding error of a few percent.
-        z: target embeddings, float64.
-        feasible: the box of the flat images (B, N).
-        goal: embedding errors at which an image is done.
-        most: thirds of an evaluation that each image may spend, at least those of a Jacobian and one step.
+        images: points with an embedding error of a few percent, (B, *shape).
+        z: target embeddings, (B, D) float64.
+        box: the box of the flat images (B, N).
+        goal: embedding errors at which an image is done, (B,).
+        most: thirds of an evaluation that each image may spend, at least those of a Jacobian and one step, (B,).
 
-    Yields:
-        After every step the best flat images (B, N), their errors, and the thirds of an evaluation spent (B,).
+    Attributes:
+        best: the best flat images, (B, N).
+        error: their embedding errors, (B,) float64.
+        cost: thirds of an evaluation spent, (B,).
+        models: A of each image, in units of the length of its target.
     """
-    size = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    J = jacobians(f, images).div_(size[:, :, None].to(images))
-    models = [LinearModel(A, A.shape[1:]) for A in J]
-    finite = torch.tensor([model.finite for model in models], device=J.device)
-    x = images.flatten(1)
-    with torch.no_grad():
-        r = (f(images).double() - z) / size
-    error = torch.linalg.vector_norm(r, dim=1)
-    spent = torch.full_like(most, 2 + 2 * z.shape[1])
-    radius = torch.where(finite, math.inf, 0.0).to(error)
-    at = _State(x, r, x, error, radius, torch.zeros_like(most), error, spent)
-    best, errors, costs = x.clone(), error.clone(), spent.clone()
-    left = torch.arange(len(images), device=images.device)
-    yield best, errors, costs
-    for _ in range(_MOST):
-        going = (at.error > goal) & (at.since < _PATIENCE) & (at.cost + 3 <= most) & (at.radius > _TINY)
-        kept = going.nonzero().flatten()
-        if len(kept) < len(left):
-            left, z, size, goal, most = left[kept], z[kept], size[kept], goal[kept], most[kept]
-            at, feasible, models = at.keep(kept), feasible.keep(kept), [models[k] for k in kept.tolist()]
-        if not len(kept):
-            return
-        _step(f, at, models, feasible, z, size, goal, images.shape)
-        best[left], errors[left], costs[left] = at.best, at.error, at.cost
-        yield best, errors, costs
+
+    def __init__(self, f: Encoding, images: Tensor, z: Tensor, box: FeasibleSet, goal: Tensor, most: Tensor) -> None:
+        self.f, self.shape, self.z, self.box, self.goal, self.most = f, images.shape[1:], z, box, goal, most
+        self.size = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        J = jacobians(f, images)
+        self.models = [LinearModel(A.div_(size), A.shape[1:]) for A, size in zip(J, self.size.to(J), strict=True)]
+        self.cost = torch.full_like(most, 1 + 2 * z.shape[1])
+        self.begin(images.flatten(1))
+
+    def begin(self, x: Tensor) -> None:
+        """Go on from the points x (B, N), with the models as they are."""
+        with torch.no_grad():
+            self.r = self._residual(self.f(x.view(-1, *self.shape)))  # (f(x) − z)/‖z‖
+        self.x = self.best = x
+        self.error = self.mark = torch.linalg.vector_norm(self.r, dim=1)
+        self.cost = self.cost + 1
+        finite = torch.stack([model.G for model in self.models]).isfinite().flatten(1).all(dim=1)
+        self.radius = torch.where(finite, math.inf, 0.0).to(self.error)  # Δ; none without a model
+        self.since = torch.zeros_like(self.cost)  # steps since the error last halved, from `mark`
+
+    def keep(self, index: Tensor) -> Self:
+        """Return the images `index`, in order; their models are shared."""
+        kept = super().keep(index)
+        kept.models = [self.models[i] for i in index.tolist()]
+        return kept
+
+    def run(self) -> Iterator[None]:
+        """Take steps of all images that are not done; yield after each."""
+        for _ in range(_MOST):
+            going = (self.error > self.goal) & (self.since < _PATIENCE) & (self.cost + 3 <= self.most)
+            index = (going & (self.radius > _TINY)).nonzero().flatten()
+            if not len(index):
+                return
+            some = self.keep(index)
+            some._step()
+            for name in ("x", "r", "best", "error", "radius", "since", "mark", "cost"):
+                setattr(self, name, getattr(self, name).index_copy(0, index, getattr(some, name)))
+            yield
+
+    def _residual(self, output: Tensor) -> Tensor:
+        return (output.detach().double() - self.z) / self.size
+
+    def _step(self) -> None:
+        """Take one trial step of every image, and let its model learn from the result."""
+        values, vectors = torch.linalg.eigh(torch.stack([model.G for model in self.models]))
+        values = torch.where(values > _CUT * values[:, -1:], values, math.inf)  # 1/∞ leaves noise out
+        part = _times(vectors.mT, self.r)
+        damping = _damping(values, part, 0.5 * self.goal, self.radius)
+
+        def solve(q: Tensor) -> Tensor:
+            return _times(vectors, _times(vectors.mT, q) / (values + damping))
+
+        def level(q: Tensor) -> Tensor:
+            return torch.linalg.vector_norm(_times(vectors.mT, q) / (values + damping).sqrt(), dim=1)
+
+        reachable = _times(vectors, torch.where(values.isinf(), 0.0, part))  # r without noise
+        x, moved = move(self.x, reachable, self.models, self.box, -solve(self.r), damping)
+        promised, step = self.r + moved, x - self.x
+        with torch.enable_grad():
+            points = x.view(-1, *self.shape).requires_grad_(True)
+            output = self.f(points)
+        r = self._residual(output)
+        error, length2 = torch.linalg.vector_norm(r, dim=1), inner(step, step)
+        now, then = level(self.r), level(r)
+        share = (now - then) / (now - level(promised)).clamp_min(1e-300)
+        finite = error.isfinite()
+        usable = finite & (length2 > 0)
+        learns = usable & ~(share >= _GOOD) & (error > self.goal)
+        wanted, rows_wanted = torch.stack([usable, learns]).tolist()
+        for b in (b for b, use in enumerate(wanted) if use):
+            self.models[b].update((r - promised)[b] / length2[b], step[b], moved[b])
+        if any(rows_wanted):
+            u = solve(r)
+            u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(1e-300)
+            rows = vjps(output, points, u.to(output)[None])[0].flatten(1) / self.size.to(x)
+            fine = rows.isfinite().all(dim=1).tolist()
+            for b in (b for b, use in enumerate(rows_wanted) if use and fine[b]):
+                self.models[b].update(u[b], rows[b] - self.models[b].transpose(u[b]))
+        self.cost = self.cost + 1 + 2 * learns
+        shorter = 0.5 * torch.minimum(self.radius, length2.sqrt())
+        longer = torch.where(share > _RIGHT, 2 * self.radius, self.radius)
+        self.radius = torch.where(finite & (share >= _POOR), longer, shorter)
+        accepted = finite & (then < now) & (error < _FAR * self.error)
+        self.x, self.r = pick(accepted, x, self.x), pick(accepted, r, self.r)
+        better = error < self.error
+        self.best, self.error = pick(better, x, self.best), torch.where(better, error, self.error)
+        halved = self.error < 0.5 * self.mark
+        self.since = torch.where(halved, 0, self.since + 1)
+        self.mark = torch.where(halved, self.error, self.mark)
 
 
-def _step(
-    f: Encoding, at: _State, models: list[LinearModel], feasible: FeasibleSet, z: Tensor, size: Tensor, goal: Tensor,
-    shape: torch.Size,
-) -> None:  # fmt: skip
-    """Take one trial step of every image, and let its model learn from the result."""
-    values, vectors = torch.linalg.eigh(torch.stack([model.G for model in models]))
-    values = torch.where(values > _CUT * values[:, -1:], values, math.inf)  # 1/∞ leaves noise out
-    part = _times(vectors.mT, at.r)
-    damping = _damping(values, part, 0.5 * goal, at.radius)
-
-    def solve(q: Tensor) -> Tensor:
-        return _times(vectors, _times(vectors.mT, q) / (values + damping))
-
-    def level(q: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(_times(vectors.mT, q) / (values + damping).sqrt(), dim=1)
-
-    reachable = _times(vectors, torch.where(values.isinf(), 0.0, part))  # r without noise
-    multipliers = -solve(at.r)
-    moves = [
-        _move(at.x[b], reachable[b], model, feasible.of(b, at.x[b].shape), multipliers[b], damping[b])
-        for b, model in enumerate(models)
-    ]
-    x, moved = map(torch.stack, zip(*moves, strict=True))
-    promised = at.r + moved
-    step = x - at.x
-    with torch.enable_grad():
-        points = x.view(-1, *shape[1:]).requires_grad_(True)
-        output = f(points)
-    r = (output.detach().double() - z) / size
-    surprise, length2 = r - promised, inner(step, step)
-    now, then = level(at.r), level(r)
-    share = (now - then) / (now - level(promised)).clamp_min(1e-300)
-    finite = r.isfinite().all(dim=1)
-    usable = finite & (length2 > 0)
-    for b in usable.nonzero().flatten().tolist():
-        models[b].update(surprise[b] / length2[b], step[b], moved[b])
-    error = torch.linalg.vector_norm(r, dim=1)
-    learns = usable & ~(share >= _GOOD) & (error > goal)
-    if bool(learns.any()):
-        u = solve(r)
-        u = u / torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(1e-300)
-        rows = vjps(output, points, u.to(output)[None])[0].flatten(1) / size.to(x)
-        for b in learns.nonzero().flatten().tolist():
-            models[b].learn(u[b], rows[b])
-    at.cost = at.cost + 1 + 2 * learns
-    length = length2.sqrt()
-    shorter = 0.5 * torch.minimum(at.radius, length)
-    longer = torch.where(share > _RIGHT, 2 * at.radius, at.radius)
-    at.radius = torch.where(finite & (share >= _POOR), longer, shorter)
-    better = error < at.error
-    accepted = finite & (then < now) & (error < _FAR * at.error)
-    at.x, at.r = pick(accepted, x, at.x), pick(accepted, r, at.r)
-    at.best, at.error = pick(better, x, at.best), torch.where(better, error, at.error)
-    halved = at.error < 0.5 * at.mark
-    at.since, at.mark = torch.where(halved, 0, at.since + 1), torch.where(halved, at.error, at.mark)
-
-
-def _move(
-    x: Tensor, r: Tensor, model: LinearModel, feasible: FeasibleSet, multiplier: Tensor, damping: Tensor
+def move(
+    x: Tensor, r: Tensor, models: Sequence[LinearModel], box: FeasibleSet, multiplier: Tensor, damping: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return x + s = clip(x + Aᵀλ) (N,) and As (D,), with As + μλ = −r nearly, from a first λ (D,)."""
+    """Return x + s = clip(x + Aᵀλ) (B, N) and As (B, D), with As + μλ = −r nearly, from a first λ (B, D)."""
+    there, moved = torch.empty_like(x), torch.empty_like(r)
+    places = torch.arange(len(x), device=x.device)  # whose λ may be corrected
     for k in range(_CLIPS + 1):
-        wanted = x + model.transpose(multiplier)
-        there = feasible.project(wanted)
-        moved = model.apply(there - x)
-        left = moved + damping * multiplier + r
-        model.hold(wanted == there)
-        poor = torch.linalg.vector_norm(left) > _LEFT * torch.linalg.vector_norm(r)
-        if k == _CLIPS or not bool(poor):
+        some, at = [models[b] for b in places.tolist()], x[places]
+        wanted = at + torch.stack([model.transpose(u) for model, u in zip(some, multiplier[places], strict=True)])
+        inside = box.keep(places).project(wanted)
+        change = torch.stack([model.apply(s) for model, s in zip(some, inside - at, strict=True)])
+        there, moved = there.index_copy(0, places, inside), moved.index_copy(0, places, change)
+        hold_all(some, wanted == inside)
+        left = change + damping[places] * multiplier[places] + r[places]
+        poor = torch.linalg.vector_norm(left, dim=1) > _LEFT * torch.linalg.vector_norm(r[places], dim=1)
+        if k == _CLIPS:
             break
-        least = torch.maximum(damping, _CUT * model.G.trace())
-        factor, failed = torch.linalg.cholesky_ex(model.G + torch.diag(least.expand(len(r))))
-        change = torch.cholesky_solve(left[:, None], factor)[:, 0]
-        if bool(failed) or not bool(change.isfinite().all()):  # no pixel is free
+        G = torch.stack([model.G for model in some])
+        least = torch.maximum(damping[places], _CUT * G.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True))
+        factor, failed = torch.linalg.cholesky_ex(G + torch.diag_embed(least.expand_as(left)))
+        change = torch.cholesky_solve(left[:, :, None], factor)[:, :, 0]
+        solved = (poor & (failed == 0) & change.isfinite().all(dim=1)).nonzero().flatten()  # else no pixel is free
+        if not len(solved):
             break
-        multiplier = multiplier - change
+        places = places[solved]
+        multiplier = multiplier.index_add(0, places, -change[solved])
     return there, moved
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Return the products (B, M) of matrices (B, M, K) with vectors (B, K)."""
-    return (matrices @ vectors[:, :, None])[:, :, 0]
+    return torch.bmm(vectors[:, None], matrices.mT)[:, 0]  # a row: its bits do not depend on B
 
 
 def _damping(values: Tensor, part: Tensor, left: Tensor, radius: Tensor) -> Tensor:

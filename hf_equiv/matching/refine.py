@@ -1,9 +1,10 @@
 """Find an 8-bit image, k/255 in every pixel, that still has the target's embedding.
 
-Rounding a match moves its embedding by 3e-3 to 8e-2. But an 8-bit step of one pixel is small, and there are N ≫ D of
-them: the Jacobian at the rounded image tells which few steps cancel the rounding error, as a sparse integer
-least-squares problem (`lattice`). A round that does not lower the error still updates J, and is undone unless the
-whitened error fell, since the next round easily repairs such a rise. After six such rounds J is computed afresh.
+Rounding a match moves its embedding by 3e-3 to 1e-1. Pixels are rounded in turn instead, while the others repair the
+embedding (`rounding`), which leaves about 1e-4. But an 8-bit step of one pixel is small, and there are N ≫ D of them: J
+tells which few steps cancel the rest, as a sparse integer least-squares problem (`lattice`). A round of steps that does
+not lower the error still updates J, and is undone unless the whitened error fell, since the next round easily repairs
+such a rise. After six such rounds J is computed afresh.
 
 Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
 Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3 (the natural monotonicity test).
@@ -26,9 +27,10 @@ from hf_equiv.jacobian import VECTORS, jacobians
 from hf_equiv.matching.feasible import Rows
 from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, apply, left_geometry, plan_moves
 from hf_equiv.matching.match import target_embeddings
+from hf_equiv.matching.rounding import num_turns, round_in_turn
 from hf_equiv.matching.search import ProgressHook, Search, collect, reached, snapshot
 from hf_equiv.matching.solvers import pick
-from hf_equiv.memory import MEMORY, Parts, images_within
+from hf_equiv.memory import MEMORY, Parts, halved, images_within
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
 from hf_equiv.results import MatchResult, Status
 
@@ -56,14 +58,15 @@ def refine_8bit(
     memory: int = MEMORY,
     progress: ProgressHook | bool | None = None,
 ) -> MatchResult:
-    """Round matches to 8 bit and repair the embedding by single steps of ±1/255.
+    """Round matches to 8 bit: the sensitive pixels first, while the others repair the embedding.
 
-    Finds k (C, H, W) integer in 0…255, inside the ball, with ‖f(k/255) − z‖ / ‖z‖ ≤ rtol, in rounds:
+    Finds k (C, H, W) integer in 0…255, inside the ball, with ‖f(k/255) − z‖ / ‖z‖ ≤ rtol. Half of the pixels are
+    rounded at a time, and Newton steps of the rest bring f back to z; single steps of ±1/255 end it, in rounds:
 
         minimise ‖r + J·Δ/255‖ over integer Δ, greedily;   k ← k + Δ;   r ← f(k/255) − z;   J ← Broyden's update.
 
-    Cost: (1 + 2D)/3 evaluations for J, a third of one for every round. Memory: D·N numbers and 26 MB an image; as many
-    images are refined together as `memory` holds of either.
+    Cost: (1 + 2D)/3 evaluations for J, and about ten for the Newton steps and rounds; some hundred near black or white.
+    Memory: D·N numbers and 26 MB an image; as many images are refined together as `memory` holds of either.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
@@ -154,7 +157,7 @@ def _refine(group: _Group, report: Callable[[], None]) -> None:
     if group.runs:
         group.begin()
     while runs := group.runs:
-        group = group.settle()
+        group = group.settle(report)
         seconds, began = time.perf_counter() - began, time.perf_counter()
         for run in runs:
             run.seconds += seconds / len(runs)
@@ -180,7 +183,8 @@ class _Group(Rows):
     def __init__(self, f: Function, runs: list[_Run], z: Tensor, lattice: Lattice, rtol: float, max_evals: int) -> None:
         self.f, self.runs, self.z, self.lattice, self.parts = f, runs, z, lattice, Parts()
         self.rtol, self.max_evals = rtol, max_evals
-        self.rounded, inside = lattice.round(torch.stack([run.best for run in runs]))
+        self.matches = torch.stack([run.best for run in runs]).flatten(1)
+        self.rounded, inside = lattice.round(self.matches)
         for run, feasible in zip(runs, inside.tolist(), strict=True):
             run.status = None if feasible else Status.INFEASIBLE
         length = z.norm(dim=1, keepdim=True)
@@ -207,17 +211,49 @@ class _Group(Rows):
         self.error = self._errors(self.r)
         self._note(self.error, torch.ones_like(self.error))
 
-    def settle(self) -> _Group:
+    def settle(self, report: Callable[[], None]) -> _Group:
         """Set statuses, form the Jacobians that are due, and return the images that have no status yet."""
-        cost = 1 + 2 * self.z.shape[1]
+        first = all(run.since == math.inf for run in self.runs)
+        cost = 1 + 2 * self.z.shape[1] + first * (2 + num_turns(self.levels.shape[1]))
         for run in self.runs:
             run.settle(self.f, self.rtol, self.max_evals, cost)
         group = self.active()
+        if first and group.runs:
+            group._round_in_turn(report)
         for i, run in enumerate(group.runs):
-            if run.J is None:
-                group._renew(i, run)
+            if run.J is None and run.status is None:
+                (J,) = jacobians(self.f, run.best[None], 4 * VECTORS if self.z.is_cuda else VECTORS)
+                group._model(i, J.div_((255 * group.unit[i]).to(J)))
                 run.thirds += cost
         return group.active()
+
+    @no_autocast()
+    def _round_in_turn(self, report: Callable[[], None]) -> None:
+        """Round the pixels of the matches in turn; keep the result where it is better than rounding them at once."""
+        spent, levels, r = [run.thirds for run in self.runs], self.levels.clone(), self.r.clone()
+
+        def turn(places: Sequence[int]) -> None:
+            index = torch.tensor(places, device=self.z.device)
+            most = index.new_tensor([3 * self.max_evals - spent[i] - 1 for i in places])
+            images, lattice = self.matches[index].view(-1, *self.shape), self.lattice.keep(index)
+            for newton in round_in_turn(self.f, images, self.z[index], lattice, self.rtol, most):
+                for i, cost in zip(places, newton.cost.tolist(), strict=True):
+                    self.runs[i].thirds = spent[i] + cost
+                report()
+            levels[index] = lattice.round(newton.best)[0]
+            r[index] = self._residuals(index, levels[index])
+            for i, model in zip(places, newton.models, strict=True):
+                self._model(i, model.A.mul_((self.scale[i] / 255).to(model.A)))
+
+        for places, lack in halved(turn, range(len(self.runs))):
+            if lack is not None:
+                self.runs[places[0]].status = Status.ERROR
+        error = self._errors(r)
+        better = error < self.error
+        self.levels, self.r = pick(better, levels, self.levels), pick(better, r, self.r)
+        self.rounded = self.here = self.levels
+        self.r_here, self.error = self.r, torch.where(better, error, self.error)
+        self._note(error, torch.ones_like(error))
 
     @no_autocast()
     def round(self) -> None:
@@ -267,10 +303,9 @@ class _Group(Rows):
         for run, image, (error, spent) in zip(self.runs, self._pixels(self.levels), table, strict=True):
             run.note(image, error, bool(spent))
 
-    def _renew(self, i: int, run: _Run) -> None:
-        """Form J of an image at its best point; the image ends if J is not finite."""
-        (J,) = jacobians(self.f, run.best[None], 4 * VECTORS if self.z.is_cuda else VECTORS)
-        J /= (255 * self.unit[i]).to(J)
+    def _model(self, i: int, J: Tensor) -> None:
+        """Go on from the best point of an image with a new J; the image ends if J is not finite."""
+        run = self.runs[i]
         run.J, run.failed, run.since = J, 0, run.error
         self.norms2[i] = J.square().sum(dim=0)
         self.reach[i], self.whiten[i] = left_geometry(J)

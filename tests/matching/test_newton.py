@@ -15,7 +15,7 @@ from hf_equiv.conditions import admit
 from hf_equiv.matching import newton
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.matching.linear_model import LinearModel
-from hf_equiv.matching.newton import end_by_newton
+from hf_equiv.matching.newton import Newton
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -25,15 +25,15 @@ def random(*shape: int, seed: int) -> Tensor:
 def end(f, x: Tensor, z: Tensor, goal: float = 1e-9, most: int = 3000) -> tuple[Tensor, Tensor, Tensor]:
     box = FeasibleSet.around(x.flatten(1), None, "linf", batched=True)
     full = torch.full((len(x),), goal, dtype=torch.float64)
-    *_, (best, errors, costs) = end_by_newton(f, x, z.double(), box, full, torch.full((len(x),), most))
-    return best.view(x.shape), errors, costs
+    steps = Newton(f, x, z.double(), box, full, torch.full((len(x),), most))
+    for _ in steps.run():
+        pass
+    return steps.best.view(x.shape), steps.error, steps.cost
 
 
 def move(x: Tensor, r: Tensor, A: Tensor, box: FeasibleSet, first: Tensor, damping: float) -> tuple[Tensor, ...]:
-    mu = torch.tensor([damping], dtype=torch.float64)
     models = [LinearModel(J.clone(), J.shape[1:]) for J in A]
-    moves = [newton._move(x[b], r[b], models[b], box.of(b, x[b].shape), first[b], mu) for b in range(len(x))]
-    return tuple(map(torch.stack, zip(*moves, strict=True)))
+    return newton.move(x, r, models, box, first, torch.full((len(x), 1), damping, dtype=torch.float64))
 
 
 def near(f, seed: int, batch: int = 3, away: float = 0.02) -> tuple[Tensor, Tensor]:
@@ -193,9 +193,9 @@ def test_newton_steps_are_counted_and_stay_within_the_evaluations(monkeypatch):
         backwards.append(v.requires_grad)
         return steep()(v)
 
-    for name in ("jacobians", "vjps", "_step"):
-        real = getattr(newton, name)
-        monkeypatch.setattr(newton, name, lambda *args, name=name, real=real: calls.update([name]) or real(*args))
+    for owner, name in ((newton, "jacobians"), (newton, "vjps"), (Newton, "_step")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, name=name, real=real: calls.update([name]) or real(*args))
     x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
     z, formed, tried = steep()(y), 0, admit(f, x, noise=True)
     for most in range(40, 200, 16):

@@ -1,0 +1,67 @@
+"""Round matches to 8 bit in turn: sensitive pixels first, while the pixels that are left repair the embedding.
+
+Rounding all pixels at once moves the embedding by 3e-3 to 1e-1, and if a match is less than 1/255 from its source, too
+much for J to hold. So the pixels are ordered by the norm of their columns of J, and half of them, the more sensitive,
+are rounded and held. Newton steps of the others bring f(x) back to z; then half of these are rounded, and so on. The
+last pixels, whose rounding nothing repairs, are the least sensitive ones. If f were linear and one pixel were rounded
+at a time, this would be the nearest plane algorithm.
+
+Babai (1986), Combinatorica 6:1 (nearest plane).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hf_equiv.matching.feasible import FeasibleSet
+from hf_equiv.matching.lattice import Lattice
+from hf_equiv.matching.newton import Newton
+from hf_equiv.precision import Encoding
+
+_LAST = 1280  # pixels that are rounded together in the end
+_NEAR = 10  # times rtol: embedding error to which the others repair each rounding
+
+
+def num_turns(size: int) -> int:
+    """Return how often pixels are rounded and held in an image of `size` numbers, before the last ones."""
+    return max(0, math.ceil(math.log2(size / _LAST)))
+
+
+def round_in_turn(
+    f: Encoding, images: Tensor, z: Tensor, lattice: Lattice, rtol: float, most: Tensor
+) -> Iterator[Newton]:
+    """Move matches to points that are 8-bit images but for the last, least sensitive pixels.
+
+    Args:
+        f: the encoder.
+        images: matches, (B, *shape).
+        z: their targets, (B, D) float64.
+        lattice: the 8-bit images allowed.
+        rtol: embedding error wanted.
+        most: thirds of an evaluation that each image may spend, at least those of a Jacobian and its turns, (B,).
+
+    Yields:
+        The state of the images after every step.
+    """
+    lower, upper = ((bound / 255).to(images) for bound in (lattice.lower, lattice.upper))
+    x = torch.clamp(lattice.shrink(images.flatten(1)), lower, upper)
+    goal = torch.full_like(z[:, 0], _NEAR * rtol)
+    turns = num_turns(x.shape[1])
+    newton = Newton(f, x.view_as(images), z, FeasibleSet(lower, upper, x, batched=True), goal, most - turns)
+    sizes = torch.stack([torch.linalg.vector_norm(model.A, dim=0) for model in newton.models])
+    order, left = sizes.argsort(dim=1, descending=True, stable=True), x.shape[1]
+    yield newton
+    for _ in range(turns):
+        left = max(left // 2, _LAST)
+        held = order[:, :-left]
+        fixed = (lattice.nearest(newton.best) / 255).to(x).gather(1, held)
+        lower, upper, x = (part.scatter(1, held, fixed) for part in (lower, upper, newton.best))
+        newton.box = FeasibleSet(lower, upper, x, batched=True)
+        newton.begin(x)
+        yield newton
+        for _ in newton.run():
+            yield newton
