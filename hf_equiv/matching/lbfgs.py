@@ -89,10 +89,9 @@ class SecantHistory(Rows):
         w = torch.linalg.solve_triangular(sy, products[:, :, :1], upper=True)
         middle = diagonal[:, :, None] * w + gamma * (yy @ w) - gamma * products[:, :, 1:]
         a = torch.linalg.solve_triangular(sy.mT, middle, upper=False)
-        weights = torch.where(valid[:, :, None], torch.cat([a, -gamma * w], dim=2), 0.0).roll(-shift, 1)
+        weights = torch.where(valid[:, :, None], torch.cat([-a, gamma * w], dim=2), 0.0).roll(-shift, 1)
         flat = self.pairs[:, :used].flatten(1, 2)
-        step = torch.bmm(weights.flatten(1)[:, None].to(flat), flat)[:, 0]
-        return -step - gamma[:, 0].to(flat) * gradient
+        return torch.bmm(weights.flatten(1)[:, None].to(flat), flat)[:, 0] - gamma[:, 0].to(flat) * gradient
 
     def _products(self, v: Tensor) -> Tensor:
         """Return (sᵢ·v, yᵢ·v) of every slot used, (B, m, 2) float64."""
@@ -117,8 +116,8 @@ class LBFGS:
     the radius, L-BFGS continues in w, x = m + h·sin(w) (`SineChart`).
 
     Args:
-        history: most evaluations whose secant pairs are kept, two images each. 20 are enough without a ball if Newton
-            steps may end the run; otherwise the first are 40, and double after four times as many evaluations.
+        history: most evaluations whose secant pairs are kept, two images each. 40 are kept at first, and enough without
+            a ball if Newton steps may end the run; otherwise they double after four times as many evaluations.
         warmup: evaluations of the start; 0 for plain L-BFGS. In an L∞ ball at most ten times this number.
         momentum: momentum of the start, in [0, 1).
         proximity: weight of staying near the source against the remaining error; more takes more evaluations.
@@ -172,13 +171,14 @@ class _Path(Rows):
         self.feasible = feasible if self.chart is None else self.chart.space
         self.solver, self.warmup, self.count = solver, warmup, 0
         self.grows = not solver.newton or feasible.linf
-        self.history = SecantHistory(start, min(solver.history, _FIRST if self.grows else _FIRST // 2))
+        self.history = SecantHistory(start, min(solver.history, _FIRST))
         self.trial = self.moved = self.x = (
             self.feasible.project(start) if self.chart is None else self.chart.invert(start)
         )
         none = start.new_full((len(start),), math.inf, dtype=torch.float64)
         self.at = Evaluations(none, torch.zeros_like(start), none, none, none)  # at x; infinite until it is known
-        self.best, self.best_at, self.direction = self.x, self.at, self.at.gradient
+        self.here = self.at  # with the penalty
+        self.best, self.best_at, self.direction, self.step = self.x, self.at, self.at.gradient, self.at.gradient
         # of the line search: weight of the penalty, slope along the step, share of the direction, points tried
         self.weight, self.slope, self.share, self.tried = none, -none, torch.ones_like(none), torch.zeros_like(none)
         self.slack, self.failures = torch.ones_like(none), torch.zeros_like(none)
@@ -233,7 +233,7 @@ class _Path(Rows):
 
     def _search(self, at: Evaluations) -> Tensor:
         """Test Armijo's condition at the points; go on along the line, or from there, by the next direction."""
-        here, there = self._penalised(self.x, self.at), self._penalised(self.trial, at)
+        here, there = self.here, self._penalised(self.trial - self.feasible.center, at)
         enough = here.objective + 1e-4 * self.slope + self.slack * self.at.noise
         good = (there.objective <= enough) & (self.slope < 0)
         self.tried = self.tried + 1
@@ -243,7 +243,7 @@ class _Path(Rows):
         failed = ~good & ((self.tried >= _TRIALS) | (self.slope >= 0))
         self._give_in(failed)
         self.failures = torch.where(good, 0.0, self.failures)
-        self.history.add(self.trial - self.x, there.gradient - here.gradient, good)
+        self.history.add(self.step, there.gradient - here.gradient, good)
         slow = good & (at.error > 0.99 * self.at.error)
         self.weight = torch.where(slow, 0.5 * self.weight, self.weight)
         self.x, self.at = pick(good, self.trial, self.x), at.where(good, self.at)
@@ -262,10 +262,11 @@ class _Path(Rows):
 
     def _aim(self, fresh: Tensor, share: Tensor) -> Tensor:
         """Choose the next points: on a new line where `fresh`, at another share of the last direction elsewhere."""
-        pull = self._pull()
+        offset = self.x - self.feasible.center
+        pull = self._pull(offset)
         # The weight changes rarely, because the history belongs to the old objective.
         self.weight = torch.where(fresh & (pull < 0.5 * self.weight), pull, self.weight)
-        here = self._penalised(self.x, self.at)
+        here = self.here = self._penalised(offset, self.at)
         free = self.feasible.free(self.x, here.gradient)
         gradient = here.gradient * free
         direction = self.history.direction(gradient) * free
@@ -275,22 +276,22 @@ class _Path(Rows):
         self.direction = pick(fresh, direction, self.direction)
         self.share, self.tried = share, torch.where(fresh, 0.0, self.tried)
         self.trial = self.feasible.project(self.x + share[:, None].to(self.x) * self.direction)
-        self.slope = inner(here.gradient, self.trial - self.x)
+        self.step = self.trial - self.x
+        self.slope = inner(here.gradient, self.step)
         return (self.failures >= _RESETS) | (self.slope == 0)
 
     def _weight(self) -> Tensor:
         """Return the weight in use: an infinite one is not yet known and adds nothing."""
         return torch.where(self.weight.isinf(), 0.0, self.weight)
 
-    def _pull(self) -> Tensor:
+    def _pull(self, offset: Tensor) -> Tensor:
         """Return the weight λ = proximity·‖r‖²/‖x − source‖² of the penalty: ∞ at the source, 0 near the target."""
-        offset = self.x - self.feasible.center
         wanted = (self.at.error >= self.solver.release) & (self.solver.proximity > 0)
         return torch.where(wanted, self.solver.proximity * 2 * self.at.objective / inner(offset, offset), 0.0)
 
-    def _penalised(self, x: Tensor, at: Evaluations) -> Evaluations:
-        """Return the evaluation of ½‖r‖² + ½λ‖x − source‖²."""
-        offset, weight = x - self.feasible.center, self._weight()
+    def _penalised(self, offset: Tensor, at: Evaluations) -> Evaluations:
+        """Return the evaluation of ½‖r‖² + ½λ‖x − source‖² at a point with this offset from the source."""
+        weight = self._weight()
         objective = at.objective + 0.5 * weight * inner(offset, offset)
         return replace(at, objective=objective, gradient=at.gradient + weight[:, None].to(offset) * offset)
 
