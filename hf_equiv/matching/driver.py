@@ -7,7 +7,7 @@ once, again and again. After each evaluation an image stays in its lot, or leave
     through   the solver has ended its phase. The next phase begins; after the last one the search ends.
     near      Newton steps from one Jacobian should be cheaper than the rest of the descent. If they do not end the
               search, the phase begins again from the image that they reached.
-    stuck     its error no longer falls. The solver begins again, from the best image with every pixel slightly changed.
+    stuck     its error no longer falls. The solver begins again, from the source with every pixel slightly changed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PACE = 30  # evaluations over which the pace of a run is measured
 _WORTH = 0.5  # estimated remaining cost, in Jacobians, that justifies one; the pace falls as the error does
 _STEPS = 10  # evaluations of Newton steps that are worth a Jacobian
 _NEARER = 0.5  # share of the error left by Newton steps from which others follow at once
-_SHAKE = 0.5 / 255  # change of every pixel at its first restart, halved; it doubles with each
+_SHAKE = 0.5 / 255  # change of every pixel of the source at the first restart, halved; it doubles with each
 
 
 class Batch:
@@ -101,7 +101,7 @@ class _Lot:
     solver: Any
     places: list[int]
     phase: int = 0
-    shaken: bool = False  # whether they begin beside their best images, not at these
+    shaken: bool = False  # whether they begin beside their sources, not at their best images
     through: list[int] = field(default_factory=list)
     near: list[int] = field(default_factory=list)
     stuck: list[int] = field(default_factory=list)
@@ -170,7 +170,7 @@ def _open(batch: Batch, lot: _Lot) -> _Pool | None:
     if lot.shaken:
         signs = torch.rand(start.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
         scale = [_SHAKE * 2 ** batch.searches[place].restarts for place in lot.places]
-        start = feasible.project(start + start.new_tensor(scale)[:, None] * signs.sign().to(start))
+        start = feasible.project(feasible.center + start.new_tensor(scale)[:, None] * signs.sign().to(start))
     if hasattr(lot.solver, "begin"):
         descent = lot.solver.begin(start, feasible, lot.phase)
     else:

@@ -46,7 +46,7 @@ def match_embedding(
 
     Every iterate lies in the feasible set. f runs in the dtype of `source`, with TF32 off. If f does not depend on the
     batch, neither does the result of an image. Without a ball, an image that comes no nearer begins again from a
-    slightly changed image, at most three times. If `f.least_errors` shows that no image can have a target embedding,
+    slightly changed source, at most three times. If `f.least_errors` shows that no image can have a target embedding,
     that image ends as `infeasible` after one evaluation.
 
     Cost: one evaluation is one forward and one backward pass of one image. The default solver keeps 2·`history` images

@@ -66,7 +66,8 @@ class Search:
         if self.restarts == _RESTARTS:
             self.status = Status.STALLED
             return False
-        self.restarts, self.mark, self.tried = self.restarts + 1, (self.num_evals, self.error), math.inf
+        self.mark = self.num_evals + _WINDOW, self.error  # the way back to this error takes as long again
+        self.restarts, self.tried = self.restarts + 1, math.inf
         return True
 
     def earlier(self, evals: float) -> float | None:
