@@ -39,9 +39,9 @@ class Status(StrEnum):
 
 _ADVICE = {
     Status.CONVERGED: "The embedding error is at most `rtol`, even with the float noise of the encoder added.",
-    Status.STALLED: "No further decrease was possible, without a ball also from other starts: the error is at the "
-    "float noise of the encoder, which may be more than `rtol`, or no image near the source is better. More "
-    "evaluations do not help. Widen `radius`, loosen `rtol`, use float64, or choose another source.",
+    Status.STALLED: "The error hardly fell any more, without a ball not from other starts either: it is at the float "
+    "noise of the encoder, which may be more than `rtol`, or few images near the source are better. More evaluations "
+    "help little. Widen `radius`, loosen `rtol`, use float64, or choose another source or solver.",
     Status.REFINED: "The 8-bit image is much nearer to the target than rounding would leave it, and no further step of "
     "1/255 helps: 8-bit images seldom reach a small `rtol`.",
     Status.MAX_EVALS: "The evaluations ran out before the error, with the float noise added, was at most `rtol`. Raise "
@@ -136,7 +136,7 @@ class MatchResult:
         told = [f"{len(self.status)} of {size}: {ends}"]
         told += [f"{source!r} seen as {match!r}" for source, match, _ in (self.labels or ())[:1]]
         told.append(f"errors {_span(self.errors, '.1e')}")
-        if (distances := self.psnr_db) is not None:
+        if self.images.ndim == 4 and (distances := self.psnr_db) is not None:
             told.append(f"PSNR {_span(distances, '.1f')} dB")
         return f"MatchResult({'; '.join(told)}; {self.num_evals.sum():.0f} evaluations)"
 

@@ -37,6 +37,7 @@ def show(match: MatchResult) -> None:
 
 def save(match: MatchResult, folder: Path) -> Path:
     """Write images, numbers and picture of a result, and return the folder."""
+    data = picture(match)
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     floats = [None] * len(match.status) if match.float_errors is None else [*map(finite, match.float_errors)]
@@ -59,7 +60,7 @@ def save(match: MatchResult, folder: Path) -> Path:
             entry |= dict(zip(("source_label", "match_label", "target_label"), match.labels[k], strict=True))
         entries.append(entry)
     (folder / "match.json").write_text(json.dumps(entries, indent=1, ensure_ascii=False), encoding="utf-8")
-    (folder / "picture.png").write_bytes(picture(match))
+    (folder / "picture.png").write_bytes(data)
     return folder
 
 
@@ -72,6 +73,11 @@ def _images(match: MatchResult, k: int) -> dict[str, bytes]:
 @style.context(OWN_STYLE)
 def picture(match: MatchResult) -> bytes:
     """Draw the first images beside source, difference and target, as far as the result knows them, as a PNG file."""
+    if match.images.ndim != 4:
+        raise ValueError(
+            f"the result must hold images (B, C, H, W) to be drawn or saved; got {tuple(match.images.shape)}. Use "
+            "`result.images`, `result.errors` and `result.plot()`."
+        )
     lines = []
     for k in range(min(len(match.status), MAX_PAIRS)):
         found, distances = _images(match, k), match.psnr_db

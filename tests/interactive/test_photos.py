@@ -23,6 +23,7 @@ from hf_equiv import (
     linearity_radius,
     load_images,
     make_directions,
+    match_embedding,
     match_photos,
     regional_lipschitz,
     trace_level_set,
@@ -60,6 +61,16 @@ def test_a_match_is_made_and_described(encoder, match):
     assert counts[-1] <= float(match.num_evals)
     assert repr(match).startswith("MatchResult(1 of 3×32×32: 1 ")
     assert f"{names[0]!r} seen as {names[1]!r}" in repr(match)
+
+
+def test_vectors_are_neither_drawn_nor_saved(tmp_path):
+    x = torch.full((1, 8), 0.4)
+    match = match_embedding(lambda v: v[:, :3], x, x[:, :3] + 0.1)
+    assert "PSNR" not in repr(match)
+    for act in (match.show, lambda: match.save(tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"must hold images \(B, C, H, W\)"):
+            act()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_match_is_saved_shown_and_drawn(encoder, match, tmp_path, monkeypatch, capsys):
