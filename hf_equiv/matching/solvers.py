@@ -123,16 +123,7 @@ class GradientDescent:
         check_positive(self.lr, "lr")
 
     def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
-        """Return the state of a batch at the start of a phase; there is one.
-
-        Args:
-            start: first points, (B, N).
-            feasible: the sets of these images.
-            phase: 0, 1, …
-
-        Returns:
-            The state, whose first points are to be evaluated.
-        """
+        """Return the state of a batch at the start of a phase; there is one."""
 
         def change(at: Evaluations, _: _Steps) -> Tensor:
             return self.lr * at.unit[:, None].square().to(start) * at.gradient
@@ -165,16 +156,7 @@ class Adam:
         check_positive(self.eps, "eps", or_zero=True)
 
     def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
-        """Return the state of a batch at the start of a phase; there is one.
-
-        Args:
-            start: first points, (B, N).
-            feasible: the sets of these images.
-            phase: 0, 1, …
-
-        Returns:
-            The state, whose first points are to be evaluated.
-        """
+        """Return the state of a batch at the start of a phase; there is one."""
 
         def change(at: Evaluations, state: _Steps) -> Tensor:
             state.mean = self.betas[0] * state.mean + (1 - self.betas[0]) * at.gradient
@@ -195,7 +177,6 @@ class _Steps(Rows):
         self.mean, self.square = torch.zeros_like(start), torch.zeros_like(start)
 
     def advance(self, at: Evaluations) -> Tensor:
-        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
         self.count += 1
         moved = self.feasible.project(self.points - self.change(at, self))
         still = (moved == self.points).all(dim=1) | at.objective.isinf()
