@@ -146,7 +146,7 @@ class Moves:
 @no_autocast()
 def plan_moves(
     jacobians: Sequence[Tensor], norms2: Tensor, whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice,
-    goal: Tensor, most: Tensor,
+    goal: float, most: Tensor,
 ) -> Moves:  # fmt: skip
     """Return moves Δ that make ‖r + J·Δ‖ small: first in the whitened metric, then in the plain one.
 
@@ -159,7 +159,7 @@ def plan_moves(
         r: (B, D).
         levels: lattice points to start from, (B, N).
         lattice: the points allowed.
-        goal: norm of r + J·Δ that suffices, (B, 1).
+        goal: norm of r + J·Δ that suffices.
         most: about the most steps in either metric, (B, 1).
     """
     index = _candidates(jacobians, norms2, r, levels, lattice)
@@ -173,7 +173,7 @@ def plan_moves(
     plain = _Pursuit(columns, r, k, part, room)
     steps = plain.descend(steps, goal, most)
     left = plain.left(steps).norm(dim=1, keepdim=True)
-    poor = left > torch.maximum(goal, _POOR * r.norm(dim=1, keepdim=True))
+    poor = left > (_POOR * r.norm(dim=1, keepdim=True)).clamp_min(goal)
     if bool(poor.any()):
         alone = plain.descend(none, goal, most * poor)
         steps = torch.where(poor & (plain.left(alone).norm(dim=1, keepdim=True) < left), alone, steps)
@@ -224,17 +224,17 @@ class _Pursuit:
         """Return r + A·Δ."""
         return self.r + apply(self.A, steps)
 
-    def descend(self, steps: Tensor, goal: Tensor, most: Tensor) -> Tensor:
-        """Add about `most` (B, 1) steps to Δ, until ‖r + A·Δ‖ is at most `goal` (B, 1) or no pair is worth it."""
+    def descend(self, steps: Tensor, goal: float, most: Tensor) -> Tensor:
+        """Add about `most` (B, 1) steps to Δ, until ‖r + A·Δ‖ is at most `goal` or no pair is worth it."""
         turns, going, kept = 0, most[:, 0] > 0, steps
-        before = torch.full_like(goal, math.inf)
-        pairs = 2 * torch.arange(_LOOK, device=goal.device)[:, None]
+        before = torch.full_like(most, math.inf)
+        pairs = 2 * torch.arange(_LOOK, device=most.device)[:, None]
         while True:
             left = self.left(steps)
             size2 = left.square().sum(dim=1, keepdim=True)
             falls = size2 < before  # otherwise float32 misled the last steps
             steps = kept = torch.where(falls, steps, kept)
-            going, before = going & (falls & (size2 > goal.square()))[:, 0], size2
+            going, before = going & (falls & (size2 > goal**2))[:, 0], size2
             if not bool(going.any()):
                 return steps
             bars = torch.where(going & (turns + pairs < most[:, 0]), -_LEAST * size2[:, 0], -math.inf)

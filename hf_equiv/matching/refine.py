@@ -125,7 +125,7 @@ def refine_8bit(
 class _Run(Search):
     """The rounds of one image, which is written into `best`."""
 
-    J: Tensor | None = None  # (D, N) per 8-bit step, in `unit`; None if the next round needs a new one
+    J: Tensor | None = None  # (D, N) per 8-bit step, over ‖z‖; None if the next round needs a new one
     failed: int = 0  # rounds in a row with hardly a decrease
     since: float = math.inf  # the error when J was formed
 
@@ -187,10 +187,8 @@ class _Group(Rows):
         self.rounded, inside = lattice.round(self.matches)
         for run, feasible in zip(runs, inside.tolist(), strict=True):
             run.status = None if feasible else Status.INFEASIBLE
-        length = z.norm(dim=1, keepdim=True)
-        self.unit = torch.ldexp(torch.ones_like(length), torch.frexp(length).exponent)  # z of any scale is near 1 in it
-        self.scale = length / self.unit
-        self.cap, self.trust = torch.full_like(length, _CAP), torch.full_like(length, _MOVES)  # (B, 1)
+        self.size = z.norm(dim=1, keepdim=True)  # the unit of r and J
+        self.cap, self.trust = torch.full_like(self.size, _CAP), torch.full_like(self.size, _MOVES)  # (B, 1)
         self.shape, self.dtype = runs[0].best.shape, runs[0].best.dtype
         self.norms2 = torch.zeros_like(self.rounded)  # of the columns of J
         self.reach, self.whiten = z.new_zeros((2, len(z), z.shape[1], z.shape[1]))  # `left_geometry` of J
@@ -207,8 +205,8 @@ class _Group(Rows):
     def begin(self) -> None:
         """Evaluate the rounded images."""
         self.levels = self.here = self.rounded  # the best points and the starts of the next rounds, (B, N)
-        self.r = self.r_here = self._residuals(slice(None), self.rounded)  # (B, D), in `unit`
-        self.error = self._errors(self.r)
+        self.r = self.r_here = self._residuals(slice(None), self.rounded)  # (f(x) − z)/‖z‖, (B, D)
+        self.error = self.r.norm(dim=1)
         self._note(self.error, torch.ones_like(self.error))
 
     def settle(self, report: Callable[[], None]) -> _Group:
@@ -223,7 +221,7 @@ class _Group(Rows):
         for i, run in enumerate(group.runs):
             if run.J is None and run.status is None:
                 (J,) = jacobians(self.f, run.best[None], 4 * VECTORS if self.z.is_cuda else VECTORS)
-                group._model(i, J.div_((255 * group.unit[i]).to(J)))
+                group._model(i, J.div_((255 * group.size[i]).to(J)))
                 run.thirds += cost
         return group.active()
 
@@ -243,12 +241,12 @@ class _Group(Rows):
             levels[index] = lattice.round(newton.best)[0]
             r[index] = self._residuals(index, levels[index])
             for i, model in zip(places, newton.models, strict=True):
-                self._model(i, model.A.mul_((self.scale[i] / 255).to(model.A)))
+                self._model(i, model.A.div_(255))
 
         for places, lack in halved(turn, range(len(self.runs))):
             if lack is not None:
                 self.runs[places[0]].status = Status.ERROR
-        error = self._errors(r)
+        error = r.norm(dim=1)
         better = error < self.error
         self.levels, self.r = pick(better, levels, self.levels), pick(better, r, self.r)
         self.rounded = self.here = self.levels
@@ -263,7 +261,7 @@ class _Group(Rows):
         matrices = [run.J for run in self.runs if run.J is not None]
         moves = plan_moves(
             matrices, self.norms2, self.whiten, apply(self.reach, self.r_here), self.here,
-            self.lattice.near(self.rounded, self.cap), 0.3 * self.rtol * self.scale, self.trust,
+            self.lattice.near(self.rounded, self.cap), 0.3 * self.rtol, self.trust,
         )  # fmt: skip
         count = moves.steps.abs().sum(dim=1, keepdim=True)
         moved = count[:, 0] > 0
@@ -274,7 +272,7 @@ class _Group(Rows):
         self._learn(matrices, moves, apply(self.reach, r - self.r_here) - predicted)
         white = self.whiten @ self.reach
         falls = apply(white, r).norm(dim=1) < apply(white, self.r_here).norm(dim=1)
-        error, before, promised = (self._errors(v) for v in (r, self.r_here, self.r_here + predicted))
+        error, before, promised = (v.norm(dim=1) for v in (r, self.r_here, self.r_here + predicted))
         share = ((before - error) / (before - promised).clamp_min(1e-12))[:, None]
         fewer, more = (torch.minimum(self.trust, count) / 3).floor().clamp_min(8), torch.where(share > 0.6, 2, 1)
         self.trust = torch.where((share < 0.25) & (count > 0), fewer, more * self.trust)
@@ -293,10 +291,7 @@ class _Group(Rows):
         with torch.no_grad():
             (output,) = self.parts(lambda part: (self.f(self._pixels(levels[part])),), len(levels))
         checks.check_dimension(self.z[0], output.shape[1])
-        return (output.double() - self.z[places]) / self.unit[places]
-
-    def _errors(self, r: Tensor) -> Tensor:
-        return r.norm(dim=1) / self.scale[:, 0]
+        return (output.double() - self.z[places]) / self.size[places]
 
     def _note(self, errors: Tensor, evaluated: Tensor) -> None:
         table = torch.stack([errors, evaluated.to(errors)], dim=1).tolist()
