@@ -3,11 +3,9 @@
 Rounding a match moves its embedding by 3e-3 to 1e-1. Pixels are rounded in turn instead, while the others repair the
 embedding (`rounding`), which leaves about 1e-4. But an 8-bit step of one pixel is small, and there are N ≫ D of them: J
 tells which few steps cancel the rest, as a sparse integer least-squares problem (`lattice`). A round of steps that does
-not lower the error still updates J, and is undone unless the whitened error fell, since the next round easily repairs
-such a rise. After six such rounds J is computed afresh.
+not lower the error is undone, but still updates J. After six rounds with hardly a decrease J is computed afresh.
 
 Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
-Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3 (the natural monotonicity test).
 """
 
 from __future__ import annotations
@@ -38,7 +36,6 @@ _CAP = 3  # most steps of one pixel in all; otherwise a few sensitive pixels tak
 _CROWDED = 0.1  # share of pixels at the cap that doubles the cap, because too few others are left
 _MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to the accuracy of J in the last
 _WORTH = 5  # times rtol: a smaller error does not justify another Jacobian
-_EXCURSION = 3  # times the best error: limit of a round that raises the error but lowers the whitened one
 _GAIN = 0.5  # share of the error of the rounded image, from which an image counts as refined
 _STALE = 6  # rounds in a row with hardly a decrease before a new Jacobian; by then they have few moves
 _SINCE = 0.8  # share of the error left since the last Jacobian, above which another does not help
@@ -204,8 +201,8 @@ class _Group(Rows):
 
     def begin(self) -> None:
         """Evaluate the rounded images."""
-        self.levels = self.here = self.rounded  # the best points and the starts of the next rounds, (B, N)
-        self.r = self.r_here = self._residuals(slice(None), self.rounded)  # (f(x) − z)/‖z‖, (B, D)
+        self.levels = self.rounded  # the best points, (B, N)
+        self.r = self._residuals(slice(None), self.rounded)  # (f(x) − z)/‖z‖, (B, D)
         self.error = self.r.norm(dim=1)
         self._note(self.error, torch.ones_like(self.error))
 
@@ -246,42 +243,39 @@ class _Group(Rows):
         for places, lack in halved(turn, range(len(self.runs))):
             if lack is not None:
                 self.runs[places[0]].status = Status.ERROR
-        error = r.norm(dim=1)
-        better = error < self.error
-        self.levels, self.r = pick(better, levels, self.levels), pick(better, r, self.r)
-        self.rounded = self.here = self.levels
-        self.r_here, self.error = self.r, torch.where(better, error, self.error)
-        self._note(error, torch.ones_like(error))
+        self._take(levels, r)
+        self.rounded = self.levels
+        self._note(self.error, torch.ones_like(self.error))
 
     @no_autocast()
     def round(self) -> None:
-        """Make the moves that J predicts to help, learn from the result, and choose where the next round starts."""
-        full = ((self.here - self.rounded).abs() >= self.cap).double().mean(dim=1, keepdim=True) > _CROWDED
+        """Make the moves that J predicts to help, learn from the result, and keep it where it is better."""
+        full = ((self.levels - self.rounded).abs() >= self.cap).double().mean(dim=1, keepdim=True) > _CROWDED
         self.cap = self.cap * (1 + full.double())
         matrices = [run.J for run in self.runs if run.J is not None]
         moves = plan_moves(
-            matrices, self.norms2, self.whiten, apply(self.reach, self.r_here), self.here,
+            matrices, self.norms2, self.whiten, apply(self.reach, self.r), self.levels,
             self.lattice.near(self.rounded, self.cap), 0.3 * self.rtol, self.trust,
         )  # fmt: skip
         count = moves.steps.abs().sum(dim=1, keepdim=True)
         moved = count[:, 0] > 0
-        there = self.here.scatter_add(1, moves.index, moves.steps)
-        r, predicted = self.r_here.clone(), apply(moves.columns, moves.steps)
+        there = self.levels.scatter_add(1, moves.index, moves.steps)
+        r, predicted = self.r.clone(), apply(moves.columns, moves.steps)
         if len(places := moved.nonzero().flatten()):
             r[places] = self._residuals(places, there[places])
-        self._learn(matrices, moves, apply(self.reach, r - self.r_here) - predicted)
-        white = self.whiten @ self.reach
-        falls = apply(white, r).norm(dim=1) < apply(white, self.r_here).norm(dim=1)
-        error, before, promised = (v.norm(dim=1) for v in (r, self.r_here, self.r_here + predicted))
-        share = ((before - error) / (before - promised).clamp_min(1e-12))[:, None]
+        self._learn(matrices, moves, apply(self.reach, r - self.r) - predicted)
+        error, promised = r.norm(dim=1), (self.r + predicted).norm(dim=1)
+        share = ((self.error - error) / (self.error - promised).clamp_min(1e-12))[:, None]
         fewer, more = (torch.minimum(self.trust, count) / 3).floor().clamp_min(8), torch.where(share > 0.6, 2, 1)
         self.trust = torch.where((share < 0.25) & (count > 0), fewer, more * self.trust)
-        better = error < self.error
-        onward = better | ((error < _EXCURSION * self.error) & falls)
-        self.levels, self.r = pick(better, there, self.levels), pick(better, r, self.r)
-        self.here, self.r_here = pick(onward, there, self.levels), pick(onward, r, self.r)
-        self.error = torch.where(better, error, self.error)
+        self._take(there, r)
         self._note(error, moved)
+
+    def _take(self, levels: Tensor, r: Tensor) -> None:
+        """Make other points the best where their error is less."""
+        better = r.norm(dim=1) < self.error
+        self.levels, self.r = pick(better, levels, self.levels), pick(better, r, self.r)
+        self.error = self.r.norm(dim=1)
 
     def _pixels(self, levels: Tensor) -> Tensor:
         return (levels / 255).to(self.dtype).view(-1, *self.shape)
@@ -299,13 +293,12 @@ class _Group(Rows):
             run.note(image, error, bool(spent))
 
     def _model(self, i: int, J: Tensor) -> None:
-        """Go on from the best point of an image with a new J; the image ends if J is not finite."""
+        """Go on with a new J of an image; the image ends if J is not finite."""
         run = self.runs[i]
         run.J, run.failed, run.since = J, 0, run.error
         self.norms2[i] = J.square().sum(dim=0)
         self.reach[i], self.whiten[i] = left_geometry(J)
         self.trust[i].clamp_min_(_MOVES // 4)
-        self.here[i], self.r_here[i] = self.levels[i], self.r[i]
         if not bool(self.norms2[i].sum().isfinite()):
             run.status = Status.ERROR
 
