@@ -207,9 +207,8 @@ def check_rtol(rtol: float) -> None:
 
 
 def check_solver(solver: object) -> None:
-    """Require an object with a `begin` or `iterate` method, such as `LBFGS()`."""
-    methods = (getattr(solver, name, None) for name in ("begin", "iterate"))
-    if isinstance(solver, type) or not any(map(callable, methods)):
+    """Require an object with a `begin` method, such as `LBFGS()`."""
+    if isinstance(solver, type) or not callable(getattr(solver, "begin", None)):
         got = f"the class {solver.__name__}" if isinstance(solver, type) else repr(solver)
         raise TypeError(f"`solver` must be a solver such as LBFGS(), Adam() or GradientDescent(); got {got}.")
 

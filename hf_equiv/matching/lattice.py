@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_equiv.matching.feasible import Rows
-from hf_equiv.precision import no_autocast
+from hf_equiv.precision import no_autocast, times
 
 _ROUNDED = 1e-6  # relative tolerance: a float32 radius of k/255 is k whole steps
 _CANDIDATES = 1280  # pixels considered in a round
@@ -167,7 +167,7 @@ def plan_moves(
     room = None if lattice.l2_budget is None else lattice.l2_budget - lattice.used(levels)
     part, k = lattice.at(index), levels.gather(1, index)
     none = torch.zeros_like(k)
-    white = _Pursuit(whiten @ columns, apply(whiten, r), k, part, room)
+    white = _Pursuit(whiten @ columns, times(whiten, r), k, part, room)
     steps = white.descend(none, 0.3 * goal, most)
     del white  # the largest tensor of a round
     plain = _Pursuit(columns, r, k, part, room)
@@ -178,11 +178,6 @@ def plan_moves(
         alone = plain.descend(none, goal, most * poor)
         steps = torch.where(poor & (plain.left(alone).norm(dim=1, keepdim=True) < left), alone, steps)
     return Moves(index, columns, steps)
-
-
-def apply(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Return the products (B, M) of matrices (B, M, K) with vectors (B, K)."""
-    return (matrices @ vectors[:, :, None])[:, :, 0]
 
 
 def _candidates(jacobians: Sequence[Tensor], norms2: Tensor, r: Tensor, levels: Tensor, lattice: Lattice) -> Tensor:
@@ -222,7 +217,7 @@ class _Pursuit:
 
     def left(self, steps: Tensor) -> Tensor:
         """Return r + A·Δ."""
-        return self.r + apply(self.A, steps)
+        return self.r + times(self.A, steps)
 
     def descend(self, steps: Tensor, goal: float, most: Tensor) -> Tensor:
         """Add about `most` (B, 1) steps to Δ, until ‖r + A·Δ‖ is at most `goal` or no pair is worth it."""
@@ -250,7 +245,7 @@ class _Pursuit:
             The moves (B, 2L), all first ones before the second ones, and whether each pair was made (B, L).
         """
         k, none = self.levels + steps, torch.zeros_like(steps[:, :1])
-        slope = 2 * apply(self.A.mT, left).to(self.rows)
+        slope = 2 * times(self.A.mT, left).to(self.rows)
         blocked = torch.cat([k >= self.lattice.upper, k <= self.lattice.lower], dim=1)
         cost = torch.cat([slope, -slope], dim=1).masked_fill_(blocked, math.inf)
         cost, free, longer = self.own + torch.cat([cost, none.to(cost)], dim=1), self.room, none

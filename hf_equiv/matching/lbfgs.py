@@ -208,7 +208,8 @@ class _Path(Rows):
         self.share = torch.where(finite, self.share, 0.1 * self.share)
         norm2 = inner(self.at.gradient, self.at.gradient)
         # A step beyond the diagonal of the box means a flat spot, not a distant minimum.
-        far = self._width() * math.sqrt(self.x.shape[1]) / norm2.sqrt()
+        width = (self.feasible.upper - self.feasible.lower).amax().double()
+        far = width * math.sqrt(self.x.shape[1]) / norm2.sqrt()
         step = self.share * torch.minimum(self.at.objective / norm2, far)
         step = torch.where((norm2 > 0) & step.isfinite(), step, 0.0)[:, None].to(self.x)
         momentum = self.solver.momentum
@@ -216,9 +217,6 @@ class _Path(Rows):
         self.trial = self.feasible.project(moved + momentum * (moved - pick(finite, self.moved, self.x)))
         self.moved = moved
         return norm2 == 0
-
-    def _width(self) -> Tensor:
-        return (self.feasible.upper - self.feasible.lower).amax().double()
 
     def _search(self, at: Evaluations) -> Tensor:
         """Test Armijo's condition at the points; go on along the line, or from there, by the next direction."""

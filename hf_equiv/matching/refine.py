@@ -23,13 +23,13 @@ from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import VECTORS, jacobians
 from hf_equiv.matching.feasible import Rows
-from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, apply, left_geometry, plan_moves
+from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, left_geometry, plan_moves
 from hf_equiv.matching.match import target_embeddings
 from hf_equiv.matching.rounding import num_turns, round_in_turn
 from hf_equiv.matching.search import ProgressHook, Search, collect, reached, snapshot
 from hf_equiv.matching.solvers import pick
 from hf_equiv.memory import MEMORY, Parts, halved, images_within
-from hf_equiv.precision import Encoding, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, no_autocast, no_tf32, times
 from hf_equiv.results import MatchResult, Status
 
 _CAP = 3  # most steps of one pixel in all; otherwise a few sensitive pixels take 20 and show as specks
@@ -58,12 +58,12 @@ def refine_8bit(
     """Round matches to 8 bit: the sensitive pixels first, while the others repair the embedding.
 
     Finds k (C, H, W) integer in 0…255, inside the ball, with ‖f(k/255) − z‖ / ‖z‖ ≤ rtol. Half of the pixels are
-    rounded at a time, and Newton steps of the rest bring f back to z; single steps of ±1/255 end it, in rounds:
+    rounded at a time, and Newton steps of the rest bring f back to z. Rounds of single steps of ±1/255 follow:
 
         minimise ‖r + J·Δ/255‖ over integer Δ, greedily;   k ← k + Δ;   r ← f(k/255) − z;   J ← Broyden's update.
 
-    Cost: (1 + 2D)/3 evaluations for J, and about ten for the Newton steps and rounds; some hundred near black or white.
-    Memory: D·N numbers and 26 MB an image; as many images are refined together as `memory` holds of either.
+    Cost: (1 + 2D)/3 evaluations for J, and about ten for Newton steps and rounds; a few hundred near black or white.
+    Memory: D·N numbers and 26 MB an image; `memory` bounds each, by refining fewer images together.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
@@ -195,9 +195,7 @@ class _Group(Rows):
         kept = [k for k, run in enumerate(self.runs) if run.status is None]
         if len(kept) == len(self.runs):
             return self
-        group = self.keep(torch.tensor(kept, dtype=torch.long, device=self.z.device))
-        group.runs = [self.runs[k] for k in kept]
-        return group
+        return self.keep(torch.tensor(kept, dtype=torch.long, device=self.z.device))
 
     def begin(self) -> None:
         """Evaluate the rounded images."""
@@ -254,16 +252,16 @@ class _Group(Rows):
         self.cap = self.cap * (1 + full.double())
         matrices = [run.J for run in self.runs if run.J is not None]
         moves = plan_moves(
-            matrices, self.norms2, self.whiten, apply(self.reach, self.r), self.levels,
+            matrices, self.norms2, self.whiten, times(self.reach, self.r), self.levels,
             self.lattice.near(self.rounded, self.cap), 0.3 * self.rtol, self.trust,
         )  # fmt: skip
         count = moves.steps.abs().sum(dim=1, keepdim=True)
         moved = count[:, 0] > 0
         there = self.levels.scatter_add(1, moves.index, moves.steps)
-        r, predicted = self.r.clone(), apply(moves.columns, moves.steps)
+        r, predicted = self.r.clone(), times(moves.columns, moves.steps)
         if len(places := moved.nonzero().flatten()):
             r[places] = self._residuals(places, there[places])
-        self._learn(matrices, moves, apply(self.reach, r - self.r) - predicted)
+        self._learn(matrices, moves, times(self.reach, r - self.r) - predicted)
         error, promised = r.norm(dim=1), (self.r + predicted).norm(dim=1)
         share = ((self.error - error) / (self.error - promised).clamp_min(1e-12))[:, None]
         fewer, more = (torch.minimum(self.trust, count) / 3).floor().clamp_min(8), torch.where(share > 0.6, 2, 1)

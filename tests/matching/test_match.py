@@ -733,37 +733,6 @@ def test_embeddings_that_cannot_be_squared_are_refused(scale):
         match_embedding(lambda v: linear()(v) * scale, x, images(1, seed=9).double())
 
 
-# Solvers of others
-
-
-class Walker:
-    """Gradient steps in place; with `free`, out of the set."""
-
-    def __init__(self, *, free: bool) -> None:
-        self.free = free
-
-    def iterate(self, source, feasible):
-        x, k = feasible.project(source).clone(), 0
-        while True:
-            at = yield x
-            k += 1
-            x.sub_((1e-2 if k % 5 else 0.3) * at.gradient * at.unit**2)
-            if not self.free:
-                x.copy_(feasible.project(x))
-
-
-def test_a_solver_may_step_in_place():
-    f, x, z = linear(), images(1, seed=73), linear()(images(1, seed=74))
-    found = match_embedding(f, x, z, Walker(free=False), max_evals=6, raise_on_failure=False)
-    torch.testing.assert_close(found.errors, error64(f, found.images, z), rtol=1e-4, atol=0)
-
-
-def test_a_solver_must_stay_in_the_set():
-    f, x, z = linear(), images(1, seed=73), linear()(images(1, seed=74))
-    with pytest.raises(ValueError, match="points of the feasible set"):
-        match_embedding(f, x, z, Walker(free=True), radius=1e-3, max_evals=6, raise_on_failure=False)
-
-
 def test_the_line_search_steps_back_from_where_f_is_not_finite():
     f, seen, barred = linear(), [], []
     x, y = 0.1 + 0.8 * images(1, seed=75), 0.1 + 0.8 * images(1, seed=76)
