@@ -15,7 +15,6 @@ from hf_equiv.precision import no_autocast, times
 _ROUNDED = 1e-6  # relative tolerance: a float32 radius of k/255 is k whole steps
 _CANDIDATES = 1280  # pixels considered in a round
 WORKSPACE = 4 * (2 * _CANDIDATES + 1) ** 2  # bytes of the moves of an image
-_FINE = 0.2  # share of r for which half of them are chosen, since later steps are finer
 _LEADERS = 8  # first steps of the pairs considered at a time
 _LOOK = 16  # pairs of steps between two looks of the host
 _LEAST = 1e-5  # share of ‖r‖² that a pair of steps must remove
@@ -181,15 +180,12 @@ def plan_moves(
 
 
 def _candidates(jacobians: Sequence[Tensor], norms2: Tensor, r: Tensor, levels: Tensor, lattice: Lattice) -> Tensor:
-    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, by 2|Jᵀr|ₙ − ‖Jₙ‖²; half of them for a smaller r."""
+    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, by 2|Jᵀr|ₙ − ‖Jₙ‖²."""
     slope = torch.stack([r_b.to(J) @ J for r_b, J in zip(r, jacobians, strict=True)])
     there, slope = levels - slope.sign(), slope.abs()
     blocked = (there < lattice.lower) | (there > lattice.upper)
     count = min(_CANDIDATES, slope.shape[1])
-    coarse = torch.sub(2 * slope, norms2).masked_fill_(blocked, -math.inf).topk(count // 2).indices
-    fine = torch.sub(2 * _FINE * slope, norms2).masked_fill_(blocked, -1e300)
-    fine.scatter_(1, coarse, -math.inf)  # once each
-    return torch.cat([coarse, fine.topk(count - count // 2).indices], dim=1)
+    return torch.sub(2 * slope, norms2).masked_fill_(blocked, -math.inf).topk(count).indices
 
 
 class _Pursuit:
