@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def images_within(memory: int, dim: int, image: Tensor) -> int:
-    """Return how many images like this one have Jacobians (`dim`, N) within `memory` bytes; 0 if one alone has not."""
+    """Return how many images like this one have Jacobians (`dim`, N) within `memory` bytes; 0 if not even one."""
     return memory // (dim * image.numel() * image.element_size())
 
 

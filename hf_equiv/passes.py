@@ -160,12 +160,8 @@ def _multiply(group: Sequence[Product], most: int) -> list[Tensor]:
                 answer[part] = found[:, i]
     except torch.OutOfMemoryError:
         for sight in sights:
-            sight.shared = None
-        if len(images) == len(group):
-            raise
-    if sights[0].shared is None:
-        del shared, images, given, wanted
-        return _multiply(group, most)  # without the other images of the pass
+            sight.shared = None  # so that each half has a smaller pass
+        raise
     for sight in sights:
         first = not (backward or sight.turned or shared.by_forward_mode)
         sight.num_evals, sight.turned = sight.num_evals + 2 * count / 3 + first, sight.turned or first
@@ -173,9 +169,9 @@ def _multiply(group: Sequence[Product], most: int) -> list[Tensor]:
 
 
 def _pass_of(sights: list[Sight]) -> Jacobians:
-    """Return the pass of some sights: a new one if it is closed, or has so many other images that it costs more."""
+    """Return the pass of some sights: a new one if it is closed, or if half of its images or more do not ask."""
     shared = sights[0].shared
-    if shared is not None and 2 * len(sights) >= len(shared.images):
+    if shared is not None and 2 * len(sights) > len(shared.images):
         return shared
     closed, shared = shared is None, Jacobians(sights[0].f, torch.stack([sight.image for sight in sights]))
     for i, sight in enumerate(sights):

@@ -151,6 +151,11 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a.unflatten(1, stretches), b.unflatten(1, stretches)).sum(dim=1, dtype=torch.float64)
 
 
+def times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return the products (B, M) of matrices (B, M, K) with vectors (B, K), alike for every B."""
+    return torch.bmm(vectors[:, None], matrices.mT)[:, 0]  # as rows, because the bits of columns depend on B
+
+
 def dot(a: Tensor, b: Tensor) -> float:
     """Return the inner product of two images as a Python number."""
     return float(inner(a.flatten()[None], b.flatten()[None]))

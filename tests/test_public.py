@@ -11,13 +11,13 @@ import pytest
 
 import hf_equiv
 from hf_equiv.analyses.config import BaseConfig
-from hf_equiv.matching.solvers import Solver
+from hf_equiv.matching.solvers import BatchSolver, Solver
 
 PUBLIC = [getattr(hf_equiv, name) for name in hf_equiv.__all__]
 FUNCTIONS = [value for value in PUBLIC if inspect.isfunction(value)]
 CLASSES = [value for value in PUBLIC if inspect.isclass(value)]
-# What every solver does is said once, in the protocol that they implement.
-SOLVER = {name: member for name, member in vars(Solver).items() if inspect.isfunction(member) and name[0] != "_"}
+# What every solver does is said once, in the protocols that they implement.
+SOLVER = {"iterate": Solver.iterate, "begin": BatchSolver.begin}
 METHODS = list(SOLVER.values()) + [
     getattr(owner, name)
     for owner in CLASSES

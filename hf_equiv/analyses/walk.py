@@ -27,9 +27,9 @@ from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import check_choice, check_count, check_positive
 from hf_equiv.data.image_file import decode_png, encode_png
 from hf_equiv.formatting import finite
+from hf_equiv.geometry.corrector import Corrector
 from hf_equiv.geometry.headings import Ahead, Heading, Toward
 from hf_equiv.geometry.levelset import HEADINGS, STOP, TO_AN_IMAGE, WalkPoint, at_rest, trace_level_set
-from hf_equiv.matching.corrector import Corrector
 from hf_equiv.passes import Work, alone
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_equiv.matching.corrector import Corrector, Place
+from hf_equiv.geometry.corrector import Corrector, Place
 from hf_equiv.passes import Work
 from hf_equiv.precision import dot
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds, is_image
 from hf_equiv.conditions import admit
+from hf_equiv.geometry.corrector import Corrector, Place
 from hf_equiv.geometry.headings import Ahead, Heading, Plan, Toward
-from hf_equiv.matching.corrector import Corrector, Place
 from hf_equiv.memory import MEMORY
 from hf_equiv.passes import Work, at_once, measure_images
 from hf_equiv.precision import Encoding, no_autocast, no_tf32

@@ -29,7 +29,7 @@ from hf_equiv.jacobian import jacobian_cost
 from hf_equiv.matching.feasible import FeasibleSet, Rows
 from hf_equiv.matching.newton import Newton
 from hf_equiv.matching.search import ProgressHook, Search, reached, snapshot
-from hf_equiv.matching.solvers import Descent, Evaluations, OneByOne, pick
+from hf_equiv.matching.solvers import Descent, Evaluations, pick
 from hf_equiv.memory import Parts, halved
 from hf_equiv.precision import no_autocast, no_tf32, power_of_two
 from hf_equiv.results import Status
@@ -37,12 +37,12 @@ from hf_equiv.results import Status
 NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.float16: 5e-4}
 """Typical ‖f(x) in this dtype − f(x)‖ / ‖f(x)‖ of one evaluation, for the line search."""
 
-CLEAR = 10  # times the noise of f: an error above it that falls no further is not that of noise
+CLEAR = 10  # times the noise of f: an error above it is not noise
 _NEAR = 0.02  # embedding error below which Newton steps from one Jacobian reach the target
 _PACE = 30  # evaluations over which the pace of a run is measured
-_WORTH = 0.5  # estimated remaining cost, in Jacobians, that justifies one; the pace falls as the error does
-_STEPS = 10  # evaluations of Newton steps that are worth a Jacobian
-_NEARER = 0.5  # share of the error left by Newton steps from which others follow at once
+_WORTH = 0.5  # estimated remaining cost, in Jacobians, that justifies one, since the descent slows down
+_STEPS = 10  # evaluations that must be left for Newton steps after a Jacobian
+_NEARER = 0.5  # share of the error left by Newton steps, below which more follow from a new Jacobian
 _SHAKE = 0.5 / 255  # change of every pixel of the source at the first restart, halved; it doubles with each
 
 
@@ -171,10 +171,7 @@ def _open(batch: Batch, lot: _Lot) -> _Pool | None:
         signs = torch.rand(start.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
         scale = [_SHAKE * 2 ** batch.searches[place].restarts for place in lot.places]
         start = feasible.project(feasible.center + start.new_tensor(scale)[:, None] * signs.sign().to(start))
-    if hasattr(lot.solver, "begin"):
-        descent = lot.solver.begin(start, feasible, lot.phase)
-    else:
-        descent = None if lot.phase else OneByOne(lot.solver, start, feasible, batch.shape[1:])
+    descent = lot.solver.begin(start, feasible, lot.phase)
     return None if descent is None else _Pool(batch, lot.places, index, descent)
 
 

@@ -18,13 +18,15 @@ _MARGINS = (1e-3, 1e-5, 1e-6, 1e-7, 0.0)  # by which a point is drawn inwards, u
 
 
 class Rows:
-    """The state of a batch, whose tensors have an axis of images in front."""
+    """The state of a batch, whose tensors have an axis of images in front and whose lists have an item for each."""
 
     def keep(self, index: Tensor) -> Self:
-        """Return a copy with the images `index`, in order, in all tensors and states that this object holds."""
+        """Return a copy with the images `index`, in order, in all tensors, lists and states that this object holds."""
         kept = copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Rows) or (isinstance(value, Tensor) and value.ndim > 0):
+            if isinstance(value, list):
+                vars(kept)[name] = [value[i] for i in index.tolist()]
+            elif isinstance(value, Rows) or (isinstance(value, Tensor) and value.ndim > 0):
                 vars(kept)[name] = value.keep(index) if isinstance(value, Rows) else value[index]
         return kept
 
@@ -76,17 +78,12 @@ class FeasibleSet(Rows):
             slope = self._length((inside == there) * away).square()
             missing = self.l2_radius**2 - self._distance(inside).square()
             t = torch.where(slope > 0, (t.square() + missing.clamp_min(0.0) / slope).sqrt(), t)
-        # Of the points c + s(clip(…) − c), all in the box, take the last that its rounding leaves in the ball.
+        # Take the outermost of the points c + s(clip(…) − c), all in the box, whose rounding stays in the ball.
         away, best = inside - self.center, self.center
         for margin in _MARGINS:
             trial = (self.center + (1 - margin) * away).to(x)
             best = torch.where(self._distance(trial) <= self.l2_radius, trial, best)
         return torch.where(self._distance(whole) <= self.l2_radius, whole, best)
-
-    def of(self, index: int, shape: torch.Size) -> FeasibleSet:
-        """Return the set of one image of a batch, in the shape of the image."""
-        lower, upper, center = (part[index].view(shape) for part in (self.lower, self.upper, self.center))
-        return FeasibleSet(lower, upper, center, self.l2_radius, self.linf)
 
     def _distance(self, x: Tensor) -> Tensor:
         """Return ‖x − c‖₂ of each image, float64, to broadcast over its pixels."""

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_equiv.matching.feasible import Rows
-from hf_equiv.precision import no_autocast
+from hf_equiv.precision import no_autocast, times
 
 _ROUNDED = 1e-6  # relative tolerance: a float32 radius of k/255 is k whole steps
 _CANDIDATES = 1280  # pixels considered in a round
 WORKSPACE = 4 * (2 * _CANDIDATES + 1) ** 2  # bytes of the moves of an image
-_FINE = 0.2  # share of r for which half of them are chosen, since later steps are finer
 _LEADERS = 8  # first steps of the pairs considered at a time
 _LOOK = 16  # pairs of steps between two looks of the host
 _LEAST = 1e-5  # share of ‖r‖² that a pair of steps must remove
@@ -146,7 +145,7 @@ class Moves:
 @no_autocast()
 def plan_moves(
     jacobians: Sequence[Tensor], norms2: Tensor, whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice,
-    goal: Tensor, most: Tensor,
+    goal: float, most: Tensor,
 ) -> Moves:  # fmt: skip
     """Return moves Δ that make ‖r + J·Δ‖ small: first in the whitened metric, then in the plain one.
 
@@ -159,7 +158,7 @@ def plan_moves(
         r: (B, D).
         levels: lattice points to start from, (B, N).
         lattice: the points allowed.
-        goal: norm of r + J·Δ that suffices, (B, 1).
+        goal: norm of r + J·Δ that suffices.
         most: about the most steps in either metric, (B, 1).
     """
     index = _candidates(jacobians, norms2, r, levels, lattice)
@@ -167,34 +166,26 @@ def plan_moves(
     room = None if lattice.l2_budget is None else lattice.l2_budget - lattice.used(levels)
     part, k = lattice.at(index), levels.gather(1, index)
     none = torch.zeros_like(k)
-    white = _Pursuit(whiten @ columns, apply(whiten, r), k, part, room)
+    white = _Pursuit(whiten @ columns, times(whiten, r), k, part, room)
     steps = white.descend(none, 0.3 * goal, most)
     del white  # the largest tensor of a round
     plain = _Pursuit(columns, r, k, part, room)
     steps = plain.descend(steps, goal, most)
     left = plain.left(steps).norm(dim=1, keepdim=True)
-    poor = left > torch.maximum(goal, _POOR * r.norm(dim=1, keepdim=True))
+    poor = left > (_POOR * r.norm(dim=1, keepdim=True)).clamp_min(goal)
     if bool(poor.any()):
         alone = plain.descend(none, goal, most * poor)
         steps = torch.where(poor & (plain.left(alone).norm(dim=1, keepdim=True) < left), alone, steps)
     return Moves(index, columns, steps)
 
 
-def apply(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Return the products (B, M) of matrices (B, M, K) with vectors (B, K)."""
-    return (matrices @ vectors[:, :, None])[:, :, 0]
-
-
 def _candidates(jacobians: Sequence[Tensor], norms2: Tensor, r: Tensor, levels: Tensor, lattice: Lattice) -> Tensor:
-    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, by 2|Jᵀr|ₙ − ‖Jₙ‖²; half of them for a smaller r."""
+    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, by 2|Jᵀr|ₙ − ‖Jₙ‖²."""
     slope = torch.stack([r_b.to(J) @ J for r_b, J in zip(r, jacobians, strict=True)])
     there, slope = levels - slope.sign(), slope.abs()
     blocked = (there < lattice.lower) | (there > lattice.upper)
     count = min(_CANDIDATES, slope.shape[1])
-    coarse = torch.sub(2 * slope, norms2).masked_fill_(blocked, -math.inf).topk(count // 2).indices
-    fine = torch.sub(2 * _FINE * slope, norms2).masked_fill_(blocked, -1e300)
-    fine.scatter_(1, coarse, -math.inf)  # once each
-    return torch.cat([coarse, fine.topk(count - count // 2).indices], dim=1)
+    return torch.sub(2 * slope, norms2).masked_fill_(blocked, -math.inf).topk(count).indices
 
 
 class _Pursuit:
@@ -222,19 +213,19 @@ class _Pursuit:
 
     def left(self, steps: Tensor) -> Tensor:
         """Return r + A·Δ."""
-        return self.r + apply(self.A, steps)
+        return self.r + times(self.A, steps)
 
-    def descend(self, steps: Tensor, goal: Tensor, most: Tensor) -> Tensor:
-        """Add about `most` (B, 1) steps to Δ, until ‖r + A·Δ‖ is at most `goal` (B, 1) or no pair is worth it."""
+    def descend(self, steps: Tensor, goal: float, most: Tensor) -> Tensor:
+        """Add about `most` (B, 1) steps to Δ, until ‖r + A·Δ‖ is at most `goal` or no pair is worth it."""
         turns, going, kept = 0, most[:, 0] > 0, steps
-        before = torch.full_like(goal, math.inf)
-        pairs = 2 * torch.arange(_LOOK, device=goal.device)[:, None]
+        before = torch.full_like(most, math.inf)
+        pairs = 2 * torch.arange(_LOOK, device=most.device)[:, None]
         while True:
             left = self.left(steps)
             size2 = left.square().sum(dim=1, keepdim=True)
             falls = size2 < before  # otherwise float32 misled the last steps
             steps = kept = torch.where(falls, steps, kept)
-            going, before = going & (falls & (size2 > goal.square()))[:, 0], size2
+            going, before = going & (falls & (size2 > goal**2))[:, 0], size2
             if not bool(going.any()):
                 return steps
             bars = torch.where(going & (turns + pairs < most[:, 0]), -_LEAST * size2[:, 0], -math.inf)
@@ -250,7 +241,7 @@ class _Pursuit:
             The moves (B, 2L), all first ones before the second ones, and whether each pair was made (B, L).
         """
         k, none = self.levels + steps, torch.zeros_like(steps[:, :1])
-        slope = 2 * apply(self.A.mT, left).to(self.rows)
+        slope = 2 * times(self.A.mT, left).to(self.rows)
         blocked = torch.cat([k >= self.lattice.upper, k <= self.lattice.lower], dim=1)
         cost = torch.cat([slope, -slope], dim=1).masked_fill_(blocked, math.inf)
         cost, free, longer = self.own + torch.cat([cost, none.to(cost)], dim=1), self.room, none

@@ -146,16 +146,7 @@ class LBFGS:
         check_positive(self.release, "release", or_zero=True)
 
     def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
-        """Return the state of a batch at the start of a phase, or None after the last.
-
-        Args:
-            start: first points, (B, N).
-            feasible: the sets of these images.
-            phase: 0, 1, …
-
-        Returns:
-            The state, whose first points are to be evaluated.
-        """
+        """Return the state of a batch: signed steps and descent in the charts in L∞ balls, else one phase."""
         if not feasible.linf:
             return None if phase else _Path(self, start, feasible, self.warmup)
         if phase == 0:
@@ -185,11 +176,9 @@ class _Path(Rows):
 
     @property
     def points(self) -> Tensor:
-        """The points to evaluate next, (B, N)."""
         return self.trial if self.chart is None else self.chart.place(self.trial)
 
     def advance(self, at: Evaluations) -> Tensor:
-        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
         if self.chart is not None:
             at = replace(at, gradient=self.chart.pull_back(at.gradient, self.trial))
         self.count += 1
@@ -219,7 +208,8 @@ class _Path(Rows):
         self.share = torch.where(finite, self.share, 0.1 * self.share)
         norm2 = inner(self.at.gradient, self.at.gradient)
         # A step beyond the diagonal of the box means a flat spot, not a distant minimum.
-        far = self._width() * math.sqrt(self.x.shape[1]) / norm2.sqrt()
+        width = (self.feasible.upper - self.feasible.lower).amax().double()
+        far = width * math.sqrt(self.x.shape[1]) / norm2.sqrt()
         step = self.share * torch.minimum(self.at.objective / norm2, far)
         step = torch.where((norm2 > 0) & step.isfinite(), step, 0.0)[:, None].to(self.x)
         momentum = self.solver.momentum
@@ -227,9 +217,6 @@ class _Path(Rows):
         self.trial = self.feasible.project(moved + momentum * (moved - pick(finite, self.moved, self.x)))
         self.moved = moved
         return norm2 == 0
-
-    def _width(self) -> Tensor:
-        return (self.feasible.upper - self.feasible.lower).amax().double()
 
     def _search(self, at: Evaluations) -> Tensor:
         """Test Armijo's condition at the points; go on along the line, or from there, by the next direction."""
@@ -305,7 +292,6 @@ class _Signed(Rows):
         self.radius = 0.5 * (feasible.upper - feasible.lower).amax(dim=1).double()
 
     def advance(self, at: Evaluations) -> Tensor:
-        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
         self.left -= 1
         gradient = at.gradient.abs()
         slope = inner(gradient, self.feasible.free(self.points, at.gradient).to(gradient))

@@ -16,7 +16,7 @@ from hf_equiv.matching.driver import CLEAR, NOISE, Batch, drive
 from hf_equiv.matching.feasible import FeasibleSet
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.search import ProgressHook, Search, collect
-from hf_equiv.matching.solvers import BatchSolver, Solver
+from hf_equiv.matching.solvers import BatchSolver, OneByOne, Solver
 from hf_equiv.memory import MEMORY, images_within
 from hf_equiv.precision import Encoding, no_tf32
 from hf_equiv.results import ConvergenceError, MatchResult, Status
@@ -46,18 +46,19 @@ def match_embedding(
 
     Every iterate lies in the feasible set. f runs in the dtype of `source`, with TF32 off. If f does not depend on the
     batch, neither does the result of an image. Without a ball, an image that comes no nearer begins again from a
-    slightly changed source, at most three times. If `f.least_errors` shows that no image can have a target embedding,
-    that image ends as `infeasible` after one evaluation.
+    slightly changed source, at most three times. If `f.least_errors` shows that no image has a target embedding, its
+    search ends as `infeasible` after one evaluation.
 
     Cost: one evaluation is one forward and one backward pass of one image. The default solver keeps 2·`history` images
-    of memory per image, and for its Newton steps D·N numbers and 64 images, of as many at a time as `memory` holds.
+    of memory per image. Newton steps take D·N numbers and 64 images more; `memory` bounds how many images share them.
     Encoding the target once and the check of f (`conditions`) are not counted.
 
     Args:
         f: the encoder, or any callable (B, *shape) -> (B, D).
         source: starting images to stay near, (B, *shape), such as pixels (B, C, H, W): photos, constants or noise.
         target: images (B or 1, *shape), or embeddings (B or 1, D).
-        solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) serve comparisons.
+        solver: `LBFGS()` by default; `Adam()` and `GradientDescent()` (the paper's) serve comparisons. One of your own
+            has the method of `hf_equiv.matching.solvers.Solver` or `BatchSolver`.
         radius: radius of the ball about the source, in pixel units; None for the box alone.
         norm: norm of the ball, "linf" or "l2".
         bounds: smallest and largest value of a pixel, or None for no box.
@@ -138,6 +139,8 @@ def each_match(
     checks.check_match(source, "source", target, radius, norm, rtol, max_evals, bounds)
     solver = LBFGS() if solver is None else solver
     checks.check_solver(solver)
+    if not hasattr(solver, "begin"):
+        solver = OneByOne(solver, source.shape[1:])
     checks.check_count(memory, "memory")
     if start is not None and start.images.shape != source.shape:
         raise ValueError(
@@ -172,7 +175,7 @@ def each_match(
 def _least_errors(f: Function, source: Tensor, z: Tensor) -> list[float]:
     """Return the errors below which no image can come, by what f knows of its embeddings; 0 if it knows nothing."""
     state: Any = getattr(f, "least_errors", None)
-    own = getattr(state, "__self__", None) is f.plain  # a wrapper may lend the attributes of an Encoder
+    own = getattr(state, "__self__", None) is f.plain  # a wrapper may pass on the attributes of its Encoder
     return state(source[0], z).tolist() if own else [0.0] * len(z)
 
 

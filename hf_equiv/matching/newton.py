@@ -9,8 +9,8 @@ multiplier λ (D,):
 The derivative of As + μλ is G + μ, with G = A_F A_Fᵀ of the pixels F that the clipping leaves alone. Without it, a
 clipped step loses half of its length or more, for many pixels of a photo lie at a bound, and most of a small L∞ ball.
 
-x⁺ is accepted if the error falls in the metric ‖r‖² = rᵀ(G + μ)⁻¹r, which is the squared length of the step that it
-still takes (the natural level function): in the plain metric a few sensitive directions of the embedding, which the
+x⁺ is accepted if the error falls in the metric ‖r‖² = rᵀ(G + μ)⁻¹r, the squared length of the step that is still
+to take (the natural level function): in the plain metric a few sensitive directions of the embedding, which the
 next step repairs, hide the progress of all others. If the decrease is less than 60 % of what A promised, A learns
 the row combination uᵀJ(x⁺) along u ∝ (G + μ)⁻¹r⁺, the direction that the next step relies on, by one backward pass.
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from hf_equiv.jacobian import jacobians
 from hf_equiv.matching.feasible import FeasibleSet, Rows
 from hf_equiv.matching.linear_model import LinearModel, hold_all
 from hf_equiv.matching.solvers import pick
-from hf_equiv.precision import Encoding, inner
+from hf_equiv.precision import Encoding, inner, times
 
 _CUT = 1e-8  # share of the largest eigenvalue of G below which a direction is noise
 _DAMPINGS = 64  # trial values of μ, over 20 decades
@@ -83,12 +82,6 @@ class Newton(Rows):
         self.radius = torch.where(finite, math.inf, 0.0).to(self.error)  # Δ; none without a model
         self.since = torch.zeros_like(self.cost)  # steps since the error last halved, from `mark`
 
-    def keep(self, index: Tensor) -> Self:
-        """Return the images `index`, in order; their models are shared."""
-        kept = super().keep(index)
-        kept.models = [self.models[i] for i in index.tolist()]
-        return kept
-
     def run(self) -> Iterator[None]:
         """Take steps of all images that are not done; yield after each."""
         for _ in range(_MOST):
@@ -109,16 +102,16 @@ class Newton(Rows):
         """Take one trial step of every image, and let its model learn from the result."""
         values, vectors = torch.linalg.eigh(torch.stack([model.G for model in self.models]))
         values = torch.where(values > _CUT * values[:, -1:], values, math.inf)  # 1/∞ leaves noise out
-        part = _times(vectors.mT, self.r)
+        part = times(vectors.mT, self.r)
         damping = _damping(values, part, 0.5 * self.goal, self.radius)
 
         def solve(q: Tensor) -> Tensor:
-            return _times(vectors, _times(vectors.mT, q) / (values + damping))
+            return times(vectors, times(vectors.mT, q) / (values + damping))
 
         def level(q: Tensor) -> Tensor:
-            return torch.linalg.vector_norm(_times(vectors.mT, q) / (values + damping).sqrt(), dim=1)
+            return torch.linalg.vector_norm(times(vectors.mT, q) / (values + damping).sqrt(), dim=1)
 
-        reachable = _times(vectors, torch.where(values.isinf(), 0.0, part))  # r without noise
+        reachable = times(vectors, torch.where(values.isinf(), 0.0, part))  # r without noise
         x, moved = move(self.x, reachable, self.models, self.box, -solve(self.r), damping)
         promised, step = self.r + moved, x - self.x
         with torch.enable_grad():
@@ -181,11 +174,6 @@ def move(
         places = places[solved]
         multiplier = multiplier.index_add(0, places, -change[solved])
     return there, moved
-
-
-def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Return the products (B, M) of matrices (B, M, K) with vectors (B, K)."""
-    return torch.bmm(vectors[:, None], matrices.mT)[:, 0]  # a row: its bits do not depend on B
 
 
 def _damping(values: Tensor, part: Tensor, left: Tensor, radius: Tensor) -> Tensor:

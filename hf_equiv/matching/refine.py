@@ -3,11 +3,9 @@
 Rounding a match moves its embedding by 3e-3 to 1e-1. Pixels are rounded in turn instead, while the others repair the
 embedding (`rounding`), which leaves about 1e-4. But an 8-bit step of one pixel is small, and there are N ≫ D of them: J
 tells which few steps cancel the rest, as a sparse integer least-squares problem (`lattice`). A round of steps that does
-not lower the error still updates J, and is undone unless the whitened error fell, since the next round easily repairs
-such a rise. After six such rounds J is computed afresh.
+not lower the error is undone, but still updates J. After six rounds with hardly a decrease J is computed afresh.
 
 Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
-Deuflhard (2004), Newton Methods for Nonlinear Problems, §3.3 (the natural monotonicity test).
 """
 
 from __future__ import annotations
@@ -25,20 +23,19 @@ from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import VECTORS, jacobians
 from hf_equiv.matching.feasible import Rows
-from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, apply, left_geometry, plan_moves
+from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, left_geometry, plan_moves
 from hf_equiv.matching.match import target_embeddings
 from hf_equiv.matching.rounding import num_turns, round_in_turn
 from hf_equiv.matching.search import ProgressHook, Search, collect, reached, snapshot
 from hf_equiv.matching.solvers import pick
 from hf_equiv.memory import MEMORY, Parts, halved, images_within
-from hf_equiv.precision import Encoding, no_autocast, no_tf32
+from hf_equiv.precision import Encoding, no_autocast, no_tf32, times
 from hf_equiv.results import MatchResult, Status
 
 _CAP = 3  # most steps of one pixel in all; otherwise a few sensitive pixels take 20 and show as specks
 _CROWDED = 0.1  # share of pixels at the cap that doubles the cap, because too few others are left
 _MOVES = 400  # steps of ±1/255 in the first round; later rounds adapt it to the accuracy of J in the last
-_WORTH = 5  # times rtol: a smaller error does not justify another Jacobian
-_EXCURSION = 3  # times the best error: limit of a round that raises the error but lowers the whitened one
+_WORTH = 10  # times rtol: a smaller error does not justify another Jacobian
 _GAIN = 0.5  # share of the error of the rounded image, from which an image counts as refined
 _STALE = 6  # rounds in a row with hardly a decrease before a new Jacobian; by then they have few moves
 _SINCE = 0.8  # share of the error left since the last Jacobian, above which another does not help
@@ -61,12 +58,12 @@ def refine_8bit(
     """Round matches to 8 bit: the sensitive pixels first, while the others repair the embedding.
 
     Finds k (C, H, W) integer in 0…255, inside the ball, with ‖f(k/255) − z‖ / ‖z‖ ≤ rtol. Half of the pixels are
-    rounded at a time, and Newton steps of the rest bring f back to z; single steps of ±1/255 end it, in rounds:
+    rounded at a time, and Newton steps of the rest bring f back to z. Rounds of single steps of ±1/255 follow:
 
         minimise ‖r + J·Δ/255‖ over integer Δ, greedily;   k ← k + Δ;   r ← f(k/255) − z;   J ← Broyden's update.
 
-    Cost: (1 + 2D)/3 evaluations for J, and about ten for the Newton steps and rounds; some hundred near black or white.
-    Memory: D·N numbers and 26 MB an image; as many images are refined together as `memory` holds of either.
+    Cost: (1 + 2D)/3 evaluations for J, and about ten for Newton steps and rounds; a few hundred near black or white.
+    Memory: D·N numbers and 26 MB an image; `memory` bounds each, by refining fewer images together.
 
     Args:
         f: the encoder, or any callable (B, C, H, W) -> (B, D).
@@ -125,7 +122,7 @@ def refine_8bit(
 class _Run(Search):
     """The rounds of one image, which is written into `best`."""
 
-    J: Tensor | None = None  # (D, N) per 8-bit step, in `unit`; None if the next round needs a new one
+    J: Tensor | None = None  # (D, N) per 8-bit step, over ‖z‖; None if the next round needs a new one
     failed: int = 0  # rounds in a row with hardly a decrease
     since: float = math.inf  # the error when J was formed
 
@@ -187,10 +184,8 @@ class _Group(Rows):
         self.rounded, inside = lattice.round(self.matches)
         for run, feasible in zip(runs, inside.tolist(), strict=True):
             run.status = None if feasible else Status.INFEASIBLE
-        length = z.norm(dim=1, keepdim=True)
-        self.unit = torch.ldexp(torch.ones_like(length), torch.frexp(length).exponent)  # z of any scale is near 1 in it
-        self.scale = length / self.unit
-        self.cap, self.trust = torch.full_like(length, _CAP), torch.full_like(length, _MOVES)  # (B, 1)
+        self.size = z.norm(dim=1, keepdim=True)  # the unit of r and J
+        self.cap, self.trust = torch.full_like(self.size, _CAP), torch.full_like(self.size, _MOVES)  # (B, 1)
         self.shape, self.dtype = runs[0].best.shape, runs[0].best.dtype
         self.norms2 = torch.zeros_like(self.rounded)  # of the columns of J
         self.reach, self.whiten = z.new_zeros((2, len(z), z.shape[1], z.shape[1]))  # `left_geometry` of J
@@ -200,15 +195,13 @@ class _Group(Rows):
         kept = [k for k, run in enumerate(self.runs) if run.status is None]
         if len(kept) == len(self.runs):
             return self
-        group = self.keep(torch.tensor(kept, dtype=torch.long, device=self.z.device))
-        group.runs = [self.runs[k] for k in kept]
-        return group
+        return self.keep(torch.tensor(kept, dtype=torch.long, device=self.z.device))
 
     def begin(self) -> None:
         """Evaluate the rounded images."""
-        self.levels = self.here = self.rounded  # the best points and the starts of the next rounds, (B, N)
-        self.r = self.r_here = self._residuals(slice(None), self.rounded)  # (B, D), in `unit`
-        self.error = self._errors(self.r)
+        self.levels = self.rounded  # the best points, (B, N)
+        self.r = self._residuals(slice(None), self.rounded)  # (f(x) − z)/‖z‖, (B, D)
+        self.error = self.r.norm(dim=1)
         self._note(self.error, torch.ones_like(self.error))
 
     def settle(self, report: Callable[[], None]) -> _Group:
@@ -223,7 +216,7 @@ class _Group(Rows):
         for i, run in enumerate(group.runs):
             if run.J is None and run.status is None:
                 (J,) = jacobians(self.f, run.best[None], 4 * VECTORS if self.z.is_cuda else VECTORS)
-                group._model(i, J.div_((255 * group.unit[i]).to(J)))
+                group._model(i, J.div_((255 * group.size[i]).to(J)))
                 run.thirds += cost
         return group.active()
 
@@ -243,47 +236,44 @@ class _Group(Rows):
             levels[index] = lattice.round(newton.best)[0]
             r[index] = self._residuals(index, levels[index])
             for i, model in zip(places, newton.models, strict=True):
-                self._model(i, model.A.mul_((self.scale[i] / 255).to(model.A)))
+                self._model(i, model.A.div_(255))
 
         for places, lack in halved(turn, range(len(self.runs))):
             if lack is not None:
                 self.runs[places[0]].status = Status.ERROR
-        error = self._errors(r)
-        better = error < self.error
-        self.levels, self.r = pick(better, levels, self.levels), pick(better, r, self.r)
-        self.rounded = self.here = self.levels
-        self.r_here, self.error = self.r, torch.where(better, error, self.error)
-        self._note(error, torch.ones_like(error))
+        self._take(levels, r)
+        self.rounded = self.levels
+        self._note(self.error, torch.ones_like(self.error))
 
     @no_autocast()
     def round(self) -> None:
-        """Make the moves that J predicts to help, learn from the result, and choose where the next round starts."""
-        full = ((self.here - self.rounded).abs() >= self.cap).double().mean(dim=1, keepdim=True) > _CROWDED
+        """Make the moves that J predicts to help, learn from the result, and keep it where it is better."""
+        full = ((self.levels - self.rounded).abs() >= self.cap).double().mean(dim=1, keepdim=True) > _CROWDED
         self.cap = self.cap * (1 + full.double())
         matrices = [run.J for run in self.runs if run.J is not None]
         moves = plan_moves(
-            matrices, self.norms2, self.whiten, apply(self.reach, self.r_here), self.here,
-            self.lattice.near(self.rounded, self.cap), 0.3 * self.rtol * self.scale, self.trust,
+            matrices, self.norms2, self.whiten, times(self.reach, self.r), self.levels,
+            self.lattice.near(self.rounded, self.cap), 0.3 * self.rtol, self.trust,
         )  # fmt: skip
         count = moves.steps.abs().sum(dim=1, keepdim=True)
         moved = count[:, 0] > 0
-        there = self.here.scatter_add(1, moves.index, moves.steps)
-        r, predicted = self.r_here.clone(), apply(moves.columns, moves.steps)
+        there = self.levels.scatter_add(1, moves.index, moves.steps)
+        r, predicted = self.r.clone(), times(moves.columns, moves.steps)
         if len(places := moved.nonzero().flatten()):
             r[places] = self._residuals(places, there[places])
-        self._learn(matrices, moves, apply(self.reach, r - self.r_here) - predicted)
-        white = self.whiten @ self.reach
-        falls = apply(white, r).norm(dim=1) < apply(white, self.r_here).norm(dim=1)
-        error, before, promised = (self._errors(v) for v in (r, self.r_here, self.r_here + predicted))
-        share = ((before - error) / (before - promised).clamp_min(1e-12))[:, None]
+        self._learn(matrices, moves, times(self.reach, r - self.r) - predicted)
+        error, promised = r.norm(dim=1), (self.r + predicted).norm(dim=1)
+        share = ((self.error - error) / (self.error - promised).clamp_min(1e-12))[:, None]
         fewer, more = (torch.minimum(self.trust, count) / 3).floor().clamp_min(8), torch.where(share > 0.6, 2, 1)
         self.trust = torch.where((share < 0.25) & (count > 0), fewer, more * self.trust)
-        better = error < self.error
-        onward = better | ((error < _EXCURSION * self.error) & falls)
-        self.levels, self.r = pick(better, there, self.levels), pick(better, r, self.r)
-        self.here, self.r_here = pick(onward, there, self.levels), pick(onward, r, self.r)
-        self.error = torch.where(better, error, self.error)
+        self._take(there, r)
         self._note(error, moved)
+
+    def _take(self, levels: Tensor, r: Tensor) -> None:
+        """Make other points the best where their error is less."""
+        better = r.norm(dim=1) < self.error
+        self.levels, self.r = pick(better, levels, self.levels), pick(better, r, self.r)
+        self.error = self.r.norm(dim=1)
 
     def _pixels(self, levels: Tensor) -> Tensor:
         return (levels / 255).to(self.dtype).view(-1, *self.shape)
@@ -293,10 +283,7 @@ class _Group(Rows):
         with torch.no_grad():
             (output,) = self.parts(lambda part: (self.f(self._pixels(levels[part])),), len(levels))
         checks.check_dimension(self.z[0], output.shape[1])
-        return (output.double() - self.z[places]) / self.unit[places]
-
-    def _errors(self, r: Tensor) -> Tensor:
-        return r.norm(dim=1) / self.scale[:, 0]
+        return (output.double() - self.z[places]) / self.size[places]
 
     def _note(self, errors: Tensor, evaluated: Tensor) -> None:
         table = torch.stack([errors, evaluated.to(errors)], dim=1).tolist()
@@ -304,13 +291,12 @@ class _Group(Rows):
             run.note(image, error, bool(spent))
 
     def _model(self, i: int, J: Tensor) -> None:
-        """Go on from the best point of an image with a new J; the image ends if J is not finite."""
+        """Go on with a new J of an image; the image ends if J is not finite."""
         run = self.runs[i]
         run.J, run.failed, run.since = J, 0, run.error
         self.norms2[i] = J.square().sum(dim=0)
         self.reach[i], self.whiten[i] = left_geometry(J)
         self.trust[i].clamp_min_(_MOVES // 4)
-        self.here[i], self.r_here[i] = self.levels[i], self.r[i]
         if not bool(self.norms2[i].sum().isfinite()):
             run.status = Status.ERROR
 

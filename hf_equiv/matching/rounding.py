@@ -1,7 +1,7 @@
 """Round matches to 8 bit in turn: sensitive pixels first, while the pixels that are left repair the embedding.
 
-Rounding all pixels at once moves the embedding by 3e-3 to 1e-1, and if a match is less than 1/255 from its source, too
-much for J to hold. So the pixels are ordered by the norm of their columns of J, and half of them, the more sensitive,
+Rounding all pixels at once moves the embedding by 3e-3 to 1e-1: too far for J to hold if a match is less than 1/255
+from its source. So the pixels are ordered by the norm of their columns of J, and half of them, the more sensitive,
 are rounded and held. Newton steps of the others bring f(x) back to z; then half of these are rounded, and so on. The
 last pixels, whose rounding nothing repairs, are the least sensitive ones. If f were linear and one pixel were rounded
 at a time, this would be the nearest plane algorithm.

@@ -16,10 +16,10 @@ from hf_equiv.results import MatchResult, Progress, Status
 
 ProgressHook = Callable[[Progress], None]
 
-_FAINT = 0.01  # noise of f at a grey image, over rtol, from which it is measured at the image found too
-_LOUDER = 2.0  # and how many times more must be found there to count
+_FAINT = 0.01  # noise of f at a grey image, over rtol, above which it is measured at the match too
+_LOUDER = 2.0  # times that noise: only more at the match replaces it
 _WINDOW, _PROGRESS = 150, 0.9  # evaluations over which the error should fall below this share
-_RESTARTS = 3  # of an image that does not
+_RESTARTS = 3  # of an image whose error does not
 
 
 @dataclass(eq=False)

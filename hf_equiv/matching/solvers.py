@@ -2,7 +2,7 @@
 
 A solver has hyper-parameters; `solver.begin(start, feasible)` returns a `Descent`: the points (B, N) to evaluate next,
 and a method that takes the evaluations there. Each image has its own steps, and no result depends on the other images.
-A solver of your own may work on one image at a time instead (`Solver`).
+A solver of your own may instead work on one image at a time (`Solver`).
 """
 
 from __future__ import annotations
@@ -18,56 +18,26 @@ from hf_equiv.checks import check_positive
 from hf_equiv.matching.feasible import FeasibleSet, Rows
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """f at one point, for the residual r = (f(x) − z) / unit (D,).
+@dataclass
+class Evaluations(Rows):
+    """Hold f at a point of each image, by the residual r = (f(x) − z) / unit (D,), in float64 tensors (B,).
 
     If f or its gradient is not finite, objective, noise and error are infinite and the gradient is zero.
     """
 
-    objective: float  # ½‖r‖², float64
-    gradient: Tensor  # Jᵀr / unit, in the shape of the image
-    noise: float  # change of the objective that rounding in f can explain: ‖r‖·ε·‖z‖ / unit, ε the float noise of f
-    error: float  # ‖f(x) − z‖ / ‖z‖
-    unit: float = 1.0  # a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding
-
-
-@dataclass
-class Evaluations(Rows):
-    """The fields of `Evaluation` for a batch: float64 tensors (B,), and the gradient (B, N)."""
-
-    objective: Tensor
-    gradient: Tensor
-    noise: Tensor
-    error: Tensor
-    unit: Tensor
+    objective: Tensor  # ½‖r‖²
+    gradient: Tensor  # Jᵀr / unit, (B, N), in the dtype of the images
+    noise: Tensor  # change of the objective that rounding in f can explain: ‖r‖·ε·‖z‖ / unit, ε the float noise of f
+    error: Tensor  # ‖f(x) − z‖ / ‖z‖
+    unit: Tensor  # a power of two near ‖z‖, so that solvers do not depend on the scale of the embedding
 
     def where(self, chosen: Tensor, other: Evaluations) -> Evaluations:
         """Return these evaluations for the chosen images (B,) bool, the other ones elsewhere."""
         return Evaluations(*(pick(chosen, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
-Iterates = Generator[Tensor, Evaluation, None]  # points out, evaluations in
-
-
-class Solver(Protocol):
-    """Interface of a solver for `match_embedding` that works on one image at a time."""
-
-    def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
-        """Yield the points to evaluate for one image and receive their evaluations.
-
-        Args:
-            source: starting point, in the shape of one image.
-            feasible: the set that every point lies in; its tensors have one image of that shape.
-
-        Returns:
-            A generator of points. It ends when the solver makes no further progress.
-        """
-        ...
-
-
 class BatchSolver(Protocol):
-    """Interface of a solver for `match_embedding` that works on all images at once."""
+    """Interface of a solver for `match_embedding`: a frozen dataclass of hyper-parameters."""
 
     def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
         """Return the state of a batch at the start of a phase, or None after the last.
@@ -123,16 +93,7 @@ class GradientDescent:
         check_positive(self.lr, "lr")
 
     def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
-        """Return the state of a batch at the start of a phase; there is one.
-
-        Args:
-            start: first points, (B, N).
-            feasible: the sets of these images.
-            phase: 0, 1, …
-
-        Returns:
-            The state, whose first points are to be evaluated.
-        """
+        """Return the state of a batch at the start of a phase; there is one."""
 
         def change(at: Evaluations, _: _Steps) -> Tensor:
             return self.lr * at.unit[:, None].square().to(start) * at.gradient
@@ -165,16 +126,7 @@ class Adam:
         check_positive(self.eps, "eps", or_zero=True)
 
     def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
-        """Return the state of a batch at the start of a phase; there is one.
-
-        Args:
-            start: first points, (B, N).
-            feasible: the sets of these images.
-            phase: 0, 1, …
-
-        Returns:
-            The state, whose first points are to be evaluated.
-        """
+        """Return the state of a batch at the start of a phase; there is one."""
 
         def change(at: Evaluations, state: _Steps) -> Tensor:
             state.mean = self.betas[0] * state.mean + (1 - self.betas[0]) * at.gradient
@@ -195,7 +147,6 @@ class _Steps(Rows):
         self.mean, self.square = torch.zeros_like(start), torch.zeros_like(start)
 
     def advance(self, at: Evaluations) -> Tensor:
-        """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
         self.count += 1
         moved = self.feasible.project(self.points - self.change(at, self))
         still = (moved == self.points).all(dim=1) | at.objective.isinf()
@@ -203,37 +154,74 @@ class _Steps(Rows):
         return still
 
 
-class OneByOne(Rows):
-    """Run a `Solver` that works on one image at a time for every image of a batch."""
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The fields of `Evaluations` at a point of one image: numbers, and the gradient in the shape of the image."""
 
-    def __init__(self, solver: Solver, start: Tensor, feasible: FeasibleSet, shape: torch.Size) -> None:
-        self.feasible, self.shape = feasible, shape
-        sets = [feasible.of(i, shape) for i in range(len(start))]
-        self.iterates = [solver.iterate(x.view(shape), each) for x, each in zip(start, sets, strict=True)]
-        self.points = self._checked([next(each) for each in self.iterates])
+    objective: float
+    gradient: Tensor
+    noise: float
+    error: float
+    unit: float = 1.0
+
+
+Iterates = Generator[Tensor, Evaluation, None]  # points out, evaluations in
+
+
+class Solver(Protocol):
+    """Interface of a solver for `match_embedding` that works on one image at a time."""
+
+    def iterate(self, source: Tensor, feasible: FeasibleSet) -> Iterates:
+        """Yield the points to evaluate for one image and receive their evaluations.
+
+        A step of gradient descent on ½‖f(x) − z‖² is `feasible.project(x - rate * at.unit**2 * at.gradient)`.
+
+        Args:
+            source: starting point, in the shape of one image.
+            feasible: the set that every point lies in; its tensors have one image of that shape.
+
+        Returns:
+            A generator of points. It ends when the solver makes no further progress.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """Run a `Solver` on every image (*shape) of a batch."""
+
+    solver: Solver
+    shape: torch.Size
+
+    def begin(self, start: Tensor, feasible: FeasibleSet, phase: int = 0) -> Descent | None:
+        """Start the iterates of each image; there is one phase."""
+        return None if phase else _Iterates(self, start, feasible)
+
+
+class _Iterates(Rows):
+    """The iterates of a `Solver` on each image of a batch."""
+
+    def __init__(self, each: OneByOne, start: Tensor, feasible: FeasibleSet) -> None:
+        self.feasible, self.shape, self.iterates = feasible, each.shape, list[Iterates]()
+        for x, *bounds in zip(start, feasible.lower, feasible.upper, feasible.center, strict=True):
+            low, high, center = (part.view(self.shape) for part in bounds)
+            own = FeasibleSet(low, high, center, feasible.l2_radius, feasible.linf)
+            self.iterates.append(each.solver.iterate(x.view(self.shape), own))
+        self.points = self._checked([next(iterates) for iterates in self.iterates])
 
     def advance(self, at: Evaluations) -> Tensor:
         """Take the evaluations at `points`, choose the next, and return the images that are through, (B,) bool."""
         numbers = torch.stack([at.objective, at.noise, at.error, at.unit], dim=1).tolist()
         points, stalled = list(self.points.view(-1, *self.shape)), []
         for i, (iterates, (objective, noise, error, unit)) in enumerate(zip(self.iterates, numbers, strict=True)):
+            gradient = at.gradient[i].view(self.shape)
             try:
-                gradient = at.gradient[i].view(self.shape)
                 points[i] = iterates.send(Evaluation(objective, gradient, noise, error, unit))
                 stalled.append(False)
             except StopIteration:
                 stalled.append(True)
         self.points = self._checked(points)
         return torch.tensor(stalled, device=at.objective.device)
-
-    def keep(self, index: Tensor) -> Self:
-        """Return a copy with the images `index`, in order; end the generators of the others."""
-        kept, places = super().keep(index), index.tolist()
-        for i, each in enumerate(self.iterates):
-            if i not in places:
-                each.close()
-        kept.iterates = [self.iterates[i] for i in places]
-        return kept
 
     def _checked(self, points: list[Tensor]) -> Tensor:
         stacked = torch.stack(points).flatten(1)  # copies: a solver may reuse its image

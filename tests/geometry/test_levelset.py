@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.func import jacrev
 
 from hf_equiv import passes
+from hf_equiv.geometry.corrector import Corrector
 from hf_equiv.geometry.headings import Toward
 from hf_equiv.geometry.levelset import trace_level_set
 from hf_equiv.jacobian import Jacobian, Jacobians, jacobian_cost
-from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.passes import alone

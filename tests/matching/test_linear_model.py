@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import DIM, EIGHT, SHAPE, images, smooth_mlp
 
+from hf_equiv.geometry.corrector import Corrector
 from hf_equiv.jacobian import Jacobian, jacobian_cost
-from hf_equiv.matching.corrector import Corrector
 from hf_equiv.matching.linear_model import LinearModel
 from hf_equiv.passes import alone
 

@@ -51,18 +51,18 @@ def test_a_step_is_the_best_one_in_the_box(damping):
     moved, change = move(x, r, A, box, first, damping)
 
     def cost(y: Tensor) -> Tensor:
-        return newton._times(A, y - x).add(r).square().sum(dim=1) + damping * (y - x).square().sum(dim=1)
+        return newton.times(A, y - x).add(r).square().sum(dim=1) + damping * (y - x).square().sum(dim=1)
 
     best = x.clone()
     rate = 1 / (torch.linalg.matrix_norm(A, 2).square() + damping)[:, None]
     for _ in range(20_000):
-        slope = newton._times(A.mT, newton._times(A, best - x) + r) + damping * (best - x)
+        slope = newton.times(A.mT, newton.times(A, best - x) + r) + damping * (best - x)
         best = (best - rate * slope).clamp(0, 1)
     assert float(((best == 0) | (best == 1)).double().mean()) > 0.05, "the box matters"
     torch.testing.assert_close(moved, best, rtol=0, atol=5e-2)
     torch.testing.assert_close(cost(moved), cost(best), rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(change, newton._times(A, moved - x))
-    clipped = box.project(x + newton._times(A.mT, first))
+    torch.testing.assert_close(change, newton.times(A, moved - x))
+    clipped = box.project(x + newton.times(A.mT, first))
     assert bool((cost(clipped) > 1.05 * cost(best)).all())
 
 
