@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -83,10 +83,10 @@ class Batch:
             run.status = Status.STALLED if run.is_stuck else Status.MAX_EVALS
         return run.status is not None
 
-    def goal(self, place: int) -> float:
-        """Return the error at which an image is done: `rtol` less the noise, if that is below it."""
-        noise = self.searches[place].noise_of(self.f)
-        return self.rtol - noise if 1.5 * noise <= self.rtol else self.rtol
+    def goals(self, places: Sequence[int]) -> Tensor:
+        """Return the errors at which images are done: `rtol` less the noise, if that is below it."""
+        noises = [self.searches[place].noise_of(self.f) for place in places]
+        return self.scale.new_tensor([self.rtol - noise if 1.5 * noise <= self.rtol else self.rtol for noise in noises])
 
     def report(self) -> None:
         """Call the progress hook."""
@@ -256,20 +256,25 @@ def _newton(batch: Batch, places: Sequence[int]) -> Sequence[int]:
         run.tried = run.error
     with torch.inference_mode(False), no_tf32(), no_autocast():
         index = torch.tensor(places, device=batch.best.device)
-        goal = batch.scale.new_tensor([batch.goal(place) for place in places])
         most = index.new_tensor([int(3 * batch.max_evals) - run.thirds for run in runs])
         start, box = batch.images()[index], batch.feasible.keep(index)
-        newton = Newton(batch.f, start, batch.z[index], box, goal, most)
-        for _ in chain([None], newton.run()):
-            better = newton.error < newton.error.new_tensor([run.error for run in runs])
-            batch.best[index] = pick(better, newton.best, batch.best[index])
-            share = (time.perf_counter() - began) / len(runs)
-            table = zip(runs, newton.error.tolist(), newton.cost.tolist(), before, strict=True)
-            for run, error, cost, (thirds, seconds) in table:
-                run.thirds, run.seconds = thirds + cost, seconds + share
-                run.offer(error)
-            batch.report()
-        return [place for place in places if not batch.settle(place, math.inf, 0)]
+        newton = Newton(batch.f, start, batch.z[index], box, batch.goals(places), most)
+        steps: Iterable[None] = chain([None], newton.run())
+        while True:
+            for _ in steps:
+                better = newton.error < newton.error.new_tensor([run.error for run in runs])
+                batch.best[index] = pick(better, newton.best, batch.best[index])
+                share = (time.perf_counter() - began) / len(runs)
+                table = zip(runs, newton.error.tolist(), newton.cost.tolist(), before, strict=True)
+                for run, error, cost, (thirds, seconds) in table:
+                    run.thirds, run.seconds = thirds + cost, seconds + share
+                    run.offer(error)
+                batch.report()
+            missed = [place for place in places if not batch.settle(place, math.inf, 0)]
+            goals = batch.goals(places)  # lower where f proved noisier near the match
+            if not bool(((newton.error <= newton.goal) & (newton.error > goals)).any()):
+                return missed
+            newton.goal, steps = goals, newton.run()
 
 
 def _is_nearer(batch: Batch, run: Search) -> bool:

@@ -210,6 +210,18 @@ def test_newton_steps_are_counted_and_stay_within_the_evaluations(monkeypatch):
     assert formed > 0
 
 
+def test_louder_noise_at_the_match_takes_more_steps_but_no_other_jacobian(monkeypatch):
+    formed, real = [], newton.jacobians
+    monkeypatch.setattr(newton, "jacobians", lambda *args: formed.append(1) or real(*args))
+    x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
+    f = admit(steep(), x, noise=True)
+    f.noise = 2e-7
+    monkeypatch.setattr(type(f), "noise_near", lambda self, image: 6.5e-6)
+    result = match_embedding(f, x, steep()(y), LBFGS(history=1), rtol=1e-5)
+    assert float(result.errors) <= 3.5e-6
+    assert len(formed) == 1
+
+
 def test_in_an_l2_ball_there_are_none():
     f = steep()
     x, y = images(2, seed=5, dtype=torch.float64)[:, None].unbind()
