@@ -77,8 +77,6 @@ class Batch:
         run.thirds += thirds
         run.offer(error)
         run.status = reached(self.f, run, self.images()[place], self.rtol)
-        if run.status is None and run.least > 0 and run.error < math.inf:
-            run.status = Status.INFEASIBLE
         if run.status is None and run.num_evals + 1 > self.max_evals:
             run.status = Status.STALLED if run.is_stuck else Status.MAX_EVALS
         return run.status is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -163,20 +163,20 @@ def each_match(
             spent = zip(start.num_evals.tolist(), start.seconds.tolist(), strict=True)
             for run, (evals, seconds) in zip(batch.searches, spent, strict=True):
                 run.thirds, run.seconds = round(3 * evals), seconds
-        if not checks.is_image(target, source):
-            for run, least in zip(batch.searches, _least_errors(f, source, z), strict=True):
-                run.least = least if least > rtol + CLEAR * max(f.noise, NOISE[source.dtype]) else 0.0
+        note_least(batch.searches, f, source, target, z, rtol)
     for places in drive(batch, solver):
         for place in places:
             batch.searches[place].best = batch.images()[place].clone()
         yield {place: batch.searches[place] for place in places}
 
 
-def _least_errors(f: Function, source: Tensor, z: Tensor) -> list[float]:
-    """Return the errors below which no image can come, by what f knows of its embeddings; 0 if it knows nothing."""
+def note_least(runs: Sequence[Search], f: Function, images: Tensor, target: Tensor, z: Tensor, rtol: float) -> None:
+    """Note the errors below which no image can come, by what f knows of its embeddings, if they are clearly > rtol."""
     state: Any = getattr(f, "least_errors", None)
     own = getattr(state, "__self__", None) is f.plain  # a wrapper may pass on the attributes of its Encoder
-    return state(source[0], z).tolist() if own else [0.0] * len(z)
+    if own and not checks.is_image(target, images):
+        for run, least in zip(runs, state(images[0], z).tolist(), strict=True):
+            run.least = least if least > rtol + CLEAR * max(f.noise, NOISE[images.dtype]) else 0.0
 
 
 def target_embeddings(f: Encoding, images: Tensor, target: Tensor) -> Tensor:

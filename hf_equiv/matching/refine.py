@@ -24,7 +24,7 @@ from hf_equiv.conditions import Function, admit
 from hf_equiv.jacobian import VECTORS, jacobians
 from hf_equiv.matching.feasible import Rows
 from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, left_geometry, plan_moves
-from hf_equiv.matching.match import target_embeddings
+from hf_equiv.matching.match import note_least, target_embeddings
 from hf_equiv.matching.rounding import num_turns, round_in_turn
 from hf_equiv.matching.search import ProgressHook, Search, collect, reached, snapshot
 from hf_equiv.matching.solvers import pick
@@ -81,7 +81,8 @@ def refine_8bit(
 
     Returns:
         Images with values k/255, errors, costs and statuses: `refined` if the error is above `rtol` and at most half
-        that of rounding; unchanged and `infeasible` if the ball has no 8-bit image.
+        that of rounding; `infeasible` and only rounded if no image has the target embedding; `infeasible` and unchanged
+        if the ball has no 8-bit image.
 
     Raises:
         ValueError: pixels or bounds other than [0, 1], shapes that do not fit, `radius` without `source`, or a bad
@@ -109,6 +110,7 @@ def refine_8bit(
         f = admit(f, images, noise=True)
         z = target_embeddings(f, images, target)
         runs = [_Run(image) for image in images]
+        note_least(runs, f, images, target, z, rtol)
         count = max(1, min(images_within(memory, z.shape[1], images[0]), memory // WORKSPACE))
         with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook:
             for part in (slice(start, start + count) for start in range(0, len(images), count)):

@@ -76,7 +76,9 @@ class Search:
 
 
 def reached(f: Function, run: Search, image: Tensor, rtol: float) -> Status | None:
-    """Return the status if the error reached rtol with its noise on top, or as nearly as noise allows."""
+    """Return the status if the error reached rtol with its noise on top, as nearly as noise allows, or never can."""
+    if 0 < run.least and run.error < math.inf:
+        return Status.INFEASIBLE
     noise = run.noise_of(f)
     if run.error + noise <= rtol and run.noise is None and noise > _FAINT * rtol:
         near = f.noise_near(image)

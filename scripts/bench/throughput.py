@@ -6,6 +6,7 @@
 The first B of the pairs that `--seed` draws are matched as one batch of B by `match_embedding` and refined by
 `refine_8bit`. A meter around the encoder notes each call: its images, and the cotangents of its backward passes.
 
+* **matched**: pairs with an error of at most 1e-5. The figures of the others say little.
 * **matches/s**: B over the seconds of the match, and over those of match and refinement.
 * **share of f**: evaluations × (seconds of a bare forward and backward pass of B images) / B / seconds, for the match
   and for both. One evaluation is (forwards + 2·cotangents) / 3 of an image. Images that leave the batch lower it.
@@ -168,6 +169,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     if times := row.get("seconds"):
         match, refine = times["match"], times["refine"]
         both = {key: match[key] + refine[key] for key in match}
+        found["matched"] = f"{sum(error <= 1e-5 for error in times['errors_match'])} of {row['batch']}"
         found["matches/s"] = ", ".join(f"{row['batch'] / one['seconds']:.3g}" for one in (match, both))
         found["share of f"] = ", ".join(f"{one['full_passes'] / one['seconds']:.0%}" for one in (match, both))
         found["× f+b"] = f"{match['seconds'] / match['passes']:.2f}"

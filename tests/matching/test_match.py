@@ -15,6 +15,7 @@ from hf_equiv.conditions import admit
 from hf_equiv.matching import newton
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
+from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.matching.search import Search
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.memory import MEMORY
@@ -470,6 +471,9 @@ def test_a_target_that_no_image_has_is_told_with_its_least_error():
     with pytest.raises(ConvergenceError, match=r"The least possible error is 0\.5 for image 1\.") as caught:
         match_embedding(Marked(1.0), x, z)
     assert caught.value.result.status == (Status.CONVERGED, Status.INFEASIBLE)
+    found = refine_8bit(Marked(1.0), x, z)
+    assert found.status[1] is Status.INFEASIBLE
+    assert float(found.num_evals[1]) < 1 < float(found.num_evals[0])  # one forward pass, of the rounded image
 
     class Wrapper:  # lends the attributes of another function
         def __init__(self) -> None:

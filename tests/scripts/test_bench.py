@@ -215,4 +215,4 @@ def test_throughput_reports_every_part(monkeypatch, tmp_path, capsys):
     assert min(row["memory"].values()) >= 0
     text = (tmp_path / "a.md").read_text(encoding="utf-8")
     assert text == capsys.readouterr().out
-    assert "| builtin-64 | cpu, bfloat16 | 2 |" in text
+    assert "| builtin-64 | cpu, bfloat16 | 2 | 0 of 2 |" in text
