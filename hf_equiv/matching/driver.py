@@ -6,7 +6,7 @@ once, again and again. After each evaluation an image stays in its lot, or leave
     ended     its search is over: it is a match, it cannot become one, or it has used up its evaluations.
     through   the solver has ended its phase. The next phase begins; after the last one the search ends.
     near      Newton steps from one Jacobian should be cheaper than the rest of the descent. If they do not end the
-              search, the phase begins again from the image that they reached.
+              search, the image is stuck; in a ball, the phase begins again from the image that they reached.
     stuck     its error no longer falls. The solver begins again, from the source with every pixel slightly changed.
 """
 
@@ -113,7 +113,7 @@ def drive(batch: Batch, solver: Any) -> Iterator[list[int]]:
         yield from _descend(batch, lot)
         missed = list[int]()
         for first in range(0, len(lot.near), batch.together or 1):
-            yield _end(batch, lot.near[first : first + batch.together], missed)
+            yield _end(batch, lot, lot.near[first : first + batch.together], missed)
         if lot.stuck:
             todo.append(_Lot(solver, lot.stuck, shaken=True))
         if missed:
@@ -224,7 +224,7 @@ def _gives_up(batch: Batch, lot: _Lot, place: int) -> bool:
 
 def _is_worth(batch: Batch, run: Search) -> bool:
     """Whether a Jacobian is cheaper than going on: extrapolate the log error of the last evaluations to rtol."""
-    if run.error > min(_NEAR, 0.1 * run.tried):
+    if run.error > min(_NEAR, run.close):
         return False
     cost = jacobian_cost(batch.z.shape[1])
     earlier = run.earlier(_PACE)
@@ -234,15 +234,22 @@ def _is_worth(batch: Batch, run: Search) -> bool:
     return left > _WORTH * cost
 
 
-def _end(batch: Batch, places: Sequence[int], missed: list[int]) -> list[int]:
-    """Take Newton steps from the best images of some places; return those that end, and add the others to `missed`."""
+def _end(batch: Batch, lot: _Lot, places: Sequence[int], missed: list[int]) -> list[int]:
+    """Take Newton steps from the best images of some places; return those that end, and add others to `missed`."""
     ended, again = list[int](), list[int]()
-    for some, left in halved(partial(_newton, batch), places):
-        left = some if isinstance(left, torch.OutOfMemoryError) else left
+    before = {place: batch.searches[place].error for place in places}
+    for some, found in halved(partial(_newton, batch), places):
+        left = some if isinstance(found, torch.OutOfMemoryError) else found
         ended += [place for place in some if place not in left]
         for place in left:
-            (again if _is_nearer(batch, batch.searches[place]) else missed).append(place)
-    return ended + (_end(batch, again, missed) if again else [])
+            run = batch.searches[place]
+            if _is_nearer(batch, run, before[place]):
+                again.append(place)
+            elif batch.restarts and left is found:
+                (lot.stuck if run.restart() else ended).append(place)
+            else:
+                missed.append(place)
+    return ended + (_end(batch, lot, again, missed) if again else [])
 
 
 def _newton(batch: Batch, places: Sequence[int]) -> Sequence[int]:
@@ -251,7 +258,7 @@ def _newton(batch: Batch, places: Sequence[int]) -> Sequence[int]:
     runs = [batch.searches[place] for place in places]
     before = [(run.thirds, run.seconds) for run in runs]
     for run in runs:
-        run.tried = run.error
+        run.close = 0.1 * run.error
     with torch.inference_mode(False), no_tf32(), no_autocast():
         index = torch.tensor(places, device=batch.best.device)
         most = index.new_tensor([int(3 * batch.max_evals) - run.thirds for run in runs])
@@ -275,7 +282,7 @@ def _newton(batch: Batch, places: Sequence[int]) -> Sequence[int]:
             newton.goal, steps = goals, newton.run()
 
 
-def _is_nearer(batch: Batch, run: Search) -> bool:
+def _is_nearer(batch: Batch, run: Search, before: float) -> bool:
     """Whether Newton steps came so much nearer that a new Jacobian will be valid for the rest of the way."""
     cost = jacobian_cost(batch.z.shape[1]) + _STEPS
-    return run.error < _NEARER * run.tried and run.num_evals + cost <= batch.max_evals
+    return run.error < _NEARER * before and run.num_evals + cost <= batch.max_evals

@@ -35,7 +35,7 @@ class Search:
     status: Status | None = None
     trace: list[tuple[float, float]] = field(default_factory=list)
     finite: bool = True  # whether the last evaluation was
-    tried: float = math.inf  # the error at the last attempt by Newton steps
+    close: float = math.inf  # error at which Newton steps may be tried (again)
     restarts: int = 0
     mark: tuple[float, float] = 0.0, math.inf  # evaluations and error at the last clear progress
 
@@ -67,7 +67,7 @@ class Search:
             self.status = Status.STALLED
             return False
         self.mark = self.num_evals + _WINDOW, self.error  # the way back to this error takes as long again
-        self.restarts, self.tried = self.restarts + 1, math.inf
+        self.restarts, self.close = self.restarts + 1, 0.9 * self.error
         return True
 
     def earlier(self, evals: float) -> float | None:

@@ -465,6 +465,24 @@ def test_newton_steps_take_the_memory_there_is(monkeypatch, room, memory, togeth
     assert same_result(found, plain) or room == 0 or together == 0
 
 
+def test_where_newton_steps_do_not_help_an_image_begins_again_beside_its_source(monkeypatch):
+    f, x, y = scaled_rows(torch.float32), 0.2 + 0.6 * images(1, seed=70), 0.2 + 0.6 * images(1, seed=71)
+    real, away, failed = newton.Newton.run, [], []
+
+    def run(steps):
+        failed.append(len(away))
+        return real(steps) if len(failed) > 1 else iter(())
+
+    def g(v: Tensor) -> Tensor:
+        away.extend([float((v.detach() - x).abs().max())] if v.requires_grad else [])
+        return torch.stack([f(one.flatten()) for one in v])
+
+    monkeypatch.setattr(newton.Newton, "run", run)
+    assert match_embedding(g, x, g(y)).converged
+    assert away[failed[0]] == pytest.approx(1 / 255, rel=1e-5)
+    assert min(away[failed[0] - 20 : failed[0]]) > 0.05
+
+
 def test_a_target_that_no_image_has_is_told_with_its_least_error():
     x, z = images(2, seed=64), linear()(images(2, seed=65))
     z[1] *= 2e3 / z[1].norm()
