@@ -5,8 +5,8 @@ once, again and again. After each evaluation an image stays in its lot, or leave
 
     ended     its search is over: it is a match, it cannot become one, or it has used up its evaluations.
     through   the solver has ended its phase. The next phase begins; after the last one the search ends.
-    near      Newton steps from one Jacobian should be cheaper than the rest of the descent. If they do not end the
-              search, the image is stuck; in a ball, the phase begins again from the image that they reached.
+    near      Newton steps from one Jacobian should be cheaper than the rest of the descent. If they neither end the
+              search nor come nearer, the image is stuck; otherwise the phase begins again from the image reached.
     stuck     its error no longer falls. The solver begins again, from the source with every pixel slightly changed.
 """
 
@@ -245,7 +245,7 @@ def _end(batch: Batch, lot: _Lot, places: Sequence[int], missed: list[int]) -> l
             run = batch.searches[place]
             if _is_nearer(batch, run, before[place]):
                 again.append(place)
-            elif batch.restarts and left is found:
+            elif batch.restarts and left is found and run.error > _NEARER * _NEAR:
                 (lot.stuck if run.restart() else ended).append(place)
             else:
                 missed.append(place)
