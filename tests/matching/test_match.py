@@ -12,7 +12,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from hf_equiv.conditions import admit
-from hf_equiv.matching import newton
+from hf_equiv.matching import driver, newton
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
@@ -478,9 +478,10 @@ def test_where_newton_steps_do_not_help_an_image_begins_again_beside_its_source(
         return torch.stack([f(one.flatten()) for one in v])
 
     monkeypatch.setattr(newton.Newton, "run", run)
+    monkeypatch.setattr(driver, "_NEARER", 0.0)  # no progress is enough
     assert match_embedding(g, x, g(y)).converged
     assert away[failed[0]] == pytest.approx(1 / 255, rel=1e-5)
-    assert min(away[failed[0] - 20 : failed[0]]) > 0.05
+    assert min(away[failed[0] - 20 : failed[0]]) > 0.05  # where it was
 
 
 def test_a_target_that_no_image_has_is_told_with_its_least_error():
