@@ -40,7 +40,7 @@ NOISE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 5e-3, torch.
 CLEAR = 10  # times the noise of f: an error above it is not noise
 _NEAR = 0.02  # embedding error below which Newton steps from one Jacobian reach the target
 _PACE = 30  # evaluations over which the pace of a run is measured
-_WORTH = 0.5  # estimated remaining cost, in Jacobians, that justifies one, since the descent slows down
+_WORTH = 0.5, 1.5  # estimated remaining cost, in Jacobians, that justifies one; in a ball the descent slows down less
 _STEPS = 10  # evaluations that must be left for Newton steps after a Jacobian
 _NEARER = 0.5  # share of the error left by Newton steps, below which more follow from a new Jacobian
 _SHAKE = 0.5 / 255  # change of every pixel of the source at the first restart, halved; it doubles with each
@@ -231,7 +231,7 @@ def _is_worth(batch: Batch, run: Search) -> bool:
     if earlier is None or run.num_evals + cost + _STEPS > batch.max_evals:
         return False
     left = math.log(run.error / batch.rtol) * _PACE / max(math.log(earlier / run.error), 1e-9)
-    return left > _WORTH * cost
+    return left > _WORTH[batch.feasible.linf] * cost
 
 
 def _end(batch: Batch, lot: _Lot, places: Sequence[int], missed: list[int]) -> list[int]:
