@@ -41,6 +41,7 @@ CLEAR = 10  # times the noise of f: an error above it is not noise
 _NEAR = 0.02  # embedding error below which Newton steps from one Jacobian reach the target
 _PACE = 30  # evaluations over which the pace of a run is measured
 _WORTH = 0.5, 1.5  # estimated remaining cost, in Jacobians, that justifies one; in a ball the descent slows down less
+_FAR = 10  # times rtol: a smaller error takes no Jacobian in a ball
 _STEPS = 10  # evaluations that must be left for Newton steps after a Jacobian
 _NEARER = 0.5  # share of the error left by Newton steps, below which more follow from a new Jacobian
 _SHAKE = 0.5 / 255  # change of every pixel of the source at the first restart, halved; it doubles with each
@@ -224,7 +225,7 @@ def _gives_up(batch: Batch, lot: _Lot, place: int) -> bool:
 
 def _is_worth(batch: Batch, run: Search) -> bool:
     """Whether a Jacobian is cheaper than going on: extrapolate the log error of the last evaluations to rtol."""
-    if run.error > min(_NEAR, run.close):
+    if run.error > min(_NEAR, run.close) or (batch.feasible.linf and run.error < _FAR * batch.rtol):
         return False
     cost = jacobian_cost(batch.z.shape[1])
     earlier = run.earlier(_PACE)
