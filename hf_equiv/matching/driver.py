@@ -6,7 +6,7 @@ once, again and again. After each evaluation an image stays in its lot, or leave
     ended     its search is over: it is a match, it cannot become one, or it has used up its evaluations.
     through   the solver has ended its phase. The next phase begins; after the last one the search ends.
     near      Newton steps from one Jacobian should be cheaper than the rest of the descent. If they neither end the
-              search nor come nearer, the image is stuck; otherwise the phase begins again from the image reached.
+              search nor come nearer, without a ball the image is stuck; else the phase goes on from the image reached.
     stuck     its error no longer falls. The solver begins again, from the source with every pixel slightly changed.
 """
 
