@@ -25,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_equiv.full_size.resampling import Axis, View
+from hf_equiv.data.resampling import Axis, View
 
 _SLACK = 0.2, 0.35  # distance from the levels, of 0.5, at which sums before rounding are near: in columns, in rows
 _ROUNDS = ((0.01, 1, 1.0), (0.03, 16, 0.5), (0.003, 64, 0.1))  # ε, K, and the share of the slack

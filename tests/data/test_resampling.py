@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_equiv.full_size.resampling import FILTERS, Axis, follow
+from hf_equiv.data.resampling import FILTERS, Axis, follow
 
 
 def processor(size, resample, crop=None):
