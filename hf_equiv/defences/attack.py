@@ -76,8 +76,8 @@ def attack_smoothed(
         cos(Σᵢ h(x′ + σεᵢ), f̂(x)),    h = f/‖f‖ (D,),    f̂(x) = E h(x + σε),    εᵢ ~ N(0, I),
 
     with fresh draws εᵢ in each step, start at random points of the sphere. The best end is measured with other draws,
-    the same for x and x′. The mean over pairs of different draws makes products of means free of bias, and the jackknife
-    gives the interval. The cosine found is above the least one in the ball; `certified_cosine` gives a bound below it.
+    the same for x and x′. Products of means are taken over pairs of different draws, which have no bias, and the
+    jackknife gives the interval. The least cosine in the ball lies between the result and that of `certified_cosine`.
 
     Cost: `restarts`·(`num_steps`·`draws` + n/3) + n evaluations an image. Memory: the activations of `draws` images
     with their graph, and 2·n embeddings.

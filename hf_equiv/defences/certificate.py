@@ -15,7 +15,7 @@ from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import admit
 from hf_equiv.defences.confidence import mean_at_least, variance_at_most
 from hf_equiv.defences.shifts import largest_mean
-from hf_equiv.memory import Parts
+from hf_equiv.memory import MEMORY, Parts
 from hf_equiv.passes import Work, measure_images
 from hf_equiv.precision import Encoding, inner, no_tf32
 from hf_equiv.results import Status
@@ -120,8 +120,9 @@ def certified_cosine(
     Example:
         >>> import torch
         >>> from hf_equiv import certified_cosine
-        >>> certified_cosine(lambda x: 2 + x.flatten(1), torch.full((1, 2), 0.5), 0.25, [0, 0.125, 0.25], n=1000).cosine
-        tensor([[1.0000, 0.9971, 0.9826]], dtype=torch.float64)
+        >>> found = certified_cosine(lambda x: 2 + x.flatten(1), torch.full((1, 2), 0.5), 0.25, [0.125, 0.25])
+        >>> [round(cosine, 2) for cosine in found.cosine[0].tolist()]
+        [1.0, 0.99]
 
     References:
         Salman et al. (2019), arXiv:1906.04584, lemma 2. Cohen, Rosenfeld, Kolter (2019), arXiv:1902.02918. Kumar et al.
@@ -136,7 +137,11 @@ def certified_cosine(
 
     def measure(b: int) -> Work[dict[str, Any]]:
         yield from ()  # the passes of an image are full
-        told = None if hook is None else lambda done: hook(b * n + done, len(images) * n)
+
+        def told(done: int) -> None:
+            if hook is not None:
+                hook(b * n + done, len(images) * n)
+
         draws = unit_embeddings(f, images[b].detach(), sigma, n, seed=seed, batch=batch, told=told)
         return _bound(draws, n, radii / sigma, (1 - confidence) / 2)
 
@@ -182,6 +187,7 @@ def _bound(draws: Iterator[Tensor], n: int, shifts: Tensor, alpha: float) -> dic
     """Return the fields of an image from its unit embeddings h (n, D); each of two bounds fails with `alpha`."""
     total, moment, values = torch.zeros(()), torch.zeros(()), []
     for h in draws:
+        _check_dimension(h.shape[1])
         before = total.to(h) + h.cumsum(0) - h
         # A direction u from earlier draws alone: the mean of uᵀh, given these, is at most ‖f̂(x)‖.
         values.append(inner(unit(before), h))
@@ -207,13 +213,22 @@ def _bound(draws: Iterator[Tensor], n: int, shifts: Tensor, alpha: float) -> dic
     }
 
 
+def _check_dimension(dimension: int) -> None:
+    most = math.isqrt(MEMORY // 32)  # four matrices in float64, two of them inside the solver of eigenvalues
+    if dimension > most:
+        raise ValueError(
+            f"`f` must have embeddings of at most {most} numbers, whose covariance fits into memory; got {dimension}. "
+            "Use a readout with fewer dimensions, such as 'cls' or 'mean'."
+        )
+
+
 def _checked_radii(radius: float | Sequence[float]) -> Tensor:
-    several = not isinstance(radius, int | float)
-    for one in (found := list(radius) if several else [radius]):
+    found = radius if isinstance(radius, Sequence) else [radius]
+    for one in found:
         checks.check_positive(one, "radius", or_zero=True)
     if not found:
         raise ValueError("`radius` must be a number or several; got none. Pass 0.5, or [0.25, 0.5].")
-    return torch.tensor(found if several else radius, dtype=torch.float64, device="cpu")
+    return torch.tensor(radius, dtype=torch.float64, device="cpu")
 
 
 def _check_draws(n: int, confidence: float) -> None:
