@@ -77,7 +77,7 @@ def certified_cosine(
     bounds: Bounds = UNIT,
     progress: Callable[[int, int], None] | bool | None = None,
 ) -> CosineCertificate:
-    """Certify a lower bound of the cosine that any change of an image within a radius leaves its smoothed embedding.
+    """Bound the cosine between the smoothed embeddings of an image and of any other within a radius, with confidence.
 
     The smoothed embedding is the mean of the normalised one under Gaussian noise on the pixels,
 
@@ -93,9 +93,9 @@ def certified_cosine(
     are bounded from samples, so that the statement is about the true f̂(x), although its direction is not known. All
     radii follow from the same ρ and λ and hold together.
 
-    The statement is about the smoothed encoder, not about f. It says nothing where the embedding of a noisy image tells
-    little of the image: compare `embeddings` of different images. The noise is not clipped to the box, without which
-    there is no statement, so f must take values outside. That f is computed in floating point is left out of account.
+    The statement is about the smoothed encoder, not about f, and of no use where noise makes all images alike: compare
+    `embeddings` of different images. The proof needs noise that is not clipped to the box, so f must take values
+    outside. It leaves out of account that f is computed in floating point.
 
     Cost: n / 3 evaluations an image. Memory: the activations of `batch` images, and two D × D matrices.
 
@@ -188,10 +188,11 @@ def _bound(draws: Iterator[Tensor], n: int, shifts: Tensor, alpha: float) -> dic
     total, moment, values = torch.zeros(()), torch.zeros(()), []
     for h in draws:
         _check_dimension(h.shape[1])
-        before = total.to(h) + h.cumsum(0) - h
+        sums = total.to(h) + h.cumsum(dim=0)
+        earlier = torch.cat([total.to(h).expand(1, h.shape[1]), sums[:-1]])
         # A direction u from earlier draws alone: the mean of uᵀh, given these, is at most ‖f̂(x)‖.
-        values.append(inner(unit(before), h))
-        total, moment = total.to(h) + h.sum(0), moment.to(h) + h.T @ h
+        values.append(inner(unit(earlier), h))
+        total, moment = sums[-1], moment.to(h) + h.T @ h
     covariance = (moment - torch.outer(total, total) / n) / (n - 1)
     if not bool(covariance.isfinite().all()):
         cosine, norm, norm_bound, variance = torch.full_like(shifts, math.nan), *[math.nan] * 3

@@ -96,7 +96,9 @@ def test_no_attack_is_below():
 
 def test_images_and_passes_do_not_change_an_image():
     f, x = smooth_mlp(), images(3)
-    together = certified_cosine(f, x, 0.25, 0.1, n=100)
+    done = []
+    together = certified_cosine(f, x, 0.25, 0.1, n=100, progress=lambda *state: done.append(state))
+    assert done[:1] + done[-1:] == [(32, 300), (300, 300)]
     assert together.cosine.shape == (3,)
     assert together.radii.shape == ()
     alone = [certified_cosine(f, one, 0.25, 0.1, n=100, batch=7) for one in x.split(1)]
