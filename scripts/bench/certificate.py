@@ -107,7 +107,7 @@ def measure(encoder, images, sigma: float, given) -> list[dict]:
         row["violations"] = sum(one["cosine"] + one["error"] < row["certified"][one["image"]] for one in row["attacks"])
         gap = statistics.median(a - c for a, c in zip(row["free"], row["certified"], strict=True))
         print(
-            f"| {radius:.4g} | {least.median():.4f} ({least.min():.4f}) | {min(row['free']):.5f} | "
+            f"| {radius:.4g} | {statistics.median(least.tolist()):.4f} ({least.min():.4f}) | {min(row['free']):.5f} | "
             f"{min(row['boxed']):.5f} | {bare.min():.3f} | {len(row['attacks'])} | {row['violations']} | {gap:.4f} |",
             flush=True,
         )
@@ -129,7 +129,7 @@ def draw(rows: list[dict], path: Path) -> None:
             axes.plot(*zip((0.0, 1.0), *known, strict=True), color=color, ls=line, marker="o", ms=3, label=label)
         axes.set(title=f"σ = {sigma:g}", xlabel="L2 distance, pixels in [0, 1]", ylabel="cosine", ylim=(None, 1.01))
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
