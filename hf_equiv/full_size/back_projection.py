@@ -28,7 +28,7 @@ from torch import Tensor
 from hf_equiv.data.resampling import Axis, View
 
 _SLACK = 0.2, 0.35  # distance from the levels, of 0.5, at which sums before rounding are near: in columns, in rows
-_ROUNDS = ((0.01, 1, 1.0), (0.03, 16, 0.5), (0.003, 64, 0.1))  # ε, K, and the share of the slack
+_ROUNDS = ((0.1, 1, 1.0), (0.1, 16, 0.5), (0.03, 64, 0.1))  # ε (n/m)², K, and the share of the slack
 _STEPS, _CHECK = 60, 10  # most proximal steps, and after how many the lines that are done are left out
 _NEAR = 0.1  # distance from the slack at which a line is done
 _NUMBERS = 2**24  # of lines worked on at once
@@ -104,9 +104,9 @@ def _nearest(axis: Axis, start: Tensor, levels: Tensor, slack: float) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _factor(axis: Axis, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return R_jl / R_jj (n, n) and R_jj² (n,) of RᵀR = AᵀA + εI, float32."""
+    """Return R_jl / R_jj (n, n) and R_jj² (n,) of RᵀR = AᵀA + εI with ε = `ridge` (m/n)², float32."""
     A = axis.matrix / 2.0**22
-    R = torch.linalg.cholesky(A.T @ A + ridge * torch.eye(axis.n, dtype=A.dtype)).mT
+    R = torch.linalg.cholesky(A.T @ A + ridge * (axis.m / axis.n) ** 2 * torch.eye(axis.n, dtype=A.dtype)).mT
     scale = R.diagonal()
     return (R / scale[:, None]).float(), scale.square().float()
 
