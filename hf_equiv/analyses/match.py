@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_equiv.analyses import measures
 from hf_equiv.analyses.config import DTYPES, BaseConfig, Load
-from hf_equiv.analyses.pairs import Item, Reader, name_pairs
+from hf_equiv.analyses.pairs import Item, Reader, image_generator, name_pairs
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import NORMS, check_choice, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png
@@ -29,6 +29,8 @@ from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
 from hf_equiv.results import Progress, Status
 from hf_equiv.runs.schema import MATCH, Row
+from hf_equiv.through.match import match_through
+from hf_equiv.through.transformations import read_transformations
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -62,6 +64,7 @@ class MatchConfig(BaseConfig):
         max_evals: evaluations allowed per image.
         refine: refine the match on the 8-bit lattice; otherwise it is rounded.
         labels: class names for zero-shot classification.
+        through: transformations that the match should survive, such as `jpeg:60-95` and `resize:0.5`.
         compile: match with `torch.compile`; the plain encoder still computes every number.
     """
 
@@ -75,6 +78,7 @@ class MatchConfig(BaseConfig):
     max_evals: int = 1000
     refine: bool = True
     labels: tuple[str, ...] | None = None
+    through: tuple[str, ...] | None = None
     compile: bool = False
 
     @property
@@ -98,6 +102,8 @@ class MatchConfig(BaseConfig):
             check_positive(self.radius, "radius")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
+        if self.through is not None:
+            read_transformations(self.through)
         if self.data is not None and (self.source is not None or self.target is not None):
             raise ValueError("`data` must not be combined with `source` and `target`. Give one or the other.")
         if (self.source is None) != (self.target is None):
@@ -168,6 +174,7 @@ class MatchConfig(BaseConfig):
             "refine": self.refine,
             "labels": list(self.labels) if self.labels else None,
             **({"prompt": PROMPT} if self.labels else {}),
+            **({"through": list(self.through)} if self.through else {}),
         }
 
     def item_bytes(self, encoder: Encoder, settings: Row) -> int:
@@ -189,9 +196,16 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
 
     z = measures.embed(encoder, target)
     goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
+    start = None
+    if config.through is not None:
+        start = match_through(
+            encoder, source, z, read_transformations(config.through),
+            [image_generator(config.seed, f"{one.item.name}:through") for one in part],
+            radius=config.radius, norm=config.ball_norm, max_evals=config.max_evals, progress=hook("through"),
+        )  # fmt: skip
     searches = match_in_stages(
         encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
-        **goal,
+        start=start, **goal,
     )  # fmt: skip
     # A GPU refines together what ends together. A CPU gains nothing by it, and keeps each pair that is finished.
     ends = (
@@ -216,6 +230,10 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
             png = encode_png(grid)
             three = source[i], decode_png(png, source.dtype), target[i]
             row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=name, labels=config.labels)
+            if config.through is not None:
+                row["through"] = measures.measure_through(
+                    encoder, *three[1:], config.through, seed=config.seed, pair_id=name, labels=config.labels
+                )
             row |= {
                 "match": png,
                 "status": str(found.status),
@@ -272,6 +290,8 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
         "label_flipped_to_target": sum(bool(row["same_top1"]) for row in changed) if flips else None,
         "baseline": baseline,
     }
+    if settings.get("through"):
+        summary["through"] = [measures.sum_up_through(rows, name) for name in settings["through"]]
     return summary | {"verdict": measures.verdict("match", summary=summary, rows=rows, rtol=settings["rtol"])}
 
 
@@ -342,6 +362,11 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     made: Row = dict.fromkeys(MATCH.added) | measures.measure_match(
         encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
     )
+    if settings.get("through"):
+        made["through"] = measures.measure_through(
+            encoder, match, target, settings["through"], seed=settings["seed"], pair_id=row["pair_id"],
+            labels=settings["labels"],
+        )  # fmt: skip
     z, z_target = measures.embed(encoder, torch.stack([image.to(target), target]))
     reached = measures.relative_error(z, z_target)
     faults = []
@@ -370,6 +395,7 @@ def tolerances(made: Row, settings: Row) -> Row:
     return {
         **dict.fromkeys((*errors, "cosine_to_target", "cosine_to_source", "cosine_source_target"), near),
         **dict.fromkeys(("match_prob", "target_label_prob"), max(100 * near, 1e-4)),
+        "through": dict.fromkeys(("error", "worst"), near),
         "noise_floor": (floor / 6, 6 * floor),  # other kernels change it by up to 30 % (measured, D = 192)
         "psnr_db": 1e-8,
         "ssim": 1e-5,

@@ -22,6 +22,7 @@ from hf_equiv.formatting import finite, text_templates
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
+from hf_equiv.through.transformations import handle, read_transformations
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -135,6 +136,41 @@ def measure_match(
         "match_prob": finite(prob[1, m]),
         "target_label_prob": finite(prob[1, t]),
         "same_top1": m == t,
+    }
+
+
+@torch.no_grad()
+@no_tf32()
+def measure_through(
+    encoder: Encoder, match: Tensor, target: Tensor, names: Sequence[str], *, seed: int, pair_id: str,
+    labels: Sequence[str] | None = None,
+) -> list[Row]:  # fmt: skip
+    """Measure how far stored images (3, H, W) embed from the target after each transformation, done by Pillow."""
+    (z_target,) = embed(encoder, target.to(encoder.device)[None])
+    wanted, found = top_classes(encoder, target.to(encoder.device)[None], labels), []
+    for one in read_transformations(names):
+        draws = one.draws(image_generator(seed, f"{pair_id}:{one.name}"))
+        changed = torch.stack([handle(match.to(encoder.device), draw) for draw in draws])
+        errors = [relative_error(z, z_target) for z in encoder(changed)]
+        seen = top_classes(encoder, changed, labels)
+        found.append({
+            "transformation": one.name,
+            "error": median_of(errors),
+            "worst": largest(errors),
+            "same_top1": None if seen is None or wanted is None else seen.count(wanted[0]) / len(seen),
+        })  # fmt: skip
+    return found
+
+
+def sum_up_through(rows: Rows, name: str) -> Row:
+    """Sum up a transformation over the rows: median error and its largest value, and the share of labels kept."""
+    found = [one for row in rows for one in row["through"] or () if one["transformation"] == name]
+    shares = [one["same_top1"] for one in found if one["same_top1"] is not None]
+    return {
+        "transformation": name,
+        "error": median_of(one["error"] for one in found),
+        "worst": largest(one["worst"] for one in found),
+        "same_top1": sum(shares) / len(shares) if shares else None,
     }
 
 

@@ -88,8 +88,10 @@ def _code(planes: Tensor, steps: Tensor) -> Tensor:
     C, H, W = planes.shape
     D = _cosines().to(planes)
     blocks = planes.reshape(C, H // _BLOCK, _BLOCK, W // _BLOCK, _BLOCK).transpose(2, 3) - 128
-    coefficients = rounded(_FINE * (D @ blocks @ D.T)) / _FINE
-    kept = rounded(coefficients / steps * (1 + 1e-5)) * steps  # a half goes away from zero
+    multiple = rounded(_FINE * (D @ blocks @ D.T)) / _FINE / steps * (1 + 1e-5)  # a half goes away from zero
+    # A coefficient that becomes 0 hardly feels a change, unless it is near a half.
+    slope = (2 * multiple.detach().abs()).clamp_max(1).square()
+    kept = (multiple.detach().round() + slope * (multiple - multiple.detach())) * steps
     return levels_of((D.T @ kept @ D).transpose(2, 3).reshape(C, H, W) + 128)
 
 
