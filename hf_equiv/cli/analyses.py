@@ -71,8 +71,7 @@ _DERIVATIVES = {
               help="Round the match to 8 bit without refining it there.")  # fmt: skip
 @option("--labels", "Class names for zero-shot labels (CLIP, SigLIP).", "A,B,C", names)
 @option(
-    "--through", "Transformations that the match survives too: jpeg:Q, resize:F, blur:PX, noise:S, or jpeg:60-95.",
-    "LIST", names,
+    "--through", "What the match survives too: jpeg:75, resize:0.5, blur:1, noise:2/255, or jpeg:60-95.", "LIST", names
 )
 @analysis_options
 def match(**given: Any) -> int:

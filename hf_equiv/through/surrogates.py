@@ -41,8 +41,8 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
     H, W = x.shape[1:]
     side = 2 * _BLOCK
     padded = torch.nn.functional.pad(x[None], (0, -W % side, 0, -H % side), mode="replicate")[0]
-    y, *chroma = levels_of(_mix(_TO_YCC, padded) + x.new_tensor([0.0, 128.0, 128.0])[:, None, None])
-    halved = torch.nn.functional.avg_pool2d(torch.stack(chroma)[None], 2)[0]
+    planes = levels_of(_mix(_TO_YCC, padded) + x.new_tensor([0.0, 128.0, 128.0])[:, None, None])
+    halved = torch.nn.functional.avg_pool2d(planes[1:][None], 2)[0]
     # libjpeg rounds a half down and up in turn
     turn = torch.arange(padded.shape[2], device=x.device) % 2 - 0.5
     halved = rounded(halved + turn[: halved.shape[2]] / 8)
@@ -50,7 +50,7 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
     chroma = _code(halved, chrominance.to(x))[None]
     # weights 3/4 and 1/4, as in libjpeg's "fancy upsampling"
     doubled = torch.nn.functional.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)[0]
-    planes = torch.cat([_code(y[None], luminance.to(x)), rounded(doubled - turn / 32) - 128])
+    planes = torch.cat([_code(planes[:1], luminance.to(x)), rounded(doubled - turn / 32) - 128])
     return levels_of(_mix(_TO_RGB, planes))[:, :H, :W]
 
 
