@@ -144,7 +144,7 @@ def test_rows_state_errors_after_transformations(photos, tiny, tmp_path):
         assert row["num_evals"] <= plan.config.max_evals
     errors = [row["through"][2]["error"] for row in outcome.rows]
     assert outcome.summary["through"][2]["error"] == np.median(errors)
-    assert f"After {names[0]} (median) the error is " in outcome.summary["verdict"]
+    assert f"After {names[0]} the median error is " in outcome.summary["verdict"]
     assert "| median embedding error after noise:2/255 |" in (tmp_path / "a" / "README.md").read_text()
 
 
