@@ -69,6 +69,7 @@ _DERIVATIVES = {
 @flag("--compile", "Compile the model with torch.compile; needs a C++ compiler and minutes.")
 @click.option("--no-refine", "refine", flag_value=False, type=bool, default=True, show_default=False,
               help="Round the match to 8 bit without refining it there.")  # fmt: skip
+@flag("--full-size", "Also write each match as a PNG of the size of its source photo.")
 @option("--labels", "Class names for zero-shot labels (CLIP, SigLIP).", "A,B,C", names)
 @option(
     "--through", "What the match survives too: jpeg:75, resize:0.5, blur:1, noise:2/255, or jpeg:60-95.", "LIST", names

@@ -5,7 +5,7 @@ import torch
 from fakes import TinyEncoder, pixels_of_photo
 
 from hf_equiv import Encoder, load_images, match_embedding
-from hf_equiv.analyses.measures import measure_through
+from hf_equiv.analyses.measures import measure_match
 from hf_equiv.through.match import SHARE, match_through
 from hf_equiv.through.transformations import read_transformations
 
@@ -23,7 +23,8 @@ def test_survives_jpeg_where_a_plain_match_does_not():
     plain = match_embedding(encoder, source, target, rtol=0.02).images[0]
     found = search(encoder, [source[0]], [target[0]], "jpeg:75", max_evals=200)
     (before,), (after,) = (
-        measure_through(encoder, x, target[0], ["jpeg:75"], seed=0, pair_id="a") for x in (plain, found.images[0])
+        measure_match(encoder, source[0], x, target[0], seed=0, pair_id="a", through=["jpeg:75"])["through"]
+        for x in (plain, found.images[0])
     )
     assert after["error"] < 0.6 * before["error"]
     assert found.psnr_db > 20
