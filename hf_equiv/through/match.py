@@ -17,7 +17,7 @@ from hf_equiv.through.surrogates import rounded
 from hf_equiv.through.transformations import Transformation
 
 SHARE = 0.75  # of the allowed evaluations, spent here; bringing the image itself to `rtol` takes the others
-_STEP, _STEP_LINF = 1.5 / 255, 4 / 255  # first steps, root mean square
+_STEP, _STEP_LINF = 1 / 255, 4 / 255  # first steps, root mean square
 _OF_RADIUS = 0.25  # largest first step in a ball, over its radius
 _LAST = 0.05  # last step over the first
 _MEAN, _SQUARE = 0.9, 0.99  # decay of the running means of gradients and of their squares
