@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_equiv.analyses import measures
 from hf_equiv.analyses.config import DTYPES, BaseConfig, Load
-from hf_equiv.analyses.pairs import Item, Reader, name_pairs
+from hf_equiv.analyses.pairs import Item, Reader, image_generator, name_pairs
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import NORMS, UNIT, check_choice, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png, stored_image
@@ -36,6 +36,8 @@ from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
 from hf_equiv.results import Progress, Status
 from hf_equiv.runs.schema import MATCH, Row
+from hf_equiv.through.match import match_through
+from hf_equiv.through.transformations import read_transformations
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -71,6 +73,7 @@ class MatchConfig(BaseConfig):
         max_evals: evaluations allowed per image.
         refine: refine the match on the 8-bit lattice; otherwise it is rounded.
         labels: class names for zero-shot classification.
+        through: transformations that the match should survive, such as `jpeg:60-95` and `resize:0.5`.
         compile: match with `torch.compile`; the plain encoder still computes every number.
         full_size: also write each match as a file of the size of its source photo.
     """
@@ -85,6 +88,7 @@ class MatchConfig(BaseConfig):
     max_evals: int = 1000
     refine: bool = True
     labels: tuple[str, ...] | None = None
+    through: tuple[str, ...] | None = None
     compile: bool = False
     full_size: bool = False
 
@@ -111,6 +115,8 @@ class MatchConfig(BaseConfig):
             raise ValueError("`full_size` must come with the 8-bit refinement. Leave `no_refine` out.")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
+        if self.through is not None:
+            read_transformations(self.through)
         if self.data is not None and (self.source is not None or self.target is not None):
             raise ValueError("`data` must not be combined with `source` and `target`. Give one or the other.")
         if (self.source is None) != (self.target is None):
@@ -183,6 +189,7 @@ class MatchConfig(BaseConfig):
             "refine": self.refine,
             "labels": list(self.labels) if self.labels else None,
             **({"prompt": PROMPT} if self.labels else {}),
+            **({"through": list(self.through)} if self.through else {}),
             **({"full_size": True} if self.full_size else {}),
         }
 
@@ -218,9 +225,16 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
     f, drafts, start = (encoder, plan.drafts, source) if metric is None else (
         metric.of(encoder), [replace(one, f=metric.of(one.f)) for one in plan.drafts], metric.invert(source)
     )  # fmt: skip
+    survivor, drawn = None, [image_generator(config.seed, f"{one.item.name}:through") for one in part]
+    if config.through is not None:
+        survivor = match_through(
+            encoder, source, z, read_transformations(config.through), drawn, radius=config.radius,
+            norm=config.ball_norm, max_evals=config.max_evals, progress=hook("through"),
+        )  # fmt: skip
+        survivor = survivor if metric is None else replace(survivor, images=metric.invert(survivor.images))
     searches = match_in_stages(
         f, drafts, start, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
-        bounds=UNIT if metric is None else None, **goal,
+        bounds=UNIT if metric is None else None, start=survivor, **goal,
     )  # fmt: skip
     # A GPU refines together what ends together. A CPU gains nothing by it, and keeps each pair that is finished.
     ends = (
@@ -259,7 +273,8 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
                 seconds += time.perf_counter() - began
             png = encode_png(grid)
             three = source[i], decode_png(png, source.dtype), target[i]
-            row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=name, labels=config.labels)
+            given = {"seed": config.seed, "labels": config.labels, "through": config.through}
+            row = measures.measure_match(encoder, *three, pair_id=name, **given)
             row |= full | {
                 "match": png,
                 "status": str(found.status),
@@ -326,6 +341,8 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
         "label_flipped_to_target": sum(bool(row["same_top1"]) for row in changed) if flips else None,
         "baseline": baseline,
     }
+    if names := settings.get("through"):
+        summary["through"] = [measures.sum_up_through(rows, name) for name in names]
     if settings.get("full_size"):
         summary["full_size"] = measures.medians_of(rows, ("psnr_full_db", "ssim_full"))
         summary["full_size"] |= {"exact": sum(bool(row["full_exact"]) for row in rows)}
@@ -396,9 +413,9 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     """Recompute a match row from its three PNG images, the float match and its cost."""
     (row,) = rows
     image, source, match, target = floats.pop(row["pair_id"]), row["source"], row["match"], row["target"]
-    made: Row = dict.fromkeys(MATCH.added) | measures.measure_match(
-        encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
-    )
+    given: Any = {key: settings.get(key) for key in ("seed", "labels", "through")}
+    measured = measures.measure_match(encoder, source, match, target, pair_id=row["pair_id"], **given)
+    made: Row = dict.fromkeys(MATCH.added) | measured
     z, z_target = measures.embed(encoder, torch.stack([image.to(target), target]))
     reached = measures.relative_error(z, z_target)
     faults = []
@@ -437,6 +454,7 @@ def tolerances(made: Row, settings: Row) -> Row:
     return {
         **dict.fromkeys((*errors, "cosine_to_target", "cosine_to_source", "cosine_source_target"), near),
         **dict.fromkeys(("match_prob", "target_label_prob"), max(100 * near, 1e-4)),
+        "through": dict.fromkeys(("error", "worst"), near),
         "noise_floor": (floor / 6, 6 * floor),  # other kernels change it by up to 30 % (measured, D = 192)
         "psnr_db": 1e-8,
         "ssim": 1e-5,

@@ -22,6 +22,7 @@ from hf_equiv.formatting import finite, text_templates
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
+from hf_equiv.through.transformations import Transformation, handle, read_transformations
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -98,12 +99,13 @@ def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed:
 @no_tf32()
 def measure_match(
     encoder: Encoder, source: Tensor, match: Tensor, target: Tensor, *, seed: int, pair_id: str,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None, through: Sequence[str] | None = None,
 ) -> Row:  # fmt: skip
     """Compute the columns `MEASURES` of a row from its three stored images, each (3, H, W) as read back from PNG."""
     # `seed` and `pair_id` seed the noise on the target. `labels` are class names for zero-shot classification (CLIP,
     # SigLIP), in place of the checkpoint's head. A column is None where it is not defined: PSNR of equal images, SSIM
-    # below 11 px, labels without a head. Cost: about 16 forwards of one image, of which 2 in float64.
+    # below 11 px, labels without a head. `through` names transformations, whose column is added. Cost: about 16
+    # forwards of one image, of which 2 in float64, and those after transformations.
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     three = torch.stack([source, match, target])
     z_source, z_match, z_target = encoder(three)
@@ -122,6 +124,11 @@ def measure_match(
         "linf": finite(gap.abs().max()),
         "l2": finite(gap.norm()),
     }
+    if through:
+        row["through"] = [
+            _measure_after(encoder, match, target, one, image_generator(seed, f"{pair_id}:{one.name}"), labels)
+            for one in read_transformations(through)
+        ]
     names = tuple(labels) if labels else (encoder.label_names if encoder.has_head else None)
     if names is None:
         return row | dict.fromkeys(LABEL_MEASURES)
@@ -135,6 +142,34 @@ def measure_match(
         "match_prob": finite(prob[1, m]),
         "target_label_prob": finite(prob[1, t]),
         "same_top1": m == t,
+    }
+
+
+def _measure_after(
+    encoder: Encoder, match: Tensor, target: Tensor, one: Transformation, generator: torch.Generator,
+    labels: Sequence[str] | None,
+) -> Row:  # fmt: skip
+    """Measure how far an image (3, H, W) embeds from the target after draws of a transformation, done by Pillow."""
+    changed = torch.stack([target, *(handle(match, draw) for draw in one.draws(generator))])
+    z_target, *z = encoder(changed)
+    errors, seen = [relative_error(each, z_target) for each in z], top_classes(encoder, changed, labels)
+    return {
+        "transformation": one.name,
+        "error": median_of(errors),
+        "worst": largest(errors),
+        "same_top1": None if seen is None else seen[1:].count(seen[0]) / len(errors),
+    }
+
+
+def sum_up_through(rows: Rows, name: str) -> Row:
+    """Sum up a transformation over the rows: median error and its largest value, and the share of labels kept."""
+    found = [one for row in rows for one in row["through"] or () if one["transformation"] == name]
+    shares = [one["same_top1"] for one in found if one["same_top1"] is not None]
+    return {
+        "transformation": name,
+        "error": median_of(one["error"] for one in found),
+        "worst": largest(one["worst"] for one in found),
+        "same_top1": sum(shares) / len(shares) if shares else None,
     }
 
 

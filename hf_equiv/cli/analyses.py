@@ -71,6 +71,9 @@ _DERIVATIVES = {
               help="Round the match to 8 bit without refining it there.")  # fmt: skip
 @flag("--full-size", "Also write each match as a PNG of the size of its source photo.")
 @option("--labels", "Class names for zero-shot labels (CLIP, SigLIP).", "A,B,C", names)
+@option(
+    "--through", "What the match survives too: jpeg:75, resize:0.5, blur:1, noise:2/255, or jpeg:60-95.", "LIST", names
+)
 @analysis_options
 def match(**given: Any) -> int:
     """Turn source images into images with the embedding of target images; by default cat -> coffee.
@@ -79,6 +82,7 @@ def match(**given: Any) -> int:
     hf-equiv match builtin
     hf-equiv match builtin --source cat.jpg --target coffee.jpg --radius 8/255
     hf-equiv match facebook/deit-tiny-patch16-224 --data photos/ --pairs 20
+    hf-equiv match builtin --through jpeg:60-95,resize:0.5
     hf-equiv match openai/clip-vit-base-patch32 --data cifar10:test --pairs 50 --labels cat,dog,ship
 
     PNG pixels move in whole levels: with a --radius below 1/255 (linf) the match is the source.
@@ -340,11 +344,13 @@ def count_evaluations(plan: Plan) -> float:
     """Return a rough number of evaluations for one item."""
     from hf_equiv.cli.progress import SEARCH, SEARCH_IN_BALL
     from hf_equiv.jacobian import jacobian_cost
+    from hf_equiv.through.match import SHARE
 
     settings, name = plan.settings, plan.config.analysis
     jacobian = jacobian_cost(plan.encoder.embedding_dim)
     if name == "match":
         search = SEARCH if settings["radius"] is None else SEARCH_IN_BALL
+        search += SHARE * settings["max_evals"] if settings.get("through") else 0
         return min(settings["max_evals"], search) + (jacobian if settings["refine"] else 0)
     if name == "spectrum":
         k = settings["k"]

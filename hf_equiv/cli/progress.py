@@ -118,7 +118,7 @@ class _Pace:
             self.saved |= {*p.pair_ids}
         elif p.steps:
             self.parts = {p.pair_ids[0]: p.step / p.steps}
-        elif p.stage == "match" and p.num_evals is not None and p.active is not None:
+        elif p.stage in ("through", "match") and p.num_evals is not None and p.active is not None:
             parts = (p.num_evals / SEARCH).masked_fill(~p.active.to(p.num_evals.device), 1.0).clamp(max=MATCHING)
             self.parts = dict(zip(p.pair_ids, parts.tolist(), strict=True))
             self.guessed = bool((parts < MATCHING).any())

@@ -25,7 +25,7 @@ from torch import Tensor
 Process = Callable[[Image.Image], Tensor]
 """The 8-bit part of an image processor: RGB image -> levels 0…255, (3, h, w)."""
 
-_UNIT = 2**22  # a weight of one
+UNIT_WEIGHT = 2**22  # a weight of one
 
 
 def _bicubic(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Axis:
             w = torch.where(offset.abs() < half, weight(offset.abs()), 0.0)
             if self.filter == "box":  # half open
                 w = ((offset > -half) & (offset <= half)).double()
-            w = w / w.sum() * _UNIT
+            w = w / w.sum() * UNIT_WEIGHT
             matrix[i, lower:upper] = (w.sign() * 0.5 + w).trunc()
         return matrix
 
@@ -94,7 +94,7 @@ class Axis:
     @cached_property
     def bands(self) -> list[Tensor]:
         """The weights of each output in its window, float32."""
-        return [(row[w] / _UNIT).float() for row, w in zip(self.matrix, self.windows, strict=True)]
+        return [(row[w] / UNIT_WEIGHT).float() for row, w in zip(self.matrix, self.windows, strict=True)]
 
     def apply(self, x: Tensor) -> Tensor:
         """Return the weighted sums of float pixels (n, L) without rounding, (count, L)."""
@@ -110,7 +110,7 @@ class Axis:
     def levels(self, x: Tensor) -> Tensor:
         """Return the levels (count, L) that Pillow makes of levels (n, L): float64 holds its integers exactly."""
         sums = [row[w] @ x[w].double() for row, w in zip(self.matrix, self.windows, strict=True)]
-        return ((torch.stack(sums) + _UNIT // 2) / _UNIT).floor().clamp(0, 255).to(x.dtype)
+        return ((torch.stack(sums) + UNIT_WEIGHT // 2) / UNIT_WEIGHT).floor().clamp(0, 255).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ class Draft:
 
 def match_in_stages(
     encoder: Encoding, drafts: Sequence[Draft], source: Tensor, target: Tensor, solver: Solver, *,
-    rtol: float, max_evals: int, progress: ProgressHook, **ball: Any
+    rtol: float, max_evals: int, progress: ProgressHook, start: MatchResult | None = None, **ball: Any
 ) -> Iterator[dict[int, Search]]:  # fmt: skip
     """Match with each draft in turn from the end of the last one, then with the encoder, as `each_match` does."""
     # L-BFGS skips its start after the first stage, and only the last stage takes Newton steps. Costs add up.
-    found: MatchResult | None = None
+    found = start
 
     def own(*, newton: bool) -> Solver:
         if not isinstance(solver, LBFGS):

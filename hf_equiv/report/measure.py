@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from hf_equiv.analyses import measures
 from hf_equiv.analyses.measures import cosine, distances_apart, median_of, open_png, relative_error, top_classes
 from hf_equiv.analyses.pairs import image_generator
-from hf_equiv.data.image_file import encode_png, open_image, stored_image
+from hf_equiv.data.image_file import stored_image
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import finite
 from hf_equiv.precision import no_tf32
@@ -33,6 +30,7 @@ from hf_equiv.report.collect import Run, read_pictures
 from hf_equiv.report.statistics import spread
 from hf_equiv.runs import shards
 from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
+from hf_equiv.through.transformations import TRANSFORMS, handle
 
 Tell = Callable[[int, int], None]
 
@@ -41,34 +39,6 @@ LABELLED_PHOTOS = 2000  # most photos of `label_data`, drawn with seed 0
 RANDOM_DRAWS = 4
 _VERSION = 3  # raise it when a stored number changes its meaning
 _CURVE = 400  # points of a stored distribution
-
-
-def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """Save as JPEG (Pillow, its usual 4:2:0 chroma) and read back."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return open_image(buffer.getvalue())
-
-
-def resize_and_back(image: Image.Image, factor: float) -> Image.Image:
-    """Resize by `factor` (bicubic, Pillow's antialiasing) and back to the first size."""
-    return ImageOps.scale(image, factor, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
-
-
-TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "JPEG 95": lambda image: jpeg(image, 95),
-    "JPEG 75": lambda image: jpeg(image, 75),
-    "resize to 90 % and back": lambda image: resize_and_back(image, 0.9),
-    "resize to 50 % and back": lambda image: resize_and_back(image, 0.5),
-    "Gaussian blur, σ = 1 px": lambda image: image.filter(ImageFilter.GaussianBlur(1.0)),
-}
-"""Image transforms by their names in the report."""
-
-
-def handle(pixels: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Apply a transform of images to pixels (3, H, W)."""
-    levels = np.asarray(change(open_image(encode_png(pixels))))
-    return (torch.from_numpy(levels.copy()).permute(2, 0, 1).to(pixels.dtype) / 255).to(pixels.device)
 
 
 def round_8bit(pixels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from hf_equiv.runs.directory import check_command
 from hf_equiv.runs.schema import MATCH, Layout
 
 _OPTIONS = "solver k directions radii regional linearity heading step num_steps rtol radius norm max_evals stop".split()
+_OPTIONS += ["through"]
 NO_PHOTOS = "\nThe photos are withheld: image columns are empty.\n"
 _ESCAPES = str.maketrans({"|": "&#124;", "<": "&lt;", ">": "&gt;", "`": "&#96;"})
 _BLOCK = re.compile(r"^(\d*)(?=[#\[]|~~~|[-+*.)]\s|[-+*=_.)](?:\s*[-*=_])*$)")  # what makes a line begin a block
@@ -69,6 +70,9 @@ def match_numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("evaluations (forward + backward), median", form(median["num_evals"], ".0f")),
         ("evaluations of the 8-bit refinement, median", form(median["num_evals_refine"], ".0f")),
         (unrelated, form(baseline["distance"]["median"] if baseline else None, ".3g")),
+    ] + [
+        (f"median embedding error after {one['transformation']}", form(one["error"], ".2e"))
+        for one in summary.get("through", ())
     ]
 
 
@@ -86,5 +90,7 @@ def _option(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{k}:{n}" for k, n in value.items())
     if isinstance(value, list):
+        if isinstance(value[0], str):
+            return ", ".join(value)
         return f"{value[0]:g} to {value[-1]:g} ({len(value)})"
     return fraction(value, ".6g") if isinstance(value, float) else str(value)

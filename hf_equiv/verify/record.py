@@ -149,7 +149,7 @@ def _config_of(settings: Row, kind: type) -> Any:
         counts = values["directions"].items()
         values["directions"] = ",".join(name if name in SINGLE else f"{name}:{n}" for name, n in counts)
     values["import_"] = settings.get("import")
-    values |= {key: tuple(values[key]) for key in ("radii", "labels") if values.get(key) is not None}
+    values |= {key: tuple(values[key]) for key in ("radii", "labels", "through") if values.get(key) is not None}
     if "solver" in values:
         values["solver"], *start = settings["solver"].split(", ")
         values["compile"] = "compiled" in start

@@ -19,7 +19,7 @@ from showcase import Row, prove
 from hf_equiv.analyses import measures
 from hf_equiv.data.image_file import stored_image
 from hf_equiv.models.encoder import Encoder
-from hf_equiv.report.measure import TRANSFORMS, handle
+from hf_equiv.through.transformations import TRANSFORMS, handle
 
 MOST = 200
 CHANGES = {"Shrink to half": "resize to 50 % and back", "Save as JPEG": "JPEG 75"}

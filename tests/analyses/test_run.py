@@ -131,6 +131,23 @@ def test_default_directory_and_hash(photos, tiny):
 # --- going on, and refusing to ---
 
 
+def test_rows_state_errors_after_transformations(photos, tiny, tmp_path):
+    names = ("jpeg:60-95", "noise:2/255", "resize:0.5")
+    plan = make_plan(config_of(photos, pairs=3, through=names), tiny)
+    outcome = run.run_analysis(plan, tmp_path / "a", batch_size=3)
+    alone = run.run_analysis(plan, tmp_path / "b", batch_size=1)
+    assert same_rows(outcome.rows, alone.rows)
+    assert outcome.summary["through"] == alone.summary["through"]
+    for row in outcome.rows:
+        assert [one["transformation"] for one in row["through"]] == [*names]
+        assert all(0 < one["error"] <= one["worst"] for one in row["through"])
+        assert row["num_evals"] <= plan.config.max_evals
+    errors = [row["through"][2]["error"] for row in outcome.rows]
+    assert outcome.summary["through"][2]["error"] == np.median(errors)
+    assert f"After {names[0]} the median error is " in outcome.summary["verdict"]
+    assert "| median embedding error after noise:2/255 |" in (tmp_path / "a" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_batch_size_changes_no_number(plan, tmp_path, size):
     whole = run.run_analysis(plan, tmp_path / "a", batch_size=2).rows
@@ -513,6 +530,8 @@ BAD_OPTIONS = [
     ({"norm": "l7"}, r"`norm` must be one of linf, l2"),
     ({"dtype": "int8"}, r"`dtype` must be one of float32, float64"),
     ({"labels": ("cat",)}, r"`labels` must be at least two different names"),
+    ({"through": ()}, r"`through` must name a transformation; got none"),
+    ({"through": ("jpeg:101",)}, r"`through` must give jpeg a whole quality from 1 to 100"),
     ({"labels": ("cat", "dog")}, r"`labels` must be None for this encoder"),
     ({"source": "a.png"}, r"`source` must come with `target`"),
     ({"target": "a.png"}, r"`target` must come with `source`"),

@@ -220,6 +220,8 @@ BAD = [
     ([*PAIR, "--rtol", "0"], "Invalid value for '--rtol': 0.0 is not in the range 0<x<1."),
     ([*PAIR, "--rtol", "nan"], "--rtol must be finite and above 0"),
     ([*PAIR, "--batch-size", "0"], "Invalid value for '--batch-size': 0 is not in the range x>=1."),
+    ([*PAIR, "--through", "jpeg:101"], "--through must give jpeg a whole quality from 1 to 100"),
+    ([*PAIR, "--through", ","], "--through must name a transformation; got none. Write jpeg:75, or leave it out."),
     ([*PAIR, "--labels", "cat"], "--labels must be at least two different names"),
     (["match", "builtin", "--source", "1.png"], "--source must come with --target"),
     (["match", "builtin", "--source", "1.png", "--target", "1.png"], "source and target must be different images"),

@@ -1,12 +1,8 @@
 """Controls, survival, transfer, retrieval and the kNN probe, on encoders of known answer."""
 
-import io
-
-import numpy as np
 import pytest
 import torch
-from fakes import Known, draw_photo, pixels_of_photo
-from PIL import Image
+from fakes import Known, pixels_of_photo
 
 from hf_equiv.report import measure
 
@@ -15,41 +11,6 @@ SIDE = 16
 
 def brightness(x):
     return torch.stack([1 - x.mean(), x.mean()])
-
-
-# --- what handling does ---
-
-
-def test_jpeg_is_what_pillow_writes():
-    x, buffer = pixels_of_photo(1), io.BytesIO()
-    draw_photo(1, SIDE).save(buffer, "JPEG", quality=75)
-    with Image.open(buffer) as image:
-        known = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    assert torch.equal(measure.handle(x, measure.TRANSFORMS["JPEG 75"]), known)
-    grey = x[:1].expand(3, -1, -1)  # without colour, whose resolution JPEG halves
-    fine, coarse = (measure.handle(grey, lambda image, q=q: measure.jpeg(image, q)) for q in (95, 30))
-    assert (fine - grey).abs().mean() < (coarse - grey).abs().mean() / 2
-
-
-@pytest.mark.parametrize("name", measure.TRANSFORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_handling_keeps_grid_size_and_flat_images(name, dtype):
-    change, x = measure.TRANSFORMS[name], pixels_of_photo(2).to(dtype)
-    made = measure.handle(x, change)
-    assert made.shape == x.shape
-    assert made.dtype == dtype
-    assert torch.equal((made * 255).round() / 255, made)
-    assert not torch.equal(made, x)
-    flat = torch.full_like(x, 100 / 255)
-    assert (measure.handle(flat, change) - flat).abs().max() <= 1.01 / 255
-
-
-def test_blur_has_the_width_it_says():
-    line = torch.zeros(3, 33, 33)
-    line[:, :, 16] = 1.0
-    row = measure.handle(line, measure.TRANSFORMS["Gaussian blur, σ = 1 px"])[0, 16].double()
-    offsets = torch.arange(33.0) - 16
-    assert float((row * offsets**2).sum() / row.sum()) == pytest.approx(1.0, rel=0.1)
 
 
 # --- one pair ---

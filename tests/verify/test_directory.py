@@ -111,6 +111,25 @@ def test_forged_number(out, column):
     assert (report.verified, report.failed) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: [v[0] | {"error": v[0]["error"] + 1e-3}, v[1]],
+        lambda v: [v[0], v[1] | {"worst": v[1]["worst"] - 1e-3}],
+        lambda v: [v[0], v[1] | {"same_top1": 1 - v[1]["same_top1"] / 3}],
+        lambda v: v[:1],
+        lambda v: None,
+    ],
+)
+def test_forged_errors_after_transformations(photos, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
+    config = MatchConfig(data=str(photos), pairs=1, max_evals=9, refine=False, through=("jpeg:75", "noise:2/255"))
+    run_analysis(make_plan(config, TinyEncoder()), tmp_path / "out")
+    assert not directory.verify_run(tmp_path / "out").problems
+    name = forge(tmp_path / "out", "through", change)
+    only(directory.verify_run(tmp_path / "out"), pair_id=name, column="through")
+
+
 @pytest.mark.parametrize("column", ["embedding_error", "embedding_error_8bit", "psnr_db", "ssim"])
 def test_missing_number(out, column):
     name = forge(out, column, lambda _: None)

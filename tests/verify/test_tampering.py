@@ -25,7 +25,7 @@ from hf_equiv.verify.rows import check_item, check_stated
 from hf_equiv.verify.unverified import UNVERIFIED
 
 OPTIONS = {
-    "match": {"max_evals": 60, "radius": 0.25},
+    "match": {"max_evals": 60, "radius": 0.25, "through": ("jpeg:60-95", "noise:2/255")},
     "spectrum": {"vectors": True},
     "lipschitz": {"directions": "top:1,toward,match", "regional": 0.5},
     "walk": {"num_steps": 2, "step": 0.3, "heading": "nearest"},
@@ -304,6 +304,7 @@ def test_a_float_file_has_no_more_than_images(copied):
 
 def test_a_command_is_read_as_it_was_written(photos):
     given = {"pairs": 2, "solver": "adam", "radius": 8 / 255, "norm": "l2", "refine": False, "seed": 3, "rtol": 2e-5}
+    given |= {"through": ("jpeg:60-95", "blur:1")}
     plan = make_plan(MatchConfig(data=str(photos), **given), TinyEncoder())
     assert read_command(plan.command, MatchConfig) == MatchConfig(data="photos", readout="cls", **given)
     given = {"directions": "random:2,gradient", "radii": tuple(1e-3 * 1.2**k for k in range(9)), "linearity": True}

@@ -1,0 +1,1 @@
+"""Transform images as Pillow does, with gradients, and find matches that survive it."""
