@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,108 @@ class Lattice(Rows):
         return self.places.gather(1, levels.long())
 
 
+class Steps:
+    """The changes of an embedding by single steps of ±1/255, over the length of the target: ±J, a linear model."""
+
+    def __init__(self, J: Tensor) -> None:
+        self.J = J  # (D, N)
+        self.norms2 = J.square().sum(dim=0).double()
+        self.one_way = False  # whether a step of -1 is no more than the opposite of one of +1
+
+    @property
+    def finite(self) -> bool:
+        """Whether J holds neither NaN nor infinity."""
+        return bool(self.norms2.sum().isfinite())
+
+    def geometry(self) -> tuple[Tensor, Tensor]:
+        """Return `left_geometry` of J."""
+        return left_geometry(self.J)
+
+    def costs(self, levels: Tensor, r: Tensor) -> Tensor:
+        """Return what each step from 8-bit levels (N,) adds to ‖r‖², (2, N): those of +1, then those of -1."""
+        slope = self.slope(r)
+        return torch.stack([self.norms2 + slope, self.norms2 - slope])
+
+    def slope(self, r: Tensor) -> Tensor:
+        """Return 2 Jᵀr, (N,)."""
+        return 2 * (r.to(self.J) @ self.J)
+
+    def columns(self, index: Tensor, steps: Tensor) -> Tensor:
+        """Return the changes by some steps (K,) of ±1, each divided by its step, (D, K) float64."""
+        return self.J.index_select(1, index).double()
+
+    def learn(self, levels: Tensor, index: Tensor, steps: Tensor, missed: Tensor) -> None:
+        """Update J in moved pixels by Broyden's rule J ← J + missed·Δᵀ / ‖Δ‖²: J·Δ becomes the observed change."""
+        steps = steps / steps.square().sum().clamp_min(1)
+        columns = torch.addcmul(self.J.index_select(1, index).double(), missed[:, None], steps[None])
+        self.J.index_copy_(1, index, columns.to(self.J))
+        self.norms2[index] = columns.square().sum(dim=0)
+
+
+class JointSteps:
+    """The same for several encoders, of which some see the image through a processor that rounds to 8 bit.
+
+    A single step changes such a view in a few levels or not at all, so its effect is J of that encoder times this exact
+    change, and that of -1 is not the opposite of that of +1. `views` follow `data.resampling.View`; None for encoders
+    that see the image itself.
+    """
+
+    one_way = True
+
+    def __init__(self, parts: Sequence[Steps], views: Sequence[Any], shape: torch.Size) -> None:
+        self.parts, self.views, self.shape = parts, views, shape
+        self.sizes = [len(part.J) for part in parts]
+        self.flips: list[Any] = []  # at the levels of the last `costs`
+
+    @property
+    def finite(self) -> bool:
+        """Whether every J holds neither NaN nor infinity."""
+        return all(part.finite for part in self.parts)
+
+    def geometry(self) -> tuple[Tensor, Tensor]:
+        """Return the `left_geometry` of each encoder by itself, as one matrix."""
+        reach, whiten = zip(*(part.geometry() for part in self.parts), strict=True)
+        return torch.block_diag(*reach), torch.block_diag(*whiten)
+
+    def costs(self, levels: Tensor, r: Tensor) -> Tensor:
+        """Return what each step adds to ‖r‖², (2, N), but for products of two levels of a view."""
+        image = levels.view(self.shape)
+        self.flips = [None if view is None else view.flips(image) for view in self.views]
+        total = torch.zeros((2, levels.numel()), dtype=torch.float64, device=levels.device)
+        for part, flips, view, own in zip(self.parts, self.flips, self.views, r.split(self.sizes), strict=True):
+            if flips is None:
+                total += part.costs(levels, own)
+                continue
+            slope, norms2 = (x.double().view(3, view.down.count, -1) for x in (part.slope(own), part.norms2))
+            for row, step in zip(total, (1, -1), strict=True):
+                row += (flips.weigh(slope, step) + flips.weigh(norms2, step, 2)).flatten()
+        return total
+
+    def columns(self, index: Tensor, steps: Tensor) -> Tensor:
+        """Return the changes by some steps (K,) of ±1, each divided by its step, (D, K) float64."""
+        found = []
+        for part, flips in zip(self.parts, self.flips, strict=True):
+            if flips is None:
+                found.append(part.columns(index, steps))
+                continue
+            place, level, change = flips.entries(index, steps)
+            moved = part.columns(level, change) * (change * steps[place])
+            found.append(moved.new_zeros((len(moved), len(index))).index_add_(1, place, moved))
+        return torch.cat(found)
+
+    def learn(self, levels: Tensor, index: Tensor, steps: Tensor, missed: Tensor) -> None:
+        """Update each J in moved pixels, or in the levels of its view that moved."""
+        there = levels.index_add(0, index, steps)
+        for part, view, own in zip(self.parts, self.views, missed.split(self.sizes), strict=True):
+            if view is None:
+                part.learn(levels, index, steps, own)
+                continue
+            before, after = (255 * view.levels_of((x / 255).view(1, *self.shape)) for x in (levels, there))
+            change = (after - before).round().flatten()
+            moved = change.nonzero().flatten()
+            part.learn(levels, moved, change[moved], own)
+
+
 @no_autocast()
 def left_geometry(J: Tensor) -> tuple[Tensor, Tensor]:
     """Return (D, D) matrices from J = U S Vᵀ (D, N): the projector on its reach, and its damped whitening."""
@@ -144,16 +247,14 @@ class Moves:
 
 @no_autocast()
 def plan_moves(
-    jacobians: Sequence[Tensor], norms2: Tensor, whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice,
-    goal: float, most: Tensor,
-) -> Moves:  # fmt: skip
+    models: Sequence[Steps | JointSteps], whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float, most: Tensor
+) -> Moves:
     """Return moves Δ that make ‖r + J·Δ‖ small: first in the whitened metric, then in the plain one.
 
     Where that leaves most of r, the plain metric alone may do better.
 
     Args:
-        jacobians: J of each image, per 8-bit step, B matrices (D, N).
-        norms2: the squared norms of their columns, (B, N).
+        models: the changes by single steps at each image.
         whiten: the whitened metric, (B, D, D).
         r: (B, D).
         levels: lattice points to start from, (B, N).
@@ -161,10 +262,12 @@ def plan_moves(
         goal: norm of r + J·Δ that suffices.
         most: about the most steps in either metric, (B, 1).
     """
-    index = _candidates(jacobians, norms2, r, levels, lattice)
-    columns = torch.stack([J.index_select(1, i) for J, i in zip(jacobians, index, strict=True)]).double()
+    index, ways = _candidates(models, r, levels, lattice)
+    columns = torch.stack([model.columns(i, s) for model, i, s in zip(models, index, ways, strict=True)])
     room = None if lattice.l2_budget is None else lattice.l2_budget - lattice.used(levels)
     part, k = lattice.at(index), levels.gather(1, index)
+    if any(model.one_way for model in models):
+        part = replace(part, lower=part.lower.maximum(k + ways.clamp(max=0)), upper=part.upper.minimum(k + ways.clamp(0)))
     none = torch.zeros_like(k)
     white = _Pursuit(whiten @ columns, times(whiten, r), k, part, room)
     steps = white.descend(none, 0.3 * goal, most)
@@ -179,13 +282,15 @@ def plan_moves(
     return Moves(index, columns, steps)
 
 
-def _candidates(jacobians: Sequence[Tensor], norms2: Tensor, r: Tensor, levels: Tensor, lattice: Lattice) -> Tensor:
-    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, by 2|Jᵀr|ₙ − ‖Jₙ‖²."""
-    slope = torch.stack([r_b.to(J) @ J for r_b, J in zip(r, jacobians, strict=True)])
-    there, slope = levels - slope.sign(), slope.abs()
-    blocked = (there < lattice.lower) | (there > lattice.upper)
-    count = min(_CANDIDATES, slope.shape[1])
-    return torch.sub(2 * slope, norms2).masked_fill_(blocked, -math.inf).topk(count).indices
+def _candidates(models: Sequence[Steps | JointSteps], r: Tensor, levels: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
+    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, and their steps."""
+    seen = zip(models, levels, r, strict=True)
+    costs, down = torch.stack([model.costs(k, r_b) for model, k, r_b in seen]).min(dim=1)
+    steps = 1.0 - 2.0 * down.to(levels)
+    blocked = (levels + steps < lattice.lower) | (levels + steps > lattice.upper)
+    count = min(_CANDIDATES, costs.shape[1])
+    index = costs.masked_fill_(blocked, math.inf).topk(count, largest=False).indices
+    return index, steps.gather(1, index)
 
 
 class _Pursuit:
