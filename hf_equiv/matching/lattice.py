@@ -124,7 +124,6 @@ class Steps:
     def __init__(self, J: Tensor) -> None:
         self.J = J  # (D, N)
         self.norms2 = J.square().sum(dim=0).double()
-        self.one_way = False  # whether a step of -1 is no more than the opposite of one of +1
 
     @property
     def finite(self) -> bool:
@@ -140,12 +139,17 @@ class Steps:
         slope = self.slope(r)
         return torch.stack([self.norms2 + slope, self.norms2 - slope])
 
+    def pick(self, costs: Tensor, steps: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the pixels whose steps cost least, of one step ±1 and its cost for each (N,); and 0: both ways."""
+        index = costs.topk(count, largest=False).indices
+        return index, torch.zeros_like(index)
+
     def slope(self, r: Tensor) -> Tensor:
         """Return 2 Jᵀr, (N,)."""
         return 2 * (r.to(self.J) @ self.J)
 
-    def columns(self, index: Tensor, steps: Tensor) -> Tensor:
-        """Return the changes by some steps (K,) of ±1, each divided by its step, (D, K) float64."""
+    def columns(self, index: Tensor, ways: Tensor) -> Tensor:
+        """Return the columns of some pixels (K,), (D, K) float64."""
         return self.J.index_select(1, index).double()
 
     def learn(self, levels: Tensor, index: Tensor, steps: Tensor, missed: Tensor) -> None:
@@ -164,12 +168,13 @@ class JointSteps:
     that see the image itself.
     """
 
-    one_way = True
-
     def __init__(self, parts: Sequence[Steps], views: Sequence[Any], shape: torch.Size) -> None:
         self.parts, self.views, self.shape = parts, views, shape
         self.sizes = [len(part.J) for part in parts]
-        self.flips: list[Any] = []  # at the levels of the last `costs`
+        # at the levels of the last `costs`
+        self.flips: list[Any] = []
+        self.own: list[Tensor] = []  # costs of each encoder alone
+        self.open: list[bool] = []  # whether its view may move: the error of others is less
 
     @property
     def finite(self) -> bool:
@@ -185,25 +190,56 @@ class JointSteps:
         """Return what each step adds to ‖r‖², (2, N), but for products of two levels of a view."""
         image = levels.view(self.shape)
         self.flips = [None if view is None else view.flips(image) for view in self.views]
-        total = torch.zeros((2, levels.numel()), dtype=torch.float64, device=levels.device)
+        self.own, sizes = [], [float(own.norm()) for own in r.split(self.sizes)]
+        most = max(size for size, view in zip(sizes, self.views, strict=True) if view is None)
+        self.open = [view is not None and size > most for size, view in zip(sizes, self.views, strict=True)]
         for part, flips, view, own in zip(self.parts, self.flips, self.views, r.split(self.sizes), strict=True):
             if flips is None:
-                total += part.costs(levels, own)
-                continue
-            slope, norms2 = (x.double().view(3, view.down.count, -1) for x in (part.slope(own), part.norms2))
-            for row, step in zip(total, (1, -1), strict=True):
-                row += (flips.weigh(slope, step) + flips.weigh(norms2, step, 2)).flatten()
-        return total
+                self.own.append(part.costs(levels, own))
+            else:
+                slope, norms2 = (x.double().view(3, view.down.count, -1) for x in (part.slope(own), part.norms2))
+                costs = [flips.weigh(slope, step) + flips.weigh(norms2, step, 2) for step in (1, -1)]
+                self.own.append(torch.stack(costs).flatten(1))
+        return torch.stack(self.own).sum(dim=0)
 
-    def columns(self, index: Tensor, steps: Tensor) -> Tensor:
-        """Return the changes by some steps (K,) of ±1, each divided by its step, (D, K) float64."""
+    def pick(self, costs: Tensor, steps: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return pixels whose steps move no view, and for each open view pixels that move different levels of it.
+
+        With them, (K,), the only step ±1 that the latter may make, and 0 for the former.
+        """
+        # otherwise most pixels picked would move the same few levels
+        which, found = (steps < 0).long()[None], list[Tensor]()
+        count = count // (sum(self.open) + 1)
+        for own, flips, is_open in zip(self.own, self.flips, self.open, strict=True):
+            if flips is None:
+                continue
+            moves = (own != 0).any(dim=0)
+            if is_open:
+                own = own.gather(0, which)[0]
+                ranked = own.masked_fill((own == 0) | costs.isinf(), math.inf)
+                order = ranked.topk(min(8 * count, len(own)), largest=False).indices
+                place, level, change = flips.entries(order, steps[order])
+                first = place.diff(prepend=place.new_tensor([-1])) > 0
+                place, key = place[first], (2 * level + (change > 0))[first]
+                key, by_key = key.sort(stable=True)
+                again = torch.ones_like(order, dtype=torch.bool)
+                again[place[by_key[key.diff(prepend=key.new_tensor([-1])) > 0]]] = False
+                found.append(order[again.long().argsort(stable=True)[:count]])
+            costs = costs.masked_fill(moves, math.inf)
+        index = torch.cat([costs.topk(count, largest=False).indices, *found])
+        ways = steps[index].long()
+        ways[:count] = 0
+        return index, ways
+
+    def columns(self, index: Tensor, ways: Tensor) -> Tensor:
+        """Return the changes by single steps of some pixels, as `pick` returns them, (D, K) float64."""
         found = []
         for part, flips in zip(self.parts, self.flips, strict=True):
             if flips is None:
-                found.append(part.columns(index, steps))
+                found.append(part.columns(index, ways))
                 continue
-            place, level, change = flips.entries(index, steps)
-            moved = part.columns(level, change) * (change * steps[place])
+            place, level, change = flips.entries(index, ways)
+            moved = part.columns(level, change) * (change * ways[place])
             found.append(moved.new_zeros((len(moved), len(index))).index_add_(1, place, moved))
         return torch.cat(found)
 
@@ -266,8 +302,7 @@ def plan_moves(
     columns = torch.stack([model.columns(i, s) for model, i, s in zip(models, index, ways, strict=True)])
     room = None if lattice.l2_budget is None else lattice.l2_budget - lattice.used(levels)
     part, k = lattice.at(index), levels.gather(1, index)
-    if any(model.one_way for model in models):
-        part = replace(part, lower=part.lower.maximum(k + ways.clamp(max=0)), upper=part.upper.minimum(k + ways.clamp(0)))
+    part = replace(part, lower=part.lower.where(ways < 1, k), upper=part.upper.where(ways > -1, k))
     none = torch.zeros_like(k)
     white = _Pursuit(whiten @ columns, times(whiten, r), k, part, room)
     steps = white.descend(none, 0.3 * goal, most)
@@ -283,14 +318,15 @@ def plan_moves(
 
 
 def _candidates(models: Sequence[Steps | JointSteps], r: Tensor, levels: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
-    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, and their steps."""
+    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, and the only way that each may go, or 0."""
     seen = zip(models, levels, r, strict=True)
     costs, down = torch.stack([model.costs(k, r_b) for model, k, r_b in seen]).min(dim=1)
     steps = 1.0 - 2.0 * down.to(levels)
     blocked = (levels + steps < lattice.lower) | (levels + steps > lattice.upper)
-    count = min(_CANDIDATES, costs.shape[1])
-    index = costs.masked_fill_(blocked, math.inf).topk(count, largest=False).indices
-    return index, steps.gather(1, index)
+    costs, count = costs.masked_fill_(blocked, math.inf), min(_CANDIDATES, costs.shape[1])
+    picked = [model.pick(c, s, count) for model, c, s in zip(models, costs, steps, strict=True)]
+    index, ways = map(torch.stack, zip(*picked, strict=True))
+    return index, ways
 
 
 class _Pursuit:

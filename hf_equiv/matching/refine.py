@@ -216,8 +216,8 @@ class _Group(Rows):
         for run in self.runs:
             run.settle(self.f, self.rtol, self.max_evals, cost)
         group = self.active()
-        if first and group.runs and self.joint is None:
-            group._round_in_turn(report)
+        if first and group.runs:
+            (group._round_in_turn if self.joint is None else group._round_views)(report)
         for i, run in enumerate(group.runs):
             if run.J is None and run.status is None:
                 group._model(i, self._steps(run.best, group.size[i]))
@@ -248,6 +248,25 @@ class _Group(Rows):
         self._take(levels, r)
         self.rounded = self.levels
         self._note(self.error, torch.ones_like(self.error))
+
+    def _round_views(self, report: Callable[[], None]) -> None:
+        """Refine what smaller models see, and round the matches so that they see it."""
+        matches, views = self.matches.view(-1, *self.shape), self.joint.views
+        for i, (run, image) in enumerate(zip(self.runs, matches, strict=True)):
+            wanted: list[Tensor | None] = []
+            for f, view, x, z in zip(self.joint.parts, views, self.joint.seen(image[None]), self.joint.split(self.z[i : i + 1])):
+                wanted.append(None)
+                if view is not None:
+                    found = refine_8bit(f, x, z, rtol=self.rtol, max_evals=self.max_evals, progress=False)
+                    run.thirds += round(3 * float(found.num_evals[0]))
+                    wanted[-1] = found.images[0]
+            levels = self.lattice.keep(torch.tensor([i])).round(self.joint.with_views(image, wanted)[None])[0]
+            self.levels[i], self.r[i] = levels[0], self._residuals(torch.tensor([i]), levels)[0]
+        self.error, self.rounded = self.r.norm(dim=1), self.levels.clone()
+        for run in self.runs:
+            run.error = math.inf
+        self._note(self.error, torch.ones_like(self.error))
+        report()
 
     @no_autocast()
     def round(self) -> None:

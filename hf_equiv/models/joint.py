@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_equiv.checks import check_tensor
 from hf_equiv.conditions import Function
+from hf_equiv.data.back_projection import back_project
 from hf_equiv.data.resampling import View, follow
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.jacobian import require_forward_mode
@@ -161,6 +162,22 @@ class JointEncoder:
             )
         x = pixels.to(self.dtype)
         return [x if view is None else view.levels_of(x) if self._exact else view.smooth(x) for view in self.views]
+
+    def with_views(self, pixels: Tensor, seen: Sequence[Tensor | None]) -> Tensor:
+        """Return the 8-bit image nearest to another of which smaller models see given 8-bit images, as far as there is.
+
+        Args:
+            pixels: (3, H, W), in [0, 1].
+            seen: for each model the image (3, h, w) on k/255 that it is to see; None for any.
+
+        Returns:
+            (3, H, W) on k/255. With views of several sizes, it is exact for the last one alone.
+        """
+        levels = (255 * pixels.double()).round().to("cpu", torch.uint8).permute(1, 2, 0)
+        for view, x in zip(self.views, seen, strict=True):
+            if view is not None and x is not None:
+                levels = back_project(levels, view, (255 * x.double()).round().to("cpu", torch.uint8).permute(1, 2, 0))
+        return (levels.permute(2, 0, 1).double() / 255).to(pixels)
 
     def split(self, z: Tensor) -> list[Tensor]:
         """Return the embeddings (…, D_i) of each model in a joint one (…, D), in its own units.
