@@ -182,6 +182,11 @@ class Flips:
         flips = self._between[step]
         return sum(((flips == s) * column[s]).sum(dim=3) for s in (1, -1))
 
+    def pixels(self, seen: Tensor) -> Tensor:
+        """Return the pixels (3, H, W) that some levels of the view, (3, h, w) bool, depend on."""
+        across, down = ((axis.matrix != 0).to(seen.device, torch.float64) for axis in (self.view.across, self.view.down))
+        return down.T @ seen.double() @ across > 0
+
     def entries(self, index: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return which levels some steps change: the place of the step, the flat index of the level, and the change.
 

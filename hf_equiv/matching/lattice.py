@@ -144,6 +144,10 @@ class Steps:
         index = costs.topk(count, largest=False).indices
         return index, torch.zeros_like(index)
 
+    def mend(self, levels: Tensor, index: Tensor, ways: Tensor, steps: Tensor) -> Tensor:
+        """Return steps whose effects add up: these do."""
+        return steps
+
     def slope(self, r: Tensor) -> Tensor:
         """Return 2 Jᵀr, (N,)."""
         return 2 * (r.to(self.J) @ self.J)
@@ -243,6 +247,24 @@ class JointSteps:
             found.append(moved.new_zeros((len(moved), len(index))).index_add_(1, place, moved))
         return torch.cat(found)
 
+    def mend(self, levels: Tensor, index: Tensor, ways: Tensor, steps: Tensor) -> Tensor:
+        """Drop steps that together change levels of a view otherwise than each by itself."""
+        for view, flips in zip(self.views, self.flips, strict=True):
+            while flips is not None:
+                place, level, change = flips.entries(index, ways)
+                moved = self._moved(view, levels, levels.index_add(0, index, steps))
+                moved = moved.flatten().index_add(0, level, -change * steps[place].abs())
+                seen = flips.pixels(moved.view(3, view.down.count, -1) != 0).flatten()[index]
+                if not bool((seen & (steps != 0)).any()):
+                    break
+                steps = steps.masked_fill(seen, 0.0)
+        return steps
+
+    def _moved(self, view: Any, levels: Tensor, there: Tensor) -> Tensor:
+        """Return the changes of the levels of a view, (3, h, w)."""
+        before, after = (255 * view.levels_of((x / 255).view(1, *self.shape)) for x in (levels, there))
+        return (after - before).round()[0]
+
     def learn(self, levels: Tensor, index: Tensor, steps: Tensor, missed: Tensor) -> None:
         """Update each J in moved pixels, or in the levels of its view that moved."""
         there = levels.index_add(0, index, steps)
@@ -250,8 +272,7 @@ class JointSteps:
             if view is None:
                 part.learn(levels, index, steps, own)
                 continue
-            before, after = (255 * view.levels_of((x / 255).view(1, *self.shape)) for x in (levels, there))
-            change = (after - before).round().flatten()
+            change = self._moved(view, levels, there).flatten()
             moved = change.nonzero().flatten()
             part.learn(levels, moved, change[moved], own)
 
@@ -314,7 +335,8 @@ def plan_moves(
     if bool(poor.any()):
         alone = plain.descend(none, goal, most * poor)
         steps = torch.where(poor & (plain.left(alone).norm(dim=1, keepdim=True) < left), alone, steps)
-    return Moves(index, columns, steps)
+    seen = zip(models, levels, index, ways, steps, strict=True)
+    return Moves(index, columns, torch.stack([model.mend(*own) for model, *own in seen]))
 
 
 def _candidates(models: Sequence[Steps | JointSteps], r: Tensor, levels: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
