@@ -83,7 +83,8 @@ def open_showcase(
                 films[next(iter(walks))] = drawn.read_bytes()
             continue
         taken = {row["key"] for row in found[layout.analysis]}
-        shown = [row for row in rows if all(row[column] for column in layout.images)]
+        needed = [column for column in layout.images if column not in layout.added]
+        shown = [row for row in rows if all(row[column] for column in needed)]
         found[layout.analysis] += [row | {"key": _free(row[layout.item], taken, number)} for row in shown]
         withheld += len(rows) - len(shown) if layout.analysis == "match" else 0
     matches = sorted(found["match"][:most], key=lambda row: -(row["psnr_db"] or 0.0))

@@ -28,7 +28,7 @@ from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
 from hf_equiv.results import Progress, Status
-from hf_equiv.runs.schema import Row
+from hf_equiv.runs.schema import MATCH, Row
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -319,7 +319,8 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
     made = []
     for row in rows:
         if row["status"] == Status.ERROR:
-            made.append(dict.fromkeys(("match", "embedding_error", *measures.MEASURES, "num_evals", "seconds")))
+            numbers = ("embedding_error", *measures.MEASURES, "num_evals", "seconds")
+            made.append(dict.fromkeys(("match", *numbers, *MATCH.added)))
             continue
         reached, status = row["embedding_error"], row["status"]
         missed = {Status.STALLED, Status.INFEASIBLE}
@@ -338,7 +339,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     """Recompute a match row from its three PNG images, the float match and its cost."""
     (row,) = rows
     image, source, match, target = floats.pop(row["pair_id"]), row["source"], row["match"], row["target"]
-    made = measures.measure_match(
+    made: Row = dict.fromkeys(MATCH.added) | measures.measure_match(
         encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
     )
     z, z_target = measures.embed(encoder, torch.stack([image.to(target), target]))

@@ -101,12 +101,15 @@ def _copy(
     features: datasets.Features | None = None,
     check: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    with paths[0].open("rb") as stream:
-        schema = pq.read_schema(stream)
-    kept = datasets.Features({k: v for k, v in (features or {}).items() if k in schema.names})
-    with ArrowWriter(features=kept or datasets.Features.from_arrow_schema(schema), path=str(to)) as writer:
-        for path in paths:
-            for batch in read_batches(path, list(kept) or None, rows=_ROWS):
+    schemas = []
+    for path in paths:
+        with path.open("rb") as stream:
+            schemas.append(pq.read_schema(stream))
+    known = {name for schema in schemas for name in schema.names}
+    kept = datasets.Features({k: v for k, v in (features or {}).items() if k in known})
+    with ArrowWriter(features=kept or datasets.Features.from_arrow_schema(schemas[0]), path=str(to)) as writer:
+        for path, schema in zip(paths, schemas, strict=True):
+            for batch in read_batches(path, [k for k in kept if k in schema.names] or None, rows=_ROWS):
                 if check is not None:
                     for row in batch.to_pylist():
                         check(row)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -14,14 +14,23 @@ IMAGE_COLUMNS = ("source", "match", "target")
 _TEXT, _NUMBER, _WHOLE, _FLAG = (datasets.Value(kind) for kind in ("string", "float64", "int64", "bool"))
 _NUMBERS = datasets.List(_NUMBER)
 _ZEROS = datasets.List({"cause": _TEXT, "count": _WHOLE, "predicted": _NUMBER, "measured": _NUMBER})
+_THROUGH = datasets.List({"transformation": _TEXT, "error": _NUMBER, "worst": _NUMBER, "same_top1": _NUMBER})
+_MODELS = datasets.List(
+    {
+        "model_id": _TEXT, "model_revision": _TEXT, "embedding_error": _NUMBER, "embedding_error_8bit": _NUMBER,
+        "noise_floor": _NUMBER,
+    }
+)  # fmt: skip
 _KINDS = {
     "pair_id image_id source_id target_id toward_id source_class target_class image_class": _TEXT,
     "source_label target_label match_label label status method noise_method direction heading": _TEXT,
     "model_id model_revision data_id data_revision readout dtype attention norm solver versions processor": _TEXT,
     "rank nullity patch_nullity index step seed schema_version": _WHOLE,
-    "same_top1 linearity_at_limit": _FLAG,
+    "same_top1 full_exact linearity_at_limit": _FLAG,
     "singular_values error_bound radii secants plateau": _NUMBERS,
     "structural_zeros near_structural": _ZEROS,
+    "through": _THROUGH,
+    "models": _MODELS,
 }
 """The types of columns; all other columns hold a number."""
 
@@ -34,7 +43,8 @@ def _columns(names: str) -> dict[str, Any]:
 ROW_FEATURES = _columns(
     "pair_id source_id target_id source_class target_class status embedding_error embedding_error_8bit "
     "target_quantization_error noise_floor cosine_to_target cosine_to_source cosine_source_target psnr_db ssim linf l2 "
-    "num_evals seconds source_label target_label match_label match_prob target_label_prob same_top1"
+    "num_evals seconds source_label target_label match_label match_prob target_label_prob same_top1 "
+    "psnr_full_db ssim_full full_exact through models"
 )
 """The columns of a match row, in order."""
 
@@ -75,6 +85,15 @@ class Layout:
     images: tuple[str, ...]  # image columns, first in every row
     features: Mapping[str, Any]  # the other columns of the analysis
     key: tuple[str, ...]  # columns that identify a row
+    added: tuple[str, ...] = ()  # columns that rows of earlier versions lack; None where an option was not asked for
+
+    def of_file(self, columns: Collection[str]) -> Layout:
+        """Return the layout of a file with these columns, which an earlier version may have written."""
+        if not self.added or any(name in columns for name in self.added):
+            return self
+        images = tuple(name for name in self.images if name not in self.added)
+        features = {name: kind for name, kind in self.features.items() if name not in self.added}
+        return replace(self, images=images, features=features, added=())
 
     @property
     def all_features(self) -> datasets.Features:
@@ -83,7 +102,10 @@ class Layout:
         return datasets.Features(images | dict(self.features) | PROVENANCE_FEATURES)
 
 
-MATCH = Layout("match", "matches", "pair_id", "pairs", IMAGE_COLUMNS, ROW_FEATURES, ("pair_id",))
+MATCH = Layout(
+    "match", "matches", "pair_id", "pairs", (*IMAGE_COLUMNS, "match_full"), ROW_FEATURES, ("pair_id",),
+    added=("match_full", "psnr_full_db", "ssim_full", "full_exact", "through", "models"),
+)  # fmt: skip
 SPECTRUM = Layout("spectrum", "spectra", "image_id", "images", ("image",), SPECTRUM_FEATURES, ("image_id",))
 LIPSCHITZ = Layout(
     "lipschitz", "lipschitz", "image_id", "images", ("image",), LIPSCHITZ_FEATURES, ("image_id", "direction", "index")

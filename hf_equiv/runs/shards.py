@@ -160,13 +160,15 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
 
 def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> list[Row]:
     """Read the rows of one shard, with `images` also the PNG files; raise a ValueError if it is no such shard."""
-    columns = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
     try:
         with _open(path) as file:
             there = file.schema_arrow.names
-            if missing := [c for c in columns if c not in there]:
-                raise ValueError(f"columns {', '.join(missing)} are missing")
-        rows: list[Row] = [row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist()]
+        own = layout.of_file(there)
+        columns = [*(own.images if images else ()), *own.features, *PROVENANCE_FEATURES]
+        if missing := [c for c in columns if c not in there]:
+            raise ValueError(f"columns {', '.join(missing)} are missing")
+        empty: Row = dict.fromkeys(c for c in layout.added if images or c not in layout.images)
+        rows: list[Row] = [empty | row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist()]
         for row in rows if images else ():
             open_cells(row, layout)
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
@@ -221,7 +223,7 @@ def faults_of_schema(path: Path, layout: Layout, errors: Mapping[str, str] | Non
     """Yield the columns and metadata of a shard that are not those of its layout, and what is wrong with them."""
     with _open(path) as file:
         schema, footer = file.schema_arrow, file.metadata
-    metadata, wanted = dict(footer.metadata or {}), layout.all_features.arrow_schema
+    metadata, wanted = dict(footer.metadata or {}), layout.of_file(schema.names).all_features.arrow_schema
     for name in sorted({*schema.names} - {*wanted.names}):
         yield name, f"column {name!r} is not one of a {layout.analysis} run"
     if {*schema.names} == {*wanted.names} and schema.names != wanted.names:

@@ -162,6 +162,8 @@ def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row
     for row in opened:
         name = row_name(layout.analysis, row)
         for column in layout.images:
+            if row[column] is None and column in layout.added:
+                continue
             try:
                 width, height = check_png(row[column] or b"")
                 if (3, height, width) == tuple(encoder.input_shape):  # a larger one would take much memory

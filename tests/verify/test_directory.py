@@ -48,6 +48,19 @@ def out(finished, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
+def test_rows_of_an_earlier_version_lack_columns(out):
+    earlier = MATCH.of_file(["source"])
+    for number in (0, 1):  # the first file alone, then both
+        path = shards.shard_path(out, 2 * number)
+        path.write_bytes(shards.shard_bytes(shards.read_shard(path, images=True), earlier, {}))
+        reseal(out)
+        assert not directory.verify_run(out).problems
+        table = load_results(out)
+        assert table["pair_id"][:] == [row["pair_id"] for row in shards.read_rows(out)]
+        assert set(MATCH.added).isdisjoint(table.column_names) == (number == 1)
+        assert set(MATCH.added) <= set(next(shards.read_rows(out, images=True)))
+
+
 def forge(out: Path, column: str, change, row: int = 0, shard: int = 0) -> str:
     """Change one cell of one shard; returns the id of the row."""
     path = out / "matches" / f"part-0000{shard}.parquet"
