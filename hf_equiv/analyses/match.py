@@ -181,14 +181,20 @@ CONFIG = MatchConfig
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
     """Match all pairs at once, and yield each that has ended with the row of its refined PNG."""
     config, encoder = plan.config, plan.encoder
+    joint = hasattr(encoder, "parts")
+    if joint and len(part) > 1:  # the tolerance of a joint embedding depends on its target
+        for one in part:
+            yield from make_rows(plan, [one], batch, tell)
+        return
     source = torch.stack([one.image for one in part])
     target = torch.stack([one.target for one in part if one.target is not None])
 
     def hook(stage: str, **more: Any) -> Callable[[Progress], None]:
         return lambda p: tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active, **more)
 
-    z = measures.embed(encoder, target)
-    goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
+    z = measures.embed(measures.of_files(encoder), target)
+    rtol = encoder.joint_rtol(z[0], config.rtol) if joint else config.rtol
+    goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": rtol}
     searches = match_in_stages(
         encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
         **goal,
@@ -216,16 +222,28 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
             png = encode_png(grid)
             three = source[i], decode_png(png, source.dtype), target[i]
             row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=name, labels=config.labels)
+            reached, status = finite(found.error), found.status
+            if joint:
+                reached = _note_models(encoder, row, found.best, z[i])
+                status = Status.CONVERGED if reached is not None and reached <= config.rtol else status
             row |= {
                 "match": png,
-                "status": str(found.status),
-                "embedding_error": finite(found.error),
+                "status": str(status),
+                "embedding_error": reached,
                 "num_evals": evals["match"],  # the number that `max_evals` bounds
                 "seconds": seconds,
             }
             yield part[i], Made([row], {name: found.best}, evals)
     if failed:  # after the others, which are kept
         raise RuntimeError(Status.ERROR.advice)
+
+
+def _note_models(encoder: Any, row: Row, image: Tensor, z: Tensor) -> float | None:
+    """State the embedding error of a float match for each model in a row, and return the worst."""
+    errors = measures.errors_of(encoder, measures.embed(encoder, image[None])[0], z)
+    if row.get("models"):
+        row["models"] = [own | {"embedding_error": error} for own, error in zip(row["models"], errors, strict=True)]
+    return measures.worst(errors)
 
 
 def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:
@@ -255,7 +273,8 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     if encoder is not None:
         good = [row for row in made.shown if row["status"] != Status.ERROR]
         pairs = [[measures.open_png(encoder, row[column]) for column in ("source", "target")] for row in good]
-        z = torch.stack([measures.embed(encoder, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
+        files = measures.of_files(encoder)
+        z = torch.stack([measures.embed(files, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
         baseline = None if z is None else measures.random_pair_baseline(z[:, 0], z[:, 1])
     rows, flips = made.rows, [row for row in made.rows if row["same_top1"] is not None]
     changed = [row for row in flips if row["source_label"] != row["target_label"]]
@@ -342,8 +361,8 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     made: Row = dict.fromkeys(MATCH.added) | measures.measure_match(
         encoder, source, match, target, seed=settings["seed"], pair_id=row["pair_id"], labels=settings["labels"]
     )
-    z, z_target = measures.embed(encoder, torch.stack([image.to(target), target]))
-    reached = measures.relative_error(z, z_target)
+    (z_target,) = measures.embed(measures.of_files(encoder), target[None])
+    reached = _note_models(encoder, made, image.to(target), z_target)
     faults = []
     if (radius := settings["radius"]) is not None:
         for picture in (match, image):
@@ -367,9 +386,15 @@ def tolerances(made: Row, settings: Row) -> Row:
     floor = made["noise_floor"] or 0.0
     near = max(3 * floor, _EXACT if settings["dtype"] == "float64" else 1e-6)  # so that rows of a GPU verify on a CPU
     errors = ("embedding_error", "embedding_error_8bit", "target_quantization_error")
+    models = [
+        dict.fromkeys(errors[:2], max(3 * (own["noise_floor"] or 0.0), 1e-6 if near >= 1e-6 else _EXACT))
+        | {"noise_floor": ((own["noise_floor"] or 0.0) / 6, 6 * (own["noise_floor"] or 0.0))}
+        for own in made["models"] or ()
+    ]
     return {
         **dict.fromkeys((*errors, "cosine_to_target", "cosine_to_source", "cosine_source_target"), near),
         **dict.fromkeys(("match_prob", "target_label_prob"), max(100 * near, 1e-4)),
+        "models": models,
         "noise_floor": (floor / 6, 6 * floor),  # other kernels change it by up to 30 % (measured, D = 192)
         "psnr_db": 1e-8,
         "ssim": 1e-5,

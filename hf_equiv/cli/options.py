@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hf_equiv.formatting import read_fraction
+from hf_equiv.formatting import JOINED, read_fraction
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,6 +89,11 @@ def flag(name: str, text: str) -> Callable[[F], F]:
 def images_option(name: str, text: str) -> Callable[[F], F]:
     """Return an option that names images."""
     return option(name, text, "W", multiple=True, callback=once)
+
+
+models_argument = click.argument(
+    "model", metavar="MODEL…", nargs=-1, required=True, callback=lambda _context, _option, names: JOINED.join(names)
+)
 
 
 def helped(**texts: str) -> Callable[[click.Command], click.Command]:

@@ -17,13 +17,10 @@ from hf_equiv.checks import check_tensor
 from hf_equiv.conditions import Function
 from hf_equiv.data.back_projection import back_project
 from hf_equiv.data.resampling import View, follow
+from hf_equiv.formatting import JOINED
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.models.encoder import Encoder
-
-JOINED = " + "
-"""Stands between the names, revisions and readouts of the models in a record."""
-
 
 class JointEncoder:
     """z = (f₁(R₁x)/s₁, f₂(R₂x)/s₂, …): the embeddings of one image by several encoders, one after the other.
@@ -124,8 +121,8 @@ class JointEncoder:
         Returns:
             The joint encoder.
         """
-        readouts = _each("readout", readout, names)
-        revisions = _each("revision", revision or "sha256:", names, single=revision is None)
+        readouts = each("readout", readout, len(names))
+        revisions = each("revision", revision or "sha256:", len(names), alike=revision is None)
         made = [
             Encoder.from_pretrained(name, readout=one, revision=None if sha.startswith("sha256:") else sha, **options)
             for name, one, sha in zip(names, readouts, revisions, strict=True)
@@ -189,6 +186,18 @@ class JointEncoder:
             One tensor for each model.
         """
         return [part * scale for part, scale in zip(z.split(self.sizes, dim=-1), self.scales, strict=True)]
+
+    def joint_rtol(self, z: Tensor, rtol: float) -> float:
+        """Return the error of a joint embedding up to which the error of each model is at most `rtol`.
+
+        Args:
+            z: the target, (D,).
+            rtol: embedding error of each model.
+
+        Returns:
+            rtol · min_i ‖z_i‖ / ‖z‖.
+        """
+        return rtol * float(torch.stack([part.double().norm() for part in z.split(self.sizes)]).min() / z.double().norm())
 
     def of_files(self) -> JointEncoder:
         """Return the map of 8-bit images as the models see their files: each smaller image is rounded to 8 bit.
@@ -360,13 +369,12 @@ def _joined(values: Any) -> str:
     return values[0] if len(set(values)) == 1 else JOINED.join(values)
 
 
-def _each(name: str, text: str, models: Sequence[Any], *, single: bool = True) -> list[str]:
-    """Return the option of each model, from one text for all or one for each."""
+def each(name: str, text: str, count: int, *, alike: bool = True) -> list[str]:
+    """Return the option of each of several models, from one text for each, or if they may be `alike` one for all."""
     values = text.split(JOINED)
-    if len(values) == 1 and single:
-        return values * len(models)
-    if len(values) != len(models):
-        alone = f"one for all {len(models)} models or " if single else ""
-        told = f"`{name}` must be {alone}one for each of the {len(models)} models, joined by '{JOINED}'"
-        raise ValueError(f"{told}; got {text!r}. Leave it out, or state one for each.")
+    if len(values) == 1 and alike:
+        return values * count
+    if len(values) != count:
+        told = f"`{name}` must be one for each of the {count} models, joined by '{JOINED}'"
+        raise ValueError(f"{told}{', or one for all' if alike else ''}; got {text!r}. Leave it out, or state one for each.")
     return values
