@@ -181,8 +181,8 @@ CONFIG = MatchConfig
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
     """Match all pairs at once, and yield each that has ended with the row of its refined PNG."""
     config, encoder = plan.config, plan.encoder
-    joint = hasattr(encoder, "parts")
-    if joint and len(part) > 1:  # the tolerance of a joint embedding depends on its target
+    joint: Any = encoder if hasattr(encoder, "parts") else None
+    if joint is not None and len(part) > 1:  # the tolerance of a joint embedding depends on its target
         for one in part:
             yield from make_rows(plan, [one], batch, tell)
         return
@@ -193,7 +193,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
         return lambda p: tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active, **more)
 
     z = measures.embed(measures.of_files(encoder), target)
-    rtol = encoder.joint_rtol(z[0], config.rtol) if joint else config.rtol
+    rtol = config.rtol if joint is None else joint.joint_rtol(z[0], config.rtol)
     goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": rtol}
     searches = match_in_stages(
         encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
@@ -223,7 +223,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
             three = source[i], decode_png(png, source.dtype), target[i]
             row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=name, labels=config.labels)
             reached, status = finite(found.error), found.status
-            if joint:
+            if joint is not None:
                 reached = _note_models(encoder, row, found.best, z[i])
                 status = Status.CONVERGED if reached is not None and reached <= config.rtol else status
             row |= {

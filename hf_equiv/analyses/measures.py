@@ -125,7 +125,9 @@ def measure_match(
     three, files = torch.stack([source, match, target]), of_files(encoder)
     z_source, z_match, z_target = files(three)
     errors = errors_of(encoder, z_match, z_target)
-    parts, seen = (encoder.parts, files.seen(match[None])) if hasattr(encoder, "parts") else ((encoder,), (match[None],))
+    parts, seen = (
+        (encoder.parts, files.seen(match[None])) if hasattr(encoder, "parts") else ((encoder,), (match[None],))
+    )
     floors = [finite(one.noise_floor(x)[0]) for one, x in zip(parts, seen, strict=True)]
     z_moved = z_target if files is encoder else encoder(target[None])[0]  # what noise moves is not on the grid
     # float32 holds k/255 only to 3e-8, so distances are computed from the levels in the files

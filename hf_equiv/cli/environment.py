@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from hf_equiv.models.encoder import Encoder
-    from hf_equiv.models.joint import JointEncoder
 
 PACKAGES = (
     "hf_equiv", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy",
@@ -70,9 +69,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def load_encoder(
-    model: str, *, dtype: str, device: str | None, import_: str | None = None, **options: Any
-) -> Encoder | JointEncoder:
+def load_encoder(model: str, *, dtype: str, device: str | None, import_: str | None = None, **options: Any) -> Encoder:
     """Load the encoder that the model options name, or several joined; under a launcher, on this process's GPU."""
     import torch
 

@@ -138,7 +138,8 @@ class View:
 
     def levels_of(self, pixels: Tensor) -> Tensor:
         """Return what the processor makes of 8-bit images (B, 3, H, W) in [0, 1], on k/255."""
-        seen = [self.levels((255 * x.double()).round().permute(1, 2, 0)).permute(2, 0, 1) for x in pixels]
+        levels = (255 * pixels.detach().cpu().double()).round().permute(0, 2, 3, 1)
+        seen = [self.levels(one).permute(2, 0, 1) for one in levels]
         return (torch.stack(seen) / 255).to(pixels)
 
     def flips(self, levels: Tensor) -> Flips:
@@ -180,11 +181,13 @@ class Flips:
         near = field[:, self._p]
         column = {s: (near * seen**power).sum(dim=2)[:, :, self._o] for s, seen in self._seen.items()}
         flips = self._between[step]
-        return sum(((flips == s) * column[s]).sum(dim=3) for s in (1, -1))
+        return ((flips == 1) * column[1] + (flips == -1) * column[-1]).sum(dim=3)
 
     def pixels(self, seen: Tensor) -> Tensor:
         """Return the pixels (3, H, W) that some levels of the view, (3, h, w) bool, depend on."""
-        across, down = ((axis.matrix != 0).to(seen.device, torch.float64) for axis in (self.view.across, self.view.down))
+        across, down = (
+            (axis.matrix != 0).to(seen.device, torch.float64) for axis in (self.view.across, self.view.down)
+        )
         return down.T @ seen.double() @ across > 0
 
     def entries(self, index: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

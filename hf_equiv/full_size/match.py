@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_equiv.data.back_projection import back_project
 from hf_equiv.data.image_set import read_images
 from hf_equiv.data.resampling import follow
-from hf_equiv.data.back_projection import back_project
 from hf_equiv.models.encoder import Encoder
 
 

@@ -304,7 +304,13 @@ class Moves:
 
 @no_autocast()
 def plan_moves(
-    models: Sequence[Steps | JointSteps], whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float, most: Tensor
+    models: Sequence[Steps | JointSteps],
+    whiten: Tensor,
+    r: Tensor,
+    levels: Tensor,
+    lattice: Lattice,
+    goal: float,
+    most: Tensor,
 ) -> Moves:
     """Return moves Δ that make ‖r + J·Δ‖ small: first in the whitened metric, then in the plain one.
 
@@ -339,7 +345,9 @@ def plan_moves(
     return Moves(index, columns, torch.stack([model.mend(*own) for model, *own in seen]))
 
 
-def _candidates(models: Sequence[Steps | JointSteps], r: Tensor, levels: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
+def _candidates(
+    models: Sequence[Steps | JointSteps], r: Tensor, levels: Tensor, lattice: Lattice
+) -> tuple[Tensor, Tensor]:
     """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, and the only way that each may go, or 0."""
     seen = zip(models, levels, r, strict=True)
     costs, down = torch.stack([model.costs(k, r_b) for model, k, r_b in seen]).min(dim=1)

@@ -190,9 +190,10 @@ class _Group(Rows):
         self.size = z.norm(dim=1, keepdim=True)  # the unit of r and J
         self.cap, self.trust = torch.full_like(self.size, _CAP), torch.full_like(self.size, _MOVES)  # (B, 1)
         self.shape, self.dtype = runs[0].best.shape, runs[0].best.dtype
-        # encoders whose views of the image round to 8 bit; their smooth form `f` gives no error of an 8-bit image
-        self.joint: Any = f.plain if any(getattr(f, "views", ())) else None
-        self.of_files = f if self.joint is None else as_function(self.joint.of_files())
+        # A joint encoder of models whose views of the image round to 8 bit: its smooth form f has no errors of files.
+        plain: Any = f.plain
+        self.joint: Any = plain if any(getattr(plain, "__dict__", {}).get("views", ())) else None
+        self.of_files: Encoding = f if self.joint is None else as_function(self.joint.of_files())
         self.reach, self.whiten = z.new_zeros((2, len(z), z.shape[1], z.shape[1]))  # `left_geometry` of J
 
     def active(self) -> _Group:
@@ -251,20 +252,20 @@ class _Group(Rows):
 
     def _round_views(self, report: Callable[[], None]) -> None:
         """Refine what smaller models see, and round the matches so that they see it."""
-        matches, views = self.matches.view(-1, *self.shape), self.joint.views
-        for i, (run, image) in enumerate(zip(self.runs, matches, strict=True)):
-            wanted: list[Tensor | None] = []
-            for f, view, x, z in zip(self.joint.parts, views, self.joint.seen(image[None]), self.joint.split(self.z[i : i + 1])):
-                wanted.append(None)
+        joint = self.joint
+        for i, (run, image) in enumerate(zip(self.runs, self.matches.view(-1, *self.shape), strict=True)):
+            wanted, place = list[Tensor | None](), torch.tensor([i], device=self.z.device)
+            parts = zip(joint.parts, joint.views, joint.seen(image[None]), joint.split(self.z[place]), strict=True)
+            for f, view, x, z in parts:
+                found = None
                 if view is not None:
                     found = refine_8bit(f, x, z, rtol=self.rtol, max_evals=self.max_evals, progress=False)
                     run.thirds += round(3 * float(found.num_evals[0]))
-                    wanted[-1] = found.images[0]
-            levels = self.lattice.keep(torch.tensor([i])).round(self.joint.with_views(image, wanted)[None])[0]
-            self.levels[i], self.r[i] = levels[0], self._residuals(torch.tensor([i]), levels)[0]
+                wanted.append(None if found is None else found.images[0])
+            (self.levels[i],), _ = self.lattice.keep(place).round(joint.with_views(image, wanted)[None])
+            self.r[i] = self._residuals(place, self.levels[place])[0]
+            run.error = math.inf  # what it refines may be worse as yet
         self.error, self.rounded = self.r.norm(dim=1), self.levels.clone()
-        for run in self.runs:
-            run.error = math.inf
         self._note(self.error, torch.ones_like(self.error))
         report()
 

@@ -22,7 +22,8 @@ from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.models.encoder import Encoder
 
-class JointEncoder:
+
+class JointEncoder(Encoder):
     """z = (f₁(R₁x)/s₁, f₂(R₂x)/s₂, …): the embeddings of one image by several encoders, one after the other.
 
     The image has the largest input size among the models. A model of that size sees the image itself (R = identity); a
@@ -51,10 +52,10 @@ class JointEncoder:
     """
 
     def __init__(self, encoders: Sequence[Encoder]) -> None:
-        self.parts = tuple(encoders)
+        self.parts = tuple(part for one in encoders for part in getattr(one, "parts", (one,)))
         self._check_parts()
         first = self._first = max(self.parts, key=lambda one: math.prod(one.input_shape))
-        self.input_shape: tuple[int, ...] = first.input_shape
+        self.input_shape = first.input_shape
         self.device, self.dtype, self.normalize = first.device, first.dtype, first.normalize
         self.views = tuple(self._view_of(one) for one in self.parts)
         self.sizes = [one.embedding_dim for one in self.parts]
@@ -68,7 +69,8 @@ class JointEncoder:
         self.has_head, self.label_names = self._headed.has_head, self._headed.label_names
         self.multi_label = self._headed.multi_label
         self._exact = False
-        self._twin: JointEncoder | None = None
+        self._twin: Encoder | None = None
+        self._grey = torch.full((1, *self.input_shape), 0.5, dtype=self.dtype, device=self.device)
         self.admitted: dict[Any, Function] = {}
         self.scales = [_scale(one) for one in self.parts]
 
@@ -81,7 +83,9 @@ class JointEncoder:
             raise ValueError(f"{wanted}; got '{twice.model_id}' twice. Name each model once.")
         for name in ("device", "dtype", "normalize"):
             if len(values := {str(getattr(one, name)) for one in self.parts}) > 1:
-                raise ValueError(f"`encoders` must have one `{name}`; got {', '.join(sorted(values))}. Load them alike.")
+                raise ValueError(
+                    f"`encoders` must have one `{name}`; got {', '.join(sorted(values))}. Load them alike."
+                )
         sides = [max(one.input_shape[axis] for one in self.parts) for axis in (1, 2)]
         if not any(list(one.input_shape[1:]) == sides for one in self.parts):
             sizes = ", ".join(f"{one.input_shape[1]} × {one.input_shape[2]} ('{one.model_id}')" for one in self.parts)
@@ -107,20 +111,21 @@ class JointEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, names: Sequence[str | os.PathLike[str]], *, readout: str = "auto", revision: str | None = None,
+        cls, model_id: str | os.PathLike[str] | Sequence[str], *, readout: str = "auto", revision: str | None = None,
         **options: Any,
     ) -> JointEncoder:  # fmt: skip
         """Load several checkpoints, each as `Encoder.from_pretrained` does.
 
         Args:
-            names: Hub ids, local folders or names of built-in checkpoints.
+            model_id: Hub ids, local folders or names of built-in checkpoints, in a sequence or joined by " + ".
             readout: readout of all, or one for each, joined by " + ".
-            revision: revision of each, joined by " + "; "sha256:…" stands for a local folder. None for the usual ones.
+            revision: revision of each, joined by " + ", "sha256:…" for a local folder; None for the usual ones.
             **options: other options of `Encoder.from_pretrained`, for all.
 
         Returns:
             The joint encoder.
         """
+        names = os.fspath(model_id).split(JOINED) if isinstance(model_id, str | os.PathLike) else model_id
         readouts = each("readout", readout, len(names))
         revisions = each("revision", revision or "sha256:", len(names), alike=revision is None)
         made = [
@@ -151,14 +156,17 @@ class JointEncoder:
         Returns:
             One batch for each model.
         """
+        self._check(pixels)
+        x = pixels.to(self.dtype)
+        return [x if view is None else view.levels_of(x) if self._exact else view.smooth(x) for view in self.views]
+
+    def _check(self, pixels: Tensor) -> None:
         check_tensor(pixels, "pixels", "3")
         if tuple(pixels.shape[1:]) != tuple(self.input_shape):
             raise ValueError(
                 f"`pixels` must have the shape (B, {', '.join(map(str, self.input_shape))}) of this joint encoder; got "
                 f"{tuple(pixels.shape)}. Use `encoder.preprocess(...)`."
             )
-        x = pixels.to(self.dtype)
-        return [x if view is None else view.levels_of(x) if self._exact else view.smooth(x) for view in self.views]
 
     def with_views(self, pixels: Tensor, seen: Sequence[Tensor | None]) -> Tensor:
         """Return the 8-bit image nearest to another of which smaller models see given 8-bit images, as far as there is.
@@ -197,7 +205,9 @@ class JointEncoder:
         Returns:
             rtol · min_i ‖z_i‖ / ‖z‖.
         """
-        return rtol * float(torch.stack([part.double().norm() for part in z.split(self.sizes)]).min() / z.double().norm())
+        return rtol * float(
+            torch.stack([part.double().norm() for part in z.split(self.sizes)]).min() / z.double().norm()
+        )
 
     def of_files(self) -> JointEncoder:
         """Return the map of 8-bit images as the models see their files: each smaller image is rounded to 8 bit.
@@ -213,6 +223,7 @@ class JointEncoder:
         made.parts, made._first, made._twin = tuple(parts), parts[self.parts.index(self._first)], None
         made._headed, made._exact, made.admitted = parts[self.parts.index(self._headed)], exact, {}
         made.dtype, made.device = made._first.dtype, made._first.device
+        made._grey = self._grey.to(made.device, made.dtype)
         return made
 
     def in_dtype(self, dtype: torch.dtype) -> JointEncoder:
@@ -226,12 +237,6 @@ class JointEncoder:
         """
         return self._like([one.in_dtype(dtype) for one in self.parts], exact=self._exact)
 
-    def double(self) -> JointEncoder:
-        """Return the same function in float64, made once and with exactly the same weights."""
-        if self.dtype != torch.float64 and self._twin is None:
-            self._twin = self._like([one.double() for one in self.parts], exact=self._exact)
-        return self._twin or self
-
     def preprocess(self, images: Any) -> Tensor:
         """Return images as the processor of the model with the largest input gives them: see `Encoder.preprocess`.
 
@@ -242,17 +247,6 @@ class JointEncoder:
             (B, 3, H, W) float32 in [0, 1], every value k/255.
         """
         return self._first.preprocess(images)
-
-    def to_pil(self, images: Tensor) -> list[Image]:
-        """Return pixels as PIL images, each value rounded to the nearest k/255.
-
-        Args:
-            images: (B, 3, H, W) or (3, H, W), in [0, 1].
-
-        Returns:
-            One image for each of the batch.
-        """
-        return self._first.to_pil(images)
 
     def classify(self, pixels: Tensor, labels: Sequence[str] | None = None) -> Tensor:
         """Return class scores of the first model that has a head, or zero-shot ones of the first that can.
@@ -267,19 +261,6 @@ class JointEncoder:
         two_towers = [one for one in self.parts if one._loaded.two_tower]
         used = self._headed if labels is None or not two_towers else two_towers[0]
         return used.classify(self.seen(pixels)[self.parts.index(used)], labels)
-
-    def noise_floor(self, pixels: Tensor) -> Tensor:
-        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image, as `Encoder.noise_floor` does.
-
-        Args:
-            pixels: (B, 3, H, W), in [0, 1].
-
-        Returns:
-            (B,) float64 on the encoder's device.
-        """
-        with torch.no_grad():
-            pairs = [(self(image).double(), self.double()(image.double())) for image in pixels.to(self.dtype).split(1)]
-        return torch.stack([(z - exact).norm() / exact.norm() for z, exact in pairs])
 
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
         """Return the relations of each model, with zeros for the others, and rows drawn back to the joint image.
@@ -330,10 +311,14 @@ class JointEncoder:
         """The standard deviation (3,) of the model with the largest input."""
         return self._first.pixel_std
 
+    @property
+    def patch_weight(self) -> None:
+        """None: there is no one patch embedding."""
+        return None
+
     def jvp_probe(self) -> bool:
         """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
-        grey = torch.full((1, *self.input_shape), 0.5, dtype=self.dtype, device=self.device)
-        require_forward_mode(self, grey, f"'{self.model_id}'")
+        require_forward_mode(self, self._grey, f"'{self.model_id}'")
         return True
 
     @property
@@ -376,5 +361,7 @@ def each(name: str, text: str, count: int, *, alike: bool = True) -> list[str]:
         return values * count
     if len(values) != count:
         told = f"`{name}` must be one for each of the {count} models, joined by '{JOINED}'"
-        raise ValueError(f"{told}{', or one for all' if alike else ''}; got {text!r}. Leave it out, or state one for each.")
+        raise ValueError(
+            f"{told}{', or one for all' if alike else ''}; got {text!r}. Leave it out, or state one for each."
+        )
     return values

@@ -32,9 +32,9 @@ def is_local(settings: Mapping[str, Any]) -> bool:
 
 
 def load_recorded(
-    settings: dict[str, Any], model: str | Encoder | JointEncoder | None, device: str | None, cache_dir: str | None,
+    settings: dict[str, Any], model: str | Encoder | None, device: str | None, cache_dir: str | None,
     local_files_only: bool,
-) -> Encoder | JointEncoder:  # fmt: skip
+) -> Encoder:  # fmt: skip
     """Load the model of a run, or its models, at the recorded revision, with the readout and dtype."""
     if len(several := each_model(settings)) == 1:
         return _load_one(settings, model, device, cache_dir, local_files_only)
@@ -50,7 +50,7 @@ def load_recorded(
 
 
 def _load_one(
-    settings: dict[str, Any], model: str | Encoder | JointEncoder | None, device: str | None, cache_dir: str | None,
+    settings: dict[str, Any], model: str | Encoder | None, device: str | None, cache_dir: str | None,
     local_files_only: bool,
 ) -> Encoder:  # fmt: skip
     if isinstance(model, JointEncoder):
