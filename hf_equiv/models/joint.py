@@ -78,7 +78,7 @@ class JointEncoder(Encoder):
         wanted = "`encoders` must be at least two different encoders"
         if len(self.parts) < 2 or not all(isinstance(one, Encoder) for one in self.parts):
             raise ValueError(f"{wanted}; got {list(self.parts)!r:.160}. Use `Encoder` for one.")
-        kinds = [(one.revision, one.readout) for one in self.parts]
+        kinds = [(one.revision, one.readout, one.input_shape) for one in self.parts]
         if twice := next((one for k, one in enumerate(self.parts) if kinds[k] in kinds[:k]), None):
             raise ValueError(f"{wanted}; got '{twice.model_id}' twice. Name each model once.")
         for name in ("device", "dtype", "normalize"):
@@ -271,24 +271,23 @@ class JointEncoder(Encoder):
         Returns:
             The relations, exact zeros first.
         """
-        found, start = list[LeftRelation](), 0
+        exact, near, start = dict[str, list[Tensor]](), list[LeftRelation](), 0
         x = image[None].detach().double().requires_grad_(True)
         for one, view, scale in zip(self.parts, self.views, self.scales, strict=True):
             seen = x if view is None else view.smooth(x)
             for relation in one.left_relations(seen[0].detach().to(image)):
                 left = relation.left.new_zeros((self.embedding_dim, relation.left.shape[1]))
                 left[start : start + one.embedding_dim] = relation.left
-                rows = relation.rows
-                if rows is not None:
-                    rows = rows / scale
-                    if view is not None:
-                        drawn = [row.view_as(seen).to(seen) for row in rows]
-                        rows = torch.stack(
-                            [torch.autograd.grad(seen, x, row, retain_graph=True)[0].flatten() for row in drawn]
-                        )
-                found.append(LeftRelation(relation.cause, left, rows))
+                if relation.rows is None:
+                    exact.setdefault(relation.cause, []).append(left)
+                    continue
+                rows = relation.rows.to(x) / scale
+                if view is not None:
+                    drawn = [torch.autograd.grad(seen, x, row.view_as(seen), retain_graph=True)[0] for row in rows]
+                    rows = torch.stack(drawn).flatten(1)
+                near.append(LeftRelation(relation.cause, left, rows))
             start += one.embedding_dim
-        return tuple(sorted(found, key=lambda relation: relation.rows is not None))
+        return *(LeftRelation(cause, torch.cat(left, dim=1)) for cause, left in exact.items()), *near
 
     def least_errors(self, image: Tensor, z: Tensor) -> Tensor:
         """Return ‖y − z‖ / ‖z‖ of the nearest joint embedding y that the last layers allow: no image comes nearer.
