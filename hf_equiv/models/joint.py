@@ -120,7 +120,7 @@ class JointEncoder(Encoder):
             model_id: Hub ids, local folders or names of built-in checkpoints, in a sequence or joined by " + ".
             readout: readout of all, or one for each, joined by " + ".
             revision: revision of each, joined by " + ", "sha256:…" for a local folder; None for the usual ones.
-            **options: other options of `Encoder.from_pretrained`, for all.
+            options: other options of `Encoder.from_pretrained`, for all.
 
         Returns:
             The joint encoder.

@@ -39,7 +39,8 @@ def pixels(joint) -> torch.Tensor:
 
 
 def test_embeddings_of_files_are_those_of_each_model_bit_for_bit(joint, pixels):
-    assert joint.input_shape == (3, 48, 48) and joint.embedding_dim == 24
+    assert joint.input_shape == (3, 48, 48)
+    assert joint.embedding_dim == 24
     z = joint.of_files()(pixels)
     for one, own, block, scale in zip(
         joint.parts, joint.split(z), z.split(joint.sizes, dim=1), joint.scales, strict=True
@@ -59,7 +60,8 @@ def test_the_smooth_map_has_the_derivative_of_its_secants(joint, pixels):
     jv = torch.func.jvp(f, (x,), (v,))[1]
     secant = (f(x + 1e-5 * v) - f(x - 1e-5 * v)) / 2e-5
     torch.testing.assert_close(jv, secant, rtol=1e-6, atol=1e-9)
-    assert joint.jvp_probe() and float(joint.noise_floor(pixels).max()) < 1e-5
+    assert joint.jvp_probe()
+    assert float(joint.noise_floor(pixels).max()) < 1e-5
 
 
 def test_a_spectrum_is_that_of_the_stacked_jacobian(joint, pixels):
@@ -119,7 +121,9 @@ def test_the_effect_of_single_steps_is_exact(joint, pixels):
         views_too = columns.square().sum(dim=0) + 2 * way * (r @ columns)
         quiet = (columns[[0, 1, 6, 7]] == 0).all(dim=0)
         torch.testing.assert_close(costs[0 if way == 1 else 1][index][quiet], direct[quiet])
-        assert torch.equal(direct[quiet], views_too[quiet]) and bool(quiet.any()) and not bool(quiet.all())
+        assert torch.equal(direct[quiet], views_too[quiet])
+        assert bool(quiet.any())
+        assert not bool(quiet.all())
 
 
 def test_a_refined_match_is_one_for_each_model():
@@ -167,7 +171,8 @@ def test_the_head_of_the_first_model_that_has_one_classifies(pixels):
     body = nn.Sequential(nn.Conv2d(3, 2, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     headed = Encoder.wrap(body, size=24, mean=0.5, std=0.25, labels=["ant", "bee"])
     both = JointEncoder([small(48), headed])
-    assert both.has_head and both.label_names == ("ant", "bee")
+    assert both.has_head
+    assert both.label_names == ("ant", "bee")
     assert torch.equal(both.of_files().classify(pixels), headed.classify(headed.preprocess(both.to_pil(pixels))))
 
 
@@ -204,13 +209,16 @@ def test_a_run_states_each_model_and_verifies(run, monkeypatch):
     assert [own["model_id"] for own in row["models"]] == ["vit", "deit"]
     for key in ("embedding_error", "embedding_error_8bit", "noise_floor"):
         assert row[key] == max(own[key] for own in row["models"])
-    assert row["embedding_error"] <= 1e-5 and row["embedding_error_8bit"] <= 1e-3
+    assert row["embedding_error"] <= 1e-5
+    assert row["embedding_error_8bit"] <= 1e-3
     assert "models" not in pq.read_table(next((run / "spectra" / "spectra").glob("*.parquet"))).column_names
     for name in ("run", "spectra"):
         report = verify_run(run / name)
-        assert report.holds and report.verified == 1, report.problems
+        assert report.holds, report.problems
+        assert report.verified == 1
     assert verify_run(run / "run", model="./vit + ./deit").holds
-    assert is_local(record["settings"]) and [own["readout"] for own in each_model(record["settings"])] == ["cls"] * 2
+    assert is_local(record["settings"])
+    assert [own["readout"] for own in each_model(record["settings"])] == ["cls"] * 2
 
 
 @pytest.mark.parametrize(
@@ -254,7 +262,8 @@ def test_encoders_of_a_user_are_put_in_place_of_the_recorded_ones(joint):
     settings = {key: joint.provenance[key] for key in ("model_id", "model_revision", "readout", "dtype", "attention")}
     settings |= {"normalize": False}
     made = load_recorded(settings, joint, "cpu", None, True)
-    assert made.revision == joint.revision and made.provenance == joint.provenance
+    assert made.revision == joint.revision
+    assert made.provenance == joint.provenance
     with pytest.raises(ValueError, match="must be a JointEncoder of 4 models"):
         load_recorded(settings, joint.parts[0], "cpu", None, True)
     assert np.isclose(made.scales, joint.scales).all()
