@@ -6,11 +6,15 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hf_equiv.analyses import measures
@@ -18,10 +22,12 @@ from hf_equiv.analyses.config import DTYPES, BaseConfig, Load
 from hf_equiv.analyses.pairs import Item, Reader, name_pairs
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import NORMS, check_choice, check_count, check_positive, check_radius, check_rtol
-from hf_equiv.data.image_file import decode_png, encode_png
+from hf_equiv.data.image_file import decode_png, encode_png, stored_image
 from hf_equiv.data.image_set import ImageSet
+from hf_equiv.data.resampling import View
 from hf_equiv.data.sources import DEFAULT_PAIRS
-from hf_equiv.formatting import finite, fraction
+from hf_equiv.formatting import finite, fraction, one_line
+from hf_equiv.full_size.match import levels_of, match_in_full_size, view_of
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
@@ -40,6 +46,8 @@ SHOWN = 64  # pairs whose images make the baseline of unrelated images
 MATCH_EVALS = 2000  # most evaluations of a match that a walk or the direction `match` needs
 _EXACT = 1e-12  # tolerance of errors in float64, where `rtol` may be 1e-10
 _REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
+
+_FULL_BYTES = 10_000_000  # about those of a PNG file of 6 megapixels
 
 _THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)  # the summary states the share of matches with smaller embedding errors
 _MEDIANS = (
@@ -63,6 +71,7 @@ class MatchConfig(BaseConfig):
         refine: refine the match on the 8-bit lattice; otherwise it is rounded.
         labels: class names for zero-shot classification.
         compile: match with `torch.compile`; the plain encoder still computes every number.
+        full_size: also write each match as a file of the size of its source photo.
     """
 
     analysis: ClassVar[str] = "match"
@@ -76,6 +85,7 @@ class MatchConfig(BaseConfig):
     refine: bool = True
     labels: tuple[str, ...] | None = None
     compile: bool = False
+    full_size: bool = False
 
     @property
     def ball_norm(self) -> str:
@@ -96,6 +106,8 @@ class MatchConfig(BaseConfig):
             check_radius(self.radius, self.ball_norm, 1)
         elif self.radius is not None:  # its limit depends on the image size of the checkpoint
             check_positive(self.radius, "radius")
+        if self.full_size and not self.refine:
+            raise ValueError("`full_size` must come with the 8-bit refinement. Leave `no_refine` out.")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
         if self.data is not None and (self.source is not None or self.target is not None):
@@ -152,11 +164,18 @@ class MatchConfig(BaseConfig):
         """Return the other settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
         from hf_equiv.models.zero_shot import PROMPT  # brings transformers along
 
+        if self.full_size and hasattr(encoder, "parts"):
+            raise ValueError(
+                "`full_size` must come with one model: the image processors of several see a file of full size each in "
+                "its own way. Leave it out."
+            )
         check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
         if self.labels is not None:  # refuse a model without text tower at once
             grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
             with torch.no_grad():
                 encoder.classify(grey, self.labels)
+        if self.full_size:  # refuse an image processor that cannot be followed at once
+            view_of(encoder, *(2 * side for side in encoder.input_shape[:0:-1]))
         start = ([f"{self.half} start"] if self.half else []) + (["compiled"] if self.compile else [])
         return {
             "solver": ", ".join([self.solver, *start]),
@@ -168,11 +187,12 @@ class MatchConfig(BaseConfig):
             "refine": self.refine,
             "labels": list(self.labels) if self.labels else None,
             **({"prompt": PROMPT} if self.labels else {}),
+            **({"full_size": True} if self.full_size else {}),
         }
 
     def item_bytes(self, encoder: Encoder, settings: Row) -> int:
-        """Return the bytes of three images and a float image."""
-        return math.prod(encoder.input_shape) * (3 + encoder.dtype.itemsize)
+        """Return the bytes of three images and a float image, and about those of a file of full size."""
+        return math.prod(encoder.input_shape) * (3 + encoder.dtype.itemsize) + self.full_size * _FULL_BYTES
 
 
 CONFIG = MatchConfig
@@ -180,12 +200,21 @@ CONFIG = MatchConfig
 
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
     """Match all pairs at once, and yield each that has ended with the row of its refined PNG."""
-    config, encoder = plan.config, plan.encoder
+    config, encoder, views = plan.config, plan.encoder, dict[str, View]()
     joint: Any = encoder if hasattr(encoder, "parts") else None
     if joint is not None and len(part) > 1:  # the tolerance of a joint embedding depends on its target
         for one in part:
             yield from make_rows(plan, [one], batch, tell)
         return
+    if config.full_size:
+        for one in part:
+            try:
+                views[one.item.name] = view_of(encoder, *plan.photo(one.item).size)
+            except ValueError as error:
+                yield one, Made([{"status": str(Status.ERROR)}], {}, error=one_line(error))
+        part = [one for one in part if one.item.name in views]
+        if not part:
+            return
     source = torch.stack([one.image for one in part])
     target = torch.stack([one.target for one in part if one.target is not None])
 
@@ -219,6 +248,18 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
             else:
                 grid, evals["refine"] = exact.images[k], float(exact.num_evals[k])
                 seconds += float(exact.seconds[k])
+            full: Row = {}
+            if config.full_size:
+                tell("full size", pair_ids=(name,))
+                began, photo = time.perf_counter(), plan.photo(part[i].item)
+                own = match_in_full_size(
+                    encoder, photo, views[name], grid, z[i : i + 1], source[i],
+                    partial(_inside, source[i], config.radius, config.ball_norm),
+                    progress=hook("refine", pair_ids=(name,)), **goal,
+                )  # fmt: skip
+                grid, evals["refine"] = own.match, evals["refine"] + own.num_evals
+                full = measure_full_size(own.image, photo) | {"full_exact": own.exact}
+                seconds += time.perf_counter() - began
             png = encode_png(grid)
             three = source[i], decode_png(png, source.dtype), target[i]
             row = measures.measure_match(encoder, *three, seed=config.seed, pair_id=name, labels=config.labels)
@@ -226,7 +267,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
             if joint is not None:
                 reached = _note_models(encoder, row, found.best, z[i])
                 status = Status.CONVERGED if reached is not None and reached <= config.rtol else status
-            row |= {
+            row |= full | {
                 "match": png,
                 "status": str(status),
                 "embedding_error": reached,
@@ -244,6 +285,16 @@ def _note_models(encoder: Any, row: Row, image: Tensor, z: Tensor) -> float | No
     if row.get("models"):
         row["models"] = [own | {"embedding_error": error} for own, error in zip(row["models"], errors, strict=True)]
     return measures.worst(errors)
+
+
+def measure_full_size(image: Image.Image, photo: Image.Image) -> Row:
+    """Return the columns of a file of full size but whether it is exact."""
+    a, b = (torch.from_numpy(np.array(one)).movedim(2, 0) / 255 for one in (image, photo))
+    return {"match_full": encode_png(a), "psnr_full_db": measures.psnr_db(a, b), "ssim_full": measures.ssim(a, b)}
+
+
+def _inside(source: Tensor, radius: float | None, norm: str, image: Tensor) -> bool:
+    return radius is None or not outside_ball("match", image, source, radius, norm)
 
 
 def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:
@@ -291,6 +342,9 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
         "label_flipped_to_target": sum(bool(row["same_top1"]) for row in changed) if flips else None,
         "baseline": baseline,
     }
+    if settings.get("full_size"):
+        summary["full_size"] = measures.medians_of(rows, ("psnr_full_db", "ssim_full"))
+        summary["full_size"] |= {"exact": sum(bool(row["full_exact"]) for row in rows)}
     return summary | {"verdict": measures.verdict("match", summary=summary, rows=rows, rtol=settings["rtol"])}
 
 
@@ -373,6 +427,11 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         made["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
     elif not far <= (most := _REFINED + 0.25 * (reached or 0.0)):  # refining goes on where the match was left
         faults.append(("match", f"an image within {most:.3f} of its float match", f"it is {far:.3f} off"))
+    if settings.get("full_size"):
+        seen = encoder.preprocess([stored_image(row["match_full"])])[0]
+        made["full_exact"] = torch.equal(levels_of(seen), levels_of(match))
+        for column in ("match_full", "psnr_full_db", "ssim_full"):  # the photo is not stored
+            made.pop(column)
     cost = row["cost"] or {}
     if cost.keys() != {"match", "refine"} or bool(cost["refine"]) != settings["refine"]:
         told = f"the float file states {cost}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from hf_equiv.analyses.pairs import Item, Reader, say_equal
@@ -82,6 +83,10 @@ class Plan:
     def item_bytes(self) -> int:
         """The most bytes that the images and float images of one item take."""
         return int(self.config.item_bytes(self.encoder, self.settings))
+
+    def photo(self, item: Item) -> Image:
+        """Return the image of an item as it was read, upright RGB, before the image processor."""
+        return self.images[item.source].image
 
     def pixels(self, item: Item) -> tuple[Tensor, Tensor | None]:
         """Return an image and its target, each (3, H, W) on the k/255 grid, on the CPU; unusable images raise."""

@@ -225,7 +225,8 @@ class _Job:
 
 def _with_ids(plan: Plan, one: Loaded, own: Made) -> Made:
     base, failed = _base_row(plan, one.item, one), any(row["status"] == Status.ERROR for row in own.rows)
-    return replace(own, rows=[base | row for row in own.rows], error=Status.ERROR.advice if failed else None)
+    error = (own.error or Status.ERROR.advice) if failed else None
+    return replace(own, rows=[base | row for row in own.rows], error=error)
 
 
 def _failed(plan: Plan, item: Item, why: str, one: Loaded | None = None) -> Made:

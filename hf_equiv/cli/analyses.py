@@ -70,6 +70,7 @@ _DERIVATIVES = {
 @flag("--compile", "Compile the model with torch.compile; needs a C++ compiler and minutes.")
 @click.option("--no-refine", "refine", flag_value=False, type=bool, default=True, show_default=False,
               help="Round the match to 8 bit without refining it there.")  # fmt: skip
+@flag("--full-size", "Also write each match as a PNG of the size of its source photo.")
 @option("--labels", "Class names for zero-shot labels (CLIP, SigLIP).", "A,B,C", names)
 @analysis_options
 def match(**given: Any) -> int:

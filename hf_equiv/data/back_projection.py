@@ -29,7 +29,8 @@ from hf_equiv.data.resampling import Axis, View
 
 _SLACK = 0.2, 0.35  # distance from the levels, of 0.5, at which sums before rounding are near: in columns, in rows
 _ROUNDS = ((0.01, 1, 1.0), (0.03, 16, 0.5), (0.003, 64, 0.1))  # ε, K, and the share of the slack
-_STEPS, _NEAR = 200, 0.1  # most proximal steps, and the distance from the slack at which they end
+_STEPS, _CHECK = 60, 10  # most proximal steps, and after how many the lines that are done are left out
+_NEAR = 0.1  # distance from the slack at which a line is done
 _NUMBERS = 2**24  # of lines worked on at once
 _MISSED = 10.0, 100.0  # cost of a level that is missed, in squared levels, and of each unit by which it is
 
@@ -77,32 +78,27 @@ def _invert(axis: Axis, start: Tensor, levels: Tensor, slack: float) -> Tensor:
 
 
 def _nearest(axis: Axis, start: Tensor, levels: Tensor, slack: float) -> Tensor:
-    """Return the lines in 0…255 nearest to others with sums within `slack` of the levels, or as near as 200 steps."""
+    """Return the lines in 0…255 nearest to others with sums within `slack` of the levels, or as near as a few steps."""
     lower = torch.where(levels == 0, -math.inf, levels - slack)
     upper = torch.where(levels == 255, math.inf, levels + slack)
     gram = (axis.matrix @ axis.matrix.T) / 2.0**44
     length = 1 / float(torch.linalg.eigvalsh(gram)[-1])
     sums = axis.apply(start)
     at = torch.cholesky_solve((sums.clamp(lower, upper) - sums).double(), torch.linalg.cholesky(gram)).float()
-
-    def place(multiplier: Tensor, part: Tensor) -> Tensor:
-        return (start[:, part] + axis.transpose(multiplier)).clamp(0, 255)
-
-    result = place(at, torch.arange(start.shape[1]))
-    sums = axis.apply(result)
-    part = ((sums - sums.clamp(lower, upper)).abs() > _NEAR).any(dim=0).nonzero().flatten()
-    at, lower, upper = at[:, part], lower[:, part], upper[:, part]
+    result, part = torch.empty_like(start), torch.arange(start.shape[1])
     ahead, momentum = at, 1.0
-    for step in range(_STEPS if len(part) else 0):
-        v = ahead - length * axis.apply(place(ahead, part))
+    for step in range(_STEPS + 1):
+        if step % _CHECK == 0:
+            result[:, part] = x = (start[:, part] + axis.transpose(at)).clamp(0, 255)
+            sums = axis.apply(x)
+            left = ((sums - sums.clamp(lower, upper)).abs() > _NEAR).any(dim=0)
+            part, at, ahead, lower, upper = part[left], at[:, left], ahead[:, left], lower[:, left], upper[:, left]
+            if not len(part):
+                break
+        v = ahead - length * axis.apply((start[:, part] + axis.transpose(ahead)).clamp(0, 255))
         new = v + length * (-v / length).clamp(lower, upper)
         momentum, before = (1 + math.sqrt(1 + 4 * momentum**2)) / 2, momentum
         at, ahead = new, new + (before - 1) / momentum * (new - at)
-        if step % 20 == 19:
-            sums = axis.apply(place(at, part))
-            if float((sums - sums.clamp(lower, upper)).abs().max()) <= _NEAR:
-                break
-    result[:, part] = place(at, part)
     return result
 
 
@@ -124,37 +120,34 @@ def _round(axis: Axis, x: Tensor, levels: Tensor, ridge: float, kept: int) -> Te
         complete.setdefault(w.start, []).append(i)
     off = axis.apply(x) - levels
     lower, upper = torch.where(levels == 0, -math.inf, -0.5), torch.where(levels == 255, math.inf, 0.5)
-    errors = x.new_zeros((reach, L, kept))  # of the pixels after j, the nearest first
+    errors = x.new_empty((n, L, kept))  # of each pixel, on the ways that are kept so far
     cost = x.new_full((L, kept), math.inf)
     cost[:, 0] = 0
-    rounded, parents = x.new_empty((n, L, kept)), torch.zeros((n, L, kept), dtype=torch.uint8)
+    parents = torch.zeros((n, L, kept), dtype=torch.uint8)
     for j in range(n - 1, -1, -1):
-        after = min(reach, n - 1 - j)
-        wanted = x[j, :, None] - torch.tensordot(R[j, j + 1 : j + 1 + after], errors[:after], dims=1)
+        after = errors[j + 1 : j + 1 + reach]
+        wanted = x[j, :, None] - torch.tensordot(R[j, j + 1 : j + 1 + len(after)], after, dims=1)
         near = wanted.round()
         choices = [near, near + torch.where(wanted >= near, 1.0, -1.0)] if kept > 1 else [near]
         trials = torch.stack(choices, dim=-1).clamp(0, 255)  # (L, K, 1 or 2)
         error, costs = trials - x[j, :, None, None], (trials - wanted[..., None]).square() * scale[j]
         for i in complete.get(j, ()):
             band = axis.bands[i]
-            total = torch.tensordot(band[1:], errors[: len(band) - 1], dims=1) + off[i, :, None]
+            total = torch.tensordot(band[1:], after[: len(band) - 1], dims=1) + off[i, :, None]
             total = total[..., None] + band[0] * error
             bounds = lower[i, :, None, None], upper[i, :, None, None]
             missed = (total - total.clamp(*bounds)).abs()
             costs = costs + torch.where(missed > 0, _MISSED[0] + _MISSED[1] * missed, 0.0)
-        costs = (cost[..., None] + costs).flatten(1)
+        errors[j] = error[..., 0]
         if kept > 1:
-            cost, index = costs.topk(kept, dim=1, largest=False)
-            error, parent = error.flatten(1).gather(1, index), index // 2
-            errors = errors.gather(2, parent.expand(reach, -1, -1))
-            parents[j] = parent
-        else:
-            error = error[..., 0]
-        errors = torch.cat([error[None], errors[:-1]])
-        rounded[j] = error
-    rounded += x[..., None]
-    path, result = cost.argmin(dim=1, keepdim=True), torch.empty_like(x)
-    for j in range(n):
-        result[j] = rounded[j].gather(1, path)[:, 0]
-        path = parents[j].gather(1, path).long()
-    return result.round()
+            cost, index = (cost[..., None] + costs).flatten(1).topk(kept, dim=1, largest=False)
+            parents[j] = index // 2
+            after.copy_(after.gather(2, (index // 2).expand(len(after), -1, -1)))
+            errors[j] = error.flatten(1).gather(1, index)
+    if kept > 1:
+        path = cost.argmin(dim=1, keepdim=True)
+        for j in range(n):  # pixels are in the order of the step that saw them last
+            rows = slice(j + reach if j else 0, j + reach + 1)
+            errors[rows, :, :1] = errors[rows].gather(2, path.expand(len(errors[rows]), -1, -1))
+            path = parents[j].gather(1, path).long()
+    return (x + errors[:, :, 0]).round()

@@ -70,6 +70,11 @@ class Lattice(Rows):
             self, lower=torch.maximum(self.lower, levels - most), upper=torch.minimum(self.upper, levels + most)
         )
 
+    def holding(self, levels: Tensor, held: Tensor) -> Lattice:
+        """Return the part of the lattice whose pixels equal `levels` where `held` (B, N)."""
+        lower, upper = (torch.where(held, levels, bound) for bound in (self.lower, self.upper))
+        return replace(self, lower=lower, upper=upper)
+
     def at(self, index: Tensor) -> Lattice:
         """Return the ranges and centres of some pixels (B, K) of each image."""
         lower, upper, center = (part.gather(1, index) for part in (self.lower, self.upper, self.center))

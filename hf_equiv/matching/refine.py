@@ -50,6 +50,7 @@ def refine_8bit(
     source: Tensor | None = None,
     radius: float | None = None,
     norm: str = "linf",
+    held: Tensor | None = None,
     bounds: Bounds = UNIT,
     rtol: float = 1e-5,
     max_evals: int = 1000,
@@ -73,6 +74,7 @@ def refine_8bit(
         source: centre of the ball, (B, C, H, W); needed with `radius`.
         radius: radius of the ball about `source`, in pixel units (whole steps if k/255); None for the box alone.
         norm: norm of the ball, "linf" or "l2".
+        held: pixels that keep their level, (B, C, H, W) bool; None for no such pixels.
         bounds: (0, 1), the only box of 8-bit images.
         rtol: embedding error at which an image is done.
         max_evals: evaluations per image; too few for a Jacobian leave the rounded image.
@@ -106,6 +108,11 @@ def refine_8bit(
         raise ValueError("`source` must be given with `radius`; got None. Pass the centre of the ball.")
     if source is not None:
         checks.check_like(source, images, "source", one=False)
+    if held is not None and (held.dtype != torch.bool or held.shape != images.shape):
+        raise ValueError(
+            f"`held` must be a bool tensor of the shape of `images` {tuple(images.shape)}; got {held.dtype} "
+            f"{tuple(held.shape)}."
+        )
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
         f = admit(f, images, noise=True)
@@ -116,6 +123,8 @@ def refine_8bit(
         with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook:
             for part in (slice(start, start + count) for start in range(0, len(images), count)):
                 lattice = Lattice.around(images[part], None if source is None else source[part], radius, norm)
+                if held is not None:
+                    lattice = lattice.holding(lattice.nearest(images[part].flatten(1)), held[part].flatten(1))
                 group = _Group(f, runs[part], z[part], lattice, rtol, max_evals)
                 _refine(group.active(), lambda: None if hook is None else hook(snapshot(images, runs)))
         return collect(runs, source, target)

@@ -30,6 +30,8 @@ from hf_equiv.verify.unverified import NAMES
 RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("embedding_error", "embedding_error_8bit", "target_quantization_error"), (0.0, math.inf)),
     **dict.fromkeys(("cosine_to_target", "cosine_to_source", "cosine_source_target"), (-1.0, 1.0)),
+    "psnr_full_db": (0.0, math.inf),
+    "ssim_full": (-1.0, 1.0),
     **dict.fromkeys(("match_prob", "target_label_prob", "prob"), (0.0, 1.0)),
     **dict.fromkeys(("drift", "drift_8bit", "seconds", "remaining", "arc_length"), (0.0, math.inf)),
     "stationarity": (0.0, 1.0 + 1e-6),
@@ -166,6 +168,8 @@ def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row
                 continue
             try:
                 width, height = check_png(row[column] or b"")
+                if column in layout.added:  # of any size
+                    continue
                 if (3, height, width) == tuple(encoder.input_shape):  # a larger one would take much memory
                     row[column] = open_png(encoder, row[column])
                 else:

@@ -17,6 +17,7 @@ SUBJECTS: Mapping[str, tuple[str, ...]] = {
         "data_id", "data_revision", "drawn", "image_column", "label_column",
         "seed of the draw and images left out",
     ),
+    "distance from the photo of full size, which is not stored": ("psnr_full_db", "ssim_full"),
     "method of the search": ("command", "solver", "refine", "max_evals", "rtol", "step", "stop"),
     "cost": ("num_evals", "seconds"),
     "size of float errors": (

@@ -246,6 +246,7 @@ CALLS = {
     "twice": (["./vit", "./vit"], "got './vit' twice"),
     "readout": (["./vit", "./deit", "--readout", "cls + mean + cls"], "must be one for each of the 2 models"),
     "revision": (["./vit", "./deit", "--revision", "main"], "must be one for each of the 2 models"),
+    "full size": (["./vit", "./deit", "--full-size"], "--full-size must come with one model"),
     "import": (["./vit", "./deit", "--import", "a:b"], "must come with one MODEL; got 2"),
 }
 
