@@ -17,6 +17,7 @@ _ROUNDED = 1e-6  # relative tolerance: a float32 radius of k/255 is k whole step
 _CANDIDATES = 1280  # pixels considered in a round
 WORKSPACE = 4 * (2 * _CANDIDATES + 1) ** 2  # bytes of the moves of an image
 _LEADERS = 8  # first steps of the pairs considered at a time
+_MENDS = 4  # plans of more steps in place of those that interact in views
 _LOOK = 16  # pairs of steps between two looks of the host
 _LEAST = 1e-5  # share of ‖r‖² that a pair of steps must remove
 _POOR = 0.7  # share of ‖r‖ left, from which the plain metric alone is tried
@@ -346,8 +347,17 @@ def plan_moves(
     if bool(poor.any()):
         alone = plain.descend(none, goal, most * poor)
         steps = torch.where(poor & (plain.left(alone).norm(dim=1, keepdim=True) < left), alone, steps)
-    seen = zip(models, levels, index, ways, steps, strict=True)
-    return Moves(index, columns, torch.stack([model.mend(*own) for model, *own in seen]))
+    joint = any(isinstance(model, JointSteps) for model in models)
+    for last in (*[False] * _MENDS, True) if joint else ():
+        seen = zip(models, levels, index, ways, steps, strict=True)
+        mended = torch.stack([model.mend(*own) for model, *own in seen])
+        lost = mended != steps
+        if last or not bool(lost.any()):
+            return Moves(index, columns, mended)
+        bounds = plain.lattice
+        plain.lattice = replace(bounds, lower=bounds.lower.where(~lost, k), upper=bounds.upper.where(~lost, k))
+        steps = plain.descend(mended, goal, most)
+    return Moves(index, columns, steps)
 
 
 def _candidates(
