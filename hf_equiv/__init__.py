@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_equiv.analyses import *  # noqa: F403
     from hf_equiv.data import *  # noqa: F403
+    from hf_equiv.defences import *  # noqa: F403
     from hf_equiv.geometry import *  # noqa: F403
     from hf_equiv.hub import *  # noqa: F403
     from hf_equiv.interactive import *  # noqa: F403
@@ -32,6 +33,7 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 _NAMES = {
     "analyses": "LipschitzConfig MatchConfig RunOutcome SpectrumConfig WalkConfig make_plan run_analysis",
     "data": "draw_pairs load_images",
+    "defences": "CosineCertificate SmoothedAttack attack_smoothed certified_cosine",
     "geometry": (
         "Directions LinearityResult LipschitzResult RegionalResult RowSpace SpectrumResult WalkResult "
         "directional_lipschitz jacobian_spectrum linearity_radius make_directions patch_null_space principal_angles "

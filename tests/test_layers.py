@@ -21,6 +21,7 @@ PACKAGE = ROOT / "hf_equiv"
 FOLDERS = {
     "matching": [],
     "geometry": ["matching"],
+    "defences": ["matching"],
     "data": [],
     "models": ["geometry", "data"],
     "full_size": ["models", "matching", "data"],
@@ -49,7 +50,7 @@ ROOT_FILES = {
     "hub_client": ["formatting"],
     "__main__": ["cli"],
 }
-NUMERICS = "matching geometry results checks precision memory derivatives conditions jacobian passes".split()
+NUMERICS = "matching geometry defences results checks precision memory derivatives conditions jacobian passes".split()
 MOST_FILES = 12
 
 # Where a library may be imported: folders, files of the root, or single files. torch may be imported everywhere.

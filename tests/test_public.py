@@ -38,7 +38,7 @@ def section(value: object, title: str) -> str:
 def test_all_is_what_dir_shows():
     assert set(hf_equiv.__all__) <= set(dir(hf_equiv))
     # type checkers read their lists
-    folders = ("analyses", "data", "geometry", "hub", "interactive", "matching", "models", "report", "verify")
+    folders = "analyses data defences geometry hub interactive matching models report verify".split()
     listed = {home: set(import_module(f"hf_equiv.{home}").__all__) for home in folders}
     assert listed == {home: set(hf_equiv._NAMES[home].split()) for home in folders}
     assert len(PUBLIC) == len(FUNCTIONS) + len(CLASSES)

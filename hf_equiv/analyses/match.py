@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,13 +21,14 @@ from hf_equiv.analyses import measures
 from hf_equiv.analyses.config import DTYPES, BaseConfig, Load
 from hf_equiv.analyses.pairs import Item, Reader, name_pairs
 from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
-from hf_equiv.checks import NORMS, check_choice, check_count, check_positive, check_radius, check_rtol
+from hf_equiv.checks import NORMS, UNIT, check_choice, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png, stored_image
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.resampling import View
 from hf_equiv.data.sources import DEFAULT_PAIRS
 from hf_equiv.formatting import finite, fraction, one_line
 from hf_equiv.full_size.match import levels_of, match_in_full_size, view_of
+from hf_equiv.full_size.metric import FileMetric
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
@@ -224,9 +225,13 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
     z = measures.embed(measures.of_files(encoder), target)
     rtol = config.rtol if joint is None else joint.joint_rtol(z[0], config.rtol)
     goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": rtol}
+    metric = FileMetric(encoder) if config.full_size and config.radius is None else None
+    f, drafts, start = (encoder, plan.drafts, source) if metric is None else (
+        metric.of(encoder), [replace(one, f=metric.of(one.f)) for one in plan.drafts], metric.invert(source)
+    )  # fmt: skip
     searches = match_in_stages(
-        encoder, plan.drafts, source, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
-        **goal,
+        f, drafts, start, z, SOLVERS[config.solver](), max_evals=config.max_evals, progress=hook("match"),
+        bounds=UNIT if metric is None else None, **goal,
     )  # fmt: skip
     # A GPU refines together what ends together. A CPU gains nothing by it, and keeps each pair that is finished.
     ends = (
@@ -234,6 +239,9 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
     )
     failed = False
     for together in ends:
+        if metric is not None:
+            for found in together.values():
+                found.best = metric.place(found.best)
         ended = {i: found for i, found in together.items() if found.status is not Status.ERROR}
         failed = failed or len(ended) < len(together)
         exact = None
@@ -428,6 +436,11 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     elif not far <= (most := _REFINED + 0.25 * (reached or 0.0)):  # refining goes on where the match was left
         faults.append(("match", f"an image within {most:.3f} of its float match", f"it is {far:.3f} off"))
     if settings.get("full_size"):
+        if encoder.provenance["processor"] != settings["processor"]:
+            raise ValueError(
+                "`processor` must be that of the run for files of full size; the checkpoint at hand has another. Name "
+                "the folder of the run's checkpoint with --model PATH."
+            )
         seen = encoder.preprocess([stored_image(row["match_full"])])[0]
         made["full_exact"] = torch.equal(levels_of(seen), levels_of(match))
         for column in ("match_full", "psnr_full_db", "ssim_full"):  # the photo is not stored

@@ -50,7 +50,7 @@ def view_of(encoder: Encoder, width: int, height: int) -> View:
     Raises:
         ValueError: photos that it enlarges, or an image processor that does more than to resize and crop.
     """
-    view = follow(lambda image: levels_of(encoder.preprocess(image)[0]).double(), width, height)
+    view = follow(lambda image: levels_of(encoder.preprocess([image])[0]).double(), width, height)
     if view is None:
         raise ValueError(
             f"the image processor of '{encoder.model_id}' must resize by a filter of Pillow and crop; it does "
@@ -95,7 +95,7 @@ def to_full_size(
     view = view or view_of(encoder, *photo.size)
     found = back_project(torch.from_numpy(np.array(photo)), view, levels.permute(1, 2, 0).to(torch.uint8))
     image = Image.fromarray(found.numpy())
-    return image, (levels_of(encoder.preprocess(image)[0]).double() / 255).to(match)
+    return image, (levels_of(encoder.preprocess([image])[0]).double() / 255).to(match)
 
 
 def match_in_full_size(
@@ -118,19 +118,21 @@ def match_in_full_size(
         The file with the least embedding error.
     """
     held, best, spent = torch.zeros_like(match, dtype=torch.bool), math.inf, 0.0
-    enough, found = max(goal["rtol"], _error(encoder, match, z)), None
+    exact = False
+    enough = max(goal["rtol"], _error(encoder, match, z))
+    made: list[tuple[Image.Image, Tensor]] = []
     for left in reversed(range(_ROUNDS)):
         image, seen = to_full_size(encoder, photo, match, view)
+        made = made or [(image, match)]
         missed, error = levels_of(seen) != levels_of(match), _error(encoder, seen, z)
         if error < best and allowed(seen):
-            best, found = error, (image, seen)
+            best, made, exact = error, [(image, seen)], True
         if best <= enough or not left or not bool(missed.any()):
             break
         held |= missed.to(held.device)
         refined = refine_8bit(encoder, seen[None], z, source=source[None], held=held[None], **goal)
         match, spent = refined.images[0], spent + float(refined.num_evals[0])
-    image, seen = found or (image, match)
-    return FullSizeMatch(image, seen, found is not None, spent)
+    return FullSizeMatch(*made[0], exact, spent)
 
 
 def levels_of(pixels: Tensor) -> Tensor:

@@ -164,6 +164,20 @@ def test_ball_smaller_than_a_level_holds_a_source_on_the_grid_alone(norm):
     check_statement(linear(), exact, linear()(images(1, seed=9)))
 
 
+def test_held_pixels_keep_their_level():
+    f, x = smooth_mlp(), images(2)
+    held = torch.zeros_like(x, dtype=torch.bool)
+    held[0, :, :2] = True
+    z = f(x)
+    plain, found = refine_8bit(f, x, z, rtol=1e-3), refine_8bit(f, x, z, held=held, rtol=1e-3)
+    assert torch.equal(found.images[held], ((255 * x).round() / 255)[held])
+    assert not torch.equal(plain.images[held], found.images[held])
+    assert torch.equal(plain.images[1], found.images[1])
+    assert float(found.errors.max()) < 0.2 * float(plain.traces[0][0][1])
+    with pytest.raises(ValueError, match="`held` must be a bool tensor of the shape of `images`"):
+        refine_8bit(f, x, z, held=held[:1])
+
+
 def test_an_image_much_better_than_rounding_is_refined():
     f, x, z = smooth_mlp(), images(1, seed=42), smooth_mlp()(images(1, seed=43))
     exact = refine_8bit(f, match_embedding(f, x, z).images, z, source=x)
