@@ -91,9 +91,14 @@ def images_option(name: str, text: str) -> Callable[[F], F]:
     return option(name, text, "W", multiple=True, callback=once)
 
 
-models_argument = click.argument(
-    "model", metavar="MODEL…", nargs=-1, required=True, callback=lambda _context, _option, names: JOINED.join(names)
-)
+def joined(_context: click.Context, _argument: click.Parameter, names: tuple[str, ...]) -> str:
+    """Join the names of models; refuse files, which a shell puts in place of *.png after a flag."""
+    if any(Path(name).is_file() for name in names[1:]):
+        raise click.UsageError(f"Got unexpected extra arguments ({' '.join(names[1:])})")
+    return JOINED.join(names)
+
+
+models_argument = click.argument("model", metavar="MODEL...", nargs=-1, required=True, callback=joined)
 
 
 def helped(**texts: str) -> Callable[[click.Command], click.Command]:
