@@ -5,6 +5,9 @@ embedding (`rounding`), which leaves about 1e-4. But an 8-bit step of one pixel 
 tells which few steps cancel the rest, as a sparse integer least-squares problem (`lattice`). A round of steps that does
 not lower the error is undone, but still updates J. After six rounds with hardly a decrease J is computed afresh.
 
+Models of a joint encoder that see the image through a resize to 8 bit come first: what they see is refined by itself,
+and the image is rounded so that they see it. Later steps leave it alone, unless its error is the largest.
+
 Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
 """
 
