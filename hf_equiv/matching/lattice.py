@@ -310,14 +310,9 @@ class Moves:
 
 @no_autocast()
 def plan_moves(
-    models: Sequence[Steps | JointSteps],
-    whiten: Tensor,
-    r: Tensor,
-    levels: Tensor,
-    lattice: Lattice,
-    goal: float,
+    models: Sequence[Steps | JointSteps], whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float,
     most: Tensor,
-) -> Moves:
+) -> Moves:  # fmt: skip
     """Return moves Δ that make ‖r + J·Δ‖ small: first in the whitened metric, then in the plain one.
 
     Where that leaves most of r, the plain metric alone may do better.
