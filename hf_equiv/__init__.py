@@ -43,7 +43,7 @@ _NAMES = {
     "interactive": "match_photos",
     "jacobian": "Jacobian",
     "matching": "LBFGS Adam GradientDescent match_embedding refine_8bit",
-    "models": "Encoder",
+    "models": "Encoder JointEncoder",
     "report": "Report make_report",
     "results": "ConvergenceError MatchResult Progress Status",
     "verify": "verify_run",

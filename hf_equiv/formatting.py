@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from torch import Tensor
 
+JOINED = " + "
+"""Stands between the names, revisions and readouts of several models in a record and in a command."""
 
 # 30 dB is a root mean square change of 8 of 255 levels, 36 dB one of 4, as much as JPEG 85 makes to a photo of 224 px.
 ALIKE_DB, UNSEEN_DB = 30.0, 36.0

@@ -12,6 +12,7 @@ import torch
 from hf_equiv.analyses.pairs import Item, Reader, name_images
 from hf_equiv.checks import check_choice, check_count
 from hf_equiv.data.image_set import ImageSet
+from hf_equiv.formatting import JOINED
 from hf_equiv.matching.stages import HALF, Draft
 from hf_equiv.runs.schema import Row
 
@@ -25,6 +26,7 @@ class BaseConfig:
 
     Attributes:
         model: Hub id, folder or `builtin`, or the name of an imported model; the encoder of the plan overrides it.
+            Several are joined by " + ", as are their revisions and readouts.
         import_: function `package:function` that made the encoder, if the user imported it.
         revision: commit, branch or tag of the Hub repository.
         readout: output of the checkpoint that is the embedding; `auto` takes the usual one.
@@ -54,6 +56,11 @@ class BaseConfig:
     image_column: str | None = None
     label_column: str | None = None
     seed: int = 0
+
+    @property
+    def models(self) -> list[str]:
+        """The name of each model."""
+        return self.model.split(JOINED)
 
     @property
     def half(self) -> str | None:

@@ -119,7 +119,7 @@ def spectra(rows: Rows, title: str = "", note: str = "") -> Figure:
     axes.set(yscale="log", ylim=(floor, 2.5 * max(map(np.nanmax, curves))))
     axes.set(xlabel="index i", ylabel="singular value σᵢ")
     axes.grid(axis="y")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=2, borderpad=0.0)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=1 if len(zeros) > 3 else 2, borderpad=0.0)
     return figure
 
 

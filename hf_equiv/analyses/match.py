@@ -32,6 +32,7 @@ from hf_equiv.full_size.metric import FileMetric
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
+from hf_equiv.matching.rounding import round_into_ball
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.matching.stages import HALF, Draft, match_in_stages
 from hf_equiv.results import Progress, Status
@@ -47,6 +48,7 @@ SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 SUCCEEDED, BATCH = (Status.CONVERGED,), "items"
 SHOWN = 64  # pairs whose images make the baseline of unrelated images
 MATCH_EVALS = 2000  # most evaluations of a match that a walk or the direction `match` needs
+_GOAL, _GOAL_THROUGH = 1e-5, 0.05  # `rtol` by default, and where the match is to survive transformations
 _EXACT = 1e-12  # tolerance of errors in float64, where `rtol` may be 1e-10
 _REFINED = 8 / 255  # root mean square distance between a float match and its refined PNG; seldom above 1/255
 
@@ -69,7 +71,8 @@ class MatchConfig(BaseConfig):
         solver: `lbfgs`, `adam` or `gd`.
         radius: radius of the ball about the source: half-width (linf) or L2 length.
         norm: norm of the ball, `linf` or `l2`; None for `linf`, and without a ball.
-        rtol: embedding error ‖f(x)−z‖/‖z‖ at which a match is finished.
+        rtol: embedding error ‖f(x)−z‖/‖z‖ at which a match is finished; None for 1e-5, and with `through` for 0.05,
+            because a nearer match survives less.
         max_evals: evaluations allowed per image.
         refine: refine the match on the 8-bit lattice; otherwise it is rounded.
         labels: class names for zero-shot classification.
@@ -84,13 +87,18 @@ class MatchConfig(BaseConfig):
     solver: str = "lbfgs"
     radius: float | None = None
     norm: str | None = None
-    rtol: float = 1e-5
+    rtol: float | None = None
     max_evals: int = 1000
     refine: bool = True
     labels: tuple[str, ...] | None = None
     through: tuple[str, ...] | None = None
     compile: bool = False
     full_size: bool = False
+
+    @property
+    def goal(self) -> float:
+        """`rtol`, or its default."""
+        return self.rtol or (_GOAL if self.through is None else _GOAL_THROUGH)
 
     @property
     def ball_norm(self) -> str:
@@ -102,7 +110,7 @@ class MatchConfig(BaseConfig):
         check_choice(self.solver, "solver", SOLVERS)
         check_choice(self.ball_norm, "norm", NORMS)
         check_choice(self.half or self.dtype, "dtype", (*DTYPES, *HALF))
-        check_rtol(self.rtol)
+        check_rtol(self.goal if self.rtol is None else self.rtol)
         check_count(self.max_evals, "max_evals")
         super().check()
         if self.norm is not None and self.radius is None:
@@ -171,6 +179,11 @@ class MatchConfig(BaseConfig):
         """Return the other settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
         from hf_equiv.models.zero_shot import PROMPT  # brings transformers along
 
+        if self.full_size and hasattr(encoder, "parts"):
+            raise ValueError(
+                "`full_size` must come with one model: the image processors of several see a file of full size each in "
+                "its own way. Leave it out."
+            )
         check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
         if self.labels is not None:  # refuse a model without text tower at once
             grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
@@ -184,7 +197,7 @@ class MatchConfig(BaseConfig):
             "solver_parameters": json.dumps(asdict(SOLVERS[self.solver]()), sort_keys=True, default=str),
             "radius": self.radius,
             "norm": self.ball_norm,
-            "rtol": self.rtol,
+            "rtol": self.goal,
             "max_evals": self.max_evals,
             "refine": self.refine,
             "labels": list(self.labels) if self.labels else None,
@@ -204,6 +217,11 @@ CONFIG = MatchConfig
 def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Iterator[tuple[Loaded, Made]]:
     """Match all pairs at once, and yield each that has ended with the row of its refined PNG."""
     config, encoder, views = plan.config, plan.encoder, dict[str, View]()
+    joint: Any = encoder if hasattr(encoder, "parts") else None
+    if joint is not None and len(part) > 1:  # the tolerance of a joint embedding depends on its target
+        for one in part:
+            yield from make_rows(plan, [one], batch, tell)
+        return
     if config.full_size:
         for one in part:
             try:
@@ -219,8 +237,9 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
     def hook(stage: str, **more: Any) -> Callable[[Progress], None]:
         return lambda p: tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active, **more)
 
-    z = measures.embed(encoder, target)
-    goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": config.rtol}
+    z = measures.embed(measures.of_files(encoder), target)
+    rtol = config.goal if joint is None else joint.joint_rtol(z[0], config.goal)
+    goal: dict[str, Any] = {"radius": config.radius, "norm": config.ball_norm, "rtol": rtol}
     metric = FileMetric(encoder) if config.full_size and config.radius is None else None
     f, drafts, start = (encoder, plan.drafts, source) if metric is None else (
         metric.of(encoder), [replace(one, f=metric.of(one.f)) for one in plan.drafts], metric.invert(source)
@@ -275,16 +294,28 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
             three = source[i], decode_png(png, source.dtype), target[i]
             given = {"seed": config.seed, "labels": config.labels, "through": config.through}
             row = measures.measure_match(encoder, *three, pair_id=name, **given)
+            reached, status = finite(found.error), found.status
+            if joint is not None:
+                reached = _note_models(encoder, row, found.best, z[i])
+                status = Status.CONVERGED if reached is not None and reached <= config.goal else status
             row |= full | {
                 "match": png,
-                "status": str(found.status),
-                "embedding_error": finite(found.error),
+                "status": str(status),
+                "embedding_error": reached,
                 "num_evals": evals["match"],  # the number that `max_evals` bounds
                 "seconds": seconds,
             }
             yield part[i], Made([row], {name: found.best}, evals)
     if failed:  # after the others, which are kept
         raise RuntimeError(Status.ERROR.advice)
+
+
+def _note_models(encoder: Any, row: Row, image: Tensor, z: Tensor) -> float | None:
+    """State the embedding error of a float match for each model in a row, and return the worst."""
+    errors = measures.errors_of(encoder, measures.embed(encoder, image[None])[0], z)
+    if row.get("models"):
+        row["models"] = [own | {"embedding_error": error} for own, error in zip(row["models"], errors, strict=True)]
+    return measures.worst(errors)
 
 
 def measure_full_size(image: Image.Image, photo: Image.Image) -> Row:
@@ -297,34 +328,14 @@ def _inside(source: Tensor, radius: float | None, norm: str, image: Tensor) -> b
     return radius is None or not outside_ball("match", image, source, radius, norm)
 
 
-def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:
-    """Round pixels (3, H, W) to k/255 without leaving the ball about a source that lies on the grid."""
-    # Each value goes to the nearest level inside the linf ball. For l2, the values that rounding moved outwards at the
-    # least gain go one level back, until the distance fits.
-    levels, centre = image.double() * 255, (source.double() * 255).round()
-    step = levels.round() - centre
-    if radius is not None and norm == "linf":
-        most = int(radius * 255 + 1e-9)
-        step = step.clamp(-most, most)
-    elif radius is not None:
-        outwards = (step.abs() - (levels - centre).abs()).flatten().argsort(descending=True)
-        flat = step.flatten()
-        while (excess := float(flat.square().sum()) - (radius * 255) ** 2) > 0:
-            order = outwards[flat[outwards] != 0]
-            saved = (2 * flat[order].abs() - 1).cumsum(0)  # k² − (k−1)² for each value taken one level back
-            back = order[: int((saved < excess).sum()) + 1]
-            flat[back] -= flat[back].sign()
-        step = flat.view_as(step)
-    return ((centre + step).clamp(0, 255) / 255).to(image.dtype)
-
-
 def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     """Sum up match rows, with the baseline of unrelated images and the median evaluations of refining."""
     baseline = made.baseline
     if encoder is not None:
         good = [row for row in made.shown if row["status"] != Status.ERROR]
         pairs = [[measures.open_png(encoder, row[column]) for column in ("source", "target")] for row in good]
-        z = torch.stack([measures.embed(encoder, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
+        files = measures.of_files(encoder)
+        z = torch.stack([measures.embed(files, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
         baseline = None if z is None else measures.random_pair_baseline(z[:, 0], z[:, 1])
     rows, flips = made.rows, [row for row in made.rows if row["same_top1"] is not None]
     changed = [row for row in flips if row["source_label"] != row["target_label"]]
@@ -416,8 +427,8 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     given: Any = {key: settings.get(key) for key in ("seed", "labels", "through")}
     measured = measures.measure_match(encoder, source, match, target, pair_id=row["pair_id"], **given)
     made: Row = dict.fromkeys(MATCH.added) | measured
-    z, z_target = measures.embed(encoder, torch.stack([image.to(target), target]))
-    reached = measures.relative_error(z, z_target)
+    (z_target,) = measures.embed(measures.of_files(encoder), target[None])
+    reached = _note_models(encoder, made, image.to(target), z_target)
     faults = []
     if (radius := settings["radius"]) is not None:
         for picture in (match, image):
@@ -451,10 +462,16 @@ def tolerances(made: Row, settings: Row) -> Row:
     floor = made["noise_floor"] or 0.0
     near = max(3 * floor, _EXACT if settings["dtype"] == "float64" else 1e-6)  # so that rows of a GPU verify on a CPU
     errors = ("embedding_error", "embedding_error_8bit", "target_quantization_error")
+    models = [
+        dict.fromkeys(errors[:2], max(3 * (own["noise_floor"] or 0.0), 1e-6 if near >= 1e-6 else _EXACT))
+        | {"noise_floor": ((own["noise_floor"] or 0.0) / 6, 6 * (own["noise_floor"] or 0.0))}
+        for own in made["models"] or ()
+    ]
     return {
         **dict.fromkeys((*errors, "cosine_to_target", "cosine_to_source", "cosine_source_target"), near),
         **dict.fromkeys(("match_prob", "target_label_prob"), max(100 * near, 1e-4)),
         "through": dict.fromkeys(("error", "worst"), near),
+        "models": models,
         "noise_floor": (floor / 6, 6 * floor),  # other kernels change it by up to 30 % (measured, D = 192)
         "psnr_db": 1e-8,
         "ssim": 1e-5,

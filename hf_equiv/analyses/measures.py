@@ -80,6 +80,23 @@ def relative_error(z: Tensor, reference: Tensor) -> float | None:
     return finite((z - reference).norm() / reference.norm())
 
 
+def of_files(encoder: Any) -> Any:
+    """Return the encoder of 8-bit images as its models see their files: a joint one rounds what smaller models see."""
+    return encoder.of_files() if hasattr(encoder, "of_files") else encoder
+
+
+def errors_of(encoder: Any, z: Tensor, reference: Tensor) -> list[float | None]:
+    """Return the `relative_error` of an embedding, for each model of a joint encoder."""
+    if not hasattr(encoder, "split"):
+        return [relative_error(z, reference)]
+    return [relative_error(*both) for both in zip(encoder.split(z), encoder.split(reference), strict=True)]
+
+
+def worst(errors: Sequence[float | None]) -> float | None:
+    """Return the largest of the errors of each model; None if one is None."""
+    return None if None in errors else largest(errors)
+
+
 def cosine(a: Tensor, b: Tensor) -> float | None:
     """Return the cosine similarity in [−1, 1] of two vectors, in float64."""
     a, b = a.detach().double(), b.detach().double()
@@ -107,15 +124,21 @@ def measure_match(
     # below 11 px, labels without a head. `through` names transformations, whose column is added. Cost: about 16
     # forwards of one image, of which 2 in float64, and those after transformations.
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
-    three = torch.stack([source, match, target])
-    z_source, z_match, z_target = encoder(three)
+    three, files = torch.stack([source, match, target]), of_files(encoder)
+    z_source, z_match, z_target = files(three)
+    errors = errors_of(encoder, z_match, z_target)
+    parts, seen = (
+        (encoder.parts, files.seen(match[None])) if hasattr(encoder, "parts") else ((encoder,), (match[None],))
+    )
+    floors = [finite(one.noise_floor(x)[0]) for one, x in zip(parts, seen, strict=True)]
+    z_moved = z_target if files is encoder else encoder(target[None])[0]  # what noise moves is not on the grid
     # float32 holds k/255 only to 3e-8, so distances are computed from the levels in the files
     near, far = ((x.double() * 255).round() for x in (match, source))
     gap = (near - far) / 255
     row: Row = {
-        "embedding_error_8bit": relative_error(z_match, z_target),
-        "target_quantization_error": target_quantization_error(encoder, target, z_target, seed, pair_id),
-        "noise_floor": finite(encoder.noise_floor(match[None])[0]),
+        "embedding_error_8bit": worst(errors),
+        "target_quantization_error": target_quantization_error(encoder, target, z_moved, seed, pair_id),
+        "noise_floor": worst(floors),
         "cosine_to_target": cosine(z_match, z_target),
         "cosine_to_source": cosine(z_match, z_source),
         "cosine_source_target": cosine(z_source, z_target),
@@ -129,10 +152,16 @@ def measure_match(
             _measure_after(encoder, match, target, one, image_generator(seed, f"{pair_id}:{one.name}"), labels)
             for one in read_transformations(through)
         ]
+    if len(parts) > 1:
+        keys = ("model_id", "model_revision")
+        row["models"] = [
+            {key: one.provenance[key] for key in keys} | {"embedding_error_8bit": error, "noise_floor": floor}
+            for one, error, floor in zip(parts, errors, floors, strict=True)
+        ]
     names = tuple(labels) if labels else (encoder.label_names if encoder.has_head else None)
     if names is None:
         return row | dict.fromkeys(LABEL_MEASURES)
-    logits = encoder.classify(three, labels) if labels else encoder.classify(three)
+    logits = files.classify(three, labels) if labels else files.classify(three)
     prob = probabilities(encoder, logits)
     s, m, t = (int(k) for k in prob.argmax(dim=1))
     return row | {
@@ -151,8 +180,9 @@ def _measure_after(
 ) -> Row:  # fmt: skip
     """Measure how far an image (3, H, W) embeds from the target after draws of a transformation, done by Pillow."""
     changed = torch.stack([target, *(handle(match, draw) for draw in one.draws(generator))])
-    z_target, *z = encoder(changed)
-    errors, seen = [relative_error(each, z_target) for each in z], top_classes(encoder, changed, labels)
+    z_target, *z = of_files(encoder)(changed)
+    errors = [worst(errors_of(encoder, each, z_target)) for each in z]
+    seen = top_classes(of_files(encoder), changed, labels)
     return {
         "transformation": one.name,
         "error": median_of(errors),

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from hf_equiv.analyses.pairs import Item, Reader, say_equal
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
-from hf_equiv.formatting import fraction, many, read_fraction
+from hf_equiv.formatting import JOINED, fraction, many, read_fraction
 from hf_equiv.matching.stages import Draft
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
@@ -69,7 +70,7 @@ class Plan:
         stated = replace(  # the loaded encoder overrides the readout and dtype of the config
             config,
             model=str(settings["model_id"]),
-            revision=None if revision.startswith("sha256:") else revision,
+            revision=None if all(one.startswith("sha256:") for one in revision.split(JOINED)) else revision,
             readout=settings["readout"],
             dtype=config.half or settings["dtype"],
             source=_public_name(config.source, self.images),
@@ -215,7 +216,7 @@ def settings_of(
 
 def command_line(config: Any) -> str:
     """Return the command line of a config, without the options that have their default."""
-    words = ["hf-equiv", config.analysis, config.model]
+    words = ["hf-equiv", config.analysis, *config.models]
     for field in fields(config):
         value = getattr(config, field.name)
         flag = "--" + field.name.rstrip("_").replace("_", "-")
@@ -232,12 +233,14 @@ def command_line(config: Any) -> str:
 
 def read_command(command: str, kind: Any) -> Any:
     """Return the config, of the class `kind`, of a `command_line`; a ValueError names a wrong word."""
-    program, analysis, model, *words = shlex.split(command)
-    if shlex.join([program, analysis, model, *words]) != command:  # people paste it into a shell
+    program, analysis, model, *words = split = shlex.split(command)
+    if shlex.join(split) != command:  # people paste it into a shell
         raise ValueError(f"`command` must be quoted as `shlex.join` does it; got {command!r}.")
     if (program, analysis) != ("hf-equiv", kind.analysis):
         raise ValueError(f"`command` must begin with hf-equiv {kind.analysis}; got {program} {analysis}.")
-    types, left, values = get_type_hints(kind), iter(words), dict[str, Any](model=model)
+    more = list(takewhile(lambda word: not word.startswith("--"), words))
+    types, left = get_type_hints(kind), iter(words[len(more) :])
+    values: dict[str, Any] = {"model": JOINED.join([model, *more])}
     for flag in left:
         name = "import_" if flag == "--import" else flag.removeprefix("--").replace("-", "_")
         if types.get(name.removeprefix("no_")) is bool:

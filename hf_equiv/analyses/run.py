@@ -140,10 +140,11 @@ def _read(p: RunProgress) -> tuple[float, str]:
 def _remember(plan: Plan) -> None:
     """Remember on this machine the paths that the run does not record."""
     from hf_equiv.models.places import remember
-    from hf_equiv.models.recorded import is_local  # both bring transformers along
+    from hf_equiv.models.recorded import each_model, is_local  # both bring transformers along
 
     config, targets = plan.config, plan.targets or plan.images
-    named = [(plan.encoder.revision, plan.encoder.model_id)] if is_local(plan.settings) else []
+    models = zip(getattr(plan.encoder, "parts", (plan.encoder,)), each_model(plan.settings), strict=True)
+    named = [(one.revision, one.model_id) for one, own in models if is_local(own)]
     named += [(plan.images.data_revision, config.source or config.data), (targets.data_revision, config.target)]
     for revision, path in named:
         if path is not None and path != "builtin" and Path(path).expanduser().exists():

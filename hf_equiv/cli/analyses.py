@@ -24,6 +24,7 @@ from hf_equiv.cli.options import (
     flag,
     helped,
     images_option,
+    models_argument,
     names,
     option,
     radii,
@@ -54,7 +55,7 @@ _DERIVATIVES = {
 
 
 @click.command()
-@click.argument("model")
+@models_argument
 @images_option("--source", f"Images to start from: {IMAGES}")
 @images_option(
     "--target", "Image of the wanted embedding, or one for each source in the order of their paths; W as above."
@@ -64,7 +65,7 @@ _DERIVATIVES = {
 @option("--solver", "Solver of the float match.", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs")
 @option("--radius", "Radius of a ball about the source: 8/255, 0.03. Default: no ball.", "R", radius)
 @option("--norm", "Norm of the ball of --radius. Default: linf.", type=_NORM)
-@option("--rtol", "Embedding error at which a match has converged.", "X", SHARE, 1e-5)
+@option("--rtol", "Embedding error at which a match has converged. Default: 1e-5, with --through 0.05.", "X", SHARE)
 @option("--max-evals", "Evaluations per match, without those of the 8-bit refinement.", "N", COUNT, 1000)
 @flag("--compile", "Compile the model with torch.compile; needs a C++ compiler and minutes.")
 @click.option("--no-refine", "refine", flag_value=False, type=bool, default=True, show_default=False,
@@ -84,6 +85,9 @@ def match(**given: Any) -> int:
     hf-equiv match facebook/deit-tiny-patch16-224 --data photos/ --pairs 20
     hf-equiv match builtin --through jpeg:60-95,resize:0.5
     hf-equiv match openai/clip-vit-base-patch32 --data cifar10:test --pairs 50 --labels cat,dog,ship
+    hf-equiv match builtin builtin-64 --source cat.jpg --target coffee.jpg
+
+    Several models share one image of the largest input size, and every error is the worst of them; 'models' has each.
 
     PNG pixels move in whole levels: with a --radius below 1/255 (linf) the match is the source.
 
@@ -94,7 +98,7 @@ def match(**given: Any) -> int:
 
 @helped(**_DERIVATIVES)
 @click.command()
-@click.argument("model")
+@models_argument
 @source_options
 @option("--k", "Compute only the K largest singular values. Default: all, with rank and zeros.", "K", COUNT)
 @flag("--vectors", "Keep the first K singular vectors (default 8) and draw six of them.")
@@ -200,7 +204,7 @@ def config_of(kind: type, given: dict[str, Any]) -> Any:
 
     config = kind(**{option.name: given[option.name] for option in fields(kind) if option.name in given})
     config.check()
-    if config.model not in BUILTINS and config.source is None and config.data is None:
+    if not BUILTINS.keys() >= {*config.models} and config.source is None and config.data is None:
         told = f"`data` must name photos for a checkpoint other than builtin; got none for {config.model!r}"
         raise ValueError(f"{told}. Add --data W with your photos, or --data builtin for the built-in ones.")
     return config

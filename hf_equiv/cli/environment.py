@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_equiv.formatting import excerpt, many, printable
+from hf_equiv.formatting import JOINED, excerpt, many, printable
 
 if TYPE_CHECKING:
     import torch
@@ -70,18 +70,23 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 
 
 def load_encoder(model: str, *, dtype: str, device: str | None, import_: str | None = None, **options: Any) -> Encoder:
-    """Load the encoder that the model options name; under a launcher, on the GPU of this process."""
+    """Load the encoder that the model options name, or several joined; under a launcher, on this process's GPU."""
     import torch
 
     from hf_equiv.analyses.config import DTYPES
     from hf_equiv.checks import check_choice
     from hf_equiv.models.encoder import Encoder, restated
+    from hf_equiv.models.joint import JointEncoder
     from hf_equiv.models.places import BUILTINS
 
     check_choice(dtype, "dtype", DTYPES)
     rank = os.environ.get("LOCAL_RANK", "")
     if device in (None, "cuda") and rank.isdecimal() and torch.cuda.is_available():
         device = f"cuda:{rank}"
+    if len(names := model.split(JOINED)) > 1:
+        if import_ is not None:
+            raise ValueError(f"`import` must come with one MODEL; got {len(names)}. Join encoders in Python instead.")
+        return JointEncoder.from_pretrained(names, dtype=DTYPES[dtype], device=device, **options)
     if import_ is None:
         return Encoder.from_pretrained(model, dtype=DTYPES[dtype], device=device, **options)
     if options["revision"] is not None or model in BUILTINS:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hf_equiv.formatting import read_fraction
+from hf_equiv.formatting import JOINED, read_fraction
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,6 +89,16 @@ def flag(name: str, text: str) -> Callable[[F], F]:
 def images_option(name: str, text: str) -> Callable[[F], F]:
     """Return an option that names images."""
     return option(name, text, "W", multiple=True, callback=once)
+
+
+def joined(_context: click.Context, _argument: click.Parameter, names: tuple[str, ...]) -> str:
+    """Join the names of models; refuse files, which a shell puts in place of *.png after a flag."""
+    if any(Path(name).is_file() for name in names[1:]):
+        raise click.UsageError(f"Got unexpected extra arguments ({' '.join(names[1:])})")
+    return JOINED.join(names)
+
+
+models_argument = click.argument("model", metavar="MODEL...", nargs=-1, required=True, callback=joined)
 
 
 def helped(**texts: str) -> Callable[[click.Command], click.Command]:

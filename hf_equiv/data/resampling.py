@@ -110,7 +110,17 @@ class Axis:
     def levels(self, x: Tensor) -> Tensor:
         """Return the levels (count, L) that Pillow makes of levels (n, L): float64 holds its integers exactly."""
         sums = [row[w] @ x[w].double() for row, w in zip(self.matrix, self.windows, strict=True)]
-        return ((torch.stack(sums) + UNIT_WEIGHT // 2) / UNIT_WEIGHT).floor().clamp(0, 255).to(x.dtype)
+        return _rounded(torch.stack(sums)).to(x.dtype)
+
+    @cached_property
+    def seen_by(self) -> tuple[Tensor, Tensor]:
+        """The outputs that see each pixel, and their integers a_ij: (n, K) each, with weights 0 to fill up."""
+        seen = self.matrix.T != 0
+        first, most = seen.int().argmax(dim=1), int(seen.sum(dim=1).max())
+        places = first[:, None] + torch.arange(most)
+        inside = places < self.count
+        places = places.clamp(max=self.count - 1)
+        return places, self.matrix.T.gather(1, places) * inside
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,85 @@ class View:
         H, W = photo.shape[:2]
         rows = self.across.levels(photo.transpose(0, 1).reshape(W, -1)).view(-1, H, 3)
         return self.down.levels(rows.transpose(0, 1).reshape(H, -1)).view(-1, rows.shape[0], 3)
+
+    def levels_of(self, pixels: Tensor) -> Tensor:
+        """Return what the processor makes of 8-bit images (B, 3, H, W) in [0, 1], on k/255."""
+        levels = (255 * pixels.detach().cpu().double()).round().permute(0, 2, 3, 1)
+        seen = [self.levels(one).permute(2, 0, 1) for one in levels]
+        return (torch.stack(seen) / 255).to(pixels)
+
+    def flips(self, levels: Tensor) -> Flips:
+        """Return how single steps change the view of an 8-bit image (3, H, W)."""
+        return Flips(self, levels)
+
+    def smooth(self, pixels: Tensor) -> Tensor:
+        """Return the view of images (B, 3, H, W) in [0, 1] without rounding, differentiable almost everywhere."""
+        across, down = ((axis.matrix / UNIT_WEIGHT).to(pixels) for axis in (self.across, self.down))
+        return (down @ (pixels @ across.T).clamp(0, 1)).clamp(0, 1)
+
+
+class Flips:
+    """How single steps of ±1 level change the levels of a view, at one image (3, H, W).
+
+    A step of pixel (i, j) changes the K sums along row i that see it. Where one passes a rounding boundary, its level
+    in the image between the passes changes by ±1, and this may change K' levels of the view in that column.
+    """
+
+    def __init__(self, view: View, levels: Tensor) -> None:
+        self.view, sums = view, levels.double() @ view.across.matrix.T.to(levels.device)
+        (self._o, a), (self._p, b) = (
+            tuple(part.to(levels.device) for part in axis.seen_by) for axis in (view.across, view.down)
+        )
+        between = _rounded(sums)
+        sums = sums[:, :, self._o]  # (3, H, W, K)
+        self._between = {s: _rounded(sums + s * a) - _rounded(sums) for s in (1, -1)}
+        sums = (view.down.matrix.to(levels.device) @ between)[:, self._p]  # (3, H, K', w)
+        self._seen = {s: _rounded(sums + s * b[:, :, None]) - _rounded(sums) for s in (1, -1)}
+
+    def weigh(self, field: Tensor, step: int, power: int = 1) -> Tensor:
+        """Return Σ field · |change|^(power - 1) · change over the levels that a step of each pixel changes, (3, H, W).
+
+        Args:
+            field: a value for each level of the view, (3, h, w).
+            step: 1 or -1.
+            power: 1 for changes with their sign, 2 for their squares.
+        """
+        near = field[:, self._p]
+        column = {s: (near * seen**power).sum(dim=2)[:, :, self._o] for s, seen in self._seen.items()}
+        flips = self._between[step]
+        return ((flips == 1) * column[1] + (flips == -1) * column[-1]).sum(dim=3)
+
+    def pixels(self, seen: Tensor) -> Tensor:
+        """Return the pixels (3, H, W) that some levels of the view, (3, h, w) bool, depend on."""
+        across, down = (
+            (axis.matrix != 0).to(seen.device, torch.float64) for axis in (self.view.across, self.view.down)
+        )
+        return down.T @ seen.double() @ across > 0
+
+    def entries(self, index: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which levels some steps change: the place of the step, the flat index of the level, and the change.
+
+        Args:
+            index: flat indices of the pixels, (K,).
+            steps: 1 or -1 of each, (K,).
+        """
+        H, W = self._between[1].shape[1:3]
+        c, i, j = index // (H * W), index // W % H, index % W
+        up = (steps > 0)[:, None]
+        flips = torch.where(up, self._between[1][c, i, j], self._between[-1][c, i, j])  # (K, k)
+        o, p = self._o[j], self._p[i]
+        at = c[:, None], i[:, None], slice(None), o
+        seen = {s: self._seen[s][at[0], at[1], :, o] for s in (1, -1)}  # (K, k, k')
+        change = (flips == 1)[:, :, None] * seen[1] + (flips == -1)[:, :, None] * seen[-1]
+        h, w = self.view.down.count, self.view.across.count
+        flat = (c[:, None, None] * h + p[:, None, :]) * w + o[:, :, None]
+        place, *rest = change.nonzero(as_tuple=True)
+        return place, flat[place, *rest], change[place, *rest]
+
+
+def _rounded(sums: Tensor) -> Tensor:
+    """Return the levels of sums of integers a_ij times levels."""
+    return ((sums + UNIT_WEIGHT // 2) / UNIT_WEIGHT).floor().clamp(0, 255)
 
 
 def follow(process: Process, width: int, height: int) -> View | None:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_equiv.data.back_projection import back_project
 from hf_equiv.data.image_set import read_images
 from hf_equiv.data.resampling import View, follow
-from hf_equiv.full_size.back_projection import back_project
 from hf_equiv.matching.refine import refine_8bit
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ _ROUNDED = 1e-6  # relative tolerance: a float32 radius of k/255 is k whole step
 _CANDIDATES = 1280  # pixels considered in a round
 WORKSPACE = 4 * (2 * _CANDIDATES + 1) ** 2  # bytes of the moves of an image
 _LEADERS = 8  # first steps of the pairs considered at a time
+_MENDS = 4  # plans of more steps in place of those that interact in views
 _LOOK = 16  # pairs of steps between two looks of the host
 _LEAST = 1e-5  # share of ‖r‖² that a pair of steps must remove
 _POOR = 0.7  # share of ‖r‖ left, from which the plain metric alone is tried
@@ -122,6 +124,165 @@ class Lattice(Rows):
         return self.places.gather(1, levels.long())
 
 
+class Steps:
+    """The changes of an embedding by single steps of ±1/255, over the length of the target: ±J, a linear model."""
+
+    def __init__(self, J: Tensor) -> None:
+        self.J = J  # (D, N)
+        self.norms2 = J.square().sum(dim=0).double()
+
+    @property
+    def finite(self) -> bool:
+        """Whether J holds neither NaN nor infinity."""
+        return bool(self.norms2.sum().isfinite())
+
+    def geometry(self) -> tuple[Tensor, Tensor]:
+        """Return `left_geometry` of J."""
+        return left_geometry(self.J)
+
+    def costs(self, levels: Tensor, r: Tensor) -> Tensor:
+        """Return what each step from 8-bit levels (N,) adds to ‖r‖², (2, N): those of +1, then those of -1."""
+        slope = self.slope(r)
+        return torch.stack([self.norms2 + slope, self.norms2 - slope])
+
+    def pick(self, costs: Tensor, steps: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the pixels whose steps cost least, of one step ±1 and its cost for each (N,); and 0: both ways."""
+        index = costs.topk(count, largest=False).indices
+        return index, torch.zeros_like(index)
+
+    def mend(self, levels: Tensor, index: Tensor, ways: Tensor, steps: Tensor) -> Tensor:
+        """Return steps whose effects add up: these do."""
+        return steps
+
+    def slope(self, r: Tensor) -> Tensor:
+        """Return 2 Jᵀr, (N,)."""
+        return 2 * (r.to(self.J) @ self.J)
+
+    def columns(self, index: Tensor, ways: Tensor) -> Tensor:
+        """Return the columns of some pixels (K,), (D, K) float64."""
+        return self.J.index_select(1, index).double()
+
+    def learn(self, levels: Tensor, index: Tensor, steps: Tensor, missed: Tensor) -> None:
+        """Update J in moved pixels by Broyden's rule J ← J + missed·Δᵀ / ‖Δ‖²: J·Δ becomes the observed change."""
+        steps = steps / steps.square().sum().clamp_min(1)
+        columns = torch.addcmul(self.J.index_select(1, index).double(), missed[:, None], steps[None])
+        self.J.index_copy_(1, index, columns.to(self.J))
+        self.norms2[index] = columns.square().sum(dim=0)
+
+
+class JointSteps:
+    """The same for several encoders, of which some see the image through a processor that rounds to 8 bit.
+
+    A single step changes such a view in a few levels or not at all, so its effect is J of that encoder times this exact
+    change, and that of -1 is not the opposite of that of +1. `views` follow `data.resampling.View`; None for encoders
+    that see the image itself.
+    """
+
+    def __init__(self, parts: Sequence[Steps], views: Sequence[Any], shape: torch.Size) -> None:
+        self.parts, self.views, self.shape = parts, views, shape
+        self.sizes = [len(part.J) for part in parts]
+        # at the levels of the last `costs`
+        self.flips: list[Any] = []
+        self.own: list[Tensor] = []  # costs of each encoder alone
+        self.open: list[bool] = []  # whether its view may move: the error of others is less
+
+    @property
+    def finite(self) -> bool:
+        """Whether every J holds neither NaN nor infinity."""
+        return all(part.finite for part in self.parts)
+
+    def geometry(self) -> tuple[Tensor, Tensor]:
+        """Return the `left_geometry` of each encoder by itself, as one matrix."""
+        reach, whiten = zip(*(part.geometry() for part in self.parts), strict=True)
+        return torch.block_diag(*reach), torch.block_diag(*whiten)
+
+    def costs(self, levels: Tensor, r: Tensor) -> Tensor:
+        """Return what each step adds to ‖r‖², (2, N), but for products of two levels of a view."""
+        image = levels.view(self.shape)
+        self.flips = [None if view is None else view.flips(image) for view in self.views]
+        self.own, sizes = [], [float(own.norm()) for own in r.split(self.sizes)]
+        most = max(size for size, view in zip(sizes, self.views, strict=True) if view is None)
+        self.open = [view is not None and size > most for size, view in zip(sizes, self.views, strict=True)]
+        for part, flips, view, own in zip(self.parts, self.flips, self.views, r.split(self.sizes), strict=True):
+            if flips is None:
+                self.own.append(part.costs(levels, own))
+            else:
+                slope, norms2 = (x.double().view(3, view.down.count, -1) for x in (part.slope(own), part.norms2))
+                costs = [flips.weigh(slope, step) + flips.weigh(norms2, step, 2) for step in (1, -1)]
+                self.own.append(torch.stack(costs).flatten(1))
+        return torch.stack(self.own).sum(dim=0)
+
+    def pick(self, costs: Tensor, steps: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return pixels whose steps move no view, and for each open view pixels that move different levels of it.
+
+        With them, (K,), the only step ±1 that the latter may make, and 0 for the former.
+        """
+        # otherwise most pixels picked would move the same few levels
+        which, found = (steps < 0).long()[None], list[Tensor]()
+        count = count // (sum(self.open) + 1)
+        for own, flips, is_open in zip(self.own, self.flips, self.open, strict=True):
+            if flips is None:
+                continue
+            moves = (own != 0).any(dim=0)
+            if is_open:
+                own = own.gather(0, which)[0]
+                ranked = own.masked_fill((own == 0) | costs.isinf(), math.inf)
+                order = ranked.topk(min(8 * count, len(own)), largest=False).indices
+                place, level, change = flips.entries(order, steps[order])
+                first = place.diff(prepend=place.new_tensor([-1])) > 0
+                place, key = place[first], (2 * level + (change > 0))[first]
+                key, by_key = key.sort(stable=True)
+                again = torch.ones_like(order, dtype=torch.bool)
+                again[place[by_key[key.diff(prepend=key.new_tensor([-1])) > 0]]] = False
+                found.append(order[again.long().argsort(stable=True)[:count]])
+            costs = costs.masked_fill(moves, math.inf)
+        index = torch.cat([costs.topk(count, largest=False).indices, *found])
+        ways = steps[index].long()
+        ways[:count] = 0
+        return index, ways
+
+    def columns(self, index: Tensor, ways: Tensor) -> Tensor:
+        """Return the changes by single steps of some pixels, as `pick` returns them, (D, K) float64."""
+        found = []
+        for part, flips in zip(self.parts, self.flips, strict=True):
+            if flips is None:
+                found.append(part.columns(index, ways))
+                continue
+            place, level, change = flips.entries(index, ways)
+            moved = part.columns(level, change) * (change * ways[place])
+            found.append(moved.new_zeros((len(moved), len(index))).index_add_(1, place, moved))
+        return torch.cat(found)
+
+    def mend(self, levels: Tensor, index: Tensor, ways: Tensor, steps: Tensor) -> Tensor:
+        """Drop steps that together change levels of a view otherwise than each by itself."""
+        for view, flips in zip(self.views, self.flips, strict=True):
+            while flips is not None:
+                place, level, change = flips.entries(index, ways)
+                moved = self._moved(view, levels, levels.index_add(0, index, steps))
+                moved = moved.flatten().index_add(0, level, -change * steps[place].abs())
+                seen = flips.pixels(moved.view(3, view.down.count, -1) != 0).flatten()[index]
+                if not bool((seen & (steps != 0)).any()):
+                    break
+                steps = steps.masked_fill(seen, 0.0)
+        return steps
+
+    def _moved(self, view: Any, levels: Tensor, there: Tensor) -> Tensor:
+        """Return the changes of the levels of a view, (3, h, w)."""
+        before, after = (255 * view.levels_of((x / 255).view(1, *self.shape)) for x in (levels, there))
+        return (after - before).round()[0]
+
+    def learn(self, levels: Tensor, index: Tensor, steps: Tensor, missed: Tensor) -> None:
+        """Update each J in moved pixels, or in the levels of its view that moved."""
+        there = levels.index_add(0, index, steps)
+        for part, view, own in zip(self.parts, self.views, missed.split(self.sizes), strict=True):
+            if view is None:
+                part.learn(levels, index, steps, own)
+                continue
+            change = self._moved(view, levels, there).flatten()
+            moved = change.nonzero().flatten()
+            part.learn(levels, moved, change[moved], own)
+
+
 @no_autocast()
 def left_geometry(J: Tensor) -> tuple[Tensor, Tensor]:
     """Return (D, D) matrices from J = U S Vᵀ (D, N): the projector on its reach, and its damped whitening."""
@@ -149,16 +310,15 @@ class Moves:
 
 @no_autocast()
 def plan_moves(
-    jacobians: Sequence[Tensor], norms2: Tensor, whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice,
-    goal: float, most: Tensor,
+    models: Sequence[Steps | JointSteps], whiten: Tensor, r: Tensor, levels: Tensor, lattice: Lattice, goal: float,
+    most: Tensor,
 ) -> Moves:  # fmt: skip
     """Return moves Δ that make ‖r + J·Δ‖ small: first in the whitened metric, then in the plain one.
 
     Where that leaves most of r, the plain metric alone may do better.
 
     Args:
-        jacobians: J of each image, per 8-bit step, B matrices (D, N).
-        norms2: the squared norms of their columns, (B, N).
+        models: the changes by single steps at each image.
         whiten: the whitened metric, (B, D, D).
         r: (B, D).
         levels: lattice points to start from, (B, N).
@@ -166,10 +326,11 @@ def plan_moves(
         goal: norm of r + J·Δ that suffices.
         most: about the most steps in either metric, (B, 1).
     """
-    index = _candidates(jacobians, norms2, r, levels, lattice)
-    columns = torch.stack([J.index_select(1, i) for J, i in zip(jacobians, index, strict=True)]).double()
+    index, ways = _candidates(models, r, levels, lattice)
+    columns = torch.stack([model.columns(i, s) for model, i, s in zip(models, index, ways, strict=True)])
     room = None if lattice.l2_budget is None else lattice.l2_budget - lattice.used(levels)
     part, k = lattice.at(index), levels.gather(1, index)
+    part = replace(part, lower=part.lower.where(ways < 1, k), upper=part.upper.where(ways > -1, k))
     none = torch.zeros_like(k)
     white = _Pursuit(whiten @ columns, times(whiten, r), k, part, room)
     steps = white.descend(none, 0.3 * goal, most)
@@ -181,16 +342,31 @@ def plan_moves(
     if bool(poor.any()):
         alone = plain.descend(none, goal, most * poor)
         steps = torch.where(poor & (plain.left(alone).norm(dim=1, keepdim=True) < left), alone, steps)
+    joint = any(isinstance(model, JointSteps) for model in models)
+    for last in (*[False] * _MENDS, True) if joint else ():
+        seen = zip(models, levels, index, ways, steps, strict=True)
+        mended = torch.stack([model.mend(*own) for model, *own in seen])
+        lost = mended != steps
+        if last or not bool(lost.any()):
+            return Moves(index, columns, mended)
+        bounds = plain.lattice
+        plain.lattice = replace(bounds, lower=bounds.lower.where(~lost, k), upper=bounds.upper.where(~lost, k))
+        steps = plain.descend(mended, goal, most)
     return Moves(index, columns, steps)
 
 
-def _candidates(jacobians: Sequence[Tensor], norms2: Tensor, r: Tensor, levels: Tensor, lattice: Lattice) -> Tensor:
-    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, by 2|Jᵀr|ₙ − ‖Jₙ‖²."""
-    slope = torch.stack([r_b.to(J) @ J for r_b, J in zip(r, jacobians, strict=True)])
-    there, slope = levels - slope.sign(), slope.abs()
-    blocked = (there < lattice.lower) | (there > lattice.upper)
-    count = min(_CANDIDATES, slope.shape[1])
-    return torch.sub(2 * slope, norms2).masked_fill_(blocked, -math.inf).topk(count).indices
+def _candidates(
+    models: Sequence[Steps | JointSteps], r: Tensor, levels: Tensor, lattice: Lattice
+) -> tuple[Tensor, Tensor]:
+    """Return the pixels (B, K) whose step s = ±1 lowers ‖r‖² most, and the only way that each may go, or 0."""
+    seen = zip(models, levels, r, strict=True)
+    costs, down = torch.stack([model.costs(k, r_b) for model, k, r_b in seen]).min(dim=1)
+    steps = 1.0 - 2.0 * down.to(levels)
+    blocked = (levels + steps < lattice.lower) | (levels + steps > lattice.upper)
+    costs, count = costs.masked_fill_(blocked, math.inf), min(_CANDIDATES, costs.shape[1])
+    picked = [model.pick(c, s, count) for model, c, s in zip(models, costs, steps, strict=True)]
+    index, ways = map(torch.stack, zip(*picked, strict=True))
+    return index, ways
 
 
 class _Pursuit:

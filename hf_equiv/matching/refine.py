@@ -5,6 +5,9 @@ embedding (`rounding`), which leaves about 1e-4. But an 8-bit step of one pixel 
 tells which few steps cancel the rest, as a sparse integer least-squares problem (`lattice`). A round of steps that does
 not lower the error is undone, but still updates J. After six rounds with hardly a decrease J is computed afresh.
 
+Models of a joint encoder that see the image through a resize to 8 bit come first: what they see is refined by itself,
+and the image is rounded so that they see it. Later steps leave it alone, unless its error is the largest.
+
 Broyden (1965), Math. Comp. 19:577. Mallat, Zhang (1993), IEEE Trans. Signal Process. 41:3397 (greedy pursuit).
 """
 
@@ -14,16 +17,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
-from hf_equiv.conditions import Function, admit
+from hf_equiv.conditions import Function, admit, as_function
 from hf_equiv.jacobian import VECTORS, jacobians
 from hf_equiv.matching.feasible import Rows
-from hf_equiv.matching.lattice import WORKSPACE, Lattice, Moves, left_geometry, plan_moves
+from hf_equiv.matching.lattice import WORKSPACE, JointSteps, Lattice, Steps, plan_moves
 from hf_equiv.matching.match import note_least, target_embeddings
 from hf_equiv.matching.rounding import num_turns, round_in_turn
 from hf_equiv.matching.search import ProgressHook, Search, collect, reached, snapshot
@@ -133,7 +137,7 @@ def refine_8bit(
 class _Run(Search):
     """The rounds of one image, which is written into `best`."""
 
-    J: Tensor | None = None  # (D, N) per 8-bit step, over ‖z‖; None if the next round needs a new one
+    J: Steps | JointSteps | None = None  # the effects of single steps; None if the next round needs new ones
     failed: int = 0  # rounds in a row with hardly a decrease
     since: float = math.inf  # the error when J was formed
 
@@ -198,7 +202,10 @@ class _Group(Rows):
         self.size = z.norm(dim=1, keepdim=True)  # the unit of r and J
         self.cap, self.trust = torch.full_like(self.size, _CAP), torch.full_like(self.size, _MOVES)  # (B, 1)
         self.shape, self.dtype = runs[0].best.shape, runs[0].best.dtype
-        self.norms2 = torch.zeros_like(self.rounded)  # of the columns of J
+        # A joint encoder of models whose views of the image round to 8 bit: its smooth form f has no errors of files.
+        plain: Any = f.plain
+        self.joint: Any = plain if any(getattr(plain, "__dict__", {}).get("views", ())) else None
+        self.of_files: Encoding = f if self.joint is None else as_function(self.joint.of_files())
         self.reach, self.whiten = z.new_zeros((2, len(z), z.shape[1], z.shape[1]))  # `left_geometry` of J
 
     def active(self) -> _Group:
@@ -223,11 +230,10 @@ class _Group(Rows):
             run.settle(self.f, self.rtol, self.max_evals, cost)
         group = self.active()
         if first and group.runs:
-            group._round_in_turn(report)
+            (group._round_in_turn if self.joint is None else group._round_views)(report)
         for i, run in enumerate(group.runs):
             if run.J is None and run.status is None:
-                (J,) = jacobians(self.f, run.best[None], 4 * VECTORS if self.z.is_cuda else VECTORS)
-                group._model(i, J.div_((255 * group.size[i]).to(J)))
+                group._model(i, self._steps(run.best, group.size[i]))
                 run.thirds += cost
         return group.active()
 
@@ -247,7 +253,7 @@ class _Group(Rows):
             levels[index] = lattice.round(newton.best)[0]
             r[index] = self._residuals(index, levels[index])
             for i, model in zip(places, newton.models, strict=True):
-                self._model(i, model.A.div_(255))
+                self._model(i, Steps(model.A.div_(255)))
 
         for places, lack in halved(turn, range(len(self.runs))):
             if lack is not None:
@@ -256,15 +262,34 @@ class _Group(Rows):
         self.rounded = self.levels
         self._note(self.error, torch.ones_like(self.error))
 
+    def _round_views(self, report: Callable[[], None]) -> None:
+        """Refine what smaller models see, and round the matches so that they see it."""
+        joint = self.joint
+        for i, (run, image) in enumerate(zip(self.runs, self.matches.view(-1, *self.shape), strict=True)):
+            wanted, place = list[Tensor | None](), torch.tensor([i], device=self.z.device)
+            parts = zip(joint.parts, joint.views, joint.seen(image[None]), joint.split(self.z[place]), strict=True)
+            for f, view, x, z in parts:
+                found = None
+                if view is not None:
+                    found = refine_8bit(f, x, z, rtol=self.rtol, max_evals=self.max_evals, progress=False)
+                    run.thirds += round(3 * float(found.num_evals[0]))
+                wanted.append(None if found is None else found.images[0])
+            (self.levels[i],), _ = self.lattice.keep(place).round(joint.with_views(image, wanted)[None])
+            self.r[i] = self._residuals(place, self.levels[place])[0]
+            run.error = math.inf  # what it refines may be worse as yet
+        self.error, self.rounded = self.r.norm(dim=1), self.levels.clone()
+        self._note(self.error, torch.ones_like(self.error))
+        report()
+
     @no_autocast()
     def round(self) -> None:
         """Make the moves that J predicts to help, learn from the result, and keep it where it is better."""
         full = ((self.levels - self.rounded).abs() >= self.cap).double().mean(dim=1, keepdim=True) > _CROWDED
         self.cap = self.cap * (1 + full.double())
-        matrices = [run.J for run in self.runs if run.J is not None]
+        models = [run.J for run in self.runs if run.J is not None]
         moves = plan_moves(
-            matrices, self.norms2, self.whiten, times(self.reach, self.r), self.levels,
-            self.lattice.near(self.rounded, self.cap), 0.3 * self.rtol, self.trust,
+            models, self.whiten, times(self.reach, self.r), self.levels, self.lattice.near(self.rounded, self.cap),
+            0.3 * self.rtol, self.trust,
         )  # fmt: skip
         count = moves.steps.abs().sum(dim=1, keepdim=True)
         moved = count[:, 0] > 0
@@ -272,7 +297,10 @@ class _Group(Rows):
         r, predicted = self.r.clone(), times(moves.columns, moves.steps)
         if len(places := moved.nonzero().flatten()):
             r[places] = self._residuals(places, there[places])
-        self._learn(matrices, moves, times(self.reach, r - self.r) - predicted)
+        missed = times(self.reach, r - self.r) - predicted
+        missed = torch.where(missed.isfinite().all(dim=1, keepdim=True), missed, 0.0)
+        for model, *seen in zip(models, self.levels, moves.index, moves.steps, missed, strict=True):
+            model.learn(*seen)
         error, promised = r.norm(dim=1), (self.r + predicted).norm(dim=1)
         share = ((self.error - error) / (self.error - promised).clamp_min(1e-12))[:, None]
         fewer, more = (torch.minimum(self.trust, count) / 3).floor().clamp_min(8), torch.where(share > 0.6, 2, 1)
@@ -292,30 +320,31 @@ class _Group(Rows):
     def _residuals(self, places: Tensor | slice, levels: Tensor) -> Tensor:
         """Evaluate points of some images of the group."""
         with torch.no_grad():
-            (output,) = self.parts(lambda part: (self.f(self._pixels(levels[part])),), len(levels))
+            (output,) = self.parts(lambda part: (self.of_files(self._pixels(levels[part])),), len(levels))
         checks.check_dimension(self.z[0], output.shape[1])
         return (output.double() - self.z[places]) / self.size[places]
+
+    def _steps(self, image: Tensor, size: Tensor) -> Steps | JointSteps:
+        """Return the effects of single steps at an image, over the length of its target."""
+        count = 4 * VECTORS if self.z.is_cuda else VECTORS
+        if self.joint is None:
+            (J,) = jacobians(self.f, image[None], count)
+            return Steps(J.div_((255 * size).to(J)))
+        seen = self.joint.of_files().seen(image[None])
+        found = [jacobians(as_function(one), x, count)[0] for one, x in zip(self.joint.parts, seen, strict=True)]
+        parts = [Steps(J.div_((255 * scale * size).to(J))) for J, scale in zip(found, self.joint.scales, strict=True)]
+        return JointSteps(parts, self.joint.views, self.shape)
 
     def _note(self, errors: Tensor, evaluated: Tensor) -> None:
         table = torch.stack([errors, evaluated.to(errors)], dim=1).tolist()
         for run, image, (error, spent) in zip(self.runs, self._pixels(self.levels), table, strict=True):
             run.note(image, error, bool(spent))
 
-    def _model(self, i: int, J: Tensor) -> None:
-        """Go on with a new J of an image; the image ends if J is not finite."""
+    def _model(self, i: int, model: Steps | JointSteps) -> None:
+        """Go on with new effects of the steps of an image; the image ends if they are not finite."""
         run = self.runs[i]
-        run.J, run.failed, run.since = J, 0, run.error
-        self.norms2[i] = J.square().sum(dim=0)
-        self.reach[i], self.whiten[i] = left_geometry(J)
+        run.J, run.failed, run.since = model, 0, run.error
+        self.reach[i], self.whiten[i] = model.geometry()
         self.trust[i].clamp_min_(_MOVES // 4)
-        if not bool(self.norms2[i].sum().isfinite()):
+        if not model.finite:
             run.status = Status.ERROR
-
-    def _learn(self, matrices: Sequence[Tensor], moves: Moves, missed: Tensor) -> None:
-        """Update J in the moved pixels by Broyden's rule J ← J + missed·Δᵀ / ‖Δ‖²: J·Δ becomes the observed change."""
-        missed = torch.where(missed.isfinite().all(dim=1, keepdim=True), missed, 0.0)
-        steps = moves.steps / moves.steps.square().sum(dim=1, keepdim=True).clamp_min(1)
-        columns = torch.addcmul(moves.columns, missed[:, :, None], steps[:, None])
-        for J, index, new in zip(matrices, moves.index, columns, strict=True):
-            J.index_copy_(1, index, new.to(J))
-        self.norms2 = self.norms2.scatter(1, moves.index, columns.square().sum(dim=1))

@@ -65,3 +65,24 @@ def round_in_turn(
         yield newton
         for _ in newton.run():
             yield newton
+
+
+def round_into_ball(image: Tensor, source: Tensor, radius: float | None, norm: str) -> Tensor:
+    """Round pixels (3, H, W) to k/255 without leaving the ball about a source that lies on the grid."""
+    # Each value goes to the nearest level inside the linf ball. For l2, the values that rounding moved outwards at the
+    # least gain go one level back, until the distance fits.
+    levels, centre = image.double() * 255, (source.double() * 255).round()
+    step = levels.round() - centre
+    if radius is not None and norm == "linf":
+        most = int(radius * 255 + 1e-9)
+        step = step.clamp(-most, most)
+    elif radius is not None:
+        outwards = (step.abs() - (levels - centre).abs()).flatten().argsort(descending=True)
+        flat = step.flatten()
+        while (excess := float(flat.square().sum()) - (radius * 255) ** 2) > 0:
+            order = outwards[flat[outwards] != 0]
+            saved = (2 * flat[order].abs() - 1).cumsum(0)  # k² − (k−1)² for each value taken one level back
+            back = order[: int((saved < excess).sum()) + 1]
+            flat[back] -= flat[back].sign()
+        step = flat.view_as(step)
+    return ((centre + step).clamp(0, 255) / 255).to(image.dtype)

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_equiv.formatting import JOINED
 from hf_equiv.models import places
 from hf_equiv.models.encoder import Encoder, restated
+from hf_equiv.models.joint import JointEncoder, each
 from hf_equiv.models.wrapping import KIND
+
+
+def each_model(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of a run for each of its models, of which there is one or, joined, several."""
+    count = len(str(settings["model_revision"]).split(JOINED))
+    names = [name for name in ("model_id", "model_revision", "readout", "attention") if count > 1 and name in settings]
+    texts = [each(name, str(settings[name]), count) for name in names]
+    return [dict(settings) | dict(zip(names, own, strict=True)) for own in zip(*texts, strict=True)] or [dict(settings)]
 
 
 def is_local(settings: Mapping[str, Any]) -> bool:
     """Return whether a run used a checkpoint of a folder, which no record names by its path."""
-    return str(settings["model_revision"]).startswith("sha256:") and settings["model_id"] not in places.BUILTINS
+    return any(
+        str(own["model_revision"]).startswith("sha256:") and own["model_id"] not in places.BUILTINS
+        for own in each_model(settings)
+    )
 
 
 def load_recorded(
     settings: dict[str, Any], model: str | Encoder | None, device: str | None, cache_dir: str | None,
     local_files_only: bool,
 ) -> Encoder:  # fmt: skip
-    """Load the model of a run at its recorded revision, with its readout and dtype."""
+    """Load the model of a run, or its models, at the recorded revision, with the readout and dtype."""
+    if len(several := each_model(settings)) == 1:
+        return _load_one(settings, model, device, cache_dir, local_files_only)
+    given: Sequence[str | Encoder | None] = [None] * len(several)
+    if isinstance(model, JointEncoder):
+        given = model.parts
+    elif isinstance(model, str):
+        given = each("model", model, len(several), alike=False)
+    elif model is not None:
+        raise ValueError(f"`model` must be a JointEncoder of {len(several)} models; got {model!r}. Leave it out.")
+    place = device, cache_dir, local_files_only
+    return JointEncoder([_load_one(own, one, *place) for own, one in zip(several, given, strict=True)])
+
+
+def _load_one(
+    settings: dict[str, Any], model: str | Encoder | None, device: str | None, cache_dir: str | None,
+    local_files_only: bool,
+) -> Encoder:  # fmt: skip
+    if isinstance(model, JointEncoder):
+        raise ValueError(f"`model` must be one model, as in the run; got {model!r}. Leave it out.")
     dtype = getattr(torch, settings["dtype"].removeprefix("torch."), settings["dtype"])
     if isinstance(model, Encoder):  # of the user, who imported or wrapped it
         return restated(model, settings["readout"], settings["normalize"], dtype, device)

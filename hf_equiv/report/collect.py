@@ -16,11 +16,11 @@ from torch import Tensor
 from hf_equiv.analyses.plan import command_line, read_command
 from hf_equiv.analyses.run import VERBS
 from hf_equiv.data.sources import DEFAULT_PAIRS
-from hf_equiv.formatting import one_line
+from hf_equiv.formatting import JOINED, one_line
 from hf_equiv.hub.load import download_results, split_name
 from hf_equiv.models import places
 from hf_equiv.models.encoder import Encoder
-from hf_equiv.models.recorded import is_local, load_recorded
+from hf_equiv.models.recorded import each_model, is_local, load_recorded
 from hf_equiv.results import Status
 from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
@@ -110,8 +110,11 @@ def _command(run: Run) -> str | None:
     revisions = dict(zip(*(str(settings[key]).split(" + ") for key in ("data_id", "data_revision")), strict=False))
     given = {key: getattr(config, key) for key in ("source", "target", "data")}
     here = {key: places.from_here(name, revisions.get(name, "")) for key, name in given.items() if name is not None}
-    model = places.from_here(config.model, settings["model_revision"]) if is_local(settings) else config.model
-    return command_line(replace(config, model=model, **here))
+    models = [
+        places.from_here(name, own["model_revision"]) if is_local(own) else name
+        for name, own in zip(config.models, each_model(settings), strict=True)
+    ]
+    return command_line(replace(config, model=JOINED.join(models), **here))
 
 
 def address_of(name: str, folder: Path) -> str:
@@ -303,8 +306,10 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
 
 def model_of(settings: Row) -> str:
     """Return the model of a run for a command: a local one by its path, or PATH/NAME if that is not known."""
-    name, revision = str(settings["model_id"]), str(settings["model_revision"])
-    return _path(name, revision) if is_local(settings) and "import" not in settings else name
+    models = [(str(own["model_id"]), str(own["model_revision"]), is_local(own)) for own in each_model(settings)]
+    return JOINED.join(
+        _path(name, revision) if local and "import" not in settings else name for name, revision, local in models
+    )
 
 
 def _data_of(name: str, revision: str) -> str:

@@ -167,7 +167,7 @@ def _read(run: Run, encoder: Any, tell: Callable[[int], None]) -> Iterator[tuple
 @torch.no_grad()
 @no_tf32()
 def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | None, tell: Tell) -> Row:
-    ids = _measured_ids(run)
+    encoder, ids = measures.of_files(encoder), _measured_ids(run)
     photos = search.Gallery(lambda x: encoder(x.to(encoder.device)))
     total = len(ids) + (0 if labelled is None else len(labelled))
     pairs: list[tuple[Row, int, int, Tensor]] = []

@@ -204,7 +204,7 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
 
 
 BAD = [
-    (["match"], "Missing argument 'MODEL'"),
+    (["match"], "Missing argument 'MODEL"),
     (["frobnicate"], "No such command 'frobnicate'"),
     ([*PAIR, "2.png", "3.png"], "Got unexpected extra arguments (2.png 3.png). A flag takes one name: for several"),
     (["match", "builtin", "--rtol", "tiny"], "'tiny' is not a valid float"),

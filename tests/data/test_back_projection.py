@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from hf_equiv.data.back_projection import back_project
 from hf_equiv.data.resampling import Axis, View
-from hf_equiv.full_size.back_projection import back_project
 
 
 def view(width, height, name, m=24):
