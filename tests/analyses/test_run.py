@@ -24,6 +24,7 @@ KEYS = (
     "pair_id source_id target_id source_class target_class status embedding_error embedding_error_8bit "
     "target_quantization_error noise_floor cosine_to_target cosine_to_source cosine_source_target psnr_db ssim linf l2 "
     "num_evals seconds source_label target_label match_label match_prob target_label_prob same_top1 "
+    "psnr_full_db ssim_full full_exact through models "
     "model_id model_revision data_id data_revision readout dtype attention norm radius rtol solver seed schema_version "
     "versions processor"
 ).split()
@@ -87,7 +88,7 @@ def test_a_directory_named_as_text(plan, tmp_path, monkeypatch):
 def test_datasets_loads_it(plan, tmp_path):
     run.run_analysis(plan, tmp_path / "out")
     rows = datasets.load_dataset(str(tmp_path / "out"), "matches", split="train", cache_dir=str(tmp_path / "cache"))
-    assert rows.column_names == ["source", "match", "target", *KEYS]
+    assert rows.column_names == ["source", "match", "target", "match_full", *KEYS]
     assert rows[0]["match"].size == (SIZE, SIZE)
     assert rows[0]["match"].mode == "RGB"
 
