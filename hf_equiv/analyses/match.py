@@ -120,7 +120,7 @@ class MatchConfig(BaseConfig):
         elif self.radius is not None:  # its limit depends on the image size of the checkpoint
             check_positive(self.radius, "radius")
         if self.full_size and not self.refine:
-            raise ValueError("`full_size` must come with the 8-bit refinement. Leave `no_refine` out.")
+            raise ValueError("`full_size` must come with the 8-bit refinement; got `no_refine`. Leave one of them out.")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
         if self.through is not None:
@@ -181,15 +181,15 @@ class MatchConfig(BaseConfig):
 
         if self.full_size and hasattr(encoder, "parts"):
             raise ValueError(
-                "`full_size` must come with one model: the image processors of several see a file of full size each in "
-                "its own way. Leave it out."
+                "`full_size` must come with one model; got several, whose image processors would see the file "
+                "differently. Leave it out."
             )
         check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
         if self.labels is not None:  # refuse a model without text tower at once
             grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
             with torch.no_grad():
                 encoder.classify(grey, self.labels)
-        if self.full_size:  # refuse an image processor that cannot be followed at once
+        if self.full_size and hasattr(encoder, "preprocess"):  # refuse a processor that cannot be followed at once
             view_of(encoder, *(2 * side for side in encoder.input_shape[:0:-1]))
         start = ([f"{self.half} start"] if self.half else []) + (["compiled"] if self.compile else [])
         return {
@@ -319,7 +319,7 @@ def _note_models(encoder: Any, row: Row, image: Tensor, z: Tensor) -> float | No
 
 
 def measure_full_size(image: Image.Image, photo: Image.Image) -> Row:
-    """Return the columns of a file of full size but whether it is exact."""
+    """Return the columns of a file of full size, except `full_exact`."""
     a, b = (torch.from_numpy(np.array(one)).movedim(2, 0) / 255 for one in (image, photo))
     return {"match_full": encode_png(a), "psnr_full_db": measures.psnr_db(a, b), "ssim_full": measures.ssim(a, b)}
 

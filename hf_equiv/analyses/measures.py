@@ -31,6 +31,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 SSIM_SIGMA = 1.5  # standard deviation of the Gaussian window of SSIM in pixels, as in Wang et al. 2004
 SSIM_WINDOW = 2 * round(3.5 * SSIM_SIGMA) + 1  # side of the window, 11 pixels; smaller images have no SSIM
+_MOST_SSIM = 100_000_000  # numbers of an image: more take 7 GB
 QUANTIZATION_DRAWS = 8
 
 LABEL_MEASURES = (
@@ -64,10 +65,10 @@ def psnr_db(a: Tensor, b: Tensor) -> float | None:
 
 
 def ssim(a: Tensor, b: Tensor) -> float | None:
-    """Return the SSIM (Gaussian window, σ = 1.5) of two images (C, H, W) in [0, 1]; None for a side below 11."""
+    """Return the SSIM (Gaussian window, σ = 1.5) of two images (C, H, W) in [0, 1]; None below 11 px or above 33 MP."""
     from skimage.metrics import structural_similarity  # imports parts of scipy
 
-    if min(a.shape[-2:]) < SSIM_WINDOW:
+    if min(a.shape[-2:]) < SSIM_WINDOW or a.numel() > _MOST_SSIM:
         return None
     window: dict[str, Any] = {"gaussian_weights": True, "sigma": SSIM_SIGMA, "use_sample_covariance": False}
     x, y = (image.detach().cpu().double().numpy() for image in (a, b))
@@ -186,14 +187,14 @@ def _measure_after(
     return {
         "transformation": one.name,
         "error": median_of(errors),
-        "worst": largest(errors),
+        "worst": worst(errors),
         "same_top1": None if seen is None else seen[1:].count(seen[0]) / len(errors),
     }
 
 
 def sum_up_through(rows: Rows, name: str) -> Row:
     """Sum up a transformation over the rows: median error and its largest value, and the share of labels kept."""
-    found = [one for row in rows for one in row["through"] or () if one["transformation"] == name]
+    found = [one for row in rows for one in row["through"] or () if one and one["transformation"] == name]
     shares = [one["same_top1"] for one in found if one["same_top1"] is not None]
     return {
         "transformation": name,

@@ -73,7 +73,10 @@ _DERIVATIVES = {
 @flag("--full-size", "Also write each match as a PNG of the size of its source photo.")
 @option("--labels", "Class names for zero-shot labels (CLIP, SigLIP).", "A,B,C", names)
 @option(
-    "--through", "What the match survives too: jpeg:75, resize:0.5, blur:1, noise:2/255, or jpeg:60-95.", "LIST", names
+    "--through",
+    "What the match should survive: jpeg:75, resize:0.5, blur:1, noise:2/255; jpeg:60-95 is a range.",
+    "LIST",
+    names,
 )
 @analysis_options
 def match(**given: Any) -> int:
@@ -87,7 +90,8 @@ def match(**given: Any) -> int:
     hf-equiv match openai/clip-vit-base-patch32 --data cifar10:test --pairs 50 --labels cat,dog,ship
     hf-equiv match builtin builtin-64 --source cat.jpg --target coffee.jpg
 
-    Several models share one image of the largest input size, and every error is the worst of them; 'models' has each.
+    With several models, one image of the largest input size matches in all of them. Errors are those of the worst
+    model; column 'models' has all.
 
     PNG pixels move in whole levels: with a --radius below 1/255 (linf) the match is the source.
 

@@ -171,7 +171,7 @@ class Flips:
         self._seen = {s: _rounded(sums + s * b[:, :, None]) - _rounded(sums) for s in (1, -1)}
 
     def weigh(self, field: Tensor, step: int, power: int = 1) -> Tensor:
-        """Return Σ field · |change|^(power - 1) · change over the levels that a step of each pixel changes, (3, H, W).
+        """Return Σ field · change^power over the levels that a step of each pixel changes, (3, H, W).
 
         Args:
             field: a value for each level of the view, (3, h, w).

@@ -1,4 +1,4 @@
-"""Defences against matches: what random smoothing certifies, and the attack that it is measured against."""
+"""Certify smoothed embeddings, and attack them to check the certificates."""
 
 from hf_equiv.defences.attack import SmoothedAttack, attack_smoothed
 from hf_equiv.defences.certificate import CosineCertificate, certified_cosine

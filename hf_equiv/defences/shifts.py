@@ -28,7 +28,7 @@ def largest_mean(shifts: Tensor, variance: Tensor) -> Tensor:
         variance: λ in [0, 1], the most variance of g, float64, to broadcast with `shifts`.
 
     Returns:
-        The mean, in [0, 1], float64; 1 for shifts above 8.
+        The mean, in [0, 1], float64; 1 for shifts above 5.
     """
     shifts, variance = torch.broadcast_tensors(shifts, variance)
     r = shifts.clamp(_LEAST, _MOST)

@@ -40,7 +40,7 @@ class FullSizeMatch:
 
 
 def view_of(encoder: Encoder, width: int, height: int) -> View:
-    """Return what the image processor of an encoder sees of photos of a size; refuse what it cannot be followed on.
+    """Return the view that the image processor has of photos of a size; refuse one that cannot be followed.
 
     Args:
         encoder: whose image processor is meant.

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_equiv.data.resampling import Axis
 from hf_equiv.full_size.match import view_of
 from hf_equiv.models.encoder import Encoder
-from hf_equiv.precision import Encoding
+from hf_equiv.precision import Encoding, no_autocast, no_tf32
 
 _SCALE = 4  # side of the photo whose metric is taken, over that of the input; others differ little
 
@@ -38,6 +38,8 @@ class FileMetric:
         """Return f as a function of y."""
         return lambda y: f(self.place(y))
 
+    @no_tf32()
+    @no_autocast()
     def _times(self, which: int, image: Tensor) -> Tensor:
         return (image @ self._across[which].to(image)).mT.matmul(self._down[which].to(image)).mT
 

@@ -119,7 +119,7 @@ def refine_8bit(
     with torch.inference_mode(False), no_tf32():
         images, target = images.detach().clone(), target.detach().clone()
         f = admit(f, images, noise=True)
-        z = target_embeddings(f, images, target)
+        z = target_embeddings(_of_files(f)[1], images, target)
         runs = [_Run(image) for image in images]
         note_least(runs, f, images, target, z, rtol)
         count = max(1, min(images_within(memory, z.shape[1], images[0]), memory // WORKSPACE))
@@ -131,6 +131,14 @@ def refine_8bit(
                 group = _Group(f, runs[part], z[part], lattice, rtol, max_evals)
                 _refine(group.active(), lambda: None if hook is None else hook(snapshot(images, runs)))
         return collect(runs, source, target)
+
+
+def _of_files(f: Function) -> tuple[Any, Function]:
+    """Return a joint encoder of models whose views round to 8 bit, or None, and f as it embeds 8-bit images."""
+    plain: Any = f.plain
+    if not any(plain.views if hasattr(plain, "with_views") else ()):
+        return None, f
+    return plain, as_function(plain.of_files())
 
 
 @dataclass(eq=False)
@@ -202,10 +210,7 @@ class _Group(Rows):
         self.size = z.norm(dim=1, keepdim=True)  # the unit of r and J
         self.cap, self.trust = torch.full_like(self.size, _CAP), torch.full_like(self.size, _MOVES)  # (B, 1)
         self.shape, self.dtype = runs[0].best.shape, runs[0].best.dtype
-        # A joint encoder of models whose views of the image round to 8 bit: its smooth form f has no errors of files.
-        plain: Any = f.plain
-        self.joint: Any = plain if any(getattr(plain, "__dict__", {}).get("views", ())) else None
-        self.of_files: Encoding = f if self.joint is None else as_function(self.joint.of_files())
+        self.joint, self.of_files = _of_files(f)
         self.reach, self.whiten = z.new_zeros((2, len(z), z.shape[1], z.shape[1]))  # `left_geometry` of J
 
     def active(self) -> _Group:

@@ -21,6 +21,7 @@ from hf_equiv.formatting import JOINED
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.precision import no_autocast, no_tf32
 
 
 class JointEncoder(Encoder):
@@ -107,6 +108,12 @@ class JointEncoder(Encoder):
                 f"the image processor of '{one.model_id}' must resize by a filter of Pillow and crop, so that it can "
                 "see images of a larger model; it does something else. Leave this model out."
             )
+        if min(view.across.n / view.across.m, view.down.n / view.down.m) < 1:
+            raise ValueError(
+                f"the image processor of '{one.model_id}' must not enlarge images of {self.input_shape[1]} × "
+                f"{self.input_shape[2]}, the largest input size; it resizes them to {view.down.m} × {view.across.m}. "
+                "Leave this model out."
+            )
         return view
 
     @classmethod
@@ -158,7 +165,8 @@ class JointEncoder(Encoder):
         """
         self._check(pixels)
         x = pixels.to(self.dtype)
-        return [x if view is None else view.levels_of(x) if self._exact else view.smooth(x) for view in self.views]
+        with no_tf32(), no_autocast():
+            return [x if view is None else view.levels_of(x) if self._exact else view.smooth(x) for view in self.views]
 
     def _check(self, pixels: Tensor) -> None:
         check_tensor(pixels, "pixels", "3")
@@ -169,7 +177,7 @@ class JointEncoder(Encoder):
             )
 
     def with_views(self, pixels: Tensor, seen: Sequence[Tensor | None]) -> Tensor:
-        """Return the 8-bit image nearest to another of which smaller models see given 8-bit images, as far as there is.
+        """Return the nearest 8-bit image in which smaller models see given 8-bit images, where there is one.
 
         Args:
             pixels: (3, H, W), in [0, 1].

@@ -89,7 +89,7 @@ def _options(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _option(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{k}:{n}" for k, n in value.items())
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         if isinstance(value[0], str):
             return ", ".join(value)
         return f"{value[0]:g} to {value[-1]:g} ({len(value)})"

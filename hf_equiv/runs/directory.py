@@ -48,7 +48,8 @@ HEAD: dict[str, tuple[type, ...]] = {
 
 _SETTINGS: dict[str, dict[str, tuple[type, ...]]] = {
     "match": {"solver": (str,), "rtol": _NUMBER, "max_evals": (int,), "radius": (*_NUMBER, _NONE)}
-    | {"norm": (str, _NONE), "refine": (bool,), "labels": (list, _NONE), "drawn": (bool,), "through": (list,)},
+    | {"norm": (str, _NONE), "refine": (bool,), "labels": (list, _NONE), "drawn": (bool,), "through": (list,)}
+    | {"full_size": (bool,)},
     "spectrum": {"k": (int, _NONE), "vectors": (bool,)},
     "lipschitz": {"directions": (dict,), "regional": (*_NUMBER, _NONE), "norm": (str, _NONE), "linearity": (bool,)},
     "walk": {"heading": (str,), "num_steps": (int,), "solver": (str, _NONE)}
@@ -175,7 +176,7 @@ def check_record(folder: Path, record: Row) -> Layout:
         raise ValueError(f"{str(folder)!r} {told}. Upgrade hf_equiv.")
     settings, kinds = record["settings"], _SETTINGS[layout.analysis]
     # Early walks, and walks that lead to no image, have no `stop`; most matches have no `through`.
-    needed = [key for key in (*_COMMON, *kinds) if key not in ("stop", "through")]
+    needed = [key for key in (*_COMMON, *kinds) if key not in ("stop", "through", "full_size")]
     missing = _wrong_types(settings, kinds, needed, "settings.")
     missing += [f"a valid value of settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += [] if _is_object(settings.get("processor", "{}")) else ["a valid value of settings.processor"]

@@ -7,7 +7,7 @@ values agree with its own to about one level. The gradient passes through a roun
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -114,13 +114,13 @@ def _tables(quality: int) -> tuple[Tensor, Tensor]:
     return luminance, chrominance
 
 
-@cache
+@lru_cache(maxsize=64)
 def _resampling(n: int, m: int) -> Tensor:
     """The weights (m, n) of Pillow's bicubic resize."""
     return Axis(n, m, 0, m, "bicubic").matrix / UNIT_WEIGHT
 
 
-@cache
+@lru_cache(maxsize=16)
 def _box(n: int, sigma: float) -> Tensor:
     """The weights (n, n) of one of the box blurs that make a Gaussian (Gwosdek et al. 2011), as in Pillow."""
     length = math.sqrt(12 * sigma**2 / _PASSES + 1)

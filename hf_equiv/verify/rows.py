@@ -84,6 +84,11 @@ def check_stated(file: str, layout: Layout, record: Row, item: Row | None, rows:
         for key, value in wanted.items():
             if key in row and row[key] != value:
                 yield differs(file, name, key, row[key], value, "run.json states another")
+        for key in ("through", "models"):
+            parts = row.get(key) or ()
+            numbers = [v for one in parts for v in (one or {None: math.nan}).values() if isinstance(v, float)]
+            if not all(math.isfinite(v) and v >= 0 for v in numbers):
+                yield differs(file, name, key, None, None, "its entries must hold numbers of at least 0")
         for key, (least, most) in ranges.items():
             value = row.get(key)
             if value is None and key in ("num_evals", "seconds") and row["status"] != Status.ERROR:

@@ -37,4 +37,5 @@ UNVERIFIED = tuple(chain.from_iterable(SUBJECTS.values()))
 def unverified_of(record: Row, layout: Layout) -> Iterator[str]:
     """Yield the entries of `UNVERIFIED` that a run has."""
     known = {*layout.features, *record["settings"], *record, "versions", "digits", "compression"}
-    yield from (name for name in UNVERIFIED if name.partition(" ")[0] in known)
+    full = set() if record["settings"].get("full_size") else {"psnr_full_db", "ssim_full"}
+    yield from (name for name in UNVERIFIED if name.partition(" ")[0] in known - full)

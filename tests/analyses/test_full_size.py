@@ -16,6 +16,7 @@ from hf_equiv.analyses import MatchConfig, make_plan, run_analysis
 from hf_equiv.data.image_file import encode_png, stored_image
 from hf_equiv.runs import shards
 from hf_equiv.verify import directory
+from hf_equiv.verify.record import _unknown_encoder
 
 
 def hard(image: Image.Image) -> Image.Image:
@@ -121,3 +122,8 @@ def test_runs_without_it_have_no_setting_of_it(photos):
     plan = make_plan(dataclasses.replace(config(photos), full_size=False), TinyEncoder())
     assert "full_size" not in plan.settings
     assert "--full-size" in make_plan(config(photos), TinyEncoder()).command
+
+
+def test_settings_are_made_again_without_an_encoder(photos):
+    settings = make_plan(config(photos), TinyEncoder()).settings
+    assert config(photos).settings(_unknown_encoder(settings))["full_size"] is True
