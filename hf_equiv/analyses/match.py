@@ -24,10 +24,10 @@ from hf_equiv.analyses.plan import Loaded, Made, Plan, RunRows, Tell
 from hf_equiv.checks import NORMS, UNIT, check_choice, check_count, check_positive, check_radius, check_rtol
 from hf_equiv.data.image_file import decode_png, encode_png, stored_image
 from hf_equiv.data.image_set import ImageSet
-from hf_equiv.data.resampling import View
+from hf_equiv.data.resampling import View, levels_of, view_of
 from hf_equiv.data.sources import DEFAULT_PAIRS
 from hf_equiv.formatting import finite, fraction, one_line
-from hf_equiv.full_size.match import levels_of, match_in_full_size, view_of
+from hf_equiv.full_size.match import match_in_full_size
 from hf_equiv.full_size.metric import FileMetric
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.match import match_embedding

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,6 +227,37 @@ def follow(process: Process, width: int, height: int) -> View | None:
     view = View(across, down)
     seen = process(_image(noise)).permute(1, 2, 0)
     return view if torch.equal(view.levels(torch.from_numpy(noise)), seen.to(torch.uint8)) else None
+
+
+def levels_of(pixels: Tensor) -> Tensor:
+    """Return the levels 0…255 of pixels k/255, uint8 on the CPU."""
+    return (255 * pixels.detach().cpu().double()).round().to(torch.uint8)
+
+
+def view_of(encoder: Any, width: int, height: int) -> View:
+    """Return the view that the image processor has of photos of a size; refuse one that cannot be followed.
+
+    Args:
+        encoder: the encoder with that image processor.
+        width: of the photo.
+        height: of the photo.
+
+    Raises:
+        ValueError: photos that it enlarges, or an image processor that does more than to resize and crop.
+    """
+    view = follow(lambda image: levels_of(encoder.preprocess([image])[0]).double(), width, height)
+    if view is None:
+        raise ValueError(
+            f"the image processor of '{encoder.model_id}' must resize by a filter of Pillow and crop; it does "
+            "something else. Choose another checkpoint."
+        )
+    if min(view.across.n / view.across.m, view.down.n / view.down.m) < 1:
+        raise ValueError(
+            f"photos must be at least {view.across.m} x {view.down.m} pixels for the image processor of "
+            f"'{encoder.model_id}', which enlarges smaller ones; got {width} x {height}. Use a larger photo, or "
+            "another checkpoint."
+        )
+    return view
 
 
 def _image(pixels: np.ndarray) -> Image.Image:

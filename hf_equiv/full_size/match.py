@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from hf_equiv.data.back_projection import back_project
 from hf_equiv.data.image_set import read_images
-from hf_equiv.data.resampling import View, follow
+from hf_equiv.data.resampling import View, levels_of, view_of
 from hf_equiv.matching.refine import refine_8bit
-from hf_equiv.models.encoder import Encoder
 from hf_equiv.precision import no_tf32
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 _ROUNDS = 3  # files made of one match, each after a refinement that holds the pixels which the last one missed
 
@@ -37,31 +39,6 @@ class FullSizeMatch:
     match: Tensor
     exact: bool
     num_evals: float
-
-
-def view_of(encoder: Encoder, width: int, height: int) -> View:
-    """Return the view that the image processor has of photos of a size; refuse one that cannot be followed.
-
-    Args:
-        encoder: whose image processor is meant.
-        width: of the photo.
-        height: of the photo.
-
-    Raises:
-        ValueError: photos that it enlarges, or an image processor that does more than to resize and crop.
-    """
-    view = follow(lambda image: levels_of(encoder.preprocess([image])[0]).double(), width, height)
-    if view is None:
-        raise ValueError(
-            f"the image processor of '{encoder.model_id}' must resize by a filter of Pillow and crop; it does "
-            "something else. Choose another checkpoint."
-        )
-    if min(view.across.n / view.across.m, view.down.n / view.down.m) < 1:
-        raise ValueError(
-            f"`photo` must be at least {view.across.m} x {view.down.m} pixels; got {width} x {height}, "
-            "which the image processor enlarges. Use a larger photo."
-        )
-    return view
 
 
 def to_full_size(
@@ -133,11 +110,6 @@ def match_in_full_size(
         refined = refine_8bit(encoder, seen[None], z, source=source[None], held=held[None], **goal)
         match, spent = refined.images[0], spent + float(refined.num_evals[0])
     return FullSizeMatch(*made[0], exact, spent)
-
-
-def levels_of(pixels: Tensor) -> Tensor:
-    """Return the levels 0…255 of pixels k/255, uint8 on the CPU."""
-    return (255 * pixels.detach().cpu().double()).round().to(torch.uint8)
 
 
 @torch.no_grad()

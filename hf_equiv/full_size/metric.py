@@ -7,13 +7,16 @@ axis, a match near its start is near it in the photo. The factor s = n/m leaves 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from hf_equiv.data.resampling import Axis
-from hf_equiv.full_size.match import view_of
-from hf_equiv.models.encoder import Encoder
+from hf_equiv.data.resampling import Axis, view_of
 from hf_equiv.precision import Encoding, no_autocast, no_tf32
+
+if TYPE_CHECKING:
+    from hf_equiv.models.encoder import Encoder
 
 _SCALE = 4  # side of the photo whose metric is taken, over that of the input; others differ little
 

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from hf_equiv.checks import check_tensor
 from hf_equiv.conditions import Function
 from hf_equiv.data.back_projection import back_project
-from hf_equiv.data.resampling import View, follow
+from hf_equiv.data.resampling import View, view_of
 from hf_equiv.formatting import JOINED
 from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.jacobian import require_forward_mode
@@ -96,25 +95,7 @@ class JointEncoder(Encoder):
             )
 
     def _view_of(self, one: Encoder) -> View | None:
-        if one.input_shape == self.input_shape:
-            return None
-
-        def process(image: Image) -> Tensor:
-            return (255 * one.preprocess(image)[0].double()).round()
-
-        view = follow(process, self.input_shape[2], self.input_shape[1])
-        if view is None:
-            raise ValueError(
-                f"the image processor of '{one.model_id}' must resize by a filter of Pillow and crop, so that it can "
-                "see images of a larger model; it does something else. Leave this model out."
-            )
-        if min(view.across.n / view.across.m, view.down.n / view.down.m) < 1:
-            raise ValueError(
-                f"the image processor of '{one.model_id}' must not enlarge images of {self.input_shape[1]} × "
-                f"{self.input_shape[2]}, the largest input size; it resizes them to {view.down.m} × {view.across.m}. "
-                "Leave this model out."
-            )
-        return view
+        return None if one.input_shape == self.input_shape else view_of(one, *self.input_shape[:0:-1])
 
     @classmethod
     def from_pretrained(

@@ -70,7 +70,7 @@ def test_each_file_becomes_the_match_byte_for_byte(finished, photos):
 def test_a_photo_that_is_too_small_costs_its_own_row(finished):
     (name,) = [row["pair_id"] for row in finished.rows if row["status"] == "error"]
     assert name == "small.png->target.png"
-    told = "`photo` must be at least 16 x 16 pixels; got 15 x 15, which the image processor enlarges."
+    told = "photos must be at least 16 x 16 pixels for the image processor of 'builtin', which enlarges smaller ones"
     assert told in finished.errors[name]
     assert finished.summary["full_size"]["exact"] == 3
     assert "3 of 4 files of full size become the match" in finished.summary["verdict"]

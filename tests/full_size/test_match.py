@@ -34,5 +34,5 @@ def test_bad_input(encoder):
         to_full_size(encoder, photo, pixels[:, ::2, ::2])
     with pytest.raises(ValueError, match=r"Refine it with `refine_8bit` first"):
         to_full_size(encoder, photo, 0.999 * pixels)
-    with pytest.raises(ValueError, match=r"`photo` must be at least 64 x 64 pixels; got 50 x 80"):
+    with pytest.raises(ValueError, match=r"photos must be at least 64 x 64 pixels for .*; got 50 x 80"):
         to_full_size(encoder, photo.resize((50, 80)), pixels)

@@ -3,7 +3,7 @@
 import torch
 from fakes import TinyEncoder
 
-from hf_equiv.full_size.match import view_of
+from hf_equiv.data.resampling import view_of
 from hf_equiv.full_size.metric import FileMetric
 
 
