@@ -465,7 +465,7 @@ def tolerances(made: Row, settings: Row) -> Row:
     models = [
         dict.fromkeys(errors[:2], max(3 * (own["noise_floor"] or 0.0), 1e-6 if near >= 1e-6 else _EXACT))
         | {"noise_floor": ((own["noise_floor"] or 0.0) / 6, 6 * (own["noise_floor"] or 0.0))}
-        for own in made["models"] or ()
+        for own in made.get("models") or ()
     ]
     return {
         **dict.fromkeys((*errors, "cosine_to_target", "cosine_to_source", "cosine_source_target"), near),

@@ -167,8 +167,9 @@ def read_shard(path: Path, *, images: bool = False, layout: Layout = MATCH) -> l
         columns = [*(own.images if images else ()), *own.features, *PROVENANCE_FEATURES]
         if missing := [c for c in columns if c not in there]:
             raise ValueError(f"columns {', '.join(missing)} are missing")
-        empty: Row = dict.fromkeys(c for c in layout.added if images or c not in layout.images)
-        rows: list[Row] = [empty | row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist()]
+        read = (row for batch in read_batches(path, columns, rows=1024) for row in batch.to_pylist())
+        order = [*(layout.images if images else ()), *layout.features, *PROVENANCE_FEATURES]
+        rows: list[Row] = [{c: row.get(c) for c in order} for row in read]
         for row in rows if images else ():
             open_cells(row, layout)
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these

@@ -85,7 +85,7 @@ def check_stated(file: str, layout: Layout, record: Row, item: Row | None, rows:
             if key in row and row[key] != value:
                 yield differs(file, name, key, row[key], value, "run.json states another")
         for key in ("through", "models"):
-            parts = row.get(key) or ()
+            parts = row[key] if isinstance(row.get(key), list) else []
             numbers = [v for one in parts for v in (one or {None: math.nan}).values() if isinstance(v, float)]
             if not all(math.isfinite(v) and v >= 0 for v in numbers):
                 yield differs(file, name, key, None, None, "its entries must hold numbers of at least 0")

@@ -312,7 +312,7 @@ def test_rows_of_status_error_are_left_out_and_counted(runs, drawn):
 
     def change(row, bad):
         keep = ("source", "target", "pair_id", "source_id", "target_id", "source_class", "target_class")
-        empty = dict.fromkeys(schema.ROW_FEATURES) | {"match": None} | {k: row[k] for k in keep}
+        empty = dict.fromkeys(schema.ROW_FEATURES) | {"match": None, "match_full": None} | {k: row[k] for k in keep}
         own = {k: v for k, v in row.items() if k in schema.PROVENANCE_FEATURES}
         return empty | own | {"status": "error"} if row["pair_id"] in bad else row
 
