@@ -26,16 +26,7 @@ from hf_equiv.runs import directory, shards
 from hf_equiv.runs.schema import LAYOUTS, MATCH, Layout, Row, row_name
 
 _ENCODER = ("model_id", "model_revision", "readout", "normalize", "dtype")
-_OPTIONS = (
-    "solver",
-    "radius",
-    "norm",
-    "rtol",
-    "max_evals",
-    "refine",
-    "labels",
-    "through",
-)  # of `match`, kept in its settings
+_OPTIONS = "solver", "radius", "norm", "rtol", "max_evals", "refine", "labels", "through"  # settings of `match`
 AUDIT_LEVELS = (16, 8, 4, 2)  # radii of the sweep of an audit, in levels of 255
 _BALLS = {f"match-{k}" for k in AUDIT_LEVELS}
 _AUDIT = {"match", *_BALLS, "spectrum", "lipschitz"}  # folders of an audit
@@ -303,7 +294,7 @@ def again(checkpoint: Checkpoint, verb: str, count: int | None = None, **changed
     stated |= changed
     if match and stated.get("radius") is None:
         stated["norm"] = None
-    if match and stated["rtol"] == VERBS["match"].CONFIG(through=stated.get("through")).goal:
+    if match and stated.get("rtol") == VERBS["match"].CONFIG(through=stated.get("through")).goal:
         stated["rtol"] = None  # the default
     ids, revisions = (str(settings[key]).split(" + ") for key in ("data_id", "data_revision"))
     sets = [_data_of(name, revision) for name, revision in zip(ids, revisions, strict=False)]
