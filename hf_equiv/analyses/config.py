@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 
 from hf_equiv.analyses.pairs import Item, Reader, name_images
+from hf_equiv.analyses.stages import HALF, Draft
 from hf_equiv.checks import check_choice, check_count
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.formatting import JOINED
-from hf_equiv.matching.stages import HALF, Draft
 from hf_equiv.runs.schema import Row
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

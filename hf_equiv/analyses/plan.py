@@ -16,10 +16,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from hf_equiv.analyses.pairs import Item, Reader, say_equal
+from hf_equiv.analyses.stages import Draft
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.formatting import JOINED, fraction, many, read_fraction
-from hf_equiv.matching.stages import Draft
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
 from hf_equiv.runs.schema import LAYOUTS, Layout, Row

@@ -127,9 +127,14 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), mode="RGB")
 
 
+def to_levels(image: Image.Image) -> Tensor:
+    """Return the levels of an RGB image, (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def decode_png(data: bytes, dtype: torch.dtype = torch.float32) -> Tensor:
     """Read a stored PNG file back to pixels (3, H, W) of `dtype`, values k/255."""
-    levels = torch.from_numpy(np.array(stored_image(data))).permute(2, 0, 1)
+    levels = to_levels(stored_image(data))
     return torch.empty(levels.shape, dtype=dtype).copy_(levels).div_(255)
 
 

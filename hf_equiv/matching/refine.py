@@ -27,11 +27,12 @@ from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit, as_function
 from hf_equiv.jacobian import VECTORS, jacobians
 from hf_equiv.matching.feasible import Rows
-from hf_equiv.matching.lattice import WORKSPACE, JointSteps, Lattice, Steps, plan_moves
+from hf_equiv.matching.lattice import WORKSPACE, Lattice, plan_moves
 from hf_equiv.matching.match import note_least, target_embeddings
 from hf_equiv.matching.rounding import num_turns, round_in_turn
 from hf_equiv.matching.search import ProgressHook, Search, collect, reached, snapshot
 from hf_equiv.matching.solvers import pick
+from hf_equiv.matching.steps import JointSteps, Steps
 from hf_equiv.memory import MEMORY, Parts, halved, images_within
 from hf_equiv.precision import Encoding, no_autocast, no_tf32, times
 from hf_equiv.results import MatchResult, Status

@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from hf_equiv.data.image_file import open_image, to_image
+from hf_equiv.data.image_file import open_image, to_image, to_levels
 from hf_equiv.formatting import read_fraction
 from hf_equiv.through import surrogates
 
@@ -55,7 +54,7 @@ class Draw:
             return resize_and_back(image, self.value)
         if self.kind == "blur":
             return image.filter(ImageFilter.GaussianBlur(self.value))
-        return to_image(add_noise(_levels(image), self.value, self.seed) / 255)
+        return to_image(add_noise(to_levels(image).float(), self.value, self.seed) / 255)
 
     def surrogate(self, levels: Tensor) -> Tensor:
         """Transform levels (3, H, W) in [0, 255], differentiably."""
@@ -146,8 +145,4 @@ TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 def handle(pixels: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
     """Apply a transform of images to pixels (3, H, W), rounded to 8 bit."""
-    return (_levels(change(to_image(pixels))).to(pixels.dtype) / 255).to(pixels.device)
-
-
-def _levels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    return (to_levels(change(to_image(pixels))).to(pixels.dtype) / 255).to(pixels.device)

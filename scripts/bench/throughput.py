@@ -49,7 +49,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from hf_equiv import LBFGS, Encoder, MatchResult, draw_pairs, load_images, match_embedding, refine_8bit
-from hf_equiv.matching.stages import HALF
+from hf_equiv.analyses.stages import HALF
 from hf_equiv.precision import no_tf32
 
 RANDOM = {"vit-base": ViTConfig()}  # ViT-B/16: 12 layers, width 768

@@ -16,7 +16,8 @@ from PIL import Image
 from runcases import files_of, rows_of
 
 from hf_equiv.analyses import figures, make_plan, match, pairs, run
-from hf_equiv.analyses.match import MatchConfig, round_into_ball
+from hf_equiv.analyses.match import round_into_ball
+from hf_equiv.analyses.match_config import MatchConfig
 from hf_equiv.runs import directory, execute, processes, shards
 from hf_equiv.runs.schema import PROVENANCE_FEATURES, ROW_FEATURES
 

@@ -192,7 +192,7 @@ def test_interrupt_says_how_to_go_on(again, place, capsys, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_equiv.matching.stages.each_match", stop)
+    monkeypatch.setattr("hf_equiv.analyses.stages.each_match", stop)
     code, out, err = call(capsys, *PAIR, "--out", "run", "-q", *again)
     assert code == 130
     assert out == ""
@@ -403,7 +403,7 @@ def test_each_cause_of_an_error_is_told_once(place, capsys, monkeypatch):
         raise RuntimeError("this image is too much")
 
     save_photos(place / "photos")
-    monkeypatch.setattr("hf_equiv.matching.stages.each_match", broken)
+    monkeypatch.setattr("hf_equiv.analyses.stages.each_match", broken)
     code, out, _ = call(capsys, "match", "builtin", "--data", "photos", "--pairs", "4", "--out", "run")
     assert code == 1
     assert out.count("this image is too much") == 1

@@ -30,9 +30,10 @@ from hf_equiv.conditions import admit
 from hf_equiv.data.sources import load_images
 from hf_equiv.jacobian import jacobian_cost
 from hf_equiv.matching import refine
-from hf_equiv.matching.lattice import WORKSPACE, Lattice, left_geometry
+from hf_equiv.matching.lattice import WORKSPACE, Lattice
 from hf_equiv.matching.match import match_embedding
 from hf_equiv.matching.refine import refine_8bit
+from hf_equiv.matching.steps import left_geometry
 from hf_equiv.memory import MEMORY
 from hf_equiv.models.encoder import Encoder
 from hf_equiv.results import MatchResult, Progress, Status

@@ -16,7 +16,7 @@ from torch import nn
 from hf_equiv import Encoder, JointEncoder, jacobian_spectrum, match_embedding, refine_8bit, verify_run
 from hf_equiv.cli.main import _run as command
 from hf_equiv.geometry.levelset import trace_level_set
-from hf_equiv.matching.lattice import JointSteps, Steps
+from hf_equiv.matching.steps import JointSteps, Steps
 from hf_equiv.models.recorded import each_model, is_local, load_recorded
 
 
