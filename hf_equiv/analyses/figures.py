@@ -14,12 +14,14 @@ import torch
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from hf_equiv.data.image_file import decode_png, encode_png, stored_image
 from hf_equiv.formatting import ball, cut, cut_name, form, many, short
+from hf_equiv.geometry.invariance import BAND_EDGES
 from hf_equiv.png_file import chunks
 
 Rows = Sequence[Mapping[str, Any]]
@@ -49,16 +51,49 @@ OWN_STYLE = ["default", STYLE]  # without the user's matplotlibrc, so that `veri
 
 @style.context(OWN_STYLE)
 def spectrum_figures(
-    rows: Rows, vectors: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Any]
+    rows: Rows, images: Mapping[str, Tensor], vectors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """Draw the figures of a run; `vectors` holds pixels and right singular vectors of the first images."""
+    """Draw the figures of a run from pixels and right singular vectors of the first images."""
     rows = [row for row in rows if row["status"] != "error"]
     if not rows:
         return {}
     title = f"Singular values of ∂f/∂x, {cut(str(settings['model_id']), 60)}"
     note = f"readout {settings['readout']}, {settings['dtype']} · embedding length per pixel length, pixels in [0, 1]"
     found = {"spectra.png": png_of(spectra(rows[:MAX_IMAGES], title, note))}
-    return found | ({"vectors.png": vectors_figure(rows, vectors, settings)} if vectors else {})
+    mapped = [row for row in rows if row["image_id"] in images and row["invariance_map"]][:MAX_IMAGES]
+    found |= {"invariance.png": invariance_figure(mapped, images, settings)} if mapped else {}
+    pairs = {name: (images[name], own) for name, own in vectors.items() if name in images}
+    return found | ({"vectors.png": vectors_figure(rows, pairs, settings)} if pairs else {})
+
+
+@style.context(OWN_STYLE)
+def invariance_figure(rows: Rows, images: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bytes:
+    """Draw each photo, the energy of its row space over it, and that of its bands and channels."""
+    figure = Figure(figsize=(9.6, 0.9 + 2.3 * len(rows)), dpi=110, facecolor="white", layout="constrained")
+    title = f"Where the null space lies, {cut(str(settings['model_id']), 50)}"
+    figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", parse_math=False)
+    note = "share of a small change that lies in the row space, over the mean share: 0 lies in the null space"
+    figure.supxlabel(note, x=0.01, ha="left", size=8, color=QUIET, parse_math=False)
+    names = [f"< 1/{round(1 / edge)}" for edge in BAND_EDGES[1:-1]] + ["≥ 1/4"]
+    for places, row in zip(figure.subplots(len(rows), 4, squeeze=False), rows, strict=True):
+        photo, heat, bands, channels = places
+        pixels, values = images[row["image_id"]].permute(1, 2, 0).cpu().numpy(), np.array(row["invariance_map"])
+        extent = (0, pixels.shape[1], pixels.shape[0], 0)
+        photo.imshow(pixels, extent=extent)
+        photo.set_title(cut_name(row["image_id"], 24), loc="left", size=8, weight="bold", parse_math=False)
+        heat.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=1, extent=extent)
+        drawn = heat.imshow(values, cmap="inferno", norm=PowerNorm(0.5, vmin=0), alpha=0.7, extent=extent)
+        figure.colorbar(drawn, ax=heat, shrink=0.8).ax.tick_params(labelsize=7)
+        for axes in (photo, heat):
+            axes.set(xticks=[], yticks=[])
+        bands.bar(names, row["band_energy"], color=LINES[0])
+        bands.set_xlabel("frequency (cycles per pixel)", size=8)
+        channels.bar(["R", "G", "B"], row["channel_energy"], color=["#b42318", "#2f7d4f", "#1f5fa8"])
+        channels.set_xlabel("channel", size=8)
+        for axes in (bands, channels):
+            axes.axhline(1.0, color=INK, lw=0.9, ls="--")
+            axes.tick_params(labelsize=7)
+    return png_of(figure)
 
 
 @style.context(OWN_STYLE)

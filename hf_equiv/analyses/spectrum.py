@@ -31,6 +31,7 @@ SHOWN = 6  # images whose singular vectors a figure shows
 KEPT_VECTORS = 8  # singular vectors kept with `vectors` where no `k` is given
 
 _ZEROS = ("structural_zeros", "near_structural")
+_ENERGY = ("invariance_map", "band_energy", "channel_energy")
 _BATCH = 32  # cotangents per pass
 _EARLIER = "error_bound within a factor of 50 and rank_threshold (by the rule of earlier versions)"
 # Largest residual of stored singular vectors over σ₁ (measured: 1.2e-6, 9e-4), and distance from orthonormal (1e-8).
@@ -89,7 +90,7 @@ def make_rows(plan: Plan, part: Sequence[Loaded], batch: int, tell: Tell) -> Ite
 def row_of(result: SpectrumResult, b: int = 0) -> Row:
     """Return the columns that the spectrum of an image gives; None where there is no value."""
     whole = result.rank is not None and int(result.rank[b]) >= 0
-    return {
+    row: Row = {
         "singular_values": [finite(s) for s in result.singular_values[b].tolist()],
         "rank": int(result.rank[b]) if result.rank is not None and whole else None,
         "nullity": int(result.nullity[b]) if result.nullity is not None and whole else None,
@@ -106,7 +107,11 @@ def row_of(result: SpectrumResult, b: int = 0) -> Row:
         "noise_method": result.noise_method[b],
         "num_evals": float(result.num_evals[b]),
         "seconds": float(result.seconds[b]),
+        **dict.fromkeys(_ENERGY),
     }
+    if row["rank"] is not None and row["rank"] <= len(row["singular_values"]) and result.invariance_map is not None:
+        row |= {name: getattr(result, name)[b].tolist() for name in _ENERGY}
+    return row
 
 
 def _zeros(zeros: Sequence[Zero]) -> list[Row]:
@@ -144,8 +149,8 @@ def draw_figures(settings: Row, summary: Row, made: RunRows) -> dict[str, bytes]
 
     images = {row["image_id"]: decode_png(row["image"]) for row in made.shown if row["image"] is not None}
     floats = shards.read_first_floats(made.folder, SHOWN, "right") if settings["vectors"] and made.folder else {}
-    vectors = {name: (x, floats[f"{name}/right"]) for name, x in images.items() if f"{name}/right" in floats}
-    return figures.spectrum_figures(made.rows, vectors, settings)
+    vectors = {name.removesuffix("/right"): own for name, own in floats.items()}
+    return figures.spectrum_figures(made.rows, images, vectors, settings)
 
 
 def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
@@ -217,7 +222,8 @@ def _earlier_rtol(row: Row, dtype: torch.dtype) -> float | None:
 def tolerances(made: Row, settings: Row) -> Row:
     """Return the tolerances of recomputed spectrum columns: singular values may differ by their error bounds."""
     bounds = [bound or 0.0 for bound in made["error_bound"]]
-    top = max((s or 0.0 for s in made["singular_values"]), default=0.0)
+    sigma = [s or 0.0 for s in made["singular_values"]]
+    top = max(sigma, default=0.0)
     share, least = 1e-9 if settings["k"] is None else 1e-3, 0.02 if made["left_open"] else 0.2
     zeros = {
         kind: [
@@ -226,7 +232,11 @@ def tolerances(made: Row, settings: Row) -> Row:
         ]
         for kind in _ZEROS
     }
-    return zeros | {
+    # A right singular vector turns by up to bound/σ, and its energy is one of R in the sum.
+    counted = [(bound, s) for bound, s in zip(bounds, sigma, strict=True) if 2 * s > (made["rank_threshold"] or 0.0)]
+    off = 4 * sum(min(1.0, bound / s) for bound, s in counted) / max(1, len(counted)) + 1e-6
+    energy = {key: off * float(torch.tensor(made[key]).max()) for key in _ENERGY if made[key] is not None}
+    return (zeros | energy) | {
         "singular_values": [2 * bound + 1e-7 * top for bound in bounds],
         "error_bound": [(least * bound, 3 * bound + 1e-12 * top) for bound in bounds],
         "rank_threshold": 0.5 * (made["rank_threshold"] or 0.0),

@@ -117,7 +117,7 @@ def spectrum(**given: Any) -> int:
     hf-equiv spectrum builtin
     hf-equiv spectrum facebook/deit-tiny-patch16-224 --data photos/ --limit 20 --k 8 --vectors
 
-    Files: spectra/*.parquet, figures/spectra.png.
+    Files: spectra/*.parquet, figures/spectra.png, figures/invariance.png (without --k).
     """  # noqa: D301, DOC201
     return _run("spectrum", given)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_equiv import bars, checks
 from hf_equiv.checks import UNIT, Bounds
 from hf_equiv.conditions import Function, admit
+from hf_equiv.geometry.invariance import row_energy
 from hf_equiv.geometry.singular import ACCURACY, combine, derivative_noise, golub_kahan, left_singular, rounding
 from hf_equiv.geometry.zeros import LeftRelation, Zero, explain_zeros
 from hf_equiv.jacobian import check_equal
@@ -40,6 +41,11 @@ class SpectrumResult:
         rank_threshold: threshold in the units of σ, (B,), float64.
         effective_rank: exp(−Σ p log p) with p = σ / Σσ (Roy & Vetterli 2007), (B,), float64, or None.
         participation: (Σσ²)² / Σσ⁴, (B,), float64, or None.
+        invariance_map: share of a change that lies in the row space, by cell of a grid of at most 14 × 14, over the
+            mean share R/N, (B, rows, columns), float64; 0 for cells that lie in the null space. Like the next two, None
+            if J was not formed or the input is no image (C, H, W).
+        band_energy: the same by frequency, (B, 5): below 1/32, 1/16, 1/8 and 1/4 cycle per pixel, and above.
+        channel_energy: the same by channel, (B, C).
         structural_zeros: per image the exact zeros by cause, and the unexplained ones.
         near_structural: per image the values that would be exact zeros but for a small constant of the architecture.
         patch_nullity: part of the nullity that the patch embedding discards at every image; or None.
@@ -60,6 +66,9 @@ class SpectrumResult:
     rank_threshold: Tensor
     effective_rank: Tensor | None
     participation: Tensor | None
+    invariance_map: Tensor | None
+    band_energy: Tensor | None
+    channel_energy: Tensor | None
     structural_zeros: tuple[tuple[Zero, ...], ...]
     near_structural: tuple[tuple[Zero, ...], ...]
     patch_nullity: int | None
@@ -193,7 +202,9 @@ def _full(J: Sight, k: int, vectors: bool, rank_rtol: float | None) -> Work[dict
     matrix = yield from J.as_matrix()
     if not bool(torch.isfinite(matrix).all()):
         none, nan = torch.tensor(-1, device="cpu"), math.nan
-        return _failed(J, "full", k, vectors, rank=none, nullity=none, effective_rank=nan, participation=nan)
+        missing = torch.full((J.shape[0], 1), nan, dtype=torch.float64, device=matrix.device)
+        more = {"rank": none, "nullity": none, "effective_rank": nan, "participation": nan}
+        return _failed(J, "full", k, vectors, **more, **row_energy(matrix, missing, missing[0], J.image.shape))
     left, sigma = left_singular(matrix)
     count = min(J.shape)
     scale = float(sigma[0])
@@ -207,6 +218,7 @@ def _full(J: Sight, k: int, vectors: bool, rank_rtol: float | None) -> Work[dict
     wide = J.shape[0] > J.shape[1]  # then any f has D − N left null vectors
     exact, near = explain_zeros(matrix, left[:, :count], sigma, threshold, () if wide else relations)
     rank, share, right = (sigma > threshold).sum().cpu(), sigma / sigma.sum(), None
+    seen = row_energy(matrix, left[:, :rank], sigma[:rank], J.image.shape)
     if vectors:
         values = sigma[:k, None]
         right = combine(matrix, left[:, :k]) / values.where(values > ACCURACY * scale, 1.0)
@@ -226,6 +238,7 @@ def _full(J: Sight, k: int, vectors: bool, rank_rtol: float | None) -> Work[dict
         participation=float(sigma.square().sum().square() / sigma.pow(4).sum()) if scale > 0 else 0.0,
         structural_zeros=exact,
         near_structural=near,
+        **seen,
     )
 
 
@@ -262,6 +275,9 @@ def _fields(
         "rank_threshold": threshold,
         "effective_rank": None,
         "participation": None,
+        "invariance_map": None,
+        "band_energy": None,
+        "channel_energy": None,
         "structural_zeros": (),
         "near_structural": (),
         "left": left,

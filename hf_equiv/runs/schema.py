@@ -27,7 +27,8 @@ _KINDS = {
     "model_id model_revision data_id data_revision readout dtype attention norm solver versions processor": _TEXT,
     "rank nullity patch_nullity index step seed schema_version": _WHOLE,
     "same_top1 full_exact linearity_at_limit": _FLAG,
-    "singular_values error_bound radii secants plateau": _NUMBERS,
+    "singular_values error_bound radii secants plateau band_energy channel_energy": _NUMBERS,
+    "invariance_map": datasets.List(_NUMBERS),
     "structural_zeros near_structural": _ZEROS,
     "through": _THROUGH,
     "models": _MODELS,
@@ -56,7 +57,8 @@ PROVENANCE_FEATURES = _columns(
 
 SPECTRUM_FEATURES = _columns(
     "image_id singular_values rank nullity structural_zeros near_structural effective_rank sigma_max rank_threshold "
-    "method error_bound status participation patch_nullity noise_method image_class num_evals seconds"
+    "method error_bound status participation patch_nullity noise_method image_class num_evals seconds "
+    "invariance_map band_energy channel_energy"
 )
 """A spectrum row: one image. σ in embedding length per pixel length, pixels in [0, 1]."""
 
@@ -106,7 +108,10 @@ MATCH = Layout(
     "match", "matches", "pair_id", "pairs", (*IMAGE_COLUMNS, "match_full"), ROW_FEATURES, ("pair_id",),
     added=("match_full", "psnr_full_db", "ssim_full", "full_exact", "through", "models"),
 )  # fmt: skip
-SPECTRUM = Layout("spectrum", "spectra", "image_id", "images", ("image",), SPECTRUM_FEATURES, ("image_id",))
+SPECTRUM = Layout(
+    "spectrum", "spectra", "image_id", "images", ("image",), SPECTRUM_FEATURES, ("image_id",),
+    added=("invariance_map", "band_energy", "channel_energy"),
+)  # fmt: skip
 LIPSCHITZ = Layout(
     "lipschitz", "lipschitz", "image_id", "images", ("image",), LIPSCHITZ_FEATURES, ("image_id", "direction", "index")
 )

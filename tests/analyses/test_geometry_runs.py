@@ -46,7 +46,7 @@ CONTRACT = {
 }
 FOLDERS = {"spectrum": "spectra", "lipschitz": "lipschitz", "walk": "paths"}
 FIGURES = {
-    "spectrum": {"spectra.png"},
+    "spectrum": {"spectra.png", "invariance.png"},
     "lipschitz": {"secants.png", "constants.png"},
     "walk": {"walk.gif", "frames.png", "drift.png"},
 }
