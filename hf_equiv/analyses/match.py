@@ -133,14 +133,14 @@ class _Making:
 
     def finish(self, i: int, found: Search, grid: Tensor, num_evals: float, seconds: float) -> Made:
         """Return the row of an 8-bit match."""
-        config, encoder, name, full = self.config, self.encoder, self.part[i].item.name, Row()
+        config, encoder, name, full, own = self.config, self.encoder, self.part[i].item.name, Row(), None
         if config.full_size:
             began = time.perf_counter()
             own, full = self._write_full_size(i, grid)
             grid, num_evals, seconds = own.match, num_evals + own.num_evals, seconds + time.perf_counter() - began
         png = encode_png(grid)
         three = self.source[i], decode_png(png, self.source.dtype), self.target[i]
-        given = {"seed": config.seed, "labels": config.labels, "through": config.through}
+        given = {"seed": config.seed, "labels": config.labels, "through": config.through, "file": own and own.image}
         row = measures.measure_match(encoder, *three, pair_id=name, **given)
         reached, status = finite(found.error), found.status
         if self.joint:
@@ -280,6 +280,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     (row,) = rows
     image, source, match, target = floats.pop(row["pair_id"]), row["source"], row["match"], row["target"]
     given: Any = {key: settings.get(key) for key in ("seed", "labels", "through")}
+    given["file"] = stored_image(row["match_full"]) if settings.get("full_size") else None
     measured = measures.measure_match(encoder, source, match, target, pair_id=row["pair_id"], **given)
     made: Row = dict.fromkeys(MATCH.added) | measured
     (z_target,) = measures.embed(measures.of_files(encoder), target[None])
@@ -300,7 +301,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
                 "`processor` must be that of the run for files of full size; the checkpoint at hand has another. Name "
                 "the folder of the run's checkpoint with --model PATH."
             )
-        seen = encoder.preprocess([stored_image(row["match_full"])])[0]
+        seen = encoder.preprocess([given["file"]])[0]
         made["full_exact"] = torch.equal(levels_of(seen), levels_of(match))
         for column in ("match_full", "psnr_full_db", "ssim_full"):  # the photo is not stored
             made.pop(column)

@@ -22,7 +22,7 @@ from hf_equiv.formatting import finite, text_templates
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
-from hf_equiv.through.transformations import Transformation, handle, read_transformations
+from hf_equiv.through.transformations import handle, read_transformations
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -117,13 +117,14 @@ def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed:
 @no_tf32()
 def measure_match(
     encoder: Encoder, source: Tensor, match: Tensor, target: Tensor, *, seed: int, pair_id: str,
-    labels: Sequence[str] | None = None, through: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None, through: Sequence[str] | None = None, file: Any = None,
 ) -> Row:  # fmt: skip
     """Compute the columns `MEASURES` of a row from its three stored images, each (3, H, W) as read back from PNG."""
     # `seed` and `pair_id` seed the noise on the target. `labels` are class names for zero-shot classification (CLIP,
     # SigLIP), in place of the checkpoint's head. A column is None where it is not defined: PSNR of equal images, SSIM
-    # below 11 px, labels without a head. `through` names transformations, whose column is added. Cost: about 16
-    # forwards of one image, of which 2 in float64, and those after transformations.
+    # below 11 px, labels without a head. `through` names transformations, whose column is added: they change the match,
+    # or its image of full size `file` before the image processor. Cost: about 16 forwards of one image, of which 2 in
+    # float64, and those after transformations.
     source, match, target = (x.to(encoder.device) for x in (source, match, target))
     three, files = torch.stack([source, match, target]), of_files(encoder)
     z_source, z_match, z_target = files(three)
@@ -149,10 +150,11 @@ def measure_match(
         "l2": finite(gap.norm()),
     }
     if through:
-        row["through"] = [
-            _measure_after(encoder, match, target, one, image_generator(seed, f"{pair_id}:{one.name}"), labels)
-            for one in read_transformations(through)
-        ]
+        row["through"] = []
+        for one in read_transformations(through):
+            draws = one.draws(image_generator(seed, f"{pair_id}:{one.name}"))
+            after = [handle(match, draw) if file is None else encoder.preprocess([draw(file)])[0] for draw in draws]
+            row["through"].append({"transformation": one.name, **_measure_after(encoder, after, target, labels)})
     if len(parts) > 1:
         keys = ("model_id", "model_revision")
         row["models"] = [
@@ -175,17 +177,13 @@ def measure_match(
     }
 
 
-def _measure_after(
-    encoder: Encoder, match: Tensor, target: Tensor, one: Transformation, generator: torch.Generator,
-    labels: Sequence[str] | None,
-) -> Row:  # fmt: skip
-    """Measure how far an image (3, H, W) embeds from the target after draws of a transformation, done by Pillow."""
-    changed = torch.stack([target, *(handle(match, draw) for draw in one.draws(generator))])
-    z_target, *z = of_files(encoder)(changed)
+def _measure_after(encoder: Encoder, changed: Sequence[Tensor], target: Tensor, labels: Sequence[str] | None) -> Row:
+    """Measure how far images (3, H, W), a match after draws of a transformation, embed from the target."""
+    images, files = torch.stack([target, *(one.to(target) for one in changed)]), of_files(encoder)
+    z_target, *z = files(images)
     errors = [worst(errors_of(encoder, each, z_target)) for each in z]
-    seen = top_classes(of_files(encoder), changed, labels)
+    seen = top_classes(files, images, labels)
     return {
-        "transformation": one.name,
         "error": median_of(errors),
         "worst": worst(errors),
         "same_top1": None if seen is None else seen[1:].count(seen[0]) / len(errors),

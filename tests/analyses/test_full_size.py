@@ -107,6 +107,19 @@ def test_a_ball_holds_for_the_match_of_the_file(photos, tmp_path):
     assert sum(row["full_exact"] for row in rows) >= 2
 
 
+def test_what_survives_is_measured_on_the_file(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(directory, "load_recorded", lambda *_: TinyEncoder())
+    plan = make_plan(config(photos, through=("jpeg:75",), max_evals=60), TinyEncoder())
+    run_analysis(plan, tmp_path / "out")
+    row = next(row for row in shards.read_rows(tmp_path / "out", images=True) if row["source_id"] == "a.png")
+    buffer, encoder = io.BytesIO(), TinyEncoder()
+    Image.open(io.BytesIO(row["match_full"])).save(buffer, "JPEG", quality=75)
+    z, z_target = encoder(encoder.preprocess([Image.open(buffer), Image.open(photos.parent / "target.png")])).double()
+    ((_, error),) = [(one["transformation"], one["error"]) for one in row["through"]]
+    assert error == pytest.approx(float((z - z_target).norm() / z_target.norm()), rel=1e-5)
+    assert not directory.verify_run(tmp_path / "out").problems
+
+
 def test_bad_options(photos):
     with pytest.raises(ValueError, match="`full_size` must come with the 8-bit refinement"):
         config(photos, refine=False).check()
