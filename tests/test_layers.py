@@ -30,7 +30,7 @@ FOLDERS = {
     "analyses": ["full_size", "through", "models", "geometry", "matching", "data", "runs"],
     "hub": ["runs", "data"],
     "verify": ["analyses", "hub", "through", "models", "geometry", "matching", "data", "runs"],
-    "report": ["verify", "analyses", "hub", "through", "models", "geometry", "matching", "data", "runs"],
+    "report": ["verify", "analyses", "hub", "defences", "through", "models", "geometry", "matching", "data", "runs"],
     "interactive": ["analyses", "through", "models", "geometry", "matching", "data", "runs"],
     "cli": ["report", "verify", "analyses", "hub", "through", "models", "geometry", "matching", "data", "runs"],
 }

@@ -11,7 +11,16 @@ from typing import Any
 
 import click
 
-from hf_equiv.cli.options import flag, import_option, option, output_options, place_options, visibility
+from hf_equiv.cli.options import (
+    COUNT,
+    flag,
+    import_option,
+    names,
+    option,
+    output_options,
+    place_options,
+    visibility,
+)  # fmt: skip
 from hf_equiv.cli.streams import to_stderr
 
 
@@ -108,6 +117,8 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 @click.argument("paths", metavar="DIR|USER/NAME...", nargs=-1, required=True)
 @option("--out", "The page. Default: reports/MODEL.html.", "FILE.html", click.Path(path_type=Path, dir_okay=False))
 @option("--transfer", "Also test whether the matches match for this model; repeat.", "MODEL2", multiple=True)
+@option("--defences", "Try defences, also on new matches made for them: jpeg:75,smooth:0.25. Slow.", "LIST", names)
+@option("--defence-pairs", "Pairs that defences are tried on.", "N", COUNT, 5)
 @option("--label-data", "Photos with classes for a nearest-neighbour probe of the embedding.", "W")
 @click.option("--no-survival", "survival", flag_value=False, type=bool, default=True, show_default=False,
               help="Skip JPEG, resizing and blur (half of the time).")  # fmt: skip
@@ -139,7 +150,7 @@ def report(
 
         if import_ is not None:
             given["model"] = (*given["model"], environment.import_encoder(import_))
-        path = out or default_out(paths)
+        path, given["defences"] = out or default_out(paths), given["defences"] or ()
         _refuse_unwritable(path)
         page = make_report(paths, out=path, observer=lambda step, done, total: tell(done, total, step), **given)
         page.write(path)

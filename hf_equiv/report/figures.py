@@ -16,7 +16,7 @@ from hf_equiv.analyses.figures import INK, KINDS, LINES, QUIET, STYLE, Band, by_
 from hf_equiv.formatting import ball, short
 from hf_equiv.report.collect import Checkpoint
 from hf_equiv.report.geometry import all_rows
-from hf_equiv.report.numbers import BudgetNumbers, CheckpointNumbers
+from hf_equiv.report.numbers import BudgetNumbers, CheckpointNumbers, SmoothingNumbers
 from hf_equiv.report.statistics import Estimate, column
 from hf_equiv.runs.schema import Row
 
@@ -34,6 +34,8 @@ def draw_figures(checkpoint: Checkpoint, numbers: CheckpointNumbers, measured: R
         "nearness": _nearness(checkpoint),
         **{f"budget-{norm}": _budget(numbers.budgets, norm) for norm in sorted({b.norm for b in numbers.budgets})},
         "survival": _survival(numbers),
+        "detector": _detector(numbers),
+        **{f"smoothing-{k}": _smoothing(one.smoothing) for k, one in enumerate(numbers.defences) if one.smoothing},
         "spectrum": _spectrum(checkpoint),
         "constants": _constants(checkpoint),
         "proportion": _proportion(checkpoint, numbers),
@@ -157,6 +159,38 @@ def _survival(numbers: CheckpointNumbers) -> Figure | None:
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.invert_yaxis()
     axes.grid(axis="x")
+    return figure
+
+
+def _detector(numbers: CheckpointNumbers) -> Figure | None:
+    """Draw the ROC curves of the detector, for stored matches and for those made through the noise."""
+    found = numbers.detector
+    if found is None or not found.static.auc:
+        return None
+    figure, axes = panel()
+    for one, color, line, told in (
+        (found.static, BLUE, "-", "stored matches"), (found.adaptive, ORANGE, "--", "matches made for the detector"),
+    ):  # fmt: skip
+        axes.step(*zip(*one.curve, strict=True), where="post", color=color, ls=line, lw=2.2, label=told)
+    axes.plot((0, 1), (0, 1), color=INK, lw=1.2, ls=":", label="by chance")
+    axes.set(xlabel="share of photos flagged by mistake", ylabel="share of matches flagged")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid()
+    return figure
+
+
+def _smoothing(found: SmoothingNumbers) -> Figure:
+    """Draw the certified and the attained cosine against the radius."""
+    figure, axes = panel()
+    for values, color, look, told in (
+        (found.certified, BLUE, "o-", "certified: no change gets below"),
+        (found.attained, ORANGE, "s--", "attained by an attack"),
+    ):
+        axes.plot(found.radii, [one.value if one else math.nan for one in values], look, color=color, label=told)
+    axes.set(xlabel="L2 length of the change, pixels in [0, 1]", ylabel="cosine with the photo, median")
+    axes.set_ylim(top=1.02)
+    axes.grid()
     return figure
 
 

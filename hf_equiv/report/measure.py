@@ -138,13 +138,13 @@ def measure_run(
 ) -> Row:
     """Measure a match run with its own encoder: controls, survival, retrieval and probe; kept in `cache`."""
     data = None if labelled is None else [labelled.data_id, labelled.data_revision, len(labelled)]
-    path = _place(cache, run, "pairs", [*_function(encoder), survival, data])
-    return _kept(path, lambda: _measure_run(run, encoder, survival, labelled, tell))
+    path = place_of(cache, run, "pairs", encoder, [survival, data])
+    return keep(path, lambda: _measure_run(run, encoder, survival, labelled, tell))
 
 
 def measured_earlier(run: Run, cache: Path | None) -> Row | None:
     """Return the newest measurements of a run that an earlier report kept with any options; None if there are none."""
-    path = _place(cache, run, "pairs", [])
+    path = place_of(cache, run, "pairs")
     there = path.parent.glob(f"{path.name.rsplit('-', 1)[0]}-*.json") if path else ()
     found = map(_read_kept, sorted(there, key=lambda path: path.stat().st_mtime, reverse=True))
     return next(filter(None, found), None)
@@ -152,8 +152,8 @@ def measured_earlier(run: Run, cache: Path | None) -> Row | None:
 
 def measure_transfer(run: Run, other: Any, *, cache: Path | None, tell: Tell) -> Row:
     """Measure a match run with another encoder, through its image processor if its input has another size."""
-    path = _place(cache, run, "transfer", _function(other))
-    return _kept(path, lambda: _measure_transfer(run, other, tell))
+    path = place_of(cache, run, "transfer", other)
+    return keep(path, lambda: _measure_transfer(run, other, tell))
 
 
 def _read(run: Run, encoder: Any, tell: Callable[[int], None]) -> Iterator[tuple[Row, list[Tensor], Any]]:
@@ -235,14 +235,17 @@ def _measured_ids(run: Run) -> list[str]:
     return [row["pair_id"] for row in run.good][:MEASURED_PAIRS]
 
 
-def _place(cache: Path | None, run: Run, kind: str, options: Sequence[Any]) -> Path | None:
+def place_of(cache: Path | None, run: Run, kind: str, encoder: Any = None, options: Sequence[Any] = ()) -> Path | None:
     """Return the file that keeps measurements: its name tells the rows and this code, then the encoder and options."""
     if cache is None:
         return None
     paths = [path for name in (run.layout.folder, "float") for path in sorted((run.folder / name).glob("[!.]*.*"))]
     names = ((path.relative_to(run.folder).as_posix(), path) for path in paths)
     files = [[name, shards.sha256_file(path)] for name, path in names if name not in run.changed]
-    parts = [_VERSION, MEASURED_PAIRS, files, _measured_ids(run), kind], options
+    parts = (
+        [_VERSION, MEASURED_PAIRS, files, _measured_ids(run), kind],
+        [*(_function(encoder) if encoder else ()), *options],
+    )
     digests = (hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for part in parts)
     return cache / f"measured-{'-'.join(digests)}.json"
 
@@ -259,7 +262,8 @@ def _read_kept(path: Path) -> Row | None:
     return None
 
 
-def _kept(path: Path | None, make: Callable[[], Row]) -> Row:
+def keep(path: Path | None, make: Callable[[], Row]) -> Row:
+    """Return measurements as the file keeps them, or make and keep them."""
     if path is not None and (there := _read_kept(path)):
         return there
     text = json.dumps(make(), allow_nan=False)

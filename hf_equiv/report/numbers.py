@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_equiv.report import geometry
 from hf_equiv.report.collect import Checkpoint, Run
-from hf_equiv.report.statistics import Estimate, Rows, Share, Spread, column, estimate, fill, share
+from hf_equiv.report.statistics import Estimate, Rows, Share, Spread, auc, column, estimate, fill, share
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
 
@@ -35,6 +35,8 @@ class CheckpointNumbers:
     budgets: tuple[BudgetNumbers, ...]
     heads: HeadNumbers | None
     survival: Mapping[str, SurvivalNumbers] | None
+    defences: tuple[DefenceNumbers, ...]
+    detector: DetectorNumbers | None
     transfer: tuple[TransferNumbers, ...]
     retrieval: RetrievalNumbers | None
     probe: ProbeNumbers | None
@@ -60,8 +62,10 @@ class CheckpointNumbers:
         return dict(json.loads(json.dumps(asdict(self), allow_nan=False)))
 
 
-def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: Sequence[Row]) -> CheckpointNumbers:
-    """Compute every number of one checkpoint, with the results of `measure_run` and `measure_transfer`."""
+def checkpoint_numbers(
+    checkpoint: Checkpoint, measured: Row | None, transfer: Sequence[Row], defended: Row | None = None
+) -> CheckpointNumbers:
+    """Compute every number of one checkpoint from what `measure` and `defences` return."""
     first = checkpoint.main
     settings, measured = checkpoint.runs[0].settings, measured or {}
     spectrum = geometry.spectrum_numbers(checkpoint.of("spectrum"))
@@ -76,6 +80,8 @@ def checkpoint_numbers(checkpoint: Checkpoint, measured: Row | None, transfer: S
         budgets=tuple(_budget(run, first, measured) for run in checkpoint.matches if first),
         heads=_heads(first) if first else None,
         survival=_survival(measured.get("pairs", ())) or None,
+        defences=tuple(map(_defence, defended["defences"])) if defended else (),
+        detector=_detector(defended["detector"]) if defended else None,
         transfer=tuple(_transfer(one) for one in transfer if one["pairs"]),
         retrieval=_retrieval(measured.get("retrieval")),
         probe=_probe(measured.get("probe")),
@@ -269,6 +275,96 @@ def _survival(pairs: Rows) -> dict[str, SurvivalNumbers]:
         name: fill(SurvivalNumbers, rows, {key: share(column(rows, key)) for key in shares})
         for name, rows in found.items()
     }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Matches behind a defence: `taken` is the share nearer to the target than to the source, by cosine.
+
+    `label` is the share with the target's label, of pairs whose photos have different labels there.
+    """
+
+    cosine_to_target: Estimate | None
+    cosine_to_source: Estimate | None
+    psnr_db: Estimate | None
+    taken: Share | None
+    label: Share | None
+
+
+@dataclass(frozen=True)
+class SmoothingNumbers:
+    """Least cosine of a smoothed embedding with that of an image within a radius: certified, and attained by attack."""
+
+    radii: tuple[float, ...]
+    certified: tuple[Estimate | None, ...]
+    attained: tuple[Estimate | None, ...]
+
+
+@dataclass(frozen=True)
+class DefenceNumbers:
+    """A defence: stored matches (`static`), matches made for it (`adaptive`), and what photos lose.
+
+    `apart` is the cosine of source and target, `kept` the share of photos that keep their label, `accuracy` that of a
+    nearest-neighbour classifier, and `plain_accuracy` the same without the defence.
+    """
+
+    name: str
+    static: Outcome
+    adaptive: Outcome
+    apart: Estimate | None
+    kept: Share | None
+    accuracy: Share | None
+    plain_accuracy: Share | None
+    smoothing: SmoothingNumbers | None
+
+
+def _defence(stored: Row) -> DefenceNumbers:
+    accuracy, smooth = stored["accuracy"] or {"photos": 0, "plain": 0, "behind": 0}, stored["smoothing"]
+    return DefenceNumbers(
+        name=stored["name"], static=_outcome(stored["static"]), adaptive=_outcome(stored["adaptive"]),
+        apart=estimate(stored["apart"]), kept=share(stored["kept"] or ()),
+        accuracy=share(k < accuracy["behind"] for k in range(accuracy["photos"])),
+        plain_accuracy=share(k < accuracy["plain"] for k in range(accuracy["photos"])),
+        smoothing=SmoothingNumbers(
+            tuple(smooth["radii"]),
+            *(tuple(map(estimate, zip(*smooth[key], strict=True))) for key in ("certified", "attained")),
+        ) if smooth else None,
+    )  # fmt: skip
+
+
+def _outcome(pairs: Rows) -> Outcome:
+    return fill(Outcome, pairs, {key: share(column(pairs, key)) for key in ("taken", "label")})
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Matches of one kind told from photos: `found` is the share that moves more than every photo."""
+
+    auc: Estimate | None
+    found: Share | None
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class DetectorNumbers:
+    """A detector of matches by how far the embedding moves under noise of one level."""
+
+    photos: int
+    static: Detection
+    adaptive: Detection
+
+
+def _detector(stored: Row) -> DetectorNumbers:
+    photos = [value for value in stored["photos"] if value is not None]
+    return DetectorNumbers(len(photos), *(_detection(stored[kind], photos) for kind in ("static", "adaptive")))
+
+
+def _detection(matches: Sequence[float | None], photos: Sequence[float]) -> Detection:
+    known = [value for value in matches if value is not None]
+    cuts = sorted({*known, *photos}, reverse=True) if known and photos else []
+    curve = [(0.0, 0.0), *(tuple(sum(v >= cut for v in own) / len(own) for own in (photos, known)) for cut in cuts)]
+    above = share(value > max(photos) for value in known) if photos else None
+    return Detection(auc(known, photos), above, tuple((x, y) for x, y in curve))
 
 
 @dataclass(frozen=True)

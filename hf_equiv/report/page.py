@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_equiv.analyses.figures import difference_png
+from hf_equiv.checks import check_count
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
 from hf_equiv.models.encoder import Encoder
@@ -19,6 +20,7 @@ from hf_equiv.models.places import BUILTINS
 from hf_equiv.models.recorded import is_local
 from hf_equiv.report import claims, collect, render
 from hf_equiv.report.collect import Checkpoint, Place, Run
+from hf_equiv.report.defences import DEFENCE_PAIRS, measure_defences, read_defences
 from hf_equiv.report.figures import draw_figures
 from hf_equiv.report.measure import LABELLED_PHOTOS, measure_run, measure_transfer, measured_earlier
 from hf_equiv.report.numbers import IDENTICAL_DB, CheckpointNumbers, checkpoint_numbers
@@ -95,6 +97,8 @@ class Asked:
     out: str | None  # the page, in the report
     models: Sequence[str | Encoder]
     others: Mapping[str, Encoder | str]
+    defences: tuple[str, ...]
+    defence_pairs: int
     survival: bool
     labelled: ImageSet | None
     cache: Path | None
@@ -105,6 +109,8 @@ def make_report(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     transfer: Sequence[str] = (),
+    defences: Sequence[str] = (),
+    defence_pairs: int = DEFENCE_PAIRS,
     label_data: str | os.PathLike[str] | None = None,
     survival: bool = True,
     model: str | os.PathLike[str] | Encoder | Sequence[str | os.PathLike[str] | Encoder] = (),
@@ -122,11 +128,15 @@ def make_report(
     report to the same `out` measured. Rows whose files differ from the `run.json` of a finished run are left out; the
     page says how many.
 
-    Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo.
+    Cost: about 22 forwards per pair (38 with a head), 3 per pair and transfer model, 1 per labelled photo; 450
+    evaluations for each defence and `defence_pairs`, and for their detector; 3000 more for `smooth`.
 
     Args:
         paths: a run directory, a folder of them, a dataset USER/NAME on the Hub; or several of these.
         transfer: names of other models that see the same matches.
+        defences: what every image passes before the encoder, such as `jpeg:75` or `smooth:0.25`; new matches are made
+            for each. See `hf_equiv.report.defences`.
+        defence_pairs: pairs that defences are tried on, the first ones.
         label_data: photos with classes for the kNN probe; see `load_images`.
         survival: whether to try JPEG, resizing and blur.
         model: local checkpoints, whose paths runs do not record, or encoders; the one of the recorded revision is
@@ -151,6 +161,8 @@ def make_report(
     place = Place(device, None if cache_dir is None else os.fspath(cache_dir), local_files_only)
     places = [collect.locate(path, place) for path in _several(paths)]
     runs, names = _runs(places), [collect.address_of(name, folder) for name, folder in places]
+    read_defences(defences)  # refuse bad ones at once
+    check_count(defence_pairs, "defence_pairs")
     labelled = None if label_data is None else _labelled(label_data, place)
     others: dict[str, Encoder | str] = {name: collect.load_other(name, place) for name in dict.fromkeys(transfer)}
     folder = f"{'report' if out is None else Path(out).stem}_files"
@@ -159,7 +171,11 @@ def make_report(
     given = [model] if isinstance(model, str | os.PathLike | Encoder) else model
     models = [one if isinstance(one, Encoder) else os.fspath(one) for one in given]
     page = None if out is None else os.path.relpath(out)
-    return _report(runs, Asked(place, names, page, models, others, survival, labelled, cache, tell), folder)
+    return _report(
+        runs,
+        Asked(place, names, page, models, others, tuple(defences), defence_pairs, survival, labelled, cache, tell),
+        folder,
+    )
 
 
 def _report(runs: Sequence[Run], asked: Asked, folder: str) -> Report:
@@ -214,11 +230,11 @@ def _labelled(label_data: str | os.PathLike[str], place: Place) -> ImageSet:
     return found
 
 
-def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row], str]:
-    """Measure the match run of most pairs with its own encoder and others; the last value says why that failed."""
+def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row], Row | None, str]:
+    """Measure the match run of most pairs: alone, in others, behind defences; last comes the reason of a failure."""
     run = checkpoint.main
     if run is None:
-        return None, [], ""
+        return None, [], None, ""
     encoder, reason = collect.load_own(checkpoint, asked.models, asked.place)
     if encoder is None:
         measured = measured_earlier(run, asked.cache)
@@ -228,15 +244,21 @@ def _measure(checkpoint: Checkpoint, asked: Asked) -> tuple[Row | None, list[Row
             tell=partial(asked.tell, checkpoint.title),
         )  # fmt: skip
     if measured is None:
-        return None, [], reason
+        return None, [], None, reason
     if not measured["pairs"]:
-        return measured, [], WITHHELD
+        return measured, [], None, WITHHELD
     moved = [
         measure_transfer(run, other, cache=asked.cache, tell=partial(asked.tell, f"{checkpoint.title} in {name}"))
         for name, other in asked.others.items()
         if not isinstance(other, str) and _differ(other, run.settings)
     ]
-    return measured, moved, reason
+    defended = None
+    if encoder is not None and asked.defences:
+        defended = measure_defences(
+            run, encoder, asked.defences, asked.defence_pairs, labelled=asked.labelled, cache=asked.cache,
+            tell=partial(asked.tell, f"{checkpoint.title} behind defences"),
+        )  # fmt: skip
+    return measured, moved, defended, reason
 
 
 def _differ(other: Encoder, own: Row) -> bool:
@@ -247,8 +269,8 @@ def _differ(other: Encoder, own: Row) -> bool:
 
 
 def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
-    measured, moved, reason = _measure(checkpoint, asked)
-    numbers = checkpoint_numbers(checkpoint, measured, moved)
+    measured, moved, defended, reason = _measure(checkpoint, asked)
+    numbers = checkpoint_numbers(checkpoint, measured, moved, defended)
     text = claims.texts(numbers)
     figures = {
         name: Picture(f"{prefix}-{name}.png", png, text(f"alt_{name.split('-')[0]}"))
@@ -274,6 +296,7 @@ def _model_page(checkpoint: Checkpoint, asked: Asked, prefix: str) -> Row:
         "second": _report_again(checkpoint, asked, "--transfer", other),
         "runs": checkpoint.runs,
         "claims": claims.claims(numbers),
+        "defended": [text("defended", one) for one in numbers.defences if one.adaptive.taken],
         **{part: claims.say(part, numbers) for part in claims.FINDINGS},
         "first": checkpoint.main,
         "gallery": gallery,

@@ -33,18 +33,20 @@ def match_through(
     radius: float | None,
     norm: str,
     max_evals: int,
+    itself: bool = True,
+    start: Tensor | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MatchResult:
     """Lower the embedding errors of an image near `source` and of its transforms together.
 
-    Minimises over the box ∩ the ball the mean, over T = identity and each of the `transformations`, of
+    Minimises over the box ∩ the ball the mean, over T = identity (if asked for) and each of the `transformations`, of
 
         E ‖f(T(x)) − z‖² / ‖z‖².
 
     Each step draws every T anew, and a dither of ±½/255 before T, so that a later rounding of x changes little. Steps
     are those of Adam; outside L∞ balls one scale for all pixels of an image keeps x nearer to its source.
 
-    Cost: 1 + the number of transformations evaluations a step, up to `SHARE` of `max_evals`.
+    Cost: an evaluation for each T a step, up to `SHARE` of `max_evals`.
 
     Args:
         f: the encoder.
@@ -55,23 +57,25 @@ def match_through(
         radius: radius of the ball about the source, in pixel units; None for the box alone.
         norm: norm of the ball, "linf" or "l2".
         max_evals: evaluations per image of the whole match.
+        itself: whether the image should match without a transformation too.
+        start: images to start from, (B, 3, H, W), if not from the source.
         progress: called with a `Progress` after every step.
 
     Returns:
         The last images, from which `match_embedding` can start, with the root of the mean above at the last step.
     """
-    began, cost = time.perf_counter(), 1 + len(transformations)
+    began, cost = time.perf_counter(), itself + len(transformations)
     steps, N = int(SHARE * max_evals / cost), source[0].numel()
     with torch.inference_mode(False), no_tf32(), no_autocast():
         f, z = admit(f, source, noise=True), z.detach().double()
         feasible = FeasibleSet.around(source.detach().flatten(1), radius, norm, batched=True)
-        x = source.detach().clone()
+        x = (source if start is None else start).detach().clone()
         mean, square, error = torch.zeros_like(x), torch.zeros_like(x), x.new_full((len(x),), math.inf)
         first = _STEP_LINF if feasible.linf else _STEP
         if radius is not None:
             first = min(first, _OF_RADIUS * radius / (1 if feasible.linf else math.sqrt(N)))
         for k in range(steps):
-            error, gradient = _evaluate(f, x, z, transformations, generators)
+            error, gradient = _evaluate(f, x, z, transformations, generators, itself)
             size = gradient.square() if feasible.linf else gradient.square().mean((1, 2, 3), keepdim=True)
             mean = _MEAN * mean + (1 - _MEAN) * gradient
             square = _SQUARE * square + (1 - _SQUARE) * size
@@ -92,14 +96,15 @@ def _state(x: Tensor, error: Tensor, evals: int) -> Progress:
 
 
 def _evaluate(
-    f: Function, x: Tensor, z: Tensor, transformations: Sequence[Transformation], generators: Sequence[torch.Generator]
-) -> tuple[Tensor, Tensor]:
+    f: Function, x: Tensor, z: Tensor, transformations: Sequence[Transformation],
+    generators: Sequence[torch.Generator], itself: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the root of the mean square error of fresh draws (B,), and the gradient of the mean square."""
     x, scale = x.detach().requires_grad_(True), torch.linalg.vector_norm(z, dim=1)
     dither = [torch.rand(one.shape, generator=generator) - 0.5 for one, generator in zip(x, generators, strict=True)]
     draws = [[one.draw(generator) for one in transformations] for generator in generators]
     total, gradient = torch.zeros_like(scale), torch.zeros_like(x)
-    for k in range(-1, len(transformations)):  # one at a time: memory for B images
+    for k in range(-itself, len(transformations)):  # one at a time: memory for B images
         with torch.enable_grad():
             y = x
             if k >= 0:
@@ -111,5 +116,5 @@ def _evaluate(
         finite = (residual.isfinite().all(dim=1) & own.flatten(1).isfinite().all(dim=1))[:, None, None, None]
         gradient += torch.where(finite, own, 0.0)
         total += residual.square().sum(dim=1)
-    count = 1 + len(transformations)
+    count = itself + len(transformations)
     return (total / count).sqrt(), gradient / count

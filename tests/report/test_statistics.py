@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from hf_equiv.report import statistics
-from hf_equiv.report.statistics import estimate, share, spread
+from hf_equiv.report.statistics import auc, estimate, share, spread
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 5), (1, 7), (6, 6), (50, 100), (99, 100), (3, 1000)])
@@ -110,3 +110,23 @@ def test_a_share_of_none_or_all_has_no_rounding_dust(n):
     assert none.low == 0.0
     assert every.high == 1.0
     assert (none.method, none.coverage) == ("Wilson", 0.95)
+
+
+def test_area_under_the_roc_curve():
+    apart, equal = auc([2, 3, 4], [0, 1]), auc([1, 2], [1, 2])
+    assert (apart.value, apart.high) == (1, 1)
+    assert 0.3 < apart.low < 0.95
+    assert equal.value == 0.5
+    assert equal.low == pytest.approx(1 - equal.high)
+    assert auc([0, 1], [2, 3, 4]).low == 0
+    assert auc([], [1]) is None
+    wide, narrow = auc(range(5), range(5)), auc(range(500), range(500))
+    assert narrow.high - narrow.low < 0.1 < wide.high - wide.low
+
+
+def test_the_interval_of_the_area_covers_it():
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        found = auc(generator.normal(1, 1, 15), generator.normal(0, 1, 20))
+        covered += found.low <= 0.7602 <= found.high  # Φ(1/√2)
+    assert covered >= 0.93 * 300
