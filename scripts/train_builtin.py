@@ -4,6 +4,9 @@ The student is an ordinary ``transformers.ViTForImageClassification``. It can le
 the logits of a named teacher, which are computed once and cached. All images are held in memory as uint8 tensors and
 augmented in batches; checkpoints are safetensors files, from which an interrupted run resumes.
 
+With ``--robust`` it keeps the embeddings of the checkpoint ``--init``, whatever changes of up to 4/255 the pixels take
+(FARE: Schlarmann et al., 2024, arXiv:2402.12336), and learns from no labels.
+
 Example:
     python scripts/train_builtin.py --dataset zh-plus/tiny-imagenet --validation-split valid --output out/vit
 
@@ -13,6 +16,7 @@ On a machine whose cores are shared, the environment variable ``OMP_WAIT_POLICY=
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -21,7 +25,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +76,7 @@ tests and demos run on trained weights without a download.
 | --- | --- |
 | top-1 on the {n_val:,} validation images | **{top1:.1%}** |
 | top-5 | {top5:.1%} |
-| weights | float16 safetensors, {megabytes:.1f} MB |
+{robust}| weights | float16 safetensors, {megabytes:.1f} MB |
 
 Both numbers were measured with these exported float16 files, reloaded in float32 with
 `AutoModelForImageClassification` and `AutoImageProcessor`.
@@ -112,7 +116,7 @@ enough for a laptop CPU.
 - It knows {n_classes} classes and answers with one of them whatever it is shown.
 - It sees {image_size} x {image_size} pixels: small objects and fine texture are lost, and photos that are not square
   are squeezed.
-- It is not robust and not calibrated, its data carry the usual biases of web photos, and it should not be used for
+- It is not {what} and not calibrated, its data carry the usual biases of web photos, and it should not be used for
   decisions about anything.
 """
 
@@ -169,6 +173,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--erase", type=float, default=0.25, help="probability of random erasing (default: %(default)s)")
     train.add_argument("--token-keep", type=float, default=1.0, help="share of patches used at first (default: all)")
     train.add_argument("--token-keep-until", type=float, default=0.75, help="share of training with --token-keep")
+    train.add_argument("--robust", action="store_true", help="keep the embeddings of --init under small changes (FARE)")
+    train.add_argument(
+        "--epsilon", type=float, default=4, help="levels of 255 that a pixel may change (default: %(default)s)"
+    )
+    train.add_argument(
+        "--attack-steps", type=int, default=3, help="steps to find the worst change (default: %(default)s)"
+    )
     train.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights (default: %(default)s)")
     train.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     train.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
@@ -183,6 +194,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --dataset, or both --train-file and --validation-file")
     if args.teacher_init and not args.teacher:
         parser.error("--teacher-init needs --teacher")
+    if args.robust and not args.init:
+        parser.error("--robust needs --init, the checkpoint whose embeddings it keeps")
     args.stored_size = args.stored_size or args.image_size
     return args
 
@@ -487,8 +500,8 @@ class Trainer:
         self.epoch, self.seconds = int(metadata["epoch"]), float(metadata["seconds"])
         print(f"resuming after epoch {self.epoch}")
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns augmented images with their label distribution and the teacher's logits."""
+    def photos(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns augmented images in 0..255, and which are mirrored."""
         args, generator = self.args, self.generator
         images = jitter_colours(self.train.images[index].float(), args.jitter, generator)
         images, flipped = random_crop_flip(images, args.image_size, args.min_crop, generator)
@@ -496,6 +509,12 @@ class Trainer:
             images = change_sharpness(images, args.sharpness, generator)
         if args.detail:
             images = add_detail(images, self.train.images, args.detail, generator)
+        return images, flipped
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns normalised images with their label distribution and the teacher's logits."""
+        args, generator = self.args, self.generator
+        images, flipped = self.photos(index)
         pixels = normalise(images)
         pixels = erase_rectangles(pixels, args.erase, generator)
         labels = functional.one_hot(self.train.labels[index], self.student.config.num_labels).float()
@@ -512,9 +531,11 @@ class Trainer:
             teacher = None if teacher is None else torch.lerp(teacher[order], teacher, share)
         return pixels, labels, teacher
 
-    def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+    def loss(self, index: Tensor) -> Tensor:
         """Cross-entropy with the (smoothed) labels, mixed with the divergence from the teacher."""
         args = self.args
+        pixels, labels, teacher = self.batch(index)
+        logits = self.student(pixel_values=pixels).logits
         loss = functional.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
         if teacher is None:
             return loss
@@ -544,8 +565,7 @@ class Trainer:
         for number, index in enumerate(tqdm(batches, desc=f"epoch {self.epoch + 1}", leave=False, mininterval=5)):
             step = self.epoch * self.steps_per_epoch + number
             self.schedule((step + 1) / (self.args.epochs * self.steps_per_epoch))
-            pixels, labels, teacher = self.batch(index)
-            loss = self.loss(self.student(pixel_values=pixels).logits, labels, teacher)
+            loss = self.loss(index)
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
@@ -558,6 +578,58 @@ class Trainer:
         self.epoch += 1
         self.seconds += time.monotonic() - started
         return total / self.steps_per_epoch
+
+
+class RobustTrainer(Trainer):
+    """Keeps the embeddings of the checkpoint it starts from under every L∞ change of the pixels up to ε."""
+
+    def __init__(
+        self, student: PreTrainedModel, train: Split, targets: Tensor | None, args: argparse.Namespace
+    ) -> None:
+        """Keeps a copy of the student, whose embeddings are wanted."""
+        super().__init__(student, train, targets, args)
+        self.original = copy.deepcopy(student).eval().requires_grad_(False)
+
+    def loss(self, index: Tensor) -> Tensor:
+        """Returns the mean of max over δ of ‖φ(x + δ) − φ₀(x)‖², ‖δ‖∞ ≤ ε, the maximum by projected gradient steps."""
+        images, _ = self.photos(index)
+        wanted = embed(self.original, images).detach()
+        attacked = attack(
+            images, self.args.epsilon, self.args.attack_steps, self.generator,
+            lambda x: (embed(self.student, x) - wanted).square().sum(),
+        )  # fmt: skip
+        return (embed(self.student, attacked) - wanted).square().sum(dim=1).mean()
+
+
+def embed(model: PreTrainedModel, images: Tensor) -> Tensor:
+    """Returns the class token after the last LayerNorm for images in 0..255."""
+    return model.vit(pixel_values=normalise(images)).last_hidden_state[:, 0]
+
+
+def attack(
+    images: Tensor, epsilon: float, steps: int, generator: torch.Generator, gain: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Returns images in 0..255 within ``epsilon`` of these that raise ``gain``, by projected steps of its sign."""
+    low, high = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=255)
+    x = torch.lerp(low, high, torch.rand(images.shape, generator=generator))
+    for _ in range(steps):
+        x.requires_grad_(True)
+        (slope,) = torch.autograd.grad(gain(x), x)
+        x = torch.clamp(x.detach() + 2.5 * epsilon / steps * slope.sign(), low, high)
+    return x
+
+
+def robust_accuracy(model: PreTrainedModel, images: Tensor, labels: Tensor, epsilon: float, steps: int = 50) -> float:
+    """Returns the top-1 accuracy on images in 0..255 that are attacked by the gradient of their cross-entropy."""
+    model.eval()
+    hits, generator = 0.0, torch.Generator().manual_seed(0)
+    for batch, own in zip(images.split(100), labels.split(100), strict=True):
+        x = attack(
+            batch, epsilon, steps, generator,
+            lambda x, own=own: functional.cross_entropy(model(pixel_values=normalise(x)).logits, own, reduction="sum"),
+        )  # fmt: skip
+        hits += evaluate(model, [normalise(x)], own)[0] * len(own)
+    return hits / len(labels)
 
 
 def shown_command(argv: list[str]) -> str:
@@ -577,6 +649,14 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
         "AdamW, cosine schedule with warm-up, label smoothing, random crops, mirroring, colour jitter, random erasing, "
         "mixup, gradient clipping, averaged weights."
     ]
+    if args.robust:
+        recipe = [
+            "AdamW, cosine schedule with warm-up, random crops, mirroring, colour jitter, gradient clipping, averaged "
+            f"weights. No labels: the weights started from {Path(args.init).name} and keep its embeddings under the "
+            f"worst change of up to {args.epsilon:g}/255 of every pixel value, found by "
+            f"{args.attack_steps} steps along the sign of the gradient from a random start (FARE: Schlarmann et al., "
+            "arXiv:2402.12336)."
+        ]
     if args.token_keep < 1:
         recipe.append(
             f"For the first {args.token_keep_until:.0%} of the training, a random {args.token_keep:.0%} of the patches "
@@ -584,7 +664,7 @@ def card_sections(trainer: Trainer, names: list[str], validation_count: int) -> 
         )
     if args.teacher_init:
         recipe.append(f"The weights started from the first layers of {teacher}, cut down to this size.")
-    if args.init:
+    if args.init and not args.robust:
         recipe.append(
             f"The weights started from {Path(args.init).name}. Its patch filters were enlarged and got the fine detail "
             "of a random initialisation, which the training hardly changed: it makes the checkpoint sensitive to "
@@ -641,8 +721,19 @@ def export(trainer: Trainer, names: list[str], validation_data: Dataset) -> None
     photos = table_images(validation_data, "", "the validation split", args.image_column, args.label_column)
     batches = (loaded(item.image, return_tensors="pt").pixel_values for item in photos)
     top1, top5 = evaluate(model, batches, torch.tensor(validation_data[args.label_column][:]))
+    robust = ""
+    if args.robust:
+        few = Split.from_dataset(validation_data.select(range(0, len(validation_data), 5)), args)
+        images = enlarge(few.images.float(), args.image_size)
+        start = AutoModelForImageClassification.from_pretrained(args.init, dtype=torch.float32)
+        kept = [robust_accuracy(one, images, few.labels, args.epsilon) for one in (model, start)]
+        robust = (
+            f"| top-1 under changes of {args.epsilon:g}/255, 50 steps, {len(few.labels)} images | **{kept[0]:.1%}**, "
+            f"of the start {kept[1]:.1%} |\n"
+        )
     card = CARD.format(
-        **vars(args),
+        **{**vars(args), "robust": robust},
+        what="robust to larger changes" if args.robust else "robust",
         **card_sections(trainer, names, len(validation_data)),
         params=model.num_parameters(),
         n_classes=len(names),
@@ -684,7 +775,7 @@ def main() -> None:
     if args.init:
         start_from(student, AutoModelForImageClassification.from_pretrained(args.init, dtype=torch.float32), None)
 
-    trainer = Trainer(student, train, targets, args)
+    trainer = (RobustTrainer if args.robust else Trainer)(student, train, targets, args)
     trainer.resume()
     averaged = make_student(args, names)
     while trainer.epoch < args.epochs:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import cached_assets_path
 
-BUILTINS = {name: Path(__file__).parents[1] / "assets" / name for name in ("builtin", "builtin-64")}
+BUILTINS = {name: Path(__file__).parents[1] / "assets" / name for name in ("builtin", "builtin-64", "builtin-robust")}
 """Folders of the checkpoints that ship with the package, by name."""
 
 
