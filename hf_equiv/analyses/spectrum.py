@@ -170,6 +170,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
         encoder, row["image"][None], k=settings["k"], rank_rtol=rtol, batch=_BATCH, progress=False
     )
     made = row_of(result) | {"left_open": () if rtol is None else (_EARLIER,)}
+    made |= dict.fromkeys(_ENERGY) if not any(row.get(key) for key in _ENERGY) else {}  # a row of an earlier version
     sigma = [s or 0.0 for s in row["singular_values"] or []]
     values, whole = torch.tensor(sigma, dtype=torch.float64), made["rank"] is not None and settings["k"] is None
     if whole and len(sigma) == len(made["singular_values"]) and sigma[0] > 0:

@@ -117,7 +117,8 @@ def publish(directory: Path, repo_id: str, as_json: bool, quiet: bool, **given: 
 @click.argument("paths", metavar="DIR|USER/NAME...", nargs=-1, required=True)
 @option("--out", "The page. Default: reports/MODEL.html.", "FILE.html", click.Path(path_type=Path, dir_okay=False))
 @option("--transfer", "Also test whether the matches match for this model; repeat.", "MODEL2", multiple=True)
-@option("--defences", "Try defences, also on new matches made for them: jpeg:75,smooth:0.25. Slow.", "LIST", names)
+@option("--defences", "Try jpeg:75,smooth:0.25, also on matches made for them, in 450 evaluations each.", "LIST",
+        names)  # fmt: skip
 @option("--defence-pairs", "Pairs that defences are tried on.", "N", COUNT, 5)
 @option("--label-data", "Photos with classes for a nearest-neighbour probe of the embedding.", "W")
 @click.option("--no-survival", "survival", flag_value=False, type=bool, default=True, show_default=False,

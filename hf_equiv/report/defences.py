@@ -106,7 +106,6 @@ def measure_defences(
     tell: Tell,
 ) -> Row:  # fmt: skip
     """Measure each defence on the first pairs of a match run, and the detector; each is kept in `cache`."""
-    encoder = measures.of_files(encoder)
     tested, done = read_defences(names), iter(range(1, 2 * len(names) + 4))
     step: Callable[[], None] = lambda: tell(next(done), 2 * len(names) + 2)  # noqa: E731
     data = None if labelled is None else [labelled.data_id, labelled.data_revision, len(labelled)]
@@ -143,7 +142,8 @@ class _Deployed:
     """An encoder behind a defence."""
 
     def __init__(self, encoder: Any, defence: Defence, run: Run) -> None:
-        self.encoder, self.defence, self.run = encoder, defence, run
+        self.smooth, self.encoder = encoder, measures.of_files(encoder)  # for gradients, and as files are seen
+        self.defence, self.run = defence, run
         self.labels = run.settings.get("labels")
 
     def _generator(self, name: str) -> torch.Generator:
@@ -214,7 +214,7 @@ class _Deployed:
         for one in pairs:  # one at a time: memory, and results that do not depend on their number
             z = self._mean(one.target, one.name, torch.Tensor.double)
             found = match_through(
-                self.encoder, one.source[None], z[None], change, [self._generator(f"{one.name}:adaptive")],
+                self.smooth, one.source[None], z[None], change, [self._generator(f"{one.name}:adaptive")],
                 radius=radius, norm=norm, max_evals=_EVALS, itself=False, start=one.match[None],
             )  # fmt: skip
             both = one.match, round_into_ball(found.images[0], one.source, radius, norm)
@@ -244,7 +244,7 @@ class _Deployed:
         """Return how often photos get their class by the vote of their neighbours, behind the defence and without."""
         plain = search.Gallery(lambda x: _unit(self.encoder(x)))
         behind = search.Gallery(lambda x: self.see(x[0], "photo")[0][:1])
-        for n in torch.arange(len(labelled)).tolist()[:_LABELLED]:
+        for n in range(len(labelled))[:: math.ceil(len(labelled) / _LABELLED)]:  # of all classes
             item = labelled[n]
             pixels = self.encoder.preprocess([item.image])[0].to(self.encoder.device)
             for gallery in (plain, behind):
@@ -260,9 +260,9 @@ class _Deployed:
         sigma = self.defence.sigma
         photos = torch.stack([one.source for one in pairs[:_CERTIFIED]])
         radii = [ratio * sigma for ratio in _RADII]
-        proof = certified_cosine(self.encoder, photos, sigma, radii, _DRAWS, CONFIDENCE, progress=False)
+        proof = certified_cosine(self.smooth, photos, sigma, radii, _DRAWS, CONFIDENCE, progress=False)
         attained = [
-            attack_smoothed(self.encoder, photos, sigma, radius, progress=False, **_ATTACK).cosine for radius in radii
+            attack_smoothed(self.smooth, photos, sigma, radius, progress=False, **_ATTACK).cosine for radius in radii
         ]
         return {
             "radii": radii,
@@ -284,8 +284,8 @@ def _detect(encoder: Any, run: Run, pairs: Sequence[_Pair], step: Callable[[], N
     def moved(image: Tensor, name: str) -> float | None:
         generator = image_generator(run.settings["seed"], f"{name}:detector")
         draws = [_PROBE.draw(generator) for _ in range(_PROBES)]
-        (z,) = encoder(image[None])
-        return median_of(relative_error(one, z) for one in encoder(torch.stack([handle(image, d) for d in draws])))
+        z, *noisy = probed.encoder(torch.stack([image, *(handle(image, draw) for draw in draws)]))
+        return median_of(relative_error(one, z) for one in noisy)
 
     photos = {
         getattr(one, kind).cpu().numpy().tobytes(): getattr(one, kind) for one in pairs for kind in ("source", "target")
