@@ -289,6 +289,7 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     page.wait_for_selector("#source img", state="detached")  # put away again
     assert page.locator("text=This is not a picture.").count() == 1
     for note in ("#seen-target", "#seen-source"):
+        page.wait_for_timeout(1000)  # Gradio drops a click while it works on the last one
         page.click("#swap")
         page.wait_for_selector(f"{note} >> text=This is not a picture.")  # it goes with its box
     page.click("#go")
@@ -338,6 +339,7 @@ def test_a_whole_match_from_upload_to_all_that_can_be_done_with_it(visit, tmp_pa
     page.wait_for_url("**made=*")
     outcome = page.locator("#made .outcome").inner_text()
     shot(page, "made")
+    page.wait_for_timeout(1000)  # pictures that fade in have little contrast
     assert finding(page) == []
     page.reload()
     page.wait_for_selector("#made .outcome")
