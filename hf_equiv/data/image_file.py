@@ -114,10 +114,10 @@ def _read(source: str | Path | bytes, name: str | None, sha256: str | None) -> t
     return data, name
 
 
-def encode_png(pixels: Tensor) -> bytes:
-    """Write pixels (3, H, W) in [0, 1] as PNG bytes, each value rounded to the nearest k/255."""
+def encode_png(pixels: Tensor, effort: int = 6) -> bytes:
+    """Write pixels (3, H, W) in [0, 1] as PNG bytes, each value rounded to the nearest k/255; `effort` is zlib's."""
     buffer = io.BytesIO()
-    to_image(pixels).save(buffer, "PNG", compress_level=6)
+    to_image(pixels).save(buffer, "PNG", compress_level=effort)
     return buffer.getvalue()
 
 
