@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_equiv.results import MatchResult as MatchResult
     from hf_equiv.results import Progress as Progress
     from hf_equiv.results import Status as Status
+    from hf_equiv.text import *  # noqa: F403
     from hf_equiv.verify import *  # noqa: F403
 
 try:
@@ -45,6 +46,7 @@ _NAMES = {
     "matching": "LBFGS Adam GradientDescent match_embedding refine_8bit",
     "models": "Encoder JointEncoder",
     "report": "Report make_report",
+    "text": "TextEncoder TokenResult refine_tokens round_tokens",
     "results": "ConvergenceError MatchResult Progress Status",
     "verify": "verify_run",
 }

@@ -24,6 +24,7 @@ FOLDERS = {
     "defences": ["matching"],
     "data": [],
     "models": ["geometry", "data"],
+    "text": ["models", "matching"],
     "full_size": ["models", "matching", "data"],
     "through": ["matching", "data"],
     "runs": [],
@@ -56,12 +57,12 @@ MOST_FILES = 12
 
 # Where a library may be imported: folders, files of the root, or single files. torch may be imported everywhere.
 HOMES = {
-    "transformers": ["models"],
+    "transformers": ["models", "text"],
     "huggingface_hub": ["hub_client", "models", "data", "hub"],
     "accelerate": ["runs"],
     "datasets": ["data", "runs", "hub"],
     "pyarrow": ["limits", "data", "runs"],
-    "safetensors": ["models", "runs", "hub"],
+    "safetensors": ["models", "text", "runs", "hub"],
     "PIL": [
         "models",
         "data",

@@ -26,7 +26,7 @@ class LeftRelation:
 class Zero:
     """Singular values of J that are zero, or nearly so, for one reason."""
 
-    cause: str  # "LayerNorm centring", "LayerNorm epsilon", "head wider than its input", "unit norm", or "unexplained"
+    cause: str  # such as "LayerNorm centring", "head wider than its input" or "unit norm"; else "unexplained"
     count: int  # number of singular values
     predicted: float | None  # their size in closed form, 0 for exact ones, in units of J; None without explanation
     measured: float  # the largest one found, in units of J: float noise if the prediction lies below it

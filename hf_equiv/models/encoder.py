@@ -15,27 +15,25 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_equiv.checks import check_tensor
-from hf_equiv.conditions import Function
 from hf_equiv.data.image_file import to_image
 from hf_equiv.derivatives import PlainStrides
 from hf_equiv.formatting import excerpt
-from hf_equiv.geometry.zeros import LeftRelation
 from hf_equiv.hub_client import version
-from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.memory import unless_memory
 from hf_equiv.models import wrapping
 from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
+from hf_equiv.models.frozen import FrozenEncoder
 from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
 from hf_equiv.models.readouts import Layout, check_size, embed, find_layout, native_size, probe, resolve_readout
-from hf_equiv.models.structure import EmbeddingSet, find_embedding_set, left_relations, patch_weight
+from hf_equiv.models.structure import patch_weight
 from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
 from hf_equiv.precision import InFloat64, exact_derivatives, no_autocast, no_tf32
 
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
 
 
-class Encoder:
+class Encoder(FrozenEncoder):
     """f: [0, 1]^(3·H·W) → R^D, z = readout(model((x − mean) / std)): one checkpoint, frozen, in eval mode.
 
     A plain callable: `z = encoder(pixels)` maps (B, 3, H, W) pixels in [0, 1] to (B, D). It normalises inside, is
@@ -78,12 +76,13 @@ class Encoder:
         self._batch_norm, self._native = loaded.has_batch_norm, native_size(loaded)
         size = preprocessor.size or self._native or (224, 224)
         self._sizes, self.input_shape = {size}, (3, *size)
-        self._grey = torch.full((1, 3, *size), 0.5, dtype=dtype, device=device)
+        grey = torch.full((1, 3, *size), 0.5, dtype=dtype, device=device)
+        super().__init__(loaded.model, loaded.attention, grey)
         self._layout = self._find_layout(size)
         self.readouts = self._layout.available
         self.readout = resolve_readout(readout, self._layout, self.model_id)
         with torch.no_grad():
-            z = self(self._grey)
+            z = self(grey)
         if not bool(torch.isfinite(z).all()):
             raise ValueError(
                 f"'{self.model_id}' must give finite embeddings; that of a grey image holds NaN or infinity in "
@@ -96,17 +95,14 @@ class Encoder:
         self.has_head = loaded.has_head and not regression
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
         self.multi_label = self.has_head and kind == "multi_label_classification"
-        self._twin: Encoder | None = None
-        self.admitted: dict[Any, Function] = {}  # by `conditions.admit`: an encoder is frozen, so it is tried once
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
-        self._sets: dict[tuple[object, ...], EmbeddingSet | None] = {}
 
     def _find_layout(self, size: tuple[int, int]) -> Layout:
         """Read the layout off one forward pass of two images, or refuse a model that cannot embed them."""
         name = type(self._loaded.backbone).__name__
         try:
-            two = self._normalise(self._grey.expand(2, -1, -1, -1))
-            outputs = probe(self._loaded, two, self._interpolates(self._grey))
+            two = self._normalise(self._trial.expand(2, -1, -1, -1))
+            outputs = probe(self._loaded, two, self._interpolates(self._trial))
         except unless_memory(Exception) as error:
             raise ValueError(
                 f"`model_id` must embed RGB images of {size[0]}×{size[1]}, the size of its image processor; {name} of "
@@ -220,7 +216,7 @@ class Encoder:
         parts = wrapping.wrap_module(module, size, mean, std, head, labels, name, dtype, place)
         encoder = cls(*parts, place, dtype, readout="auto", normalize=normalize)
         if labels is not None:
-            wrapping.check_labels(encoder.classify(encoder._grey), labels)
+            wrapping.check_labels(encoder.classify(encoder._trial), labels)
         return encoder
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -339,12 +335,6 @@ class Encoder:
             raise ValueError(f"`classify` must have a classification head; '{self.model_id}' has none. {advice}")
         return self._embed(pixels, "logits")
 
-    def double(self) -> Encoder:
-        """Return the same function in float64, made once and with exactly the same weights."""
-        if self.dtype != torch.float64 and self._twin is None:
-            self._twin = self.in_dtype(torch.float64)
-        return self._twin or self
-
     def in_dtype(self, dtype: torch.dtype) -> Encoder:
         """Return the same function in another floating-point type, with weights of its own.
 
@@ -355,49 +345,6 @@ class Encoder:
             The copy, on the same device.
         """
         return restated(self, self.readout, self.normalize, dtype, self.device)
-
-    def noise_floor(self, pixels: Tensor) -> Tensor:
-        """Return ‖f(x) − f₆₄(x)‖ / ‖f₆₄(x)‖ of each image: embedding errors below this are meaningless.
-
-        The cost is a forward pass of the encoder and one of its float64 twin. It is 0 for a float64 encoder.
-
-        Args:
-            pixels: (B, 3, H, W), in [0, 1].
-
-        Returns:
-            (B,) float64 on the encoder's device, relative (1.0 = the norm of the embedding).
-        """
-        self._check(pixels)
-        with torch.no_grad():
-            pairs = [(self(image).double(), self.double()(image.double())) for image in pixels.to(self.dtype).split(1)]
-        return torch.stack([(z - exact).norm() / exact.norm() for z, exact in pairs])
-
-    def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
-        """Return the left vectors u of J = ∂f/∂x with uᵀJ in closed form, from the last LayerNorm onwards.
-
-        Args:
-            image: (3, H, W), in [0, 1].
-
-        Returns:
-            The relations, exact zeros first.
-        """
-        return left_relations(self, self._loaded.model, image)
-
-    def least_errors(self, image: Tensor, z: Tensor) -> Tensor:
-        """Return ‖y − z‖ / ‖z‖ of the nearest y that the last LayerNorm or a unit norm allows: no image comes nearer.
-
-        Args:
-            image: (3, H, W), in [0, 1], of the size of all images.
-            z: embeddings, (B, D).
-
-        Returns:
-            (B,) float64; 0 where nothing is known, as after other layers or in half precision.
-        """
-        key = self.readout, self.normalize, image.shape
-        if key not in self._sets:
-            self._sets[key] = find_embedding_set(self, self._loaded.model, image)
-        found, z = self._sets[key], z.double()
-        return z.new_zeros(len(z)) if found is None else found.distances(z) / z.norm(dim=1)
 
     @property
     def pixel_std(self) -> Tensor:
@@ -411,11 +358,6 @@ class Encoder:
         weight = patch_weight(self._loaded.model, self._std.flip(1) if flipped else self._std)
         return weight.flip(1) if flipped and weight is not None else weight
 
-    def jvp_probe(self) -> bool:
-        """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
-        require_forward_mode(self, self._grey, f"'{self.model_id}' with {self._loaded.attention} attention")
-        return True
-
     @property
     def provenance(self) -> dict[str, str]:
         """The record of the encoder in every row, with the name of a local folder and the digest of its weights."""
@@ -424,7 +366,7 @@ class Encoder:
             "model_revision": self.revision,
             "readout": self.readout,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "attention": self._loaded.attention,
+            "attention": self._attention,
             "processor": self._preprocessor.record,
             "versions": json.dumps({name: version(name) for name in _PACKAGES}),
         }

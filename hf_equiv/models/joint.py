@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from hf_equiv.checks import check_tensor
-from hf_equiv.conditions import Function
 from hf_equiv.data.back_projection import back_project
 from hf_equiv.data.resampling import View, view_of
 from hf_equiv.formatting import JOINED
 from hf_equiv.geometry.zeros import LeftRelation
-from hf_equiv.jacobian import require_forward_mode
 from hf_equiv.models.encoder import Encoder
+from hf_equiv.models.frozen import FrozenEncoder
 from hf_equiv.precision import no_autocast, no_tf32
 
 
@@ -69,9 +68,8 @@ class JointEncoder(Encoder):
         self.has_head, self.label_names = self._headed.has_head, self._headed.label_names
         self.multi_label = self._headed.multi_label
         self._exact = False
-        self._twin: Encoder | None = None
-        self._grey = torch.full((1, *self.input_shape), 0.5, dtype=self.dtype, device=self.device)
-        self.admitted: dict[Any, Function] = {}
+        grey = torch.full((1, *self.input_shape), 0.5, dtype=self.dtype, device=self.device)
+        FrozenEncoder.__init__(self, first._network, _joined(one._attention for one in self.parts), grey)
         self.scales = [_scale(one) for one in self.parts]
 
     def _check_parts(self) -> None:
@@ -212,7 +210,7 @@ class JointEncoder(Encoder):
         made.parts, made._first, made._twin = tuple(parts), parts[self.parts.index(self._first)], None
         made._headed, made._exact, made.admitted = parts[self.parts.index(self._headed)], exact, {}
         made.dtype, made.device = made._first.dtype, made._first.device
-        made._grey = self._grey.to(made.device, made.dtype)
+        made._trial = self._trial.to(made.device, made.dtype)
         return made
 
     def in_dtype(self, dtype: torch.dtype) -> JointEncoder:
@@ -303,11 +301,6 @@ class JointEncoder(Encoder):
     def patch_weight(self) -> None:
         """None: there is no one patch embedding."""
         return None
-
-    def jvp_probe(self) -> bool:
-        """Return True if `torch.func.jvp` works on this encoder and is finite; raise RuntimeError otherwise."""
-        require_forward_mode(self, self._grey, f"'{self.model_id}'")
-        return True
 
     @property
     def provenance(self) -> dict[str, str]:

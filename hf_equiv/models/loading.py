@@ -54,16 +54,16 @@ class LoadedModel:
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     """Load the one model of `checkpoint` in `dtype` on `device`, frozen, in eval mode; refuse an incomplete one."""
-    config = _read_config(checkpoint)
+    config = read_config(checkpoint)
     model_class = _choose_class(config, checkpoint)
     checkpoint.weights()
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0  # otherwise the model drops a random 75 % of the patches
     with quiet(), torch.random.fork_rng(devices=[]):
         try:
-            model, report, attention = _from_pretrained(model_class, config, checkpoint, dtype)
+            model, report, attention = load_weights(model_class, config, checkpoint, dtype)
         except Exception as error:
-            raise _load_error(error, checkpoint) from error
+            raise load_error(error, checkpoint) from error
     multiply_patches(model.eval().requires_grad_(False))
     _check_labels(model, report["mismatched_keys"], checkpoint)
     two_tower = hasattr(model, "get_image_features") and hasattr(model, "vision_model")
@@ -88,7 +88,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     return LoadedModel(model, backbone, projection, attention, head, "pooler" not in parts, two_tower)
 
 
-def _from_pretrained(
+def load_weights(
     model_class: Any, config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any], str]:
     """Return the model, the report of its loading and its attention: "sdpa" if all its parts have it, else "eager"."""
@@ -129,14 +129,15 @@ def _missing(model: PreTrainedModel, report: dict[str, Any], two_tower: bool, ch
     return missing
 
 
-def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint; its Python files are fetched if they may run."""
     if checkpoint.trust_remote_code:
         checkpoint.fetch_matching((".py",))
     with quiet():
         try:
             return checkpoint.load(AutoConfig)
         except Exception as error:
-            raise _load_error(error, checkpoint) from error
+            raise load_error(error, checkpoint) from error
 
 
 class _PerImage(torch.nn.Module):
@@ -282,7 +283,7 @@ def _not_an_image_encoder(checkpoint: Checkpoint, config: PreTrainedConfig, why:
     )
 
 
-def _load_error(error: Exception, checkpoint: Checkpoint) -> Exception:
+def load_error(error: Exception, checkpoint: Checkpoint) -> Exception:
     """Turn an error of transformers or safetensors into one line with the cure."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:

@@ -106,7 +106,8 @@ def left_relations(f: Encoding, model: nn.Module, image: Tensor) -> tuple[LeftRe
     # With n the unit vector along h − mean h, κ = ε/(var h + ε), and W = ∂T/∂y (D, d) at the one token that T reads:
     #    * "LayerNorm centring": Wᵀu = 1/γ gives uᵀJ = 0, since the normalised values sum to zero;
     #    * "LayerNorm epsilon": Wᵀu = n/γ gives uᵀJ = κ nᵀ(∂h/∂x)/√(var h + ε): their length is constant but for ε;
-    #    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns.
+    #    * "head wider than its input": Wᵀu = 0 for the D − d vectors u off its d columns;
+    #    * "LayerNorm gain of zero": Wᵀu = e_i gives uᵀJ = 0 for each γ_i = 0, and no centring: 1/γ_i is infinite.
     # "unit norm" is zᵀJ = 0, with or without a last LayerNorm.
     # If Wᵀ reaches neither 1/γ nor n/γ, it may reach a combination a/γ + b n/γ, and then uᵀJ is b times the latter row:
     # after a unit norm, whose W has z in its null space, one is left of the two. If T averages several tokens equally,
@@ -126,7 +127,7 @@ def _after_norm(
 ) -> Iterator[LeftRelation]:
     """Yield the relations of z = T(y), with y the output of the last LayerNorm for h."""
     tail = _tail(norm, h, y, z)
-    if tail is None or not bool((tail[0] != 0).all()):
+    if tail is None:
         return
     gain, W, scale = tail
     token = int(scale.argmax()) if int((scale != 0).sum()) == 1 else None
@@ -134,6 +135,11 @@ def _after_norm(
     rank = int((sigma > 1e3 * torch.finfo(z.dtype).eps * sigma[0]).sum())
     if W.shape[0] > W.shape[1] and U.shape[1] == W.shape[0]:
         yield LeftRelation("head wider than its input", U[:, W.shape[1] :])
+    if bool((dead := gain.abs() <= 1e3 * torch.finfo(z.dtype).eps * gain.abs().max()).any()):
+        targets = torch.eye(len(gain)).to(gain)[:, dead]
+        left = U[:, :rank] @ ((Vh[:rank] @ targets @ _solvable(targets, Vh[:rank]).T) / sigma[:rank, None])
+        yield LeftRelation("LayerNorm gain of zero", left)
+        return
     targets, row = (1 / gain)[:, None], None
     if token is not None:
         target, row = _constant_length(norm, h, x, token)

@@ -1,0 +1,6 @@
+"""Text encoders as functions of token embeddings, and searches among texts."""
+
+from hf_equiv.text.encoder import TextEncoder
+from hf_equiv.text.tokens import TokenResult, refine_tokens, round_tokens
+
+__all__ = ["TextEncoder", "TokenResult", "refine_tokens", "round_tokens"]
