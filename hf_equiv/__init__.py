@@ -46,7 +46,7 @@ _NAMES = {
     "matching": "LBFGS Adam GradientDescent match_embedding refine_8bit",
     "models": "Encoder JointEncoder",
     "report": "Report make_report",
-    "text": "TextEncoder TokenResult refine_tokens round_tokens",
+    "text": "NearestTexts TextEncoder TokenResult find_nearest_texts refine_tokens round_tokens",
     "results": "ConvergenceError MatchResult Progress Status",
     "verify": "verify_run",
 }

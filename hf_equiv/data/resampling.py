@@ -246,16 +246,16 @@ def view_of(encoder: Any, width: int, height: int) -> View:
         ValueError: photos that it enlarges, or an image processor that does more than to resize and crop.
     """
     view = follow(lambda image: levels_of(encoder.preprocess([image])[0]).double(), width, height)
+    least = (view.across.m, view.down.m) if view is not None else encoder.input_shape[:0:-1]
+    if width < least[0] or height < least[1]:
+        raise ValueError(
+            f"photos must be at least {least[0]} x {least[1]} pixels for the image processor of '{encoder.model_id}', "
+            f"which enlarges smaller ones; got {width} x {height}. Use a larger photo, or another checkpoint."
+        )
     if view is None:
         raise ValueError(
             f"the image processor of '{encoder.model_id}' must resize by a filter of Pillow and crop; it does "
             "something else. Choose another checkpoint."
-        )
-    if min(view.across.n / view.across.m, view.down.n / view.down.m) < 1:
-        raise ValueError(
-            f"photos must be at least {view.across.m} x {view.down.m} pixels for the image processor of "
-            f"'{encoder.model_id}', which enlarges smaller ones; got {width} x {height}. Use a larger photo, or "
-            "another checkpoint."
         )
     return view
 

@@ -25,6 +25,7 @@ from hf_equiv.precision import InFloat64, exact_derivatives, no_autocast, no_tf3
 from hf_equiv.text.pooling import Pool, Unit, read_options, read_steps
 
 _PACKAGES = ("hf_equiv", "torch", "transformers", "tokenizers")
+_GROUP = 32  # weights of a row that share the scale of their integers
 _SPARE = ("pooler", "lm_head", "cls")  # weights that may be missing: no embedding uses them
 
 
@@ -299,6 +300,32 @@ class TextEncoder(FrozenEncoder):
         """
         model, steps = copy.deepcopy((self._model, self._steps))
         return TextEncoder(self._checkpoint, model, self._attention, steps, self._tokenizer, self.device, dtype)
+
+    def quantized(self, bits: int) -> TextEncoder:
+        """Return the encoder with its matrices rounded to integers of so many bits, times a scale for each 32 weights.
+
+        Each row of a matrix, vocabulary included, is cut into groups of 32 numbers w, which become s·round(w/s) with
+        s = max |w| / (2^(bits − 1) − 1). Arithmetic and all other weights stay as they are.
+
+        Args:
+            bits: 2 to 8.
+
+        Returns:
+            The copy, on the same device.
+
+        Raises:
+            ValueError: other numbers of bits.
+        """
+        if bits not in range(2, 9):
+            raise ValueError(f"`bits` must be from 2 to 8; got {bits}.")
+        made = self.in_dtype(self.dtype)
+        for weight in made._network.parameters():
+            if weight.ndim == 2:
+                for group in weight.data.split(_GROUP, dim=1):
+                    scale = group.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
+                    group.copy_((group / scale).round() * scale)
+        made.vocabulary = made._embedding(torch.arange(len(made.vocabulary), device=made.device))
+        return made
 
     @property
     def provenance(self) -> dict[str, str]:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_equiv.data.resampling import FILTERS, Axis, follow
+from hf_equiv.data.resampling import FILTERS, Axis, follow, view_of
+from hf_equiv.models.encoder import Encoder
 
 
 def processor(size, resample, crop=None):
@@ -61,3 +62,9 @@ def test_transpose_is_that_of_apply(name):
     x, y = torch.rand(61, 5), torch.rand(24, 5)
     torch.testing.assert_close((axis.apply(x) * y).sum(), (x * axis.transpose(y)).sum())
     torch.testing.assert_close(axis.apply(torch.ones(61, 1)), torch.ones(24, 1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (63, 640), (20, 20)])
+def test_a_photo_that_is_enlarged_is_refused_for_its_size(size):
+    with pytest.raises(ValueError, match=rf"at least 64 x 64 pixels .* got {size[0]} x {size[1]}"):
+        view_of(Encoder.from_pretrained("builtin-64"), *size)
