@@ -645,3 +645,13 @@ def save(name: str, folder: Path, *, processor: str | None = None) -> Path:
     settings = PROCESSORS[processor or family.processor]
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+def save_dual(folder: Path) -> Path:
+    """Save a tiny VisionTextDualEncoder of a ViT and a BERT, without tokenizer."""
+    vision = t.ViTConfig(**_VIT)
+    text = t.BertConfig(**{key: value for key, value in _TEXT.items() if key != "projection_dim"})
+    config = t.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=16)
+    build(lambda: t.VisionTextDualEncoderModel(config)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS["vit"]), encoding="utf-8")
+    return folder

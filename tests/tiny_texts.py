@@ -114,3 +114,14 @@ def write(path: Path, content: Any) -> None:
     """Write a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
+
+
+def save_words(folder: Path, *more: str) -> Path:
+    """Add a tokenizer of a few words to a checkpoint of images and texts."""
+    words = ["<s>", "</s>", "a", "photo", "of", "cat", "dog", ".", "<unk>", *more]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = t.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return folder

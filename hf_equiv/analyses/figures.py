@@ -353,7 +353,8 @@ def pairs_figure(rows: Rows, verdict: str, settings: Mapping[str, Any]) -> bytes
         difference, gain = difference_png(row["source"], row["match"])
         pictures = (row["source"], row["match"], difference, row["target"])
         heads = ("source", "match", f"(match − source) × {gain}", "target")
-        lines.append(list(zip(pictures, heads, _captions(row), strict=True)))
+        columns = list(zip(pictures, heads, _captions(row), strict=True))
+        lines.append(columns if row["target"] is not None else columns[:3])
     heading = f"Matches of {cut(str(settings['model_id']), 60)}"
     limit = ball(settings["radius"], settings["norm"])
     note = (
@@ -384,6 +385,7 @@ def _captions(row: Mapping[str, Any]) -> tuple[list[str], ...]:
         name = row[f"{whose}_label"]
         return f"seen as {cut(name.split(',')[0], size)}" if name else ""
 
+    text = row.get("target_text")
     size = "identical to the source" if row["psnr_db"] is None else f"PSNR {row['psnr_db']:.1f} dB"
     size += "" if row["ssim"] is None else f"   SSIM {row['ssim']:.3f}"
     error = f"error {short(row['embedding_error'])}   as PNG {short(row['embedding_error_8bit'])}"
@@ -391,7 +393,7 @@ def _captions(row: Mapping[str, Any]) -> tuple[list[str], ...]:
     share = f" {form(row['match_prob'], '.0%')}" if row["match_label"] else ""
     return (
         [cut(row["source_id"], 34), seen("source")],
-        [error, seen("match", 22) + share],
+        [error, f"like “{cut(text, 34)}”" if text else seen("match", 22) + share],
         [size, f"max {form(levels, 'd')}/255   L2 {form(row['l2'], '.2f')}"],
         [cut(row["target_id"], 34), seen("target")],
     )

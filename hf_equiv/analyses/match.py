@@ -81,8 +81,11 @@ class _Making:
         self.plan, self.config, self.encoder, self.part = plan, plan.config, plan.encoder, part
         self.views, self.tell = views, tell
         self.source = torch.stack([one.image for one in part])
-        self.target = torch.stack([one.target for one in part if one.target is not None])
-        self.z = measures.embed(measures.of_files(self.encoder), self.target)
+        self.target: list[Any] = [one.item.columns.get("target_text") or one.target for one in part]
+        if plan.config.wants_text:
+            self.z = self.encoder.embed_texts(self.target)
+        else:
+            self.z = measures.embed(measures.of_files(self.encoder), torch.stack(self.target))
         joint: Any = self.encoder if hasattr(self.encoder, "parts") else None
         rtol = self.config.goal if joint is None else joint.joint_rtol(self.z[0], self.config.goal)
         self.joint, ball = joint is not None, {"radius": self.config.radius, "norm": self.config.ball_norm}
@@ -141,6 +144,7 @@ class _Making:
         png = encode_png(grid)
         three = self.source[i], decode_png(png, self.source.dtype), self.target[i]
         given = {"seed": config.seed, "labels": config.labels, "through": config.through, "file": own and own.image}
+        given |= {"candidates": _candidates(self.plan.settings)}
         row = measures.measure_match(encoder, *three, pair_id=name, **given)
         reached, status = finite(found.error), found.status
         if self.joint:
@@ -175,6 +179,11 @@ class _Making:
         return lambda p: self.tell(stage, errors=p.errors, num_evals=p.num_evals, active=p.active, **more)
 
 
+def _candidates(settings: Mapping[str, Any]) -> list[str]:
+    """Return the texts among which a text is ranked; none where targets are images."""
+    return list(dict.fromkeys([*settings.get("target_texts", ()), *settings.get("usual_texts", ())]))
+
+
 def _note_models(encoder: Any, row: Row, image: Tensor, z: Tensor) -> float | None:
     """State the embedding error of a float match for each model in a row, and return the worst."""
     errors = measures.errors_of(encoder, measures.embed(encoder, image[None])[0], z)
@@ -185,9 +194,11 @@ def _note_models(encoder: Any, row: Row, image: Tensor, z: Tensor) -> float | No
 
 def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     """Sum up match rows, with the baseline of unrelated images and the median evaluations of refining."""
-    baseline = made.baseline
-    if encoder is not None:
-        good = [row for row in made.shown if row["status"] != Status.ERROR]
+    baseline, texts = made.baseline, _candidates(settings)
+    good = [row for row in made.shown if row["status"] != Status.ERROR]
+    if encoder is not None and texts:
+        baseline = measures.text_baseline(encoder, good, texts)
+    elif encoder is not None:
         pairs = [[measures.open_png(encoder, row[column]) for column in ("source", "target")] for row in good]
         files = measures.of_files(encoder)
         z = torch.stack([measures.embed(files, torch.stack(pair)).cpu() for pair in pairs]) if pairs else None
@@ -212,6 +223,9 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
     if settings.get("full_size"):
         summary["full_size"] = measures.medians_of(rows, ("psnr_full_db", "ssim_full"))
         summary["full_size"] |= {"exact": sum(bool(row["full_exact"]) for row in rows)}
+    if texts:
+        summary["text"] = measures.medians_of(rows, ("cosine_to_text", "cosine_source_target", "source_text_rank"))
+        summary["text"] |= {"nearest": sum(row["text_rank"] == 1 for row in rows), "candidates": len(texts)}
     return summary | {"verdict": measures.verdict("match", summary=summary, rows=rows, rtol=settings["rtol"])}
 
 
@@ -270,7 +284,7 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
             status = Status.CONVERGED
         elif status not in missed:
             status = Status.STALLED
-        other = row["match_label"] != row["target_label"]
+        other = row["match_label"] != row["target_label"] and not row.get("target_text")
         made.append({"status": str(status)} | ({"same_top1": False} if other else {}))
     return made
 
@@ -278,13 +292,16 @@ def follow(settings: Row, rows: Sequence[Row]) -> list[Row]:
 def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, Tensor]) -> list[Row]:
     """Recompute a match row from its three PNG images, the float match and its cost."""
     (row,) = rows
-    image, source, match, target = floats.pop(row["pair_id"]), row["source"], row["match"], row["target"]
+    image, source, match = floats.pop(row["pair_id"]), row["source"], row["match"]
+    target = row.get("target_text") or row["target"]
     given: Any = {key: settings.get(key) for key in ("seed", "labels", "through")}
+    given["candidates"] = _candidates(settings)
     given["file"] = stored_image(row["match_full"]) if settings.get("full_size") else None
     measured = measures.measure_match(encoder, source, match, target, pair_id=row["pair_id"], **given)
     made: Row = dict.fromkeys(MATCH.added) | measured
-    (z_target,) = measures.embed(measures.of_files(encoder), target[None])
-    reached = _note_models(encoder, made, image.to(target), z_target)
+    text = isinstance(target, str)
+    (z_target,) = encoder.embed_texts([target]) if text else measures.embed(measures.of_files(encoder), target[None])
+    reached = _note_models(encoder, made, image.to(source), z_target)
     faults = []
     if (radius := settings["radius"]) is not None:
         for picture in (match, image):
@@ -292,7 +309,7 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     far = float((match.double() - image.double()).square().mean().sqrt())
     if not settings["refine"]:
         rounded = round_into_ball(image, source, radius, settings["norm"])
-        made["match"] = decode_png(encode_png(rounded), target.dtype).to(target.device)
+        made["match"] = decode_png(encode_png(rounded), source.dtype).to(source.device)
     elif not far <= (most := _REFINED + 0.25 * (reached or 0.0)):  # refining goes on where the match was left
         faults.append(("match", f"an image within {most:.3f} of its float match", f"it is {far:.3f} off"))
     if settings.get("full_size"):
@@ -325,6 +342,7 @@ def tolerances(made: Row, settings: Row) -> Row:
     ]
     return {
         **dict.fromkeys((*errors, "cosine_to_target", "cosine_to_source", "cosine_source_target"), near),
+        "cosine_to_text": near,
         **dict.fromkeys(("match_prob", "target_label_prob"), max(100 * near, 1e-4)),
         "through": dict.fromkeys(("error", "worst"), near),
         "models": models,

@@ -7,7 +7,9 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +21,7 @@ from hf_equiv.checks import NORMS, check_choice, check_count, check_positive, ch
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.resampling import view_of
 from hf_equiv.data.sources import DEFAULT_PAIRS
+from hf_equiv.data.text_set import TextSet, load_texts
 from hf_equiv.matching.lbfgs import LBFGS
 from hf_equiv.matching.solvers import Adam, GradientDescent
 from hf_equiv.runs.schema import Row
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 SOLVERS: dict[str, Any] = {"lbfgs": LBFGS, "adam": Adam, "gd": GradientDescent}
 _GOAL, _GOAL_THROUGH = 1e-5, 0.05  # `rtol` by default, and where the match is to survive transformations
+TEXTS = Path(__file__).parents[1] / "assets" / "texts.txt"  # a text is ranked among these and the others of its run
 _FULL_BYTES = 10_000_000  # about those of a PNG file of 6 megapixels
 
 
@@ -49,6 +53,9 @@ class MatchConfig(BaseConfig):
         through: transformations that the match should survive, such as `jpeg:60-95` and `resize:0.5`.
         compile: match with `torch.compile`; the plain encoder still computes every number.
         full_size: also write each match as a file of the size of its source photo.
+        target_text: text whose embedding the images should have, or a .txt file with one for each source; in place of
+            `target`, for models of images and texts.
+        texts: .txt file of texts to draw pairs with the images of `data` from.
     """
 
     analysis: ClassVar[str] = "match"
@@ -64,6 +71,13 @@ class MatchConfig(BaseConfig):
     through: tuple[str, ...] | None = None
     compile: bool = False
     full_size: bool = False
+    target_text: str | None = None
+    texts: str | None = None
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether the targets are texts."""
+        return self.target_text is not None or self.texts is not None
 
     @property
     def goal(self) -> float:
@@ -95,10 +109,15 @@ class MatchConfig(BaseConfig):
             raise ValueError(f"`labels` must be at least two different names; got {', '.join(self.labels)!r}.")
         if self.through is not None:
             read_transformations(self.through)
-        if self.data is not None and (self.source is not None or self.target is not None):
+        if self.texts is not None and self.data is None:
+            raise ValueError("`texts` must come with `data`: pairs are drawn of both. Or use `target_text`.")
+        if self.target is not None and self.wants_text:
+            raise ValueError("`target` must not be combined with a text as target. Give one or the other.")
+        target = self.target or self.target_text
+        if self.data is not None and (self.source is not None or target is not None):
             raise ValueError("`data` must not be combined with `source` and `target`. Give one or the other.")
-        if (self.source is None) != (self.target is None):
-            given, other = ("source", "target") if self.target is None else ("target", "source")
+        if (self.source is None) != (target is None):
+            given, other = ("source", "target") if target is None else ("target", "source")
             raise ValueError(
                 f"`{given}` must come with `{other}`; got `{given}` alone. Give both, or --data W --pairs N."
             )
@@ -125,8 +144,11 @@ class MatchConfig(BaseConfig):
             drafts.append(Draft(torch.compile(encoder.__call__), 0.0, 1.0))
         return tuple(drafts)
 
-    def open_images(self, load: Load) -> tuple[ImageSet, ImageSet]:
+    def open_images(self, load: Load) -> tuple[ImageSet, ImageSet | TextSet]:
         """Open the set to draw from, or sources and targets."""
+        text = self.target_text or self.texts
+        if text is not None:
+            return load(self.data or self.source, streaming=self.streaming), load_texts(text)
         if self.data is not None:
             most = max(100, 4 * (self.pairs or DEFAULT_PAIRS))
             images = load(self.data, most=most, streaming=self.streaming)
@@ -136,14 +158,18 @@ class MatchConfig(BaseConfig):
         photos = load("builtin")
         return photos.select([0]), photos.select([1])  # cat -> coffee
 
-    def list_items(self, reader: Reader, images: ImageSet, targets: ImageSet | None) -> tuple[Item, ...]:
+    def list_items(self, reader: Reader, images: ImageSet, targets: ImageSet | TextSet | None) -> tuple[Item, ...]:
         """Read each image once and list the pairs."""
+        if isinstance(targets, TextSet):
+            reader.check_texts(targets)
         drawn = self.data is not None
         return name_pairs(reader, images, targets or images, drawn=drawn, n=self.pairs, seed=self.seed)
 
     def settings_of_items(self, items: Sequence[Item]) -> Row:
         """Return the settings that state the number of pairs."""
-        return {"drawn": self.data is not None, "num_pairs": len(items)}
+        texts = [text for item in items if (text := item.columns.get("target_text")) is not None]
+        named = {"target_texts": list(dict.fromkeys(texts))} if self.wants_text else {}
+        return {"drawn": self.data is not None, "num_pairs": len(items), **named}
 
     def settings(self, encoder: Encoder) -> Row:
         """Return the other settings of this verb, with defaults filled in; refuse those that do not fit the encoder."""
@@ -155,6 +181,16 @@ class MatchConfig(BaseConfig):
                 "differently. Leave it out."
             )
         check_radius(self.radius, self.ball_norm, math.prod(encoder.input_shape))
+        usual: list[str] = []
+        if self.wants_text:
+            if hasattr(encoder, "parts") or not encoder.normalize:
+                raise ValueError(
+                    "`target_text` must come with one encoder of unit embeddings, since texts are compared by their "
+                    "direction. Load it with `normalize=True`."
+                )
+            with suppress(OSError, ValueError):  # a tokenizer of another language
+                encoder.embed_texts(texts := load_texts(os.fspath(TEXTS)).texts)
+                usual = list(texts)
         if self.labels is not None:  # refuse a model without text tower at once
             grey = torch.full((1, *encoder.input_shape), 128 / 255, device=encoder.device, dtype=encoder.dtype)
             with torch.no_grad():
@@ -174,6 +210,7 @@ class MatchConfig(BaseConfig):
             **({"prompt": PROMPT} if self.labels else {}),
             **({"through": list(self.through)} if self.through else {}),
             **({"full_size": True} if self.full_size else {}),
+            **({"usual_texts": usual} if self.wants_text else {}),
         }
 
     def item_bytes(self, encoder: Encoder, settings: Row) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_equiv.analyses.pairs import image_generator
 from hf_equiv.analyses.plan import RunRows
 from hf_equiv.data.image_file import decode_png
-from hf_equiv.formatting import finite, text_templates
+from hf_equiv.formatting import finite, first_name, text_templates
 from hf_equiv.precision import no_tf32
 from hf_equiv.results import Status
 from hf_equiv.runs.schema import Row
@@ -116,30 +116,36 @@ def target_quantization_error(encoder: Encoder, target: Tensor, z: Tensor, seed:
 @torch.no_grad()
 @no_tf32()
 def measure_match(
-    encoder: Encoder, source: Tensor, match: Tensor, target: Tensor, *, seed: int, pair_id: str,
+    encoder: Encoder, source: Tensor, match: Tensor, target: Tensor | str, *, seed: int, pair_id: str,
     labels: Sequence[str] | None = None, through: Sequence[str] | None = None, file: Any = None,
+    candidates: Sequence[str] = (),
 ) -> Row:  # fmt: skip
-    """Compute the columns `MEASURES` of a row from its three stored images, each (3, H, W) as read back from PNG."""
+    """Compute the columns `MEASURES` of a row from its stored images, each (3, H, W) as read back from PNG."""
     # `seed` and `pair_id` seed the noise on the target. `labels` are class names for zero-shot classification (CLIP,
     # SigLIP), in place of the checkpoint's head. A column is None where it is not defined: PSNR of equal images, SSIM
     # below 11 px, labels without a head. `through` names transformations, whose column is added: they change the match,
-    # or its image of full size `file` before the image processor. Cost: about 16 forwards of one image, of which 2 in
+    # or its image of full size `file` before the image processor. A target that is a text has no label and no 8-bit
+    # error; `candidates` are the texts among which it is ranked. Cost: about 16 forwards of one image, of which 2 in
     # float64, and those after transformations.
-    source, match, target = (x.to(encoder.device) for x in (source, match, target))
-    three, files = torch.stack([source, match, target]), of_files(encoder)
-    z_source, z_match, z_target = files(three)
+    pictures = [x.to(encoder.device) for x in (source, match, target) if isinstance(x, Tensor)]
+    (source, match), stack, files = pictures[:2], torch.stack(pictures), of_files(encoder)
+    z_source, z_match, *z_image = files(stack)
+    z_target = z_image[0] if z_image else encoder.embed_texts([str(target)])[0]
     errors = errors_of(encoder, z_match, z_target)
     parts, seen = (
         (encoder.parts, files.seen(match[None])) if hasattr(encoder, "parts") else ((encoder,), (match[None],))
     )
     floors = [finite(one.noise_floor(x)[0]) for one, x in zip(parts, seen, strict=True)]
-    z_moved = z_target if files is encoder else encoder(target[None])[0]  # what noise moves is not on the grid
+    quantised = None
+    if z_image:
+        z_moved = z_target if files is encoder else encoder(pictures[2][None])[0]  # what noise moves is not on the grid
+        quantised = target_quantization_error(encoder, pictures[2], z_moved, seed, pair_id)
     # float32 holds k/255 only to 3e-8, so distances are computed from the levels in the files
     near, far = ((x.double() * 255).round() for x in (match, source))
     gap = (near - far) / 255
     row: Row = {
         "embedding_error_8bit": worst(errors),
-        "target_quantization_error": target_quantization_error(encoder, target, z_moved, seed, pair_id),
+        "target_quantization_error": quantised,
         "noise_floor": worst(floors),
         "cosine_to_target": cosine(z_match, z_target),
         "cosine_to_source": cosine(z_match, z_source),
@@ -154,7 +160,12 @@ def measure_match(
         for one in read_transformations(through):
             draws = one.draws(image_generator(seed, f"{pair_id}:{one.name}"))
             after = [handle(match, draw) if file is None else encoder.preprocess([draw(file)])[0] for draw in draws]
-            row["through"].append({"transformation": one.name, **_measure_after(encoder, after, target, labels)})
+            measured = _measure_after(encoder, after, z_target, pictures[2:], labels)
+            row["through"].append({"transformation": one.name, **measured})
+    if not z_image:
+        row |= {"target_text": target, "cosine_to_text": row["cosine_to_target"]}
+        row |= {"text_rank": _rank(encoder, z_match, target, candidates)}
+        row |= {"source_text_rank": _rank(encoder, z_source, target, candidates)}
     if len(parts) > 1:
         keys = ("model_id", "model_revision")
         row["models"] = [
@@ -164,25 +175,35 @@ def measure_match(
     names = tuple(labels) if labels else (encoder.label_names if encoder.has_head else None)
     if names is None:
         return row | dict.fromkeys(LABEL_MEASURES)
-    logits = files.classify(three, labels) if labels else files.classify(three)
+    logits = files.classify(stack, labels) if labels else files.classify(stack)
     prob = probabilities(encoder, logits)
-    s, m, t = (int(k) for k in prob.argmax(dim=1))
+    s, m, *t = (int(k) for k in prob.argmax(dim=1))
     return row | {
         "source_label": names[s],
-        "target_label": names[t],
+        "target_label": names[t[0]] if t else None,
         "match_label": names[m],
         "match_prob": finite(prob[1, m]),
-        "target_label_prob": finite(prob[1, t]),
-        "same_top1": m == t,
+        "target_label_prob": finite(prob[1, t[0]]) if t else None,
+        "same_top1": m == t[0] if t else None,
     }
 
 
-def _measure_after(encoder: Encoder, changed: Sequence[Tensor], target: Tensor, labels: Sequence[str] | None) -> Row:
+def _rank(encoder: Any, z: Tensor, text: Any, candidates: Sequence[str]) -> int:
+    """Return the place of a text among the candidates by cosine to an image embedding; 1 is the nearest."""
+    others = [one for one in candidates if one != text]
+    own, *rest = (encoder.embed_texts([text, *others]).double() @ z.double()).tolist()
+    return 1 + sum(one > own for one in rest)
+
+
+def _measure_after(
+    encoder: Encoder, changed: Sequence[Tensor], z_target: Tensor, target: Sequence[Tensor],
+    labels: Sequence[str] | None,
+) -> Row:  # fmt: skip
     """Measure how far images (3, H, W), a match after draws of a transformation, embed from the target."""
-    images, files = torch.stack([target, *(one.to(target) for one in changed)]), of_files(encoder)
-    z_target, *z = files(images)
+    images, files = torch.stack([one.to(encoder.device) for one in (*target, *changed)]), of_files(encoder)
+    z = files(images)[len(target) :]
     errors = [worst(errors_of(encoder, each, z_target)) for each in z]
-    seen = top_classes(files, images, labels)
+    seen = top_classes(files, images, labels) if target else None
     return {
         "error": median_of(errors),
         "worst": worst(errors),
@@ -236,6 +257,35 @@ def random_pair_baseline(sources: Tensor, targets: Tensor) -> Row | None:
         "num_pairs": int(apart.sum()),
         "distance": _spread(distance[apart].tolist()),
         "cosine": _spread(similarity[apart].tolist()),
+    }
+
+
+def text_baseline(encoder: Any, rows: Rows, candidates: Sequence[str]) -> Row | None:
+    """Measure how near photos and texts are that do not belong together, photos and their class, and two photos."""
+    from hf_equiv.models.zero_shot import PROMPT
+
+    if not rows or len(candidates) < 2:
+        return None
+    z = embed(encoder, torch.stack([open_png(encoder, row["source"]) for row in rows])).double().cpu()
+    own = [row["source_class"] and PROMPT.format(label=first_name(row["source_class"])) for row in rows]
+    named = sorted({text for text in own if text})
+    texts = [*candidates, *named]
+    table = (z @ encoder.embed_texts(texts).double().cpu().T).tolist()
+    wrong = [
+        value
+        for row, text, line in zip(rows, own, table, strict=True)
+        for other, value in zip(candidates, line, strict=False)
+        if other not in (row["target_text"], text)
+    ]
+    right = [line[texts.index(text)] for text, line in zip(own, table, strict=True) if text]
+    two = (z @ z.T)[torch.ones(len(z), len(z)).triu(1).bool()].tolist()
+    photos = [value for value in two if value < 1 - 1e-8]
+    return {
+        "num_pairs": len(wrong),
+        "distance": _spread([math.sqrt(max(0.0, 2 - 2 * value)) for value in wrong]),
+        "cosine": _spread(wrong),
+        "own_class": _spread(right) if right else None,
+        "two_photos": _spread(photos) if photos else None,
     }
 
 

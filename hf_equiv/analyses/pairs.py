@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_equiv.data.image_set import ImageSet
-from hf_equiv.data.sources import draw_pairs
-from hf_equiv.formatting import some
+from hf_equiv.data.sources import DEFAULT_PAIRS, draw_pairs
+from hf_equiv.data.text_set import TextSet
+from hf_equiv.formatting import many, some
 
 if TYPE_CHECKING:
     from hf_equiv.models.encoder import Encoder
@@ -63,8 +65,14 @@ class Reader:
             self._room -= pixels.numel()
         return pixels
 
-    def digest(self, images: ImageSet, index: int) -> bytes | None:
-        """Return the SHA-256 of an image; None, with the reason in `bad`, if it cannot be read."""
+    def check_texts(self, texts: TextSet) -> None:
+        """Embed the texts of a set, which refuses those that the encoder cannot take."""
+        self._encoder.embed_texts(texts.texts)
+
+    def digest(self, images: ImageSet | TextSet, index: int) -> bytes | None:
+        """Return the SHA-256 of an image or a text; None, with the reason in `bad`, if it cannot be read."""
+        if isinstance(images, TextSet):
+            return digest_of_text(images.texts[index])
         key = (id(images), index)
         if key not in self._digests:
             self._digests[key] = None
@@ -76,21 +84,27 @@ class Reader:
 
 
 def name_pairs(
-    reader: Reader, sources: ImageSet, targets: ImageSet, *, drawn: bool, n: int | None, seed: int
+    reader: Reader, sources: ImageSet, targets: ImageSet | TextSet, *, drawn: bool, n: int | None, seed: int
 ) -> tuple[Item, ...]:
-    """Draw `n` pairs of images of different pixels from a set, or put named sources and targets together."""
+    """Draw `n` pairs of images of different pixels, or of images and texts, or put sources and targets together."""
 
     def differ(i: int, j: int) -> bool:
         source = reader.digest(sources, i)
         return source is None or source != reader.digest(targets, j)
 
-    places = draw_pairs(sources, n, seed, differ) if drawn else _given_pairs(sources, targets)
+    if not drawn:
+        places = _given_pairs(sources, targets)
+    elif isinstance(targets, TextSet):
+        places = draw_texts(sources, targets, n, seed)
+    else:
+        places = draw_pairs(sources, n, seed, differ)
     columns: dict[str, dict[str, str | None]] = {}
     for index, (i, j) in enumerate(places):
         name = f"{sources.ids[i]}->{targets.ids[j]}"
         name += f"#{index}" if name in columns else ""
         ids = {"pair_id": name, "source_id": sources.ids[i], "target_id": targets.ids[j]}
         columns[name] = {**ids, "source_class": sources.labels[i], "target_class": targets.labels[j]}
+        columns[name] |= {"target_text": targets.texts[j]} if isinstance(targets, TextSet) else {}
     return _settle(reader, sources, targets, places, columns, drawn=drawn)
 
 
@@ -110,8 +124,18 @@ def name_images(reader: Reader, images: ImageSet, targets: ImageSet | None, *, d
     return _settle(reader, images, targets, places, columns, drawn=drawn)
 
 
+def draw_texts(images: ImageSet, texts: TextSet, n: int | None, seed: int) -> list[tuple[int, int]]:
+    """Draw `n` different pairs of an image and a text, by default 10 or as many as there are."""
+    there = len(images) * len(texts)
+    wanted = min(DEFAULT_PAIRS, there) if n is None else n
+    if wanted > there:
+        told = f"{many(len(images), 'image')} and {many(len(texts), 'text')}"
+        raise ValueError(f"`pairs` must be at most {there} for {told}; got {n}. Ask for fewer.")
+    return [divmod(place, len(texts)) for place in random.Random(seed).sample(range(there), wanted)]
+
+
 def _settle(
-    reader: Reader, images: ImageSet, targets: ImageSet | None, places: Sequence[tuple[int, int | None]],
+    reader: Reader, images: ImageSet, targets: ImageSet | TextSet | None, places: Sequence[tuple[int, int | None]],
     columns: Mapping[str, dict[str, str | None]], *, drawn: bool,
 ) -> tuple[Item, ...]:  # fmt: skip
     """Read every image and make the items; refuse bad images that were named, or all images of a set or pairs."""
@@ -138,9 +162,14 @@ def _settle(
     return tuple(items)
 
 
-def digest_of(images: Iterable[Tensor]) -> str:
-    """Return the SHA-256 over the images of an item, each (3, H, W) on the k/255 grid."""
-    return _digest_of_all(map(_digest, images))
+def digest_of(images: Iterable[Tensor], text: str | None = None) -> str:
+    """Return the SHA-256 over the images of an item, each (3, H, W) on the k/255 grid, and its text."""
+    return _digest_of_all([*map(_digest, images), *([] if text is None else [digest_of_text(text)])])
+
+
+def digest_of_text(text: str) -> bytes:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _digest(pixels: Tensor) -> bytes:
@@ -164,13 +193,14 @@ def image_generator(seed: int, image_id: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _given_pairs(sources: ImageSet, targets: ImageSet) -> list[tuple[int, int]]:
+def _given_pairs(sources: ImageSet, targets: ImageSet | TextSet) -> list[tuple[int, int]]:
     if len(targets) == 1:
         return [(i, 0) for i in range(len(sources))]
     if len(sources) == len(targets):
         return [(i, i) for i in range(len(sources))]
     raise ValueError(
-        f"`target` must be one image, or as many as sources; got {len(sources)} source(s) and {len(targets)} targets. "
+        f"`target` must be one image or text, or as many as sources; got {many(len(sources), 'source')} and "
+        f"{len(targets)} targets. "
         "Use --data W --pairs N to draw pairs."
     )
 

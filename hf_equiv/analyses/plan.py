@@ -19,6 +19,7 @@ from hf_equiv.analyses.pairs import Item, Reader, say_equal
 from hf_equiv.analyses.stages import Draft
 from hf_equiv.data.image_set import ImageSet
 from hf_equiv.data.sources import load_images
+from hf_equiv.data.text_set import TextSet, is_text_file
 from hf_equiv.formatting import JOINED, fraction, many, read_fraction
 from hf_equiv.results import SCHEMA_VERSION
 from hf_equiv.runs.directory import default_folder
@@ -35,7 +36,7 @@ class Plan:
     config: Any  # the run as the user states it, of the class `CONFIG` of the verb
     encoder: Encoder
     images: ImageSet  # images to start from or to analyse
-    targets: ImageSet | None  # the targets of these images, if any; may be the same set
+    targets: ImageSet | TextSet | None  # the targets of these images, if any; may be the same set
     items: tuple[Item, ...]  # the pairs or images, in order
     settings: Row  # everything that changes a number, with ids and revisions in place of paths; kept in `run.json`
     provenance: Row  # the provenance columns, equal in every row
@@ -76,6 +77,7 @@ class Plan:
             source=_public_name(config.source, self.images),
             target=_public_name(config.target, self.targets or self.images),
             data=_public_name(config.data, self.images),
+            **{name: self.targets.data_id for name in _text_files(config) if self.targets is not None},
         )
         return command_line(stated)
 
@@ -91,7 +93,7 @@ class Plan:
     def pixels(self, item: Item) -> tuple[Tensor, Tensor | None]:
         """Return an image and its target, each (3, H, W) on the k/255 grid, on the CPU; unusable images raise."""
         source = self.reader.pixels(self.images, item.source)
-        if self.targets is None or item.target is None:
+        if not isinstance(self.targets, ImageSet) or item.target is None:
             return source, None
         target = self.reader.pixels(self.targets, item.target)
         if torch.equal(source, target):
@@ -177,12 +179,12 @@ def with_config(plan: Plan, config: Any) -> Plan:
 
 
 def _settle(
-    config: Any, encoder: Encoder, images: ImageSet, targets: ImageSet | None, items: tuple[Item, ...], reader: Reader,
-    own: Row,
+    config: Any, encoder: Encoder, images: ImageSet, targets: ImageSet | TextSet | None, items: tuple[Item, ...],
+    reader: Reader, own: Row,
 ) -> Plan:  # fmt: skip
     """Return a plan with its settings; `own` are those of its verb."""
     config = replace(config, normalize=encoder.normalize)
-    sets = [images] if targets is None or targets is images else [images, targets]
+    sets: list[ImageSet | TextSet] = [images] if targets is None or targets is images else [images, targets]
     names = list(dict.fromkeys((one.data_id, one.data_revision) for one in sets))
     data_id, data_revision = (" + ".join(parts) for parts in zip(*names, strict=True))
     settings = settings_of(config, encoder, items, own, data_id, data_revision)
@@ -274,7 +276,12 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _public_name(given: str | None, images: ImageSet) -> str | None:
+def _text_files(config: Any) -> list[str]:
+    """Return the options of a config that name a file of texts."""
+    return [name for name in ("target_text", "texts") if is_text_file(getattr(config, name, None) or "")]
+
+
+def _public_name(given: str | None, images: ImageSet | TextSet) -> str | None:
     """Return the option of a set of images with the name of the set in place of a local path."""
     local = given is not None and given != "builtin" and Path(given).expanduser().exists()
     return images.data_id if local else given

@@ -60,7 +60,11 @@ _DERIVATIVES = {
 @images_option(
     "--target", "Image of the wanted embedding, or one for each source in the order of their paths; W as above."
 )
+@option(
+    "--target-text", "Text of the wanted embedding, or a .txt file with one for each source (CLIP, SigLIP).", "TEXT"
+)
 @images_option("--data", "Set of images, W as above, to draw pairs from: of different classes if there are classes.")
+@option("--texts", "A .txt file of texts to draw pairs with the images of --data from.", "FILE")
 @option("--pairs", "Number of pairs to draw from --data. Default: 10, or as many as exist.", "N", COUNT)
 @option("--solver", "Solver of the float match.", type=click.Choice(["lbfgs", "adam", "gd"]), default="lbfgs")
 @option("--radius", "Radius of a ball about the source: 8/255, 0.03. Default: no ball.", "R", radius)
@@ -89,6 +93,7 @@ def match(**given: Any) -> int:
     hf-equiv match builtin --through jpeg:60-95,resize:0.5
     hf-equiv match openai/clip-vit-base-patch32 --data cifar10:test --pairs 50 --labels cat,dog,ship
     hf-equiv match builtin builtin-64 --source cat.jpg --target coffee.jpg
+    hf-equiv match openai/clip-vit-base-patch32 --source cat.jpg --target-text "a photo of an espresso"
 
     With several models, one image of the largest input size matches in all of them. Errors are those of the worst
     model; column 'models' has all.
@@ -227,6 +232,7 @@ def load(config: Any, given: dict[str, Any]) -> Encoder:
     if given["out"] is not None and not given["dry_run"] and environment.is_first():
         refuse_busy(given["out"])
     options = {key: given[key] for key in ("import_", "revision", "readout", "normalize", "device")}
+    options["normalize"] = options["normalize"] or getattr(config, "wants_text", False)  # texts have unit embeddings
     dtype = "float32" if config.half else config.dtype
     return environment.load_encoder(config.model, dtype=dtype, **options, **where_of(given))
 

@@ -27,7 +27,7 @@ from hf_equiv.models.loading import LoadedModel, find_device, load_model
 from hf_equiv.models.preprocess import Preprocessor, load_preprocessor, normalise
 from hf_equiv.models.readouts import Layout, check_size, embed, find_layout, native_size, probe, resolve_readout
 from hf_equiv.models.structure import patch_weight
-from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels
+from hf_equiv.models.zero_shot import LabelEmbeddings, embed_labels, embed_texts
 from hf_equiv.precision import InFloat64, exact_derivatives, no_autocast, no_tf32
 
 _PACKAGES = ("hf_equiv", "torch", "transformers", "numpy", "pillow")
@@ -96,6 +96,7 @@ class Encoder(FrozenEncoder):
         self.label_names = tuple(str(names[k]) for k in sorted(names)) if self.has_head else None
         self.multi_label = self.has_head and kind == "multi_label_classification"
         self._labels: dict[tuple[str, ...], LabelEmbeddings] = {}
+        self._texts: dict[str, Tensor] = {}
 
     def _find_layout(self, size: tuple[int, int]) -> Layout:
         """Read the layout off one forward pass of two images, or refuse a model that cannot embed them."""
@@ -334,6 +335,35 @@ class Encoder(FrozenEncoder):
                 advice = "Its head is one of regression: use readout='logits'."
             raise ValueError(f"`classify` must have a classification head; '{self.model_id}' has none. {advice}")
         return self._embed(pixels, "logits")
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the unit text embeddings of a two-tower model, which its image embeddings are compared with.
+
+        They are z/‖z‖ of `get_text_features`: no scaling of single components, which would change their direction.
+        Texts that were embedded before cost nothing.
+
+        Args:
+            texts: texts as they are, without a prompt around them.
+
+        Returns:
+            (B, D), each row of unit L2 norm.
+
+        Raises:
+            TypeError: a single string, or no strings.
+            ValueError: a model without text encoder, another readout than "projection", or a text that is too long.
+            OSError: no tokenizer files, or a text of unknown tokens alone.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("`texts` must be a sequence of strings; got something else. Pass [text].")
+        if not self._loaded.two_tower or self.readout != "projection":
+            raise ValueError(
+                f"`texts` must come with a model of images and texts, and its readout 'projection'; '{self.model_id}' "
+                f"has the readout {self.readout!r}. Use CLIP or SigLIP, or images as targets."
+            )
+        if new := [text for text in dict.fromkeys(texts) if text not in self._texts]:
+            found = embed_texts(self._checkpoint, new, self.dtype, self.device).features
+            self._texts |= dict(zip(new, found, strict=True))
+        return torch.stack([self._texts[text] for text in texts])
 
     def in_dtype(self, dtype: torch.dtype) -> Encoder:
         """Return the same function in another floating-point type, with weights of its own.

@@ -1,4 +1,4 @@
-"""Classify with zero-shot labels: embed them with the text encoder of a CLIP or SigLIP checkpoint."""
+"""Embed texts and zero-shot labels with the text encoder of a two-tower checkpoint, such as CLIP or SigLIP."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from hf_equiv.formatting import excerpt
+from hf_equiv.formatting import excerpt, printable
 from hf_equiv.models.checkpoint import Checkpoint, quiet
+from hf_equiv.precision import no_tf32
 
 PROMPT = "a photo of a {label}."  # sentence around each label (Radford et al. 2021, arXiv:2103.00020, §3.1.4)
 
@@ -38,43 +39,58 @@ def embed_labels(
         raise TypeError("`labels` must be a sequence of strings; got something else. Pass ['cat', 'dog'].")
     if not labels or not all(label.strip() for label in labels):
         raise ValueError(f"`labels` must hold at least one label and no empty one; got {list(labels)!r}.")
+    return embed_texts(checkpoint, labels, dtype, device, name="`labels`", prompt=PROMPT)
+
+
+def embed_texts(
+    checkpoint: Checkpoint, texts: Sequence[str], dtype: torch.dtype, device: torch.device, *, name: str = "each text",
+    prompt: str = "{label}",
+) -> LabelEmbeddings:  # fmt: skip
+    """Embed texts with the text encoder of `checkpoint`; `name` is what messages call them."""
     checkpoint.fetch_matching((".json", ".txt", ".model"))  # the files of the tokenizer
     with quiet(), torch.random.fork_rng(devices=[]):
         try:
             tokenizer = checkpoint.load(AutoTokenizer)
         except Exception as error:
             raise OSError(
-                f"`labels` must be tokenised, and '{checkpoint.model_id}' has no tokenizer that can be loaded here "
+                f"{name} must be tokenised, and '{checkpoint.model_id}' has no tokenizer that can be loaded here "
                 f"({excerpt(error)}). Copy the tokenizer's files beside its config.json."
             ) from error
-        _check_known(tokenizer, labels, checkpoint.model_id)
+        _check_known(tokenizer, texts, checkpoint.model_id, name)
         model = checkpoint.load(AutoModel, dtype=dtype, use_safetensors=True)
     if not hasattr(model, "logit_scale"):
         raise ValueError(
-            f"`labels` must be None for '{checkpoint.model_id}': {type(model).__name__} has no logit scale "
+            f"{name} must be None for '{checkpoint.model_id}': {type(model).__name__} has no logit scale "
             "for similarities. Use CLIP or SigLIP."
         )
     model.eval().requires_grad_(False).to(device)
-    sentences = [PROMPT.format(label=label) for label in labels]
+    sentences = [prompt.format(label=text) for text in texts]
     length = int(model.config.text_config.max_position_embeddings)
+    for text, ids in zip(texts, tokenizer(sentences, verbose=False)["input_ids"], strict=True):
+        if len(ids) > length:
+            raise ValueError(
+                f"{name} must have at most {length} tokens for '{checkpoint.model_id}', special ones included; got "
+                f"{len(ids)} in {printable(text[:40])!r}…. Shorten it."
+            )
     # SigLIP was trained on texts padded to full length and attends to the padding; CLIP stops at its end token.
     padding = "max_length" if model.config.model_type.startswith("siglip") else True
-    tokens = tokenizer(sentences, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+    most = {"max_length": length} if padding == "max_length" else {}
+    tokens = tokenizer(sentences, padding=padding, return_tensors="pt", **most)
     wanted = ("input_ids",) if padding == "max_length" else ("input_ids", "attention_mask")
-    with torch.no_grad():
+    with torch.no_grad(), no_tf32():
         features = model.get_text_features(**{k: tokens[k].to(device) for k in wanted}).pooler_output
         features = features / features.norm(dim=-1, keepdim=True)
     bias = getattr(model, "logit_bias", None)
     return LabelEmbeddings(features, float(model.logit_scale.exp()), 0.0 if bias is None else float(bias))
 
 
-def _check_known(tokenizer: Any, labels: Sequence[str], model_id: str) -> None:
-    """Refuse labels without one known token: transformers makes an empty tokenizer if the files are missing."""
+def _check_known(tokenizer: Any, labels: Sequence[str], model_id: str, name: str) -> None:
+    """Refuse texts without one known token: transformers makes an empty tokenizer if the files are missing."""
     unknown = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
     for label, tokens in zip(labels, tokenizer(list(labels), add_special_tokens=False)["input_ids"], strict=True):
         if unknown.issuperset(tokens):
             raise OSError(
-                f"`labels` must be words that the tokenizer knows; that of '{model_id}' has {len(tokenizer):,} entries "
-                f"and none for {label!r}. Copy the tokenizer's files (tokenizer.json, or vocab.json and merges.txt) "
-                "beside its config.json, or choose another label."
+                f"{name} must be words that the tokenizer knows; that of '{model_id}' has {len(tokenizer):,} entries "
+                f"and none for {printable(label[:60])!r}. Copy the tokenizer's files (tokenizer.json, or vocab.json "
+                "and merges.txt) beside its config.json, or choose another text."
             )

@@ -49,7 +49,7 @@ HEAD: dict[str, tuple[type, ...]] = {
 _SETTINGS: dict[str, dict[str, tuple[type, ...]]] = {
     "match": {"solver": (str,), "rtol": _NUMBER, "max_evals": (int,), "radius": (*_NUMBER, _NONE)}
     | {"norm": (str, _NONE), "refine": (bool,), "labels": (list, _NONE), "drawn": (bool,), "through": (list,)}
-    | {"full_size": (bool,)},
+    | {"full_size": (bool,), "target_texts": (list,), "usual_texts": (list,)},
     "spectrum": {"k": (int, _NONE), "vectors": (bool,)},
     "lipschitz": {"directions": (dict,), "regional": (*_NUMBER, _NONE), "norm": (str, _NONE), "linearity": (bool,)},
     "walk": {"heading": (str,), "num_steps": (int,), "solver": (str, _NONE)}
@@ -57,7 +57,11 @@ _SETTINGS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 """The settings of each analysis with their types in `run.json`."""
 
-_INSIDE: dict[str, tuple[type, ...]] = {"directions": (int,), "radii": _NUMBER, "labels": (str,), "through": (str,)}
+_OPTIONAL = ("stop", "through", "full_size", "target_texts", "usual_texts")
+"""The settings of runs that asked for them; early walks have no `stop`."""
+
+_INSIDE: dict[str, tuple[type, ...]] = {"directions": (int,), "radii": _NUMBER}
+_INSIDE |= dict.fromkeys(("labels", "through", "target_texts", "usual_texts"), (str,))
 """The types of the values in lists and objects of the settings."""
 
 
@@ -175,8 +179,7 @@ def check_record(folder: Path, record: Row) -> Layout:
         told = f"holds a run of {analysis_of(record)!r}, which this version of hf_equiv does not know"
         raise ValueError(f"{str(folder)!r} {told}. Upgrade hf_equiv.")
     settings, kinds = record["settings"], _SETTINGS[layout.analysis]
-    # Early walks, and walks that lead to no image, have no `stop`; most matches have no `through`.
-    needed = [key for key in (*_COMMON, *kinds) if key not in ("stop", "through", "full_size")]
+    needed = [key for key in (*_COMMON, *kinds) if key not in _OPTIONAL]
     missing = _wrong_types(settings, kinds, needed, "settings.")
     missing += [f"a valid value of settings.{k}" for k, types in _INSIDE.items() if not _holds(settings.get(k), types)]
     missing += [] if _is_object(settings.get("processor", "{}")) else ["a valid value of settings.processor"]

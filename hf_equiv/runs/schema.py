@@ -22,10 +22,10 @@ _MODELS = datasets.List(
     }
 )  # fmt: skip
 _KINDS = {
-    "pair_id image_id source_id target_id toward_id source_class target_class image_class": _TEXT,
+    "pair_id image_id source_id target_id toward_id source_class target_class image_class target_text": _TEXT,
     "source_label target_label match_label label status method noise_method direction heading": _TEXT,
     "model_id model_revision data_id data_revision readout dtype attention norm solver versions processor": _TEXT,
-    "rank nullity patch_nullity index step seed schema_version": _WHOLE,
+    "rank nullity patch_nullity index step seed schema_version text_rank source_text_rank": _WHOLE,
     "same_top1 full_exact linearity_at_limit": _FLAG,
     "singular_values error_bound radii secants plateau band_energy channel_energy": _NUMBERS,
     "invariance_map": datasets.List(_NUMBERS),
@@ -45,7 +45,7 @@ ROW_FEATURES = _columns(
     "pair_id source_id target_id source_class target_class status embedding_error embedding_error_8bit "
     "target_quantization_error noise_floor cosine_to_target cosine_to_source cosine_source_target psnr_db ssim linf l2 "
     "num_evals seconds source_label target_label match_label match_prob target_label_prob same_top1 "
-    "psnr_full_db ssim_full full_exact through models"
+    "psnr_full_db ssim_full full_exact through models target_text cosine_to_text text_rank source_text_rank"
 )
 """The columns of a match row, in order."""
 
@@ -91,11 +91,10 @@ class Layout:
 
     def of_file(self, columns: Collection[str]) -> Layout:
         """Return the layout of a file with these columns, which an earlier version may have written."""
-        if not self.added or any(name in columns for name in self.added):
-            return self
-        images = tuple(name for name in self.images if name not in self.added)
-        features = {name: kind for name, kind in self.features.items() if name not in self.added}
-        return replace(self, images=images, features=features, added=())
+        lost = {name for name in self.added if name not in columns}
+        images = tuple(name for name in self.images if name not in lost)
+        features = {name: kind for name, kind in self.features.items() if name not in lost}
+        return replace(self, images=images, features=features, added=tuple(n for n in self.added if n not in lost))
 
     @property
     def all_features(self) -> datasets.Features:
@@ -106,7 +105,10 @@ class Layout:
 
 MATCH = Layout(
     "match", "matches", "pair_id", "pairs", (*IMAGE_COLUMNS, "match_full"), ROW_FEATURES, ("pair_id",),
-    added=("match_full", "psnr_full_db", "ssim_full", "full_exact", "through", "models"),
+    added=(
+        "match_full", "psnr_full_db", "ssim_full", "full_exact", "through", "models", "target_text", "cosine_to_text",
+        "text_rank", "source_text_rank",
+    ),
 )  # fmt: skip
 SPECTRUM = Layout(
     "spectrum", "spectra", "image_id", "images", ("image",), SPECTRUM_FEATURES, ("image_id",),

@@ -34,6 +34,7 @@ def check_keys(record: Row, layout: Layout, versions: str | None) -> Iterator[Pr
             yield differs(RECORD, None, key, value, " or ".join(_CHOICES[key]), "no such value")
     known = {name for name in NAMES if name in (*layout.features, "target_id") and name != "toward_id"}
     known |= set() if is_withheld(record) else {"pixels"}
+    known |= {"target_text"} if "target_texts" in record["settings"] else set()
     for place, item in enumerate(record[layout.listed]):
         for key in sorted(set(item) - known):
             told = f"{layout.listed}.{place} has the key {key!r}, which is not one of a {layout.analysis} run"
@@ -125,6 +126,7 @@ def check_settings(record: Row, layout: Layout, encoder: Encoder | None) -> Iter
         told = f"no settings can be made again: {error}"
         yield problem(RECORD, None, "command" if command is not None else "settings", command, None, told)
         return
+    made |= {"usual_texts": stated["usual_texts"]} if encoder is None and "usual_texts" in made else {}
     made["model_id"] = stated["model_id"] if command is None else config.model
     if command is not None:
         made |= {"dtype": "float32" if config.half else config.dtype, "readout": config.readout}
@@ -150,6 +152,7 @@ def _config_of(settings: Row, kind: type) -> Any:
         values["directions"] = ",".join(name if name in SINGLE else f"{name}:{n}" for name, n in counts)
     values["import_"] = settings.get("import")
     values |= {key: tuple(values[key]) for key in ("radii", "labels", "through") if values.get(key) is not None}
+    values |= {"target_text": "a text"} if "target_texts" in settings else {}
     if "solver" in values:
         values["solver"], *start = settings["solver"].split(", ")
         values["compile"] = "compiled" in start
@@ -161,7 +164,7 @@ def _unknown_encoder(settings: Row) -> Any:
     """Return the stated facts of an encoder that is not loaded, since there are no photos."""
     return SimpleNamespace(
         provenance=settings, embedding_dim=10**9, input_shape=(3, 1000, 1000), classify=lambda *_: None, device="cpu",
-        dtype=None,
+        dtype=None, normalize=settings["normalize"], embed_texts=lambda *_: None,
     )  # fmt: skip
 
 

@@ -152,12 +152,14 @@ def _check_floats(file: str, name: str, item: str, encoder: Encoder, floats: Map
 def check_pixels(file: str, layout: Layout, entry: Row, row: Row, floats: Mapping[str, Tensor]) -> Iterator[Problem]:
     """Check the SHA-256 that `run.json` states of the images that an item starts from."""
     name, stated = row[layout.item], entry.get("pixels")
-    cells = [row[column] for column in ("source", "target", "image") if column in row]
+    text = row.get("target_text")
+    columns = ("source", "image") if text else ("source", "target", "image")
+    cells = [row[column] for column in columns if column in row]
     parts = [floats[f"{name}/{kind}"] for kind in ("origin", "target", "toward") if f"{name}/{kind}" in floats]
     if stated is None or row["status"] == Status.ERROR or None in cells or not [*cells, *parts]:
         return
     with contextlib.suppress(ValueError):  # named when it is opened
-        made = digest_of([*map(decode_png, cells), *parts])
+        made = digest_of([*map(decode_png, cells), *parts], text)
         if stated != made:
             told = "the images are not those that the run listed"
             yield differs(file, row_name(layout.analysis, row), "pixels", stated, made, told)
@@ -169,7 +171,7 @@ def _open_images(file: str, layout: Layout, encoder: Encoder, rows: Sequence[Row
     for row in opened:
         name = row_name(layout.analysis, row)
         for column in layout.images:
-            if row[column] is None and column in layout.added:
+            if row[column] is None and (column in layout.added or (column == "target" and row.get("target_text"))):
                 continue
             try:
                 width, height = check_png(row[column] or b"")

@@ -15,7 +15,8 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny_models import FAMILIES, PROCESSORS, SIZE, roughen, save
+from tiny_models import FAMILIES, PROCESSORS, SIZE, roughen, save, save_dual
+from tiny_texts import save_words
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -275,22 +276,11 @@ def test_classify_without_head_or_text_tower(tiny: Any) -> None:
         tiny("vit_head").classify(pixels(), ["cat"])
 
 
-def _tokenizer(folder: Path, end: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = ["<s>", end, "a", "photo", "of", "cat", "dog", ".", "<unk>"]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=end, unk_token="<unk>")
-    fast.save_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_zero_shot_is_the_two_tower_model(name: str, tmp_path: Path) -> None:
     with quiet():
         save(name, tmp_path)
-        _tokenizer(tmp_path, "</s>")
+        save_words(tmp_path)
         model = transformers.AutoModel.from_pretrained(tmp_path).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     encoder = Encoder.from_pretrained(tmp_path, readout="mean")  # zero-shot does not depend on the readout
@@ -310,6 +300,44 @@ def test_zero_shot_is_the_two_tower_model(name: str, tmp_path: Path) -> None:
         encoder.classify(x, labels="cat")
     with pytest.raises(ValueError, match=r"`labels` must hold at least one label"):
         encoder.classify(x, labels=[])
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "altclip", "chinese_clip", "dual"])
+def test_text_embeddings_are_those_of_the_two_tower_model(name: str, tmp_path: Path) -> None:
+    with quiet():
+        if name == "dual":
+            save_dual(tmp_path)
+        else:
+            save(name, tmp_path)
+        save_words(tmp_path)
+        model = transformers.AutoModel.from_pretrained(tmp_path).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    encoder = Encoder.from_pretrained(tmp_path, normalize=True)
+    texts = ["a photo of a cat", "dog"]
+    padding = "max_length" if name == "siglip" else True
+    tokens = tokenizer(texts, padding=padding, max_length=16, truncation=True, return_tensors="pt")
+    mask = {} if name == "siglip" else {"attention_mask": tokens.attention_mask}
+    x = pixels(2)
+    with torch.no_grad():
+        z = model.get_text_features(input_ids=tokens.input_ids, **mask).pooler_output
+        seen = model.get_image_features(pixel_values=(x - encoder._mean) / encoder._std).pooler_output
+    own = encoder.embed_texts(texts)
+    torch.testing.assert_close(own, z / z.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(encoder(x), seen / seen.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+    assert torch.equal(encoder.embed_texts(texts[1:]), own[1:])
+    with pytest.raises(TypeError, match="must be a sequence of strings"):
+        encoder.embed_texts("a cat")
+    with pytest.raises(ValueError, match=r"each text must have at most 16 tokens for .*; got 21 in 'cat cat"):
+        encoder.embed_texts(["cat " * 20])
+    with pytest.raises(OSError, match=r"each text must be words that the tokenizer knows; .* none for 'zebra'"):
+        encoder.embed_texts(["zebra"])
+
+
+def test_texts_without_a_text_encoder(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="must come with a model of images and texts"):
+        tiny("vit_head").embed_texts(["cat"])
+    with pytest.raises(OSError, match=r"each text must be tokenised, and .* has no tokenizer"):
+        tiny("siglip").embed_texts(["cat"])
 
 
 def test_zero_shot_without_tokenizer(tiny: Any) -> None:
