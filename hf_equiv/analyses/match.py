@@ -224,8 +224,9 @@ def summarize(encoder: Any, settings: Mapping[str, Any], made: RunRows) -> Row:
         summary["full_size"] = measures.medians_of(rows, ("psnr_full_db", "ssim_full"))
         summary["full_size"] |= {"exact": sum(bool(row["full_exact"]) for row in rows)}
     if texts:
-        summary["text"] = measures.medians_of(rows, ("cosine_to_text", "cosine_source_target", "source_text_rank"))
-        summary["text"] |= {"nearest": sum(row["text_rank"] == 1 for row in rows), "candidates": len(texts)}
+        filled = [dict.fromkeys(MATCH.added) | dict(row) for row in rows]
+        summary["text"] = measures.medians_of(filled, ("cosine_to_text", "cosine_source_target", "source_text_rank"))
+        summary["text"] |= {"nearest": sum(row["text_rank"] == 1 for row in filled), "candidates": len(texts)}
     return summary | {"verdict": measures.verdict("match", summary=summary, rows=rows, rtol=settings["rtol"])}
 
 
@@ -293,7 +294,9 @@ def remake(encoder: Any, settings: Row, rows: Sequence[Row], floats: dict[str, T
     """Recompute a match row from its three PNG images, the float match and its cost."""
     (row,) = rows
     image, source, match = floats.pop(row["pair_id"]), row["source"], row["match"]
-    target = row.get("target_text") or row["target"]
+    target = row["target" if "target_texts" not in settings else "target_text"]
+    if target is None:
+        raise ValueError("`target_text` must be the text of a run with texts, and an image of any other; got none.")
     given: Any = {key: settings.get(key) for key in ("seed", "labels", "through")}
     given["candidates"] = _candidates(settings)
     given["file"] = stored_image(row["match_full"]) if settings.get("full_size") else None

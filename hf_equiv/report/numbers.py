@@ -127,6 +127,7 @@ class MatchRun:
     norm: str
     rtol: float
     max_evals: int
+    of_texts: bool
     embedding_error: Estimate | None
     embedding_error_8bit: Estimate | None
     target_quantization_error: Estimate | None
@@ -204,7 +205,7 @@ def _match_run(record: Any, run: Run, measured: Rows = (), **given: Any) -> Any:
     psnr = (IDENTICAL_DB if row["psnr_db"] is None and row["l2"] == 0 else row["psnr_db"] for row in run.good)
     return fill(
         record, (*run.good, *measured), run.settings, run=run.name, listed=run.listed, rows=len(run.rows),
-        pairs=len(run.good), psnr_db=estimate(psnr),
+        pairs=len(run.good), psnr_db=estimate(psnr), of_texts="target_texts" in run.settings,
         cut_short=sum(row["status"] == Status.MAX_EVALS for row in run.rows),
         converged=share(row["status"] == Status.CONVERGED for row in run.rows), **given,
     )  # fmt: skip

@@ -25,7 +25,7 @@ KEYS = (
     "pair_id source_id target_id source_class target_class status embedding_error embedding_error_8bit "
     "target_quantization_error noise_floor cosine_to_target cosine_to_source cosine_source_target psnr_db ssim linf l2 "
     "num_evals seconds source_label target_label match_label match_prob target_label_prob same_top1 "
-    "psnr_full_db ssim_full full_exact through models "
+    "psnr_full_db ssim_full full_exact through models target_text cosine_to_text text_rank source_text_rank "
     "model_id model_revision data_id data_revision readout dtype attention norm radius rtol solver seed schema_version "
     "versions processor"
 ).split()
@@ -321,7 +321,7 @@ def test_one_target_for_many_and_zipped(photos, tiny, tmp_path):
     plan = make_plan(MatchConfig(source=str(photos), target=str(others)), tiny)
     assert [(p.source, p.target) for p in plan.items] == [(i, i) for i in range(6)]
     (others / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"as many as sources; got 6 source\(s\) and 5 targets"):
+    with pytest.raises(ValueError, match=r"as many as sources; got 6 sources and 5 targets"):
         make_plan(MatchConfig(source=str(photos), target=str(others)), tiny)
 
 

@@ -177,3 +177,24 @@ def test_texts_of_a_file(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="must be text in UTF-8"):
         load_texts(str(path))
+
+
+def test_hostile_rows_and_settings_are_problems_and_no_crash(finished, place, tmp_path):
+    def changed(name, cell=None, **settings):
+        out = shutil.copytree(finished.out, tmp_path / name)
+        path = next((out / "matches").glob("*.parquet"))
+        table = pq.read_table(path)
+        rows = [row | (cell or {}) for row in table.to_pylist()]
+        pq.write_table(type(table).from_pylist(rows, table.schema), path)
+        reseal(out)
+        record = json.loads((out / "run.json").read_text())
+        record["settings"] = {k: v for k, v in record["settings"].items() if k not in settings}
+        record["settings"] |= {k: v for k, v in settings.items() if v is not None}
+        (out / "run.json").write_text(json.dumps(record))
+        return out
+
+    assert verify_run(changed("no text", {"target_text": None}), model=str(place / "clip")).problems
+    assert verify_run(changed("no setting", target_texts=None, usual_texts=None), model=str(place / "clip")).problems
+    assert verify_run(changed("other texts", target_texts=["a", "dog"]), model=str(place / "clip")).problems
+    with pytest.raises(ValueError, match=r"a valid value of settings\.target_texts"):
+        verify_run(changed("no texts", target_texts=[5]), model=str(place / "clip"))
