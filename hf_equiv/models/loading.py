@@ -245,7 +245,8 @@ def _check_inputs(model: Any, config: PreTrainedConfig, checkpoint: Checkpoint) 
     first = names[0] if names and not own_name else "pixel_values"
     if first != "pixel_values":
         tower = next((name for name in ("image_model", "vision_tower") if hasattr(model, name)), None)
-        cure = "" if tower is None else f" (its image tower is `{tower}`: save that alone)"
+        cure = " (for texts use `TextEncoder` from Python)" if first == "input_ids" else ""
+        cure = cure if tower is None else f" (its image tower is `{tower}`: save that alone)"
         raise _not_an_image_encoder(checkpoint, config, f", whose first input is `{first}`{cure}")
     others = " and ".join(one.name for one in inputs[1:] if one.default is one.empty)
     if others:

@@ -49,14 +49,15 @@ def round_8bit(pixels: Tensor) -> Tensor:
 @torch.no_grad()
 @no_tf32()
 def measure_pair(
-    encoder: Any, source: Tensor, match: Tensor, target: Tensor, *, seed: int, pair_id: str,
+    encoder: Any, source: Tensor, match: Tensor, target: Tensor | str, *, seed: int, pair_id: str,
     float_match: Tensor | None = None, labels: Sequence[str] | None = None, survival: bool = True,
 ) -> tuple[Row, Tensor]:  # fmt: skip
     """Measure the controls and the survival of one match, images (3, H, W) on k/255, in about 22 forwards."""
     # `moved` is the distance of the match's embedding from the source's, `random_moved` the same for random steps of
     # equal L2 length, rounded to 8 bit, and `random_error` their distance from the target. The second value is z_match.
-    source, match, target = (x.to(encoder.device) for x in (source, match, target))
-    z_source, z_match, z_target = encoder(torch.stack([source, match, target]))
+    pictures = [x.to(encoder.device) for x in (source, match, target) if isinstance(x, Tensor)]
+    (source, match), (z_source, z_match, *z_image) = pictures[:2], encoder(torch.stack(pictures))
+    z_target = z_image[0] if z_image else encoder.embed_texts([target])[0]
     step = float((match.double() - source.double()).norm())
     generators = [image_generator(seed, f"{pair_id}:{k}") for k in range(RANDOM_DRAWS)]
     draws = [_random_step(source, step, generator) for generator in generators]
@@ -69,10 +70,10 @@ def measure_pair(
         "random_moved": median_of(relative_error(z, z_source) for z in z_random),
         "random_error": median_of(relative_error(z, z_target) for z in z_random),
         "random_l2": median_of(finite((x.double() - source.double()).norm()) for x in draws),
-        "psnr_match_target": measures.psnr_db(match, target),
-        "ssim_match_target": measures.ssim(match, target),
+        "psnr_match_target": measures.psnr_db(match, pictures[2]) if z_image else None,
+        "ssim_match_target": measures.ssim(match, pictures[2]) if z_image else None,
         "rounded_error": None,
-        "survival": _survival(encoder, (match, target), (z_source, z_target), labels) if survival else {},
+        "survival": _survival(encoder, pictures[1:], (z_source, z_target), labels) if survival else {},
     }
     if float_match is not None:
         row["rounded_error"] = relative_error(encoder(round_8bit(float_match.to(match))[None])[0], z_target)
@@ -80,19 +81,20 @@ def measure_pair(
 
 
 def _survival(
-    encoder: Any, pixels: tuple[Tensor, Tensor], embeddings: tuple[Tensor, Tensor], labels: Sequence[str] | None
+    encoder: Any, pixels: Sequence[Tensor], embeddings: tuple[Tensor, Tensor], labels: Sequence[str] | None
 ) -> dict[str, Row]:
     """Apply each transform T, and compare T(match) with target and source, and T(target) with target (`control`)."""
+    # A target that is a text is not among the pixels, and has neither control nor class.
     z_source, z_target = embeddings
-    wanted = top_classes(encoder, pixels[1][None], labels)
+    wanted = top_classes(encoder, pixels[1][None], labels) if pixels[1:] else None
     found = {}
     for name, change in TRANSFORMS.items():
         both = torch.stack([handle(x, change) for x in pixels])
-        z_changed, z_control = encoder(both)
-        seen = top_classes(encoder, both, labels)
+        z_changed, *z_control = encoder(both)
+        seen = top_classes(encoder, both, labels) if wanted else None
         found[name] = {
             "error": relative_error(z_changed, z_target),
-            "control": relative_error(z_control, z_target),
+            "control": relative_error(z_control[0], z_target) if z_control else None,
             "to_source": relative_error(z_changed, z_source),
             "label": None if seen is None or wanted is None else seen[0] == wanted[0],
             "control_label": None if seen is None or wanted is None else seen[1] == wanted[0],
@@ -156,11 +158,15 @@ def measure_transfer(run: Run, other: Any, *, cache: Path | None, tell: Tell) ->
     return keep(path, lambda: _measure_transfer(run, other, tell))
 
 
-def _read(run: Run, encoder: Any, tell: Callable[[int], None]) -> Iterator[tuple[Row, list[Tensor], Any]]:
+def _read(run: Run, encoder: Any, tell: Callable[[int], None]) -> Iterator[tuple[Row, list[Any], Any]]:
     """Yield row, source, match and target, and the float match, of the measured pairs whose photos are there."""
+    # In a run with texts the target is the text.
+    texts = "target_texts" in run.settings
+    columns = IMAGE_COLUMNS[:2] if texts else IMAGE_COLUMNS
     for done, (row, exact) in enumerate(read_pictures(run, _measured_ids(run), floats=True), 1):
-        if all(row[name] is not None for name in IMAGE_COLUMNS):
-            yield row, [open_png(encoder, row[name]) for name in IMAGE_COLUMNS], exact
+        text = [row["target_text"]] if texts else []
+        if None not in [*(row[name] for name in columns), *text]:
+            yield row, [*(open_png(encoder, row[name]) for name in columns), *text], exact
         tell(done)
 
 
@@ -171,17 +177,25 @@ def _measure_run(run: Run, encoder: Any, survival: bool, labelled: ImageSet | No
     photos = search.Gallery(lambda x: encoder(x.to(encoder.device)))
     total = len(ids) + (0 if labelled is None else len(labelled))
     pairs: list[tuple[Row, int, int, Tensor]] = []
+    of_texts: list[tuple[Row, Tensor, Tensor]] = []
     tell(0, total)
     for row, (source, match, target), exact in _read(run, encoder, lambda done: tell(done, total)):
         numbers, z = measure_pair(
             encoder, source, match, target, seed=run.settings["seed"], pair_id=row["pair_id"],
             float_match=exact, labels=run.settings.get("labels"), survival=survival,
         )  # fmt: skip
-        pairs.append((numbers, photos.add(source, row["source_class"]), photos.add(target, row["target_class"]), z))
+        place = photos.add(source, row["source_class"])
+        if isinstance(target, str):
+            of_texts.append((numbers, photos.vectors[place], encoder.embed_texts([target])[0].double().cpu()))
+        else:
+            pairs.append((numbers, place, photos.add(target, row["target_class"]), z))
     for done, item in enumerate(labelled or (), len(ids) + 1):
         photos.add(encoder.preprocess([item.image])[0], item.label)
         tell(done, total)
     size = {"dim": int(encoder.embedding_dim), "pixels": math.prod(encoder.input_shape)}
+    if of_texts:
+        found = {"pairs": [numbers for numbers, *_ in of_texts], "retrieval": None, "probe": None}
+        return size | found | {"unrelated": _unrelated([pair[1:] for pair in of_texts])}
     if not pairs:
         return size | {"pairs": [], "unrelated": None, "retrieval": None, "probe": None}
     embeddings = [(photos.vectors[source], photos.vectors[target]) for _, source, target, _ in pairs]
@@ -205,6 +219,8 @@ def _retrieval(pairs: Sequence[tuple[Row, int, int, Tensor]], matrix: Tensor) ->
 
 def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
     total, same, pairs = len(_measured_ids(run)), True, []
+    if "target_texts" in run.settings:
+        raise ValueError(f"`transfer` must come with matches of images; {run.name} has texts. Leave it out.")
     tell(0, total)
     for row, images, _ in _read(run, other, lambda done: tell(done, total)):
         same = tuple(images[0].shape) == tuple(other.input_shape)

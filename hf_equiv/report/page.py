@@ -341,9 +341,11 @@ def _gallery(checkpoint: Checkpoint, numbers: CheckpointNumbers, prefix: str) ->
     shots: list[Row] = []
     rows = [row for row, _ in collect.read_pictures(run, ids[:SHOWN])]
     for row in sorted(rows, key=lambda row: ids.index(row["pair_id"])):
-        if None not in (row[name] for name in IMAGE_COLUMNS):
+        columns = IMAGE_COLUMNS[:2] if budget.of_texts else IMAGE_COLUMNS
+        if None not in (row[name] for name in columns):
             difference, gain = difference_png(row["source"], row["match"])
-            files = {"source": row["source"], "match": row["match"], "difference": difference, "target": row["target"]}
+            files = {"source": row["source"], "match": row["match"], "difference": difference}
+            files |= {} if budget.of_texts else {"target": row["target"]}
             place = f"{prefix}-pair{len(shots) + 1}"
             pictures = {
                 name: Picture(f"{place}-{name}.png", png, f"{name} of {row['pair_id']}") for name, png in files.items()

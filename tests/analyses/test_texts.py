@@ -198,3 +198,16 @@ def test_hostile_rows_and_settings_are_problems_and_no_crash(finished, place, tm
     assert verify_run(changed("other texts", target_texts=["a", "dog"]), model=str(place / "clip")).problems
     with pytest.raises(ValueError, match=r"a valid value of settings\.target_texts"):
         verify_run(changed("no texts", target_texts=[5]), model=str(place / "clip"))
+
+
+def test_a_report_speaks_of_the_text(finished, tmp_path, capsys):
+    code, told, _ = call(capsys, "report", finished.out, "--out", tmp_path / "page.html")
+    assert code == 0
+    assert "gave the photo the text's embedding" in told
+    assert "between unrelated photos and texts" in told
+    assert "no longer nearer to the text" in told
+    page = (tmp_path / "page.html").read_text()
+    assert "it is number 1 of the candidate texts" in page
+    code, _, told = call(capsys, "report", finished.out, "--transfer", "builtin", "--out", tmp_path / "other.html")
+    assert code == 2
+    assert "--transfer must come with matches of images" in told
