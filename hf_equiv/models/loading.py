@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,7 +119,16 @@ def _missing(model: PreTrainedModel, report: dict[str, Any], two_tower: bool, ch
     """Return the weights that the checkpoint lacks, or refuse it if one of them is used by every readout."""
     text = ("text_", "logit_scale", "logit_bias")
     missing = [key for key in report["missing_keys"] if not (two_tower and key.startswith(text))]
-    broken = [key for key in missing if not set(_OPTIONAL) & set(key.split("."))]
+    require_weights(model, missing, report, checkpoint, _OPTIONAL)
+    return missing
+
+
+def require_weights(
+    model: PreTrainedModel, missing: Sequence[str], report: dict[str, Any], checkpoint: Checkpoint,
+    optional: Sequence[str],
+) -> None:  # fmt: skip
+    """Refuse a checkpoint that lacks weights, or has some of another shape, but for those of optional modules."""
+    broken = [key for key in missing if not set(optional) & set(key.split("."))]
     broken += [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
     if broken:
         raise ValueError(
@@ -126,7 +136,6 @@ def _missing(model: PreTrainedModel, report: dict[str, Any], two_tower: bool, ch
             f"{len(broken)} of them (first: {broken[0]}), which would be random. Check that config.json and the "
             "weights belong together."
         )
-    return missing
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:

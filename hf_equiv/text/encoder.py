@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_equiv.formatting import excerpt, printable
+from hf_equiv.formatting import printable
 from hf_equiv.hub_client import version
-from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint, quiet
+from hf_equiv.models.checkpoint import Checkpoint, HubFiles, find_checkpoint
 from hf_equiv.models.frozen import FrozenEncoder
-from hf_equiv.models.loading import find_device, load_error, load_weights, read_config
+from hf_equiv.models.loading import find_device
 from hf_equiv.precision import InFloat64, exact_derivatives, no_autocast, no_tf32
+from hf_equiv.text.loading import load_model, load_tokenizer, no_tokenizer
 from hf_equiv.text.pooling import Pool, Unit, read_options, read_steps
 
 _PACKAGES = ("hf_equiv", "torch", "transformers", "tokenizers")
 _GROUP = 32  # weights of a row that share the scale of their integers
-_SPARE = ("pooler", "lm_head", "cls")  # weights that may be missing: no embedding uses them
 
 
 class TextEncoder(FrozenEncoder):
@@ -133,8 +133,8 @@ class TextEncoder(FrozenEncoder):
         cache = None if cache_dir is None else os.fspath(cache_dir)
         hub = HubFiles(os.fspath(model_id), "", subfolder, token, cache, local_files_only)
         checkpoint = find_checkpoint(hub, revision, trust_remote_code)
-        model, attention = _load(checkpoint, dtype)
-        steps, tokenizer = read_steps(checkpoint, pooling), _load_tokenizer(checkpoint)
+        model, attention = load_model(checkpoint, dtype)
+        steps, tokenizer = read_steps(checkpoint, pooling), load_tokenizer(checkpoint)
         if normalize is not None:
             steps = torch.nn.Sequential(*(step for step in steps if not isinstance(step, Unit)))
             steps.extend([Unit()] if normalize else [])
@@ -355,7 +355,7 @@ class TextEncoder(FrozenEncoder):
         whole, mask = self._ids("a", mask=True)
         special = [bool(one) for one in mask]
         if all(special) or {self._tokenizer.unk_token_id, *self._tokenizer.all_special_ids}.issuperset(whole):
-            raise _no_tokenizer(self._checkpoint, "the one loaded knows no word")
+            raise no_tokenizer(self._checkpoint, "the one loaded knows no word")
         first, last = special.index(False), len(special) - special[::-1].index(False)
         if self._prompt:  # its tokens are those that texts of any beginning share
             first = next(i for i, pair in enumerate(zip(whole, self._ids("the"), strict=False)) if pair[0] != pair[1])
@@ -370,54 +370,3 @@ class TextEncoder(FrozenEncoder):
         with torch.no_grad():
             embeddings: Tensor = self._model.get_input_embeddings()(ids).detach()
         return embeddings
-
-
-def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
-    """Return the model of a checkpoint and its attention; refuse one that is no text encoder, or is incomplete."""
-    config = read_config(checkpoint)
-    kind = AutoModel._model_mapping[type(config)] if type(config) in AutoModel._model_mapping else AutoModel
-    kind = kind[0] if isinstance(kind, tuple | list) else kind
-    if kind is AutoModel and not (checkpoint.trust_remote_code and getattr(config, "auto_map", None)):
-        raise _not_text(checkpoint, config, ", which AutoModel does not load")
-    if getattr(kind, "main_input_name", "input_ids") != "input_ids" or hasattr(kind, "get_image_features"):
-        raise _not_text(checkpoint, config, ". Use `Encoder` for images, and --target-text for models of both")
-    if getattr(config, "is_encoder_decoder", False):
-        raise _not_text(checkpoint, config, ", whose states are those of its decoder")
-    checkpoint.weights()
-    with quiet(), torch.random.fork_rng(devices=[]):
-        try:
-            model, report, attention = load_weights(kind, config, checkpoint, dtype)
-        except Exception as error:
-            raise load_error(error, checkpoint) from error
-    lost = [key for key in report["missing_keys"] if not set(_SPARE) & set(key.split("."))]
-    lost += [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
-    if lost:
-        raise ValueError(
-            f"`model_id` must hold every weight of {type(model).__name__}; '{checkpoint.model_id}' lacks {len(lost)} "
-            f"of them (first: {lost[0]}), which would be random. Check that config.json and the weights belong "
-            "together."
-        )
-    return model, attention
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    checkpoint.fetch_matching((".json", ".txt", ".model"))
-    with quiet():
-        try:
-            return checkpoint.load(AutoTokenizer)
-        except Exception as error:
-            raise _no_tokenizer(checkpoint, excerpt(error)) from error
-
-
-def _no_tokenizer(checkpoint: Checkpoint, why: str) -> OSError:
-    return OSError(
-        f"'{checkpoint.model_id}' must have a tokenizer that can be loaded here; it has none ({why}). Copy the "
-        "tokenizer's files (tokenizer.json, or vocab.json and merges.txt) beside its config.json."
-    )
-
-
-def _not_text(checkpoint: Checkpoint, config: Any, why: str) -> ValueError:
-    return ValueError(
-        f"`model_id` must name a text encoder (tokens in, hidden states out); '{checkpoint.model_id}' is a "
-        f"{config.model_type!r} model{why}. Choose one such as 'sentence-transformers/all-MiniLM-L6-v2'."
-    )

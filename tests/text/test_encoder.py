@@ -224,3 +224,15 @@ def test_checkpoints_that_are_refused(checkpoints, tmp_path):
     t.T5Model(small).save_pretrained(seq2seq)
     with pytest.raises(ValueError, match="those of its decoder"):
         TextEncoder.from_pretrained(seq2seq, pooling="mean")
+
+
+def test_a_checkpoint_by_name(checkpoints, tmp_path, hub):
+    """All files belong to one commit, those of subfolders included."""
+    folder = shutil.copytree(checkpoints["bert"], tmp_path / "bert")
+    save_text(folder, "bert", dense=7)
+    repo = hub.add("models", "alice/bert", folder)
+    encoder = TextEncoder.from_pretrained("alice/bert", cache_dir=tmp_path / "cache")
+    assert encoder.revision == repo.at("main").sha
+    assert torch.equal(encoder.encode(SENTENCES), TextEncoder.from_pretrained(folder).encode(SENTENCES))
+    again = TextEncoder.from_pretrained("alice/bert", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert torch.equal(again.encode(SENTENCES), encoder.encode(SENTENCES))
