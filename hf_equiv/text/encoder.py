@@ -232,10 +232,10 @@ class TextEncoder(FrozenEncoder):
             raise ValueError(f"`text` must have at least one token; got {shown}. Write some words.")
         special, unknown = set(self._tokenizer.all_special_ids), self._tokenizer.unk_token_id
         if special.issuperset(ids):
-            kind = "unknown" if set(ids) == {unknown} else "special"
+            kind, cure = ("unknown", "in its language") if {*ids} == {unknown} else ("special", "of text")
             raise ValueError(
                 f"`text` must have words that the tokenizer of '{self.model_id}' knows; {shown} has only {kind} "
-                "tokens. Write it in the language and script of the checkpoint."
+                f"tokens. Write some {cure}."
             )
         if len(ids) > self.max_tokens:
             raise ValueError(
