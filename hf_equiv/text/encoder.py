@@ -26,6 +26,7 @@ from hf_equiv.text.loading import load_model, load_tokenizer, no_tokenizer
 from hf_equiv.text.pooling import Pool, Unit, read_options, read_steps
 
 _PACKAGES = ("hf_equiv", "torch", "transformers", "tokenizers")
+_WORDS = ("a", "1", "的")  # one of them every tokenizer should know
 _GROUP = 32  # weights of a row that share the scale of their integers
 
 
@@ -45,7 +46,6 @@ class TextEncoder(FrozenEncoder):
         embedding_dim: D.
         width: d, the length of a token embedding.
         max_tokens: the largest T.
-        vocabulary: the embedding of every token, (V, d).
         dtype: floating-point type of weights and embeddings.
         device: device of the weights.
 
@@ -75,14 +75,15 @@ class TextEncoder(FrozenEncoder):
         positions = getattr(config, "max_position_embeddings", None) or 1 << 30
         limit = most or min(tokenizer.model_max_length, positions)
         self.max_tokens = min(limit, positions) - len(self._before) - len(self._after)
-        self.vocabulary = self._embedding(torch.arange(model.get_input_embeddings().weight.shape[0], device=device))
-        self.width = self.vocabulary.shape[1]
-        super().__init__(network, attention, self.embed_tokens("a"))
+        self._ends = tuple(self._embedding(ids)[None] for ids in (self._before, self._after))
+        self.width = self._ends[0].shape[2]
+        super().__init__(network, attention, self.embed_tokens(self._word))
         with torch.no_grad():
             z = self(self._trial)
         if not bool(torch.isfinite(z).all()):
             raise ValueError(
-                f"'{self.model_id}' must give finite embeddings; that of 'a' holds NaN or infinity. Check the weights."
+                f"'{self.model_id}' must give finite embeddings; that of {self._word!r} holds NaN or infinity. Check "
+                "the weights."
             )
         self.embedding_dim = int(z.shape[1])
 
@@ -164,7 +165,7 @@ class TextEncoder(FrozenEncoder):
                 rules.enter_context(exact_derivatives())
             if exact:
                 rules.enter_context(InFloat64())
-            before, after = (self.vocabulary[ids].expand(len(tokens), -1, -1) for ids in (self._before, self._after))
+            before, after = (end.expand(len(tokens), -1, -1) for end in self._ends)
             whole = torch.cat([before, tokens.to(self.dtype), after], dim=1)
             embedding: Tensor = self._steps(self._model(inputs_embeds=whole, return_dict=True).last_hidden_state)
             return embedding
@@ -179,12 +180,13 @@ class TextEncoder(FrozenEncoder):
             (B, D).
         """
         with torch.no_grad():
-            return self._embed(self.vocabulary[ids])
+            return self._embed(self._embedding(ids))
 
     @cached_property
     def words(self) -> list[int]:
         """The ids of the tokens that texts are made of: all but special and reserved ones."""
-        names = self._tokenizer.convert_ids_to_tokens(list(range(min(len(self._tokenizer), len(self.vocabulary)))))
+        count = min(len(self._tokenizer), self._model.get_input_embeddings().weight.shape[0])
+        names = self._tokenizer.convert_ids_to_tokens(list(range(count)))
         special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
         reserved = re.compile(r"\[.+\]|<.+>")
         return [i for i, name in enumerate(names) if name and i not in special and not reserved.fullmatch(name)]
@@ -256,6 +258,17 @@ class TextEncoder(FrozenEncoder):
         text: str = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         return text
 
+    def tokens_of(self, ids: Sequence[int]) -> Tensor:
+        """Return the embeddings of some tokens, (1, T, d).
+
+        Args:
+            ids: ids of tokens.
+
+        Returns:
+            A new tensor.
+        """
+        return self._embedding(ids)[None]
+
     def embed_tokens(self, text: str) -> Tensor:
         """Return the embeddings of the tokens of a text, the inputs of f.
 
@@ -269,7 +282,7 @@ class TextEncoder(FrozenEncoder):
             TypeError: no string.
             ValueError: a text that `tokenize` refuses.
         """
-        return self.vocabulary[self.tokenize(text)][None]
+        return self.tokens_of(self.tokenize(text))
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the sentence embedding of each text, by its text alone.
@@ -318,14 +331,13 @@ class TextEncoder(FrozenEncoder):
         """
         if bits not in range(2, 9):
             raise ValueError(f"`bits` must be from 2 to 8; got {bits}.")
-        made = self.in_dtype(self.dtype)
-        for weight in made._network.parameters():
+        model, steps = copy.deepcopy((self._model, self._steps))
+        for weight in [*model.parameters(), *steps.parameters()]:
             if weight.ndim == 2:
                 for group in weight.data.split(_GROUP, dim=1):
                     scale = group.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
                     group.copy_((group / scale).round() * scale)
-        made.vocabulary = made._embedding(torch.arange(len(made.vocabulary), device=made.device))
-        return made
+        return TextEncoder(self._checkpoint, model, self._attention, steps, self._tokenizer, self.device, self.dtype)
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -352,13 +364,16 @@ class TextEncoder(FrozenEncoder):
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """Return the ids of the tokens before and after those of a text: special ones and the prompt."""
-        whole, mask = self._ids("a", mask=True)
-        special = [bool(one) for one in mask]
-        if all(special) or {self._tokenizer.unk_token_id, *self._tokenizer.all_special_ids}.issuperset(whole):
+        unknown = {self._tokenizer.unk_token_id, *self._tokenizer.all_special_ids}
+        self._word = next((word for word in _WORDS if not unknown.issuperset(self._ids(word))), "")
+        if not self._word:
             raise no_tokenizer(self._checkpoint, "the one loaded knows no word")
+        whole, mask = self._ids(self._word, mask=True)
+        special = [bool(one) for one in mask]
         first, last = special.index(False), len(special) - special[::-1].index(False)
         if self._prompt:  # its tokens are those that texts of any beginning share
-            first = next(i for i, pair in enumerate(zip(whole, self._ids("the"), strict=False)) if pair[0] != pair[1])
+            other = self._ids(next(word for word in _WORDS if word != self._word))
+            first = next(i for i, pair in enumerate(zip(whole, other, strict=False)) if pair[0] != pair[1])
         return whole[:first], whole[last:]
 
     def _ids(self, text: str, *, mask: bool = False) -> Any:
@@ -366,7 +381,8 @@ class TextEncoder(FrozenEncoder):
         found = self._tokenizer(text.lower() if self._lower else text, return_special_tokens_mask=True, verbose=False)
         return (found["input_ids"], found["special_tokens_mask"]) if mask else found["input_ids"]
 
-    def _embedding(self, ids: Tensor) -> Tensor:
+    def _embedding(self, ids: Tensor | Sequence[int]) -> Tensor:
+        ids = torch.as_tensor(ids, dtype=torch.long, device=self.device)
         with torch.no_grad():
             embeddings: Tensor = self._model.get_input_embeddings()(ids).detach()
         return embeddings

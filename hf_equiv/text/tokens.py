@@ -107,8 +107,10 @@ def refine_tokens(
         )
     check_embeddings(z)
     z, own = z.to(f.device).double().expand(len(sources), -1), own and own * (len(sources) // len(own))
-    drawn = generator or torch.Generator().manual_seed(0)
-    searches = [_Search(f, ids, z[i], own[i] if own else None, rtol, max_evals, drawn) for i, ids in enumerate(sources)]
+    drawn, words = generator or torch.Generator().manual_seed(0), _words(f)
+    searches = [
+        _Search(f, words, ids, z[i], own[i] if own else None, rtol, max_evals, drawn) for i, ids in enumerate(sources)
+    ]
     with bars.shown(progress, "refine", bars.errors_to(rtol)) as hook, no_tf32():
         for search in searches:
             for _ in search.steps():
@@ -139,22 +141,22 @@ def round_tokens(f: TextEncoder, tokens: Tensor) -> list[str]:
     Returns:
         B texts.
     """
-    nearest = [torch.cdist(one.double(), _vocabulary(f)[1].double()).argmin(dim=1) for one in tokens]
-    return [f.text_of(_vocabulary(f)[0][one].tolist()) for one in nearest]
+    ids, rows = _words(f)
+    return [f.text_of(ids[torch.cdist(one.double(), rows.double()).argmin(dim=1)].tolist()) for one in tokens]
 
 
 class _Search:
     """The search for one text: its tokens, their error, and the cost so far."""
 
     def __init__(
-        self, f: TextEncoder, ids: list[int], z: Tensor, own: list[int] | None, rtol: float, max_evals: int,
-        generator: torch.Generator,
+        self, f: TextEncoder, words: tuple[Tensor, Tensor], ids: list[int], z: Tensor, own: list[int] | None,
+        rtol: float, max_evals: int, generator: torch.Generator,
     ) -> None:  # fmt: skip
         self.f, self.ids, self.z, self.own = f, ids, z, own
         self.rtol, self.thirds_left, self.generator = rtol, 3 * max_evals, generator
         self.thirds, self.seconds, self.error, self.status = 0, 0.0, float("inf"), Status.MAX_EVALS
         self.tried, self.width = {tuple(ids), tuple(own or [])}, _FEWEST
-        self.choice, self.rows = _vocabulary(f)
+        self.choice, self.rows = words
 
     def steps(self) -> Iterator[None]:
         """Take steps until the search ends."""
@@ -172,7 +174,7 @@ class _Search:
 
     def _rank(self) -> list[list[int]]:
         """Return for each position the tokens that promise the largest decrease, the best first."""
-        x = self.f.vocabulary[self.ids][None].clone().requires_grad_(True)
+        x = self.f.tokens_of(self.ids).requires_grad_(True)
         with torch.enable_grad():
             residual = self.f(x)[0].double() - self.z
             (gradient,) = torch.autograd.grad(0.5 * residual.square().sum(), x)
@@ -223,10 +225,9 @@ class _Search:
             return False
 
 
-def _vocabulary(f: TextEncoder) -> tuple[Tensor, Tensor]:
+def _words(f: TextEncoder) -> tuple[Tensor, Tensor]:
     """Return the ids of the tokens that texts are made of, without special ones, and their embeddings."""
-    ids = torch.tensor(f.words, device=f.device)
-    return ids, f.vocabulary[ids]
+    return torch.tensor(f.words, device=f.device), f.tokens_of(f.words)[0]
 
 
 def _shared(ids: Sequence[int], own: Sequence[int]) -> float:

@@ -52,7 +52,7 @@ def test_weights_take_as_many_values_as_their_bits_allow(bert):
         step = weight.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
         original = bert._model.encoder.layer[0].attention.self.query.weight
         assert bool(((weight - original).abs() <= 0.5001 * step).all())
-    assert len(bert.quantized(4).vocabulary[7].unique()) <= 15
+    assert len(bert.quantized(4).tokens_of([7]).unique()) <= 15
     with pytest.raises(ValueError, match="from 2 to 8; got 16"):
         bert.quantized(16)
 
