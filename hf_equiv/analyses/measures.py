@@ -264,11 +264,15 @@ def text_baseline(encoder: Any, rows: Rows, candidates: Sequence[str]) -> Row | 
     """Measure how near photos and texts are that do not belong together, photos and their class, and two photos."""
     from hf_equiv.models.zero_shot import PROMPT
 
-    if not rows or len(candidates) < 2:
+    if not rows:
         return None
     z = embed(encoder, torch.stack([open_png(encoder, row["source"]) for row in rows])).double().cpu()
     own = [row["source_class"] and PROMPT.format(label=first_name(row["source_class"])) for row in rows]
     named = sorted({text for text in own if text})
+    try:
+        encoder.embed_texts(named)
+    except (OSError, ValueError):  # names that the tokenizer does not know
+        named, own = [], [None] * len(own)
     texts = [*candidates, *named]
     table = (z @ encoder.embed_texts(texts).double().cpu().T).tolist()
     wrong = [
@@ -277,6 +281,8 @@ def text_baseline(encoder: Any, rows: Rows, candidates: Sequence[str]) -> Row | 
         for other, value in zip(candidates, line, strict=False)
         if other not in (row["target_text"], text)
     ]
+    if not wrong:
+        return None
     right = [line[texts.index(text)] for text, line in zip(own, table, strict=True) if text]
     two = (z @ z.T)[torch.ones(len(z), len(z)).triu(1).bool()].tolist()
     photos = [value for value in two if value < 1 - 1e-8]

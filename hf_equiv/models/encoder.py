@@ -355,6 +355,8 @@ class Encoder(FrozenEncoder):
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("`texts` must be a sequence of strings; got something else. Pass [text].")
+        if not texts:
+            raise ValueError("`texts` must hold at least one text; got none. Pass [text].")
         if not self._loaded.two_tower or self.readout != "projection":
             raise ValueError(
                 f"`texts` must come with a model of images and texts, and its readout 'projection'; '{self.model_id}' "

@@ -28,7 +28,7 @@ from hf_equiv.matching.rounding import round_into_ball
 from hf_equiv.precision import no_tf32
 from hf_equiv.report import search
 from hf_equiv.report.collect import Run, read_pictures
-from hf_equiv.report.measure import Tell, keep, place_of
+from hf_equiv.report.measure import Tell, keep, place_of, refuse_texts
 from hf_equiv.runs.schema import IMAGE_COLUMNS, Row
 from hf_equiv.through.match import match_through
 from hf_equiv.through.transformations import Transformation, handle, read_transformations
@@ -106,6 +106,8 @@ def measure_defences(
     tell: Tell,
 ) -> Row:  # fmt: skip
     """Measure each defence on the first pairs of a match run, and the detector; each is kept in `cache`."""
+    if names:
+        refuse_texts(run, "defences")
     tested, done = read_defences(names), iter(range(1, 2 * len(names) + 4))
     step: Callable[[], None] = lambda: tell(next(done), 2 * len(names) + 2)  # noqa: E731
     data = None if labelled is None else [labelled.data_id, labelled.data_revision, len(labelled)]

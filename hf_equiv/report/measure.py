@@ -144,6 +144,12 @@ def measure_run(
     return keep(path, lambda: _measure_run(run, encoder, survival, labelled, tell))
 
 
+def refuse_texts(run: Run, option: str) -> None:
+    """Refuse a run whose targets are texts."""
+    if "target_texts" in run.settings:
+        raise ValueError(f"`{option}` must come with matches of images; {run.name} has texts. Leave it out.")
+
+
 def measured_earlier(run: Run, cache: Path | None) -> Row | None:
     """Return the newest measurements of a run that an earlier report kept with any options; None if there are none."""
     path = place_of(cache, run, "pairs")
@@ -219,8 +225,7 @@ def _retrieval(pairs: Sequence[tuple[Row, int, int, Tensor]], matrix: Tensor) ->
 
 def _measure_transfer(run: Run, other: Any, tell: Tell) -> Row:
     total, same, pairs = len(_measured_ids(run)), True, []
-    if "target_texts" in run.settings:
-        raise ValueError(f"`transfer` must come with matches of images; {run.name} has texts. Leave it out.")
+    refuse_texts(run, "transfer")
     tell(0, total)
     for row, images, _ in _read(run, other, lambda done: tell(done, total)):
         same = tuple(images[0].shape) == tuple(other.input_shape)

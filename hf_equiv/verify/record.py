@@ -126,7 +126,7 @@ def check_settings(record: Row, layout: Layout, encoder: Encoder | None) -> Iter
         told = f"no settings can be made again: {error}"
         yield problem(RECORD, None, "command" if command is not None else "settings", command, None, told)
         return
-    made |= {"usual_texts": stated["usual_texts"]} if encoder is None and "usual_texts" in made else {}
+    made |= {"usual_texts": stated.get("usual_texts")} if encoder is None and "usual_texts" in made else {}
     made["model_id"] = stated["model_id"] if command is None else config.model
     if command is not None:
         made |= {"dtype": "float32" if config.half else config.dtype, "readout": config.readout}

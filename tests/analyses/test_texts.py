@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from fakes import reseal
+from fakes import draw_photo, reseal
 from hubcases import call
 from PIL import Image
 from runcases import rows_of
@@ -208,6 +208,19 @@ def test_a_report_speaks_of_the_text(finished, tmp_path, capsys):
     assert "no longer nearer to the text" in told
     page = (tmp_path / "page.html").read_text()
     assert "it is number 1 of the candidate texts" in page
-    code, _, told = call(capsys, "report", finished.out, "--transfer", "builtin", "--out", tmp_path / "other.html")
-    assert code == 2
-    assert "--transfer must come with matches of images" in told
+    for option, value in (("--transfer", "builtin"), ("--defences", "jpeg:75")):
+        code, _, told = call(capsys, "report", finished.out, option, value, "--out", tmp_path / "other.html")
+        assert code == 2
+        assert f"{option} must come with matches of images" in told
+
+
+def test_photos_without_classes_or_with_names_of_no_known_word(encoder, tmp_path):
+    (tmp_path / "photos" / "zebra").mkdir(parents=True)
+    draw_photo(1, 40).save(tmp_path / "photos" / "zebra" / "a.png")
+    draw_photo(2, 40).save(tmp_path / "photos" / "zebra" / "b.png")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    for photos in (tmp_path / "photos", tmp_path / "photos" / "zebra"):
+        config = MatchConfig(data=str(photos), texts=str(tmp_path / "texts.txt"), pairs=2, max_evals=20)
+        summary = run_analysis(make_plan(config, encoder), tmp_path / "out" / photos.name).summary
+        assert summary["baseline"]["own_class"] is None
+        assert summary["baseline"]["cosine"]["median"] < 1
