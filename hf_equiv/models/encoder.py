@@ -357,7 +357,8 @@ class Encoder(FrozenEncoder):
             raise TypeError("`texts` must be a sequence of strings; got something else. Pass [text].")
         if not texts:
             raise ValueError("`texts` must hold at least one text; got none. Pass [text].")
-        if not self._loaded.two_tower or self.readout != "projection":
+        loaded = getattr(self, "_loaded", None)  # a joint encoder has none
+        if loaded is None or not loaded.two_tower or self.readout != "projection":
             raise ValueError(
                 f"`texts` must come with a model of images and texts, and its readout 'projection'; '{self.model_id}' "
                 f"has the readout {self.readout!r}. Use CLIP or SigLIP, or images as targets."

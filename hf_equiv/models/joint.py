@@ -249,17 +249,6 @@ class JointEncoder(Encoder):
         used = self._headed if labels is None or not two_towers else two_towers[0]
         return used.classify(self.seen(pixels)[self.parts.index(used)], labels)
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Refuse texts: models have text embeddings of their own.
-
-        Args:
-            texts: any.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("texts must come with one model; got several. Match each alone.")
-
     def left_relations(self, image: Tensor) -> tuple[LeftRelation, ...]:
         """Return the relations of each model, with zeros for the others, and rows drawn back to the joint image.
 

@@ -269,3 +269,8 @@ def test_encoders_of_a_user_are_put_in_place_of_the_recorded_ones(joint):
     with pytest.raises(ValueError, match="must be a JointEncoder of 4 models"):
         load_recorded(settings, joint.parts[0], "cpu", None, True)
     assert np.isclose(made.scales, joint.scales).all()
+
+
+def test_texts_need_one_model(joint):
+    with pytest.raises(ValueError, match="must come with a model of images and texts"):
+        joint.embed_texts(["a cat"])
