@@ -73,6 +73,9 @@ class TextEncoder(FrozenEncoder):
         self._before, self._after = self._frame()
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+        embeddings: Any = getattr(model, "embeddings", None)
+        if hasattr(embeddings, "create_position_ids_from_inputs_embeds"):  # the first ones belong to padding
+            positions -= embeddings.padding_idx + 1
         limit = most or min(tokenizer.model_max_length, positions)
         self.max_tokens = min(limit, positions) - len(self._before) - len(self._after)
         self._ends = tuple(self._embedding(ids)[None] for ids in (self._before, self._after))

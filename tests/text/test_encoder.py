@@ -60,6 +60,15 @@ def test_embeddings_are_those_of_transformers(checkpoints, family):
 
 
 @every_family
+def test_the_longest_text_fits(checkpoints, family):
+    encoder = TextEncoder.from_pretrained(checkpoints[family])
+    assert 20 <= encoder.max_tokens <= 24
+    assert encoder.encode(["cat " * encoder.max_tokens]).isfinite().all()
+    with pytest.raises(ValueError, match=f"at most {encoder.max_tokens} tokens"):
+        encoder.encode(["cat " * (encoder.max_tokens + 1)])
+
+
+@every_family
 def test_derivatives_are_those_of_float64_differences(checkpoints, family):
     encoder = TextEncoder.from_pretrained(checkpoints[family], dtype=torch.float64)
     assert encoder.jvp_probe()
