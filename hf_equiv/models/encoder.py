@@ -360,7 +360,7 @@ class Encoder(FrozenEncoder):
         loaded = getattr(self, "_loaded", None)  # a joint encoder has none
         if loaded is None or not loaded.two_tower or self.readout != "projection":
             raise ValueError(
-                f"`texts` must come with a model of images and texts, and its readout 'projection'; '{self.model_id}' "
+                f"texts must come with a model of images and texts, and its readout 'projection'; '{self.model_id}' "
                 f"has the readout {self.readout!r}. Use CLIP or SigLIP, or images as targets."
             )
         if new := [text for text in dict.fromkeys(texts) if text not in self._texts]:
